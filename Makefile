@@ -1,0 +1,53 @@
+# Two commands: `make demo` and `make test`. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+STUDY ?= bundled:smollm2-medical
+OUT ?= runs/smollm2-medical
+
+.PHONY: demo test check lint types layers doctests unit real browser format clean
+
+demo: .venv/.installed
+	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
+
+test: check unit real browser
+
+check: lint types layers doctests
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+
+types: .venv/.installed-test
+	$(BIN)/mypy
+
+layers: .venv/.installed-test
+	$(BIN)/pytest tests/test_layers.py
+
+doctests: .venv/.installed-test
+	$(BIN)/pytest --doctest-modules src/saeffect
+
+unit: .venv/.installed-test
+	$(BIN)/pytest -m "not real and not browser" --ignore=tests/test_layers.py
+
+real: .venv/.installed-test
+	$(BIN)/pytest -m real
+
+browser: .venv/.installed-test
+	$(BIN)/pytest -m browser
+
+format: .venv/.installed-test
+	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeffect needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@

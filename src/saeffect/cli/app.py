@@ -1,0 +1,49 @@
+"""`saeffect`: the commands, and the one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from saeffect.cli import artifacts, stages
+from saeffect.cli.console import show_error
+from saeffect.errors import SaeffectError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="saeffect",
+    help="What did fine-tuning do to the features inside this language model, and is the difference real?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+stages.register(app)
+artifacts.register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 something is wrong with the input, 130 stopped by Ctrl-C."""
+    # Tokenizers warn about forks that this program never makes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except SaeffectError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        show_error(SystemExit("Interrupted: stopped. Finished stages are kept; run the same command again to go on."))
+        sys.exit(130)
+    except Exception as error:
+        # Wrong options and arguments; anything else is a bug and keeps its traceback.
+        if not hasattr(error, "format_message"):
+            raise
+        show_error(SystemExit(f"Usage: {error.format_message()}\n  fix: see saeffect --help."))
+        sys.exit(2)

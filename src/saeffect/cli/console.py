@@ -1,0 +1,92 @@
+"""What the command line shows: progress bars on a terminal, plain lines elsewhere, errors in one form."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+__all__ = ["Narrator", "show_error"]
+
+_LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = task.fields.get("unit", "")
+        return Text(f"{task.speed:,.1f} {unit}/s" if task.speed else f"- {unit}/s", style="dim")
+
+
+class Narrator:
+    """Receives lines of the work under way and shows them.
+
+    A line `progress <what> <whom> <done> <total> <unit>` moves a bar; any other is printed.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bars = self.console.is_terminal
+        self._progress = Progress(
+            TextColumn("  {task.description:<20}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._name = ""
+        self._started = self._last = 0.0
+        self._first = 0
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, line: str) -> None:
+        words = line.split(" ")
+        if words[0] == "progress" and len(words) == 6:
+            self._move(f"{words[1]} {words[2]}", int(words[3]), int(words[4]), words[5])
+            return
+        self._finish()
+        self.console.print(escape(line), soft_wrap=True)
+
+    def _move(self, name: str, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if name != self._name:
+            self._finish()
+            self._name, self._started, self._last, self._first = name, now, now, done
+            if self._bars:
+                self._task = self._progress.add_task(name, total=total, completed=done, unit=unit)
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+        elif now - self._last >= _LINE_EVERY and done > self._first:
+            self._last = now
+            rate = (done - self._first) / (now - self._started)
+            left = (total - done) / rate
+            self.console.print(f"  {name}: {done}/{total} {unit}, {rate:,.1f}/s, {left:.0f} s left")
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task, self._name = None, ""
+
+
+def show_error(error: BaseException) -> None:
+    """Print an error to standard error, without a traceback and without reading its text as markup."""
+    console = Console(file=sys.stderr, stderr=False, highlight=False)
+    console.print(Text(str(error)), style="red" if console.is_terminal else None, soft_wrap=True)

@@ -1,0 +1,98 @@
+"""Commands that run a study or one of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saeffect.cli.console import Narrator
+
+__all__ = ["register"]
+
+_Study = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or bundled:smollm2-medical.")]
+_Out = Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the study>.")]
+_Redo = Annotated[bool, typer.Option("--redo", help="Do it even if it was done with the same inputs.")]
+
+_STAGES = {
+    "gate": "Measure whether each SAE reconstructs its model at its hook.",
+    "features": "Make the feature tables: top tokens, moments, activity, contexts.",
+    "coherence": "Score the coherence of each feature's top tokens.",
+    "select": "Choose the domain features by vocabulary and verdicts.",
+    "steer": "Search the dose and steer with every chosen feature and its placebo.",
+    "compare": "Compare the arms.",
+    "report": "Write tables, figures and report.html.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("run", help="Run a whole study; finished stages are skipped.")(run)
+    app.command("check", help="Validate a study without computing anything.")(check)
+    for name, text in _STAGES.items():
+        app.command(name, help=text + " The stages before it must have been run.")(_stage_command(name))
+
+
+def run(study: _Study, out: _Out = None, redo: _Redo = False) -> None:
+    """Every stage of a study, in order."""
+    from saeffect.study.run import STAGES
+
+    _run(study, out, STAGES, redo)
+
+
+def check(study: _Study, out: _Out = None) -> None:
+    """Names, files, shapes, tokenizers, disk, and the design check."""
+    from saeffect.study.check import check_study
+    from saeffect.study.study import Study
+
+    with Narrator() as say:
+        opened = Study.open(study)
+        result = check_study(opened, out or Path("runs") / opened.config.name, say)
+    for line in result.lines:
+        typer.echo(f"ok  {line}")
+    _show_design(result.design)
+
+
+def _show_design(design: Any) -> None:
+    notable = design[design["status"].isin(["flaw", "unknown", "intended"])]
+    marks = {"flaw": "!! ", "unknown": "?  ", "intended": "-- "}
+    typer.echo("design check: in what the arms differ besides the model")
+    if notable.empty:
+        typer.echo("    in nothing")
+    arms = [c for c in design.columns if c not in ("field", "differs", "status", "matters")]
+    for row in notable.to_dict("records"):
+        values = ", ".join(f"{arm}: {row[arm] or 'not recorded'}" for arm in arms)
+        typer.echo(f"{marks[row['status']]} {row['field']} ({values})")
+        typer.echo(f"    {row['matters']}")
+
+
+def _stage_command(stage: str) -> Callable[..., None]:
+    def command(study: _Study, out: _Out = None, redo: _Redo = False) -> None:
+        _run(study, out, (stage,), redo)
+
+    command.__name__ = stage
+    return command
+
+
+def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None:
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+
+    with Narrator() as say:
+        study = Study.open(path)
+        folder = out or Path("runs") / study.config.name
+        say(f"study {study.config.name}: {', '.join(study.config.arms)}")
+        finished = run_study(study, folder, stages=stages, redo=redo, say=say)
+    if "report" in stages:
+        _conclude(finished.path("comparison", "answer.json"), finished.path("report.html"))
+
+
+def _conclude(answer: Path, report: Path) -> None:
+    from saeffect.provenance import read_json
+
+    typer.echo("")
+    typer.echo(read_json(answer)["headline"])
+    typer.echo("")
+    typer.echo(f"report: {report.resolve()}")

@@ -1,0 +1,35 @@
+"""What differs between the arms: tables, contrasts with intervals, the design check, the answer in words."""
+
+from saeffect.comparison.answer import Answer, answer
+from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
+from saeffect.comparison.compare import Comparison, compare
+from saeffect.comparison.contrasts import Contrast, contrasts
+from saeffect.comparison.design import design_check
+from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
+from saeffect.comparison.resampling import Resampling
+from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
+
+__all__ = [
+    "PRIMARY",
+    "Answer",
+    "ArmFacts",
+    "ArmTables",
+    "Comparison",
+    "Contrast",
+    "Gap",
+    "Judgement",
+    "Resampling",
+    "Roles",
+    "activity",
+    "answer",
+    "compare",
+    "contrasts",
+    "design_check",
+    "exceeds_noise",
+    "judge",
+    "match_counts",
+    "roles_of",
+    "table1",
+    "table2",
+    "weights",
+]

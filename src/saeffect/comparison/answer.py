@@ -1,0 +1,253 @@
+"""The comparison in plain sentences: the headline, what was found, and what it does not show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TypedDict
+
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.caveats import caveats
+from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
+from saeffect.comparison.wording import interval, joined, number, percent, whole
+
+__all__ = ["Answer", "answer"]
+
+_NAMES = {
+    "domain_share": "the share of domain features",
+    "pass_rate": "the share of tested features that pass",
+    "coherence_mean": "the mean coherence of domain features",
+    "effect": "the mean effect of steering",
+}
+_SHORT_NAMES = {
+    "domain_share": "share of domain features",
+    "pass_rate": "pass rate",
+    "coherence_mean": "mean coherence",
+}
+
+
+class Answer(TypedDict):
+    """Plain text, a sentence or a few each; nothing in it is markup."""
+
+    headline: str
+    sentences: list[str]
+    caveats: list[str]
+
+
+def answer(
+    arms: Mapping[str, ArmTables],
+    roles: Roles,
+    *,
+    table1: pd.DataFrame,
+    table2: pd.DataFrame,
+    contrasts: pd.DataFrame,
+    design: pd.DataFrame,
+    min_matches: int,
+    alpha: float,
+) -> Answer:
+    """Put the tables into words.
+
+    Nothing is called a change by fine-tuning unless `judge` finds it beyond SAE noise, and every
+    difference comes with its interval. What has no interval is named, with the reason.
+
+    Args:
+        arms: The arms by name.
+        roles: Who is control, treatment and placebo.
+        table1: As `table1` gives it, one row an arm.
+        table2: As `table2` gives it.
+        contrasts: As `contrasts` gives it.
+        design: As `design_check` gives it.
+        min_matches: Top tokens in the vocabulary that make a feature count.
+        alpha: Highest q at which a feature passed.
+    """
+    first, second = table1.set_index("arm"), table2.set_index("arm")
+    judged = {quantity: judge(contrasts, quantity) for quantity in (*PRIMARY, "effect")}
+    tested = any(int(first.loc[name, "tested"]) for name in roles.ordered)
+    sentences = [
+        _domain_counts(first, roles),
+        _scale_counts(first, roles, min_matches),
+        _difference(judged["domain_share"], roles),
+        _passes(first, judged["pass_rate"], roles, alpha),
+        _coherence(second, judged["coherence_mean"], roles),
+    ]
+    if tested:
+        sentences.append(_effects(first, judged["effect"], roles))
+    return Answer(
+        headline=_headline([judged[quantity] for quantity in PRIMARY], first, roles, design),
+        sentences=sentences,
+        caveats=caveats(arms, roles, first, second, contrasts, design),
+    )
+
+
+def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, design: pd.DataFrame) -> str:
+    def having(status: Status) -> list[Judgement]:
+        return [one for one in judged if one.status == status]
+
+    if not any(int(table1.loc[name, "domain_features"]) for name in (roles.control, roles.treatment)):
+        return (
+            "Nothing can be said about fine-tuning: "
+            f"neither {roles.control} nor {roles.treatment} has a domain feature."
+        )
+    if beyond := having("beyond"):
+        return _headline_beyond(beyond, [one for one in judged if one not in beyond], design)
+    if unseparated := having("unseparated"):
+        why = "since the placebo has no interval here" if roles.placebos else "without a placebo arm"
+        return (
+            f"Control and treatment differ ({_named(unseparated)}), but {why} "
+            "we cannot tell fine-tuning from SAE noise."
+        )
+    if noise := having("noise"):
+        return (
+            "We cannot credit fine-tuning with a change: control and treatment differ "
+            f"({_named(noise)}), but not clearly by more than retraining the SAE gives."
+        )
+    if unclear := having("unclear"):
+        verb = "interval of treatment minus control includes" if len(unclear) == 1 else "intervals include"
+        return (
+            "We cannot tell whether fine-tuning changed the domain features: "
+            f"the {verb} zero ({_named(unclear)})."
+        )
+    return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
+
+
+def _headline_beyond(beyond: list[Judgement], others: list[Judgement], design: pd.DataFrame) -> str:
+    flaws = list(design.loc[design["status"] == "flaw", "field"])
+    subject = (
+        "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
+    )
+    text = f"{subject} by more than retraining the SAE does: {joined([_changed(one) for one in beyond])}."
+    if others:
+        names = " or the ".join(_SHORT_NAMES[one.quantity] for one in others)
+        text += f" The same cannot be said of the {names}."
+    if flaws:
+        text += f" But the design is flawed ({joined(flaws)}), so fine-tuning need not be the cause."
+    return text
+
+
+def _changed(one: Judgement) -> str:
+    up = one.change.estimate > 0
+    words = {
+        "domain_share": f"a {'larger' if up else 'smaller'} share of them are domain features",
+        "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
+        "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
+    }[one.quantity]
+    return f"{words} ({interval(one.change)})"
+
+
+def _named(judged: list[Judgement]) -> str:
+    return "; ".join(f"{_SHORT_NAMES[one.quantity]} {interval(one.change)}" for one in judged)
+
+
+def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:
+    parts = []
+    for name in roles.ordered:
+        found, total = int(table1.loc[name, "domain_features"]), int(table1.loc[name, "n_features"])
+        share = f" ({percent(found / total)})" if total else ""
+        parts.append(f"{whole(found)} of {whole(total)} in {name}{share}")
+    return f"Domain features: {joined(parts)}."
+
+
+def _scale_counts(table1: pd.DataFrame, roles: Roles, min_matches: int) -> str:
+    dot, cosine = (
+        joined([f"{whole(int(table1.loc[name, column]))} in {name}" for name in roles.ordered])
+        for column in ("matches_dot", "matches_cosine")
+    )
+    tokens = f"{min_matches} top token{'s' if min_matches != 1 else ''}"
+    return (
+        f"Counting every feature with at least {tokens} in the vocabulary: {dot} under the dot product "
+        f"(the paper's scale), and {cosine} under the cosine."
+    )
+
+
+def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float) -> str:
+    counted = [name for name in roles.ordered if int(table1.loc[name, "tested"])]
+    if not counted:
+        return "No feature was tested by steering, so nothing can be said about what the features cause."
+    ours, papers = [], []
+    for name in counted:
+        row = table1.loc[name]
+        ours.append(
+            f"{whole(int(row['passed']))} of {whole(int(row['tested']))} in {name} "
+            f"({percent(float(row['pass_rate']))})"
+        )
+        papers.append(f"{whole(int(row['paper_passed']))} in {name}")
+    text = (
+        "Steered against a placebo direction, these tested features passed at "
+        f"q \N{LESS-THAN OR EQUAL TO} {alpha:g}: {joined(ours)}; "
+        f"by the paper's rule, one steered sample against one unsteered: {joined(papers)}."
+    )
+    missing = [name for name in roles.ordered if name not in counted]
+    if missing:
+        text += f" None was tested in {joined(missing)}."
+    return f"{text} {_difference(judged, roles)}"
+
+
+def _coherence(table2: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
+    parts = []
+    for name in roles.ordered:
+        row = table2.loc[name]
+        middle = float(row["mean"])
+        if math.isnan(middle):
+            parts.append(f"undefined in {name}")
+            continue
+        ends = (
+            f" ({number(row['mean_low'], 3)} to {number(row['mean_high'], 3)})"
+            if row["mean_low"] == row["mean_low"]
+            else ""
+        )
+        parts.append(f"{number(middle, 3)} in {name}{ends}")
+    return f"Mean coherence of the domain features: {joined(parts)}. {_difference(judged, roles)}"
+
+
+def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
+    parts = []
+    for name in roles.ordered:
+        row = table1.loc[name]
+        if math.isnan(float(row["effect_mean"])):
+            continue
+        ends = (
+            f" ({number(row['effect_low'], 3)} to {number(row['effect_high'], 3)})"
+            if row["effect_low"] == row["effect_low"]
+            else ""
+        )
+        parts.append(f"{number(row['effect_mean'], 3, signed=True)} in {name}{ends}")
+    if not parts:
+        return "The effect of steering is undefined in every arm."
+    return (
+        "Beyond the placebo direction, steering a feature moved the similarity of the text "
+        f"to its top tokens by {joined(parts)} on average. {_difference(judged, roles)}"
+    )
+
+
+def _difference(judged: Judgement, roles: Roles) -> str:
+    """Treatment against control, the same for SAE noise, and what follows."""
+    name = _NAMES[judged.quantity]
+    change = judged.change
+    if judged.status == "undefined":
+        return (
+            f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
+        )
+    text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
+    noise = [
+        f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined
+    ]
+    if noise:
+        text += f" Retraining the SAE alone gives {joined(noise)}."
+    return f"{text} {_verdict(judged, roles)}"
+
+
+def _verdict(judged: Judgement, roles: Roles) -> str:
+    if judged.status == "unclear":
+        return "The interval of the difference includes zero: we cannot tell whether fine-tuning changed it."
+    if judged.status == "unseparated":
+        if roles.placebos:
+            reasons = [gap.reason for gap in (*judged.retraining, *judged.beyond) if gap.reason]
+            why = reasons[0] if reasons else "no interval"
+            return f"The placebo cannot be compared ({why}), so this may be SAE noise."
+        return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
+    apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])
+    if judged.status == "beyond":
+        return f"The difference is more than that noise ({apart})."
+    return f"That is not clearly more than this noise ({apart}), so we cannot credit fine-tuning with it."

@@ -1,0 +1,166 @@
+"""What the comparison needs to know about one arm: its tables and its facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from saeffect.errors import BadFile, ConfigError
+
+__all__ = ["ArmFacts", "ArmTables", "Roles", "roles_of"]
+
+_NEEDED = {
+    "features": ("feature", "top_tokens", "top_weights", "density", "mean_activation", "max_activation"),
+    "coherence": ("feature", "coherence", "n_known", "reason"),
+    "selection": ("feature", "matches", "matches_dot", "matches_cosine", "in_vocabulary", "is_domain"),
+    "interventions": ("feature", "prompt", "sample", "condition", "dose", "similarity"),
+    "direct_effects": ("feature", "prompt", "condition", "delta_logprob"),
+    "effects": ("feature", "n_pairs", "effect", "p", "passed", "paper_pass"),
+}
+
+
+@dataclass(frozen=True)
+class ArmFacts:
+    """How an arm was made, in plain strings and numbers; None where nobody recorded it.
+
+    Attributes:
+        role: "control", "treatment" or "placebo".
+        model: Name of the language model.
+        hook: Where the SAE reads, for instance "blocks.26.hook_resid_pre".
+        architecture: Kind of SAE ("topk", "standard", ...).
+        d_sae: Number of features.
+        k: Features that may fire per token (TopK), or None.
+        training_tokens: Tokens that the SAE was trained on.
+        training_text: Name of that text.
+        training_text_sha256: Its hash: two texts of one name need not be equal.
+        seed: Seed of the SAE's training.
+        normalisation: How activations were scaled before the SAE.
+        dtype: Number format of the SAE's weights.
+        explained_variance: Share of the variance that the SAE keeps on held-out tokens, at most 1.
+        ce_loss_score: Share of the loss that it recovers, at most 1.
+        l0: Mean number of features active per token.
+        dead_share: Share of features that never fired on the held-out tokens.
+    """
+
+    role: str
+    model: str | None = None
+    hook: str | None = None
+    architecture: str | None = None
+    d_sae: int | None = None
+    k: int | None = None
+    training_tokens: int | None = None
+    training_text: str | None = None
+    training_text_sha256: str | None = None
+    seed: int | None = None
+    normalisation: str | None = None
+    dtype: str | None = None
+    explained_variance: float | None = None
+    ce_loss_score: float | None = None
+    l0: float | None = None
+    dead_share: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ArmTables:
+    """The tables of one arm, as the earlier stages wrote them.
+
+    Attributes:
+        name: Name of the arm in the study.
+        role: "control", "treatment" or "placebo".
+        features: One row a feature: top tokens with weights, activity.
+        coherence: One row a feature: coherence (NaN where undefined), n_known, reason.
+        selection: One row a feature: matches under each projection, in_vocabulary, is_domain.
+        interventions: One row per feature, prompt, sample, condition and dose; None if nothing was steered.
+        direct_effects: One row per feature, prompt and condition; None if not measured.
+        effects: One row a tested feature; None if nothing was steered.
+        facts: How the arm was made.
+        coverage_unique: Share of the distinct top tokens of domain features that the word vectors have,
+            0 to 1; NaN if not measured.
+    """
+
+    name: str
+    role: str
+    features: pd.DataFrame
+    coherence: pd.DataFrame
+    selection: pd.DataFrame
+    interventions: pd.DataFrame | None
+    direct_effects: pd.DataFrame | None
+    effects: pd.DataFrame | None
+    facts: ArmFacts
+    coverage_unique: float = float("nan")
+
+    def __post_init__(self) -> None:
+        for table, needed in _NEEDED.items():
+            frame = getattr(self, table)
+            missing = [] if frame is None else [column for column in needed if column not in frame.columns]
+            if missing:
+                raise BadFile(
+                    f"the {table} table of arm {self.name!r} has no column {', '.join(missing)}.",
+                    at=f"arms/{self.name}/{table}.parquet",
+                    fix="run the stage that writes this table again.",
+                )
+
+    @property
+    def n_features(self) -> int:
+        """Number of features of the SAE."""
+        return len(self.selection)
+
+    @property
+    def domain(self) -> np.ndarray:
+        """Ids of the domain features, ascending; int64."""
+        chosen = self.selection["is_domain"].to_numpy(dtype=bool)
+        return np.sort(self.selection["feature"].to_numpy(dtype=np.int64)[chosen])
+
+    def of_domain(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The rows of `table` that belong to domain features, ordered by feature."""
+        rows = table[table["feature"].isin(self.domain)]
+        return rows.sort_values("feature", kind="stable").reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which arm plays which part: names of arms, placebos in the study's order."""
+
+    control: str
+    treatment: str
+    placebos: tuple[str, ...]
+
+    @property
+    def ordered(self) -> tuple[str, ...]:
+        """Control, treatment, then the placebos: the row order of every table."""
+        return (self.control, self.treatment, *self.placebos)
+
+
+def roles_of(roles: Mapping[str, str]) -> Roles:
+    """Read who is control, treatment and placebo.
+
+    Args:
+        roles: Role of each arm, by the arm's name.
+
+    Raises:
+        ConfigError: Not exactly one control and one treatment, or a role that does not exist.
+
+    Example:
+        >>> roles_of({"base": "control", "tuned": "treatment", "again": "placebo"}).placebos
+        ('again',)
+    """
+    by_role: dict[str, list[str]] = {"control": [], "treatment": [], "placebo": []}
+    for name, role in roles.items():
+        if role not in by_role:
+            raise ConfigError(
+                f"arm {name!r} has the role {role!r}; valid: control, treatment, placebo.",
+                at=f"arms.{name}.role",
+            )
+        by_role[role].append(name)
+    for role in ("control", "treatment"):
+        if len(by_role[role]) != 1:
+            found = ", ".join(by_role[role]) or "none"
+            raise ConfigError(
+                f"a comparison needs exactly one {role} arm. Found: {found}.",
+                at="arms",
+                fix=f"give one arm the role {role}, and repeats of the control the role placebo.",
+            )
+    return Roles(by_role["control"][0], by_role["treatment"][0], tuple(by_role["placebo"]))

@@ -1,0 +1,156 @@
+"""In what do the arms differ besides the model? The paper's own did in several ways; reports must say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+
+import pandas as pd
+
+from saeffect.comparison.arms import ArmFacts, Roles, roles_of
+from saeffect.errors import ConfigError
+
+__all__ = ["design_check"]
+
+RESERVED = ("field", "differs", "status", "matters")
+
+# Settings that should be equal in every arm, and what goes wrong when they are not.
+_WHY = {
+    "hook": "features of two places in a network do different work, so their counts are not comparable",
+    "architecture": "each kind of SAE makes its own kind of features, so it may be the SAE that differs",
+    "d_sae": "a wider SAE splits features, so counts and shares are not comparable",
+    "k": "more active features per token make each one broader, which shifts coherence and density",
+    "training_tokens": "an SAE trained for longer has sharper features, whatever the model",
+    "training_text": "an SAE learns what its text shows, so another text gives other domain features",
+    "training_text_sha256": "texts of one name with different content give different features",
+    "normalisation": "activations on another scale change weights, doses and activations",
+    "dtype": "another number format rounds weights differently; small, but not nothing",
+}
+# Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
+_MEASURED: dict[str, tuple[float, bool, str]] = {
+    "explained_variance": (0.02, False, "an SAE that fits its model worse finds poorer features"),
+    "ce_loss_score": (
+        0.02,
+        False,
+        "an SAE that loses more of the model's behaviour speaks less for the model",
+    ),
+    "l0": (0.10, True, "more active features per token make each one broader"),
+    "dead_share": (0.05, False, "features that never fire cannot be of the domain, which lowers shares"),
+}
+
+
+def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
+    """List every recorded fact of the arms side by side, and say which differences matter.
+
+    Args:
+        arms: Facts by arm name; one control, one treatment, any number of placebos.
+
+    Returns:
+        One row a field: `field`, one column of text per arm ("" where unknown), `differs`, `status`, and
+        `matters`, one sentence ("" for "same"). The status is "same"; "intended" for a difference that the
+        design asks for; "flaw" for one that may pass for an effect of fine-tuning; "small" for measured
+        values that differ too little to matter; "unknown" where an arm did not record it.
+
+    Raises:
+        ConfigError: Not one control and one treatment, or an arm with the name of a column.
+    """
+    roles = roles_of({name: facts.role for name, facts in arms.items()})
+    clash = [name for name in arms if name in RESERVED]
+    if clash:
+        raise ConfigError(
+            f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm."
+        )
+    rows = []
+    for field in (entry.name for entry in fields(ArmFacts)):
+        values = {name: getattr(arms[name], field) for name in roles.ordered}
+        status, matters = _judge(field, values, roles)
+        rows.append(
+            {
+                "field": field,
+                **{name: _text(value) for name, value in values.items()},
+                "differs": len({_text(value) for value in values.values()}) > 1,
+                "status": status,
+                "matters": matters,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
+    if field == "role":
+        return "intended", "The roles say what each arm is for."
+    if field == "k" and not any(_known(value) for value in values.values()):
+        return "same", ""  # only TopK has a k
+    unknown = [name for name, value in values.items() if not _known(value)]
+    if unknown:
+        if len(unknown) == len(values):
+            return "unknown", "No arm recorded it, so nobody can check it."
+        return "unknown", f"Not recorded for {_and(unknown)}, so nobody can check it."
+    if field == "model":
+        return _judge_model(values, roles)
+    if field == "seed":
+        return _judge_seed(values, roles)
+    if len({str(value) for value in values.values()}) == 1:
+        return "same", ""
+    if field in _MEASURED:
+        margin, relative, why = _MEASURED[field]
+        numbers = [float(str(value)) for value in values.values()]
+        spread = max(numbers) - min(numbers)
+        if spread <= margin * (max(abs(number) for number in numbers) if relative else 1.0):
+            return "small", "The values differ too little to matter."
+        return "flaw", f"The values differ by {spread:.3g}: {why}."
+    return "flaw", f"It should be equal in every arm: {_WHY[field]}."
+
+
+def _judge_model(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
+    control = values[roles.control]
+    others = [name for name in roles.placebos if values[name] != control]
+    if others:
+        verb = "has" if len(others) == 1 else "have"
+        return (
+            "flaw",
+            f"{_and(others)} {verb} another model than the control, so that is not only SAE noise.",
+        )
+    if values[roles.treatment] == control:
+        return (
+            "flaw",
+            "Control and treatment have the same model, so nothing found here can come from fine-tuning.",
+        )
+    return "intended", "Control and treatment differ in the model: that is the comparison."
+
+
+def _judge_seed(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
+    control = values[roles.control]
+    same = [name for name in roles.placebos if values[name] == control]
+    if same:
+        verb = "has" if len(same) == 1 else "have"
+        return (
+            "flaw",
+            f"{_and(same)} {verb} the control's seed, so retraining changed nothing and shows no SAE noise.",
+        )
+    treated = (
+        "Treatment and control share a seed: both SAEs start alike, which keeps noise down"
+        if values[roles.treatment] == control
+        else "Treatment and control have different seeds, which is fine: it adds SAE noise, as in a placebo"
+    )
+    if roles.placebos:
+        return (
+            "intended",
+            f"{treated}. The placebo has another seed on purpose: what differs there is SAE noise.",
+        )
+    return ("same" if values[roles.treatment] == control else "intended"), f"{treated}."
+
+
+def _known(value: object) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def _text(value: object) -> str:
+    if not _known(value):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

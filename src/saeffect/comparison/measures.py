@@ -1,0 +1,161 @@
+"""The numbers that are read off one arm; tables and contrasts are made of these and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables
+
+__all__ = [
+    "PassCounts",
+    "TokenCoverage",
+    "Weights",
+    "activity_of",
+    "coherence_of",
+    "condition_similarities",
+    "direct_effect_of",
+    "effect_of",
+    "known_share",
+    "match_counts_of",
+    "pass_counts",
+    "scale_count",
+    "weights_of",
+]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PassCounts:
+    """How many features were tested and passed, by our test and by the paper's rule.
+
+    A feature counts as tested when its p is defined. `paper_tested` is how many of those the paper's
+    rule could judge.
+    """
+
+    tested: int
+    passed: int
+    paper_tested: int
+    paper_passed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Top-token weights of domain features, one entry a token: weight, id of its feature, rank; each [n]."""
+
+    weight: FloatArray
+    feature: IntArray
+    rank: IntArray
+
+
+@dataclass(frozen=True)
+class TokenCoverage:
+    """Top tokens of domain features that the word vectors have: `known` of `total`, repeats counted."""
+
+    known: int
+    total: int
+
+
+def scale_count(arm: ArmTables, scale: Literal["dot", "cosine"], min_matches: int) -> int:
+    """Features with at least `min_matches` top tokens in the vocabulary under one projection."""
+    return int((arm.selection[f"matches_{scale}"] >= min_matches).sum())
+
+
+def pass_counts(arm: ArmTables) -> PassCounts:
+    """Tested and passing features of an arm; all 0 where nothing was steered."""
+    if arm.effects is None:
+        return PassCounts(0, 0, 0, 0)
+    tested = arm.effects[arm.effects["p"].notna()]
+    return PassCounts(
+        tested=len(tested),
+        passed=_count_true(tested["passed"]),
+        paper_tested=int(tested["paper_pass"].notna().sum()),
+        paper_passed=_count_true(tested["paper_pass"]),
+    )
+
+
+def coherence_of(arm: ArmTables) -> FloatArray:
+    """Defined coherences of the domain features, in feature order; float64 [n_defined]."""
+    return _finite(arm.of_domain(arm.coherence)["coherence"])
+
+
+def known_share(arm: ArmTables) -> TokenCoverage:
+    """Total coverage of the domain features' top tokens by the word vectors."""
+    known = int(arm.of_domain(arm.coherence)["n_known"].sum())
+    total = sum(len(tokens) for tokens in arm.of_domain(arm.features)["top_tokens"])
+    return TokenCoverage(known, total)
+
+
+def weights_of(arm: ArmTables) -> Weights:
+    """Top-token weights of the domain features: what the paper calls their activations.
+
+    Rank 0 is the token that the feature promotes most. Weights that are not finite are left out.
+    """
+    rows = arm.of_domain(arm.features)
+    lists = [np.asarray(list(weights), dtype=np.float64) for weights in rows["top_weights"]]
+    if not lists:
+        empty = np.empty(0, dtype=np.int64)
+        return Weights(np.empty(0, dtype=np.float64), empty, empty)
+    lengths = [len(weights) for weights in lists]
+    weight = np.concatenate(lists)
+    feature = np.repeat(rows["feature"].to_numpy(dtype=np.int64), lengths)
+    rank = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+    keep = np.isfinite(weight)
+    return Weights(weight[keep], feature[keep], rank[keep])
+
+
+def match_counts_of(arm: ArmTables) -> IntArray:
+    """Top tokens in the vocabulary, every feature of the arm: int64 [n_features]."""
+    counts: IntArray = arm.selection["matches"].to_numpy(dtype=np.int64)
+    return counts
+
+
+def activity_of(arm: ArmTables, column: Literal["density", "mean_activation"]) -> FloatArray:
+    """Density (share of tokens) or mean activation where active, of domain features; finite values only."""
+    return _finite(arm.of_domain(arm.features)[column])
+
+
+def effect_of(arm: ArmTables) -> FloatArray:
+    """Effect of steering beyond the placebo direction, per tested feature, in cosine similarity."""
+    return np.empty(0) if arm.effects is None else _finite(arm.effects.sort_values("feature")["effect"])
+
+
+def direct_effect_of(arm: ArmTables) -> FloatArray:
+    """Direct effect beyond that of the placebo direction, per tested feature, in nats.
+
+    Taken from the direct-effects table: mean over prompts and doses, steered minus random; finite only.
+    """
+    if arm.direct_effects is None or arm.direct_effects.empty:
+        return np.empty(0)
+    means = arm.direct_effects.pivot_table(
+        index="feature", columns="condition", values="delta_logprob", aggfunc="mean", sort=True
+    )
+    if not {"steered", "random"} <= set(means.columns):
+        return np.empty(0)
+    return _finite(means["steered"] - means["random"])
+
+
+def condition_similarities(arm: ArmTables, condition: str) -> tuple[FloatArray, IntArray]:
+    """Similarity of every trial of one condition, with the feature that each belongs to (its cluster)."""
+    if arm.interventions is None:
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    trials = arm.interventions
+    rows = trials[(trials["condition"] == condition) & trials["similarity"].notna()]
+    rows = rows.sort_values("feature", kind="stable")
+    return rows["similarity"].to_numpy(dtype=np.float64), rows["feature"].to_numpy(dtype=np.int64)
+
+
+def _finite(values: pd.Series[Any]) -> FloatArray:
+    array: FloatArray = values.to_numpy(dtype=np.float64)
+    return array[np.isfinite(array)]
+
+
+def _count_true(values: pd.Series[Any]) -> int:
+    """Number of True entries; missing ones are not True."""
+    return sum(isinstance(value, (bool, np.bool_)) and bool(value) for value in values)

@@ -1,0 +1,215 @@
+"""Configuration: frozen, strict, and free of input and output.
+
+A study file is YAML; its keys are the fields below. Unknown keys are refused with a suggestion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError, unknown_name
+
+__all__ = [
+    "ArmConfig",
+    "CoherenceConfig",
+    "ComparisonConfig",
+    "FeaturesConfig",
+    "GateConfig",
+    "ModelConfig",
+    "SelectionConfig",
+    "SteeringConfig",
+    "StrictModel",
+    "StudyConfig",
+    "TextConfig",
+    "TextSource",
+]
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration object: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, values: Any, *, at: str) -> Self:
+        """Validate plain data.
+
+        Raises:
+            UnknownName: A key that does not exist; the message lists the valid ones.
+            ConfigError: A value of the wrong kind or out of range; the message names the key.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            keys = [str(part) for part in first["loc"]]
+            place = f"{at}, {'.'.join(keys)}" if keys else at
+            if first["type"] == "extra_forbidden":
+                raise unknown_name("key", keys[-1], _keys_at(cls, keys[:-1]), at=place) from error
+            got = "" if first["type"] == "missing" else f" Got {first['input']!r}."
+            message = first["msg"].removeprefix("Value error, ").rstrip(".")
+            raise ConfigError(f"{message}.{got}", at=place) from error
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the model that a path of keys leads to."""
+    for key in path:
+        field = model.model_fields.get(key)
+        if field is None:  # a key of a mapping, such as an arm's name
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
+
+
+class ModelConfig(StrictModel):
+    """Which language model."""
+
+    path: str = Field(min_length=1, description="Hub id, folder, .gguf file, or bundled:smollm2-135m-instruct.")
+    adapter: str | None = Field(None, description="PEFT adapter: folder, hub id, or bundled:<name>.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 where the processor has it, else float32."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class TextSource(StrictModel):
+    """One kind of text."""
+
+    name: str = Field(min_length=1, description="What to call it: general, domain, ...")
+    path: str = Field(min_length=1, description=".jsonl[.gz], .txt, or a dataset id.")
+    field: str = Field("text", description="Which field of a row holds the text.")
+    licence: str = Field("", description="For model cards.")
+
+
+class ArmConfig(StrictModel):
+    """One language model with one SAE."""
+
+    role: Literal["control", "treatment", "placebo"]
+    model: ModelConfig
+    sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
+    hook: str | None = Field(None, description="TransformerLens name; by default the one in the SAE's cfg.json.")
+
+
+class TextConfig(StrictModel):
+    """Text on which activity is measured and contexts are found; the same for every arm."""
+
+    bundled: str | None = Field(None, description="Bundled token ids, such as smollm2-sampled.")
+    sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
+    tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
+    context_size: int = Field(256, ge=8, description="Tokens a row, for files.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.bundled is None) == (not self.sources):
+            raise ValueError("give either bundled or sources")
+        doubled = [name for name, n in Counter(s.name for s in self.sources).items() if n > 1]
+        if doubled:
+            raise ValueError(f"the source name {doubled[0]!r} is there twice")
+        return self
+
+
+class GateConfig(StrictModel):
+    """When an SAE is good enough for its model: below these the study stops or warns."""
+
+    tokens: int = Field(4_096, ge=256, description="Tokens of the study's text to measure on.")
+    min_explained_variance: float = Field(0.6, le=1)
+    min_ce_loss_score: float = Field(0.8, le=1)
+    on_failure: Literal["stop", "warn"] = "stop"
+
+
+class FeaturesConfig(StrictModel):
+    """How features are named and exemplified."""
+
+    top_k: int = Field(10, ge=2, le=100, description="Top tokens a feature.")
+    projection: Literal["cosine", "dot"] = Field("cosine", description="dot is the paper's.")
+    examples: int = Field(6, ge=1, le=50, description="Max-activating contexts a feature.")
+    window: int = Field(24, ge=4, le=256, description="Tokens before the peak in a context.")
+
+
+class CoherenceConfig(StrictModel):
+    """Which word vectors."""
+
+    embeddings: str = Field("glove-wiki-gigaword-100", description="Bundled name or a vectors file.")
+
+
+class SelectionConfig(StrictModel):
+    """What makes a feature one of the domain."""
+
+    vocabulary: str = Field("medical", description="Bundled name, or a text file with a word a line.")
+    domain: str = Field("", description="What to call the domain; by default the vocabulary's name.")
+    min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
+    verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
+
+
+class SteeringConfig(StrictModel):
+    """Interventions. The dose is in units of the hook's mean residual norm."""
+
+    prompts: tuple[str, ...] = Field(("What topic is on your mind?",), min_length=1)
+    search_prompts: tuple[str, ...] = Field((), description="For the dose search; none of them a test prompt.")
+    doses: tuple[float, ...] = Field((0.4,), min_length=1, description="Candidates; one is used.")
+    search_features: int = Field(8, ge=1, description="Features of each arm that the search steers.")
+    max_features: int | None = Field(None, ge=1, description="Test a random sample of so many domain features an arm.")
+    samples: int = Field(4, ge=1, description="Texts a prompt.")
+    max_new_tokens: int = Field(50, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(0.3, gt=0, le=1)
+    frequency_penalty: float = 1.0
+    positions: Literal["all", "generated", "prompt"] = "all"
+    batch_size: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        if len(self.doses) > 1 and not self.search_prompts:
+            raise ValueError("several doses need search_prompts to choose on")
+        shared = set(self.prompts) & set(self.search_prompts)
+        if shared:
+            raise ValueError(f"{min(shared)!r} is both a search prompt and a test prompt")
+        return self
+
+
+class ComparisonConfig(StrictModel):
+    """Intervals and tests."""
+
+    alpha: float = Field(0.05, gt=0, lt=1, description="Highest q at which a feature passes.")
+    n_boot: int = Field(2_000, ge=40)
+    n_permutations: int = Field(10_000, ge=100)
+
+
+class StudyConfig(StrictModel):
+    """A whole study: its YAML file has these keys."""
+
+    name: str = Field(description="Letters, digits, dot, dash, underscore.")
+    title: str = ""
+    seed: int = Field(0, ge=0)
+    arms: dict[str, ArmConfig] = Field(min_length=2)
+    text: TextConfig
+    gate: GateConfig = GateConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    coherence: CoherenceConfig = CoherenceConfig()
+    selection: SelectionConfig = SelectionConfig()
+    steering: SteeringConfig | None = SteeringConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        # Names become folders, so they must not be paths.
+        for name in (self.name, *self.arms):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+                raise ValueError(f"{name!r} is no name; use letters, digits, dot, dash, underscore")
+        roles = Counter(arm.role for arm in self.arms.values())
+        if roles["control"] != 1 or roles["treatment"] != 1:
+            raise ValueError("a study has exactly one control and one treatment arm")
+        return self

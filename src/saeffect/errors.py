@@ -1,0 +1,138 @@
+"""Every error that a user can cause, in one tree.
+
+    SaeffectError
+    ├── ConfigError            a study or training file says something impossible
+    │   └── UnknownName        a name that is not one of the valid ones (they are listed)
+    ├── NotFound               a file, folder, model or bundled artifact is not there
+    ├── Unreachable            a download is needed and no source answers
+    ├── BadFile                a file is there but truncated, malformed, or holds NaN
+    ├── ShapeMismatch          two arrays that must fit do not
+    ├── IncompatibleSae        an SAE that cannot belong to this model and hook
+    ├── IncompatibleModels     two arms that cannot be compared (another tokenizer, say)
+    ├── EmptySelection         nothing is left to study: no words, no features, no text
+    ├── Undefined              a statistic that has no value for these data
+    └── Interrupted            stopped by the user; the message says how to resume
+
+Each message says what is wrong and what was expected; `at` says where, `fix` what to do.
+"""
+
+# ruff: noqa: N818 - they are named after what went wrong; the base class says that they are errors
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BadFile",
+    "ConfigError",
+    "EmptySelection",
+    "IncompatibleModels",
+    "IncompatibleSae",
+    "Interrupted",
+    "NotFound",
+    "SaeffectError",
+    "ShapeMismatch",
+    "Undefined",
+    "UnknownName",
+    "Unreachable",
+    "unknown_name",
+]
+
+
+class SaeffectError(Exception):
+    """Base of all errors below.
+
+    Args:
+        message: What is wrong and what was expected, one or two sentences.
+        at: Where: a file, a key of the study file, or an argument.
+        fix: What to do about it.
+
+    Example:
+        >>> print(NotFound("no folder 'sae'.", at="arms.control.sae", fix="train one."))
+        NotFound: no folder 'sae'.
+          at:  arms.control.sae
+          fix: train one.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, at: str | None = None, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.at = at
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [f"{type(self).__name__}: {self.message}"]
+        if self.at:
+            lines.append(f"  at:  {self.at}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def placed(self, at: str) -> SaeffectError:
+        """The same error, with `at` in front of what it already says about the place."""
+        self.at = f"{at}, {self.at}" if self.at else at
+        return self
+
+
+class ConfigError(SaeffectError):
+    """A study or training file says something impossible."""
+
+
+class UnknownName(ConfigError):
+    """A name that is not among the valid ones."""
+
+
+class NotFound(SaeffectError):
+    """A file, folder, model or bundled artifact is not there."""
+
+
+class Unreachable(SaeffectError):
+    """A download is needed and no source answers."""
+
+
+class BadFile(SaeffectError):
+    """A file is there but truncated, malformed, or holds values that cannot be used."""
+
+
+class ShapeMismatch(SaeffectError):
+    """Two arrays that must fit do not."""
+
+
+class IncompatibleSae(SaeffectError):
+    """An SAE that cannot belong to this model and hook."""
+
+
+class IncompatibleModels(SaeffectError):
+    """Two arms that cannot be compared."""
+
+
+class EmptySelection(SaeffectError):
+    """Nothing is left to study."""
+
+
+class Undefined(SaeffectError):
+    """A statistic that has no value for these data."""
+
+
+class Interrupted(SaeffectError):
+    """Stopped by the user; the message says how to resume."""
+
+    exit_code = 130
+
+
+def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | None = None) -> UnknownName:
+    """An `UnknownName` that lists the valid names and, where one is near, suggests it.
+
+    Example:
+        >>> print(unknown_name("projection", "cosin", ["dot", "cosine"]))
+        UnknownName: there is no projection 'cosin'; valid: cosine, dot.
+          fix: did you mean 'cosine'?
+    """
+    names = sorted(valid)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(names) or '(none)'}."
+    return UnknownName(
+        f"there is no {kind} {str(name)!r}; valid: {', '.join(names) or '(none)'}.", at=at, fix=fix
+    )

@@ -1,0 +1,252 @@
+"""How much a feature's top tokens mean the same thing: equation 1 of the paper.
+
+`coherence_score` is the equation for one feature, `coherence` the same for a whole table, in batches. Both go
+through `_batch`, the only place where the formula stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.features.embeddings import DEFAULT_EMBEDDINGS, WordVectors, load_embeddings
+from saeffect.text.tokens import normalise_token
+
+__all__ = ["EPSILON", "Coverage", "coherence", "coherence_score", "coverage"]
+
+Float64Array = NDArray[np.float64]
+
+EPSILON = 1e-8
+"""The ε of the equation."""
+
+# Below this the sum of weight products no longer drowns ε (an error above 1 %), so the quotient says nothing.
+_SMALLEST_SUM = 100 * EPSILON
+# Products of mixed sign that cancel to less than this share of their sizes leave only rounding errors.
+_CANCELLED = 1e-9
+_NUMBERS_PER_BATCH = 2_000_000  # gathered vectors held at once: 16 MB of float64
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Shares of the top tokens that the embedding has.
+
+    Attributes:
+        n_unique: Different words among the top tokens, after `normalise_token`.
+        n_unique_known: How many of those the embedding has.
+        n_total: Top tokens of all features, repetitions counted.
+        n_total_known: How many of those the embedding has.
+        unique: n_unique_known / n_unique, in [0, 1]; NaN without tokens.
+        total: n_total_known / n_total, in [0, 1]; NaN without tokens.
+        reason: Why the shares are NaN; "" when they are not.
+    """
+
+    n_unique: int
+    n_unique_known: int
+    n_total: int
+    n_total_known: int
+    unique: float
+    total: float
+    reason: str = ""
+
+
+def coherence_score(
+    tokens: Sequence[str],
+    weights: Sequence[float],
+    *,
+    embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS,
+) -> float:
+    """Coherence of one feature's top tokens: the weighted mean cosine of their pairs.
+
+    Σ_{i<j} w_i w_j cos(e_i, e_j) / (Σ_{i<j} w_i w_j + ε) over the tokens whose word (`normalise_token`: no
+    leading-space mark, lower case) the embedding has. Tokens of one word stay separate items, of cosine 1, as
+    in the paper's figures: " heart", "heart" and " Heart" together count as coherent.
+
+    Args:
+        tokens: Top tokens, in plain, GPT-2 (`Ġ`) or SentencePiece (`▁`) spelling.
+        weights: One a token, any common scale.
+        embeddings: A bundled name, a file, or loaded vectors.
+
+    Returns:
+        1 for one word repeated, about 0 for unrelated words, at most 1 where the weights have one sign. NaN
+        where it is undefined (see `coherence`, whose table says why).
+
+    Raises:
+        ShapeMismatch: Not one weight a token.
+        ConfigError: `tokens` is a single string, or holds something that is not one.
+
+    Source:
+        Gupta & Sica (2024), equation 1.
+
+    Example:
+        >>> toy = WordVectors.from_rows(["cat", "dog", "car"], [[1, 0], [3, 4], [0, 1]], name="toy")
+        >>> round(coherence_score(["Ġcat", " Dog", "xyzzy"], [3.0, 2.0, 1.0], embeddings=toy), 6)
+        0.6
+        >>> round(coherence_score(["cat", "dog", "car"], [3, 2, 1], embeddings=toy), 6)  # (6*.6 + 2*.8) / 11
+        0.472727
+    """
+    vectors = _loaded(embeddings)
+    rows, padded = _look_up([tokens], [weights], vectors)
+    return float(_batch(rows, padded, vectors.vectors)[0])
+
+
+def coherence(
+    features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
+) -> pd.DataFrame:
+    """Coherence of every feature of a table.
+
+    Args:
+        features: Columns `feature`, `top_tokens` (lists of str), `top_weights` (lists of float, as long).
+        embeddings: A bundled name, a file, or loaded vectors.
+
+    Returns:
+        One row a feature, with the index of `features`: feature; coherence, see `coherence_score`, NaN where
+        fewer than two tokens are known, a weight of a known token is not finite, or the products of weights
+        vanish, cancel or overflow; n_known, the top tokens that the embedding has; reason, "" where coherence
+        is defined.
+
+    Raises:
+        BadFile: A column is missing.
+        ShapeMismatch: A feature has not one weight a token.
+        ConfigError: A list of tokens holds something that is not a string.
+    """
+    missing = [name for name in ("feature", "top_tokens", "top_weights") if name not in features.columns]
+    if missing:
+        raise BadFile(
+            f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew."
+        )
+    vectors = _loaded(embeddings)
+    rows, weights = _look_up(list(features["top_tokens"]), list(features["top_weights"]), vectors)
+    n_known = (rows >= 0).sum(axis=1)
+    values = np.full(len(rows), np.nan)
+    step = max(1, _NUMBERS_PER_BATCH // max(1, rows.shape[1] * vectors.dim))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        values[part] = _batch(rows[part], weights[part], vectors.vectors)
+    return pd.DataFrame(
+        {
+            "feature": features["feature"].to_numpy(),
+            "coherence": values,
+            "n_known": n_known.astype(np.int64),
+            "reason": _reasons(values, n_known, weights),
+        },
+        index=features.index,
+    )
+
+
+def coverage(
+    features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
+) -> Coverage:
+    """Shares of the top tokens that the embedding has, each word once (unique) and as often as it occurs
+    (total).
+
+    Raises:
+        BadFile: There is no column `top_tokens`.
+        ConfigError: A list of tokens holds something that is not a string.
+
+    Example:
+        >>> toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")
+        >>> shares = coverage(pd.DataFrame({"top_tokens": [["cat", "Ġcat", "zzz"], ["Cat"]]}), embeddings=toy)
+        >>> shares.unique, shares.total
+        (0.5, 0.75)
+    """
+    if "top_tokens" not in features.columns:
+        raise BadFile("the feature table has no column 'top_tokens'.", fix="make it anew.")
+    vectors = _loaded(embeddings)
+    counts: dict[str, int] = {}
+    for tokens in features["top_tokens"]:
+        for token in _strings(tokens):
+            word = normalise_token(token)
+            counts[word] = counts.get(word, 0) + 1
+    known = {word: n for word, n in counts.items() if _row(word, vectors) >= 0}
+    total, total_known = sum(counts.values()), sum(known.values())
+    return Coverage(
+        n_unique=len(counts),
+        n_unique_known=len(known),
+        n_total=total,
+        n_total_known=total_known,
+        unique=len(known) / len(counts) if counts else float("nan"),
+        total=total_known / total if total else float("nan"),
+        reason="" if total else "there are no top tokens",
+    )
+
+
+def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
+    return embeddings if isinstance(embeddings, WordVectors) else load_embeddings(embeddings)
+
+
+def _strings(tokens: Sequence[str]) -> Sequence[str]:
+    """The tokens, once it is sure that each is a string."""
+    if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
+        raise ConfigError(f"top tokens must be a list of strings. Got {_shown(tokens)} instead.")
+    for token in tokens:
+        if not isinstance(token, str):
+            raise ConfigError(f"each top token must be a string. Got {_shown(token)} instead.")
+    return tokens
+
+
+def _shown(value: object) -> str:
+    return f"{repr(value)[:60]} ({type(value).__name__})"
+
+
+def _row(word: str, vectors: WordVectors) -> int:
+    """Row of a normalised word; -1 if it is not there or its vector is 0, which has no direction."""
+    row = vectors.words.get(word, -1)
+    return row if row >= 0 and vectors.vectors[row].any() else -1
+
+
+def _look_up(
+    tokens: Sequence[Sequence[str]], weights: Sequence[Sequence[float]], vectors: WordVectors
+) -> tuple[NDArray[np.int64], Float64Array]:
+    """Rows of the vectors (-1 unknown) and weights, both [n_features, k], short lists padded."""
+    k = max((len(_strings(row)) for row in tokens), default=0)
+    rows = np.full((len(tokens), k), -1, dtype=np.int64)
+    padded = np.zeros((len(tokens), k))
+    seen: dict[str, int] = {}
+    for i, (names, values) in enumerate(zip(tokens, weights, strict=True)):
+        if len(names) != len(values):
+            raise ShapeMismatch(
+                f"there must be one weight a token. Got {len(values)} for {len(names)} tokens."
+            )
+        for token in names:
+            if token not in seen:
+                seen[token] = _row(normalise_token(token), vectors)
+        rows[i, : len(names)] = [seen[token] for token in names]
+        padded[i, : len(names)] = values
+    return rows, padded
+
+
+def _batch(rows: NDArray[np.int64], weights: Float64Array, vectors: NDArray[np.float32]) -> Float64Array:
+    """Equation 1 for each row; NaN where it is undefined. rows, weights: [n, k]; float64 [n]."""
+    known = rows >= 0
+    directions = vectors[rows.clip(min=0)].astype(
+        np.float64
+    )  # [n, k, dim]; float64, or cosines of 1 would wobble
+    norms = np.linalg.norm(directions, axis=-1, keepdims=True)
+    directions /= np.where(known[..., None], norms, 1.0)
+    w = np.where(known, weights, 0.0)
+    cosines = directions @ directions.swapaxes(-1, -2)  # [n, k, k]
+    i, j = np.triu_indices(rows.shape[1], k=1)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite weights end as NaN, with a reason
+        products = w[:, i] * w[:, j]  # [n, pairs]
+        total = products.sum(axis=1)
+        values = np.einsum("np,np->n", products, cosines[:, i, j]) / (total + EPSILON)
+        enough = np.abs(total) > np.maximum(_SMALLEST_SUM, _CANCELLED * np.abs(products).sum(axis=1))
+    return np.where(enough & (known.sum(axis=1) >= 2) & np.isfinite(values), values, np.nan)
+
+
+def _reasons(values: Float64Array, n_known: NDArray[np.int64], weights: Float64Array) -> list[str]:
+    reasons = [""] * len(values)
+    for i in np.flatnonzero(np.isnan(values)):
+        if n_known[i] < 2:
+            reasons[i] = f"{n_known[i]} of the top tokens in the embedding; at least 2 are needed"
+        elif not np.isfinite(weights[i]).all():
+            reasons[i] = "a weight is NaN or infinite"
+        else:
+            reasons[i] = "the products of the weights vanish, cancel or overflow"
+    return reasons

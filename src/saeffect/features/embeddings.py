@@ -1,0 +1,184 @@
+"""Word vectors: the bundled GloVe subset, and whatever the user brings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeffect.errors import NotFound, ShapeMismatch, unknown_name
+from saeffect.features.vector_files import VECTOR_SUFFIXES, read_vectors
+
+__all__ = [
+    "BUNDLED_EMBEDDINGS",
+    "DEFAULT_EMBEDDINGS",
+    "WordVectors",
+    "load_embeddings",
+]
+
+FloatArray = NDArray[np.float32]
+
+DEFAULT_EMBEDDINGS = "glove-wiki-gigaword-100"
+BUNDLED_EMBEDDINGS = (DEFAULT_EMBEDDINGS,)
+
+_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "embeddings"
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_WORD_PART = re.compile(r"[^\W_]+")
+
+
+@dataclass(frozen=True, eq=False)
+class WordVectors:
+    """Words and their vectors.
+
+    Attributes:
+        words: Row of each word in `vectors`. Spelled as in the source; look-ups of tokens are lower-case.
+        vectors: float32 [n, dim], finite, read-only.
+        name: A bundled name, or the file they came from.
+
+    Raises:
+        ShapeMismatch: `vectors` is not [n, dim] with one row a word.
+
+    Example:
+        >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
+        >>> len(toy), toy.dim, "cat" in toy, "Cat" in toy
+        (2, 2, True, False)
+        >>> round(toy.similarity("The cat.", "a DOG"), 2)
+        0.96
+    """
+
+    words: Mapping[str, int]
+    vectors: FloatArray
+    name: str
+
+    def __post_init__(self) -> None:
+        vectors = np.asarray(self.vectors, dtype=np.float32).view()
+        if (
+            vectors.ndim != 2
+            or vectors.shape[1] < 1
+            or any(not 0 <= row < len(vectors) for row in self.words.values())
+        ):
+            raise ShapeMismatch(
+                f"vectors must be [n, dim] with a row for each word. Got shape {list(vectors.shape)} "
+                f"for {len(self.words)} words instead.",
+                at=self.name,
+            )
+        vectors.flags.writeable = False
+        object.__setattr__(self, "vectors", vectors)
+
+    @classmethod
+    def from_rows(cls, words: Sequence[str], vectors: object, *, name: str) -> WordVectors:
+        """One row a word; of a word that occurs twice the first row counts.
+
+        Raises:
+            ShapeMismatch: `vectors` is not [len(words), dim].
+        """
+        matrix = np.asarray(vectors, dtype=np.float32)
+        if matrix.ndim != 2 or len(matrix) != len(words):
+            raise ShapeMismatch(
+                f"vectors must be [{len(words)}, dim], one row a word. Got {list(matrix.shape)} instead.",
+                at=name,
+            )
+        rows: dict[str, int] = {}
+        for row, word in enumerate(words):
+            rows.setdefault(word, row)
+        return cls(rows, matrix, name)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.vectors.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self.words
+
+    def get(self, word: str) -> FloatArray | None:
+        """The vector [dim] of exactly this word, case and all, or None."""
+        row = self.words.get(word)
+        return None if row is None else self.vectors[row]
+
+    def mean_vector(self, text: str) -> FloatArray | None:
+        """Mean of the vectors of the text's known words, each occurrence counted; None if none is known.
+
+        Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as
+        one word if it is known, else as its parts.
+
+        Returns:
+            float32 [dim], not normalised.
+        """
+        known: list[int] = []
+        for match in _WORD.finditer(text.lower()):
+            word = match.group()
+            parts = (word,) if word in self.words else _WORD_PART.findall(word)
+            known.extend(self.words[part] for part in parts if part in self.words)
+        return self.vectors[known].mean(axis=0, dtype=np.float64).astype(np.float32) if known else None
+
+    def similarity(self, text_a: str, text_b: str) -> float:
+        """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word.
+
+        A mean over frequent words is much the same in any English text, so values near 0.9 are ordinary
+        between unrelated sentences: compare values with each other, not with 0.
+        """
+        a, b = self.mean_vector(text_a), self.mean_vector(text_b)
+        if a is None or b is None:
+            return float("nan")
+        norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+        return float(np.clip(float(a @ b) / norms, -1.0, 1.0)) if norms > 0 else float("nan")
+
+
+def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:
+    """Load word vectors by name or from a file; the last few stay in memory.
+
+    The kind of a file is found from its content: GloVe text (`word x1 ... xd` a line), word2vec text (the
+    same after a line `count dim`), both also gzipped, so that gensim's downloads work as they are; word2vec
+    binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`; `.safetensors` as bundled here
+    (`vectors`, with the words in a `.words.txt` beside it). Pickles, gensim's `.kv` among them, are never
+    loaded.
+
+    Args:
+        name_or_path: One of `BUNDLED_EMBEDDINGS`, or a file.
+
+    Raises:
+        UnknownName: Not a bundled name, and it does not look like a path.
+        NotFound: There is no such file.
+        BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
+
+    Example:
+        >>> glove = load_embeddings("glove-wiki-gigaword-100")
+        >>> glove.dim, glove.get("treatment").shape, glove.get("reatment") is None
+        (100, (100,), True)
+    """
+    text = str(name_or_path)
+    if text in BUNDLED_EMBEDDINGS:
+        path = _BUNDLED_FOLDER / f"{text}.safetensors"
+        return _cached(path, text, *_stamp(path))
+    path = Path(name_or_path)
+    if not path.exists():
+        looks_like_path = (
+            isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES
+        )
+        if not looks_like_path:
+            raise unknown_name("embedding", text, BUNDLED_EMBEDDINGS)
+    return _cached(path.resolve(), text, *_stamp(path))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Time and size, part of the cache's key: a file that was written anew is read anew."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise NotFound(f"there is no file {path.name!r}.", at=str(path), fix="check the path.") from error
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(maxsize=4)
+def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:
+    words, vectors = read_vectors(path)
+    return WordVectors.from_rows(words, vectors, name=name)

@@ -1,0 +1,287 @@
+"""Files of word vectors: one reader for each format that people hold them in.
+
+Read `read_vectors` first: it tells the format from the first bytes. Every reader returns the same thing,
+words and a float32 matrix, and stops at the first line that cannot be right.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import itertools
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeffect.errors import BadFile, NotFound
+
+__all__ = ["VECTOR_SUFFIXES", "read_vectors"]
+
+FloatArray = NDArray[np.float32]
+
+VECTOR_SUFFIXES = frozenset(
+    {".txt", ".vec", ".gz", ".bin", ".npz", ".safetensors", ".kv", ".model", ".pkl", ".pickle"}
+)
+_PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
+_LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
+_LARGEST_DIM = 100_000
+
+
+def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
+    """Words and their vectors from a file of any supported kind, see `load_embeddings`.
+
+    Returns:
+        The words as they are spelled, in the file's order and with its duplicates; float32 [n, dim], finite.
+
+    Raises:
+        NotFound: The list of words beside a `.safetensors` is missing.
+        BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
+    """
+    if path.is_dir():
+        raise BadFile("this is a folder; a file of word vectors was expected.", at=str(path))
+    if path.stat().st_size == 0:
+        raise BadFile("the file is empty.", at=str(path))
+    try:
+        return _read(path)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadFile(
+            f"the compressed file is truncated or damaged ({error}).", at=str(path), fix="get it anew."
+        ) from error
+    except OSError as error:
+        raise BadFile(f"the file cannot be read ({error.strerror or error}).", at=str(path)) from error
+
+
+def _read(path: Path) -> tuple[list[str], FloatArray]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".safetensors":
+        return _read_safetensors(path)
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if packed else raw
+        start = stream.peek(8)[:8]
+        if start.startswith(b"\x80"):  # every pickle since protocol 2; no UTF-8 text starts so
+            raise _pickle(path)
+        if start.startswith((b"PK", b"\x93NUMPY")):
+            return _read_npz(path)
+        if ".bin" in suffixes[-2:]:
+            return _read_binary(stream, path)
+        if suffixes and suffixes[-1] in _PICKLE_SUFFIXES and not re.match(rb"\d+[ \t]\d", start):
+            raise _pickle(path)
+        return _read_text(stream, path)
+
+
+def _pickle(path: Path) -> BadFile:
+    command = 'KeyedVectors.load(path).save_word2vec_format("vectors.txt")'
+    return BadFile(
+        "this is a pickle (gensim's .kv is one); opening one runs its code, so pickles are never loaded.",
+        at=str(path),
+        fix=f"where it was made, run {command}, and give that file.",
+    )
+
+
+def _counts(line: bytes) -> tuple[int, int] | None:
+    """(count, dim) if this is the header line of a word2vec file."""
+    fields = line.split()
+    if len(fields) != 2 or not all(field.isdigit() for field in fields):
+        return None
+    return int(fields[0]), int(fields[1])
+
+
+def _read_text(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
+    """GloVe text, or word2vec text where the first line is `count dim`."""
+    first = stream.readline()
+    if not first.strip():
+        raise BadFile(
+            "the file starts with an empty line; `word x1 ... xd` was expected.", at=f"{path}, line 1"
+        )
+    header = _counts(first)
+    count, dim = header or (None, len(first.split()) - 1)
+    if not 1 <= dim <= _LARGEST_DIM:
+        raise BadFile(
+            f"these are not word vectors: the first line gives {dim} numbers a word.",
+            at=f"{path}, line 1",
+            fix="each line is `word x1 ... xd`, after at most one line `count dim`.",
+        )
+    words: list[str] = []
+    numbers = bytearray()  # grows with the rows that are there, not with what a header promises
+    line_number = 1 if header else 0
+    for line in stream if header else itertools.chain([first], stream):
+        line_number += 1
+        word, row = _parse_line(line, dim, f"{path}, line {line_number}")
+        words.append(word)
+        numbers += row.tobytes()
+    _check_count(len(words), count, f"{path}, line {line_number}")
+    return words, np.frombuffer(numbers, dtype=np.float32).reshape(-1, dim)
+
+
+def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
+    # From the right: some words of large GloVe files hold spaces.
+    fields = line.replace(b"\t", b" ").rstrip(b" \r\n").rsplit(b" ", dim)
+    surplus = fields[0].rsplit(b" ", 1)[1:]
+    if len(fields) != dim + 1 or not fields[0] or (surplus and _is_number(surplus[0])):
+        found = len(line.split()) - 1
+        raise BadFile(
+            f"a word and {dim} numbers were expected. Got {max(found, 0)} numbers instead.",
+            at=at,
+            fix="if this is the last line, the file was cut off: get it anew.",
+        )
+    try:
+        word = fields[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(
+            f"the word is not UTF-8: {fields[0][:40]!r}.",
+            at=at,
+            fix="convert the file to UTF-8; a word2vec binary file must be called .bin.",
+        ) from error
+    try:
+        row = np.array(fields[1:], dtype=np.float32)
+    except ValueError as error:
+        raise BadFile(f"not all of the {dim} fields after {word[:40]!r} are numbers.", at=at) from error
+    _check_finite(row, word, at)
+    return word, row
+
+
+def _is_number(text: bytes) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_finite(row: FloatArray, word: str, at: str) -> None:
+    if not np.isfinite(row).all():
+        raise BadFile(
+            f"the vector of {word[:40]!r} holds NaN or infinity.",
+            at=at,
+            fix="leave the word out, or mend it.",
+        )
+
+
+def _check_count(found: int, promised: int | None, at: str) -> None:
+    if found == 0 or (promised is not None and found != promised):
+        expected = "at least one" if promised is None else str(promised)
+        raise BadFile(
+            f"the file holds {found} words; {expected} were expected from its header.",
+            at=at,
+            fix="get the file anew: it was cut off, or its first line is wrong.",
+        )
+
+
+def _read_binary(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
+    """word2vec binary: `count dim`, then for each word its bytes, a space, and dim little-endian float32."""
+    header = _counts(stream.readline(256))
+    if header is None or not 1 <= header[1] <= _LARGEST_DIM:
+        raise BadFile(
+            "the first line of a word2vec binary file is `count dim`; this one is not.",
+            at=f"{path}, line 1",
+            fix="a text file must not be called .bin; fastText's own .bin is not supported, its .vec is.",
+        )
+    count, dim = header
+    words: list[str] = []
+    numbers = bytearray()
+    for word, row in _binary_records(stream, dim, path):
+        words.append(word)
+        numbers += row
+        if len(words) == count:
+            break
+    _check_count(len(words), count, f"{path}, word {len(words)}")
+    return words, np.frombuffer(numbers, dtype="<f4").astype(np.float32).reshape(-1, dim)
+
+
+def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[str, bytes]]:
+    buffer, start, size = b"", 0, 4 * dim
+    for number in itertools.count(1):
+        at = f"{path}, word {number}"
+        while (space := buffer.find(b" ", start)) < 0 or len(buffer) < space + 1 + size:
+            lost = space < 0 and len(buffer) - start > _LONGEST_WORD
+            block = b"" if lost else stream.read(1 << 20)
+            if not block and not buffer[start:].strip():
+                return
+            if not block:
+                raise BadFile(
+                    "the file ends, or is damaged, within a word's vector.", at=at, fix="get the file anew."
+                )
+            buffer, start = buffer[start:] + block, 0
+        try:
+            word = buffer[start:space].lstrip(b"\n").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadFile(f"the word is not UTF-8: {buffer[start:space][:40]!r}.", at=at) from error
+        start = space + 1 + size
+        row = buffer[space + 1 : start]
+        _check_finite(np.frombuffer(row, dtype="<f4"), word, at)
+        yield word, row
+
+
+def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
+    shape = "two arrays, `words` (text, [n]) and `vectors` (numbers, [n, dim])"
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            words, vectors = arrays["words"], arrays["vectors"]
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise BadFile(
+            f"an .npz with {shape} was expected ({error}).",
+            at=str(path),
+            fix='np.savez("vectors.npz", words=np.array(words), vectors=vectors) makes one.',
+        ) from error
+    if (
+        words.dtype.kind not in "US"
+        or vectors.dtype.kind not in "fiu"
+        or vectors.ndim != 2
+        or words.ndim != 1
+    ):
+        raise BadFile(f"the .npz must hold {shape}.", at=str(path))
+    if len(words) == 0 or len(words) != len(vectors) or vectors.shape[1] == 0:
+        raise BadFile(f"{len(words)} words do not fit vectors of shape {list(vectors.shape)}.", at=str(path))
+    if words.dtype.kind == "S":
+        try:
+            words = np.char.decode(words, "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadFile("the words are not UTF-8.", at=str(path)) from error
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused as such
+        matrix = vectors.astype(np.float32)
+    return _all_finite(words.tolist(), matrix, path)
+
+
+def _read_safetensors(path: Path) -> tuple[list[str], FloatArray]:
+    """The bundled layout: tensor `vectors` [n, dim], and `<stem>.words.txt`, whose hash the metadata hold."""
+    from safetensors import SafetensorError, safe_open
+
+    words_path = path.with_suffix(".words.txt")
+    try:
+        data = words_path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFound("the list of words is missing beside the vectors.", at=str(words_path)) from error
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            digest = (tensors.metadata() or {}).get("words_sha256", "")
+            vectors = tensors.get_tensor("vectors").astype(np.float32)
+        words = data.decode("utf-8").removesuffix("\n").split("\n")
+    except (SafetensorError, UnicodeDecodeError) as error:
+        raise BadFile(f"the vectors or their words are damaged ({error}).", at=str(path)) from error
+    if hashlib.sha256(data).hexdigest() != digest or vectors.ndim != 2 or len(words) != len(vectors):
+        raise BadFile(f"{words_path.name} is not the list that these vectors were saved with.", at=str(path))
+    return _all_finite(words, vectors, path)
+
+
+def _all_finite(words: list[str], vectors: FloatArray, path: Path) -> tuple[list[str], FloatArray]:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        _check_finite(vectors[bad[0]], words[bad[0]], f"{path}, line {bad[0] + 1}")
+    return words, vectors

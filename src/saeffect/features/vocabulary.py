@@ -1,0 +1,301 @@
+"""Which features belong to a domain: those with enough top tokens in a list of the domain's words.
+
+The match is exact: a token counts when its word (no leading space, lower case) is in the list. "Cancer" and
+" cancer" are two tokens of one word and count as two, as in the paper's published features. There "hearth"
+and "otherapy" count too, so the paper seems to have looked for its words *inside* tokens; here whole words
+must match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
+from saeffect.text.tokens import normalise_token
+from saeffect.text.utf8 import decode_utf8, read_bytes
+
+__all__ = [
+    "MatchCounts",
+    "Vocabulary",
+    "bundled_vocabularies",
+    "count_matches",
+    "domain_features",
+    "load_vocabulary",
+    "require_domain_features",
+    "select",
+]
+
+_TOKEN_COLUMNS = ("top_tokens", "top_tokens_dot", "top_tokens_cosine")
+_VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A reference list of the words of a domain.
+
+    Attributes:
+        name: Name of the bundled list, or the path it was read from.
+        words: Lower-case words.
+        sha256: Of the bytes of the file, in hexadecimal.
+    """
+
+    name: str
+    words: frozenset[str]
+    sha256: str
+
+    def __contains__(self, token: object) -> bool:
+        """Whether the word of a token is in the list; `token` may still have its space mark and its case."""
+        return isinstance(token, str) and normalise_token(token) in self.words
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+@dataclass(frozen=True, eq=False)
+class MatchCounts:
+    """What of each feature's top tokens is in a vocabulary.
+
+    Attributes:
+        counts: int64 [n_features].
+        matched: The matching tokens of each feature, as they were given and in their order.
+    """
+
+    counts: np.ndarray
+    matched: list[list[str]]
+
+
+def bundled_vocabularies() -> list[str]:
+    """Names of the word lists that come with the package, sorted.
+
+    Example:
+        >>> bundled_vocabularies()
+        ['medical']
+    """
+    files = _bundled_folder().iterdir()
+    return sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt"))
+
+
+def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
+    """Read a word list: a bundled one by its name, or a text file.
+
+    A file holds one word a line, in UTF-8; `#` starts a comment; case and leading space marks do not matter.
+    The name of a bundled list wins over a file of that name in the current folder: write
+    `./medical` for the file.
+
+    Raises:
+        UnknownName: Neither the name of a bundled list nor a path (no folder, no suffix, no such file).
+        NotFound: A path at which there is no file.
+        BadFile: Not UTF-8, or more than one word on a line; the message gives the place.
+        EmptySelection: Not one word.
+
+    Example:
+        >>> medical = load_vocabulary("medical")
+        >>> " Chemotherapy" in medical, " chess" in medical
+        (True, False)
+    """
+    name, bundled = str(name_or_path), bundled_vocabularies()
+    if name in bundled:
+        data = (_bundled_folder() / f"{name}.txt").read_bytes()
+    else:
+        path = Path(name).expanduser()
+        if len(path.parts) < 2 and not path.suffix and not path.is_file():
+            raise unknown_name("vocabulary", name, bundled)
+        data = read_bytes(path, "vocabulary")
+    words = frozenset(_words(decode_utf8(data, at=name), at=name))
+    if not words:
+        raise EmptySelection("the vocabulary holds not one word.", at=name, fix="write one word a line.")
+    return Vocabulary(name=name, words=words, sha256=hashlib.sha256(data).hexdigest())
+
+
+def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -> MatchCounts:
+    """Count, for each feature, the top tokens whose word is in the vocabulary.
+
+    Args:
+        top_tokens: One sequence of tokens a feature, decoded (" cancer") or in the tokenizer's own notation
+            ("Ġcancer").
+        vocabulary: The words.
+
+    Raises:
+        ConfigError: A feature's tokens are one string instead of a sequence of strings.
+
+    Example:
+        >>> words = Vocabulary("two", frozenset({"cancer", "tumor"}), sha256="")
+        >>> found = count_matches([[" cancer", "Cancer", " crab"], [" tumour"]], words)
+        >>> found.counts.tolist(), found.matched
+        ([2, 0], [[' cancer', 'Cancer'], []])
+    """
+    matched: list[list[str]] = []
+    for row, tokens in enumerate(top_tokens):
+        if isinstance(tokens, str):
+            raise ConfigError(
+                "The top_tokens parameter of count_matches must be one list of tokens a feature. "
+                f"Got the string {tokens!r} at position {row} instead.",
+                fix="put the tokens of each feature in a list.",
+            )
+        matched.append([token for token in tokens if token in vocabulary])
+    return MatchCounts(counts=np.array([len(tokens) for tokens in matched], dtype=np.int64), matched=matched)
+
+
+def select(
+    features: pd.DataFrame,
+    *,
+    vocabulary: str | Path | Vocabulary = "medical",
+    min_matches: int = 2,
+    verdicts: pd.DataFrame | None = None,
+    arm: str | None = None,
+) -> pd.DataFrame:
+    """Mark the domain features of an arm.
+
+    Args:
+        features: One row a feature: feature, top_tokens, top_tokens_dot, top_tokens_cosine.
+        vocabulary: A bundled list's name, a path, or a loaded list.
+        min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
+        verdicts: One row a reviewed feature: feature, n_yes, n_no, n_unsure, label, majority (bool), as
+            `saeffect.review.summarise_verdicts` gives it. With it, a domain feature also needs a majority of
+            yes; one that nobody reviewed is none.
+        arm: Name of the arm, for error messages.
+
+    Returns:
+        One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched
+        (list of str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64);
+        in_vocabulary (bool: matches >= min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed);
+        label (str); is_domain (bool). No domain feature is not an error here: see `require_domain_features`.
+
+    Raises:
+        ConfigError: `min_matches` is no positive integer, a column is missing, or the verdicts name a feature
+            twice or one that the arm does not have.
+        UnknownName, NotFound, BadFile, EmptySelection: As `load_vocabulary`.
+    """
+    if isinstance(min_matches, bool) or not isinstance(min_matches, int | np.integer) or min_matches < 1:
+        raise ConfigError(
+            f"The min_matches parameter of select must be an integer >= 1. Got {min_matches!r} instead."
+        )
+    _require_columns(features, ("feature", *_TOKEN_COLUMNS), "the feature table", arm)
+    words = vocabulary if isinstance(vocabulary, Vocabulary) else load_vocabulary(vocabulary)
+    own, dot, cosine = (count_matches(features[column], words) for column in _TOKEN_COLUMNS)
+    selection = pd.DataFrame(
+        {
+            "feature": features["feature"].to_numpy(dtype=np.int64),
+            "matches": own.counts,
+            "matched": pd.Series(own.matched, dtype=object),
+            "matches_dot": dot.counts,
+            "matches_cosine": cosine.counts,
+            "in_vocabulary": own.counts >= min_matches,
+        }
+    )
+    return _with_verdicts(selection, verdicts, arm)
+
+
+def domain_features(selection: pd.DataFrame) -> list[int]:
+    """Numbers of the domain features of a selection, in its order; empty if there is none."""
+    return [int(feature) for feature in selection.loc[selection["is_domain"].astype(bool), "feature"]]
+
+
+def require_domain_features(
+    selection: pd.DataFrame, arm: str, vocabulary: str | Vocabulary, *, min_matches: int = 2
+) -> list[int]:
+    """`domain_features`, where going on without one makes no sense.
+
+    Args:
+        selection: As `select` returns it.
+        arm: Name of the arm, for the message.
+        vocabulary: The list, or its name, for the message.
+        min_matches: What `select` was given, for the message.
+
+    Raises:
+        EmptySelection: There is none; the message says how near the best one came and what else to try.
+    """
+    if found := domain_features(selection):
+        return found
+    name = vocabulary.name if isinstance(vocabulary, Vocabulary) else vocabulary
+    n_matching = int(selection["in_vocabulary"].sum())
+    if n_matching:
+        raise EmptySelection(
+            f"no feature of arm {arm!r} is a domain feature: {n_matching} have at least {min_matches} top "
+            f"tokens in vocabulary {name!r}, but none of them has more yes than no among the verdicts.",
+            at=f"arms.{arm}",
+            fix="review more of this arm's features, or run without verdicts.",
+        )
+    best = int(selection["matches"].max()) if len(selection) else 0
+    raise EmptySelection(
+        f"no feature of arm {arm!r} has at least {min_matches} of its top tokens in vocabulary {name!r}; "
+        f"the best of {len(selection)} has {best}.",
+        at=f"arms.{arm}",
+        fix=_how_to_find_some(selection, min_matches, best),
+    )
+
+
+def _how_to_find_some(selection: pd.DataFrame, min_matches: int, best: int) -> str:
+    ways = [f"lower min_matches to {best}"] if best else []
+    ways.append("use another vocabulary")
+    counts = {scale: int((selection[f"matches_{scale}"] >= min_matches).sum()) for scale in ("dot", "cosine")}
+    better = max(counts, key=lambda scale: counts[scale])
+    if counts[better]:
+        ways.append(f"set projection to {better!r}, under which {counts[better]} would do")
+    else:
+        ways.append("try the other projection, a later hook or a wider SAE")
+    return ", or ".join(ways) + "."
+
+
+def _with_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: str | None) -> pd.DataFrame:
+    counts = ["n_yes", "n_no", "n_unsure"]
+    if verdicts is None:
+        return selection.assign(**dict.fromkeys(counts, 0), label="", is_domain=selection["in_vocabulary"])
+    _require_columns(verdicts, _VERDICT_COLUMNS, "the summary of the verdicts", arm)
+    at = f"arms.{arm}" if arm else None
+    if verdicts["feature"].duplicated().any():
+        raise ConfigError(
+            "the summary of the verdicts names a feature twice.", at=at, fix="summarise one arm at a time."
+        )
+    unknown = sorted(set(verdicts["feature"]) - set(selection["feature"]))
+    if unknown:
+        shown = ", ".join(str(feature) for feature in unknown[:5]) + (" …" if len(unknown) > 5 else "")
+        raise ConfigError(
+            f"{len(unknown)} verdicts are about features that the arm does not have: {shown}.",
+            at=at,
+            fix="use verdicts that were given on this SAE.",
+        )
+    by_feature = verdicts.set_index("feature").reindex(selection["feature"])
+    return selection.assign(
+        **{column: by_feature[column].fillna(0).to_numpy(dtype=np.int64) for column in counts},
+        label=by_feature["label"].astype(object).where(by_feature["label"].notna(), "").to_numpy(),
+        is_domain=selection["in_vocabulary"].to_numpy()
+        & by_feature["majority"].eq(True).to_numpy(dtype=bool),
+    )
+
+
+def _require_columns(table: pd.DataFrame, columns: Sequence[str], what: str, arm: str | None) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ConfigError(
+            f"{what} lacks the columns: {', '.join(missing)}.",
+            at=f"arms.{arm}" if arm else None,
+            fix=f"it needs: {', '.join(columns)}.",
+        )
+
+
+def _words(text: str, *, at: str) -> list[str]:
+    words = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        entry = normalise_token(line.split("#", 1)[0])
+        if len(entry.split()) > 1:
+            raise BadFile(
+                f"a line holds one word, as a top token is one word at most. Got {entry[:60]!r} instead.",
+                at=f"{at}, line {number}",
+                fix="put each word on a line of its own.",
+            )
+        if entry:
+            words.append(entry)
+    return words
+
+
+def _bundled_folder() -> Traversable:
+    return resources.files("saeffect") / "bundled" / "vocabularies"

@@ -1,0 +1,339 @@
+"""Fine-tuning with LoRA: a small, plain, resumable loop that measures what it does to perplexity.
+
+Read `finetune` downwards: data, adapter, resume, then rate, loss, step, checkpoint, and at the end the
+held-out perplexities before and after that go into the model card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from ..config import ModelConfig, StrictModel
+from ..errors import BadFile, ConfigError, Interrupted, SaeffectError
+from ..provenance import atomic_path, fingerprint, versions, write_json
+from ..text.corpora import is_held_out, read_corpus
+from ..text.packing import pack, separator_id
+from .language_model import LanguageModel
+from .loading import load_language_model, quiet_transformers
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
+
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FinetuneConfig(StrictModel):
+    """Everything that decides the adapter."""
+
+    model: ModelConfig
+    text: str = Field(description="Training text: .jsonl[.gz], .txt, or a dataset id.")
+    control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
+    field: str = "text"
+    licence: str = Field(
+        "", description="Where the training text comes from and its licence, for the model card."
+    )
+    held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    modules: tuple[str, ...] = Field(_MODULES, description="Names of the linear layers to adapt.")
+    steps: int = Field(160, ge=1)
+    batch_size: int = Field(8, ge=1, description="Rows a step.")
+    context_size: int = Field(256, ge=8, description="Tokens a row.")
+    learning_rate: float = Field(4e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    evaluation_rows: int = Field(64, ge=1, description="Held-out rows of each text for the perplexities.")
+    checkpoint_every: int = Field(20, ge=1)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came out.
+
+    Attributes:
+        folder: The adapter, in PEFT's layout, with README.md and training.json.
+        perplexity: Per text ("training", "control"): (before, after), on held-out rows.
+        tokens: Training tokens seen.
+    """
+
+    folder: Path
+    perplexity: Mapping[str, tuple[float, float]]
+    tokens: int
+
+
+def finetune(
+    config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None
+) -> FinetuneResult:
+    """Train a LoRA adapter and write it to `out`.
+
+    A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
+    ends with the same weights.
+
+    Args:
+        config: What to train on what.
+        out: Folder for the adapter.
+        say: Receives lines of progress.
+
+    Raises:
+        Interrupted: Ctrl-C; the message says how to go on.
+        BadFile: The loss is not finite.
+        ConfigError: `out` holds a checkpoint of another configuration, or the model has none of the modules.
+    """
+    out = Path(out)
+    lm = load_language_model(config.model, say=say, at="model")
+    train, held_out = _rows(config, lm)
+    before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity before: " + _show(before))
+
+    model = _with_adapter(lm, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
+    checkpoint = _Checkpoint(out / "checkpoint", fingerprint(config.model_dump(mode="json")))
+    first = checkpoint.restore(trained, optimizer)
+
+    # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
+    started, loss = time.monotonic(), float("nan")
+    try:
+        for step in range(first, config.steps):
+            rows = _batch(train, step, config)
+            optimizer.param_groups[0]["lr"] = _rate(step, config)
+            loss = _step(model, optimizer, rows)
+            if not math.isfinite(loss):
+                raise BadFile(
+                    f"the loss became {loss} at step {step}.",
+                    at=str(out),
+                    fix="lower learning_rate; the last checkpoint is from before.",
+                )
+            done = step + 1
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                checkpoint.save(done, trained, optimizer)
+                pace = (done - first) / (time.monotonic() - started)
+                rate = pace * config.batch_size * config.context_size
+                say(
+                    f"step {done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
+                    f"  {(config.steps - done) / pace / 60:.1f} min left"
+                )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; {checkpoint.folder} holds the last checkpoint.",
+            fix="run the same command again to go on.",
+        ) from None
+
+    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity after:  " + _show(after))
+    measured = {name: (before[name], after[name]) for name in before}
+    result = FinetuneResult(out, measured, config.steps * config.batch_size * config.context_size)
+    _save(model, config, result, final_loss=loss)
+    shutil.rmtree(checkpoint.folder)
+    return result
+
+
+@torch.inference_mode()
+def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
+    """exp of the mean next-token cross-entropy over all rows.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Token ids, int32 `[n_rows, context_size]`.
+
+    Returns:
+        Dimensionless, at least 1; the effective number of equally likely next tokens.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        total += float(loss)
+        count += ids[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
+    """The model with a fresh adapter, in evaluation mode."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.modules), task_type="CAUSAL_LM"
+    )
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            return get_peft_model(lm.model, lora).eval()
+        except ValueError as error:
+            layers = [n for n, m in lm.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+            have = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {have}.",
+                at="modules",
+            ) from error
+
+
+def _rows(
+    config: FinetuneConfig, lm: LanguageModel
+) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
+    """Training rows in a seeded order, and held-out rows of each text."""
+    separator = separator_id(lm.tokenizer)
+
+    def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
+        texts = [
+            t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out
+        ]
+        # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
+        order = np.random.default_rng(config.seed).permutation(len(texts))
+        rows = pack(
+            (texts[i] for i in order), lm.encode, context_size=config.context_size, separator=separator
+        )
+        return np.stack(list(islice(rows, limit)))
+
+    try:
+        train = packed(config.text, False, config.steps * config.batch_size)
+        held_out = {"training": packed(config.text, True, config.evaluation_rows)}
+    except SaeffectError as error:
+        raise error.placed("text") from None
+    if config.control_text is not None:
+        try:
+            held_out["control"] = packed(config.control_text, True, config.evaluation_rows)
+        except SaeffectError as error:
+            raise error.placed("control_text") from None
+    return train, held_out
+
+
+def _batch(train: NDArray[np.int32], step: int, config: FinetuneConfig) -> Tensor:
+    at = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train)
+    return torch.from_numpy(train[at].astype(np.int64))
+
+
+def _rate(step: int, config: FinetuneConfig) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
+    rows = rows.to(next(model.parameters()).device)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+class _Checkpoint:
+    """Adapter weights, optimizer moments and the number of finished steps, in one file."""
+
+    def __init__(self, folder: Path, made_by: str) -> None:
+        self.folder = folder
+        self.file = folder / "state.safetensors"
+        self.made_by = made_by
+
+    def save(self, step: int, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"weight.{name}": p.detach().contiguous() for name, p in trained.items()}
+        for name, p in trained.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{key}.{name}"] = optimizer.state[p][key].contiguous()
+        with atomic_path(self.file) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step), "made_by": self.made_by})
+
+    def restore(self, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+        from safetensors import safe_open
+
+        if not self.file.is_file():
+            return 0
+        with safe_open(self.file, framework="pt") as file:
+            note = file.metadata()
+            if note["made_by"] != self.made_by:
+                raise ConfigError(
+                    "this folder holds a checkpoint of another configuration.",
+                    at=str(self.folder),
+                    fix="delete it, or choose another output folder.",
+                )
+            step = int(note["step"])
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(file.get_tensor(f"weight.{name}"))
+                    optimizer.state[p] = {
+                        "step": torch.tensor(float(step)),
+                        "exp_avg": file.get_tensor(f"exp_avg.{name}"),
+                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}"),
+                    }
+        return step
+
+
+def _show(measured: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} text {value:.2f}" for name, value in measured.items())
+
+
+def _save(model: Any, config: FinetuneConfig, result: FinetuneResult, *, final_loss: float) -> None:
+    """Half-precision adapter in PEFT's layout, the recipe, and a model card."""
+    out = result.folder
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.half()
+    model.save_pretrained(out, safe_serialization=True)
+    # PEFT records where the base model lay on this machine; others can use the user's own name for it.
+    adapter = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter["base_model_name_or_path"] = config.model.path
+    write_json(out / "adapter_config.json", adapter)
+    recipe = config.model_dump(mode="json")
+    for key in ("text", "control_text"):
+        recipe[key] = Path(recipe[key]).name if recipe[key] else None
+    write_json(
+        out / "training.json",
+        {
+            "recipe": recipe,
+            "tokens": result.tokens,
+            "final_loss": final_loss,
+            "perplexity": {name: {"before": b, "after": a} for name, (b, a) in result.perplexity.items()},
+            "versions": versions(),
+        },
+    )
+    with atomic_path(out / "README.md") as temporary:
+        temporary.write_text(_card(recipe, result), encoding="utf-8")
+
+
+def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
+    rows: Sequence[str] = [
+        f"| {name} ({recipe['text'] if name == 'training' else recipe['control_text']}) | {b:.2f} | {a:.2f} |"
+        for name, (b, a) in result.perplexity.items()
+    ]
+    return "\n".join(
+        [
+            f"# LoRA adapter for {recipe['model']['path']}",
+            "",
+            f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
+            f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
+            f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
+            f" {recipe['seed']}.",
+            "",
+            *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),
+            "Perplexity on held-out documents:",
+            "",
+            "| text | before | after |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,91 @@
+"""A language model as the rest of the package sees it: weights, tokenizer, and a few sizes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["LanguageModel"]
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model of transformers with its tokenizer.
+
+    Attributes:
+        model: The transformers model, in evaluation mode; its parameters take no gradients.
+        tokenizer: The transformers tokenizer.
+        name: What the user called it; adapters are appended with a plus sign.
+        identity: SHA-256 of the files it came from, for fingerprints.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    identity: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def n_layers(self) -> int:
+        config = self.model.config
+        return int(getattr(config, "num_hidden_layers", None) or config.get_text_config().num_hidden_layers)
+
+    @property
+    def d_vocab(self) -> int:
+        """How many token ids the model scores (rows of its unembedding, padding rows included)."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out, spaces as they are."""
+        return str(
+            self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+    @functools.cached_property
+    def _token_strings(self) -> tuple[str, ...]:
+        known = len(self.tokenizer)
+        decode = self.tokenizer.decode
+        strings = [decode([i], clean_up_tokenization_spaces=False) for i in range(min(known, self.d_vocab))]
+        return tuple(strings + [f"<unused {i}>" for i in range(len(strings), self.d_vocab)])
+
+    def token_strings(self) -> list[str]:
+        """One decoded string per id, `d_vocab` of them: a leading space stays; half a character is U+FFFD."""
+        return list(self._token_strings)
+
+    def plain_tokens(self) -> torch.Tensor:
+        """Which ids may appear among top tokens, bool `[d_vocab]`: known to the tokenizer and not special."""
+        plain = torch.zeros(self.d_vocab, dtype=torch.bool)
+        plain[: min(len(self.tokenizer), self.d_vocab)] = True
+        special = [i for i in self.tokenizer.all_special_ids if i < self.d_vocab]
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special += [i for i, token in added.items() if token.special and i < self.d_vocab]
+        plain[special] = False
+        return plain
+
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the vocabulary (token to id): equal when two models speak the same tokens."""
+        digest = hashlib.sha256()
+        for token, index in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+            digest.update(f"{index}\0{token}\0".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""What made a file: content hashes, versions, atomic writing.
+
+Every artifact folder holds a note that says which inputs, code and seeds made it; a stage is skipped while
+the hash of those is unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import BadFile, NotFound
+
+__all__ = [
+    "atomic_path",
+    "fingerprint",
+    "hash_file",
+    "hash_folder",
+    "read_json",
+    "versions",
+    "write_json",
+]
+
+_TRACKED = (
+    "saeffect",
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+    "scipy",
+    "statsmodels",
+    "pandas",
+    "safetensors",
+)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    The data are flushed to disk before the rename, so a reader sees the old file or the whole new one.
+
+    Example:
+        >>> import tempfile; folder = Path(tempfile.mkdtemp())
+        >>> with atomic_path(folder / "a.txt") as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> [p.name for p in folder.iterdir()]
+        ['a.txt']
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON with sorted keys, atomically; NaN becomes null."""
+    with atomic_path(path) as temporary:
+        text = json.dumps(_without_nan(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        NotFound: There is no such file.
+        BadFile: It is not UTF-8 JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no file {path.name!r}.", at=str(path)) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadFile(
+            f"this is not JSON: {error}.", at=str(path), fix="restore the file, or make it again."
+        ) from error
+
+
+def hash_file(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_folder(path: Path | str) -> str:
+    """SHA-256 over the relative names and contents of every file in a folder (or of one file).
+
+    Raises:
+        NotFound: Nothing is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFound(f"there is nothing at {str(path)!r}.", at=str(path), fix="check the path.")
+    if path.is_file():
+        return hash_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(file.relative_to(path).as_posix().encode() + b"\0" + hash_file(file).encode())
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of keys.
+
+    Example:
+        >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages whose numbers could matter."""
+    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    for name in _TRACKED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return _without_nan(value.item())
+    return value

@@ -1,0 +1,18 @@
+"""Tables, figures and the report: what a study found, for people to read."""
+
+from __future__ import annotations
+
+from saeffect.report.context import ReportContext
+from saeffect.report.figures import DrawnFigure, draw_figures, write_figures
+from saeffect.report.html import render_report, write_report
+from saeffect.report.tables import write_tables
+
+__all__ = [
+    "DrawnFigure",
+    "ReportContext",
+    "draw_figures",
+    "render_report",
+    "write_figures",
+    "write_report",
+    "write_tables",
+]

@@ -1,0 +1,70 @@
+"""Every figure of the report, as SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from saeffect.comparison import Comparison
+from saeffect.errors import Undefined
+from saeffect.provenance import atomic_path
+from saeffect.report.context import ReportContext
+from saeffect.report.figures.contrasts import contrasts
+from saeffect.report.figures.distributions import coherence, density, mean_activation, top_token_weights
+from saeffect.report.figures.doses import doses
+from saeffect.report.figures.effects import effects
+from saeffect.report.figures.match_counts import match_counts
+from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, svg_text
+
+__all__ = ["DrawnFigure", "draw_figures", "write_figures"]
+
+_Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure]
+_FIGURES: Mapping[str, tuple[str, _Draw]] = {
+    "figure_1_match_counts": ("Figure 1", match_counts),
+    "figure_2a_top_token_weights": ("Figure 2a", top_token_weights),
+    "figure_2b_mean_activation": ("Figure 2b", mean_activation),
+    "figure_2c_density": ("Figure 2c", density),
+    "figure_3_effects": ("Figure 3", effects),
+    "figure_4_coherence": ("Figure 4", coherence),
+    "figure_5_contrasts": ("Figure 5", contrasts),
+    "figure_6_doses": ("Figure 6", doses),
+}
+
+
+def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:
+    """Draw every figure, in the report's order; those without data carry the reason instead of a drawing."""
+    context = context or ReportContext()
+    styles = arm_styles(zip(comparison.table1["arm"], comparison.table1["role"], strict=True))
+    drawn = []
+    with drawing():
+        for name, (number, draw) in _FIGURES.items():
+            try:
+                drawn.append(draw(comparison, styles, context))
+            except Undefined as error:
+                title = str(draw.__doc__ or "").split(":")[0]
+                drawn.append(DrawnFigure(name, number, title, "", "", None, reason=error.message))
+    return tuple(drawn)
+
+
+def write_figures(
+    comparison: Comparison, folder: Path | str, *, context: ReportContext | None = None
+) -> tuple[DrawnFigure, ...]:
+    """Write each figure as `<name>.svg` and `<name>.png` (200 dots per inch), atomically.
+
+    Args:
+        comparison: What to draw.
+        folder: Where to; made if missing.
+        context: The study around it; without it Figures 3, 4 and 6 have no data.
+
+    Returns:
+        The figures, to be passed on to `write_report`. One that could not be drawn has no files, and says why.
+    """
+    figures = draw_figures(comparison, context)
+    for figure in figures:
+        if figure.figure is None:
+            continue
+        with atomic_path(Path(folder) / f"{figure.name}.svg") as temporary:
+            temporary.write_text(svg_text(figure), encoding="utf-8")
+        with atomic_path(Path(folder) / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(png_bytes(figure))
+    return figures

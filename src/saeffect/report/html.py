@@ -1,0 +1,173 @@
+"""The report: one self-contained HTML file, answer first, that loads nothing and trusts no string."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from saeffect.comparison import Comparison
+from saeffect.provenance import atomic_path
+from saeffect.report.context import ReportContext
+from saeffect.report.feature_cards import feature_lists, showcase
+from saeffect.report.figures import DrawnFigure, draw_figures
+from saeffect.report.figures.style import inline_svg
+from saeffect.report.glossary import Explainer, Term, terms
+from saeffect.report.paper_tables import at_a_glance, contrast_table, paper_table_1, paper_table_2
+from saeffect.report.study_tables import design_table, dose_table, gate_table, same_in_every_arm
+from saeffect.report.table_view import TableView
+
+__all__ = ["render_report", "write_report"]
+
+_TEMPLATES = ("report.html.j2", "pieces.html.j2")
+
+
+@dataclass(frozen=True)
+class _Explained:
+    """A table or figure of the page, and the terms that appear in it for the first time."""
+
+    table: TableView | None
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure as the template places it."""
+
+    figure: DrawnFigure
+    svg: Markup
+
+
+def write_report(
+    comparison: Comparison,
+    path: Path | str,
+    *,
+    context: ReportContext | None = None,
+    figures: Sequence[DrawnFigure] | None = None,
+) -> Path:
+    """Write the report of a study, atomically.
+
+    The page holds its own styles, pictures and script; it opens from a disk or a mail, loads nothing, and needs no
+    script to be read. The same input gives the same bytes.
+
+    Args:
+        comparison: What was found.
+        path: The file, for instance `runs/mine/report.html`.
+        context: The study around the comparison; without it the report has no list of features.
+        figures: What `write_figures` returned, to draw them once only.
+
+    Returns:
+        `path`, as a `Path`.
+    """
+    page = render_report(comparison, context=context, figures=figures)
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def render_report(
+    comparison: Comparison,
+    *,
+    context: ReportContext | None = None,
+    figures: Sequence[DrawnFigure] | None = None,
+) -> str:
+    """The report as a string; see `write_report`."""
+    context = context or ReportContext()
+    drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
+    order = [str(name) for name in comparison.table1["arm"]]
+    lists = feature_lists(context, order)
+    script, style = _read("report.js"), _read("report.css")
+    return _environment().get_template("report.html.j2").render(
+        context=context,
+        title=context.title or f"What fine-tuning changed: {context.study}",
+        answer=comparison.answer,
+        tables=_tables(comparison, context),
+        pictures=_pictures(drawn),
+        design_summary=_design_summary(comparison),
+        same=same_in_every_arm(comparison),
+        lists=lists,
+        showcase=showcase(lists),
+        glossary=sorted(terms(context).values(), key=lambda term: term.name.lower()),
+        provenance=tuple(_flat(context.provenance)),
+        style=Markup(style),  # our own files: the only strings that are not escaped, with the figures
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    ) + "\n"  # fmt: skip
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
+    return environment
+
+
+def _read(name: str) -> str:
+    return resources.files("saeffect.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
+    """Every table in page order, each with the terms that it is the first to use."""
+    explain = Explainer(terms(context))
+    views: list[tuple[TableView | None, tuple[str, ...], str]] = [
+        (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
+        (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
+        (paper_table_1(comparison, context), ("domain_feature", "dot_cosine", "pass", "paper_rule", "q"), "table1"),
+        (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
+        (contrast_table(comparison), ("p", "cliffs_delta", "activation", "density", "direct_effect"), "contrasts"),
+        (design_table(comparison), (), "design"),
+        (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
+        (dose_table(context), ("dose",), "doses"),
+        (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
+    ]
+    return {
+        name: _Explained(view, explain.first(keys) if view is not None or name in ("showcase", "features") else ())
+        for view, keys, name in views
+    }
+
+
+def _pictures(figures: Sequence[DrawnFigure]) -> dict[str, _Picture]:
+    # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own.
+    return {figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else "")) for figure in figures}
+
+
+def _design_summary(comparison: Comparison) -> str:
+    """One line above the design check: how many differences there are that could pass for an effect."""
+    table = comparison.design
+    if "status" not in table.columns:
+        return f"{int(table['differs'].sum())} properties differ between the arms."
+    flaws = [str(name).replace("_", " ") for name in table.loc[table["status"] == "flaw", "field"]]
+    unknown = int((table["status"] == "unknown").sum())
+    if flaws:
+        text = f"Besides the model, the arms differ in {', '.join(flaws)}: each of these could pass for an effect."
+    else:
+        text = "Besides the model, nothing that is recorded differs between the arms in a way that matters."
+    if unknown:
+        text += f" {unknown} {'property was' if unknown == 1 else 'properties were'} not recorded for every arm."
+    return text
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested provenance as label-value pairs, sorted by label."""
+    pairs: list[tuple[str, str]] = []
+    for key in sorted(values, key=str):
+        label, value = f"{prefix}{key}", values[key]
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{label} · ")
+        elif isinstance(value, list | tuple):
+            pairs.append((label, ", ".join(str(item) for item in value)))
+        else:
+            pairs.append((label, str(value)))
+    return pairs

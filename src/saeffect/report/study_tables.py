@@ -1,0 +1,144 @@
+"""How the study was made: the design check, the quality of the SAEs, the dose search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from saeffect.comparison import Comparison
+from saeffect.report.context import ReportContext
+from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
+
+__all__ = ["design_table", "dose_table", "gate_table", "same_in_every_arm"]
+
+
+_RESERVED = {"field", "differs", "status", "matters"}
+_RANKS = {"flaw": 0, "unknown": 1, "intended": 2, "small": 3, "same": 4}
+_FIELDS = {
+    "d_sae": "features (d_sae)",
+    "k": "active per token (k)",
+    "training_text_sha256": "training text, SHA-256",
+    "ce_loss_score": "CE loss score",
+    "l0": "L0",
+    "dead_share": "share of dead features",
+    "dtype": "number format (dtype)",
+}
+
+
+def design_table(comparison: Comparison) -> TableView:
+    """The design check: what differs or is unknown, worst first, each with what it means."""
+    table = _with_status(comparison.design)
+    names = [column for column in table.columns if column not in _RESERVED]
+    table = table[table["status"] != "same"].sort_values(
+        "status", key=lambda column: column.map(_RANKS), kind="stable"
+    )
+    rows = [
+        Row(
+            _field_label(row["field"]),
+            (
+                Cell(str(row["status"]), tone="warn" if row["status"] in ("flaw", "unknown") else "", is_text=True),
+                *(Cell(short_fact(row[name]), is_text=True) for name in names),
+                Cell(str(row["matters"]), is_text=True, tone="muted"),
+            ),
+            strong=row["status"] == "flaw",
+        )
+        for _, row in table.iterrows()
+    ]
+    return TableView(
+        name="design",
+        caption="Table 4. How the arms differ",
+        columns=(
+            Column("Status", is_text=True),
+            *(Column(name, is_text=True) for name in names),
+            Column("What it means", is_text=True),
+        ),
+        rows=tuple(rows),
+        corner="Property",
+        stacks=True,
+    )
+
+
+def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
+    """Properties that are equal in every arm, as label-value pairs."""
+    table = _with_status(comparison.design)
+    names = [column for column in table.columns if column not in _RESERVED]
+    same = table[table["status"] == "same"]
+    pairs = [(_field_label(row["field"]), short_fact(row[names[0]])) for _, row in same.iterrows()]
+    return tuple(pair for pair in pairs if pair[1] != "unknown")
+
+
+def _with_status(table: pd.DataFrame) -> pd.DataFrame:
+    if "status" in table.columns:
+        return table
+    return table.assign(status=["flaw" if differs else "same" for differs in table["differs"]])
+
+
+def _field_label(field: object) -> str:
+    return _FIELDS.get(str(field), str(field).replace("_", " "))
+
+
+_GATE_LINES: Mapping[str, tuple[str, str]] = {
+    "explained_variance": ("Explained variance", ""),
+    "ce_loss_score": ("CE loss score", ""),
+    "l0": ("L0: features active per token", "l0"),
+    "dead_share": ("Dead features", "share"),
+    "dead": ("Dead features", "count"),
+    "l2_ratio": ("Length of output / input", ""),
+    "mean_log10_density": ("Mean log10 density", ""),
+    "n_tokens": ("Held-out tokens", "count"),
+}
+
+
+def gate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Table 5: how well each SAE reproduces its model; None when nobody measured it."""
+    table = context.gate if context.gate is not None else _gate_of_facts(context)
+    if table is None or table.empty or "arm" not in table.columns:
+        return None
+    order = [name for name in comparison.table1["arm"] if name in set(table["arm"])]
+    by_arm = table.drop_duplicates("arm").set_index("arm").loc[order]
+    rows = []
+    for column in [name for name in by_arm.columns if name not in ("role", "reason")]:
+        label, unit = _GATE_LINES.get(str(column), (str(column).replace("_", " "), ""))
+        reasons = by_arm["reason"] if "reason" in by_arm.columns else pd.Series("not measured", index=order)
+        cells = []
+        for name in order:
+            value = by_arm.loc[name, column]
+            if isinstance(value, str) or isinstance(value, bool):
+                cells.append(Cell(short_fact(value), is_text=True))
+            else:
+                cells.append(value_cell(value, unit, reason=str(reasons[name] or "not measured")))
+        rows.append(Row(label, tuple(cells)))
+    columns = arm_columns(comparison.table1[comparison.table1["arm"].isin(order)])
+    return TableView("gate", "Table 5. How well each SAE reproduces its model, on held-out text", columns, tuple(rows))
+
+
+def dose_table(context: ReportContext) -> TableView | None:
+    """Table 6: the dose search, one row a dose and arm; None when there was none."""
+    table = context.doses
+    if table is None or table.empty or "dose" not in table.columns:
+        return None
+    columns = [column for column in table.columns if column not in ("dose", "chosen", "reason")]
+    rows = []
+    for row in table.to_dict("records"):
+        chosen = bool(row.get("chosen", False))
+        cells = tuple(
+            Cell(str(row[name]), is_text=True)
+            if isinstance(row[name], str)
+            else value_cell(row[name], "count" if str(name).startswith("n") else "", reason=str(row.get("reason") or "not measured"))
+            for name in columns
+        )
+        rows.append(Row(f"{row['dose']:g}" + (" (chosen)" if chosen else ""), cells, strong=chosen))
+    headings = tuple(Column(str(name).replace("_", " "), is_text=name == "arm") for name in columns)
+    return TableView("doses", "Table 6. The dose search", headings, tuple(rows), corner="Dose")
+
+
+def _gate_of_facts(context: ReportContext) -> pd.DataFrame | None:
+    wanted = ("explained_variance", "ce_loss_score", "l0", "dead_share")
+    rows = [
+        {"arm": name, **{field: getattr(arm.facts, field) for field in wanted}} for name, arm in context.arms.items()
+    ]
+    table = pd.DataFrame(rows)
+    return None if table.empty or table[list(wanted)].isna().all(axis=None) else table
+
+

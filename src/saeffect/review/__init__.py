@@ -1,0 +1,7 @@
+"""People's answers about features: is this one of the domain, and what would you call it?"""
+
+from __future__ import annotations
+
+from saeffect.review.verdicts import read_verdicts, summarise_verdicts
+
+__all__ = ["read_verdicts", "summarise_verdicts"]

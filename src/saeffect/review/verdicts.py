@@ -1,0 +1,175 @@
+"""Verdicts in a CSV file: read strictly, and summed up per feature.
+
+One row is one person's answer about one feature of one arm. What people type into `label` and `note` is text
+and stays text, whatever a spreadsheet would make of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from saeffect.errors import BadFile, ConfigError, unknown_name
+from saeffect.text.utf8 import decode_utf8, read_bytes
+
+__all__ = ["COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts"]
+
+COLUMNS = ("feature", "arm", "rater", "verdict", "label", "note")
+VERDICTS = ("yes", "no", "unsure")
+
+_INT64_MAX = np.iinfo(np.int64).max
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
+
+
+def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
+    """Read verdicts.
+
+    Args:
+        path: A CSV file in UTF-8, separated by commas, whose first line names the columns feature, arm,
+            rater, verdict, label and note, in any order. Verdicts are yes, no or unsure, in any case.
+        arms: The arms there are; None to take any name.
+
+    Returns:
+        One row a verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note
+        (str, without spaces around them; "" where nothing was written).
+
+    Raises:
+        NotFound: There is no such file.
+        BadFile: Not UTF-8, not CSV, a column missing or too many, a row of another length, nothing in it.
+        ConfigError: A feature that is no whole number, an empty arm or rater, the same feature, arm and rater
+            twice; the message gives the line, as do those of `BadFile` and `UnknownName`.
+        UnknownName: A verdict or an arm that is none of the valid ones.
+    """
+    text = decode_utf8(read_bytes(path, "verdicts"), at=str(path))
+    seen: dict[tuple[int, str, str], int] = {}
+    rows = []
+    for line, cells in _records(text, str(path)):
+        row = _checked(cells, arms, at=f"{path}, line {line}")
+        key = (int(row["feature"]), str(row["arm"]), str(row["rater"]))
+        if key in seen:
+            raise ConfigError(
+                f"line {seen[key]} already holds {key[2]!r}'s verdict on feature {key[0]} of arm {key[1]!r}.",
+                at=f"{path}, line {line}",
+                fix="keep one of the two rows.",
+            )
+        seen[key] = line
+        rows.append(row)
+    if not rows:
+        raise BadFile("the file holds not one verdict.", at=f"{path}, line 1", fix="write one row a verdict.")
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"feature": np.int64})
+
+
+def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Sum up the verdicts on one arm.
+
+    Args:
+        verdicts: As `read_verdicts` returns them.
+        arm: Name of the arm; without a verdict, the result has no row.
+
+    Returns:
+        One row a reviewed feature, by number: feature (int64); n_yes, n_no, n_unsure (int64); label (str),
+        the one given most often with a yes, case aside, and the earliest of those on a tie, "" if there is
+        none; majority (bool), more yes than no. Unsure counts for neither.
+
+    Example:
+        >>> rows = [(7, "control", "ann", "yes", "cancer", ""), (7, "control", "ben", "unsure", "", "half")]
+        >>> verdicts = pd.DataFrame(rows, columns=list(COLUMNS))
+        >>> print(summarise_verdicts(verdicts, "control").to_string(index=False))
+         feature  n_yes  n_no  n_unsure  label  majority
+               7      1     0         1 cancer      True
+    """
+    rows = []
+    for feature, given in verdicts[verdicts["arm"] == arm].groupby("feature", sort=True):
+        counts = Counter(given["verdict"])
+        rows.append(
+            {
+                "feature": feature,
+                **{f"n_{verdict}": counts[verdict] for verdict in VERDICTS},
+                "label": _commonest(given.loc[given["verdict"] == "yes", "label"].tolist()),
+                "majority": counts["yes"] > counts["no"],
+            }
+        )
+    whole = dict.fromkeys(("feature", "n_yes", "n_no", "n_unsure"), np.int64)
+    table = pd.DataFrame(rows, columns=["feature", "n_yes", "n_no", "n_unsure", "label", "majority"])
+    return table.astype({**whole, "label": str, "majority": bool})
+
+
+def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            line, start = start, reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = _header(cells, at=f"{path}, line {line}")
+                continue
+            if len(cells) != len(header):
+                raise BadFile(
+                    f"this row has {len(cells)} cells where the header has {len(header)}.",
+                    at=f"{path}, line {line}",
+                    fix="put quotation marks around a cell that holds a comma.",
+                )
+            yield line, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+    except csv.Error as error:
+        raise BadFile(
+            f"this is not CSV: {error}.", at=f"{path}, line {start}", fix="check the quotation marks."
+        ) from error
+    if not header:
+        raise BadFile(
+            "the file is empty.", at=f"{path}, line 1", fix=f"its first line is: {','.join(COLUMNS)}."
+        )
+
+
+def _header(cells: Sequence[str], *, at: str) -> list[str]:
+    names = [cell.strip().lower() for cell in cells]
+    missing = [column for column in COLUMNS if column not in names]
+    extra = [name for name in names if name not in COLUMNS]
+    twice = [column for column in COLUMNS if names.count(column) > 1]
+    faults = [
+        f"{fault}: {', '.join(repr(name) for name in found)}"
+        for fault, found in (("missing", missing), ("unknown", extra), ("twice", twice))
+        if found
+    ]
+    if faults:
+        hint = " and separate them by commas" if len(names) == 1 else ""
+        raise BadFile(
+            f"the columns are not those of a verdict file; {'; '.join(faults)}.",
+            at=at,
+            fix=f"name the columns {', '.join(COLUMNS)}{hint}.",
+        )
+    return names
+
+
+def _checked(cells: dict[str, str], arms: Collection[str] | None, *, at: str) -> dict[str, int | str]:
+    number = cells["feature"]
+    if not _WHOLE_NUMBER.fullmatch(number) or int(number) > _INT64_MAX:
+        raise ConfigError(f"a feature is a whole number, 0 or more. Got {number[:60]!r} instead.", at=at)
+    for column in ("arm", "rater"):
+        if not cells[column]:
+            raise ConfigError(f"the {column} of this verdict is empty.", at=at, fix=f"fill in the {column}.")
+    if arms is not None and cells["arm"] not in arms:
+        raise unknown_name("arm", cells["arm"], arms, at=at)
+    verdict = cells["verdict"].lower()
+    if verdict not in VERDICTS:
+        raise unknown_name("verdict", cells["verdict"], VERDICTS, at=at)
+    return {**cells, "feature": int(number), "verdict": verdict}
+
+
+def _commonest(labels: Sequence[str]) -> str:
+    spellings: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for label in filter(None, labels):
+        spellings.setdefault(label.casefold(), label)
+        counts[label.casefold()] += 1
+    # `most_common` keeps the order of first appearance among equals.
+    return spellings[counts.most_common(1)[0][0]] if counts else ""

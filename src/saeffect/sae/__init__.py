@@ -1,0 +1,1 @@
+"""Sparse autoencoders: one architecture a file, training, metrics, and SAELens' file format."""

@@ -1,0 +1,117 @@
+"""What every sparse autoencoder has in common: weights, names, and the way from input to reconstruction."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ShapeMismatch
+
+__all__ = ["SaeConfig", "SparseAutoencoder"]
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """What an SAE is, in SAELens' words.
+
+    Attributes:
+        architecture: "standard", "topk" or "jumprelu".
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        k: Active features a token (topk only).
+        apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
+        normalize_activations: "none" or "layer_norm" (each input standardised, undone on the way out).
+        rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
+        metadata: Where it comes from: model_name, hook_name, training tokens, and so on.
+    """
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    k: int | None = None
+    apply_b_dec_to_input: bool = True
+    normalize_activations: str = "none"
+    rescale_acts_by_decoder_norm: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def hook_name(self) -> str | None:
+        """The hook that the metadata name, if any."""
+        found = self.metadata.get("hook_name")
+        return str(found) if found else None
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """`feature_acts = activation((x - b_dec) @ W_enc + b_enc)`, `sae_out = feature_acts @ W_dec + b_dec`.
+
+    Attributes:
+        cfg: The configuration.
+        W_enc: float32 `[d_in, d_sae]`.
+        b_enc: float32 `[d_sae]`.
+        W_dec: float32 `[d_sae, d_in]`.
+        b_dec: float32 `[d_in]`.
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(self, cfg: SaeConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+
+    @abstractmethod
+    def activation(self, hidden_pre: Tensor) -> Tensor:
+        """From pre-activations `[..., d_sae]` to feature activations of the same shape, zero where off."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Feature activations.
+
+        Args:
+            x: Activations of the model, `[..., d_in]`, any float dtype.
+
+        Returns:
+            `feature_acts`, float32 `[..., d_sae]`, at least 0.
+
+        Raises:
+            ShapeMismatch: The last axis is not `d_in`.
+        """
+        return self.activation(self.hidden_pre(self._normalised(x)[0]))
+
+    def hidden_pre(self, sae_in: Tensor) -> Tensor:
+        """Pre-activations `[..., d_sae]` of normalised inputs."""
+        if self.cfg.apply_b_dec_to_input:
+            sae_in = sae_in - self.b_dec
+        return sae_in @ self.W_enc + self.b_enc
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction `[..., d_in]` of normalised inputs from feature activations `[..., d_sae]`."""
+        if self.cfg.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts / self.W_dec.norm(dim=-1)
+        return feature_acts @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
+        sae_in, mean, scale = self._normalised(x)
+        return self.decode(self.activation(self.hidden_pre(sae_in))) * scale + mean
+
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        if x.shape[-1] != self.cfg.d_in:
+            raise ShapeMismatch(
+                f"inputs are {x.shape[-1]} wide, but this SAE has d_in={self.cfg.d_in}.",
+                fix="check model and hook.",
+            )
+        x = x.to(self.W_enc.dtype)
+        if self.cfg.normalize_activations != "layer_norm":
+            return x, 0.0, 1.0
+        mean = x.mean(dim=-1, keepdim=True)
+        scale = (x - mean).std(dim=-1, keepdim=True)
+        return (x - mean) / (scale + 1e-5), mean, scale  # as SAELens: the epsilon only on the way in

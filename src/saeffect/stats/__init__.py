@@ -1,0 +1,37 @@
+"""Statistics that say how sure they are.
+
+An estimate comes with an interval, a test with its p, and data without an answer give NaN with a reason.
+Wherever two groups are compared, `a` is the reference and positive means that `b` is larger.
+"""
+
+from __future__ import annotations
+
+from .agreement import cohens_kappa, krippendorff_alpha
+from .bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
+from .effect_sizes import cliffs_delta, normalised_mean_difference
+from .estimate import Estimate, TestResult
+from .multiplicity import benjamini_hochberg
+from .permutation import permutation_test, sign_flip_many, sign_flip_test
+from .proportions import fisher_exact, newcombe_difference, risk_ratio, wilson
+from .regression import ols_robust
+
+__all__ = [
+    "Estimate",
+    "TestResult",
+    "benjamini_hochberg",
+    "bootstrap",
+    "bootstrap_difference",
+    "cliffs_delta",
+    "cluster_bootstrap",
+    "cohens_kappa",
+    "fisher_exact",
+    "krippendorff_alpha",
+    "newcombe_difference",
+    "normalised_mean_difference",
+    "ols_robust",
+    "permutation_test",
+    "risk_ratio",
+    "sign_flip_many",
+    "sign_flip_test",
+    "wilson",
+]

@@ -1,0 +1,122 @@
+"""What every statistic asks of its arguments, and what it says when they do not fit.
+
+Two kinds of trouble are kept apart. Arguments of the wrong shape or kind raise a `SaeffectError`. Data that
+merely have no answer (none, one, NaN among them) never raise and never lose values in silence: the statistic
+is NaN and `fault` gives the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, ShapeMismatch, Undefined, unknown_name
+
+__all__ = [
+    "ALTERNATIVES",
+    "FloatArray",
+    "Seed",
+    "Statistic",
+    "check_alternative",
+    "check_level",
+    "check_resamples",
+    "fault",
+    "generator",
+    "sample",
+]
+
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Seed: TypeAlias = int | np.random.Generator
+Statistic: TypeAlias = Callable[..., Any]
+
+ALTERNATIVES = ("greater", "less", "two-sided")
+
+
+def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> FloatArray:
+    """The values as a float64 array of `ndim` dimensions; NaN is let through, for `fault` to report.
+
+    Raises:
+        Undefined: They are not numbers.
+        ShapeMismatch: They have another number of dimensions.
+
+    Example:
+        >>> sample([True, 2])
+        array([1., 2.])
+    """
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise Undefined(
+            f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name
+        ) from error
+    if array.ndim != ndim:
+        raise ShapeMismatch(f"{name} must have {ndim} dimension(s), got shape {array.shape}.", at=name)
+    return array
+
+
+def fault(values: FloatArray, name: str = "values") -> str:
+    """Why these values cannot be summarised, or "" when they can.
+
+    Example:
+        >>> fault(np.array([1.0, np.nan, 3.0]), "coherence")
+        'coherence: 1 of 3 values are NaN'
+        >>> fault(np.array([]))
+        'values: there are none'
+        >>> fault(np.array([1.0]))
+        ''
+    """
+    if values.size == 0:
+        return f"{name}: there are none"
+    n_nan = int(np.isnan(values).sum())
+    if n_nan:
+        return f"{name}: {n_nan} of {values.size} values are NaN"
+    n_infinite = int(np.isinf(values).sum())
+    if n_infinite:
+        return f"{name}: {n_infinite} of {values.size} values are infinite"
+    return ""
+
+
+def generator(seed: Seed) -> np.random.Generator:
+    """A random generator of its own for an integer seed; a generator is used (and moved on) as it is.
+
+    Raises:
+        ConfigError: The seed is neither a non-negative integer nor a generator.
+    """
+    if isinstance(seed, np.random.Generator):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigError(
+            f"seed must be a non-negative integer or a numpy Generator, got {seed!r}.", at="seed"
+        )
+    return np.random.default_rng(int(seed))
+
+
+def check_level(level: float) -> None:
+    """Refuse a confidence level that is not strictly between 0 and 1."""
+    if not 0.0 < level < 1.0:
+        raise ConfigError(
+            f"level must lie between 0 and 1, got {level!r}.", at="level", fix="write 0.95 for 95 %."
+        )
+
+
+def check_resamples(n_boot: int, level: float) -> None:
+    """Refuse so few resamples that not one is expected beyond each end of the interval."""
+    check_level(level)
+    # Rounded first: 2 / (1 - 0.95) is 39.99999999999996 or 40.00000000000004 as the arithmetic falls.
+    fewest = math.ceil(round(2 / (1 - level), 6))
+    if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < fewest:
+        raise ConfigError(
+            f"n_boot must be an integer of at least {fewest} for a {level:.4g} interval, got {n_boot!r}.",
+            at="n_boot",
+            fix="2000 is usual.",
+        )
+
+
+def check_alternative(alternative: str) -> None:
+    """Refuse an alternative that is not one of `ALTERNATIVES`."""
+    if alternative not in ALTERNATIVES:
+        raise unknown_name("alternative", alternative, ALTERNATIVES, at="alternative")

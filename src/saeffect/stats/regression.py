@@ -1,0 +1,152 @@
+"""Which properties go with an outcome, the others held fixed: linear regression with robust errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from ..errors import ConfigError, ShapeMismatch
+from .arguments import FloatArray, check_level, fault, sample
+
+__all__ = ["ols_robust"]
+
+
+def ols_robust(
+    y: npt.ArrayLike,
+    X: pd.DataFrame,  # noqa: N803 - the name that everybody knows
+    clusters: Sequence[Any] | npt.NDArray[Any] | pd.Series | None = None,
+    *,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """By how much the outcome changes when one column grows by 1 and the other columns stay as they are.
+
+    An intercept (the outcome where every column is 0) comes first. Errors need not be equally large
+    everywhere (HC3); with `clusters` they need not be independent within a cluster either. An association,
+    not yet a cause.
+
+    Args:
+        y: Shape [n], the outcome.
+        X: n rows; columns of numbers or booleans (code categories as 0 and 1). Rows go with `y` by position.
+        clusters: Length n, the label of each row's cluster (a prompt, an SAE), or None for independent rows.
+        level: Confidence, between 0 and 1.
+
+    Returns:
+        One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided,
+        for "no association"), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t is used
+        with n - n_terms degrees of freedom, or n_clusters - 1. Fewer than about 20 clusters give too small p.
+
+    Raises:
+        ShapeMismatch: `y`, `X` and `clusters` differ in length.
+        ConfigError: A column is not numeric, is called "intercept", or occurs twice.
+
+    Source:
+        MacKinnon & White (1985) for HC3; Liang & Zeger (1986) for clusters; both through statsmodels.
+
+    Example:
+        >>> ols_robust([1, 3, 5, 8], pd.DataFrame({"dose": [0, 1, 2, 3]}))[["term", "estimate"]].round(2)
+                term  estimate
+        0  intercept       0.8
+        1       dose       2.3
+    """
+    check_level(level)
+    outcome = sample(y, "y")
+    design = _design(X)
+    terms, n = ["intercept", *map(str, X.columns)], len(outcome)
+    if len(design) != n:
+        raise ShapeMismatch(f"y has {n} values but X has {len(design)} rows.", at="X")
+    codes = None if clusters is None else pd.factorize(pd.Series(list(clusters), dtype=object))[0]
+    if codes is not None and len(codes) != n:
+        raise ShapeMismatch(f"y has {n} values but there are {len(codes)} cluster labels.", at="clusters")
+    nothing = np.full(len(terms), np.nan)
+    if reason := _no_fit(outcome, design, X):
+        return _table(terms, nothing, nothing, nothing, nothing, n=n, reason=reason)
+    # statsmodels takes a second to import, and most commands never ask for it.
+    from statsmodels.regression.linear_model import OLS
+
+    model = OLS(outcome, design)
+    estimate = np.asarray(model.fit().params)
+    if reason := _no_interval(outcome, design, estimate, codes):
+        return _table(terms, estimate, nothing, nothing, nothing, n=n, reason=reason)
+    kind, groups = ("HC3", None) if codes is None else ("cluster", {"groups": codes})
+    fit = model.fit(cov_type=kind, cov_kwds=groups, use_t=True)
+    interval = np.asarray(fit.conf_int(alpha=1 - level))
+    return _table(terms, estimate, interval[:, 0], interval[:, 1], np.asarray(fit.pvalues), n=n, reason="")
+
+
+def _design(X: pd.DataFrame) -> FloatArray:  # noqa: N803
+    """The columns as float64 behind a column of ones, [n, 1 + n_columns]."""
+    names = [str(name) for name in X.columns]
+    if "intercept" in names or len(set(names)) < len(names):
+        raise ConfigError(f"columns must have distinct names other than 'intercept', got {names}.", at="X")
+    for position, name in enumerate(names):
+        kind = X.dtypes.iloc[position]
+        if not pd.api.types.is_numeric_dtype(kind):
+            raise ConfigError(
+                f"column {name!r} is not numeric but {kind}.", at="X", fix="code it as 0 and 1."
+            )
+    columns = X.to_numpy(dtype=np.float64, na_value=np.nan) if len(names) else np.empty((len(X), 0))
+    return np.column_stack([np.ones(len(X)), columns])
+
+
+def _no_fit(outcome: FloatArray, design: FloatArray, X: pd.DataFrame) -> str:  # noqa: N803
+    """Why there are no coefficients, or ""."""
+    if reason := fault(outcome, "y"):
+        return reason
+    for position, name in enumerate(X.columns, start=1):
+        if reason := fault(design[:, position], str(name)):
+            return reason
+    n, n_terms = design.shape
+    if n < n_terms:
+        return f"{n} rows cannot determine {n_terms} terms"
+    flat = [str(name) for position, name in enumerate(X.columns, start=1) if np.ptp(design[:, position]) == 0]
+    if flat:
+        return f"{', '.join(flat)}: the same in every row, so its part cannot be told from the intercept's"
+    # About their means, since a large offset beside a small spread looks like a second intercept.
+    columns = design[:, 1:] - design[:, 1:].mean(axis=0)
+    if n_terms > 1 and np.linalg.matrix_rank(columns) < n_terms - 1:
+        return "the columns are linearly dependent, so their parts cannot be told apart"
+    return ""
+
+
+def _no_interval(
+    outcome: FloatArray,
+    design: FloatArray,
+    estimate: FloatArray,
+    codes: npt.NDArray[np.intp] | None,
+) -> str:
+    """Why the coefficients have no error, or ""."""
+    n, n_terms = design.shape
+    if n == n_terms:
+        return f"{n} rows fit {n_terms} terms exactly, so nothing is left to judge the error by"
+    residuals = outcome - design @ estimate
+    if np.abs(residuals).max() <= 1e-12 * max(1e-300, np.abs(outcome).max()):
+        return "the fit is exact, so nothing is left to judge the error by"
+    if codes is not None:
+        n_missing = int((codes < 0).sum())
+        if n_missing:
+            return f"clusters: {n_missing} of {n} labels are missing"
+        return "clusters: a single one shows no spread" if codes.max() == 0 else ""
+    orthonormal, _ = np.linalg.qr(design)
+    leverage = (orthonormal**2).sum(axis=1)
+    if leverage.max() > 1 - 1e-10:
+        return f"row {int(leverage.argmax())} alone determines a coefficient, so its error is undefined"
+    return ""
+
+
+def _table(
+    terms: list[str],
+    estimate: FloatArray,
+    low: FloatArray,
+    high: FloatArray,
+    p: FloatArray,
+    *,
+    n: int,
+    reason: str,
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"term": terms, "estimate": estimate, "low": low, "high": high, "p": p, "n": n, "reason": reason}
+    )

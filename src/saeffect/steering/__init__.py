@@ -1,0 +1,53 @@
+"""Interventions: steer a model along features and along placebos, and measure what that does.
+
+`run_trials` generates texts and `effects` turns them into one line a feature; `direct_effects` needs no
+sampling; `choose_dose` finds how strongly to steer.
+"""
+
+from __future__ import annotations
+
+from .direct_effect import direct_effects, kl_divergence, next_log_probabilities
+from .dose import DoseChoice, choose_dose, score_doses
+from .effects import effects
+from .generate import generate
+from .operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
+from .outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
+from .placebo import PLACEBOS, Directions, random_direction
+from .plan import Site, SteeringPlan, mean_residual_norm
+from .sampling import NoiseCell, Sampling, exponential_noise, next_tokens, penalise
+from .trials import TRIAL_COLUMNS, run_trials
+
+__all__ = [
+    "PLACEBOS",
+    "POSITIONS",
+    "TRIAL_COLUMNS",
+    "AddVectors",
+    "Directions",
+    "DoseChoice",
+    "Intervention",
+    "NoiseCell",
+    "Operator",
+    "PositionedEdit",
+    "Sampling",
+    "Similarity",
+    "Site",
+    "SteeringPlan",
+    "TextVectors",
+    "choose_dose",
+    "direct_effects",
+    "distinct_2",
+    "effects",
+    "exponential_noise",
+    "generate",
+    "join_tokens",
+    "kl_divergence",
+    "mean_residual_norm",
+    "next_log_probabilities",
+    "next_tokens",
+    "penalise",
+    "perplexity",
+    "random_direction",
+    "run_trials",
+    "score_doses",
+    "similarity",
+]

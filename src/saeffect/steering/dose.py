@@ -1,0 +1,140 @@
+"""Choosing how strongly to steer, on prompts that the test does not use.
+
+Too weak and nothing happens; too strong and the model babbles the top tokens, which is similar to them but
+proves little. The score of a text is therefore *gain x fluency*, both against the unsteered text of the same
+prompt and sampling noise, and the dose with the best mean score wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from ..errors import ConfigError, Undefined
+from .generate import Progress
+from .outcomes import TextVectors
+from .placebo import STEERED, UNSTEERED
+from .plan import Site, SteeringPlan
+from .trials import run_trials
+
+__all__ = ["DoseChoice", "choose_dose", "score_doses"]
+
+
+@dataclass(frozen=True, eq=False)
+class DoseChoice:
+    """The chosen dose and what it was chosen from.
+
+    Attributes:
+        dose: In units of the site's mean norm.
+        table: One row a dose, ascending: dose, n (texts scored), similarity, gain, distinct2, perplexity,
+            fluency, score; means over the texts.
+        features: Which features were tried.
+        prompts: On which prompts.
+        reason: What speaks against trusting the choice, else "".
+    """
+
+    dose: float
+    table: pd.DataFrame
+    features: tuple[int, ...]
+    prompts: tuple[str, ...]
+    reason: str = ""
+
+
+def choose_dose(
+    site: Site,
+    W_dec: Tensor,
+    features: pd.DataFrame,
+    search: SteeringPlan,
+    *,
+    test_prompts: Sequence[str],
+    vectors: TextVectors,
+    progress: Progress | None = None,
+) -> DoseChoice:
+    """Try some doses on a few features and keep the best.
+
+    Args:
+        site: Model, hook and unit of doses.
+        W_dec: Decoder, `[d_sae, d_model]`.
+        features: A few rows of the feature table: feature and top_tokens.
+        search: The doses to try and the search prompts; no placebos are run, whatever it says.
+        test_prompts: The prompts of the test, none of which may be among the search prompts: a strength
+            fitted to the very prompts it is tested on would flatter the effect.
+        vectors: Where the texts' vectors come from.
+        progress: Called with rows done and in all.
+
+    Returns:
+        The dose with the highest mean of gain x fluency, the smaller one of equals; see `score_doses`.
+
+    Raises:
+        ConfigError: A search prompt is a test prompt too (letter case and spacing aside).
+        Undefined: No text got a similarity, so nothing can be chosen.
+    """
+    test = {_plain(prompt) for prompt in test_prompts}
+    shared = [prompt for prompt in search.prompts if _plain(prompt) in test]
+    if shared:
+        raise ConfigError(
+            f"{len(shared)} prompt(s) of the dose search are test prompts too, such as {shared[0]!r}.",
+            at="search prompts",
+            fix="give the search prompts of its own, or set the dose yourself.",
+        )
+    plan = replace(search, placebos=(), perplexity=True)
+    trials = run_trials(site, W_dec, features, plan, vectors=vectors, progress=progress)
+    table = score_doses(trials)
+    scored = table.dropna(subset="score")
+    if scored.empty:
+        raise Undefined(
+            "no text of the dose search has a similarity to its feature's top tokens.",
+            at="dose search",
+            fix="use features whose top tokens are words of the embedding, or set the dose yourself.",
+        )
+    best = scored.sort_values(["score", "dose"], ascending=[False, True], kind="stable").iloc[0]
+    reason = ""
+    if best["score"] <= 0:
+        reason = "no dose made texts more similar to the features' top tokens"
+    elif len(table) > 1 and best["dose"] in (table["dose"].min(), table["dose"].max()):
+        reason = "the best dose is at the edge of those tried; one beyond may be better"
+    tried = tuple(sorted(int(f) for f in features["feature"]))
+    return DoseChoice(float(best["dose"]), table, tried, plan.prompts, reason)
+
+
+def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
+    """Gain and fluency of steered texts against their unsteered twins, by dose.
+
+    gain = steered minus unsteered similarity. fluency = geometric mean of two ratios, each at most 1:
+    distinct-2 over the unsteered text's (falls when steering makes loops), and the unsteered text's
+    perplexity over the steered one's, both under the unsteered model (falls when steering makes word salad,
+    which never repeats itself and whose distinct-2 is fine). A text scores gain x fluency: a loop of top
+    tokens has much gain and little fluency, an untouched text the reverse. Averaging products, not
+    multiplying averages, keeps half of the texts from lending their gain to the other half's fluency.
+
+    Args:
+        trials: As `run_trials` gives, with perplexity; placebos are ignored.
+
+    Returns:
+        The `table` of `DoseChoice`. Texts whose gain or fluency is undefined are left out (see n).
+    """
+    keys = ["feature", "prompt", "sample"]
+    measured = ["similarity", "distinct2", "perplexity"]
+    twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[measured].add_suffix("_before")
+    rows = trials[trials["condition"] == STEERED].join(twins, on=keys)
+    repeats = np.minimum(1.0, rows["distinct2"] / rows["distinct2_before"])
+    surprise = np.minimum(1.0, rows["perplexity_before"] / rows["perplexity"])
+    rows["gain"] = rows["similarity"] - rows["similarity_before"]
+    rows["fluency"] = np.sqrt(repeats * surprise)
+    rows["score"] = rows["gain"] * rows["fluency"]
+    complete = rows.assign(n=rows["score"].notna().astype(np.int64))
+    means = (
+        complete[complete["n"] == 1]
+        .groupby("dose")[["similarity", "gain", *measured[1:], "fluency", "score"]]
+        .mean()
+    )
+    counts = complete.groupby("dose")[["n"]].sum()
+    return counts.join(means).reset_index()
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())

@@ -1,0 +1,160 @@
+"""What an intervention does to the residual stream, and at which positions.
+
+An *operator* changes activations `[rows, positions, d_model]`, each row of the batch in its own way; here it
+adds a vector to each. An `Intervention` says where it is applied. `Intervention.edit` binds both to one
+prompt and gives the callable that `saeffect.models.edited` wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ShapeMismatch, unknown_name
+
+__all__ = ["POSITIONS", "AddVectors", "Intervention", "Operator", "PositionedEdit", "Positions", "span"]
+
+Positions = Literal["all", "generated", "prompt"]
+POSITIONS: tuple[Positions, ...] = ("all", "generated", "prompt")
+
+
+class Operator(Protocol):
+    """Changes activations, one way a row. Implementations are immutable and do not change their input."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows of a batch it knows."""
+        ...
+
+    def take(self, first: int, last: int) -> Operator:
+        """The same operator for the rows `first` up to, not including, `last`."""
+        ...
+
+    def apply(self, x: Tensor) -> Tensor:
+        """New activations for `x`, `[n_rows, positions, d_model]`, same shape, dtype and device."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AddVectors:
+    """Adds one vector a row.
+
+    The sum is taken in float32 and rounded once to the dtype of the activation, so that a vector of zeros
+    leaves every bit as it was.
+
+    Attributes:
+        vectors: Float32 `[n_rows, d_model]`, in the units of the activation.
+    """
+
+    vectors: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or len(self.vectors) == 0:
+            shape = tuple(self.vectors.shape)
+            raise ShapeMismatch(f"steering vectors have shape {shape}; expected [rows, d_model], not empty.")
+        if not bool(torch.isfinite(self.vectors).all()):
+            raise ConfigError(
+                "a steering vector holds NaN or infinity.", fix="look at the SAE's decoder and the dose."
+            )
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.vectors)
+
+    def take(self, first: int, last: int) -> AddVectors:
+        return AddVectors(self.vectors[first:last])
+
+    def apply(self, x: Tensor) -> Tensor:
+        if x.shape[0] != self.n_rows or x.shape[-1] != self.vectors.shape[1]:
+            raise ShapeMismatch(
+                f"activations of shape {tuple(x.shape)} met steering vectors of shape"
+                f" {tuple(self.vectors.shape)}; expected as many rows and the same width."
+            )
+        # float64 models stay float64; half-precision ones are summed in float32.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        vectors = self.vectors.to(device=x.device, dtype=wide)
+        return (x.to(wide) + vectors[:, None, :]).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """An operator and the positions at which it acts.
+
+    Attributes:
+        operator: What is done to each row.
+        positions: "all": every position. "prompt": the prompt's positions but the last (what the paper's code
+            did). "generated": the rest, that is every position that predicts a generated token: the last of
+            the prompt and all generated ones. "prompt" and "generated" are complements.
+    """
+
+    operator: Operator
+    positions: Positions = "all"
+
+    def __post_init__(self) -> None:
+        if self.positions not in POSITIONS:
+            raise unknown_name("choice of positions", self.positions, POSITIONS, at="positions")
+
+    def take(self, first: int, last: int) -> Intervention:
+        """The same intervention for a slice of the rows."""
+        return Intervention(self.operator.take(first, last), self.positions)
+
+    def edit(self, prompt_length: int) -> PositionedEdit:
+        """The callable for `saeffect.models.edited`, for rows that share a prompt of so many tokens.
+
+        Raises:
+            ConfigError: There is no position to act at: `positions` is "prompt" and the prompt is one token.
+        """
+        if self.positions == "prompt" and prompt_length < 2:
+            raise ConfigError(
+                f"positions 'prompt' leaves out the prompt's last token, and the prompt has {prompt_length}.",
+                at="positions",
+                fix="use a longer prompt, or positions 'all' or 'generated'.",
+            )
+        return PositionedEdit(self.operator, self.positions, prompt_length)
+
+
+class PositionedEdit:
+    """Applies an operator at the wanted positions of each forward pass.
+
+    With a cache of keys and values a pass sees only the newest positions, so whoever drives the model sets
+    `start` before each pass: 0 for the prompt, then the number of tokens already in the cache.
+
+    Attributes:
+        start: Absolute position of the first activation of the next pass.
+    """
+
+    def __init__(self, operator: Operator, positions: Positions, prompt_length: int) -> None:
+        self.operator = operator
+        self.positions: Positions = positions
+        self.prompt_length = prompt_length
+        self.start = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        where = span(self.positions, self.start, x.shape[1], self.prompt_length)
+        if where.start >= where.stop:
+            return x
+        if where == slice(0, x.shape[1]):
+            return self.operator.apply(x)
+        changed = x.clone()
+        changed[:, where] = self.operator.apply(x[:, where])
+        return changed
+
+
+def span(positions: Positions, start: int, length: int, prompt_length: int) -> slice:
+    """Which of `length` positions, the first of them at absolute position `start`, are acted at.
+
+    Example:
+        >>> span("prompt", 0, 5, 5), span("generated", 0, 5, 5)  # a prompt of five tokens
+        (slice(0, 4, None), slice(4, 5, None))
+        >>> span("prompt", 5, 1, 5), span("generated", 5, 1, 5)  # the first generated token
+        (slice(0, 0, None), slice(0, 1, None))
+    """
+    boundary = min(max(prompt_length - 1 - start, 0), length)
+    if positions == "prompt":
+        return slice(0, boundary)
+    if positions == "generated":
+        return slice(boundary, length)
+    return slice(0, length)

@@ -1,0 +1,90 @@
+"""Directions to steer along: a feature's own, and placebos that should do nothing in particular.
+
+Any push of that size changes the text. A placebo of equal norm shows how much of the change comes from being
+pushed at all; only what the feature does beyond that is the feature's effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BadFile, Undefined, unknown_name
+
+__all__ = ["PLACEBOS", "STEERED", "UNSTEERED", "Directions", "random_direction"]
+
+UNSTEERED = "unsteered"
+STEERED = "steered"
+PLACEBOS = ("random",)
+"""Kinds of placebo; the name is the condition of its rows."""
+
+
+def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
+    """A direction uniform on the sphere, float32 `[d_model]`, of norm 1.
+
+    It depends on the arguments only, so the order in which features are steered does not matter.
+
+    Args:
+        d_model: Width of the residual stream.
+        seed: The study's seed.
+        feature: The feature that it is the placebo of.
+        draw: Which of the feature's placebos: trials use (prompt, sample). A fresh direction per trial makes
+            the placebo's mean that of random directions at large; one for all would put the luck of a single
+            direction into every difference of a feature, and no number of samples would average it out.
+
+    Example:
+        >>> a = random_direction(3, seed=0, feature=7)
+        >>> bool((a == random_direction(3, seed=0, feature=7)).all()), round(float(a.norm()), 6)
+        (True, 1.0)
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
+    normal = rng.standard_normal(d_model)
+    return torch.from_numpy((normal / np.linalg.norm(normal)).astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """Unit directions by feature and condition.
+
+    Attributes:
+        W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
+        seed: For random placebos.
+    """
+
+    W_dec: Tensor
+    seed: int = 0
+
+    def norm(self, feature: int) -> float:
+        """Length of the feature's decoder row.
+
+        Raises:
+            BadFile: The row holds NaN or infinity.
+            Undefined: The row is zero: it has no direction.
+        """
+        row = self.W_dec[feature].detach().float()
+        if not bool(torch.isfinite(row).all()):
+            raise BadFile(f"the decoder row of feature {feature} holds NaN or infinity.", at="W_dec")
+        length = float(row.norm())
+        if length == 0:
+            raise Undefined(
+                f"the decoder row of feature {feature} is zero, so there is no direction to steer along.",
+                at="W_dec",
+                fix="leave this feature out.",
+            )
+        return length
+
+    def unit(self, feature: int, condition: str, draw: tuple[int, ...] = ()) -> Tensor:
+        """Direction of norm 1, float32 `[d_model]`, on the CPU.
+
+        Raises:
+            UnknownName: `condition` is neither "steered" nor a placebo.
+        """
+        if condition == STEERED:
+            length = self.norm(feature)
+            return self.W_dec[feature].detach().float().cpu() / length
+        if condition == "random":
+            return random_direction(self.W_dec.shape[1], seed=self.seed, feature=feature, draw=draw)
+        raise unknown_name("condition", condition, (STEERED, *PLACEBOS))

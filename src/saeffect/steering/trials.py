@@ -1,0 +1,222 @@
+"""The interventions themselves: every feature, prompt, sample, condition and dose, with its outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ..errors import ShapeMismatch
+from .generate import Progress, generate
+from .operators import AddVectors, Intervention
+from .outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
+from .placebo import UNSTEERED, Directions
+from .plan import Site, SteeringPlan, check_features
+from .sampling import NoiseCell
+
+__all__ = ["TRIAL_COLUMNS", "run_trials"]
+
+TRIAL_COLUMNS = (
+    "feature",
+    "prompt",
+    "sample",
+    "condition",
+    "dose",
+    "coefficient",
+    "text",
+    "similarity",
+    "distinct2",
+)
+
+
+def run_trials(
+    site: Site,
+    W_dec: Tensor,
+    features: pd.DataFrame,
+    plan: SteeringPlan,
+    *,
+    vectors: TextVectors,
+    done: pd.DataFrame | None = None,
+    on_chunk: Callable[[pd.DataFrame], None] | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Generate with and without intervention and measure the texts.
+
+    Features are worked off in chunks that fill a batch; the chunks follow from the feature table and the plan
+    alone, so a run that is resumed with `done` ends with the same numbers as one that was never stopped.
+    Unsteered texts do not depend on the feature: they are generated once and measured against each feature.
+
+    Args:
+        site: Model, hook and unit of doses.
+        W_dec: Decoder, `[d_sae, d_model]`; rows are looked up by feature number.
+        features: Columns feature and top_tokens (list of str); the whole selection, also on a resume.
+        plan: What to run.
+        vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
+        done: Rows that an earlier call with equal arguments gave to `on_chunk`.
+        on_chunk: Called with the rows of each chunk of features as soon as they are there.
+        progress: Called with rows done and in all, resumed ones included.
+
+    Returns:
+        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`, and
+        perplexity if planned. dose in units of the site's mean norm (0 for unsteered), coefficient the
+        multiple of the decoder row that has that length (placebos get a vector of equal length), text the
+        continuation alone, similarity to the feature's top tokens (NaN where undefined), distinct2.
+
+    Raises:
+        SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
+    """
+    table = check_features(site, W_dec, features, ("top_tokens",))
+    run = _Run(site, Directions(W_dec, plan.seed), plan, _Remembered(vectors))
+    per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
+    n_features = max(1, plan.batch_size // per_feature)
+    finished = _finished(done, run)
+    rows_each = len(plan.prompts) * (per_feature + plan.samples)
+    frames: list[pd.DataFrame] = []
+    baseline: list[list[list[int]]] | None = None
+    for first in range(0, len(table), n_features):
+        chunk = table.iloc[first : first + n_features]
+        if done is not None and set(chunk["feature"]) <= finished:
+            frames.append(done[done["feature"].isin(chunk["feature"])])
+        else:
+            baseline = baseline or run.unsteered()
+            frames.append(run.chunk(chunk, baseline))
+            if on_chunk is not None:
+                on_chunk(frames[-1])
+        if progress is not None:
+            progress((first + len(chunk)) * rows_each, len(table) * rows_each)
+    return run.ordered(pd.concat(frames, ignore_index=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    site: Site
+    directions: Directions
+    plan: SteeringPlan
+    vectors: TextVectors
+
+    def unsteered(self) -> list[list[list[int]]]:
+        """Token ids by prompt and sample."""
+        return [self._generate(p, range(self.plan.samples), None) for p in range(len(self.plan.prompts))]
+
+    def chunk(self, features: pd.DataFrame, baseline: list[list[list[int]]]) -> pd.DataFrame:
+        """All rows of some features."""
+        plan = self.plan
+        references = {
+            int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)
+        }
+        layout = [
+            (feature, sample, condition, float(dose))
+            for feature in references
+            for sample in range(plan.samples)
+            for condition in plan.conditions
+            for dose in plan.doses
+        ]
+        records: list[dict[str, Any]] = []
+        for prompt in range(len(plan.prompts)):
+            units = [self.directions.unit(f, c, (prompt, s)) for f, s, c, _ in layout]
+            added = torch.stack(
+                [d * self.site.mean_norm * u for u, (*_, d) in zip(units, layout, strict=True)]
+            )
+            outputs = self._generate(prompt, [s for _, s, *_ in layout], added)
+            cells = [(f, s, UNSTEERED, 0.0) for f in references for s in range(plan.samples)]
+            outputs += [baseline[prompt][s] for _, s, *_ in cells]
+            records += self._measure(prompt, layout + cells, outputs, references)
+        return self.ordered(pd.DataFrame(records))
+
+    def _generate(self, prompt: int, samples: Any, added: Tensor | None) -> list[list[int]]:
+        plan = self.plan
+        text = plan.prompts[prompt]
+        return generate(
+            self.site.lm,
+            self.site.hook,
+            self.site.lm.encode(text),
+            [NoiseCell(plan.seed, text, sample) for sample in samples],
+            plan.sampling,
+            intervention=None if added is None else Intervention(AddVectors(added), plan.positions),
+            batch_size=plan.batch_size,
+        )
+
+    def _measure(
+        self,
+        prompt: int,
+        layout: list[tuple[int, int, str, float]],
+        outputs: list[list[int]],
+        references: dict[int, str],
+    ) -> list[dict[str, Any]]:
+        lm = self.site.lm
+        records: list[dict[str, Any]] = []
+        for (feature, sample, condition, dose), ids in zip(layout, outputs, strict=True):
+            text = lm.decode(ids)
+            records.append(
+                {
+                    "feature": feature,
+                    "prompt": prompt,
+                    "sample": sample,
+                    "condition": condition,
+                    "dose": dose,
+                    "coefficient": dose * self.site.mean_norm / self.directions.norm(feature),
+                    "text": text,
+                    "similarity": similarity(text, references[feature], self.vectors).value,
+                    "distinct2": distinct_2(ids),
+                }
+            )
+        if self.plan.perplexity:
+            # Features share the unsteered texts: score each different text once.
+            different = {tuple(ids): math.nan for ids in outputs}
+            scores = perplexity(lm, lm.encode(self.plan.prompts[prompt]), list(different))
+            different = dict(zip(different, scores.tolist(), strict=True))
+            for record, ids in zip(records, outputs, strict=True):
+                record["perplexity"] = different[tuple(ids)]
+        return records
+
+    def ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
+        """Rows in the promised order, columns in the promised types."""
+        columns = [*TRIAL_COLUMNS, *(["perplexity"] if self.plan.perplexity else [])]
+        missing = [name for name in columns if name not in trials]
+        if missing:
+            raise ShapeMismatch(f"the finished trials lack the column(s) {', '.join(missing)}.", at="done")
+        rank = {condition: i for i, condition in enumerate((UNSTEERED, *self.plan.conditions))}
+        ranked = trials[columns].assign(_rank=trials["condition"].map(rank))
+        ranked = ranked.sort_values(["feature", "prompt", "sample", "_rank", "dose"], kind="stable")
+        numbers = {"feature": "int64", "prompt": "int64", "sample": "int64"}
+        return ranked.drop(columns="_rank").astype(numbers).reset_index(drop=True)
+
+
+class _Remembered:
+    """Text vectors computed once per text: top tokens and unsteered texts come up again and again."""
+
+    def __init__(self, vectors: TextVectors) -> None:
+        self._vectors = vectors
+        self._known: dict[str, Vector | None] = {}
+
+    def mean_vector(self, text: str) -> Vector | None:
+        if text not in self._known:
+            self._known[text] = self._vectors.mean_vector(text)
+        return self._known[text]
+
+
+def _finished(done: pd.DataFrame | None, run: _Run) -> set[int]:
+    """Features of which `done` has exactly the planned rows."""
+    if done is None or done.empty:
+        return set()
+    plan = run.plan
+    settings = [(UNSTEERED, 0.0)] + [(c, float(d)) for c in plan.conditions for d in plan.doses]
+    wanted = {
+        (prompt, sample, condition, dose)
+        for prompt in range(len(plan.prompts))
+        for sample in range(plan.samples)
+        for condition, dose in settings
+    }
+    keys = ["prompt", "sample", "condition", "dose"]
+    finished: set[int] = set()
+    for feature in done["feature"].unique().tolist():
+        rows = done.loc[done["feature"] == feature, keys]
+        found = list(rows.itertuples(index=False, name=None))
+        if len(found) == len(wanted) and set(found) == wanted:
+            finished.add(int(feature))
+    return finished

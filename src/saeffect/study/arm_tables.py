@@ -1,0 +1,91 @@
+"""An arm's tables and facts, read back from the run directory for comparison and report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saeffect.comparison import ArmFacts, ArmTables
+from saeffect.features.coherence import coverage
+from saeffect.features.embeddings import load_embeddings
+from saeffect.provenance import read_json
+from saeffect.sae.saelens_format import saved_dtype
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.study import Study
+
+__all__ = ["ARM_FILES", "arm_facts", "arm_tables"]
+
+ARM_FILES = (
+    "features.parquet",
+    "coherence.parquet",
+    "selection.parquet",
+    "interventions.parquet",
+    "direct_effects.parquet",
+    "effects.parquet",
+    "gate.json",
+)
+
+
+def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
+    """Every arm's tables, by name.
+
+    Raises:
+        NotFound: A stage before this one has not run.
+    """
+    vectors = load_embeddings(run.study.config.coherence.embeddings)
+    found = {}
+    for name, arm in run.study.config.arms.items():
+        features = run.read_table(run.arm(name, "features.parquet"))
+        selection = run.read_table(run.arm(name, "selection.parquet"))
+        domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
+        facts = arm_facts(run.study, name, read_json(run.arm(name, "gate.json")))
+        steered = run.study.config.steering is not None
+        found[name] = ArmTables(
+            name=name,
+            role=arm.role,
+            features=features,
+            coherence=run.read_table(run.arm(name, "coherence.parquet")),
+            selection=selection,
+            interventions=run.table_or_none(run.arm(name, "interventions.parquet")) if steered else None,
+            direct_effects=run.table_or_none(run.arm(name, "direct_effects.parquet")) if steered else None,
+            effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
+            facts=facts,
+            coverage_unique=coverage(domain, embeddings=vectors).unique,
+        )
+    return found
+
+
+def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
+    """What is recorded of how an arm was made; None where nobody recorded it.
+
+    Args:
+        study: The study.
+        name: The arm.
+        gate: The gate's measurements, if they were made.
+    """
+    arm = study.config.arms[name]
+    sae = study.sae_config(name)
+    meta = sae.metadata
+    gate = gate or {}
+    held_out = meta.get("held_out") or {}
+
+    def integer(key: str) -> int | None:
+        return int(meta[key]) if isinstance(meta.get(key), int | float) else None
+
+    return ArmFacts(
+        role=arm.role,
+        model=arm.model.path + (f" + {arm.model.adapter}" if arm.model.adapter else ""),
+        hook=study.hook(name),
+        architecture=sae.architecture,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        training_tokens=integer("training_tokens"),
+        training_text=meta.get("training_text") or meta.get("dataset_path"),
+        training_text_sha256=meta.get("training_text_sha256"),
+        seed=integer("seed"),
+        normalisation=meta.get("training_normalisation") or sae.normalize_activations,
+        dtype=saved_dtype(study.sae_folder(name)),
+        explained_variance=gate.get("explained_variance"),
+        ce_loss_score=gate.get("ce_loss_score"),
+        l0=gate.get("l0"),
+        dead_share=held_out.get("dead_share"),
+    )

@@ -1,0 +1,168 @@
+"""Validate a study without computing: names, files, shapes, tokenizers, disk, and the design."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.comparison.design import design_check
+from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError
+from saeffect.features.embeddings import load_embeddings
+from saeffect.features.vocabulary import load_vocabulary
+from saeffect.models.hooks import parse_hook
+from saeffect.models.loading import bundled_path, locate_adapter, locate_model
+from saeffect.sae.saelens_format import load_sae
+from saeffect.study.arm_tables import arm_facts
+from saeffect.study.selection import study_verdicts
+from saeffect.study.study import Say, Study, require_width
+
+__all__ = ["CheckResult", "check_study"]
+
+
+@dataclass(frozen=True, eq=False)
+class CheckResult:
+    """What a check found; a study with an error does not get this far.
+
+    Attributes:
+        lines: What was checked, a line each.
+        design: The design check: in what the arms differ besides the model.
+    """
+
+    lines: tuple[str, ...]
+    design: pd.DataFrame
+
+
+def check_study(study: Study, out: Path | str | None = None, say: Say = lambda line: None) -> CheckResult:
+    """Check everything that can be checked without running a model.
+
+    Args:
+        study: The study.
+        out: Where the run is to go.
+        say: Receives a line if the embedded model must be fetched.
+
+    Raises:
+        SaeffectError: The first thing that is wrong.
+    """
+    lines: list[str] = []
+    for name in study.config.arms:
+        lines.append(_check_arm(study, name, say))
+    _check_tokenizers(study)
+    lines.append("every arm has the same tokens")
+    config = study.config
+    vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
+    lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
+    vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
+    lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
+    verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
+    if verdicts is not None:
+        lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
+    lines.append(_check_text(study))
+    if out is not None:
+        lines.append(_check_disk(study, Path(out)))
+    design = design_check({name: arm_facts(study, name) for name in config.arms})
+    return CheckResult(tuple(lines), design)
+
+
+def _check_arm(study: Study, name: str, say: Say) -> str:
+    arm = study.config.arms[name]
+    at = study.at("arms", name)
+    model = locate_model(arm.model, say=say, at=f"{at}.model")
+    locate_adapter(arm.model, at=f"{at}.model")
+    sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
+    hook = study.hook(name)
+    parse_hook(hook, at=f"{at}.hook")
+    shape = _model_shape(model)
+    if shape is not None:
+        parse_hook(hook, shape[1], at=f"{at}.hook")
+        require_width(sae.cfg, shape[0], hook, arm.model.path, at=f"{at}.sae")
+    return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+
+
+def _model_shape(model: Path | str) -> tuple[int, int] | None:
+    """(width, layers) from a local config.json; None where only loading would tell."""
+    if not isinstance(model, Path) or not (model / "config.json").is_file():
+        return None
+    try:
+        raw: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadFile(f"config.json is not JSON: {error}.", at=str(model)) from error
+    raw = raw.get("text_config") or raw
+    width = raw.get("hidden_size") or raw.get("n_embd")
+    layers = raw.get("num_hidden_layers") or raw.get("n_layer")
+    return (int(width), int(layers)) if width and layers else None
+
+
+def _check_tokenizers(study: Study) -> None:
+    from transformers import AutoTokenizer
+
+    from saeffect.models.loading import quiet_transformers
+
+    seen: dict[str, tuple[str, dict[str, int]]] = {}
+    for name, arm in study.config.arms.items():
+        place = locate_model(arm.model)
+        key = str(place)
+        if key not in seen:
+            options: dict[str, Any] = {"revision": arm.model.revision}
+            folder: Path | str = place
+            if isinstance(place, Path) and place.is_file():
+                folder, options["gguf_file"] = place.parent, place.name
+            try:
+                with quiet_transformers():
+                    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            except Exception as error:
+                raise NotFound(
+                    f"the tokenizer of {arm.model.path!r} cannot be loaded: {str(error).splitlines()[0]}",
+                    at=study.at("arms", name, "model"),
+                    fix="check the name and your connection, or save the tokenizer beside the model.",
+                ) from error
+            seen[key] = (name, tokenizer.get_vocab())
+    (first, vocabulary), *others = seen.values()
+    for name, other in others:
+        if other != vocabulary:
+            wrong = sum(other.get(token) != index for token, index in vocabulary.items())
+            raise IncompatibleModels(
+                f"the models of {first!r} and {name!r} have different tokenizers ({wrong:,} of"
+                f" {len(vocabulary):,} tokens have another id or are missing).",
+                at=study.at("arms", name, "model"),
+                fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
+            )
+
+
+def _check_text(study: Study) -> str:
+    text = study.config.text
+    if text.bundled is not None:
+        bundled_path("texts", text.bundled, at=study.at("text", "bundled"))
+        return f"text: bundled {text.bundled}"
+    for index, source in enumerate(text.sources):
+        path = Path(source.path)
+        if (path.suffix or path.is_absolute() or source.path.count("/") != 1) and not path.is_file():
+            raise NotFound(f"there is no text file {source.path!r}.", at=study.at("text", "sources", str(index)))
+    return f"text: {', '.join(s.name for s in text.sources)}"
+
+
+def _check_disk(study: Study, out: Path) -> str:
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{place} is a file, so no run can be written there.", at="--out", fix="choose another folder.")
+    # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
+    needed = 2_000 * sum(study.sae_config(name).d_sae for name in study.config.arms) + 50_000_000
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed.", at=str(place), fix="make room."
+        )
+    return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
+
+
+def _placed(study: Study, keys: tuple[str, ...], load: Any) -> Any:
+    try:
+        return load()
+    except SaeffectError as error:
+        raise error.placed(study.at(*keys)) from None

@@ -1,0 +1,71 @@
+"""Stage 6, the comparison: control against treatment, beside control against placebo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.comparison import Comparison, compare
+from saeffect.provenance import read_json, write_json
+from saeffect.study.arm_tables import ARM_FILES, arm_tables
+from saeffect.study.coherence import embeddings_identity
+from saeffect.study.run_folder import RunFolder
+
+__all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
+
+VERSION = 1
+_TABLES = ("table1", "table2", "contrasts", "match_counts", "weights", "activity", "design")
+
+
+def comparison_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the comparison depends on."""
+    config = run.study.config
+    return {
+        "version": VERSION,
+        "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
+        "tables": run.digest(*(run.arm(name, file) for name in config.arms for file in ARM_FILES)),
+        "steered": config.steering is not None,
+        "embeddings": embeddings_identity(run.study),
+        "min_matches": config.selection.min_matches,
+        "comparison": config.comparison.model_dump(),
+        "seed": config.seed,
+    }
+
+
+def run_comparison(run: RunFolder) -> Callable[[], Iterable[Path]]:
+    """Write `comparison/*.parquet` and `comparison/answer.json`."""
+
+    def work() -> Iterable[Path]:
+        config = run.study.config
+        found = compare(
+            arm_tables(run),
+            min_matches=config.selection.min_matches,
+            alpha=config.comparison.alpha,
+            seed=config.seed,
+            n_boot=config.comparison.n_boot,
+            n_permutations=config.comparison.n_permutations,
+        )
+        paths = []
+        for name in _TABLES:
+            paths.append(run.path("comparison", f"{name}.parquet"))
+            run.write_table(paths[-1], getattr(found, name))
+        paths.append(run.path("comparison", "answer.json"))
+        write_json(paths[-1], dict(found.answer))
+        return paths
+
+    return work
+
+
+def read_comparison(run: RunFolder) -> Comparison:
+    """Read a finished comparison back.
+
+    Raises:
+        NotFound: It has not been made.
+    """
+    tables: dict[str, pd.DataFrame] = {
+        name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
+    }
+    return Comparison(**tables, answer=read_json(run.path("comparison", "answer.json")))

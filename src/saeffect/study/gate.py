@@ -1,0 +1,108 @@
+"""Stage 1, the compatibility gate: does this SAE reconstruct this model at this hook?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeffect.activations.harvest import TokenRows, kept_positions
+from saeffect.config import GateConfig
+from saeffect.errors import IncompatibleSae
+from saeffect.models.hooks import capture
+from saeffect.provenance import write_json
+from saeffect.sae.metrics import ReconstructionSums
+from saeffect.sae.splice import spliced_losses
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.study import Arm, Say, Study
+
+__all__ = ["gate_inputs", "measure_gate", "run_gate"]
+
+VERSION = 1
+
+
+def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
+    """What the gate's numbers depend on."""
+    return {
+        "version": VERSION,
+        "arm": study.identities[arm],
+        "text": study.text_identity,
+        "gate": study.config.gate.model_dump(),
+    }
+
+
+def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+    """Measure, refuse or warn, and write `gate.json`."""
+
+    def work() -> Iterable[Path]:
+        opened = run.study.open_arm(arm, say)
+        rows = run.study.rows()
+        measured = measure_gate(opened, rows, run.study.config.gate)
+        complaint = _complaint(measured, run.study.config.gate)
+        if complaint and run.study.config.gate.on_failure == "stop":
+            raise IncompatibleSae(
+                f"the SAE does not fit the model: {complaint}.",
+                at=run.study.at("arms", arm, "sae"),
+                fix="use an SAE trained on this very model and hook, or set gate.on_failure: warn to go on all the same.",
+            )
+        if complaint:
+            say(f"  warning: arm {arm}: {complaint}")
+        path = run.arm(arm, "gate.json")
+        write_json(path, measured | {"warning": complaint})
+        return [path]
+
+    return work
+
+
+@torch.inference_mode()
+def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any]:
+    """Explained variance, CE loss score, l0 and l2 ratio on the study's text.
+
+    Args:
+        arm: Model and SAE.
+        rows: The study's text; as many rows as make `config.tokens` are used.
+        config: How many tokens.
+
+    Returns:
+        The measures, the hook's mean residual norm (unit of doses) and the norm limit for outliers.
+    """
+    head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
+    limit = arm.norm_limit(rows)
+    sums = ReconstructionSums(arm.sae.cfg.d_in)
+    fired = torch.zeros(arm.sae.cfg.d_sae, dtype=torch.bool)
+    norm = 0.0
+    for ids in torch.from_numpy(head.ids.astype("int64")).split(8):
+        x = capture(arm.lm, arm.hook, ids).cpu()
+        x = x[kept_positions(x, limit)].float()
+        feature_acts = arm.sae.encode(x)
+        sums.add(x, arm.sae(x), feature_acts)
+        fired |= (feature_acts > 0).any(0)
+        norm += float(x.norm(dim=1).sum())
+    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit)
+    return {
+        "explained_variance": sums.explained_variance(),
+        "ce_loss_score": losses.ce_loss_score,
+        "ce_clean": losses.clean,
+        "ce_sae": losses.sae,
+        "ce_zero": losses.zero,
+        "l0": sums.l0(),
+        "l2_ratio": sums.l2_ratio(),
+        "features_fired": int(fired.sum()),
+        "tokens": sums.n_tokens,
+        "mean_norm": norm / sums.n_tokens,
+        "norm_limit": limit.limit,
+        "dtype": str(arm.lm.dtype).removeprefix("torch."),
+    }
+
+
+def _complaint(measured: dict[str, Any], config: GateConfig) -> str:
+    parts = []
+    for name, least in (
+        ("explained_variance", config.min_explained_variance),
+        ("ce_loss_score", config.min_ce_loss_score),
+    ):
+        if not measured[name] >= least:
+            parts.append(f"{name} is {measured[name]:.3f}, below {least:g}")
+    return "; ".join(parts)

@@ -1,0 +1,113 @@
+"""Stage 7, the report: tables, figures and one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.provenance import read_json
+from saeffect.report import ReportContext, write_figures, write_report, write_tables
+from saeffect.study.arm_tables import ARM_FILES, arm_tables
+from saeffect.study.comparison import comparison_inputs, read_comparison
+from saeffect.study.run_folder import RunFolder
+
+__all__ = ["report_inputs", "run_reporting"]
+
+VERSION = 1
+
+
+def report_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the report depends on."""
+    files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
+    files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
+    return {
+        "version": VERSION,
+        "comparison": comparison_inputs(run),
+        "files": run.digest(*files, run.path("steering", "dose_search.parquet")),
+        "config": run.config_yaml(),
+        "provenance": run.provenance(),
+    }
+
+
+def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
+    """Write `tables/`, `figures/` and `report.html`."""
+
+    def work() -> Iterable[Path]:
+        comparison = read_comparison(run)
+        context = _context(run)
+        tables = write_tables(comparison, run.path("tables"), context=context)
+        figures = write_figures(comparison, run.path("figures"), context=context)
+        page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
+        drawn = [p for p in run.path("figures").iterdir() if p.suffix in {".svg", ".png"}]
+        return [*tables, *sorted(drawn), page]
+
+    return work
+
+
+def _context(run: RunFolder) -> ReportContext:
+    config = run.study.config
+    gates = {name: read_json(run.arm(name, "gate.json")) for name in config.arms}
+    dose = read_json(run.path("steering", "dose.json")) if config.steering else None
+    doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
+    return ReportContext(
+        study=config.name,
+        title=config.title,
+        facts=_facts(run, gates, dose),
+        arms=arm_tables(run),
+        examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
+        prompts=config.steering.prompts if config.steering else (),
+        gate=_gate_table(run, gates),
+        doses=doses if doses is not None and len(doses) else None,
+        config=run.config_yaml(),
+        provenance=run.provenance(),
+        domain=config.selection.domain or Path(config.selection.vocabulary).stem,
+        min_matches=config.selection.min_matches,
+        top_k=config.features.top_k,
+        alpha=config.comparison.alpha,
+        projection=config.features.projection,
+    )
+
+
+def _gate_table(run: RunFolder, gates: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for name, gate in gates.items():
+        features = run.read_table(run.arm(name, "features.parquet"))
+        rows.append(
+            {
+                "arm": name,
+                "explained_variance": gate["explained_variance"],
+                "ce_loss_score": gate["ce_loss_score"],
+                "l0": gate["l0"],
+                "l2_ratio": gate["l2_ratio"],
+                "dead_share": float((features["n_active"] == 0).mean()),
+                "n_tokens": gate["tokens"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _facts(
+    run: RunFolder, gates: dict[str, dict[str, Any]], dose: dict[str, Any] | None
+) -> tuple[tuple[str, str], ...]:
+    config = run.study.config
+    control, treatment = run.study.by_role("control")[0], run.study.by_role("treatment")[0]
+    facts = [
+        ("Base model", _model(run, control)),
+        ("Fine-tuned model", _model(run, treatment)),
+        ("Hook", run.study.hook(control)),
+        ("Text", config.text.bundled or ", ".join(s.name for s in config.text.sources)),
+    ]
+    if config.steering is not None and dose is not None:
+        steering = config.steering
+        facts.append(("Steering", f"{len(steering.prompts)} prompts × {steering.samples} samples"))
+        facts.append(("Dose", f"{dose['dose']:g} × the mean residual norm ({gates[control]['mean_norm']:.0f})"))
+    facts.append(("Seed", str(config.seed)))
+    return tuple(facts)
+
+
+def _model(run: RunFolder, arm: str) -> str:
+    model = run.study.config.arms[arm].model
+    return model.path + (f" + {model.adapter}" if model.adapter else "")

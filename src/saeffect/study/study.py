@@ -1,0 +1,277 @@
+"""A study: its configuration, where its paths point, and its arms opened one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import yaml
+from torch import Tensor
+
+from saeffect.activations.harvest import NormLimit, TokenRows, measure_norm_limit
+from saeffect.config import ArmConfig, ModelConfig, StudyConfig
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
+from saeffect.models.hooks import capture, parse_hook
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import BUNDLED, bundled_path, load_language_model, model_identity
+from saeffect.provenance import fingerprint, hash_folder
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.saelens_format import load_sae, read_sae_config
+from saeffect.study.texts import study_rows
+
+__all__ = ["Arm", "Study", "bundled_studies"]
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arm:
+    """One arm with its model and SAE in memory.
+
+    Attributes:
+        name: Its name in the study.
+        role: "control", "treatment" or "placebo".
+        lm: The language model.
+        sae: The SAE, float32.
+        hook: Where the SAE reads.
+    """
+
+    name: str
+    role: str
+    lm: LanguageModel
+    sae: SparseAutoencoder
+    hook: str
+
+    @property
+    def W_dec(self) -> Tensor:
+        """The SAE's decoder, `[d_sae, d_in]`."""
+        return self.sae.W_dec.detach()
+
+    def norm_limit(self, rows: TokenRows) -> NormLimit:
+        """Which residuals are outliers: the SAE's own limit if it recorded one, else measured on `rows`."""
+        meta = self.sae.cfg.metadata
+        if meta.get("norm_limit") and meta.get("mean_norm"):
+            return NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
+        ids = torch.from_numpy(rows.ids[:8].astype("int64"))
+        return measure_norm_limit(capture(self.lm, self.hook, ids))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """A study file, read and validated, with its paths resolved.
+
+    Attributes:
+        config: The configuration; relative paths in it are made absolute where the file's folder has them.
+        source: The study file.
+    """
+
+    config: StudyConfig
+    source: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a study file, or a bundled study (`bundled:smollm2-medical`).
+
+        Paths in the file are relative to the file's own folder.
+
+        Raises:
+            NotFound: No such file.
+            UnknownName: No such bundled study, or an unknown key in the file.
+            BadFile: Not YAML, or not a mapping.
+            ConfigError: A value is out of range.
+        """
+        source = _bundled_study(str(path)) if str(path).startswith(BUNDLED) else Path(path).expanduser()
+        if not source.is_file():
+            names = ", ".join(BUNDLED + name for name in bundled_studies())
+            raise NotFound(f"there is no study file {str(path)!r}.", at=str(path), fix=f"bundled studies: {names}.")
+        try:
+            raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadFile(f"this is not YAML in UTF-8: {error}.", at=str(source)) from error
+        if not isinstance(raw, dict):
+            raise BadFile("a study file is a mapping of keys to values.", at=str(source))
+        config = StudyConfig.read(_resolved(raw, source.resolve().parent), at=str(source))
+        return cls(config, source)
+
+    @functools.cached_property
+    def arms(self) -> Mapping[str, Arm]:
+        """The arms by name, opened when first asked for; the latest model stays in memory."""
+        return _Arms(self)
+
+    def at(self, *keys: str) -> str:
+        """A place in the study file, for error messages."""
+        return f"{self.source.name}, {'.'.join(keys)}"
+
+    def open_arm(self, name: str, say: Say = lambda line: None) -> Arm:
+        """Load one arm's model and SAE.
+
+        Raises:
+            UnknownName: No such arm.
+            SaeffectError: The model or SAE cannot be loaded, or they do not fit.
+        """
+        arm = self._arm(name)
+        sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
+        hook = self.hook(name)
+        lm = self._load(arm.model, name, say)
+        parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
+        require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
+        return Arm(name, arm.role, lm, sae, hook)
+
+    def sae_folder(self, name: str) -> Path:
+        """Where an arm's SAE lies.
+
+        Raises:
+            NotFound: No such folder.
+            UnknownName: No such bundled SAE.
+        """
+        sae = self._arm(name).sae
+        where = self.at("arms", name, "sae")
+        if sae.startswith(BUNDLED):
+            return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
+        if not Path(sae).is_dir():
+            raise NotFound(f"there is no SAE folder {sae!r}.", at=where, fix="paths are relative to the study file.")
+        return Path(sae)
+
+    def sae_config(self, name: str) -> SaeConfig:
+        """An arm's cfg.json."""
+        return read_sae_config(self.sae_folder(name), at=self.at("arms", name, "sae"))
+
+    def hook(self, name: str) -> str:
+        """Where an arm's SAE reads: the study file's word, else the SAE's own.
+
+        Raises:
+            ConfigError: Neither says.
+            IncompatibleSae: They contradict each other.
+        """
+        said, own = self._arm(name).hook, self.sae_config(name).hook_name
+        where = self.at("arms", name, "hook")
+        if said is None and own is None:
+            raise ConfigError("the SAE's cfg.json names no hook.", at=where, fix="set hook: blocks.<layer>.hook_resid_pre.")
+        if said is not None and own is not None and said != own:
+            raise IncompatibleSae(
+                f"the study says {said}, but the SAE was trained at {own}.", at=where, fix=f"set hook: {own}, or leave it out."
+            )
+        return str(said or own)
+
+    def rows(self) -> TokenRows:
+        """The study's text as token rows; cached."""
+        return self._rows
+
+    @functools.cached_property
+    def _rows(self) -> TokenRows:
+        control = self.by_role("control")[0]
+        try:
+            return study_rows(self.config.text, lambda: self.arms[control].lm)
+        except SaeffectError as error:
+            raise error.placed(self.at("text")) from None
+
+    def by_role(self, role: str) -> list[str]:
+        """Names of the arms with this role, in the file's order."""
+        return [name for name, arm in self.config.arms.items() if arm.role == role]
+
+    def ordered_arms(self) -> list[str]:
+        """Control, placebos, treatment: arms that share a model stand together, so it is loaded once."""
+        return self.by_role("control") + self.by_role("placebo") + self.by_role("treatment")
+
+    @functools.cached_property
+    def identities(self) -> Mapping[str, dict[str, str]]:
+        """Hashes of every arm's model and SAE files, and its hook: what a stage's numbers depend on."""
+        models: dict[ModelConfig, str] = {}
+        found = {}
+        for name, arm in self.config.arms.items():
+            if arm.model not in models:
+                models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
+            found[name] = {
+                "model": models[arm.model],
+                "dtype": arm.model.dtype,
+                "sae": hash_folder(self.sae_folder(name)),
+                "hook": self.hook(name),
+            }
+        return found
+
+    @functools.cached_property
+    def text_identity(self) -> str:
+        """Hash of the study's text."""
+        text = self.config.text
+        if text.bundled is not None:
+            content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
+        else:
+            content = [hash_folder(s.path) if Path(s.path).is_file() else s.path for s in text.sources]
+        return fingerprint([text.model_dump(mode="json"), content])
+
+    def _arm(self, name: str) -> ArmConfig:
+        if name not in self.config.arms:
+            raise unknown_name("arm", name, self.config.arms, at=str(self.source))
+        return self.config.arms[name]
+
+    def _load(self, model: ModelConfig, name: str, say: Say) -> LanguageModel:
+        held = self.__dict__.get("_held")
+        if held is None or held[0] != model:
+            # One model at a time: two would not fit on a small machine.
+            self.__dict__["_held"] = None
+            held = (model, load_language_model(model, at=self.at("arms", name, "model"), say=say))
+            self.__dict__["_held"] = held
+        return held[1]
+
+
+class _Arms(Mapping[str, Arm]):
+    def __init__(self, study: Study) -> None:
+        self._study = study
+
+    def __getitem__(self, name: str) -> Arm:
+        return self._study.open_arm(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._study.config.arms)
+
+    def __len__(self) -> int:
+        return len(self._study.config.arms)
+
+
+def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
+    """Refuse an SAE whose width is not the model's.
+
+    Raises:
+        IncompatibleSae: It is not.
+    """
+    if sae.d_in != d_model:
+        trained = sae.metadata.get("model_name")
+        raise IncompatibleSae(
+            f"the SAE has d_in={sae.d_in}, but {hook} of {model} gives {d_model}.",
+            at=at,
+            fix="choose an SAE trained on this model" + (f", or set the model to {trained}." if trained else "."),
+        )
+
+
+def bundled_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies"
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _bundled_study(name: str) -> Path:
+    stem = name.removeprefix(BUNDLED)
+    if stem not in bundled_studies():
+        raise unknown_name("bundled study", name, [BUNDLED + s for s in bundled_studies()])
+    return Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies" / f"{stem}.yaml"
+
+
+_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts"}
+
+
+def _resolved(value: Any, folder: Path, key: str = "") -> Any:
+    """Make relative paths absolute where the study file's folder has something there, or they start with a dot."""
+    if isinstance(value, dict):
+        return {k: _resolved(v, folder, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolved(v, folder) for v in value]
+    if key in _PATH_KEYS and isinstance(value, str) and not value.startswith(BUNDLED):
+        place = folder / Path(value).expanduser()
+        if value.startswith(".") or (place.exists() and ("/" in value or place.suffix)):
+            return str(place.resolve())
+    return value

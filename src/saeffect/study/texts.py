@@ -1,0 +1,72 @@
+"""The text of a study as token rows: bundled ids, or files packed with the control model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeffect.activations.harvest import TokenRows
+from saeffect.config import TextConfig
+from saeffect.errors import BadFile, EmptySelection, SaeffectError
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import bundled_path
+from saeffect.provenance import read_json
+from saeffect.text.corpora import read_corpus
+from saeffect.text.packing import interleave, pack, separator_id
+
+__all__ = ["study_rows"]
+
+
+def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRows:
+    """Rows of text, sources in turn, at most `text.tokens` tokens.
+
+    Args:
+        text: Which text.
+        model: Gives the model whose tokenizer cuts files into tokens; not called for bundled ids.
+
+    Raises:
+        SaeffectError: A source cannot be read, or has less than one row of text.
+    """
+    return _bundled(text) if text.bundled is not None else _packed(text, model())
+
+
+def _bundled(text: TextConfig) -> TokenRows:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = bundled_path("texts", text.bundled or "", at="bundled")
+    try:
+        tensors = load_file(folder / "tokens.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"the bundled text cannot be read: {error}.", at=str(folder), fix="install again.") from error
+    names = tuple(read_json(folder / "sources.json")["names"])
+    rows = TokenRows(tensors["ids"].astype(np.int32), tensors["sources"].astype(np.int64), names)
+    return rows.head(max(1, text.tokens // rows.ids.shape[1]))
+
+
+def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
+    separator = separator_id(lm.tokenizer)
+    streams: list[Iterator[NDArray[np.int32]]] = []
+    for source in text.sources:
+        documents = read_corpus(source.path, field=source.field)
+        streams.append(_named(source.name, pack(documents, lm.encode, context_size=text.context_size, separator=separator)))
+    wanted = max(1, text.tokens // text.context_size)
+    ids: list[NDArray[np.int32]] = []
+    sources: list[int] = []
+    for index, row in interleave(*streams):
+        ids.append(row)
+        sources.append(index)
+        if len(ids) == wanted:
+            break
+    if not ids:
+        raise EmptySelection("a source has less than one row of text.", at="sources", fix="give more text.")
+    return TokenRows(np.stack(ids), np.asarray(sources, dtype=np.int64), tuple(s.name for s in text.sources))
+
+
+def _named(name: str, rows: Iterator[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
+    try:
+        yield from rows
+    except SaeffectError as error:
+        raise error.placed(f"source {name!r}") from None

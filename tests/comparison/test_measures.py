@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from saeffect.comparison import measures
+
+
+def test_pass_counts_leave_out_features_without_p(tiny_arm):
+    counts = measures.pass_counts(tiny_arm())
+    assert counts == measures.PassCounts(tested=2, passed=1, paper_tested=2, paper_passed=2)
+
+
+def test_missing_verdicts_do_not_count_as_passed(tiny_arm):
+    arm = tiny_arm()
+    effects = arm.effects.assign(
+        passed=pd.array([True, None, None], dtype="boolean"), paper_pass=[None, False, None]
+    )
+    counts = measures.pass_counts(replace(arm, effects=effects))
+    assert counts == measures.PassCounts(tested=2, passed=1, paper_tested=1, paper_passed=0)
+
+
+def test_numbers_of_an_arm(tiny_arm):
+    arm = tiny_arm()
+    assert measures.scale_count(arm, "dot", 2) == 1
+    assert measures.scale_count(arm, "cosine", 2) == 4
+    assert list(measures.coherence_of(arm)) == [0.2, 0.4]
+    assert measures.known_share(arm) == measures.TokenCoverage(known=5, total=6)
+    assert list(measures.activity_of(arm, "density")) == [0.01, 0.03, 0.0]
+    assert list(measures.activity_of(arm, "mean_activation")) == [2.0, 4.0]
+    assert list(measures.effect_of(arm)) == [0.0, 0.4]
+    # steered: mean of 1 and 2, of 2 and 3; random: 0.5
+    assert list(measures.direct_effect_of(arm)) == [1.0, 2.0]
+
+
+def test_weights_keep_their_feature_and_rank(tiny_arm):
+    found = measures.weights_of(tiny_arm())
+    assert list(found.weight) == [3, 1, 4, 2, 5, 3]
+    assert list(found.feature) == [1, 1, 3, 3, 4, 4]
+    assert list(found.rank) == [0, 1, 0, 1, 0, 1]
+
+
+def test_similarities_leave_out_undefined_ones(tiny_arm):
+    arm = tiny_arm()
+    trials = arm.interventions.copy()
+    trials.loc[
+        (trials["feature"] == 1) & (trials["condition"] == "steered") & (trials["prompt"] == 0), "similarity"
+    ] = np.nan
+    values, features = measures.condition_similarities(replace(arm, interventions=trials), "steered")
+    assert list(values) == [0.4, 0.8, 0.6]
+    assert list(features) == [1, 3, 3]
+
+
+def test_an_arm_that_was_not_steered_has_no_effects(tiny_arm):
+    arm = replace(tiny_arm(), interventions=None, effects=None, direct_effects=None)
+    assert measures.pass_counts(arm) == measures.PassCounts(0, 0, 0, 0)
+    assert len(measures.effect_of(arm)) == len(measures.direct_effect_of(arm)) == 0
+    assert len(measures.condition_similarities(arm, "steered")[0]) == 0

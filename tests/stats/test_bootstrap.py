@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.stats import Estimate, bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats.bootstrap import _bca_shares, _leave_one_out
+
+SKEWED = np.random.default_rng(11).gamma(1.5, size=40)
+INTERVALS: list[Callable[[int], Estimate]] = [
+    lambda seed: bootstrap(SKEWED, seed=seed),
+    lambda seed: bootstrap_difference(SKEWED, SKEWED + 1, seed=seed),
+    lambda seed: cluster_bootstrap(SKEWED, np.arange(40) // 4, seed=seed),
+]
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_equal_seeds_give_equal_numbers_and_others_do_not(interval: Callable[[int], Estimate]) -> None:
+    assert interval(5) == interval(5)
+    assert interval(5).low != interval(6).low
+    assert interval(5).value == interval(6).value
+
+
+@pytest.mark.parametrize("interval", INTERVALS)
+def test_the_global_random_state_is_left_alone(interval: Callable[[int], Estimate]) -> None:
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
+    interval(0)
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
+
+
+@pytest.mark.parametrize("statistic", [np.mean, np.median, np.std, functools.partial(np.quantile, q=0.75)])
+def test_bca_agrees_with_scipy(statistic: Callable[..., float]) -> None:
+    ours = bootstrap(SKEWED, statistic, n_boot=20_000, seed=1)
+    theirs = scipy.stats.bootstrap(
+        (SKEWED,), statistic, n_resamples=20_000, method="BCa", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours.value == pytest.approx(statistic(SKEWED))
+    width = theirs.high - theirs.low
+    assert ours.low == pytest.approx(theirs.low, abs=0.04 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.04 * width)
+
+
+def test_bca_is_not_the_percentile_interval_on_skewed_data() -> None:
+    long_tail = np.exp(1.5 * scipy.stats.norm.ppf((np.arange(40) + 0.5) / 40))
+    bca = bootstrap(long_tail, n_boot=20_000)
+    means = np.random.default_rng(3).choice(long_tail, size=(20_000, 40)).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    width = high - low
+    assert bca.low > low + 0.05 * width  # both ends move towards the long tail
+    assert bca.high > high + 0.05 * width
+
+
+def test_bca_shares_by_hand() -> None:
+    # Half of the replicates lie below, so bias 0. Deviations 2, -1, -1: acceleration 6 / (6 * 6**1.5).
+    shares = _bca_shares(0.0, np.array([-1.0, 0.0, 0.0, 1.0]), np.array([-2.0, 1.0, 1.0]), 0.95)
+    z, acceleration = 1.959963984540054, 6**-1.5
+    expected = [
+        scipy.stats.norm.cdf(-z / (1 + acceleration * z)),
+        scipy.stats.norm.cdf(z / (1 - acceleration * z)),
+    ]
+    assert shares == pytest.approx(expected)
+
+
+def test_bca_falls_back_to_plain_shares() -> None:
+    plain = pytest.approx([0.05, 0.95])
+    spread = np.array([1.0, 2.0, 4.0])
+    assert _bca_shares(9.0, np.array([1.0, 2.0]), spread, 0.9) == plain  # all replicates below
+    assert _bca_shares(0.0, np.array([1.0, 2.0]), spread, 0.9) == plain  # all above
+    assert _bca_shares(1.5, np.array([1.0, 2.0]), np.ones(3), 0.9) == plain  # nothing changes
+    assert _bca_shares(1.5, np.array([1.0, 2.0]), np.array([np.nan, 1.0]), 0.9) == plain
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 10])
+@pytest.mark.parametrize("statistic", [np.mean, np.median, np.max, lambda x: float(np.median(x))])
+def test_leaving_one_out_is_what_it_says(n: int, statistic: Callable[..., float]) -> None:
+    data = np.random.default_rng(n).integers(0, 6, size=n).astype(float)
+    by_loop = sorted(statistic(np.delete(data, i)) for i in range(n))
+    assert sorted(_leave_one_out(data, statistic)) == pytest.approx(by_loop)
+
+
+def test_a_statistic_without_axis_gives_the_same_interval() -> None:
+    one_by_one, at_once = bootstrap(SKEWED, lambda x: float(x.mean())), bootstrap(SKEWED)
+    assert (one_by_one.low, one_by_one.high) == pytest.approx((at_once.low, at_once.high))
+
+
+def test_built_in_functions_serve_as_statistics() -> None:
+    assert bootstrap([1.0, 2.0, 3.0], max).value == 3.0
+
+
+def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = bootstrap(SKEWED, np.median), cluster_bootstrap(SKEWED, np.arange(40) // 4)
+    # By its name in sys.modules: as an attribute of the package `bootstrap` is the function.
+    monkeypatch.setattr(sys.modules["saeffect.stats.bootstrap"], "_BLOCK", 400)
+    assert (bootstrap(SKEWED, np.median), cluster_bootstrap(SKEWED, np.arange(40) // 4)) == whole
+
+
+def test_mean_of_normals_is_covered() -> None:
+    rng = np.random.default_rng(0)
+    n_studies, hits = 400, 0
+    for _ in range(n_studies):
+        interval = bootstrap(rng.normal(2.0, 1.0, size=30), n_boot=400, seed=rng)
+        hits += interval.low <= 2.0 <= interval.high
+    # A bootstrap of 30 values is known to miss a little: 0.93 to 0.94 is right, by 4 Monte-Carlo errors.
+    assert hits / n_studies == pytest.approx(0.94, abs=4 * math.sqrt(0.94 * 0.06 / n_studies))
+
+
+def test_a_difference_of_means_is_covered_and_has_the_width_of_theory() -> None:
+    rng = np.random.default_rng(1)
+    n_studies, hits = 300, 0
+    for _ in range(n_studies):
+        a, b = rng.normal(0, 1, size=40), rng.normal(0.5, 2, size=60)
+        interval = bootstrap_difference(a, b, n_boot=400, seed=rng)
+        hits += interval.low <= 0.5 <= interval.high
+    assert hits / n_studies == pytest.approx(0.945, abs=4 * math.sqrt(0.945 * 0.055 / n_studies))
+    interval = bootstrap_difference(a, b, n_boot=10_000)
+    standard_error = math.sqrt(a.var() / 40 + b.var() / 60)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.04)
+
+
+def test_clusters_are_covered_where_single_values_are_not() -> None:
+    rng = np.random.default_rng(2)
+    n_studies, n_clusters, size = 200, 25, 8
+    clusters = np.repeat(np.arange(n_clusters), size)
+    whole = single = 0
+    for _ in range(n_studies):
+        values = rng.normal(size=n_clusters)[clusters] + 0.3 * rng.normal(size=n_clusters * size)
+        interval = cluster_bootstrap(values, clusters, n_boot=400, seed=rng)
+        whole += interval.low <= 0 <= interval.high
+        interval = bootstrap(values, n_boot=400, seed=rng)
+        single += interval.low <= 0 <= interval.high
+    assert whole / n_studies == pytest.approx(0.93, abs=4 * math.sqrt(0.93 * 0.07 / n_studies))
+    assert single / n_studies < 0.7
+
+
+def test_cluster_interval_by_hand() -> None:
+    # Two clusters with means 0 and 3: the resampled mean is 0, 1.5 or 3 (a quarter, a half, a quarter).
+    interval = cluster_bootstrap([0, 0, 3, 3], ["x", "x", "y", "y"])
+    assert (interval.value, interval.low, interval.high, interval.n) == (1.5, 0.0, 3.0, 2)
+
+
+def test_clusters_of_unequal_size_weigh_by_their_values() -> None:
+    # Cluster x holds one value, y three: the mean of all is 9/4, and either alone gives 0 or 3.
+    for statistic in (np.mean, lambda x: float(np.mean(x))):
+        interval = cluster_bootstrap([0, 3, 3, 3], list("xyyy"), statistic)
+        assert (interval.value, interval.low, interval.high) == (2.25, 0.0, 3.0)
+
+
+def test_the_quick_mean_of_clusters_is_the_mean_of_their_values() -> None:
+    clusters = [0] * 3 + [1] * 20 + [2] * 7 + [3] * 10
+    quick, plain = (cluster_bootstrap(SKEWED, clusters, f) for f in (np.mean, lambda x: float(np.mean(x))))
+    assert (quick.low, quick.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_one_value_a_cluster_is_the_plain_percentile_bootstrap() -> None:
+    clustered = cluster_bootstrap(SKEWED, range(40), np.median, n_boot=4000)
+    means = np.median(np.random.default_rng(9).choice(SKEWED, size=(20_000, 40)), axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert (clustered.low, clustered.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_any_hashable_labels_clusters() -> None:
+    values, numbers = SKEWED[:12], np.arange(12) // 3
+    tuples = [("seed", int(i)) for i in numbers]
+    assert cluster_bootstrap(values, tuples) == cluster_bootstrap(values, numbers)
+
+
+NAN = pytest.approx(math.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "reason"),
+    [
+        ([], NAN, "values: there are none"),
+        ([2.0], 2.0, "values: one value shows no spread"),
+        ([2.0] * 5, 2.0, "values: all 5 are equal, so resampling shows no spread"),
+        ([1.0, math.nan, 2.0], NAN, "values: 1 of 3 values are NaN"),
+        ([1.0, math.inf], NAN, "values: 1 of 2 values are infinite"),
+    ],
+)
+def test_data_without_an_interval_say_why(values: list[float], value: float, reason: str) -> None:
+    interval = bootstrap(values)
+    assert interval.value == value
+    assert math.isnan(interval.low) and math.isnan(interval.high)
+    assert interval.n == len(values)
+    assert interval.reason == reason
+
+
+def test_differences_without_an_interval_say_why() -> None:
+    assert bootstrap_difference([], [1.0, 2.0]).reason == "a: there are none"
+    assert bootstrap_difference([1.0, 2.0], [1.0, math.nan]).reason == "b: 1 of 2 values are NaN"
+    assert bootstrap_difference([1.0, 2.0], [3.0]).reason == "b: one value shows no spread"
+    assert bootstrap_difference([1.0, 1.0], [3.0, 3.0]).reason.startswith("neither a nor b varies")
+    assert bootstrap_difference([1.0, 1.0], [3.0, 3.0]).value == 2.0
+    # One group without spread leaves the other's.
+    interval = bootstrap_difference([1.0, 1.0], [3.0, 5.0])
+    assert (interval.value, interval.low, interval.high, interval.n) == (3.0, 2.0, 4.0, 4)
+
+
+def test_clusters_without_an_interval_say_why() -> None:
+    assert cluster_bootstrap([], []).reason == "values: there are none"
+    assert cluster_bootstrap([1.0, math.nan], [1, 2]).reason == "values: 1 of 2 values are NaN"
+    assert cluster_bootstrap([1.0, 2.0], ["x", None]).reason == "clusters: 1 of 2 labels are missing"
+    assert cluster_bootstrap([1.0, 1.0], ["x", "y"]).reason.startswith("values: all 2 are equal")
+    single = cluster_bootstrap([1.0, 2.0], ["x", "x"])
+    assert single.reason == "clusters: a single one shows no spread"
+    assert single.value == 1.5
+    assert math.isnan(single.low) and math.isnan(single.high)
+
+
+def test_a_statistic_that_fails_on_resamples_is_counted() -> None:
+    inverse_spread = bootstrap([1.0, 2.0, 3.0], lambda x: float(1 / np.std(x)))
+    assert "is undefined on" in inverse_spread.reason and "of 2000 resamples" in inverse_spread.reason
+    assert math.isfinite(inverse_spread.value) and math.isnan(inverse_spread.low)
+    assert bootstrap([1.0, 2.0], lambda x: math.nan).reason == "the statistic is undefined on these values"
+
+
+def test_median_of_nearly_equal_values_may_have_no_width() -> None:
+    interval = bootstrap([0.0] * 100 + [1.0] * 3, np.median)
+    assert (interval.low, interval.high, interval.reason) == (0.0, 0.0, "")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ShapeMismatch):
+        bootstrap([[1.0, 2.0]])
+    with pytest.raises(ShapeMismatch, match="one number"):
+        bootstrap([1.0, 2.0], np.sort)
+    with pytest.raises(ShapeMismatch, match="3 values but 2 cluster labels"):
+        cluster_bootstrap([1.0, 2.0, 3.0], [1, 2])
+    with pytest.raises(ConfigError):
+        bootstrap([1.0, 2.0], n_boot=10)
+    with pytest.raises(ConfigError):
+        bootstrap_difference([1.0], [2.0], level=95)
+
+
+def test_five_thousand_values_are_quick_and_small() -> None:
+    values = np.random.default_rng(0).normal(size=5000)
+    bootstrap(values[:10])  # what is done once is not timed
+    start = time.process_time()
+    bootstrap(values)
+    assert time.process_time() - start < 2.0  # 0.06 s on an idle core; 80 MB would be n_boot * n at once
+    tracemalloc.start()
+    bootstrap(values, np.median)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 75e6

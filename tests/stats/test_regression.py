@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.stats import ols_robust
+
+RNG = np.random.default_rng(31)
+N = 60
+X = pd.DataFrame({"coherence": RNG.uniform(size=N), "treatment": RNG.integers(0, 2, size=N).astype(bool)})
+CLUSTERS = np.arange(N) // 5
+Y = (
+    1
+    + 2 * X["coherence"].to_numpy()
+    - X["treatment"].to_numpy()
+    + RNG.normal(size=N) * (0.2 + X["coherence"])
+)
+
+
+def by_hand(meat: np.ndarray, degrees: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    design = np.column_stack([np.ones(N), X.to_numpy(dtype=float)])
+    bread = np.linalg.inv(design.T @ design)
+    estimate = bread @ design.T @ Y.to_numpy()
+    error = np.sqrt(np.diag(bread @ meat @ bread))
+    half = scipy.stats.t.ppf(0.975, degrees) * error
+    return estimate, half, 2 * scipy.stats.t.sf(np.abs(estimate / error), degrees)
+
+
+def residuals_of(design: np.ndarray) -> np.ndarray:
+    residuals: np.ndarray = Y.to_numpy() - design @ np.linalg.lstsq(design, Y.to_numpy(), rcond=None)[0]
+    return residuals
+
+
+def test_hc3_agrees_with_its_formula() -> None:
+    design = np.column_stack([np.ones(N), X.to_numpy(dtype=float)])
+    leverage = np.diag(design @ np.linalg.inv(design.T @ design) @ design.T)
+    scaled = residuals_of(design) / (1 - leverage)
+    estimate, half, p = by_hand(design.T @ (design * scaled[:, None] ** 2), N - 3)
+    table = ols_robust(Y, X)
+    assert table["term"].tolist() == ["intercept", "coherence", "treatment"]
+    assert table["estimate"].to_numpy() == pytest.approx(estimate)
+    assert table["low"].to_numpy() == pytest.approx(estimate - half)
+    assert table["high"].to_numpy() == pytest.approx(estimate + half)
+    assert table["p"].to_numpy() == pytest.approx(p, rel=1e-6)
+    assert (table["n"] == N).all() and (table["reason"] == "").all()
+
+
+def test_cluster_errors_agree_with_their_formula() -> None:
+    design = np.column_stack([np.ones(N), X.to_numpy(dtype=float)])
+    scores = pd.DataFrame(design * residuals_of(design)[:, None]).groupby(CLUSTERS).sum().to_numpy()
+    n_clusters = len(scores)
+    correction = n_clusters / (n_clusters - 1) * (N - 1) / (N - 3)
+    estimate, half, p = by_hand(correction * scores.T @ scores, n_clusters - 1)
+    table = ols_robust(Y, X, clusters=[f"prompt {c}" for c in CLUSTERS])
+    assert table["estimate"].to_numpy() == pytest.approx(estimate)
+    assert table["high"].to_numpy() - table["estimate"].to_numpy() == pytest.approx(half)
+    assert table["p"].to_numpy() == pytest.approx(p, rel=1e-6)
+
+
+def test_a_line_by_hand() -> None:
+    # Slope 11.5 / 5, through the means 1.5 and 4.25.
+    table = ols_robust([1, 3, 5, 8], pd.DataFrame({"dose": [0, 1, 2, 3]}))
+    assert table["estimate"].tolist() == pytest.approx([0.8, 2.3])
+
+
+def test_without_columns_the_intercept_is_the_mean() -> None:
+    table = ols_robust([1.0, 1.0, 1.0, 2.0], pd.DataFrame(index=range(4)))
+    assert table["estimate"].tolist() == [1.25]
+    # HC3 of a mean: the squared deviations over (1 - 1/4) squared, divided by n squared.
+    error = math.sqrt(0.75 / 0.75**2 / 16)
+    assert table["high"][0] - 1.25 == pytest.approx(scipy.stats.t.ppf(0.975, 3) * error)
+
+
+def test_level_widens_and_rows_go_by_position() -> None:
+    wide, narrow = ols_robust(Y, X, level=0.99), ols_robust(Y, X, level=0.8)
+    assert (wide["high"] - wide["low"] > narrow["high"] - narrow["low"]).all()
+    shuffled_index = X.set_index(np.arange(N)[::-1])
+    pd.testing.assert_frame_equal(ols_robust(Y, shuffled_index), ols_robust(Y, X))
+
+
+def test_clusters_that_share_their_luck_are_not_taken_for_evidence() -> None:
+    rng = np.random.default_rng(3)
+    n_studies, n_clusters, size = 120, 30, 6
+    clusters = np.repeat(np.arange(n_clusters), size)
+    false_clustered = false_single = 0
+    for _ in range(n_studies):
+        x = pd.DataFrame({"x": rng.normal(size=n_clusters)[clusters]})
+        y = rng.normal(size=n_clusters)[clusters] + 0.5 * rng.normal(size=len(clusters))
+        false_clustered += ols_robust(y, x, clusters)["p"][1] <= 0.05
+        false_single += ols_robust(y, x)["p"][1] <= 0.05
+    # Clustered errors are known to be a little small with 30 clusters: 0.05 to 0.08.
+    assert false_clustered / n_studies == pytest.approx(0.065, abs=4 * math.sqrt(0.065 * 0.935 / n_studies))
+    assert false_single / n_studies > 0.25
+
+
+@pytest.mark.parametrize(
+    ("y", "columns", "reason"),
+    [
+        ([], {"x": []}, "y: there are none"),
+        ([1.0], {"x": [1.0]}, "1 rows cannot determine 2 terms"),
+        ([1.0, math.nan, 2.0], {"x": [1.0, 2.0, 4.0]}, "y: 1 of 3 values are NaN"),
+        ([1.0, 2.0, 2.0], {"x": [1.0, math.nan, math.nan]}, "x: 2 of 3 values are NaN"),
+        ([1.0, 2.0, 2.0], {"x": [3.0, 3.0, 3.0]}, "x: the same in every row"),
+        ([1.0, 2.0, 2.0, 5.0], {"x": [1, 2, 3, 4], "z": [3, 5, 7, 9]}, "the columns are linearly dependent"),
+    ],
+)
+def test_data_without_coefficients_say_why(
+    y: list[float], columns: dict[str, list[float]], reason: str
+) -> None:
+    table = ols_robust(y, pd.DataFrame(columns))
+    assert table[["estimate", "low", "high", "p"]].isna().all(axis=None)
+    assert table["reason"].str.startswith(reason).all()
+    assert len(table) == 1 + len(columns)
+
+
+@pytest.mark.parametrize(
+    ("y", "x", "clusters", "reason"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], None, "2 rows fit 2 terms exactly"),
+        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], None, "the fit is exact"),
+        ([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0], None, "the fit is exact"),
+        ([1.0, 2.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0], None, "row 3 alone determines"),
+        ([1.0, 2.0, 4.0, 3.0], [1.0, 2.0, 3.0, 4.0], list("aaaa"), "clusters: a single one shows no spread"),
+        (
+            [1.0, 2.0, 4.0, 3.0],
+            [1.0, 2.0, 3.0, 4.0],
+            ["a", None, "b", "b"],
+            "clusters: 1 of 4 labels are missing",
+        ),
+    ],
+)
+def test_coefficients_without_errors_say_why(
+    y: list[float], x: list[float], clusters: list[str] | None, reason: str
+) -> None:
+    table = ols_robust(y, pd.DataFrame({"x": x}), clusters)
+    assert table["estimate"].notna().all()
+    assert table[["low", "high", "p"]].isna().all(axis=None)
+    assert table["reason"].str.startswith(reason).all()
+
+
+def test_large_offsets_and_unlike_units_are_not_dependence() -> None:
+    x = RNG.normal(size=N)
+    plain = ols_robust(Y, pd.DataFrame({"x": x, "z": X["coherence"]}))
+    shifted = ols_robust(Y, pd.DataFrame({"x": 1e5 + x, "z": 1e-3 * X["coherence"]}))
+    assert shifted["p"].to_numpy()[1:] == pytest.approx(plain["p"].to_numpy()[1:], rel=1e-4)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ShapeMismatch, match="3 values but X has 2 rows"):
+        ols_robust([1, 2, 3], pd.DataFrame({"x": [1, 2]}))
+    with pytest.raises(ShapeMismatch, match="2 cluster labels"):
+        ols_robust([1, 2, 3], pd.DataFrame({"x": [1, 2, 4]}), clusters=[1, 2])
+    with pytest.raises(ConfigError, match="'arm' is not numeric"):
+        ols_robust([1, 2, 3], pd.DataFrame({"arm": ["a", "b", "a"]}))
+    with pytest.raises(ConfigError, match="distinct"):
+        ols_robust([1, 2, 3], pd.DataFrame({"intercept": [1, 1, 1]}))
+    with pytest.raises(ConfigError, match="distinct"):
+        ols_robust([1, 2, 3], pd.DataFrame([[1, 2], [3, 4], [5, 7]], columns=["x", "x"]))

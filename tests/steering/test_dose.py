@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from steering.tiny_model import D_MODEL, OneHotWords, site
+
+from saeffect.errors import ConfigError, Undefined
+from saeffect.steering import SteeringPlan, choose_dose, score_doses
+
+KEYS = {"feature": 0, "prompt": 0}
+
+
+def row(sample, condition, dose, similarity, distinct2, perplexity):
+    return {
+        **KEYS,
+        "sample": sample,
+        "condition": condition,
+        "dose": dose,
+        "similarity": similarity,
+        "distinct2": distinct2,
+        "perplexity": perplexity,
+    }
+
+
+def test_score_by_hand():
+    trials = pd.DataFrame(
+        [
+            row(0, "unsteered", 0.0, 0.2, 0.8, 4.0),
+            row(1, "unsteered", 0.0, 0.4, 1.0, 4.0),
+            row(0, "steered", 0.3, 0.4, 1.0, 2.0),  # gain 0.2, both ratios above 1: fluency 1
+            row(1, "steered", 0.3, 0.5, 0.25, 4.0),  # gain 0.1, fluency sqrt(0.25 * 1) = 0.5
+            row(0, "steered", 0.9, 1.0, 0.2, 16.0),  # gain 0.8, fluency sqrt(0.25 * 0.25) = 0.25
+            row(1, "steered", 0.9, math.nan, 0.5, 16.0),
+            row(0, "random", 0.3, 9.0, 9.0, 9.0),
+        ]
+    )
+    table = score_doses(trials).set_index("dose")
+    assert table["n"].to_dict() == {0.3: 2, 0.9: 1}
+    assert table["gain"].to_dict() == pytest.approx({0.3: 0.15, 0.9: 0.8})
+    assert table["fluency"].to_dict() == pytest.approx({0.3: 0.75, 0.9: 0.25})
+    assert table["score"].to_dict() == pytest.approx({0.3: 0.125, 0.9: 0.2})
+
+
+@pytest.fixture
+def planted(lm):
+    """A feature whose direction is the unembedding of "w30"."""
+    W_dec = lm.model.get_output_embeddings().weight[30:31].detach().float()
+    return W_dec, pd.DataFrame({"feature": [0], "top_tokens": [["w30", "w31", "w32"]]})
+
+
+def search(**change):
+    settings = {"prompts": ("one two", "three"), "doses": (0.0, 1.0, 3.0), "samples": 2, "max_new_tokens": 10}
+    return SteeringPlan(**{**settings, "frequency_penalty": 0.2, **change})
+
+
+def test_the_best_score_wins_and_placebos_are_not_run(lm, planted):
+    choice = choose_dose(site(lm), *planted, search(), test_prompts=("another",), vectors=OneHotWords())
+    assert choice.table["dose"].tolist() == [0.0, 1.0, 3.0]
+    assert choice.table["n"].tolist() == [4, 4, 4]
+    assert choice.table.loc[0, "gain"] == 0
+    assert choice.table.loc[0, "fluency"] == pytest.approx(1)
+    assert choice.dose == choice.table.loc[choice.table["score"].idxmax(), "dose"] > 0
+    assert choice.table["score"].max() > 0
+    assert choice.features == (0,)
+    assert choice.prompts == ("one two", "three")
+
+
+def test_the_edge_and_failure_are_said(lm, planted):
+    edge = choose_dose(
+        site(lm), *planted, search(doses=(0.01, 1.0)), test_prompts=(), vectors=OneHotWords()
+    )
+    assert edge.dose == 1.0
+    assert "edge" in edge.reason
+    away = choose_dose(site(lm), *planted, search(doses=(0.0, -1.0)), test_prompts=(), vectors=OneHotWords())
+    assert "no dose" in away.reason
+
+
+def test_test_prompts_are_refused(lm, planted):
+    with pytest.raises(ConfigError, match="'one two'"):
+        choose_dose(site(lm), *planted, search(), test_prompts=(" One  TWO",), vectors=OneHotWords())
+
+
+def test_nothing_to_score(lm):
+    features = pd.DataFrame({"feature": [0], "top_tokens": [["?"]]})
+    with pytest.raises(Undefined, match="no text"):
+        choose_dose(
+            site(lm), torch.ones(1, D_MODEL), features, search(), test_prompts=(), vectors=OneHotWords()
+        )

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
+from saeffect.steering import effects
+
+COLUMNS = [
+    "feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high",
+    "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reason",
+]  # fmt: skip
+
+
+def trials_of(feature, unsteered, steered, random, dose=0.4, n_samples=2):
+    """Rows of one feature; the lists run over prompts x samples."""
+    rows = []
+    for i, values in enumerate(zip(unsteered, steered, random, strict=True)):
+        for condition, value in zip(("unsteered", "steered", "random"), values, strict=True):
+            rows.append(
+                {
+                    "feature": feature,
+                    "prompt": i // n_samples,
+                    "sample": i % n_samples,
+                    "condition": condition,
+                    "dose": 0.0 if condition == "unsteered" else dose,
+                    "similarity": value,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_by_hand():
+    trials = trials_of(3, [0.1, 0.2, 0.3, 0.2], [0.5, 0.1, 0.7, 0.5], [0.2, 0.2, 0.3, 0.1])
+    direct = pd.DataFrame(
+        {
+            "feature": 3,
+            "prompt": [0, 1, 0, 1, 0],
+            "condition": ["steered", "steered", "random", "random", "steered"],
+            "dose": [0.4, 0.4, 0.4, 0.4, 9.0],
+            "delta_logprob": [1.0, 2.0, 0.0, 0.5, 99.0],
+            "kl": [0.1, 0.3, 0.7, 0.9, 99.0],
+        }
+    )
+    table = effects(trials, direct)
+    assert table.columns.tolist() == COLUMNS
+    row = table.iloc[0]
+    assert row["feature"] == 3
+    assert row["n_pairs"] == 4
+    assert row["unsteered_mean"] == pytest.approx(0.2)
+    assert row["steered_mean"] == pytest.approx(0.45)
+    assert row["placebo_mean"] == pytest.approx(0.2)
+    assert row["effect"] == pytest.approx(0.25)  # differences 0.3, -0.1, 0.4, 0.4
+    assert row["effect_low"] <= 0.25 <= row["effect_high"]
+    # Of the 16 sign patterns, none flipped and only the -0.1 flipped reach the observed sum.
+    assert row["p"] == pytest.approx(2 / 16)
+    assert row["q"] == pytest.approx(2 / 16)
+    assert not row["passed"]
+    assert row["paper_pass"]
+    assert row["direct_effect"] == 1.5
+    assert row["direct_placebo"] == 0.25
+    assert row["kl"] == pytest.approx(0.2)
+    assert row["reason"] == ""
+
+
+def test_paper_pass_looks_at_the_first_pair_only():
+    trials = trials_of(0, [0.5, 0.1, 0.1, 0.1], [0.4, 0.9, 0.9, 0.9], [0.1, 0.1, 0.1, 0.1])
+    assert not effects(trials)["paper_pass"][0]
+    assert not effects(trials.sample(frac=1, random_state=0))["paper_pass"][0]
+
+
+def test_a_planted_effect_passes_and_noise_does_not():
+    rng = np.random.default_rng(0)
+    frames = []
+    for feature in range(20):
+        noise = rng.normal(0.3, 0.1, size=(3, 16))
+        noise[1] += 0.3 if feature in (4, 9) else 0.0
+        frames.append(trials_of(feature, *noise))
+    table = effects(pd.concat(frames)).set_index("feature")
+    assert table.index[table["passed"]].tolist() == [4, 9]
+    assert table.loc[4, "effect_low"] > 0.15
+    assert table["q"].between(table["p"], 1).all()
+    # The paper's rule is a coin: of 18 features without effect about half pass.
+    assert 4 <= table.drop([4, 9])["paper_pass"].sum() <= 14
+
+
+def test_false_positives_are_at_the_nominal_rate():
+    rng = np.random.default_rng(1)
+    frames = [trials_of(f, *rng.normal(0.3, 0.1, size=(3, 8))) for f in range(300)]
+    table = effects(pd.concat(frames))
+    assert abs((table["p"] <= 0.05).mean() - 0.05) < 0.038  # 3 standard errors
+    assert table["passed"].mean() < 0.02
+
+
+def test_undefined_pairs_are_dropped_and_reported():
+    nan = math.nan
+    some = trials_of(0, [0.1, nan, 0.1, 0.1], [0.5, 0.5, nan, 0.6], [0.1, 0.1, 0.1, 0.2])
+    one = trials_of(1, [0.1, 0.1], [0.5, nan], [0.1, 0.1])
+    none = trials_of(2, [nan, nan], [nan, nan], [nan, nan])
+    silent = trials_of(5, [0.1, 0.1], [nan, nan], [0.1, 0.1])
+    table = effects(pd.concat([some, one, none, silent])).set_index("feature")
+    assert table["n_pairs"].tolist() == [2, 1, 0, 0]
+    assert table.loc[0, "steered_mean"] == pytest.approx(0.55)
+    assert table.loc[0, "p"] == pytest.approx(1 / 4)
+    assert "2 of 4 pairs" in table.loc[0, "reason"]
+    assert table.loc[0, "q"] == table.loc[0, "p"]  # the undefined features are no tests
+    for feature, said in [(1, "fewer than two"), (2, "top tokens"), (5, "no steered text")]:
+        assert math.isnan(table.loc[feature, "p"])
+        assert math.isnan(table.loc[feature, "effect"])
+        assert not table.loc[feature, "passed"]
+        assert said in table.loc[feature, "reason"]
+    assert table["direct_effect"].isna().all()
+
+
+def test_no_placebo_and_no_spread():
+    trials = trials_of(0, [0.1, 0.1], [0.5, 0.5], [0.2, 0.2])
+    assert "no random text" in effects(trials[trials["condition"] != "random"])["reason"][0]
+    level = effects(trials).iloc[0]
+    assert level["effect"] == pytest.approx(0.3)
+    assert math.isnan(level["effect_low"])
+    assert "equal" in level["reason"]
+
+
+def test_several_doses_need_a_choice():
+    low = trials_of(0, [0.1, 0.1], [0.2, 0.3], [0.1, 0.1], dose=0.2)
+    high = trials_of(0, [0.1, 0.1], [0.8, 0.9], [0.1, 0.1], dose=0.6)
+    both = pd.concat([low, high[high["condition"] != "unsteered"]])
+    with pytest.raises(ConfigError, match=r"\[0.2, 0.6\]"):
+        effects(both)
+    with pytest.raises(ConfigError, match="not among"):
+        effects(both, dose=0.3)
+    assert effects(both, dose=0.6)["steered_mean"][0] == pytest.approx(0.85)
+    assert effects(both, dose=0.2)["steered_mean"][0] == pytest.approx(0.25)
+
+
+def test_bad_input():
+    trials = trials_of(0, [0.1, 0.1], [0.2, 0.3], [0.1, 0.1])
+    with pytest.raises(ShapeMismatch, match="similarity"):
+        effects(trials.drop(columns="similarity"))
+    with pytest.raises(ShapeMismatch, match="twice"):
+        effects(pd.concat([trials, trials]))
+    with pytest.raises(ConfigError, match="alpha"):
+        effects(trials, alpha=0)
+    with pytest.raises(EmptySelection):
+        effects(trials[:0])

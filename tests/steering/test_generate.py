@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.models.hooks import edited
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens, penalise
+from saeffect.steering.generate import last_logits
+
+PROMPT = [5, 9, 40, 12]
+SAMPLING = Sampling(max_new_tokens=12, top_p=0.9, temperature=1.3)
+
+
+def cells(n: int) -> list[NoiseCell]:
+    return [NoiseCell(0, "p", i % 3) for i in range(n)]
+
+
+def vectors(n: int, size: float = 3.0) -> torch.Tensor:
+    return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(4)) * size
+
+
+def without_cache(lm, prompt, cell, sampling, vector, positions):
+    """The same, one row, every pass over the whole text again, positions counted by hand."""
+    ids = list(prompt)
+    for step in range(sampling.max_new_tokens):
+
+        def edit(x, n=len(ids)):
+            where = {"all": range(n), "prompt": range(len(prompt) - 1), "generated": range(len(prompt) - 1, n)}
+            out = x.clone()
+            out[:, list(where[positions])] += vector
+            return out
+
+        with torch.no_grad(), edited(lm, HOOK, edit):
+            logits = lm.model(input_ids=torch.tensor([ids])).logits[:, -1]
+        logits = penalise(logits, torch.tensor([ids[len(prompt) :]], dtype=torch.int64), sampling.frequency_penalty)
+        logits[:, [0, 1, END, D_VOCAB - 2, D_VOCAB - 1]] = -torch.inf
+        ids.append(next_tokens(logits, [cell], step, sampling).item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_equals_generation_without_cache_or_batch(positions):
+    lm = tiny_model(torch.float64)
+    intervention = Intervention(AddVectors(vectors(4)), positions)
+    got = generate(lm, HOOK, PROMPT, cells(4), SAMPLING, intervention=intervention)
+    for row in range(4):
+        vector = intervention.operator.vectors[row].double()
+        assert got[row] == without_cache(lm, PROMPT, cells(4)[row], SAMPLING, vector, positions)
+
+
+def test_zero_vectors_equal_no_intervention_exactly(lm):
+    plain = generate(lm, HOOK, PROMPT, cells(6), SAMPLING)
+    zero = Intervention(AddVectors(torch.zeros(6, D_MODEL)))
+    assert generate(lm, HOOK, PROMPT, cells(6), SAMPLING, intervention=zero) == plain
+    assert plain[0] == plain[3]  # equal cells, equal luck
+    assert plain[0] != plain[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batches_make_no_difference(dtype):
+    lm = tiny_model(dtype)
+    intervention = Intervention(AddVectors(vectors(7)))
+    seen = []
+    whole = generate(lm, HOOK, PROMPT, cells(7), SAMPLING, intervention=intervention)
+    for batch_size in (1, 3):
+        parts = generate(
+            lm,
+            HOOK,
+            PROMPT,
+            cells(7),
+            SAMPLING,
+            intervention=intervention,
+            batch_size=batch_size,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+        assert parts == whole
+    assert seen == [(i, 7) for i in range(1, 8)] + [(3, 7), (6, 7), (7, 7)]
+
+
+def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
+    outputs = generate(lm, HOOK, PROMPT, cells(3), Sampling(max_new_tokens=40, top_p=1.0, temperature=5.0))
+    assert {len(ids) for ids in outputs} == {40}
+    used = {i for ids in outputs for i in ids}
+    assert min(used) > END
+    assert max(used) < D_VOCAB - 2
+
+
+def test_a_row_stops_at_the_end_of_its_text():
+    lm = tiny_model()
+    sampling = Sampling(max_new_tokens=60, top_p=1.0, temperature=5.0, allow_end=True)
+    many = [NoiseCell(0, "p", i) for i in range(40)]
+    outputs = generate(lm, HOOK, PROMPT, many, sampling)
+    assert not any(END in ids for ids in outputs)
+    lengths = {len(ids) for ids in outputs}
+    assert min(lengths) < 60  # 40 rows of 60 nearly uniform draws from 93 tokens
+    longer = generate(lm, HOOK, PROMPT, many, Sampling(61, 5.0, 1.0, 1.0, allow_end=True))
+    stopped = [(a, b) for a, b in zip(outputs, longer, strict=True) if len(a) < 60]
+    assert all(a == b for a, b in stopped)
+
+
+def test_greedy_with_a_frequency_penalty_does_not_loop(lm):
+    free = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=0))[0]
+    held = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=1e6))[0]
+    assert len(set(held)) == 30
+    assert free[0] == held[0]
+
+
+def test_no_hook_stays_also_after_an_exception(lm):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    intervention = Intervention(AddVectors(vectors(2)))
+    with pytest.raises(KeyboardInterrupt):
+        generate(lm, HOOK, PROMPT, cells(2), SAMPLING, intervention=intervention, progress=stop)
+    assert n_hooks(lm) == 0
+    broken = Intervention(AddVectors(torch.ones(2, D_MODEL + 1)))
+    with pytest.raises(ShapeMismatch):
+        generate(lm, HOOK, PROMPT, cells(2), SAMPLING, intervention=broken)
+    assert n_hooks(lm) == 0
+
+
+def test_last_logits_are_those_of_the_whole_pass(lm):
+    ids = torch.tensor([PROMPT, PROMPT[::-1]])
+    with torch.no_grad():
+        logits, _ = last_logits(lm, ids)
+        assert torch.allclose(logits, lm.model(input_ids=ids).logits[:, -1], atol=1e-5)
+
+
+def test_bad_input(lm):
+    with pytest.raises(ConfigError, match="no tokens"):
+        generate(lm, HOOK, [], cells(1), SAMPLING)
+    with pytest.raises(ConfigError, match="batch_size"):
+        generate(lm, HOOK, PROMPT, cells(1), SAMPLING, batch_size=0)
+    with pytest.raises(ShapeMismatch, match="2 rows to steer"):
+        generate(lm, HOOK, PROMPT, cells(1), SAMPLING, intervention=Intervention(AddVectors(vectors(2))))

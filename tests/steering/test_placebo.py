@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saeffect.errors import BadFile, Undefined, UnknownName
+from saeffect.steering import Directions, random_direction
+
+
+def test_random_directions_depend_on_their_arguments_only():
+    first = random_direction(16, seed=1, feature=7, draw=(2, 0))
+    assert torch.equal(first, random_direction(16, seed=1, feature=7, draw=(2, 0)))
+    assert first.norm().item() == pytest.approx(1, abs=1e-6)
+    others = [
+        random_direction(16, seed=2, feature=7, draw=(2, 0)),
+        random_direction(16, seed=1, feature=8, draw=(2, 0)),
+        random_direction(16, seed=1, feature=7, draw=(2, 1)),
+        random_direction(16, seed=1, feature=7, draw=(0, 2)),
+        random_direction(16, seed=1, feature=7),
+        random_direction(16, seed=1, feature=7, draw=(2,)),
+    ]
+    assert all((first @ other).abs() < 0.95 for other in others)
+
+
+def test_random_directions_point_nowhere_in_particular():
+    drawn = torch.stack([random_direction(8, seed=0, feature=f) for f in range(4000)])
+    assert drawn.mean(dim=0).abs().max() < 4 * (1 / 8 / 4000) ** 0.5
+    assert (drawn.var(dim=0) * 8 - 1).abs().max() < 0.1
+
+
+def test_directions():
+    directions = Directions(torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, float("nan")]]).half())
+    assert directions.norm(0) == 5
+    assert torch.allclose(directions.unit(0, "steered"), torch.tensor([0.6, 0.8]))
+    assert directions.unit(0, "random", (1, 2)).norm().item() == pytest.approx(1)
+    with pytest.raises(Undefined, match="feature 1 is zero"):
+        directions.unit(1, "steered")
+    with pytest.raises(BadFile, match="feature 2"):
+        directions.norm(2)
+    with pytest.raises(UnknownName):
+        directions.unit(0, "randon")

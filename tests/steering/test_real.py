@@ -1,0 +1,39 @@
+"""Steering the real base model along the unembedding of a word makes it talk about that."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from saeffect.models.unembedding import unembedding
+from saeffect.steering import Site, SteeringPlan, direct_effects, distinct_2, run_trials
+
+pytestmark = pytest.mark.real
+
+
+class CancerWords:
+    """Says whether a text names the topic: similarity is 1 or about 0."""
+
+    def mean_vector(self, text: str):
+        import numpy as np
+
+        return np.array([1.0, 0.0]) if "cancer" in text.lower() else np.array([0.0, 1.0])
+
+
+def test_steering_towards_cancer(real_model):
+    W_dec = unembedding(real_model)[:, real_model.encode(" cancer")].T.contiguous()
+    top = [" cancer", " Cancer"]
+    ids = [real_model.encode(token)[0] for token in top]
+    features = pd.DataFrame({"feature": [0], "top_tokens": [top], "top_token_ids": [ids]})
+    site = Site(real_model, "blocks.26.hook_resid_pre", 500.0)
+    plan = SteeringPlan(("What topic is on your mind?",), (0.3,), samples=4, max_new_tokens=20, perplexity=True)
+    trials = run_trials(site, W_dec, features, plan, vectors=CancerWords())
+    named = trials.groupby("condition")["similarity"].mean()
+    assert named["steered"] >= 0.75
+    assert named["unsteered"] <= 0.25
+    assert named["random"] <= 0.25
+    assert trials[trials["condition"] == "unsteered"]["perplexity"].median() < 20
+    direct = direct_effects(site, W_dec, features, plan).set_index("condition")
+    assert direct.loc["steered", "delta_logprob"] > 2
+    assert abs(direct.loc["random", "delta_logprob"]) < 1
+    assert distinct_2(real_model.encode(trials["text"][0])) > 0.5
