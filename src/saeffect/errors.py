@@ -133,6 +133,4 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | Non
     names = sorted(valid)
     near = difflib.get_close_matches(str(name), names, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(names) or '(none)'}."
-    return UnknownName(
-        f"there is no {kind} {str(name)!r}; valid: {', '.join(names) or '(none)'}.", at=at, fix=fix
-    )
+    return UnknownName(f"there is no {kind} {str(name)!r}; valid: {', '.join(names) or '(none)'}.", at=at, fix=fix)

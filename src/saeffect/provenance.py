@@ -91,9 +91,7 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path.name!r}.", at=str(path)) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadFile(
-            f"this is not JSON: {error}.", at=str(path), fix="restore the file, or make it again."
-        ) from error
+        raise BadFile(f"this is not JSON: {error}.", at=str(path), fix="restore the file, or make it again.") from error
 
 
 def hash_file(path: Path | str) -> str:

@@ -89,9 +89,7 @@ def _tiny_arm(name: str = "base", role: str = "control", shift: float = 0.0) -> 
         features=features,
         coherence=coherence,
         selection=selection,
-        interventions=pd.DataFrame(
-            trials, columns=["feature", "prompt", "sample", "condition", "dose", "similarity"]
-        ),
+        interventions=pd.DataFrame(trials, columns=["feature", "prompt", "sample", "condition", "dose", "similarity"]),
         direct_effects=direct,
         effects=effects,
         facts=ArmFacts(role=role, model="toy"),

@@ -3,9 +3,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from synthetic_study import synthetic_arms
 
 from saeffect.comparison import compare
+from synthetic_study import synthetic_arms
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,7 @@ def unsteered(arm):
 
 def test_a_planted_difference_is_reported_with_its_noise(arms):
     answer = answered(arms)
-    assert answer["headline"].startswith(
-        "Fine-tuning changed the features by more than retraining the SAE does"
-    )
+    assert answer["headline"].startswith("Fine-tuning changed the features by more than retraining the SAE does")
     assert "+10.0 percentage points, 95 % interval 5.0 to 15.0" in answer["headline"]
     assert "cannot be said of the pass rate or the mean coherence" in answer["headline"]
     counts, scales, share, *_ = answer["sentences"]
@@ -61,9 +59,7 @@ def test_noise_as_large_as_the_change_is_not_credited(arms):
 def test_no_tested_features_is_said(arms):
     answer = answered({name: unsteered(arm) for name, arm in arms.items()})
     assert any(line.startswith("No feature was tested by steering") for line in answer["sentences"])
-    assert any(
-        "No feature of control, treatment and placebo was tested" in line for line in answer["caveats"]
-    )
+    assert any("No feature of control, treatment and placebo was tested" in line for line in answer["caveats"])
 
 
 def test_one_untested_arm_makes_the_pass_rate_incomparable(arms):
@@ -85,14 +81,9 @@ def test_no_domain_features_at_all(arms):
 
 def test_an_undefined_coherence_is_left_out_and_counted(arms):
     control = arms["control"]
-    answer = answered(
-        {**arms, "control": replace(control, coherence=control.coherence.assign(coherence=float("nan")))}
-    )
+    answer = answered({**arms, "control": replace(control, coherence=control.coherence.assign(coherence=float("nan")))})
     assert "undefined in control" in answer["sentences"][4]
-    assert (
-        "cannot be compared: needs two features with a value in each arm: control has 0"
-        in answer["sentences"][4]
-    )
+    assert "cannot be compared: needs two features with a value in each arm: control has 0" in answer["sentences"][4]
     assert any("42 in control" in line for line in answer["caveats"] if "undefined" in line)
 
 

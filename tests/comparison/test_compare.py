@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import synthetic_arms
 
 from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Resampling, compare, contrasts, judge, roles_of
 from saeffect.errors import ConfigError
+from synthetic_study import synthetic_arms
 
 SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100}
 
@@ -75,9 +75,7 @@ def null_arm(role, rng):
                 "max_activation": 1.0,
             }
         ),
-        coherence=pd.DataFrame(
-            {"feature": ids, "coherence": rng.beta(2, 2, 200), "n_known": 2, "reason": ""}
-        ),
+        coherence=pd.DataFrame({"feature": ids, "coherence": rng.beta(2, 2, 200), "n_known": 2, "reason": ""}),
         selection=pd.DataFrame(
             {
                 "feature": ids,
@@ -111,9 +109,7 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
     for _ in range(n_studies):
         arms = {role: null_arm(role, rng) for role in ("control", "treatment", "placebo")}
         roles = roles_of({name: name for name in arms})
-        table = contrasts(
-            arms, roles, min_matches=2, resampling=Resampling(seed=1, n_boot=100, n_permutations=20)
-        )
+        table = contrasts(arms, roles, min_matches=2, resampling=Resampling(seed=1, n_boot=100, n_permutations=20))
         judged = [judge(table, quantity) for quantity in PRIMARY]
         for one in judged:
             excluded[one.quantity] += one.change.sign != 0

@@ -15,9 +15,7 @@ def test_pass_counts_leave_out_features_without_p(tiny_arm):
 
 def test_missing_verdicts_do_not_count_as_passed(tiny_arm):
     arm = tiny_arm()
-    effects = arm.effects.assign(
-        passed=pd.array([True, None, None], dtype="boolean"), paper_pass=[None, False, None]
-    )
+    effects = arm.effects.assign(passed=pd.array([True, None, None], dtype="boolean"), paper_pass=[None, False, None])
     counts = measures.pass_counts(replace(arm, effects=effects))
     assert counts == measures.PassCounts(tested=2, passed=1, paper_tested=1, paper_passed=0)
 

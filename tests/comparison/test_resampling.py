@@ -35,10 +35,7 @@ def test_permutation_swaps_whole_clusters():
     clusters = [cluster.mean() for cluster in np.concatenate([a[0], b[0]]).reshape(6, 2)]
     observed = np.mean(clusters[3:]) - np.mean(clusters[:3])
     splits = list(itertools.combinations(range(6), 3))
-    gaps = [
-        np.mean([clusters[i] for i in range(6) if i not in s]) - np.mean([clusters[i] for i in s])
-        for s in splits
-    ]
+    gaps = [np.mean([clusters[i] for i in range(6) if i not in s]) - np.mean([clusters[i] for i in s]) for s in splits]
     exact = np.mean([abs(gap) >= abs(observed) - 1e-12 for gap in gaps])
     result = compare_moment(a, b, "mean", Resampling(n_permutations=20_000), "x")
     assert result.p == pytest.approx(exact, abs=0.015)

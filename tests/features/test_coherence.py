@@ -21,9 +21,7 @@ from saeffect.text.tokens import normalise_token
 REFERENCE = Path(__file__).parents[1] / "reference"
 
 # Cosines by hand: cat-dog 0.6, cat-car 0, dog-car 0.8, and 1 - 0.6 for the opposite of cat.
-TOY = WordVectors.from_rows(
-    ["cat", "dog", "car", "tac", "zero"], [[2, 0], [3, 4], [0, 5], [-1, 0], [0, 0]], name="toy"
-)
+TOY = WordVectors.from_rows(["cat", "dog", "car", "tac", "zero"], [[2, 0], [3, 4], [0, 5], [-1, 0], [0, 0]], name="toy")
 
 
 def table(*features: tuple[list[str], list[float]]) -> pd.DataFrame:
@@ -113,9 +111,7 @@ class TestUndefined:
             (["cat", "dog"], [1e200, 1e200], 2, "overflow"),
         ],
     )
-    def test_is_nan_with_a_reason(
-        self, tokens: list[str], weights: list[float], n_known: int, reason: str
-    ) -> None:
+    def test_is_nan_with_a_reason(self, tokens: list[str], weights: list[float], n_known: int, reason: str) -> None:
         assert np.isnan(coherence_score(tokens, weights, embeddings=TOY))
         row = coherence(table((["cat", "dog", "car"], [1, 1, 1]), (tokens, weights)), embeddings=TOY).iloc[1]
         assert np.isnan(row.coherence)
@@ -177,9 +173,7 @@ class TestTable:
         result = coherence(table(), embeddings=TOY)
         assert len(result) == 0 and list(result.columns) == ["feature", "coherence", "n_known", "reason"]
 
-    def test_a_table_agrees_with_a_loop_over_pairs_across_batches(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_table_agrees_with_a_loop_over_pairs_across_batches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("saeffect.features.coherence._NUMBERS_PER_BATCH", 100)
         features, embeddings = random_features(50, seed=3)
         result = coherence(features, embeddings=embeddings)
@@ -201,9 +195,7 @@ class TestProperties:
 
     @settings(max_examples=50, deadline=None)
     @given(weights, st.floats(0.1, 1000), st.integers(0, 2**32 - 1))
-    def test_the_scale_of_the_weights_does_not_matter(
-        self, weights: list[float], scale: float, seed: int
-    ) -> None:
+    def test_the_scale_of_the_weights_does_not_matter(self, weights: list[float], scale: float, seed: int) -> None:
         tokens = np.random.default_rng(seed).choice(["cat", "dog", "car", "tac"], len(weights)).tolist()
         plain = coherence_score(tokens, weights, embeddings=TOY)
         scaled = coherence_score(tokens, [scale * w for w in weights], embeddings=TOY)
@@ -223,9 +215,7 @@ class TestProperties:
 
 class TestCoverage:
     def test_by_hand(self) -> None:
-        features = table(
-            (["cat", "Ġcat", "xyzzy"], [1, 1, 1]), (["Dog", "zero", "xyzzy", "plugh"], [1, 1, 1, 1])
-        )
+        features = table((["cat", "Ġcat", "xyzzy"], [1, 1, 1]), (["Dog", "zero", "xyzzy", "plugh"], [1, 1, 1, 1]))
         shares = coverage(features, embeddings=TOY)
         assert (shares.n_unique, shares.n_unique_known) == (5, 2)  # cat dog | xyzzy plugh zero
         assert (shares.n_total, shares.n_total_known) == (7, 3)

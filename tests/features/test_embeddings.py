@@ -31,13 +31,8 @@ GLOVE = "cat 1 -2.5\ndog 0.25 3\ncafé 0 4\n"
 WORD2VEC = "3 2\n" + GLOVE
 
 
-def binary(
-    words: list[str] = WORDS, rows: np.ndarray = ROWS, header: str = "3 2\n", end: bytes = b"\n"
-) -> bytes:
-    records = (
-        word.encode() + b" " + row.astype("<f4").tobytes() + end
-        for word, row in zip(words, rows, strict=True)
-    )
+def binary(words: list[str] = WORDS, rows: np.ndarray = ROWS, header: str = "3 2\n", end: bytes = b"\n") -> bytes:
+    records = (word.encode() + b" " + row.astype("<f4").tobytes() + end for word, row in zip(words, rows, strict=True))
     return header.encode() + b"".join(records)
 
 
@@ -154,9 +149,7 @@ class TestBadFiles:
             ("v.safetensors", b"\x00" * 20, "v.safetensors", "damaged"),
         ],
     )
-    def test_says_what_and_where(
-        self, tmp_path: Path, name: str, data: bytes | str, place: str, message: str
-    ) -> None:
+    def test_says_what_and_where(self, tmp_path: Path, name: str, data: bytes | str, place: str, message: str) -> None:
         path = write(tmp_path, name, data)
         (tmp_path / "v.words.txt").write_text("cat\n")
         with pytest.raises(BadFile, match=r"^BadFile: ") as caught:
@@ -273,9 +266,7 @@ class TestBuild:
     @pytest.fixture
     def inputs(self, tmp_path: Path) -> dict[str, Path]:
         words = ["the", "€", "cat", "gene", "mri", "unused"]
-        text = "".join(
-            f"{word} " + " ".join(["0.12345"] * 99 + [str(i)]) + "\n" for i, word in enumerate(words)
-        )
+        text = "".join(f"{word} " + " ".join(["0.12345"] * 99 + [str(i)]) + "\n" for i, word in enumerate(words))
         bytewise = {"model": {"vocab": {"Ġthe": 0, "âĤ¬": 1, "ĠCat": 2, "ĠUn": 3}}}
         pieces = {"model": {"vocab": [["▁the", -1.0], ["▁Gene", -2.0], ["used", -3.0]]}}
         return {
@@ -300,9 +291,7 @@ class TestBuild:
         for file in folders[0].iterdir():
             assert file.read_bytes() == (folders[1] / file.name).read_bytes()
 
-    def test_a_missing_list_stops_it(
-        self, script: ModuleType, inputs: dict[str, Path], tmp_path: Path
-    ) -> None:
+    def test_a_missing_list_stops_it(self, script: ModuleType, inputs: dict[str, Path], tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             script.build(inputs["vectors"], [], [tmp_path / "no.txt"], tmp_path / "out")
         assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ def test_every_name_is_found_where_it_lives():
 
 def test_a_typo_is_an_error():
     with pytest.raises(AttributeError, match="no attribute 'projct'"):
-        saeffect.features.projct  # noqa: B018
+        saeffect.features.projct
 
 
 def test_import_is_light():

@@ -20,9 +20,7 @@ from saeffect.features.projection import PROJECTIONS, project, project_both
 def _random(d_sae: int = 37, d_in: int = 16, d_vocab: int = 211, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     norms = torch.rand(d_vocab, generator=generator) * 4 + 0.5
-    return torch.randn(d_sae, d_in, generator=generator), torch.randn(
-        d_in, d_vocab, generator=generator
-    ) * norms
+    return torch.randn(d_sae, d_in, generator=generator), torch.randn(d_in, d_vocab, generator=generator) * norms
 
 
 def _expected_top(full: np.ndarray, top_k: int) -> np.ndarray:

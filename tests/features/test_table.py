@@ -19,9 +19,7 @@ SAE = SimpleNamespace(W_dec=tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
 TWO = FeatureOptions(top_k=2, n_examples=1, window=3)
 
 
-def _batches(
-    *, cut: int, n: int = 6, d_sae: int = 3, mask: Tensor | None = None
-) -> Iterator[ActivationBatch]:
+def _batches(*, cut: int, n: int = 6, d_sae: int = 3, mask: Tensor | None = None) -> Iterator[ActivationBatch]:
     """`n` sequences of 5 tokens, `cut` at a time."""
     generator = torch.Generator().manual_seed(0)
     acts = torch.randint(-50, 50, (n, 5, d_sae), generator=generator).clamp(min=0) / 8

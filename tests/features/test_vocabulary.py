@@ -34,9 +34,7 @@ def _features() -> pd.DataFrame:
         ["CANCER", " cancer", " a", " b"],
     ]
     dot = [[" cancer", " nurse"], [" tumor", " nurse"], [], [" a"]]
-    return pd.DataFrame(
-        {"feature": [4, 9, 11, 30], "top_tokens": own, "top_tokens_dot": dot, "top_tokens_cosine": own}
-    )
+    return pd.DataFrame({"feature": [4, 9, 11, 30], "top_tokens": own, "top_tokens_dot": dot, "top_tokens_cosine": own})
 
 
 def _verdicts(**columns: list[object]) -> pd.DataFrame:
@@ -74,16 +72,12 @@ def test_card_agrees_with_the_list() -> None:
     assert f"{len(left_out)} words of the table" in card
 
 
-@pytest.mark.parametrize(
-    "token", [" cancer", "ĠTumour", "▁diabetes", "FDA", " Physicians", "vaccine", " kidney"]
-)
+@pytest.mark.parametrize("token", [" cancer", "ĠTumour", "▁diabetes", "FDA", " Physicians", "vaccine", " kidney"])
 def test_medical_tokens_are_in(token: str) -> None:
     assert token in load_vocabulary("medical")
 
 
-@pytest.mark.parametrize(
-    "token", [" mouse", " Who", " hearth", "otherapy", " canc", "", " ", "\n", "<script>"]
-)
+@pytest.mark.parametrize("token", [" mouse", " Who", " hearth", "otherapy", " canc", "", " ", "\n", "<script>"])
 def test_others_are_not(token: str) -> None:
     assert token not in load_vocabulary("medical")
 
@@ -102,9 +96,7 @@ def test_loads_a_file_with_comments_marks_and_a_byte_order_mark(tmp_path: Path) 
     assert vocabulary.name == str(path)
 
 
-def test_a_file_in_the_current_folder_needs_no_suffix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_in_the_current_folder_needs_no_suffix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").write_text("crab\n")
     (tmp_path / "medical").write_text("crab\n")
     monkeypatch.chdir(tmp_path)
@@ -165,18 +157,14 @@ def test_each_token_counts_also_those_that_differ_by_case_alone() -> None:
     # Feature 53 of the paper's control model: six of its ten tokens count, two of which spell "disease".
     tokens = ["Ġillness", "Ġillnesses", "Ġsickness", "Ġdisease", "Ġailments", "ĠDisease", "Ġdiseases"]
     tokens += ["Ġail", "Ġinfection", "Ġinjury"]
-    published = Vocabulary(
-        "paper", frozenset({"illness", "illnesses", "disease", "diseases", "infection"}), sha256=""
-    )
+    published = Vocabulary("paper", frozenset({"illness", "illnesses", "disease", "diseases", "infection"}), sha256="")
     found = count_matches([tokens], published)
     assert found.counts.tolist() == [6]
     assert found.matched == [["Ġillness", "Ġillnesses", "Ġdisease", "ĠDisease", "Ġdiseases", "Ġinfection"]]
 
 
 def test_only_whole_words_match() -> None:
-    assert count_matches([[" cancers", "ancer", "nurse.", " can cer", *HOSTILE]], WORDS).counts.tolist() == [
-        0
-    ]
+    assert count_matches([[" cancers", "ancer", "nurse.", " can cer", *HOSTILE]], WORDS).counts.tolist() == [0]
 
 
 def test_no_feature_and_arrays_from_parquet() -> None:
@@ -285,12 +273,10 @@ def test_the_error_says_what_else_to_try() -> None:
     with pytest.raises(EmptySelection) as caught:
         require_domain_features(select(features, vocabulary=WORDS), "control", WORDS)
     assert caught.value.message == (
-        "no feature of arm 'control' has at least 2 of its top tokens in vocabulary 'test'; "
-        "the best of 2 has 1."
+        "no feature of arm 'control' has at least 2 of its top tokens in vocabulary 'test'; the best of 2 has 1."
     )
     assert caught.value.fix == (
-        "lower min_matches to 1, or use another vocabulary, "
-        "or set projection to 'dot', under which 1 would do."
+        "lower min_matches to 1, or use another vocabulary, or set projection to 'dot', under which 1 would do."
     )
 
 

@@ -78,9 +78,7 @@ def test_kappa_refuses_raters_of_different_items() -> None:
         cohens_kappa(["y"], ["y"], level=95)
 
 
-@pytest.mark.parametrize(
-    ("metric", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)]
-)
+@pytest.mark.parametrize(("metric", "published"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
 def test_alpha_agrees_with_krippendorffs_example(metric: str, published: float) -> None:
     alpha = krippendorff_alpha(KRIPPENDORFF, metric=metric)
     assert alpha.value == pytest.approx(published, abs=5e-4)

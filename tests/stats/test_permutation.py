@@ -64,17 +64,14 @@ def test_random_sign_flips_agree_with_scipy(alternative: str) -> None:
 def test_fourteen_pairs_are_enumerated_and_fifteen_are_not() -> None:
     assert sign_flip_test(np.ones(14), n_permutations=10).p == 2**-14
     assert sign_flip_test(np.ones(14)).method == "exact sign-flip test, greater"
-    assert (
-        sign_flip_test(np.ones(15), n_permutations=10).method == "sign-flip test, 10 random patterns, greater"
-    )
+    assert sign_flip_test(np.ones(15), n_permutations=10).method == "sign-flip test, 10 random patterns, greater"
 
 
 def test_ties_of_the_arithmetic_count_as_ties() -> None:
     # 0.1 + 0.2 is not 0.3 for a computer: -(0.1) - 0.2 + 0.3 + x would miss its twin without a tolerance.
     differences = [0.1, 0.2, -0.3, 1.0]
     sums = [
-        sum(s * d for s, d in zip(signs, (1, 2, 3, 10), strict=True))
-        for signs in itertools.product((1, -1), repeat=4)
+        sum(s * d for s, d in zip(signs, (1, 2, 3, 10), strict=True)) for signs in itertools.product((1, -1), repeat=4)
     ]
     assert sign_flip_test(differences).p == sum(total >= 10 for total in sums) / 16
 
@@ -89,9 +86,7 @@ def test_rows_give_what_single_tests_give() -> None:
         table = np.random.default_rng(n_pairs).normal(0.2, 1, size=(7, n_pairs))
         for alternative in ALTERNATIVES:
             p = sign_flip_many(table, alternative=alternative, n_permutations=500, seed=3)
-            single = [
-                sign_flip_test(row, alternative=alternative, n_permutations=500, seed=3).p for row in table
-            ]
+            single = [sign_flip_test(row, alternative=alternative, n_permutations=500, seed=3).p for row in table]
             assert p.tolist() == single
 
 
@@ -124,9 +119,7 @@ def test_useless_features_pass_as_often_as_alpha_says(n_pairs: int) -> None:
     heavy = np.random.default_rng(5).standard_t(3, size=(n_features, n_pairs))
     p = np.concatenate([sign_flip_many(half, seed=i) for i, half in enumerate(np.split(heavy, 2))])
     for alpha in (0.05, 0.2):
-        assert np.mean(p <= alpha) == pytest.approx(
-            alpha, abs=4 * math.sqrt(alpha * (1 - alpha) / n_features)
-        )
+        assert np.mean(p <= alpha) == pytest.approx(alpha, abs=4 * math.sqrt(alpha * (1 - alpha) / n_features))
 
 
 def test_useful_features_pass() -> None:

@@ -156,9 +156,7 @@ def test_counts_of_numpy_and_whole_floats_are_read() -> None:
     assert fisher_exact(*narrow) == big  # the products overflow 32 bits
 
 
-@pytest.mark.parametrize(
-    ("k", "n"), [(3, 2), (-1, 2), (0.5, 2), (math.nan, 2), (True, 2), ("1", 2), (1, math.inf)]
-)
+@pytest.mark.parametrize(("k", "n"), [(3, 2), (-1, 2), (0.5, 2), (math.nan, 2), (True, 2), ("1", 2), (1, math.inf)])
 def test_impossible_counts_are_refused(k: object, n: object) -> None:
     with pytest.raises(Undefined):
         wilson(k, n)  # type: ignore[arg-type]

@@ -14,12 +14,7 @@ RNG = np.random.default_rng(31)
 N = 60
 X = pd.DataFrame({"coherence": RNG.uniform(size=N), "treatment": RNG.integers(0, 2, size=N).astype(bool)})
 CLUSTERS = np.arange(N) // 5
-Y = (
-    1
-    + 2 * X["coherence"].to_numpy()
-    - X["treatment"].to_numpy()
-    + RNG.normal(size=N) * (0.2 + X["coherence"])
-)
+Y = 1 + 2 * X["coherence"].to_numpy() - X["treatment"].to_numpy() + RNG.normal(size=N) * (0.2 + X["coherence"])
 
 
 def by_hand(meat: np.ndarray, degrees: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,9 +104,7 @@ def test_clusters_that_share_their_luck_are_not_taken_for_evidence() -> None:
         ([1.0, 2.0, 2.0, 5.0], {"x": [1, 2, 3, 4], "z": [3, 5, 7, 9]}, "the columns are linearly dependent"),
     ],
 )
-def test_data_without_coefficients_say_why(
-    y: list[float], columns: dict[str, list[float]], reason: str
-) -> None:
+def test_data_without_coefficients_say_why(y: list[float], columns: dict[str, list[float]], reason: str) -> None:
     table = ols_robust(y, pd.DataFrame(columns))
     assert table[["estimate", "low", "high", "p"]].isna().all(axis=None)
     assert table["reason"].str.startswith(reason).all()

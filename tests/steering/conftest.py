@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from steering.tiny_model import tiny_model
 
 from saeffect.models.language_model import LanguageModel
+from steering.tiny_model import tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from steering.tiny_model import D_MODEL, HOOK, n_hooks, site, tiny_model
 
 from saeffect.models.hooks import edited
 from saeffect.steering import SteeringPlan, direct_effects, random_direction
+from steering.tiny_model import D_MODEL, HOOK, n_hooks, site, tiny_model
 
 W_DEC = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(5)) * 2
 FEATURES = pd.DataFrame({"feature": [4, 1], "top_token_ids": [[10, 11, 12], np.array([20])]})

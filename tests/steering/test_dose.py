@@ -5,10 +5,10 @@ import math
 import pandas as pd
 import pytest
 import torch
-from steering.tiny_model import D_MODEL, OneHotWords, site
 
 from saeffect.errors import ConfigError, Undefined
 from saeffect.steering import SteeringPlan, choose_dose, score_doses
+from steering.tiny_model import D_MODEL, OneHotWords, site
 
 KEYS = {"feature": 0, "prompt": 0}
 
@@ -69,9 +69,7 @@ def test_the_best_score_wins_and_placebos_are_not_run(lm, planted):
 
 
 def test_the_edge_and_failure_are_said(lm, planted):
-    edge = choose_dose(
-        site(lm), *planted, search(doses=(0.01, 1.0)), test_prompts=(), vectors=OneHotWords()
-    )
+    edge = choose_dose(site(lm), *planted, search(doses=(0.01, 1.0)), test_prompts=(), vectors=OneHotWords())
     assert edge.dose == 1.0
     assert "edge" in edge.reason
     away = choose_dose(site(lm), *planted, search(doses=(0.0, -1.0)), test_prompts=(), vectors=OneHotWords())
@@ -86,6 +84,4 @@ def test_test_prompts_are_refused(lm, planted):
 def test_nothing_to_score(lm):
     features = pd.DataFrame({"feature": [0], "top_tokens": [["?"]]})
     with pytest.raises(Undefined, match="no text"):
-        choose_dose(
-            site(lm), torch.ones(1, D_MODEL), features, search(), test_prompts=(), vectors=OneHotWords()
-        )
+        choose_dose(site(lm), torch.ones(1, D_MODEL), features, search(), test_prompts=(), vectors=OneHotWords())

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.models.hooks import edited
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens, penalise
 from saeffect.steering.generate import last_logits
+from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]
 SAMPLING = Sampling(max_new_tokens=12, top_p=0.9, temperature=1.3)
@@ -27,7 +27,11 @@ def without_cache(lm, prompt, cell, sampling, vector, positions):
     for step in range(sampling.max_new_tokens):
 
         def edit(x, n=len(ids)):
-            where = {"all": range(n), "prompt": range(len(prompt) - 1), "generated": range(len(prompt) - 1, n)}
+            where = {
+                "all": range(n),
+                "prompt": range(len(prompt) - 1),
+                "generated": range(len(prompt) - 1, n),
+            }
             out = x.clone()
             out[:, list(where[positions])] += vector
             return out

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from steering.tiny_model import D_MODEL, HOOK, n_hooks
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.models.hooks import edited
 from saeffect.steering import AddVectors, Intervention
 from saeffect.steering.operators import span
+from steering.tiny_model import D_MODEL, HOOK, n_hooks
 
 
 def changed_positions(positions: str, start: int, length: int, prompt_length: int) -> list[int]:

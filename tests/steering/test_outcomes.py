@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from steering.tiny_model import OneHotWords
 
 from saeffect.errors import ShapeMismatch
 from saeffect.steering import distinct_2, join_tokens, perplexity, similarity
+from steering.tiny_model import OneHotWords
 
 
 def test_similarity_by_hand():

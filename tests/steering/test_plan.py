@@ -5,12 +5,12 @@ import math
 import pandas as pd
 import pytest
 import torch
-from steering.tiny_model import D_MODEL, HOOK, site
 
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, UnknownName
 from saeffect.models.hooks import capture
 from saeffect.steering import Site, SteeringPlan, mean_residual_norm
 from saeffect.steering.plan import check_features
+from steering.tiny_model import D_MODEL, HOOK, site
 
 
 def test_lists_become_tuples_and_conditions_follow():

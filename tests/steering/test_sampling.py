@@ -108,7 +108,13 @@ def test_frequency_penalty_by_hand():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0), ("frequency_penalty", math.nan)],
+    [
+        ("temperature", -1.0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("max_new_tokens", 0),
+        ("frequency_penalty", math.nan),
+    ],
 )
 def test_bad_settings(field, value):
     with pytest.raises(ConfigError, match=field):

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from pandas.testing import assert_frame_equal
-from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
 
 from saeffect.errors import ShapeMismatch
 from saeffect.steering import (
@@ -22,6 +21,7 @@ from saeffect.steering import (
     run_trials,
     similarity,
 )
+from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
 
 W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
 FEATURES = pd.DataFrame(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ class WordTokenizer:
 
     eos_token_id = END
     all_special_ids = (0, 1, END)
-    added_tokens_decoder: dict[int, Any] = {}
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __len__(self) -> int:
         return D_VOCAB - 2  # the last two rows of the unembedding are padding

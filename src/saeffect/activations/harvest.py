@@ -133,17 +133,13 @@ def harvest(
     started = time.monotonic()
     try:
         for done, start in enumerate(todo, start=1):
-            _shard(
-                lm, hook, rows, out, slice(start, start + rows_per_shard), limit=limit, batch_size=batch_size
-            )
+            _shard(lm, hook, rows, out, slice(start, start + rows_per_shard), limit=limit, batch_size=batch_size)
             rate = done * rows_per_shard * rows.ids.shape[1] / (time.monotonic() - started)
             left = (len(todo) - done) * rows_per_shard * rows.ids.shape[1] / rate / 60
             whole = len(starts) - len(todo) + done
             say(f"harvest {whole}/{len(starts)} shards  {rate:,.0f} tokens/s  {left:.1f} min left")
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; whole shards stay in {out}.", fix="run the same command to go on."
-        ) from None
+        raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
     return out
 
 
@@ -165,9 +161,7 @@ def _begin(
     limit = measure_norm_limit(capture(lm, hook, _ids(rows.ids[: 2 * batch_size])))
     if not np.isfinite(limit.median_norm):
         raise BadFile("the model's activations are not finite.", at=hook, fix="try dtype: float32.")
-    write_json(
-        out / "harvest.json", {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)}
-    )
+    write_json(out / "harvest.json", {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     return limit
 
 

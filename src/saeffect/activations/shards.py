@@ -94,8 +94,8 @@ class ActivationStore:
         """One pass over all activations in a shuffled order that depends on (seed, epoch) alone.
 
         Shards are visited in a shuffled order, a pool of them at a time, and tokens are shuffled within the
-        pool, so memory stays at `pool_shards` shards however long the text. Up to `batch_size - 1` tokens a pool
-        are left out.
+        pool, so memory stays at `pool_shards` shards however long the text. Up to `batch_size - 1` tokens
+        a pool are left out.
 
         Yields:
             float32 `[batch_size, d_in]`.
@@ -104,9 +104,7 @@ class ActivationStore:
         shards = self.shards()
         order = generator.permutation(len(shards))
         for start in range(0, len(order), pool_shards):
-            pool = torch.cat(
-                [read_shard(shards[i])["activations"] for i in order[start : start + pool_shards]]
-            )
+            pool = torch.cat([read_shard(shards[i])["activations"] for i in order[start : start + pool_shards]])
             shuffled = torch.from_numpy(generator.permutation(len(pool)))
             for at in range(0, len(pool) - batch_size + 1, batch_size):
                 yield pool[shuffled[at : at + batch_size]].float()

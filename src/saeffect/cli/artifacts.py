@@ -35,7 +35,9 @@ def finetune(recipe: _Recipe, out: Annotated[Path, typer.Option(help="Folder for
 def train_sae(
     recipe: _Recipe,
     out: Annotated[Path, typer.Option(help="Folder for the SAE.")],
-    work: Annotated[Path, typer.Option(help="Folder for activations; arms of the same model share them.")] = Path("work"),
+    work: Annotated[Path, typer.Option(help="Folder for activations; arms of the same model share them.")] = Path(
+        "work"
+    ),
 ) -> None:
     """Train an SAE by a recipe file."""
     from saeffect.sae.recipe import SaeRecipe, train_from_recipe

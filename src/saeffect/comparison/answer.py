@@ -105,18 +105,13 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, desig
         )
     if unclear := having("unclear"):
         verb = "interval of treatment minus control includes" if len(unclear) == 1 else "intervals include"
-        return (
-            "We cannot tell whether fine-tuning changed the domain features: "
-            f"the {verb} zero ({_named(unclear)})."
-        )
+        return f"We cannot tell whether fine-tuning changed the domain features: the {verb} zero ({_named(unclear)})."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
 def _headline_beyond(beyond: list[Judgement], others: list[Judgement], design: pd.DataFrame) -> str:
     flaws = list(design.loc[design["status"] == "flaw", "field"])
-    subject = (
-        "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
-    )
+    subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     text = f"{subject} by more than retraining the SAE does: {joined([_changed(one) for one in beyond])}."
     if others:
         names = " or the ".join(_SHORT_NAMES[one.quantity] for one in others)
@@ -169,8 +164,7 @@ def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float)
     for name in counted:
         row = table1.loc[name]
         ours.append(
-            f"{whole(int(row['passed']))} of {whole(int(row['tested']))} in {name} "
-            f"({percent(float(row['pass_rate']))})"
+            f"{whole(int(row['passed']))} of {whole(int(row['tested']))} in {name} ({percent(float(row['pass_rate']))})"
         )
         papers.append(f"{whole(int(row['paper_passed']))} in {name}")
     text = (
@@ -226,13 +220,9 @@ def _difference(judged: Judgement, roles: Roles) -> str:
     name = _NAMES[judged.quantity]
     change = judged.change
     if judged.status == "undefined":
-        return (
-            f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
-        )
+        return f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
     text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
-    noise = [
-        f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined
-    ]
+    noise = [f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
     return f"{text} {_verdict(judged, roles)}"

@@ -34,9 +34,7 @@ def caveats(
     """
     found = [*_of_design(roles, design), *_of_tests(arms, roles, table1), *_of_coherence(roles, table2)]
     if not any(_has_verdicts(arms[name].selection) for name in roles.ordered):
-        found.append(
-            "No person has judged the features: domain features are those that the vocabulary picks."
-        )
+        found.append("No person has judged the features: domain features are those that the vocabulary picks.")
     n = int(((contrasts["comparison"] == "fine-tuning") & contrasts["low"].notna()).sum())
     found.append(
         f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
@@ -53,9 +51,7 @@ def caveats(
 def _of_design(roles: Roles, design: pd.DataFrame) -> list[str]:
     found = [
         f"Design flaw ({field}). {matters}"
-        for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(
-            index=False
-        )
+        for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False)
     ]
     if not roles.placebos:
         found.append(
@@ -90,8 +86,7 @@ def _of_tests(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.DataFrame)
     ]
     if partly:
         found.append(
-            f"Not every domain feature was tested ({joined(partly)}): "
-            "pass rates and effects speak for the tested ones."
+            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects speak for the tested ones."
         )
     if any(tested.values()):
         found.append("The paper's rule passes about half of all features whose steering does nothing at all.")
@@ -111,8 +106,7 @@ def _of_coherence(roles: Roles, table2: pd.DataFrame) -> list[str]:
         return []
     listed = joined([f"{whole(n)} in {name}" for name, n in missing.items()])
     return [
-        f"Coherence is undefined for some domain features ({listed}); "
-        "they are left out of its mean, not counted as 0."
+        f"Coherence is undefined for some domain features ({listed}); they are left out of its mean, not counted as 0."
     ]
 
 

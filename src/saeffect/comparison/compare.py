@@ -71,9 +71,7 @@ def compare(
     limits = {"min_matches": (min_matches, 1), "n_boot": (n_boot, 40), "n_permutations": (n_permutations, 1)}
     for name, (value, least) in limits.items():
         if value < least:
-            raise ConfigError(
-                f"{name} must be at least {least}. Got {value} instead.", at=f"comparison.{name}"
-            )
+            raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=f"comparison.{name}")
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must lie between 0 and 1. Got {alpha} instead.", at="comparison.alpha")
     roles = roles_of({name: arm.role for name, arm in arms.items()})
@@ -109,8 +107,7 @@ def _check_names(arms: Mapping[str, ArmTables]) -> None:
     for key, arm in arms.items():
         if key != arm.name or arm.role != arm.facts.role:
             raise ConfigError(
-                f"arm {key!r} calls itself {arm.name!r} with role {arm.role!r}, "
-                f"its facts say role {arm.facts.role!r}.",
+                f"arm {key!r} calls itself {arm.name!r} with role {arm.role!r}, its facts say role {arm.facts.role!r}.",
                 at=f"arms.{key}",
                 fix="give all of them the same name and role.",
             )

@@ -114,9 +114,7 @@ class _Pair:
         )
 
 
-def contrasts(
-    arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, resampling: Resampling
-) -> pd.DataFrame:
+def contrasts(arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
     Args:
@@ -182,9 +180,7 @@ def _pass_rates(pair: _Pair) -> list[Contrast]:
     return ours + papers
 
 
-def _two_rows(
-    pair: _Pair, quantity: str, label: str, a: tuple[int, int], b: tuple[int, int]
-) -> list[Contrast]:
+def _two_rows(pair: _Pair, quantity: str, label: str, a: tuple[int, int], b: tuple[int, int]) -> list[Contrast]:
     """Difference and ratio of two proportions, each given as (successes, trials)."""
     values = tuple(k / n if n else _NAN for k, n in (a, b))
     pair_values = (values[0], values[1])
@@ -199,9 +195,7 @@ def _two_rows(
             ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", a[1] + b[1])
         p = fisher_exact(*a, *b).p
     return [
-        pair.row(
-            quantity, label, pair_values, difference, p, "Newcombe interval, Fisher's exact test", "share"
-        ),
+        pair.row(quantity, label, pair_values, difference, p, "Newcombe interval, Fisher's exact test", "share"),
         pair.row(
             f"{quantity}_ratio",
             f"{label} (ratio)",
@@ -216,9 +210,7 @@ def _two_rows(
 
 def _coherence(pair: _Pair) -> list[Contrast]:
     a, b = coherence_of(pair.a), coherence_of(pair.b)
-    means = _difference_row(
-        pair, "coherence_mean", "Mean coherence of domain features", a, b, "mean", "coherence"
-    )
+    means = _difference_row(pair, "coherence_mean", "Mean coherence of domain features", a, b, "mean", "coherence")
     medians = _difference_row(
         pair, "coherence_median", "Median coherence of domain features", a, b, "median", "coherence"
     )
@@ -244,16 +236,12 @@ def _coherence(pair: _Pair) -> list[Contrast]:
         )
     )
     if min(len(a), len(b)) >= 2:
-        delta = cliffs_delta_interval(
-            a, b, float(cliffs_delta(a, b)), pair.resampling, pair.named("coherence_delta")
-        )
+        delta = cliffs_delta_interval(a, b, float(cliffs_delta(a, b)), pair.resampling, pair.named("coherence_delta"))
         p = float(mannwhitneyu(a, b, alternative="two-sided").pvalue)
     else:
         delta, p = undefined(_too_few(pair, a, b), len(a) + len(b)), _NAN
     method = "bootstrap over features, Mann-Whitney test"
-    rows.append(
-        pair.row("coherence_delta", "Cliff's delta of coherence", values, delta, p, method, "-1 to 1")
-    )
+    rows.append(pair.row("coherence_delta", "Cliff's delta of coherence", values, delta, p, method, "-1 to 1"))
     return rows
 
 
@@ -307,9 +295,7 @@ def _matches(pair: _Pair) -> list[Contrast]:
 def _steering(pair: _Pair) -> list[Contrast]:
     label, direct = "Mean effect of steering beyond placebo", "Mean direct effect beyond placebo"
     return [
-        _difference_row(
-            pair, "effect", label, effect_of(pair.a), effect_of(pair.b), "mean", "cosine similarity"
-        ),
+        _difference_row(pair, "effect", label, effect_of(pair.a), effect_of(pair.b), "mean", "cosine similarity"),
         _difference_row(
             pair, "direct_effect", direct, direct_effect_of(pair.a), direct_effect_of(pair.b), "mean", "nats"
         ),

@@ -58,9 +58,7 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
     roles = roles_of({name: facts.role for name, facts in arms.items()})
     clash = [name for name in arms if name in RESERVED]
     if clash:
-        raise ConfigError(
-            f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm."
-        )
+        raise ConfigError(f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm.")
     rows = []
     for field in (entry.name for entry in fields(ArmFacts)):
         values = {name: getattr(arms[name], field) for name in roles.ordered}

@@ -83,8 +83,7 @@ def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap])
         beyond: Treatment minus placebo, in the same order.
     """
     return change.sign != 0 and all(
-        apart.sign == change.sign
-        and abs(change.estimate) > (_MARGIN if noise.sign else 1.0) * abs(noise.estimate)
+        apart.sign == change.sign and abs(change.estimate) > (_MARGIN if noise.sign else 1.0) * abs(noise.estimate)
         for noise, apart in zip(retraining, beyond, strict=True)
     )
 

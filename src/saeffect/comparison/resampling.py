@@ -128,9 +128,7 @@ def compare_moment(
     if min(n_a, n_b) < 2:
         reason = f"fewer than two features in an arm ({n_a} and {n_b})"
         gap = undefined(reason, n_a + n_b, value_b - value_a)
-        return TwoSample(
-            value_a, value_b, gap, undefined(reason, n_a + n_b, _change(value_a, value_b)), float("nan")
-        )
+        return TwoSample(value_a, value_b, gap, undefined(reason, n_a + n_b, _change(value_a, value_b)), float("nan"))
     rng = np.random.default_rng(resampling.seed_for(name, "bootstrap"))
     boot_a = _bootstrap(sums_a, moment, resampling.n_boot, rng)
     boot_b = _bootstrap(sums_b, moment, resampling.n_boot, rng)
@@ -142,9 +140,7 @@ def compare_moment(
         shift, raw_b = value_b - value_a, sums_b
     p = _permute(sums_a, raw_b, moment, shift, resampling, name)
     difference = _difference_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b)
-    return TwoSample(
-        value_a, value_b, difference, _change_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b), p
-    )
+    return TwoSample(value_a, value_b, difference, _change_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b), p)
 
 
 def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) -> TwoSample:
@@ -164,9 +160,7 @@ def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) 
     if min(n_a, n_b) < 2:
         reason = f"fewer than two features in an arm ({n_a} and {n_b})"
         gap = undefined(reason, n_a + n_b, value_b - value_a)
-        return TwoSample(
-            value_a, value_b, gap, undefined(reason, n_a + n_b, _change(value_a, value_b)), float("nan")
-        )
+        return TwoSample(value_a, value_b, gap, undefined(reason, n_a + n_b, _change(value_a, value_b)), float("nan"))
     top = int(max(a.max(), b.max()))
     levels = np.arange(top + 1)
     table_a, table_b = (np.bincount(arm, minlength=top + 1) for arm in (a, b))
@@ -174,10 +168,7 @@ def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) 
     boot_a = rng.multinomial(n_a, table_a / n_a, size=resampling.n_boot) @ levels / n_a
     boot_b = rng.multinomial(n_b, table_b / n_b, size=resampling.n_boot) @ levels / n_b
     pooled = table_a + table_b
-    sums_a = (
-        rng.multivariate_hypergeometric(pooled, n_a, size=resampling.n_permutations, method="marginals")
-        @ levels
-    )
+    sums_a = rng.multivariate_hypergeometric(pooled, n_a, size=resampling.n_permutations, method="marginals") @ levels
     shuffled = (pooled @ levels - sums_a) / n_b - sums_a / n_a
     return TwoSample(
         value_a,
@@ -188,9 +179,7 @@ def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) 
     )
 
 
-def cliffs_delta_interval(
-    a: FloatArray, b: FloatArray, value: float, resampling: Resampling, name: str
-) -> Estimate:
+def cliffs_delta_interval(a: FloatArray, b: FloatArray, value: float, resampling: Resampling, name: str) -> Estimate:
     """Percentile bootstrap interval around Cliff's delta `value` of b against a, independent samples."""
     if min(len(a), len(b)) < 2:
         return undefined(f"fewer than two features in an arm ({len(a)} and {len(b)})", len(a) + len(b), value)
@@ -242,9 +231,7 @@ def _percentiles(values: FloatArray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _difference_estimate(
-    value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int
-) -> Estimate:
+def _difference_estimate(value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int) -> Estimate:
     if np.ptp(boot_a) == 0 and np.ptp(boot_b) == 0:
         return undefined("no spread between features in either arm", n, value_b - value_a)
     return Estimate(value_b - value_a, *_percentiles(boot_b - boot_a), n)
@@ -258,9 +245,7 @@ def _change(value_a: float, value_b: float) -> float:
     return 100.0 * (value_b / value_a - 1.0) if value_a > 0 else float("nan")
 
 
-def _change_estimate(
-    value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int
-) -> Estimate:
+def _change_estimate(value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int) -> Estimate:
     """Percentage change; undefined when the first arm's value, or many of its resamples, are not above 0."""
     value = _change(value_a, value_b)
     if np.isnan(value):

@@ -94,9 +94,7 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
         values = coherence_of(arm)
         mean = _one_sample(values, "mean", resampling, f"table2|{name}|mean")
         median = _one_sample(values, "median", resampling, f"table2|{name}|median")
-        low, high = (
-            (float(values.min()), float(values.max())) if len(values) else (float("nan"), float("nan"))
-        )
+        low, high = (float(values.min()), float(values.max())) if len(values) else (float("nan"), float("nan"))
         coverage = known_share(arm)
         rows.append(
             {
@@ -126,16 +124,12 @@ def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     Returns:
         `arm`, `matches` (0 to the number of top tokens), `n` features, their `share` of the arm's features.
     """
-    deepest = max(
-        int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values()
-    )
+    deepest = max(int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values())
     frames = []
     for name, arm in arms.items():
         counts = np.bincount(match_counts_of(arm), minlength=deepest + 1)
         share = counts / arm.n_features if arm.n_features else np.full(len(counts), np.nan)
-        frames.append(
-            pd.DataFrame({"arm": name, "matches": np.arange(len(counts)), "n": counts, "share": share})
-        )
+        frames.append(pd.DataFrame({"arm": name, "matches": np.arange(len(counts)), "n": counts, "share": share}))
     return pd.concat(frames, ignore_index=True)
 
 

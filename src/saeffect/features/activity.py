@@ -100,8 +100,7 @@ class ActivityAccumulator:
         """
         if indices.ndim != 2 or indices.shape != values.shape:
             raise ShapeMismatch(
-                "indices and values must both be [n, k]. "
-                f"Got {list(indices.shape)} and {list(values.shape)} instead.",
+                f"indices and values must both be [n, k]. Got {list(indices.shape)} and {list(values.shape)} instead.",
                 at="indices, values",
             )
         codes = self._encode(sources, len(indices))

@@ -95,9 +95,7 @@ def coherence_score(
     return float(_batch(rows, padded, vectors.vectors)[0])
 
 
-def coherence(
-    features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
-) -> pd.DataFrame:
+def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
     """Coherence of every feature of a table.
 
     Args:
@@ -117,9 +115,7 @@ def coherence(
     """
     missing = [name for name in ("feature", "top_tokens", "top_weights") if name not in features.columns]
     if missing:
-        raise BadFile(
-            f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew."
-        )
+        raise BadFile(f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew.")
     vectors = _loaded(embeddings)
     rows, weights = _look_up(list(features["top_tokens"]), list(features["top_weights"]), vectors)
     n_known = (rows >= 0).sum(axis=1)
@@ -139,9 +135,7 @@ def coherence(
     )
 
 
-def coverage(
-    features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
-) -> Coverage:
+def coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> Coverage:
     """Shares of the top tokens that the embedding has, each word once (unique) and as often as it occurs
     (total).
 
@@ -210,9 +204,7 @@ def _look_up(
     seen: dict[str, int] = {}
     for i, (names, values) in enumerate(zip(tokens, weights, strict=True)):
         if len(names) != len(values):
-            raise ShapeMismatch(
-                f"there must be one weight a token. Got {len(values)} for {len(names)} tokens."
-            )
+            raise ShapeMismatch(f"there must be one weight a token. Got {len(values)} for {len(names)} tokens.")
         for token in names:
             if token not in seen:
                 seen[token] = _row(normalise_token(token), vectors)
@@ -224,9 +216,7 @@ def _look_up(
 def _batch(rows: NDArray[np.int64], weights: Float64Array, vectors: NDArray[np.float32]) -> Float64Array:
     """Equation 1 for each row; NaN where it is undefined. rows, weights: [n, k]; float64 [n]."""
     known = rows >= 0
-    directions = vectors[rows.clip(min=0)].astype(
-        np.float64
-    )  # [n, k, dim]; float64, or cosines of 1 would wobble
+    directions = vectors[rows.clip(min=0)].astype(np.float64)  # [n, k, dim]; float64, or cosines of 1 would wobble
     norms = np.linalg.norm(directions, axis=-1, keepdims=True)
     directions /= np.where(known[..., None], norms, 1.0)
     w = np.where(known, weights, 0.0)

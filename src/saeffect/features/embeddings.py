@@ -57,11 +57,7 @@ class WordVectors:
 
     def __post_init__(self) -> None:
         vectors = np.asarray(self.vectors, dtype=np.float32).view()
-        if (
-            vectors.ndim != 2
-            or vectors.shape[1] < 1
-            or any(not 0 <= row < len(vectors) for row in self.words.values())
-        ):
+        if vectors.ndim != 2 or vectors.shape[1] < 1 or any(not 0 <= row < len(vectors) for row in self.words.values()):
             raise ShapeMismatch(
                 f"vectors must be [n, dim] with a row for each word. Got shape {list(vectors.shape)} "
                 f"for {len(self.words)} words instead.",
@@ -179,6 +175,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4)
-def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:
+def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001 (parts of the key)
     words, vectors = read_vectors(path)
     return WordVectors.from_rows(words, vectors, name=name)

@@ -153,9 +153,7 @@ class ExampleCollector:
             "rank": rank,
             "activation": self._peak.numpy()[feature, rank],
             "position": shown[:, : self.window].sum(axis=1),
-            "tokens": [
-                [token_strings[token] for token in tokens[f, r, inside].tolist()] for f, r, inside in rows
-            ],
+            "tokens": [[token_strings[token] for token in tokens[f, r, inside].tolist()] for f, r, inside in rows],
             "activations": [acts[f, r, inside].tolist() for f, r, inside in rows],
             "source": [names[code] for code in self._source.numpy()[feature, rank].tolist()],
         }
@@ -185,9 +183,7 @@ class ExampleCollector:
         codes = [self._names.setdefault(name, len(self._names)) for name in sources or [""] * n]
         return torch.tensor(codes, dtype=torch.int64)
 
-    def _check(
-        self, acts: Tensor, token_ids: Tensor, mask: Tensor | None, sources: Sequence[str] | None
-    ) -> None:
+    def _check(self, acts: Tensor, token_ids: Tensor, mask: Tensor | None, sources: Sequence[str] | None) -> None:
         if token_ids.ndim != 2 or acts.shape != (*token_ids.shape, self.d_sae):
             raise ShapeMismatch(
                 f"feature_acts must be [B, S, {self.d_sae}] and token_ids [B, S]. "

@@ -159,9 +159,7 @@ def _stream(
             product.div_(norms).index_fill_(1, barred["cosine"], -torch.inf)
             weights["cosine"][here], indices["cosine"][here] = _top_k(product, top_k)
     mean, std, skewness, kurtosis = moments
-    return {
-        name: Projection(name, indices[name], weights[name], mean, std, skewness, kurtosis) for name in wanted
-    }
+    return {name: Projection(name, indices[name], weights[name], mean, std, skewness, kurtosis) for name in wanted}
 
 
 def _barred_tokens(

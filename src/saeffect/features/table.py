@@ -33,7 +33,7 @@ class HasDecoder(Protocol):
     """Anything with a decoder; every `SparseAutoencoder` is one."""
 
     @property
-    def W_dec(self) -> Tensor:  # noqa: N802 (the field's own name)
+    def W_dec(self) -> Tensor:
         """[d_sae, d_in]."""
 
 

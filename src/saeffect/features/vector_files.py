@@ -26,9 +26,7 @@ __all__ = ["VECTOR_SUFFIXES", "read_vectors"]
 
 FloatArray = NDArray[np.float32]
 
-VECTOR_SUFFIXES = frozenset(
-    {".txt", ".vec", ".gz", ".bin", ".npz", ".safetensors", ".kv", ".model", ".pkl", ".pickle"}
-)
+VECTOR_SUFFIXES = frozenset({".txt", ".vec", ".gz", ".bin", ".npz", ".safetensors", ".kv", ".model", ".pkl", ".pickle"})
 _PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
 _LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
 _LARGEST_DIM = 100_000
@@ -99,9 +97,7 @@ def _read_text(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
     """GloVe text, or word2vec text where the first line is `count dim`."""
     first = stream.readline()
     if not first.strip():
-        raise BadFile(
-            "the file starts with an empty line; `word x1 ... xd` was expected.", at=f"{path}, line 1"
-        )
+        raise BadFile("the file starts with an empty line; `word x1 ... xd` was expected.", at=f"{path}, line 1")
     header = _counts(first)
     count, dim = header or (None, len(first.split()) - 1)
     if not 1 <= dim <= _LARGEST_DIM:
@@ -207,9 +203,7 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
             if not block and not buffer[start:].strip():
                 return
             if not block:
-                raise BadFile(
-                    "the file ends, or is damaged, within a word's vector.", at=at, fix="get the file anew."
-                )
+                raise BadFile("the file ends, or is damaged, within a word's vector.", at=at, fix="get the file anew.")
             buffer, start = buffer[start:] + block, 0
         try:
             word = buffer[start:space].lstrip(b"\n").decode("utf-8")
@@ -240,12 +234,7 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
             at=str(path),
             fix='np.savez("vectors.npz", words=np.array(words), vectors=vectors) makes one.',
         ) from error
-    if (
-        words.dtype.kind not in "US"
-        or vectors.dtype.kind not in "fiu"
-        or vectors.ndim != 2
-        or words.ndim != 1
-    ):
+    if words.dtype.kind not in "US" or vectors.dtype.kind not in "fiu" or vectors.ndim != 2 or words.ndim != 1:
         raise BadFile(f"the .npz must hold {shape}.", at=str(path))
     if len(words) == 0 or len(words) != len(vectors) or vectors.shape[1] == 0:
         raise BadFile(f"{len(words)} words do not fit vectors of shape {list(vectors.shape)}.", at=str(path))

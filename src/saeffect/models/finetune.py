@@ -42,9 +42,7 @@ class FinetuneConfig(StrictModel):
     text: str = Field(description="Training text: .jsonl[.gz], .txt, or a dataset id.")
     control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
     field: str = "text"
-    licence: str = Field(
-        "", description="Where the training text comes from and its licence, for the model card."
-    )
+    licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
     rank: int = Field(16, ge=1)
     alpha: float = Field(32.0, gt=0)
@@ -74,9 +72,7 @@ class FinetuneResult:
     tokens: int
 
 
-def finetune(
-    config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None
-) -> FinetuneResult:
+def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None) -> FinetuneResult:
     """Train a LoRA adapter and write it to `out`.
 
     A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
@@ -167,9 +163,8 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
     """The model with a fresh adapter, in evaluation mode."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules=list(config.modules), task_type="CAUSAL_LM"
-    )
+    options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
+    lora = LoraConfig(r=config.rank, target_modules=list(config.modules), task_type="CAUSAL_LM", **options)
     with quiet_transformers(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         try:
@@ -183,21 +178,15 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
             ) from error
 
 
-def _rows(
-    config: FinetuneConfig, lm: LanguageModel
-) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
+def _rows(config: FinetuneConfig, lm: LanguageModel) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
     """Training rows in a seeded order, and held-out rows of each text."""
     separator = separator_id(lm.tokenizer)
 
     def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
-        texts = [
-            t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out
-        ]
+        texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
         # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
         order = np.random.default_rng(config.seed).permutation(len(texts))
-        rows = pack(
-            (texts[i] for i in order), lm.encode, context_size=config.context_size, separator=separator
-        )
+        rows = pack((texts[i] for i in order), lm.encode, context_size=config.context_size, separator=separator)
         return np.stack(list(islice(rows, limit)))
 
     try:

@@ -97,7 +97,9 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ConfigError: The architecture keeps them in none of the known places.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     for path in _BLOCK_PATHS:
         with contextlib.suppress(AttributeError):
             found = base.get_submodule(path)
@@ -126,9 +128,7 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
         ShapeMismatch: `input_ids` has not two axes, or no tokens.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise ShapeMismatch(
-            f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty."
-        )
+        raise ShapeMismatch(f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty.")
     point = parse_hook(hook, lm.n_layers)
     kept: list[Tensor] = []
 
@@ -214,9 +214,7 @@ def _locate(block: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal["inp
 
 
 def _on_input(edit: Edit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (edit(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 BUNDLED = "bundled:"
+_ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -53,15 +54,14 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
     """
     root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
     found = root / name
-    if not name or "/" in name or not found.exists():
+    if name in ("", ".", "..") or "/" in name or not found.exists():
         valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-        raise unknown_name(f"bundled {kind.rstrip('s')}", name, [BUNDLED + v for v in valid], at=at)
+        one = _ONE_OF.get(kind, kind.removesuffix("s"))
+        raise unknown_name(f"bundled {one}", name, [BUNDLED + v for v in valid], at=at)
     return found
 
 
-def locate_model(
-    config: ModelConfig, *, say: Callable[[str], None] | None = None, at: str | None = None
-) -> Path | str:
+def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = None, at: str | None = None) -> Path | str:
     """Where the base weights are: a local path, or the hub id to hand to transformers.
 
     Raises:
@@ -86,19 +86,10 @@ def locate_model(
                 fix="point to the folder that save_pretrained wrote.",
             )
         return path
-    if (
-        path.is_absolute()
-        or config.path.startswith((".", "~"))
-        or config.path.count("/") > 1
-        or path.suffix == ".gguf"
-    ):
-        raise NotFound(
-            f"there is no model at {config.path!r}.", at=where, fix="check the path, or give a hub id."
-        )
+    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1 or path.suffix == ".gguf":
+        raise NotFound(f"there is no model at {config.path!r}.", at=where, fix="check the path, or give a hub id.")
     if not _HUB_ID.fullmatch(config.path):
-        raise ConfigError(
-            f"{config.path!r} is neither a path nor a hub id.", at=where, fix="for example org/name."
-        )
+        raise ConfigError(f"{config.path!r} is neither a path nor a hub id.", at=where, fix="for example org/name.")
     return config.path
 
 
@@ -120,9 +111,7 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
             raise NotFound(f"the folder {config.adapter!r} holds no adapter_config.json.", at=where)
         return path
     if path.is_absolute() or config.adapter.startswith((".", "~")) or config.adapter.count("/") != 1:
-        raise NotFound(
-            f"there is no adapter at {config.adapter!r}.", at=where, fix="check the path, or give a hub id."
-        )
+        raise NotFound(f"there is no adapter at {config.adapter!r}.", at=where, fix="check the path, or give a hub id.")
     return config.adapter
 
 
@@ -143,9 +132,7 @@ def load_language_model(
     """
     base = locate_model(config, say=say, at=at)
     adapter = locate_adapter(config, at=at)
-    device = torch.device(
-        config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype(config.dtype, device)
     with quiet_transformers(), _explained(config, at):
         model, tokenizer = _load_base(base, config, dtype)
@@ -165,9 +152,7 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
         if isinstance(place, Path):
             files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
             # Weights by size and name only when they are large would miss edits, so every byte is read.
-            parts.append(
-                [(p.name, hash_file(p)) for p in files if p.suffix in {".safetensors", ".json", ".gguf"}]
-            )
+            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in {".safetensors", ".json", ".gguf"}])
         else:
             parts.append(place)
     return fingerprint(parts)
@@ -199,9 +184,7 @@ def _merge(model: Any, adapter: Path | str, *, at: str | None) -> Any:
         adapted = PeftModel.from_pretrained(model.float(), str(folder))
         found = sum("lora_" in name for name, _ in adapted.named_parameters())
         if wanted != found:  # PEFT would pass over what has no counterpart
-            raise ValueError(
-                f"it has {wanted} LoRA tensors, of which the model has room for another number, {found}"
-            )
+            raise ValueError(f"it has {wanted} LoRA tensors, of which the model has room for another number, {found}")
         return adapted.merge_and_unload()
     except (RuntimeError, ValueError) as error:
         raise IncompatibleModels(
@@ -264,9 +247,7 @@ def _explained(config: ModelConfig, at: str | None) -> Iterator[None]:
         text = _first_line(error)
         kind = type(error).__name__
         where = at or config.path
-        if kind == "SafetensorError" or (
-            "safetensors" in text.lower() and "no file named" not in text.lower()
-        ):
+        if kind == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
             raise BadFile(
                 f"the weights of {config.path!r} cannot be read: {text}",
                 at=where,
@@ -278,13 +259,11 @@ def _explained(config: ModelConfig, at: str | None) -> Iterator[None]:
                 at=where,
                 fix="check the name and your connection, or give a local folder with safetensors weights.",
             ) from error
-        if isinstance(error, ValueError | KeyError | RuntimeError):
-            raise BadFile(
-                f"transformers cannot load {config.path!r}: {text}",
-                at=where,
-                fix="check that the folder is whole, or set trust_remote_code if you trust its code.",
-            ) from error
-        raise
+        raise BadFile(
+            f"transformers cannot load {config.path!r}: {text}",
+            at=where,
+            fix="check that the folder is whole, or set trust_remote_code if you trust its code.",
+        ) from error
 
 
 def _refuse_nan(model: Any, at: str) -> None:

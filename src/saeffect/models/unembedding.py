@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,9 @@ def final_norm(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: It is in none of the known places.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     for path in _NORM_PATHS:
         try:
             return base.get_submodule(path)

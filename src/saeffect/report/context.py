@@ -25,7 +25,7 @@ class ReportContext:
         examples: Each arm's max-activating contexts, by name: feature, rank, activation, position, tokens,
             activations, source.
         prompts: The prompts that were steered on, in the order of the interventions' `prompt` column.
-        gate: Quality of each arm's SAE, one row an arm, with a column `arm`. When missing, it is read off the arms' facts.
+        gate: Quality of each arm's SAE, one row an arm, with a column `arm`; read off the arms' facts when missing.
         doses: The dose search: `arm` (optional), `dose`, any numeric columns, and `chosen` (bool).
         config: The resolved study file, YAML text.
         provenance: Versions, hashes and seeds; may be nested.

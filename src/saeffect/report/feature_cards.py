@@ -205,7 +205,12 @@ def _numbers(row: Mapping[Any, Any], tested: bool) -> tuple[tuple[str, str], ...
         ends = [row.get(name) for name in ("effect_low", "effect_high")]
         pairs.append(("Effect: steered − placebo", f"{signed(row['effect'])} {interval(*ends)}"
                       if all(map(is_defined, ends)) else signed(row["effect"])))  # fmt: skip
-        pairs.append(("p, q", f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row.get("q")) else p_value(row["p"])))
+        pairs.append(
+            (
+                "p, q",
+                f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row.get("q")) else p_value(row["p"]),
+            )
+        )
         means = [fixed(row[name]) if is_defined(row.get(name)) else "?"
                  for name in ("unsteered_mean", "steered_mean", "placebo_mean")]  # fmt: skip
         pairs.append(("Similarity: unsteered, steered, placebo", ", ".join(means)))
@@ -220,9 +225,19 @@ def _numbers(row: Mapping[Any, Any], tested: bool) -> tuple[tuple[str, str], ...
     known = f" ({count(row['n_known'])} known words)" if is_defined(row.get("n_known")) else ""
     why = str(row.get("coherence_reason") or "no reason was recorded")
     pairs.append(("Coherence", fixed(row["coherence"]) + known if is_defined(row["coherence"]) else undefined(why)))
-    pairs.append(("Words in the vocabulary: dot, cosine", f"{text('matches_dot', 'count')}, {text('matches_cosine', 'count')}"))
+    pairs.append(
+        (
+            "Words in the vocabulary: dot, cosine",
+            f"{text('matches_dot', 'count')}, {text('matches_cosine', 'count')}",
+        )
+    )
     if is_defined(row.get("n_yes")) and (row["n_yes"] or row["n_no"] or row["n_unsure"]):
-        pairs.append(("Verdicts", f"{count(row['n_yes'])} yes, {count(row['n_no'])} no, {count(row['n_unsure'])} unsure"))
+        pairs.append(
+            (
+                "Verdicts",
+                f"{count(row['n_yes'])} yes, {count(row['n_no'])} no, {count(row['n_unsure'])} unsure",
+            )
+        )
     pairs.append(("Density", _density(row)))
     if is_defined(row.get("mean_activation")):
         pairs.append(("Activation: mean, max", f"{text('mean_activation')}, {text('max_activation')}"))

@@ -68,7 +68,7 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "p": ("p", "how often chance alone would give a difference at least as large."),
         "q": (
             "q",
-            "p corrected for testing many features (Benjamini–Hochberg): among those with q ≤ 0.05 about 5 % are false.",
+            "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ 0.05 about 5 % are false.",
         ),
         "coherence": (
             "coherence",
@@ -81,24 +81,31 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         ),
         "cliffs_delta": (
             "Cliff's delta",
-            "how often a feature of one arm exceeds one of the other, minus the reverse; 0 is no difference, ±1 complete.",
+            "how often a feature of one arm exceeds one of the other, minus the reverse; 0: none, ±1: complete.",
         ),
         "coverage": ("coverage", "share of top tokens that the word vectors know."),
         "density": ("density", "share of tokens on which the feature fires."),
-        "activation": ("activation", "how strongly the feature fires on a token, in units of the SAE's input."),
+        "activation": (
+            "activation",
+            "how strongly the feature fires on a token, in units of the SAE's input.",
+        ),
         "direct_effect": (
             "direct effect",
             "change of the top tokens' log-probability at the next position; needs no sampling (nats).",
         ),
         "kl": ("KL", "how far steering moved the whole next-token distribution (nats); 0 is not at all."),
         "dose": ("dose", "length of the added vector, in multiples of the mean residual norm at the hook."),
+        "dose_score": (
+            "score",
+            "gain × fluency, averaged over texts; it is highest where steering works and the text still reads well.",
+        ),
         "explained_variance": (
             "explained variance",
-            "share of the activations' variance that the SAE reproduces on held-out text; 1 is all.",
+            "share of the activations' variance that the SAE reproduces on held-out text; 1: all.",
         ),
         "ce_loss_score": (
             "CE loss score",
-            "share of the model's predictive power that survives when its activations are replaced by the SAE's; 1 is all.",
+            "share of the model's predictive power that survives when the SAE's output stands in for its input; 1: all.",
         ),
         "l0": ("L0", "mean number of features that fire on a token."),
         "dead": ("dead features", "features that never fired on the held-out text."),

@@ -124,12 +124,20 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
     views: list[tuple[TableView | None, tuple[str, ...], str]] = [
         (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
         (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
-        (paper_table_1(comparison, context), ("domain_feature", "dot_cosine", "pass", "paper_rule", "q"), "table1"),
+        (
+            paper_table_1(comparison, context),
+            ("domain_feature", "dot_cosine", "pass", "paper_rule", "q"),
+            "table1",
+        ),
         (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
-        (contrast_table(comparison), ("p", "cliffs_delta", "activation", "density", "direct_effect"), "contrasts"),
+        (
+            contrast_table(comparison),
+            ("p", "cliffs_delta", "activation", "density", "direct_effect"),
+            "contrasts",
+        ),
         (design_table(comparison), (), "design"),
         (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
-        (dose_table(context), ("dose",), "doses"),
+        (dose_table(context), ("dose", "dose_score"), "doses"),
         (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
     ]
     return {

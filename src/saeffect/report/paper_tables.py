@@ -34,7 +34,13 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     least = context.min_matches
     lines = [
         _Line("Features in the SAE", "n_features", "count"),
-        _Line(f"with {least}+ {context.domain} top tokens, dot product", "matches_dot", "count", of="n_features", sub="the paper's scale"),
+        _Line(
+            f"with {least}+ {context.domain} top tokens, dot product",
+            "matches_dot",
+            "count",
+            of="n_features",
+            sub="the paper's scale",
+        ),
         _Line(f"with {least}+ {context.domain} top tokens, cosine", "matches_cosine", "count", of="n_features"),
     ]
     if (comparison.table1["in_vocabulary"] != comparison.table1["domain_features"]).any():
@@ -44,7 +50,14 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     lines += [
         _Line("Domain features", "domain_features", "count", of="n_features", strong=True),
         _Line("Tested by steering", "tested", "count"),
-        _Line("Passing against placebo", "pass_rate", "share", ("pass_low", "pass_high"), of="passed/tested", strong=True),
+        _Line(
+            "Passing against placebo",
+            "pass_rate",
+            "share",
+            ("pass_low", "pass_high"),
+            of="passed/tested",
+            strong=True,
+        ),
         _Line("Passing by the paper's rule", "paper_rate", "share", of="paper_passed/tested"),
         _Line("Similarity when steered", "steered_mean", "", ("steered_low", "steered_high")),
         _Line("Similarity when unsteered", "unsteered_mean", "", ("unsteered_low", "unsteered_high")),
@@ -122,24 +135,28 @@ def at_a_glance(comparison: Comparison) -> TableView:
 
 
 def contrast_table(comparison: Comparison) -> TableView:
-    """Table 3: every contrast, with interval, p, and the method."""
+    """Table 3: every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
+    table = comparison.contrasts
+    pairs = table[["comparison", "a", "b"]].drop_duplicates()
+    pairs = pairs.sort_values("comparison", key=lambda column: column.map(_COMPARISON_RANKS), kind="stable")
+    columns = tuple(
+        Column(_COMPARISON_NAMES.get(str(pair.comparison), str(pair.comparison)), f"{pair.b} − {pair.a}")
+        for pair in pairs.itertuples()
+    )
+    found = {(row["quantity"], row["comparison"], row["a"], row["b"]): row for row in table.to_dict("records")}
     rows = []
-    for row in comparison.contrasts.itertuples():
-        unit = difference_unit(str(row.unit))
-        sub = f"{row.b} against {row.a}: {row.comparison}"
+    for quantity in dict.fromkeys(table["quantity"]):
+        mine = [found.get((quantity, pair.comparison, pair.a, pair.b)) for pair in pairs.itertuples()]
+        first = next(row for row in mine if row is not None)
         cells = (
-            value_cell(row.estimate, unit, sign=unit != "ratio", reason=str(row.reason)),
-            Cell(amount_interval(row.low, row.high, unit))
-            if is_defined(row.low) and is_defined(row.high)
-            else Cell(undefined(str(row.reason)), tone="muted", is_text=True),
-            Cell(p_value(row.p)) if is_defined(row.p) else Cell("–", tone="muted"),
-            Cell(str(row.method), tone="muted", is_text=True),
+            *(Cell("–", tone="muted") if row is None else _contrast_cell(row) for row in mine),
+            Cell(str(first["method"]), tone="muted", is_text=True),
         )
-        rows.append(Row(str(row.label), cells, sub=sub, strong=row.quantity in PRIMARY))
+        rows.append(Row(str(first["label"]), cells, strong=quantity in PRIMARY))
     return TableView(
         name="contrasts",
         caption="Table 3. Every contrast between the arms",
-        columns=(Column("Difference"), Column("95 % interval"), Column("p"), Column("Method", is_text=True)),
+        columns=(*columns, Column("Method", is_text=True)),
         rows=tuple(rows),
         corner="Quantity",
         stacks=True,
@@ -148,6 +165,25 @@ def contrast_table(comparison: Comparison) -> TableView:
             "in twenty misses zero by chance."
         ),
     )
+
+
+_COMPARISON_NAMES = {
+    "fine-tuning": "Fine-tuning",
+    "retraining": "SAE noise",
+    "beyond retraining": "Beyond SAE noise",
+}
+_COMPARISON_RANKS = {name: rank for rank, name in enumerate(_COMPARISON_NAMES)}
+
+
+def _contrast_cell(row: Mapping[Any, Any]) -> Cell:
+    unit = difference_unit(str(row["unit"]))
+    reason = str(row["reason"])
+    if not is_defined(row["estimate"]):
+        return Cell(undefined(reason), tone="muted", is_text=True)
+    both = is_defined(row["low"]) and is_defined(row["high"])
+    ends = amount_interval(row["low"], row["high"], unit) if both else f"interval {undefined(reason)}"
+    p = f" p {p_value(row['p'])}" if is_defined(row["p"]) else ""
+    return Cell(amount(row["estimate"], unit, sign=unit != "ratio"), sub=ends + p)
 
 
 def _arm_rows(table: pd.DataFrame, lines: Sequence[_Line]) -> tuple[Row, ...]:
@@ -225,5 +261,3 @@ def _reading(judged: Judgement) -> Cell:
         return Cell(undefined(judged.change.reason), tone="muted", is_text=True)
     text, tone = _READINGS[judged.status]
     return Cell(text, tone=tone, is_text=True)
-
-

@@ -30,14 +30,16 @@ def design_table(comparison: Comparison) -> TableView:
     """The design check: what differs or is unknown, worst first, each with what it means."""
     table = _with_status(comparison.design)
     names = [column for column in table.columns if column not in _RESERVED]
-    table = table[table["status"] != "same"].sort_values(
-        "status", key=lambda column: column.map(_RANKS), kind="stable"
-    )
+    table = table[table["status"] != "same"].sort_values("status", key=lambda column: column.map(_RANKS), kind="stable")
     rows = [
         Row(
             _field_label(row["field"]),
             (
-                Cell(str(row["status"]), tone="warn" if row["status"] in ("flaw", "unknown") else "", is_text=True),
+                Cell(
+                    str(row["status"]),
+                    tone="warn" if row["status"] in ("flaw", "unknown") else "",
+                    is_text=True,
+                ),
                 *(Cell(short_fact(row[name]), is_text=True) for name in names),
                 Cell(str(row["matters"]), is_text=True, tone="muted"),
             ),
@@ -104,7 +106,7 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         cells = []
         for name in order:
             value = by_arm.loc[name, column]
-            if isinstance(value, str) or isinstance(value, bool):
+            if isinstance(value, str | bool):
                 cells.append(Cell(short_fact(value), is_text=True))
             else:
                 cells.append(value_cell(value, unit, reason=str(reasons[name] or "not measured")))
@@ -125,7 +127,11 @@ def dose_table(context: ReportContext) -> TableView | None:
         cells = tuple(
             Cell(str(row[name]), is_text=True)
             if isinstance(row[name], str)
-            else value_cell(row[name], "count" if str(name).startswith("n") else "", reason=str(row.get("reason") or "not measured"))
+            else value_cell(
+                row[name],
+                "count" if str(name).startswith("n") else "",
+                reason=str(row.get("reason") or "not measured"),
+            )
             for name in columns
         )
         rows.append(Row(f"{row['dose']:g}" + (" (chosen)" if chosen else ""), cells, strong=chosen))
@@ -140,5 +146,3 @@ def _gate_of_facts(context: ReportContext) -> pd.DataFrame | None:
     ]
     table = pd.DataFrame(rows)
     return None if table.empty or table[list(wanted)].isna().all(axis=None) else table
-
-

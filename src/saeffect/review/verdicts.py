@@ -125,9 +125,7 @@ def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
             f"this is not CSV: {error}.", at=f"{path}, line {start}", fix="check the quotation marks."
         ) from error
     if not header:
-        raise BadFile(
-            "the file is empty.", at=f"{path}, line 1", fix=f"its first line is: {','.join(COLUMNS)}."
-        )
+        raise BadFile("the file is empty.", at=f"{path}, line 1", fix=f"its first line is: {','.join(COLUMNS)}.")
 
 
 def _header(cells: Sequence[str], *, at: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class SaeRecipe(StrictModel):
     context_size: int = Field(256, ge=8, description="Tokens a row.")
     text_seed: int = Field(0, description="Order of the documents.")
     ce_rows: int = Field(48, ge=1, description="Held-out rows for the cross-entropy.")
-    dtype: str = Field("float16", description="Of the saved weights.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="Of the saved weights.")
     sae: SaeTrainingConfig = SaeTrainingConfig()
 
 
@@ -57,9 +57,7 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
     for index, source in enumerate(recipe.text):
         try:
             texts = [
-                t
-                for t in read_corpus(source.path, field=source.field)
-                if is_held_out(t, recipe.held_out) == held_out
+                t for t in read_corpus(source.path, field=source.field) if is_held_out(t, recipe.held_out) == held_out
             ]
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None

@@ -82,12 +82,12 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
             at=where,
             fix="fold the normalisation into the weights before saving.",
         )
-    k = raw.get("k") or (raw.get("activation_fn_kwargs") or {}).get("k")
+    k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
     if architecture == "topk" and not (isinstance(k, int) and 0 < k <= raw["d_sae"]):
         raise BadFile(f"a topk SAE needs 0 < k <= d_sae={raw['d_sae']}. Got {k!r}.", at=where)
-    metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (
-        raw.get("metadata") or {}
-    )
+    if not isinstance(raw.get("metadata") or {}, dict):
+        raise BadFile("metadata in cfg.json is no mapping.", at=where)
+    metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
     if "hook_point" in metadata:
         metadata.setdefault("hook_name", metadata.pop("hook_point"))
     return SaeConfig(
@@ -117,15 +117,11 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     where = at or str(folder)
     cfg = read_sae_config(folder, at=at)
     if not (folder / WEIGHTS).is_file():
-        raise NotFound(
-            f"there is no {WEIGHTS} beside cfg.json.", at=where, fix="pickled SAEs (.pt) are never loaded."
-        )
+        raise NotFound(f"there is no {WEIGHTS} beside cfg.json.", at=where, fix="pickled SAEs (.pt) are never loaded.")
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"{WEIGHTS} cannot be read: {error}.", at=where, fix="copy or download it again."
-        ) from error
+        raise BadFile(f"{WEIGHTS} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
     sae = ARCHITECTURES[cfg.architecture](cfg)
     _fill(sae, tensors, where)
     return sae.eval().requires_grad_(False)

@@ -84,9 +84,7 @@ def spliced_losses(
         for name, way in ways.items():
             with way():
                 logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-            )
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             totals[name] += float(loss)
         count += ids[:, 1:].numel()
     return SplicedLosses(totals["clean"] / count, totals["sae"] / count, totals["zero"] / count, count)

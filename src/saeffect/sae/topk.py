@@ -56,15 +56,13 @@ class TopKSae(SparseAutoencoder):
         """
         generator = torch.Generator().manual_seed(seed)
         self.W_dec.copy_(torch.randn(self.W_dec.shape, generator=generator))
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
         self.W_enc.copy_(self.W_dec.T)
         self.b_enc.zero_()
         self.b_dec.copy_(mean)
 
     @torch.no_grad()
-    def accumulate_gradients(
-        self, x: Tensor, *, dead: Tensor, k_auxiliary: int, auxiliary_weight: float
-    ) -> TopKStep:
+    def accumulate_gradients(self, x: Tensor, *, dead: Tensor, k_auxiliary: int, auxiliary_weight: float) -> TopKStep:
         """Loss on a batch; its gradients are put into `.grad` of the four parameters.
 
         Written out by hand because only k of d_sae features take part: autograd would multiply by the zeros.
@@ -85,9 +83,7 @@ class TopKSae(SparseAutoencoder):
         centred = x - self.b_dec
         hidden_pre = torch.addmm(self.b_enc, centred, self.W_enc)
         values, indices = self._top(hidden_pre)
-        sae_out = torch.nn.functional.embedding_bag(
-            indices, self.W_dec, per_sample_weights=values, mode="sum"
-        )
+        sae_out = torch.nn.functional.embedding_bag(indices, self.W_dec, per_sample_weights=values, mode="sum")
         sae_out += self.b_dec
         error = sae_out - x
         on = values > 0
@@ -145,4 +141,4 @@ class TopKSae(SparseAutoencoder):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Put every decoder row back on the unit sphere."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))

@@ -31,22 +31,20 @@ class SaeTrainingConfig(StrictModel):
     """Everything that decides the SAE, given the activations."""
 
     architecture: Literal["topk"] = "topk"
-    d_sae: int = Field(4608, ge=1, description="Number of features.")
-    k: int = Field(32, ge=1, description="Active features a token.")
-    epochs: int = Field(2, ge=1, description="Passes over the activations.")
-    batch_size: int = Field(1024, ge=1, description="Tokens a step.")
-    learning_rate: float = Field(1e-3, gt=0)
-    warmup_share: float = Field(0.02, ge=0, lt=1, description="Share of the steps with a rising rate.")
+    d_sae: int = Field(default=4608, ge=1, description="Number of features.")
+    k: int = Field(default=32, ge=1, description="Active features a token.")
+    epochs: int = Field(default=2, ge=1, description="Passes over the activations.")
+    batch_size: int = Field(default=1024, ge=1, description="Tokens a step.")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup_share: float = Field(default=0.02, ge=0, lt=1, description="Share of the steps with a rising rate.")
     decay_share: float = Field(
-        0.3, ge=0, le=1, description="Share of the steps, at the end, with a falling rate."
+        default=0.3, ge=0, le=1, description="Share of the steps, at the end, with a falling rate."
     )
-    dead_after: int = Field(
-        100_000, ge=1, description="A feature is dead after so many tokens without firing."
-    )
-    auxiliary_k: int = Field(256, ge=1, description="Dead features a token may use in the auxiliary loss.")
-    auxiliary_weight: float = Field(1 / 32, ge=0)
-    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    report_every: int = Field(100, ge=1)
+    dead_after: int = Field(default=100_000, ge=1, description="A feature is dead after so many tokens without firing.")
+    auxiliary_k: int = Field(default=256, ge=1, description="Dead features a token may use in the auxiliary loss.")
+    auxiliary_weight: float = Field(default=1 / 32, ge=0)
+    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
+    report_every: int = Field(default=100, ge=1)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -112,9 +110,7 @@ def train_sae(
     sae.initialise(sample.mean(0) * scale, config.seed)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
     run = _Run(sae, optimizer, torch.zeros(config.d_sae, dtype=torch.int64))
-    checkpoint = _Checkpoint(
-        out / "checkpoint", fingerprint([config.model_dump(mode="json"), store.note["made_by"]])
-    )
+    checkpoint = _Checkpoint(out / "checkpoint", fingerprint([config.model_dump(mode="json"), store.note["made_by"]]))
     first = checkpoint.restore(run)
     per_epoch = sum(1 for _ in store.batches(config.batch_size, seed=config.seed, epoch=0))
     if not per_epoch:
@@ -139,9 +135,7 @@ def train_sae(
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save(step + 1, run)
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped; the last checkpoint stays in {out}.", fix="run the same command again."
-        ) from None
+        raise Interrupted(f"stopped; the last checkpoint stays in {out}.", fix="run the same command again.") from None
     _fold_scale(sae, scale)
     save_sae(sae, out, dtype=dtype)
     shutil.rmtree(checkpoint.folder, ignore_errors=True)
@@ -219,8 +213,8 @@ def _fold_scale(sae: TopKSae, scale: float) -> None:
     With inputs s·x the activations are s times what unit decoder rows need to rebuild x, so both biases
     shrink by s and the weights stay: decoder rows keep length 1, activations are in the residual's units.
     """
-    sae.b_enc /= scale
-    sae.b_dec /= scale
+    sae.b_enc.div_(scale)
+    sae.b_dec.div_(scale)
 
 
 class _Log:

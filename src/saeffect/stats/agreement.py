@@ -25,9 +25,7 @@ __all__ = ["cohens_kappa", "krippendorff_alpha"]
 _METRICS = ("nominal", "ordinal", "interval")
 
 
-def cohens_kappa(
-    a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, level: float = 0.95
-) -> Estimate:
+def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, level: float = 0.95) -> Estimate:
     """How far two raters agree beyond chance: 1 always, 0 as often as chance, below 0 less often than that.
 
     Args:
@@ -55,9 +53,7 @@ def cohens_kappa(
     labels_a, labels_b = list(a), list(b)
     n = len(labels_a)
     if len(labels_b) != n:
-        raise ShapeMismatch(
-            f"the raters must judge the same items, got {n} and {len(labels_b)} labels.", at="b"
-        )
+        raise ShapeMismatch(f"the raters must judge the same items, got {n} and {len(labels_b)} labels.", at="b")
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0, "there are no items")
     codes, categories = pd.factorize(pd.Series(labels_a + labels_b, dtype=object))
@@ -71,9 +67,7 @@ def cohens_kappa(
     table = np.zeros((len(categories), len(categories)))
     np.add.at(table, (codes[:n], codes[n:]), 1)
     if np.trace(table) == n:  # exactly 1, where the arithmetic may miss by a last digit
-        return Estimate(
-            1.0, math.nan, math.nan, n, "the raters agree on everything, so the standard error is zero"
-        )
+        return Estimate(1.0, math.nan, math.nan, n, "the raters agree on everything, so the standard error is zero")
     value, standard_error = _kappa_and_error(table)
     if not standard_error > 0:
         return Estimate(value, math.nan, math.nan, n, "the standard error is zero for these labels")
@@ -172,11 +166,7 @@ def _no_spread(replicates: FloatArray) -> str:
 
 def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:
     """How often each item got each label, [n_items, n_labels], and the labels."""
-    table = (
-        ratings.to_numpy(dtype=object)
-        if isinstance(ratings, pd.DataFrame)
-        else np.asarray(ratings, dtype=object)
-    )
+    table = ratings.to_numpy(dtype=object) if isinstance(ratings, pd.DataFrame) else np.asarray(ratings, dtype=object)
     if table.ndim != 2:
         raise ShapeMismatch(
             f"ratings must be a table with one row an item and one column a rater, got shape {table.shape}.",

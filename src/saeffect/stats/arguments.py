@@ -50,9 +50,7 @@ def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> Flo
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise Undefined(
-            f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name
-        ) from error
+        raise Undefined(f"{name} must be numbers in an array of {ndim} dimension(s): {error}.", at=name) from error
     if array.ndim != ndim:
         raise ShapeMismatch(f"{name} must have {ndim} dimension(s), got shape {array.shape}.", at=name)
     return array
@@ -89,18 +87,14 @@ def generator(seed: Seed) -> np.random.Generator:
     if isinstance(seed, np.random.Generator):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ConfigError(
-            f"seed must be a non-negative integer or a numpy Generator, got {seed!r}.", at="seed"
-        )
+        raise ConfigError(f"seed must be a non-negative integer or a numpy Generator, got {seed!r}.", at="seed")
     return np.random.default_rng(int(seed))
 
 
 def check_level(level: float) -> None:
     """Refuse a confidence level that is not strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
-        raise ConfigError(
-            f"level must lie between 0 and 1, got {level!r}.", at="level", fix="write 0.95 for 95 %."
-        )
+        raise ConfigError(f"level must lie between 0 and 1, got {level!r}.", at="level", fix="write 0.95 for 95 %.")
 
 
 def check_resamples(n_boot: int, level: float) -> None:

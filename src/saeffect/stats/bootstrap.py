@@ -185,9 +185,7 @@ def cluster_bootstrap(
     rng = generator(seed)
     codes, names = pd.factorize(pd.Series(labels, dtype=object))
     n_missing = int((codes < 0).sum())
-    reason = fault(data) or (
-        f"clusters: {n_missing} of {len(labels)} labels are missing" if n_missing else ""
-    )
+    reason = fault(data) or (f"clusters: {n_missing} of {len(labels)} labels are missing" if n_missing else "")
     if reason:
         return Estimate(math.nan, math.nan, math.nan, len(names), reason)
     value = _one_number(statistic, data)
@@ -210,9 +208,7 @@ def _one_number(statistic: Statistic, data: FloatArray) -> float:
     with _quiet():
         result = np.asarray(statistic(data), dtype=np.float64)
     if result.size != 1:
-        raise ShapeMismatch(
-            f"the statistic must return one number, got shape {result.shape}.", at="statistic"
-        )
+        raise ShapeMismatch(f"the statistic must return one number, got shape {result.shape}.", at="statistic")
     return float(result.reshape(()))
 
 
@@ -230,9 +226,7 @@ def _undefined(value: float) -> str:
 
 def _undefined_replicates(replicates: FloatArray) -> str:
     n_undefined = int((~np.isfinite(replicates)).sum())
-    return (
-        f"the statistic is undefined on {n_undefined} of {len(replicates)} resamples" if n_undefined else ""
-    )
+    return f"the statistic is undefined on {n_undefined} of {len(replicates)} resamples" if n_undefined else ""
 
 
 def _takes_axis(statistic: Statistic) -> bool:

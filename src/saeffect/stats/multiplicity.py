@@ -36,9 +36,7 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
     tested = np.flatnonzero(~np.isnan(data))
     wrong = data[tested][(data[tested] < 0) | (data[tested] > 1)]
     if len(wrong):
-        raise Undefined(
-            f"{len(wrong)} of {len(data)} p-values are not between 0 and 1 ({wrong[0]:.4g}, say).", at="p"
-        )
+        raise Undefined(f"{len(wrong)} of {len(data)} p-values are not between 0 and 1 ({wrong[0]:.4g}, say).", at="p")
     order = tested[np.argsort(data[tested], kind="stable")]
     scaled = data[order] * len(order) / np.arange(1, len(order) + 1)
     q = np.full(len(data), np.nan)

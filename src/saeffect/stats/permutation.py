@@ -171,14 +171,8 @@ def permutation_test(
 
 def _check_permutations(alternative: str, n_permutations: int) -> None:
     check_alternative(alternative)
-    if (
-        isinstance(n_permutations, bool)
-        or not isinstance(n_permutations, int | np.integer)
-        or n_permutations < 1
-    ):
-        raise ConfigError(
-            f"n_permutations must be a positive integer, got {n_permutations!r}.", at="n_permutations"
-        )
+    if isinstance(n_permutations, bool) or not isinstance(n_permutations, int | np.integer) or n_permutations < 1:
+        raise ConfigError(f"n_permutations must be a positive integer, got {n_permutations!r}.", at="n_permutations")
 
 
 def _at_least(
@@ -192,9 +186,7 @@ def _at_least(
     return np.asarray(np.abs(shuffled) >= np.abs(observed) - tie)
 
 
-def _sign_flip_p(
-    rows: FloatArray, alternative: str, n_permutations: int, rng: np.random.Generator
-) -> FloatArray:
+def _sign_flip_p(rows: FloatArray, alternative: str, n_permutations: int, rng: np.random.Generator) -> FloatArray:
     n_pairs = rows.shape[1]
     exact = n_pairs <= _EXACT_UP_TO
     n_patterns = 2**n_pairs if exact else n_permutations

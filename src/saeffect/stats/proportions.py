@@ -118,16 +118,12 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
     k_b, n_b = _counts(k_b, n_b, "k_b", "n_b")
     check_level(level)
     n = n_a + n_b
-    reason = _no_trials(n_a, n_b) or (
-        "a has no successes, so the ratio has no finite value" if k_a == 0 else ""
-    )
+    reason = _no_trials(n_a, n_b) or ("a has no successes, so the ratio has no finite value" if k_a == 0 else "")
     if reason:
         return Estimate(math.nan, math.nan, math.nan, n, reason)
     ratio = (k_b / n_b) / (k_a / n_a)
     if k_b == 0:
-        return Estimate(
-            ratio, math.nan, math.nan, n, "b has no successes, and the interval needs at least one"
-        )
+        return Estimate(ratio, math.nan, math.nan, n, "b has no successes, and the interval needs at least one")
     if k_a == n_a and k_b == n_b:
         return Estimate(ratio, math.nan, math.nan, n, "every trial succeeded, so the standard error is zero")
     standard_error = math.sqrt(1 / k_a - 1 / n_a + 1 / k_b - 1 / n_b)

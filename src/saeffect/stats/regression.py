@@ -17,7 +17,7 @@ __all__ = ["ols_robust"]
 
 def ols_robust(
     y: npt.ArrayLike,
-    X: pd.DataFrame,  # noqa: N803 - the name that everybody knows
+    X: pd.DataFrame,
     clusters: Sequence[Any] | npt.NDArray[Any] | pd.Series | None = None,
     *,
     level: float = 0.95,
@@ -77,7 +77,7 @@ def ols_robust(
     return _table(terms, estimate, interval[:, 0], interval[:, 1], np.asarray(fit.pvalues), n=n, reason="")
 
 
-def _design(X: pd.DataFrame) -> FloatArray:  # noqa: N803
+def _design(X: pd.DataFrame) -> FloatArray:
     """The columns as float64 behind a column of ones, [n, 1 + n_columns]."""
     names = [str(name) for name in X.columns]
     if "intercept" in names or len(set(names)) < len(names):
@@ -85,14 +85,12 @@ def _design(X: pd.DataFrame) -> FloatArray:  # noqa: N803
     for position, name in enumerate(names):
         kind = X.dtypes.iloc[position]
         if not pd.api.types.is_numeric_dtype(kind):
-            raise ConfigError(
-                f"column {name!r} is not numeric but {kind}.", at="X", fix="code it as 0 and 1."
-            )
-    columns = X.to_numpy(dtype=np.float64, na_value=np.nan) if len(names) else np.empty((len(X), 0))
+            raise ConfigError(f"column {name!r} is not numeric but {kind}.", at="X", fix="code it as 0 and 1.")
+    columns = X.to_numpy(dtype=np.float64, na_value=np.nan) if names else np.empty((len(X), 0))
     return np.column_stack([np.ones(len(X)), columns])
 
 
-def _no_fit(outcome: FloatArray, design: FloatArray, X: pd.DataFrame) -> str:  # noqa: N803
+def _no_fit(outcome: FloatArray, design: FloatArray, X: pd.DataFrame) -> str:
     """Why there are no coefficients, or ""."""
     if reason := fault(outcome, "y"):
         return reason

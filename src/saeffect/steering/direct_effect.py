@@ -51,9 +51,7 @@ def direct_effects(
     """
     table = check_features(site, W_dec, features, ("top_token_ids",))
     directions = Directions(W_dec, plan.seed)
-    top = {
-        int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)
-    }
+    top = {int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)}
     layout = [(f, condition, dose) for f in top for condition in plan.conditions for dose in plan.doses]
     n_at_once = max(1, plan.batch_size - 1)
     records: list[dict[str, Any]] = []

@@ -128,9 +128,7 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     rows["score"] = rows["gain"] * rows["fluency"]
     complete = rows.assign(n=rows["score"].notna().astype(np.int64))
     means = (
-        complete[complete["n"] == 1]
-        .groupby("dose")[["similarity", "gain", *measured[1:], "fluency", "score"]]
-        .mean()
+        complete[complete["n"] == 1].groupby("dose")[["similarity", "gain", *measured[1:], "fluency", "score"]].mean()
     )
     counts = complete.groupby("dose")[["n"]].sum()
     return counts.join(means).reset_index()

@@ -95,9 +95,7 @@ def _the_dose(trials: pd.DataFrame, dose: float | None) -> float:
         return float(found[0])
     if dose is None or dose not in found:
         said = "no dose was chosen" if dose is None else f"dose {dose} is not among them"
-        raise ConfigError(
-            f"the trials hold the doses {found}, and {said}.", at="dose", fix="give one of them."
-        )
+        raise ConfigError(f"the trials hold the doses {found}, and {said}.", at="dose", fix="give one of them.")
     return dose
 
 
@@ -106,16 +104,12 @@ def _pairs(trials: pd.DataFrame, dose: float, placebo: str) -> pd.DataFrame:
     at_dose = (trials["condition"] == UNSTEERED) | (trials["dose"] == dose)
     rows = trials[at_dose & trials["condition"].isin([UNSTEERED, STEERED, placebo])]
     if rows.duplicated([*_KEYS, "condition"]).any():
-        raise ShapeMismatch(
-            "a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials"
-        )
+        raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
     wide = rows.set_index([*_KEYS, "condition"])["similarity"].unstack("condition")
     return wide.reindex(columns=[UNSTEERED, STEERED, placebo]).sort_index()
 
 
-def _one_feature(
-    group: pd.DataFrame, placebo: str, seed: int
-) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
+def _one_feature(group: pd.DataFrame, placebo: str, seed: int) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """The feature's columns but p and q, and the differences of its complete pairs."""
     complete = group.dropna()
     first = group.iloc[0]  # prompt 0, sample 0: the paper looks at one text of each kind
@@ -151,9 +145,7 @@ def _reason(group: pd.DataFrame, placebo: str, n_complete: int) -> str:
         if group[condition].isna().all():
             if not group.isna().all(axis=None):
                 return f"no {condition} text has a similarity: none was generated, or no word of it is known"
-            return (
-                "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
-            )
+            return "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
     if n_complete < len(group):
         said = f"similarity undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
         return said if n_complete >= 2 else f"{said}; fewer than two pairs remain"

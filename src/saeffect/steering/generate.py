@@ -98,9 +98,7 @@ def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tupl
     extra = {"logits_to_keep": 1} if _keeps_logits(lm.model) else {}
     # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
     # of times slower than for a dense copy of it.
-    dense = lm.model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0].contiguous(),)
-    )
+    dense = lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
         result = lm.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
     finally:

@@ -56,9 +56,7 @@ class AddVectors:
             shape = tuple(self.vectors.shape)
             raise ShapeMismatch(f"steering vectors have shape {shape}; expected [rows, d_model], not empty.")
         if not bool(torch.isfinite(self.vectors).all()):
-            raise ConfigError(
-                "a steering vector holds NaN or infinity.", fix="look at the SAE's decoder and the dose."
-            )
+            raise ConfigError("a steering vector holds NaN or infinity.", fix="look at the SAE's decoder and the dose.")
 
     @property
     def n_rows(self) -> int:

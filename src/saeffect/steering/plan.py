@@ -34,9 +34,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean_norm) and self.mean_norm > 0):
-            raise ConfigError(
-                f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}."
-            )
+            raise ConfigError(f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}.")
 
 
 def mean_residual_norm(lm: LanguageModel, hook: str, input_ids: Tensor) -> float:
@@ -116,9 +114,7 @@ class SteeringPlan:
     @property
     def sampling(self) -> Sampling:
         """How continuations are drawn."""
-        return Sampling(
-            self.max_new_tokens, self.temperature, self.top_p, self.frequency_penalty, self.allow_end
-        )
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.frequency_penalty, self.allow_end)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -126,9 +122,7 @@ class SteeringPlan:
         return (STEERED, *dict.fromkeys(self.placebos))
 
 
-def check_features(
-    site: Site, W_dec: Tensor, features: pd.DataFrame, columns: tuple[str, ...]
-) -> pd.DataFrame:
+def check_features(site: Site, W_dec: Tensor, features: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
     """The feature table sorted by feature, after checking that it can be steered.
 
     Raises:
@@ -140,13 +134,10 @@ def check_features(
     if missing:
         raise ShapeMismatch(f"the feature table lacks the column(s) {', '.join(missing)}.", at="features")
     if features.empty:
-        raise EmptySelection(
-            "there are no features to steer.", fix="loosen the selection, or use another vocabulary."
-        )
+        raise EmptySelection("there are no features to steer.", fix="loosen the selection, or use another vocabulary.")
     if W_dec.ndim != 2 or W_dec.shape[1] != site.lm.d_model:
         raise IncompatibleSae(
-            f"the decoder has shape {tuple(W_dec.shape)}, but {site.hook} of {site.lm.name}"
-            f" is {site.lm.d_model} wide.",
+            f"the decoder has shape {tuple(W_dec.shape)}, but {site.hook} of {site.lm.name} is {site.lm.d_model} wide.",
             at="W_dec",
             fix="use the SAE that was trained on this model and hook.",
         )

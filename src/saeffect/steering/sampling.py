@@ -49,9 +49,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ConfigError(
-                f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.", at="max_new_tokens"
-            )
+            raise ConfigError(f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.", at="max_new_tokens")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature must be at least 0. Got {self.temperature}.", at="temperature")
         if not 0 < self.top_p <= 1:
@@ -87,9 +85,7 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int) -> Tensor:
         >>> bool((a == b).all())
         True
     """
-    digest = hashlib.blake2b(
-        repr((cell.seed, cell.prompt, cell.sample, step)).encode(), digest_size=16
-    ).digest()
+    digest = hashlib.blake2b(repr((cell.seed, cell.prompt, cell.sample, step)).encode(), digest_size=16).digest()
     rng = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
     draws = rng.standard_exponential(d_vocab, dtype=np.float32)
     return torch.from_numpy(np.maximum(draws, np.finfo(np.float32).tiny))
@@ -110,9 +106,7 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Ten
     if frequency_penalty == 0 or generated.shape[1] == 0:
         return logits
     # Counted first: a sum of many small penalties would round differently.
-    counts = torch.zeros_like(logits).scatter_add_(
-        1, generated, torch.ones_like(generated, dtype=logits.dtype)
-    )
+    counts = torch.zeros_like(logits).scatter_add_(1, generated, torch.ones_like(generated, dtype=logits.dtype))
     return logits - frequency_penalty * counts
 
 

@@ -106,9 +106,7 @@ class _Run:
     def chunk(self, features: pd.DataFrame, baseline: list[list[list[int]]]) -> pd.DataFrame:
         """All rows of some features."""
         plan = self.plan
-        references = {
-            int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)
-        }
+        references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
         layout = [
             (feature, sample, condition, float(dose))
             for feature in references
@@ -119,9 +117,7 @@ class _Run:
         records: list[dict[str, Any]] = []
         for prompt in range(len(plan.prompts)):
             units = [self.directions.unit(f, c, (prompt, s)) for f, s, c, _ in layout]
-            added = torch.stack(
-                [d * self.site.mean_norm * u for u, (*_, d) in zip(units, layout, strict=True)]
-            )
+            added = torch.stack([d * self.site.mean_norm * u for u, (*_, d) in zip(units, layout, strict=True)])
             outputs = self._generate(prompt, [s for _, s, *_ in layout], added)
             cells = [(f, s, UNSTEERED, 0.0) for f in references for s in range(plan.samples)]
             outputs += [baseline[prompt][s] for _, s, *_ in cells]

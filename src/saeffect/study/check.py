@@ -150,13 +150,17 @@ def _check_disk(study: Study, out: Path) -> str:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(f"{place} is a file, so no run can be written there.", at="--out", fix="choose another folder.")
+        raise ConfigError(
+            f"{place} is a file, so no run can be written there.", at="--out", fix="choose another folder."
+        )
     # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
     needed = 2_000 * sum(study.sae_config(name).d_sae for name in study.config.arms) + 50_000_000
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ConfigError(
-            f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed.", at=str(place), fix="make room."
+            f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed.",
+            at=str(place),
+            fix="make room.",
         )
     return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
 

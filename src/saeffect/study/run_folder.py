@@ -74,12 +74,16 @@ class RunFolder:
         """
         if not path.is_file():
             raise NotFound(
-                f"there is no {path.relative_to(self.folder)}.", at=str(self.folder), fix="run the stage before this one."
+                f"there is no {path.relative_to(self.folder)}.",
+                at=str(self.folder),
+                fix="run the stage before this one.",
             )
         try:
             return pd.read_parquet(path)
         except Exception as error:  # pyarrow raises many kinds
-            raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix="delete it and run again.") from error
+            raise BadFile(
+                f"this table cannot be read: {error}.", at=str(path), fix="delete it and run again."
+            ) from error
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
         """A table, or None where the stage had nothing to write."""
@@ -96,7 +100,13 @@ class RunFolder:
         return fingerprint([(str(p.relative_to(self.folder)), hash_file(p) if p.is_file() else None) for p in paths])
 
     def stage(
-        self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], say: Callable[[str], None], *, redo: bool = False
+        self,
+        key: str,
+        inputs: Any,
+        work: Callable[[], Iterable[Path]],
+        say: Callable[[str], None],
+        *,
+        redo: bool = False,
     ) -> bool:
         """Do a stage's work, unless it was done with the same inputs and its files are whole.
 

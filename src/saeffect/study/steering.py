@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.config import SteeringConfig
+from saeffect.errors import Undefined
 from saeffect.features.embeddings import load_embeddings
 from saeffect.provenance import atomic_path, fingerprint, read_json, write_json
 from saeffect.steering import Site, SteeringPlan, choose_dose, direct_effects, effects, run_trials
@@ -20,6 +21,7 @@ from saeffect.study.study import Say
 __all__ = ["dose_inputs", "run_dose_search", "run_steering", "steering_inputs", "tested_features"]
 
 VERSION = 1
+_FILES = ("interventions", "direct_effects", "effects")
 
 
 def _plan(config: SteeringConfig, seed: int, *, search: bool, doses: tuple[float, ...]) -> SteeringPlan:
@@ -62,16 +64,21 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
     def work() -> Iterable[Path]:
         paths = run.path("steering", "dose_search.parquet"), run.path("steering", "dose.json")
         if len(config.doses) == 1:
-            table = pd.DataFrame({"arm": [], "dose": [], "score": []})
+            table = pd.DataFrame()
             chosen, reason = config.doses[0], "set in the study file"
         else:
             table = pd.concat([_search_arm(run, name, config, say) for name in _searched(run)], ignore_index=True)
-            mean = table.groupby("dose")["score"].mean()
-            chosen, reason = float(mean.idxmax()), ""
-            if mean.max() <= 0:
+            mean = table.groupby("dose")["score"].mean().dropna() if len(table) else pd.Series(dtype=float)
+            chosen = float(mean.idxmax()) if len(mean) else float(sorted(config.doses)[len(config.doses) // 2])
+            reason = ""
+            if mean.empty:
+                reason = "no text of the search had a similarity, so the middle dose was taken"
+            elif mean.max() <= 0:
                 reason = "no dose made texts more similar to the features' top tokens"
             elif chosen in (min(config.doses), max(config.doses)):
                 reason = "the best dose is at the edge of those tried"
+        if table.empty:
+            table = pd.DataFrame({"arm": pd.Series(dtype=str), "dose": pd.Series(dtype=float)})
         table["chosen"] = table["dose"] == chosen
         run.write_table(paths[0], table)
         write_json(paths[1], {"dose": chosen, "note": reason})
@@ -116,6 +123,8 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
         chosen = tested_features(run, arm, config.max_features)
         if chosen.empty:
             say(f"  arm {arm} has no domain features, so nothing is steered")
+            for name in _FILES:  # of an earlier run that had some
+                run.arm(arm, f"{name}.parquet").unlink(missing_ok=True)
             return []
         dose = float(read_json(run.path("steering", "dose.json"))["dose"])
         plan = _plan(config, run.study.config.seed, search=False, doses=(dose,))
@@ -136,7 +145,7 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
         comparison = run.study.config.comparison
         result = effects(trials, direct, alpha=comparison.alpha, seed=run.study.config.seed)
         paths = []
-        for name, table in (("interventions", trials), ("direct_effects", direct), ("effects", result)):
+        for name, table in zip(_FILES, (trials, direct, result), strict=True):
             paths.append(run.arm(arm, f"{name}.parquet"))
             run.write_table(paths[-1], table)
         kept.remove()
@@ -160,15 +169,19 @@ def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> p
     if chosen.empty:
         return pd.DataFrame()
     site, W_dec = _site(run, arm, say)
-    choice = choose_dose(
-        site,
-        W_dec,
-        chosen,
-        _plan(config, run.study.config.seed, search=True, doses=config.doses),
-        test_prompts=config.prompts,
-        vectors=load_embeddings(run.study.config.coherence.embeddings),
-        progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
-    )
+    try:
+        choice = choose_dose(
+            site,
+            W_dec,
+            chosen,
+            _plan(config, run.study.config.seed, search=True, doses=config.doses),
+            test_prompts=config.prompts,
+            vectors=load_embeddings(run.study.config.coherence.embeddings),
+            progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
+        )
+    except Undefined as error:
+        say(f"  dose search, arm {arm}: {error.message}")
+        return pd.DataFrame()
     return choice.table.assign(arm=arm)
 
 

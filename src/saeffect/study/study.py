@@ -151,10 +151,14 @@ class Study:
         said, own = self._arm(name).hook, self.sae_config(name).hook_name
         where = self.at("arms", name, "hook")
         if said is None and own is None:
-            raise ConfigError("the SAE's cfg.json names no hook.", at=where, fix="set hook: blocks.<layer>.hook_resid_pre.")
+            raise ConfigError(
+                "the SAE's cfg.json names no hook.", at=where, fix="set hook: blocks.<layer>.hook_resid_pre."
+            )
         if said is not None and own is not None and said != own:
             raise IncompatibleSae(
-                f"the study says {said}, but the SAE was trained at {own}.", at=where, fix=f"set hook: {own}, or leave it out."
+                f"the study says {said}, but the SAE was trained at {own}.",
+                at=where,
+                fix=f"set hook: {own}, or leave it out.",
             )
         return str(said or own)
 

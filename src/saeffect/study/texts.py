@@ -51,7 +51,9 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
     streams: list[Iterator[NDArray[np.int32]]] = []
     for source in text.sources:
         documents = read_corpus(source.path, field=source.field)
-        streams.append(_named(source.name, pack(documents, lm.encode, context_size=text.context_size, separator=separator)))
+        streams.append(
+            _named(source.name, pack(documents, lm.encode, context_size=text.context_size, separator=separator))
+        )
     wanted = max(1, text.tokens // text.context_size)
     ids: list[NDArray[np.int32]] = []
     sources: list[int] = []

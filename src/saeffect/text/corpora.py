@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import BadFile, EmptySelection, NotFound
@@ -36,9 +36,7 @@ def read_corpus(source: str, *, field: str = "text", split: str = "train") -> It
         plain = path.name.removesuffix(".gz").endswith(".txt")
         rows = _paragraphs(path) if plain else _json_rows(path, field)
     elif path.suffix in _SUFFIXES or path.is_absolute() or source.count("/") != 1:
-        raise NotFound(
-            f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id."
-        )
+        raise NotFound(f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id.")
     else:
         rows = _hub_rows(source, field, split)
     count = 0
@@ -93,9 +91,7 @@ def _json_rows(path: Path, field: str) -> Iterator[str]:
         value = row.get(field) if isinstance(row, dict) else None
         if not isinstance(value, str):
             have = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-            raise BadFile(
-                f"this row has no text field {field!r}; it has: {have}.", at=f"{path}, line {number}"
-            )
+            raise BadFile(f"this row has no text field {field!r}; it has: {have}.", at=f"{path}, line {number}")
         yield value
 
 
@@ -111,21 +107,17 @@ def _paragraphs(path: Path) -> Iterator[str]:
         yield "".join(held)
 
 
-def _hub_rows(source: str, field: str, split: str) -> Iterable[str]:
+def _hub_rows(source: str, field: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
         rows = load_dataset(source, split=split, streaming=True)
         for row in rows:
             if field not in row:
-                raise BadFile(
-                    f"the dataset has no column {field!r}; it has: {', '.join(sorted(row))}.", at=source
-                )
+                raise BadFile(f"the dataset has no column {field!r}; it has: {', '.join(sorted(row))}.", at=source)
             if not isinstance(row[field], str):
                 kind = type(row[field]).__name__
-                raise BadFile(
-                    f"the column {field!r} holds {kind}, not text.", at=source, fix="name another field."
-                )
+                raise BadFile(f"the column {field!r} holds {kind}, not text.", at=source, fix="name another field.")
             yield row[field]
     except BadFile:
         raise

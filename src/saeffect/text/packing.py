@@ -21,9 +21,7 @@ def separator_id(tokenizer: Any) -> int:
     """
     found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
     if found is None:
-        raise ConfigError(
-            "the tokenizer has no end-of-text token to put between documents.", at="tokenizer.eos_token"
-        )
+        raise ConfigError("the tokenizer has no end-of-text token to put between documents.", at="tokenizer.eos_token")
     return int(found)
 
 

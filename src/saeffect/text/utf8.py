@@ -27,14 +27,10 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
-        raise NotFound(
-            f"there is no {kind} file {file.name!r}.", at=str(path), fix="check the path."
-        ) from error
+        raise NotFound(f"there is no {kind} file {file.name!r}.", at=str(path), fix="check the path.") from error
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
-        raise BadFile(
-            f"the {kind} file cannot be read: {reason}.", at=str(path), fix="give a file."
-        ) from error
+        raise BadFile(f"the {kind} file cannot be read: {reason}.", at=str(path), fix="give a file.") from error
 
 
 def decode_utf8(data: bytes, *, at: str) -> str:

@@ -14,20 +14,20 @@ from saeffect.report.figures.distributions import coherence, density, mean_activ
 from saeffect.report.figures.doses import doses
 from saeffect.report.figures.effects import effects
 from saeffect.report.figures.match_counts import match_counts
-from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, svg_text
+from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle, svg_text
 
 __all__ = ["DrawnFigure", "draw_figures", "write_figures"]
 
 _Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure]
-_FIGURES: Mapping[str, tuple[str, _Draw]] = {
-    "figure_1_match_counts": ("Figure 1", match_counts),
-    "figure_2a_top_token_weights": ("Figure 2a", top_token_weights),
-    "figure_2b_mean_activation": ("Figure 2b", mean_activation),
-    "figure_2c_density": ("Figure 2c", density),
-    "figure_3_effects": ("Figure 3", effects),
-    "figure_4_coherence": ("Figure 4", coherence),
-    "figure_5_contrasts": ("Figure 5", contrasts),
-    "figure_6_doses": ("Figure 6", doses),
+_FIGURES: Mapping[str, tuple[str, str, _Draw]] = {
+    "figure_1_match_counts": ("Figure 1", "Matching words", match_counts),
+    "figure_2a_top_token_weights": ("Figure 2a", "Top-token weights", top_token_weights),
+    "figure_2b_mean_activation": ("Figure 2b", "Mean activations", mean_activation),
+    "figure_2c_density": ("Figure 2c", "Densities", density),
+    "figure_3_effects": ("Figure 3", "Effects of steering", effects),
+    "figure_4_coherence": ("Figure 4", "Coherence", coherence),
+    "figure_5_contrasts": ("Figure 5", "Contrasts", contrasts),
+    "figure_6_doses": ("Figure 6", "The dose search", doses),
 }
 
 
@@ -37,12 +37,14 @@ def draw_figures(comparison: Comparison, context: ReportContext | None = None) -
     styles = arm_styles(zip(comparison.table1["arm"], comparison.table1["role"], strict=True))
     drawn = []
     with drawing():
-        for name, (number, draw) in _FIGURES.items():
+        for name, (number, title, draw) in _FIGURES.items():
             try:
-                drawn.append(draw(comparison, styles, context))
+                one = draw(comparison, styles, context)
             except Undefined as error:
-                title = str(draw.__doc__ or "").split(":")[0]
-                drawn.append(DrawnFigure(name, number, title, "", "", None, reason=error.message))
+                one = DrawnFigure(name, number, title, "", "", None, reason=error.message)
+            if one.figure is not None:
+                settle(one.figure)
+            drawn.append(one)
     return tuple(drawn)
 
 

@@ -38,9 +38,7 @@ def contrasts(comparison: Comparison, styles: Mapping[str, ArmStyle], context: R
         raise Undefined("no difference between the arms is defined.")
     n_lines = 1 + int(table.loc[table["comparison"] == "retraining", "b"].nunique())
     figure = new_figure(0.45 + (0.68 + 0.16 * n_lines) * len(quantities))
-    for ax, quantity in zip(
-        figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True
-    ):
+    for ax, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
         _row(ax, rows[rows["quantity"] == quantity], styles, n_lines, quantity in PRIMARY)
     return DrawnFigure(
         name="figure_5_contrasts",

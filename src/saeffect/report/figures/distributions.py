@@ -32,9 +32,7 @@ FloatArray = npt.NDArray[np.float64]
 _GOLDEN = 0.6180339887498949  # its multiples spread points evenly, so that the jitter needs no random numbers
 
 
-def top_token_weights(
-    comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext
-) -> DrawnFigure:
+def top_token_weights(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
     """Figure 2a: weights of the top tokens of domain features, which the paper calls activations."""
     groups = _by_arm(comparison.weights, "weight", styles)
     unit = "cosine with the decoder row" if context.projection == "cosine" else "dot product with the decoder row"
@@ -52,9 +50,7 @@ def top_token_weights(
     )
 
 
-def mean_activation(
-    comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext
-) -> DrawnFigure:
+def mean_activation(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
     """Figure 2b: mean activation of domain features over the tokens on which they fire."""
     del context
     groups = _by_arm(comparison.activity, "mean_activation", styles)
@@ -142,7 +138,7 @@ def _ridges(
     """One row an arm: half-violin above, median and quartiles on the line, a tick for each value below."""
     names = [name for name in styles if name in groups]
     if not any(len(groups[name]) for name in names):
-        raise Undefined(f"no domain feature has a value of {label.split(' (')[0]}.")
+        raise Undefined(f"no domain feature has a value of {label.split(' (', maxsplit=1)[0]}.")
     positions = {name: np.log10(groups[name]) if log else groups[name] for name in names}
     every = np.concatenate([positions[name] for name in names])
     margin = 0.08 * (float(np.ptp(every)) or 1.0)
@@ -167,9 +163,7 @@ def _ridges(
     return figure
 
 
-def _row(
-    ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: FloatArray | None, style: ArmStyle
-) -> None:
+def _row(ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: FloatArray | None, style: ArmStyle) -> None:
     if shape is not None:
         seen = (grid >= values.min()) & (grid <= values.max())  # a smooth curve must not invent values beyond the data
         x, y = grid[seen], row + shape[seen]
@@ -197,7 +191,11 @@ def _log_ticks(ax: Axes, grid: FloatArray) -> None:
     powers = range(math.ceil(grid[0]), math.floor(grid[-1]) + 1)
     wanted = [float(power) for power in powers]
     if len(wanted) < 2:  # less than a decade or two: 1, 2, 5 as well
-        wanted = [power + math.log10(step) for power in range(math.floor(grid[0]), math.ceil(grid[-1]) + 1) for step in (1, 2, 5)]
+        wanted = [
+            power + math.log10(step)
+            for power in range(math.floor(grid[0]), math.ceil(grid[-1]) + 1)
+            for step in (1, 2, 5)
+        ]
         wanted = [tick for tick in wanted if grid[0] <= tick <= grid[-1]]
     ax.set_xticks(wanted)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: share_label(10**position)))

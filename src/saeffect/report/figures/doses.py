@@ -26,13 +26,16 @@ __all__ = ["doses"]
 _LABELS = {
     "similarity": "similarity",
     "effect": "effect: steered − placebo",
-    "score": "score: effect × distinct pairs",
-    "distinct2": "distinct word pairs (fluency)",
-    "perplexity": "perplexity when unsteered",
+    "gain": "gain: steered − unsteered similarity",
+    "fluency": "fluency, 1 is that of the unsteered text",
+    "score": "score: gain × fluency",
+    "distinct2": "distinct word pairs",
+    "perplexity": "perplexity under the unsteered model",
     "kl": "KL from unsteered (nats)",
     "direct_effect": "direct effect (nats)",
     "delta_logprob": "direct effect (nats)",
 }
+_FIRST = ("gain", "effect", "fluency", "score")  # what the choice was made of
 _NOT_DRAWN = {"dose", "chosen", "n", "n_pairs", "n_trials", "n_features", "coefficient"}
 
 
@@ -50,7 +53,8 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
         and pd.api.types.is_numeric_dtype(table[column])
         and not pd.api.types.is_bool_dtype(table[column])
         and table[column].notna().any()
-    ][:4]
+    ]
+    measures = [name for name in _FIRST if name in measures] or measures[:4]
     if not measures:
         raise Undefined("the dose search has no numbers to draw.")
     figure = new_figure(0.5 + 1.45 * len(measures))

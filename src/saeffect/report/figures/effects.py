@@ -75,7 +75,12 @@ def _panel(ax: Axes, table: pd.DataFrame, style: ArmStyle) -> None:
     ax.vlines(x, table["effect_low"], table["effect_high"], color=style.colour, linewidth=width, alpha=0.55)
     ax.plot(x[passed], effect[passed], style.marker, color=style.colour, markersize=size)
     ax.plot(
-        x[~passed], effect[~passed], style.marker, color="#ffffff", markeredgecolor=style.colour, markersize=size
+        x[~passed],
+        effect[~passed],
+        style.marker,
+        color="#ffffff",
+        markeredgecolor=style.colour,
+        markersize=size,
     )
     ax.set_title(safe_text(style.name, 24), color=style.colour)
     ax.text(1.0, 1.02, f"{count(passed.sum())} of {count(len(table))} pass", transform=ax.transAxes, ha="right",

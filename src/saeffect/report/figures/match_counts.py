@@ -25,9 +25,7 @@ from saeffect.report.numerals import count, percent
 __all__ = ["match_counts"]
 
 
-def match_counts(
-    comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext
-) -> DrawnFigure:
+def match_counts(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
     """Features by number of top tokens in the vocabulary, one mark an arm and count.
 
     Nearly all features have none, so that count is written out and the axis starts at one; the axis is

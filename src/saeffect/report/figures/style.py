@@ -32,6 +32,7 @@ __all__ = [
     "new_figure",
     "png_bytes",
     "safe_text",
+    "settle",
     "svg_text",
 ]
 
@@ -159,6 +160,12 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)  # type: ignore[union-attr]
     FigureCanvasAgg(figure)
     return figure
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and for all; left to itself it does so at each saving, a little differently."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def clean_axes(ax: Axes, *, grid: str | None = None) -> None:

@@ -1,0 +1,41 @@
+"""The bundled study with less text and fewer interventions: every stage on the real models, in a minute or two.
+
+python scripts/reduced_demo.py runs/reduced
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from saeffect.study.run import run_study
+from saeffect.study.study import Study
+
+
+def main(out: Path) -> None:
+    config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
+    config["name"] = "smollm2-medical-reduced"
+    config["text"]["tokens"] = 4096
+    config["gate"]["tokens"] = 1024
+    config["steering"] |= {"max_features": 4, "search_features": 2, "doses": [0.3, 0.6], "samples": 1}
+    config["steering"]["max_new_tokens"] = 12
+    config["comparison"] = {"n_boot": 200, "n_permutations": 500}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        run = run_study(Study.open(path), out, say=_say)
+    report = run.path("report.html")
+    assert report.stat().st_size > 100_000, "the report is too small to be one"
+    print(f"report: {report}")
+
+
+def _say(line: str) -> None:
+    if not line.startswith("progress"):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

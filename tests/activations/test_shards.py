@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saeffect.activations.shards import ActivationStore, read_shard, save_shard, shard_name
+from saeffect.errors import BadFile, EmptySelection, NotFound
+from saeffect.provenance import write_json
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    """Five shards of ten tokens; the token's number is its activation."""
+    write_json(tmp_path / "harvest.json", {"made_by": {"model": "x"}})
+    for i in range(5):
+        x = torch.arange(10 * i, 10 * i + 10, dtype=torch.bfloat16)[:, None].expand(10, 2)
+        save_shard(tmp_path / shard_name(i), {"activations": x})
+    return ActivationStore.open(tmp_path)
+
+
+def _order(store: ActivationStore, **options: Any) -> list[int]:
+    return [int(t) for x in store.batches(**{"batch_size": 4, "seed": 0, "epoch": 0, **options}) for t in x[:, 0]]
+
+
+def test_a_pass_visits_every_token_at_most_once(store: ActivationStore) -> None:
+    order = _order(store)
+    assert len(order) == len(set(order)) == 48  # 12 batches of 4; two tokens are left over
+    assert order != sorted(order)
+    assert len(_order(store, batch_size=10)) == 50
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(store: ActivationStore) -> None:
+    assert _order(store) == _order(store)
+    assert len({tuple(_order(store, seed=s, epoch=e)) for s in (0, 1) for e in (0, 1)}) == 4
+
+
+def test_tokens_mix_within_a_pool_only(store: ActivationStore) -> None:
+    order = _order(store, batch_size=5, pool_shards=1)
+    for start in range(0, 50, 10):
+        assert len({t // 10 for t in order[start : start + 10]}) == 1
+    assert len({t // 10 for t in _order(store)[:10]}) > 1
+
+
+def test_batches_are_float32(store: ActivationStore) -> None:
+    batch = next(store.batches(4, seed=0, epoch=0))
+    assert batch.dtype == torch.float32
+    assert batch.shape == (4, 2)
+
+
+def test_sample_takes_the_first_tokens(store: ActivationStore) -> None:
+    assert store.sample(13)[:, 0].tolist() == list(range(13))
+    assert store.sample(13).dtype == torch.float32
+    assert len(store.sample(999)) == 50
+
+
+def test_files_half_written_are_not_shards(store: ActivationStore) -> None:
+    (store.folder / ".shard-00009.x1.safetensors").write_bytes(b"half")
+    assert len(store.shards()) == 5
+
+
+def test_no_harvest(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    with complains(NotFound, "no harvest.json", at=str(tmp_path)):
+        ActivationStore.open(tmp_path)
+    write_json(tmp_path / "harvest.json", {})
+    with complains(EmptySelection, "no shards", at=str(tmp_path)):
+        ActivationStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 50])
+def test_truncated_shards(store: ActivationStore, complains: Callable[..., Any], keep: int) -> None:
+    path = store.shards()[2]
+    path.write_bytes(path.read_bytes()[:keep])
+    with complains(BadFile, "this shard cannot be read", "delete it", at=path.name):
+        read_shard(path)

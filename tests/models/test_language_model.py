@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from saeffect.models.language_model import LanguageModel
+
+
+def test_sizes(tiny_llama: LanguageModel, tiny_gpt2: LanguageModel) -> None:
+    for lm in (tiny_llama, tiny_gpt2):
+        assert (lm.d_model, lm.n_layers, lm.d_vocab) == (32, 3, 320)
+        assert (lm.device.type, lm.dtype) == ("cpu", torch.float32)
+
+
+def test_text_to_ids_and_back(tiny_llama: LanguageModel) -> None:
+    for text in ("The patient had a fever.", " two  spaces , kept", "Müller 🩺 \u200b"):
+        assert tiny_llama.decode(tiny_llama.encode(text)) == text
+
+
+def test_no_special_tokens_are_added_and_none_are_shown(tiny_llama: LanguageModel) -> None:
+    ids = tiny_llama.encode("The patient")
+    assert 0 not in ids
+    assert tiny_llama.decode([0, *ids, 0]) == "The patient"
+
+
+def test_token_strings_keep_spaces_and_mark_half_characters(tiny_llama: LanguageModel) -> None:
+    strings = tiny_llama.token_strings()
+    assert len(strings) == tiny_llama.d_vocab
+    assert " patient" in strings
+    assert strings[0] == "<|endoftext|>"
+    assert "\ufffd" in strings  # a byte that is no character by itself
+
+
+def test_rows_beyond_the_tokenizer_are_unused_and_not_plain(tiny_llama: LanguageModel) -> None:
+    padded = SimpleNamespace(
+        get_output_embeddings=lambda: SimpleNamespace(weight=torch.zeros(len(tiny_llama.tokenizer) + 2, 4))
+    )
+    lm = LanguageModel(padded, tiny_llama.tokenizer, "padded")
+    assert lm.token_strings()[-2:] == [f"<unused {i}>" for i in range(lm.d_vocab - 2, lm.d_vocab)]
+    plain = lm.plain_tokens()
+    assert plain.dtype == torch.bool
+    assert not plain[-2:].any()
+    assert not plain[0]  # <|endoftext|>
+    assert plain[1:-2].all()
+
+
+def test_tokenizers_are_told_apart_by_their_vocabularies(tiny_llama: LanguageModel, tiny_gpt2: LanguageModel) -> None:
+    def of(vocabulary: dict[str, int]) -> str:
+        return LanguageModel(None, SimpleNamespace(get_vocab=lambda: vocabulary), "x").tokenizer_fingerprint()
+
+    assert tiny_llama.tokenizer_fingerprint() == tiny_gpt2.tokenizer_fingerprint()
+    assert of({"a": 0, "b": 1}) == of({"b": 1, "a": 0})
+    assert len({of({"a": 0, "b": 1}), of({"a": 1, "b": 0}), of({"a": 0}), of({"a": 0, "c": 1})}) == 4

@@ -1,0 +1,72 @@
+"""One synthetic study, drawn and written once for all tests of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import pytest
+
+from saeffect.comparison import Comparison, compare
+from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
+from synthetic_study import synthetic_arms, synthetic_examples
+
+PROMPTS = ("What topic is on your mind?", "Tell me something.", "I think that")
+HOSTILE_NAME = "</title><script>window.__pwned = 1</script>"
+
+
+def _compare(arms: dict) -> Comparison:
+    return compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60)
+
+
+def _dose_search() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "dose": [0.2, 0.4, 0.6],
+            "n": [8, 8, 8],
+            "gain": [0.05, 0.20, 0.25],
+            "fluency": [0.98, 0.90, 0.40],
+            "score": [0.049, 0.18, 0.10],
+            "chosen": [False, True, False],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def arms() -> dict:
+    return synthetic_arms(n_features=120, max_tested=10)
+
+
+@pytest.fixture(scope="session")
+def comparison(arms: dict) -> Comparison:
+    return _compare(arms)
+
+
+@pytest.fixture(scope="session")
+def compare_quickly() -> Callable[[dict], Comparison]:
+    return _compare
+
+
+@pytest.fixture(scope="session")
+def context(arms: dict) -> ReportContext:
+    return ReportContext(
+        study=f"demo {HOSTILE_NAME}",
+        facts=(("Hook", "blocks.26.hook_resid_pre"), ("Model", HOSTILE_NAME)),
+        arms=arms,
+        examples=synthetic_examples(n_features=120),
+        prompts=PROMPTS,
+        doses=_dose_search(),
+        config=f"study: demo  # {HOSTILE_NAME}\n",
+        provenance={"versions": {"torch": "2.13"}, "seed": 0},
+        domain="medical",
+    )
+
+
+@pytest.fixture(scope="session")
+def figures(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
+    return draw_figures(comparison, context)
+
+
+@pytest.fixture(scope="session")
+def page(comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...]) -> str:
+    return render_report(comparison, context=context, figures=figures)

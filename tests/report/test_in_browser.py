@@ -1,0 +1,84 @@
+"""The report in a real browser: nothing runs, nothing loads, nothing sticks out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def at_width(browser: Any, page: str, tmp_path: Path) -> Any:
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+
+    def open_page(width: int, **options: Any) -> tuple[Any, list[str]]:
+        tab = browser.new_context(viewport={"width": width, "height": 900}, **options).new_page()
+        tab.set_default_timeout(120_000)
+        messages: list[str] = []
+        tab.on("console", lambda message: messages.append(message.text))
+        tab.on("pageerror", lambda error: messages.append(str(error)))
+        tab.on(
+            "request",
+            lambda request: None if request.url.startswith(("file:", "data:")) else messages.append(request.url),
+        )
+        tab.goto(file.as_uri())
+        return tab, messages
+
+    return open_page
+
+
+def test_nothing_hostile_runs_and_nothing_is_loaded(at_width: Any) -> None:
+    tab, messages = at_width(1280)
+    assert tab.evaluate("[typeof window.__pwned, document.scripts.length]") == ["undefined", 1]
+    assert messages == []
+
+
+def test_a_phone_needs_no_sideways_scrolling(at_width: Any) -> None:
+    tab, _ = at_width(360)
+    tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_search_filter_and_sort(at_width: Any, arms: dict) -> None:
+    tab, _ = at_width(1280)
+    shown = "[...document.querySelectorAll('.feature')].filter(f => f.checkVisibility()).length"
+    total = sum(len(arm.domain) for arm in arms.values())
+    assert tab.evaluate(shown) == total
+    tab.select_option("#arm", "2")
+    assert tab.evaluate(shown) == len(arms["treatment"].domain)
+    tab.select_option("#state", "passed")
+    assert tab.evaluate(shown) == int(arms["treatment"].effects["passed"].sum())
+    tab.fill("#find", "no-such-token")
+    assert tab.evaluate(shown) == 0
+    assert tab.inner_text("#shown-count") == f"0 of {total} listed features"
+    tab.select_option("#sort", "coherence")
+    keys = tab.evaluate(
+        "[...document.querySelectorAll('[data-list=\"1\"] .feature')].map(f => f.dataset.coherence).filter(Boolean).map(Number)"
+    )
+    assert keys == sorted(keys, reverse=True)
+    assert len(keys) > 2
+
+
+def test_it_can_be_read_without_its_script(at_width: Any) -> None:
+    tab, _ = at_width(1280, java_script_enabled=False)
+    assert not tab.is_visible("#tools")
+    tab.click(".feature summary >> nth=0")
+    assert tab.is_visible(".feature .numbers >> nth=0")

@@ -1,0 +1,36 @@
+"""Activations made of known features, as a harvest would leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saeffect.activations.shards import ActivationStore, save_shard, shard_name
+from saeffect.provenance import write_json
+
+D_IN, N_TRUE, K_TRUE = 16, 24, 2
+
+
+def true_features() -> Tensor:
+    """Unit vectors, float32 `[N_TRUE, D_IN]`."""
+    x = torch.randn(N_TRUE, D_IN, generator=torch.Generator().manual_seed(0))
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def planted(n_tokens: int, seed: int) -> Tensor:
+    """Each token is a sum of `K_TRUE` features of size 4 to 8, plus the same offset everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.rand(n_tokens, N_TRUE, generator=generator).topk(K_TRUE, dim=1).indices
+    size = 4 + 4 * torch.rand(n_tokens, K_TRUE, generator=generator)
+    acts = torch.zeros(n_tokens, N_TRUE).scatter_(1, which, size)
+    return acts @ true_features() + 0.5
+
+
+def planted_store(folder: Path, n_tokens: int, *, seed: int = 1, n_shards: int = 4) -> ActivationStore:
+    """A harvest of planted tokens."""
+    write_json(folder / "harvest.json", {"made_by": {"text": f"planted {n_tokens} {seed}"}})
+    for i, part in enumerate(planted(n_tokens, seed).chunk(n_shards)):
+        save_shard(folder / shard_name(i), {"activations": part.clone()})
+    return ActivationStore.open(folder)

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saeffect.errors import BadFile, IncompatibleSae, NotFound, UnknownName
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.saelens_format import ARCHITECTURES, load_sae, read_sae_config, save_sae
+
+D_IN, D_SAE = 6, 20
+X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))
+
+
+def _filled(module: Any) -> Any:
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in sorted(module.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=generator).abs_() if name == "threshold" else p)
+            if name != "threshold":
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A TopK SAE that a test may break."""
+    sae = _filled(ARCHITECTURES["topk"](SaeConfig("topk", D_IN, D_SAE, k=3)))
+    return save_sae(sae, tmp_path / "sae")
+
+
+def _change(folder: Path, **values: Any) -> None:
+    raw = json.loads((folder / "cfg.json").read_text()) | values
+    raw = {key: value for key, value in raw.items() if value != "delete"}
+    (folder / "cfg.json").write_text(json.dumps(raw))
+
+
+def _write_legacy(folder: Path, **cfg: Any) -> None:
+    sae = _filled(ARCHITECTURES["standard"](SaeConfig("standard", D_IN, D_SAE)))
+    save_sae(sae, folder)
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D_IN, "d_sae": D_SAE, **cfg}))
+
+
+OPTIONS = [
+    ("topk", {}),
+    ("topk", {"rescale_acts_by_decoder_norm": True}),
+    ("standard", {}),
+    ("standard", {"apply_b_dec_to_input": False}),
+    ("standard", {"normalize_activations": "layer_norm"}),
+    ("jumprelu", {}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), OPTIONS)
+def test_saelens_opens_ours(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
+    from sae_lens import SAE
+
+    cfg = SaeConfig(
+        architecture,
+        D_IN,
+        D_SAE,
+        k=3 if architecture == "topk" else None,
+        metadata={"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_pre", "held_out": {"l0": 3.0}},
+        **options,
+    )
+    ours = _filled(ARCHITECTURES[architecture](cfg))
+    save_sae(ours, tmp_path)
+    theirs = SAE.load_from_disk(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(X), ours.encode(X))
+        torch.testing.assert_close(theirs(X), ours(X))
+    assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+
+
+@pytest.mark.parametrize(("architecture", "options"), OPTIONS)
+def test_we_open_saelens(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
+    import sae_lens
+
+    names = {"topk": "TopKSAE", "standard": "StandardSAE", "jumprelu": "JumpReLUSAE"}
+    k = {"k": 3} if architecture == "topk" else {}
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.1.hook_resid_pre")
+    cfg_class = getattr(sae_lens, names[architecture] + "Config")
+    theirs = _filled(
+        getattr(sae_lens, names[architecture])(cfg_class(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **k, **options))
+    )
+    theirs.save_model(tmp_path)
+    ours = load_sae(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(X), theirs.encode(X))
+        torch.testing.assert_close(ours(X), theirs(X))
+    assert ours.cfg.hook_name == "blocks.1.hook_resid_pre"
+    assert ours.cfg.architecture == architecture
+
+
+@pytest.mark.parametrize("hook_key", ["hook_name", "hook_point"])
+def test_old_files_without_architecture(tmp_path: Path, hook_key: str) -> None:
+    _write_legacy(
+        tmp_path,
+        **{hook_key: "blocks.8.hook_resid_pre"},
+        model_name="gpt2-small",
+        activation_fn_str="relu",
+        normalize_activations=False,
+        dtype="torch.float32",
+    )
+    sae = load_sae(tmp_path)
+    assert sae.cfg.architecture == "standard"
+    assert sae.cfg.apply_b_dec_to_input
+    assert sae.cfg.hook_name == "blocks.8.hook_resid_pre"
+    assert sae.cfg.metadata["model_name"] == "gpt2-small"
+
+
+def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None:
+    from sae_lens import SAE
+
+    old = {
+        "hook_name": "blocks.1.hook_resid_pre",
+        "hook_layer": 1,
+        "model_name": "gpt2",
+        "architecture": "standard",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 2},
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "sae_lens_training_version": "4.0.0",
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    _write_legacy(tmp_path, **old)
+    ours, theirs = load_sae(tmp_path), SAE.load_from_disk(tmp_path)
+    assert (ours.encode(X) > 0).sum(1).max() == 2
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(X), theirs.encode(X))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "part"),
+    [
+        ({"architecture": "gated"}, UnknownName, "valid: jumprelu, standard, topk"),
+        ({"architecture": None}, UnknownName, "there is no SAE architecture"),
+        ({"k": 21}, BadFile, "0 < k <= d_sae=20. Got 21."),
+        ({"k": 0}, BadFile, "Got 0."),
+        ({"k": "delete"}, BadFile, "Got None."),
+        ({"k": "3"}, BadFile, "Got '3'."),
+        ({"d_in": "delete"}, BadFile, "whole numbers d_in and d_sae"),
+        ({"d_sae": "20"}, BadFile, "whole numbers d_in and d_sae"),
+        ({"d_in": -6}, BadFile, "whole numbers d_in and d_sae"),
+        ({"d_in": 7}, IncompatibleSae, "cfg.json asks for"),
+        ({"d_sae": 19}, IncompatibleSae, "cfg.json asks for"),
+        ({"normalize_activations": "constant_norm_rescale"}, IncompatibleSae, "constant_norm_rescale"),
+        ({"reshape_activations": "hook_z"}, IncompatibleSae, "hook_z"),
+        ({"metadata": "hook"}, BadFile, "metadata"),
+    ],
+)
+def test_bad_configurations(
+    folder: Path, complains: Callable[..., Any], values: dict[str, Any], kind: Any, part: str
+) -> None:
+    _change(folder, **values)
+    with complains(kind, part, at="arms.a.sae"):
+        load_sae(folder, at="arms.a.sae")
+
+
+def test_missing_files(tmp_path: Path, folder: Path, complains: Callable[..., Any]) -> None:
+    with complains(NotFound, "there is no folder", at=str(tmp_path / "none")):
+        load_sae(tmp_path / "none")
+    with complains(NotFound, "holds no cfg.json"):
+        load_sae(tmp_path)
+    (folder / "sae_weights.safetensors").unlink()
+    torch.save({}, folder / "sae_weights.pt")
+    with complains(NotFound, "no sae_weights.safetensors", "pickled SAEs (.pt) are never loaded"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b'"sae"', b"\xff\xfe"])
+def test_a_cfg_that_is_none(folder: Path, complains: Callable[..., Any], content: bytes) -> None:
+    (folder / "cfg.json").write_bytes(content)
+    with complains(BadFile):
+        read_sae_config(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -8])
+def test_truncated_weights(folder: Path, complains: Callable[..., Any], keep: int) -> None:
+    path = folder / "sae_weights.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with complains(BadFile, "sae_weights.safetensors cannot be read", at=str(folder)):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_missing_and_broken_tensors(folder: Path, complains: Callable[..., Any], name: str) -> None:
+    path = folder / "sae_weights.safetensors"
+    tensors = load_file(path)
+    for bad in (float("nan"), float("-inf")):
+        broken = {key: t.clone() for key, t in tensors.items()}
+        broken[name].view(-1)[1] = bad
+        save_file(broken, path)
+        with complains(BadFile, f"{name} holds NaN or infinite values", at=str(folder)):
+            load_sae(folder)
+    save_file({key: t for key, t in tensors.items() if key != name}, path)
+    with complains(BadFile, f"has no {name}; it has:", at=str(folder)):
+        load_sae(folder)
+    save_file(tensors | {name: tensors[name][..., None].contiguous()}, path)
+    with complains(IncompatibleSae, f"{name} has shape", at=str(folder)):
+        load_sae(folder)

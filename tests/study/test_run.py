@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saeffect.provenance import read_json
+from saeffect.study.run import run_study
+from saeffect.study.study import Study
+from tiny_study import make_study
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("study")
+    path = make_study(folder)
+    run_study(Study.open(path), folder / "run")
+    return path, folder / "run"
+
+
+def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path]) -> None:
+    run = finished[1]
+    names = set(tree(run))
+    for arm in ("control", "treatment", "placebo"):
+        for file in (
+            "features",
+            "examples",
+            "coherence",
+            "selection",
+            "interventions",
+            "direct_effects",
+            "effects",
+        ):
+            assert f"arms/{arm}/{file}.parquet" in names
+    assert {"study.yaml", "manifest.json", "report.html", "comparison/answer.json"} <= names
+    assert {"tables/table1.csv", "tables/table1.json", "tables/table2.csv"} <= names
+    assert any(n.startswith("figures/") and n.endswith(".svg") for n in names)
+    assert any(n.startswith("figures/") and n.endswith(".png") for n in names)
+    assert not any("partial" in n or n.split("/")[-1].startswith(".") for n in names)
+
+
+def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
+    path, run = finished
+    before = tree(run)
+    lines: list[str] = []
+    run_study(Study.open(path), run, say=lines.append)
+    stages = [line for line in lines if line.startswith("  ")]
+    assert len(stages) == 16
+    assert all(line.endswith("skipped") for line in stages)
+    assert tree(run) == before
+
+
+def test_the_same_seed_gives_the_same_numbers_in_another_folder(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    path, run = finished
+    run_study(Study.open(path), tmp_path / "again")
+    first, second = tree(run), tree(tmp_path / "again")
+    del first["manifest.json"], second["manifest.json"]  # holds how long each stage took
+    assert first == second
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    path, run = finished
+
+    class Killed(BaseException):
+        pass
+
+    def killer(when: str):
+        def say(line: str) -> None:
+            if line.startswith(when):
+                raise Killed
+
+        return say
+
+    for when in ("progress features treatment", "progress dose", "progress steer treatment", "  compare"):
+        with pytest.raises(Killed):
+            run_study(Study.open(path), tmp_path / "run", say=killer(when))
+    run_study(Study.open(path), tmp_path / "run")
+    first, second = tree(run), tree(tmp_path / "run")
+    del first["manifest.json"], second["manifest.json"]
+    assert first == second
+
+
+def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    path = make_study(tmp_path)
+    run_study(Study.open(path), tmp_path / "run")
+    path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
+    lines: list[str] = []
+    run_study(Study.open(path), tmp_path / "run", say=lines.append)
+    skipped = {line.strip().split(":")[0] for line in lines if line.endswith("skipped")}
+    assert {"gate control", "features control", "coherence control"} <= skipped
+    assert not {"select", "dose search", "compare", "report"} & skipped
+
+
+def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    path, run = finished
+    table = run / "arms" / "control" / "coherence.parquet"
+    good = table.read_bytes()
+    table.write_bytes(good[:100])
+    lines: list[str] = []
+    run_study(Study.open(path), run, say=lines.append)
+    assert table.read_bytes() == good
+    assert sum(not line.endswith("skipped") for line in lines if line.startswith("  ")) == 1
+
+
+def test_features_table_has_the_columns_of_the_design(finished: tuple[Path, Path]) -> None:
+    features = pd.read_parquet(finished[1] / "arms" / "control" / "features.parquet")
+    assert {
+        "feature",
+        "top_tokens",
+        "top_weights",
+        "decoder_norm",
+        "density",
+        "mean_activation",
+        "max_activation",
+    } <= set(features.columns)
+    assert {"projection_mean", "projection_std", "projection_skewness", "projection_kurtosis"} <= set(features.columns)
+    assert features["top_tokens"].map(len).eq(10).all()
+    assert not features["top_tokens"].explode().eq("<|endoftext|>").any()
+
+
+def test_manifest_says_what_made_the_run(finished: tuple[Path, Path]) -> None:
+    manifest = read_json(finished[1] / "manifest.json")
+    assert manifest["seed"] == 0
+    assert {"torch", "saeffect", "python"} <= set(manifest["versions"])
+    assert set(manifest["arms"]) == {"control", "treatment", "placebo"}
+    assert all(len(stage["fingerprint"]) == 64 for stage in manifest["stages"].values())

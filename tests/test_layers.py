@@ -1,0 +1,179 @@
+"""The house: imports go down, files and functions stay small, importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "src" / "saeffect"
+TESTS = Path(__file__).parent
+
+# From the ground up, as DESIGN.md draws it. Neighbours on one floor may see each other.
+FLOORS = (
+    ("errors", "config", "provenance"),
+    ("stats",),
+    ("models", "text"),
+    ("activations",),
+    ("sae",),
+    ("features",),
+    ("steering", "comparison", "review"),
+    ("study",),
+    ("report",),
+    ("cli", "web"),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+ABOVE_ALL = {"__init__", "__main__"}
+NO_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
+
+MODULES = sorted(p for p in ROOT.rglob("*.py") if "bundled" not in p.relative_to(ROOT).parts)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, part of saeffect that is imported), wherever in the file the import stands."""
+    package = ["saeffect", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(_tree(path)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*up, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "saeffect" and len(parts) > 1:
+                yield node.lineno, parts[1]
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_the_modules_were_found() -> None:
+    assert len(MODULES) > 50
+
+
+def test_every_part_has_a_floor() -> None:
+    parts = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in MODULES}
+    assert parts - ABOVE_ALL <= set(FLOOR)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_only_go_down(path: Path) -> None:
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if part in ABOVE_ALL:
+        return
+    for line, imported in _imports(path):
+        # A name of the package itself (its version, say) would import every floor.
+        assert imported in FLOOR, f"{_name(path)}:{line} imports saeffect.{imported}"
+        assert FLOOR[imported] <= FLOOR[part], f"{_name(path)}:{line} imports saeffect.{imported}, from above"
+
+
+def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "stats" / "a.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import saeffect.cli.app\nfrom ..sae import base\nfrom .. import report\n"
+        "def f():\n    from saeffect import web\n    from . import near\n    import torch\n"
+    )
+    assert [part for _, part in _imports(file)] == ["cli", "sae", "report", "web", "stats"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_sizes(path: Path) -> None:
+    length = len(path.read_text(encoding="utf-8").splitlines())
+    assert length <= 400, f"{_name(path)} has {length} lines"
+    for function in _functions(path):
+        assert function.end_lineno is not None
+        lines = function.end_lineno - function.lineno + 1 - _docstring_lines(function)
+        assert lines <= 60, f"{_name(path)}: {function.name} has {lines} lines without its docstring"
+        a = function.args
+        names = [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)]
+        count = len([n for n in names if n not in ("self", "cls")]) + bool(a.vararg) + bool(a.kwarg)
+        assert count <= 8 or _is_command(function), f"{_name(path)}: {function.name} has {count} parameters"
+
+
+def _docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    if ast.get_docstring(function) is None or first.end_lineno is None:
+        return 0
+    return first.end_lineno - first.lineno + 1
+
+
+def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """A command's parameters are its options, which typer wants one by one."""
+    return any("command" in ast.unparse(d) or "callback" in ast.unparse(d) for d in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_names_say_what_is_inside(path: Path) -> None:
+    assert NO_NAMES.isdisjoint(part.removesuffix(".py").strip("_") for part in path.relative_to(ROOT).parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_each_module_says_what_it_is_for_and_what_is_public(path: Path) -> None:
+    tree = _tree(path)
+    if path.name in ("__init__.py", "__main__.py") and not tree.body:
+        return
+    assert ast.get_docstring(tree), f"{_name(path)} has no docstring"
+    public = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+    listed = _listed(tree)
+    if path.name != "__main__.py" and public:
+        assert listed is not None, f"{_name(path)} has no __all__"
+        assert public <= set(listed), f"{_name(path)}: {sorted(public - set(listed))} are not in __all__"
+
+
+def _listed(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return [e.value for e in ast.walk(node.value) if isinstance(e, ast.Constant)]
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_nothing_unpickles_or_runs_a_models_code_by_default(path: Path) -> None:
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {a.name for a in node.names} | {getattr(node, "module", None)}
+            assert names.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"}), _name(path)
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("torch.load", "eval", "exec"), f"{_name(path)}:{node.lineno}"
+            for keyword in node.keywords:
+                trusted = keyword.arg in ("trust_remote_code", "allow_pickle")
+                assert not (trusted and ast.unparse(keyword.value) == "True"), f"{_name(path)}:{node.lineno}"
+
+
+def test_tests_mirror_the_source() -> None:
+    """Each test folder is a package's, so a module's tests are where one looks for them."""
+    folders = {p.name for p in TESTS.iterdir() if p.is_dir() and list(p.glob("test_*.py"))}
+    assert folders <= set(FLOOR) | {"scripts", "bundled"}
+
+
+def test_importing_does_nothing() -> None:
+    code = "import sys, saeffect; print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONWARNINGS": "error"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
