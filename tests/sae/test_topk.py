@@ -69,7 +69,7 @@ def test_with_dead_features(dead: list[int], k: int) -> None:
     loss = _main_loss(sae) + 0.5 * auxiliary
     step = sae.accumulate_gradients(X, dead=index, k_auxiliary=k, auxiliary_weight=0.5)
     torch.testing.assert_close(_gradients(sae), _autograd(sae, loss), rtol=1e-4, atol=1e-5)
-    assert step.auxiliary == pytest.approx(float(auxiliary / size), rel=1e-5)
+    assert step.auxiliary == pytest.approx((auxiliary / size).item(), rel=1e-5)
 
 
 def test_pre_activations_below_zero_take_no_part() -> None:

@@ -58,6 +58,7 @@ def run_study(
     run = RunFolder(out, study)
     config = study.config
     steering = config.steering
+    _open_new_arms(run, stages, say)
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
@@ -92,3 +93,13 @@ def run_study(
     if "report" in stages:
         run.stage("report", report_inputs(run), run_reporting(run), say, redo=redo)
     return run
+
+
+def _open_new_arms(run: RunFolder, stages: Sequence[str], say: Say) -> None:
+    """Load the arms that are to be measured once before anything is written: broken weights show only then."""
+    study = run.study
+    if "gate" in stages:
+        # The control last: it is needed first, and the latest model stays in memory.
+        for arm in reversed(study.ordered_arms()):
+            if not run.is_done(f"gate {arm}", gate_inputs(study, arm)):
+                study.open_arm(arm, say)

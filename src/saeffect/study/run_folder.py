@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.provenance import atomic_path, fingerprint, hash_file, read_json, versions, write_json
 from saeffect.study.study import Study
 
-__all__ = ["RunFolder", "StageNote"]
-
-
-@dataclass(frozen=True)
-class StageNote:
-    """What a finished stage left.
-
-    Attributes:
-        fingerprint: Hash of what its numbers depend on.
-        outputs: SHA-256 of each file, by path relative to the run directory.
-    """
-
-    fingerprint: str
-    outputs: dict[str, str]
+__all__ = ["RunFolder"]
 
 
 class RunFolder:
@@ -121,7 +107,7 @@ class RunFolder:
             Whether work was done.
         """
         wanted = fingerprint(inputs)
-        if not redo and self._is_done(key, wanted):
+        if not redo and self.is_done(key, inputs):
             say(f"  {key}: finished before, skipped")
             return False
         started = time.monotonic()
@@ -131,6 +117,14 @@ class RunFolder:
         self._save()
         say(f"  {key}: {seconds:.1f} s")
         return True
+
+    def is_done(self, key: str, inputs: Any) -> bool:
+        """Whether a stage was finished with these inputs, and its files are whole."""
+        note = self._manifest["stages"].get(key)
+        if not note or note["fingerprint"] != fingerprint(inputs):
+            return False
+        files = ((self.folder / name, digest) for name, digest in note["outputs"].items())
+        return all(path.is_file() and hash_file(path) == digest for path, digest in files)
 
     def provenance(self) -> dict[str, Any]:
         """Versions, seed and input hashes: what made the numbers."""
@@ -146,13 +140,6 @@ class RunFolder:
         """The resolved configuration. Bundled names stay names."""
         plain = self.study.config.model_dump(mode="json")
         return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
-
-    def _is_done(self, key: str, wanted: str) -> bool:
-        note = self._manifest["stages"].get(key)
-        if not note or note["fingerprint"] != wanted:
-            return False
-        files = ((self.folder / name, digest) for name, digest in note["outputs"].items())
-        return all(path.is_file() and hash_file(path) == digest for path, digest in files)
 
     def _save(self) -> None:
         self._manifest |= {"study": self.study.config.name} | self.provenance()

@@ -205,8 +205,11 @@ class Study:
         if text.bundled is not None:
             content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
         else:
-            content = [hash_folder(s.path) if Path(s.path).is_file() else s.path for s in text.sources]
-        return fingerprint([text.model_dump(mode="json"), content])
+            # A file counts by its content, so that a study may move to another folder.
+            content = [
+                (s.name, s.field, hash_folder(s.path) if Path(s.path).is_file() else s.path) for s in text.sources
+            ]
+        return fingerprint([text.tokens, text.context_size, content])
 
     def _arm(self, name: str) -> ArmConfig:
         if name not in self.config.arms:
