@@ -9,7 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison, compare
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
-from synthetic_study import synthetic_arms, synthetic_examples
+from synthetic_study import HOSTILE, synthetic_arms, synthetic_examples
 
 PROMPTS = ("What topic is on your mind?", "Tell me something.", "I think that")
 HOSTILE_NAME = "</title><script>window.__pwned = 1</script>"
@@ -34,7 +34,12 @@ def _dose_search() -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def arms() -> dict:
-    return synthetic_arms(n_features=120, max_tested=10)
+    """Three arms; the first domain features of control and treatment promote every hostile token."""
+    arms = synthetic_arms(n_features=120, max_tested=10)
+    for name, tokens in (("control", HOSTILE[:10]), ("treatment", HOSTILE[-10:])):
+        features = arms[name].features
+        features.at[int(arms[name].domain[0]), "top_tokens"] = list(tokens)
+    return arms
 
 
 @pytest.fixture(scope="session")

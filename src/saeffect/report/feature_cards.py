@@ -11,14 +11,15 @@ import pandas as pd
 
 from saeffect.comparison import ArmTables
 from saeffect.report.context import ReportContext
-from saeffect.report.numerals import amount, count, fixed, interval, is_defined, p_value, signed, undefined
+from saeffect.report.feature_numbers import card_numbers, is_true
+from saeffect.report.numerals import count, fixed, interval, is_defined, signed
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.report.trials import Trial, representative_trials
 from saeffect.text.tokens import printable_token
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
-_NUMBERS_ON_SCALE = 100.0  # the interval marks are drawn 100 units wide
+_WIDTH, _EDGE = 100.0, 4.0  # of an interval mark, and what is kept free at its ends for the dot
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,8 @@ def _joined(arm: ArmTables) -> pd.DataFrame:
         if table is None or table.empty:
             continue
         fresh = [column for column in table.columns if column == "feature" or column not in rows.columns]
-        extra = table[fresh]
-        if "reason" in table.columns and table is not arm.coherence:
-            extra = extra.assign(effect_reason=table["reason"])
-        rows = rows.merge(extra.rename(columns={"reason": "coherence_reason"}), on="feature", how="left")
+        source = "effect" if table is arm.effects else "coherence"
+        rows = rows.merge(table[fresh].rename(columns={"reason": f"{source}_reason"}), on="feature", how="left")
     if "effect" not in rows.columns:
         rows["effect"] = np.nan
     rows["effect"] = pd.to_numeric(rows["effect"], errors="coerce")
@@ -140,14 +139,16 @@ def _common_scale(arms: Sequence[ArmTables]) -> tuple[float, float]:
 
 
 def _mark(row: Mapping[Any, Any], scale: tuple[float, float]) -> IntervalMark | None:
-    low, high = scale
-    ends = [row.get(name) for name in ("effect_low", "effect_high", "effect")]
-    if high <= low or not is_defined(ends[2]):
+    least, most = scale
+    effect = row.get("effect")
+    if most <= least or not is_defined(effect):
         return None
-    at = [round(4 + (_NUMBERS_ON_SCALE - 8) * (float(x) - low) / (high - low), 1) if is_defined(x) else None
-          for x in (*ends, 0.0)]  # fmt: skip
-    middle, zero = at[2] or 0.0, at[3] or 0.0
-    return IntervalMark(middle if at[0] is None else at[0], middle if at[1] is None else at[1], middle, zero)
+
+    def place(value: object) -> float:
+        shown = value if is_defined(value) else effect
+        return round(_EDGE + (_WIDTH - 2 * _EDGE) * (float(shown) - least) / (most - least), 1)
+
+    return IntervalMark(place(row.get("effect_low")), place(row.get("effect_high")), place(effect), place(0.0))
 
 
 def _card(
@@ -163,7 +164,7 @@ def _card(
     top = chips(list(row["top_tokens"]), list(row["top_weights"]), matched)
     effect, low, high = (row.get(name) for name in ("effect", "effect_low", "effect_high"))
     tested = is_defined(row.get("p"))
-    state = ("passed" if _is_true(row.get("passed")) else "not passed") if tested else "not tested"
+    state = ("passed" if is_true(row.get("passed")) else "not passed") if tested else "not tested"
     label = str(row.get("label") or "")
     return FeatureCard(
         arm=arm.name,
@@ -178,81 +179,16 @@ def _card(
         coherence=fixed(row["coherence"], 2) if is_defined(row["coherence"]) else "",
         matches=count(row["matches"]),
         keys=_sort_keys(row),
-        numbers=_numbers(row, tested),
+        numbers=card_numbers(row),
         contexts=_contexts(examples, context.max_contexts),
         trials=representative_trials(trials, context.prompts, list(row["top_tokens"])),
         find=" ".join([str(int(row["feature"])), label, *(chip.text for chip in top)]).lower(),
     )
 
 
-def _is_true(value: object) -> bool:
-    return isinstance(value, bool | np.bool_) and bool(value)
-
-
 def _sort_keys(row: Mapping[Any, Any]) -> dict[str, str]:
     names = ("effect", "coherence", "matches", "density", "q")
     return {name: f"{float(row[name]):.6g}" if is_defined(row.get(name)) else "" for name in names}
-
-
-def _numbers(row: Mapping[Any, Any], tested: bool) -> tuple[tuple[str, str], ...]:
-    """Label-value pairs of a card, in reading order; what is missing says why."""
-
-    def text(name: str, unit: str = "") -> str:
-        return amount(row[name], unit) if is_defined(row.get(name)) else undefined("not measured")
-
-    pairs: list[tuple[str, str]] = []
-    if tested:
-        ends = [row.get(name) for name in ("effect_low", "effect_high")]
-        pairs.append(("Effect: steered − placebo", f"{signed(row['effect'])} {interval(*ends)}"
-                      if all(map(is_defined, ends)) else signed(row["effect"])))  # fmt: skip
-        pairs.append(
-            (
-                "p, q",
-                f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row.get("q")) else p_value(row["p"]),
-            )
-        )
-        means = [fixed(row[name]) if is_defined(row.get(name)) else "?"
-                 for name in ("unsteered_mean", "steered_mean", "placebo_mean")]  # fmt: skip
-        pairs.append(("Similarity: unsteered, steered, placebo", ", ".join(means)))
-        pairs.append(("Pairs of texts", text("n_pairs", "count")))
-        pairs.append(("Paper's rule", "pass" if _is_true(row.get("paper_pass")) else "no pass"))
-        direct = f"{text('direct_effect')} (placebo {text('direct_placebo')})"
-        pairs.append(("Direct effect, nats", direct if is_defined(row.get("direct_effect")) else text("direct_effect")))
-        pairs.append(("KL, nats", text("kl")))
-    else:
-        reason = str(row.get("effect_reason") or "") if row.get("effect_reason") == row.get("effect_reason") else ""
-        pairs.append(("Effect", undefined(reason or "this feature was not tested")))
-    known = f" ({count(row['n_known'])} known words)" if is_defined(row.get("n_known")) else ""
-    why = str(row.get("coherence_reason") or "no reason was recorded")
-    pairs.append(("Coherence", fixed(row["coherence"]) + known if is_defined(row["coherence"]) else undefined(why)))
-    pairs.append(
-        (
-            "Words in the vocabulary: dot, cosine",
-            f"{text('matches_dot', 'count')}, {text('matches_cosine', 'count')}",
-        )
-    )
-    if is_defined(row.get("n_yes")) and (row["n_yes"] or row["n_no"] or row["n_unsure"]):
-        pairs.append(
-            (
-                "Verdicts",
-                f"{count(row['n_yes'])} yes, {count(row['n_no'])} no, {count(row['n_unsure'])} unsure",
-            )
-        )
-    pairs.append(("Density", _density(row)))
-    if is_defined(row.get("mean_activation")):
-        pairs.append(("Activation: mean, max", f"{text('mean_activation')}, {text('max_activation')}"))
-    else:
-        pairs.append(("Activation", undefined("it never fired on the text")))
-    return tuple(pairs)
-
-
-def _density(row: Mapping[Any, Any]) -> str:
-    def share(name: str) -> str:
-        return f"{100 * float(row[name]):.3g} %" if is_defined(row.get(name)) else "?"
-
-    by_source = [row.get("density_domain"), row.get("density_general")]
-    split = f" (domain text {share('density_domain')}, general {share('density_general')})"
-    return share("density") + (split if all(map(is_defined, by_source)) else "")
 
 
 def _contexts(table: pd.DataFrame | None, limit: int) -> tuple[Context, ...]:

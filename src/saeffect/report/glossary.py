@@ -10,6 +10,102 @@ from saeffect.report.context import ReportContext
 __all__ = ["Explainer", "Term", "terms"]
 
 
+_MEANINGS: Mapping[str, tuple[str, str]] = {
+    "feature": ("feature", "one unit of a sparse autoencoder (SAE), a direction inside the model."),
+    "top_tokens": (
+        "top tokens",
+        "the {k} vocabulary tokens whose output the feature raises most; the number beside a token is its weight.",
+    ),
+    "domain_feature": (
+        "domain feature",
+        "a feature with at least {least} of its {k} top tokens in the {domain} vocabulary, "
+        "unless people's verdicts say no.",
+    ),
+    "interval": (
+        "95 % interval",
+        "in square brackets; the range of true values that the data are compatible with. A narrow one means sure.",
+    ),
+    "placebo_arm": (
+        "placebo arm",
+        "the control model with an SAE trained from another seed. It was not fine-tuned, so what it shows "
+        "against control is SAE noise.",
+    ),
+    "sae_noise": ("SAE noise", "what changes merely because an SAE is trained again."),
+    "verdict": (
+        "reading",
+        "“more than SAE noise” needs three things: the interval of treatment − control excludes zero, that of "
+        "treatment − placebo does so on the same side, and the change is larger than the placebo's.",
+    ),
+    "pp": ("pp", "percentage points: the plain difference of two percentages."),
+    "similarity": (
+        "similarity",
+        "cosine between the meaning of a generated text and that of the feature's top tokens; 1 is the same.",
+    ),
+    "effect": (
+        "effect",
+        "similarity of steered texts minus that of texts steered as hard along a random direction "
+        "(the placebo direction), same prompts and same sampling noise.",
+    ),
+    "pass": (
+        "pass",
+        "the effect is above zero with q ≤ {alpha:g} (one-sided sign-flip test over prompts and samples).",
+    ),
+    "paper_rule": (
+        "paper's rule",
+        "one steered sample scores above one unsteered sample; half of all features pass it by luck.",
+    ),
+    "p": ("p", "how often chance alone would give a difference at least as large."),
+    "q": (
+        "q",
+        "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ 0.05 about 5 % are false.",
+    ),
+    "coherence": (
+        "coherence",
+        "weighted mean cosine between the word vectors of a feature's top tokens; 1 when all mean the same. "
+        "Undefined, never 0, where fewer than two are known words.",
+    ),
+    "normalised": (
+        "normalised difference",
+        "difference of the means divided by the mean of the two ranges, as in the paper.",
+    ),
+    "cliffs_delta": (
+        "Cliff's delta",
+        "how often a feature of one arm exceeds one of the other, minus the reverse; 0: none, ±1: complete.",
+    ),
+    "coverage": ("coverage", "share of top tokens that the word vectors know."),
+    "density": ("density", "share of tokens on which the feature fires."),
+    "activation": (
+        "activation",
+        "how strongly the feature fires on a token, in units of the SAE's input.",
+    ),
+    "direct_effect": (
+        "direct effect",
+        "change of the top tokens' log-probability at the next position; needs no sampling (nats).",
+    ),
+    "kl": ("KL", "how far steering moved the whole next-token distribution (nats); 0 is not at all."),
+    "dose": ("dose", "length of the added vector, in multiples of the mean residual norm at the hook."),
+    "dose_score": (
+        "score",
+        "gain × fluency, averaged over texts; it is highest where steering works and the text still reads well.",
+    ),
+    "explained_variance": (
+        "explained variance",
+        "share of the activations' variance that the SAE reproduces on held-out text; 1: all.",
+    ),
+    "ce_loss_score": (
+        "CE loss score",
+        "share of the model's predictive power that is left when the SAE's output replaces its input; 1: all.",
+    ),
+    "l0": ("L0", "mean number of features that fire on a token."),
+    "dead": ("dead features", "features that never fired on the held-out text."),
+    "dot_cosine": (
+        "dot, cosine",
+        "two scales of a token's weight. Dot product is the paper's; cosine divides by the token's norm, so "
+        "that rare tokens with long vectors do not crowd every list.",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Term:
     """A term and what it means."""
@@ -20,102 +116,13 @@ class Term:
 
 def terms(context: ReportContext) -> Mapping[str, Term]:
     """Every term of the report, by key, with the study's own settings filled in."""
-    k, least, alpha = context.top_k, context.min_matches, context.alpha
-    entries = {
-        "feature": ("feature", "one unit of a sparse autoencoder (SAE), a direction inside the model."),
-        "top_tokens": (
-            "top tokens",
-            f"the {k} vocabulary tokens whose output the feature raises most; the number beside a token is its weight.",
-        ),
-        "domain_feature": (
-            "domain feature",
-            f"a feature with at least {least} of its {k} top tokens in the {context.domain} vocabulary, "
-            "unless people's verdicts say no.",
-        ),
-        "interval": (
-            "95 % interval",
-            "in square brackets; the range of true values that the data are compatible with. A narrow one means sure.",
-        ),
-        "placebo_arm": (
-            "placebo arm",
-            "the control model with an SAE trained from another seed. It was not fine-tuned, so what it shows "
-            "against control is SAE noise.",
-        ),
-        "sae_noise": ("SAE noise", "what changes merely because an SAE is trained again."),
-        "verdict": (
-            "reading",
-            "“more than SAE noise” needs three things: the interval of treatment − control excludes zero, that of "
-            "treatment − placebo does so on the same side, and the change is larger than the placebo's.",
-        ),
-        "pp": ("pp", "percentage points: the plain difference of two percentages."),
-        "similarity": (
-            "similarity",
-            "cosine between the meaning of a generated text and that of the feature's top tokens; 1 is the same.",
-        ),
-        "effect": (
-            "effect",
-            "similarity of steered texts minus that of texts steered as hard along a random direction "
-            "(the placebo direction), same prompts and same sampling noise.",
-        ),
-        "pass": (
-            "pass",
-            f"the effect is above zero with q ≤ {alpha:g} (one-sided sign-flip test over prompts and samples).",
-        ),
-        "paper_rule": (
-            "paper's rule",
-            "one steered sample scores above one unsteered sample; half of all features pass it by luck.",
-        ),
-        "p": ("p", "how often chance alone would give a difference at least as large."),
-        "q": (
-            "q",
-            "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ 0.05 about 5 % are false.",
-        ),
-        "coherence": (
-            "coherence",
-            "weighted mean cosine between the word vectors of a feature's top tokens; 1 when all mean the same. "
-            "Undefined, never 0, where fewer than two are known words.",
-        ),
-        "normalised": (
-            "normalised difference",
-            "difference of the means divided by the mean of the two ranges, as in the paper.",
-        ),
-        "cliffs_delta": (
-            "Cliff's delta",
-            "how often a feature of one arm exceeds one of the other, minus the reverse; 0: none, ±1: complete.",
-        ),
-        "coverage": ("coverage", "share of top tokens that the word vectors know."),
-        "density": ("density", "share of tokens on which the feature fires."),
-        "activation": (
-            "activation",
-            "how strongly the feature fires on a token, in units of the SAE's input.",
-        ),
-        "direct_effect": (
-            "direct effect",
-            "change of the top tokens' log-probability at the next position; needs no sampling (nats).",
-        ),
-        "kl": ("KL", "how far steering moved the whole next-token distribution (nats); 0 is not at all."),
-        "dose": ("dose", "length of the added vector, in multiples of the mean residual norm at the hook."),
-        "dose_score": (
-            "score",
-            "gain × fluency, averaged over texts; it is highest where steering works and the text still reads well.",
-        ),
-        "explained_variance": (
-            "explained variance",
-            "share of the activations' variance that the SAE reproduces on held-out text; 1: all.",
-        ),
-        "ce_loss_score": (
-            "CE loss score",
-            "share of the model's predictive power that survives when the SAE's output stands in for its input; 1: all.",
-        ),
-        "l0": ("L0", "mean number of features that fire on a token."),
-        "dead": ("dead features", "features that never fired on the held-out text."),
-        "dot_cosine": (
-            "dot, cosine",
-            "two scales of a token's weight. Dot product is the paper's; cosine divides by the token's norm, so "
-            "that rare tokens with long vectors do not crowd every list.",
-        ),
+    settings = {
+        "k": context.top_k,
+        "least": context.min_matches,
+        "alpha": context.alpha,
+        "domain": context.domain,
     }
-    return {key: Term(*entry) for key, entry in entries.items()}
+    return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in _MEANINGS.items()}
 
 
 @dataclass

@@ -21,7 +21,7 @@ from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.glossary import Explainer, Term, terms
 from saeffect.report.paper_tables import at_a_glance, contrast_table, paper_table_1, paper_table_2
-from saeffect.report.study_tables import design_table, dose_table, gate_table, same_in_every_arm
+from saeffect.report.study_tables import design_table, dose_table, field_label, gate_table, same_in_every_arm
 from saeffect.report.table_view import TableView
 
 __all__ = ["render_report", "write_report"]
@@ -156,7 +156,7 @@ def _design_summary(comparison: Comparison) -> str:
     table = comparison.design
     if "status" not in table.columns:
         return f"{int(table['differs'].sum())} properties differ between the arms."
-    flaws = [str(name).replace("_", " ") for name in table.loc[table["status"] == "flaw", "field"]]
+    flaws = [field_label(name) for name in table.loc[table["status"] == "flaw", "field"]]
     unknown = int((table["status"] == "unknown").sum())
     if flaws:
         text = f"Besides the model, the arms differ in {', '.join(flaws)}: each of these could pass for an effect."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import SupportsFloat
+from typing import SupportsFloat, TypeGuard
 
 __all__ = [
     "amount",
@@ -22,7 +22,7 @@ MINUS = "\u2212"  # the typographic minus has the width of a digit; the hyphen h
 THIN_SPACE = "\u202f"
 
 
-def is_defined(value: object) -> bool:
+def is_defined(value: object) -> TypeGuard[float]:
     """Whether `value` is a finite number (None, NaN, NA and infinities are not).
 
     Example:
@@ -88,8 +88,8 @@ def percent(share: SupportsFloat, digits: int = 1) -> str:
     """A share between 0 and 1 as a percentage.
 
     Example:
-        >>> percent(0.9375)
-        '93.8 %'
+        >>> percent(0.9375).split()
+        ['93.8', '%']
     """
     return fixed(100 * float(share), digits) + THIN_SPACE + "%"
 
@@ -132,8 +132,8 @@ def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
         sign: Write a plus sign before positive values (for differences).
 
     Example:
-        >>> amount(0.25, "share", sign=True), amount(12, "features"), amount(1.5, "ratio"), amount(0.1234)
-        ('+25.0 %', '12', '1.50×', '0.123')
+        >>> amount(0.25, "share", sign=True).split(), amount(12, "features"), amount(1.5, "ratio")
+        (['+25.0', '%'], '12', '1.50×')
     """
     write = signed if sign else fixed
     number = float(value)

@@ -10,7 +10,7 @@ from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
 
-__all__ = ["design_table", "dose_table", "gate_table", "same_in_every_arm"]
+__all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]
 
 
 _RESERVED = {"field", "differs", "status", "matters"}
@@ -33,7 +33,7 @@ def design_table(comparison: Comparison) -> TableView:
     table = table[table["status"] != "same"].sort_values("status", key=lambda column: column.map(_RANKS), kind="stable")
     rows = [
         Row(
-            _field_label(row["field"]),
+            field_label(row["field"]),
             (
                 Cell(
                     str(row["status"]),
@@ -66,7 +66,7 @@ def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     table = _with_status(comparison.design)
     names = [column for column in table.columns if column not in _RESERVED]
     same = table[table["status"] == "same"]
-    pairs = [(_field_label(row["field"]), short_fact(row[names[0]])) for _, row in same.iterrows()]
+    pairs = [(field_label(row["field"]), short_fact(row[names[0]])) for _, row in same.iterrows()]
     return tuple(pair for pair in pairs if pair[1] != "unknown")
 
 
@@ -76,7 +76,13 @@ def _with_status(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(status=["flaw" if differs else "same" for differs in table["differs"]])
 
 
-def _field_label(field: object) -> str:
+def field_label(field: object) -> str:
+    """What the report calls a recorded fact.
+
+    Example:
+        >>> field_label("k"), field_label("training_tokens")
+        ('active per token (k)', 'training tokens')
+    """
     return _FIELDS.get(str(field), str(field).replace("_", " "))
 
 

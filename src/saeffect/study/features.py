@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from saeffect.activations.harvest import NormLimit, TokenRows, kept_positions
+from saeffect.activations.harvest import TokenRows, kept_positions
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
-from saeffect.models.hooks import capture
 from saeffect.models.unembedding import unembedding
+from saeffect.study.residuals import Residuals
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["extract_features", "features_inputs", "run_features"]
 
 VERSION = 1
-_BATCH = 8
 
 
 def features_inputs(study: Study, arm: str) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def run_features(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Pa
         rows = run.study.rows()
         config = run.study.config.features
         options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
-        tables = extract_features(opened, rows, options, say=say)
+        tables = extract_features(opened, rows, options, residuals=run.study.residuals, say=say)
         paths = run.arm(arm, "features.parquet"), run.arm(arm, "examples.parquet")
         run.write_table(paths[0], tables.features)
         run.write_table(paths[1], tables.examples)
@@ -50,7 +49,12 @@ def run_features(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Pa
 
 @torch.inference_mode()
 def extract_features(
-    arm: Arm, rows: TokenRows, options: FeatureOptions | None = None, *, say: Say = lambda line: None
+    arm: Arm,
+    rows: TokenRows,
+    options: FeatureOptions | None = None,
+    *,
+    residuals: Residuals | None = None,
+    say: Say = lambda line: None,
 ) -> FeatureTables:
     """The feature table of an arm and its max-activating contexts.
 
@@ -58,26 +62,22 @@ def extract_features(
         arm: Model and SAE.
         rows: Text on which activity is measured.
         options: How many top tokens, on which scale, and so on.
+        residuals: Remembers activations between arms that share a model.
         say: Receives lines of progress.
     """
-    options = options or FeatureOptions(sources=rows.names)
-    limit = arm.norm_limit(rows)
     return extract_tables(
         arm.sae,
         unembedding(arm.lm),
         arm.lm.token_strings(),
-        _batches(arm, rows, limit, say),
-        options=options,
+        _batches(arm, rows, residuals or Residuals(), say),
+        options=options or FeatureOptions(sources=rows.names),
         valid=arm.lm.plain_tokens(),
     )
 
 
-def _batches(arm: Arm, rows: TokenRows, limit: NormLimit, say: Say) -> Iterator[ActivationBatch]:
-    for start in range(0, len(rows), _BATCH):
-        ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype("int64"))
-        x = capture(arm.lm, arm.hook, ids).cpu()
-        sources = [rows.names[i] for i in rows.sources[start : start + _BATCH]]
+def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, say: Say) -> Iterator[ActivationBatch]:
+    limit = arm.norm_limit(rows)
+    for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
+        sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
         yield ActivationBatch(ids, arm.sae.encode(x), sources, kept_positions(x, limit))
-        done = min(start + _BATCH, len(rows))
-        if done % (_BATCH * 10) == 0 or done == len(rows):
-            say(f"progress features {arm.name} {done} {len(rows)} rows")
+        say(f"progress features {arm.name} {start + len(ids)} {len(rows)} rows")

@@ -45,7 +45,7 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
             raise IncompatibleSae(
                 f"the SAE does not fit the model: {complaint}.",
                 at=run.study.at("arms", arm, "sae"),
-                fix="use an SAE trained on this very model and hook, or set gate.on_failure: warn to go on all the same.",
+                fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
             )
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")

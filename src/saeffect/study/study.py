@@ -22,6 +22,7 @@ from saeffect.models.loading import BUNDLED, bundled_path, load_language_model, 
 from saeffect.provenance import fingerprint, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae, read_sae_config
+from saeffect.study.residuals import Residuals
 from saeffect.study.texts import study_rows
 
 __all__ = ["Arm", "Study", "bundled_studies"]
@@ -102,6 +103,11 @@ class Study:
     def arms(self) -> Mapping[str, Arm]:
         """The arms by name, opened when first asked for; the latest model stays in memory."""
         return _Arms(self)
+
+    @functools.cached_property
+    def residuals(self) -> Residuals:
+        """Activations on the study's text, shared by arms of the same model."""
+        return Residuals()
 
     def at(self, *keys: str) -> str:
         """A place in the study file, for error messages."""

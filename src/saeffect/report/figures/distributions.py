@@ -198,14 +198,14 @@ def _log_ticks(ax: Axes, grid: FloatArray) -> None:
         ]
         wanted = [tick for tick in wanted if grid[0] <= tick <= grid[-1]]
     ax.set_xticks(wanted)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: share_label(10**position)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: _share_label(10**position)))
 
 
-def share_label(share: float) -> str:
+def _share_label(share: float) -> str:
     """A share as a short percentage for an axis.
 
     Example:
-        >>> share_label(0.1), share_label(0.0001)
+        >>> _share_label(0.1), _share_label(0.0001)
         ('10 %', '0.01 %')
     """
     return f"{100 * share:.6g} %"
