@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "saeffect"
 TESTS = Path(__file__).parent
 
-# From the ground up, as DESIGN.md draws it. Neighbours on one floor may see each other.
+# From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
 FLOORS = (
     ("errors", "config", "provenance"),
     ("stats",),
@@ -24,8 +24,8 @@ FLOORS = (
     ("sae",),
     ("features",),
     ("steering", "comparison", "review"),
-    ("study",),
     ("report",),
+    ("study",),
     ("cli", "web"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}

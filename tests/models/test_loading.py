@@ -83,6 +83,17 @@ def test_dtypes(tiny_llama_folder: Path) -> None:
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
+def test_half_precision_is_transformers_own(tiny_llama_folder: Path) -> None:
+    """What transformers keeps in float32, such as the rotary frequencies, stays in float32."""
+    from transformers import AutoModelForCausalLM
+
+    lm = load_language_model(ModelConfig(path=str(tiny_llama_folder), dtype="bfloat16"))
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.bfloat16).eval()
+    ours = {name: buffer.dtype for name, buffer in lm.model.named_buffers()}
+    assert ours == {name: buffer.dtype for name, buffer in plain.named_buffers()}
+    assert torch.equal(_logits(lm.model), _logits(plain))
+
+
 @pytest.mark.parametrize(
     ("path", "kind", "part"),
     [

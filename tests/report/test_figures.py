@@ -122,4 +122,4 @@ def test_a_hostile_arm_is_drawn_as_text(arms: dict, context: ReportContext, comp
 def test_densities_are_drawn_to_scale(figures: tuple[DrawnFigure, ...], comparison: Comparison) -> None:
     density = next(figure for figure in figures if figure.name == "figure_2c_density")
     values = comparison.activity.query("arm == 'control' and density > 0")["density"]
-    assert f"control has median {100 * np.median(values):.1f}" in density.alt
+    assert f"control has median {100 * np.median(values):.3f}" in density.alt

@@ -30,6 +30,7 @@ def test_units() -> None:
     assert amount(0.1234, "share").replace("\u202f", " ") == "12.3 %"
     assert amount(0.05, "points", sign=True).replace("\u202f", " ") == "+5.0 pp"
     assert amount(19.72, "%", sign=True).replace("\u202f", " ") == "+19.7 %"
+    assert amount(-0.00104, "points of tokens").replace("\u202f", " ") == "−0.104 pp"
     assert amount(24576, "count") == "24,576"
     assert amount(12.345) == "12.35"
     assert amount(123.4) == "123.4"

@@ -48,5 +48,5 @@ def test_whole_words_only_are_marked() -> None:
 
 
 def test_long_texts_are_cut_and_say_so() -> None:
-    assert len(visible_text("x" * 1000)) == 360
+    assert len(visible_text("x" * 1000)) == 320
     assert visible_text("x" * 1000).endswith("…")

@@ -65,7 +65,12 @@ def test_saelens_opens_ours(tmp_path: Path, architecture: str, options: dict[str
         D_IN,
         D_SAE,
         k=3 if architecture == "topk" else None,
-        metadata={"model_name": "gpt2", "hook_name": "blocks.1.hook_resid_pre", "held_out": {"l0": 3.0}},
+        metadata={
+            "model_name": "gpt2",
+            "hook_name": "blocks.1.hook_resid_pre",
+            "prepend_bos": False,
+            "held_out": {"l0": 3.0},
+        },
         **options,
     )
     ours = _filled(ARCHITECTURES[architecture](cfg))
@@ -74,7 +79,9 @@ def test_saelens_opens_ours(tmp_path: Path, architecture: str, options: dict[str
     with torch.no_grad():
         torch.testing.assert_close(theirs.encode(X), ours.encode(X))
         torch.testing.assert_close(theirs(X), ours(X))
-    assert theirs.cfg.metadata.hook_name == "blocks.1.hook_resid_pre"
+    found = theirs.cfg.metadata
+    assert (found.hook_name, found.prepend_bos) == ("blocks.1.hook_resid_pre", False)
+    assert found.held_out == {"l0": 3.0}
 
 
 @pytest.mark.parametrize(("architecture", "options"), OPTIONS)

@@ -141,26 +141,24 @@ def test_planted_features_are_found(tmp_path: Path) -> None:
     assert 0.9 < quality.l2_ratio < 1.1
 
 
-def test_features_that_died_are_revived(tmp_path: Path) -> None:
-    """Without the auxiliary loss most of a large dictionary never fires."""
-    store = planted_store(tmp_path / "store", 8_192)
+def test_the_auxiliary_loss_brings_features_back() -> None:
+    """Eight features take all the tokens; the others are too faint to be chosen unless they are trained apart."""
+    x = planted(512, seed=3)
     dead = {}
     for weight in (0.0, 1.0):
-        config = SaeTrainingConfig(
-            d_sae=256,
-            k=2,
-            epochs=6,
-            batch_size=256,
-            learning_rate=5e-3,
-            dead_after=2_000,
-            auxiliary_k=32,
-            auxiliary_weight=weight,
-            report_every=10,
-        )
-        train_sae(store, config, tmp_path / str(weight), metadata={})
-        rows = (tmp_path / str(weight) / "metrics.jsonl").read_text().splitlines()
-        dead[weight] = json.loads(rows[-1])["dead"]
-    assert dead[1.0] < 0.7 * dead[0.0], dead
+        sae = TopKSae(SaeConfig("topk", D_IN, 40, k=4))
+        sae.initialise(x.mean(0), seed=0)
+        with torch.no_grad():
+            sae.W_enc[:, 8:] *= 0.02
+        optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+        for _ in range(300):
+            silent = (~(sae.encode(x) > 0).any(0)).nonzero().flatten()
+            sae.accumulate_gradients(x, dead=silent, k_auxiliary=4, auxiliary_weight=weight)
+            sae.remove_parallel_gradient()
+            optimizer.step()
+            sae.normalise_decoder()
+        dead[weight] = len(silent)
+    assert dead[1.0] < dead[0.0], dead
 
 
 def test_folding_the_scale_is_exact() -> None:

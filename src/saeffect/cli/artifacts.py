@@ -10,7 +10,7 @@ import typer
 from saeffect.cli.console import Narrator
 from saeffect.errors import BadFile, NotFound
 
-__all__ = ["register"]
+__all__ = ["finetune", "register", "train_sae"]
 
 _Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; its keys are described in the docs.")]
 

@@ -10,7 +10,7 @@ import typer
 
 from saeffect.cli.console import Narrator
 
-__all__ = ["register"]
+__all__ = ["check", "register", "run"]
 
 _Study = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or bundled:smollm2-medical.")]
 _Out = Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the study>.")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -154,7 +154,8 @@ def _domain_shares(pair: _Pair) -> list[Contrast]:
         (len(a.domain), a.n_features),
         (len(b.domain), b.n_features),
     )
-    for scale, words in (("dot", "dot product"), ("cosine", "cosine")):
+    scales: tuple[tuple[Literal["dot", "cosine"], str], ...] = (("dot", "dot product"), ("cosine", "cosine"))
+    for scale, words in scales:
         counts = [(scale_count(arm, scale, pair.min_matches), arm.n_features) for arm in (a, b)]
         label = f"Share of features with {pair.min_matches} or more vocabulary tokens, {words}"
         rows += _two_rows(pair, f"share_{scale}", label, counts[0], counts[1])

@@ -127,8 +127,9 @@ def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
 
     Args:
         value: The number, in the unit itself (a share is between 0 and 1).
-        unit: "share" (0 to 1), "points" (a difference of two shares), "ratio", "percent" or "%" (already times
-            100), "features", "count", "pairs", or anything else.
+        unit: "share" (0 to 1), "points" (a difference of two shares), the same two "of tokens" (they are small, and
+            get more digits), "ratio", "percent" or "%" (already times 100), "features", "count", "pairs", or
+            anything else.
         sign: Write a plus sign before positive values (for differences).
 
     Example:
@@ -139,8 +140,10 @@ def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
     number = float(value)
     if unit == "share":
         return write(100 * number, 1) + THIN_SPACE + "%"
-    if unit == "points":
-        return write(100 * number, 1) + THIN_SPACE + "pp"
+    if unit == "share of tokens":
+        return write(100 * number, 3) + THIN_SPACE + "%"
+    if unit in {"points", "points of tokens"}:
+        return write(100 * number, 1 if unit == "points" else 3) + THIN_SPACE + "pp"
     if unit in {"percent", "%"}:
         return write(number, 1) + THIN_SPACE + "%"
     if unit in {"features", "count", "pairs"}:

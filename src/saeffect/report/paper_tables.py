@@ -182,7 +182,8 @@ def _contrast_cell(row: Mapping[Any, Any]) -> Cell:
         return Cell(undefined(reason), tone="muted", is_text=True)
     both = is_defined(row["low"]) and is_defined(row["high"])
     ends = amount_interval(row["low"], row["high"], unit) if both else f"interval {undefined(reason)}"
-    p = f" p {p_value(row['p'])}" if is_defined(row["p"]) else ""
+    p = p_value(row["p"]) if is_defined(row["p"]) else ""
+    p = f" · p {p}" if p.startswith("<") else f" · p = {p}" if p else ""
     return Cell(amount(row["estimate"], unit, sign=unit != "ratio"), sub=ends + p)
 
 

@@ -74,7 +74,13 @@ def _role_note(name: str, role: str) -> str:
 
 
 def difference_unit(unit: str) -> str:
-    return "points" if unit in {"share", "share of tokens"} else unit
+    """Unit of a difference of two values of `unit`: shares differ by percentage points.
+
+    Example:
+        >>> difference_unit("share"), difference_unit("nats")
+        ('points', 'nats')
+    """
+    return unit.replace("share", "points") if unit in {"share", "share of tokens"} else unit
 
 
 def short_fact(value: object) -> str:

@@ -15,7 +15,7 @@ __all__ = ["Chip", "Run", "chips", "context_runs", "text_runs", "visible_text"]
 
 _BEFORE, _AFTER = 22, 10  # tokens of a context shown around its strongest one
 _LONGEST_TOKEN = 40
-_LONGEST_TEXT = 360
+_LONGEST_TEXT = 320
 _LEVELS = 5
 
 

@@ -28,6 +28,8 @@ ARCHITECTURES: Mapping[str, Callable[[SaeConfig], SparseAutoencoder]] = {
     "jumprelu": JumpReluSae,
 }
 WEIGHTS = "sae_weights.safetensors"
+# SAELens takes a file without a version for one from before 6.0 and drops its metadata, the hook's name too.
+_LAYOUT_VERSION = "6.0.0"
 _TOP_LEVEL_METADATA = (
     "hook_name",
     "hook_point",
@@ -152,6 +154,7 @@ def save_sae(
         save_file(tensors, temporary)
     cfg = sae.cfg
     raw: dict[str, Any] = {
+        "sae_lens_version": _LAYOUT_VERSION,
         "architecture": cfg.architecture,
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,

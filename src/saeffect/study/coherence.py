@@ -12,7 +12,7 @@ from saeffect.provenance import hash_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
-__all__ = ["coherence_inputs", "run_coherence"]
+__all__ = ["coherence_inputs", "embeddings_identity", "run_coherence"]
 
 VERSION = 1
 

@@ -25,7 +25,7 @@ from saeffect.sae.saelens_format import load_sae, read_sae_config
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import study_rows
 
-__all__ = ["Arm", "Study", "bundled_studies"]
+__all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
 Say = Callable[[str], None]
 

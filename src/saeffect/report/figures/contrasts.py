@@ -22,6 +22,7 @@ from saeffect.report.figures.style import (
     safe_text,
 )
 from saeffect.report.numerals import amount
+from saeffect.report.table_view import difference_unit
 
 __all__ = ["DRAWN_QUANTITIES", "contrasts"]
 
@@ -50,18 +51,17 @@ def contrasts(comparison: Comparison, styles: Mapping[str, ArmStyle], context: R
             "credit only where the treatment's interval excludes zero and treatment − placebo does so too. "
             "An asterisk marks the quantities of the headline, fixed in advance."
         ),
-        alt="Differences from control: "
-        + "; ".join(
-            f"{row.label}, {row.b}: {amount(row.estimate, _unit(row.unit), sign=True)}" for row in rows.itertuples()
-            if row.quantity in quantities
-        )
-        + ".",
+        alt=_alt(rows[rows["quantity"].isin(quantities)]),
         figure=figure,
-    )  # fmt: skip
+    )
 
 
-def _unit(unit: str) -> str:
-    return "points" if unit in {"share", "share of tokens"} else unit
+def _alt(rows: pd.DataFrame) -> str:
+    parts = [
+        f"{row.label}, {row.b}: {amount(row.estimate, difference_unit(str(row.unit)), sign=True)}"
+        for row in rows.itertuples()
+    ]
+    return f"Differences from control: {'; '.join(parts)}."
 
 
 def _row(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], n_lines: int, primary: bool) -> None:

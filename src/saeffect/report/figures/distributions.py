@@ -82,8 +82,10 @@ def density(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Rep
             "Density: the share of tokens on which a domain feature fires, on a logarithmic scale."
             f"{note} Read as Figure 2a."
         ),
-        alt=_alt("Densities", groups, "share"),
-        figure=_ridges(groups, styles, "density (share of tokens, log scale)", "features", unit="share", log=True),
+        alt=_alt("Densities", groups, "share of tokens"),
+        figure=_ridges(
+            groups, styles, "density (share of tokens, log scale)", "features", unit="share of tokens", log=True
+        ),
     )
 
 
