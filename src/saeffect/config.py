@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import ConfigError, unknown_name
+from saeffect.errors import ConfigError, unknown_name
 
 __all__ = [
     "ArmConfig",

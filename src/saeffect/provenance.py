@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import BadFile, NotFound
+from saeffect.errors import BadFile, NotFound
 
 __all__ = [
     "atomic_path",

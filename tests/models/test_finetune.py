@@ -148,7 +148,7 @@ def test_another_configuration_does_not_go_on(
 ) -> None:
     with pytest.raises(Killed):
         finetune(config, tmp_path, say=_stop_at(8))
-    with complains(ConfigError, "checkpoint of another configuration", at="checkpoint"):
+    with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
         finetune(config.model_copy(update={"seed": 1}), tmp_path)
 
 

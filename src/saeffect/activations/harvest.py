@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import BadFile, ConfigError, Interrupted
-from ..models.hooks import capture, parse_hook
-from ..models.language_model import LanguageModel
-from ..provenance import fingerprint, read_json, write_json
-from .shards import save_shard, shard_name
+from saeffect.activations.shards import save_shard, shard_name
+from saeffect.errors import BadFile, ConfigError, Interrupted
+from saeffect.models.hooks import capture, parse_hook
+from saeffect.models.language_model import LanguageModel
+from saeffect.provenance import fingerprint, read_json, write_json
 
 __all__ = ["NormLimit", "TokenRows", "harvest", "kept_positions", "measure_norm_limit"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadFile, EmptySelection, NotFound
-from ..provenance import atomic_path, read_json
+from saeffect.errors import BadFile, EmptySelection, NotFound
+from saeffect.provenance import atomic_path, read_json
 
 __all__ = ["ActivationStore", "read_shard", "save_shard", "shard_name"]
 

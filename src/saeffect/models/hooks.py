@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ShapeMismatch, unknown_name
-from .language_model import LanguageModel
+from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
+from saeffect.models.language_model import LanguageModel
 
 __all__ = ["HOOK_KINDS", "HookPoint", "blocks", "capture", "edited", "parse_hook"]
 

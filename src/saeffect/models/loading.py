@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..config import ModelConfig
-from ..errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError, unknown_name
-from ..provenance import fingerprint, hash_file, read_json
-from .embedded import EMBEDDED_NAME, embedded_model
-from .language_model import LanguageModel
+from saeffect.config import ModelConfig
+from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError, unknown_name
+from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
+from saeffect.models.language_model import LanguageModel
+from saeffect.provenance import fingerprint, hash_file, read_json
 
 __all__ = [
     "BUNDLED",
@@ -140,7 +140,10 @@ def load_language_model(
     if adapter is not None:
         with quiet_transformers(), _explained(config, at):
             model = _merge(model, adapter, at=at)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    # Parameters alone: the rotary frequencies are buffers, and rounded to bfloat16 they turn far positions wrong.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model = model.to(device).eval().requires_grad_(False)
     _refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
     return LanguageModel(model, tokenizer, name, model_identity(config, at=at))

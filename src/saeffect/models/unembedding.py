@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .language_model import LanguageModel
+from saeffect.errors import ConfigError
+from saeffect.models.language_model import LanguageModel
 
 __all__ = ["final_norm", "unembedding"]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ShapeMismatch
+from saeffect.errors import ShapeMismatch
 
 __all__ = ["SaeConfig", "SparseAutoencoder"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import SaeConfig, SparseAutoencoder
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
 
 __all__ = ["JumpReluSae"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch, Undefined
+from saeffect.errors import ShapeMismatch, Undefined
 
 __all__ = ["ReconstructionSums", "ce_loss_score", "explained_variance"]
 

@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ..activations.harvest import NormLimit, TokenRows, harvest
-from ..activations.shards import ActivationStore
-from ..config import ModelConfig, StrictModel, TextSource
-from ..errors import EmptySelection, SaeffectError
-from ..models.hooks import parse_hook
-from ..models.language_model import LanguageModel
-from ..models.loading import load_language_model
-from ..provenance import atomic_path, fingerprint, versions, write_json
-from ..text.corpora import is_held_out, read_corpus
-from ..text.packing import interleave, pack, separator_id
-from .saelens_format import load_sae, save_sae
-from .splice import SplicedLosses, spliced_losses
-from .training import SaeQuality, SaeTrainingConfig, train_sae, training_quality
+from saeffect.activations.harvest import NormLimit, TokenRows, harvest
+from saeffect.activations.shards import ActivationStore
+from saeffect.config import ModelConfig, StrictModel, TextSource
+from saeffect.errors import EmptySelection, SaeffectError
+from saeffect.models.hooks import parse_hook
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import load_language_model
+from saeffect.provenance import atomic_path, fingerprint, versions, write_json
+from saeffect.sae.saelens_format import load_sae, save_sae
+from saeffect.sae.splice import SplicedLosses, spliced_losses
+from saeffect.sae.training import SaeQuality, SaeTrainingConfig, train_sae, training_quality
+from saeffect.text.corpora import is_held_out, read_corpus
+from saeffect.text.packing import interleave, pack, separator_id
 
 __all__ = ["SaeRecipe", "text_rows", "train_from_recipe"]
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadFile, ConfigError, IncompatibleSae, NotFound, unknown_name
-from ..provenance import atomic_path, read_json, write_json
-from .base import SaeConfig, SparseAutoencoder
-from .jumprelu import JumpReluSae
-from .standard import StandardSae
-from .topk import TopKSae
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, unknown_name
+from saeffect.provenance import atomic_path, read_json, write_json
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.standard import StandardSae
+from saeffect.sae.topk import TopKSae
 
 __all__ = ["ARCHITECTURES", "load_sae", "read_sae_config", "save_sae", "saved_dtype"]
 

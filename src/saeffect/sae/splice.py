@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..activations.harvest import NormLimit, kept_positions
-from ..models.hooks import edited
-from ..models.language_model import LanguageModel
-from .base import SparseAutoencoder
-from .metrics import ce_loss_score
+from saeffect.activations.harvest import NormLimit, kept_positions
+from saeffect.models.hooks import edited
+from saeffect.models.language_model import LanguageModel
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.metrics import ce_loss_score
 
 __all__ = ["SplicedLosses", "spliced_losses"]
 

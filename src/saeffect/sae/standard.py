@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import SparseAutoencoder
+from saeffect.sae.base import SparseAutoencoder
 
 __all__ = ["StandardSae"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SparseAutoencoder
+from saeffect.sae.base import SparseAutoencoder
 
 __all__ = ["TopKSae", "TopKStep"]
 

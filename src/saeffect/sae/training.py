@@ -15,14 +15,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..activations.shards import ActivationStore
-from ..config import StrictModel
-from ..errors import BadFile, ConfigError, EmptySelection, Interrupted
-from ..provenance import atomic_path, fingerprint
-from .base import SaeConfig
-from .metrics import ReconstructionSums
-from .saelens_format import save_sae
-from .topk import TopKSae, TopKStep
+from saeffect.activations.shards import ActivationStore
+from saeffect.config import StrictModel
+from saeffect.errors import BadFile, EmptySelection, Interrupted
+from saeffect.models.checkpoint import Checkpoint
+from saeffect.provenance import atomic_path, fingerprint
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.metrics import ReconstructionSums
+from saeffect.sae.saelens_format import save_sae
+from saeffect.sae.topk import TopKSae, TopKStep
 
 __all__ = ["SaeQuality", "SaeTrainingConfig", "train_sae", "training_quality"]
 
@@ -110,8 +111,8 @@ def train_sae(
     sae.initialise(sample.mean(0) * scale, config.seed)
     optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
     run = _Run(sae, optimizer, torch.zeros(config.d_sae, dtype=torch.int64))
-    checkpoint = _Checkpoint(out / "checkpoint", fingerprint([config.model_dump(mode="json"), store.note["made_by"]]))
-    first = checkpoint.restore(run)
+    checkpoint = Checkpoint(out / "checkpoint", fingerprint([config.model_dump(mode="json"), store.note["made_by"]]))
+    first = checkpoint.restore(dict(sae.named_parameters()), optimizer, {"since_fired": run.since_fired})
     per_epoch = sum(1 for _ in store.batches(config.batch_size, seed=config.seed, epoch=0))
     if not per_epoch:
         raise EmptySelection(
@@ -133,7 +134,7 @@ def train_sae(
                 )
             log.step(step, x * scale, result, run, config)
             if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(step + 1, run)
+                checkpoint.save(step + 1, dict(sae.named_parameters()), optimizer, {"since_fired": run.since_fired})
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; the last checkpoint stays in {out}.", fix="run the same command again.") from None
     _fold_scale(sae, scale)
@@ -265,55 +266,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the last line of a killed run
             break
     return rows
-
-
-class _Checkpoint:
-    """Weights, Adam's moments, firing ages and the number of finished steps, in one atomic file.
-
-    The order of the data needs no state: it depends on (seed, epoch) alone.
-    """
-
-    def __init__(self, folder: Path, made_by: str) -> None:
-        self.folder = folder
-        self._file = folder / "state.safetensors"
-        self._made_by = made_by
-
-    def save(self, step: int, run: _Run) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {"since_fired": run.since_fired}
-        for name, p in run.sae.named_parameters():
-            tensors[f"weight.{name}"] = p.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = run.optimizer.state[p][key]
-        with atomic_path(self._file) as temporary:
-            save_file(
-                {name: t.contiguous() for name, t in tensors.items()},
-                temporary,
-                metadata={"step": str(step), "made_by": self._made_by},
-            )
-
-    def restore(self, run: _Run) -> int:
-        from safetensors import safe_open
-
-        if not self._file.is_file():
-            return 0
-        with safe_open(self._file, framework="pt") as file:
-            note = file.metadata()
-            if note["made_by"] != self._made_by:
-                raise ConfigError(
-                    "this folder holds a checkpoint of another run.",
-                    at=str(self.folder),
-                    fix="delete it, or choose another output folder.",
-                )
-            step = int(note["step"])
-            run.since_fired.copy_(file.get_tensor("since_fired"))
-            with torch.no_grad():
-                for name, p in run.sae.named_parameters():
-                    p.copy_(file.get_tensor(f"weight.{name}"))
-                    run.optimizer.state[p] = {
-                        "step": torch.tensor(float(step)),
-                        "exp_avg": file.get_tensor(f"exp_avg.{name}"),
-                        "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{name}"),
-                    }
-        return step

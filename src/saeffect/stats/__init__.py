@@ -6,14 +6,14 @@ Wherever two groups are compared, `a` is the reference and positive means that `
 
 from __future__ import annotations
 
-from .agreement import cohens_kappa, krippendorff_alpha
-from .bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
-from .effect_sizes import cliffs_delta, normalised_mean_difference
-from .estimate import Estimate, TestResult
-from .multiplicity import benjamini_hochberg
-from .permutation import permutation_test, sign_flip_many, sign_flip_test
-from .proportions import fisher_exact, newcombe_difference, risk_ratio, wilson
-from .regression import ols_robust
+from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
+from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
+from saeffect.stats.estimate import Estimate, TestResult
+from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.stats.permutation import permutation_test, sign_flip_many, sign_flip_test
+from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio, wilson
+from saeffect.stats.regression import ols_robust
 
 __all__ = [
     "Estimate",

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import ndtri
 
-from ..errors import ShapeMismatch, Undefined, unknown_name
-from .arguments import FloatArray, Seed, check_level, check_resamples, generator
-from .estimate import Estimate
+from saeffect.errors import ShapeMismatch, Undefined, unknown_name
+from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, generator
+from saeffect.stats.estimate import Estimate
 
 __all__ = ["cohens_kappa", "krippendorff_alpha"]
 

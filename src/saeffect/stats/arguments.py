@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, ShapeMismatch, Undefined, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined, unknown_name
 
 __all__ = [
     "ALTERNATIVES",

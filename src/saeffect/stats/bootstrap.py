@@ -19,9 +19,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import ndtr, ndtri
 
-from ..errors import ShapeMismatch
-from .arguments import FloatArray, Seed, Statistic, check_resamples, fault, generator, sample
-from .estimate import Estimate
+from saeffect.errors import ShapeMismatch
+from saeffect.stats.arguments import FloatArray, Seed, Statistic, check_resamples, fault, generator, sample
+from saeffect.stats.estimate import Estimate
 
 __all__ = ["bootstrap", "bootstrap_difference", "cluster_bootstrap"]
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import fault, sample
+from saeffect.stats.arguments import fault, sample
 
 __all__ = ["cliffs_delta", "normalised_mean_difference"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import Undefined
-from .arguments import FloatArray, sample
+from saeffect.errors import Undefined
+from saeffect.stats.arguments import FloatArray, sample
 
 __all__ = ["benjamini_hochberg"]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, unknown_name
-from .arguments import FloatArray, Seed, Statistic, check_alternative, fault, generator, sample
-from .estimate import TestResult
+from saeffect.errors import ConfigError, unknown_name
+from saeffect.stats.arguments import FloatArray, Seed, Statistic, check_alternative, fault, generator, sample
+from saeffect.stats.estimate import TestResult
 
 __all__ = ["permutation_test", "sign_flip_many", "sign_flip_test"]
 

@@ -10,9 +10,9 @@ import math
 import numpy as np
 from scipy.special import ndtri
 
-from ..errors import Undefined
-from .arguments import check_alternative, check_level
-from .estimate import Estimate, TestResult
+from saeffect.errors import Undefined
+from saeffect.stats.arguments import check_alternative, check_level
+from saeffect.stats.estimate import Estimate, TestResult
 
 __all__ = ["fisher_exact", "newcombe_difference", "risk_ratio", "wilson"]
 

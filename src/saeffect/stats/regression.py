@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..errors import ConfigError, ShapeMismatch
-from .arguments import FloatArray, check_level, fault, sample
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.stats.arguments import FloatArray, check_level, fault, sample
 
 __all__ = ["ols_robust"]
 

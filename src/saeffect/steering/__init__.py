@@ -6,16 +6,16 @@ sampling; `choose_dose` finds how strongly to steer.
 
 from __future__ import annotations
 
-from .direct_effect import direct_effects, kl_divergence, next_log_probabilities
-from .dose import DoseChoice, choose_dose, score_doses
-from .effects import effects
-from .generate import generate
-from .operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
-from .outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
-from .placebo import PLACEBOS, Directions, random_direction
-from .plan import Site, SteeringPlan, mean_residual_norm
-from .sampling import NoiseCell, Sampling, exponential_noise, next_tokens, penalise
-from .trials import TRIAL_COLUMNS, run_trials
+from saeffect.steering.direct_effect import direct_effects, kl_divergence, next_log_probabilities
+from saeffect.steering.dose import DoseChoice, choose_dose, score_doses
+from saeffect.steering.effects import effects
+from saeffect.steering.generate import generate
+from saeffect.steering.operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
+from saeffect.steering.outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
+from saeffect.steering.placebo import PLACEBOS, Directions, random_direction
+from saeffect.steering.plan import Site, SteeringPlan, mean_residual_norm
+from saeffect.steering.sampling import NoiseCell, Sampling, exponential_noise, next_tokens, penalise
+from saeffect.steering.trials import TRIAL_COLUMNS, run_trials
 
 __all__ = [
     "PLACEBOS",

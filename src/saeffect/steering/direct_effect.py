@@ -11,12 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..models.hooks import edited
-from ..models.language_model import LanguageModel
-from .generate import Progress, last_logits
-from .operators import AddVectors, Intervention
-from .placebo import Directions
-from .plan import Site, SteeringPlan, check_features
+from saeffect.models.hooks import edited
+from saeffect.models.language_model import LanguageModel
+from saeffect.steering.generate import Progress, last_logits
+from saeffect.steering.operators import AddVectors, Intervention
+from saeffect.steering.placebo import Directions
+from saeffect.steering.plan import Site, SteeringPlan, check_features
 
 __all__ = ["direct_effects", "kl_divergence", "next_log_probabilities"]
 

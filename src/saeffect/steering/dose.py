@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from ..errors import ConfigError, Undefined
-from .generate import Progress
-from .outcomes import TextVectors
-from .placebo import STEERED, UNSTEERED
-from .plan import Site, SteeringPlan
-from .trials import run_trials
+from saeffect.errors import ConfigError, Undefined
+from saeffect.steering.generate import Progress
+from saeffect.steering.outcomes import TextVectors
+from saeffect.steering.placebo import STEERED, UNSTEERED
+from saeffect.steering.plan import Site, SteeringPlan
+from saeffect.steering.trials import run_trials
 
 __all__ = ["DoseChoice", "choose_dose", "score_doses"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..errors import ConfigError, EmptySelection, ShapeMismatch
-from ..stats import benjamini_hochberg, bootstrap, sign_flip_many
-from .placebo import STEERED, UNSTEERED
+from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
+from saeffect.stats import benjamini_hochberg, bootstrap, sign_flip_many
+from saeffect.steering.placebo import STEERED, UNSTEERED
 
 __all__ = ["effects"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeMismatch
-from ..models.hooks import edited
-from ..models.language_model import LanguageModel
-from .operators import Intervention, PositionedEdit
-from .sampling import NoiseCell, Sampling, next_tokens, penalise
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.models.hooks import edited
+from saeffect.models.language_model import LanguageModel
+from saeffect.steering.operators import Intervention, PositionedEdit
+from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
 __all__ = ["Progress", "end_tokens", "generate", "last_logits"]
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeMismatch, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 
 __all__ = ["POSITIONS", "AddVectors", "Intervention", "Operator", "PositionedEdit", "Positions", "span"]
 

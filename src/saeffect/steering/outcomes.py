@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import ShapeMismatch
-from ..models.language_model import LanguageModel
+from saeffect.errors import ShapeMismatch
+from saeffect.models.language_model import LanguageModel
 
 __all__ = ["Similarity", "TextVectors", "distinct_2", "join_tokens", "perplexity", "similarity"]
 

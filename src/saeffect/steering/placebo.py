@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import BadFile, Undefined, unknown_name
+from saeffect.errors import BadFile, Undefined, unknown_name
 
 __all__ = ["PLACEBOS", "STEERED", "UNSTEERED", "Directions", "random_direction"]
 

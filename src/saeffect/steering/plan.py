@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pandas as pd
 from torch import Tensor
 
-from ..errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
-from ..models.hooks import capture
-from ..models.language_model import LanguageModel
-from .operators import POSITIONS, Positions
-from .placebo import PLACEBOS, STEERED
-from .sampling import Sampling
+from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.models.hooks import capture
+from saeffect.models.language_model import LanguageModel
+from saeffect.steering.operators import POSITIONS, Positions
+from saeffect.steering.placebo import PLACEBOS, STEERED
+from saeffect.steering.sampling import Sampling
 
 __all__ = ["Site", "SteeringPlan", "check_features", "mean_residual_norm"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError, ShapeMismatch
 
 __all__ = ["NoiseCell", "Sampling", "exponential_noise", "next_tokens", "penalise"]
 

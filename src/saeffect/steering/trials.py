@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import ShapeMismatch
-from .generate import Progress, generate
-from .operators import AddVectors, Intervention
-from .outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
-from .placebo import UNSTEERED, Directions
-from .plan import Site, SteeringPlan, check_features
-from .sampling import NoiseCell
+from saeffect.errors import ShapeMismatch
+from saeffect.steering.generate import Progress, generate
+from saeffect.steering.operators import AddVectors, Intervention
+from saeffect.steering.outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
+from saeffect.steering.placebo import UNSTEERED, Directions
+from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.sampling import NoiseCell
 
 __all__ = ["TRIAL_COLUMNS", "run_trials"]
 

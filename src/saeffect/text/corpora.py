@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import BadFile, EmptySelection, NotFound
+from saeffect.errors import BadFile, EmptySelection, NotFound
 
 __all__ = ["is_held_out", "read_corpus"]
 

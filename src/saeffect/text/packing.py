@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, EmptySelection
+from saeffect.errors import ConfigError, EmptySelection
 
 __all__ = ["interleave", "pack", "separator_id"]
 
