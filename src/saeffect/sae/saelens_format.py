@@ -20,7 +20,7 @@ from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 
-__all__ = ["ARCHITECTURES", "load_sae", "read_sae_config", "save_sae", "saved_dtype"]
+__all__ = ["ARCHITECTURES", "WEIGHTS", "load_sae", "read_sae_config", "save_sae", "saved_dtype"]
 
 ARCHITECTURES: Mapping[str, Callable[[SaeConfig], SparseAutoencoder]] = {
     "standard": StandardSae,

@@ -19,9 +19,9 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, Sae
 from saeffect.models.hooks import capture, parse_hook
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import BUNDLED, bundled_path, load_language_model, model_identity
-from saeffect.provenance import fingerprint, hash_folder
+from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.saelens_format import load_sae, read_sae_config
+from saeffect.sae.saelens_format import WEIGHTS, load_sae, read_sae_config
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import study_rows
 
@@ -199,7 +199,7 @@ class Study:
             found[name] = {
                 "model": models[arm.model],
                 "dtype": arm.model.dtype,
-                "sae": hash_folder(self.sae_folder(name)),
+                "sae": fingerprint([hash_file(self.sae_folder(name) / file) for file in ("cfg.json", WEIGHTS)]),
                 "hook": self.hook(name),
             }
         return found
