@@ -26,7 +26,8 @@ def test_steering_towards_cancer(real_model):
     ids = [real_model.encode(token)[0] for token in top]
     features = pd.DataFrame({"feature": [0], "top_tokens": [top], "top_token_ids": [ids]})
     site = Site(real_model, "blocks.26.hook_resid_pre", 500.0)
-    plan = SteeringPlan(("What topic is on your mind?",), (0.3,), samples=4, max_new_tokens=20, perplexity=True)
+    # Sixteen samples: the share that names the topic is 0.81 here, and of four samples two may well not.
+    plan = SteeringPlan(("What topic is on your mind?",), (0.3,), samples=16, max_new_tokens=20, perplexity=True)
     trials = run_trials(site, W_dec, features, plan, vectors=CancerWords())
     named = trials.groupby("condition")["similarity"].mean()
     assert named["steered"] >= 0.75
