@@ -50,7 +50,8 @@ class StrictModel(BaseModel):
             place = f"{at}, {'.'.join(keys)}" if keys else at
             if first["type"] == "extra_forbidden":
                 raise unknown_name("key", keys[-1], _keys_at(cls, keys[:-1]), at=place) from error
-            got = "" if first["type"] == "missing" else f" Got {first['input']!r}."
+            whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
+            got = "" if whole else f" Got {first['input']!r}."
             message = first["msg"].removeprefix("Value error, ").rstrip(".")
             raise ConfigError(f"{message}.{got}", at=place) from error
 
@@ -174,9 +175,13 @@ class SteeringConfig(StrictModel):
     def _searchable(self) -> Self:
         if len(self.doses) > 1 and not self.search_prompts:
             raise ValueError("several doses need search_prompts to choose on")
-        shared = set(self.prompts) & set(self.search_prompts)
-        if shared:
-            raise ValueError(f"{min(shared)!r} is both a search prompt and a test prompt")
+        if any(dose <= 0 for dose in self.doses) or len(set(self.doses)) < len(self.doses):
+            raise ValueError(f"doses must be above 0 and all different, not {list(self.doses)}")
+        # Prompts that differ in case or spacing alone are the same prompt.
+        plain = [" ".join(prompt.casefold().split()) for prompt in (*self.prompts, *self.search_prompts)]
+        doubled = [prompt for prompt, n in Counter(plain).items() if n > 1]
+        if doubled:
+            raise ValueError(f"the prompt {doubled[0]!r} is there twice; search and test prompts must all differ")
         return self
 
 

@@ -176,6 +176,13 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "NotFound",
         "no.jsonl",
     ),
+    "a dose twice": (_set("steering", to={"doses": [0.3, 0.3], "search_prompts": ["A"]}), "ConfigError", "doses"),
+    "a negative dose": (_set("steering", to={"doses": [-1.0]}), "ConfigError", "doses"),
+    "a test prompt searched on": (
+        _set("steering", to={"prompts": ["One two"], "search_prompts": ["one  TWO"]}),
+        "ConfigError",
+        "one two",
+    ),
     "a name that is a path": (_set("name", to="../evil"), "ConfigError", "evil"),
 }
 

@@ -213,3 +213,23 @@ def test_missing_and_broken_tensors(folder: Path, complains: Callable[..., Any],
     save_file(tensors | {name: tensors[name][..., None].contiguous()}, path)
     with complains(IncompatibleSae, f"{name} has shape", at=str(folder)):
         load_sae(folder)
+
+
+def test_an_sae_of_centred_residuals_takes_the_mean_off_and_puts_it_back(tmp_path):
+    from saeffect.sae.base import SaeConfig
+    from saeffect.sae.standard import StandardSae
+
+    plain = StandardSae(SaeConfig("standard", 4, 8))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    save_sae(plain, tmp_path)
+    raw = json.loads((tmp_path / "cfg.json").read_text())
+    raw["model_from_pretrained_kwargs"] = {"center_writing_weights": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(raw))
+    centred = load_sae(tmp_path)
+    x = torch.randn(5, 4, generator=generator) + 3
+    mean = x.mean(1, keepdim=True)
+    torch.testing.assert_close(centred.encode(x), plain.encode(x - mean))
+    torch.testing.assert_close(centred(x), plain(x - mean) + mean)

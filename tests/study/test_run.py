@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from saeffect.errors import ConfigError
 from saeffect.provenance import read_json
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
@@ -134,3 +135,50 @@ def test_manifest_says_what_made_the_run(finished: tuple[Path, Path]) -> None:
     assert {"torch", "saeffect", "python"} <= set(manifest["versions"])
     assert set(manifest["arms"]) == {"control", "treatment", "placebo"}
     assert all(len(stage["fingerprint"]) == 64 for stage in manifest["stages"].values())
+
+
+def test_a_stage_does_not_build_on_an_older_study(tmp_path: Path) -> None:
+    path = make_study(tmp_path, steering=None)
+    with pytest.raises(ConfigError, match="gate"):
+        run_study(Study.open(path), tmp_path / "run", stages=("compare",))
+    run_study(Study.open(path), tmp_path / "run")
+    before = tree(tmp_path / "run")
+    path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="select") as caught:
+        run_study(Study.open(path), tmp_path / "run", stages=("compare",))
+    assert "saeffect select" in (caught.value.fix or "")
+    assert tree(tmp_path / "run") == before
+    for stage in ("select", "compare", "report"):
+        run_study(Study.open(path), tmp_path / "run", stages=(stage,))
+
+
+def test_what_an_sae_says_of_its_training_reaches_the_design_check(tmp_path: Path) -> None:
+    path = make_study(tmp_path, steering=None)
+    run_study(Study.open(path), tmp_path / "run")
+    cfg = tmp_path / "saes" / "treatment" / "cfg.json"
+    cfg.write_text(cfg.read_text().replace('"training_tokens": 1', '"training_tokens": 2'), encoding="utf-8")
+    run_study(Study.open(path), tmp_path / "run")
+    design = pd.read_parquet(tmp_path / "run" / "comparison" / "design.parquet").set_index("field")
+    assert design.loc["training_tokens", "status"] == "flaw"
+
+
+def test_verdicts_select_and_must_cover_every_arm(tmp_path: Path) -> None:
+    path = make_study(tmp_path, steering=None)
+    run_study(Study.open(path), tmp_path / "run")
+    selections = {
+        a: pd.read_parquet(tmp_path / "run" / "arms" / a / "selection.parquet")
+        for a in ("control", "treatment", "placebo")
+    }
+    lines = ["feature,arm,rater,verdict,label,note"]
+    for arm, table in selections.items():
+        lines += [f"{table.loc[table['in_vocabulary'], 'feature'].iloc[0]},{arm},ann,yes,,"]
+    (tmp_path / "verdicts.csv").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    changed = path.read_text().replace("min_matches: 1", "min_matches: 1\n  verdicts: ./verdicts.csv")
+    path.write_text(changed, encoding="utf-8")
+    with pytest.raises(ConfigError, match="placebo"):
+        run_study(Study.open(path), tmp_path / "run")
+    (tmp_path / "verdicts.csv").write_text("\n".join(lines), encoding="utf-8")
+    run_study(Study.open(path), tmp_path / "run")
+    table = pd.read_parquet(tmp_path / "run" / "comparison" / "table1.parquet").set_index("arm")
+    assert (table["domain_features"] == 1).all()
+    assert (table["in_vocabulary"] > 1).all()

@@ -26,6 +26,8 @@ __all__ = [
     "load_language_model",
     "model_identity",
     "quiet_transformers",
+    "load_tokenizer",
+    "resolve_device",
     "resolve_dtype",
 ]
 
@@ -34,7 +36,14 @@ _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# What decides a model: weights, configuration, tokenizer files, code of its own.
+_COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on; `auto` is the first GPU if there is one."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -133,7 +142,7 @@ def load_language_model(
     """
     base = locate_model(config, say=say, at=at)
     adapter = locate_adapter(config, at=at)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     with quiet_transformers(), _explained(config, at):
         model, tokenizer = _load_base(base, config, dtype)
@@ -156,25 +165,38 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
         if isinstance(place, Path):
             files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
             # Weights by size and name only when they are large would miss edits, so every byte is read.
-            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in {".safetensors", ".json", ".gguf"}])
+            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
         else:
             parts.append(place)
     return fingerprint(parts)
 
 
 def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    folder, options = _source(base, config)
+    # A pickle can run code while it is read.
+    weights = {} if "gguf_file" in options else {"use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **weights, **options)
+    return model, load_tokenizer(base, config)
+
+
+def load_tokenizer(base: Path | str, config: ModelConfig) -> Any:
+    """The tokenizer of a located model, loaded with the model's own options."""
+    from transformers import AutoTokenizer
+
+    folder, options = _source(base, config)
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
+    """What to hand to `from_pretrained`."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    folder: Path | str = base
-    weights: dict[str, Any] = {"use_safetensors": True}  # a pickle can run code while it is read
     if isinstance(base, Path):
         ggufs = [base] if base.is_file() else sorted(base.glob("*.gguf"))
         if ggufs and (base.is_file() or not (base / "config.json").is_file()):
-            folder, weights = ggufs[0].parent, {}
-            options["gguf_file"] = ggufs[0].name
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **weights, **options)
-    return model, AutoTokenizer.from_pretrained(folder, **options)
+            return ggufs[0].parent, options | {"gguf_file": ggufs[0].name}
+    return base, options
 
 
 def _merge(model: Any, adapter: Path | str, *, at: str | None) -> Any:

@@ -90,14 +90,14 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "explained_variance": (
         "explained variance",
-        "share of the activations' variance that the SAE reproduces on held-out text; 1: all.",
+        "share of the activations' variance that the SAE reproduces, here on the study's text; 1: all.",
     ),
     "ce_loss_score": (
         "CE loss score",
         "share of the model's predictive power that is left when the SAE's output replaces its input; 1: all.",
     ),
     "l0": ("L0", "mean number of features that fire on a token."),
-    "dead": ("dead features", "features that never fired on the held-out text."),
+    "dead": ("dead features", "features that never fired on the text."),
     "dot_cosine": (
         "dot, cosine",
         "two scales of a token's weight. Dot product is the paper's; cosine divides by the token's norm, so "

@@ -94,7 +94,7 @@ _GATE_LINES: Mapping[str, tuple[str, str]] = {
     "dead": ("Dead features", "count"),
     "l2_ratio": ("Length of output / input", ""),
     "mean_log10_density": ("Mean log10 density", ""),
-    "n_tokens": ("Held-out tokens", "count"),
+    "n_tokens": ("Tokens measured on", "count"),
 }
 
 
@@ -118,7 +118,9 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
                 cells.append(value_cell(value, unit, reason=str(reasons[name] or "not measured")))
         rows.append(Row(label, tuple(cells)))
     columns = arm_columns(comparison.table1[comparison.table1["arm"].isin(order)])
-    return TableView("gate", "Table 5. How well each SAE reproduces its model, on held-out text", columns, tuple(rows))
+    return TableView(
+        "gate", "Table 5. How well each SAE reproduces its model, on the study's text", columns, tuple(rows)
+    )
 
 
 def dose_table(context: ReportContext) -> TableView | None:

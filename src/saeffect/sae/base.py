@@ -28,6 +28,8 @@ class SaeConfig:
         apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
         normalize_activations: "none" or "layer_norm" (each input standardised, undone on the way out).
         rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
+        centre_input: Whether it was trained on residuals centred over dimensions (TransformerLens'
+            center_writing_weights): the mean is taken off the input and put back on the output.
         metadata: Where it comes from: model_name, hook_name, training tokens, and so on.
     """
 
@@ -38,6 +40,7 @@ class SaeConfig:
     apply_b_dec_to_input: bool = True
     normalize_activations: str = "none"
     rescale_acts_by_decoder_norm: bool = False
+    centre_input: bool = False
     metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
@@ -110,6 +113,9 @@ class SparseAutoencoder(nn.Module, ABC):
                 fix="check model and hook.",
             )
         x = x.to(self.W_enc.dtype)
+        if self.cfg.centre_input:
+            centre = x.mean(dim=-1, keepdim=True)
+            return x - centre, centre, 1.0
         if self.cfg.normalize_activations != "layer_norm":
             return x, 0.0, 1.0
         mean = x.mean(dim=-1, keepdim=True)

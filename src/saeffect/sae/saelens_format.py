@@ -35,6 +35,7 @@ _TOP_LEVEL_METADATA = (
     "hook_point",
     "hook_layer",
     "model_name",
+    "model_from_pretrained_kwargs",
     "context_size",
     "dataset_path",
     "prepend_bos",
@@ -92,6 +93,7 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
     metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
     if "hook_point" in metadata:
         metadata.setdefault("hook_name", metadata.pop("hook_point"))
+    loaded_with = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
         architecture=architecture,
         d_in=raw["d_in"],
@@ -100,6 +102,7 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
         apply_b_dec_to_input=bool(raw.get("apply_b_dec_to_input", True)),
         normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
         rescale_acts_by_decoder_norm=bool(raw.get("rescale_acts_by_decoder_norm", False)),
+        centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
         metadata=metadata,
     )
 

@@ -37,7 +37,8 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
         features = run.read_table(run.arm(name, "features.parquet"))
         selection = run.read_table(run.arm(name, "selection.parquet"))
         domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
-        facts = arm_facts(run.study, name, read_json(run.arm(name, "gate.json")))
+        measured = read_json(run.arm(name, "gate.json")) | {"dead_share": float((features["n_active"] == 0).mean())}
+        facts = arm_facts(run.study, name, measured)
         steered = run.study.config.steering is not None
         found[name] = ArmTables(
             name=name,
@@ -60,13 +61,13 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
     Args:
         study: The study.
         name: The arm.
-        gate: The gate's measurements, if they were made.
+        gate: The gate's measurements and the dead share on the study's text, if they were made.
     """
     arm = study.config.arms[name]
     sae = study.sae_config(name)
     meta = sae.metadata
-    gate = gate or {}
-    held_out = meta.get("held_out") or {}
+    # Before anything is measured, what the SAE says of itself.
+    quality = gate or meta.get("held_out") or {}
 
     def integer(key: str) -> int | None:
         return int(meta[key]) if isinstance(meta.get(key), int | float) else None
@@ -84,8 +85,8 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         seed=integer("seed"),
         normalisation=meta.get("training_normalisation") or sae.normalize_activations,
         dtype=saved_dtype(study.sae_folder(name)),
-        explained_variance=gate.get("explained_variance"),
-        ce_loss_score=gate.get("ce_loss_score"),
-        l0=gate.get("l0"),
-        dead_share=held_out.get("dead_share"),
+        explained_variance=quality.get("explained_variance"),
+        ce_loss_score=quality.get("ce_loss_score"),
+        l0=quality.get("l0"),
+        dead_share=quality.get("dead_share"),
     )

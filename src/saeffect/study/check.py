@@ -15,7 +15,13 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, 
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.models.hooks import parse_hook
-from saeffect.models.loading import bundled_path, locate_adapter, locate_model
+from saeffect.models.loading import (
+    bundled_path,
+    load_tokenizer,
+    locate_adapter,
+    locate_model,
+    quiet_transformers,
+)
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.selection import study_verdicts
@@ -98,22 +104,14 @@ def _model_shape(model: Path | str) -> tuple[int, int] | None:
 
 
 def _check_tokenizers(study: Study) -> None:
-    from transformers import AutoTokenizer
-
-    from saeffect.models.loading import quiet_transformers
-
-    seen: dict[str, tuple[str, dict[str, int]]] = {}
+    seen: dict[tuple[str, str | None], tuple[str, dict[str, int]]] = {}
     for name, arm in study.config.arms.items():
         place = locate_model(arm.model)
-        key = str(place)
+        key = (str(place), arm.model.revision)
         if key not in seen:
-            options: dict[str, Any] = {"revision": arm.model.revision}
-            folder: Path | str = place
-            if isinstance(place, Path) and place.is_file():
-                folder, options["gguf_file"] = place.parent, place.name
             try:
                 with quiet_transformers():
-                    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+                    tokenizer = load_tokenizer(place, arm.model)
             except Exception as error:
                 raise NotFound(
                     f"the tokenizer of {arm.model.path!r} cannot be loaded: {str(error).splitlines()[0]}",

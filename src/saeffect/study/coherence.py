@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.resources
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
-from saeffect.provenance import hash_file
+from saeffect.provenance import fingerprint, hash_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
@@ -40,6 +41,9 @@ def run_coherence(run: RunFolder, arm: str) -> Callable[[], Iterable[Path]]:
 
 
 def embeddings_identity(study: Study) -> str:
-    """Name of bundled vectors, or the hash of a file of vectors."""
+    """Hash of the vectors."""
     name = study.config.coherence.embeddings
-    return hash_file(name) if Path(name).is_file() else name
+    if Path(name).is_file():
+        return hash_file(name)
+    bundled = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "embeddings"
+    return fingerprint([hash_file(file) for file in sorted(bundled.glob(f"{name}*"))])

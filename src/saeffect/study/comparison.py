@@ -26,6 +26,7 @@ def comparison_inputs(run: RunFolder) -> dict[str, Any]:
     return {
         "version": VERSION,
         "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
+        "identities": dict(run.study.identities),
         "tables": run.digest(*(run.arm(name, file) for name in config.arms for file in ARM_FILES)),
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),

@@ -17,7 +17,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["extract_features", "features_inputs", "run_features"]
 
-VERSION = 1
+VERSION = 2  # 2: rotary frequencies stay in float32
 
 
 def features_inputs(study: Study, arm: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
-VERSION = 1
+VERSION = 2  # 2: rotary frequencies stay in float32
 
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:

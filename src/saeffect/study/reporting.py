@@ -68,6 +68,7 @@ def _context(run: RunFolder) -> ReportContext:
         top_k=config.features.top_k,
         alpha=config.comparison.alpha,
         projection=config.features.projection,
+        max_features=500,
     )
 
 

@@ -7,10 +7,13 @@ finished batch of texts) and ends with the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from saeffect.errors import unknown_name
+from saeffect.errors import ConfigError, unknown_name
 from saeffect.study.check import check_study
 from saeffect.study.coherence import coherence_inputs, run_coherence
 from saeffect.study.comparison import comparison_inputs, run_comparison
@@ -40,7 +43,7 @@ def run_study(
     Args:
         study: What to compare.
         out: The run directory.
-        stages: Which of `STAGES`; those before them must have been run.
+        stages: Which of `STAGES`; those before them must be up to date.
         redo: Do the named stages even if they were done with the same inputs.
         say: Receives lines: `progress <stage> <arm> <done> <total> <unit>`, and others for people.
 
@@ -49,6 +52,7 @@ def run_study(
 
     Raises:
         UnknownName: A stage that does not exist.
+        ConfigError: An earlier stage has not been run with this study as it now stands.
         SaeffectError: What is wrong with the study; nothing was changed in the directory by the failing stage.
     """
     for name in stages:
@@ -56,43 +60,62 @@ def run_study(
             raise unknown_name("stage", name, STAGES)
     check_study(study, out, say)
     run = RunFolder(out, study)
-    config = study.config
-    steering = config.steering
     _open_new_arms(run, stages, say)
+    last = max(STAGES.index(name) for name in stages) if stages else -1
+    for step in _method(run, say):
+        if step.stage in stages:
+            run.stage(step.key, step.inputs(), step.work, say, redo=redo)
+        elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.inputs()):
+            # Going on would mix this study's numbers with those of an older one.
+            raise ConfigError(
+                f"the stage before is missing or out of date: {step.key}.",
+                at=str(run.folder),
+                fix=f"run saeffect {step.stage} first, or saeffect run for all of it.",
+            )
+    return run
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stage of one arm or of all: its inputs are read only when it is its turn."""
+
+    stage: str
+    key: str
+    inputs: Callable[[], Any]
+    work: Callable[[], Iterable[Path]]
+
+
+def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
+    study = run.study
+    steering = study.config.steering
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
-        if "gate" in stages:
-            run.stage(f"gate {arm}", gate_inputs(study, arm), run_gate(run, arm, say), say, redo=redo)
-        if "features" in stages:
-            run.stage(f"features {arm}", features_inputs(study, arm), run_features(run, arm, say), say, redo=redo)
+        yield _Step("gate", f"gate {arm}", partial(gate_inputs, study, arm), run_gate(run, arm, say))
+        yield _Step("features", f"features {arm}", partial(features_inputs, study, arm), run_features(run, arm, say))
 
     # How alike in meaning are the top tokens of each feature?
-    if "coherence" in stages:
-        for arm in config.arms:
-            run.stage(f"coherence {arm}", coherence_inputs(run, arm), run_coherence(run, arm), say, redo=redo)
+    for arm in study.config.arms:
+        yield _Step("coherence", f"coherence {arm}", partial(coherence_inputs, run, arm), run_coherence(run, arm))
 
     # Which features are about the domain, by vocabulary and by people's verdicts?
-    if "select" in stages:
-        run.stage("select", selection_inputs(run), run_selection(run), say, redo=redo)
+    yield _Step("select", "select", partial(selection_inputs, run), run_selection(run))
 
     # Does steering with a feature do what its tokens promise, more than a random direction does?
     # The dose is found on prompts that the test does not use.
-    if "steer" in stages and steering is not None:
-        run.stage("dose search", dose_inputs(run, steering), run_dose_search(run, steering, say), say, redo=redo)
+    if steering is not None:
+        search = run_dose_search(run, steering, say)
+        yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search)
         for arm in study.ordered_arms():
-            inputs = steering_inputs(run, arm, steering)
-            run.stage(f"steer {arm}", inputs, run_steering(run, arm, steering, say), say, redo=redo)
+            inputs = partial(steering_inputs, run, arm, steering)
+            yield _Step("steer", f"steer {arm}", inputs, run_steering(run, arm, steering, say))
 
     # What differs between control and treatment, and is it more than between two SAEs of the control?
-    if "compare" in stages:
-        run.stage("compare", comparison_inputs(run), run_comparison(run), say, redo=redo)
+    yield _Step("compare", "compare", partial(comparison_inputs, run), run_comparison(run))
 
     # Tell it.
-    if "report" in stages:
-        run.stage("report", report_inputs(run), run_reporting(run), say, redo=redo)
-    return run
+    yield _Step("report", "report", partial(report_inputs, run), run_reporting(run))
 
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], say: Say) -> None:

@@ -113,7 +113,9 @@ class RunFolder:
         started = time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
         seconds = round(time.monotonic() - started, 1)
-        self._manifest["stages"][key] = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds}
+        note: dict[str, Any] = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds}
+        note["versions"] = versions()
+        self._manifest["stages"][key] = note
         self._save()
         say(f"  {key}: {seconds:.1f} s")
         return True
@@ -129,7 +131,7 @@ class RunFolder:
     def provenance(self) -> dict[str, Any]:
         """Versions, seed and input hashes: what made the numbers."""
         return {
-            "versions": versions(),
+            "versions": self._versions(),
             "seed": self.study.config.seed,
             "study_sha256": hashlib.sha256(self.config_yaml().encode()).hexdigest(),
             "text_sha256": self.study.text_identity,
@@ -140,6 +142,15 @@ class RunFolder:
         """The resolved configuration. Bundled names stay names."""
         plain = self.study.config.model_dump(mode="json")
         return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
+
+    def _versions(self) -> dict[str, Any]:
+        """Versions that made the numbers: one set, or one a stage where they were not all the same."""
+        stages = self._manifest["stages"].items()
+        made = {key: note["versions"] for key, note in stages if key != "report" and "versions" in note}
+        different = {fingerprint(found): found for found in made.values()}
+        if not different:
+            return versions()
+        return next(iter(different.values())) if len(different) == 1 else made
 
     def _save(self) -> None:
         self._manifest |= {"study": self.study.config.name} | self.provenance()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.errors import EmptySelection
+from saeffect.errors import ConfigError, EmptySelection
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary, select
 from saeffect.provenance import hash_file
 from saeffect.review.verdicts import read_verdicts, summarise_verdicts
@@ -35,7 +35,17 @@ def selection_inputs(run: RunFolder) -> dict[str, Any]:
 def study_verdicts(study: Study) -> pd.DataFrame | None:
     """The study's verdicts, checked; None if it names no file."""
     path = study.config.selection.verdicts
-    return read_verdicts(path, arms=list(study.config.arms)) if path else None
+    if path is None:
+        return None
+    verdicts = read_verdicts(path, arms=list(study.config.arms))
+    unjudged = [name for name in study.config.arms if not (verdicts["arm"] == name).any()]
+    if unjudged:
+        raise ConfigError(
+            f"there is no verdict on {', '.join(unjudged)}; domain features would mean another thing there.",
+            at=str(path),
+            fix="have every arm reviewed, take the arm out of the study, or leave selection.verdicts out.",
+        )
+    return verdicts
 
 
 def run_selection(run: RunFolder) -> Callable[[], Iterable[Path]]:
@@ -58,8 +68,7 @@ def run_selection(run: RunFolder) -> Callable[[], Iterable[Path]]:
 
 
 def _select(run: RunFolder, arm: str, vocabulary: Vocabulary, verdicts: pd.DataFrame | None) -> pd.DataFrame:
-    # An arm that nobody reviewed is not an arm whose features were all refused.
-    given = None if verdicts is None or not (verdicts["arm"] == arm).any() else summarise_verdicts(verdicts, arm)
+    given = None if verdicts is None else summarise_verdicts(verdicts, arm)
     return select(
         run.read_table(run.arm(arm, "features.parquet")),
         vocabulary=vocabulary,

@@ -20,7 +20,7 @@ from saeffect.study.study import Say
 
 __all__ = ["dose_inputs", "run_dose_search", "run_steering", "steering_inputs", "tested_features"]
 
-VERSION = 1
+VERSION = 2  # 2: rotary frequencies stay in float32
 _FILES = ("interventions", "direct_effects", "effects")
 
 

@@ -18,7 +18,14 @@ from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
 from saeffect.models.hooks import capture, parse_hook
 from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import BUNDLED, bundled_path, load_language_model, model_identity
+from saeffect.models.loading import (
+    BUNDLED,
+    bundled_path,
+    load_language_model,
+    model_identity,
+    resolve_device,
+    resolve_dtype,
+)
 from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.saelens_format import WEIGHTS, load_sae, read_sae_config
@@ -196,9 +203,11 @@ class Study:
         for name, arm in self.config.arms.items():
             if arm.model not in models:
                 models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
+            device = resolve_device(arm.model.device)
             found[name] = {
                 "model": models[arm.model],
-                "dtype": arm.model.dtype,
+                "dtype": str(resolve_dtype(arm.model.dtype, device)),
+                "device": device.type,
                 "sae": fingerprint([hash_file(self.sae_folder(name) / file) for file in ("cfg.json", WEIGHTS)]),
                 "hook": self.hook(name),
             }
