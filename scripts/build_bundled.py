@@ -140,7 +140,8 @@ def _text_card() -> str:
 half by its medical fine-tune (`bundled:medical-lora`), each from 25 general and 25 medical stems of {STEM} tokens.
 Temperature 1, top_p 0.95, special tokens never drawn, seeds 0, 1, 10, 11. Made by `scripts/build_bundled.py`.
 
-The sources "general" and "domain" name the stem, not what became of it: the fine-tune turns many a general stem medical.
+The sources "general" and "domain" name the stem, not what became of it: the fine-tune turns many a
+general stem medical.
 
 It is what models say, not what is true: do not take medical statements in it for advice.
 
