@@ -1,9 +1,11 @@
-"""Activation shards on disk: safetensors files that are whole or absent."""
+"""Activation shards on disk: safetensors files that are whole or absent, read as shuffled batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeffect.activations.pool import Pool, cut, read_ahead, shuffled
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.provenance import atomic_path, read_json
+from saeffect.provenance import atomic_path, fingerprint, read_json
 
 __all__ = ["ActivationStore", "read_shard", "save_shard", "shard_name"]
 
@@ -36,11 +39,18 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises:
         BadFile: It is truncated or no safetensors file.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with _readable(path):
         return load_file(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise BadFile(
             f"this shard cannot be read: {error}.",
@@ -81,6 +91,28 @@ class ActivationStore:
         """Shard files in order."""
         return sorted(self.folder.glob("shard-*.safetensors"))
 
+    def lengths(self) -> list[int]:
+        """Tokens in each shard, from the headers.
+
+        Raises:
+            BadFile: A shard is truncated or no safetensors file.
+        """
+        return [_shape(shard)[0] for shard in self.shards()]
+
+    @property
+    def d_in(self) -> int:
+        """Width of an activation."""
+        return _shape(self.shards()[0])[1]
+
+    @cached_property
+    def mean_norm(self) -> float:
+        """Mean Euclidean norm over `sample(20_000)`."""
+        return float(self.sample(20_000).norm(dim=1).mean())
+
+    def identity(self) -> str:
+        """SHA-256 of what made the harvest: model, hook, text, dtype."""
+        return fingerprint(self.note["made_by"])
+
     def sample(self, n_tokens: int) -> Tensor:
         """The first `n_tokens` activations, float32 `[n, d_in]`; fewer if the store holds fewer."""
         found: list[Tensor] = []
@@ -90,21 +122,61 @@ class ActivationStore:
                 break
         return torch.cat(found)[:n_tokens]
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int, pool_shards: int = 48) -> Iterator[Tensor]:
+    def n_batches(self, batch_size: int, *, seed: int = 0, epoch: int = 0) -> int:  # noqa: ARG002 - the interface's
+        """How many batches one pass gives: the same for every seed and epoch."""
+        return sum(self.lengths()) // batch_size
+
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
+    ) -> Iterator[Tensor]:
         """One pass over all activations in a shuffled order that depends on (seed, epoch) alone.
 
         Shards are visited in a shuffled order, a pool of them at a time, and tokens are shuffled within the
-        pool, so memory stays at `pool_shards` shards however long the text. Up to `batch_size - 1` tokens
-        a pool are left out.
+        pool. A thread reads the next pool while one is used, so memory stays at two pools however long the
+        text. Up to `batch_size - 1` tokens at the end are left out.
+
+        Args:
+            batch_size: Tokens a batch.
+            seed: Decides the order, with `epoch`.
+            epoch: Number of the pass.
+            start: Number of the first batch; pools before it are not read.
+            pool_shards: Shards a pool; decides the order too.
 
         Yields:
             float32 `[batch_size, d_in]`.
+
+        Raises:
+            BadFile: A shard is truncated or no safetensors file; the error names it.
         """
-        generator = np.random.default_rng([seed, epoch])
-        shards = self.shards()
-        order = generator.permutation(len(shards))
-        for start in range(0, len(order), pool_shards):
-            pool = torch.cat([read_shard(shards[i])["activations"] for i in order[start : start + pool_shards]])
-            shuffled = torch.from_numpy(generator.permutation(len(pool)))
-            for at in range(0, len(pool) - batch_size + 1, batch_size):
-                yield pool[shuffled[at : at + batch_size]].float()
+        shards, lengths = self.shards(), self.lengths()
+        visits = np.random.default_rng([seed, epoch]).permutation(len(shards)).tolist()
+        skip = start * batch_size
+        makers: list[Callable[[], Pool]] = []
+        for number, first in enumerate(range(0, len(visits), pool_shards)):
+            members = visits[first : first + pool_shards]
+            tokens = sum(lengths[i] for i in members)
+            if not makers and skip >= tokens:
+                skip -= tokens
+            else:
+                makers.append(partial(_pool, [shards[i] for i in members], tokens, (seed, epoch, number)))
+        yield from cut(read_ahead(makers), batch_size, skip=skip)
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, framework="pt") as file:
+        rows, width = file.get_slice("activations").get_shape()
+    return int(rows), int(width)
+
+
+def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
+    """Shards are copied one by one: joined at once they would take twice the memory."""
+    first = read_shard(shards[0])["activations"]
+    joined = torch.empty(n_tokens, first.shape[1], dtype=first.dtype)
+    at = 0
+    for shard in shards:
+        part = read_shard(shard)["activations"]
+        joined[at : at + len(part)] = part
+        at += len(part)
+    return shuffled(joined, *seeds)

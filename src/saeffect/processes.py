@@ -1,0 +1,70 @@
+"""One process of many: what `torchrun` says about this one, and how they wait for each other."""
+
+from __future__ import annotations
+
+import os
+
+from saeffect.errors import ConfigError
+
+__all__ = ["barrier", "device_of_process", "is_first", "join", "leave", "rank_and_world"]
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process' number, from 0, and how many there are: (0, 1) unless `torchrun` says otherwise.
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE contradict each other.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ConfigError(
+            f"RANK={rank!r} and WORLD_SIZE={world!r} do not fit: expected 0 <= RANK < WORLD_SIZE.",
+            at="environment",
+            fix="start the processes with torchrun, or unset both.",
+        )
+    return int(rank), int(world)
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once. True for a process that is alone."""
+    return rank_and_world()[0] == 0
+
+
+def device_of_process() -> str:
+    """Where tensors that processes exchange must be: this process' own GPU, or "cpu"."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def join() -> int:
+    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs; the number of processes.
+
+    Nothing happens where the process is alone, or PyTorch's process group is there already.
+    """
+    import torch
+    import torch.distributed as dist
+
+    _, world = rank_and_world()
+    if world > 1 and not dist.is_initialized():
+        device = device_of_process()
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    return world
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one; else PyTorch warns at exit."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if join() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
