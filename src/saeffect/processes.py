@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from saeffect.errors import ConfigError
 
-__all__ = ["barrier", "device_of_process", "is_first", "join", "leave", "rank_and_world"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["add_up", "barrier", "device_of_process", "gathered", "is_first", "join", "leave", "rank_and_world"]
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -68,3 +72,30 @@ def barrier() -> None:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over processes, in place."""
+    if join() > 1:
+        import torch.distributed as dist
+
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The tensors of all processes, one after the other in order of rank; lengths of axis 0 may differ."""
+    world = join()
+    if world == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
+    dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
+    longest = max(int(n) for n in lengths)
+    padded = values.new_zeros(longest, *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])

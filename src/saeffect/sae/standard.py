@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
 
 __all__ = ["StandardSae"]
 
 
-class StandardSae(SparseAutoencoder):
-    """`feature_acts = relu(hidden_pre)`."""
+class StandardSae(TrainableSae):
+    """`feature_acts = relu(hidden_pre)`; the penalty is `coefficient · Σ_f feature_acts_f · ‖W_dec_f‖`."""
 
     architecture = "standard"
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         return hidden_pre.relu()
+
+    @torch.no_grad()
+    def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
+        """See `TrainableSae`.
+
+        Source:
+            Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE with l1 and decoder norms.
+        """
+        W_dec = self.W_dec.data
+        norm = W_dec.norm(dim=1)
+        centred = self.centred(x)
+        entries = step.encoder.above(centred, self.W_rows, self.b_enc.data)
+        sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
+        error = sae_out - x
+        d_out = error * (2.0 / step.n_tokens)
+        d_acts = entries.inner(d_out, W_dec)
+        d_acts += entries.per_feature(norm * (step.coefficient / step.n_tokens))
+        self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred)
+        # The penalty pulls on the decoder too: along each row, by how much its feature was active.
+        total = entries.feature_sums(entries.values) / step.n_tokens
+        pull = step.coefficient * total / norm.clamp_min(1e-12)
+        self.gradient("W_dec").addcmul_(W_dec, pull[:, None])
+        losses = {"mse": error.square().sum() / step.n_tokens, "l1": step.coefficient * (total @ norm)}
+        return StepResult(losses, entries.counts(), sae_out)

@@ -1,0 +1,191 @@
+"""Feature activations that are mostly zero, and the four products that training needs of them.
+
+A ReLU's or a TopK's gradient is zero wherever the feature is off. Of 1,024 × 24,576 feature activations some
+60,000 are on, so everything behind the encoder's product can run on those. `SparseEntries` does; `DenseEntries`
+does the same on whole matrices, for the start of a run, when half of all features are on. Architectures are
+written once for both: `values` is one number an entry, and `per_feature(v)` brings a number a feature along.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseEntries", "Entries", "SparseEntries", "sparse_entries"]
+
+
+class Entries(ABC):
+    """Which entries of a matrix `[n_tokens, d_sae]` count, and their values.
+
+    Attributes:
+        values: Float32, one an entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
+        shape: (n_tokens, d_sae).
+    """
+
+    values: Tensor
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def per_feature(self, of_feature: Tensor) -> Tensor:
+        """From `[d_sae]` to something that broadcasts with `values`."""
+
+    @abstractmethod
+    def per_token(self, of_token: Tensor) -> Tensor:
+        """From `[n_tokens]` to something that broadcasts with `values`."""
+
+    @abstractmethod
+    def where(self, kept: Tensor) -> Entries:
+        """Only the entries for which the bool tensor `kept`, shaped like `values`, is true."""
+
+    @abstractmethod
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        """`A @ W_dec`, float32 `[n_tokens, d_in]`, A being these entries with the given values."""
+
+    @abstractmethod
+    def inner(self, left: Tensor, W: Tensor) -> Tensor:
+        """`left @ W.T` at the entries: left `[n_tokens, d_in]`, W `[d_sae, d_in]`; shaped like `values`."""
+
+    @abstractmethod
+    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`."""
+
+    @abstractmethod
+    def feature_sums(self, values: Tensor) -> Tensor:
+        """Sum over tokens, `[d_sae]`."""
+
+    @abstractmethod
+    def counts(self) -> Tensor:
+        """Tokens on which each feature has a positive value, int64 `[d_sae]`."""
+
+    @abstractmethod
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        """The whole matrix `[n_tokens, d_sae]`, zero elsewhere."""
+
+
+class SparseEntries(Entries):
+    """Entries listed one by one, ordered by token, then by feature.
+
+    Attributes:
+        token: Int64 `[nnz]`.
+        feature: Int64 `[nnz]`.
+    """
+
+    def __init__(self, token: Tensor, feature: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
+        self.token, self.feature, self.values, self.shape = token, feature, values, shape
+
+    def per_feature(self, of_feature: Tensor) -> Tensor:
+        return of_feature[self.feature]
+
+    def per_token(self, of_token: Tensor) -> Tensor:
+        return of_token[self.token]
+
+    def where(self, kept: Tensor) -> SparseEntries:
+        if bool(kept.all()):
+            return self
+        return SparseEntries(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        out = W_dec.new_empty(self.shape[0], W_dec.shape[1])
+        return torch.addmm(out, self._by_token(values), W_dec, beta=0, out=out)
+
+    def inner(self, left: Tensor, W: Tensor) -> Tensor:
+        if not self.values.numel():
+            return self.values.new_zeros(0)
+        return torch.sparse.sampled_addmm(self._by_token(self.values), left, W.T, beta=0).values()
+
+    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        # Writing into memory that is already mapped: a fresh [d_sae, d_in] costs ten times the product.
+        return torch.addmm(out, self._by_feature(values), right, beta=1 if add else 0, out=out)
+
+    def feature_sums(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.shape[1]).index_add_(0, self.feature, values)
+
+    def counts(self) -> Tensor:
+        return torch.bincount(self.feature[self.values > 0], minlength=self.shape[1])
+
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        dense = self.values.new_zeros(self.shape)
+        dense[self.token, self.feature] = self.values if values is None else values
+        return dense
+
+    def _by_token(self, values: Tensor) -> Tensor:
+        return _csr(self._token_starts, self._feature32, values, self.shape)
+
+    def _by_feature(self, values: Tensor) -> Tensor:
+        order, starts, token = self._transposed
+        return _csr(starts, token, values[order], (self.shape[1], self.shape[0]))
+
+    @cached_property
+    def _feature32(self) -> Tensor:  # MKL and cuSPARSE take 32-bit indices; others are copied at every product
+        return self.feature.to(torch.int32)
+
+    @cached_property
+    def _token_starts(self) -> Tensor:
+        return _starts(self.token, self.shape[0])
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        order = torch.sort(self._feature32, stable=True).indices
+        return order, _starts(self.feature, self.shape[1]), self.token[order].to(torch.int32)
+
+
+class DenseEntries(Entries):
+    """All entries; `values` is zero where a feature is off.
+
+    Args:
+        values: Float32 `[n_tokens, d_sae]`.
+        scratch: A buffer of the same shape that `inner` may write its result to.
+    """
+
+    def __init__(self, values: Tensor, scratch: Tensor | None = None) -> None:
+        self.values, self._scratch = values, scratch
+        self.shape = (values.shape[0], values.shape[1])
+
+    def per_feature(self, of_feature: Tensor) -> Tensor:
+        return of_feature
+
+    def per_token(self, of_token: Tensor) -> Tensor:
+        return of_token[:, None]
+
+    def where(self, kept: Tensor) -> DenseEntries:
+        return DenseEntries(self.values * kept)
+
+    def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
+        return values @ W_dec
+
+    def inner(self, left: Tensor, W: Tensor) -> Tensor:
+        return torch.mm(left, W.T, out=self._scratch) if self._scratch is not None else left @ W.T
+
+    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+        return torch.addmm(out, values.T, right, beta=1 if add else 0, out=out)
+
+    def feature_sums(self, values: Tensor) -> Tensor:
+        return values.sum(0)
+
+    def counts(self) -> Tensor:
+        return (self.values > 0).sum(0)
+
+    def to_dense(self, values: Tensor | None = None) -> Tensor:
+        return self.values if values is None else values
+
+
+def sparse_entries(dense: Tensor) -> SparseEntries:
+    """The positive entries of a matrix `[n_tokens, d_sae]`."""
+    token, feature = (dense > 0).nonzero(as_tuple=True)
+    return SparseEntries(token, feature, dense[token, feature], (dense.shape[0], dense.shape[1]))
+
+
+def _starts(of_entry: Tensor, n: int) -> Tensor:
+    starts = torch.zeros(n + 1, dtype=torch.int32, device=of_entry.device)
+    starts[1:] = torch.bincount(of_entry, minlength=n).cumsum(0)
+    return starts
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    with warnings.catch_warnings():  # torch calls its CSR layout beta, once a process
+        warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

@@ -1,0 +1,179 @@
+"""What the trainer asks of an architecture, and what all architectures share while they are trained.
+
+A training step is written out by hand: an architecture finds the entries that are on (`Encoder`), computes its
+loss and the loss's gradient with respect to those entries, and `backward` turns that into gradients of the four
+weights. Autograd would multiply by the zeros.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.encoder import Encoder
+from saeffect.sae.entries import Entries
+from saeffect.sae.training_config import SaeTrainingConfig
+
+__all__ = ["StepInputs", "StepResult", "TrainableSae"]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What a step knows besides its batch.
+
+    Attributes:
+        config: The recipe.
+        encoder: Finds active entries; its buffers are reused from step to step.
+        n_tokens: Tokens of the whole batch, over all processes: every loss is a sum over this process's tokens
+            divided by it, so that losses and gradients add up over processes.
+        coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
+        dead: Indices of features that have not fired for long, int64 `[n_dead]`.
+    """
+
+    config: SaeTrainingConfig
+    encoder: Encoder
+    n_tokens: int
+    coefficient: float = 0.0
+    dead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured on this process's tokens.
+
+    Attributes:
+        losses: Terms by name, 0-dim float32, each already divided by `StepInputs.n_tokens`; "mse" (sum over
+            dimensions of the squared error) is always there, and what is minimised is the sum of all of them.
+        fired: Tokens on which each feature was active, int64 `[d_sae]`.
+        sae_out: The reconstruction, float32 `[n, d_in]`.
+    """
+
+    losses: Mapping[str, Tensor]
+    fired: Tensor
+    sae_out: Tensor
+
+
+class TrainableSae(SparseAutoencoder):
+    """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
+
+    Attributes:
+        leaves: What the optimizer moves, by name: contiguous tensors that share memory with the parameters,
+            "W_enc" as `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills.
+    """
+
+    def __init__(self, cfg: SaeConfig) -> None:
+        super().__init__(cfg)
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
+
+    @property
+    def W_rows(self) -> Tensor:
+        """The encoder with one row a feature, `[d_sae, d_in]`."""
+        return self.W_enc.data.T
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        """The same tensors on every call; gradients are allocated by the first."""
+        if not hasattr(self, "_leaves"):
+            found = {}
+            for name, parameter in self.named_parameters():
+                data = self.W_rows if name == "W_enc" else parameter.data
+                found[name] = nn.Parameter(data)
+                found[name].grad = torch.zeros_like(data)
+            object.__setattr__(self, "_leaves", found)  # not a submodule: state_dict keeps the four names
+        return self._leaves  # type: ignore[no-any-return]
+
+    def gradient(self, name: str) -> Tensor:
+        """The gradient of a leaf ("W_enc": `[d_sae, d_in]`)."""
+        grad = self.leaves()[name].grad
+        assert grad is not None
+        return grad
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
+        """Random decoder rows of norm `config.decoder_init_norm`, the encoder their transpose.
+
+        Args:
+            sample: Scaled inputs, float32 `[n, d_in]`, for the decoder's bias.
+            config: `seed`, `decoder_init_norm`, `b_dec_init`.
+
+        Source:
+            SAELens' heuristic initialisation, after Anthropic's April 2024 update.
+        """
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randn(self.W_dec.shape, generator=generator)
+        self.W_dec.copy_(rows * (config.decoder_norm_at_start / rows.norm(dim=1, keepdim=True)))
+        self.W_enc.copy_(self.W_dec.T)
+        self.b_enc.zero_()
+        self.b_dec.copy_(sample.mean(0)) if config.b_dec_at_start == "mean" else self.b_dec.zero_()
+
+    @abstractmethod
+    def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
+        """Losses on a batch of scaled inputs, float32 `[n, d_in]`; fills the leaves' `.grad` anew."""
+
+    def after_step(self, step: StepInputs) -> None:
+        """Put constraints back after the optimizer's step."""
+        if step.config.unit_decoder:
+            self.normalise_decoder()
+
+    def before_step(self, step: StepInputs) -> None:
+        """Change gradients before the optimizer's step."""
+        if step.config.unit_decoder:
+            self.remove_parallel_gradient()
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Let the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded).
+
+        With inputs s·x the activations are s times what the decoder rows need to rebuild x, so both biases shrink
+        by s and the matrices stay: activations are then in the residual's units.
+        """
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+
+    def for_inference(self) -> SparseAutoencoder:
+        """What is saved: the SAE itself, unless its training form is not its inference form."""
+        return self
+
+    def running_state(self) -> dict[str, Tensor]:
+        """Tensors besides the leaves that a checkpoint must keep; changed in place."""
+        return {}
+
+    @torch.no_grad()
+    def backward(self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor) -> None:
+        """From gradients at the entries to gradients of the weights, overwriting what was there.
+
+        Args:
+            entries: Active features, `values` being the feature activations.
+            d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
+            d_out: Loss by `sae_out`, float32 `[n, d_in]`.
+            centred: What the encoder was given, float32 `[n, d_in]`.
+        """
+        entries.outer(entries.values, d_out, self.gradient("W_dec"))
+        entries.outer(d_hidden, centred, self.gradient("W_enc"))
+        self.gradient("b_enc").copy_(entries.feature_sums(d_hidden))
+        self.gradient("b_dec").copy_(d_out.sum(0))
+        self.backward_to_b_dec(self.gradient("b_enc"))
+
+    def backward_to_b_dec(self, d_hidden_sums: Tensor) -> None:
+        """The part of b_dec's gradient that comes through the encoder: a matrix-vector product."""
+        if self.cfg.apply_b_dec_to_input:
+            self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
+
+    def centred(self, x: Tensor) -> Tensor:
+        """What the encoder sees of an input."""
+        return x - self.b_dec.data if self.cfg.apply_b_dec_to_input else x
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Take off the decoder gradient's part along each row: lengths are fixed."""
+        grad, W_dec = self.gradient("W_dec"), self.W_dec.data
+        grad.addcmul_(W_dec, torch.linalg.vecdot(grad, W_dec)[:, None], value=-1)
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Put every decoder row back on the unit sphere."""
+        self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min(1e-8))
