@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from saeffect.activations.harvest import NormLimit, TokenRows, harvest, kept_positions, measure_norm_limit
 from saeffect.activations.shards import ActivationStore, read_shard
-from saeffect.errors import BadFile, ConfigError, Interrupted
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.models.hooks import capture, edited
 from saeffect.models.language_model import LanguageModel
 
@@ -175,3 +177,104 @@ def test_the_digest_is_that_of_the_text(rows: TokenRows) -> None:
     assert len(digests) == 5
     assert len(rows.head(4)) == 4
     assert len(rows.head(99)) == 10
+
+
+def test_text_that_the_model_cannot_read(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    """Refused before anything is written."""
+    out = tmp_path / "a"
+
+    def of(ids: Any) -> TokenRows:
+        return TokenRows(np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.int64), ("general",))
+
+    with complains(EmptySelection, "no rows"):
+        harvest(tiny_llama, HOOK, rows.head(0), out)
+    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 2 to 128", at="context_size"):
+        harvest(tiny_llama, HOOK, of(np.ones((2, 129))), out)
+    with complains(ConfigError, "rows have 1 tokens", at="context_size"):
+        harvest(tiny_llama, HOOK, of(np.ones((2, 1))), out)
+    for bad in (320, -1):
+        with complains(ConfigError, f"{bad}", "knows 0 to 319"):
+            harvest(tiny_llama, HOOK, of([[1, 2, bad]]), out)
+    assert not out.exists()
+
+
+def test_a_cap_on_the_disk(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    # Ten rows of seven tokens that count, 32 floats and three int32 each.
+    most = 10 * 7 * (32 * 4 + 12)
+    with complains(ConfigError, "take 9,800 bytes; the cap is 9,799 bytes", at="max_bytes"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "a", max_bytes=most - 1)
+    assert not (tmp_path / "a").exists()
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, max_bytes=most)
+    tensors = [t for p in ActivationStore.open(tmp_path / "a").shards() for t in read_shard(p).values()]
+    assert 0.9 * most < sum(t.nbytes for t in tensors) <= most
+
+
+def test_a_disk_without_room(
+    tiny_llama: LanguageModel,
+    rows: TokenRows,
+    tmp_path: Path,
+    complains: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    (tmp_path / "a" / "shard-00001.safetensors").unlink()
+    free = 2_000  # half a shard
+
+    def usage(_: Any) -> Any:
+        return type("Usage", (), {"free": free})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with complains(ConfigError, "more; the disk has 2,000 bytes free", at=str(tmp_path / "a")):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    with complains(ConfigError, "the disk has", at="b"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b" / "c", **SIZES)
+    assert not (tmp_path / "b").exists()
+    free = 5_000  # what is there counts: only one shard is missing
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    with complains(ConfigError, "the disk has"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES)
+
+
+FILLS_UP = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from saeffect.activations.harvest import TokenRows, harvest
+from saeffect.config import ModelConfig
+from saeffect.errors import SaeffectError
+from saeffect.models.loading import load_language_model
+
+model, out, limit = sys.argv[1:]
+lm = load_language_model(ModelConfig(path=model, dtype="float32"))
+ids = np.random.default_rng(0).integers(1, 320, (6, 8)).astype(np.int32)
+ids = np.concatenate([ids, ids[:1]])  # shards of two rows, two, two, and a small one of one
+rows = TokenRows(ids[[6, 0, 1, 2, 3, 4, 5]], np.zeros(7, dtype=np.int64), ("general",))
+
+
+def then_no_more(line):
+    if line.startswith("harvest 2/"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+
+
+try:
+    harvest(lm, "blocks.1.hook_resid_pre", rows, out, rows_per_shard=2, batch_size=2, say=then_no_more)
+except SaeffectError as error:
+    print(error)
+"""
+
+
+def test_a_write_that_fails_leaves_whole_shards(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """The system refuses bytes in the middle of the third shard, as a full disk does."""
+    command = [sys.executable, "-c", FILLS_UP, str(tiny_llama_folder), str(tmp_path / "out"), "1000"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("BadFile: this shard cannot be written"), done
+    assert "shard-00002.safetensors" in done.stdout
+    assert "run the same command" in done.stdout
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["harvest.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    for path in ActivationStore.open(tmp_path / "out").shards():
+        read_shard(path)

@@ -16,16 +16,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saeffect.activations.room import refuse_without_room
 from saeffect.activations.shards import save_shard, shard_name
-from saeffect.errors import BadFile, ConfigError, Interrupted
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
+from saeffect.models.fused import fused
 from saeffect.models.hooks import capture, parse_hook
 from saeffect.models.language_model import LanguageModel
+from saeffect.processes import barrier, is_first, rank_and_world
 from saeffect.provenance import fingerprint, read_json, write_json
 
-__all__ = ["NormLimit", "TokenRows", "harvest", "kept_positions", "measure_norm_limit"]
+__all__ = [
+    "NormLimit",
+    "TokenRows",
+    "first_limit",
+    "harvest",
+    "kept_positions",
+    "measure_norm_limit",
+    "refuse_unfit",
+    "run_pass",
+]
 
 # A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
 _OUTLIER_FACTOR = 3.0
+# Row, position and source of a token in a shard, int32 each.
+_BYTES_OF_PLACE = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,29 +110,35 @@ def harvest(
     *,
     rows_per_shard: int = 128,
     batch_size: int = 8,
+    max_bytes: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the activations of every kept position to shards under `out`.
 
+    Under `torchrun` each process writes its share of the shards; the files are those of one process.
+
     Args:
         lm: The model; activations are stored in its dtype.
         hook: TransformerLens name.
-        rows: The text.
-        out: Folder for `harvest.json` and the shards.
+        rows: The text, the same in every process.
+        out: Folder for `harvest.json` and the shards; one that all processes share.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
+        max_bytes: The most that the folder may hold, in bytes; None for what the disk has.
         say: Receives a line of progress after each shard.
 
     Returns:
-        `out`.
+        `out`, once all shards are there.
 
     Raises:
-        ConfigError: The folder holds the harvest of something else.
-        BadFile: The model gives NaN or infinite activations.
+        ConfigError: The folder holds the harvest of something else; the shards would not fit; the model has no
+            such hook, or no such positions or tokens.
+        EmptySelection: No rows.
+        BadFile: The model gives NaN or infinite activations, or a shard cannot be written; whole shards stay.
         Interrupted: Ctrl-C; whole shards stay.
     """
     out = Path(out)
-    parse_hook(hook, lm.n_layers)
+    refuse_unfit(lm, hook, rows)
     made_by = {
         "model": lm.name,
         "model_identity": lm.identity,
@@ -127,42 +147,127 @@ def harvest(
         "text": rows.digest(),
         "rows_per_shard": rows_per_shard,
     }
-    limit = _begin(lm, hook, rows, out, made_by=made_by, batch_size=batch_size)
+    rank, world = rank_and_world()
+    limit = _begin(lm, hook, rows, out, made_by=made_by, batch_size=batch_size, max_bytes=max_bytes)
     starts = range(0, len(rows), rows_per_shard)
-    todo = [start for start in starts if not (out / shard_name(start // rows_per_shard)).is_file()]
-    started = time.monotonic()
+    missing = [start for start in starts if not (out / shard_name(start // rows_per_shard)).is_file()]
+    todo = [start for start in missing if start // rows_per_shard % world == rank]
+    began = time.monotonic()
     try:
-        for done, start in enumerate(todo, start=1):
-            _shard(lm, hook, rows, out, slice(start, start + rows_per_shard), limit=limit, batch_size=batch_size)
-            rate = done * rows_per_shard * rows.ids.shape[1] / (time.monotonic() - started)
-            left = (len(todo) - done) * rows_per_shard * rows.ids.shape[1] / rate / 60
-            whole = len(starts) - len(todo) + done
-            say(f"harvest {whole}/{len(starts)} shards  {rate:,.0f} tokens/s  {left:.1f} min left")
+        with fused(lm):
+            for done, start in enumerate(todo, start=1):
+                _shard(lm, hook, rows, out, slice(start, start + rows_per_shard), limit=limit, batch_size=batch_size)
+                all_done = min(done * world, len(missing))
+                pace = all_done / (time.monotonic() - began)
+                say(
+                    f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
+                    f"  {pace * rows_per_shard * rows.ids.shape[1]:,.0f} tokens/s"
+                    f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
+                )
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
+    barrier()
     return out
 
 
-def _begin(
-    lm: LanguageModel, hook: str, rows: TokenRows, out: Path, *, made_by: dict[str, object], batch_size: int
-) -> NormLimit:
-    """Read the note of an earlier, partial run, or write a new one."""
-    note = out / "harvest.json"
-    if note.is_file():
-        found = read_json(note)
-        if found["made_by"] != made_by:
-            differs = [key for key in made_by if found["made_by"].get(key) != made_by[key]]
-            raise ConfigError(
-                f"this folder holds another harvest (it differs in {', '.join(differs)}).",
-                at=str(out),
-                fix="choose another folder, or delete this one.",
-            )
-        return NormLimit(**found["norm_limit"])
-    limit = measure_norm_limit(capture(lm, hook, _ids(rows.ids[: 2 * batch_size])))
+def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
+    """Refuse what cannot be harvested, before anything heavy starts.
+
+    Raises:
+        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; or a row has
+            fewer than two tokens (the first never counts).
+        EmptySelection: No rows.
+    """
+    parse_hook(hook, lm.n_layers)
+    if not rows.ids.size:
+        raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
+    context = rows.ids.shape[1]
+    config = lm.model.config
+    positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+    if context < 2 or (positions is not None and context > positions):
+        raise ConfigError(
+            f"rows have {context} tokens; {lm.name} takes 2 to {positions or 'any number of'}.",
+            at="context_size",
+            fix="choose a context_size in that range.",
+        )
+    low, high = int(rows.ids.min()), int(rows.ids.max())
+    if low < 0 or high >= lm.d_vocab:
+        raise ConfigError(
+            f"the text has token ids from {low} to {high}, but {lm.name} knows 0 to {lm.d_vocab - 1}.",
+            fix="make the rows with this model's tokenizer.",
+        )
+
+
+def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
+    """One forward pass.
+
+    Args:
+        lm: The model.
+        hook: TransformerLens name.
+        ids: Token ids, int32 `[n_rows, context_size]`.
+        limit: Which positions count.
+
+    Returns:
+        The kept activations in text order `[n_kept, d_model]`, in the model's dtype, on the CPU; and which
+        positions those are, bool `[n_rows, context_size]`.
+
+    Raises:
+        BadFile: The model gives NaN or infinity.
+    """
+    x = capture(lm, hook, _ids(ids)).cpu()
+    # Before the mask: NaN is no number below the limit, so it would be left out without a word.
+    if not torch.isfinite(x).all():
+        raise BadFile("the model's activations hold NaN or infinity.", at=hook, fix="try dtype: float32.")
+    mask = kept_positions(x, limit)
+    return x[mask], mask
+
+
+def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLimit:
+    """The norm limit, measured on these rows.
+
+    Raises:
+        BadFile: The model gives NaN or infinity.
+    """
+    limit = measure_norm_limit(capture(lm, hook, _ids(ids)))
     if not np.isfinite(limit.median_norm):
         raise BadFile("the model's activations are not finite.", at=hook, fix="try dtype: float32.")
-    write_json(out / "harvest.json", {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     return limit
+
+
+def _begin(
+    lm: LanguageModel,
+    hook: str,
+    rows: TokenRows,
+    out: Path,
+    *,
+    made_by: dict[str, object],
+    batch_size: int,
+    max_bytes: int | None,
+) -> NormLimit:
+    """Read the note of an earlier, partial run, or write a new one; the first process does, the others wait."""
+    note = out / "harvest.json"
+    if is_first():
+        if note.is_file():
+            _refuse_another(read_json(note), made_by, out)
+        most_tokens = len(rows) * (rows.ids.shape[1] - 1)
+        refuse_without_room(out, most_tokens * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE), max_bytes)
+        if not note.is_file():
+            limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
+            write_json(note, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
+    barrier()
+    found = read_json(note)
+    _refuse_another(found, made_by, out)
+    return NormLimit(**found["norm_limit"])
+
+
+def _refuse_another(found: dict[str, dict[str, object]], made_by: dict[str, object], out: Path) -> None:
+    if found["made_by"] != made_by:
+        differs = [key for key in made_by if found["made_by"].get(key) != made_by[key]]
+        raise ConfigError(
+            f"this folder holds another harvest (it differs in {', '.join(differs)}).",
+            at=str(out),
+            fix="choose another folder, or delete this one.",
+        )
 
 
 def _shard(
@@ -180,13 +285,9 @@ def _shard(
     row_of: list[Tensor] = []
     position_of: list[Tensor] = []
     for start in range(0, len(ids), batch_size):
-        x = capture(lm, hook, _ids(ids[start : start + batch_size])).cpu()
-        # Before the mask: NaN is no number below the limit, so it would be left out without a word.
-        if not torch.isfinite(x).all():
-            raise BadFile("the model's activations hold NaN or infinity.", at=hook, fix="try dtype: float32.")
-        mask = kept_positions(x, limit)
+        activations, mask = run_pass(lm, hook, ids[start : start + batch_size], limit)
         row, position = mask.nonzero(as_tuple=True)
-        kept.append(x[mask])
+        kept.append(activations)
         row_of.append(row + start + span.start)
         position_of.append(position)
     row = torch.cat(row_of)

@@ -26,11 +26,23 @@ def shard_name(index: int) -> str:
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one shard atomically."""
+    """Write one shard: all of it, or nothing.
+
+    Raises:
+        BadFile: It cannot be written, as when the disk is full.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    except (SafetensorError, OSError) as error:
+        raise BadFile(
+            f"this shard cannot be written: {error}.",
+            at=str(path),
+            fix="make room on the disk, and run the same command to go on; whole shards stay.",
+        ) from error
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
