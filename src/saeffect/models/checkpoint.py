@@ -1,4 +1,4 @@
-"""Checkpoints of a training run with Adam: one safetensors file that is whole or absent."""
+"""Checkpoints of a training run with Adam: safetensors files that are whole or absent, the last few of them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,25 @@ from saeffect.provenance import atomic_path
 __all__ = ["Checkpoint"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PATTERN = "step-*.safetensors"
 
 
 class Checkpoint:
     """Weights, Adam's moments, other tensors, and the number of finished steps.
 
     Args:
-        folder: Where `state.safetensors` goes.
+        folder: Where `step-00000500.safetensors` and so on go.
         made_by: Fingerprint of everything that decides the run; another run's checkpoint is refused.
+        keep: How many of the newest stay.
     """
 
-    def __init__(self, folder: Path, made_by: str) -> None:
+    def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
         self.folder = folder
-        self._file = folder / "state.safetensors"
-        self._made_by = made_by
+        self._made_by, self._keep = made_by, keep
+
+    def steps(self) -> list[int]:
+        """Numbers of finished steps that there is a checkpoint of, rising."""
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob(_PATTERN))
 
     def save(
         self,
@@ -36,27 +41,51 @@ class Checkpoint:
         optimizer: torch.optim.Optimizer,
         others: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Replace the checkpoint by the state after `step` steps."""
+        """Keep the state after `step` steps, and drop the oldest if there are too many.
+
+        Raises:
+            BadFile: The disk is full, or cannot be written; older checkpoints stay.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"other.{name}": t for name, t in (others or {}).items()}
         for name, p in weights.items():
             tensors[f"weight.{name}"] = p.detach()
             tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _MOMENTS}
-        with atomic_path(self._file) as temporary:
-            save_file(
-                {name: t.contiguous() for name, t in tensors.items()},
-                temporary,
-                metadata={"step": str(step), "made_by": self._made_by},
-            )
+        try:
+            with atomic_path(self._file(step)) as temporary:
+                save_file(
+                    {name: t.contiguous() for name, t in tensors.items()},
+                    temporary,
+                    metadata={"step": str(step), "made_by": self._made_by},
+                )
+        except (OSError, SafetensorError) as error:
+            last = self.steps()
+            raise BadFile(
+                f"the checkpoint cannot be written: {error}.",
+                at=str(self.folder),
+                fix="free some space and run the same command again"
+                + (f"; it goes on from step {last[-1]:,}." if last else "."),
+            ) from error
+        for old in self.steps()[: -self._keep]:
+            self._file(old).unlink(missing_ok=True)
 
     def restore(
         self,
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         others: Mapping[str, Tensor] | None = None,
+        *,
+        step: int | None = None,
     ) -> int:
         """Fill the tensors and the optimizer in place; the number of finished steps, 0 without a checkpoint.
+
+        Args:
+            weights: By name.
+            optimizer: Over the weights.
+            others: Further tensors by name.
+            step: Which one; the newest by default, 0 for none.
 
         Raises:
             ConfigError: The checkpoint is another run's.
@@ -64,26 +93,32 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not self._file.is_file():
+        if step is None:
+            step = max(self.steps(), default=0)
+        if not step:
             return 0
+        path = self._file(step)
         try:
-            with safe_open(self._file, framework="pt") as file, torch.no_grad():
-                note = file.metadata()
-                if note["made_by"] != self._made_by:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                if (file.metadata() or {}).get("made_by") != self._made_by:
                     raise ConfigError(
                         "this folder holds a checkpoint of another run.",
                         at=str(self.folder),
                         fix="delete it, or choose another output folder.",
                     )
-                step = int(note["step"])
                 for name, tensor in (others or {}).items():
                     tensor.copy_(file.get_tensor(f"other.{name}"))
                 for name, p in weights.items():
                     p.copy_(file.get_tensor(f"weight.{name}"))
-                    moments = {key: file.get_tensor(f"{key}.{name}") for key in _MOMENTS}
-                    optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        except SafetensorError as error:
+                    moments = {key: file.get_tensor(f"{key}.{name}").to(p.device) for key in _MOMENTS}
+                    optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+        except (SafetensorError, OSError) as error:
             raise BadFile(
-                f"the checkpoint cannot be read: {error}.", at=str(self._file), fix="delete it to start over."
+                f"the checkpoint cannot be read: {error}.",
+                at=str(path),
+                fix="delete it; the run goes on from the one before, if there is one.",
             ) from error
         return step
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.safetensors"

@@ -1,58 +1,56 @@
-"""Training one SAE on harvested activations. Read `train_sae` downwards."""
+"""Training SAEs on activations, as many at once as share a model and a hook. Read `train_saes` downwards."""
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from saeffect.activations.shards import ActivationStore
-from saeffect.config import StrictModel
-from saeffect.errors import BadFile, EmptySelection, Interrupted
+from saeffect.activations.source import ActivationSource
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.models.checkpoint import Checkpoint
-from saeffect.provenance import atomic_path, fingerprint
-from saeffect.sae.base import SaeConfig
+from saeffect.processes import barrier, is_first, rank_and_world
+from saeffect.provenance import fingerprint, hash_file, read_json, write_json
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.interruption import Interruption
 from saeffect.sae.metrics import ReconstructionSums
-from saeffect.sae.saelens_format import save_sae
-from saeffect.sae.topk import TopKSae, TopKStep
+from saeffect.sae.metrics_loggers import LoggerName
+from saeffect.sae.saelens_format import WEIGHTS, load_sae, save_sae
+from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training_figure import save_training_figure
+from saeffect.sae.training_log import TrainingLog
+from saeffect.sae.training_step import StepReport, TrainingStep, new_sae
 
-__all__ = ["SaeQuality", "SaeTrainingConfig", "train_sae", "training_quality"]
+__all__ = ["Evaluation", "SaeJob", "SaeQuality", "train_sae", "train_saes", "training_quality"]
+
+Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
+
+_FINISHED = "finished.json"
 
 
-class SaeTrainingConfig(StrictModel):
-    """Everything that decides the SAE, given the activations."""
+@dataclass(frozen=True)
+class SaeJob:
+    """One SAE to train.
 
-    architecture: Literal["topk"] = "topk"
-    d_sae: int = Field(default=4608, ge=1, description="Number of features.")
-    k: int = Field(default=32, ge=1, description="Active features a token.")
-    epochs: int = Field(default=2, ge=1, description="Passes over the activations.")
-    batch_size: int = Field(default=1024, ge=1, description="Tokens a step.")
-    learning_rate: float = Field(default=1e-3, gt=0)
-    warmup_share: float = Field(default=0.02, ge=0, lt=1, description="Share of the steps with a rising rate.")
-    decay_share: float = Field(
-        default=0.3, ge=0, le=1, description="Share of the steps, at the end, with a falling rate."
-    )
-    dead_after: int = Field(default=100_000, ge=1, description="A feature is dead after so many tokens without firing.")
-    auxiliary_k: int = Field(default=256, ge=1, description="Dead features a token may use in the auxiliary loss.")
-    auxiliary_weight: float = Field(default=1 / 32, ge=0)
-    checkpoint_every: int = Field(default=500, ge=1, description="Steps between checkpoints.")
-    report_every: int = Field(default=100, ge=1)
-    seed: int = 0
+    Attributes:
+        config: The recipe.
+        out: Folder for the SAE.
+        metadata: Where the activations come from; kept in cfg.json.
+        dtype: Of the saved weights.
+    """
 
-    @model_validator(mode="after")
-    def _fits(self) -> SaeTrainingConfig:
-        if self.k > self.d_sae:
-            raise ValueError(f"k={self.k} is more than d_sae={self.d_sae}")
-        return self
+    config: SaeTrainingConfig
+    out: Path
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float16"
 
 
 @dataclass(frozen=True)
@@ -77,78 +75,89 @@ class SaeQuality:
 
 
 def train_sae(
-    store: ActivationStore,
+    source: ActivationSource,
     config: SaeTrainingConfig,
     out: Path | str,
     *,
-    metadata: dict[str, Any],
+    metadata: Mapping[str, Any],
     dtype: str = "float16",
+    evaluate: Evaluation | None = None,
+    logger: LoggerName = "none",
     say: Callable[[str], None] = lambda _: None,
-) -> TopKSae:
-    """Train an SAE and save it in SAELens' layout, the scaling of its inputs folded into the weights.
+) -> SparseAutoencoder:
+    """Train one SAE: `train_saes` with one job."""
+    job = SaeJob(config, Path(out), metadata, dtype)
+    return train_saes(source, [job], evaluate=evaluate, logger=logger, say=say)[0]
 
-    A run that was stopped, also with `kill -9`, continues from its last checkpoint and ends with the same
-    weights.
+
+def train_saes(
+    source: ActivationSource,
+    jobs: Sequence[SaeJob],
+    *,
+    evaluate: Evaluation | None = None,
+    logger: LoggerName = "none",
+    say: Callable[[str], None] = lambda _: None,
+) -> list[SparseAutoencoder]:
+    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
+
+    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of
+    the training beside them. A run that was stopped, also with `kill -9`, continues from its last checkpoint
+    and ends with the same weights; one that is finished is not repeated. Under `torchrun` each process takes
+    its share of every batch.
 
     Args:
-        store: Activations.
-        config: The recipe.
-        out: Folder for the SAE.
-        metadata: Where the activations come from; kept in cfg.json.
-        dtype: Of the saved weights.
+        source: Activations.
+        jobs: They share batch size, number of steps and order of the data.
+        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
+        logger: "none", "wandb" or "tensorboard".
         say: Receives lines of progress.
 
     Raises:
-        ConfigError: `out` holds a checkpoint of another run.
+        ConfigError: `out` holds a checkpoint of another run; or jobs that cannot share batches.
         EmptySelection: Fewer activations than one batch.
-        BadFile: The loss is not finite.
-        Interrupted: Ctrl-C; the message says how to go on.
+        BadFile: The loss is not finite; the disk is full; activations or a checkpoint cannot be read.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved, and the message says how to go on.
     """
-    out = Path(out)
-    sample = store.sample(20_000)
-    scale = _input_scale(sample)
-    sae = TopKSae(SaeConfig("topk", sample.shape[1], config.d_sae, k=config.k, metadata=metadata))
-    sae.initialise(sample.mean(0) * scale, config.seed)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, betas=(0.9, 0.999), fused=True)
-    run = _Run(sae, optimizer, torch.zeros(config.d_sae, dtype=torch.int64))
-    checkpoint = Checkpoint(out / "checkpoint", fingerprint([config.model_dump(mode="json"), store.note["made_by"]]))
-    first = checkpoint.restore(dict(sae.named_parameters()), optimizer, {"since_fired": run.since_fired})
-    per_epoch = sum(1 for _ in store.batches(config.batch_size, seed=config.seed, epoch=0))
-    if not per_epoch:
-        raise EmptySelection(
-            f"the harvest holds fewer tokens than one batch of {config.batch_size:,}.",
-            at=str(store.folder),
-            fix="give more text, or a smaller batch_size.",
-        )
-    total = per_epoch * config.epochs
-    log = _Log(out / "metrics.jsonl", total, config, say, first)
-    try:
-        for step, x in _batches(store, config, per_epoch, first):
-            optimizer.param_groups[0]["lr"] = config.learning_rate * _rate_factor(step, total, config)
-            result = _step(run, x * scale, config)
-            if not math.isfinite(result.mse):
-                raise BadFile(
-                    f"the loss became {result.mse} at step {step}.",
-                    at=str(out),
-                    fix="lower learning_rate; the last checkpoint is from before.",
+    done = [_finished(job, source) for job in jobs]
+    if all(sae is not None for sae in done):
+        say("finished before; nothing to do")
+        return [sae for sae in done if sae is not None]
+    plan = _plan(source, jobs)
+    scale = _input_scale(source, jobs[0].config)
+    runs = [_Run(job, source, plan.total, scale) for job in jobs]
+    position = _restore(runs, say)
+    first = position.step
+    with ExitStack() as stack:
+        logs = [stack.enter_context(_log(run, first, logger, say, n_jobs=len(runs))) for run in runs]
+        interruption = stack.enter_context(Interruption())
+        for position, x in _batches(source, plan, position):
+            mine, asked = _share(x) * scale, interruption.asked
+            reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
+            for run, log, report in zip(runs, logs, reports, strict=True):
+                run.check(report, position.step)
+                run.record(log, position.step, report, mine, evaluate)
+            done_steps = position.step + 1
+            stop = any(report.stop for report in reports)
+            if stop or (done_steps % plan.checkpoint_every == 0 and done_steps < plan.total):
+                for run in runs:
+                    run.save_checkpoint(position)
+            if stop:
+                raise Interrupted(
+                    f"stopped after step {done_steps:,} of {plan.total:,}; the state is saved in"
+                    f" {', '.join(str(job.out) for job in jobs)}.",
+                    fix="run the same command again to go on from there.",
                 )
-            log.step(step, x * scale, result, run, config)
-            if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(step + 1, dict(sae.named_parameters()), optimizer, {"since_fired": run.since_fired})
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; the last checkpoint stays in {out}.", fix="run the same command again.") from None
-    _fold_scale(sae, scale)
-    save_sae(sae, out, dtype=dtype)
-    shutil.rmtree(checkpoint.folder, ignore_errors=True)
-    return sae
+    saved = [run.finish() for run in runs]
+    barrier()
+    return saved
 
 
 @torch.inference_mode()
-def training_quality(sae: TopKSae, store: ActivationStore, *, max_tokens: int = 200_000) -> SaeQuality:
+def training_quality(sae: SparseAutoencoder, source: ActivationSource, *, max_tokens: int = 200_000) -> SaeQuality:
     """Measure an SAE (saved scale) on activations that it has not seen."""
     sums = ReconstructionSums(sae.cfg.d_in)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
-    for x in store.sample(max_tokens).split(1024):
+    for x in source.sample(max_tokens).split(1024):
         feature_acts = sae.encode(x)
         sums.add(x, sae(x), feature_acts)
         fired += (feature_acts > 0).sum(0)
@@ -163,106 +172,211 @@ def training_quality(sae: TopKSae, store: ActivationStore, *, max_tokens: int = 
     )
 
 
-@dataclass
-class _Run:
-    """What changes from step to step."""
+@dataclass(frozen=True)
+class _Plan:
+    """What jobs that train side by side have in common."""
 
-    sae: TopKSae
-    optimizer: torch.optim.Adam
-    since_fired: Tensor  # tokens since each feature last fired, int64 [d_sae]
-
-
-def _batches(
-    store: ActivationStore, config: SaeTrainingConfig, per_epoch: int, first: int
-) -> Iterator[tuple[int, Tensor]]:
-    for epoch in range(first // per_epoch, config.epochs):
-        for index, x in enumerate(store.batches(config.batch_size, seed=config.seed, epoch=epoch)):
-            step = epoch * per_epoch + index
-            if step >= first:
-                yield step, x
+    batch_size: int
+    data_seed: int
+    epochs: int | None  # None: as many as the steps need
+    total: int
+    checkpoint_every: int
 
 
-def _step(run: _Run, x: Tensor, config: SaeTrainingConfig) -> TopKStep:
-    dead = (run.since_fired >= config.dead_after).nonzero().flatten()
-    result = run.sae.accumulate_gradients(
-        x, dead=dead, k_auxiliary=config.auxiliary_k, auxiliary_weight=config.auxiliary_weight
-    )
-    run.sae.remove_parallel_gradient()
-    torch.nn.utils.clip_grad_norm_(run.sae.parameters(), 1.0)
-    run.optimizer.step()
-    run.sae.normalise_decoder()
-    run.since_fired += len(x)
-    run.since_fired[result.fired] = 0
-    return result
+@dataclass(frozen=True)
+class _Position:
+    """The next batch, or the one just taken: its step, its pass over the data, its number within the pass."""
+
+    step: int
+    epoch: int
+    index: int
 
 
-def _rate_factor(step: int, total: int, config: SaeTrainingConfig) -> float:
-    warmup = max(1, round(config.warmup_share * total))
-    decay = max(1, round(config.decay_share * total))
-    return min(1.0, (step + 1) / warmup, (total - step) / decay)
-
-
-def _input_scale(sample: Tensor) -> float:
-    """Factor that gives inputs a mean norm of sqrt(d_in) (SAELens' expected_average_only_in)."""
-    return float(math.sqrt(sample.shape[1]) / sample.norm(dim=1).mean())
-
-
-@torch.no_grad()
-def _fold_scale(sae: TopKSae, scale: float) -> None:
-    """Let the SAE take and give unscaled activations; feature activations keep the scaled size over `scale`.
-
-    With inputs s·x the activations are s times what unit decoder rows need to rebuild x, so both biases
-    shrink by s and the weights stay: decoder rows keep length 1, activations are in the residual's units.
-    """
-    sae.b_enc.div_(scale)
-    sae.b_dec.div_(scale)
-
-
-class _Log:
-    """A line of metrics.jsonl, and of progress, every so many steps."""
-
-    def __init__(
-        self, path: Path, total: int, config: SaeTrainingConfig, say: Callable[[str], None], first: int
-    ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in _read_lines(path) if r["step"] < first] if first else []
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
-        self._total, self._say, self._first, self._config = total, say, first, config
-        self._started = time.monotonic()
-
-    def step(self, step: int, x: Tensor, result: TopKStep, run: _Run, config: SaeTrainingConfig) -> None:
-        done = step + 1
-        if done % config.report_every and done != self._total:
-            return
-        variance = float((x - x.mean(0)).square().sum() / len(x))
-        row = {
-            "step": step,
-            "tokens": done * config.batch_size,
-            "mse": result.mse,
-            "auxiliary": result.auxiliary,
-            "explained_variance": 1 - result.mse / max(variance, 1e-12),
-            "l0": result.l0,
-            "dead": int((run.since_fired >= config.dead_after).sum()),
-        }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        pace = (done - self._first) / (time.monotonic() - self._started)
-        self._say(
-            f"step {done}/{self._total}  explained variance {row['explained_variance']:.3f}"
-            f"  l0 {result.l0:.1f}  dead {row['dead']}  {pace * config.batch_size:,.0f} tokens/s"
-            f"  {(self._total - done) / pace / 60:.1f} min left"
+def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
+    config = jobs[0].config
+    shared = ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs")
+    for job in jobs[1:]:
+        for name in shared:
+            if getattr(job.config, name) != getattr(config, name):
+                raise ConfigError(
+                    f"SAEs that are trained side by side must share {name};"
+                    f" got {getattr(config, name)} and {getattr(job.config, name)}.",
+                    at=name,
+                    fix="give them the same, or train them one after the other from shards.",
+                )
+    seed = config.seed if config.data_seed is None else config.data_seed
+    per_epoch = source.n_batches(config.batch_size, seed=seed, epoch=0)
+    if per_epoch == 0:
+        raise EmptySelection(
+            f"the activations hold fewer tokens than one batch of {config.batch_size:,}.",
+            at="batch_size",
+            fix="give more text, or a smaller batch_size.",
         )
+    if config.steps is not None:
+        return _Plan(config.batch_size, seed, None, config.steps, config.checkpoint_every)
+    if per_epoch is None:
+        raise ConfigError(
+            "the length of streamed text is not known beforehand, so the number of steps must be given.",
+            at="sae.steps",
+            fix="set steps; the text is read again from the start if it is too short.",
+        )
+    return _Plan(config.batch_size, seed, config.epochs, per_epoch * config.epochs, config.checkpoint_every)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the last line of a killed run
-            break
-    return rows
+def _batches(source: ActivationSource, plan: _Plan, start: _Position) -> Iterator[tuple[_Position, Tensor]]:
+    """Batches from a position on, until the steps are done."""
+    step, epoch, index = start.step, start.epoch, start.index
+    while step < plan.total:
+        before = step
+        for x in source.batches(plan.batch_size, seed=plan.data_seed, epoch=epoch, start=index):
+            yield _Position(step, epoch, index), x
+            step, index = step + 1, index + 1
+            if step == plan.total:
+                return
+        if step == before and index == 0:
+            raise EmptySelection(
+                f"the activations hold fewer tokens than one batch of {plan.batch_size:,}.",
+                at="batch_size",
+                fix="give more text, or a smaller batch_size.",
+            )
+        epoch, index = epoch + 1, 0
+
+
+def _share(x: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    rank, world = rank_and_world()
+    return x.tensor_split(world)[rank]
+
+
+def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
+    """Factor that gives inputs a mean norm of sqrt(d_in) (SAELens' expected_average_only_in), or 1."""
+    return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
+
+
+def _made_by(job: SaeJob, source: ActivationSource) -> str:
+    """Fingerprint of everything that decides the weights; how often things are written does not."""
+    config = job.config.model_dump(
+        mode="json", exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+    )
+    return fingerprint([config, source.identity(), job.dtype])
+
+
+def _finished(job: SaeJob, source: ActivationSource) -> SparseAutoencoder | None:
+    note, weights = job.out / _FINISHED, job.out / WEIGHTS
+    if not (note.is_file() and weights.is_file()):
+        return None
+    found = read_json(note)
+    if found.get("made_by") != _made_by(job, source) or found.get("weights_sha256") != hash_file(weights):
+        return None
+    return load_sae(job.out)
+
+
+def _restore(runs: Sequence[_Run], say: Callable[[str], None]) -> _Position:
+    """Take all runs back to the newest step that each has a checkpoint of; where to go on."""
+    steps = set.intersection(*(set(run.checkpoint.steps()) for run in runs))
+    step = max(steps, default=0)
+    for run in runs:
+        run.checkpoint.restore(run.trainer.leaves, run.trainer.optimizer, run.state(), step=step)
+    if step:
+        say(f"going on from step {step:,}")
+    epoch, index = runs[0].next_batch.tolist()
+    return _Position(step, epoch, index)
+
+
+def _log(run: _Run, first: int, logger: LoggerName, say: Callable[[str], None], *, n_jobs: int) -> TrainingLog:
+    name = run.job.out.resolve().name
+    return TrainingLog(
+        run.job.out,
+        total_steps=run.trainer.total_steps,
+        batch_size=run.job.config.batch_size,
+        first_step=first,
+        config=run.job.config.model_dump(mode="json"),
+        say=say if n_jobs == 1 else lambda line: say(f"{name}: {line}"),
+        logger=logger,
+    )
+
+
+class _Run:
+    """One job under way."""
+
+    def __init__(self, job: SaeJob, source: ActivationSource, total: int, scale: float) -> None:
+        config = job.config
+        self.job, self.scale = job, scale
+        self.made_by = _made_by(job, source)
+        sae = new_sae(config, source.d_in)
+        sae.initialise(source.sample(20_000) * scale, config)
+        if config.init_from is not None:
+            from saeffect.sae.warm_start import copy_weights
+
+            copy_weights(Path(config.init_from), sae, scale)
+        self.trainer = TrainingStep(sae, config, total)
+        self.step = self.trainer.__call__
+        self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
+        self.checkpoint = Checkpoint(job.out / "checkpoint", self.made_by, keep=config.keep_checkpoints)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.trainer.state() | {"next_batch": self.next_batch}
+
+    def save_checkpoint(self, position: _Position) -> None:
+        self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
+        if is_first():
+            self.checkpoint.save(position.step + 1, self.trainer.leaves, self.trainer.optimizer, self.state())
+        barrier()
+
+    def check(self, report: StepReport, step: int) -> None:
+        if not math.isfinite(report.loss):
+            last = self.checkpoint.steps()
+            raise BadFile(
+                f"the loss became {report.loss} at step {step:,}.",
+                at=str(self.job.out),
+                fix="lower learning_rate or clip gradients"
+                + (f"; the checkpoint after step {last[-1]:,} is from before." if last else "."),
+            )
+
+    def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
+        """A line of metrics, a measurement on held-out text, a note of resampled features, when they are due."""
+        config, last = self.job.config, step + 1 == self.trainer.total_steps
+        if report.n_resampled:
+            log.event(step, "resampled", n_features=report.n_resampled)
+        if last or (step + 1) % config.metrics_every == 0:
+            log.metrics(step, self._row(report, x))
+        if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
+            with log.pause():
+                measured = evaluate(self._folded())
+            log.metrics(step, measured, kind="evaluation")
+
+    def finish(self) -> SparseAutoencoder:
+        """Save the SAE, drop the checkpoints, draw the curve."""
+        sae = self._folded()
+        if is_first():
+            out = self.job.out
+            save_sae(sae, out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
+            save_training_figure(out)
+            write_json(out / _FINISHED, {"made_by": self.made_by, "weights_sha256": hash_file(out / WEIGHTS)})
+            shutil.rmtree(self.checkpoint.folder, ignore_errors=True)
+        return sae
+
+    def _folded(self) -> SparseAutoencoder:
+        """A copy in unscaled units, in the form that is saved."""
+        trained = self.trainer.sae
+        twin = new_sae(self.job.config, trained.cfg.d_in)
+        twin.cfg = copy.copy(trained.cfg)
+        twin.load_state_dict(trained.state_dict())
+        for name, tensor in twin.running_state().items():
+            tensor.copy_(trained.running_state()[name])
+        twin.fold_scale(self.scale)
+        sae = twin.for_inference()
+        sae.cfg = type(sae.cfg)(**{**vars(sae.cfg), "metadata": dict(self.job.metadata)})
+        return sae.eval().requires_grad_(False)
+
+    def _row(self, report: StepReport, x: Tensor) -> dict[str, float]:
+        variance = float((x - x.mean(0)).square().sum() / max(len(x), 1))
+        row = {"loss": report.loss, **report.losses}
+        row |= {
+            "explained_variance": 1 - report.losses["mse"] / variance if variance else math.nan,
+            "l0": report.l0,
+            "dead": int((self.trainer.since_fired >= self.job.config.dead_after).sum()),
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
+        }
+        return row
