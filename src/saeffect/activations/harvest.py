@@ -7,7 +7,7 @@ Every SAE of the same model trains from the same shards.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,24 @@ class TokenRows:
     def head(self, n_rows: int) -> TokenRows:
         """The first rows, as many as there are up to `n_rows`."""
         return TokenRows(self.ids[:n_rows], self.sources[:n_rows], self.names)
+
+    @property
+    def context_size(self) -> int:
+        """Tokens a row."""
+        return int(self.ids.shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        return len(self)
+
+    def rows(self) -> Iterator[NDArray[np.int32]]:
+        """One row after the other, so that activations can be streamed from these rows."""
+        return iter(self.ids)
+
+    def identity(self) -> str:
+        """The same as `digest`."""
+        return self.digest()
 
     def digest(self) -> str:
         """SHA-256 of ids and sources: two arms saw the same text if this is the same."""
@@ -161,7 +179,7 @@ def harvest(
                 pace = all_done / (time.monotonic() - began)
                 say(
                     f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
-                    f"  {pace * rows_per_shard * rows.ids.shape[1]:,.0f} tokens/s"
+                    f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
                     f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
                 )
     except KeyboardInterrupt:
@@ -181,7 +199,7 @@ def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
         raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
-    context = rows.ids.shape[1]
+    context = rows.context_size
     config = lm.model.config
     positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
     if context < 2 or (positions is not None and context > positions):
@@ -249,7 +267,7 @@ def _begin(
     if is_first():
         if note.is_file():
             _refuse_another(read_json(note), made_by, out)
-        most_tokens = len(rows) * (rows.ids.shape[1] - 1)
+        most_tokens = len(rows) * (rows.context_size - 1)
         refuse_without_room(out, most_tokens * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE), max_bytes)
         if not note.is_file():
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])

@@ -61,6 +61,7 @@ def cut(pools: Iterable[Pool], batch_size: int, *, skip: int = 0) -> Iterator[Te
         if at < len(pool):
             left.append(pool.part(at, len(pool)))
         at = 0
+        del pool  # before the next one is made
 
 
 def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
