@@ -1,7 +1,7 @@
 """What the trainer asks of an architecture, and what all architectures share while they are trained.
 
 A training step is written out by hand: an architecture finds the entries that are on (`Encoder`), computes its
-loss and the loss's gradient with respect to those entries, and `backward` turns that into gradients of the four
+loss and the loss's gradient with respect to those entries, and `backward` turns that into gradients of the
 weights. Autograd would multiply by the zeros.
 """
 
@@ -83,7 +83,7 @@ class TrainableSae(SparseAutoencoder):
                 data = self.W_rows if name == "W_enc" else parameter.data
                 found[name] = nn.Parameter(data)
                 found[name].grad = torch.zeros_like(data)
-            object.__setattr__(self, "_leaves", found)  # not a submodule: state_dict keeps the four names
+            object.__setattr__(self, "_leaves", found)  # not a submodule: state_dict keeps the parameters' names
         return self._leaves  # type: ignore[no-any-return]
 
     def gradient(self, name: str) -> Tensor:
@@ -107,7 +107,8 @@ class TrainableSae(SparseAutoencoder):
         rows = torch.randn(self.W_dec.shape, generator=generator)
         self.W_dec.copy_(rows * (config.decoder_norm_at_start / rows.norm(dim=1, keepdim=True)))
         self.W_enc.copy_(self.W_dec.T)
-        self.b_enc.zero_()
+        for name in self.vectors:
+            getattr(self, name).zero_()
         self.b_dec.copy_(sample.mean(0)) if config.b_dec_at_start == "mean" else self.b_dec.zero_()
 
     @abstractmethod
@@ -170,8 +171,9 @@ class TrainableSae(SparseAutoencoder):
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Take off the decoder gradient's part along each row: lengths are fixed."""
-        grad, W_dec = self.gradient("W_dec"), self.W_dec.data
-        grad.addcmul_(W_dec, torch.linalg.vecdot(grad, W_dec)[:, None], value=-1)
+        # A few rows at a time: the products then stay in the cache instead of filling fresh memory.
+        for grad, rows in zip(self.gradient("W_dec").split(1024), self.W_dec.data.split(1024), strict=True):
+            grad.addcmul_(rows, (grad * rows).sum(1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
