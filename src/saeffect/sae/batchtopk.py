@@ -1,0 +1,125 @@
+"""BatchTopK SAE: the k · n_tokens largest pre-activations of a whole batch, however they fall on its tokens.
+
+A token of many features may use more of them than a simple one. At inference there is no batch, so a threshold
+that was followed during training takes its place: the SAE is saved as a JumpReLU SAE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from saeffect.processes import gathered, rank_and_world
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.dead_features import auxiliary_loss
+from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
+from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+
+__all__ = ["BatchTopKSae"]
+
+
+class BatchTopKSae(TrainableSae):
+    """Keeps the `k · n_tokens` largest pre-activations of a batch, and of those the positive ones.
+
+    Attributes:
+        topk_threshold: Running mean of the smallest activation kept in a batch (times the decoder norm with
+            `rescale_acts_by_decoder_norm`), float64, 0-dim; 0 at the start.
+    """
+
+    architecture = "batchtopk"
+    topk_threshold: Tensor
+
+    def __init__(self, cfg: SaeConfig) -> None:
+        super().__init__(cfg)
+        # Double, as in SAELens: a small rate times a small change is lost in float32.
+        self.register_buffer("topk_threshold", torch.zeros((), dtype=torch.float64))
+
+    def activation(self, hidden_pre: Tensor) -> Tensor:
+        assert self.cfg.k is not None
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        flat = hidden_pre.flatten()
+        values, indices = flat.topk(self.cfg.k * (flat.numel() // self.cfg.d_sae), sorted=False)
+        return torch.zeros_like(flat).scatter(0, indices, values.relu()).view(hidden_pre.shape)
+
+    @torch.no_grad()
+    def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
+        """See `TrainableSae`. The batch is that of all processes.
+
+        Source:
+            Bussmann et al. (2024), BatchTopK Sparse Autoencoders; SAELens' BatchTopKTrainingSAE.
+        """
+        centred = self.centred(x)
+        weight = self.W_dec.data.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else None
+        entries = self._kept(centred, step, weight)
+        losses, sae_out = self.reconstruct(entries, x, centred, step)
+        if len(step.dead) and step.config.auxiliary_weight:
+            losses["auxiliary"] = auxiliary_loss(self, centred, x - sae_out, step, weight=weight)
+        return StepResult(losses, entries.counts(), sae_out)
+
+    def reconstruct(
+        self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss of the reconstruction, its gradients (into the leaves, anew), and the reconstruction."""
+        W_dec = self.W_dec.data
+        sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
+        error = sae_out - x
+        d_out = error * (2.0 / step.n_tokens)
+        self.backward(entries, entries.inner(d_out, W_dec).mul_(entries.values > 0), d_out, centred)
+        return {"mse": error.square().sum() / step.n_tokens}, sae_out
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.topk_threshold.div_(scale)
+
+    @torch.no_grad()
+    def for_inference(self) -> JumpReluSae:
+        """A JumpReLU SAE, its own copy, with the running threshold in every feature.
+
+        Decoder norms by which features were ranked are folded in: the decoder rows then have length 1.
+        """
+        sae = JumpReluSae(
+            dataclasses.replace(self.cfg, architecture="jumprelu", k=None, rescale_acts_by_decoder_norm=False)
+        )
+        norm = torch.ones_like(self.b_enc)
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norm = self.W_dec.norm(dim=1).clamp_min(1e-8)
+        sae.W_enc.copy_(self.W_enc * norm)
+        sae.b_enc.copy_(self.b_enc * norm)
+        sae.W_dec.copy_(self.W_dec / norm[:, None])
+        sae.b_dec.copy_(self.b_dec)
+        sae.threshold.fill_(float(self.topk_threshold))
+        return sae.to(self.W_dec.device)
+
+    def running_state(self) -> dict[str, Tensor]:
+        return {"topk_threshold": self.topk_threshold}
+
+    def _kept(self, centred: Tensor, step: StepInputs, weight: Tensor | None) -> Entries:
+        """This process's share of the largest entries of the whole batch; the threshold follows the smallest."""
+        assert self.cfg.k is not None
+        n_kept = self.cfg.k * step.n_tokens
+        # No process can hold more than all of them, so its own n_kept largest are enough to choose from.
+        entries = step.encoder.batch_top(centred, self.W_rows, self.b_enc.data, n_kept, weight=weight)
+        ranked = entries.values if weight is None else entries.values * entries.per_feature(weight)
+        everywhere = gathered(ranked)
+        if len(everywhere) > n_kept:
+            chosen = torch.zeros_like(everywhere, dtype=torch.bool)
+            chosen[everywhere.topk(n_kept, sorted=False).indices] = True
+            lengths = gathered(torch.tensor([len(ranked)], device=ranked.device))
+            first = int(lengths[: rank_and_world()[0]].sum())
+            entries, everywhere = entries.where(chosen[first : first + len(ranked)]), everywhere[chosen]
+        if len(everywhere):
+            self.topk_threshold.lerp_(everywhere.min().double(), step.config.threshold_rate)
+        return _as_dense_if_many(entries, step)
+
+
+def _as_dense_if_many(entries: SparseEntries, step: StepInputs) -> Entries:
+    """Whole matrices where so large a share is active that sparse products would be slower."""
+    n_tokens, d_sae = entries.shape
+    if len(entries.values) <= step.encoder.dense_above * n_tokens * d_sae:
+        return entries
+    return DenseEntries(entries.to_dense())

@@ -1,0 +1,71 @@
+"""Matryoshka BatchTopK SAE: the first features must rebuild the input alone, the rest only refine it.
+
+Nested SAEs share features: the first `widths[0]`, the first `widths[1]`, and so on. Each has its own
+reconstruction loss, so that general features stay in front instead of being absorbed by special ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from saeffect.sae.batchtopk import BatchTopKSae
+from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
+from saeffect.sae.trainable import StepInputs
+
+__all__ = ["MatryoshkaSae"]
+
+
+class MatryoshkaSae(BatchTopKSae):
+    """Selects like BatchTopK, over all features; the loss is the sum of the nested SAEs' squared errors."""
+
+    architecture = "matryoshka"
+
+    def reconstruct(
+        self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """See `BatchTopKSae`. "mse" is the whole SAE's; each smaller one adds "inner_mse_<width>".
+
+        Every nested SAE adds the same `b_dec`. A feature takes part in the reconstruction of its own group and
+        of all wider ones, so its gradient comes from the sum of their errors, added up from the outside in.
+
+        Source:
+            Bussmann et al. (2025), Learning Multi-Level Features with Matryoshka SAEs; SAELens'
+            MatryoshkaBatchTopKTrainingSAE.
+        """
+        widths = step.config.widths
+        groups = list(_groups(entries, widths))
+        errors = []
+        sae_out = self.b_dec.data.expand_as(x)
+        for rows, group in groups:
+            sae_out = sae_out + group.decode(group.values, self.W_dec.data[rows])
+            errors.append(sae_out - x)
+        losses = {"mse": errors[-1].square().sum() / step.n_tokens}
+        for width, error in zip(widths[:-1], errors[:-1], strict=True):
+            losses[f"inner_mse_{width}"] = error.square().sum() / step.n_tokens
+        d_out = torch.zeros_like(x)
+        for rows, group in reversed(groups):
+            d_out.add_(errors.pop(), alpha=2.0 / step.n_tokens)
+            d_hidden = group.inner(d_out, self.W_dec.data[rows]).mul_(group.values > 0)
+            group.outer(group.values, d_out, self.gradient("W_dec")[rows])
+            group.outer(d_hidden, centred, self.gradient("W_enc")[rows])
+            self.gradient("b_enc")[rows] = group.feature_sums(d_hidden)
+        self.gradient("b_dec").copy_(d_out.sum(0))
+        self.backward_to_b_dec(self.gradient("b_enc"))
+        return losses, sae_out
+
+
+def _groups(entries: Entries, widths: Sequence[int]) -> Iterator[tuple[slice, Entries]]:
+    """(features of the group, their entries, numbered from the group's first feature), from the inside out."""
+    n_tokens = entries.shape[0]
+    start = 0
+    for end in widths:
+        if isinstance(entries, SparseEntries):
+            inside = (entries.feature >= start) & (entries.feature < end)
+            token, feature, values = entries.token[inside], entries.feature[inside], entries.values[inside]
+            yield slice(start, end), SparseEntries(token, feature - start, values, (n_tokens, end - start))
+        else:
+            yield slice(start, end), DenseEntries(entries.values[:, start:end])
+        start = end
