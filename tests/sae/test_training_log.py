@@ -315,14 +315,15 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard(tmp_path: Path) -> None:
     with open_log(tmp_path, logger="tensorboard") as log:
         log.metrics(0, {"mse": 4.0, "l0": float("nan")})
-        assert events(tmp_path)["train/mse"] == [(0, 4.0)]  # at once: a kill loses nothing
+        log.metrics(1, {"mse": 3.5})
+        assert events(tmp_path)["train/mse"] == [(0, 4.0), (1, 3.5)]  # at once: a kill loses nothing
         log.metrics(10, {"mse": 3.0}, kind="evaluation")
         log.event(10, "resampled", n_features=5)
         log.metrics(20, {"mse": 99.0})
     with open_log(tmp_path, logger="tensorboard", first_step=15) as log:
         log.metrics(20, {"mse": 2.0})
     found = events(tmp_path)
-    assert found["train/mse"] == [(0, 4.0), (20, 2.0)]
+    assert found["train/mse"] == [(0, 4.0), (1, 3.5), (20, 2.0)]
     assert found["evaluation/mse"] == [(10, 3.0)]
     assert found["resampled/n_features"] == [(10, 5.0)]
     assert "train/l0" not in found
