@@ -21,7 +21,7 @@ class SaeConfig:
     """What an SAE is, in SAELens' words.
 
     Attributes:
-        architecture: "standard", "topk" or "jumprelu".
+        architecture: A key of `saelens_format.ARCHITECTURES`.
         d_in: Width of the activations.
         d_sae: Number of features.
         k: Active features a token (topk only).
@@ -55,19 +55,23 @@ class SparseAutoencoder(nn.Module, ABC):
 
     Attributes:
         cfg: The configuration.
+        vectors: Names of the parameters with one number a feature, float32 `[d_sae]`.
         W_enc: float32 `[d_in, d_sae]`.
-        b_enc: float32 `[d_sae]`.
+        b_enc: One of the vectors, in most architectures.
         W_dec: float32 `[d_sae, d_in]`.
         b_dec: float32 `[d_in]`.
     """
 
     architecture: ClassVar[str]
+    vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
+    b_enc: nn.Parameter
 
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_sae))
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        for name in self.vectors:
+            setattr(self, name, nn.Parameter(torch.zeros(cfg.d_sae)))
         self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
 

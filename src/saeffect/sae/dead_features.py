@@ -68,12 +68,12 @@ def resample(
 
     Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the
     input's direction with the mean length of living rows, the encoder row the same direction a fifth as long
-    as living rows, the encoder's bias zero.
+    as living rows, and every number that the architecture keeps for a feature (bias, threshold) zero.
 
     Args:
         sae: Changed in place.
         optimizer: Over the SAE's leaves.
-        dead: Indices, int64 `[n_dead]`.
+        dead: Indices, int64 `[n_dead]`; nothing happens without any.
         x: Scaled inputs of this process, float32 `[n, d_in]`.
         sae_out: Their reconstructions.
         seed: Of the draw; the same on every process, as is the outcome.
@@ -81,6 +81,8 @@ def resample(
     Source:
         Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
+    if not len(dead):
+        return
     inputs, losses = gathered(x), gathered((x - sae_out).square().sum(1))
     chance = losses.double().square()
     generator = torch.Generator().manual_seed(seed)
@@ -93,8 +95,9 @@ def resample(
         rows = sae.leaves()[name].data
         length = rows[alive].norm(dim=1).mean() if bool(alive.any()) else rows.norm(dim=1).mean()
         rows[dead] = directions * (length * share)
-    sae.b_enc.data[dead] = 0.0
-    for name in ("W_dec", "W_enc", "b_enc"):
+    for name in sae.vectors:
+        sae.leaves()[name].data[dead] = 0.0
+    for name in ("W_dec", "W_enc", *sae.vectors):
         state = optimizer.state[sae.leaves()[name]]
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in state:

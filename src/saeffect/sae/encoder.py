@@ -3,6 +3,15 @@
 This is the one dense product that training cannot avoid. It may run in bfloat16: the result then only says
 which entries could be on, within a proven bound of the rounding, and those are evaluated again in float32.
 The buffers live as long as the encoder, since touching fresh memory costs more than the arithmetic.
+
+The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, and by
+Cauchy-Schwarz that is at most |x| |w - V| + |x - X| |V|. The lengths of the rounding errors are measured, not
+assumed: they come to a good 40 % of the worst case. The product of two bfloat16 numbers is exact in float32; adding K
+of them in float32, in whatever order, is off by at most K 2^-24 (|X| |V| + |bias|), and so is the value that is
+computed in float32 afterwards. All of that is added to the bias, which is then rounded upwards, so that the sum
+before its own rounding to bfloat16 is never below the float32 value. Rounding keeps order and sign: what is
+positive, or at or above a threshold, stays so. Numbers so small that a processor takes them for zero, or whose
+squares vanish, are covered by an absolute term. `tests/sae/test_encoder.py` tries to break each step.
 """
 
 from __future__ import annotations
@@ -17,9 +26,11 @@ from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
 
 __all__ = ["Encoder"]
 
-# A product of two numbers rounded to bfloat16 (8 bits, half a unit each) is off by at most 2^-8 and a little
-# of its size; Cauchy-Schwarz turns the sum of the sizes into norms. 1 % on top covers float32's own rounding.
-_ROUNDING = 1.01 * 2.0**-8
+_UNIT = 2.0**-24  # float32: rounding is off by at most this share
+# Numbers below 2^-63 have squares that may vanish from a length, and processors may flush what is below 2^-126:
+# for up to 16,384 dimensions both come to less than this.
+_VANISHING = 2.0**-56
+_ROWS = 256  # weights converted at a time: stays in the cache
 _BLOCK = 32
 
 
@@ -36,9 +47,12 @@ class Encoder:
     def __init__(self, dtype: torch.dtype = torch.float32, *, chunk: int = 1024, dense_above: float = 0.04) -> None:
         self.dtype, self.chunk, self.dense_above = dtype, chunk, dense_above
         self._buffers: dict[str, Tensor] = {}
+        self._gap = 0.0  # how far the last product's entries may lie above the true ones, before rounding
 
     def above(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> Entries:
         """Entries where `x @ W.T + bias` is above `floor`; values are `x @ W.T + bias` there.
+
+        Dense entries hold the floor wherever the value is not above it. NaN counts as above, so that it is seen.
 
         Args:
             x: Float32 `[n, d_in]`.
@@ -46,16 +60,15 @@ class Encoder:
             bias: Float32 `[d_sae]`.
             floor: One number a feature, float32 `[d_sae]`; 0 without it.
         """
-        shifted = bias if floor is None else bias - floor
         found: list[_Found] = []
         n_found = 0
-        for start, hidden in self._products(x, W, shifted):
+        for start, hidden in self._products(x, W, bias, floor):
             found.append(self._at_least(hidden, None, start))
             n_found += len(found[-1].positions)
             if n_found > self.dense_above * len(x) * len(W):
                 return self._dense(x, W, bias, floor)
         entries = self._evaluated(found, x, W, bias, floor)
-        return entries.where(entries.values > (0.0 if floor is None else entries.per_feature(floor)))
+        return entries.where(~(entries.values <= (0.0 if floor is None else entries.per_feature(floor))))
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
         """Of each token the k largest entries of `(x @ W.T + bias) * weight`, and of those the positive ones.
@@ -69,20 +82,20 @@ class Encoder:
             k: How many a token.
             weight: Positive, float32 `[d_sae]`; 1 without it.
         """
-        W, bias = (W, bias) if weight is None else (W * weight[:, None], bias * weight)
+        W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []
         for start, hidden in self._products(x, W, bias):
             maxima = _block_maxima(hidden, k)
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
             found.append(self._at_least(hidden, floor, start))
         entries = self._evaluated(found, x, W, bias)
-        return _unweighted(entries.where(_among_top_k(entries, k) & (entries.values > 0)), weight)
+        return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
     def batch_top(
         self, x: Tensor, W: Tensor, bias: Tensor, n_kept: int, *, weight: Tensor | None = None
     ) -> SparseEntries:
         """The `n_kept` largest entries of the whole batch, and of those the positive ones (see `top`)."""
-        W, bias = (W, bias) if weight is None else (W * weight[:, None], bias * weight)
+        W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []
         seen = x.new_zeros(0)
         for start, hidden in self._products(x, W, bias):
@@ -94,34 +107,58 @@ class Encoder:
                 floor = seen.min().to(hidden.dtype)
             found.append(self._at_least(hidden, floor, start))
         entries = self._evaluated(found, x, W, bias)
-        kept = entries.values > 0
+        kept = ~(entries.values <= 0)
         if len(entries.values) > n_kept:
             chosen = torch.zeros_like(kept)
             chosen[entries.values.topk(n_kept, sorted=False).indices] = True
             kept &= chosen
         return _unweighted(entries.where(kept), weight)
 
-    def _products(self, x: Tensor, W: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Chunks of `x @ W.T + bias`, `[chunk, d_sae]`; in bfloat16 an upper bound of it."""
+    def _products(
+        self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Chunks of `x @ W.T + bias - floor`, `[chunk, d_sae]`; in bfloat16 an upper bound of it, rounded."""
         weights = W
-        self._slack = 0.0
+        shifted = bias if floor is None else bias - floor
         if self.dtype != torch.float32:
-            weights = self._buffer("weights", W.shape, W).copy_(W)
-            slack = W.norm(dim=1) * (x.norm(dim=1).max() * _ROUNDING)
-            self._slack = float(slack.max())
-            bias = bias + slack
-            bias = (bias + bias.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
-            x = x.to(self.dtype)
+            weights, length, error = self._rounded_weights(W)
+            rounded = x.to(self.dtype)
+            slack = _slack(x, rounded, length, error, bias.abs() if floor is None else bias.abs() + floor.abs())
+            raised = shifted + slack
+            raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
+            self._gap = float((raised - shifted + slack).max())
+            x, shifted = rounded, raised
+            if x.is_cuda:  # cuBLAS may otherwise add parts of a sum in bfloat16, which is outside the bound
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         hidden = self._buffer("hidden", (min(self.chunk, len(x)), len(W)), W)
         for start in range(0, len(x), self.chunk):
             part = x[start : start + self.chunk]
-            yield start, torch.addmm(bias, part, weights.T, out=hidden[: len(part)])
+            yield start, torch.addmm(shifted, part, weights.T, out=hidden[: len(part)])
+
+    def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W rounded, and for each row its length and the length of its rounding error; one pass over memory."""
+        rounded = self._buffer("weights", W.shape, W)
+        lengths = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
+        part = self._buffer("part", (_ROWS, W.shape[1]), W, torch.float32)
+        for start in range(0, len(W), _ROWS):
+            rows, out = W[start : start + _ROWS], rounded[start : start + _ROWS].copy_(W[start : start + _ROWS])
+            error = part[: len(rows)].copy_(out).sub_(rows)
+            torch.linalg.vector_norm(rows, dim=1, out=lengths[0, start : start + _ROWS])
+            torch.linalg.vector_norm(error, dim=1, out=lengths[1, start : start + _ROWS])
+        return rounded, lengths[0], lengths[1]
+
+    def _weighted(self, W: Tensor, bias: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        if weight is None:
+            return W, bias
+        return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
 
     def _at_least(self, hidden: Tensor, floor: Tensor | None, start: int) -> _Found:
-        """Positive entries at or above the floor (a number, or one a row), in order."""
-        if floor is not None and self.dtype != torch.float32:  # both sides' bounds, and the rounding of all
+        """Positive entries at or above the floor (a number, or one a row, out of `hidden`), in order."""
+        if floor is not None and self.dtype != torch.float32:
+            # An entry of `hidden` is its sum rounded, and the sum lies at most `gap` above the float32 value. So what
+            # the floor promises of float32 values is less by both; an entry as large as that has a sum as large.
             floor = floor.float()
-            floor = (floor - 2 * self._slack - floor.abs() * 2.0**-5).to(hidden.dtype)
+            floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(hidden.dtype)
         n = hidden.numel()
         mask = self._buffer("mask", (-(-self.chunk * hidden.shape[1] // 8) * 8,), hidden, torch.bool)
         mask = mask[: -(-n // 8) * 8]
@@ -155,7 +192,7 @@ class Encoder:
 
     def _dense(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None) -> DenseEntries:
         hidden_pre = torch.addmm(bias, x, W.T, out=self._buffer("dense", (len(x), len(W)), x, torch.float32))
-        hidden_pre.relu_() if floor is None else hidden_pre.mul_(hidden_pre > floor)
+        hidden_pre.relu_() if floor is None else torch.maximum(hidden_pre, floor, out=hidden_pre)
         return DenseEntries(hidden_pre, scratch=self._buffer("scratch", hidden_pre.shape, x, torch.float32))
 
     def _buffer(
@@ -173,9 +210,29 @@ class _Found:
     values: Tensor | None  # float32; None where only an upper bound is known
 
 
+def _slack(x: Tensor, rounded: Tensor, length: Tensor, error: Tensor, added: Tensor) -> Tensor:
+    """How far the sum over bfloat16 products may be below the float32 value; see the head of this file.
+
+    Args:
+        x: Float32 `[n, d_in]`.
+        rounded: The same in bfloat16.
+        length: Of each row of the weights, float32 `[d_sae]`.
+        error: Length of each row's rounding error, float32 `[d_sae]`.
+        added: Sum of the sizes of what is added to each feature's product, float32 `[d_sae]`.
+    """
+    d_in = x.shape[1]
+    longest = torch.linalg.vector_norm(x, dim=1).max()
+    longest_error = torch.linalg.vector_norm(x - rounded, dim=1).max()
+    rounding = longest * error + longest_error * (length + error)
+    # Twice: the sum over bfloat16 products and the one in float32. Eight more for what is done to it afterwards.
+    summing = (longest * length * (1 + 2.0**-6) + added) * (2 * (d_in + 8) * _UNIT)
+    # The lengths are float32 sums themselves.
+    return (rounding + summing) * (1 + 2 * (d_in + 8) * _UNIT) + _VANISHING * (longest + length) + 2.0**-100
+
+
 def _block_maxima(hidden: Tensor, k: int) -> Tensor:
     """Largest entry of each of many blocks of features: the k-th largest of them bounds the k-th entry from below."""
-    n, d_sae = hidden.shape
+    d_sae = hidden.shape[1]
     block = max(1, min(_BLOCK, d_sae // (4 * k)))
     n_blocks = d_sae // block
     # Features left over at the end are in no block, which leaves the bound a bound.

@@ -5,19 +5,102 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.entries import Entries
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.training_config import SaeTrainingConfig
 
 __all__ = ["JumpReluSae"]
 
+_TANH_SCALE = 4.0  # Anthropic's and SAELens' steepness of the smooth count
 
-class JumpReluSae(SparseAutoencoder):
-    """`feature_acts = hidden_pre` where above `threshold` (float32 `[d_sae]`) and 0, else 0."""
+
+class JumpReluSae(TrainableSae):
+    """`feature_acts = hidden_pre` where above `threshold` (float32 `[d_sae]`) and 0, else 0.
+
+    The jump has no useful slope, so training borrows one: within half a `bandwidth` of its threshold a feature
+    counts as being on in proportion, for the threshold's gradient alone (a straight-through estimator with a
+    rectangular kernel). Entries further below their threshold take no part.
+    """
 
     architecture = "jumprelu"
-
-    def __init__(self, cfg: SaeConfig) -> None:
-        super().__init__(cfg)
-        self.threshold = nn.Parameter(torch.zeros(cfg.d_sae))
+    vectors = ("b_enc", "threshold")
+    threshold: nn.Parameter
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         return hidden_pre.relu() * (hidden_pre > self.threshold)
+
+    @torch.no_grad()
+    def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
+        super().initialise(sample, config)
+        self.threshold.fill_(config.threshold_at_start)
+
+    @torch.no_grad()
+    def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
+        """See `TrainableSae`.
+
+        Source:
+            Rajamanoharan et al. (2024), Jumping Ahead; Anthropic's January 2025 update for `tanh` and the
+            penalty on dead features; as in SAELens' JumpReLUTrainingSAE, which trains the threshold itself.
+        """
+        half = step.config.bandwidth / 2
+        W_dec, threshold = self.W_dec.data, self.threshold.data.clamp_(min=0.0)
+        centred = self.centred(x)
+        entries = step.encoder.above(centred, self.W_rows, self.b_enc.data, floor=threshold - half)
+        hidden_pre, at = entries.values, entries.per_feature(threshold)
+        on = hidden_pre > at
+        near = (hidden_pre > at - half) & (hidden_pre < at + half)
+        entries.values = hidden_pre * on
+        sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
+        error = sae_out - x
+        d_out = error * (2.0 / step.n_tokens)
+        d_acts = entries.inner(d_out, W_dec)
+        if step.config.l0_kind == "tanh":
+            l0, d_norm = self._smooth_count(entries, d_acts, step)
+            d_step = 0.0
+        else:
+            d_step = step.coefficient / step.n_tokens
+            l0, d_norm = on.sum() * d_step, None
+        through_jump = threshold * entries.feature_sums(d_acts * near) + d_step * entries.feature_sums(near.float())
+        self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
+        self.backward(entries, d_acts.mul_(on), d_out, centred)
+        if d_norm is not None:
+            self.backward_to_norms(d_norm)
+        losses = {"mse": error.square().sum() / step.n_tokens, "l0": l0}
+        if len(step.dead) and step.config.pre_act_coefficient is not None:
+            losses["pre_act"] = self._pre_act_loss(centred, step, step.config.pre_act_coefficient)
+        return StepResult(losses, entries.counts(), sae_out)
+
+    def after_step(self, step: StepInputs) -> None:
+        """Thresholds stay at or above zero: under it, negative activations would pass."""
+        super().after_step(step)
+        self.threshold.data.clamp_(min=0.0)
+
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.threshold.data.div_(scale)
+
+    def _smooth_count(self, entries: Entries, d_acts: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
+        """Σ tanh(4 · feature_acts · ‖W_dec‖), weighted; its gradient by the decoder's norms. Adds to `d_acts`."""
+        weight = step.coefficient / step.n_tokens
+        norm = entries.per_feature(self.W_dec.data.norm(dim=1))
+        count = (entries.values * norm).mul_(_TANH_SCALE).tanh_()
+        slope = (1.0 - count.square()).mul_(_TANH_SCALE * weight)
+        d_acts.addcmul_(slope, norm.expand_as(slope))
+        return count.sum() * weight, entries.feature_sums(slope.mul_(entries.values))
+
+    def _pre_act_loss(self, centred: Tensor, step: StepInputs, coefficient: float) -> Tensor:
+        """How far dead features stay under their thresholds, times their decoders' norms; adds its gradients."""
+        dead, weight = step.dead, coefficient / step.n_tokens
+        rows, decoder, threshold = self.W_rows[dead], self.W_dec.data[dead], self.threshold.data[dead]
+        norm = decoder.norm(dim=1)
+        missing = (threshold - torch.addmm(self.b_enc.data[dead], centred, rows.T)).relu_()
+        total = missing.sum(0) * weight
+        d_hidden = (missing > 0) * (norm * -weight)
+        sums = d_hidden.sum(0)
+        self.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
+        self.gradient("b_enc").index_add_(0, dead, sums)
+        self.gradient("threshold").index_add_(0, dead, -sums)
+        self.gradient("W_dec").index_add_(0, dead, decoder * (total / norm.clamp_min(1e-12))[:, None])
+        if self.cfg.apply_b_dec_to_input:
+            self.gradient("b_dec").sub_(rows.T @ sums)
+        return total @ norm

@@ -37,7 +37,6 @@ class StandardSae(TrainableSae):
         self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred)
         # The penalty pulls on the decoder too: along each row, by how much its feature was active.
         total = entries.feature_sums(entries.values) / step.n_tokens
-        pull = step.coefficient * total / norm.clamp_min(1e-12)
-        self.gradient("W_dec").addcmul_(W_dec, pull[:, None])
+        self.backward_to_norms(step.coefficient * total)
         losses = {"mse": error.square().sum() / step.n_tokens, "l1": step.coefficient * (total @ norm)}
         return StepResult(losses, entries.counts(), sae_out)

@@ -66,6 +66,8 @@ class TrainableSae(SparseAutoencoder):
             "W_enc" as `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills.
     """
 
+    _leaves: dict[str, nn.Parameter]
+
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__(cfg)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
@@ -84,7 +86,7 @@ class TrainableSae(SparseAutoencoder):
                 found[name] = nn.Parameter(data)
                 found[name].grad = torch.zeros_like(data)
             object.__setattr__(self, "_leaves", found)  # not a submodule: state_dict keeps the parameters' names
-        return self._leaves  # type: ignore[no-any-return]
+        return self._leaves
 
     def gradient(self, name: str) -> Tensor:
         """The gradient of a leaf ("W_enc": `[d_sae, d_in]`)."""
@@ -163,6 +165,11 @@ class TrainableSae(SparseAutoencoder):
         """The part of b_dec's gradient that comes through the encoder: a matrix-vector product."""
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
+
+    def backward_to_norms(self, d_norm: Tensor) -> None:
+        """The part of W_dec's gradient that comes through the lengths of its rows; d_norm is float32 `[d_sae]`."""
+        W_dec = self.W_dec.data
+        self.gradient("W_dec").addcmul_(W_dec, (d_norm / W_dec.norm(dim=1).clamp_min(1e-12))[:, None])
 
     def centred(self, x: Tensor) -> Tensor:
         """What the encoder sees of an input."""

@@ -22,6 +22,7 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "matryoshka_widths": ("matryoshka",),
     "l1_coefficient": ("standard", "gated"),
     "l0_coefficient": ("jumprelu",),
+    "l0_kind": ("jumprelu",),
     "pre_act_coefficient": ("jumprelu",),
     "threshold_at_start": ("jumprelu",),
     "bandwidth": ("jumprelu",),
@@ -56,6 +57,9 @@ class SaeTrainingConfig(StrictModel):
 
     l1_coefficient: float = Field(5.0, ge=0, description="Weight of the L1 penalty on inputs of mean norm sqrt(d_in).")
     l0_coefficient: float = Field(1.0, ge=0, description="Weight of the L0 penalty.")
+    l0_kind: Literal["step", "tanh"] = Field(
+        "step", description="JumpReLU's L0: the number of active features, or the sum of tanh(4 · act · decoder norm)."
+    )
     pre_act_coefficient: float | None = Field(None, ge=0, description="Weight of the penalty on dead pre-activations.")
     penalty_warmup_share: float = Field(
         0.05, ge=0, le=1, description="Share of the steps with a rising penalty; the paper's total_steps // 20."

@@ -1,0 +1,83 @@
+"""Gated SAE: the encoder says which features are on, and apart from that how strongly (Rajamanoharan et al. 2024)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+
+__all__ = ["GatedSae"]
+
+
+class GatedSae(TrainableSae):
+    """`gate = (x - b_dec) @ W_enc + b_gate`, `magnitude = exp(r_mag) · (gate - b_gate) + b_mag`.
+
+    `feature_acts = relu(magnitude)` where the gate is positive, else 0. `hidden_pre` is the gate.
+    """
+
+    architecture = "gated"
+    vectors = ("b_gate", "r_mag", "b_mag")
+    b_gate: nn.Parameter
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+
+    def hidden_pre(self, sae_in: Tensor) -> Tensor:
+        if self.cfg.apply_b_dec_to_input:
+            sae_in = sae_in - self.b_dec
+        return sae_in @ self.W_enc + self.b_gate
+
+    def activation(self, hidden_pre: Tensor) -> Tensor:
+        magnitude = (hidden_pre - self.b_gate) * self.r_mag.exp() + self.b_mag
+        return magnitude.relu() * (hidden_pre > 0)
+
+    @torch.no_grad()
+    def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
+        """See `TrainableSae`.
+
+        The step function of the gate passes no gradient. Gates learn from the L1 penalty on their positive part and
+        from a second reconstruction, made of the gates in place of the magnitudes; the decoder learns from both.
+
+        Source:
+            Rajamanoharan et al. (2024), Improving Dictionary Learning with Gated Sparse Autoencoders, with
+            penalty by decoder norms and a decoder that is not detached, as in SAELens' GatedTrainingSAE.
+        """
+        W_dec, b_dec = self.W_dec.data, self.b_dec.data
+        norm, growth = W_dec.norm(dim=1), self.r_mag.data.exp()
+        centred = self.centred(x)
+        entries = step.encoder.above(centred, self.W_rows, self.b_gate.data)
+        gate, b_mag = entries.values, entries.per_feature(self.b_mag.data)
+        grown = (gate - entries.per_feature(self.b_gate.data)).mul_(entries.per_feature(growth))
+        entries.values = acts = (grown + b_mag).relu_().mul_(gate > 0)
+
+        sae_out = entries.decode(acts, W_dec).add_(b_dec)
+        error = sae_out - x
+        d_out = error * (2.0 / step.n_tokens)
+        d_magnitude = entries.inner(d_out, W_dec) * (acts > 0)
+        error_by_gate = entries.decode(gate, W_dec).add_(b_dec).sub_(x)
+        d_by_gate = error_by_gate * (2.0 / step.n_tokens)
+        d_gate = entries.inner(d_by_gate, W_dec)
+        d_gate += entries.per_feature(norm * (step.coefficient / step.n_tokens))
+        d_gate *= gate > 0
+
+        entries.outer(acts, d_out, self.gradient("W_dec"))
+        entries.outer(gate, d_by_gate, self.gradient("W_dec"), add=True)
+        total = entries.feature_sums(gate) / step.n_tokens
+        self.backward_to_norms(step.coefficient * total)
+        self.gradient("b_mag").copy_(entries.feature_sums(d_magnitude))
+        self.gradient("b_gate").copy_(entries.feature_sums(d_gate))
+        self.gradient("r_mag").copy_(entries.feature_sums(grown.mul_(d_magnitude)))
+        entries.outer(d_gate.add_(d_magnitude.mul_(entries.per_feature(growth))), centred, self.gradient("W_enc"))
+        self.gradient("b_dec").copy_(d_out.sum(0) + d_by_gate.sum(0))
+        self.backward_to_b_dec(entries.feature_sums(d_gate))
+        losses = {
+            "mse": error.square().sum() / step.n_tokens,
+            "l1": step.coefficient * (total @ norm),
+            "mse_by_gate": error_by_gate.square().sum() / step.n_tokens,
+        }
+        return StepResult(losses, entries.counts(), sae_out)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        for bias in (self.b_gate, self.b_mag, self.b_dec):
+            bias.div_(scale)
