@@ -105,6 +105,22 @@ class SparseAutoencoder(nn.Module, ABC):
             feature_acts = feature_acts / self.W_dec.norm(dim=-1)
         return feature_acts @ self.W_dec + self.b_dec
 
+    def directions(self, features: Tensor) -> Tensor:
+        """What one unit of each feature's activation adds to a reconstruction of normalised inputs.
+
+        Args:
+            features: Int64, any shape.
+
+        Returns:
+            Float32 `[*features.shape, d_in]`.
+        """
+        rows = self.W_dec[features]
+        return rows / rows.norm(dim=-1, keepdim=True) if self.cfg.rescale_acts_by_decoder_norm else rows
+
+    def output_scale(self, x: Tensor) -> Tensor | float:
+        """By what normalised reconstructions of `x` are multiplied on the way out, `[..., 1]`, or 1."""
+        return self._normalised(x)[2]
+
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
         sae_in, mean, scale = self._normalised(x)

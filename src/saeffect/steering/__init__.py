@@ -9,6 +9,7 @@ from __future__ import annotations
 from saeffect.steering.direct_effect import direct_effects, kl_divergence, next_log_probabilities
 from saeffect.steering.dose import DoseChoice, choose_dose, score_doses
 from saeffect.steering.effects import effects
+from saeffect.steering.feature_operators import SetFeatures, ablate, add_features, clamp
 from saeffect.steering.generate import generate
 from saeffect.steering.operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
 from saeffect.steering.outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
@@ -29,11 +30,15 @@ __all__ = [
     "Operator",
     "PositionedEdit",
     "Sampling",
+    "SetFeatures",
     "Similarity",
     "Site",
     "SteeringPlan",
     "TextVectors",
+    "ablate",
+    "add_features",
     "choose_dose",
+    "clamp",
     "direct_effects",
     "distinct_2",
     "effects",

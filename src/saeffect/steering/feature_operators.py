@@ -1,0 +1,152 @@
+"""Setting what an SAE's features do: clamped to a value, or ablated; one feature a row, or several at once.
+
+Adding a decoder row pushes every position alike. Setting a feature's activation pushes a position only as far
+as the feature is not there already, and leaves alone what the SAE does not explain: with activation a, target t
+and decoder row d, an activation x becomes x + (t - a) d. That equals decoding the changed activations and
+putting the SAE's error back (Templeton et al. 2024, "Golden Gate Claude").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.steering.operators import AddVectors
+
+__all__ = ["SetFeatures", "ablate", "add_features", "clamp"]
+
+NO_FEATURE = -1
+"""Fills up rows that set fewer features than others."""
+
+
+@dataclass(frozen=True, eq=False)
+class SetFeatures:
+    """Sets features to given activations and keeps the SAE's error.
+
+    Attributes:
+        sae: In the units of the model's activations.
+        features: Int64 `[n_rows, n_features]`, no feature twice in a row; -1 for none.
+        targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
+    """
+
+    sae: SparseAutoencoder
+    features: Tensor
+    targets: Tensor
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or not self.features.numel() or self.features.shape != self.targets.shape:
+            raise ShapeMismatch(
+                f"features have shape {tuple(self.features.shape)}, targets {tuple(self.targets.shape)};"
+                " expected both [rows, features], not empty."
+            )
+        if int(self.features.min()) < NO_FEATURE or int(self.features.max()) >= self.sae.cfg.d_sae:
+            raise ShapeMismatch(
+                f"features run from {int(self.features.min())} to {int(self.features.max())},"
+                f" but the SAE has {self.sae.cfg.d_sae}."
+            )
+        ordered = self.features.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
+            raise ConfigError("a row sets the same feature twice.", at="features")
+        if not bool(torch.isfinite(self.targets).all()) or bool((self.targets < 0).any()):
+            raise ConfigError(
+                "a target activation is negative, NaN or infinite; features are at least 0.",
+                at="targets",
+                fix="give a multiple of the feature's maximum that is at least 0.",
+            )
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.features)
+
+    def take(self, first: int, last: int) -> SetFeatures:
+        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last])
+
+    @torch.no_grad()
+    def apply(self, x: Tensor) -> Tensor:
+        if x.shape[0] != self.n_rows:
+            raise ShapeMismatch(f"activations of {x.shape[0]} rows met {self.n_rows} rows of features to set.")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        features, targets = self.features.to(x.device), self.targets.to(x.device)
+        there = (features != NO_FEATURE).float()
+        known = features.clamp_min(0)
+        n_positions = x.shape[1]
+        # One position at a time over all rows: the activations of all features of a long prompt would not fit.
+        change = torch.empty(*x.shape[:2], features.shape[1], device=x.device)
+        for position in range(n_positions):
+            acts = self.sae.encode(x[:, position]).gather(1, known)
+            change[:, position] = (targets - acts) * there
+        moved = torch.einsum("rpf,rfd->rpd", change, self.sae.directions(known)) * self.sae.output_scale(x)
+        return (x.to(wide) + moved.to(wide)).to(x.dtype)
+
+
+def clamp(
+    sae: SparseAutoencoder, features: Sequence[Sequence[int]], multiples: Sequence[float], max_acts: Tensor
+) -> SetFeatures:
+    """Set features to multiples of the largest activation that they showed on text.
+
+    Args:
+        sae: In the units of the model's activations.
+        features: Which, for each row: one, or several at once.
+        multiples: One a row, at least 0; Anthropic's demonstrations used 5 to 10.
+        max_acts: Largest activation of every feature on text, float32 `[d_sae]`.
+
+    Raises:
+        ConfigError: A feature that never fired has no maximum to multiply; or a negative multiple.
+    """
+    padded = _padded(features)
+    if len(multiples) != len(padded):
+        raise ShapeMismatch(f"{len(padded)} rows of features, but {len(multiples)} multiples.")
+    maxima = max_acts[padded.clamp_min(0)].float()
+    silent = (padded != NO_FEATURE) & ~(maxima > 0)
+    if bool(silent.any()):
+        raise ConfigError(
+            f"feature {int(padded[silent][0])} never fired on the text, so it has no maximum to clamp it to.",
+            at="features",
+            fix="leave it out, or use more text.",
+        )
+    maxima = maxima.masked_fill(padded == NO_FEATURE, 0.0)
+    return SetFeatures(sae, padded, maxima * torch.tensor(list(multiples), dtype=torch.float32)[:, None])
+
+
+def ablate(sae: SparseAutoencoder, features: Sequence[Sequence[int]]) -> SetFeatures:
+    """Switch features off wherever they are on."""
+    padded = _padded(features)
+    return SetFeatures(sae, padded, torch.zeros(padded.shape))
+
+
+def add_features(
+    sae: SparseAutoencoder, features: Sequence[Sequence[int]], coefficients: Sequence[Sequence[float]]
+) -> AddVectors:
+    """Add several decoder rows at once: `Σ_f coefficient_f · W_dec[f]`, for each row of the batch its own.
+
+    Args:
+        sae: Gives the decoder rows.
+        features: Which, for each row.
+        coefficients: The paper's multiplier, for each feature of each row.
+
+    Raises:
+        ShapeMismatch: Rows of features and of coefficients differ in length.
+    """
+    if [len(row) for row in features] != [len(row) for row in coefficients]:
+        raise ShapeMismatch("each row needs as many coefficients as features.")
+    padded = _padded(features)
+    amounts = torch.zeros(padded.shape)
+    for row, values in enumerate(coefficients):
+        amounts[row, : len(values)] = torch.tensor(list(values), dtype=torch.float32)
+    rows = sae.directions(padded.clamp_min(0)).detach().float()
+    return AddVectors(torch.einsum("rf,rfd->rd", amounts, rows))
+
+
+def _padded(features: Sequence[Sequence[int]]) -> Tensor:
+    longest = max((len(row) for row in features), default=0)
+    if not longest or not all(len(row) for row in features):
+        raise ConfigError("every row must set at least one feature.", at="features")
+    padded = torch.full((len(features), longest), NO_FEATURE, dtype=torch.int64)
+    for row, some in enumerate(features):
+        padded[row, : len(some)] = torch.tensor(list(some))
+    return padded
