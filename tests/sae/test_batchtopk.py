@@ -127,7 +127,7 @@ def test_the_threshold_is_running_state_but_no_leaf() -> None:
     assert set(sae.leaves()) == set(WEIGHTS)
     sae.accumulate_gradients(X, step_inputs(sae, threshold_rate=1.0))
     acts = sae.encode(X)
-    assert float(state["topk_threshold"]) == pytest.approx(float(acts[acts > 0].min()), rel=1e-6)
+    assert float(state["topk_threshold"]) == pytest.approx(acts[acts > 0].min().item(), rel=1e-6)
     state["topk_threshold"].fill_(2.0)
     assert (sae.for_inference().threshold == 2.0).all()
 

@@ -9,9 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeffect.errors import BadFile, IncompatibleSae, NotFound, UnknownName
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, ShapeMismatch, UnknownName
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.saelens_format import ARCHITECTURES, load_sae, read_sae_config, save_sae
+from saeffect.sae.batchtopk import BatchTopKSae
+from saeffect.sae.matryoshka import MatryoshkaSae
+from saeffect.sae.saelens_format import (
+    ARCHITECTURES,
+    load_sae,
+    read_sae_config,
+    read_sparsity,
+    save_sae,
+    saved_dtype,
+    weights_file,
+)
 
 D_IN, D_SAE = 6, 20
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))
@@ -53,6 +63,11 @@ OPTIONS = [
     ("standard", {"apply_b_dec_to_input": False}),
     ("standard", {"normalize_activations": "layer_norm"}),
     ("jumprelu", {}),
+    ("jumprelu", {"apply_b_dec_to_input": False}),
+    ("jumprelu", {"normalize_activations": "layer_norm"}),
+    ("gated", {}),
+    ("gated", {"apply_b_dec_to_input": False}),
+    ("gated", {"normalize_activations": "layer_norm"}),
 ]
 
 
@@ -88,7 +103,7 @@ def test_saelens_opens_ours(tmp_path: Path, architecture: str, options: dict[str
 def test_we_open_saelens(tmp_path: Path, architecture: str, options: dict[str, Any]) -> None:
     import sae_lens
 
-    names = {"topk": "TopKSAE", "standard": "StandardSAE", "jumprelu": "JumpReLUSAE"}
+    names = {"topk": "TopKSAE", "standard": "StandardSAE", "jumprelu": "JumpReLUSAE", "gated": "GatedSAE"}
     k = {"k": 3} if architecture == "topk" else {}
     metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.1.hook_resid_pre")
     cfg_class = getattr(sae_lens, names[architecture] + "Config")
@@ -102,6 +117,111 @@ def test_we_open_saelens(tmp_path: Path, architecture: str, options: dict[str, A
         torch.testing.assert_close(ours(X), theirs(X))
     assert ours.cfg.hook_name == "blocks.1.hook_resid_pre"
     assert ours.cfg.architecture == architecture
+    assert 0 < (ours.encode(X) > 0).sum() < X.shape[0] * D_SAE
+
+
+@pytest.mark.parametrize("kind", [BatchTopKSae, MatryoshkaSae])
+@pytest.mark.parametrize(
+    "options", [{}, {"rescale_acts_by_decoder_norm": True}, {"apply_b_dec_to_input": False}], ids=str
+)
+def test_saelens_opens_what_was_trained_over_batches(tmp_path: Path, kind: type[Any], options: dict[str, Any]) -> None:
+    from sae_lens import SAE
+
+    trained = _filled(kind(SaeConfig(kind.architecture, D_IN, D_SAE, k=3, metadata={"hook_name": "h"}, **options)))
+    acts = trained.encode(X)
+    trained.topk_threshold.copy_(acts[acts > 0].min() * (1 - 1e-6))
+    save_sae(trained, tmp_path)
+    theirs, ours = SAE.load_from_disk(tmp_path), load_sae(tmp_path)
+    assert theirs.cfg.architecture() == ours.cfg.architecture == "jumprelu"
+    assert theirs.cfg.metadata.training_architecture == kind.architecture
+    assert ours.cfg.hook_name == "h"
+    with torch.no_grad():
+        for loaded in (theirs, ours):
+            torch.testing.assert_close(loaded.encode(X), acts)
+            torch.testing.assert_close(loaded(X), trained(X))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_precision_both_ways(tmp_path: Path, architecture: str, dtype: str) -> None:
+    from sae_lens import SAE
+
+    cfg = SaeConfig(architecture, D_IN, D_SAE, k=3 if architecture == "topk" else None)
+    save_sae(_filled(ARCHITECTURES[architecture](cfg)), tmp_path / "a", dtype=dtype)
+    ours = load_sae(tmp_path / "a")
+    theirs = SAE.load_from_disk(tmp_path / "a", dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode(X), ours.encode(X))
+        torch.testing.assert_close(theirs(X), ours(X))
+    SAE.load_from_disk(tmp_path / "a").save_model(tmp_path / "b")
+    assert saved_dtype(tmp_path / "a") == saved_dtype(tmp_path / "b") == dtype
+    again = dict(load_sae(tmp_path / "b").named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name == "threshold":
+            torch.testing.assert_close(again[name], parameter, rtol=2**-8, atol=0)
+        else:
+            assert torch.equal(again[name], parameter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_thresholds_are_kept_exactly(tmp_path: Path, dtype: str) -> None:
+    sae: Any = _filled(ARCHITECTURES["jumprelu"](SaeConfig("jumprelu", D_IN, D_SAE)))
+    save_sae(sae, tmp_path, dtype=dtype)
+    again: Any = load_sae(tmp_path)
+    assert torch.equal(again.threshold, sae.threshold)
+    assert torch.equal(again.W_dec, sae.W_dec.to(getattr(torch, dtype)).float())
+
+
+def test_what_half_precision_cannot_hold(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    sae: Any = _filled(ARCHITECTURES["standard"](SaeConfig("standard", D_IN, D_SAE)))
+    with torch.no_grad():
+        sae.b_dec[2] = 70_000.0
+    with complains(ConfigError, "b_dec reaches 7e+04, more than float16 can hold"):
+        save_sae(sae, tmp_path / "a", dtype="float16")
+    assert not (tmp_path / "a").exists()
+    save_sae(sae, tmp_path / "a", dtype="bfloat16")
+
+
+def test_the_encoder_lies_on_disk_as_saelens_wants_it(tmp_path: Path) -> None:
+    """While it is trained the encoder has one row a feature."""
+    sae: Any = _filled(ARCHITECTURES["standard"](SaeConfig("standard", D_IN, D_SAE)))
+    leaf = sae.leaves()["W_enc"]
+    save_sae(sae, tmp_path)
+    assert torch.equal(load_file(tmp_path / "sae_weights.safetensors")["W_enc"], leaf.detach().T)
+    again: Any = load_sae(tmp_path)
+    assert again.W_rows.is_contiguous()
+    assert again.leaves()["W_enc"].data_ptr() == again.W_enc.data_ptr()
+    assert torch.equal(again.leaves()["W_enc"], leaf)
+
+
+def test_sparsity_both_ways(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    from sae_lens.constants import SPARSITY_FILENAME
+
+    sae = _filled(ARCHITECTURES["standard"](SaeConfig("standard", D_IN, D_SAE)))
+    rates = torch.linspace(0, 0.4, D_SAE, dtype=torch.float64)
+    with complains(ShapeMismatch, "sparsity has shape (19,); expected (20,)"):
+        save_sae(sae, tmp_path / "a", sparsity=rates[1:])
+    assert not (tmp_path / "a").exists()
+    save_sae(sae, tmp_path / "a")
+    assert read_sparsity(tmp_path / "a") is None
+    save_sae(sae, tmp_path / "a", sparsity=(rates + 1e-10).log10())
+    # As SAELens reads the file beside a release, and as its trainer writes it.
+    on_disk = load_file(tmp_path / "a" / SPARSITY_FILENAME)
+    assert list(on_disk) == ["sparsity"]
+    found = read_sparsity(tmp_path / "a")
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, on_disk["sparsity"])
+    torch.testing.assert_close(10**found, rates.float(), rtol=1e-4, atol=1e-9)
+    save_file({"other": found}, tmp_path / "a" / SPARSITY_FILENAME)
+    with complains(BadFile, "no one-dimensional tensor named sparsity", at="arms.a"):
+        read_sparsity(tmp_path / "a", at="arms.a")
+
+
+def test_weights_file(folder: Path, complains: Callable[..., Any]) -> None:
+    assert weights_file(folder) == folder / "sae_weights.safetensors"
+    with complains(NotFound, "there is no folder"):
+        weights_file(folder / "none")
 
 
 @pytest.mark.parametrize("hook_key", ["hook_name", "hook_point"])
@@ -147,7 +267,12 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("values", "kind", "part"),
     [
-        ({"architecture": "gated"}, UnknownName, "valid: jumprelu, standard, topk"),
+        ({"architecture": "temporal"}, UnknownName, "'temporal'; valid: gated, jumprelu, standard, topk"),
+        ({"architecture": "transcoder"}, UnknownName, "valid: gated, jumprelu, standard, topk"),
+        ({"architecture": "matching_pursuit"}, UnknownName, "valid: gated, jumprelu, standard, topk"),
+        ({"architecture": ["topk"]}, UnknownName, "valid: gated"),
+        ({"architecture": "gated"}, BadFile, "has no b_gate; it has: W_dec"),
+        ({"normalize_activations": "covariance_whitening"}, IncompatibleSae, "covariance_whitening"),
         ({"architecture": None}, UnknownName, "there is no SAE architecture"),
         ({"k": 21}, BadFile, "0 < k <= d_sae=20. Got 21."),
         ({"k": 0}, BadFile, "Got 0."),

@@ -80,10 +80,17 @@ class BatchTopKSae(TrainableSae):
     def for_inference(self) -> JumpReluSae:
         """A JumpReLU SAE, its own copy, with the running threshold in every feature.
 
-        Decoder norms by which features were ranked are folded in: the decoder rows then have length 1.
+        Decoder norms by which features were ranked are folded in: the decoder rows then have length 1. The
+        metadata gets SAELens' `training_architecture`.
         """
         sae = JumpReluSae(
-            dataclasses.replace(self.cfg, architecture="jumprelu", k=None, rescale_acts_by_decoder_norm=False)
+            dataclasses.replace(
+                self.cfg,
+                architecture="jumprelu",
+                k=None,
+                rescale_acts_by_decoder_norm=False,
+                metadata={**self.cfg.metadata, "training_architecture": self.architecture},
+            )
         )
         norm = torch.ones_like(self.b_enc)
         if self.cfg.rescale_acts_by_decoder_norm:

@@ -2,6 +2,7 @@
 
 A `sparsity.safetensors` may lie beside them. Older releases put the hook at the top level of cfg.json, named
 the architecture only when it was not the standard one, and called TopK an activation function; all are read.
+So are checkpoints of SAELens' trainer (`saelens_checkpoint`) and sparsify's folders (`sparsify_format`).
 """
 
 from __future__ import annotations
@@ -13,21 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, unknown_name
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, ShapeMismatch, unknown_name
 from saeffect.provenance import atomic_path, read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.saelens_checkpoint import TRAINING_FORMS, for_inference
+from saeffect.sae.sparsify_format import SPARSIFY_WEIGHTS, is_sparsify, sparsify_config, sparsify_tensors
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
+from saeffect.sae.trainable import TrainableSae
 
-__all__ = ["ARCHITECTURES", "WEIGHTS", "load_sae", "read_sae_config", "save_sae", "saved_dtype"]
+__all__ = [
+    "ARCHITECTURES",
+    "SPARSITY",
+    "WEIGHTS",
+    "load_sae",
+    "read_sae_config",
+    "read_sparsity",
+    "save_sae",
+    "saved_dtype",
+    "weights_file",
+]
+
+# What can lie on disk. BatchTopK and Matryoshka SAEs are saved in their inference form, JumpReLU.
 
 ARCHITECTURES: Mapping[str, Callable[[SaeConfig], SparseAutoencoder]] = {
     "standard": StandardSae,
     "topk": TopKSae,
     "jumprelu": JumpReluSae,
+    "gated": GatedSae,
 }
 WEIGHTS = "sae_weights.safetensors"
+SPARSITY = "sparsity.safetensors"
 # SAELens takes a file without a version for one from before 6.0 and drops its metadata, the hook's name too.
 _LAYOUT_VERSION = "6.0.0"
 _TOP_LEVEL_METADATA = (
@@ -49,12 +68,122 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
 
     Raises:
         NotFound: No such folder, or no cfg.json in it.
-        BadFile: Not JSON, or without d_in and d_sae.
+        BadFile: Not JSON, or without sizes that make sense.
         UnknownName: An architecture that this package does not have.
         IncompatibleSae: A normalisation or reshaping that this package does not do.
     """
     folder = Path(folder)
     where = at or str(folder)
+    raw = _read_cfg(folder, where)
+    return sparsify_config(folder, raw, where) if is_sparsify(folder, raw) else _saelens_config(raw, where)
+
+
+def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
+    """Load an SAE from a folder in SAELens' or sparsify's layout, in float32, on the CPU.
+
+    Raises:
+        NotFound: A missing file.
+        BadFile: Truncated or malformed weights, missing tensors, NaN.
+        UnknownName: An architecture that this package does not have.
+        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not do.
+    """
+    folder = Path(folder)
+    where = at or str(folder)
+    raw = _read_cfg(folder, where)
+    cfg, path = read_sae_config(folder, at=at), weights_file(folder)
+    if not path.is_file():
+        fix = "pickled SAEs (.pt) are never loaded."
+        raise NotFound(f"there is no {path.name} beside cfg.json.", at=where, fix=fix)
+    tensors = _read_tensors(path, where)
+    if path.name == SPARSIFY_WEIGHTS:
+        tensors = sparsify_tensors(tensors, where)
+    else:
+        tensors = for_inference(folder, raw, tensors, where)
+    sae = ARCHITECTURES[cfg.architecture](cfg)
+    _fill(sae, tensors, path.name, where)
+    return sae.eval().requires_grad_(False)
+
+
+def save_sae(
+    sae: SparseAutoencoder, folder: Path | str, *, dtype: str = "float32", sparsity: Tensor | None = None
+) -> Path:
+    """Write an SAE in SAELens' layout, in the form that it has at inference.
+
+    Args:
+        sae: With any scaling of the inputs already folded into its weights.
+        folder: Made if need be.
+        dtype: Of the saved weights: "float32", "float16" or "bfloat16". Thresholds stay float32, so that they are
+            exactly those of the SAE (SAELens rounds them when it loads, unless it is told `dtype="float32"`).
+        sparsity: log10 of each feature's firing rate, float `[d_sae]`; SAELens adds 1e-10 to the rate.
+
+    Raises:
+        ConfigError: Another dtype, or one whose range the weights exceed.
+        ShapeMismatch: `sparsity` is not one number a feature.
+    """
+    from safetensors.torch import save_file
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ConfigError(f"dtype {dtype!r} is not float32, float16 or bfloat16.")
+    if sparsity is not None and sparsity.shape != (sae.cfg.d_sae,):
+        raise ShapeMismatch(f"sparsity has shape {tuple(sparsity.shape)}; expected ({sae.cfg.d_sae},).")
+    if isinstance(sae, TrainableSae):
+        sae = sae.for_inference()
+    tensors = {}
+    for name, parameter in sae.named_parameters():
+        target = torch.float32 if name == "threshold" else getattr(torch, dtype)
+        tensors[name] = parameter.detach().to("cpu", target).contiguous()
+        if parameter.isfinite().all() and not tensors[name].isfinite().all():
+            raise ConfigError(
+                f"{name} reaches {float(parameter.detach().abs().max()):.3g}, more than {dtype} can hold.",
+                at=str(folder),
+                fix="save it as bfloat16 or float32.",
+            )
+    folder = Path(folder)
+    with atomic_path(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / "cfg.json", _cfg_json(sae.cfg, dtype))
+    if sparsity is not None:
+        with atomic_path(folder / SPARSITY) as temporary:
+            save_file({"sparsity": sparsity.detach().float().cpu().contiguous()}, temporary)
+    return folder
+
+
+def read_sparsity(folder: Path | str, *, at: str | None = None) -> Tensor | None:
+    """log10 of each feature's firing rate as saved beside the weights, float32 `[d_sae]`; None without the file.
+
+    Raises:
+        BadFile: It cannot be read, or holds something else.
+    """
+    path = Path(folder) / SPARSITY
+    where = at or str(folder)
+    if not path.is_file():
+        return None
+    tensors = _read_tensors(path, where)
+    if "sparsity" not in tensors or tensors["sparsity"].ndim != 1:
+        raise BadFile(f"{SPARSITY} holds no one-dimensional tensor named sparsity.", at=where)
+    return tensors["sparsity"].float()
+
+
+def weights_file(folder: Path | str) -> Path:
+    """Where a folder keeps, or should keep, its weights: SAELens' file, or sparsify's.
+
+    Raises:
+        NotFound: No such folder, or no cfg.json in it.
+        BadFile: cfg.json is not JSON.
+    """
+    folder = Path(folder)
+    return folder / (SPARSIFY_WEIGHTS if is_sparsify(folder, _read_cfg(folder, str(folder))) else WEIGHTS)
+
+
+def saved_dtype(folder: Path | str) -> str:
+    """The dtype that cfg.json names; else that of the weights."""
+    named = read_json(Path(folder) / "cfg.json").get("dtype")
+    if named is None:
+        named = _read_tensors(weights_file(folder), str(folder))["W_dec"].dtype
+    return str(named).removeprefix("torch.")
+
+
+def _read_cfg(folder: Path, where: str) -> Any:
     if not (folder / "cfg.json").is_file():
         raise NotFound(
             f"the folder {folder.name!r} holds no cfg.json."
@@ -63,7 +192,10 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
             at=where,
             fix="point to a folder with cfg.json and sae_weights.safetensors.",
         )
-    raw = read_json(folder / "cfg.json")
+    return read_json(folder / "cfg.json")
+
+
+def _saelens_config(raw: Any, where: str) -> SaeConfig:
     sizes = [raw.get(key) for key in ("d_in", "d_sae")] if isinstance(raw, dict) else [None]
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         raise BadFile(
@@ -71,11 +203,6 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
             at=where,
             fix="check that it is an SAE's.",
         )
-    architecture = raw.get("architecture", "standard")
-    if architecture == "standard" and raw.get("activation_fn", raw.get("activation_fn_str")) == "topk":
-        architecture = "topk"
-    if architecture not in ARCHITECTURES:
-        raise unknown_name("SAE architecture", architecture, ARCHITECTURES, at=where)
     normalisation = raw.get("normalize_activations", "none")
     if normalisation not in (*_FOLDED, "layer_norm") or raw.get("reshape_activations", "none") != "none":
         raise IncompatibleSae(
@@ -85,77 +212,48 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
             at=where,
             fix="fold the normalisation into the weights before saving.",
         )
-    k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
-    if architecture == "topk" and not (isinstance(k, int) and 0 < k <= raw["d_sae"]):
-        raise BadFile(f"a topk SAE needs 0 < k <= d_sae={raw['d_sae']}. Got {k!r}.", at=where)
-    if not isinstance(raw.get("metadata") or {}, dict):
-        raise BadFile("metadata in cfg.json is no mapping.", at=where)
-    metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
-    if "hook_point" in metadata:
-        metadata.setdefault("hook_name", metadata.pop("hook_point"))
+    architecture, k = _architecture(raw, where)
+    metadata = _metadata(raw, where)
     loaded_with = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
         architecture=architecture,
         d_in=raw["d_in"],
         d_sae=raw["d_sae"],
-        k=k if architecture == "topk" else None,
+        k=k,
         apply_b_dec_to_input=bool(raw.get("apply_b_dec_to_input", True)),
         normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
-        rescale_acts_by_decoder_norm=bool(raw.get("rescale_acts_by_decoder_norm", False)),
+        rescale_acts_by_decoder_norm=architecture == "topk" and bool(raw.get("rescale_acts_by_decoder_norm", False)),
         centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
         metadata=metadata,
     )
 
 
-def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
-    """Load an SAE from a folder in SAELens' layout, in float32, on the CPU.
-
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed weights, missing tensors, NaN.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    where = at or str(folder)
-    cfg = read_sae_config(folder, at=at)
-    if not (folder / WEIGHTS).is_file():
-        raise NotFound(f"there is no {WEIGHTS} beside cfg.json.", at=where, fix="pickled SAEs (.pt) are never loaded.")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"{WEIGHTS} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
-    sae = ARCHITECTURES[cfg.architecture](cfg)
-    _fill(sae, tensors, where)
-    return sae.eval().requires_grad_(False)
+def _architecture(raw: Mapping[str, Any], where: str) -> tuple[str, int | None]:
+    """(a key of `ARCHITECTURES`, k if it has one)"""
+    architecture = raw.get("architecture", "standard")
+    if architecture == "standard" and raw.get("activation_fn", raw.get("activation_fn_str")) == "topk":
+        architecture = "topk"
+    architecture = TRAINING_FORMS.get(str(architecture), architecture)
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise unknown_name("SAE architecture", architecture, ARCHITECTURES, at=where)
+    if architecture != "topk":
+        return architecture, None
+    k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
+    if not (isinstance(k, int) and 0 < k <= raw["d_sae"]):
+        raise BadFile(f"a topk SAE needs 0 < k <= d_sae={raw['d_sae']}. Got {k!r}.", at=where)
+    return architecture, k
 
 
-def save_sae(
-    sae: SparseAutoencoder, folder: Path | str, *, dtype: str = "float32", sparsity: Tensor | None = None
-) -> Path:
-    """Write an SAE in SAELens' layout.
+def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(raw.get("metadata") or {}, dict):
+        raise BadFile("metadata in cfg.json is no mapping.", at=where)
+    metadata = {key: raw[key] for key in _TOP_LEVEL_METADATA if raw.get(key) is not None} | (raw.get("metadata") or {})
+    if "hook_point" in metadata:
+        metadata.setdefault("hook_name", metadata.pop("hook_point"))
+    return metadata
 
-    Args:
-        sae: With any scaling of the inputs already folded into its weights.
-        folder: Made if need be.
-        dtype: Of the saved weights: "float32", "float16" or "bfloat16".
-        sparsity: log10 of each feature's firing rate, float `[d_sae]`.
 
-    Raises:
-        ConfigError: Another dtype.
-    """
-    from safetensors.torch import save_file
-
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(f"dtype {dtype!r} is not float32, float16 or bfloat16.")
-    folder = Path(folder)
-    target = getattr(torch, dtype)
-    tensors = {name: p.detach().to(target).contiguous() for name, p in sae.named_parameters()}
-    with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-    cfg = sae.cfg
+def _cfg_json(cfg: SaeConfig, dtype: str) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "sae_lens_version": _LAYOUT_VERSION,
         "architecture": cfg.architecture,
@@ -170,22 +268,23 @@ def save_sae(
     }
     if cfg.k is not None:
         raw |= {"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm}
-    write_json(folder / "cfg.json", raw)
-    if sparsity is not None:
-        with atomic_path(folder / "sparsity.safetensors") as temporary:
-            save_file({"sparsity": sparsity.float().contiguous()}, temporary)
-    return folder
+    return raw
 
 
-def saved_dtype(folder: Path | str) -> str:
-    """The dtype that cfg.json names; "float32" if it names none."""
-    return str(read_json(Path(folder) / "cfg.json").get("dtype", "float32")).removeprefix("torch.")
+def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{path.name} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
 
 
-def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], where: str) -> None:
+def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], file: str, where: str) -> None:
     for name, parameter in sae.named_parameters():
         if name not in tensors:
-            raise BadFile(f"{WEIGHTS} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
+            raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
         tensor = tensors[name]
         if tensor.shape != parameter.shape:
             raise IncompatibleSae(
