@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from saeffect.errors import ConfigError
+from saeffect.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,11 +69,16 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process is here.
+
+    Raises:
+        Interrupted: One of them is gone; so for `add_up` and `gathered`.
+    """
     if join() > 1:
         import torch.distributed as dist
 
-        dist.barrier()
+        with _others_there():
+            dist.barrier()
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -79,8 +86,9 @@ def add_up(*tensors: Tensor) -> None:
     if join() > 1:
         import torch.distributed as dist
 
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+        with _others_there():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -91,11 +99,24 @@ def gathered(values: Tensor) -> Tensor:
     import torch
     import torch.distributed as dist
 
-    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
-    dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
-    longest = max(int(n) for n in lengths)
-    padded = values.new_zeros(longest, *values.shape[1:])
-    padded[: len(values)] = values
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
+    with _others_there():
+        lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
+        dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
+        longest = max(int(n) for n in lengths)
+        padded = values.new_zeros(longest, *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        dist.all_gather(parts, padded)
     return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
+
+
+@contextlib.contextmanager
+def _others_there() -> Iterator[None]:
+    """What gloo and NCCL say when the other end of a connection is gone, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Interrupted(
+            f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
+            fix="see what the other one said; the same command goes on from the last checkpoint.",
+        ) from error

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "hash_file",
     "hash_folder",
     "read_json",
+    "remove_leftovers",
     "versions",
     "write_json",
 ]
@@ -41,6 +43,9 @@ _TRACKED = (
     "pandas",
     "safetensors",
 )
+
+
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.[a-z]+)?")  # as mkstemp names what atomic_path asks for
 
 
 @contextlib.contextmanager
@@ -69,6 +74,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Delete what `atomic_path` was writing in a folder when its process was killed. Nobody may be writing now."""
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Checkpoint:
 
     def steps(self) -> list[int]:
         """Numbers of finished steps that there is a checkpoint of, rising."""
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob(_PATTERN))
+        numbers = [path.stem.removeprefix("step-") for path in self.folder.glob(_PATTERN)]
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def save(
         self,
@@ -40,8 +42,18 @@ class Checkpoint:
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         others: Mapping[str, Tensor] | None = None,
+        *,
+        drop_old: bool = True,
     ) -> None:
         """Keep the state after `step` steps, and drop the oldest if there are too many.
+
+        Args:
+            step: How many are finished.
+            weights: By name.
+            optimizer: Over the weights; it has made at least one step.
+            others: Further tensors by name.
+            drop_old: Whether to call `drop_old` afterwards. Runs that go on together from one step do that
+                themselves, when all of them have saved it.
 
         Raises:
             BadFile: The disk is full, or cannot be written; older checkpoints stay.
@@ -63,13 +75,24 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             last = self.steps()
             raise BadFile(
-                f"the checkpoint cannot be written: {error}.",
+                f"the checkpoint after step {step:,} cannot be written: {error}.",
                 at=str(self.folder),
                 fix="free some space and run the same command again"
                 + (f"; it goes on from step {last[-1]:,}." if last else "."),
             ) from error
-        for old in self.steps()[: -self._keep]:
-            self._file(old).unlink(missing_ok=True)
+        if drop_old:
+            self.drop_old(step)
+
+    def drop_old(self, newest: int) -> None:
+        """Keep as many as wanted up to step `newest`; later ones are left over from before a return to an older one."""
+        steps = self.steps()
+        kept = [step for step in steps if step <= newest][-self._keep :]
+        for step in set(steps) - set(kept):
+            self._file(step).unlink(missing_ok=True)
+
+    def drop_all(self) -> None:
+        """Delete the folder: the run is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def restore(
         self,
@@ -89,7 +112,7 @@ class Checkpoint:
 
         Raises:
             ConfigError: The checkpoint is another run's.
-            BadFile: It cannot be read.
+            BadFile: It cannot be read; some tensors may be filled already.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -110,13 +133,14 @@ class Checkpoint:
                     tensor.copy_(file.get_tensor(f"other.{name}"))
                 for name, p in weights.items():
                     p.copy_(file.get_tensor(f"weight.{name}"))
-                    moments = {key: file.get_tensor(f"{key}.{name}").to(p.device) for key in _MOMENTS}
+                    # Copies: what get_tensor gives may be the file itself, mapped into memory.
+                    moments = {key: torch.empty_like(p).copy_(file.get_tensor(f"{key}.{name}")) for key in _MOMENTS}
                     optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
         except (SafetensorError, OSError) as error:
             raise BadFile(
                 f"the checkpoint cannot be read: {error}.",
                 at=str(path),
-                fix="delete it; the run goes on from the one before, if there is one.",
+                fix="delete it; the run goes on from the one before, or starts anew if there is none.",
             ) from error
         return step
 

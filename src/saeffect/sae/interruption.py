@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 __all__ = ["Interruption"]
@@ -13,8 +13,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """While the block lasts, the first signal sets `asked`; a second one stops at once.
+    """While the block lasts, the first signal sets `asked`; a second one raises KeyboardInterrupt at once.
 
+    A signal that the process was started to ignore (by nohup, or in the background of a script) stays ignored.
     In a thread that is not the main one signals cannot be caught, and stay as they are.
     """
 
@@ -25,7 +26,10 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                self._before[number] = signal.signal(number, self._ask)
+                before = signal.getsignal(number)
+                # None: the handler is not Python's, and could not be put back.
+                if before is not None and before != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(
@@ -34,7 +38,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, *_: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

@@ -19,9 +19,11 @@ from saeffect.models.hooks import parse_hook
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_language_model
 from saeffect.provenance import atomic_path, fingerprint, versions, write_json
+from saeffect.sae.quality import SaeQuality, training_quality
 from saeffect.sae.saelens_format import load_sae, save_sae
 from saeffect.sae.splice import SplicedLosses, spliced_losses
-from saeffect.sae.training import SaeQuality, SaeTrainingConfig, train_sae, training_quality
+from saeffect.sae.training import train_sae
+from saeffect.sae.training_config import SaeTrainingConfig
 from saeffect.text.corpora import is_held_out, read_corpus
 from saeffect.text.packing import interleave, pack, separator_id
 

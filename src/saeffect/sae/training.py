@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,62 +14,19 @@ from torch import Tensor
 
 from saeffect.activations.source import ActivationSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.models.checkpoint import Checkpoint
-from saeffect.processes import barrier, is_first, rank_and_world
-from saeffect.provenance import fingerprint, hash_file, read_json, write_json
+from saeffect.processes import barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.provenance import remove_leftovers
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.interruption import Interruption
-from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.metrics_loggers import LoggerName
-from saeffect.sae.saelens_format import WEIGHTS, load_sae, save_sae
+from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training_config import SaeTrainingConfig
-from saeffect.sae.training_figure import save_training_figure
 from saeffect.sae.training_log import TrainingLog
-from saeffect.sae.training_step import StepReport, TrainingStep, new_sae
+from saeffect.sae.training_run import Evaluation, Position, SaeJob, SaeRun, is_finished, refuse_unwritable
 
-__all__ = ["Evaluation", "SaeJob", "SaeQuality", "train_sae", "train_saes", "training_quality"]
+__all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
 
-Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
-
-_FINISHED = "finished.json"
-
-
-@dataclass(frozen=True)
-class SaeJob:
-    """One SAE to train.
-
-    Attributes:
-        config: The recipe.
-        out: Folder for the SAE.
-        metadata: Where the activations come from; kept in cfg.json.
-        dtype: Of the saved weights.
-    """
-
-    config: SaeTrainingConfig
-    out: Path
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "float16"
-
-
-@dataclass(frozen=True)
-class SaeQuality:
-    """Reconstruction on held-out activations.
-
-    Attributes:
-        explained_variance: See `saeffect.sae.metrics`.
-        l2_ratio: Mean norm out over norm in.
-        l0: Mean active features a token.
-        dead_share: Share of features that fire on none of the tokens.
-        mean_log10_density: Mean over features of log10(firing rate + 1e-10).
-        n_tokens: Tokens measured on.
-    """
-
-    explained_variance: float
-    l2_ratio: float
-    l0: float
-    dead_share: float
-    mean_log10_density: float
-    n_tokens: int
+Say = Callable[[str], None]
 
 
 def train_sae(
@@ -83,7 +38,7 @@ def train_sae(
     dtype: str = "float16",
     evaluate: Evaluation | None = None,
     logger: LoggerName = "none",
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> SparseAutoencoder:
     """Train one SAE: `train_saes` with one job."""
     job = SaeJob(config, Path(out), metadata, dtype)
@@ -96,80 +51,98 @@ def train_saes(
     *,
     evaluate: Evaluation | None = None,
     logger: LoggerName = "none",
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> list[SparseAutoencoder]:
     """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
 
     They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of
     the training beside them. A run that was stopped, also with `kill -9`, continues from its last checkpoint
     and ends with the same weights; one that is finished is not repeated. Under `torchrun` each process takes
-    its share of every batch.
+    its share of every batch, and the first one measures and writes, to folders that all of them see.
 
     Args:
         source: Activations.
         jobs: They share batch size, number of steps and order of the data.
-        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
+        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
+            the first process alone.
         logger: "none", "wandb" or "tensorboard".
-        say: Receives lines of progress.
+        say: Receives lines of progress, in the first process.
+
+    Returns:
+        The SAEs as they were saved, in the order of the jobs.
 
     Raises:
-        ConfigError: `out` holds a checkpoint of another run; or jobs that cannot share batches.
+        ConfigError: `out` holds a checkpoint of another run, or is not shared by all processes; or jobs that
+            cannot share batches or folders.
         EmptySelection: Fewer activations than one batch.
-        BadFile: The loss is not finite; the disk is full; activations or a checkpoint cannot be read.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved, and the message says how to go on.
+        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
+            read; a folder cannot be written.
+        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
     """
-    done = [_finished(job, source) for job in jobs]
-    if all(sae is not None for sae in done):
+    say = say if is_first() else lambda _: None
+    todo = [job for job in jobs if not is_finished(job, source)]
+    if todo:
+        try:
+            _train(source, todo, evaluate=evaluate, logger=logger, say=say)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped at once; {', '.join(str(job.out) for job in todo)} keep their last checkpoints.",
+                fix="run the same command again to go on from there.",
+            ) from None
+    else:
         say("finished before; nothing to do")
-        return [sae for sae in done if sae is not None]
+    return [load_sae(job.out) for job in jobs]
+
+
+def _train(
+    source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, say: Say
+) -> None:
     plan = _plan(source, jobs)
+    _make_ready([job.out for job in jobs])
     scale = _input_scale(source, jobs[0].config)
-    runs = [_Run(job, source, plan.total, scale) for job in jobs]
-    position = _restore(runs, say)
-    first = position.step
+    runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
+    start = _restore(runs, say)
     with ExitStack() as stack:
-        logs = [stack.enter_context(_log(run, first, logger, say, n_jobs=len(runs))) for run in runs]
         interruption = stack.enter_context(Interruption())
-        for position, x in _batches(source, plan, position):
+        logs = [stack.enter_context(log) for log in _logs(runs, start.step, logger, say)]
+        for position, x in _batches(source, plan, start):
             mine, asked = _share(x) * scale, interruption.asked
             reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
-            for run, log, report in zip(runs, logs, reports, strict=True):
+            for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)
-                run.record(log, position.step, report, mine, evaluate)
-            done_steps = position.step + 1
+            for run, log, report in zip(runs, logs, reports, strict=False):
+                run.record(log, position.step, report, x, evaluate)
+            done = position.step + 1
             stop = any(report.stop for report in reports)
-            if stop or (done_steps % plan.checkpoint_every == 0 and done_steps < plan.total):
-                for run in runs:
-                    run.save_checkpoint(position)
+            if stop or (done % plan.checkpoint_every == 0 and done < plan.total):
+                _save_checkpoints(runs, position)
             if stop:
                 raise Interrupted(
-                    f"stopped after step {done_steps:,} of {plan.total:,}; the state is saved in"
+                    f"stopped after step {done:,} of {plan.total:,}; the state is saved in"
                     f" {', '.join(str(job.out) for job in jobs)}.",
                     fix="run the same command again to go on from there.",
                 )
-    saved = [run.finish() for run in runs]
+    _finish(runs)
+
+
+def _finish(runs: Sequence[SaeRun]) -> None:
+    """Save every SAE before the first checkpoint goes: a kill in between repeats what is missing, no more."""
+    if is_first():
+        for run in runs:
+            run.finish()
+        for run in runs:
+            run.checkpoint.drop_all()
     barrier()
-    return saved
 
 
-@torch.inference_mode()
-def training_quality(sae: SparseAutoencoder, source: ActivationSource, *, max_tokens: int = 200_000) -> SaeQuality:
-    """Measure an SAE (saved scale) on activations that it has not seen."""
-    sums = ReconstructionSums(sae.cfg.d_in)
-    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
-    for x in source.sample(max_tokens).split(1024):
-        feature_acts = sae.encode(x)
-        sums.add(x, sae(x), feature_acts)
-        fired += (feature_acts > 0).sum(0)
-    density = fired.double() / sums.n_tokens
-    return SaeQuality(
-        sums.explained_variance(),
-        sums.l2_ratio(),
-        sums.l0(),
-        float((fired == 0).double().mean()),
-        float((density + 1e-10).log10().mean()),
-        sums.n_tokens,
-    )
+def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
+    """Checkpoints of all runs, and only then no more of the old ones: there is always a step that all have."""
+    if is_first():
+        for run in runs:
+            run.save_checkpoint(position)
+        for run in runs:
+            run.checkpoint.drop_old(position.step + 1)
+    barrier()
 
 
 @dataclass(frozen=True)
@@ -183,35 +156,20 @@ class _Plan:
     checkpoint_every: int
 
 
-@dataclass(frozen=True)
-class _Position:
-    """The next batch, or the one just taken: its step, its pass over the data, its number within the pass."""
-
-    step: int
-    epoch: int
-    index: int
-
-
 def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
     config = jobs[0].config
-    shared = ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs")
-    for job in jobs[1:]:
-        for name in shared:
-            if getattr(job.config, name) != getattr(config, name):
-                raise ConfigError(
-                    f"SAEs that are trained side by side must share {name};"
-                    f" got {getattr(config, name)} and {getattr(job.config, name)}.",
-                    at=name,
-                    fix="give them the same, or train them one after the other from shards.",
-                )
-    seed = config.seed if config.data_seed is None else config.data_seed
+    seed = _data_seed(config)
+    _refuse_unlike(jobs)
+    world = rank_and_world()[1]
+    if config.batch_size < world:
+        raise ConfigError(
+            f"a batch of {config.batch_size:,} tokens cannot be shared by {world:,} processes.",
+            at="batch_size",
+            fix="use fewer processes, or a larger batch_size.",
+        )
     per_epoch = source.n_batches(config.batch_size, seed=seed, epoch=0)
     if per_epoch == 0:
-        raise EmptySelection(
-            f"the activations hold fewer tokens than one batch of {config.batch_size:,}.",
-            at="batch_size",
-            fix="give more text, or a smaller batch_size.",
-        )
+        raise _too_few(config.batch_size)
     if config.steps is not None:
         return _Plan(config.batch_size, seed, None, config.steps, config.checkpoint_every)
     if per_epoch is None:
@@ -223,22 +181,50 @@ def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
     return _Plan(config.batch_size, seed, config.epochs, per_epoch * config.epochs, config.checkpoint_every)
 
 
-def _batches(source: ActivationSource, plan: _Plan, start: _Position) -> Iterator[tuple[_Position, Tensor]]:
+def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
+    """Refuse jobs that cannot be trained side by side."""
+    config = jobs[0].config
+    for job in jobs[1:]:
+        mine, first = {"data_seed": _data_seed(job.config)}, {"data_seed": _data_seed(config)}
+        for name in ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs"):
+            mine[name], first[name] = getattr(job.config, name), getattr(config, name)
+        for name, value in mine.items():
+            if value != first[name]:
+                raise ConfigError(
+                    f"SAEs that are trained side by side must share {name}; got {first[name]} and {value}.",
+                    at=name,
+                    fix="give them the same (for several seeds: one data_seed), or train them one after the other.",
+                )
+    folders = [job.out.resolve() for job in jobs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError("two SAEs cannot be trained into one folder.", at=str(folder))
+
+
+def _data_seed(config: SaeTrainingConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def _too_few(batch_size: int) -> EmptySelection:
+    return EmptySelection(
+        f"the activations hold fewer tokens than one batch of {batch_size:,}.",
+        at="batch_size",
+        fix="give more text, or a smaller batch_size.",
+    )
+
+
+def _batches(source: ActivationSource, plan: _Plan, start: Position) -> Iterator[tuple[Position, Tensor]]:
     """Batches from a position on, until the steps are done."""
     step, epoch, index = start.step, start.epoch, start.index
     while step < plan.total:
         before = step
         for x in source.batches(plan.batch_size, seed=plan.data_seed, epoch=epoch, start=index):
-            yield _Position(step, epoch, index), x
+            yield Position(step, epoch, index), x
             step, index = step + 1, index + 1
             if step == plan.total:
                 return
         if step == before and index == 0:
-            raise EmptySelection(
-                f"the activations hold fewer tokens than one batch of {plan.batch_size:,}.",
-                at="batch_size",
-                fix="give more text, or a smaller batch_size.",
-            )
+            raise _too_few(plan.batch_size)
         epoch, index = epoch + 1, 0
 
 
@@ -253,130 +239,67 @@ def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
     return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
 
 
-def _made_by(job: SaeJob, source: ActivationSource) -> str:
-    """Fingerprint of everything that decides the weights; how often things are written does not."""
-    config = job.config.model_dump(
-        mode="json", exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-    )
-    return fingerprint([config, source.identity(), job.dtype])
+def _make_ready(folders: Sequence[Path]) -> None:
+    """Refuse what cannot be written before anything heavy starts; clear away what a kill left half-written."""
+    if is_first():
+        for folder in folders:
+            refuse_unwritable(folder)
+            remove_leftovers(folder)
+            remove_leftovers(folder / "checkpoint")
+    barrier()
 
 
-def _finished(job: SaeJob, source: ActivationSource) -> SparseAutoencoder | None:
-    note, weights = job.out / _FINISHED, job.out / WEIGHTS
-    if not (note.is_file() and weights.is_file()):
+def _restore(runs: Sequence[SaeRun], say: Say) -> Position:
+    """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
+    steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
+    _refuse_unshared(steps, [run.job.out for run in runs])
+    for step in steps:
+        unreadable = _restored(runs, step)
+        if unreadable is None:
+            say(f"going on from step {step:,}")
+            epoch, index = runs[0].next_batch.tolist()
+            return Position(step, epoch, index)
+        if step == steps[-1]:
+            raise unreadable
+        say(f"the checkpoint after step {step:,} cannot be read ({unreadable.at}): the one before is taken")
+    return Position(0, 0, 0)
+
+
+def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
+    """Restore all runs; the error if any process could not."""
+    mine = None
+    try:
+        for run in runs:
+            run.restore(step)
+    except BadFile as error:
+        mine = error
+    failed = gathered(torch.tensor([int(mine is not None)], device=device_of_process()))
+    if not failed.any():
         return None
-    found = read_json(note)
-    if found.get("made_by") != _made_by(job, source) or found.get("weights_sha256") != hash_file(weights):
-        return None
-    return load_sae(job.out)
+    return mine or BadFile("another process cannot read the checkpoint.", at=str(runs[0].checkpoint.folder))
 
 
-def _restore(runs: Sequence[_Run], say: Callable[[str], None]) -> _Position:
-    """Take all runs back to the newest step that each has a checkpoint of; where to go on."""
-    steps = set.intersection(*(set(run.checkpoint.steps()) for run in runs))
-    step = max(steps, default=0)
-    for run in runs:
-        run.checkpoint.restore(run.trainer.leaves, run.trainer.optimizer, run.state(), step=step)
-    if step:
-        say(f"going on from step {step:,}")
-    epoch, index = runs[0].next_batch.tolist()
-    return _Position(step, epoch, index)
+def _refuse_unshared(steps: Sequence[int], folders: Sequence[Path]) -> None:
+    """Each process reads the checkpoints that the first one wrote."""
+    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
+    if (seen != seen[0]).any():
+        raise ConfigError(
+            "the processes see different checkpoints.",
+            at=", ".join(map(str, folders)),
+            fix="let the output be in a folder that all machines share.",
+        )
 
 
-def _log(run: _Run, first: int, logger: LoggerName, say: Callable[[str], None], *, n_jobs: int) -> TrainingLog:
-    name = run.job.out.resolve().name
-    return TrainingLog(
-        run.job.out,
-        total_steps=run.trainer.total_steps,
-        batch_size=run.job.config.batch_size,
-        first_step=first,
-        config=run.job.config.model_dump(mode="json"),
-        say=say if n_jobs == 1 else lambda line: say(f"{name}: {line}"),
-        logger=logger,
-    )
-
-
-class _Run:
-    """One job under way."""
-
-    def __init__(self, job: SaeJob, source: ActivationSource, total: int, scale: float) -> None:
-        config = job.config
-        self.job, self.scale = job, scale
-        self.made_by = _made_by(job, source)
-        sae = new_sae(config, source.d_in)
-        sae.initialise(source.sample(20_000) * scale, config)
-        if config.init_from is not None:
-            from saeffect.sae.warm_start import copy_weights
-
-            copy_weights(Path(config.init_from), sae, scale)
-        self.trainer = TrainingStep(sae, config, total)
-        self.step = self.trainer.__call__
-        self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
-        self.checkpoint = Checkpoint(job.out / "checkpoint", self.made_by, keep=config.keep_checkpoints)
-
-    def state(self) -> dict[str, Tensor]:
-        return self.trainer.state() | {"next_batch": self.next_batch}
-
-    def save_checkpoint(self, position: _Position) -> None:
-        self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
-        if is_first():
-            self.checkpoint.save(position.step + 1, self.trainer.leaves, self.trainer.optimizer, self.state())
-        barrier()
-
-    def check(self, report: StepReport, step: int) -> None:
-        if not math.isfinite(report.loss):
-            last = self.checkpoint.steps()
-            raise BadFile(
-                f"the loss became {report.loss} at step {step:,}.",
-                at=str(self.job.out),
-                fix="lower learning_rate or clip gradients"
-                + (f"; the checkpoint after step {last[-1]:,} is from before." if last else "."),
-            )
-
-    def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
-        """A line of metrics, a measurement on held-out text, a note of resampled features, when they are due."""
-        config, last = self.job.config, step + 1 == self.trainer.total_steps
-        if report.n_resampled:
-            log.event(step, "resampled", n_features=report.n_resampled)
-        if last or (step + 1) % config.metrics_every == 0:
-            log.metrics(step, self._row(report, x))
-        if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
-            with log.pause():
-                measured = evaluate(self._folded())
-            log.metrics(step, measured, kind="evaluation")
-
-    def finish(self) -> SparseAutoencoder:
-        """Save the SAE, drop the checkpoints, draw the curve."""
-        sae = self._folded()
-        if is_first():
-            out = self.job.out
-            save_sae(sae, out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
-            save_training_figure(out)
-            write_json(out / _FINISHED, {"made_by": self.made_by, "weights_sha256": hash_file(out / WEIGHTS)})
-            shutil.rmtree(self.checkpoint.folder, ignore_errors=True)
-        return sae
-
-    def _folded(self) -> SparseAutoencoder:
-        """A copy in unscaled units, in the form that is saved."""
-        trained = self.trainer.sae
-        twin = new_sae(self.job.config, trained.cfg.d_in)
-        twin.cfg = copy.copy(trained.cfg)
-        twin.load_state_dict(trained.state_dict())
-        for name, tensor in twin.running_state().items():
-            tensor.copy_(trained.running_state()[name])
-        twin.fold_scale(self.scale)
-        sae = twin.for_inference()
-        sae.cfg = type(sae.cfg)(**{**vars(sae.cfg), "metadata": dict(self.job.metadata)})
-        return sae.eval().requires_grad_(False)
-
-    def _row(self, report: StepReport, x: Tensor) -> dict[str, float]:
-        variance = float((x - x.mean(0)).square().sum() / max(len(x), 1))
-        row = {"loss": report.loss, **report.losses}
-        row |= {
-            "explained_variance": 1 - report.losses["mse"] / variance if variance else math.nan,
-            "l0": report.l0,
-            "dead": int((self.trainer.since_fired >= self.job.config.dead_after).sum()),
-            "gradient_norm": report.gradient_norm,
-            "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
-        }
-        return row
+def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, say: Say) -> Iterator[TrainingLog]:
+    """One log a run in the process that writes; none in the others."""
+    for run in runs if is_first() else ():
+        name = run.job.out.resolve().name
+        yield TrainingLog(
+            run.job.out,
+            total_steps=run.trainer.total_steps,
+            batch_size=run.job.config.batch_size,
+            first_step=first_step,
+            config=run.job.config.model_dump(mode="json"),
+            say=say if len(runs) == 1 else lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+            logger=logger,
+        )

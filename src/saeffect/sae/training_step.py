@@ -10,18 +10,26 @@ from torch import Tensor
 
 from saeffect.processes import add_up
 from saeffect.sae.base import SaeConfig
+from saeffect.sae.batchtopk import BatchTopKSae
 from saeffect.sae.dead_features import resample
 from saeffect.sae.encoder import Encoder
+from saeffect.sae.gated import GatedSae
+from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.matryoshka import MatryoshkaSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, TrainableSae
 from saeffect.sae.training_config import Architecture, SaeTrainingConfig
 
-__all__ = ["TRAINABLE", "StepReport", "TrainingStep", "new_sae"]
+__all__ = ["TRAINABLE", "StepReport", "TrainingStep", "new_sae", "penalty_coefficient", "rate_factor"]
 
 TRAINABLE: dict[Architecture, type[TrainableSae]] = {
     "standard": StandardSae,
     "topk": TopKSae,
+    "batchtopk": BatchTopKSae,
+    "jumprelu": JumpReluSae,
+    "gated": GatedSae,
+    "matryoshka": MatryoshkaSae,
 }
 
 
