@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeffect.errors import BadFile, Undefined, UnknownName
+from saeffect.errors import BadFile, EmptySelection, Undefined, UnknownName
 from saeffect.steering import Directions, random_direction
 
 
@@ -39,3 +39,13 @@ def test_directions():
         directions.norm(2)
     with pytest.raises(UnknownName):
         directions.unit(0, "randon")
+
+
+def test_matched_placebos_take_turns_over_prompts_and_samples():
+    W_dec = torch.tensor([[3.0, 0, 0], [0, 2.0, 0], [0, 0, 5.0]])
+    directions = Directions(W_dec, matched={0: [1, 2]})
+    assert directions.unit(0, "matched", (0, 0)).tolist() == [0, 1, 0]
+    assert directions.unit(0, "matched", (0, 1)).tolist() == [0, 0, 1]
+    assert directions.unit(0, "matched", (1, 1)).tolist() == [0, 1, 0]
+    with pytest.raises(EmptySelection, match="feature 1 has no matched"):
+        directions.unit(1, "matched", (0, 0))

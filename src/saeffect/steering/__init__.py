@@ -11,6 +11,7 @@ from saeffect.steering.dose import DoseChoice, choose_dose, score_doses
 from saeffect.steering.effects import effects
 from saeffect.steering.feature_operators import SetFeatures, ablate, add_features, clamp
 from saeffect.steering.generate import generate
+from saeffect.steering.matched import matched_features
 from saeffect.steering.operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
 from saeffect.steering.outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
 from saeffect.steering.placebo import PLACEBOS, Directions, random_direction
@@ -46,6 +47,7 @@ __all__ = [
     "generate",
     "join_tokens",
     "kl_divergence",
+    "matched_features",
     "mean_residual_norm",
     "next_log_probabilities",
     "next_tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +27,7 @@ def direct_effects(
     features: pd.DataFrame,
     plan: SteeringPlan,
     *,
+    matched: Mapping[int, Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token.
@@ -39,6 +40,7 @@ def direct_effects(
         W_dec: Decoder, `[d_sae, d_model]`.
         features: Columns feature and top_token_ids (list of int).
         plan: Prompts, doses, positions, placebos, seed and batch_size are used.
+        matched: Placebo features of each feature, for the placebo "matched".
         progress: Called after each batch with rows done and in all.
 
     Returns:
@@ -50,7 +52,7 @@ def direct_effects(
         SaeffectError: As `check_features`, `Directions` and `Intervention.edit`.
     """
     table = check_features(site, W_dec, features, ("top_token_ids",))
-    directions = Directions(W_dec, plan.seed)
+    directions = Directions(W_dec, plan.seed, matched or {})
     top = {int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)}
     layout = [(f, condition, dose) for f in top for condition in plan.conditions for dose in plan.doses]
     n_at_once = max(1, plan.batch_size - 1)

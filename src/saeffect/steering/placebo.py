@@ -6,20 +6,21 @@ pushed at all; only what the feature does beyond that is the feature's effect.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, Undefined, unknown_name
+from saeffect.errors import BadFile, EmptySelection, Undefined, unknown_name
 
 __all__ = ["PLACEBOS", "STEERED", "UNSTEERED", "Directions", "random_direction"]
 
 UNSTEERED = "unsteered"
 STEERED = "steered"
-PLACEBOS = ("random",)
-"""Kinds of placebo; the name is the condition of its rows."""
+PLACEBOS = ("random", "matched")
+"""Kinds of placebo; the name is the condition of its rows. For "matched" see `saeffect.steering.matched`."""
 
 
 def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
@@ -52,10 +53,12 @@ class Directions:
     Attributes:
         W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
         seed: For random placebos.
+        matched: For each feature its placebo features, nearest first; trials go through them in turn.
     """
 
     W_dec: Tensor
     seed: int = 0
+    matched: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def norm(self, feature: int) -> float:
         """Length of the feature's decoder row.
@@ -81,10 +84,22 @@ class Directions:
 
         Raises:
             UnknownName: `condition` is neither "steered" nor a placebo.
+            EmptySelection: "matched", and the feature has no placebo features.
         """
         if condition == STEERED:
             length = self.norm(feature)
             return self.W_dec[feature].detach().float().cpu() / length
         if condition == "random":
             return random_direction(self.W_dec.shape[1], seed=self.seed, feature=feature, draw=draw)
+        if condition == "matched":
+            placebos = self.matched.get(feature, ())
+            if not placebos:
+                raise EmptySelection(
+                    f"feature {feature} has no matched placebo features.",
+                    at="placebos",
+                    fix="give them (see matched_features), or use random directions.",
+                )
+            # Prompts and samples take turns, so that no single placebo's luck is in all pairs of a feature.
+            placebo = placebos[sum(draw) % len(placebos)]
+            return self.W_dec[placebo].detach().float().cpu() / self.norm(placebo)
         raise unknown_name("condition", condition, (STEERED, *PLACEBOS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def run_trials(
     plan: SteeringPlan,
     *,
     vectors: TextVectors,
+    matched: Mapping[int, Sequence[int]] | None = None,
     done: pd.DataFrame | None = None,
     on_chunk: Callable[[pd.DataFrame], None] | None = None,
     progress: Progress | None = None,
@@ -57,6 +58,7 @@ def run_trials(
         features: Columns feature and top_tokens (list of str); the whole selection, also on a resume.
         plan: What to run.
         vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
+        matched: Placebo features of each feature, for the placebo "matched".
         done: Rows that an earlier call with equal arguments gave to `on_chunk`.
         on_chunk: Called with the rows of each chunk of features as soon as they are there.
         progress: Called with rows done and in all, resumed ones included.
@@ -71,7 +73,7 @@ def run_trials(
         SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
     """
     table = check_features(site, W_dec, features, ("top_tokens",))
-    run = _Run(site, Directions(W_dec, plan.seed), plan, _Remembered(vectors))
+    run = _Run(site, Directions(W_dec, plan.seed, matched or {}), plan, _Remembered(vectors))
     per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
     n_features = max(1, plan.batch_size // per_feature)
     finished = _finished(done, run)
