@@ -86,8 +86,10 @@ class TestContract:
             mean, scale = X.mean(1, keepdim=True), X.std(1, keepdim=True)
         sae_in = (X - mean) / (scale + (1e-5 if options.get("normalize_activations") else 0.0))
         shifted = sae_in - sae.b_dec if options.get("apply_b_dec_to_input", True) else sae_in
-        hidden_pre = shifted @ sae.W_enc + sae.b_enc
-        if architecture == "topk":
+        hidden_pre = shifted @ sae.W_enc + getattr(sae, sae.vectors[0])
+        if architecture == "gated":  # the magnitude has a reading of its own
+            kept, hidden_pre = hidden_pre > 0, shifted @ (sae.W_enc * sae.r_mag.exp()) + sae.b_mag  # type: ignore
+        elif architecture == "topk":
             kept = hidden_pre >= hidden_pre.sort(dim=1, descending=True).values[:, K - 1 : K]
         elif architecture == "jumprelu":
             kept = hidden_pre > sae.threshold  # type: ignore[operator]
@@ -100,19 +102,23 @@ class TestContract:
 
 def test_by_hand() -> None:
     """Two features of one input: hidden_pre = (x - 1)·(1, 2) + (0, -1)."""
-    expected = {"standard": [2.0, 3.0], "topk": [0.0, 3.0], "jumprelu": [0.0, 3.0]}
+    expected = {"standard": [2.0, 3.0], "topk": [0.0, 3.0], "jumprelu": [0.0, 3.0], "gated": [8.0, 0.0]}
+    assert set(expected) == set(ARCHITECTURES)
     for architecture, acts in expected.items():
         cfg = SaeConfig(architecture, 1, 2, k=1 if architecture == "topk" else None)
         sae = ARCHITECTURES[architecture](cfg)
         with torch.no_grad():
             sae.W_enc.copy_(torch.tensor([[1.0, 2.0]]))
-            sae.b_enc.copy_(torch.tensor([0.0, -1.0]))
+            getattr(sae, sae.vectors[0]).copy_(torch.tensor([0.0, -1.0]))
             sae.W_dec.copy_(torch.tensor([[10.0], [100.0]]))
             sae.b_dec.fill_(1.0)
             if architecture == "jumprelu":
                 sae.threshold.fill_(2.0)  # type: ignore[operator]  # a value at its threshold is off
-        assert sae.encode(torch.tensor([[3.0]])).tolist() == [acts]
-        assert sae(torch.tensor([[3.0]])).item() == 10 * acts[0] + 100 * acts[1] + 1
+            if architecture == "gated":  # magnitudes: 4 times the product, and the product less 5
+                sae.r_mag.copy_(torch.tensor([4.0, 1.0]).log())  # type: ignore[operator]
+                sae.b_mag.copy_(torch.tensor([0.0, -5.0]))  # type: ignore[operator]
+        assert sae.encode(torch.tensor([[3.0]])).tolist() == [pytest.approx(acts)]
+        assert sae(torch.tensor([[3.0]])).item() == pytest.approx(10 * acts[0] + 100 * acts[1] + 1)
         assert sae.encode(torch.tensor([[-3.0]])).tolist() == [[0.0, 0.0]]
 
 
