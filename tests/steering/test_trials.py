@@ -133,3 +133,17 @@ def test_hooks_are_gone_and_bad_done_is_refused(lm, trials):
     assert n_hooks(lm) == 0
     with pytest.raises(ShapeMismatch, match="text"):
         run(lm, done=trials.drop(columns="text"))
+
+
+def test_matched_placebos_come_from_the_feature_table(lm):
+    plan = dataclasses.replace(PLAN, placebos=("random", "matched"), doses=(0.5,))
+    with pytest.raises(ShapeMismatch, match="matched"):
+        run(lm, plan)
+    features = FEATURES[FEATURES["feature"] < 11]
+    trials = run(lm, plan, features.assign(matched=[[int(f) + 1] for f in features["feature"]]))
+    assert set(trials["condition"]) == {"unsteered", "steered", "random", "matched"}
+    # The placebo of a feature is that feature's neighbour, steered.
+    neighbours = features.assign(feature=features["feature"] + 1)
+    twins = run(lm, dataclasses.replace(plan, placebos=()), neighbours)
+    texts = trials[trials["condition"] == "matched"]["text"].tolist()
+    assert texts == twins[twins["condition"] == "steered"]["text"].tolist()

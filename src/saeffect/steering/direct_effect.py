@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +15,7 @@ from saeffect.models.hooks import edited
 from saeffect.models.language_model import LanguageModel
 from saeffect.steering.generate import Progress, last_logits
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.placebo import Directions
-from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.plan import Site, SteeringPlan, check_features, directions
 
 __all__ = ["direct_effects", "kl_divergence", "next_log_probabilities"]
 
@@ -27,7 +26,6 @@ def direct_effects(
     features: pd.DataFrame,
     plan: SteeringPlan,
     *,
-    matched: Mapping[int, Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token.
@@ -38,9 +36,8 @@ def direct_effects(
     Args:
         site: Model, hook and unit of doses.
         W_dec: Decoder, `[d_sae, d_model]`.
-        features: Columns feature and top_token_ids (list of int).
+        features: Columns feature and top_token_ids (list of int), and matched if that placebo is planned.
         plan: Prompts, doses, positions, placebos, seed and batch_size are used.
-        matched: Placebo features of each feature, for the placebo "matched".
         progress: Called after each batch with rows done and in all.
 
     Returns:
@@ -51,8 +48,8 @@ def direct_effects(
     Raises:
         SaeffectError: As `check_features`, `Directions` and `Intervention.edit`.
     """
-    table = check_features(site, W_dec, features, ("top_token_ids",))
-    directions = Directions(W_dec, plan.seed, matched or {})
+    table = check_features(site, W_dec, features, ("top_token_ids", *plan.feature_columns))
+    chosen = directions(W_dec, table, plan)
     top = {int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)}
     layout = [(f, condition, dose) for f in top for condition in plan.conditions for dose in plan.doses]
     n_at_once = max(1, plan.batch_size - 1)
@@ -62,7 +59,7 @@ def direct_effects(
         for first in range(0, len(layout), n_at_once):
             some = layout[first : first + n_at_once]
             vectors = [torch.zeros(W_dec.shape[1])]
-            vectors += [d * site.mean_norm * directions.unit(f, c, (prompt, 0)) for f, c, d in some]
+            vectors += [d * site.mean_norm * chosen.unit(f, c, (prompt, 0)) for f, c, d in some]
             intervention = Intervention(AddVectors(torch.stack(vectors)), plan.positions)
             log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention)
             kl = kl_divergence(log_p[0], log_p[1:]).tolist()

@@ -12,10 +12,10 @@ from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeM
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import LanguageModel
 from saeffect.steering.operators import POSITIONS, Positions
-from saeffect.steering.placebo import PLACEBOS, STEERED
+from saeffect.steering.placebo import PLACEBOS, STEERED, Directions
 from saeffect.steering.sampling import Sampling
 
-__all__ = ["Site", "SteeringPlan", "check_features", "mean_residual_norm"]
+__all__ = ["Site", "SteeringPlan", "check_features", "directions", "mean_residual_norm"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +117,24 @@ class SteeringPlan:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.frequency_penalty, self.allow_end)
 
     @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """What the feature table must hold for the placebos."""
+        return ("matched",) if "matched" in self.placebos else ()
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """What is added: the feature's direction, then the placebos."""
         return (STEERED, *dict.fromkeys(self.placebos))
+
+
+def directions(W_dec: Tensor, features: pd.DataFrame, plan: SteeringPlan) -> Directions:
+    """The directions that a plan steers along; features have a column matched if that placebo is planned."""
+    matched: dict[int, list[int]] = {}
+    if plan.feature_columns:
+        matched = {
+            int(f): [int(m) for m in row] for f, row in zip(features["feature"], features["matched"], strict=True)
+        }
+    return Directions(W_dec, plan.seed, matched)
 
 
 def check_features(site: Site, W_dec: Tensor, features: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from saeffect.steering.generate import Progress, generate
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
 from saeffect.steering.placebo import UNSTEERED, Directions
-from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.plan import Site, SteeringPlan, check_features, directions
 from saeffect.steering.sampling import NoiseCell
 
 __all__ = ["TRIAL_COLUMNS", "run_trials"]
@@ -41,7 +41,6 @@ def run_trials(
     plan: SteeringPlan,
     *,
     vectors: TextVectors,
-    matched: Mapping[int, Sequence[int]] | None = None,
     done: pd.DataFrame | None = None,
     on_chunk: Callable[[pd.DataFrame], None] | None = None,
     progress: Progress | None = None,
@@ -55,10 +54,10 @@ def run_trials(
     Args:
         site: Model, hook and unit of doses.
         W_dec: Decoder, `[d_sae, d_model]`; rows are looked up by feature number.
-        features: Columns feature and top_tokens (list of str); the whole selection, also on a resume.
+        features: Columns feature and top_tokens (list of str), and matched (list of int, see `matched_features`)
+            if that placebo is planned; the whole selection, also on a resume.
         plan: What to run.
         vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
-        matched: Placebo features of each feature, for the placebo "matched".
         done: Rows that an earlier call with equal arguments gave to `on_chunk`.
         on_chunk: Called with the rows of each chunk of features as soon as they are there.
         progress: Called with rows done and in all, resumed ones included.
@@ -72,8 +71,8 @@ def run_trials(
     Raises:
         SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
     """
-    table = check_features(site, W_dec, features, ("top_tokens",))
-    run = _Run(site, Directions(W_dec, plan.seed, matched or {}), plan, _Remembered(vectors))
+    table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
+    run = _Run(site, directions(W_dec, table, plan), plan, _Remembered(vectors))
     per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
     n_features = max(1, plan.batch_size // per_feature)
     finished = _finished(done, run)

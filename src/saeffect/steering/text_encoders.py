@@ -1,0 +1,93 @@
+"""Vectors of texts from an encoder model, mean-pooled: the paper's outcome uses bert-base-uncased."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from saeffect.errors import BadFile, NotFound, UnknownName
+from saeffect.features.embeddings import load_embeddings
+from saeffect.steering.outcomes import TextVectors
+
+__all__ = ["MeanPooledEncoder", "load_text_vectors"]
+
+
+class MeanPooledEncoder:
+    """Last hidden states of an encoder, averaged over a text's tokens, special ones included.
+
+    Source:
+        Gupta & Sica (2024): mean pooling of bert-base-uncased. Sentence encoders that pool by the mean (most of
+        sentence-transformers) give their own vectors up to length, which a cosine does not see.
+
+    Args:
+        name: Hub id or folder of a model that transformers' AutoModel opens.
+        device: Where it runs.
+
+    Raises:
+        NotFound: Neither a folder nor a model that can be downloaded.
+        BadFile: The folder holds no encoder with a tokenizer.
+    """
+
+    def __init__(self, name: str, *, device: str = "cpu") -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.name = name
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._model: Any = AutoModel.from_pretrained(name).eval().to(device)
+        except (OSError, ValueError, KeyError) as error:
+            missing = not Path(name).exists()
+            kind = NotFound if missing else BadFile
+            raise kind(
+                f"no text encoder can be loaded from {name!r}: {str(error).splitlines()[0]}",
+                at="embeddings",
+                fix="give a hub id that can be reached, or a folder with model and tokenizer."
+                if missing
+                else "the folder needs config.json, weights and tokenizer files.",
+            ) from error
+
+    @torch.inference_mode()
+    def mean_vector(self, text: str) -> npt.NDArray[np.floating] | None:
+        """Float32 `[hidden_size]`; None for a text without tokens. Longer texts than the model takes are cut."""
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        encoded = self._tokenizer(
+            text, return_tensors="pt", truncation=longest is not None, max_length=longest, add_special_tokens=True
+        )
+        inner = len(encoded["input_ids"][0]) - self._tokenizer.num_special_tokens_to_add()
+        if not text.strip() or inner < 1:
+            return None
+        encoded = {name: tensor.to(self._model.device) for name, tensor in encoded.items()}
+        hidden = self._model(**encoded).last_hidden_state[0].float()
+        pooled: npt.NDArray[np.floating] = hidden.mean(dim=0).cpu().numpy()
+        return pooled
+
+
+def load_text_vectors(name: str) -> TextVectors:
+    """Word vectors averaged (a bundled name or a vectors file), or else a mean-pooled encoder.
+
+    Args:
+        name: "glove-wiki-gigaword-100", a vectors file, a folder of a transformers model, or a hub id such as
+            "bert-base-uncased".
+
+    Raises:
+        SaeffectError: As `load_embeddings` and `MeanPooledEncoder`.
+    """
+    if Path(name).is_dir():
+        return MeanPooledEncoder(name)
+    try:
+        return load_embeddings(name)
+    except (UnknownName, NotFound) as unknown:
+        if Path(name).suffix in {".txt", ".vec", ".gz", ".bin", ".zip", ".npz", ".safetensors"}:
+            raise
+        try:
+            return MeanPooledEncoder(name)
+        except NotFound as error:
+            raise type(unknown)(
+                f"{unknown.message} Nor can a text encoder of that name be loaded: {error.message}",
+                at="embeddings",
+                fix="use a bundled name, a vectors file, or a model folder.",
+            ) from error
