@@ -100,7 +100,8 @@ class Encoder:
         seen = x.new_zeros(0)
         for start, hidden in self._products(x, W, bias):
             # The n_kept-th largest maximum of blocks seen so far is no larger than the entry that is sought.
-            seen = torch.cat([seen, _block_maxima(hidden, max(1, n_kept // len(x))).flatten().float()])
+            # Blocks are small enough for the first chunk to have that many, however long the batch is.
+            seen = torch.cat([seen, _block_maxima(hidden, -(-n_kept // len(hidden))).flatten().float()])
             floor = None
             if len(seen) >= n_kept:
                 seen = seen.topk(n_kept, sorted=False).values

@@ -11,12 +11,14 @@ from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, cluster_bo
 from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
 from saeffect.stats.estimate import Estimate, TestResult
 from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference
 from saeffect.stats.permutation import permutation_test, sign_flip_many, sign_flip_test
 from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio, wilson
 from saeffect.stats.regression import ols_robust
 
 __all__ = [
     "Estimate",
+    "NestedMean",
     "TestResult",
     "benjamini_hochberg",
     "bootstrap",
@@ -26,6 +28,8 @@ __all__ = [
     "cohens_kappa",
     "fisher_exact",
     "krippendorff_alpha",
+    "nested_mean",
+    "nested_mean_difference",
     "newcombe_difference",
     "normalised_mean_difference",
     "ols_robust",

@@ -28,7 +28,7 @@ from saeffect.models.loading import (
 )
 from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.saelens_format import WEIGHTS, load_sae, read_sae_config
+from saeffect.sae.saelens_format import load_sae, read_sae_config, weights_file
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import study_rows
 
@@ -203,12 +203,12 @@ class Study:
         for name, arm in self.config.arms.items():
             if arm.model not in models:
                 models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
-            device = resolve_device(arm.model.device)
+            device, folder = resolve_device(arm.model.device), self.sae_folder(name)
             found[name] = {
                 "model": models[arm.model],
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
-                "sae": fingerprint([hash_file(self.sae_folder(name) / file) for file in ("cfg.json", WEIGHTS)]),
+                "sae": fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))]),
                 "hook": self.hook(name),
             }
         return found

@@ -1,0 +1,171 @@
+"""Intervals for values that lie in groups within groups: prompts in features in SAE seeds.
+
+A feature's eight prompts resemble each other, and so do the features of one SAE. What is to be told is how the
+answer would differ with other SAEs, other features *and* other prompts. Each outermost group is therefore
+resampled whole. Its mean already carries the luck of the features and prompts that it happened to hold;
+resampling those within it once more would count that luck twice, and a 95 % interval would hold the truth
+99 times in a hundred (tests/stats/test_nested.py shows both).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats as scipy_stats
+
+from saeffect.errors import ShapeMismatch
+from saeffect.stats.arguments import FloatArray, Seed, check_resamples, fault, generator, sample
+from saeffect.stats.estimate import Estimate
+
+__all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
+
+# Percentiles of so few resampled groups do not reach far enough.
+_FEW = 20
+
+
+@dataclass(frozen=True, eq=False)
+class NestedMean:
+    """A mean of means, with the spread of its outermost groups.
+
+    Attributes:
+        value: Mean over the outermost groups of the mean over their groups, and so on; NaN when undefined.
+        group_means: Means of the groups that show spread, float64 `[n]`: those of the first level that has
+            more than one.
+        replicates: The value of each resample of those, float64 `[n_boot]`; empty when there is no interval.
+        level_name: Which level that is.
+        reason: Why something is NaN, or what the interval does not hold, else "".
+    """
+
+    value: float
+    group_means: FloatArray
+    replicates: FloatArray
+    level_name: str
+    reason: str = ""
+
+    @property
+    def n(self) -> int:
+        """How many groups show the spread."""
+        return len(self.group_means)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the value; NaN for fewer than two groups."""
+        return float(self.group_means.std(ddof=1)) / math.sqrt(self.n) if self.n > 1 else math.nan
+
+    def estimate(self, level: float = 0.95) -> Estimate:
+        """The interval: percentiles from 20 groups on, else Student's t with n - 1 degrees of freedom.
+
+        The percentiles are those that a t interval would have for normal data, a little outside the nominal ones:
+        resamples of n groups spread too little by (n - 1) / n, and normal quantiles are too near for so few.
+
+        Source:
+            Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
+        """
+        return _interval(self.value, self.replicates, self.error, self.n, self.n - 1.0, level, self.reason)
+
+
+def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 2000, seed: Seed = 0) -> NestedMean:
+    """Mean of means over nested groups, the outermost of them resampled whole (the hierarchical bootstrap).
+
+    Every group counts alike within the one above it, however many values it has.
+
+    Args:
+        values: Shape [n].
+        levels: One column a level, outermost first (sae_seed, feature, prompt); n rows. Labels need only be
+            unique within the group above. Levels with a single group show no spread and are passed over, with
+            a remark: with one SAE seed the interval does not know the noise of SAE training.
+        n_boot: Resamples.
+        seed: Integer or numpy Generator.
+
+    Raises:
+        ShapeMismatch: `values` and `levels` differ in length, or there is no level.
+        ConfigError: `n_boot` or `seed` is out of range.
+
+    Source:
+        Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
+
+    Example:
+        >>> levels = pd.DataFrame({"seed": [0, 0, 0, 1], "feature": [1, 1, 2, 1]})
+        >>> nested_mean([1.0, 3.0, 4.0, 7.0], levels).value  # ((2 + 4) / 2 + 7) / 2
+        5.0
+    """
+    data = sample(values)
+    if len(levels) != len(data) or not len(levels.columns):
+        raise ShapeMismatch(
+            f"{len(data)} values but {len(levels)} rows of {len(levels.columns)} level(s).", at="levels"
+        )
+    check_resamples(n_boot, 0.95)
+    rng = generator(seed)
+    names = [*(str(name) for name in levels.columns), "value"]
+    if reason := fault(data) or _missing(levels):
+        return NestedMean(math.nan, np.empty(0), np.empty(0), names[0], reason)
+    tree = _tree(data, [levels[name].to_numpy() for name in levels.columns])
+    single = []
+    while isinstance(tree, list) and len(tree) == 1:
+        single.append(names[len(single)])
+        tree = tree[0]
+    means = np.array([_mean(child) for child in tree])
+    name = names[len(single)]
+    if len(means) < 2:
+        return NestedMean(float(means.mean()), means, np.empty(0), name, "a single value shows no spread")
+    remark = f"one {' and one '.join(single)}: the interval does not hold that noise" if single else ""
+    replicates = means[rng.integers(len(means), size=(n_boot, len(means)))].mean(axis=1)
+    return NestedMean(float(means.mean()), means, replicates, name, remark)
+
+
+def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95) -> Estimate:
+    """`b - a` of two independent nested means; degrees of freedom by Welch and Satterthwaite.
+
+    With a the placebo arm and b the treatment this is also the difference in differences, since the control is
+    taken off both: (treatment - control) - (placebo - control).
+    """
+    reason = "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
+    value, n = b.value - a.value, min(a.n, b.n)
+    if not (len(a.replicates) and len(b.replicates)):
+        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
+    error = math.hypot(a.error, b.error)
+    spread = a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1)
+    freedom = error**4 / spread if spread > 0 else math.inf
+    return _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
+
+
+def _interval(
+    value: float, replicates: FloatArray, error: float, n: int, freedom: float, level: float, reason: str
+) -> Estimate:
+    if not len(replicates):
+        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
+    if not error > 0:
+        return Estimate(value, math.nan, math.nan, n, "; ".join(filter(None, [reason, "all groups are alike"])))
+    reach = float(scipy_stats.t.ppf((1 + level) / 2, freedom))
+    if n >= _FEW:
+        upper = scipy_stats.norm.cdf(reach * math.sqrt(n / (n - 1)))
+        low, high = np.quantile(replicates, [1 - upper, upper])
+    else:
+        low, high = value - reach * error, value + reach * error
+    return Estimate(value, float(low), float(high), n, reason)
+
+
+_Tree = Any  # a list of trees, or the values of an innermost group, float64 `[m]`
+
+
+def _tree(values: FloatArray, labels: Sequence[npt.NDArray[Any]]) -> _Tree:
+    if not labels:
+        return values
+    codes, _ = pd.factorize(labels[0])
+    groups = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    return [_tree(values[rows], [inner[rows] for inner in labels[1:]]) for rows in groups]
+
+
+def _mean(tree: _Tree) -> float:
+    return float(np.mean([_mean(child) for child in tree])) if isinstance(tree, list) else float(np.mean(tree))
+
+
+def _missing(levels: pd.DataFrame) -> str:
+    bad = [str(name) for name in levels.columns if levels[name].isna().any()]
+    return f"levels: labels of {', '.join(bad)} are missing" if bad else ""
