@@ -91,7 +91,9 @@ class SaeRun:
         if config.init_from is not None:
             from saeffect.sae.warm_start import copy_weights
 
-            copy_weights(Path(config.init_from), sae, scale)
+            copy_weights(
+                Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from"
+            )
         self.trainer = TrainingStep(sae, config, total_steps)
         self.step = self.trainer.__call__
         self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
