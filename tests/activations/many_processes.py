@@ -22,12 +22,14 @@ def main(model: str, out: Path) -> None:
     lm = load_language_model(ModelConfig(path=model, dtype="bfloat16"))
     ids = np.random.default_rng(0).integers(1, 320, (11, 12)).astype(np.int32)
     rows = TokenRows(ids, np.arange(11) % 2, ("general", "medical"))
-    harvest(lm, HOOK, rows, out / "shards", rows_per_shard=2, batch_size=2)
+    said: list[str] = []
+    harvest(lm, HOOK, rows, out / "shards", rows_per_shard=2, batch_size=2, say=said.append)
+    rank, world = rank_and_world()
+    assert len(said) == 6 // world, "each process writes its share, and says so after each shard"
     # No process is here before every shard is there.
     assert len(list((out / "shards").glob("*.safetensors"))) == 6
     source = StreamedActivations.open(lm, HOOK, rows, pool_rows=5, rows_a_pass=2)
     found = torch.cat([source.sample(30), *source.batches(10, seed=0, epoch=0, start=2)])
-    rank, world = rank_and_world()
     place = out / f"stream-{rank}-of-{world}.npy"
     np.save(place, found.numpy())
     barrier()

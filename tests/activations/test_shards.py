@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import saeffect.activations.shards as shards_module
 from saeffect.activations.shards import ActivationStore, read_shard, save_shard, shard_name
 from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.provenance import write_json
@@ -45,6 +48,42 @@ def test_tokens_mix_within_a_pool_only(store: ActivationStore) -> None:
     assert len({t // 10 for t in _order(store)[:10]}) > 1
 
 
+@pytest.mark.parametrize("size", [1, 4, 10, 13, 25])
+def test_any_batch_can_be_the_first_in_any_pool(store: ActivationStore, size: int) -> None:
+    whole = _order(store, batch_size=size, pool_shards=2, epoch=1)
+    assert len(whole) == 50 // size * size == store.n_batches(size) * size
+    for start in range(50 // size + 2):
+        assert _order(store, batch_size=size, pool_shards=2, epoch=1, start=start) == whole[start * size :]
+
+
+def test_pools_before_the_start_are_not_read(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = shards_module.read_shard
+    monkeypatch.setattr(shards_module, "read_shard", lambda path: read.append(path) or real(path))
+    whole = _order(store, pool_shards=1, batch_size=5)
+    assert len(set(read)) == 5
+    read.clear()
+    assert _order(store, pool_shards=1, batch_size=5, start=7) == whole[35:]
+    assert len(set(read)) == 2
+
+
+def test_memory_holds_two_pools(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = [0]
+    real = shards_module.shuffled
+
+    def made(*args: Any) -> Any:
+        pool = real(*args)
+        alive.add(pool)
+        most[0] = max(most[0], len(alive))
+        return pool
+
+    monkeypatch.setattr(shards_module, "shuffled", made)
+    for _ in store.batches(5, seed=0, epoch=0, pool_shards=1):
+        time.sleep(0.002)  # the reader is ahead as far as it may
+    assert most == [2]
+
+
 def test_batches_are_float32(store: ActivationStore) -> None:
     batch = next(store.batches(4, seed=0, epoch=0))
     assert batch.dtype == torch.float32
@@ -76,3 +115,12 @@ def test_truncated_shards(store: ActivationStore, complains: Callable[..., Any],
     path.write_bytes(path.read_bytes()[:keep])
     with complains(BadFile, "this shard cannot be read", "delete it", at=path.name):
         read_shard(path)
+
+
+def test_a_truncated_shard_among_batches_is_named(store: ActivationStore, complains: Callable[..., Any]) -> None:
+    path = store.shards()[3]
+    path.write_bytes(path.read_bytes()[:-8])
+    with complains(BadFile, "this shard cannot be read", at=path.name):
+        list(store.batches(4, seed=0, epoch=0))
+    with complains(BadFile, at=path.name):
+        store.n_batches(4)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -98,6 +99,21 @@ def test_text_is_read_as_it_is_needed(tiny_llama: LanguageModel) -> None:
     for _ in range(4):
         next(batches)
     assert text.read == 8
+
+
+def test_a_pool_is_gone_before_the_next_is_made(source: StreamedActivations, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    before: list[int] = []
+    real = stream_module.shuffled
+
+    def made(activations: torch.Tensor, *seed: int) -> Any:
+        before.append(len(alive))
+        alive.add(activations)
+        return real(activations, *seed)
+
+    monkeypatch.setattr(stream_module, "shuffled", made)
+    list(source.batches(GIVEN_OUT, seed=0, epoch=0))
+    assert before == [0, 0, 0, 0]
 
 
 def test_where_outliers_leave_too_few_some_are_given_twice(tiny_llama: LanguageModel, rows: TokenRows) -> None:
