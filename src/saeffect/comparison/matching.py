@@ -34,11 +34,14 @@ class Neighbours:
             fewer than n.
         similarity: float64 [n_features, n], at most 1; NaN where there is nobody.
         reason: [n_features], why a feature has no neighbour at all; "" if it has one.
+        alone: bool [n_features], True for features that could be compared and found nobody; those that could
+            not (never firing, say) are False.
     """
 
     indices: npt.NDArray[np.int64]
     similarity: npt.NDArray[np.float64]
     reason: tuple[str, ...]
+    alone: npt.NDArray[np.bool_]
 
     @property
     def match(self) -> npt.NDArray[np.int64]:
@@ -211,11 +214,9 @@ def mutual_neighbours(matching: Matching) -> pd.DataFrame:
 def neighbours_of(indices: Tensor, values: Tensor, reason: list[str], n: int, nobody: str) -> Neighbours:
     """The first `n` of ranked candidates; features that found none say `nobody` unless they have a reason."""
     kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
-    similarity = np.where(kept == NOBODY, np.nan, similarity)
-    alone = kept[:, 0] == NOBODY
-    return Neighbours(
-        kept, similarity, tuple(why or (nobody if a else "") for why, a in zip(reason, alone, strict=True))
-    )
+    alone = (kept[:, 0] == NOBODY) & np.array([not why for why in reason], dtype=bool)
+    reasons = tuple(why or (nobody if nobody_found else "") for why, nobody_found in zip(reason, alone, strict=True))
+    return Neighbours(kept, np.where(kept == NOBODY, np.nan, similarity), reasons, alone)
 
 
 def _nobody(rows: int, n: int) -> tuple[Tensor, Tensor]:
