@@ -1,0 +1,191 @@
+"""Training in processes of their own, that can be killed, signalled, and run side by side as torchrun would start them.
+
+Processes are forked from a server that has torch imported, so that twenty of them take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeffect.activations.shards import ActivationStore
+from saeffect.activations.source import ActivationSource
+from saeffect.errors import SaeffectError
+from saeffect.provenance import hash_file
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.training import SaeJob, train_saes
+from saeffect.sae.training_config import SaeTrainingConfig
+
+WEIGHTS = "sae_weights.safetensors"
+METADATA = {"hook_name": "blocks.1.hook_resid_pre"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a process trains.
+
+    Attributes:
+        jobs: (folder, settings) of each SAE.
+        store: Folder of shards.
+        lm: Folder of a model whose residuals are streamed instead.
+        evaluate: Whether there is held-out text to measure on; it takes as long as the file `slow` in the first
+            job's folder says, seconds.
+        most_bytes: Largest file that may be written.
+    """
+
+    jobs: tuple[tuple[Path, Mapping[str, Any]], ...]
+    store: Path | None = None
+    lm: Path | None = None
+    evaluate: bool = True
+    most_bytes: int | None = None
+
+    def source(self) -> ActivationSource:
+        if self.lm is None:
+            assert self.store is not None
+            return ActivationStore.open(self.store)
+        import numpy as np
+
+        from saeffect.activations.harvest import TokenRows
+        from saeffect.activations.stream import StreamedActivations
+        from saeffect.config import ModelConfig
+        from saeffect.models.loading import load_language_model
+
+        ids = np.random.default_rng(0).integers(1, 320, (24, 24)).astype(np.int32)
+        rows = TokenRows(ids, np.zeros(24, dtype=np.int64), ("general",))
+        lm = load_language_model(ModelConfig(path=str(self.lm), dtype="float32"))
+        return StreamedActivations.open(lm, "blocks.1.hook_resid_pre", rows, pool_rows=8, rows_a_pass=3)
+
+    def train(self, say: Callable[[str], None]) -> None:
+        """Train in this process."""
+        torch.set_num_threads(1)
+        if self.most_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
+        jobs = [SaeJob(SaeTrainingConfig(**config), out, METADATA, "float32") for out, config in self.jobs]
+        slow = self.jobs[0][0] / "slow"
+
+        def evaluate(sae: SparseAutoencoder) -> dict[str, float]:
+            if slow.exists():
+                say("measuring")
+                time.sleep(float(slow.read_text()))
+            return {"ce_loss_score": float(sae.W_dec.sum())}
+
+        train_saes(self.source(), jobs, evaluate=evaluate if self.evaluate else None, say=say)
+
+
+class Running:
+    """A process at work on a spec."""
+
+    def __init__(self, spec: Spec, environment: Mapping[str, str] | None = None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        _start_server()
+        self._lines, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=_serve, args=(spec, dict(environment or {}), theirs))
+        self.process.start()
+        theirs.close()
+
+    def lines(self) -> Iterator[str]:
+        """What it says, until it ends; the text of its error last."""
+        while True:
+            try:
+                yield self._lines.recv()
+            except (EOFError, ConnectionResetError):
+                self.process.join()
+                return
+
+    def line(self, number: int) -> str | None:
+        """Wait for so many further lines; the last of them, None if it ended before."""
+        found = None
+        for number_now, found in enumerate(self.lines(), start=1):
+            if number_now == number:
+                return found
+        return None
+
+    def end(self) -> tuple[int | None, list[str]]:
+        """Wait for the end; the exit code and what it said."""
+        said = list(self.lines())
+        return self.process.exitcode, said
+
+
+def train(spec: Spec, n_processes: int = 1) -> tuple[list[int | None], list[list[str]]]:
+    """Train in one process or many; exit codes, and what each said."""
+    port = free_port()
+    all_running = [Running(spec, environment(rank, n_processes, port)) for rank in range(n_processes)]
+    ends = [running.end() for running in all_running]
+    return [code for code, _ in ends], [said for _, said in ends]
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return dict(zip(names, (str(rank), str(rank), str(world), "127.0.0.1", str(port)), strict=True))
+
+
+def left_in(folder: Path) -> dict[str, Any]:
+    """All that a finished run left: hashes of the SAE's files, rows of metrics but for the seconds, other names."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("seconds")
+    hashed = {name: hash_file(folder / name) for name in (WEIGHTS, "cfg.json", "sparsity.safetensors")}
+    return hashed | {"metrics": rows, "names": sorted(p.name for p in folder.iterdir())}
+
+
+def _start_server() -> None:
+    """The server forks processes that have imported what takes seconds. It finds modules by PYTHONPATH alone."""
+    forkserver.set_forkserver_preload(
+        ["training_process", "safetensors.torch", "torch._dynamo", "matplotlib.font_manager"]
+    )
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _serve(spec: Spec, variables: dict[str, str], lines: Connection) -> None:
+    os.environ.update(variables)
+    try:
+        spec.train(lines.send)
+    except SaeffectError as error:
+        lines.send(str(error))
+        sys.exit(error.exit_code)
+    finally:
+        lines.close()
+
+
+def _main() -> None:
+    """As torchrun starts it: the store, the folder, the settings."""
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    try:
+        Spec(((Path(sys.argv[2]), json.loads(sys.argv[3])),), Path(sys.argv[1])).train(say)
+    except SaeffectError as error:
+        sys.exit(f"{error}\nexit code {error.exit_code}")
+
+
+if __name__ == "__main__":
+    _main()
