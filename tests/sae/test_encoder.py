@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,16 @@ from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True, params=[10, 1024], ids=["tiles of 10", "one tile"])
+def _tile(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small problems would fit into one tile; cut them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saeffect.sae.encoder._TILE", request.param)
+        yield
+
+
 _LOW, _HIGH = 1 + 2.0**-8 - 2.0**-20, 1 + 2.0**-8 + 2.0**-20  # rounded to 1 and to 1 + 2^-7 in bfloat16
 
 
@@ -187,7 +199,8 @@ def test_the_bfloat16_product_is_an_upper_bound_and_not_by_more_than_it_says(
 ) -> None:
     floor = problem.floor if with_floor else None
     encoder = Encoder(torch.bfloat16)
-    [(_, hidden)] = encoder._products(problem.x, problem.W, problem.bias, floor)
+    product = encoder._prepared(problem.x, problem.W, problem.bias, floor)
+    hidden = torch.cat([encoder._tile(product, 0, first).clone() for first in product.tiles], dim=1)
     exact, off = problem.exact()
     exact = exact if floor is None else exact - floor.double()
     rounding = hidden.double().abs() * 2.0**-7
@@ -257,9 +270,9 @@ def test_buffers_are_reused_and_fit_whatever_comes(dtype: torch.dtype) -> None:
         problem = Problem(seed, shape, "_plain")
         found = _mask(encoder.above(problem.x, problem.W, problem.bias))
         assert torch.equal(found, problem.exact()[0] > 0)
-    before = encoder._buffers["hidden"].data_ptr()
+    before = encoder._buffers["tile"].data_ptr()
     encoder.above(problem.x, problem.W, problem.bias)
-    assert encoder._buffers["hidden"].data_ptr() == before
+    assert encoder._buffers["tile"].data_ptr() == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

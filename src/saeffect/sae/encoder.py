@@ -4,19 +4,19 @@ This is the one dense product that training cannot avoid. It may run in bfloat16
 which entries could be on, within a proven bound of the rounding, and those are evaluated again in float32.
 The buffers live as long as the encoder, since touching fresh memory costs more than the arithmetic.
 
-The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, and by
-Cauchy-Schwarz that is at most |x| |w - V| + |x - X| |V|. The lengths of the rounding errors are measured, not
-assumed: they come to a good 40 % of the worst case. The product of two bfloat16 numbers is exact in float32; adding K
-of them in float32, in whatever order, is off by at most K 2^-24 (|X| |V| + |bias|), and so is the value that is
-computed in float32 afterwards. All of that is added to the bias, which is then rounded upwards, so that the sum
-before its own rounding to bfloat16 is never below the float32 value. Rounding keeps order and sign: what is
-positive, or at or above a threshold, stays so. Numbers so small that a processor takes them for zero, or whose
-squares vanish, are covered by an absolute term. `tests/sae/test_encoder.py` tries to break each step.
+The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, and by Cauchy-
+Schwarz that is at most |x| |w - V| + |x - X| |V|. The length of x's rounding error is measured, that of w's taken
+at its worst: measuring it too would cost more than the fewer candidates save. The product of two bfloat16 numbers
+is exact in float32; adding K of them in float32, in whatever order, is off by at most K 2^-24 (|X| |V| + |bias|),
+and so is the value that is computed in float32 afterwards. All of that is added to the bias, which is then rounded
+upwards, so that the sum before its own rounding to bfloat16 is never below the float32 value. Rounding keeps order
+and sign: what is positive, or at or above a threshold, stays so. Numbers so small that a processor takes them for
+zero, or whose squares vanish, are covered by an absolute term. `tests/sae/test_encoder.py` tries to break each
+step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,9 @@ _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 # Numbers below 2^-63 have squares that may vanish from a length, and processors may flush what is below 2^-126:
 # for up to 16,384 dimensions both come to less than this.
 _VANISHING = 2.0**-56
-_ROWS = 256  # weights converted at a time: stays in the cache
+_HALF = 2.0**-8  # bfloat16: rounding is off by at most this share
 _BLOCK = 32
+_TILE = 1024
 
 
 class Encoder:
@@ -39,7 +40,7 @@ class Encoder:
 
     Args:
         dtype: Of the product: torch.float32 or torch.bfloat16.
-        chunk: Tokens a product; the buffer is `[chunk, d_sae]`.
+        chunk: Tokens a product; the buffer is at most `[chunk, d_sae]`.
         dense_above: Share of entries above the floor from which `above` gives dense entries. It is a number and
             not a stopwatch, so that a run repeats bit by bit; benchmarks/sae_training.py measures where it lies.
     """
@@ -62,9 +63,11 @@ class Encoder:
         """
         found: list[_Found] = []
         n_found = 0
-        for start, hidden in self._products(x, W, bias, floor):
-            found.append(self._at_least(hidden, None, start))
-            n_found += len(found[-1].positions)
+        product = self._prepared(x, W, bias, floor)
+        for start in range(0, len(x), self.chunk):
+            for first in product.tiles:
+                found.append(self._at_least(self._tile(product, start, first), None, start, first))
+                n_found += len(found[-1].token)
             if n_found > self.dense_above * len(x) * len(W):
                 return self._dense(x, W, bias, floor)
         entries = self._evaluated(found, x, W, bias, floor)
@@ -84,10 +87,11 @@ class Encoder:
         """
         W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []
-        for start, hidden in self._products(x, W, bias):
-            maxima = _block_maxima(hidden, k)
+        product = self._prepared(x, W, bias)
+        for start in range(0, len(x), self.chunk):
+            tiles, maxima = self._tiles(product, start, k)
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
-            found.append(self._at_least(hidden, floor, start))
+            found += [self._at_least(hidden, floor, start, first) for first, hidden in tiles.items()]
         entries = self._evaluated(found, x, W, bias)
         return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
@@ -98,15 +102,17 @@ class Encoder:
         W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []
         seen = x.new_zeros(0)
-        for start, hidden in self._products(x, W, bias):
+        product = self._prepared(x, W, bias)
+        for start in range(0, len(x), self.chunk):
             # The n_kept-th largest maximum of blocks seen so far is no larger than the entry that is sought.
             # Blocks are small enough for the first chunk to have that many, however long the batch is.
-            seen = torch.cat([seen, _block_maxima(hidden, -(-n_kept // len(hidden))).flatten().float()])
+            tiles, maxima = self._tiles(product, start, -(-n_kept // len(product.x[start : start + self.chunk])))
+            seen = torch.cat([seen, maxima.flatten().float()])
             floor = None
             if len(seen) >= n_kept:
                 seen = seen.topk(n_kept, sorted=False).values
-                floor = seen.min().to(hidden.dtype)
-            found.append(self._at_least(hidden, floor, start))
+                floor = seen.min().to(maxima.dtype)
+            found += [self._at_least(hidden, floor, start, first) for first, hidden in tiles.items()]
         entries = self._evaluated(found, x, W, bias)
         kept = ~(entries.values <= 0)
         if len(entries.values) > n_kept:
@@ -115,78 +121,83 @@ class Encoder:
             kept &= chosen
         return _unweighted(entries.where(kept), weight)
 
-    def _products(
-        self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Chunks of `x @ W.T + bias - floor`, `[chunk, d_sae]`; in bfloat16 an upper bound of it, rounded."""
-        weights = W
+    def _prepared(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
+        """The factors of `x @ W.T + bias - floor`; in bfloat16 those of an upper bound of it."""
         shifted = bias if floor is None else bias - floor
-        if self.dtype != torch.float32:
-            weights, length, error = self._rounded_weights(W)
-            rounded = x.to(self.dtype)
-            slack = _slack(x, rounded, length, error, bias.abs() if floor is None else bias.abs() + floor.abs())
-            raised = shifted + slack
-            raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
-            self._gap = float((raised - shifted + slack).max())
-            x, shifted = rounded, raised
-            if x.is_cuda:  # cuBLAS may otherwise add parts of a sum in bfloat16, which is outside the bound
-                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        hidden = self._buffer("hidden", (min(self.chunk, len(x)), len(W)), W)
-        for start in range(0, len(x), self.chunk):
-            part = x[start : start + self.chunk]
-            yield start, torch.addmm(shifted, part, weights.T, out=hidden[: len(part)])
+        if self.dtype == torch.float32:
+            return _Product(x, W, shifted)
+        weights, rounded = self._buffer("weights", W.shape, W).copy_(W), x.to(self.dtype)
+        slack = _slack(
+            x, rounded, torch.linalg.vector_norm(W, dim=1), bias.abs() if floor is None else bias.abs() + floor.abs()
+        )
+        raised = shifted + slack
+        raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
+        self._gap = float((raised - shifted + slack).max())
+        if x.is_cuda:  # cuBLAS may otherwise add parts of a sum in bfloat16, which is outside the bound
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        return _Product(rounded, weights, raised)
 
-    def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W rounded, and for each row its length and the length of its rounding error; one pass over memory."""
-        rounded = self._buffer("weights", W.shape, W)
-        lengths = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
-        part = self._buffer("part", (_ROWS, W.shape[1]), W, torch.float32)
-        for start in range(0, len(W), _ROWS):
-            rows, out = W[start : start + _ROWS], rounded[start : start + _ROWS].copy_(W[start : start + _ROWS])
-            error = part[: len(rows)].copy_(out).sub_(rows)
-            torch.linalg.vector_norm(rows, dim=1, out=lengths[0, start : start + _ROWS])
-            torch.linalg.vector_norm(error, dim=1, out=lengths[1, start : start + _ROWS])
-        return rounded, lengths[0], lengths[1]
+    def _tile(self, product: _Product, start: int, first: int, *, kept: bool = False) -> Tensor:
+        """A chunk of tokens by a tile of features, `[chunk, tile]`, rounded.
+
+        The next tile takes its place, unless all of them are `kept` until the next chunk.
+        """
+        part, tile = product.x[start : start + self.chunk], product.tile
+        weights, bias = product.W[first : first + tile], product.bias[first : first + tile]
+        name, n_slots, slot = ("tiles", len(product.tiles), first // tile) if kept else ("tile", 1, 0)
+        slots = self._buffer(name, (n_slots, min(self.chunk, len(product.x)) * tile), product.x)
+        hidden = slots[slot, : len(part) * len(weights)].view(len(part), len(weights))
+        return torch.addmm(bias, part, weights.T, out=hidden)
+
+    def _tiles(self, product: _Product, start: int, k: int) -> tuple[dict[int, Tensor], Tensor]:
+        """All tiles of a chunk by their first feature, and the largest entry of each of many blocks of features.
+
+        The k-th largest of a token's maxima bounds its k-th largest entry from below.
+        """
+        block = max(1, min(_BLOCK, len(product.W) // (4 * k)))
+        tiles, maxima = {}, []
+        for first in product.tiles:
+            tiles[first] = self._tile(product, start, first, kept=True)
+            maxima.append(_block_maxima(tiles[first], block))
+        return tiles, torch.cat(maxima, dim=1)
 
     def _weighted(self, W: Tensor, bias: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None:
             return W, bias
         return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
 
-    def _at_least(self, hidden: Tensor, floor: Tensor | None, start: int) -> _Found:
-        """Positive entries at or above the floor (a number, or one a row, out of `hidden`), in order."""
+    def _at_least(self, hidden: Tensor, floor: Tensor | None, start: int, first: int) -> _Found:
+        """Positive entries of a tile at or above the floor (a number, or one a row, out of products like it)."""
         if floor is not None and self.dtype != torch.float32:
             # An entry of `hidden` is its sum rounded, and the sum lies at most `gap` above the float32 value. So what
             # the floor promises of float32 values is less by both; an entry as large as that has a sum as large.
             floor = floor.float()
             floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(hidden.dtype)
-        n = hidden.numel()
-        mask = self._buffer("mask", (-(-self.chunk * hidden.shape[1] // 8) * 8,), hidden, torch.bool)
-        mask = mask[: -(-n // 8) * 8]
+        n, width = hidden.numel(), hidden.shape[1]
+        mask = self._buffer("mask", (-(-self.chunk * width // 8) * 8,), hidden, torch.bool)[: -(-n // 8) * 8]
         mask[n:] = False
-        # Positive floats order like their bits, and torch compares integers faster than bfloat16.
-        bits = hidden.view(torch.int16 if hidden.dtype == torch.bfloat16 else torch.int32)
+        bits = _bits(hidden)
         lowest = 1 if floor is None else floor.view(bits.dtype).clamp_min(1)
         torch.ge(bits, lowest, out=mask[:n].view(hidden.shape))
         # Eight flags at a time: few words hold any flag, and only those are looked into.
         words = mask.view(torch.int64).nonzero().flatten()
         within = mask.view(-1, 8)[words].nonzero()
         positions = words[within[:, 0]] * 8 + within[:, 1]
+        token = positions.div(width, rounding_mode="floor")
         values = hidden.flatten()[positions] if self.dtype == torch.float32 else None
-        return _Found(positions + start * hidden.shape[1], values)
+        return _Found(token + start, positions - token * width + first, values)
 
     def _evaluated(
         self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
     ) -> SparseEntries:
-        """The entries that were found, with their values in float32."""
-        d_sae = len(W)
-        positions = torch.cat([f.positions for f in found])
-        token = positions.div(d_sae, rounding_mode="floor")
-        feature = positions - token * d_sae
-        shape = (len(x), d_sae)
+        """The entries that were found, by token and feature, with their values in float32."""
+        shape = (len(x), len(W))
+        token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
+        order = (token * len(W) + feature).argsort()
+        token, feature = token[order], feature[order]
         known = [f.values for f in found if f.values is not None]
         if known:
-            values = torch.cat(known)
+            values = torch.cat(known)[order]
             return SparseEntries(token, feature, values if floor is None else values + floor[feature], shape)
         entries = SparseEntries(token, feature, x.new_zeros(len(token)), shape)
         return SparseEntries(token, feature, entries.inner(x, W) + bias[feature], shape)
@@ -206,24 +217,44 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class _Product:
+    """The factors of a product of activations and encoder, and how it is cut."""
+
+    x: Tensor  # [n, d_in]
+    W: Tensor  # [d_sae, d_in]
+    bias: Tensor  # [d_sae]
+
+    @property
+    def tile(self) -> int:
+        """Features at once: few enough for a processor to look through the result while it is in the cache."""
+        return len(self.W) if self.W.is_cuda else min(_TILE, len(self.W))
+
+    @property
+    def tiles(self) -> range:
+        """First features of the tiles."""
+        return range(0, len(self.W), self.tile)
+
+
+@dataclass(frozen=True)
 class _Found:
-    positions: Tensor  # flat, int64
+    token: Tensor  # int64
+    feature: Tensor  # int64
     values: Tensor | None  # float32; None where only an upper bound is known
 
 
-def _slack(x: Tensor, rounded: Tensor, length: Tensor, error: Tensor, added: Tensor) -> Tensor:
+def _slack(x: Tensor, rounded: Tensor, length: Tensor, added: Tensor) -> Tensor:
     """How far the sum over bfloat16 products may be below the float32 value; see the head of this file.
 
     Args:
         x: Float32 `[n, d_in]`.
         rounded: The same in bfloat16.
         length: Of each row of the weights, float32 `[d_sae]`.
-        error: Length of each row's rounding error, float32 `[d_sae]`.
         added: Sum of the sizes of what is added to each feature's product, float32 `[d_sae]`.
     """
     d_in = x.shape[1]
     longest = torch.linalg.vector_norm(x, dim=1).max()
     longest_error = torch.linalg.vector_norm(x - rounded, dim=1).max()
+    error = length * _HALF
     rounding = longest * error + longest_error * (length + error)
     # Twice: the sum over bfloat16 products and the one in float32. Eight more for what is done to it afterwards.
     summing = (longest * length * (1 + 2.0**-6) + added) * (2 * (d_in + 8) * _UNIT)
@@ -231,13 +262,21 @@ def _slack(x: Tensor, rounded: Tensor, length: Tensor, error: Tensor, added: Ten
     return (rounding + summing) * (1 + 2 * (d_in + 8) * _UNIT) + _VANISHING * (longest + length) + 2.0**-100
 
 
-def _block_maxima(hidden: Tensor, k: int) -> Tensor:
-    """Largest entry of each of many blocks of features: the k-th largest of them bounds the k-th entry from below."""
-    d_sae = hidden.shape[1]
-    block = max(1, min(_BLOCK, d_sae // (4 * k)))
-    n_blocks = d_sae // block
-    # Features left over at the end are in no block, which leaves the bound a bound.
-    return hidden[:, : n_blocks * block].unflatten(1, (block, n_blocks)).amax(1)
+def _bits(values: Tensor) -> Tensor:
+    """Floats as integers: positive ones order like their bits, and torch compares integers faster than bfloat16."""
+    return values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
+
+
+def _block_maxima(hidden: Tensor, block: int) -> Tensor:
+    """Largest entry of each of many blocks of at most so many features; of a block without a positive one, any.
+
+    Folded in halves, which runs at the speed of the cache; an odd width is folded no further.
+    """
+    bits = _bits(hidden)
+    while block > 1 and bits.shape[1] % 2 == 0:
+        half, block = bits.shape[1] // 2, block // 2
+        bits = torch.maximum(bits[:, :half], bits[:, half:])
+    return bits.view(hidden.dtype)
 
 
 def _among_top_k(entries: SparseEntries, k: int) -> Tensor:
