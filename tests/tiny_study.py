@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.saelens_format import save_sae
 from saeffect.sae.topk import TopKSae
+from saeffect.sae.training_config import SaeTrainingConfig
 
 HOOK = "blocks.1.hook_resid_pre"
 WORDS = (
@@ -73,7 +74,7 @@ def make_sae(folder: Path, seed: int, *, d_in: int = 32, d_sae: int = 96, **meta
             metadata={"hook_name": HOOK, "seed": seed, "training_tokens": 1} | metadata,
         )
     )
-    sae.initialise(torch.zeros(d_in), seed)
+    sae.initialise(torch.zeros(1, d_in), SaeTrainingConfig(d_sae=d_sae, k=6, seed=seed))
     save_sae(sae, folder)
 
 

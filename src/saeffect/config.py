@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from saeffect.errors import ConfigError, unknown_name
+from saeffect.errors import ConfigError, SaeffectError, unknown_name
 
 __all__ = [
     "ArmConfig",
@@ -44,6 +44,8 @@ class StrictModel(BaseModel):
         """
         try:
             return cls.model_validate(values)
+        except SaeffectError as error:  # from a validator that knows more than pydantic
+            raise error.placed(at) from None
         except ValidationError as error:
             first = error.errors()[0]
             keys = [str(part) for part in first["loc"]]
@@ -102,6 +104,9 @@ class ArmConfig(StrictModel):
     model: ModelConfig
     sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
     hook: str | None = Field(None, description="TransformerLens name; by default the one in the SAE's cfg.json.")
+    training: dict[str, Any] = Field(
+        default_factory=dict, description="Changes of training.sae for this arm, such as {seed: 1} for a placebo."
+    )
 
 
 class TextConfig(StrictModel):
@@ -207,6 +212,9 @@ class StudyConfig(StrictModel):
     selection: SelectionConfig = SelectionConfig()
     steering: SteeringConfig | None = SteeringConfig()
     comparison: ComparisonConfig = ComparisonConfig()
+    training: dict[str, Any] | None = Field(
+        None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

@@ -30,6 +30,7 @@ __all__ = [
     "TokenRows",
     "first_limit",
     "harvest",
+    "harvest_bytes",
     "kept_positions",
     "measure_norm_limit",
     "refuse_unfit",
@@ -188,6 +189,11 @@ def harvest(
     return out
 
 
+def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
+    """The most that the shards of these rows can take, in bytes: the first position of a row is never kept."""
+    return len(rows) * (rows.context_size - 1) * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
+
+
 def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
     """Refuse what cannot be harvested, before anything heavy starts.
 
@@ -267,8 +273,7 @@ def _begin(
     if is_first():
         if note.is_file():
             _refuse_another(read_json(note), made_by, out)
-        most_tokens = len(rows) * (rows.context_size - 1)
-        refuse_without_room(out, most_tokens * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE), max_bytes)
+        refuse_without_room(out, harvest_bytes(lm, rows), max_bytes)
         if not note.is_file():
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
             write_json(note, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})

@@ -7,6 +7,7 @@ import importlib.resources
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ __all__ = [
     "locate_adapter",
     "locate_model",
     "load_language_model",
+    "ModelShape",
     "model_identity",
+    "model_shape",
     "quiet_transformers",
     "load_tokenizer",
     "resolve_device",
@@ -156,6 +159,29 @@ def load_language_model(
     _refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
     return LanguageModel(model, tokenizer, name, model_identity(config, at=at))
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Width of the residual stream, and number of blocks."""
+
+    d_model: int
+    n_layers: int
+
+
+def model_shape(place: Path | str) -> ModelShape | None:
+    """The shape that a located model's config.json names; None where only loading would tell.
+
+    Raises:
+        BadFile: config.json is not JSON.
+    """
+    if not isinstance(place, Path) or not (place / "config.json").is_file():
+        return None
+    raw = read_json(place / "config.json")
+    raw = raw.get("text_config") or raw
+    width = raw.get("hidden_size") or raw.get("n_embd")
+    layers = raw.get("num_hidden_layers") or raw.get("n_layer")
+    return ModelShape(int(width), int(layers)) if width and layers else None
 
 
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:

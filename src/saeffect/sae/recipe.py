@@ -1,74 +1,139 @@
-"""From text and a model to an SAE with its model card: what `saeffect train-sae` runs."""
+"""From text and a model to SAEs with their model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from saeffect.activations.harvest import NormLimit, TokenRows, harvest
 from saeffect.activations.shards import ActivationStore
-from saeffect.config import ModelConfig, StrictModel, TextSource
-from saeffect.errors import EmptySelection, SaeffectError
-from saeffect.models.hooks import parse_hook
+from saeffect.activations.source import ActivationSource
+from saeffect.activations.stream import StreamedActivations
+from saeffect.activations.streamed_text import StreamedText
+from saeffect.config import TextSource
+from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import load_language_model
-from saeffect.provenance import atomic_path, fingerprint, versions, write_json
-from saeffect.sae.quality import SaeQuality, training_quality
-from saeffect.sae.saelens_format import load_sae, save_sae
-from saeffect.sae.splice import SplicedLosses, spliced_losses
-from saeffect.sae.training import train_sae
+from saeffect.models.loading import load_language_model, locate_model
+from saeffect.processes import barrier, is_first
+from saeffect.provenance import fingerprint
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.metrics_loggers import LoggerName
+from saeffect.sae.model_card import is_carded, measured_before, write_card
+from saeffect.sae.quality import training_quality
+from saeffect.sae.recipe_check import (
+    refuse_before_harvest,
+    refuse_before_loading,
+    refuse_unfit_model,
+    refuse_unwritable_folders,
+)
+from saeffect.sae.recipe_config import SaeRecipe
+from saeffect.sae.saelens_format import load_sae
+from saeffect.sae.splice import spliced_losses
+from saeffect.sae.training import SaeJob, train_saes
 from saeffect.sae.training_config import SaeTrainingConfig
 from saeffect.text.corpora import is_held_out, read_corpus
 from saeffect.text.packing import interleave, pack, separator_id
 
-__all__ = ["SaeRecipe", "text_rows", "train_from_recipe"]
+__all__ = ["SaeRecipe", "TextSource", "harvest_from_recipe", "text_rows", "train_from_recipe"]
+
+Say = Callable[[str], None]
 
 
-class SaeRecipe(StrictModel):
-    """Model, hook, text and training: arms that are to be compared share all of it but the model."""
+def train_from_recipe(
+    recipe: SaeRecipe,
+    out: Path | str,
+    *,
+    work: Path | str,
+    logger: LoggerName = "none",
+    say: Say = lambda _: None,
+) -> Mapping[str, Any]:
+    """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    model: ModelConfig
-    hook: str
-    text: tuple[TextSource, ...] = Field(min_length=1, description="Rows are taken from each in turn.")
-    tokens: int = Field(1_048_576, ge=1, description="Tokens to train on, over all sources.")
-    held_out_tokens: int = Field(81_920, ge=1, description="Tokens to measure on, from other documents.")
-    held_out: float = Field(0.06, gt=0, lt=0.5, description="Share of documents kept for measuring.")
-    context_size: int = Field(256, ge=8, description="Tokens a row.")
-    text_seed: int = Field(0, description="Order of the documents.")
-    ce_rows: int = Field(48, ge=1, description="Held-out rows for the cross-entropy.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="Of the saved weights.")
-    sae: SaeTrainingConfig = SaeTrainingConfig()
+    Stopped at any moment, the same call goes on from there. Under `torchrun` every process calls it; the first
+    one speaks, measures and writes.
+
+    Args:
+        recipe: What to train.
+        out: Folder for the SAE; for several, of their folders.
+        work: Folder for activations; arms with the same model share them.
+        logger: "none", "wandb" or "tensorboard".
+        say: Receives lines of progress.
+
+    Returns:
+        The measurements that the model card shows; of several SAEs, one such mapping by name.
+
+    Raises:
+        SaeffectError: What is wrong; nothing was written if it could be known before the harvest.
+        Interrupted: Ctrl-C; the message says how to go on.
+    """
+    out, work = Path(out), Path(work)
+    say = say if is_first() else lambda _: None
+    folders = recipe.folders(out)
+    refuse_unwritable_folders({"--out": out, "--work": work})
+    refuse_before_loading(recipe, logger)
+    lm = _load(recipe, say)
+    data = _activations(recipe, lm, work, say)
+    jobs = [
+        SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
+        for name, config in recipe.trainings().items()
+    ]
+    train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, say=say)
+    if is_first():
+        for name, folder in folders.items():
+            one = recipe.of_one(name)
+            if not is_carded(one, folder):
+                # Measured on what was saved, rounding to half precision included.
+                write_card(one, folder, data.at_the_end(load_sae(folder)), say=say)
+    barrier()
+    measured = {name: measured_before(folder) for name, folder in folders.items()}
+    return measured if recipe.saes else measured[""]
+
+
+def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, say: Say = lambda _: None) -> list[Path]:
+    """Harvest alone: every SAE of this model, hook and text then trains from these shards.
+
+    Returns:
+        The folders of training and held-out activations.
+
+    Raises:
+        ConfigError: The recipe streams its activations.
+        SaeffectError: As `train_from_recipe`.
+    """
+    if recipe.activations == "streamed":
+        raise ConfigError(
+            "this recipe streams its activations, so there is nothing to harvest.",
+            at="activations",
+            fix="set activations: shards.",
+        )
+    say = say if is_first() else lambda _: None
+    refuse_unwritable_folders({"--work": Path(work)})
+    refuse_before_loading(recipe)
+    data = _activations(recipe, _load(recipe, say), Path(work), say)
+    assert isinstance(data.source, ActivationStore)
+    return [data.source.folder, data.held_out.folder]
 
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
     """Packed rows from each source in turn: training rows, or those of the held-out documents.
 
+    The documents are shuffled, unless the activations are streamed: the text may then be larger than memory, and
+    held-out documents are taken in the order in which they come.
+
     Raises:
         SaeffectError: A source cannot be read, or has too little text.
     """
-    wanted = recipe.held_out_tokens if held_out else recipe.tokens
+    wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
+    if wanted is None:
+        raise ConfigError("rows of all the text there is would not fit into memory.", at="tokens", fix="give tokens.")
     n_rows = max(1, wanted // recipe.context_size)
-    separator = separator_id(lm.tokenizer)
-    streams: list[Iterator[NDArray[np.int32]]] = []
-    for index, source in enumerate(recipe.text):
-        try:
-            texts = [
-                t for t in read_corpus(source.path, field=source.field) if is_held_out(t, recipe.held_out) == held_out
-            ]
-        except SaeffectError as error:
-            raise error.placed(f"text.{index}") from None
-        order = np.random.default_rng([recipe.text_seed, index]).permutation(len(texts))
-        shuffled = [texts[i] for i in order]
-        streams.append(pack(shuffled, lm.encode, context_size=recipe.context_size, separator=separator))
     ids: list[NDArray[np.int32]] = []
     sources: list[int] = []
-    for index, row in interleave(*streams):
+    for index, row in interleave(*(_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
         ids.append(row)
         sources.append(index)
         if len(ids) == n_rows:
@@ -81,115 +146,118 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
     )
 
 
-def train_from_recipe(
-    recipe: SaeRecipe,
-    out: Path | str,
-    *,
-    work: Path | str,
-    say: Callable[[str], None] = lambda _: None,
-) -> Mapping[str, Any]:
-    """Harvest (or reuse a harvest), train, measure on held-out text, and write SAE, recipe and model card.
+def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[NDArray[np.int32]]:
+    source = recipe.text[index]
+    try:
+        texts = (t for t in read_corpus(source.path, field=source.field) if is_held_out(t, recipe.held_out) == held_out)
+        if recipe.activations == "shards":
+            everything = list(texts)
+            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
+            texts = (everything[i] for i in order)
+        yield from pack(texts, lm.encode, context_size=recipe.context_size, separator=separator_id(lm.tokenizer))
+    except SaeffectError as error:
+        raise error.placed(f"text.{index}") from None
 
-    Args:
-        recipe: What to train.
-        out: Folder for the SAE.
-        work: Folder for activations; arms with the same model share them.
-        say: Receives lines of progress.
 
-    Returns:
-        The measurements that the model card shows.
-    """
-    out = Path(out)
+def _load(recipe: SaeRecipe, say: Say) -> LanguageModel:
+    if is_first():
+        locate_model(recipe.model, say=say, at="model")  # one process fetches what is to be fetched
+    barrier()
     lm = load_language_model(recipe.model, say=say, at="model")
-    parse_hook(recipe.hook, lm.n_layers, at="hook")
+    refuse_unfit_model(recipe, lm)
+    return lm
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """Activations to train on, and what SAEs are measured on.
+
+    Attributes:
+        recipe: Where it comes from.
+        lm: The model.
+        source: Activations to train on.
+        limit: Which positions count.
+        held_out: Activations to measure on.
+        rows: Their text.
+        text: SHA-256 of the training text.
+    """
+
+    recipe: SaeRecipe
+    lm: LanguageModel
+    source: ActivationSource
+    limit: NormLimit
+    held_out: ActivationStore
+    rows: TokenRows
+    text: str
+
+    def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """The measures that are followed during training, on a part of the held-out text."""
+        found = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
+        names = ("explained_variance", "l2_ratio", "l0", "mean_log10_density", "ce_loss_score")
+        return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
+
+    def at_the_end(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """All measures, on all of it."""
+        return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
+
+    def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
+        quality = training_quality(sae, self.held_out, max_tokens=n_tokens)
+        losses = spliced_losses(self.lm, sae, self.recipe.hook, self.rows.ids[:n_rows], self.limit)
+        return asdict(quality) | {
+            "ce_loss_score": losses.ce_loss_score,
+            "ce_clean": losses.clean,
+            "ce_sae": losses.sae,
+            "ce_zero": losses.zero,
+            "ce_tokens": losses.n_tokens,
+        }
+
+
+def _activations(recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say) -> _Data:
+    """All text first, then whatever else can be refused, then the model's work."""
+    streamed = recipe.activations == "streamed"
+    rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
+    rows["held-out"] = text_rows(recipe, lm, held_out=True)
+    text = StreamedText(lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed)
+    refuse_before_harvest(recipe, lm, rows.values(), work, n_training_rows=text.n_rows)
+    source: ActivationSource | None = None
+    if streamed:
+        source = StreamedActivations.open(lm, recipe.hook, text, pool_rows=recipe.pool_rows)
     stores = {}
-    rows = {}
-    for part in ("train", "held-out"):
-        rows[part] = text_rows(recipe, lm, held_out=part == "held-out")
-        key = fingerprint([lm.identity, recipe.hook, rows[part].digest()])[:16]
-        harvest(lm, recipe.hook, rows[part], Path(work) / f"{part}-{key}", say=say)
-        stores[part] = ActivationStore.open(Path(work) / f"{part}-{key}")
-    limit = NormLimit(**stores["train"].note["norm_limit"])
-    metadata = {
+    for part, ids in rows.items():
+        folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.digest()])[:16]}"
+        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, say=say))
+    if isinstance(source, StreamedActivations):
+        limit, digest = source.limit, text.identity()
+    else:
+        source = stores["train"]
+        limit, digest = NormLimit(**stores["train"].note["norm_limit"]), rows["train"].digest()
+    return _Data(recipe, lm, source, limit, stores["held-out"], rows["held-out"], digest)
+
+
+def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
+    """What cfg.json says about where the SAE comes from."""
+    a_pass = recipe.tokens_a_pass
+    seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
+    found = {
         "model_name": recipe.model.path,
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
         "context_size": recipe.context_size,
         "prepend_bos": False,
-        "training_tokens": recipe.tokens * recipe.sae.epochs,
-        "unique_tokens": recipe.tokens,
-        "epochs": recipe.sae.epochs,
+        "training_tokens": seen,
+        "unique_tokens": None if a_pass is None else min(a_pass, seen),
         "training_text": "+".join(s.name for s in recipe.text),
-        "training_text_sha256": rows["train"].digest(),
-        "held_out_text_sha256": rows["held-out"].digest(),
-        "seed": recipe.sae.seed,
+        "training_text_sha256": data.text,
+        "held_out_text_sha256": data.rows.digest(),
+        "seed": config.seed,
         "trained_by": "saeffect",
-        "mean_norm": limit.median_norm,
-        "norm_limit": limit.limit,
-        "training_normalisation": "expected_average_only_in (folded)",
-        "activation_dtype": str(lm.dtype).removeprefix("torch."),
+        "training_architecture": config.architecture,
+        "mean_norm": data.limit.median_norm,
+        "norm_limit": data.limit.limit,
+        "training_normalisation": f"{config.normalise_inputs}"
+        + (" (folded)" if config.normalise_inputs != "none" else ""),
+        "activation_dtype": str(data.lm.dtype).removeprefix("torch."),
     }
-    train_sae(stores["train"], recipe.sae, out, metadata=metadata, dtype=recipe.dtype, say=say)
-    # Measured on what was saved, rounding to half precision included.
-    sae = load_sae(out)
-    quality = training_quality(sae, stores["held-out"])  # type: ignore[arg-type]
-    losses = spliced_losses(lm, sae, recipe.hook, rows["held-out"].ids[: recipe.ce_rows], limit)
-    return _write_card(recipe, out, metadata, quality=quality, losses=losses, say=say)
-
-
-def _write_card(
-    recipe: SaeRecipe,
-    out: Path,
-    metadata: dict[str, Any],
-    *,
-    quality: SaeQuality,
-    losses: SplicedLosses,
-    say: Callable[[str], None],
-) -> Mapping[str, Any]:
-    measured = asdict(quality) | {
-        "ce_loss_score": losses.ce_loss_score,
-        "ce_clean": losses.clean,
-        "ce_sae": losses.sae,
-        "ce_zero": losses.zero,
-        "ce_tokens": losses.n_tokens,
-    }
-    plain = recipe.model_dump(mode="json")
-    for source in plain["text"]:
-        source["path"] = Path(source["path"]).name
-    write_json(out / "training.json", {"recipe": plain, "held_out": measured, "versions": versions()})
-    sae = load_sae(out)
-    sae.cfg = replace(sae.cfg, metadata=metadata | {"held_out": measured})
-    save_sae(sae, out, dtype=recipe.dtype)
-    model = recipe.model.path + (f" + {recipe.model.adapter}" if recipe.model.adapter else "")
-    s = recipe.sae
-    lines = [
-        f"# TopK SAE for {model} at {recipe.hook}",
-        "",
-        f"{s.d_sae:,} features, k = {s.k}, {recipe.tokens:,} tokens × {s.epochs} passes,"
-        f" batches of {s.batch_size}, Adam, peak learning rate {s.learning_rate:g}, seed {s.seed};"
-        f" decoder rows of unit length; saved in {recipe.dtype}, in SAELens' layout.",
-        "",
-        "The first position of each context and outliers of the norm (above"
-        f" {metadata['norm_limit']:.0f}; median {metadata['mean_norm']:.0f}) were left out.",
-        "",
-        "| text | file | licence |",
-        "|---|---|---|",
-        *(f"| {t.name} | {Path(t.path).name} | {t.licence} |" for t in recipe.text),
-        "",
-        f"On {quality.n_tokens:,} held-out tokens (cross-entropy on {losses.n_tokens:,}):",
-        "",
-        "| measure | value |",
-        "|---|---|",
-        f"| explained variance | {quality.explained_variance:.4f} |",
-        f"| CE loss score | {losses.ce_loss_score:.4f} ({losses.clean:.3f} clean,"
-        f" {losses.sae:.3f} with the SAE, {losses.zero:.3f} with zeros) |",
-        f"| l0 | {quality.l0:.1f} |",
-        f"| l2 ratio | {quality.l2_ratio:.4f} |",
-        f"| features that never fire | {quality.dead_share:.2%} |",
-        f"| mean log10 density | {quality.mean_log10_density:.2f} |",
-        "",
-    ]
-    with atomic_path(out / "README.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-    say(f"explained variance {quality.explained_variance:.4f}, CE loss score {losses.ce_loss_score:.4f}")
-    return measured
+    if config.steps is None:
+        found["epochs"] = config.epochs
+    return found

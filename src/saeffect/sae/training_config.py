@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from saeffect.config import StrictModel
 
-__all__ = ["Architecture", "SaeTrainingConfig"]
+__all__ = ["Architecture", "SaeTrainingConfig", "architectures_of"]
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
 
@@ -29,10 +29,15 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 }
 
 
+def architectures_of(field: str) -> tuple[str, ...]:
+    """Architectures that a field is a setting of; none if it is a setting of all of them."""
+    return _ONLY_FOR.get(field, ())
+
+
 class SaeTrainingConfig(StrictModel):
     """Everything that decides the SAE, given the activations. None means: as usual for the architecture."""
 
-    architecture: Architecture = "topk"
+    architecture: Architecture = Field("topk", description="What decides which features are active, and the loss.")
     d_sae: int = Field(4608, ge=1, description="Number of features.")
     k: int = Field(32, ge=1, description="Active features a token (on average, for batchtopk and matryoshka).")
     matryoshka_widths: tuple[int, ...] | None = Field(
@@ -45,15 +50,17 @@ class SaeTrainingConfig(StrictModel):
     epochs: int = Field(2, ge=1, description="Passes over the activations, unless `steps` is given.")
     steps: int | None = Field(None, ge=1, description="Training steps; the text is read again if it is too short.")
     batch_size: int = Field(1024, ge=1, description="Tokens a step, over all processes.")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Peak rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="How the rate falls over the last `decay_share` of the steps."
     )
     warmup_share: float = Field(0.02, ge=0, lt=1, description="Share of the steps with a rising rate.")
     decay_share: float = Field(0.3, ge=0, le=1, description="Share of the steps, at the end, with a falling rate.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    clip_gradient_norm: float | None = Field(1.0, gt=0, description="None: never clipped.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Memory of Adam's first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Memory of Adam's second moment.")
+    clip_gradient_norm: float | None = Field(
+        1.0, gt=0, description="Longest gradient, over all weights. None: never clipped."
+    )
 
     l1_coefficient: float = Field(5.0, ge=0, description="Weight of the L1 penalty on inputs of mean norm sqrt(d_in).")
     l0_coefficient: float = Field(1.0, ge=0, description="Weight of the L0 penalty.")
@@ -68,12 +75,16 @@ class SaeTrainingConfig(StrictModel):
     bandwidth: float = Field(0.05, gt=0, description="Width of the kernel for the thresholds' gradient.")
     threshold_rate: float = Field(0.01, gt=0, le=1, description="Rate of the running mean of BatchTopK's threshold.")
 
-    decoder_init_norm: float | None = Field(None, gt=0, description="None: 0.1 for free decoders, 1 for unit ones.")
+    decoder_init_norm: float | None = Field(
+        None, gt=0, description="Length of decoder rows at the start. None: 0.1 for free ones, 1 for unit ones."
+    )
     decoder_rows: Literal["free", "unit"] | None = Field(
         None, description="Whether decoder rows are kept at length 1. None: unit for topk, batchtopk and matryoshka."
     )
-    b_dec_init: Literal["zeros", "mean"] | None = Field(None, description="None: mean for unit decoders, else zeros.")
-    apply_b_dec_to_input: bool = True
+    b_dec_init: Literal["zeros", "mean"] | None = Field(
+        None, description="Where the decoder's bias starts. None: at the mean for unit decoders, else zeros."
+    )
+    apply_b_dec_to_input: bool = Field(True, description="Take the decoder's bias off the input.")
     rescale_acts_by_decoder_norm: bool = Field(
         False, description="Rank features by activation times decoder norm (SAELens' default)."
     )
@@ -83,7 +94,7 @@ class SaeTrainingConfig(StrictModel):
 
     dead_after: int = Field(100_000, ge=1, description="A feature is dead after so many tokens without firing.")
     auxiliary_k: int = Field(256, ge=1, description="Dead features a token may use in the auxiliary loss.")
-    auxiliary_weight: float = Field(1 / 32, ge=0)
+    auxiliary_weight: float = Field(1 / 32, ge=0, description="Weight of the auxiliary loss; 0 for none.")
     resample_every: int | None = Field(None, ge=1, description="Steps between resamplings of dead features.")
     resample_until: float = Field(0.9, gt=0, le=1, description="No resampling after this share of the steps.")
     dead_window: int = Field(1000, ge=1, description="Steps over which a firing rate is measured for resampling.")
@@ -100,8 +111,8 @@ class SaeTrainingConfig(StrictModel):
     metrics_every: int = Field(30, ge=1, description="Steps between lines of metrics.jsonl.")
     evaluate_every: int = Field(600, ge=1, description="Steps between measurements on held-out text.")
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1)
-    seed: int = 0
+    keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")
+    seed: int = Field(0, description="Of the weights, and of the order of the activations unless `data_seed` is given.")
     data_seed: int | None = Field(None, description="Order of the activations. None: the seed.")
 
     @model_validator(mode="after")

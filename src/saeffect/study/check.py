@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.design import design_check
-from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError
+from saeffect.errors import ConfigError, IncompatibleModels, NotFound, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.models.hooks import parse_hook
@@ -20,12 +19,14 @@ from saeffect.models.loading import (
     load_tokenizer,
     locate_adapter,
     locate_model,
+    model_shape,
     quiet_transformers,
 )
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.selection import study_verdicts
 from saeffect.study.study import Say, Study, require_width
+from saeffect.study.training import check_training
 
 __all__ = ["CheckResult", "check_study"]
 
@@ -55,6 +56,9 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         SaeffectError: The first thing that is wrong.
     """
     lines: list[str] = []
+    training = check_training(study)
+    if training is not None:
+        lines.append(training)
     for name in study.config.arms:
         lines.append(_check_arm(study, name, say))
     _check_tokenizers(study)
@@ -82,25 +86,11 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
     sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
     hook = study.hook(name)
     parse_hook(hook, at=f"{at}.hook")
-    shape = _model_shape(model)
+    shape = model_shape(model)
     if shape is not None:
-        parse_hook(hook, shape[1], at=f"{at}.hook")
-        require_width(sae.cfg, shape[0], hook, arm.model.path, at=f"{at}.sae")
+        parse_hook(hook, shape.n_layers, at=f"{at}.hook")
+        require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
     return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
-
-
-def _model_shape(model: Path | str) -> tuple[int, int] | None:
-    """(width, layers) from a local config.json; None where only loading would tell."""
-    if not isinstance(model, Path) or not (model / "config.json").is_file():
-        return None
-    try:
-        raw: dict[str, Any] = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadFile(f"config.json is not JSON: {error}.", at=str(model)) from error
-    raw = raw.get("text_config") or raw
-    width = raw.get("hidden_size") or raw.get("n_embd")
-    layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-    return (int(width), int(layers)) if width and layers else None
 
 
 def _check_tokenizers(study: Study) -> None:

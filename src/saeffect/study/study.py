@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -116,6 +117,11 @@ class Study:
         """Activations on the study's text, shared by arms of the same model."""
         return Residuals()
 
+    @property
+    def called(self) -> str:
+        """What to open it with: its path, or bundled:<name>."""
+        return BUNDLED + self.source.stem if self.source.parent == _bundled_folder() else str(self.source)
+
     def at(self, *keys: str) -> str:
         """A place in the study file, for error messages."""
         return f"{self.source.name}, {'.'.join(keys)}"
@@ -127,7 +133,7 @@ class Study:
             UnknownName: No such arm.
             SaeffectError: The model or SAE cannot be loaded, or they do not fit.
         """
-        arm = self._arm(name)
+        arm = self.arm(name)
         sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
         hook = self.hook(name)
         lm = self._load(arm.model, name, say)
@@ -142,12 +148,14 @@ class Study:
             NotFound: No such folder.
             UnknownName: No such bundled SAE.
         """
-        sae = self._arm(name).sae
+        sae = self.arm(name).sae
         where = self.at("arms", name, "sae")
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
         if not Path(sae).is_dir():
-            raise NotFound(f"there is no SAE folder {sae!r}.", at=where, fix="paths are relative to the study file.")
+            train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
+            fix = "paths are relative to the study file." if self.config.training is None else train
+            raise NotFound(f"there is no SAE folder {sae!r}.", at=where, fix=fix)
         return Path(sae)
 
     def sae_config(self, name: str) -> SaeConfig:
@@ -161,7 +169,7 @@ class Study:
             ConfigError: Neither says.
             IncompatibleSae: They contradict each other.
         """
-        said, own = self._arm(name).hook, self.sae_config(name).hook_name
+        said, own = self.arm(name).hook, self.sae_config(name).hook_name
         where = self.at("arms", name, "hook")
         if said is None and own is None:
             raise ConfigError(
@@ -226,7 +234,12 @@ class Study:
             ]
         return fingerprint([text.tokens, text.context_size, content])
 
-    def _arm(self, name: str) -> ArmConfig:
+    def arm(self, name: str) -> ArmConfig:
+        """What the study file says about an arm.
+
+        Raises:
+            UnknownName: No such arm.
+        """
         if name not in self.config.arms:
             raise unknown_name("arm", name, self.config.arms, at=str(self.source))
         return self.config.arms[name]
@@ -272,18 +285,21 @@ def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: st
 
 def bundled_studies() -> list[str]:
     """Names of the studies that come with the package."""
-    folder = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies"
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in _bundled_folder().glob("*.yaml"))
+
+
+def _bundled_folder() -> Path:
+    return Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies"
 
 
 def _bundled_study(name: str) -> Path:
     stem = name.removeprefix(BUNDLED)
     if stem not in bundled_studies():
         raise unknown_name("bundled study", name, [BUNDLED + s for s in bundled_studies()])
-    return Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies" / f"{stem}.yaml"
+    return _bundled_folder() / f"{stem}.yaml"
 
 
-_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts"}
+_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from"}
 
 
 def _resolved(value: Any, folder: Path, key: str = "") -> Any:

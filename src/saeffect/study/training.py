@@ -1,0 +1,76 @@
+"""How the SAE of a study's arm is trained: the section `training`, with the arm's model and hook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from saeffect.errors import ConfigError
+from saeffect.models.loading import BUNDLED
+from saeffect.sae.recipe_config import SaeRecipe
+from saeffect.study.study import Study
+
+__all__ = ["arm_folder", "arm_recipe", "check_training"]
+
+# What each arm has of its own; one arm has one SAE.
+_OF_THE_ARM = {"model": "arms.<arm>.model", "hook": "arms.<arm>.hook", "saes": "arms.<arm>.sae"}
+
+
+def arm_recipe(study: Study, arm: str) -> SaeRecipe:
+    """The recipe by which an arm's SAE is trained.
+
+    Raises:
+        UnknownName: No such arm, or an unknown key in `training`.
+        ConfigError: The study has no section `training`, the arm no hook, or a value is out of range.
+    """
+    config, section = study.arm(arm), study.config.training
+    if section is None:
+        raise ConfigError(
+            "the study does not say how its SAEs are trained.",
+            at=study.at("training"),
+            fix="add a section training: a recipe without model and hook.",
+        )
+    for key, place in _OF_THE_ARM.items():
+        if key in section:
+            raise ConfigError(
+                f"training has the key {key}, which is the arm's own.",
+                at=study.at("training", key),
+                fix=f"say it in {place}.",
+            )
+    if config.hook is None:
+        raise ConfigError(
+            f"to train the SAE of {arm}, its hook must be known.",
+            at=study.at("arms", arm, "hook"),
+            fix="set hook: blocks.<layer>.hook_resid_pre.",
+        )
+    values = {**section, "model": config.model, "hook": config.hook}
+    recipe = SaeRecipe.read(values, at=study.at("training"))
+    if not config.training:
+        return recipe
+    # What is wrong now is wrong with the arm's changes: without them all was well.
+    changed: dict[str, Any] = {**(section.get("sae") or {}), **config.training}
+    return SaeRecipe.read({**values, "sae": changed}, at=study.at("arms", arm, "training"))
+
+
+def arm_folder(study: Study, arm: str) -> Path | None:
+    """Where the study looks for an arm's SAE; None for one that comes with the package.
+
+    Raises:
+        UnknownName: No such arm.
+    """
+    sae = study.arm(arm).sae
+    return None if sae.startswith(BUNDLED) else Path(sae)
+
+
+def check_training(study: Study) -> str | None:
+    """Validate the recipes of all arms; a line that says so, None for a study that says nothing about training.
+
+    Raises:
+        ConfigError: A recipe is wrong, or an arm has changes of a recipe that is not there.
+    """
+    config = study.config
+    if config.training is None and not any(arm.training for arm in config.arms.values()):
+        return None
+    recipes = {name: arm_recipe(study, name) for name in config.arms}
+    widths = ", ".join(f"{name} {r.sae.architecture} {r.sae.d_sae:,}" for name, r in recipes.items())
+    return f"training: {widths}"
