@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -182,12 +181,37 @@ class TestTable:
         ):
             np.testing.assert_allclose(row, by_pairs(tokens, weights, embeddings), rtol=1e-9)
 
-    def test_24576_features_take_under_two_seconds(self) -> None:
-        features, embeddings = random_features(24_576, seed=0, dim=100)
-        start = time.process_time()
+    def test_each_token_is_looked_up_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked_up = []
+
+        def counting(token: str) -> str:
+            looked_up.append(token)
+            return normalise_token(token)
+
+        monkeypatch.setattr("saeffect.features.coherence.normalise_token", counting)
+        features, embeddings = random_features(300, seed=0)
+        coherence(features, embeddings=embeddings)
+        assert sorted(looked_up) == sorted({token for tokens in features["top_tokens"] for token in tokens})
+
+    def test_weights_of_very_different_size_do_not_cancel(self) -> None:
+        # The product that counts is 1, beside squares of 1e16.
+        assert coherence_score(["cat", "dog"], [1e8, 1e-8], embeddings=TOY) == pytest.approx(0.6, rel=1e-7)
+        assert coherence_score(["dog", "xyzzy", "cat"], [1e-8, 3, 1e8], embeddings=TOY) == pytest.approx(0.6, rel=1e-7)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(0, 2**32 - 1), st.floats(0, 6))
+    def test_agrees_with_pairs_for_weights_of_both_signs(self, seed: int, orders: float) -> None:
+        rng = np.random.default_rng(seed)
+        features, embeddings = random_features(5, seed=seed)
+        weights = rng.normal(size=(5, 10)) * 10.0 ** rng.uniform(0, orders, (5, 10))
+        features["top_weights"] = weights.tolist()
         result = coherence(features, embeddings=embeddings)
-        assert time.process_time() - start < 2.0
-        assert len(result) == 24_576
+        for value, tokens, row in zip(result["coherence"], features["top_tokens"], weights, strict=True):
+            size = np.abs(np.outer(row, row)).sum()
+            known = [w for token, w in zip(tokens, row, strict=True) if normalise_token(token) in embeddings]
+            total = (sum(known) ** 2 - sum(w * w for w in known)) / 2
+            if np.isfinite(value) and abs(total) > 1e-5 * size:
+                np.testing.assert_allclose(value, by_pairs(tokens, list(row), embeddings), rtol=1e-8, atol=1e-8)
 
 
 class TestProperties:

@@ -119,7 +119,7 @@ def test_chunks_do_not_matter(chunk: int):
     for name in PROJECTIONS:
         assert torch.equal(a[name].indices, b[name].indices)
         assert torch.equal(a[name].weights, b[name].weights)
-        torch.testing.assert_close(a[name].kurtosis, b[name].kurtosis, rtol=1e-12, atol=0, equal_nan=True)
+        torch.testing.assert_close(a[name].kurtosis, b[name].kurtosis, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def test_twice_the_same():

@@ -29,7 +29,7 @@ EPSILON = 1e-8
 _SMALLEST_SUM = 100 * EPSILON
 # Products of mixed sign that cancel to less than this share of their sizes leave only rounding errors.
 _CANCELLED = 1e-9
-_NUMBERS_PER_BATCH = 2_000_000  # gathered vectors held at once: 16 MB of float64
+_NUMBERS_PER_BATCH = 100_000  # of a vector each: batches stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def coherence_score(
     """
     vectors = _loaded(embeddings)
     rows, padded = _look_up([tokens], [weights], vectors)
-    return float(_batch(rows, padded, vectors.vectors)[0])
+    return float(_batch(*_directions(rows, vectors), padded)[0])
 
 
 def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
@@ -120,10 +120,11 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
     rows, weights = _look_up(list(features["top_tokens"]), list(features["top_weights"]), vectors)
     n_known = (rows >= 0).sum(axis=1)
     values = np.full(len(rows), np.nan)
-    step = max(1, _NUMBERS_PER_BATCH // max(1, rows.shape[1] * vectors.dim))
+    places, directions = _directions(rows, vectors)
+    step = max(1, _NUMBERS_PER_BATCH // vectors.dim)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        values[part] = _batch(rows[part], weights[part], vectors.vectors)
+        values[part] = _batch(places[part], directions, weights[part])
     return pd.DataFrame(
         {
             "feature": features["feature"].to_numpy(),
@@ -213,21 +214,44 @@ def _look_up(
     return rows, padded
 
 
-def _batch(rows: NDArray[np.int64], weights: Float64Array, vectors: NDArray[np.float32]) -> Float64Array:
-    """Equation 1 for each row; NaN where it is undefined. rows, weights: [n, k]; float64 [n]."""
+def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], Float64Array]:
+    """The unit vectors that occur, float64 [n, dim], and for each of `rows` its place among them, -1 if unknown.
+
+    Each is divided by its length once, however many features have it.
+    """
     known = rows >= 0
-    directions = vectors[rows.clip(min=0)].astype(np.float64)  # [n, k, dim]; float64, or cosines of 1 would wobble
-    norms = np.linalg.norm(directions, axis=-1, keepdims=True)
-    directions /= np.where(known[..., None], norms, 1.0)
-    w = np.where(known, weights, 0.0)
-    cosines = directions @ directions.swapaxes(-1, -2)  # [n, k, k]
-    i, j = np.triu_indices(rows.shape[1], k=1)
+    used, inverse = np.unique(rows[known], return_inverse=True)
+    directions = vectors.vectors[used].astype(np.float64)  # float64, or cosines of 1 would wobble
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    places = np.full_like(rows, -1)
+    places[known] = inverse
+    return places, directions
+
+
+def _batch(places: NDArray[np.int64], directions: Float64Array, weights: Float64Array) -> Float64Array:
+    """Equation 1 for each row; NaN where it is undefined. places, weights: [n, k]; float64 [n].
+
+    Token j meets all earlier ones at once, in the sum of w_i e_i over i < j: k steps instead of k² pairs. That is a
+    regrouping of the same sum; half of ‖Σ w_i e_i‖² - Σ w_i² would cancel where one weight is far above the others.
+    """
+    n, k = places.shape
+    w = np.where(places >= 0, weights, 0.0)
+    earlier = np.zeros((n, directions.shape[1]))
+    above, below, size, earlier_weight, earlier_size = np.zeros((5, n))
     with np.errstate(invalid="ignore", over="ignore"):  # infinite weights end as NaN, with a reason
-        products = w[:, i] * w[:, j]  # [n, pairs]
-        total = products.sum(axis=1)
-        values = np.einsum("np,np->n", products, cosines[:, i, j]) / (total + EPSILON)
-        enough = np.abs(total) > np.maximum(_SMALLEST_SUM, _CANCELLED * np.abs(products).sum(axis=1))
-    return np.where(enough & (known.sum(axis=1) >= 2) & np.isfinite(values), values, np.nan)
+        for j in range(k if len(directions) else 0):
+            direction, weight = directions[places[:, j]], w[:, j]  # of an unknown word any, since its weight is 0
+            above += weight * np.einsum("nd,nd->n", direction, earlier)
+            below += weight * earlier_weight
+            size += np.abs(weight) * earlier_size
+            direction *= weight[:, None]
+            earlier += direction
+            earlier_weight += weight
+            earlier_size += np.abs(weight)
+        values = above / (below + EPSILON)
+        enough = np.abs(below) > np.maximum(_SMALLEST_SUM, _CANCELLED * size)
+    defined = enough & ((places >= 0).sum(axis=1) >= 2) & np.isfinite(values) & np.isfinite(below)
+    return np.where(defined, values, np.nan)
 
 
 def _reasons(values: Float64Array, n_known: NDArray[np.int64], weights: Float64Array) -> list[str]:

@@ -20,13 +20,18 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
+from saeffect.features.moments import TileMoments
+from saeffect.features.top_tokens import TopTokens
+from saeffect.features.unembedding_tiles import Rows, UnembeddingTiles
+from saeffect.models.loading import resolve_dtype
 
-__all__ = ["PROJECTIONS", "Projection", "ProjectionPair", "project", "project_both"]
+__all__ = ["PRODUCT_DTYPES", "PROJECTIONS", "Projection", "ProjectionPair", "project", "project_both"]
 
 PROJECTIONS = ("dot", "cosine")
+PRODUCT_DTYPES = ("auto", "float32", "bfloat16")
 
-# Rows whose moments are summed together in float64: few, so that the copies stay in the processor's cache.
-_MOMENT_ROWS = 8
+_BLOCK = 32  # columns of which only the largest product is looked at first
+_LARGE = 2**32  # multiplications from which bfloat16 pays
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,23 +83,29 @@ def project(
     *,
     valid: Tensor | None = None,
     chunk: int = 512,
+    dtype: str = "auto",
 ) -> Projection:
     """The `top_k` tokens that each decoder row promotes most.
 
     Holds `chunk × d_vocab` products at a time, never `d_sae × d_vocab`.
 
     Args:
-        W_dec: [d_sae, d_in], any float dtype; computed in float32.
+        W_dec: [d_sae, d_in], any float dtype, taken as float32.
         W_U: [d_in, d_vocab], as `saeffect.models.unembedding` gives it (norm folded in, centred).
         top_k: How many tokens to keep.
         projection: "dot" or "cosine", see the module.
         valid: bool [d_vocab]; tokens where it is False are never chosen and do not count in the moments.
             Under "cosine" tokens whose unembedding is zero (up to float32 rounding of the largest) are not
             chosen either, since they have no direction; they do count in the moments.
-        chunk: Features per matrix product. Changes memory, and results by float32 rounding at most.
+        chunk: Features per matrix product. Changes memory, and the moments by float32 rounding at most.
+        dtype: Of the products among which the top tokens are looked for: "float32", "bfloat16", or "auto" for the
+            faster one, which is bfloat16 where the processor multiplies it and there is much to multiply. Top tokens
+            and weights are the same in all: every token that could be among them, by a proven bound of the rounding,
+            is evaluated in float64 and rounded to float32. So are mean and std, but for the rounding of float32;
+            skewness and kurtosis from bfloat16 are typically off by 1e-4 (see `saeffect.features.moments`).
 
     Raises:
-        UnknownName: `projection` is neither "dot" nor "cosine".
+        UnknownName: `projection` is neither "dot" nor "cosine", or `dtype` is unknown.
         ShapeMismatch: The matrices are not two-dimensional, do not fit, or `valid` has another length.
         ConfigError: `top_k` or `chunk` is below 1, or fewer than `top_k` tokens can be chosen.
         BadFile: A weight is NaN or infinite, or a product or norm overflows float32.
@@ -110,11 +121,17 @@ def project(
         [[1, 0]]
     """
     _check_name(projection)
-    return _stream(W_dec, W_U, top_k, (projection,), valid, chunk)[projection]
+    return _stream(W_dec, W_U, top_k, (projection,), valid, chunk, dtype)[projection]
 
 
 def project_both(
-    W_dec: Tensor, W_U: Tensor, top_k: int = 10, *, valid: Tensor | None = None, chunk: int = 512
+    W_dec: Tensor,
+    W_U: Tensor,
+    top_k: int = 10,
+    *,
+    valid: Tensor | None = None,
+    chunk: int = 512,
+    dtype: str = "auto",
 ) -> ProjectionPair:
     """`project` on both scales, from one matrix product; same arguments, same numbers, same errors.
 
@@ -123,59 +140,76 @@ def project_both(
         >>> pair.dot.indices.flatten().tolist(), pair["cosine"].indices.flatten().tolist()
         ([0, 0], [1, 0])
     """
-    both = _stream(W_dec, W_U, top_k, PROJECTIONS, valid, chunk)
+    both = _stream(W_dec, W_U, top_k, PROJECTIONS, valid, chunk, dtype)
     return ProjectionPair(dot=both["dot"], cosine=both["cosine"])
 
 
 def _stream(
-    W_dec: Tensor, W_U: Tensor, top_k: int, wanted: tuple[str, ...], valid: Tensor | None, chunk: int
+    W_dec: Tensor, W_U: Tensor, top_k: int, wanted: tuple[str, ...], valid: Tensor | None, chunk: int, dtype: str
 ) -> dict[str, Projection]:
     """Every wanted scale from one pass over the features."""
     _check_shapes(W_dec, W_U, valid)
     W_dec, W_U = W_dec.detach(), W_U.detach()
     _check_finite(W_U, "W_U")
-    W_U = W_U.float()
-    d_sae, d_vocab = W_dec.shape[0], W_U.shape[1]
-    norms = torch.linalg.vector_norm(W_U, dim=0) if "cosine" in wanted else None
-    if norms is not None and not bool(torch.isfinite(norms).all()):
-        raise BadFile("the norm of a token's unembedding overflows float32.", at="W_U")
-    barred = _barred_tokens(d_vocab, norms, valid, top_k, chunk)
-    kept = None if valid is None else valid.to(W_U.device).nonzero().flatten()
+    scales = _choosable(W_U, wanted, valid, top_k, chunk)
+    block = max(1, min(_BLOCK, (W_U.shape[1] if valid is None else int(valid.sum())) // (4 * top_k)))
+    tiles = UnembeddingTiles(W_U, valid, block, _product_dtype(dtype, W_dec, W_U))
+    search = TopTokens(
+        tiles, top_k, {name: (tiles.norms if name == "cosine" else None, mask) for name, mask in scales.items()}
+    )
+    del W_U  # the caller's may be a conversion of ours
 
-    buffer = torch.empty(min(chunk, d_sae), d_vocab, device=W_U.device)
+    d_sae, (n_tiles, width, _) = len(W_dec), tiles.tiles.shape
+    n_rows = min(chunk, d_sae)
+    sums = TileMoments(tiles, n_rows, valid)
+    products = torch.empty(n_tiles * n_rows * width, dtype=tiles.tiles.dtype, device=tiles.tiles.device)
+    maxima = torch.empty(n_tiles, n_rows, width // block, device=tiles.tiles.device)
     moments = torch.empty(4, d_sae, dtype=torch.float64)
     indices = {name: torch.empty(d_sae, top_k, dtype=torch.int64) for name in wanted}
     weights = {name: torch.empty(d_sae, top_k) for name in wanted}
     for start in range(0, d_sae, chunk):
-        rows = W_dec[start : start + chunk].to(W_U.device)
-        _check_finite(rows, "W_dec")
-        here = slice(start, start + len(rows))
-        product = torch.mm(rows.float(), W_U, out=buffer[: len(rows)])
-        moments[:, here] = _moments(product, kept)
-        if "dot" in wanted:
-            product.index_fill_(1, barred["dot"], -torch.inf)
-            weights["dot"][here], indices["dot"][here] = _top_k(product, top_k)
-        if norms is not None:  # last, since it overwrites the product
-            product.div_(norms).index_fill_(1, barred["cosine"], -torch.inf)
-            weights["cosine"][here], indices["cosine"][here] = _top_k(product, top_k)
+        part = W_dec[start : start + chunk].to(tiles.tiles.device)
+        _check_finite(part, "W_dec")
+        rows, n = Rows.of(part, tiles.tiles.dtype), len(part)
+        here = slice(start, start + n)
+        product = products[: n_tiles * n * width].view(n_tiles, n, width)
+        sums.start()
+        for i, tile in enumerate(tiles.tiles):
+            sums.add(torch.mm(rows.unit, tile.T, out=product[i]), maxima[i, :n])
+        for name, found in search.find(product, maxima[:, :n].transpose(0, 1).flatten(1), rows).items():
+            weights[name][here], indices[name][here] = found
+        moments[:, here] = sums.result(rows)
     mean, std, skewness, kurtosis = moments
     return {name: Projection(name, indices[name], weights[name], mean, std, skewness, kurtosis) for name in wanted}
 
 
-def _barred_tokens(
-    d_vocab: int, norms: Tensor | None, valid: Tensor | None, top_k: int, chunk: int
-) -> dict[str, Tensor]:
-    """Per scale, the ids of tokens that cannot be chosen; checks that enough others remain."""
+def _product_dtype(name: str, W_dec: Tensor, W_U: Tensor) -> torch.dtype:
+    """In which dtype candidates are looked for."""
+    if name not in PRODUCT_DTYPES:
+        raise unknown_name("dtype", name, PRODUCT_DTYPES, at="dtype")
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    # On a GPU, and where little is to be computed, float32 is fast enough.
+    if W_U.device.type != "cpu" or len(W_dec) * W_U.numel() < _LARGE or not torch.backends.mkldnn.is_available():
+        return torch.float32
+    return resolve_dtype("auto", W_U.device)
+
+
+def _choosable(W_U: Tensor, wanted: tuple[str, ...], valid: Tensor | None, top_k: int, chunk: int) -> dict[str, Tensor]:
+    """Per scale, bool [d_vocab], the tokens that can be chosen; checks that they are enough."""
     if chunk < 1:
         raise ConfigError(f"chunk must be at least 1. Got {chunk} instead.", at="chunk")
-    device = None if norms is None else norms.device
-    barred = torch.zeros(d_vocab, dtype=torch.bool, device=device) if valid is None else ~valid.to(device)
-    masks = {"dot": barred}
-    if norms is not None:
-        # A column this small is the rounding left over from centring, and its direction is noise.
-        masks["cosine"] = barred | (norms <= torch.finfo(torch.float32).eps * norms.max())
-    for name, mask in masks.items():
-        choosable = d_vocab - int(mask.sum())
+    every = torch.ones(W_U.shape[1], dtype=torch.bool, device=W_U.device) if valid is None else valid.to(W_U.device)
+    masks = {}
+    for name in wanted:
+        masks[name] = every
+        if name == "cosine":
+            norms = torch.linalg.vector_norm(W_U, dim=0, dtype=torch.float32)
+            if not bool(torch.isfinite(norms).all()):
+                raise BadFile("the norm of a token's unembedding overflows float32.", at="W_U")
+            # A column this small is the rounding left over from centring, and its direction is noise.
+            masks[name] = every & (norms > torch.finfo(torch.float32).eps * norms.max())
+        choosable = int(masks[name].sum())
         if not 1 <= top_k <= choosable:
             raise ConfigError(
                 f"top_k must be from 1 to the {choosable} tokens that projection {name!r} can choose among. "
@@ -183,56 +217,7 @@ def _barred_tokens(
                 at="top_k",
                 fix="ask for fewer top tokens, or mark more tokens as valid.",
             )
-    return {name: mask.nonzero().flatten() for name, mask in masks.items()}
-
-
-def _moments(product: Tensor, kept: Tensor | None) -> Tensor:
-    """Mean, std, skewness and kurtosis of each row over the kept columns: float64 [4, n_rows].
-
-    Two passes, the second about the mean, so that nothing cancels; a few rows at a time, since the float64
-    copy of a whole chunk would be twice the chunk.
-    """
-    result = torch.empty(4, len(product), dtype=torch.float64)
-    for start in range(0, len(product), _MOMENT_ROWS):
-        rows = product[start : start + _MOMENT_ROWS]
-        if kept is not None:
-            rows = rows.index_select(1, kept)
-        low, high = torch.aminmax(rows, dim=1)
-        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-            raise BadFile("the product of W_dec and W_U overflows float32.", at="W_dec, W_U")
-        deviation = rows.double()
-        mean = deviation.mean(dim=1)
-        deviation -= mean[:, None]
-        square = deviation * deviation
-        variance = square.mean(dim=1)
-        variance[low == high] = 0.0  # the mean of equal values can be off by a rounding
-        third = torch.linalg.vecdot(square, deviation) / rows.shape[1]
-        fourth = torch.linalg.vecdot(square, square) / rows.shape[1]
-        undefined = torch.where(variance > 0, 0.0, torch.nan)
-        shape = torch.stack([mean, variance.sqrt(), third / variance**1.5, fourth / variance**2])
-        shape[2:] += undefined
-        result[:, start : start + _MOMENT_ROWS] = shape
-    return result
-
-
-def _top_k(product: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Weights and token ids of the `top_k` largest of each row; equal values in order of token id.
-
-    `torch.topk` breaks ties as it likes. Sorting what it returns is enough unless the tie straddles the last
-    place, which shows in the next value; only such rows are searched whole.
-    """
-    found = product.topk(min(top_k + 1, product.shape[1]), dim=1)
-    indices, by_id = found.indices[:, :top_k].sort(dim=1)
-    values = found.values[:, :top_k].gather(1, by_id)
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    indices = indices.gather(1, order)
-    if found.values.shape[1] > top_k:
-        straddles = found.values[:, top_k] == found.values[:, top_k - 1]
-        for row in straddles.nonzero().flatten().tolist():
-            candidates = (product[row] >= found.values[row, top_k]).nonzero().flatten()
-            _, order = product[row, candidates].sort(descending=True, stable=True)
-            indices[row] = candidates[order[:top_k]]
-    return values, indices
+    return masks
 
 
 def _check_name(projection: str) -> None:
