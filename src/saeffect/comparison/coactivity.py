@@ -197,7 +197,7 @@ def _correlations(
         together = (fires @ fires_b).toarray()
         products = (some.astype(np.float64) @ values_b).toarray()
         mine = slice(first, first + len(products))
-        products /= n_tokens
+        products /= max(1, n_tokens)
         products -= np.outer(a.mean[mine], b.mean)
         products /= np.outer(a.std[mine], b.std)
         impossible = (together < min_coactive) | ~(products > 0) | a.out[mine, None] | b.out

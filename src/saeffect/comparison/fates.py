@@ -103,7 +103,7 @@ def fates(
 
     A drop is judged feature by feature: if fine-tuning did nothing, the treatment's SAE is one more seed, and
     its similarity to a control feature is one of a kind with the placebos' (`exchangeable_p`). A new feature
-    has no such partner, so it is ranked among the placebo's features of its stratum (`conformal_p`). If the
+    has no such partner, so it is ranked among the placebo's features like it (`conformal_p`). If the
     treatment's SAE shares the control's seed the former test errs on the side of "kept".
 
     Args:
@@ -202,14 +202,13 @@ def _gained(
     similarity = np.concatenate([_best(one.backward, one.measure) for one in matchings])
     similarity[out] = np.nan
     second = np.concatenate([_second(one.backward, one.measure) for one in matchings])
-    # Ranks within a stratum can be no finer than its null features: fewer, larger strata than for pairs.
-    groups = strata(traits, max(2 * rules.min_stratum, len(traits) // 8))
+    groups = strata(traits, len(matchings) * rules.min_stratum)
     n = treatment.n_b
     null, null_groups = similarity[n:], groups[n:]
     kept_at = quantile_per_stratum(null, null_groups, rules.kept_quantile, groups)
     chance_at = quantile_per_stratum(second[n:], null_groups, rules.chance_quantile, groups)
     defined = ~np.isnan(similarity) & ~np.isnan(kept_at) & ~np.isnan(chance_at)
-    p = conformal_p(similarity[:n] + rules.margin, groups[:n], null, null_groups)
+    p = conformal_p(similarity[:n], groups[:n], null, null_groups, margin=rules.margin)
     table = pd.DataFrame({"feature": np.arange(n), "match": treatment.backward.match, "similarity": similarity[:n]})
     sides, start = [], 0
     for one in matchings:

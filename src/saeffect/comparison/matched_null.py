@@ -2,7 +2,7 @@
 
 Two answers. Where every SAE has a number for the same feature (how well it is matched, how far it rotated),
 `exchangeable_p`: if fine-tuning did nothing, the treatment's number is one of a kind with the placebos'. Where
-the SAEs have different features, `conformal_p`: rank the number among those of placebo features of the same
+the SAEs have different features, `conformal_p`: rank the number among those of placebo features, stratum by
 stratum. Strata hold features of similar traits (density, decoder norm), since rare features match badly anyway.
 """
 
@@ -116,34 +116,50 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
     return p, drop
 
 
-def conformal_p(values: npt.ArrayLike, groups: IntArray, null: npt.ArrayLike, null_groups: IntArray) -> FloatArray:
-    """How low is each value among the null values of its own stratum?
+def conformal_p(
+    values: npt.ArrayLike, groups: IntArray, null: npt.ArrayLike, null_groups: IntArray, *, margin: float = 0.0
+) -> FloatArray:
+    """How low is each value among null values of features like it?
+
+    Within a stratum values are centred on the median and divided by the mean deviation, both of values and
+    null values together. These scores are ranked among the null scores of all strata, each weighted so that
+    the null has as many features of a stratum as the values have. If nothing sets the values apart, theirs
+    and the null's are one of a kind in every stratum, whatever its shape.
 
     Args:
         values: [n], NaN where undefined.
         groups: int64 [n].
         null: [n_null], the same number for features that nothing was done to.
         null_groups: int64 [n_null].
+        margin: Added to the values before they are ranked: a lack that counts for nothing.
 
     Returns:
-        p = (1 + null values at or below) / (1 + null values) in the stratum; [n]. NaN where the value is
-        undefined or its stratum has no null value. A stratum of 99 null values cannot give less than 0.01.
+        p [n], at least about 1 / n_null. NaN where the value is undefined or its stratum has no null value.
 
     Source:
-        Bates et al. (2023), Testing for outliers with conformal p-values: Benjamini-Hochberg holds for them.
+        Bates et al. (2023), Testing for outliers with conformal p-values: Benjamini-Hochberg holds for them;
+        the weights are those of Tibshirani et al. (2019).
 
     Example:
-        >>> conformal_p([0.1, 0.3], np.array([0, 0]), [0.2, 0.4, 0.6], np.array([0, 0, 0])).tolist()
+        >>> conformal_p([0.1, 0.3], np.array([0, 0]), [0.2, 0.4, 0.6], np.array([0, 0, 0])).round(6).tolist()
         [0.25, 0.5]
     """
-    data, reference = np.asarray(values, dtype=np.float64), np.asarray(null, dtype=np.float64)
-    p = np.full(len(data), np.nan)
-    usable = ~np.isnan(reference) & (null_groups != NO_STRATUM)
-    for group in np.unique(null_groups[usable]):
-        ranked = np.sort(reference[usable & (null_groups == group)])
-        mine = (groups == group) & ~np.isnan(data)
-        p[mine] = (1 + np.searchsorted(ranked, data[mine] + _TIE, side="right")) / (1 + len(ranked))
-    return p
+    data, reference = np.array(values, dtype=np.float64), np.array(null, dtype=np.float64)
+    weight, null_weight = np.full(len(data), np.nan), np.zeros(len(reference))
+    for group in np.unique(groups[groups != NO_STRATUM]):
+        mine, theirs = (groups == group) & ~np.isnan(data), (null_groups == group) & ~np.isnan(reference)
+        if not mine.any() or not theirs.any():
+            continue
+        both = np.concatenate([data[mine], reference[theirs]])
+        middle = np.median(both)
+        scale = np.abs(both - middle).mean() or 1.0
+        data[mine], reference[theirs] = (data[mine] + margin - middle) / scale, (reference[theirs] - middle) / scale
+        weight[mine] = null_weight[theirs] = mine.sum() / theirs.sum()
+    used = null_weight > 0
+    order = np.argsort(reference[used], kind="stable")
+    ranked = reference[used][order]
+    below = np.concatenate([[0.0], null_weight[used][order].cumsum()])
+    return np.asarray((weight + below[np.searchsorted(ranked, data + _TIE, side="right")]) / (weight + below[-1]))
 
 
 def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, asked: IntArray) -> FloatArray:
