@@ -1,35 +1,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the killed process imports too
+sys.path.insert(0, str(Path(__file__).parent))  # for planted
 
-from planted import D_IN, planted, planted_store, true_features
+from planted import planted_store, true_features
 
-from saeffect.activations.shards import ActivationStore, save_shard, shard_name
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.sae.base import SaeConfig
+from saeffect.activations.shards import ActivationStore
+from saeffect.errors import BadFile, ConfigError, EmptySelection
+from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae
-from saeffect.sae.topk import TopKSae
-from saeffect.sae.training import (
-    SaeTrainingConfig,
-    _fold_scale,
-    _input_scale,
-    _rate_factor,
-    train_sae,
-    training_quality,
-)
+from saeffect.sae.training import SaeJob, train_sae, train_saes
+from saeffect.sae.training_config import Architecture, SaeTrainingConfig
+from saeffect.sae.training_step import TRAINABLE
 
 WEIGHTS = "sae_weights.safetensors"
+METADATA = {"hook_name": "blocks.1.hook_resid_pre"}
 SMALL = SaeTrainingConfig(
     d_sae=32,
     k=2,
@@ -39,20 +34,13 @@ SMALL = SaeTrainingConfig(
     dead_after=600,
     auxiliary_k=8,
     checkpoint_every=7,
-    report_every=5,
+    metrics_every=5,
+    evaluate_every=12,
 )
 
 
-class Killed(BaseException):
-    """Stands in for a process that ends here."""
-
-
-def _stop_at(step: int, error: type[BaseException] = Killed) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if line.startswith(f"step {step}/"):
-            raise error
-
-    return say
+def _but(config: SaeTrainingConfig, **changes: Any) -> SaeTrainingConfig:
+    return SaeTrainingConfig(**(config.model_dump(exclude_defaults=True) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -65,185 +53,270 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`SMALL` trained in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    train_sae(store, SMALL, folder, metadata={"hook_name": "blocks.1.hook_resid_pre"}, dtype="float32")
+    train_sae(store, SMALL, folder, metadata=METADATA, dtype="float32", evaluate=lambda _: {"ce_loss_score": 0.5})
     return folder
 
 
-@pytest.mark.parametrize("stops", [(5,), (10,), (20,), (30,), (10, 25)])
-def test_a_killed_run_ends_with_the_same_bytes(
-    store: ActivationStore, whole: Path, tmp_path: Path, stops: tuple[int, ...]
-) -> None:
-    metadata = {"hook_name": "blocks.1.hook_resid_pre"}
-    for stop in stops:
-        with pytest.raises(Killed):
-            train_sae(store, SMALL, tmp_path, metadata=metadata, dtype="float32", say=_stop_at(stop))
-        assert not (tmp_path / WEIGHTS).exists()
-    train_sae(store, SMALL, tmp_path, metadata=metadata, dtype="float32")
-    for name in (WEIGHTS, "cfg.json", "metrics.jsonl"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "metrics.jsonl", WEIGHTS]
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_kill_9(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
-    code = """
-import os, sys, torch
-torch.set_num_threads(1)
-from test_training import SMALL, ActivationStore, train_sae
-def say(line):
-    if line.startswith("step 25/"):
-        os.kill(os.getpid(), 9)
-train_sae(ActivationStore.open(sys.argv[1]), SMALL, sys.argv[2], metadata={"hook_name": "blocks.1.hook_resid_pre"},
-    dtype="float32", say=say)
-"""
-    path = os.pathsep.join([str(Path(__file__).parents[2] / "src"), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(store.folder), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
-    assert done.returncode == -9
-    assert (tmp_path / "checkpoint" / "state.safetensors").is_file()
-    said: list[str] = []
-    train_sae(
-        store,
-        SMALL,
-        tmp_path,
-        metadata={"hook_name": "blocks.1.hook_resid_pre"},
-        dtype="float32",
-        say=said.append,
-    )
-    assert said[0].startswith("step 25/"), "steps up to the checkpoint at 21 are not done again"
-    assert (tmp_path / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+def test_what_is_left(whole: Path) -> None:
+    names = ["cfg.json", "finished.json", "metrics.jsonl", WEIGHTS, "sparsity.safetensors"]
+    assert sorted(p.name for p in whole.iterdir()) == sorted([*names, "training.png", "training.svg"])
+    sae = load_sae(whole)
+    assert sae.cfg.hook_name == METADATA["hook_name"]
+    assert (sae.cfg.d_sae, sae.cfg.k) == (32, 2)
 
 
 def test_the_log(whole: Path) -> None:
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [4, 9, 14, 19, 24, 29]
-    assert [row["tokens"] for row in rows] == [320, 640, 960, 1280, 1600, 1920]
-    assert rows[-1]["explained_variance"] > rows[0]["explained_variance"]
-    assert 0 < rows[-1]["l0"] <= 2
+    rows = _rows(whole)
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in trained] == [4, 9, 14, 19, 24, 29]
+    assert [row["tokens"] for row in trained] == [320, 640, 960, 1280, 1600, 1920]
+    assert trained[-1]["explained_variance"] > trained[0]["explained_variance"]
+    assert 0 < trained[-1]["l0"] <= 2
+    assert trained[-1]["loss"] == pytest.approx(trained[-1]["mse"] + trained[-1].get("auxiliary", 0.0), rel=1e-5)
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [11, 23, 29], "and the last step"
 
 
-def test_planted_features_are_found(tmp_path: Path) -> None:
+def test_explained_variance_is_of_the_whole_batch(store: ActivationStore, tmp_path: Path) -> None:
+    """At a rate of next to nothing the SAE stays where it starts: mse and variance can be worked out by hand."""
+    config = _but(SMALL, steps=1, epochs=1, metrics_every=1, learning_rate=1e-12, normalise_inputs="none")
+    sae = train_sae(store, config, tmp_path, metadata={}, dtype="float32")
+    x = next(store.batches(64, seed=0, epoch=0))
+    mse = (sae(x) - x).square().sum(1).mean()
+    (row,) = _rows(tmp_path)
+    assert row["mse"] == pytest.approx(float(mse), rel=1e-4)
+    assert row["explained_variance"] == pytest.approx(1 - float(mse / x.var(0, correction=0).sum()), rel=1e-4)
+    assert row["l0"] == pytest.approx(float((sae.encode(x) > 0).sum() / 64))
+
+
+@pytest.mark.parametrize("architecture", TRAINABLE)
+def test_planted_features_are_found(tmp_path: Path, architecture: Architecture) -> None:
     store = planted_store(tmp_path / "store", 16_384)
+    own: dict[str, dict[str, Any]] = {
+        "standard": {"l1_coefficient": 1.0},
+        "gated": {"l1_coefficient": 1.0},
+        "jumprelu": {"l0_coefficient": 0.3, "bandwidth": 0.5, "threshold_at_start": 0.3},
+    }
+    of_k = {"k": 2, "dead_after": 5_000, "auxiliary_k": 8}
     config = SaeTrainingConfig(
-        d_sae=48, k=2, epochs=10, batch_size=256, learning_rate=5e-3, dead_after=5_000, auxiliary_k=8
+        architecture=architecture,
+        d_sae=48,
+        epochs=10,
+        batch_size=256,
+        learning_rate=5e-3,
+        **own.get(architecture, of_k),
     )
     sae = train_sae(store, config, tmp_path / "sae", metadata={}, dtype="float32")
-    cosines = (true_features() @ sae.W_dec.T).max(dim=1).values
-    assert (cosines > 0.95).float().mean() > 0.85, cosines
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(48))
-    held_out = planted_store(tmp_path / "held_out", 2_000, seed=5)
-    quality = training_quality(load_sae(tmp_path / "sae"), held_out)  # type: ignore[arg-type]
-    assert quality.explained_variance > 0.9
-    assert quality.n_tokens == 2_000
-    assert 1.5 < quality.l0 <= 2
-    assert 0.9 < quality.l2_ratio < 1.1
+    rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    cosines = (true_features() @ rows.T).max(dim=1).values
+    assert (cosines > 0.9).float().mean() > 0.8, cosines
+    x = planted_store(tmp_path / "held_out", 2_000, seed=5).sample(2_000)
+    error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert 1 - error > 0.9
+    assert (sae.encode(x) > 0).sum() / 2_000 < 6
 
 
-def test_the_auxiliary_loss_brings_features_back() -> None:
-    """Eight features take all the tokens; the others are too faint to be chosen unless they are trained apart."""
-    x = planted(512, seed=3)
-    dead = {}
-    for weight in (0.0, 1.0):
-        sae = TopKSae(SaeConfig("topk", D_IN, 40, k=4))
-        sae.initialise(x.mean(0), seed=0)
-        with torch.no_grad():
-            sae.W_enc[:, 8:] *= 0.02
-        optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
-        for _ in range(300):
-            silent = (~(sae.encode(x) > 0).any(0)).nonzero().flatten()
-            sae.accumulate_gradients(x, dead=silent, k_auxiliary=4, auxiliary_weight=weight)
-            sae.remove_parallel_gradient()
-            optimizer.step()
-            sae.normalise_decoder()
-        dead[weight] = len(silent)
-    assert dead[1.0] < dead[0.0], dead
+def test_the_scale_of_the_inputs_changes_nothing_but_the_scale(tmp_path: Path) -> None:
+    """Inputs are brought to one size, and the SAE that is saved takes and gives them in their own."""
+    found = []
+    for factor in (1.0, 8.0):
+        store = planted_store(tmp_path / f"store{factor}", 960)
+        store = _Scaled(store, factor)  # type: ignore[assignment]
+        sae = train_sae(store, SMALL, tmp_path / f"{factor}", metadata={}, dtype="float32")
+        x = store.sample(200)
+        found.append((sae(x) / factor, sae.encode(x) / factor))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_folding_the_scale_is_exact() -> None:
-    x = planted(50, seed=3)
-    scale = _input_scale(x)
-    assert (x * scale).norm(dim=1).mean().item() == pytest.approx(D_IN**0.5, rel=1e-5)
-    sae = TopKSae(SaeConfig("topk", D_IN, 32, k=4))
-    sae.initialise(x.mean(0) * scale, seed=0)
-    with torch.no_grad():
-        sae.b_enc += 0.1
-    acts, out = sae.encode(x * scale), sae(x * scale)
-    rows = sae.W_dec.clone()
-    _fold_scale(sae, scale)
-    torch.testing.assert_close(sae.encode(x) * scale, acts, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sae(x) * scale, out, rtol=1e-4, atol=1e-5)
-    assert torch.equal(sae.W_dec, rows)
+class _Scaled:
+    """A store whose activations are larger; powers of two, so that nothing is rounded."""
+
+    def __init__(self, store: ActivationStore, factor: float) -> None:
+        self._store, self._factor = store, factor
+        self.d_in, self.mean_norm = store.d_in, store.mean_norm * factor
+
+    def identity(self) -> str:
+        return f"{self._store.identity()} {self._factor}"
+
+    def sample(self, n_tokens: int) -> Tensor:
+        return self._store.sample(n_tokens) * self._factor
+
+    def n_batches(self, batch_size: int, *, seed: int = 0, epoch: int = 0) -> int | None:
+        return self._store.n_batches(batch_size, seed=seed, epoch=epoch)
+
+    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        for x in self._store.batches(batch_size, seed=seed, epoch=epoch, start=start):
+            yield x * self._factor
 
 
-def test_quality_by_hand(tmp_path: Path) -> None:
-    """Feature 0 of three keeps the first dimension; the second dimension is lost."""
-    sae = TopKSae(SaeConfig("topk", 2, 3, k=1))
-    with torch.no_grad():
-        sae.W_enc[0, 0] = 1.0
-        sae.W_dec[0, 0] = 1.0
-    (tmp_path / "harvest.json").write_text("{}")
-    save_shard(tmp_path / shard_name(0), {"activations": torch.tensor([[3.0, 4.0], [0.0, 2.0]])})
-    quality = training_quality(sae, ActivationStore.open(tmp_path))
-    assert quality.explained_variance == pytest.approx(1 - 20 / (2 * 1.5**2 + 2 * 1.0**2))
-    assert quality.l0 == 0.5
-    assert quality.l2_ratio == pytest.approx((3 / 5 + 0) / 2)
-    assert quality.dead_share == pytest.approx(2 / 3)
-    assert quality.mean_log10_density == pytest.approx((-0.30103 - 10 - 10) / 3, abs=1e-4)
-    assert quality.n_tokens == 2
+class _Streamed(_Scaled):
+    """Of unknown length, as streamed text is."""
+
+    def n_batches(self, batch_size: int, *, seed: int = 0, epoch: int = 0) -> int | None:
+        return None
 
 
-def test_the_rate_rises_stays_and_falls() -> None:
-    config = SaeTrainingConfig(warmup_share=0.1, decay_share=0.2)
-    rates = [_rate_factor(step, 100, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9:81] == [1.0] * 72
-    assert rates[90] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(0.05)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[80:] == sorted(rates[80:], reverse=True)
+def test_text_of_unknown_length_is_read_again(
+    store: ActivationStore, whole: Path, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    source = _Streamed(store, 1.0)
+    with complains(ConfigError, "the number of steps must be given", at="sae.steps"):
+        train_sae(source, SMALL, tmp_path / "a", metadata={})
+    train_sae(source, _but(SMALL, steps=30), tmp_path / "b", metadata=METADATA, dtype="float32")
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), "two passes of 15 batches"
+    with complains(EmptySelection, "fewer tokens than one batch of 961"):
+        train_sae(source, _but(SMALL, steps=3, batch_size=961), tmp_path / "c", metadata={})
 
 
 def test_seeds_matter_and_global_randomness_does_not(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     for seed, same in ((0, True), (1, False)):
-        config = SMALL.model_copy(update={"seed": seed})
-        train_sae(store, config, tmp_path / str(seed), metadata={}, dtype="float32")
+        train_sae(store, _but(SMALL, seed=seed), tmp_path / str(seed), metadata={}, dtype="float32")
         written = (tmp_path / str(seed) / WEIGHTS).read_bytes()
         assert (written == (whole / WEIGHTS).read_bytes()) is same
 
 
+def test_side_by_side_is_one_by_one(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
+    config = _but(SMALL, seed=1, data_seed=0)
+    alone = train_sae(store, config, tmp_path / "alone", metadata={}, dtype="float32")
+    said: list[str] = []
+    jobs = [SaeJob(_but(SMALL, data_seed=0), tmp_path / "a", METADATA, "float32")]
+    jobs.append(SaeJob(config, tmp_path / "b", {}, "float32"))
+    both = train_saes(store, jobs, say=said.append)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert (tmp_path / "b" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
+    assert torch.equal(both[1].W_dec, alone.W_dec)
+    assert {line.split(":")[0] for line in said} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 32}, "share batch_size; got 64 and 32"),
+        ({"seed": 1}, "share data_seed; got 0 and 1"),
+        ({"epochs": 3}, "share epochs"),
+        ({"normalise_inputs": "none"}, "share normalise_inputs"),
+        ({}, "into one folder"),
+    ],
+)
+def test_jobs_that_cannot_go_together(
+    store: ActivationStore, tmp_path: Path, complains: Callable[..., Any], changes: dict[str, Any], named: str
+) -> None:
+    jobs = [SaeJob(SMALL, tmp_path / "a"), SaeJob(_but(SMALL, **changes), tmp_path / ("b" if changes else "a"))]
+    with complains(ConfigError, named):
+        train_saes(store, jobs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_finished_is_not_repeated(store: ActivationStore, tmp_path: Path) -> None:
+    job = SaeJob(SMALL, tmp_path / "a", METADATA, "float16")
+    (first,) = train_saes(store, [job])
+    written = (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns
+    said: list[str] = []
+    (again,) = train_saes(store, [job], say=said.append)
+    assert said == ["finished before; nothing to do"]
+    assert torch.equal(first.W_dec, again.W_dec), (
+        "what is given back is what was saved, also by the run that trained it"
+    )
+    assert (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns == written
+    # How often metrics are written decides nothing; other settings do, and so do damaged weights.
+    train_saes(store, [replace(job, config=_but(SMALL, metrics_every=3))])
+    assert (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns == written
+    (tmp_path / "a" / WEIGHTS).write_bytes(b"damaged")
+    train_saes(store, [job])
+    assert torch.equal(load_sae(tmp_path / "a").W_dec, first.W_dec)
+    train_saes(store, [replace(job, config=_but(SMALL, seed=5))])
+    assert not torch.equal(load_sae(tmp_path / "a").W_dec, first.W_dec)
+
+
+class _Stop(BaseException):
+    """Stands in for a process that ends here."""
+
+
+def _stop_at(step: int) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if line.startswith(f"step {step}/"):
+            raise _Stop
+
+    return say
+
+
 def test_another_run_does_not_go_on(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
-    with pytest.raises(Killed):
+    with pytest.raises(_Stop):
         train_sae(store, SMALL, tmp_path, metadata={}, say=_stop_at(10))
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
-        train_sae(store, SMALL.model_copy(update={"seed": 1}), tmp_path, metadata={})
-    other = ActivationStore(store.folder, {"made_by": {"text": "another"}})
+        train_sae(store, _but(SMALL, seed=1), tmp_path, metadata={})
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
-        train_sae(other, SMALL, tmp_path, metadata={})
+        train_sae(_Scaled(store, 1.0), SMALL, tmp_path, metadata={})
 
 
-def test_stopped_by_the_user(store: ActivationStore, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted) as caught:
-        train_sae(store, SMALL, tmp_path, metadata={}, say=_stop_at(10, KeyboardInterrupt))
-    assert "run the same command again" in str(caught.value)
-    assert (tmp_path / "checkpoint" / "state.safetensors").is_file()
+def test_weights_that_are_not_finite_are_never_saved(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]
+) -> None:
+    """A step whose loss was finite may still break the weights; the checkpoint after it must not replace a good one."""
+    from saeffect.sae.topk import TopKSae
+
+    real = TopKSae.after_step
+
+    def breaks(sae: TopKSae, inputs: Any) -> None:
+        real(sae, inputs)
+        breaks.calls += 1  # type: ignore[attr-defined]
+        if breaks.calls == 14:  # type: ignore[attr-defined]
+            sae.W_dec.data[3, 0] = torch.inf
+
+    breaks.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(TopKSae, "after_step", breaks)
+    with complains(BadFile, "W_dec became NaN or infinite at step 13.", "from the checkpoint after step 7"):
+        train_sae(store, SMALL, tmp_path, metadata={})
+    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-00000007.safetensors"]
 
 
-def test_losses_that_are_no_numbers(tmp_path: Path, complains: Callable[..., Any]) -> None:
-    (tmp_path / "harvest.json").write_text('{"made_by": 1}')
-    save_shard(tmp_path / shard_name(0), {"activations": torch.full((256, 4), float("nan"))})
-    store = ActivationStore.open(tmp_path)
-    with complains(BadFile, "the loss became nan at step 0", "lower learning_rate"):
-        train_sae(store, SMALL, tmp_path / "sae", metadata={})
-    assert not (tmp_path / "sae" / WEIGHTS).exists()
+def test_losses_that_overflow(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
+    config = _but(SMALL, learning_rate=1e30, decoder_rows="free", checkpoint_every=1)
+    with complains(BadFile, " at step ", "lower learning_rate", at=str(tmp_path)):
+        train_sae(store, config, tmp_path, metadata={})
+    assert not (tmp_path / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file"])
+def test_a_folder_that_cannot_be(
+    store: ActivationStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    complains: Callable[..., Any],
+    place: str,
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" if place == "a file" else tmp_path / "file" / "sae"
+    monkeypatch.setattr(ActivationStore, "sample", None)  # nothing heavy before that
+    with complains(BadFile, "this folder cannot be written", "choose another", at=str(out)):
+        train_sae(store, SMALL, out, metadata={})
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_less_than_one_batch(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
-    config = SMALL.model_copy(update={"batch_size": 961})
-    with complains(EmptySelection, "fewer tokens than one batch of 961", at=str(store.folder)):
-        train_sae(store, config, tmp_path, metadata={})
+    with complains(EmptySelection, "fewer tokens than one batch of 961"):
+        train_sae(store, _but(SMALL, batch_size=961), tmp_path / "sae", metadata={})
+    assert not (tmp_path / "sae").exists()
+
+
+def test_what_is_measured_is_the_sae_that_would_be_saved(store: ActivationStore, tmp_path: Path) -> None:
+    seen: list[SparseAutoencoder] = []
+
+    def evaluate(sae: SparseAutoencoder) -> dict[str, float]:
+        seen.append(sae)
+        return {}
+
+    config = _but(SMALL, architecture="batchtopk")
+    trained = train_sae(store, config, tmp_path, metadata=METADATA, dtype="float32", evaluate=evaluate)
+    x = store.sample(100)
+    assert trained.cfg.architecture == "jumprelu"
+    assert torch.equal(seen[-1](x), trained(x))
+    assert not torch.equal(seen[0](x), trained(x)), "a copy of then"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +325,9 @@ def test_less_than_one_batch(store: ActivationStore, tmp_path: Path, complains: 
         ({"d_sae": 8, "k": 9}, "k=9 is more than d_sae=8"),
         ({"k": 0}, "Got 0."),
         ({"learning_rate": 0}, "Got 0."),
-        ({"architecture": "gated"}, "Got 'gated'."),
+        ({"architecture": "standard", "l1_coefficient": -1}, "Got -1."),
+        ({"architecture": "transcoder"}, "Got 'transcoder'."),
+        ({"architecture": "standard", "k": 4}, "k is a setting of topk, batchtopk, matryoshka"),
     ],
 )
 def test_bad_recipes(complains: Callable[..., Any], values: dict[str, Any], part: str) -> None:

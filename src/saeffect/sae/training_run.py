@@ -16,7 +16,7 @@ from torch import Tensor
 from saeffect.activations.source import ActivationSource
 from saeffect.errors import BadFile
 from saeffect.models.checkpoint import Checkpoint
-from saeffect.provenance import fingerprint, hash_file, read_json, write_json
+from saeffect.provenance import fingerprint, hash_file, hash_folder, read_json, write_json
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import WEIGHTS, save_sae
 from saeffect.sae.training_config import SaeTrainingConfig
@@ -50,9 +50,11 @@ class SaeJob:
     def made_by(self, source: ActivationSource) -> str:
         """Fingerprint of everything that decides the weights; how often things are written does not."""
         config = self.config.model_dump(
-            mode="json", exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+            mode="json",
+            exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
         )
-        return fingerprint([config, source.identity(), self.dtype])
+        start = None if self.config.init_from is None else hash_folder(self.config.init_from)
+        return fingerprint([config, start, source.identity(), self.dtype])
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,7 @@ class SaeRun:
         if config.init_from is not None:
             from saeffect.sae.warm_start import copy_weights
 
-            copy_weights(
-                Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from"
-            )
+            copy_weights(Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae, config, total_steps)
         self.step = self.trainer.__call__
         self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
