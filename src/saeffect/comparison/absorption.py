@@ -86,8 +86,9 @@ def absorption(
         One row a feature, in the order given: `feature`; `n_active`, tokens on which it fired; `absorbed`;
         `absorbed_by`, treatment features, the largest part first; `weights` of their unit rows in the sum;
         `recall`, the share of its tokens on which any of them fires; `recall_each`; `chance_recall`, the share
-        of tokens on which one of them would fire if each fired as often as on the whole text, independently; `cosine` of the sum with its decoder row; `cosine_p`, rank of
-        that cosine among those of other control features built from the same candidates; `reason`, why it is
+        of tokens on which one of them would fire if each fired as often as on the whole text, independently;
+        `cosine` of the sum with its decoder row; `cosine_p`, rank of that cosine among those of other control
+        features built from the same candidates; `reason`, why it is
         not called absorbed. Numbers are NaN where it fired too seldom or nothing fires with it.
 
     Raises:
