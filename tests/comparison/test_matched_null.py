@@ -109,3 +109,17 @@ def test_conformal_ranks_are_uniform_and_alarms_keep_to_their_rate() -> None:
         alarms += bool((benjamini_hochberg(p) <= 0.05).any())
     assert np.mean(ranks) == pytest.approx(0.5, abs=0.01)
     assert alarms / 400 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
+
+
+def test_more_features_of_a_ragged_stratum_than_the_null_has_make_no_finding() -> None:
+    # Stratum 1 has a few very low values. 90 % of the values are from there, but 10 % of the null.
+    ranks = []
+    for seed in range(200):
+        rng = np.random.default_rng([seed, 6])
+
+        def draw(groups: np.ndarray) -> np.ndarray:
+            return rng.uniform(size=len(groups)) - 9.0 * ((groups == 1) & (rng.random(len(groups)) < 0.1))
+
+        groups, null_groups = np.repeat([0, 1], [30, 270]), np.repeat([0, 1], [2700, 300])
+        ranks.append((conformal_p(draw(groups), groups, draw(null_groups), null_groups) <= 0.05).mean())
+    assert np.mean(ranks) == pytest.approx(0.05, abs=0.01)
