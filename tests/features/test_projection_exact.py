@@ -275,6 +275,29 @@ def test_lower_precision_of_products_that_the_user_allows_is_in_the_bound():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_features_and_one_token(dtype: str):
+    W_dec, W_U = hostile(0, "plain")
+    assert project(W_dec[:0], W_U, 3, "dot", dtype=dtype).indices.shape == (0, 3)
+    one = project(W_dec, W_U[:, :1], 1, dtype=dtype)
+    assert one.indices.tolist() == [[0]] * len(W_dec) and one.std.tolist() == [0.0] * len(W_dec)
+
+
+def test_rows_a_product_are_cut_to_the_memory(monkeypatch: pytest.MonkeyPatch):
+    W_dec, W_U = hostile(0, "plain", d_sae=40)
+    usual = project(W_dec, W_U, 3)
+    monkeypatch.setattr("saeffect.features.projection._PRODUCT_BYTES", 4 * W_U.shape[1] * 7)
+    monkeypatch.setattr("saeffect.features.projection._FEWEST_ROWS", 1)
+    seen = []
+    of = Rows.of.__func__
+    monkeypatch.setattr(
+        Rows, "of", classmethod(lambda cls, rows, dtype: seen.append(len(rows)) or of(cls, rows, dtype))
+    )
+    cut = project(W_dec, W_U, 3)
+    assert len(seen) >= 6 and sum(seen) == 40
+    assert torch.equal(usual.indices, cut.indices) and torch.equal(usual.weights, cut.weights)
+
+
 def test_unknown_dtype():
     with pytest.raises(UnknownName, match="bfloat16"):
         project(*hostile(0, "plain"), dtype="bfloat")
@@ -288,5 +311,5 @@ def test_sums_start_afresh():
         sums.start()
         for tile in tiles.tiles:
             sums.add(rows.unit @ tile.T, torch.empty(len(W_dec), tiles.tiles.shape[1] // 4))
-        results.append(sums.result(rows))
+        results.append(sums.result(rows, torch.zeros(4, len(W_dec))))
     assert torch.equal(*results)

@@ -5,8 +5,9 @@ a tile and in float64 over tiles, of products that are already centred, so that 
 
 Products in bfloat16 are off by some 0.2 % of the typical product each. Over a vocabulary of 50,000 that averages out to
 about 10^-4 in skewness and kurtosis; the standard deviation does not depend on it, since it is taken from the
-covariance of W_U. Where a few tokens hold most of a moment, nothing averages out: skewness may be off by 0.02,
-kurtosis by a percent.
+covariance of W_U. Where a few tokens hold most of a moment, nothing averages out. Those are mostly the top tokens,
+which are evaluated exactly, so their true products take the place of the rounded ones; a few tokens at the other end
+may still put skewness off by 0.02 and kurtosis by a percent.
 
 What is proven is less: if e_t bounds the error of token t's product and E_p is the p-th root of the mean of e_t^p, then
 by Minkowski's inequality the p-th roots of the absolute p-th moments are off by at most E_p, which for a W_U of 768
@@ -69,14 +70,21 @@ class TileMoments:
         self._sums[1, :n] += torch.linalg.vecdot(product, square)
         self._sums[2, :n] += torch.linalg.vecdot(square, square)
 
-    def result(self, rows: Rows) -> Tensor:
-        """Mean, std, skewness and kurtosis of the rows whose tiles were added: float64 [4, r]."""
+    def result(self, rows: Rows, change: Tensor) -> Tensor:
+        """Mean, std, skewness and kurtosis of the rows whose tiles were added: float64 [4, r].
+
+        Args:
+            rows: What was multiplied.
+            change: What is to be added to the sums of the first four powers, float64 [4, r]; see `TopTokens.find`.
+        """
         tiles = self._tiles
-        second, third, fourth = self._sums[:, : len(rows.length)] / tiles.n_valid
-        mean = rows.unit.double() @ tiles.mean  # of the rounded products
-        variance = second - mean**2
-        third = third - mean * (3 * second - 2 * mean**2)
-        fourth = fourth - mean * (4 * self._sums[1, : len(mean)] / tiles.n_valid - mean * (6 * second - 3 * mean**2))
+        if self._covariance is None:
+            change = torch.zeros_like(change)  # float32 needs none, and so does not depend on what was looked for
+        first = rows.unit.double() @ tiles.mean + change[0] / tiles.n_valid  # of the rounded products
+        second, third, fourth = (self._sums[:, : len(first)] + change[1:]) / tiles.n_valid
+        variance = second - first**2
+        fourth = fourth - first * (4 * third - first * (6 * second - 3 * first**2))
+        third = third - first * (3 * second - 2 * first**2)
         true = variance
         if self._covariance is not None:
             true = torch.linalg.vecdot((rows.direction @ self._covariance).double(), rows.direction.double())

@@ -14,6 +14,7 @@ the table's `decoder_norm` for the cosine itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ PROJECTIONS = ("dot", "cosine")
 PRODUCT_DTYPES = ("auto", "float32", "bfloat16")
 
 _BLOCK = 32  # columns of which only the largest product is looked at first
+_PRODUCT_BYTES = 2**26  # products held at once, unless that is fewer rows than make a product efficient
+_FEWEST_ROWS = 128
 _LARGE = 2**32  # multiplications from which bfloat16 pays
 
 
@@ -87,7 +90,7 @@ def project(
 ) -> Projection:
     """The `top_k` tokens that each decoder row promotes most.
 
-    Holds `chunk × d_vocab` products at a time, never `d_sae × d_vocab`.
+    Holds `chunk × d_vocab` products at a time or fewer, never `d_sae × d_vocab`.
 
     Args:
         W_dec: [d_sae, d_in], any float dtype, taken as float32.
@@ -97,7 +100,7 @@ def project(
         valid: bool [d_vocab]; tokens where it is False are never chosen and do not count in the moments.
             Under "cosine" tokens whose unembedding is zero (up to float32 rounding of the largest) are not
             chosen either, since they have no direction; they do count in the moments.
-        chunk: Features per matrix product. Changes memory, and the moments by float32 rounding at most.
+        chunk: Features per matrix product, at most. Changes memory, and the moments by float32 rounding at most.
         dtype: Of the products among which the top tokens are looked for: "float32", "bfloat16", or "auto" for the
             faster one, which is bfloat16 where the processor multiplies it and there is much to multiply. Top tokens
             and weights are the same in all: every token that could be among them, by a proven bound of the rounding,
@@ -135,6 +138,8 @@ def project_both(
 ) -> ProjectionPair:
     """`project` on both scales, from one matrix product; same arguments, same numbers, same errors.
 
+    Skewness and kurtosis from bfloat16 products are the same up to their rounding only.
+
     Example:
         >>> pair = project_both(torch.eye(2), torch.tensor([[4.0, 1.0], [4.0, 0.0]]), top_k=1)
         >>> pair.dot.indices.flatten().tolist(), pair["cosine"].indices.flatten().tolist()
@@ -157,18 +162,18 @@ def _stream(
     search = TopTokens(
         tiles, top_k, {name: (tiles.norms if name == "cosine" else None, mask) for name, mask in scales.items()}
     )
-    del W_U  # the caller's may be a conversion of ours
 
     d_sae, (n_tiles, width, _) = len(W_dec), tiles.tiles.shape
-    n_rows = min(chunk, d_sae)
+    fitting = _PRODUCT_BYTES // (n_tiles * width * tiles.tiles.element_size())
+    n_rows = max(1, min(chunk, d_sae, max(_FEWEST_ROWS, fitting)))
     sums = TileMoments(tiles, n_rows, valid)
     products = torch.empty(n_tiles * n_rows * width, dtype=tiles.tiles.dtype, device=tiles.tiles.device)
     maxima = torch.empty(n_tiles, n_rows, width // block, device=tiles.tiles.device)
     moments = torch.empty(4, d_sae, dtype=torch.float64)
     indices = {name: torch.empty(d_sae, top_k, dtype=torch.int64) for name in wanted}
     weights = {name: torch.empty(d_sae, top_k) for name in wanted}
-    for start in range(0, d_sae, chunk):
-        part = W_dec[start : start + chunk].to(tiles.tiles.device)
+    for start in range(0, d_sae, n_rows):
+        part = W_dec[start : start + n_rows].to(tiles.tiles.device)
         _check_finite(part, "W_dec")
         rows, n = Rows.of(part, tiles.tiles.dtype), len(part)
         here = slice(start, start + n)
@@ -176,9 +181,10 @@ def _stream(
         sums.start()
         for i, tile in enumerate(tiles.tiles):
             sums.add(torch.mm(rows.unit, tile.T, out=product[i]), maxima[i, :n])
-        for name, found in search.find(product, maxima[:, :n].transpose(0, 1).flatten(1), rows).items():
-            weights[name][here], indices[name][here] = found
-        moments[:, here] = sums.result(rows)
+        found, change = search.find(product, maxima[:, :n].transpose(0, 1).flatten(1), rows)
+        for name in wanted:
+            weights[name][here], indices[name][here] = found[name]
+        moments[:, here] = sums.result(rows, change)
     mean, std, skewness, kurtosis = moments
     return {name: Projection(name, indices[name], weights[name], mean, std, skewness, kurtosis) for name in wanted}
 
@@ -242,6 +248,9 @@ def _check_shapes(W_dec: Tensor, W_U: Tensor, valid: Tensor | None) -> None:
 
 
 def _check_finite(weights: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(weights).all()):
+    if not weights.numel():
+        return
+    # Neither a mask nor a copy as large as the weights, unless something is wrong.
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(weights)).tolist())):
         bad = int(weights.numel() - torch.isfinite(weights).sum())
         raise BadFile(f"{name} holds {bad} NaN or infinite values.", at=name, fix="get the weights again.")

@@ -82,8 +82,13 @@ class TopTokens:
             for name, (divisor, choosable) in scales.items()
         }
 
-    def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
-        """Weights float32 [r, top_k] and token ids int64 [r, top_k] of each scale; equal weights by token id.
+    def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """The best tokens, and what evaluating them says of the products' rounding.
+
+        Returns:
+            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], equal weights by token id; and float64
+            [4, r], by how much the sums of the first four powers of a row's products change if those of the tokens that
+            were evaluated are replaced by the true ones.
 
         Args:
             products: Each tile's, [n_tiles, r, width], contiguous.
@@ -106,8 +111,10 @@ class TopTokens:
             whole |= (alive.sum(1) > _DENSE_SHARE * alive.shape[1]) & ~zero
         usual = ~(whole | zero)
         alive.logical_and_(usual[:, None])
-        row, token = self._candidates(products, alive, slack, shift, floors)
+        row, token, near = self._candidates(products, alive, slack, shift, floors)
         values = self._pair_products(rows.exact, row, token)
+        true = values * (tiles.scale / rows.length)[row] - offset[row]
+        change = [torch.bincount(row, true**power - near**power, minlength=len(zero)) for power in (1, 2, 3, 4)]
         found = {}
         for name, scale in self._scales.items():
             weights = torch.zeros(len(zero), self._top_k, device=maxima.device)
@@ -118,7 +125,7 @@ class TopTokens:
             found[name] = weights, indices
         if bool(whole.any()):
             self._evaluate_whole(rows, whole.nonzero().flatten(), found)
-        return found
+        return found, torch.stack(change)
 
     def _search(
         self, maxima: Tensor, slack: Tensor, shift: Tensor, grains: dict[str, Tensor]
@@ -170,8 +177,8 @@ class TopTokens:
 
     def _candidates(
         self, products: Tensor, alive: Tensor, slack: Tensor, offset: Tensor, floors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Rows and token ids of everything that may be a top token, by row, then by id."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, token ids and products (float64) of everything that may be a top token, by row, then by id."""
         tiles = self._tiles
         row, block = alive.nonzero(as_tuple=True)
         per_tile = products.shape[2] // tiles.block
@@ -180,18 +187,18 @@ class TopTokens:
         near = products.view(-1, tiles.block)[place].float()
         possible = torch.zeros_like(near, dtype=torch.bool)
         slack = slack.view(-1, tiles.block)[block]
-        near += self._doubt(near, slack)
+        highest = near + self._doubt(near, slack)
         for name, scale in self._scales.items():
-            upper = near
+            upper = highest
             if name not in self._plain:
                 shift = offset[row]
-                upper = (near + (shift + _MARGIN * shift.abs())) / scale.column_divisor.view(-1, tiles.block)[block]
+                upper = (highest + (shift + _MARGIN * shift.abs())) / scale.column_divisor.view(-1, tiles.block)[block]
             reaches = upper >= floors[name][row]
             possible |= reaches.logical_and_(scale.column_choosable.view(-1, tiles.block)[block])
         which, within = possible.nonzero(as_tuple=True)
         row, token = row[which], tiles.ids[block[which] * tiles.block + within]
         order = (row * len(tiles.tokens) + token).argsort()
-        return row[order], token[order]
+        return row[order], token[order], near[which, within][order].double()
 
     def _pair_products(self, rows: Tensor, row: Tensor, token: Tensor) -> Tensor:
         """`rows[row] · tokens[token]`, float64, one a pair."""

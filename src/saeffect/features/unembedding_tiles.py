@@ -26,6 +26,7 @@ __all__ = ["Rows", "UnembeddingTiles"]
 _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 _VANISHING = 2.0**-56  # squares of what is below 2^-63 may vanish from a length, in up to 16,384 dimensions
 _FARTHEST = 2.0**100  # beyond, or below its inverse, float32 has no room for the scaling
+_PART = 1024  # tokens in float64 at a time
 _WIDTH = 2048  # columns of a tile: a product of 512 rows by a tile stays in the cache
 
 
@@ -89,16 +90,13 @@ class UnembeddingTiles:
 
     def __init__(self, W_U: Tensor, valid: Tensor | None, block: int, dtype: torch.dtype) -> None:
         self.tokens = W_U.T.float().contiguous()
-        self.norms = torch.linalg.vector_norm(self.tokens, dim=1, dtype=torch.float64)
         every = torch.arange(len(self.tokens), device=W_U.device)
         kept = every if valid is None else every[valid.to(W_U.device)]
         self.n_valid, self.block = len(kept), block
-        whole = valid is None or len(kept) == len(every)
-        self.centre = (self.tokens if whole else self.tokens[kept]).mean(dim=0, dtype=torch.float64)
+        low, high = self._survey(torch.ones_like(every, dtype=torch.bool) if valid is None else valid.to(W_U.device))
         # At least the length of the longest column about the centre, at most sqrt(d_in) times that.
-        low, high = torch.aminmax(self.tokens if whole else self.tokens[kept], dim=0)
         reach = float(torch.linalg.vector_norm(torch.maximum(high - self.centre, self.centre - low)))
-        self.largest = torch.maximum(low.abs(), high.abs()).double()
+        self.largest = torch.maximum(low.abs(), high.abs())
         self._in_range = reach == 0 or 1 / _FARTHEST <= reach <= _FARTHEST
         self.scale = 2.0 ** -math.ceil(math.log2(reach)) if reach > 0 and self._in_range else 1.0
         n_tiles = -(-self.n_valid // _WIDTH)
@@ -108,6 +106,26 @@ class UnembeddingTiles:
         dealt = torch.cat([padding, by_length]).view(n_tiles, block, width // block)
         self.ids = dealt.transpose(1, 2).reshape(-1)
         self._fill(n_tiles, width, dtype)
+
+    def _survey(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms and centre; least and greatest number of the valid tokens in each dimension, float64 [d_in].
+
+        A few tokens at a time, since all of them in float64 would be twice as large as W_U.
+        """
+        n, d_in = self.tokens.shape
+        self.norms = torch.empty(n, dtype=torch.float64, device=self.tokens.device)
+        total = torch.zeros(d_in, dtype=torch.float64, device=self.tokens.device)
+        low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
+        for start in range(0, n, _PART):
+            here = slice(start, start + _PART)
+            part = self.tokens[here].double()
+            torch.linalg.vector_norm(part, dim=1, out=self.norms[here])
+            part = part[valid[here]]
+            if len(part):
+                total += part.sum(dim=0)
+                low, high = torch.minimum(low, part.amin(dim=0)), torch.maximum(high, part.amax(dim=0))
+        self.centre = total / self.n_valid
+        return low, high
 
     def _fill(self, n_tiles: int, width: int, dtype: torch.dtype) -> None:
         """The tiles, and what is measured on them."""
