@@ -4,7 +4,7 @@ BIN := .venv/bin
 STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
 
-.PHONY: demo test check lint types layers doctests unit real browser format clean
+.PHONY: demo test check lint types layers doctests unit real browser format clean benchmark-env
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -38,6 +38,10 @@ browser: .venv/.installed-test
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix src tests scripts
 	$(BIN)/ruff format src tests scripts
+
+# Other people's trainers, each at its pinned version, in .venv-peers and .venv-dictionary (about 3 GB).
+benchmark-env:
+	@PYTHON=$(PYTHON) benchmarks/setup_peers.sh
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
