@@ -106,7 +106,7 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
     if reason := fault(data) or _missing(levels):
         return NestedMean(math.nan, np.empty(0), np.empty(0), names[0], reason)
     tree = _tree(data, [levels[name].to_numpy() for name in levels.columns])
-    single = []
+    single: list[str] = []
     while isinstance(tree, list) and len(tree) == 1:
         single.append(names[len(single)])
         tree = tree[0]
