@@ -40,6 +40,12 @@ class NestedMean:
         replicates: The value of each resample of those, float64 `[n_boot]`; empty when there is no interval.
         level_name: Which level that is.
         reason: Why something is NaN, or what the interval does not hold, else "".
+
+    Example:
+        >>> levels = pd.DataFrame({"sae_seed": [0, 0, 1, 1], "feature": [0, 1, 0, 1]})
+        >>> found = nested_mean([1.0, 3.0, 5.0, 5.0], levels, n_boot=40)
+        >>> found.value, found.group_means.tolist(), found.level_name
+        (3.5, [2.0, 5.0], 'sae_seed')
     """
 
     value: float
@@ -124,6 +130,23 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
 
     With a the placebo arm and b the treatment this is also the difference in differences, since the control is
     taken off both: (treatment - control) - (placebo - control).
+
+    Args:
+        a: The reference.
+        b: What is compared with it.
+        level: Of the interval.
+
+    Returns:
+        The difference; NaN ends with a reason where either side shows no spread.
+
+    Source:
+        Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946).
+
+    Example:
+        >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
+        >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
+        >>> round(nested_mean_difference(a, b).value, 6)
+        4.0
     """
     reason = "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
     value, n = b.value - a.value, min(a.n, b.n)
