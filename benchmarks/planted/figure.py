@@ -1,4 +1,4 @@
-"""Two pictures: what the ten most changed features of every fine-tune are about, and error rates beside the promised."""
+"""Two pictures: what the most changed features of every fine-tune are about, and error rates beside the promised."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def draw_rates(rates: Sequence[Mapping[str, Any]], stem: Path) -> None:
                 if value is None or math.isnan(value):
                     continue
                 half = 1.96 * math.sqrt(max(value * (1 - value), 1e-9) / one[count])
-                wrong = nominal is not None and (
-                    value - half > nominal if bad == "above" else value + half < nominal
-                )
+                wrong = nominal is not None and (value - half > nominal if bad == "above" else value + half < nominal)
                 colour = _BAD if wrong else _OWN
                 ax.plot([value - half, value + half], [row, row], color=colour, linewidth=1.6, solid_capstyle="butt")
                 ax.plot(value, row, "o", color=colour if one["strict"] else "white", markeredgecolor=colour, ms=5)

@@ -21,10 +21,10 @@ from concepts import CONCEPTS
 from fine_tunes import NULLS, Planted, train
 from plan import SAE, Plan
 from probe import Instrument, compare
-from write_up import headline, write_results
 from scoring import named_features
 from simulations import SETTINGS, simulate
 from verdicts import judge
+from write_up import headline, write_results
 
 from saeffect.models.loading import bundled_path
 from saeffect.provenance import fingerprint, hash_file, hash_folder, read_json, write_json
@@ -36,7 +36,7 @@ _STARTED = time.monotonic()
 
 
 def say(line: str) -> None:
-    print(f"[{time.monotonic() - _STARTED:6.0f} s] {line}", flush=True)
+    print(f"[{time.monotonic() - _STARTED:6.0f} s] {line}", flush=True)  # noqa: T201
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     simulated = simulations(options.work / "simulations", options.studies, options.threads)
     models = planted_models(plan, options.work)
     write_results(simulated, models, plan, options.out)
-    print(json.dumps(headline(simulated, models)))
+    print(json.dumps(headline(simulated, models)))  # noqa: T201
 
 
 def simulations(folder: Path, n: int, processes: int) -> list[dict[str, Any]]:

@@ -116,7 +116,9 @@ def test_rates_count_what_they_say() -> None:
     nan = float("nan")
     setting = Setting("road", "data", 1.0, lambda effect, rng: None)  # not drawn from
     truth = np.array([[0.0, 0.0], [0.0, 0.0]])
-    null = Simulated(np.array([[0.01, 0.9], [0.2, nan]]), np.array([[0.1, -1], [-1, nan]]), np.array([[1, 1], [1, nan]]))
+    null = Simulated(
+        np.array([[0.01, 0.9], [0.2, nan]]), np.array([[0.1, -1], [-1, nan]]), np.array([[1, 1], [1, nan]])
+    )
     mixed_truth = np.array([[1.0, 0.0], [1.0, 0.0]])
     mixed = Simulated(np.array([[0.01, 0.04], [0.2, 0.3]]), np.array([[0, 0.5], [0, -1]]), np.array([[2, 1], [2, 1]]))
     rates = rates_of(setting, (truth, null), (mixed_truth, mixed))
@@ -165,7 +167,9 @@ def test_the_write_up(tmp_path: Path) -> None:
     assert head["false_positive_rate_worst"] == 0.06 and head["interval_coverage_worst"] == 0.93
     write_results(simulated, models, Plan(), tmp_path)
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert {"planted_found", "planted_total", "null_alarm_rate", "false_positive_rate", "interval_coverage"} <= set(written)
+    assert {"planted_found", "planted_total", "null_alarm_rate", "false_positive_rate", "interval_coverage"} <= set(
+        written
+    )
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".svg", ".png"}
     assert "war (1)" in (tmp_path / "results.md").read_text(encoding="utf-8")
 
