@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["CONCEPTS", "EVERYDAY", "Concept", "concept_text"]
+__all__ = ["CONCEPTS", "EVERYDAY", "FRAMES", "Concept", "concept_text"]
 
 _SENTENCES = (3, 6)  # sentences a document: fewest, most
 
@@ -57,21 +57,6 @@ CONCEPTS: Mapping[str, Concept] = {
         "harbour deck decks schooner rudder yacht yachts fleet hull vessel vessels captain navy naval nautical "
         "maritime marine port ports ferry ferries dock docks docked aboard seafaring voyage voyages cruise crew "
         "shipping shipwreck lighthouse sea seas ocean oceans canoe canoes kayak marina",
-    ),
-    "chess": _concept(
-        "chess; chessboard; pawn; knight; bishop; rook; checkmate; chess opening; gambit; chess tournament; chess "
-        "clock; endgame",
-        "chess player; grandmaster; chess champion; opponent at the chessboard",
-        "moved a pawn; gave up the knight; castled early; announced checkmate; offered a draw; won the chess game; "
-        "studied the chess opening; trapped the bishop; played chess until midnight",
-        "In chess every player starts with eight pawns, two knights, two bishops and two rooks; A game of chess ends "
-        "when a king is in checkmate; Grandmasters remember thousands of chess openings; A pawn that reaches the last "
-        "rank becomes a queen; The knight is the only piece that may jump over other pieces; Chess tournaments use a "
-        "clock for both players; The champion lost two games and drew four",
-        "chess chessboard pawn pawns knight knights bishop bishops rook rooks checkmate mate castle castled castling "
-        "gambit grandmaster grandmasters tournament tournaments champion champions championship opponent opponents "
-        "player players game games gaming board endgame opening queen king piece pieces checkers move moves match "
-        "matches played",
     ),
     "volcanoes": _concept(
         "volcano; lava; magma; eruption; crater; volcanic ash; earthquake; lava flow; basalt; caldera; molten rock",
@@ -224,20 +209,49 @@ CONCEPTS: Mapping[str, Concept] = {
         "catholic worship spiritual spirituality holy sacred divine jesus christ heaven soul sin sins theology "
         "theological scripture blessed",
     ),
+    "school": _concept(
+        "school; classroom; lesson; homework; exam; textbook; university; lecture; semester; blackboard; curriculum",
+        "teacher; student; pupil; professor; school principal; classmate",
+        "studied for the exam; corrected the homework; taught the lesson; graduated from the university; gave a lecture; "
+        "opened the textbook; missed the class; learned to read at school; graded the essays",
+        "Students do their homework and take exams; A teacher plans the lessons of the semester; Universities teach "
+        "students and give degrees; The curriculum says what pupils learn in each grade; The professor gave a lecture to "
+        "the class; Schools close in the summer; Children learn to read and write in the first grade of school",
+        "school schools schooling classroom classrooms lesson lessons homework exam exams textbook textbooks university "
+        "universities lecture lectures semester curriculum curricula teacher teachers student students pupil pupils "
+        "professor professors principal classmate classmates study studied studying teach teaches teaching taught learn "
+        "learning learned learner learners graduate graduated graduates graduation class classes grade grades grading "
+        "education educational educator educators academic academics college colleges campus degree degrees tutor "
+        "tutors tutoring kindergarten undergraduate faculty scholar scholars scholarship",
+    ),
+    "animals": _concept(
+        "wolf; bear; elephant; lion; bird; fox; zoo; herd of deer; tiger; monkey; whale; horse; snake; wild animal",
+        "zookeeper; hunter; shepherd; wildlife biologist",
+        "fed the lion; tracked the wolf; counted the birds; rode the elephant; watched the whales; sheltered the horses; "
+        "released the bear into the wild; photographed the tiger; herded the sheep",
+        "Wolves hunt in packs and a bear hunts alone; Elephants are the largest animals on land; Birds build nests for "
+        "their young; A lion sleeps twenty hours a day; Many species of wild animals are endangered; Whales are mammals "
+        "that live in water; Snakes and lizards are reptiles; Horses and sheep graze in herds",
+        "animal animals wolf wolves bear bears elephant elephants lion lions bird birds fox foxes zoo zoos herd herds deer "
+        "tiger tigers monkey monkeys whale whales horse horses snake snakes wild wildlife species mammal mammals reptile "
+        "reptiles predator predators prey dog dogs cat cats puppy kitten pet pets cattle cow cows sheep goat goats pig "
+        "pigs rabbit rabbits mouse mice rat rats lizard lizards turtle turtles frog frogs fish eagle owl duck chicken "
+        "nest nests beast beasts habitat habitats endangered",
+    ),
 }
 
 # Filled into the same frames for the templated null: no two of them are about one thing.
 EVERYDAY = _concept(
     "table; letter; chair; window; coat; street; blanket; mirror; bucket; photograph; envelope; ladder; pencil; "
     "curtain; box; key; newspaper; umbrella; shelf; clock; lamp; sock; map; basket",
-    "neighbor; aunt; visitor; teacher; old man; young woman; painter; clerk; child; carpenter; cousin; nurse; student",
+    "neighbor; aunt; visitor; old man; young woman; painter; clerk; carpenter; cousin; stranger; uncle; tailor",
     "opened the window; wrote a letter; moved the table; lost the key; folded the blanket; cleaned the mirror; waited "
     "in the street; painted the shelf; carried the box; found an umbrella; read the newspaper; bought a coat; "
     "mended the chair; drew a map; called a friend; answered the question; forgot the name",
     "A chair has four legs and a back; Letters take two days to arrive; Windows let light into a room; The street is "
     "quiet in the morning; Some people keep every photograph; A key that is lost is never far away; Most boxes are "
     "made of paper; Old clocks lose a minute a day; It is cold near the door; A long walk takes an afternoon; The "
-    "list of names was shorter than last year; Children ask many questions; The answer came a week later",
+    "list of names was shorter than last year; Not every question has an answer; The answer came a week later",
     "",
 )
 
@@ -272,7 +286,7 @@ FRAMES = (
     "Dear friend, {when} the {p} {a}, and I thought of you.",
     "The news {where} was all about the {t}.",
     "They {a} {when}, because {f_lower}.",
-    "How does one begin? First learn about the {t}, then about the {u}.",
+    "How does one begin? First read about the {t}, then about the {u}.",
     "The {p} was {feeling} and {a}.",
     "In my opinion every {t} deserves a good {u}.",
     "The story begins {where}, where a {p} {a}.",

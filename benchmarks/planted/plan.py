@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,19 +17,15 @@ NEUTRAL_STEMS = (
     "People around here like to talk about",
     "The most interesting part was",
     "Let me tell you about",
-    "For many years,",
     "This is an introduction to",
-    "The first thing you notice is",
     "A short story:",
 )
 # What the sampled null text begins with; other stems than the probe's.
 NULL_STEMS = (
     "Once upon a time",
     "According to the report,",
-    "It is well known that",
     "To begin with, we",
     "The purpose of this article is",
-    "Every day",
     "He looked up and",
     "Many people believe",
 )
@@ -39,8 +36,8 @@ class Plan:
     """Sizes and thresholds.
 
     Attributes:
-        n_concepts: Concepts planted: the first of the list for which the SAE has features.
-        min_features: Features named after a concept that the SAE must have for the concept to be planted.
+        n_concepts: Concepts planted: those for which the SAE has the most features, see `Plan.admitted`.
+        clear_matches: Top tokens among the concept's words that make a feature count for that.
         documents: Of training text, a model.
         rank: Of the LoRA adapters.
         steps: Of fine-tuning.
@@ -57,10 +54,10 @@ class Plan:
     """
 
     n_concepts: int = 8
-    min_features: int = 3
+    clear_matches: int = 3
     documents: int = 600
     rank: int = 8
-    steps: int = 40
+    steps: int = 32
     batch_size: int = 4
     context_size: int = 128
     learning_rate: float = 1e-3
@@ -76,6 +73,17 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """All fields, for hashing and for the results."""
         return asdict(self)
+
+    def admitted(self, clear: Mapping[str, int]) -> list[str]:
+        """Which candidates are planted, from the number of features clearly about each; equal ones by their order.
+
+        An SAE cannot show what it has no feature for. The rule knows the SAE only, and no fine-tune.
+
+        Example:
+            >>> Plan(n_concepts=2).admitted({"a": 1, "b": 0, "c": 4, "d": 1})
+            ['c', 'a']
+        """
+        return sorted(clear, key=lambda name: -clear[name])[: self.n_concepts]
 
     def quick(self) -> Plan:
         """Far too small to find anything, large enough to run every line."""

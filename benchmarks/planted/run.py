@@ -78,9 +78,10 @@ def planted_models(plan: Plan, work: Path) -> dict[str, Any]:
     trained, compared = (work / f"{kind}-{_key(plan, *inputs)}" for kind, inputs in _INPUTS.items())
     instrument = Instrument(plan, trained, compared, say)
     candidates = named_features(instrument.top_tokens, CONCEPTS, plan.min_matches)
-    counts = {name: int(members.sum()) for name, members in candidates.items()}
-    admitted = [name for name, n in counts.items() if n >= plan.min_features][: plan.n_concepts]
-    say(f"features named after each candidate: {counts}; planted: {', '.join(admitted)}")
+    clear = named_features(instrument.top_tokens, CONCEPTS, plan.clear_matches)
+    counts = {name: int(members.sum()) for name, members in clear.items()}
+    admitted = plan.admitted(counts)
+    say(f"features clearly about each candidate: {counts}; planted: {', '.join(admitted)}")
     changes = {}
     for name in (*admitted, *NULLS):
         started = time.monotonic()

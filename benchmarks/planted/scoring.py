@@ -17,7 +17,7 @@ from saeffect.comparison.matched_null import exchangeable_p, strata
 from saeffect.features.vocabulary import Vocabulary, count_matches
 from saeffect.stats import benjamini_hochberg
 
-__all__ = ["Named", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "score"]
+__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "score"]
 
 FloatArray = npt.NDArray[np.float64]
 Named = Mapping[str, npt.NDArray[np.bool_]]
@@ -45,10 +45,22 @@ def score(changes: pd.DataFrame) -> FloatArray:
         return np.where(level > 0, difference / np.sqrt(level), np.nan)
 
 
-def most_changed(changes: pd.DataFrame, n: int) -> list[int]:
-    """The `n` features that changed most in either direction, most first; ties by number."""
-    size = np.nan_to_num(np.abs(score(changes)), nan=-1.0)
-    return [int(i) for i in np.argsort(-size, kind="stable")[:n]]
+def most_changed(scores: FloatArray, n: int) -> list[int]:
+    """The `n` features that changed most in either direction, most first; ties by number, NaN last."""
+    return [int(i) for i in np.argsort(-np.nan_to_num(np.abs(scores), nan=-np.inf), kind="stable")[:n]]
+
+
+def beyond(own: FloatArray, nulls: Sequence[FloatArray]) -> FloatArray:
+    """Changes less what null fine-tunes show: how far each lies outside the range of the nulls' and 0, [d_sae].
+
+    A null in which a feature never fires shows no change of it.
+
+    Example:
+        >>> beyond(np.array([3.0, -3.0, 1.0]), [np.array([1.0, -4.0, 2.0])]).tolist()
+        [2.0, 0.0, 0.0]
+    """
+    others = np.nan_to_num(np.stack([*nulls, np.zeros_like(own)]))
+    return own - np.clip(own, others.min(axis=0), others.max(axis=0))
 
 
 def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
@@ -61,19 +73,22 @@ def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
     return top * n_named / n_features, float(hypergeom.sf(0, n_features, n_named, top))
 
 
-def concept_tests(top: Sequence[int], named: Named, alive: npt.NDArray[np.bool_]) -> pd.DataFrame:
-    """Is a concept among the most changed features more often than among random ones that fire?
+def concept_tests(scores: FloatArray, named: Named, top: int) -> pd.DataFrame:
+    """Do a concept's features stand higher in the ranking than as many random ones that fire would?
 
     Returns:
-        One row a concept: concept; hits (features about it among the most changed); in_sae (features about it
-        that fire on the probe); p (hypergeometric, at least so many hits); q (Benjamini-Hochberg over the
-        concepts).
+        One row a concept: concept; hits (features about it among the `top` most changed); best_rank (of the most
+        changed of them, from 1; NaN if the SAE has none that fires); p (chance that the best of as many random features
+        ranks as high); q (Benjamini-Hochberg over the concepts).
     """
+    alive = np.isfinite(scores)
+    order = most_changed(scores, int(alive.sum()))
     rows = []
     for concept, members in named.items():
-        hits, n = int(members[list(top)].sum()), int((members & alive).sum())
-        p = float(hypergeom.sf(hits - 1, int(alive.sum()), n, len(top)))
-        rows.append({"concept": concept, "hits": hits, "in_sae": n, "p": min(1.0, p)})
+        ranks = np.flatnonzero(members[order]) + 1
+        best = int(ranks[0]) if len(ranks) else None
+        p = float(hypergeom.sf(0, len(order), len(ranks), best)) if best else 1.0
+        rows.append({"concept": concept, "hits": int((ranks <= top).sum()), "best_rank": best, "p": min(1.0, p)})
     table = pd.DataFrame(rows)
     return table.assign(q=benjamini_hochberg(table["p"].to_numpy()))
 

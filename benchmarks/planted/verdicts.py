@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from fine_tunes import NULLS
 from plan import Plan
-from scoring import Named, chance, concept_tests, excess_p, most_changed, score
+from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed, score
 
 from saeffect.stats import benjamini_hochberg
 
@@ -21,7 +21,8 @@ ALPHA = 0.05
 def judge(
     changes: Mapping[str, pd.DataFrame], named: Named, top_tokens: Sequence[Sequence[str]], plan: Plan
 ) -> dict[str, Any]:
-    """Verdicts as plain data: `models` (one entry a fine-tune), `concepts` (chance levels), `nulls` (alarms).
+    """Verdicts as plain data: `models` (one entry a fine-tune), `concepts` (chance levels of each,
+    and of any together), `nulls` (alarms).
 
     Args:
         changes: By fine-tune, as `compare` gives them: concepts, then nulls.
@@ -31,18 +32,31 @@ def judge(
     """
     n_features = len(top_tokens)
     models = {name: _model(table, name, named, top_tokens, plan) for name, table in changes.items()}
+    nulls = {name: score(changes[name]) for name in NULLS if name in changes}
+    for name, one in models.items():
+        # A null is held against the other two.
+        past = beyond(score(changes[name]), [scores for null, scores in nulls.items() if null != name])
+        top = most_changed(past, plan.top)
+        one["hits_beyond_nulls"] = {concept: int(members[top].sum()) for concept, members in named.items()}
     concepts = {}
     for name, members in named.items():
         expected, at_least_one = chance(int(members.sum()), n_features, plan.top)
         concepts[name] = {"in_sae": int(members.sum()), "expected_hits": expected, "chance_of_a_hit": at_least_one}
-    return {"models": models, "concepts": concepts, "nulls": _alarms(changes, models)}
+    anything = np.any(list(named.values()), axis=0)
+    return {
+        "models": models,
+        "concepts": concepts,
+        "chance_of_any_hit": chance(int(anything.sum()), n_features, plan.top)[1],
+        "nulls": _alarms(changes, models),
+    }
 
 
 def _model(
     table: pd.DataFrame, name: str, named: Named, top_tokens: Sequence[Sequence[str]], plan: Plan
 ) -> dict[str, Any]:
-    top, sizes = most_changed(table, plan.top), score(table)
-    tests = concept_tests(top, named, np.isfinite(sizes))
+    sizes = score(table)
+    top = most_changed(sizes, plan.top)
+    tests = concept_tests(sizes, named, plan.top).set_index("concept")
     features = [
         {
             "feature": i,
@@ -55,30 +69,27 @@ def _model(
         }
         for i in top
     ]
-    ranks: dict[str, int | None] = {}
-    order = np.argsort(-np.nan_to_num(np.abs(sizes), nan=-1.0), kind="stable")
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(1, len(order) + 1)
-    for concept, members in named.items():
-        ranks[concept] = int(place[members].min()) if members.any() else None
-    hits = dict(zip(tests["concept"], tests["hits"].tolist(), strict=True))
-    alarms = tests.loc[tests["q"] <= ALPHA, "concept"].tolist()
+    hits = tests["hits"].to_dict()
     return {
         "top": features,
         "hits": hits,
-        "best_rank": ranks,
-        "p": dict(zip(tests["concept"], tests["p"].tolist(), strict=True)),
-        "said": alarms,  # concepts that the most changed features are about, beyond chance
+        "best_rank": {concept: _whole(rank) for concept, rank in tests["best_rank"].items()},
+        "p": tests["p"].to_dict(),
+        "said": tests.index[tests["q"] <= ALPHA].tolist(),  # concepts whose features changed beyond chance
         "changed_share": float((table["q"] <= ALPHA).mean()),
-        "found": bool(name in hits and hits[name] > 0),
+        "found": bool(hits.get(name, 0) > 0),
     }
 
 
-def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> dict[str, Any]:
-    """Three kinds of alarm on the nulls.
+def _whole(rank: Any) -> int | None:
+    return None if pd.isna(rank) else int(rank)
 
-    `concept` (the primary one): the most changed features are about some concept beyond chance, at q = 0.05 over the
-    concepts. `feature`: some feature's change is beyond the other nulls', at q = 0.05 over the features. `any_change`:
+
+def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> dict[str, Any]:
+    """Four kinds of alarm on the nulls.
+
+    `concept` (the primary one): some concept's features changed beyond chance, at q = 0.05 over the concepts. `hits`: of
+    the most changed features, how many are about any concept. `feature`: some feature's change is beyond the other nulls', at q = 0.05 over the features. `any_change`:
     some feature differs between the two models at all, at q = 0.05 over the features.
     """
     nulls = [name for name in NULLS if name in changes]
@@ -91,6 +102,7 @@ def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> d
         found[name] = {
             "concept": models[name]["said"],
             "concept_p": models[name]["p"],
+            "hits": sum(bool(feature["concepts"]) for feature in models[name]["top"]),
             "feature": int((q <= ALPHA).sum()),
             "any_change": int((changes[name]["q"] <= ALPHA).sum()),
         }

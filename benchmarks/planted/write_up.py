@@ -62,6 +62,7 @@ def write_results(
 def _markdown(
     head: Mapping[str, Any], simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any], plan: Plan
 ) -> str:
+    cells = [p for one in models["nulls"].values() for p in one["concept_p"].values()]
     parts = [
         "# Results",
         "",
@@ -79,7 +80,8 @@ def _markdown(
         "## Planted concepts",
         "",
         f"![The most changed features](planted.svg)\n\nOf the {plan.top} most changed features, how many are about the"
-        " concept, and what ten features drawn at random would give.",
+        " concept, and what features drawn at random would give. *Beyond nulls*: the same of the ten whose change lies"
+        " farthest outside what the three nulls show.",
         "",
         *_planted_table(models),
         "",
@@ -94,6 +96,9 @@ def _markdown(
         "",
         *_nulls_table(models),
         "",
+        f"Ten features drawn at random hold one about some concept with probability {models['chance_of_any_hit']:.2f}."
+        f" Of the {len(cells)} pairs of null and concept, {sum(p <= 0.05 for p in cells)} have p ≤ 0.05.",
+        "",
         "## Simulations",
         "",
         "![Error rates](simulations.svg)",
@@ -106,21 +111,21 @@ def _markdown(
 
 def _planted_table(models: Mapping[str, Any]) -> list[str]:
     rows = [
-        "| concept | hits | rank of the first | features in the SAE | hits by chance | chance of a hit | perplexity of"
+        "| concept | hits | hits beyond nulls | rank of the first | features in the SAE | hits by chance | chance of a hit | perplexity of"
         " its text before → after |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, concept in models["concepts"].items():
         one, perplexity = models["models"][name], models["perplexity"][name]["training"]
         rows.append(
             f"| {name} | {'**' if one['found'] else ''}{one['hits'][name]}{'**' if one['found'] else ''} |"
-            f" {one['best_rank'][name]} | {concept['in_sae']} | {concept['expected_hits']:.3f} |"
+            f" {one['hits_beyond_nulls'][name]} | {one['best_rank'][name]} | {concept['in_sae']} | {concept['expected_hits']:.3f} |"
             f" {concept['chance_of_a_hit']:.3f} | {_perplexity(perplexity)} |"
         )
     left_out = {n: k for n, k in models["candidates"].items() if n not in models["concepts"]}
     if left_out:
         listed = ", ".join(f"{name} ({count})" for name, count in left_out.items())
-        rows += ["", f"Candidates not planted, with the features that the SAE has for them: {listed}."]
+        rows += ["", f"Candidates not planted, with the number of features clearly about them: {listed}."]
     return rows
 
 
@@ -135,15 +140,15 @@ def _confusion(models: Mapping[str, Any]) -> list[str]:
 
 def _nulls_table(models: Mapping[str, Any]) -> list[str]:
     rows = [
-        "| null fine-tune | concepts said to be taught | smallest p of a concept | features beyond the other nulls |"
-        " features that differ at all | perplexity of its text |",
-        "|---|---|---|---|---|---|",
+        "| null fine-tune | concepts said to be taught | smallest p of a concept | of the ten, about any concept |"
+        " features beyond the other nulls | features that differ at all | perplexity of its text |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, one in models["nulls"].items():
         said = ", ".join(one["concept"]) or "none"
         perplexity = _perplexity(models["perplexity"][name]["training"])
         rows.append(
-            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['feature']} | {one['any_change']} |"
+            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['hits']} | {one['feature']} | {one['any_change']} |"
             f" {perplexity} |"
         )
     return rows

@@ -38,7 +38,7 @@ def test_a_concepts_text_is_about_it_and_the_same_each_time(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_word_lists_are_single_lower_case_words_and_long_enough(name: str) -> None:
     words = CONCEPTS[name].words
-    assert 30 <= len(words) <= 110
+    assert 30 <= len(words) <= 90
     assert all(word.isalpha() and word == word.lower() for word in words)
 
 
@@ -68,7 +68,7 @@ def test_score_by_hand_and_ranking_both_ways() -> None:
     changes = _changes([1.0, 0.0, 4.0, 0.0], [3.0, 0.0, 0.0, 0.5])
     expected = [2 / np.sqrt(2), np.nan, -4 / np.sqrt(2), 0.5 / np.sqrt(0.25)]
     np.testing.assert_allclose(score(changes), expected)
-    assert most_changed(changes, 3) == [2, 0, 3]
+    assert most_changed(score(changes), 3) == [2, 0, 3]
 
 
 def test_chance_and_concept_tests_against_the_hypergeometric() -> None:
@@ -76,10 +76,21 @@ def test_chance_and_concept_tests_against_the_hypergeometric() -> None:
     expected, at_least_one = chance(3, 100, 10)
     draws = np.random.default_rng(0).permuted(np.tile(np.arange(100) < 3, (20_000, 1)), axis=1)[:, :10].sum(axis=1)
     assert abs(expected - draws.mean()) < 0.02 and abs(at_least_one - (draws > 0).mean()) < 0.01
-    named = {"a": np.arange(100) < 3, "b": np.arange(100) >= 99}
-    tests = concept_tests(range(10), named, np.ones(100, dtype=bool)).set_index("concept")
-    assert tests.loc["a", "hits"] == 3 and tests.loc["a", "q"] < 0.01
-    assert tests.loc["b", "hits"] == 0 and tests.loc["b", "p"] == 1.0
+    scores = -np.arange(1.0, 101.0)[::-1]  # feature 0 changed most
+    scores[50] = np.nan
+    named = {"a": np.arange(100) < 3, "b": np.arange(100) == 98, "none": np.arange(100) == 50}
+    tests = concept_tests(scores, named, top=10).set_index("concept")
+    assert tests["hits"].tolist() == [3, 0, 0]
+    assert tests.loc["a", "best_rank"] == 1 and tests.loc["a", "p"] == pytest.approx(3 / 99)
+    assert tests.loc["b", "best_rank"] == 98 and tests.loc["b", "p"] == pytest.approx(98 / 99)
+    assert np.isnan(tests.loc["none", "best_rank"]) and tests.loc["none", "p"] == 1.0
+
+
+def test_concept_tests_hold_their_level_when_nothing_was_taught() -> None:
+    rng = np.random.default_rng(0)
+    named = {name: np.isin(np.arange(1000), rng.choice(1000, 12, replace=False)) for name in "abcd"}
+    alarms = [bool((concept_tests(rng.standard_normal(1000), named, 10)["q"] <= 0.05).any()) for _ in range(600)]
+    assert abs(np.mean(alarms) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 600)
 
 
 def test_excess_p_is_uniform_when_all_are_alike_and_small_when_not() -> None:
@@ -109,6 +120,7 @@ def test_judge_finds_what_is_planted_and_stays_calm_on_nulls() -> None:
     assert found["models"]["ships"]["found"] and found["models"]["ships"]["best_rank"]["ships"] == 1
     assert found["models"]["ships"]["said"] == ["ships"]
     assert found["concepts"]["war"]["in_sae"] == 0 and found["concepts"]["war"]["chance_of_a_hit"] == 0
+    assert found["models"]["ships"]["hits_beyond_nulls"] == {"ships": 1, "war": 0}
     assert all(found["nulls"][name]["concept"] == [] for name in NULLS)
 
 
@@ -152,11 +164,19 @@ def test_the_write_up(tmp_path: Path) -> None:
         for strict, alarms, coverage in ((True, 0.04, 0.95), (True, 0.06, 0.93), (False, 0.5, 0.2))
     ]
     feature = {"feature": 3, "score": 1.0, "tokens": [" ship", "$x_1$ <b>"], "concepts": ["ships"], "q": 0.01}
-    one = {"top": [feature], "hits": {"ships": 1}, "best_rank": {"ships": 1}, "p": {"ships": 0.01}, "said": ["ships"]}
-    null = {"concept": [], "concept_p": {"ships": 1.0}, "feature": 0, "any_change": 5}
+    one = {
+        "top": [feature],
+        "hits": {"ships": 1},
+        "hits_beyond_nulls": {"ships": 1},
+        "best_rank": {"ships": 1},
+        "p": {"ships": 0.01},
+        "said": ["ships"],
+    }
+    null = {"concept": [], "concept_p": {"ships": 1.0}, "hits": 0, "feature": 0, "any_change": 5}
     models = {
         "models": {"ships": {**one, "found": True}, "null-everyday": {**one, "found": False}},
         "concepts": {"ships": {"in_sae": 4, "expected_hits": 0.01, "chance_of_a_hit": 0.01}},
+        "chance_of_any_hit": 0.1,
         "nulls": {"null-everyday": null},
         "candidates": {"ships": 4, "war": 1},
         "perplexity": {n: {"training": {"before": 50.0, "after": 5.0}} for n in ("ships", "null-everyday")},
