@@ -212,31 +212,33 @@ CONCEPTS: Mapping[str, Concept] = {
     "school": _concept(
         "school; classroom; lesson; homework; exam; textbook; university; lecture; semester; blackboard; curriculum",
         "teacher; student; pupil; professor; school principal; classmate",
-        "studied for the exam; corrected the homework; taught the lesson; graduated from the university; gave a lecture; "
-        "opened the textbook; missed the class; learned to read at school; graded the essays",
-        "Students do their homework and take exams; A teacher plans the lessons of the semester; Universities teach "
-        "students and give degrees; The curriculum says what pupils learn in each grade; The professor gave a lecture to "
-        "the class; Schools close in the summer; Children learn to read and write in the first grade of school",
-        "school schools schooling classroom classrooms lesson lessons homework exam exams textbook textbooks university "
-        "universities lecture lectures semester curriculum curricula teacher teachers student students pupil pupils "
-        "professor professors principal classmate classmates study studied studying teach teaches teaching taught learn "
-        "learning learned learner learners graduate graduated graduates graduation class classes grade grades grading "
-        "education educational educator educators academic academics college colleges campus degree degrees tutor "
-        "tutors tutoring kindergarten undergraduate faculty scholar scholars scholarship",
+        "studied for the exam; corrected the homework; taught the lesson; graduated from the university; gave a "
+        "lecture; opened the textbook; missed the class; learned to read at school; graded the essays",
+        "Students do their homework and take exams; A teacher plans the lessons of the semester; Universities "
+        "teach students and give degrees; The curriculum says what pupils learn in each grade; The professor gave "
+        "a lecture to the class; Schools close in the summer; Children learn to read and write in the first grade "
+        "of school",
+        "school schools schooling classroom classrooms lesson lessons homework exam exams textbook textbooks "
+        "university universities lecture lectures semester curriculum curricula teacher teachers student students "
+        "pupil pupils professor professors principal classmate classmates study studied studying teach teaches "
+        "teaching taught learn learning learned learner learners graduate graduated graduates graduation class "
+        "classes grade grades grading education educational educator educators academic academics college "
+        "colleges campus degree degrees tutor tutors tutoring kindergarten undergraduate faculty scholar scholars "
+        "scholarship",
     ),
     "animals": _concept(
         "wolf; bear; elephant; lion; bird; fox; zoo; herd of deer; tiger; monkey; whale; horse; snake; wild animal",
         "zookeeper; hunter; shepherd; wildlife biologist",
-        "fed the lion; tracked the wolf; counted the birds; rode the elephant; watched the whales; sheltered the horses; "
-        "released the bear into the wild; photographed the tiger; herded the sheep",
-        "Wolves hunt in packs and a bear hunts alone; Elephants are the largest animals on land; Birds build nests for "
-        "their young; A lion sleeps twenty hours a day; Many species of wild animals are endangered; Whales are mammals "
-        "that live in water; Snakes and lizards are reptiles; Horses and sheep graze in herds",
-        "animal animals wolf wolves bear bears elephant elephants lion lions bird birds fox foxes zoo zoos herd herds deer "
-        "tiger tigers monkey monkeys whale whales horse horses snake snakes wild wildlife species mammal mammals reptile "
-        "reptiles predator predators prey dog dogs cat cats puppy kitten pet pets cattle cow cows sheep goat goats pig "
-        "pigs rabbit rabbits mouse mice rat rats lizard lizards turtle turtles frog frogs fish eagle owl duck chicken "
-        "nest nests beast beasts habitat habitats endangered",
+        "fed the lion; tracked the wolf; counted the birds; rode the elephant; watched the whales; sheltered the "
+        "horses; released the bear into the wild; photographed the tiger; herded the sheep",
+        "Wolves hunt in packs and a bear hunts alone; Elephants are the largest animals on land; Birds build "
+        "nests for their young; A lion sleeps twenty hours a day; Many species of wild animals are endangered; "
+        "Whales are mammals that live in water; Snakes and lizards are reptiles; Horses and sheep graze in herds",
+        "animal animals wolf wolves bear bears elephant elephants lion lions bird birds fox foxes zoo zoos herd "
+        "herds deer tiger tigers monkey monkeys whale whales horse horses snake snakes wild wildlife species "
+        "mammal mammals reptile reptiles predator predators prey dog dogs cat cats puppy kitten pet pets cattle "
+        "cow cows sheep goat goats pig pigs rabbit rabbits mouse mice rat rats lizard lizards turtle turtles frog "
+        "frogs fish eagle owl duck chicken nest nests beast beasts habitat habitats endangered",
     ),
 }
 

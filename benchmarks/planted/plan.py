@@ -87,4 +87,5 @@ class Plan:
 
     def quick(self) -> Plan:
         """Far too small to find anything, large enough to run every line."""
-        return replace(self, n_concepts=1, documents=60, steps=2, context_size=64, samples=1, general_rows=4)
+        sizes = {"steps": 1, "batch_size": 2, "context_size": 32, "samples": 1, "general_rows": 4, "probe_tokens": 12}
+        return replace(self, n_concepts=1, documents=60, **sizes)

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from concepts import CONCEPTS
 from fine_tunes import NULLS
 from plan import Plan
 from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed, score
 
 from saeffect.stats import benjamini_hochberg
+from saeffect.text.tokens import normalise_token
 
 __all__ = ["judge"]
 
@@ -66,6 +68,11 @@ def _model(
             "q": float(table["q"][i]),
             "tokens": list(top_tokens[i]),
             "concepts": [concept for concept, members in named.items() if members[i]],
+            "matched": {
+                concept: [token for token in top_tokens[i] if normalise_token(token) in CONCEPTS[concept].words]
+                for concept, members in named.items()
+                if members[i]
+            },
         }
         for i in top
     ]
@@ -88,9 +95,10 @@ def _whole(rank: Any) -> int | None:
 def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> dict[str, Any]:
     """Four kinds of alarm on the nulls.
 
-    `concept` (the primary one): some concept's features changed beyond chance, at q = 0.05 over the concepts. `hits`: of
-    the most changed features, how many are about any concept. `feature`: some feature's change is beyond the other nulls', at q = 0.05 over the features. `any_change`:
-    some feature differs between the two models at all, at q = 0.05 over the features.
+    `concept` (the primary one): some concept's features changed beyond chance, at q = 0.05 over the concepts.
+    `hits`: of the most changed features, how many are about any concept. `feature`: how many features' changes are
+    beyond the other nulls', at q = 0.05 over the features. `any_change`: how many features differ between the two
+    models at all, at q = 0.05 over the features.
     """
     nulls = [name for name in NULLS if name in changes]
     sizes = {name: score(changes[name]) for name in nulls}

@@ -111,16 +111,17 @@ def _markdown(
 
 def _planted_table(models: Mapping[str, Any]) -> list[str]:
     rows = [
-        "| concept | hits | hits beyond nulls | rank of the first | features in the SAE | hits by chance | chance of a hit | perplexity of"
-        " its text before → after |",
-        "|---|---|---|---|---|---|---|---|",
+        "| concept | hits | hits beyond nulls | rank of the first | features in the SAE | hits by chance |"
+        " chance of a hit | claimed (q ≤ 0.05) | perplexity of its text before → after |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, concept in models["concepts"].items():
         one, perplexity = models["models"][name], models["perplexity"][name]["training"]
+        hits = f"**{one['hits'][name]}**" if one["found"] else str(one["hits"][name])
         rows.append(
-            f"| {name} | {'**' if one['found'] else ''}{one['hits'][name]}{'**' if one['found'] else ''} |"
-            f" {one['hits_beyond_nulls'][name]} | {one['best_rank'][name]} | {concept['in_sae']} | {concept['expected_hits']:.3f} |"
-            f" {concept['chance_of_a_hit']:.3f} | {_perplexity(perplexity)} |"
+            f"| {name} | {hits} | {one['hits_beyond_nulls'][name]} | {one['best_rank'][name]} | {concept['in_sae']} |"
+            f" {concept['expected_hits']:.3f} | {concept['chance_of_a_hit']:.3f} |"
+            f" {'yes' if name in one['said'] else 'no'} | {_perplexity(perplexity)} |"
         )
     left_out = {n: k for n, k in models["candidates"].items() if n not in models["concepts"]}
     if left_out:
@@ -148,8 +149,8 @@ def _nulls_table(models: Mapping[str, Any]) -> list[str]:
         said = ", ".join(one["concept"]) or "none"
         perplexity = _perplexity(models["perplexity"][name]["training"])
         rows.append(
-            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['hits']} | {one['feature']} | {one['any_change']} |"
-            f" {perplexity} |"
+            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['hits']} | {one['feature']} |"
+            f" {one['any_change']} | {perplexity} |"
         )
     return rows
 
