@@ -279,12 +279,12 @@ _HEAVY = "skewness 6: far beyond what bounded outcomes such as cosines show"
 _STEERING, _CROSS, _ARMS, _SEEDS = "steering effects", "cross-activity", "two arms", "SAE seeds"
 _MILD, _WILD = _lognormal(0.5), _lognormal(1.0)
 SETTINGS: tuple[Setting, ...] = (
-    Setting(_STEERING, "normal, 12 prompts x 2 samples", 1.0, _trials(_normal, 12, 2)),
-    Setting(_STEERING, "skewed, 12 x 2", 1.0, _trials(_MILD, 12, 2)),
-    Setting(_STEERING, "four in five zero, 12 x 2", 1.0, _trials(_tied, 12, 2)),
-    Setting(_STEERING, "very skewed, 12 x 2", 1.0, _trials(_WILD, 12, 2), False, _HEAVY),
-    Setting(_STEERING, "normal, 4 x 2 (eight pairs)", 1.5, _trials(_normal, 4, 2), False, _FEW),
-    Setting(_STEERING, "clustered by prompt, 12 x 2", 1.5, _trials(_normal, 12, 2, 0.7), False, _SHARED),
+    Setting(_STEERING, "normal, 12 prompts × 2 samples", 1.0, _trials(_normal, 12, 2)),
+    Setting(_STEERING, "skewed, 12 × 2", 1.0, _trials(_MILD, 12, 2)),
+    Setting(_STEERING, "four in five zero, 12 × 2", 1.0, _trials(_tied, 12, 2)),
+    Setting(_STEERING, "very skewed, 12 × 2", 1.0, _trials(_WILD, 12, 2), False, _HEAVY),
+    Setting(_STEERING, "normal, 4 × 2 (eight pairs)", 1.5, _trials(_normal, 4, 2), False, _FEW),
+    Setting(_STEERING, "clustered by prompt, 12 × 2", 1.5, _trials(_normal, 12, 2, 0.7), False, _SHARED),
     Setting(_CROSS, "normal, 24 rows", 0.4, _activity(_normal, 24, 8, 0.0)),
     Setting(_CROSS, "very skewed, 24 rows", 0.4, _activity(_WILD, 24, 8, 0.0)),
     Setting(_CROSS, "clustered by row, 24 rows", 1.0, _activity(_normal, 24, 8, 1.0)),
@@ -294,7 +294,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(_ARMS, "four in five zero, 40 and 60", 0.7, _two_arms(_tied, 40, 60)),
     Setting(_ARMS, "very skewed, 40 and 60", 0.7, _two_arms(_WILD, 40, 60), False, _HEAVY),
     Setting("two shares", "10 % of 400 features each", 0.1, _shares(0.1, 400, 400)),
-    Setting(_SEEDS, "normal, 5 seeds x 20 features", 2.5, _nested(_normal, 5, 20)),
-    Setting(_SEEDS, "normal, 24 seeds x 8 features", 1.0, _nested(_normal, 24, 8)),
-    Setting(_SEEDS, "skewed, 24 x 8", 1.0, _nested(_MILD, 24, 8)),
+    Setting(_SEEDS, "normal, 5 seeds × 20 features", 2.5, _nested(_normal, 5, 20)),
+    Setting(_SEEDS, "normal, 24 seeds × 8 features", 1.0, _nested(_normal, 24, 8)),
+    Setting(_SEEDS, "skewed, 24 × 8", 1.0, _nested(_MILD, 24, 8)),
 )
