@@ -160,10 +160,11 @@ def test_the_quick_mean_of_clusters_is_the_mean_of_their_values() -> None:
     assert (quick.low, quick.high) == pytest.approx((plain.low, plain.high))
 
 
-def test_one_value_a_cluster_is_the_plain_percentile_bootstrap() -> None:
+def test_one_value_a_cluster_is_the_expanded_percentile_bootstrap() -> None:
     clustered = cluster_bootstrap(SKEWED, range(40), np.median, n_boot=4000)
     means = np.median(np.random.default_rng(9).choice(SKEWED, size=(20_000, 40)), axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    upper = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.975, 39) * np.sqrt(40 / 39))
+    low, high = np.quantile(means, [1 - upper, upper])
     assert (clustered.low, clustered.high) == pytest.approx((low, high), abs=0.06 * (high - low))
 
 
@@ -252,3 +253,13 @@ def test_five_thousand_values_are_quick_and_small() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 75e6
+
+
+def test_a_difference_of_normal_means_is_held_as_often_as_promised() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for seed in range(1500):
+        found = bootstrap_difference(rng.standard_normal(12), rng.standard_normal(16), n_boot=800, seed=seed)
+        held += found.low <= 0 <= found.high
+    # The plain percentiles hold 92 in a hundred.
+    assert 0.938 < held / 1500 < 0.972

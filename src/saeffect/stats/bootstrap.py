@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, Seed, Statistic, check_resamples, fault, generator, sample
@@ -97,7 +97,8 @@ def bootstrap_difference(
     """How much larger the statistic is in `b` than in `a`, and how much of that could be luck.
 
     Above zero means `b` is larger; an interval that leaves zero out means that luck alone seldom does this.
-    Each sample is resampled on its own; the interval is the percentile one.
+    Each sample is resampled on its own; the interval is the expanded percentile one, which is as wide as Student's
+    for normal data.
 
     Args:
         a: Shape [n_a], the reference sample.
@@ -114,6 +115,9 @@ def bootstrap_difference(
     Raises:
         ShapeMismatch: A sample is not one-dimensional, or the statistic does not return one number.
         ConfigError: `n_boot`, `level` or `seed` is out of range.
+
+    Source:
+        Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
 
     Example:
         >>> bootstrap_difference([1, 2, 3], [4, 5, 9]).value
@@ -134,7 +138,7 @@ def bootstrap_difference(
     if reason:
         return Estimate(value, math.nan, math.nan, n, reason)
     replicates = _replicates(data_b, statistic, n_boot, rng) - _replicates(data_a, statistic, n_boot, rng)
-    return _percentile_estimate(value, replicates, level, n)
+    return _percentile_estimate(value, replicates, level, n, min(len(data_a), len(data_b)))
 
 
 def cluster_bootstrap(
@@ -150,7 +154,7 @@ def cluster_bootstrap(
 
     Values of one cluster (the samples of one prompt, the features of one SAE) resemble each other, so a
     hundred of them tell less than a hundred independent ones: clusters are resampled whole, with all their
-    values. The interval is the percentile one; from fewer than about ten clusters it is too narrow.
+    values. The interval is the expanded percentile one; from fewer than about ten clusters it is too narrow.
 
     Args:
         values: Shape [n].
@@ -193,7 +197,7 @@ def cluster_bootstrap(
     if reason := reason or _undefined(value):
         return Estimate(value, math.nan, math.nan, len(names), reason)
     replicates = _cluster_replicates(data, codes, len(names), statistic, n_boot=n_boot, rng=rng)
-    return _percentile_estimate(value, replicates, level, len(names))
+    return _percentile_estimate(value, replicates, level, len(names), len(names))
 
 
 @contextmanager
@@ -280,10 +284,16 @@ def _cluster_replicates(
     return replicates
 
 
-def _percentile_estimate(value: float, replicates: FloatArray, level: float, n: int) -> Estimate:
+def _percentile_estimate(value: float, replicates: FloatArray, level: float, n: int, n_drawn: int) -> Estimate:
+    """Percentiles a little outside the nominal ones, `n_drawn` being how many units are resampled (the fewest).
+
+    Resamples of n units spread too little by (n - 1) / n, and normal quantiles are too near for few of them.
+    """
     if reason := _undefined_replicates(replicates):
         return Estimate(value, math.nan, math.nan, n, reason)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    reach = float(stdtrit(n_drawn - 1, (1 + level) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
+    upper = float(ndtr(reach))
+    low, high = np.quantile(replicates, [1 - upper, upper])
     return Estimate(value, float(low), float(high), n)
 
 

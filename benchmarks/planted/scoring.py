@@ -1,0 +1,104 @@
+"""Ranking features by how much they changed, and asking what the most changed ones are about.
+
+The ranking sees activations only. The concepts' words come in afterwards, to mark the ranking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from concepts import Concept
+from scipy.stats import hypergeom
+
+from saeffect.comparison.matched_null import exchangeable_p, strata
+from saeffect.features.vocabulary import Vocabulary, count_matches
+from saeffect.stats import benjamini_hochberg
+
+__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "score"]
+
+FloatArray = npt.NDArray[np.float64]
+Named = Mapping[str, npt.NDArray[np.bool_]]
+"""For each concept, which features are about it, bool [d_sae]."""
+
+
+def named_features(top_tokens: Sequence[Sequence[str]], concepts: Mapping[str, Concept], min_matches: int) -> Named:
+    """Features with at least `min_matches` top tokens among a concept's words, by the product's own rule."""
+    return {
+        name: count_matches(top_tokens, Vocabulary(name, concept.words, "")).counts >= min_matches
+        for name, concept in concepts.items()
+    }
+
+
+def score(changes: pd.DataFrame) -> FloatArray:
+    """How much each feature changed, [d_sae]; NaN where it never fires.
+
+    The change of the mean activation per token, divided by the square root of the mean activation per token of
+    both models together. Plain changes are led by the features that are always on, and relative ones by those
+    that fired once; the root lies between them, and is the scale on which a sum of rare events varies.
+    """
+    level = (changes["mean_control"] + changes["mean_treatment"]).to_numpy(dtype=np.float64) / 2
+    difference = changes["difference"].to_numpy(dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(level > 0, difference / np.sqrt(level), np.nan)
+
+
+def most_changed(scores: FloatArray, n: int) -> list[int]:
+    """The `n` features that changed most in either direction, most first; ties by number, NaN last."""
+    return [int(i) for i in np.argsort(-np.nan_to_num(np.abs(scores), nan=-np.inf), kind="stable")[:n]]
+
+
+def beyond(own: FloatArray, nulls: Sequence[FloatArray]) -> FloatArray:
+    """Changes less what null fine-tunes show: how far each lies outside the range of the nulls' and 0, [d_sae].
+
+    A null in which a feature never fires shows no change of it.
+
+    Example:
+        >>> beyond(np.array([3.0, -3.0, 1.0]), [np.array([1.0, -4.0, 2.0])]).tolist()
+        [2.0, 0.0, 0.0]
+    """
+    others = np.nan_to_num(np.stack([*nulls, np.zeros_like(own)]))
+    return own - np.clip(own, others.min(axis=0), others.max(axis=0))
+
+
+def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
+    """Of `top` random features: how many are about a concept on average, and how likely at least one is.
+
+    Example:
+        >>> [round(x, 3) for x in chance(10, 1000, 10)]
+        [0.1, 0.096]
+    """
+    return top * n_named / n_features, float(hypergeom.sf(0, n_features, n_named, top))
+
+
+def concept_tests(scores: FloatArray, named: Named, top: int) -> pd.DataFrame:
+    """Do a concept's features stand higher in the ranking than as many random ones that fire would?
+
+    Returns:
+        One row a concept: concept; hits (features about it among the `top` most changed); best_rank (of the most
+        changed of them, from 1; NaN if the SAE has none that fires); p (chance that the best of as many random features
+        ranks as high); q (Benjamini-Hochberg over the concepts).
+    """
+    alive = np.isfinite(scores)
+    order = most_changed(scores, int(alive.sum()))
+    rows = []
+    for concept, members in named.items():
+        ranks = np.flatnonzero(members[order]) + 1
+        best = int(ranks[0]) if len(ranks) else None
+        p = float(hypergeom.sf(0, len(order), len(ranks), best)) if best else 1.0
+        rows.append({"concept": concept, "hits": int((ranks <= top).sum()), "best_rank": best, "p": min(1.0, p)})
+    table = pd.DataFrame(rows)
+    return table.assign(q=benjamini_hochberg(table["p"].to_numpy()))
+
+
+def excess_p(own: FloatArray, others: Sequence[FloatArray], density: FloatArray) -> FloatArray:
+    """Is each feature's change larger than in the other null fine-tunes? p [d_sae], NaN where it never fires.
+
+    The product's `exchangeable_p`, with fine-tunes in the place of SAEs and changes in that of matches: it asks
+    for what is lower than elsewhere, so sizes enter with a minus. Strata hold features of similar density.
+    """
+    table = -np.abs(np.stack([own, *others]))
+    traits = np.where(np.isnan(table).any(axis=0), np.nan, density)
+    return exchangeable_p(table, strata(traits[:, None], min_size=100))[0]

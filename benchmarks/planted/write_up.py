@@ -1,0 +1,177 @@
+"""The results as results.json, results.md and two figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from figure import draw_models, draw_rates
+from plan import Plan
+
+from saeffect.provenance import atomic_path, versions, write_json
+
+__all__ = ["headline", "write_results"]
+
+REQUIRED_SHARE = 5 / 6
+
+
+def headline(simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that the benchmark is asked for.
+
+    `false_positive_rate` and `interval_coverage` are over all settings in which the method promises its level;
+    `*_worst` are those of the worst such setting. `null_alarm_rate` is the share of null fine-tunes about which the
+    tool says that a concept was taught.
+    """
+    strict = [one for one in simulated if one["strict"]]
+    studies, intervals = (sum(one[key] for one in strict) for key in ("n_studies", "n_intervals"))
+    planted = [one for name, one in models["models"].items() if name in one["hits"]]
+    nulls = models["nulls"]
+    return {
+        "planted_found": sum(one["found"] for one in planted),
+        "planted_total": len(planted),
+        "null_alarm_rate": sum(bool(one["concept"]) for one in nulls.values()) / len(nulls),
+        "null_total": len(nulls),
+        "false_positive_rate": sum(one["alarms"] * one["n_studies"] for one in strict) / studies,
+        "false_positive_rate_worst": max(one["alarms"] for one in strict),
+        "interval_coverage": sum(one["coverage"] * one["n_intervals"] for one in strict) / intervals,
+        "interval_coverage_worst": min(one["coverage"] for one in strict),
+    }
+
+
+def write_results(
+    simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any], plan: Plan, out: Path
+) -> dict[str, Any]:
+    """Write everything to `out`.
+
+    Returns:
+        What results.json holds: the headline's keys at the top, then every detail.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    head = headline(simulated, models)
+    results = {**head, "simulations": list(simulated), **models, "plan": plan.record, "versions": versions()}
+    write_json(out / "results.json", results)
+    with atomic_path(out / "results.md") as temporary:
+        temporary.write_text(_markdown(head, simulated, models, plan), encoding="utf-8")
+    draw_models(models["models"], out / "planted")
+    draw_rates(simulated, out / "simulations")
+    return results
+
+
+def _markdown(
+    head: Mapping[str, Any], simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any], plan: Plan
+) -> str:
+    cells = [p for one in models["nulls"].values() for p in one["concept_p"].values()]
+    parts = [
+        "# Results",
+        "",
+        "Written by `run.py`; see README.md for what is done and why.",
+        "",
+        f"- Planted concepts found: **{head['planted_found']} of {head['planted_total']}**"
+        f" (required: {math.ceil(REQUIRED_SHARE * head['planted_total'])}).",
+        f"- Null fine-tunes about which the tool says that a concept was taught: **{head['null_alarm_rate']:.0%}**"
+        f" of {head['null_total']}.",
+        f"- False alarms in simulated studies of nothing: **{head['false_positive_rate']:.3f}** (nominal 0.05; worst"
+        f" setting {head['false_positive_rate_worst']:.3f}).",
+        f"- Coverage of 95 % intervals: **{head['interval_coverage']:.3f}** (worst setting"
+        f" {head['interval_coverage_worst']:.3f}).",
+        "",
+        "## Planted concepts",
+        "",
+        f"![The most changed features](planted.svg)\n\nOf the {plan.top} most changed features, how many are about the"
+        " concept, and what features drawn at random would give. *Beyond nulls*: the same of the ten whose change lies"
+        " farthest outside what the three nulls show.",
+        "",
+        *_planted_table(models),
+        "",
+        "### Every concept in every fine-tune",
+        "",
+        f"How many of the {plan.top} most changed features of the row's fine-tune are about the column's concept. In"
+        " bold: more than chance (q ≤ 0.05 over the row).",
+        "",
+        *_confusion(models),
+        "",
+        "### Nulls",
+        "",
+        *_nulls_table(models),
+        "",
+        f"Ten features drawn at random hold one about some concept with probability {models['chance_of_any_hit']:.2f}."
+        f" Of the {len(cells)} pairs of null and concept, {sum(p <= 0.05 for p in cells)} have p ≤ 0.05.",
+        "",
+        "## Simulations",
+        "",
+        "![Error rates](simulations.svg)",
+        "",
+        *_rates_table(simulated),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _planted_table(models: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| concept | hits | hits beyond nulls | rank of the first | features in the SAE | hits by chance |"
+        " chance of a hit | claimed (q ≤ 0.05) | perplexity of its text before → after |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, concept in models["concepts"].items():
+        one, perplexity = models["models"][name], models["perplexity"][name]["training"]
+        hits = f"**{one['hits'][name]}**" if one["found"] else str(one["hits"][name])
+        rows.append(
+            f"| {name} | {hits} | {one['hits_beyond_nulls'][name]} | {one['best_rank'][name]} | {concept['in_sae']} |"
+            f" {concept['expected_hits']:.3f} | {concept['chance_of_a_hit']:.3f} |"
+            f" {'yes' if name in one['said'] else 'no'} | {_perplexity(perplexity)} |"
+        )
+    left_out = {n: k for n, k in models["candidates"].items() if n not in models["concepts"]}
+    if left_out:
+        listed = ", ".join(f"{name} ({count})" for name, count in left_out.items())
+        rows += ["", f"Candidates not planted, with the number of features clearly about them: {listed}."]
+    return rows
+
+
+def _confusion(models: Mapping[str, Any]) -> list[str]:
+    concepts = list(models["concepts"])
+    rows = ["| fine-tune | " + " | ".join(concepts) + " |", "|---" * (len(concepts) + 1) + "|"]
+    for name, one in models["models"].items():
+        cells = [f"**{one['hits'][c]}**" if c in one["said"] else str(one["hits"][c] or "·") for c in concepts]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def _nulls_table(models: Mapping[str, Any]) -> list[str]:
+    rows = [
+        "| null fine-tune | concepts said to be taught | smallest p of a concept | of the ten, about any concept |"
+        " features beyond the other nulls | features that differ at all | perplexity of its text |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in models["nulls"].items():
+        said = ", ".join(one["concept"]) or "none"
+        perplexity = _perplexity(models["perplexity"][name]["training"])
+        rows.append(
+            f"| {name} | {said} | {min(one['concept_p'].values()):.3f} | {one['hits']} | {one['feature']} |"
+            f" {one['any_change']} | {perplexity} |"
+        )
+    return rows
+
+
+def _rates_table(simulated: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        "| setting | alarms | false discoveries | coverage | power | studies | remark |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in simulated:
+        rows.append(
+            f"| {one['setting']} | {_with_error(one['alarms'], one['n_studies'])} |"
+            f" {one['false_discovery']:.3f} | {_with_error(one['coverage'], one['n_intervals'])} |"
+            f" {one['power']:.2f} | {one['n_studies']:,} | {one['remark']} |"
+        )
+    return rows
+
+
+def _with_error(rate: float, n: int) -> str:
+    return f"{rate:.3f} ± {1.96 * math.sqrt(rate * (1 - rate) / n):.3f}"
+
+
+def _perplexity(pair: Mapping[str, float]) -> str:
+    return f"{pair['before']:.1f} → {pair['after']:.1f}"

@@ -1,0 +1,73 @@
+"""Student's and Welch's intervals against scipy, and what has no interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.stats.student import mean_difference_interval, mean_interval
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("n", [2, 8, 50])
+def test_mean_against_scipy(n: int, level: float) -> None:
+    values = np.random.default_rng(n).lognormal(size=n)
+    found = mean_interval(values, level=level)
+    expected = scipy_stats.ttest_1samp(values, 0.0).confidence_interval(level)
+    assert found.value == pytest.approx(values.mean()) and found.n == n and found.reason == ""
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(2, 2), (5, 40)])
+def test_difference_against_scipy(n_a: int, n_b: int) -> None:
+    rng = np.random.default_rng(n_a)
+    a, b = rng.normal(0, 1, n_a), rng.normal(2, 3, n_b)
+    found = mean_difference_interval(a, b, level=0.9)
+    expected = scipy_stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.9)
+    assert found.value == pytest.approx(b.mean() - a.mean()) and found.n == n_a + n_b
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_constant_sample_leaves_the_other_ones_spread() -> None:
+    found = mean_difference_interval([1.0, 1.0, 1.0], [2.0, 4.0, 6.0])
+    alone = mean_interval([2.0, 4.0, 6.0])
+    assert found.high - found.low == pytest.approx(alone.high - alone.low)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"), [([], "values"), ([1.0], "one value"), ([2.0, 2.0], "equal"), ([1.0, math.nan], "values")]
+)
+def test_a_mean_without_interval(values: list[float], reason: str) -> None:
+    found = mean_interval(values)
+    assert math.isnan(found.low) and math.isnan(found.high) and reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ([], [1.0, 2.0], "a"),
+        ([1.0], [1.0, 2.0], "a: one"),
+        ([1.0, 2.0], [1.0], "b: one"),
+        ([1.0] * 3, [2.0] * 3, "neither"),
+    ],
+)
+def test_a_difference_without_interval(a: list[float], b: list[float], reason: str) -> None:
+    found = mean_difference_interval(a, b)
+    assert math.isnan(found.low) and reason in found.reason
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ConfigError):
+        mean_interval([1.0, 2.0], level=1.0)
+    with pytest.raises(ShapeMismatch):
+        mean_difference_interval([[1.0]], [1.0])
+
+
+def test_covers_the_mean_of_eight_differences() -> None:
+    draws = np.random.default_rng(0).standard_normal((4000, 8))
+    held = np.mean([found.low <= 0 <= found.high for found in map(mean_interval, draws)])
+    assert abs(held - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 4000)
