@@ -18,6 +18,7 @@ from saeffect.steering.outcomes import Similarity, TextVectors, distinct_2, join
 from saeffect.steering.placebo import PLACEBOS, Directions, random_direction
 from saeffect.steering.plan import Site, SteeringPlan, mean_residual_norm
 from saeffect.steering.sampling import Sampling, next_tokens, penalise
+from saeffect.steering.sharing import run_trials_shared
 from saeffect.steering.trials import TRIAL_COLUMNS, run_trials
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "perplexity",
     "random_direction",
     "run_trials",
+    "run_trials_shared",
     "score_doses",
     "similarity",
 ]
