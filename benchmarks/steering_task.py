@@ -14,6 +14,7 @@ from peer_model import hooked_gpt2
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from saeffect.models.hooks import edited
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import resolve_dtype
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, mean_residual_norm, next_tokens
@@ -27,11 +28,13 @@ SURENESS = 6.0
 
 
 class Vocabulary:
-    """What `generate` asks of a tokenizer: which ids are special."""
+    """What both libraries ask of a tokenizer while they generate: which ids are special, and what pads."""
+
+    padding_side = "right"
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.eos_token_id = size - 1
+        self.eos_token_id = self.bos_token_id = self.pad_token_id = size - 1
         self.all_special_ids = (size - 1,)
 
     def __len__(self) -> int:
@@ -68,6 +71,8 @@ class Task:
             for dtype in sorted(dtypes, key=lambda d: d != torch.float32)
         }
         self.peer = hooked_gpt2(model, processed=True)
+        # Without one, transformer-lens 3.9 counts the positions of cached tokens twice.
+        self.peer.tokenizer = Vocabulary(self.config.vocab_size)
         norm = mean_residual_norm(self.ours["saeffect_float32"], self.hook, self.prompt)
         vectors = torch.randn(max(self.features, *self.batches), self.config.n_embd)
         self.vectors = norm * vectors / vectors.norm(dim=1, keepdim=True)
@@ -138,15 +143,13 @@ class Task:
             RuntimeError: float32 differs by more than rounding, or bfloat16 by more than it may.
         """
         found: dict[str, float] = {}
-        vectors = self.vectors[:4]
+        vectors = self.vectors[:2]
         expected = torch.cat([self._peer_log_probabilities(v) for v in vectors])
         for name, lm in self.ours.items():
             edit = Intervention(AddVectors(vectors)).edit(self.prompt.shape[1])
             logits, cache = read_prompt(lm, self.hook, self.prompt[0].tolist(), len(vectors), edit, room=1)
             first = logits.log_softmax(-1)
             edit.start = self.prompt.shape[1]
-            from saeffect.models.hooks import edited
-
             with torch.inference_mode(), edited(lm, self.hook, edit):
                 logits, _ = last_logits(lm, self.prompt[:, :1].expand(len(vectors), -1), cache)
             ours = torch.stack([first, logits.log_softmax(-1)], dim=1)
