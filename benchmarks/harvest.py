@@ -156,8 +156,8 @@ class Task:
         """`ActivationsStore.get_activations` on transformer-lens' model of the same weights."""
         import torch
         from datasets import Dataset
-        from sae_lens import ActivationsStore
         from peer_model import hooked_gpt2
+        from sae_lens import ActivationsStore
 
         c = self.config
         model = hooked_gpt2(self.model, processed=False)

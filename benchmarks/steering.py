@@ -17,7 +17,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,9 @@ def race(task: Any, rounds: int) -> dict[str, Any]:
         "ratio": ratio | {"default": ratio[task.default]},
         "limit_features_per_second": limits,
         "share_of_limit": {name: median[name] / limit for name, limit in limits.items()},
-        "parts": {name: {key: statistics.median(p[key] for p in found) for key in found[0]} for name, found in parts.items()},
+        "parts": {
+            name: {key: statistics.median(p[key] for p in found) for key in found[0]} for name, found in parts.items()
+        },
     }
 
 

@@ -182,9 +182,7 @@ class Task:
     @torch.inference_mode()
     def _peer_generate(self, vector: Tensor, n_new: int, **settings: Any) -> list[int]:
         with self.peer.hooks(fwd_hooks=[(self.hook, _adding(vector))]):
-            found = self.peer.generate(
-                self.prompt, max_new_tokens=n_new, stop_at_eos=False, verbose=False, **settings
-            )
+            found = self.peer.generate(self.prompt, max_new_tokens=n_new, stop_at_eos=False, verbose=False, **settings)
         ids: list[int] = found[0, self.prompt.shape[1] :].tolist()
         return ids
 

@@ -54,9 +54,7 @@ def run_trials_shared(
         SaeffectError: As `run_trials`.
     """
     if join() == 1:
-        return run_trials(
-            site, W_dec, features, plan, vectors=vectors, done=done, on_chunk=on_chunk, progress=progress
-        )
+        return run_trials(site, W_dec, features, plan, vectors=vectors, done=done, on_chunk=on_chunk, progress=progress)
     table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
     mine = table.iloc[features_of_process(len(table), plan, *rank_and_world())]
     rows: pd.DataFrame | None = None
