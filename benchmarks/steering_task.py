@@ -131,7 +131,7 @@ class Task:
         return {
             "products_s": products,
             "sampling_s": sampled,
-            "weights_once_s": 2 * n_bytes / copy_rate(2**28 if n_bytes > 2**26 else 2**20) / 2,
+            "weights_once_s": n_bytes / copy_rate(2**28 if n_bytes > 2**26 else 2**20),
             "flop_per_second": 2 * n * sum(w.numel() for w, _ in weights) / products,
             "limit_features_per_second": n / (products * self.sampling.max_new_tokens),
         }

@@ -58,11 +58,12 @@ def _roomy_layer() -> Any:
             stop = start + key_states.shape[2]
             for memory, new in zip(self._memory, (key_states, value_states), strict=True):
                 memory[:, :, start:stop] = new
-            self._fill(stop)
-            return self.keys, self.values
+            return self._fill(stop)
 
-        def _fill(self, length: int) -> None:
-            self.keys, self.values = (memory[:, :, :length] for memory in self._memory)
+        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
+            keys, values = (memory[:, :, :length] for memory in self._memory)
+            self.keys, self.values = keys, values
+            return keys, values
 
     return RoomyLayer
 
