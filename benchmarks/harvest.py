@@ -156,32 +156,14 @@ class Task:
         """`ActivationsStore.get_activations` on transformer-lens' model of the same weights."""
         import torch
         from datasets import Dataset
+        from peer_model import hooked_gpt2
         from sae_lens import ActivationsStore
-        from transformer_lens import HookedTransformer, HookedTransformerConfig
-        from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
         c = self.config
-        cfg = HookedTransformerConfig(
-            n_layers=c.n_layer,
-            d_model=c.n_embd,
-            n_heads=c.n_head,
-            d_head=c.n_embd // c.n_head,
-            d_mlp=4 * c.n_embd,
-            n_ctx=c.n_positions,
-            d_vocab=c.vocab_size,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            eps=c.layer_norm_epsilon,
-            device="cpu",
-        )
-        model = HookedTransformer(cfg)
-        weights = {name: tensor.detach().clone() for name, tensor in convert_gpt2_weights(self.model, cfg).items()}
-        model.load_and_process_state_dict(
-            weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-        )
+        model = hooked_gpt2(self.model, processed=False)
         rows, context = self.ids.shape
         store = ActivationsStore(
-            model.eval(),
+            model,
             Dataset.from_dict({"tokens": self.ids.tolist()}),
             streaming=False,
             hook_name=self.hook,

@@ -6,7 +6,7 @@ import torch
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.models.hooks import edited
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens, penalise
-from saeffect.steering.generate import last_logits
+from saeffect.steering.prompt_pass import last_logits
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]

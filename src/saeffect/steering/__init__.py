@@ -12,11 +12,13 @@ from saeffect.steering.effects import effects
 from saeffect.steering.feature_operators import SetFeatures, ablate, add_features, clamp
 from saeffect.steering.generate import generate
 from saeffect.steering.matched import matched_features
+from saeffect.steering.noise import NoiseCell, exponential_noise, exponential_noise_at
 from saeffect.steering.operators import POSITIONS, AddVectors, Intervention, Operator, PositionedEdit
 from saeffect.steering.outcomes import Similarity, TextVectors, distinct_2, join_tokens, perplexity, similarity
 from saeffect.steering.placebo import PLACEBOS, Directions, random_direction
 from saeffect.steering.plan import Site, SteeringPlan, mean_residual_norm
-from saeffect.steering.sampling import NoiseCell, Sampling, exponential_noise, next_tokens, penalise
+from saeffect.steering.sampling import Sampling, next_tokens, penalise
+from saeffect.steering.sharing import run_trials_shared
 from saeffect.steering.trials import TRIAL_COLUMNS, run_trials
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "distinct_2",
     "effects",
     "exponential_noise",
+    "exponential_noise_at",
     "generate",
     "join_tokens",
     "kl_divergence",
@@ -55,6 +58,7 @@ __all__ = [
     "perplexity",
     "random_direction",
     "run_trials",
+    "run_trials_shared",
     "score_doses",
     "similarity",
 ]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from saeffect.models.hooks import edited
 from saeffect.models.language_model import LanguageModel
-from saeffect.steering.generate import Progress, last_logits
+from saeffect.steering.generate import Progress
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.plan import Site, SteeringPlan, check_features, directions
+from saeffect.steering.prompt_pass import last_logits
 
 __all__ = ["direct_effects", "kl_divergence", "next_log_probabilities"]
 

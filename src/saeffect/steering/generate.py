@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.models.fused import fused
 from saeffect.models.hooks import edited
 from saeffect.models.language_model import LanguageModel
 from saeffect.steering.operators import Intervention, PositionedEdit
-from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
+from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise_
 
-__all__ = ["Progress", "end_tokens", "generate", "last_logits"]
+__all__ = ["Progress", "end_tokens", "generate"]
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -68,15 +68,15 @@ def generate(
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
     forbidden = _forbidden(lm, sampling.allow_end)
     outputs: list[list[int]] = []
-    for first in range(0, len(cells), batch_size):
-        some = cells[first : first + batch_size]
-        edit = None
-        if intervention is not None:
-            edit = intervention.take(first, first + len(some)).edit(len(prompt_ids))
-        with _editing(lm, hook, edit):
-            outputs += _continue(lm, prompt_ids, some, sampling, edit=edit, forbidden=forbidden)
-        if progress is not None:
-            progress(len(outputs), len(cells))
+    with fused(lm):
+        for first in range(0, len(cells), batch_size):
+            some = cells[first : first + batch_size]
+            edit = None
+            if intervention is not None:
+                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids))
+            outputs += _continue(lm, hook, prompt_ids, some, sampling, edit=edit, forbidden=forbidden)
+            if progress is not None:
+                progress(len(outputs), len(cells))
     return outputs
 
 
@@ -89,25 +89,9 @@ def end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
-
-    Only the last position meets the unembedding, where the architecture knows how: over a long prompt the
-    logits of all positions would be the largest tensor by far.
-    """
-    extra = {"logits_to_keep": 1} if _keeps_logits(lm.model) else {}
-    # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
-    # of times slower than for a dense copy of it.
-    dense = lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    try:
-        result = lm.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
-    finally:
-        dense.remove()
-    return result.logits[:, -1].float(), result.past_key_values
-
-
 def _continue(
     lm: LanguageModel,
+    hook: str,
     prompt_ids: Sequence[int],
     cells: Sequence[NoiseCell],
     sampling: Sampling,
@@ -115,25 +99,26 @@ def _continue(
     edit: PositionedEdit | None,
     forbidden: Tensor,
 ) -> list[list[int]]:
-    """One batch: the prompt in one pass, then a token a pass."""
+    """One batch: the prompt once, then a token of every row a pass."""
+    n_rows, n_steps = len(cells), sampling.max_new_tokens
     ends = torch.tensor(end_tokens(lm), dtype=torch.int64, device=lm.device)
-    fed = torch.tensor([list(prompt_ids)], device=lm.device).expand(len(cells), -1).contiguous()
-    generated = torch.empty((len(cells), 0), dtype=torch.int64, device=lm.device)
-    ended = torch.zeros(len(cells), dtype=torch.bool, device=lm.device)
-    cache = None
-    n_cached = 0
-    for step in range(sampling.max_new_tokens):
-        if edit is not None:
-            edit.start = n_cached
-        logits, cache = last_logits(lm, fed, cache)
-        n_cached += fed.shape[1]
-        logits = penalise(logits, generated, sampling.frequency_penalty).masked_fill(forbidden, -math.inf)
-        tokens = next_tokens(logits, cells, step, sampling)
-        generated = torch.cat([generated, tokens[:, None]], dim=1)
-        ended |= torch.isin(tokens, ends)
-        if bool(ended.all()):
-            break
-        fed = tokens[:, None]
+    generated = torch.empty((n_rows, n_steps), dtype=torch.int64, device=lm.device)
+    ended = torch.zeros(n_rows, dtype=torch.bool, device=lm.device)
+    logits, cache = read_prompt(lm, hook, prompt_ids, n_rows, edit, room=n_steps - 1)
+    with _editing(lm, hook, edit):
+        for step in range(n_steps):
+            if step:
+                if edit is not None:
+                    edit.start = len(prompt_ids) + step - 1
+                logits, cache = last_logits(lm, generated[:, step - 1 : step], cache)
+            penalise_(logits, generated[:, :step], sampling.frequency_penalty)
+            logits.index_fill_(1, forbidden, -math.inf)
+            generated[:, step] = next_tokens(logits, cells, step, sampling)
+            if sampling.allow_end:
+                ended |= torch.isin(generated[:, step], ends)
+                if bool(ended.all()):
+                    generated = generated[:, : step + 1]
+                    break
     final = set(ends.tolist())
     return [_until(row, final) for row in generated.tolist()]
 
@@ -146,17 +131,13 @@ def _until(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def _forbidden(lm: LanguageModel, allow_end: bool) -> Tensor:
-    """Ids never generated, bool `[d_vocab]`: those unknown to the tokenizer, and special ones."""
+    """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.
     forbidden[end_tokens(lm)] = not allow_end
-    return forbidden.to(lm.device)
+    return forbidden.nonzero()[:, 0].to(lm.device)
 
 
 def _editing(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
-    return nullcontext() if edit is None else edited(lm, hook, edit)
-
-
-def _keeps_logits(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    # A prompt that was steered is in the keys and values; its generated tokens are left alone.
+    return nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit)

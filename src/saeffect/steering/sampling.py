@@ -1,28 +1,30 @@
 """Choosing the next token: temperature, top_p, frequency penalty, and noise that paired rows share.
 
 Sampling is by the Gumbel-max trick: the token with the largest `logit / temperature + Gumbel noise` is a draw
-from the softmax. The noise is a function of (seed, prompt, sample, step) alone, so every condition, dose and
-feature of the same prompt and sample meets the same luck (*common random numbers*): their outputs differ
+from the softmax. The noise is a function of (seed, prompt, sample, step, token) alone, so every condition, dose
+and feature of the same prompt and sample meets the same luck (*common random numbers*): their outputs differ
 because of the intervention, not because of the dice, and paired differences are much less noisy.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
+from saeffect.steering.noise import NoiseCell, exponential_noise, exponential_noise_at
 
-__all__ = ["NoiseCell", "Sampling", "exponential_noise", "next_tokens", "penalise"]
+__all__ = ["NoiseCell", "Sampling", "exponential_noise", "next_tokens", "penalise", "penalise_"]
 
-# How many of the most probable tokens are tried before the whole vocabulary is sorted.
-_FIRST_TRIES = (64, 512)
+# How many of the most probable tokens are tried before the whole vocabulary is sorted: a trained model's set of
+# mass 0.3 has a handful.
+_FIRST_TRIES = (16, 128, 1024)
+# Tokens of which one maximum is taken before the most probable are looked for.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -60,37 +62,6 @@ class Sampling:
             )
 
 
-@dataclass(frozen=True)
-class NoiseCell:
-    """What the sampling noise of a row depends on; rows with equal cells share it.
-
-    Attributes:
-        seed: The study's seed.
-        prompt: The prompt's text (not its number, so that leaving a prompt out changes no other).
-        sample: Number of the repetition, from 0.
-    """
-
-    seed: int
-    prompt: str
-    sample: int
-
-
-def exponential_noise(cell: NoiseCell, step: int, d_vocab: int) -> Tensor:
-    """The noise of one step: standard exponential draws, float32 `[d_vocab]`, above 0.
-
-    Minus the logarithm of it is Gumbel noise; kept in this form, the logarithm is taken only where needed.
-
-    Example:
-        >>> a, b = (exponential_noise(NoiseCell(0, "Hi", 1), step=3, d_vocab=4) for _ in range(2))
-        >>> bool((a == b).all())
-        True
-    """
-    digest = hashlib.blake2b(repr((cell.seed, cell.prompt, cell.sample, step)).encode(), digest_size=16).digest()
-    rng = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
-    draws = rng.standard_exponential(d_vocab, dtype=np.float32)
-    return torch.from_numpy(np.maximum(draws, np.finfo(np.float32).tiny))
-
-
 def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Tensor:
     """Logits less the penalty for each time a token was generated.
 
@@ -105,9 +76,17 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Ten
     """
     if frequency_penalty == 0 or generated.shape[1] == 0:
         return logits
-    # Counted first: a sum of many small penalties would round differently.
-    counts = torch.zeros_like(logits).scatter_add_(1, generated, torch.ones_like(generated, dtype=logits.dtype))
-    return logits - frequency_penalty * counts
+    return penalise_(logits.clone(), generated, frequency_penalty)
+
+
+def penalise_(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Tensor:
+    """`penalise` that changes `logits` themselves, at the generated tokens only, and returns them."""
+    if frequency_penalty == 0 or generated.shape[1] == 0:
+        return logits
+    # Counted first: a sum of many small penalties would round differently. A token that is there twice is
+    # written twice, with the same value.
+    counts = (generated[:, :, None] == generated[:, None, :]).sum(dim=-1, dtype=logits.dtype)
+    return logits.scatter_(1, generated, logits.gather(1, generated) - frequency_penalty * counts)
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
@@ -133,23 +112,28 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
     logits = logits.float()
     if sampling.temperature == 0:
         return _most_probable(logits)
-    scaled = logits / sampling.temperature
-    number = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
-    noise = torch.stack([exponential_noise(cell, step, scaled.shape[1]) for cell in number]).to(scaled.device)
-    noise_row = torch.tensor([number[cell] for cell in cells], device=scaled.device)
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
     if sampling.top_p == 1:
-        return (scaled - noise.log()[noise_row]).argmax(dim=-1)
-    return _draw_from_nucleus(scaled, noise, noise_row, sampling.top_p)
+        number = {cell: i for i, cell in enumerate(dict.fromkeys(cells))}
+        noise = torch.stack([exponential_noise(cell, step, scaled.shape[1], device=scaled.device) for cell in number])
+        noise_row = torch.tensor([number[cell] for cell in cells], device=scaled.device)
+        return (scaled - noise.log_()[noise_row]).argmax(dim=-1)
+    return _draw_from_nucleus(scaled, cells, step, sampling.top_p)
 
 
-def _draw_from_nucleus(scaled: Tensor, noise: Tensor, noise_row: Tensor, top_p: float) -> Tensor:
+def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, top_p: float) -> Tensor:
     """Gumbel-max within the top_p set, found among a few tokens first and only if need be among all."""
-    chosen = torch.full((len(scaled),), -1, dtype=torch.int64, device=scaled.device)
-    pending = torch.arange(len(scaled), device=scaled.device)
+    n_rows, d_vocab = scaled.shape
+    chosen = torch.full((n_rows,), -1, dtype=torch.int64, device=scaled.device)
+    pending = torch.arange(n_rows, device=scaled.device)
     total = scaled.logsumexp(dim=-1, keepdim=True)
-    d_vocab = scaled.shape[1]
+    if not bool(torch.isfinite(total).all()):
+        raise Undefined(
+            f"the logits of step {step} hold NaN, or allow no token.",
+            fix="steer with a smaller dose, or run the model in float32 or bfloat16.",
+        )
     for n_tried in (*(n for n in _FIRST_TRIES if n < d_vocab), d_vocab):
-        rows = scaled[pending]
+        rows = scaled if len(pending) == n_rows else scaled[pending]
         ids = _most_probable_first(rows, n_tried)
         values = rows.gather(1, ids)
         mass = (values - total[pending]).exp().double()
@@ -159,9 +143,13 @@ def _draw_from_nucleus(scaled: Tensor, noise: Tensor, noise_row: Tensor, top_p: 
         # out, so the set is known only if it ends strictly above them.
         n_kept = kept.sum(dim=-1, keepdim=True)
         known = (values.gather(1, n_kept - 1) > values[:, -1:])[:, 0] | (n_tried == d_vocab)
-        gumbel = -noise[noise_row[pending, None], ids].log()
-        best = (values + gumbel).masked_fill(~kept, -math.inf).argmax(dim=-1, keepdim=True)
-        chosen[pending[known]] = ids.gather(1, best)[known, 0]
+        # Nothing beyond the largest set needs noise.
+        width = int(n_kept[known].max()) if bool(known.any()) else 0
+        ids, values, kept = ids[known, :width], values[known, :width], kept[known, :width]
+        if len(ids):
+            noise = exponential_noise_at([cells[i] for i in pending[known].tolist()], step, ids)
+            best = (values - noise.log_()).masked_fill_(~kept, -math.inf).argmax(dim=-1, keepdim=True)
+            chosen[pending[known]] = ids.gather(1, best)[:, 0]
         pending = pending[~known]
         if len(pending) == 0:
             break
@@ -176,9 +164,33 @@ def _most_probable(logits: Tensor) -> Tensor:
 
 
 def _most_probable_first(logits: Tensor, n: int) -> Tensor:
-    """Ids of the n largest logits of each row, largest first, lower ids first among equals."""
+    """Ids of n of the largest logits of each row, largest first, lower ids first among equals.
+
+    Every token with a larger logit than the last of them is there; of those equal to it some may not be.
+    """
     if n >= logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
-    ids = logits.topk(n, dim=-1).indices.sort(dim=-1).values
+    ids = _largest(logits, n).sort(dim=-1).values
     order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True).indices
     return ids.gather(1, order)
+
+
+def _largest(logits: Tensor, n: int) -> Tensor:
+    """Ids of n of the largest logits of each row, in any order.
+
+    Found among the n blocks with the largest maxima: each of those holds a logit as large as the n-th of these
+    maxima, and no other block holds a larger one.
+    """
+    d_vocab = logits.shape[1]
+    n_blocks = d_vocab // _BLOCK
+    if n * 4 > n_blocks:
+        return logits.topk(n, dim=-1).indices
+    # A block is every n_blocks-th token: maxima over that axis run along memory.
+    whole = n_blocks * _BLOCK
+    maxima = logits[:, :whole].unflatten(1, (_BLOCK, n_blocks)).amax(dim=1)
+    block = maxima.topk(n, dim=-1).indices
+    stride = torch.arange(0, whole, n_blocks, device=logits.device)
+    ids = (block[:, :, None] + stride).flatten(1)
+    rest = torch.arange(whole, d_vocab, device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([ids, rest], dim=1)
+    return ids.gather(1, logits.gather(1, ids).topk(n, dim=-1).indices)

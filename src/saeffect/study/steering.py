@@ -20,7 +20,8 @@ from saeffect.study.study import Say
 
 __all__ = ["dose_inputs", "run_dose_search", "run_steering", "steering_inputs", "tested_features"]
 
-VERSION = 2  # 2: rotary frequencies stay in float32
+# 2: rotary frequencies stay in float32. 3: sampling noise is drawn by counter, so every sampled text is another.
+VERSION = 3
 _FILES = ("interventions", "direct_effects", "effects")
 
 

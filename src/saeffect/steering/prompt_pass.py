@@ -1,0 +1,115 @@
+"""A prompt that all rows share, read once: what is the same in every row is computed in one row.
+
+Rows differ from the hook on, at the positions that the intervention changes and after them. So the positions before
+the first of those go through the whole model in one row, and the others in one row up to the hook, where the row
+becomes as many as there are vectors. What follows works on all rows, by broadcasting where it meets a tensor of
+before the hook (a mask, or the residual stream that half a block adds to).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.models.hooks import edited, parse_hook
+from saeffect.models.language_model import LanguageModel
+from saeffect.steering.key_value_memory import can_spread, spread, with_room
+from saeffect.steering.operators import PositionedEdit, span
+
+__all__ = ["last_logits", "read_prompt"]
+
+
+def read_prompt(
+    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
+) -> tuple[Tensor, Any]:
+    """Logits after a prompt, for each row with its own intervention, and the cache to go on from.
+
+    Args:
+        lm: The model.
+        hook: Where `edit` acts, a TransformerLens name.
+        prompt_ids: At least one token.
+        n_rows: How many rows are wanted.
+        edit: Of so many rows; None for no intervention: all rows are the same then.
+        room: How many tokens are to follow.
+
+    Returns:
+        Float32 `[n_rows, d_vocab]`, and the cache of keys and values of `n_rows` rows.
+    """
+    ids = torch.tensor([list(prompt_ids)], device=lm.device)
+    try:
+        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
+    except (_NotKeysAndValues, RuntimeError):
+        # What keeps more than keys and values, or wants the same number of rows in all its parts (Bloom's position
+        # bias), reads the prompt once a row.
+        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
+    return logits, with_room(cache, n_rows, room) if can_spread(cache) else cache
+
+
+def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
+
+    Only the last position meets the unembedding, where the architecture knows how: over a long prompt the
+    logits of all positions would be the largest tensor by far.
+    """
+    extra = {"logits_to_keep": 1} if _keeps_logits(lm.model) else {}
+    # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
+    # of times slower than for a dense copy of it.
+    dense = lm.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        result = lm.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+    finally:
+        dense.remove()
+    return result.logits[:, -1].float(), result.past_key_values
+
+
+class _NotKeysAndValues(Exception):  # noqa: N818 - it says what the cache is
+    """The model's cache has parts that are not known here."""
+
+
+def _read_once(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    if edit is None:
+        logits, cache = last_logits(lm, ids)
+        _check(cache)
+        return logits.repeat(n_rows, 1), cache
+    point = parse_hook(hook, lm.n_layers)
+    n_alike = span(edit.positions, 0, ids.shape[1], edit.prompt_length).start
+    cache = None
+    if n_alike:
+        _, cache = last_logits(lm, ids[:, :n_alike])
+        _check(cache)
+        # The attention of these layers comes after the hook.
+        spread(cache, point.layer + (point.kind != "hook_resid_pre"), n_rows)
+    edit.start = n_alike
+    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
+        logits, cache = last_logits(lm, ids[:, n_alike:], cache)
+    _check(cache)
+    if len(logits) != n_rows:
+        raise _NotKeysAndValues  # a model that cuts its output to the rows that it was given
+    return logits, cache
+
+
+def _read_in_every_row(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    rows = ids.expand(n_rows, -1).contiguous()
+    if edit is None:
+        return last_logits(lm, rows)
+    edit.start = 0
+    with edited(lm, hook, edit):
+        return last_logits(lm, rows)
+
+
+def _check(cache: Any) -> None:
+    if not can_spread(cache):
+        raise _NotKeysAndValues
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,141 @@
+"""What rows share is computed once, and every architecture gives what it gives row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.models.hooks import HOOK_KINDS, blocks, edited
+from saeffect.models.language_model import LanguageModel
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+from saeffect.steering.key_value_memory import can_spread
+from saeffect.steering.prompt_pass import last_logits, read_prompt
+from steering.tiny_model import D_VOCAB, WordTokenizer
+
+PROMPT = [5, 9, 40, 12, 33]
+WIDTH = 32
+COMMON = {"vocab_size": D_VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**LLAMA),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=D_VOCAB, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**COMMON, intermediate_size=48, initializer_range=0.2),
+    "qwen2": lambda: transformers.Qwen2Config(**LLAMA),
+    "mistral, a short window": lambda: transformers.MistralConfig(**LLAMA, sliding_window=4),
+    "gemma2": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, sliding_window=4),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=D_VOCAB, hidden_size=WIDTH, n_layer=3, n_head=4, initializer_range=0.2
+    ),
+    "opt": lambda: transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=WIDTH, init_std=0.2),
+}
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def any_lm(request, random_model):
+    config = CONFIGS[request.param]()
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 2
+    return LanguageModel(random_model(config).double(), WordTokenizer(), request.param)
+
+
+def hooks_of(lm):
+    for kind in HOOK_KINDS:
+        try:
+            with edited(lm, f"blocks.1.{kind}", lambda x: x):
+                pass
+        except ConfigError:  # some blocks have no such place
+            continue
+        yield f"blocks.1.{kind}"
+
+
+def intervention(n, positions):
+    vectors = torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(1)) * 3
+    return Intervention(AddVectors(vectors), positions)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+def test_equals_a_pass_over_every_row(any_lm, positions):
+    for hook in hooks_of(any_lm):
+        edit = intervention(3, positions).edit(len(PROMPT))
+        rows = torch.tensor([PROMPT]).expand(3, -1).contiguous()
+        following = torch.tensor([[7], [8], [9]])
+        with torch.inference_mode(), edited(any_lm, hook, edit):
+            edit.start = 0
+            expected = any_lm.model(input_ids=torch.cat([rows, following], dim=1), use_cache=False).logits[:, -2:]
+        edit = intervention(3, positions).edit(len(PROMPT))
+        with torch.inference_mode():
+            first, cache = read_prompt(any_lm, hook, PROMPT, 3, edit, room=1)
+            edit.start = len(PROMPT)
+            with edited(any_lm, hook, edit):
+                second, _ = last_logits(any_lm, following, cache)
+        found = torch.stack([first, second], dim=1)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_without_intervention_all_rows_are_one(any_lm):
+    with torch.inference_mode():
+        logits, _ = read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 4, None, room=2)
+        alone, _ = last_logits(any_lm, torch.tensor([PROMPT]))
+    assert torch.equal(logits, alone.expand(4, -1))
+
+
+def test_a_row_of_many_is_that_row_alone(any_lm):
+    cells = [NoiseCell(0, "p", i) for i in range(4)]
+    sampling = Sampling(max_new_tokens=10, top_p=0.9)
+    steer = intervention(4, "all")
+    together = generate(any_lm, "blocks.1.hook_resid_post", PROMPT, cells, sampling, intervention=steer)
+    alone = generate(any_lm, "blocks.1.hook_resid_post", PROMPT, cells, sampling, intervention=steer, batch_size=1)
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("positions", "below", "above"),
+    [("all", [(1, 5)], [(3, 5)]), ("prompt", [(1, 5)], [(3, 5)]), ("generated", [(1, 4), (1, 1)], [(1, 4), (3, 1)])],
+)
+@pytest.mark.parametrize("any_lm", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"], indirect=True)
+def test_rows_and_positions_of_each_pass(any_lm, positions, below, above):
+    seen = {0: [], 2: []}
+
+    def listen(layer):
+        def hook(_, args, kwargs):
+            seen[layer].append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+        return hook
+
+    handles = [blocks(any_lm.model)[i].register_forward_pre_hook(listen(i), with_kwargs=True) for i in seen]
+    try:
+        with torch.inference_mode():
+            edit = intervention(3, positions).edit(len(PROMPT))
+            read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == {0: below, 2: above}
+
+
+def test_memory_is_set_aside_once(any_lm):
+    with torch.inference_mode():
+        edit = intervention(3, "all").edit(len(PROMPT))
+        _, cache = read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=4)
+        plain = [layer for layer in cache.layers if not layer.is_sliding]
+        before = [layer.keys.data_ptr() for layer in plain]
+        for _ in range(4):
+            _, cache = last_logits(any_lm, torch.full((3, 1), 7), cache)
+        assert [layer.keys.data_ptr() for layer in plain] == before
+        assert {layer.get_seq_length() for layer in plain} <= {len(PROMPT) + 4}
+
+
+def test_other_caches_are_left_alone():
+    assert not can_spread(None)
+    assert not can_spread(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
+    assert not can_spread(transformers.DynamicCache())
+
+
+def test_a_wrong_operator_is_told_and_no_hook_stays(any_lm):
+    edit = Intervention(AddVectors(torch.ones(3, WIDTH + 1))).edit(len(PROMPT))
+    with pytest.raises(ShapeMismatch), torch.inference_mode():
+        read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_lm.model.modules())
