@@ -111,9 +111,7 @@ class Actions:
 
     def _setting(self, rows: Sequence[ActionRow]) -> SetFeatures:
         sae = self._sae
-        members = [
-            () if r.condition == UNSTEERED else self.directions.of(r.feature, r.condition, r.draw) for r in rows
-        ]
+        members = [() if r.condition == UNSTEERED else self.directions.of(r.feature, r.condition, r.draw) for r in rows]
         features = torch.full((len(rows), max(1, *map(len, members))), NO_FEATURE, dtype=torch.int64)
         targets = torch.zeros(features.shape)
         for i, (row, some) in enumerate(zip(rows, members, strict=True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from saeffect.errors import ShapeMismatch
 from saeffect.steering.actions import ActionRow, Actions, actions_of
 from saeffect.steering.generate import Progress, generate
 from saeffect.steering.operators import Intervention, Operator
-from saeffect.steering.outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebo import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan, check_features
 from saeffect.steering.sampling import NoiseCell
@@ -74,7 +73,7 @@ def run_trials(
         SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
     """
     table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
-    run = _Run(site, actions_of(site, W_dec, table, plan), plan, _Remembered(vectors))
+    run = _Run(site, actions_of(site, W_dec, table, plan), plan, RememberedVectors.of(vectors))
     per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
     n_features = max(1, plan.batch_size // per_feature)
     finished = _finished(done, run, set(table["feature"].tolist()))
@@ -150,31 +149,17 @@ class _Run:
         outputs: list[list[int]],
         references: dict[int, str],
     ) -> list[dict[str, Any]]:
-        lm = self.site.lm
-        records: list[dict[str, Any]] = []
-        for (feature, sample, condition, dose), ids in zip(layout, outputs, strict=True):
-            text = lm.decode(ids)
-            records.append(
-                {
-                    "feature": feature,
-                    "prompt": prompt,
-                    "sample": sample,
-                    "condition": condition,
-                    "dose": dose,
-                    "coefficient": self.actions.coefficient(feature, dose),
-                    "text": text,
-                    "similarity": similarity(text, references[feature], self.vectors).value,
-                    "distinct2": distinct_2(ids),
-                }
-            )
-        if self.plan.perplexity:
-            # Features share the unsteered texts: score each different text once.
-            different = {tuple(ids): math.nan for ids in outputs}
-            scores = perplexity(lm, lm.encode(self.plan.prompts[prompt]), list(different))
-            different = dict(zip(different, scores.tolist(), strict=True))
-            for record, ids in zip(records, outputs, strict=True):
-                record["perplexity"] = different[tuple(ids)]
-        return records
+        plan = self.plan
+        about = [references[feature] for feature, *_ in layout]
+        measured = measure_texts(
+            self.site.lm, plan.prompts[prompt], outputs, about, self.vectors, with_perplexity=plan.perplexity
+        )
+        return [
+            {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
+            | {"coefficient": self.actions.coefficient(feature, dose)}
+            | found
+            for (feature, sample, condition, dose), found in zip(layout, measured, strict=True)
+        ]
 
     def ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
         """Rows in the promised order, columns in the promised types."""
@@ -187,19 +172,6 @@ class _Run:
         ranked = ranked.sort_values(["feature", "prompt", "sample", "_rank", "dose"], kind="stable")
         numbers = {"feature": "int64", "prompt": "int64", "sample": "int64"}
         return ranked.drop(columns="_rank").astype(numbers).reset_index(drop=True)
-
-
-class _Remembered:
-    """Text vectors computed once per text: top tokens and unsteered texts come up again and again."""
-
-    def __init__(self, vectors: TextVectors) -> None:
-        self._vectors = vectors
-        self._known: dict[str, Vector | None] = {}
-
-    def mean_vector(self, text: str) -> Vector | None:
-        if text not in self._known:
-            self._known[text] = self._vectors.mean_vector(text)
-        return self._known[text]
 
 
 def _finished(done: pd.DataFrame | None, run: _Run, known: set[int]) -> set[int]:
