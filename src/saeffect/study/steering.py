@@ -28,8 +28,8 @@ from saeffect.study.steering_plan import (
     encoder_identity,
     matched_of,
     outcome_vectors,
-    site_of,
     plan_of_test,
+    site_of,
     tested_features,
 )
 from saeffect.study.study import Arm, Say
