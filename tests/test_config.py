@@ -4,7 +4,7 @@ import pydantic
 import pytest
 from pydantic import Field
 
-from saeffect.config import ModelConfig, StrictModel
+from saeffect.config import ModelConfig, SteeringConfig, StrictModel
 from saeffect.errors import ConfigError, UnknownName
 
 
@@ -75,3 +75,46 @@ def test_code_from_a_model_is_not_run_unless_asked_for() -> None:
 def test_bad_models(values: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         ModelConfig.read(values, at="model")
+
+
+def test_doses_follow_from_the_operator_and_prompts_are_halved_for_the_search() -> None:
+    assert SteeringConfig.read({}, at="s").doses == (0.4,)
+    assert SteeringConfig.read({"operator": "clamp"}, at="s").doses == (5.0,)
+    assert SteeringConfig.read({"operator": "ablate"}, at="s").doses == (1.0,)
+    paper = SteeringConfig.read({"coefficient": 50}, at="s")
+    assert (paper.doses, paper.unit) == ((50.0,), "coefficient")
+    halved = SteeringConfig.read({"doses": [0.2, 0.4], "prompts": ["a", "b", "c"]}, at="s")
+    assert (halved.search_prompts, halved.prompts) == (("a",), ("b", "c"))
+    for config in (paper, halved):
+        assert SteeringConfig.read(config.model_dump(mode="json"), at="s") == config
+
+
+def test_what_is_declared_must_be_among_what_there_is() -> None:
+    from saeffect.steering import BASELINES, OPERATORS, OUTCOMES, PLACEBOS
+
+    whole = {"placebos": list(PLACEBOS), "baselines": list(BASELINES), "outcomes": list(OUTCOMES)}
+    read = SteeringConfig.read(whole, at="s")
+    assert (read.placebos, read.baselines, read.outcomes) == (PLACEBOS, BASELINES, tuple(OUTCOMES))
+    assert [SteeringConfig.read({"operator": name}, at="s").operator for name in OPERATORS] == list(OPERATORS)
+    for key, valid in (("placebos", PLACEBOS), ("baselines", BASELINES), ("outcomes", OUTCOMES)):
+        with pytest.raises(UnknownName) as caught:
+            SteeringConfig.read({key: ["nothing"]}, at="s")
+        assert f"valid: {', '.join(sorted(valid))}." in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"coefficient": 5, "doses": [0.4]},
+        {"coefficient": 5, "operator": "clamp"},
+        {"operator": "ablate", "doses": [0.5]},
+        {"doses": [0.1, 0.2]},
+        {"outcomes": []},
+        {"outcomes": ["kl", "kl"]},
+        {"together": {"control": [[1]]}},
+        {"together": {"control": [[1, 1]]}},
+    ],
+)
+def test_steering_that_contradicts_itself(values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        SteeringConfig.read(values, at="s")

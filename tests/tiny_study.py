@@ -114,6 +114,8 @@ def make_study(folder: Path, **changes: Any) -> Path:
             "samples": 2,
             "max_new_tokens": 12,
             "top_p": 1.0,
+            "baseline_features": 2,
+            "outcomes": ["similarity", "off_list"],
         },
         "comparison": {"n_boot": 100, "n_permutations": 200},
     }

@@ -52,6 +52,10 @@ class StrictModel(BaseModel):
             place = f"{at}, {'.'.join(keys)}" if keys else at
             if first["type"] == "extra_forbidden":
                 raise unknown_name("key", keys[-1], _keys_at(cls, keys[:-1]), at=place) from error
+            if first["type"] == "literal_error" and isinstance(first["input"], str):
+                kind = next(key for key in reversed(keys) if not key.isdigit()).removesuffix("s")
+                valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+                raise unknown_name(kind, first["input"], valid, at=place) from error
             whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
             got = "" if whole else f" Got {first['input']!r}."
             message = first["msg"].removeprefix("Value error, ").rstrip(".")
@@ -161,32 +165,108 @@ class SelectionConfig(StrictModel):
 
 
 class SteeringConfig(StrictModel):
-    """Interventions. The dose is in units of the hook's mean residual norm."""
+    """Interventions: what is done, to how many features, with which controls, and what is measured of it."""
 
+    operator: Literal["add", "clamp", "ablate"] = Field(
+        "add", description="Add the decoder row; set the activation to a multiple of its maximum; or to 0."
+    )
+    doses: tuple[float, ...] = Field(
+        min_length=1,
+        description="Candidates; one is used. add: units of the hook's mean residual norm, by default 0.4."
+        " clamp: multiples of the feature's maximum, by default 5. ablate has none.",
+    )
+    coefficient: float | None = Field(
+        None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
+    )
+    positions: Literal["all", "generated", "prompt"] = Field(
+        "all", description="prompt: the prompt's but the last, as the paper's code did."
+    )
     prompts: tuple[str, ...] = Field(("What topic is on your mind?",), min_length=1)
-    search_prompts: tuple[str, ...] = Field((), description="For the dose search; none of them a test prompt.")
-    doses: tuple[float, ...] = Field((0.4,), min_length=1, description="Candidates; one is used.")
+    search_prompts: tuple[str, ...] = Field(
+        (),
+        description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
+        " which are then not tested on.",
+    )
     search_features: int = Field(8, ge=1, description="Features of each arm that the search steers.")
     max_features: int | None = Field(None, ge=1, description="Test a random sample of so many domain features an arm.")
+    together: dict[str, tuple[tuple[int, ...], ...]] = Field(
+        default_factory=dict, description="For an arm, sets of features to steer at once, such as {control: [[3, 17]]}."
+    )
+    placebos: tuple[Literal["random", "matched"], ...] = Field(
+        ("random", "matched"), description="The test is against matched if it is there, else against random."
+    )
+    baselines: tuple[Literal["prompt", "mean_difference"], ...] = Field(
+        ("prompt", "mean_difference"), description="What steering with a feature must beat to be worth it."
+    )
+    baseline_features: int = Field(4, ge=0, description="Tested features of each arm that the baselines are run for.")
+    outcomes: tuple[
+        Literal["similarity", "keyword_score", "off_list", "direct_effect", "kl", "perplexity", "distinct2"], ...
+    ] = Field(
+        ("similarity",),
+        min_length=1,
+        description="Declared before the run: the first decides what passes; all that are not here are exploratory.",
+    )
+    outcome_encoder: str | None = Field(
+        None,
+        description="Vectors for similarity: a bundled name, a vectors file, a folder or hub id of an encoder such as"
+        " bert-base-uncased. By default those of coherence.embeddings.",
+    )
     samples: int = Field(4, ge=1, description="Texts a prompt.")
     max_new_tokens: int = Field(50, ge=1)
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(0.3, gt=0, le=1)
     frequency_penalty: float = 1.0
-    positions: Literal["all", "generated", "prompt"] = "all"
     batch_size: int = Field(64, ge=1)
+
+    @property
+    def unit(self) -> Literal["residual_norm", "coefficient"]:
+        """What a dose of the operator "add" counts."""
+        return "residual_norm" if self.coefficient is None else "coefficient"
+
+    @property
+    def primary_placebo(self) -> str:
+        """What the test compares with."""
+        return "matched" if "matched" in self.placebos or not self.placebos else self.placebos[0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        """Doses and search prompts that follow from the rest, so that the resolved study says them."""
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        usual = {"add": 0.4, "clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator", "add")), 0.4)
+        if "doses" not in value:
+            value["doses"] = [value.get("coefficient") or usual]
+        doses, prompts = value["doses"], value.get("prompts")
+        several = isinstance(doses, list | tuple) and len(doses) > 1
+        if several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
+            half = len(prompts) // 2
+            value["search_prompts"], value["prompts"] = prompts[:half], prompts[half:]
+        return value
 
     @model_validator(mode="after")
     def _searchable(self) -> Self:
         if len(self.doses) > 1 and not self.search_prompts:
-            raise ValueError("several doses need search_prompts to choose on")
+            raise ValueError("several doses need search_prompts to choose on, or a second prompt")
         if any(dose <= 0 for dose in self.doses) or len(set(self.doses)) < len(self.doses):
             raise ValueError(f"doses must be above 0 and all different, not {list(self.doses)}")
+        if self.operator == "ablate" and self.doses != (1.0,):
+            raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
+        if self.coefficient is not None and (self.operator != "add" or self.doses != (self.coefficient,)):
+            raise ValueError("a coefficient goes with the operator add, in place of doses")
         # Prompts that differ in case or spacing alone are the same prompt.
         plain = [" ".join(prompt.casefold().split()) for prompt in (*self.prompts, *self.search_prompts)]
         doubled = [prompt for prompt, n in Counter(plain).items() if n > 1]
         if doubled:
             raise ValueError(f"the prompt {doubled[0]!r} is there twice; search and test prompts must all differ")
+        for name in ("placebos", "baselines", "outcomes"):
+            again = [word for word, n in Counter(getattr(self, name)).items() if n > 1]
+            if again:
+                raise ValueError(f"{name} has {again[0]!r} twice")
+        for arm, sets in self.together.items():
+            if any(len(some) < 2 or len(set(some)) < len(some) for some in sets):
+                raise ValueError(f"together.{arm}: each set needs at least two features, all different")
         return self
 
 
@@ -210,7 +290,7 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = FeaturesConfig()
     coherence: CoherenceConfig = CoherenceConfig()
     selection: SelectionConfig = SelectionConfig()
-    steering: SteeringConfig | None = SteeringConfig()
+    steering: SteeringConfig | None = Field(default_factory=lambda: SteeringConfig.model_validate({}))
     comparison: ComparisonConfig = ComparisonConfig()
     training: dict[str, Any] | None = Field(
         None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
@@ -225,4 +305,7 @@ class StudyConfig(StrictModel):
         roles = Counter(arm.role for arm in self.arms.values())
         if roles["control"] != 1 or roles["treatment"] != 1:
             raise ValueError("a study has exactly one control and one treatment arm")
+        for name in self.steering.together if self.steering else ():
+            if name not in self.arms:
+                raise unknown_name("arm", name, self.arms, at="steering.together")
         return self

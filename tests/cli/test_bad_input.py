@@ -183,6 +183,10 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "ConfigError",
         "one two",
     ),
+    "no such operator": (_set("steering", to={"operator": "clampp"}), "UnknownName", "valid: ablate, add, clamp"),
+    "no such placebo": (_set("steering", to={"placebos": ["matchd"]}), "UnknownName", "valid: matched, random"),
+    "no such outcome": (_set("steering", to={"outcomes": ["off_lst"]}), "UnknownName", "off_list"),
+    "doses for an ablation": (_set("steering", to={"operator": "ablate", "doses": [2.0]}), "ConfigError", "no doses"),
     "a name that is a path": (_set("name", to="../evil"), "ConfigError", "evil"),
 }
 

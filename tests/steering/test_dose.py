@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, Undefined
-from saeffect.steering import SteeringPlan, choose_dose, score_doses
+from saeffect.steering import RESPONSE_COLUMNS, SteeringPlan, choose_dose, dose_response, score_doses
 from steering.tiny_model import D_MODEL, OneHotWords, site
 
 KEYS = {"feature": 0, "prompt": 0}
@@ -42,6 +42,40 @@ def test_score_by_hand():
     assert table["gain"].to_dict() == pytest.approx({0.3: 0.15, 0.9: 0.8})
     assert table["fluency"].to_dict() == pytest.approx({0.3: 0.75, 0.9: 0.25})
     assert table["score"].to_dict() == pytest.approx({0.3: 0.125, 0.9: 0.2})
+
+
+def test_response_by_feature_and_dose():
+    one = [
+        row(0, "unsteered", 0.0, 0.2, 1.0, 4.0),
+        row(0, "steered", 0.3, 0.4, 1.0, 4.0),
+        row(0, "steered", 0.9, 0.9, 0.25, 16.0),  # gain 0.7, fluency 0.25
+        row(0, "steered", 1.8, 0.4, 1.0, 4.0),  # equals the first
+    ]
+    unknown = [{**r, "feature": 6, "similarity": math.nan} for r in one[:3]]
+    direct = pd.DataFrame(
+        {
+            "feature": 0,
+            "prompt": [0, 1, 0, 0],
+            "condition": ["steered", "steered", "steered", "random"],
+            "dose": [0.3, 0.3, 0.9, 0.9],
+            "delta_logprob": [1.0, 2.0, 5.0, 77.0],
+            "kl": [0.1, 0.3, 2.0, 77.0],
+        }
+    )
+    table = dose_response(pd.DataFrame(one + unknown), direct)
+    assert tuple(table.columns) == RESPONSE_COLUMNS
+    assert table[["feature", "dose"]].to_numpy().tolist() == [[0, 0.3], [0, 0.9], [0, 1.8], [6, 0.3], [6, 0.9]]
+    assert table["score"].tolist()[:3] == pytest.approx([0.2, 0.175, 0.2])
+    assert table["best"].tolist() == [True, False, False, False, False]
+    assert table["n"].tolist() == [1, 1, 1, 0, 0]
+    assert table["direct_effect"].tolist()[:2] == [1.5, 5.0]
+    assert table["kl"].tolist()[:2] == pytest.approx([0.2, 2.0])
+    assert table.loc[2:, "direct_effect"].isna().all()
+    assert table.loc[3:, ["similarity", "gain", "fluency", "score"]].isna().all(axis=None)
+
+
+def test_nothing_steered_has_no_response():
+    assert dose_response(pd.DataFrame([row(0, "unsteered", 0.0, 0.2, 1.0, 4.0)])).empty
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.steering import effects
+from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch, UnknownName
+from saeffect.stats import benjamini_hochberg
+from saeffect.steering import OUTCOMES, effects, outcome_effects
 
 COLUMNS = [
     "feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high",
-    "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reason",
+    "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share", "shuffled_effect",
+    "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason",
 ]  # fmt: skip
 
 
@@ -63,6 +65,9 @@ def test_by_hand():
     assert row["direct_effect"] == 1.5
     assert row["direct_placebo"] == 0.25
     assert row["kl"] == pytest.approx(0.2)
+    assert row["reversed_share"] == 0.0  # prompt means 0.1 and 0.4
+    assert (row["outcome"], row["placebo"]) == ("similarity", "random")
+    assert math.isnan(row["shuffled_effect"])
     assert row["reason"] == ""
 
 
@@ -146,3 +151,118 @@ def test_bad_input():
         effects(trials, alpha=0)
     with pytest.raises(EmptySelection):
         effects(trials[:0])
+
+
+def many_outcomes(n_features=3, seed=0):
+    """Trials and direct effects with every outcome: two prompts x two samples, both placebos."""
+    rng = np.random.default_rng(seed)
+    trials, direct = [], []
+    for feature in range(n_features):
+        for condition, lift in (("unsteered", 0.0), ("steered", 0.3), ("random", 0.0), ("matched", 0.1)):
+            for prompt in range(2):
+                for sample in range(2):
+                    cell = {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition}
+                    cell["dose"] = 0.0 if condition == "unsteered" else 0.4
+                    for column in ("similarity", "similarity_shuffled", "keyword_score", "off_list", "distinct2"):
+                        cell[column] = rng.normal(0.3 + lift * (column != "similarity_shuffled"), 0.05)
+                    cell["perplexity"] = float(np.exp(rng.normal(1 + lift, 0.1)))
+                    trials.append(cell)
+                if condition != "unsteered":
+                    cell = {"feature": feature, "prompt": prompt, "condition": condition, "dose": 0.4}
+                    direct.append({**cell, "delta_logprob": rng.normal(lift, 0.1), "kl": rng.gamma(2.0, lift + 0.1)})
+    return pd.DataFrame(trials), pd.DataFrame(direct)
+
+
+def test_every_outcome_against_every_control_by_hand():
+    from scipy import stats
+
+    trials, direct = many_outcomes()
+    table = outcome_effects(trials, direct, declared=("off_list", "kl"), placebos=("matched", "random"))
+    assert len(table) == 3 * (2 * len(OUTCOMES) + 1)  # and similarity against another feature's tokens
+    assert set(table.loc[table["placebo"] == "shuffled", "outcome"]) == {"similarity"}
+    assert set(table.loc[table["declared"], "outcome"]) == {"off_list", "kl"}
+    assert table.loc[table["primary"], ["outcome", "placebo"]].drop_duplicates().to_numpy().tolist() == [
+        ["off_list", "matched"]
+    ]
+    wide = trials.set_index(["feature", "prompt", "sample", "condition"])["off_list"].unstack().loc[1]
+    row = table[(table["feature"] == 1) & table["primary"]].iloc[0]
+    differences = (wide["steered"] - wide["matched"]).to_numpy()
+    assert row["effect"] == pytest.approx(differences.mean())
+    exact = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", alternative="greater", n_resamples=np.inf
+    )
+    assert row["p"] == pytest.approx(exact.pvalue)
+    for _, rows in table.groupby(["outcome", "placebo"]):
+        np.testing.assert_allclose(rows["q"], benjamini_hochberg(rows["p"].to_numpy()))
+
+
+def test_perplexity_is_compared_by_its_logarithm_and_direct_effects_by_prompt():
+    trials, direct = many_outcomes()
+    table = outcome_effects(trials, direct).set_index(["outcome", "placebo", "feature"])
+    wide = np.log(trials.set_index(["feature", "prompt", "sample", "condition"])["perplexity"]).unstack().loc[2]
+    row = table.loc["perplexity", "random", 2]
+    assert row["effect"] == pytest.approx((wide["steered"] - wide["random"]).mean())
+    assert row["alternative"] == "two-sided"
+    means = direct[direct["feature"] == 2].groupby("condition")["delta_logprob"].mean()
+    row = table.loc["direct_effect", "matched", 2]
+    assert row["n_pairs"] == 2
+    assert row["unsteered_mean"] == 0.0
+    assert row["effect"] == pytest.approx(means["steered"] - means["matched"])
+
+
+def test_other_features_tokens_as_control():
+    trials, direct = many_outcomes()
+    row = effects(trials, direct, placebo="matched").iloc[0]
+    wide = trials[trials["feature"] == 0].pivot(
+        index=["prompt", "sample"], columns="condition", values=["similarity", "similarity_shuffled"]
+    )
+    gains = {c: wide[c]["steered"] - wide[c]["unsteered"] for c in ("similarity", "similarity_shuffled")}
+    assert row["shuffled_effect"] == pytest.approx((gains["similarity"] - gains["similarity_shuffled"]).mean())
+    assert row["shuffled_low"] <= row["shuffled_effect"] <= row["shuffled_high"]
+    assert 0 < row["shuffled_p"] <= 1
+
+
+def test_the_share_of_prompts_where_it_reverses():
+    # Prompt means of the differences: 0.3, -0.1, 0.2, 0.
+    trials = trials_of(0, [0.0] * 8, [0.2, 0.4, 0.1, -0.3, 0.2, 0.2, 0.1, -0.1], [0.0] * 8)
+    assert effects(trials)["reversed_share"][0] == 0.25
+    falls = trials.assign(distinct2=-trials["similarity"])
+    table = outcome_effects(falls, placebos=("random",)).set_index("outcome")
+    assert table.loc["distinct2", "effect"] < 0
+    assert table.loc["distinct2", "reversed_share"] == 0.25  # here rising is against the overall effect
+
+
+def test_degenerate_outcomes_have_reasons():
+    trials, direct = many_outcomes(1)
+    trials["off_list"] = math.nan
+    trials["distinct2"] = 0.5
+    alone = outcome_effects(
+        trials[trials["condition"] != "matched"].assign(similarity_shuffled=math.nan),
+        direct,
+        obstacles={(0, "matched"): "no feature resembles it"},
+    ).set_index(["outcome", "placebo"])
+    assert alone.loc[("similarity", "matched"), "reason"] == "no feature resembles it"
+    assert "no off_list is defined" in alone.loc[("off_list", "random"), "reason"]
+    assert "no other feature" in alone.loc[("similarity", "shuffled"), "reason"]
+    ties = alone.loc[("distinct2", "random")]
+    assert (ties["effect"], ties["p"]) == (0.0, 1.0)
+    assert math.isnan(ties["low"])
+    assert "equal" in ties["reason"]
+    assert math.isnan(ties["reversed_share"])
+    undefined = alone["effect"].isna()
+    assert (alone.loc[undefined, "reason"] != "").all()
+    one = trials[(trials["prompt"] == 0) & (trials["sample"] == 0)]
+    assert outcome_effects(one, direct[:0])["effect"].isna().all()
+    unsteered = trials[trials["condition"] == "unsteered"]
+    why = {(0, "steered"): "feature 0 never fired"}
+    nothing = effects(unsteered, direct[:0], dose=0.4, obstacles=why)
+    assert nothing["reason"][0] == "feature 0 never fired"
+    assert not nothing["passed"][0]
+
+
+def test_bad_names():
+    trials, direct = many_outcomes(1)
+    with pytest.raises(UnknownName, match="valid: direct_effect, distinct2"):
+        outcome_effects(trials, direct, declared=("similar",))
+    with pytest.raises(UnknownName, match="off_list"):
+        effects(trials, outcome="of_list")

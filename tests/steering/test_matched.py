@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.steering.matched import matched_features
+from saeffect.steering.matched import matched_features, matched_lists
 
 
 def table(n: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -83,3 +83,14 @@ def test_bad_requests():
         matched_features(table(), [999], [999])
     with pytest.raises(EmptySelection, match="only 2 feature"):
         matched_features(table(), [0], range(198), n=3)
+
+
+def test_lists_are_shorter_where_fewer_resemble_it():
+    features = table()
+    features.loc[:1, "density"] = 0.0
+    lists = matched_lists(features, [0, 5], domain=[0, *range(5, 200)], n=4)
+    assert lists[0] == [1]
+    assert set(lists[1]) == {2, 3, 4}
+    whole = matched_features(table(), [5], [5], n=3)
+    assert matched_lists(table(), [5], [5], n=3) == [whole["placebo"].tolist()]
+    assert matched_lists(table(), [5], range(200)) == [[]]

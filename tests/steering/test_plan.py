@@ -33,6 +33,10 @@ def test_lists_become_tuples_and_conditions_follow():
         ({"positions": "al"}, UnknownName, "did you mean 'all'"),
         ({"placebos": ("rando",)}, UnknownName, "did you mean 'random'"),
         ({"top_p": 2.0}, ConfigError, "top_p"),
+        ({"operator": "clampp"}, UnknownName, "did you mean 'clamp'"),
+        ({"unit": "coefficent"}, UnknownName, "did you mean 'coefficient'"),
+        ({"operator": "clamp", "doses": (-1.0,)}, ConfigError, "below 0"),
+        ({"operator": "ablate"}, ConfigError, "one dose 1"),
     ],
 )
 def test_bad_plans(change, error, said):

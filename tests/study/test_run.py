@@ -41,8 +41,12 @@ def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path]) -> N
             "interventions",
             "direct_effects",
             "effects",
+            "outcome_effects",
+            "baselines",
+            "baseline_effects",
         ):
             assert f"arms/{arm}/{file}.parquet" in names
+    assert {"steering/dose.json", "steering/dose_search.parquet", "steering/dose_response.parquet"} <= names
     assert {"study.yaml", "manifest.json", "report.html", "comparison/answer.json"} <= names
     assert {"tables/table1.csv", "tables/table1.json", "tables/table2.csv"} <= names
     assert any(n.startswith("figures/") and n.endswith(".svg") for n in names)
@@ -182,3 +186,40 @@ def test_verdicts_select_and_must_cover_every_arm(tmp_path: Path) -> None:
     table = pd.read_parquet(tmp_path / "run" / "comparison" / "table1.parquet").set_index("arm")
     assert (table["domain_features"] == 1).all()
     assert (table["in_vocabulary"] > 1).all()
+
+
+def test_the_steer_stage_tests_against_both_placebos_and_records_what_was_declared(finished: tuple[Path, Path]) -> None:
+    run = finished[1]
+    arm = run / "arms" / "control"
+    trials = pd.read_parquet(arm / "interventions.parquet")
+    assert set(trials["condition"]) == {"unsteered", "steered", "random", "matched"}
+    measured = {"keyword_score", "off_list", "similarity_shuffled", "shuffled_feature", "perplexity", "distinct2"}
+    assert measured <= set(trials.columns)
+    assert (trials["shuffled_feature"] != trials["feature"]).all()
+    effects = pd.read_parquet(arm / "effects.parquet")
+    assert (effects["placebo"] == "matched").all()
+    assert effects["declared"].all()
+    every = pd.read_parquet(arm / "outcome_effects.parquet")
+    assert set(every["outcome"]) >= {"similarity", "off_list", "keyword_score", "direct_effect", "kl", "perplexity"}
+    assert set(every.loc[every["declared"], "outcome"]) == {"similarity", "off_list"}
+    assert set(every["placebo"]) == {"matched", "random", "shuffled"}
+    primary = every[every["primary"]].set_index("feature")
+    pd.testing.assert_series_equal(primary["effect"], effects.set_index("feature")["effect"])
+    assert (every.loc[every["effect"].isna(), "reason"] != "").all()
+
+
+def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]) -> None:
+    run = finished[1]
+    baselines = pd.read_parquet(run / "arms" / "treatment" / "baselines.parquet")
+    assert set(baselines["condition"]) == {"prompt", "mean_difference"}
+    assert baselines["feature"].nunique() == 2
+    against = pd.read_parquet(run / "arms" / "treatment" / "baseline_effects.parquet")
+    assert set(against["baseline"]) == {"prompt", "mean_difference"}
+    response = pd.read_parquet(run / "steering" / "dose_response.parquet")
+    assert set(response["arm"]) == {"control", "treatment", "placebo"}
+    assert set(response["dose"]) == {0.5, 1.0}
+    assert response["direct_effect"].notna().all()
+    assert response.groupby(["arm", "feature"])["best"].sum().max() == 1
+    dose = read_json(run / "steering" / "dose.json")
+    assert set(dose["best"]) == {"control", "treatment", "placebo"}
+    assert set(pd.read_parquet(run / "steering" / "dose_search.parquet")["arm"]) == {"control", "treatment"}

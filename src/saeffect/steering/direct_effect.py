@@ -13,9 +13,11 @@ from torch import Tensor
 
 from saeffect.models.hooks import edited
 from saeffect.models.language_model import LanguageModel
+from saeffect.steering.actions import ActionRow, actions_of
 from saeffect.steering.generate import Progress
-from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.plan import Site, SteeringPlan, check_features, directions
+from saeffect.steering.operators import Intervention
+from saeffect.steering.placebo import UNSTEERED
+from saeffect.steering.plan import Site, SteeringPlan, check_features
 from saeffect.steering.prompt_pass import last_logits
 
 __all__ = ["direct_effects", "kl_divergence", "next_log_probabilities"]
@@ -37,31 +39,34 @@ def direct_effects(
     Args:
         site: Model, hook and unit of doses.
         W_dec: Decoder, `[d_sae, d_model]`.
-        features: Columns feature and top_token_ids (list of int), and matched if that placebo is planned.
-        plan: Prompts, doses, positions, placebos, seed and batch_size are used.
+        features: Columns feature and top_token_ids (list of int), and matched if that placebo is planned; or
+            members, as in `run_trials`.
+        plan: Prompts, doses, operator, unit, positions, placebos, seed and batch_size are used.
         progress: Called after each batch with rows done and in all.
 
     Returns:
         One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
         delta_logprob (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without
         top tokens), kl (nats; from the unsteered to the steered distribution, 0 when nothing changed).
+        Conditions that are impossible for a feature have no rows, see `obstacles`.
 
     Raises:
         SaeffectError: As `check_features`, `Directions` and `Intervention.edit`.
     """
     table = check_features(site, W_dec, features, ("top_token_ids", *plan.feature_columns))
-    chosen = directions(W_dec, table, plan)
+    actions = actions_of(site, W_dec, table, plan)
     top = {int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)}
-    layout = [(f, condition, dose) for f in top for condition in plan.conditions for dose in plan.doses]
+    possible = [(f, c) for f in top for c in plan.conditions if not actions.obstacle(f, c)]
+    layout = [(f, condition, dose) for f, condition in possible for dose in plan.doses]
     n_at_once = max(1, plan.batch_size - 1)
     records: list[dict[str, Any]] = []
     for prompt, text in enumerate(plan.prompts):
         prompt_ids = site.lm.encode(text)
         for first in range(0, len(layout), n_at_once):
             some = layout[first : first + n_at_once]
-            vectors = [torch.zeros(W_dec.shape[1])]
-            vectors += [d * site.mean_norm * chosen.unit(f, c, (prompt, 0)) for f, c, d in some]
-            intervention = Intervention(AddVectors(torch.stack(vectors)), plan.positions)
+            rows = [ActionRow(some[0][0], UNSTEERED, 0.0, (prompt, 0))]
+            rows += [ActionRow(*one, (prompt, 0)) for one in some]
+            intervention = Intervention(actions.operator(rows), plan.positions)
             log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention)
             kl = kl_divergence(log_p[0], log_p[1:]).tolist()
             for row, (feature, condition, dose) in enumerate(some):
@@ -73,7 +78,7 @@ def direct_effects(
                 )
             if progress is not None:
                 progress(len(records), len(layout) * len(plan.prompts))
-    result = pd.DataFrame(records)
+    result = pd.DataFrame(records, columns=["feature", "prompt", "condition", "dose", "delta_logprob", "kl"])
     result["order"] = result["condition"].map({c: i for i, c in enumerate(plan.conditions)})
     result = result.sort_values(["feature", "prompt", "order", "dose"], kind="stable")
     return result.drop(columns="order").reset_index(drop=True)

@@ -7,6 +7,7 @@ prompt and sampling noise, and the dose with the best mean score wins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,15 @@ from saeffect.steering.placebo import STEERED, UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.trials import run_trials
 
-__all__ = ["DoseChoice", "choose_dose", "score_doses"]
+__all__ = ["RESPONSE_COLUMNS", "DoseChoice", "choose_dose", "dose_response", "score_doses"]
+
+RESPONSE_COLUMNS = (
+    *("feature", "dose", "n", "similarity", "gain", "distinct2", "perplexity", "fluency", "score"),
+    *("direct_effect", "kl", "best"),
+)
+
+
+_MEASURED = ["similarity", "distinct2", "perplexity"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,21 +126,51 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The `table` of `DoseChoice`. Texts whose gain or fluency is undefined are left out (see n).
     """
+    return _means(_scored(trials), ["dose"])
+
+
+def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> pd.DataFrame:
+    """How a feature's influence grows with the dose, and what it costs in fluency.
+
+    Args:
+        trials: As `run_trials` gives, with perplexity; placebos are ignored.
+        direct: As `direct_effects` gives for the same features and doses; None leaves its columns NaN.
+
+    Returns:
+        One row per feature and dose, in that order: `RESPONSE_COLUMNS`. n texts scored; means over them of
+        similarity, gain, distinct2, perplexity, fluency and score as in `score_doses`, NaN for n = 0;
+        direct_effect and kl (nats, means over prompts); best, whether it is the feature's dose of highest
+        score (the smaller one of equals; none where no score is defined).
+    """
+    table = _means(_scored(trials), ["feature", "dose"])
+    table[["direct_effect", "kl"]] = math.nan
+    if direct is not None:
+        rows = direct[direct["condition"] == STEERED].groupby(["feature", "dose"])[["delta_logprob", "kl"]].mean()
+        found = rows.reindex(pd.MultiIndex.from_frame(table[["feature", "dose"]])).to_numpy(dtype=np.float64)
+        table[["direct_effect", "kl"]] = found
+    highest = table.groupby("feature")["score"].transform("max")
+    first = table[table["score"] == highest].drop_duplicates("feature").index
+    table["best"] = table.index.isin(first)
+    return table[list(RESPONSE_COLUMNS)]
+
+
+def _scored(trials: pd.DataFrame) -> pd.DataFrame:
+    """The steered texts with gain, fluency, score, and n = 1 where these are defined."""
     keys = ["feature", "prompt", "sample"]
-    measured = ["similarity", "distinct2", "perplexity"]
-    twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[measured].add_suffix("_before")
+    twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[_MEASURED].add_suffix("_before")
     rows = trials[trials["condition"] == STEERED].join(twins, on=keys)
     repeats = np.minimum(1.0, rows["distinct2"] / rows["distinct2_before"])
     surprise = np.minimum(1.0, rows["perplexity_before"] / rows["perplexity"])
     rows["gain"] = rows["similarity"] - rows["similarity_before"]
     rows["fluency"] = np.sqrt(repeats * surprise)
     rows["score"] = rows["gain"] * rows["fluency"]
-    complete = rows.assign(n=rows["score"].notna().astype(np.int64))
-    means = (
-        complete[complete["n"] == 1].groupby("dose")[["similarity", "gain", *measured[1:], "fluency", "score"]].mean()
-    )
-    counts = complete.groupby("dose")[["n"]].sum()
-    return counts.join(means).reset_index()
+    return rows.assign(n=rows["score"].notna().astype(np.int64))
+
+
+def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    columns = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
+    means = rows[rows["n"] == 1].groupby(by)[columns].mean()
+    return rows.groupby(by)[["n"]].sum().join(means).reset_index()
 
 
 def _plain(prompt: str) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, bootstrap, sign_flip_many
-from saeffect.steering.placebo import STEERED, UNSTEERED
+from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.steering.measures import OUTCOMES, outcome_named
+from saeffect.steering.paired import SHUFFLED, Obstacles, paired_values, summarise_pairs, tested_dose
+from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
 
-__all__ = ["effects"]
+__all__ = ["effects", "outcome_effects"]
 
-_KEYS = ["feature", "prompt", "sample"]
+_ORDER = (
+    *("feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high"),
+    *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
+    *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
+)
+_LONG = (
+    *("feature", "outcome", "placebo", "n_pairs", "effect", "low", "high", "p", "q", "reversed_share"),
+    *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
+)
 
 
 def effects(
@@ -26,12 +33,14 @@ def effects(
     seed: int = 0,
     dose: float | None = None,
     placebo: str = "random",
+    outcome: str = "similarity",
+    obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
-    """Effect of each feature on the similarity of texts to its top tokens.
+    """Effect of each feature on the primary outcome.
 
     Pairs are prompts x samples: steered, placebo and unsteered text of a pair shared prompt and sampling
     noise. The effect is the mean of (steered - unsteered) - (placebo - unsteered). Pairs in which one of the
-    three similarities is undefined are left out and counted in `reason`.
+    three is undefined are left out and counted in `reason`.
 
     Args:
         trials: As `run_trials` gives.
@@ -40,136 +49,128 @@ def effects(
         seed: For random sign patterns and the bootstrap.
         dose: Which dose is tested; not needed when the trials hold one.
         placebo: The condition to compare with.
+        outcome: A name in `OUTCOMES`.
+        obstacles: Why features were not steered, see `saeffect.steering.obstacles`: their `reason`.
 
     Returns:
-        One row a feature, by number: feature; n_pairs; unsteered_mean, steered_mean, placebo_mean (cosine
-        similarities over the pairs); effect with its 95 % bootstrap interval effect_low, effect_high; p
-        (one-sided sign-flip test that the effect is above 0); q (Benjamini-Hochberg over these features);
-        passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar than the
-        first unsteered one); direct_effect, direct_placebo (nats, means over prompts); kl (nats, steered);
-        reason ("" when all is defined). Fewer than two pairs: NaN.
+        One row a feature, by number: feature; n_pairs; unsteered_mean, steered_mean, placebo_mean (over the
+        pairs); effect with its 95 % bootstrap interval effect_low, effect_high; p (sign-flip test that the
+        effect is above 0, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
+        features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar
+        than the first unsteered one); direct_effect, direct_placebo (nats, means over prompts); kl (nats,
+        steered); reversed_share (share of prompts whose mean effect is below 0; for outcomes without a
+        direction, against the overall effect); shuffled_effect with shuffled_low, shuffled_high, shuffled_p
+        (how much more steering raised the similarity to the feature's own top tokens than to those of another
+        feature; NaN without the column similarity_shuffled, see `score_texts`); outcome; placebo; reason (""
+        when all is defined). Fewer than two pairs: NaN.
 
     Raises:
         ConfigError: The trials hold several doses and `dose` is not given, or not the one given; `alpha` is
             not between 0 and 1.
-        EmptySelection: There are no steered trials.
+        EmptySelection: There are no steered trials, and no dose is given.
         ShapeMismatch: A column is missing, or a trial is there twice.
+        UnknownName: No such outcome.
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must be between 0 and 1. Got {alpha}.", at="alpha")
-    missing = [name for name in (*_KEYS, "condition", "dose", "similarity") if name not in trials]
+    measure, similar = outcome_named(outcome), OUTCOMES["similarity"]
+    _check_columns(trials)
+    dose = tested_dose(trials, dose)
+    wide = paired_values(trials, direct, measure, dose=dose, placebo=placebo)
+    table = summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+    table["passed"] = table["q"] <= alpha
+    texts = paired_values(trials, direct, similar, dose=dose, placebo=SHUFFLED)
+    # Prompt 0, sample 0: the paper looks at one text of each kind.
+    first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
+    table["paper_pass"] = table["feature"].map(first[STEERED] > first[UNSTEERED]).astype(bool)
+    shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
+    names = {"effect": "shuffled_effect", "effect_low": "shuffled_low", "effect_high": "shuffled_high"}
+    for name, new in (names | {"p": "shuffled_p"}).items():
+        table[new] = table["feature"].map(shuffled[name])
+    for name, values in _direct(direct, dose, placebo).items():
+        table[name] = math.nan if values is None else table["feature"].map(values)
+    return table.assign(outcome=outcome, placebo=placebo)[list(_ORDER)]
+
+
+def outcome_effects(
+    trials: pd.DataFrame,
+    direct: pd.DataFrame | None = None,
+    *,
+    declared: Sequence[str] = ("similarity",),
+    placebos: Sequence[str] = PLACEBOS,
+    seed: int = 0,
+    dose: float | None = None,
+    obstacles: Obstacles | None = None,
+) -> pd.DataFrame:
+    """Effect of each feature on every outcome that was measured, against every control.
+
+    Args:
+        trials: As `run_trials` and `score_texts` give; outcomes without a column are not there.
+        direct: As `direct_effects` gives; None leaves its outcomes out.
+        declared: Outcomes that were declared before the run, the primary one first.
+        placebos: Conditions to compare with, the primary one first. Where the trials have it, similarity is
+            also compared with "shuffled": the same texts against another feature's top tokens.
+        seed: For random sign patterns and the bootstrap.
+        dose: Which dose is tested; not needed when the trials hold one.
+        obstacles: As in `effects`.
+
+    Returns:
+        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs; effect with its 95 %
+        bootstrap interval low, high; p, q (over the features of one outcome and placebo), reversed_share,
+        unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater" or "two-sided");
+        unit; declared (whether the outcome was declared before the run; all others are exploratory); primary
+        (whether it is the one test that decides what passes); reason.
+
+    Raises:
+        UnknownName: A declared outcome does not exist.
+        SaeffectError: As `effects`.
+    """
+    for name in declared:
+        outcome_named(name)
+    _check_columns(trials)
+    dose = tested_dose(trials, dose)
+    frames = []
+    for name, measure in OUTCOMES.items():
+        if direct is None if measure.table == "direct" else measure.column not in trials:
+            continue
+        controls = [*placebos, *([SHUFFLED] if f"{measure.column}_shuffled" in trials else [])]
+        for placebo in controls:
+            wide = paired_values(trials, direct, measure, dose=dose, placebo=placebo)
+            table = summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+            table = table.rename(columns={"effect_low": "low", "effect_high": "high"})
+            is_primary = name == next(iter(declared), None) and placebo == next(iter(placebos), None)
+            frames.append(
+                table.assign(
+                    outcome=name,
+                    placebo=placebo,
+                    alternative=measure.alternative,
+                    unit=measure.unit,
+                    declared=name in declared,
+                    primary=is_primary,
+                )
+            )
+    if not frames:
+        return pd.DataFrame(columns=list(_LONG))
+    return pd.concat(frames, ignore_index=True)[list(_LONG)]
+
+
+def _check_columns(trials: pd.DataFrame) -> None:
+    needed = ("feature", "prompt", "sample", "condition", "dose", "similarity")
+    missing = [name for name in needed if name not in trials]
     if missing:
         raise ShapeMismatch(f"the trials lack the column(s) {', '.join(missing)}.", at="trials")
-    dose = _the_dose(trials, dose)
-    pairs = _pairs(trials, dose, placebo)
-    records = []
-    kept: list[npt.NDArray[np.float64]] = []
-    for feature in trials["feature"].drop_duplicates().sort_values().tolist():
-        record, differences = _one_feature(pairs.loc[[feature]], placebo, seed)
-        records.append({"feature": feature, **record, **_direct(direct, feature, dose, placebo)})
-        kept.append(differences)
-    table = pd.DataFrame(records)
-    table["p"] = _p_values(kept, seed)
-    table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
-    table["passed"] = table["q"] <= alpha
-    order = ["feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low"]
-    order += [
-        "effect_high",
-        "p",
-        "q",
-        "passed",
-        "paper_pass",
-        "direct_effect",
-        "direct_placebo",
-        "kl",
-        "reason",
-    ]
-    return table[order]
 
 
-def _the_dose(trials: pd.DataFrame, dose: float | None) -> float:
-    found = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
-    if not found:
-        raise EmptySelection("there are no steered trials.", at="trials", fix="run the interventions first.")
-    if dose is None and len(found) == 1:
-        return float(found[0])
-    if dose is None or dose not in found:
-        said = "no dose was chosen" if dose is None else f"dose {dose} is not among them"
-        raise ConfigError(f"the trials hold the doses {found}, and {said}.", at="dose", fix="give one of them.")
-    return dose
-
-
-def _pairs(trials: pd.DataFrame, dose: float, placebo: str) -> pd.DataFrame:
-    """Similarities by feature, prompt and sample (rows) and condition (columns, absent ones NaN)."""
-    at_dose = (trials["condition"] == UNSTEERED) | (trials["dose"] == dose)
-    rows = trials[at_dose & trials["condition"].isin([UNSTEERED, STEERED, placebo])]
-    if rows.duplicated([*_KEYS, "condition"]).any():
-        raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
-    wide = rows.set_index([*_KEYS, "condition"])["similarity"].unstack("condition")
-    return wide.reindex(columns=[UNSTEERED, STEERED, placebo]).sort_index()
-
-
-def _one_feature(group: pd.DataFrame, placebo: str, seed: int) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
-    """The feature's columns but p and q, and the differences of its complete pairs."""
-    complete = group.dropna()
-    first = group.iloc[0]  # prompt 0, sample 0: the paper looks at one text of each kind
-    differences = (complete[STEERED] - complete[placebo]).to_numpy(dtype=np.float64)
-    record: dict[str, Any] = {
-        "n_pairs": len(complete),
-        "unsteered_mean": math.nan,
-        "steered_mean": math.nan,
-        "placebo_mean": math.nan,
-        "effect": math.nan,
-        "effect_low": math.nan,
-        "effect_high": math.nan,
-        "paper_pass": bool(first[STEERED] > first[UNSTEERED]),
-        "reason": _reason(group, placebo, len(complete)),
-    }
-    if len(complete) < 2:
-        return record, np.empty(0)
-    interval = bootstrap(differences, seed=seed)
-    record |= {
-        "unsteered_mean": float(complete[UNSTEERED].mean()),
-        "steered_mean": float(complete[STEERED].mean()),
-        "placebo_mean": float(complete[placebo].mean()),
-        "effect": float(differences.mean()),
-        "effect_low": interval.low,
-        "effect_high": interval.high,
-    }
-    record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
-    return record, differences
-
-
-def _reason(group: pd.DataFrame, placebo: str, n_complete: int) -> str:
-    for condition in (UNSTEERED, STEERED, placebo):
-        if group[condition].isna().all():
-            if not group.isna().all(axis=None):
-                return f"no {condition} text has a similarity: none was generated, or no word of it is known"
-            return "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
-    if n_complete < len(group):
-        said = f"similarity undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
-        return said if n_complete >= 2 else f"{said}; fewer than two pairs remain"
-    return "" if n_complete >= 2 else "fewer than two pairs"
-
-
-def _p_values(kept: list[npt.NDArray[np.float64]], seed: int) -> npt.NDArray[np.float64]:
-    """One-sided sign-flip p of each feature; features with equally many pairs are tested together."""
-    p = np.full(len(kept), math.nan)
-    sizes = np.array([len(differences) for differences in kept])
-    for size in np.unique(sizes[sizes >= 2]):
-        where = np.flatnonzero(sizes == size)
-        p[where] = sign_flip_many(np.stack([kept[i] for i in where]), alternative="greater", seed=seed)
-    return p
-
-
-def _direct(direct: pd.DataFrame | None, feature: int, dose: float, placebo: str) -> dict[str, float]:
-    nothing = {"direct_effect": math.nan, "direct_placebo": math.nan, "kl": math.nan}
+def _direct(direct: pd.DataFrame | None, dose: float, placebo: str) -> dict[str, pd.Series[float] | None]:
+    """Means over prompts by feature."""
     if direct is None:
-        return nothing
-    rows = direct[(direct["feature"] == feature) & (direct["dose"] == dose)]
-    steered, random = (rows[rows["condition"] == condition] for condition in (STEERED, placebo))
+        return dict.fromkeys(("direct_effect", "direct_placebo", "kl"))
+    rows = direct[direct["dose"] == dose]
+    means = {
+        c: rows[rows["condition"] == c].groupby("feature")[["delta_logprob", "kl"]].mean() for c in (STEERED, placebo)
+    }
     return {
-        "direct_effect": float(steered["delta_logprob"].mean()),
-        "direct_placebo": float(random["delta_logprob"].mean()),
-        "kl": float(steered["kl"].mean()),
+        "direct_effect": means[STEERED]["delta_logprob"],
+        "direct_placebo": means[placebo]["delta_logprob"],
+        "kl": means[STEERED]["kl"],
     }

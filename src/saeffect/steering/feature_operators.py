@@ -32,11 +32,14 @@ class SetFeatures:
         sae: In the units of the model's activations.
         features: Int64 `[n_rows, n_features]`, no feature twice in a row; -1 for none.
         targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
+        along: Directions to push along in place of the features' own, float32 `[n_rows, n_features, d_in]`: a
+            placebo is pushed as hard at each position as the feature would be, but elsewhere. None: their own.
     """
 
     sae: SparseAutoencoder
     features: Tensor
     targets: Tensor
+    along: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or not self.features.numel() or self.features.shape != self.targets.shape:
@@ -52,6 +55,11 @@ class SetFeatures:
         ordered = self.features.sort(dim=1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
             raise ConfigError("a row sets the same feature twice.", at="features")
+        if self.along is not None and self.along.shape != (*self.features.shape, self.sae.cfg.d_in):
+            raise ShapeMismatch(
+                f"directions to push along have shape {tuple(self.along.shape)};"
+                f" expected {(*self.features.shape, self.sae.cfg.d_in)}."
+            )
         if not bool(torch.isfinite(self.targets).all()) or bool((self.targets < 0).any()):
             raise ConfigError(
                 "a target activation is negative, NaN or infinite; features are at least 0.",
@@ -64,7 +72,8 @@ class SetFeatures:
         return len(self.features)
 
     def take(self, first: int, last: int) -> SetFeatures:
-        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last])
+        along = None if self.along is None else self.along[first:last]
+        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last], along)
 
     @torch.no_grad()
     def apply(self, x: Tensor) -> Tensor:
@@ -80,7 +89,8 @@ class SetFeatures:
         for position in range(n_positions):
             acts = self.sae.encode(x[:, position]).gather(1, known)
             change[:, position] = (targets - acts) * there
-        moved = torch.einsum("rpf,rfd->rpd", change, self.sae.directions(known)) * self.sae.output_scale(x)
+        along = self.sae.directions(known) if self.along is None else self.along.to(x.device)
+        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(x)
         return (x.to(wide) + moved.to(wide)).to(x.dtype)
 
 

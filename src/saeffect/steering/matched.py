@@ -14,7 +14,7 @@ import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
 
-__all__ = ["matched_features"]
+__all__ = ["matched_features", "matched_lists"]
 
 _COLUMNS = ("decoder_norm", "density", "mean_activation")
 
@@ -49,6 +49,49 @@ def matched_features(
         >>> matched_features(table, [0], domain=[0, 3], n=2)["placebo"].tolist()
         [1, 2]
     """
+    found = _ranked(features, chosen, domain, n)
+    for feature, (placebos, _, fires) in found.items():
+        if len(placebos) < n:
+            raise EmptySelection(
+                f"feature {feature} {'fires' if fires else 'never fires'}, and so do(es) only"
+                f" {len(placebos)} feature(s) outside the domain; {n} are needed.",
+                at="placebos",
+                fix="use random directions as placebos, or ask for fewer.",
+            )
+    rows = [
+        (feature, rank, placebo, distance)
+        for feature, (placebos, distances, _) in found.items()
+        for rank, (placebo, distance) in enumerate(zip(placebos, distances, strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["feature", "rank", "placebo", "distance"])
+
+
+def matched_lists(
+    features: pd.DataFrame, chosen: Sequence[int], domain: Collection[int], *, n: int = 4
+) -> list[list[int]]:
+    """As `matched_features`, for the column matched of the features to be steered.
+
+    Returns:
+        For each chosen feature at most `n` placebos, nearest first: fewer, or none, where no more resemble it.
+
+    Raises:
+        ShapeMismatch: A column is missing, or a chosen feature is not in the table.
+        ConfigError: `n` is below 1.
+
+    Example:
+        >>> table = pd.DataFrame({"feature": range(3), "decoder_norm": 1.0,
+        ...                       "density": [0.1, 0.0, 0.2], "mean_activation": [2.0, float("nan"), 2.0]})
+        >>> matched_lists(table, [0, 1], domain=[0, 1])  # no other feature never fires
+        [[2], []]
+    """
+    found = _ranked(features, chosen, domain, n)
+    return [found[int(feature)][0] for feature in chosen]
+
+
+def _ranked(
+    features: pd.DataFrame, chosen: Sequence[int], domain: Collection[int], n: int
+) -> dict[int, tuple[list[int], list[float], bool]]:
+    """For each chosen feature its placebos, nearest first, their distances, and whether it fires."""
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")
     missing = [name for name in ("feature", *_COLUMNS) if name not in features]
@@ -61,22 +104,15 @@ def matched_features(
     place, fires = _coordinates(table)
     position = {int(f): i for i, f in enumerate(table.index)}
     allowed = ~table.index.isin(list(domain)) & (table["decoder_norm"].to_numpy(dtype=np.float64) > 0)
-    rows = []
+    found = {}
     for feature in chosen:
         at = position[int(feature)]
         candidates = np.flatnonzero(allowed & (fires == fires[at]) & (np.arange(len(table)) != at))
-        if len(candidates) < n:
-            raise EmptySelection(
-                f"feature {feature} {'fires' if fires[at] else 'never fires'}, and so do(es) only"
-                f" {len(candidates)} feature(s) outside the domain; {n} are needed.",
-                at="placebos",
-                fix="use random directions as placebos, or ask for fewer.",
-            )
         distance = np.sqrt(np.square(place[candidates] - place[at]).sum(axis=1))
         nearest = np.argsort(distance, kind="stable")[:n]
-        for rank, i in enumerate(nearest):
-            rows.append((int(feature), rank, int(table.index[candidates[i]]), float(distance[i])))
-    return pd.DataFrame(rows, columns=["feature", "rank", "placebo", "distance"])
+        placebos = [int(f) for f in table.index[candidates[nearest]]]
+        found[int(feature)] = (placebos, distance[nearest].tolist(), bool(fires[at]))
+    return found
 
 
 def _coordinates(table: pd.DataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,16 @@ import torch
 from saeffect.errors import ShapeMismatch
 from saeffect.models.language_model import LanguageModel
 
-__all__ = ["Similarity", "TextVectors", "distinct_2", "join_tokens", "perplexity", "similarity"]
+__all__ = [
+    "RememberedVectors",
+    "Similarity",
+    "TextVectors",
+    "distinct_2",
+    "join_tokens",
+    "measure_texts",
+    "perplexity",
+    "similarity",
+]
 
 Vector = npt.NDArray[np.floating]
 
@@ -26,6 +35,29 @@ class TextVectors(Protocol):
     def mean_vector(self, text: str) -> Vector | None:
         """The vector of a text, `[dim]`; None when the text has nothing that it knows."""
         ...
+
+
+class RememberedVectors:
+    """Text vectors computed once per text: top tokens and unsteered texts come up again and again.
+
+    Args:
+        vectors: Where they come from.
+    """
+
+    def __init__(self, vectors: TextVectors) -> None:
+        self._vectors = vectors
+        self._known: dict[str, Vector | None] = {}
+
+    @classmethod
+    def of(cls, vectors: TextVectors) -> RememberedVectors:
+        """`vectors` with a memory; the same object if it has one."""
+        return vectors if isinstance(vectors, cls) else cls(vectors)
+
+    def mean_vector(self, text: str) -> Vector | None:
+        """As the vectors give it."""
+        if text not in self._known:
+            self._known[text] = self._vectors.mean_vector(text)
+        return self._known[text]
 
 
 @dataclass(frozen=True)
@@ -130,3 +162,39 @@ def perplexity(
             surprise = torch.nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets)
             result[i] = np.exp(surprise.item())
     return result
+
+
+def measure_texts(
+    lm: LanguageModel,
+    prompt: str,
+    outputs: Sequence[Sequence[int]],
+    references: Sequence[str],
+    vectors: TextVectors,
+    *,
+    with_perplexity: bool,
+) -> list[dict[str, Any]]:
+    """What trials record of each text.
+
+    Args:
+        lm: The model, without intervention.
+        prompt: What the texts continue.
+        outputs: Token ids of the continuations.
+        references: What each is compared with, see `join_tokens`.
+        vectors: Where the texts' vectors come from.
+        with_perplexity: Whether to measure it.
+
+    Returns:
+        For each text: text, similarity, distinct2, and perplexity if wanted.
+    """
+    records: list[dict[str, Any]] = []
+    for ids, reference in zip(outputs, references, strict=True):
+        text = lm.decode(list(ids))
+        found = similarity(text, reference, vectors).value
+        records.append({"text": text, "similarity": found, "distinct2": distinct_2(ids)})
+    if with_perplexity:
+        # Features share the unsteered texts: score each different text once.
+        different = list(dict.fromkeys(tuple(ids) for ids in outputs))
+        scores = dict(zip(different, perplexity(lm, lm.encode(prompt), different).tolist(), strict=True))
+        for record, ids in zip(records, outputs, strict=True):
+            record["perplexity"] = scores[tuple(ids)]
+    return records

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,24 +51,55 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
 class Directions:
     """Unit directions by feature and condition.
 
+    A number may also stand for several features at once (see `members`): its direction is that of the sum of
+    their decoder rows.
+
     Attributes:
         W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
         seed: For random placebos.
-        matched: For each feature its placebo features, nearest first; trials go through them in turn.
+        matched: For each feature its placebo features, nearest first; trials go through them in turn. For
+            several features at once each placebo is a sequence of as many features.
+        members: Which features a number stands for; itself where it is missing.
     """
 
     W_dec: Tensor
     seed: int = 0
-    matched: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    matched: Mapping[int, Sequence[int] | Sequence[Sequence[int]]] = field(default_factory=dict)
+    members: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    def of(self, feature: int, condition: str, draw: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The SAE's features that a trial pushes: the feature's members, or those of its matched placebo.
+
+        Raises:
+            EmptySelection: "matched", and the feature has no placebo features.
+        """
+        if condition != "matched":
+            return tuple(int(f) for f in self.members.get(feature, (feature,)))
+        placebos = self.matched.get(feature, ())
+        if not len(placebos):
+            raise EmptySelection(
+                f"feature {feature} has no matched placebo features.",
+                at="placebos",
+                fix="give them (see matched_features), or use random directions.",
+            )
+        # Prompts and samples take turns, so that no single placebo's luck is in all pairs of a feature.
+        chosen: Any = placebos[sum(draw) % len(placebos)]
+        return tuple(int(f) for f in chosen) if hasattr(chosen, "__len__") else (int(chosen),)
 
     def norm(self, feature: int) -> float:
-        """Length of the feature's decoder row.
+        """Length of the feature's decoder row, or of the sum of its members' rows.
 
         Raises:
             BadFile: The row holds NaN or infinity.
             Undefined: The row is zero: it has no direction.
         """
-        row = self.W_dec[feature].detach().float()
+        return self._length(self._row(self.of(feature, STEERED)), feature)
+
+    def _row(self, features: tuple[int, ...]) -> Tensor:
+        return self.W_dec[list(features)].detach().float().sum(dim=0)
+
+    @staticmethod
+    def _length(row: Tensor, feature: int) -> float:
         if not bool(torch.isfinite(row).all()):
             raise BadFile(f"the decoder row of feature {feature} holds NaN or infinity.", at="W_dec")
         length = float(row.norm())
@@ -86,20 +118,9 @@ class Directions:
             UnknownName: `condition` is neither "steered" nor a placebo.
             EmptySelection: "matched", and the feature has no placebo features.
         """
-        if condition == STEERED:
-            length = self.norm(feature)
-            return self.W_dec[feature].detach().float().cpu() / length
         if condition == "random":
             return random_direction(self.W_dec.shape[1], seed=self.seed, feature=feature, draw=draw)
-        if condition == "matched":
-            placebos = self.matched.get(feature, ())
-            if not placebos:
-                raise EmptySelection(
-                    f"feature {feature} has no matched placebo features.",
-                    at="placebos",
-                    fix="give them (see matched_features), or use random directions.",
-                )
-            # Prompts and samples take turns, so that no single placebo's luck is in all pairs of a feature.
-            placebo = placebos[sum(draw) % len(placebos)]
-            return self.W_dec[placebo].detach().float().cpu() / self.norm(placebo)
-        raise unknown_name("condition", condition, (STEERED, *PLACEBOS))
+        if condition not in (STEERED, *PLACEBOS):
+            raise unknown_name("condition", condition, (STEERED, *PLACEBOS))
+        row = self._row(self.of(feature, condition, draw))
+        return row.cpu() / self._length(row, feature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 from torch import Tensor
@@ -11,11 +12,17 @@ from torch import Tensor
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import LanguageModel
+from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.operators import POSITIONS, Positions
-from saeffect.steering.placebo import PLACEBOS, STEERED, Directions
+from saeffect.steering.placebo import PLACEBOS, STEERED
 from saeffect.steering.sampling import Sampling
 
-__all__ = ["Site", "SteeringPlan", "check_features", "directions", "mean_residual_norm"]
+__all__ = ["OPERATORS", "UNITS", "OperatorName", "Site", "SteeringPlan", "Unit", "check_features", "mean_residual_norm"]
+
+OperatorName = Literal["add", "clamp", "ablate"]
+OPERATORS: tuple[OperatorName, ...] = ("add", "clamp", "ablate")
+Unit = Literal["residual_norm", "coefficient"]
+UNITS: tuple[Unit, ...] = ("residual_norm", "coefficient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +33,15 @@ class Site:
         lm: The model.
         hook: TransformerLens name.
         mean_norm: Mean Euclidean norm of the activation there, in the activation's units: the unit of doses.
+        sae: The SAE at the hook; needed to clamp and to ablate.
+        max_acts: Largest activation of every feature on text, float32 `[d_sae]`; needed to clamp.
     """
 
     lm: LanguageModel
     hook: str
     mean_norm: float
+    sae: SparseAutoencoder | None = None
+    max_acts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean_norm) and self.mean_norm > 0):
@@ -61,7 +72,7 @@ class SteeringPlan:
 
     Attributes:
         prompts: What the model continues; at least one, no two alike.
-        doses: Lengths of the added vector, in units of `Site.mean_norm`; negative pushes away.
+        doses: How strongly, see `operator`; negative adds push away.
         samples: Repetitions of each prompt, each with noise of its own.
         max_new_tokens: Length of a continuation, in tokens.
         temperature: See `Sampling`, as for the next three.
@@ -73,6 +84,10 @@ class SteeringPlan:
         seed: For sampling noise and random directions.
         batch_size: Rows generated at once.
         perplexity: Whether trials also get a column `perplexity` (costs about a tenth more time).
+        operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the
+            feature's activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
+        unit: What a dose of "add" counts: "residual_norm", or "coefficient": multiples of the decoder row, as
+            in the paper.
     """
 
     prompts: tuple[str, ...]
@@ -88,6 +103,8 @@ class SteeringPlan:
     seed: int = 0
     batch_size: int = 64
     perplexity: bool = False
+    operator: OperatorName = "add"
+    unit: Unit = "residual_norm"
 
     def __post_init__(self) -> None:
         # Lists come from YAML; a frozen plan must not share them.
@@ -106,6 +123,14 @@ class SteeringPlan:
             raise ConfigError(f"seed must be at least 0. Got {self.seed}.", at="seed")
         if self.positions not in POSITIONS:
             raise unknown_name("choice of positions", self.positions, POSITIONS, at="positions")
+        if self.operator not in OPERATORS:
+            raise unknown_name("operator", self.operator, OPERATORS, at="operator")
+        if self.unit not in UNITS:
+            raise unknown_name("unit of doses", self.unit, UNITS, at="unit")
+        if self.operator == "clamp" and min(self.doses) < 0:
+            raise ConfigError(f"a feature cannot be clamped below 0. Got doses {list(self.doses)}.", at="doses")
+        if self.operator == "ablate" and self.doses != (1.0,):
+            raise ConfigError(f"an ablation has the one dose 1. Got {list(self.doses)}.", at="doses")
         for placebo in self.placebos:
             if placebo not in PLACEBOS:
                 raise unknown_name("placebo", placebo, PLACEBOS, at="placebos")
@@ -127,18 +152,11 @@ class SteeringPlan:
         return (STEERED, *dict.fromkeys(self.placebos))
 
 
-def directions(W_dec: Tensor, features: pd.DataFrame, plan: SteeringPlan) -> Directions:
-    """The directions that a plan steers along; features have a column matched if that placebo is planned."""
-    matched: dict[int, list[int]] = {}
-    if plan.feature_columns:
-        matched = {
-            int(f): [int(m) for m in row] for f, row in zip(features["feature"], features["matched"], strict=True)
-        }
-    return Directions(W_dec, plan.seed, matched)
-
-
 def check_features(site: Site, W_dec: Tensor, features: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
     """The feature table sorted by feature, after checking that it can be steered.
+
+    With a column members (list of int) each row stands for several features steered at once, and feature is
+    any number to call them by.
 
     Raises:
         EmptySelection: There are no features.
@@ -160,9 +178,12 @@ def check_features(site: Site, W_dec: Tensor, features: pd.DataFrame, columns: t
     ids = table["feature"]
     if ids.duplicated().any():
         raise ShapeMismatch(f"feature {ids[ids.duplicated()].iloc[0]} is in the table twice.", at="features")
-    if ids.iloc[0] < 0 or ids.iloc[-1] >= len(W_dec):
+    steered = table["members"].explode() if "members" in table else ids
+    if steered.isna().any():
+        raise ShapeMismatch("a set of features to steer together is empty.", at="features")
+    if steered.min() < 0 or steered.max() >= len(W_dec):
         raise ShapeMismatch(
-            f"features run from {ids.iloc[0]} to {ids.iloc[-1]}, but the decoder has {len(W_dec)} rows.",
+            f"features run from {steered.min()} to {steered.max()}, but the decoder has {len(W_dec)} rows.",
             at="features",
         )
     return table

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from saeffect.errors import ShapeMismatch
+from saeffect.steering.actions import ActionRow, Actions, actions_of
 from saeffect.steering.generate import Progress, generate
-from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import TextVectors, Vector, distinct_2, join_tokens, perplexity, similarity
-from saeffect.steering.placebo import UNSTEERED, Directions
-from saeffect.steering.plan import Site, SteeringPlan, check_features, directions
+from saeffect.steering.operators import Intervention, Operator
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
+from saeffect.steering.placebo import UNSTEERED
+from saeffect.steering.plan import Site, SteeringPlan, check_features
 from saeffect.steering.sampling import NoiseCell
 
 __all__ = ["TRIAL_COLUMNS", "run_trials"]
@@ -55,7 +54,8 @@ def run_trials(
         site: Model, hook and unit of doses.
         W_dec: Decoder, `[d_sae, d_model]`; rows are looked up by feature number.
         features: Columns feature and top_tokens (list of str), and matched (list of int, see `matched_features`)
-            if that placebo is planned; the whole selection, also on a resume.
+            if that placebo is planned; with a column members (list of int) each row stands for several features
+            steered at once. The whole selection, also on a resume.
         plan: What to run.
         vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`.
@@ -64,18 +64,19 @@ def run_trials(
 
     Returns:
         One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`, and
-        perplexity if planned. dose in units of the site's mean norm (0 for unsteered), coefficient the
-        multiple of the decoder row that has that length (placebos get a vector of equal length), text the
-        continuation alone, similarity to the feature's top tokens (NaN where undefined), distinct2.
+        perplexity if planned. dose in the plan's unit (0 for unsteered), coefficient the multiple of the
+        decoder row that has that length (placebos get a vector of equal length; NaN when features are set, not
+        added), text the continuation alone, similarity to the feature's top tokens (NaN where undefined),
+        distinct2. Conditions that are impossible for a feature have no rows, see `obstacles`.
 
     Raises:
         SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
     """
     table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
-    run = _Run(site, directions(W_dec, table, plan), plan, _Remembered(vectors))
+    run = _Run(site, actions_of(site, W_dec, table, plan), plan, RememberedVectors.of(vectors))
     per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
     n_features = max(1, plan.batch_size // per_feature)
-    finished = _finished(done, run)
+    finished = _finished(done, run, set(table["feature"].tolist()))
     rows_each = len(plan.prompts) * (per_feature + plan.samples)
     frames: list[pd.DataFrame] = []
     baseline: list[list[list[int]]] | None = None
@@ -96,7 +97,7 @@ def run_trials(
 @dataclass(frozen=True, eq=False)
 class _Run:
     site: Site
-    directions: Directions
+    actions: Actions
     plan: SteeringPlan
     vectors: TextVectors
 
@@ -112,20 +113,23 @@ class _Run:
             (feature, sample, condition, float(dose))
             for feature in references
             for sample in range(plan.samples)
-            for condition in plan.conditions
+            for condition in self.conditions(feature)
             for dose in plan.doses
         ]
         records: list[dict[str, Any]] = []
         for prompt in range(len(plan.prompts)):
-            units = [self.directions.unit(f, c, (prompt, s)) for f, s, c, _ in layout]
-            added = torch.stack([d * self.site.mean_norm * u for u, (*_, d) in zip(units, layout, strict=True)])
-            outputs = self._generate(prompt, [s for _, s, *_ in layout], added)
+            rows = [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in layout]
+            outputs = self._generate(prompt, [s for _, s, *_ in layout], self.actions.operator(rows)) if rows else []
             cells = [(f, s, UNSTEERED, 0.0) for f in references for s in range(plan.samples)]
             outputs += [baseline[prompt][s] for _, s, *_ in cells]
             records += self._measure(prompt, layout + cells, outputs, references)
         return self.ordered(pd.DataFrame(records))
 
-    def _generate(self, prompt: int, samples: Any, added: Tensor | None) -> list[list[int]]:
+    def conditions(self, feature: int) -> list[str]:
+        """The planned conditions that are possible for a feature."""
+        return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
+
+    def _generate(self, prompt: int, samples: Any, operator: Operator | None) -> list[list[int]]:
         plan = self.plan
         text = plan.prompts[prompt]
         return generate(
@@ -134,7 +138,7 @@ class _Run:
             self.site.lm.encode(text),
             [NoiseCell(plan.seed, text, sample) for sample in samples],
             plan.sampling,
-            intervention=None if added is None else Intervention(AddVectors(added), plan.positions),
+            intervention=None if operator is None else Intervention(operator, plan.positions),
             batch_size=plan.batch_size,
         )
 
@@ -145,31 +149,17 @@ class _Run:
         outputs: list[list[int]],
         references: dict[int, str],
     ) -> list[dict[str, Any]]:
-        lm = self.site.lm
-        records: list[dict[str, Any]] = []
-        for (feature, sample, condition, dose), ids in zip(layout, outputs, strict=True):
-            text = lm.decode(ids)
-            records.append(
-                {
-                    "feature": feature,
-                    "prompt": prompt,
-                    "sample": sample,
-                    "condition": condition,
-                    "dose": dose,
-                    "coefficient": dose * self.site.mean_norm / self.directions.norm(feature),
-                    "text": text,
-                    "similarity": similarity(text, references[feature], self.vectors).value,
-                    "distinct2": distinct_2(ids),
-                }
-            )
-        if self.plan.perplexity:
-            # Features share the unsteered texts: score each different text once.
-            different = {tuple(ids): math.nan for ids in outputs}
-            scores = perplexity(lm, lm.encode(self.plan.prompts[prompt]), list(different))
-            different = dict(zip(different, scores.tolist(), strict=True))
-            for record, ids in zip(records, outputs, strict=True):
-                record["perplexity"] = different[tuple(ids)]
-        return records
+        plan = self.plan
+        about = [references[feature] for feature, *_ in layout]
+        measured = measure_texts(
+            self.site.lm, plan.prompts[prompt], outputs, about, self.vectors, with_perplexity=plan.perplexity
+        )
+        return [
+            {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
+            | {"coefficient": self.actions.coefficient(feature, dose)}
+            | found
+            for (feature, sample, condition, dose), found in zip(layout, measured, strict=True)
+        ]
 
     def ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
         """Rows in the promised order, columns in the promised types."""
@@ -184,34 +174,23 @@ class _Run:
         return ranked.drop(columns="_rank").astype(numbers).reset_index(drop=True)
 
 
-class _Remembered:
-    """Text vectors computed once per text: top tokens and unsteered texts come up again and again."""
-
-    def __init__(self, vectors: TextVectors) -> None:
-        self._vectors = vectors
-        self._known: dict[str, Vector | None] = {}
-
-    def mean_vector(self, text: str) -> Vector | None:
-        if text not in self._known:
-            self._known[text] = self._vectors.mean_vector(text)
-        return self._known[text]
-
-
-def _finished(done: pd.DataFrame | None, run: _Run) -> set[int]:
+def _finished(done: pd.DataFrame | None, run: _Run, known: set[int]) -> set[int]:
     """Features of which `done` has exactly the planned rows."""
     if done is None or done.empty:
         return set()
     plan = run.plan
-    settings = [(UNSTEERED, 0.0)] + [(c, float(d)) for c in plan.conditions for d in plan.doses]
-    wanted = {
-        (prompt, sample, condition, dose)
-        for prompt in range(len(plan.prompts))
-        for sample in range(plan.samples)
-        for condition, dose in settings
-    }
     keys = ["prompt", "sample", "condition", "dose"]
     finished: set[int] = set()
     for feature in done["feature"].unique().tolist():
+        if int(feature) not in known:
+            continue
+        settings = [(UNSTEERED, 0.0)] + [(c, float(d)) for c in run.conditions(int(feature)) for d in plan.doses]
+        wanted = {
+            (prompt, sample, condition, dose)
+            for prompt in range(len(plan.prompts))
+            for sample in range(plan.samples)
+            for condition, dose in settings
+        }
         rows = done.loc[done["feature"] == feature, keys]
         found = list(rows.itertuples(index=False, name=None))
         if len(found) == len(wanted) and set(found) == wanted:

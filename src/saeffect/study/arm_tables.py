@@ -21,6 +21,10 @@ ARM_FILES = (
     "interventions.parquet",
     "direct_effects.parquet",
     "effects.parquet",
+    "outcome_effects.parquet",
+    "baselines.parquet",
+    "baseline_effects.parquet",
+    "together_effects.parquet",
     "gate.json",
 )
 

@@ -25,6 +25,7 @@ from saeffect.models.loading import (
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.selection import study_verdicts
+from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
 from saeffect.study.training import check_training
 
@@ -68,6 +69,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
+    lines += _check_steering(study)
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
@@ -91,6 +93,25 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
     return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+
+
+def _check_steering(study: Study) -> list[str]:
+    """What is declared, the encoder of texts, and whether the features to steer together are there."""
+    steering = study.config.steering
+    if steering is None:
+        return []
+    for name, sets in steering.together.items():
+        d_sae = study.sae_config(name).d_sae
+        beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
+        if beyond:
+            raise ConfigError(
+                f"there is no feature {beyond[0]}; the SAE has features 0 to {d_sae - 1}.",
+                at=study.at("steering", "together", name),
+            )
+    if steering.outcome_encoder is not None:
+        _placed(study, ("steering", "outcome_encoder"), lambda: outcome_vectors(study))
+    placebos = " and ".join(steering.placebos) or "nothing"
+    return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
 def _check_tokenizers(study: Study) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.config import SteeringConfig
 from saeffect.provenance import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
@@ -26,7 +27,7 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
     return {
         "version": VERSION,
         "comparison": comparison_inputs(run),
-        "files": run.digest(*files, run.path("steering", "dose_search.parquet")),
+        "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
         "config": run.config_yaml(),
         "provenance": run.provenance(),
     }
@@ -104,9 +105,21 @@ def _facts(
     if config.steering is not None and dose is not None:
         steering = config.steering
         facts.append(("Steering", f"{len(steering.prompts)} prompts × {steering.samples} samples"))
-        facts.append(("Dose", f"{dose['dose']:g} × the mean residual norm ({gates[control]['mean_norm']:.0f})"))
+        facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
+        facts.append(("Tested against", ", ".join(steering.placebos) or "nothing: no placebo"))
+        facts.append(("Declared outcomes", ", ".join(steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
+
+
+def _dose_words(steering: SteeringConfig, dose: float, mean_norm: float) -> str:
+    if steering.operator == "ablate":
+        return "features switched off"
+    if steering.operator == "clamp":
+        return f"features clamped to {dose:g} × their maximum"
+    if steering.unit == "coefficient":
+        return f"{dose:g} × the decoder row"
+    return f"{dose:g} × the mean residual norm ({mean_norm:.0f})"
 
 
 def _model(run: RunFolder, arm: str) -> str:

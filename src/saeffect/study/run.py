@@ -17,12 +17,13 @@ from saeffect.errors import ConfigError, unknown_name
 from saeffect.study.check import check_study
 from saeffect.study.coherence import coherence_inputs, run_coherence
 from saeffect.study.comparison import comparison_inputs, run_comparison
+from saeffect.study.dose_search import dose_inputs, run_dose_search
 from saeffect.study.features import features_inputs, run_features
 from saeffect.study.gate import gate_inputs, run_gate
 from saeffect.study.reporting import report_inputs, run_reporting
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.selection import run_selection, selection_inputs
-from saeffect.study.steering import dose_inputs, run_dose_search, run_steering, steering_inputs
+from saeffect.study.steering import run_steering, steering_inputs
 from saeffect.study.study import Say, Study
 
 __all__ = ["STAGES", "run_study"]
@@ -102,8 +103,9 @@ def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
     # Which features are about the domain, by vocabulary and by people's verdicts?
     yield _Step("select", "select", partial(selection_inputs, run), run_selection(run))
 
-    # Does steering with a feature do what its tokens promise, more than a random direction does?
-    # The dose is found on prompts that the test does not use.
+    # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
+    # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
+    # the test does not use; what is measured, and which of it decides, was declared in the study file.
     if steering is not None:
         search = run_dose_search(run, steering, say)
         yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search)

@@ -1,4 +1,4 @@
-"""Stage 5, interventions: a dose search on prompts of its own, then the test of every chosen feature."""
+"""Stage 5, interventions: the test of every chosen feature at the dose that the search chose."""
 
 from __future__ import annotations
 
@@ -6,184 +6,167 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from saeffect.config import SteeringConfig
-from saeffect.errors import Undefined
-from saeffect.features.embeddings import load_embeddings
-from saeffect.provenance import atomic_path, fingerprint, read_json, write_json
-from saeffect.steering import Site, SteeringPlan, choose_dose, direct_effects, effects, run_trials
-from saeffect.study.coherence import embeddings_identity
+from saeffect.features.vocabulary import load_vocabulary
+from saeffect.provenance import atomic_path, fingerprint, read_json
+from saeffect.steering import (
+    RememberedVectors,
+    SteeringPlan,
+    direct_effects,
+    effects,
+    features_together,
+    obstacles,
+    outcome_effects,
+    run_trials,
+    score_texts,
+)
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.study import Say
+from saeffect.study.steering_baselines import baseline_effects, baseline_features, baseline_texts
+from saeffect.study.steering_plan import (
+    encoder_identity,
+    matched_of,
+    outcome_vectors,
+    plan_of_test,
+    site_of,
+    tested_features,
+)
+from saeffect.study.study import Arm, Say
 
-__all__ = ["dose_inputs", "run_dose_search", "run_steering", "steering_inputs", "tested_features"]
+__all__ = ["STEERING_FILES", "run_steering", "steering_inputs"]
 
-# 2: rotary frequencies stay in float32. 3: sampling noise is drawn by counter, so every sampled text is another.
+# 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 VERSION = 3
-_FILES = ("interventions", "direct_effects", "effects")
-
-
-def _plan(config: SteeringConfig, seed: int, *, search: bool, doses: tuple[float, ...]) -> SteeringPlan:
-    return SteeringPlan(
-        prompts=config.search_prompts if search else config.prompts,
-        doses=doses,
-        samples=1 if search else config.samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        frequency_penalty=config.frequency_penalty,
-        positions=config.positions,
-        seed=seed,
-        batch_size=config.batch_size,
-    )
-
-
-def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
-    """What the chosen dose depends on."""
-    study = run.study
-    arms = _searched(run)
-    return {
-        "version": VERSION,
-        "arms": {name: study.identities[name] for name in arms},
-        "tables": run.digest(*(run.arm(n, f) for n in arms for f in ("features.parquet", "selection.parquet"))),
-        "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
-        "embeddings": embeddings_identity(study),
-        "seed": study.config.seed,
-        "steering": config.model_dump(mode="json", exclude={"prompts", "max_features", "samples"}),
-    }
-
-
-def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
-    """Write `steering/dose.json` and `steering/dose_search.parquet`.
-
-    Control and treatment are searched alike and one dose serves every arm: arms steered at different
-    strengths could not be compared.
-    """
-
-    def work() -> Iterable[Path]:
-        paths = run.path("steering", "dose_search.parquet"), run.path("steering", "dose.json")
-        if len(config.doses) == 1:
-            table = pd.DataFrame()
-            chosen, reason = config.doses[0], "set in the study file"
-        else:
-            table = pd.concat([_search_arm(run, name, config, say) for name in _searched(run)], ignore_index=True)
-            mean = table.groupby("dose")["score"].mean().dropna() if len(table) else pd.Series(dtype=float)
-            chosen = float(mean.idxmax()) if len(mean) else float(sorted(config.doses)[len(config.doses) // 2])
-            reason = ""
-            if mean.empty:
-                reason = "no text of the search had a similarity, so the middle dose was taken"
-            elif mean.max() <= 0:
-                reason = "no dose made texts more similar to the features' top tokens"
-            elif chosen in (min(config.doses), max(config.doses)):
-                reason = "the best dose is at the edge of those tried"
-        if table.empty:
-            table = pd.DataFrame({"arm": pd.Series(dtype=str), "dose": pd.Series(dtype=float)})
-        table["chosen"] = table["dose"] == chosen
-        run.write_table(paths[0], table)
-        write_json(paths[1], {"dose": chosen, "note": reason})
-        return paths
-
-    return work
-
-
-def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
-    """The domain features that are steered: all of them, or a random sample that depends on the seed alone."""
-    selection = run.read_table(run.arm(arm, "selection.parquet"))
-    chosen = selection.loc[selection["is_domain"], "feature"].to_numpy(dtype=np.int64)
-    if limit is not None and len(chosen) > limit:
-        generator = np.random.default_rng([run.study.config.seed, draw])
-        chosen = np.sort(generator.choice(chosen, size=limit, replace=False))
-    features = run.read_table(run.arm(arm, "features.parquet"))
-    return features[features["feature"].isin(chosen)].reset_index(drop=True)
+STEERING_FILES = (
+    *("interventions", "direct_effects", "effects", "outcome_effects"),
+    *("baselines", "baseline_effects", "together", "together_effects"),
+)
+"""Tables of an arm; the last four only where the study asks for them."""
 
 
 def steering_inputs(run: RunFolder, arm: str, config: SteeringConfig) -> dict[str, Any]:
     """What an arm's interventions depend on."""
     study = run.study
     files = [run.arm(arm, name) for name in ("features.parquet", "selection.parquet", "gate.json")]
+    declared = config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses", "together"})
     return {
         "version": VERSION,
         "arm": study.identities[arm],
         "tables": run.digest(*files, run.path("steering", "dose.json")),
-        "embeddings": embeddings_identity(study),
+        "encoder": encoder_identity(study),
+        "vocabulary": load_vocabulary(study.config.selection.vocabulary).sha256,
+        "text": study.text_identity,
         "seed": study.config.seed,
         "alpha": study.config.comparison.alpha,
-        "steering": config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses"}),
+        "steering": declared | {"together": [list(some) for some in config.together.get(arm, ())]},
     }
 
 
 def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
-    """Write `interventions.parquet`, `direct_effects.parquet` and `effects.parquet` of an arm.
+    """Write the `STEERING_FILES` of an arm.
 
     Texts are kept chunk by chunk while they are generated, so a killed run goes on where it was.
     """
 
     def work() -> Iterable[Path]:
         chosen = tested_features(run, arm, config.max_features)
+        sets = config.together.get(arm, ())
         if chosen.empty:
-            say(f"  arm {arm} has no domain features, so nothing is steered")
-            for name in _FILES:  # of an earlier run that had some
-                run.arm(arm, f"{name}.parquet").unlink(missing_ok=True)
-            return []
-        dose = float(read_json(run.path("steering", "dose.json"))["dose"])
-        plan = _plan(config, run.study.config.seed, search=False, doses=(dose,))
-        site, W_dec = _site(run, arm, say)
-        vectors = load_embeddings(run.study.config.coherence.embeddings)
+            say(f"  arm {arm} has no domain features, so none is tested")
+        tables: dict[str, pd.DataFrame] = {}
         kept = _Chunks(run.arm(arm, f"partial-{fingerprint(steering_inputs(run, arm, config))[:16]}"))
-        trials = run_trials(
-            site,
-            W_dec,
-            chosen,
-            plan,
-            vectors=vectors,
-            done=kept.read(),
-            on_chunk=kept.add,
-            progress=lambda done, total: say(f"progress steer {arm} {done} {total} texts"),
-        )
-        direct = direct_effects(site, W_dec, chosen, plan)
-        comparison = run.study.config.comparison
-        result = effects(trials, direct, alpha=comparison.alpha, seed=run.study.config.seed)
+        if len(chosen) or sets:
+            test = _Test(run, run.study.open_arm(arm, say), config, say)
+            if len(chosen):
+                tables |= test.features(chosen, kept)
+            if sets:
+                tables |= test.together(sets)
         paths = []
-        for name, table in zip(_FILES, (trials, direct, result), strict=True):
-            paths.append(run.arm(arm, f"{name}.parquet"))
-            run.write_table(paths[-1], table)
+        for name in STEERING_FILES:
+            path = run.arm(arm, f"{name}.parquet")
+            if name in tables:
+                run.write_table(path, tables[name])
+                paths.append(path)
+            else:  # of an earlier run that had some
+                path.unlink(missing_ok=True)
         kept.remove()
         return paths
 
     return work
 
 
-def _searched(run: RunFolder) -> list[str]:
-    return run.study.by_role("control") + run.study.by_role("treatment")
+class _Test:
+    """The test of one arm, with its model in memory."""
 
+    def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, say: Say) -> None:
+        self._run, self._arm, self._config, self._say = run, arm, config, say
+        self._seed = run.study.config.seed
+        self._dose = float(read_json(run.path("steering", "dose.json"))["dose"])
+        self._plan: SteeringPlan = plan_of_test(config, self._seed, self._dose)
+        self._site, self._W_dec = site_of(run, arm)
+        self._vectors = RememberedVectors.of(outcome_vectors(run.study))
+        self._words = load_vocabulary(run.study.config.selection.vocabulary).words
 
-def _site(run: RunFolder, arm: str, say: Say) -> tuple[Site, Any]:
-    opened = run.study.open_arm(arm, say)
-    mean_norm = float(read_json(run.arm(arm, "gate.json"))["mean_norm"])
-    return Site(opened.lm, opened.hook, mean_norm), opened.W_dec
+    def features(self, chosen: pd.DataFrame, kept: _Chunks) -> dict[str, pd.DataFrame]:
+        """Each feature by itself, beside its placebos, and for some the baselines."""
+        tables = self._tested(chosen, kept)
+        config = self._config
+        some = baseline_features(chosen, config.baseline_features, self._seed)
+        if config.baselines and len(some):
+            texts = baseline_texts(self._run, self._arm, some, self._plan, vectors=self._vectors, say=self._say)
+            scored = self._scored(texts, chosen)
+            tables["baselines"] = scored
+            tables["baseline_effects"] = baseline_effects(
+                tables["interventions"], scored, config, seed=self._seed, dose=self._dose
+            )
+        return tables
 
+    def together(self, sets: tuple[tuple[int, ...], ...]) -> dict[str, pd.DataFrame]:
+        """Sets of features, each steered at once."""
+        features = self._run.read_table(self._run.arm(self._arm.name, "features.parquet"))
+        members = sorted({feature for some in sets for feature in some})
+        rows = features_together(features, sets, matched_of(self._run, self._arm.name, members))
+        tables = self._tested(rows)
+        joint = tables["effects"].merge(rows[["feature", "members"]], on="feature")
+        return {"together": tables["interventions"], "together_effects": joint.rename(columns={"feature": "set"})}
 
-def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> pd.DataFrame:
-    chosen = tested_features(run, arm, config.search_features, draw=1)
-    if chosen.empty:
-        return pd.DataFrame()
-    site, W_dec = _site(run, arm, say)
-    try:
-        choice = choose_dose(
-            site,
-            W_dec,
+    def _tested(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> dict[str, pd.DataFrame]:
+        say, name = self._say, self._arm.name
+        trials = run_trials(
+            self._site,
+            self._W_dec,
             chosen,
-            _plan(config, run.study.config.seed, search=True, doses=config.doses),
-            test_prompts=config.prompts,
-            vectors=load_embeddings(run.study.config.coherence.embeddings),
-            progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
+            self._plan,
+            vectors=self._vectors,
+            done=kept.read() if kept else None,
+            on_chunk=kept.add if kept else None,
+            progress=lambda done, total: say(f"progress steer {name} {done} {total} texts"),
         )
-    except Undefined as error:
-        say(f"  dose search, arm {arm}: {error.message}")
-        return pd.DataFrame()
-    return choice.table.assign(arm=arm)
+        trials = self._scored(trials, chosen)
+        direct = direct_effects(self._site, self._W_dec, chosen, self._plan)
+        why = obstacles(self._site, self._W_dec, chosen, self._plan)
+        config, same = self._config, {"seed": self._seed, "dose": self._dose, "obstacles": why}
+        placebo = config.primary_placebo
+        controls = (placebo, *(p for p in config.placebos if p != placebo))
+        result = effects(
+            trials,
+            direct,
+            alpha=self._run.study.config.comparison.alpha,
+            placebo=placebo,
+            outcome=config.outcomes[0],
+            **same,
+        )
+        every = outcome_effects(trials, direct, declared=config.outcomes, placebos=controls, **same)
+        return {
+            "interventions": trials,
+            "direct_effects": direct,
+            "effects": result.assign(declared=True),
+            "outcome_effects": every,
+        }
+
+    def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+        return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
 
 
 class _Chunks:

@@ -299,7 +299,7 @@ def _bundled_study(name: str) -> Path:
     return _bundled_folder() / f"{stem}.yaml"
 
 
-_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from"}
+_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from", "outcome_encoder"}
 
 
 def _resolved(value: Any, folder: Path, key: str = "") -> Any:

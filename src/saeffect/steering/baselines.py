@@ -1,0 +1,185 @@
+"""What steering with a feature must beat to be worth it: naming the concept in the prompt, and a plain vector."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.errors import ConfigError, unknown_name
+from saeffect.steering.actions import Actions, actions_of
+from saeffect.steering.generate import Progress, generate
+from saeffect.steering.operators import AddVectors, Intervention
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
+from saeffect.steering.placebo import STEERED
+from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.sampling import NoiseCell
+from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.text.tokens import normalise_token
+
+__all__ = ["BASELINES", "BASELINE_COLUMNS", "naming_prompt", "run_baselines"]
+
+BASELINES = ("prompt", "mean_difference")
+BASELINE_COLUMNS = (*TRIAL_COLUMNS, "perplexity", "reason")
+
+
+def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
+    """A prompt that names the concept; "" for top tokens without a word.
+
+    Example:
+        >>> naming_prompt([" drug", "Ġdose", " Drug"], "What is on your mind?")
+        'Talk about drug, dose. What is on your mind?'
+    """
+    words = [join_tokens([token]) for token in top_tokens if any(map(str.isalnum, token))]
+    different: dict[str, str] = {}
+    for word in words:
+        different.setdefault(normalise_token(word), word)
+    named = different.values()
+    return f"Talk about {', '.join(named)}. {prompt}" if named else ""
+
+
+def run_baselines(
+    site: Site,
+    W_dec: Tensor,
+    features: pd.DataFrame,
+    plan: SteeringPlan,
+    *,
+    vectors: TextVectors,
+    mean_differences: Mapping[int, Tensor | str],
+    baselines: Sequence[str] = BASELINES,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Texts of the baselines, with the same prompts and sampling noise as the trials of `run_trials`.
+
+    "prompt": the unsteered model continues "Talk about <top tokens>. <prompt>". "mean_difference": along that
+    vector (see `MeanDifferences`) the model is pushed as hard as along the feature, at the same positions.
+
+    Args:
+        site: Model, hook and unit of doses.
+        W_dec: Decoder, `[d_sae, d_model]`.
+        features: Columns feature and top_tokens.
+        plan: One dose; prompts, samples, sampling, operator, unit, positions, seed and batch_size are used.
+        vectors: As in `run_trials`.
+        mean_differences: For each feature the vector, `[d_model]`, or why there is none.
+        baselines: Which, of `BASELINES`.
+        progress: Called with rows done and in all.
+
+    Returns:
+        One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name,
+        dose 0 for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is
+        impossible text is missing, the measures are NaN, and reason says why; else reason is "".
+
+    Raises:
+        UnknownName: No such baseline.
+        ConfigError: Several doses.
+        SaeffectError: As `run_trials`.
+    """
+    for name in baselines:
+        if name not in BASELINES:
+            raise unknown_name("baseline", name, BASELINES, at="baselines")
+    if len(plan.doses) != 1:
+        raise ConfigError(f"baselines are run at one dose. Got {list(plan.doses)}.", at="doses")
+    table = check_features(site, W_dec, features, ("top_tokens",))
+    top = {int(f): list(tokens) for f, tokens in zip(table["feature"], table["top_tokens"], strict=True)}
+    # Matched placebos are not run here, so the table need not have them.
+    actions = actions_of(site, W_dec, table, replace(plan, placebos=()))
+    run = _Baselines(site, actions, plan, RememberedVectors.of(vectors), mean_differences, top)
+    records: list[dict[str, Any]] = []
+    for done, (prompt, name) in enumerate(itertools.product(range(len(plan.prompts)), baselines)):
+        records += run.named(prompt) if name == "prompt" else run.pushed(prompt)
+        if progress is not None:
+            rows = len(table) * plan.samples
+            progress((done + 1) * rows, len(plan.prompts) * len(baselines) * rows)
+    result = pd.DataFrame(records, columns=list(BASELINE_COLUMNS))
+    order = result.assign(_order=result["condition"].map({name: i for i, name in enumerate(baselines)}))
+    order = order.sort_values(["feature", "prompt", "sample", "_order"], kind="stable")
+    return order.drop(columns="_order").reset_index(drop=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Baselines:
+    site: Site
+    actions: Actions
+    plan: SteeringPlan
+    vectors: RememberedVectors
+    mean_differences: Mapping[int, Tensor | str]
+    top_tokens: Mapping[int, Sequence[str]]
+
+    def named(self, prompt: int) -> list[dict[str, Any]]:
+        """Rows of the baseline "prompt" for one prompt: each feature has a prompt of its own."""
+        text = self.plan.prompts[prompt]
+        records = []
+        for feature, tokens in self.top_tokens.items():
+            naming = naming_prompt(tokens, text)
+            if naming:
+                outputs = self._generate(text, naming, [])
+                records += self._measured([feature], prompt, "prompt", outputs)
+            else:
+                records += self._missing(feature, prompt, "prompt", "no top token is a word that a prompt could name")
+        return records
+
+    def pushed(self, prompt: int) -> list[dict[str, Any]]:
+        """Rows of the baseline "mean_difference" for one prompt, all features in one batch."""
+        text, name = self.plan.prompts[prompt], "mean_difference"
+        vectors = {feature: self._vector(feature) for feature in self.top_tokens}
+        records = []
+        for feature, reason in vectors.items():
+            records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
+        known = {feature: vector for feature, vector in vectors.items() if isinstance(vector, Tensor)}
+        if known:
+            outputs = self._generate(text, text, list(known.values()))
+            records += self._measured(list(known), prompt, name, outputs)
+        return records
+
+    def _vector(self, feature: int) -> Tensor | str:
+        if reason := self.actions.obstacle(feature, STEERED):
+            return reason
+        length = self.actions.length(feature, float(self.plan.doses[0]))
+        if not math.isfinite(length):
+            return "an ablation takes away another length at each token, so no vector is its equal"
+        found = self.mean_differences.get(feature, "no means were measured")
+        return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
+
+    def _generate(self, text: str, given: str, vectors: list[Tensor]) -> list[list[int]]:
+        """All samples of one prompt, unsteered; or of each vector in turn. The noise is that of `text`."""
+        plan, lm = self.plan, self.site.lm
+        cells = [NoiseCell(plan.seed, text, sample) for sample in range(plan.samples)]
+        steering = None
+        if vectors:
+            rows = [vector for vector in vectors for _ in cells]
+            cells = cells * len(vectors)
+            steering = Intervention(AddVectors(torch.stack(rows)), plan.positions)
+        return generate(
+            lm,
+            self.site.hook,
+            lm.encode(given),
+            cells,
+            plan.sampling,
+            intervention=steering,
+            batch_size=plan.batch_size,
+        )
+
+    def _measured(self, features: list[int], prompt: int, name: str, outputs: list[list[int]]) -> list[dict[str, Any]]:
+        text = self.plan.prompts[prompt]
+        places = [(feature, sample) for feature in features for sample in range(self.plan.samples)]
+        about = [join_tokens(self.top_tokens[feature]) for feature, _ in places]
+        measured = measure_texts(self.site.lm, text, outputs, about, self.vectors, with_perplexity=True)
+        return [
+            {**self._called(feature, prompt, name), "sample": sample, **found, "reason": ""}
+            for (feature, sample), found in zip(places, measured, strict=True)
+        ]
+
+    def _missing(self, feature: int, prompt: int, name: str, reason: str) -> list[dict[str, Any]]:
+        nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
+        called = self._called(feature, prompt, name)
+        return [{**called, "sample": s, **nothing, "reason": reason} for s in range(self.plan.samples)]
+
+    def _called(self, feature: int, prompt: int, name: str) -> dict[str, Any]:
+        dose = 0.0 if name == "prompt" else float(self.plan.doses[0])
+        return {"feature": feature, "prompt": prompt, "condition": name, "dose": dose, "coefficient": math.nan}

@@ -1,0 +1,115 @@
+"""Stage 5a, the dose search: how strongly to steer, found on prompts that the test does not use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.config import SteeringConfig
+from saeffect.provenance import write_json
+from saeffect.steering import RESPONSE_COLUMNS, direct_effects, dose_response, run_trials, score_doses
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_plan import encoder_identity, outcome_vectors, plan_of_search, site_of, tested_features
+from saeffect.study.study import Say
+
+__all__ = ["dose_inputs", "dose_unit", "run_dose_search"]
+
+VERSION = 3  # 3: a dose-response table for every arm
+_NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
+_NOT_SEARCHED |= {"baselines", "baseline_features"}
+
+
+def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
+    """What the chosen dose depends on."""
+    study = run.study
+    arms = study.ordered_arms()
+    return {
+        "version": VERSION,
+        "arms": {name: study.identities[name] for name in arms},
+        "tables": run.digest(*(run.arm(n, f) for n in arms for f in ("features.parquet", "selection.parquet"))),
+        "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
+        "encoder": encoder_identity(study),
+        "seed": study.config.seed,
+        "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
+    }
+
+
+def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
+    """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
+
+    Control and treatment are searched alike and one dose serves every arm: arms steered at different
+    strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose.
+    """
+
+    def work() -> Iterable[Path]:
+        paths = [run.path("steering", name) for name in ("dose_search.parquet", "dose_response.parquet", "dose.json")]
+        table = pd.DataFrame({"arm": pd.Series(dtype=str), "dose": pd.Series(dtype=float)})
+        response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
+        best: dict[str, float | None] = {}
+        if len(config.doses) > 1:
+            found = {name: _search_arm(run, name, config, say) for name in run.study.ordered_arms()}
+            searched = run.study.by_role("control") + run.study.by_role("treatment")
+            scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
+            table = pd.concat(scores, ignore_index=True) if scores else table
+            curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
+            response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
+            best = {name: _best_dose(means) for name, (means, _) in found.items()}
+        chosen, note = _choose(table, config)
+        run.write_table(paths[0], table.assign(chosen=table["dose"] == chosen))
+        run.write_table(paths[1], response)
+        write_json(paths[2], {"dose": chosen, "unit": dose_unit(config), "note": note, "best": best})
+        return paths
+
+    return work
+
+
+def dose_unit(config: SteeringConfig) -> str:
+    """What a dose counts, in words."""
+    if config.operator == "add":
+        return "mean residual norms" if config.unit == "residual_norm" else "decoder rows"
+    return "maximum activations" if config.operator == "clamp" else "ablations"
+
+
+def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float, str]:
+    """The dose for all arms, and what speaks against trusting the choice."""
+    if len(config.doses) == 1:
+        return config.doses[0], "set in the study file" if config.operator != "ablate" else "an ablation has no dose"
+    mean = table.groupby("dose")["score"].mean().dropna() if "score" in table else pd.Series(dtype=float)
+    if mean.empty:
+        middle = float(sorted(config.doses)[len(config.doses) // 2])
+        return middle, "no text of the search had a similarity, so the middle dose was taken"
+    chosen = float(mean.idxmax())
+    if mean.max() <= 0:
+        return chosen, "no dose made texts more similar to the features' top tokens"
+    edge = chosen in (min(config.doses), max(config.doses))
+    return chosen, "the best dose is at the edge of those tried" if edge else ""
+
+
+def _best_dose(means: pd.DataFrame) -> float | None:
+    """An arm's dose of best mean score, None where no text has a score."""
+    scores = means.set_index("dose")["score"].dropna() if "score" in means else pd.Series(dtype=float)
+    return float(scores.idxmax()) if len(scores) else None
+
+
+def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores by dose, and by feature and dose."""
+    chosen = tested_features(run, arm, config.search_features, draw=1)
+    if chosen.empty:
+        return pd.DataFrame(), pd.DataFrame()
+    site, W_dec = site_of(run, run.study.open_arm(arm, say))
+    plan = plan_of_search(config, run.study.config.seed)
+    trials = run_trials(
+        site,
+        W_dec,
+        chosen,
+        plan,
+        vectors=outcome_vectors(run.study),
+        progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
+    )
+    scores = score_doses(trials)
+    if "score" not in scores or scores["score"].isna().all():
+        say(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
+    return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))

@@ -1,0 +1,108 @@
+"""What the dose search and the test share: the plan, the site, the features, and what texts are measured with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.config import SteeringConfig
+from saeffect.features.embeddings import load_embeddings
+from saeffect.provenance import hash_folder, read_json
+from saeffect.steering import Site, SteeringPlan, TextVectors, load_text_vectors, matched_lists
+from saeffect.study.coherence import embeddings_identity
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.study import Arm, Study
+
+__all__ = [
+    "encoder_identity",
+    "matched_of",
+    "outcome_vectors",
+    "plan_of_search",
+    "site_of",
+    "plan_of_test",
+    "tested_features",
+]
+
+
+def plan_of_test(config: SteeringConfig, seed: int, dose: float) -> SteeringPlan:
+    """The plan of the test: the chosen dose on the test prompts, with placebos."""
+    return SteeringPlan(
+        prompts=config.prompts, doses=(dose,), samples=config.samples, placebos=config.placebos, **_same(config, seed)
+    )
+
+
+def plan_of_search(config: SteeringConfig, seed: int) -> SteeringPlan:
+    """The plan of the dose search: every dose on the search prompts, one text each, without placebos."""
+    return SteeringPlan(
+        prompts=config.search_prompts, doses=config.doses, samples=1, placebos=(), **_same(config, seed)
+    )
+
+
+def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
+    return {
+        "operator": config.operator,
+        "unit": config.unit,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "frequency_penalty": config.frequency_penalty,
+        "positions": config.positions,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "perplexity": True,
+    }
+
+
+def site_of(run: RunFolder, arm: Arm) -> tuple[Site, Tensor]:
+    """Where an arm is steered, and its decoder."""
+    mean_norm = float(read_json(run.arm(arm.name, "gate.json"))["mean_norm"])
+    features = run.read_table(run.arm(arm.name, "features.parquet")).sort_values("feature")
+    maxima = torch.from_numpy(features["max_activation"].to_numpy(dtype=np.float32, na_value=0.0).copy())
+    return Site(arm.lm, arm.hook, mean_norm, sae=arm.sae, max_acts=maxima), arm.W_dec
+
+
+def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
+    """The domain features that are steered: all of them, or a random sample that depends on the seed alone.
+
+    Returns:
+        Their rows of the feature table, and matched: their placebo features, see `matched_of`.
+    """
+    selection = run.read_table(run.arm(arm, "selection.parquet"))
+    chosen = selection.loc[selection["is_domain"], "feature"].to_numpy(dtype=np.int64)
+    if limit is not None and len(chosen) > limit:
+        generator = np.random.default_rng([run.study.config.seed, draw])
+        chosen = np.sort(generator.choice(chosen, size=limit, replace=False))
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    rows = features[features["feature"].isin(chosen)].reset_index(drop=True)
+    placebos = matched_of(run, arm, rows["feature"].tolist())
+    return rows.assign(matched=[placebos[f] for f in rows["feature"]])
+
+
+def matched_of(run: RunFolder, arm: str, chosen: list[int]) -> dict[int, list[int]]:
+    """Placebo features of some features, nearest first; none where no feature outside the domain resembles it."""
+    selection = run.read_table(run.arm(arm, "selection.parquet"))
+    # What the vocabulary says and people denied is no clean placebo either.
+    domain = selection.loc[selection["is_domain"] | selection["in_vocabulary"], "feature"].tolist()
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    return dict(zip(chosen, matched_lists(features, chosen, domain), strict=True))
+
+
+def outcome_vectors(study: Study) -> TextVectors:
+    """What texts are turned into vectors with."""
+    steering = study.config.steering
+    if steering is None or steering.outcome_encoder is None:
+        return load_embeddings(study.config.coherence.embeddings)
+    return load_text_vectors(steering.outcome_encoder)
+
+
+def encoder_identity(study: Study) -> str:
+    """Hash of those vectors' file or folder; the name of what lies elsewhere."""
+    name = study.config.steering.outcome_encoder if study.config.steering else None
+    if name is None:
+        return embeddings_identity(study)
+    return hash_folder(name) if Path(name).exists() else name

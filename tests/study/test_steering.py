@@ -1,0 +1,85 @@
+"""The steer stage in its other forms: clamping, sets of features, no placebo, one of everything, bad requests."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from saeffect.errors import ConfigError, UnknownName
+from saeffect.study.check import check_study
+from saeffect.study.run import run_study
+from saeffect.study.study import Study
+from tiny_study import make_study
+
+BEFORE = ("gate", "features", "coherence", "select")
+SMALL = {"prompts": ["The river", "My doctor said"], "samples": 1, "max_new_tokens": 4, "max_features": 2}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    path = make_study(folder, steering=SMALL)
+    run_study(Study.open(path), folder / "run", stages=BEFORE)
+    return folder
+
+
+def steered(prepared: Path, tmp_path: Path, **steering: Any) -> Path:
+    """The run directory after the steer stage with these settings."""
+    shutil.copytree(prepared / "run", tmp_path / "run")
+    run_study(opened(prepared, **steering), tmp_path / "run", stages=("steer",))
+    return tmp_path / "run"
+
+
+def opened(prepared: Path, **steering: Any) -> Study:
+    raw = yaml.safe_load((prepared / "study.yaml").read_text())
+    raw["steering"] = SMALL | steering
+    path = prepared / "changed.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return Study.open(path)
+
+
+def table(run: Path, name: str, arm: str = "control") -> pd.DataFrame:
+    return pd.read_parquet(run / "arms" / arm / f"{name}.parquet")
+
+
+@pytest.mark.parametrize("change", [{"operator": "clamp"}, {"operator": "ablate"}, {"coefficient": 2.0}])
+def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    run = steered(prepared, tmp_path, together={"control": [[1, 2], [4, 7, 9]]}, **change)
+    effects = table(run, "effects")
+    assert len(effects) == 2
+    assert (effects.loc[effects["effect"].isna(), "reason"] != "").all()
+    joint = table(run, "together_effects")
+    assert [list(some) for some in joint["members"]] == [[1, 2], [4, 7, 9]]
+    assert set(table(run, "together")["feature"]) == {0, 1}
+    assert not (run / "arms" / "treatment" / "together.parquet").exists()
+    if change.get("operator") == "ablate":
+        baselines = table(run, "baselines")
+        said = baselines.loc[baselines["condition"] == "mean_difference", "reason"]
+        assert (said != "").all()
+
+
+def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> None:
+    run = steered(prepared, tmp_path, prompts=["The river"], max_features=1, placebos=[])
+    effects = table(run, "effects")
+    assert len(effects) == 1
+    assert effects[["effect", "p", "q"]].isna().all(axis=None)
+    assert effects["reason"][0] != ""
+    every = table(run, "outcome_effects")
+    assert (every["reason"] != "").all()
+    assert set(every["placebo"]) <= {"shuffled"}
+
+
+def test_bad_requests(prepared: Path) -> None:
+    with pytest.raises(ConfigError, match="no feature 999") as caught:
+        check_study(opened(prepared, together={"control": [[1, 999]]}))
+    assert "steering.together.control" in (caught.value.at or "")
+    with pytest.raises(UnknownName, match="valid: control, placebo, treatment"):
+        opened(prepared, together={"contrl": [[1, 2]]})
+    with pytest.raises(UnknownName, match="outcom") as unknown:
+        check_study(opened(prepared, outcome_encoder="glove-wiki-gigaword-10"))
+    assert "outcome_encoder" in (unknown.value.at or "")
