@@ -299,7 +299,7 @@ def _bundled_study(name: str) -> Path:
     return _bundled_folder() / f"{stem}.yaml"
 
 
-_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from"}
+_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from", "more_saes"}
 
 
 def _resolved(value: Any, folder: Path, key: str = "") -> Any:
@@ -307,7 +307,7 @@ def _resolved(value: Any, folder: Path, key: str = "") -> Any:
     if isinstance(value, dict):
         return {k: _resolved(v, folder, str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [_resolved(v, folder) for v in value]
+        return [_resolved(v, folder, key) for v in value]
     if key in _PATH_KEYS and isinstance(value, str) and not value.startswith(BUNDLED):
         place = folder / Path(value).expanduser()
         if value.startswith(".") or (place.exists() and ("/" in value or place.suffix)):
