@@ -126,12 +126,13 @@ class ArmTables:
         """This arm with each of its SAEs in turn, the first as it is; the others were not steered."""
         if self.seeds is None:
             return [self]
-        unsteered = {"interventions": None, "direct_effects": None, "effects": None, "seeds": None}
+        alone = replace(self, seeds=None)
+        unsteered = replace(alone, interventions=None, direct_effects=None, effects=None)
         others = [
-            replace(self, name=str(sae), features=rows, coherence=rows, selection=rows, **unsteered)
+            replace(unsteered, name=str(sae), features=rows, coherence=rows, selection=rows)
             for sae, rows in self.seeds.groupby("sae", sort=False)
         ]
-        return [replace(self, seeds=None), *others]
+        return [alone, *others]
 
     def of_domain(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of `table` that belong to domain features, ordered by feature."""

@@ -71,8 +71,8 @@ def calibration_table(
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
-        `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null; their `rate`
-        with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real treatment;
+        `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null;
+        their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real treatment;
         `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
         share SAEs, so they are not quite independent and the interval is a little too narrow. An interval is the same
         in either direction, so it counts once for two SAEs; all else counts every ordered pair.
@@ -109,7 +109,7 @@ def _pairs(saes: Sequence[ArmTables], min_matches: int, resampling: Resampling) 
 
 
 def _reversed(row: Contrast) -> Contrast:
-    """The same contrast seen from the other arm. Ratios are never tested, and of a change in % only the sign matters."""
+    """The same contrast seen from the other arm. Ratios are never tested; of a change in % the sign matters."""
     return replace(
         row,
         a=row.b,

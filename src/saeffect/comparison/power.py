@@ -95,7 +95,9 @@ def _between_features(
     spreads = [_sd(one) for one in (values[0], values[1])]
     n_a, n_b = len(values[0]), len(values[1])
     found = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
-    return _row(quantity, str(row["unit"]), (n_a, n_b), _pooled(*spreads, n_a, n_b), found, float(row["estimate"]))
+    return _row(
+        quantity, str(row["unit"]), (n_a, n_b), _pooled(spreads[0], spreads[1], n_a, n_b), found, float(row["estimate"])
+    )
 
 
 def _between_saes(quantity: str, row: pd.Series[Any], arms: Mapping[str, ArmTables], roles: Roles) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _between_saes(quantity: str, row: pd.Series[Any], arms: Mapping[str, ArmTabl
         means.append(np.array([one for one in found if not math.isnan(one)]))
     spreads, (n_a, n_b) = [_sd(one) for one in means], (len(means[0]), len(means[1]))
     found_power = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
-    spread = _pooled(*spreads, n_a, n_b)
+    spread = _pooled(spreads[0], spreads[1], n_a, n_b)
     return _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found_power, float(row["estimate"]))
 
 
