@@ -1,37 +1,59 @@
-"""Build every bundled artifact of the embedded pair from given text: adapter, three SAEs, sampled text.
+"""Build every bundled artifact of the embedded pair from given text: adapter, sampled text, six SAEs.
 
     python scripts/build_bundled.py --medical medical.jsonl.gz --general general.jsonl.gz --work work
     python scripts/build_bundled.py --only text
 
 Each text file has one JSON object a line with a field "text". The recipes are in recipes/. On two cores with
-bfloat16 it takes about an hour and a half; stopped, it goes on where it was. The word vectors have a script of
-their own, build_embeddings.py.
+bfloat16 it takes about two hours, 10 GB of disk and 3 GB of memory; stopped, it goes on where it was. The word
+vectors have a script of their own, build_embeddings.py.
+
+Three seeds of control and treatment alike. Whole are those that the bundled study runs on text (the first of each, and
+the control's second as placebo); of the others the package holds the decoder and what their features did.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from numpy.typing import NDArray
 
-from saeffect.config import ModelConfig
+from saeffect.activations.harvest import NormLimit, kept_positions
+from saeffect.config import ModelConfig, TextConfig
+from saeffect.features.activity import ActivityAccumulator
 from saeffect.models.finetune import FinetuneConfig, finetune
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_language_model
 from saeffect.provenance import atomic_path, write_json
+from saeffect.sae.compact import save_compact
 from saeffect.sae.recipe import SaeRecipe, train_from_recipe
+from saeffect.sae.saelens_format import load_sae
+from saeffect.study.residuals import Residuals
+from saeffect.study.texts import study_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "src" / "saeffect" / "bundled"
 BASE = "bundled:smollm2-135m-instruct"
 ADAPTER = "bundled:medical-lora"
 ROWS, LENGTH, STEM = 400, 256, 4  # 102,400 tokens; every stem is cut to four tokens, so no row needs padding
+
+# Model and seed. The placebo is the control's second seed.
+SAES: dict[str, tuple[str | None, int]] = {
+    "smollm2-control": (None, 0),
+    "smollm2-placebo": (None, 1),
+    "smollm2-control-seed2": (None, 2),
+    "smollm2-treatment": (ADAPTER, 0),
+    "smollm2-treatment-seed1": (ADAPTER, 1),
+    "smollm2-treatment-seed2": (ADAPTER, 2),
+}
+WHOLE = ("smollm2-control", "smollm2-placebo", "smollm2-treatment")
 
 GENERAL = """The committee met on Tuesday|In the summer of 1996|She opened the window and|The film tells the story
 The new law requires all|Last night the team played|Once upon a time there|The history of the city
@@ -56,14 +78,14 @@ def main() -> None:
     parser.add_argument("--medical", type=Path, help="medical text, .jsonl.gz")
     parser.add_argument("--general", type=Path, help="general text, .jsonl.gz")
     parser.add_argument("--work", type=Path, default=ROOT / "work", help="activations and checkpoints")
-    parser.add_argument("--only", choices=["adapter", "saes", "text"], help="one part of it")
+    parser.add_argument("--only", choices=["adapter", "text", "saes"], help="one part of it")
     options = parser.parse_args()
     if options.only in (None, "adapter"):
         build_adapter(options.medical, options.general, options.work)
-    if options.only in (None, "saes"):
-        build_saes(options.medical, options.general, options.work)
     if options.only in (None, "text"):
         build_text()
+    if options.only in (None, "saes"):
+        build_saes(options.medical, options.general, options.work)
 
 
 def build_adapter(medical: Path, general: Path, work: Path) -> None:
@@ -73,19 +95,40 @@ def build_adapter(medical: Path, general: Path, work: Path) -> None:
 
 
 def build_saes(medical: Path, general: Path, work: Path) -> None:
-    arms: dict[str, tuple[str | None, int]] = {
-        "control": (None, 0),
-        "treatment": (ADAPTER, 0),
-        "placebo": (None, 1),
-    }
-    for arm, (adapter, seed) in arms.items():
+    """Train six SAEs, one after the other: each has an order of the data of its own, as a real repetition would."""
+    trained: dict[str, Path] = {}
+    for name, (adapter, seed) in SAES.items():
         recipe = _recipe("smollm2-sae")
         recipe["model"]["adapter"] = adapter
         recipe["sae"]["seed"] = seed
         recipe["text"][0]["path"], recipe["text"][1]["path"] = str(general), str(medical)
         config = SaeRecipe.read(recipe, at="recipes/smollm2-sae.yaml")
-        train_from_recipe(config, work / f"smollm2-{arm}", work=work, say=print)
-        _install(work / f"smollm2-{arm}", BUNDLED / "saes" / f"smollm2-{arm}")
+        trained[name] = work / name
+        print(f"== {name}", flush=True)
+        train_from_recipe(config, trained[name], work=work, say=partial(print, flush=True))
+    for name, (adapter, _) in SAES.items():
+        target = BUNDLED / "saes" / name
+        if name in WHOLE:
+            _install(trained[name], target)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            save_compact(load_sae(trained[name]), _activity(trained[name], adapter), trained[name], target)
+
+
+@torch.inference_mode()
+def _activity(folder: Path, adapter: str | None) -> pd.DataFrame:
+    """What the features did on the bundled text: what a study records of a whole SAE's."""
+    sae = load_sae(folder)
+    lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), say=print)
+    rows = study_rows(TextConfig(bundled="smollm2-sampled", tokens=ROWS * LENGTH), lambda: lm)
+    meta = sae.cfg.metadata
+    limit = NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
+    activity = ActivityAccumulator(sae.cfg.d_sae, rows.names)
+    for start, _, x in Residuals().batches(lm, str(sae.cfg.hook_name), rows):
+        kept = kept_positions(x, limit)
+        row = kept.nonzero(as_tuple=True)[0] + start
+        activity.update(sae.encode(x[kept]), [rows.names[rows.sources[i]] for i in row.tolist()])
+    return activity.result()
 
 
 def build_text() -> None:
@@ -156,7 +199,7 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _install(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint*", "finished.json"))
 
 
 if __name__ == "__main__":

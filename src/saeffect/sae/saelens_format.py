@@ -93,6 +93,8 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     cfg, path = read_sae_config(folder, at=at), weights_file(folder)
     if not path.is_file():
         fix = "pickled SAEs (.pt) are never loaded."
+        if raw.get("metadata", {}).get("decoder_only"):
+            fix = "this is a compact SAE, its decoder alone: list it under more_saes, beside a whole one."
         raise NotFound(f"there is no {path.name} beside cfg.json.", at=where, fix=fix)
     tensors = _read_tensors(path, where)
     if path.name == SPARSIFY_WEIGHTS:
