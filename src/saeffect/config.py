@@ -111,7 +111,6 @@ class ArmConfig(StrictModel):
         default_factory=dict, description="Changes of training.sae for this arm, such as {seed: 1} for a placebo."
     )
 
-
     @model_validator(mode="after")
     def _all_different(self) -> Self:
         doubled = [name for name, n in Counter((self.sae, *self.more_saes)).items() if n > 1]

@@ -72,7 +72,7 @@ def calibration_table(
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
         `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null;
-        their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real treatment;
+        their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one;
         `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
         share SAEs, so they are not quite independent and the interval is a little too narrow. An interval is the same
         in either direction, so it counts once for two SAEs; all else counts every ordered pair.

@@ -146,7 +146,9 @@ def detectable_proportion_difference(
     angle = 2 * math.asin(math.sqrt(p_a))
     above = math.sin((angle + h) / 2) ** 2 - p_a if angle + h <= math.pi else math.nan
     below = p_a - math.sin((angle - h) / 2) ** 2 if angle >= h else math.nan
-    return Detectable(above, below, n, method, "" if math.isfinite(above) else "even a share of 1 would not be far enough")
+    return Detectable(
+        above, below, n, method, "" if math.isfinite(above) else "even a share of 1 would not be far enough"
+    )
 
 
 def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:

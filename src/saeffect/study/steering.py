@@ -1,4 +1,4 @@
-"""Stage 5, interventions: a dose search on prompts of its own, then the test of every chosen feature."""
+"""Stage 6, interventions: a dose search on prompts of its own, then the test of every chosen feature."""
 
 from __future__ import annotations
 

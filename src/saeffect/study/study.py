@@ -148,8 +148,15 @@ class Study:
             NotFound: No such folder.
             UnknownName: No such bundled SAE.
         """
-        sae = self.arm(name).sae
-        where = self.at("arms", name, "sae")
+        return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
+
+    def resolve_sae(self, name: str, sae: str, where: str) -> Path:
+        """Where one of an arm's SAEs lies, as the study file calls it.
+
+        Raises:
+            NotFound: No such folder.
+            UnknownName: No such bundled SAE.
+        """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
         if not Path(sae).is_dir():
