@@ -107,10 +107,20 @@ class ArmConfig(StrictModel):
     role: Literal["control", "treatment", "placebo"]
     model: ModelConfig
     sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
+    more_saes: tuple[str, ...] = Field(
+        (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
+    )
     hook: str | None = Field(None, description="TransformerLens name; by default the one in the SAE's cfg.json.")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Changes of training.sae for this arm, such as {seed: 1} for a placebo."
     )
+
+    @model_validator(mode="after")
+    def _all_different(self) -> Self:
+        doubled = [name for name, n in Counter((self.sae, *self.more_saes)).items() if n > 1]
+        if doubled:
+            raise ValueError(f"the SAE {doubled[0]!r} is there twice; more_saes are of other seeds")
+        return self
 
 
 class TextConfig(StrictModel):
@@ -276,6 +286,11 @@ class ComparisonConfig(StrictModel):
     alpha: float = Field(0.05, gt=0, lt=1, description="Highest q at which a feature passes.")
     n_boot: int = Field(2_000, ge=40)
     n_permutations: int = Field(10_000, ge=100)
+    tests: tuple[str, ...] = Field(
+        ("domain_share", "pass_rate", "coherence_mean"),
+        min_length=1,
+        description="Quantities of the contrasts that are tested; fixed before the run, all others are exploratory.",
+    )
 
 
 class StudyConfig(StrictModel):

@@ -18,7 +18,7 @@ def answered(arms):
     everything = " ".join([answer["headline"], *answer["sentences"], *answer["caveats"]])
     assert "significant" not in everything
     assert "nan" not in everything.split()
-    assert 3 <= len(answer["sentences"]) <= 6
+    assert 3 <= len(answer["sentences"]) <= 8
     return answer
 
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import nested_mean, nested_mean_difference
+from saeffect.stats import nested_mean, nested_mean_difference, nested_mean_test
 
 
 def frame(*columns: list) -> pd.DataFrame:
@@ -165,3 +165,25 @@ def test_bad_requests():
 def test_the_same_seed_gives_the_same_interval():
     values, levels = simulated(np.random.default_rng(8), 4, 4, 4)
     assert nested_mean(values, levels, seed=1).estimate() == nested_mean(values, levels, seed=1).estimate()
+
+
+def test_the_test_is_welchs_on_group_means():
+
+    rng = np.random.default_rng(3)
+    levels = pd.DataFrame({"sae_seed": np.repeat([0, 1, 2, 3], 5)})
+    a, b = rng.normal(size=20), rng.normal(0.5, 2.0, size=20)
+    found = nested_mean_test(nested_mean(a, levels), nested_mean(b, levels))
+    means = [values.reshape(4, 5).mean(axis=1) for values in (a, b)]
+    peer = scipy_stats.ttest_ind(means[1], means[0], equal_var=False)
+    assert found.p == pytest.approx(peer.pvalue)
+    assert found.statistic == pytest.approx(means[1].mean() - means[0].mean())
+
+
+def test_a_side_without_spread_has_no_p():
+    one = nested_mean([1.0], pd.DataFrame({"sae_seed": [0]}))
+    two = nested_mean([1.0, 2.0], pd.DataFrame({"sae_seed": [0, 1]}))
+    alike = nested_mean([1.0, 1.0], pd.DataFrame({"sae_seed": [0, 1]}))
+    for pair, reason in (((one, two), "a single value"), ((alike, alike), "all groups are alike")):
+        found = nested_mean_test(*pair)
+        assert np.isnan(found.p)
+        assert reason in found.reason

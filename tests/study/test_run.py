@@ -60,7 +60,7 @@ def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     lines: list[str] = []
     run_study(Study.open(path), run, say=lines.append)
     stages = [line for line in lines if line.startswith("  ")]
-    assert len(stages) == 16
+    assert len(stages) == 17
     assert all(line.endswith("skipped") for line in stages)
     assert tree(run) == before
 

@@ -21,6 +21,7 @@ _STAGES = {
     "features": "Make the feature tables: top tokens, moments, activity, contexts.",
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
+    "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
     "steer": "Search the dose and steer with every chosen feature and its placebo.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",

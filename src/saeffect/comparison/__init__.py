@@ -2,9 +2,10 @@
 
 from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
-from saeffect.comparison.compare import Comparison, compare
+from saeffect.comparison.compare import Comparison, check_tests, compare
 from saeffect.comparison.contrasts import Contrast, contrasts
 from saeffect.comparison.design import design_check
+from saeffect.comparison.findings import Findings, MatchTables
 from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
 from saeffect.comparison.resampling import Resampling
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
@@ -16,12 +17,15 @@ __all__ = [
     "ArmTables",
     "Comparison",
     "Contrast",
+    "Findings",
     "Gap",
     "Judgement",
+    "MatchTables",
     "Resampling",
     "Roles",
     "activity",
     "answer",
+    "check_tests",
     "compare",
     "contrasts",
     "design_check",

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.caveats import caveats
+from saeffect.comparison.evidence_words import (
+    calibration_sentence,
+    cross_sentence,
+    fate_sentences,
+    power_sentence,
+    short_name,
+    too_many_alarms,
+)
+from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 
@@ -20,11 +29,6 @@ _NAMES = {
     "pass_rate": "the share of tested features that pass",
     "coherence_mean": "the mean coherence of domain features",
     "effect": "the mean effect of steering",
-}
-_SHORT_NAMES = {
-    "domain_share": "share of domain features",
-    "pass_rate": "pass rate",
-    "coherence_mean": "mean coherence",
 }
 
 
@@ -39,11 +43,9 @@ class Answer(TypedDict):
 def answer(
     arms: Mapping[str, ArmTables],
     roles: Roles,
+    found: Findings,
     *,
-    table1: pd.DataFrame,
-    table2: pd.DataFrame,
-    contrasts: pd.DataFrame,
-    design: pd.DataFrame,
+    tests: Sequence[str],
     min_matches: int,
     alpha: float,
 ) -> Answer:
@@ -55,15 +57,15 @@ def answer(
     Args:
         arms: The arms by name.
         roles: Who is control, treatment and placebo.
-        table1: As `table1` gives it, one row an arm.
-        table2: As `table2` gives it.
-        contrasts: As `contrasts` gives it.
-        design: As `design_check` gives it.
+        found: All tables.
+        tests: The declared quantities: the headline speaks of these.
         min_matches: Top tokens in the vocabulary that make a feature count.
         alpha: Highest q at which a feature passed.
     """
-    first, second = table1.set_index("arm"), table2.set_index("arm")
-    judged = {quantity: judge(contrasts, quantity) for quantity in (*PRIMARY, "effect")}
+    first, second = found.table1.set_index("arm"), found.table2.set_index("arm")
+    known = set(found.contrasts["quantity"])
+    declared = [name for name in tests if name in known]
+    judged = {quantity: judge(found.contrasts, quantity) for quantity in (*PRIMARY, "effect", *declared)}
     tested = any(int(first.loc[name, "tested"]) for name in roles.ordered)
     sentences = [
         _domain_counts(first, roles),
@@ -74,14 +76,20 @@ def answer(
     ]
     if tested:
         sentences.append(_effects(first, judged["effect"], roles))
+    sentences += [
+        *fate_sentences(found.matches.fate_counts, roles),
+        cross_sentence(found.matches.cross_activity, roles, alpha),
+        calibration_sentence(found.calibration),
+        power_sentence(found.power, roles),
+    ]
     return Answer(
-        headline=_headline([judged[quantity] for quantity in PRIMARY], first, roles, design),
-        sentences=sentences,
-        caveats=caveats(arms, roles, first, second, contrasts, design),
+        headline=_headline([judged[quantity] for quantity in declared], first, roles, found),
+        sentences=[sentence for sentence in sentences if sentence],
+        caveats=caveats(arms, roles, first, second, found, tests),
     )
 
 
-def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, design: pd.DataFrame) -> str:
+def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Findings) -> str:
     def having(status: Status) -> list[Judgement]:
         return [one for one in judged if one.status == status]
 
@@ -91,7 +99,7 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, desig
             f"neither {roles.control} nor {roles.treatment} has a domain feature."
         )
     if beyond := having("beyond"):
-        return _headline_beyond(beyond, [one for one in judged if one not in beyond], design)
+        return _headline_beyond(beyond, [one for one in judged if one not in beyond], found)
     if unseparated := having("unseparated"):
         why = "since the placebo has no interval here" if roles.placebos else "without a placebo arm"
         return (
@@ -109,30 +117,34 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, desig
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
-def _headline_beyond(beyond: list[Judgement], others: list[Judgement], design: pd.DataFrame) -> str:
-    flaws = list(design.loc[design["status"] == "flaw", "field"])
+def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Findings) -> str:
+    flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     text = f"{subject} by more than retraining the SAE does: {joined([_changed(one) for one in beyond])}."
     if others:
-        names = " or the ".join(_SHORT_NAMES[one.quantity] for one in others)
+        names = " or the ".join(short_name(one.quantity) for one in others)
         text += f" The same cannot be said of the {names}."
     if flaws:
         text += f" But the design is flawed ({joined(flaws)}), so fine-tuning need not be the cause."
+    if unreliable := too_many_alarms(found.calibration, [one.quantity for one in beyond]):
+        names = joined([f"the {short_name(one)}" for one in unreliable])
+        text += f" And SAEs of the control's model, put in the treatment's place, differ as often in {names}."
     return text
 
 
 def _changed(one: Judgement) -> str:
     up = one.change.estimate > 0
+    more = "larger" if up else "smaller"
     words = {
         "domain_share": f"a {'larger' if up else 'smaller'} share of them are domain features",
         "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
         "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
-    }[one.quantity]
+    }.get(one.quantity, f"the {short_name(one.quantity)} is {more}")
     return f"{words} ({interval(one.change)})"
 
 
 def _named(judged: list[Judgement]) -> str:
-    return "; ".join(f"{_SHORT_NAMES[one.quantity]} {interval(one.change)}" for one in judged)
+    return "; ".join(f"{short_name(one.quantity)} {interval(one.change)}" for one in judged)
 
 
 def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:
@@ -222,6 +234,8 @@ def _difference(judged: Judgement, roles: Roles) -> str:
     if judged.status == "undefined":
         return f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
     text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
+    if judged.seeds is not None:
+        text += f" Over all SAEs of both models it is {interval(judged.seeds, short=True)}, noise of training included."
     noise = [f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
@@ -237,6 +251,10 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
             why = reasons[0] if reasons else "no interval"
             return f"The placebo cannot be compared ({why}), so this may be SAE noise."
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
+    if not judged.beyond:  # other seeds alone stand for the placebo
+        if judged.status == "beyond":
+            return "The difference is more than the noise of SAE training."
+        return "That is not clearly more than the noise of SAE training, so we cannot credit fine-tuning with it."
     apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])
     if judged.status == "beyond":
         return f"The difference is more than that noise ({apart})."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,10 @@ _NEEDED = {
     "interventions": ("feature", "prompt", "sample", "condition", "dose", "similarity"),
     "direct_effects": ("feature", "prompt", "condition", "delta_logprob"),
     "effects": ("feature", "n_pairs", "effect", "p", "passed", "paper_pass"),
+    "seeds": (
+        *("sae", "feature", "top_tokens", "top_weights", "density", "mean_activation", "max_activation"),
+        *("coherence", "n_known", "reason", "matches", "matches_dot", "matches_cosine", "in_vocabulary", "is_domain"),
+    ),
 }
 
 
@@ -79,6 +83,8 @@ class ArmTables:
         facts: How the arm was made.
         coverage_unique: Share of the distinct top tokens of domain features that the word vectors have,
             0 to 1; NaN if not measured.
+        seeds: One row per further SAE of the same model (column `sae`) and feature, with the columns of features,
+            coherence and selection; None without further SAEs.
     """
 
     name: str
@@ -91,6 +97,7 @@ class ArmTables:
     effects: pd.DataFrame | None
     facts: ArmFacts
     coverage_unique: float = float("nan")
+    seeds: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
         for table, needed in _NEEDED.items():
@@ -113,6 +120,19 @@ class ArmTables:
         """Ids of the domain features, ascending; int64."""
         chosen = self.selection["is_domain"].to_numpy(dtype=bool)
         return np.sort(self.selection["feature"].to_numpy(dtype=np.int64)[chosen])
+
+    @property
+    def saes(self) -> list[ArmTables]:
+        """This arm with each of its SAEs in turn, the first as it is; the others were not steered."""
+        if self.seeds is None:
+            return [self]
+        alone = replace(self, seeds=None)
+        unsteered = replace(alone, interventions=None, direct_effects=None, effects=None)
+        others = [
+            replace(unsteered, name=str(sae), features=rows, coherence=rows, selection=rows)
+            for sae, rows in self.seeds.groupby("sae", sort=False)
+        ]
+        return [alone, *others]
 
     def of_domain(self, table: pd.DataFrame) -> pd.DataFrame:
         """The rows of `table` that belong to domain features, ordered by feature."""

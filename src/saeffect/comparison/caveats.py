@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.evidence_words import short_name, too_many_alarms
+from saeffect.comparison.findings import Findings
 from saeffect.comparison.wording import joined, whole
 
 __all__ = ["caveats"]
 
 _FEW = 20
+_COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 
 def caveats(
@@ -19,8 +22,8 @@ def caveats(
     roles: Roles,
     table1: pd.DataFrame,
     table2: pd.DataFrame,
-    contrasts: pd.DataFrame,
-    design: pd.DataFrame,
+    found_tables: Findings,
+    tests: Sequence[str],
 ) -> list[str]:
     """Limits of this very comparison, the gravest first; then those of every comparison of this kind.
 
@@ -29,23 +32,57 @@ def caveats(
         roles: Who is control, treatment and placebo.
         table1: Indexed by arm.
         table2: Indexed by arm.
-        contrasts: All contrasts.
-        design: The design check.
+        found_tables: All tables.
+        tests: The declared quantities.
     """
-    found = [*_of_design(roles, design), *_of_tests(arms, roles, table1), *_of_coherence(roles, table2)]
+    contrasts = found_tables.contrasts
+    found = [
+        *_of_alarms(found_tables.calibration),
+        *_of_design(roles, found_tables.design),
+        *_of_seeds(arms, roles),
+        *_of_tests(arms, roles, table1),
+        *_of_coherence(roles, table2),
+    ]
     if not any(_has_verdicts(arms[name].selection) for name in roles.ordered):
         found.append("No person has judged the features: domain features are those that the vocabulary picks.")
     n = int(((contrasts["comparison"] == "fine-tuning") & contrasts["low"].notna()).sum())
     found.append(
         f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
-        "misses zero by chance. The headline looks at three quantities fixed in advance "
-        "(share of domain features, pass rate, mean coherence)."
+        f"misses zero by chance. The headline looks at {_COUNTED.get(len(tests), f'{len(tests)} quantities')} "
+        f"fixed in advance ({', '.join(short_name(name) for name in tests)})."
     )
     found.append(
-        "Intervals are over the features of these SAEs, taken as independent of each other. "
-        "They do not cover other prompts, texts or vocabularies."
+        "Intervals are over the features of these SAEs, taken as independent of each other, unless they are said to "
+        "be over SAE seeds. They do not cover other prompts, texts or vocabularies."
     )
+    if not found_tables.matches.fate_counts.empty:
+        found.append(
+            "Features are matched on the study's text and only where they fire there. A feature that is called gone "
+            "may live on in several others, which is looked for among those that fire with it."
+        )
     return found
+
+
+def _of_alarms(calibration: pd.DataFrame) -> list[str]:
+    if calibration.empty:
+        return []
+    bad = too_many_alarms(calibration, list(dict.fromkeys(calibration["test"])))
+    if not bad:
+        return []
+    return [
+        f"Where there is nothing to find, these tests found something more often than they promise: "
+        f"{', '.join(short_name(name) for name in bad)}. Their findings in the treatment are not to be believed."
+    ]
+
+
+def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[str]:
+    single = [name for name in (roles.control, roles.treatment) if arms[name].seeds is None]
+    if not single:
+        return []
+    return [
+        f"There is one SAE of {joined(single)}, so intervals do not hold the noise of SAE training: another seed would "
+        "have given other features."
+    ]
 
 
 def _of_design(roles: Roles, design: pd.DataFrame) -> list[str]:

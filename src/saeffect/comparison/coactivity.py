@@ -96,6 +96,21 @@ class FiringLog:
         values = np.concatenate([np.empty(0, dtype=np.float32), *self._values])
         return csr_matrix((values, features, pointers), shape=(self.n_tokens, self.d_sae))
 
+    def only(self, tokens: npt.NDArray[np.bool_]) -> FiringLog:
+        """The same log without the tokens that are False in `tokens`, bool [n_tokens].
+
+        Raises:
+            ShapeMismatch: There is not one entry a token.
+        """
+        if np.shape(tokens) != (self.n_tokens,):
+            raise ShapeMismatch(f"tokens must be bool [{self.n_tokens}]. Got {list(np.shape(tokens))}.", at="tokens")
+        kept = self.matrix()[np.flatnonzero(tokens)]
+        log = FiringLog(self.d_sae)
+        log.n_tokens = kept.shape[0]
+        log._counts = [np.diff(kept.indptr).astype(np.int64)]
+        log._features, log._values = [kept.indices.astype(np.int32)], [kept.data]
+        return log
+
     def _add(self, n: int, row: Tensor, feature: Tensor, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):
             raise _not_finite()

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import pandas as pd
 
 from saeffect.comparison import tables
 from saeffect.comparison.answer import Answer, answer
-from saeffect.comparison.arms import ArmTables, roles_of
-from saeffect.comparison.contrasts import contrasts
+from saeffect.comparison.arms import ArmTables, Roles, roles_of
+from saeffect.comparison.calibration import calibration_table
+from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
 from saeffect.comparison.design import design_check
+from saeffect.comparison.effect_regression import effect_regression
+from saeffect.comparison.findings import Findings, MatchTables
+from saeffect.comparison.judgement import PRIMARY
+from saeffect.comparison.power import power_table
 from saeffect.comparison.resampling import Resampling
-from saeffect.errors import ConfigError
+from saeffect.comparison.seeds import seed_contrasts
+from saeffect.errors import ConfigError, unknown_name
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "check_tests", "compare"]
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """Everything that the comparison found; rows are ordered control, treatment, placebos.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Comparison(Findings):
+    """Everything that the comparison found, in tables (see `Findings`) and in words.
 
     Attributes:
-        table1: One row an arm: domain features, passing, similarities (`tables.table1`).
-        table2: One row an arm: coherence of domain features (`tables.table2`).
-        contrasts: One row per quantity and pair of arms (`contrasts.contrasts`).
-        match_counts: Features by number of top tokens in the vocabulary (Figure 1).
-        weights: Top-token weights of domain features (Figure 2).
-        activity: Density and activation of domain features.
-        design: How the arms differ besides the model (`design.design_check`).
         answer: The same in plain sentences.
     """
 
-    table1: pd.DataFrame
-    table2: pd.DataFrame
-    contrasts: pd.DataFrame
-    match_counts: pd.DataFrame
-    weights: pd.DataFrame
-    activity: pd.DataFrame
-    design: pd.DataFrame
     answer: Answer
 
 
@@ -51,6 +43,8 @@ def compare(
     seed: int,
     n_boot: int = 2_000,
     n_permutations: int = 10_000,
+    tests: Sequence[str] = PRIMARY,
+    matches: MatchTables | None = None,
 ) -> Comparison:
     """Compare the arms of a study.
 
@@ -59,13 +53,16 @@ def compare(
     Args:
         arms: The arms by name: one control, one treatment, any number of placebos.
         min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        alpha: Highest q at which the tested features were said to pass; for the words only.
+        alpha: Highest q at which the tested features were said to pass, and of findings about single features.
         seed: Seed of every resample.
         n_boot: Resamples of an interval.
         n_permutations: Permutations of a test.
+        tests: What was declared before the run (`contrasts.TESTABLE`); all else is exploration.
+        matches: Which feature became which, if that was looked at.
 
     Raises:
         ConfigError: Roles other than these, an arm whose name is not its key, or too few resamples.
+        UnknownName: A declared test that does not exist.
     """
     _check_names(arms)
     limits = {"min_matches": (min_matches, 1), "n_boot": (n_boot, 40), "n_permutations": (n_permutations, 1)}
@@ -74,31 +71,62 @@ def compare(
             raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=f"comparison.{name}")
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must lie between 0 and 1. Got {alpha} instead.", at="comparison.alpha")
+    check_tests(tests)
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     ordered = {name: arms[name] for name in roles.ordered}
-    resampling = Resampling(seed, n_boot, n_permutations)
-    first = tables.table1(ordered, min_matches=min_matches, resampling=resampling)
-    second = tables.table2(ordered, resampling=resampling)
-    differences = contrasts(ordered, roles, min_matches=min_matches, resampling=resampling)
-    design = design_check({name: arm.facts for name, arm in ordered.items()})
-    return Comparison(
-        table1=first,
-        table2=second,
+    found = _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
+    words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
+    return Comparison(**{one.name: getattr(found, one.name) for one in fields(found)}, answer=words)
+
+
+def check_tests(tests: Sequence[str]) -> None:
+    """Refuse a declared test that does not exist.
+
+    Raises:
+        UnknownName: The message lists those that do.
+    """
+    for name in tests:
+        if name not in TESTABLE:
+            raise unknown_name("test", name, TESTABLE, at="comparison.tests")
+
+
+def _tables(
+    arms: dict[str, ArmTables],
+    roles: Roles,
+    tests: Sequence[str],
+    thresholds: tuple[int, float],
+    resampling: Resampling,
+    matches: MatchTables | None,
+) -> Findings:
+    min_matches, alpha = thresholds
+    matches = matches or MatchTables()
+    differences = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
+    over_seeds = seed_contrasts(arms, roles, resampling=resampling)
+    if over_seeds:
+        differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
+    regression = effect_regression(arms, roles)
+    return Findings(
+        table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
+        table2=tables.table2(arms, resampling=resampling),
         contrasts=differences,
-        match_counts=tables.match_counts(ordered),
-        weights=tables.weights(ordered),
-        activity=tables.activity(ordered),
-        design=design,
-        answer=answer(
-            ordered,
+        match_counts=tables.match_counts(arms),
+        weights=tables.weights(arms),
+        activity=tables.activity(arms),
+        design=design_check({name: arm.facts for name, arm in arms.items()}),
+        calibration=calibration_table(
+            arms,
             roles,
-            table1=first,
-            table2=second,
-            contrasts=differences,
-            design=design,
-            min_matches=min_matches,
+            differences,
+            tests=tests,
             alpha=alpha,
+            min_matches=min_matches,
+            resampling=resampling,
+            evidence={"fates_null": matches.fates_null, "cross_activity": matches.cross_activity},
         ),
+        power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
+        regression=regression.terms,
+        partial_residuals=regression.partial_residuals,
+        matches=matches,
     )
 
 

@@ -8,8 +8,8 @@ both brackets share it, so they are not independent: treatment is compared with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 
 from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.judgement import PRIMARY
 from saeffect.comparison.measures import (
     FloatArray,
     activity_of,
@@ -43,9 +44,22 @@ from saeffect.stats.estimate import Estimate
 from saeffect.stats.permutation import permutation_test
 from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio
 
-__all__ = ["COMPARISONS", "Contrast", "contrasts"]
+__all__ = ["COMPARISONS", "ONE_SAE", "QUANTITIES", "TESTABLE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
 
 COMPARISONS = ("fine-tuning", "retraining", "beyond retraining")
+ONE_SAE = "one SAE on either side: the interval does not hold the noise of SAE training"
+QUANTITIES = (
+    *("domain_share", "domain_share_ratio", "share_dot", "share_dot_ratio", "share_cosine", "share_cosine_ratio"),
+    *("pass_rate", "pass_rate_ratio", "paper_pass_rate", "paper_pass_rate_ratio"),
+    *("coherence_mean", "coherence_median", "coherence_normalised", "coherence_delta"),
+    *("weight_mean", "weight_mean_change", "weight_variance", "weight_variance_change"),
+    *("density", "mean_activation", "matches_mean", "effect", "direct_effect"),
+)
+"""Every quantity that is compared, in the order of the table; more SAEs add `<quantity>_seeds`."""
+
+TESTABLE = (*(name for name in QUANTITIES if not name.endswith("_ratio")), "fates", "cross_activity")
+"""What a study can declare as a test. A ratio says what its difference says, around 1 instead of 0."""
+
 _NAN = float("nan")
 _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
 
@@ -54,7 +68,9 @@ _STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.medi
 class Contrast:
     """One quantity in arm `a` and arm `b`; `estimate` is b against a, between `low` and `high` (95 %).
 
-    `reason` says why an estimate, interval or p is NaN, and is empty where all are defined.
+    `reason` says why an estimate, interval or p is NaN, and is empty where all are defined. `declared` says
+    whether the study named the test beforehand; all else is exploration. `saes_a` and `saes_b` count the SAEs
+    behind either side, and `remark` says what noise the interval does not hold.
     """
 
     quantity: str
@@ -71,6 +87,10 @@ class Contrast:
     method: str
     unit: str
     reason: str
+    declared: bool = False
+    saes_a: int = 1
+    saes_b: int = 1
+    remark: str = ONE_SAE
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +134,14 @@ class _Pair:
         )
 
 
-def contrasts(arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
+def contrasts(
+    arms: Mapping[str, ArmTables],
+    roles: Roles,
+    *,
+    min_matches: int,
+    resampling: Resampling,
+    tests: Sequence[str] = PRIMARY,
+) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
     Args:
@@ -122,16 +149,29 @@ def contrasts(arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, 
         roles: Who is control, treatment and placebo.
         min_matches: Top tokens in the vocabulary that make a feature count under a projection.
         resampling: Seed and number of resamples.
+        tests: Quantities that were declared beforehand.
 
     Returns:
         One row per quantity and pair of arms, columns as the fields of `Contrast`.
         Shares and rates are from 0 to 1.
     """
     treatment, control = arms[roles.treatment], arms[roles.control]
-    pairs = [_Pair("fine-tuning", control, treatment, min_matches, resampling)]
+    pairs = [("fine-tuning", control, treatment)]
     for name in roles.placebos:
-        pairs.append(_Pair("retraining", control, arms[name], min_matches, resampling))
-        pairs.append(_Pair("beyond retraining", arms[name], treatment, min_matches, resampling))
+        pairs += [("retraining", control, arms[name]), ("beyond retraining", arms[name], treatment)]
+    rows = [
+        row
+        for comparison, a, b in pairs
+        for row in pair_contrasts(comparison, a, b, min_matches=min_matches, resampling=resampling)
+    ]
+    return as_table(rows, tests)
+
+
+def pair_contrasts(
+    comparison: str, a: ArmTables, b: ArmTables, *, min_matches: int, resampling: Resampling
+) -> list[Contrast]:
+    """Every quantity of arm `b` against arm `a`, as rows of one comparison."""
+    pair = _Pair(comparison, a, b, min_matches, resampling)
     parts: tuple[Callable[[_Pair], list[Contrast]], ...] = (
         _domain_shares,
         _pass_rates,
@@ -141,8 +181,13 @@ def contrasts(arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, 
         _matches,
         _steering,
     )
-    rows = [row for pair in pairs for part in parts for row in part(pair)]
-    return pd.DataFrame([asdict(row) for row in rows], columns=[field.name for field in fields(Contrast)])
+    return [row for part in parts for row in part(pair)]
+
+
+def as_table(rows: Sequence[Contrast], tests: Sequence[str]) -> pd.DataFrame:
+    """Rows as a table, those of the declared `tests` marked; a test of several SAEs counts as its quantity's."""
+    marked = [replace(row, declared=row.quantity.removesuffix("_seeds") in tests) for row in rows]
+    return pd.DataFrame([asdict(row) for row in marked], columns=[field.name for field in fields(Contrast)])
 
 
 def _domain_shares(pair: _Pair) -> list[Contrast]:

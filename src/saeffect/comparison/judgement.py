@@ -52,10 +52,13 @@ class Judgement:
         quantity: Its name in the contrasts.
         status: "undefined": no interval. "unclear": the interval of treatment minus control includes zero.
             "unseparated": it does not, but no placebo can tell fine-tuning from SAE noise. "noise": a placebo
-            moves as far, or is not clearly apart from the treatment. "beyond": more than SAE noise.
+            moves as far, or is not clearly apart from the treatment, or the interval over SAE seeds includes zero.
+            "beyond": more than SAE noise.
         change: Treatment minus control.
         retraining: Placebo minus control, each placebo.
         beyond: Treatment minus placebo, each placebo.
+        seeds: All SAEs of the treatment's model minus all of the control's, with an interval that holds the noise
+            of SAE training; None unless both models have several.
     """
 
     quantity: str
@@ -63,6 +66,7 @@ class Judgement:
     change: Gap
     retraining: tuple[Gap, ...]
     beyond: tuple[Gap, ...]
+    seeds: Gap | None = None
 
 
 def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap]) -> bool:
@@ -91,6 +95,9 @@ def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap])
 def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     """Judge one quantity by the contrasts, as `exceeds_noise` rules.
 
+    Where both models have several SAEs, the interval over these must exclude zero on the same side, too; it also
+    stands in for a placebo arm where there is none.
+
     Args:
         contrasts: The table of `saeffect.comparison.contrasts`.
         quantity: A value of its column `quantity`.
@@ -98,18 +105,26 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     rows = contrasts[contrasts["quantity"] == quantity]
     change = _gaps(rows, "fine-tuning")[0]
     retraining, beyond = _gaps(rows, "retraining"), _gaps(rows, "beyond retraining")
+    seeds = _over_seeds(contrasts, quantity)
     status: Status
     if not change.defined:
         status = "undefined"
     elif change.sign == 0:
         status = "unclear"
-    elif not retraining or not all(gap.defined for gap in (*retraining, *beyond)):
+    elif (not retraining and seeds is None) or not all(gap.defined for gap in (*retraining, *beyond)):
         status = "unseparated"
-    elif exceeds_noise(change, retraining, beyond):
+    elif exceeds_noise(change, retraining, beyond) and (seeds is None or seeds.sign == change.sign):
         status = "beyond"
     else:
         status = "noise"
-    return Judgement(quantity, status, change, retraining, beyond)
+    return Judgement(quantity, status, change, retraining, beyond, seeds)
+
+
+def _over_seeds(contrasts: pd.DataFrame, quantity: str) -> Gap | None:
+    rows = contrasts[contrasts["quantity"] == f"{quantity}_seeds"]
+    found = _gaps(rows, "all seeds")
+    several = found and bool((rows.loc[rows["comparison"] == "all seeds", ["saes_a", "saes_b"]] > 1).all(axis=None))
+    return found[0] if several and found[0].defined else None
 
 
 def _gaps(rows: pd.DataFrame, comparison: str) -> tuple[Gap, ...]:

@@ -21,9 +21,9 @@ from scipy import stats as scipy_stats
 
 from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, Seed, check_resamples, fault, generator, sample
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.estimate import Estimate, TestResult
 
-__all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
+__all__ = ["NestedMean", "nested_mean", "nested_mean_difference", "nested_mean_test"]
 
 # Percentiles of so few resampled groups do not reach far enough.
 _FEW = 20
@@ -148,14 +148,52 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
         >>> round(nested_mean_difference(a, b).value, 6)
         4.0
     """
-    reason = "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
+    reason = _both_reasons(a, b)
     value, n = b.value - a.value, min(a.n, b.n)
     if not (len(a.replicates) and len(b.replicates)):
         return Estimate(value, math.nan, math.nan, n, reason or "no spread")
+    error, freedom = _welch(a, b)
+    return _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
+
+
+def nested_mean_test(a: NestedMean, b: NestedMean) -> TestResult:
+    """Two-sided p for no difference between two independent nested means: Welch's t test of the group means.
+
+    Args:
+        a: The reference.
+        b: What is compared with it.
+
+    Returns:
+        `b - a` and its p; NaN with a reason where a side shows no spread. A remark in `reason` beside a finite p
+        says what noise the test does not know.
+
+    Source:
+        Welch (1947).
+
+    Example:
+        >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
+        >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
+        >>> round(nested_mean_test(a, b).p, 4)
+        0.0519
+    """
+    method, value, reason = "Welch's t test of group means", b.value - a.value, _both_reasons(a, b)
+    if not (len(a.replicates) and len(b.replicates)):
+        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "no spread")
+    error, freedom = _welch(a, b)
+    if not error > 0:
+        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "all groups are alike")
+    return TestResult(value, float(2 * scipy_stats.t.sf(abs(value) / error, freedom)), min(a.n, b.n), method, reason)
+
+
+def _both_reasons(a: NestedMean, b: NestedMean) -> str:
+    return "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
+
+
+def _welch(a: NestedMean, b: NestedMean) -> tuple[float, float]:
+    """Standard error of the difference and its degrees of freedom."""
     error = math.hypot(a.error, b.error)
     spread = a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1)
-    freedom = error**4 / spread if spread > 0 else math.inf
-    return _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
+    return error, error**4 / spread if spread > 0 else math.inf
 
 
 def _interval(

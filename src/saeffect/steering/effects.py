@@ -46,7 +46,7 @@ def effects(
         trials: As `run_trials` gives.
         direct: As `direct_effects` gives; None leaves its columns NaN.
         alpha: Share of false findings among the passed features that is put up with.
-        seed: For random sign patterns and the bootstrap.
+        seed: For random sign patterns.
         dose: Which dose is tested; not needed when the trials hold one.
         placebo: The condition to compare with.
         outcome: A name in `OUTCOMES`.
@@ -54,7 +54,7 @@ def effects(
 
     Returns:
         One row a feature, by number: feature; n_pairs; unsteered_mean, steered_mean, placebo_mean (over the
-        pairs); effect with its 95 % bootstrap interval effect_low, effect_high; p (sign-flip test that the
+        pairs); effect with its 95 % interval (Student's t) effect_low, effect_high; p (sign-flip test that the
         effect is above 0, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
         features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar
         than the first unsteered one); direct_effect, direct_placebo (nats, means over prompts); kl (nats,
@@ -110,13 +110,13 @@ def outcome_effects(
         declared: Outcomes that were declared before the run, the primary one first.
         placebos: Conditions to compare with, the primary one first. Where the trials have it, similarity is
             also compared with "shuffled": the same texts against another feature's top tokens.
-        seed: For random sign patterns and the bootstrap.
+        seed: For random sign patterns.
         dose: Which dose is tested; not needed when the trials hold one.
         obstacles: As in `effects`.
 
     Returns:
         One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs; effect with its 95 %
-        bootstrap interval low, high; p, q (over the features of one outcome and placebo), reversed_share,
+        interval low, high (Student's t, 95 %); p, q (over the features of one outcome and placebo), reversed_share,
         unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater" or "two-sided");
         unit; declared (whether the outcome was declared before the run; all others are exploratory); primary
         (whether it is the one test that decides what passes); reason.

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, bootstrap, sign_flip_many
+from saeffect.stats import benjamini_hochberg, sign_flip_many
+from saeffect.stats.student import mean_interval
 from saeffect.steering.measures import OutcomeMeasure
 from saeffect.steering.placebo import STEERED, UNSTEERED
 
@@ -118,7 +119,7 @@ def summarise_pairs(
     Args:
         wide: As `paired_values` gives.
         measure: The outcome: its alternative is tested.
-        seed: For random sign patterns and the bootstrap.
+        seed: For random sign patterns.
         obstacles: Why rows are missing, for the reasons.
 
     Returns:
@@ -129,7 +130,7 @@ def summarise_pairs(
     kept: list[npt.NDArray[np.float64]] = []
     records = []
     for feature in wide.index.unique("feature").sort_values().tolist():
-        record, differences = _one_feature(wide.loc[[feature]], placebo, measure, seed)
+        record, differences = _one_feature(wide.loc[[feature]], placebo, measure)
         why = (obstacles or {}).get((feature, STEERED)) or (obstacles or {}).get((feature, placebo))
         if why and record["n_pairs"] == 0:
             record["reason"] = why
@@ -142,7 +143,7 @@ def summarise_pairs(
 
 
 def _one_feature(
-    group: pd.DataFrame, placebo: str, measure: OutcomeMeasure, seed: int
+    group: pd.DataFrame, placebo: str, measure: OutcomeMeasure
 ) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """The feature's columns but p and q, and the differences of its complete pairs."""
     complete = group.dropna()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from saeffect.comparison import ArmFacts, ArmTables
 from saeffect.features.coherence import coverage
 from saeffect.features.embeddings import load_embeddings
@@ -25,6 +27,7 @@ ARM_FILES = (
     "baselines.parquet",
     "baseline_effects.parquet",
     "together_effects.parquet",
+    "seeds.parquet",
     "gate.json",
 )
 
@@ -55,8 +58,16 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
             effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
             facts=facts,
             coverage_unique=coverage(domain, embeddings=vectors).unique,
+            seeds=_seeds(run, name),
         )
     return found
+
+
+def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
+    """Further SAEs of an arm; None where their domain features would mean another thing than the first SAE's."""
+    if not run.study.config.arms[name].more_saes or run.study.config.selection.verdicts is not None:
+        return None
+    return run.read_table(run.arm(name, "seeds.parquet"))
 
 
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.errors import ConfigError, IncompatibleModels, NotFound, SaeffectError
 from saeffect.features.embeddings import load_embeddings
@@ -24,6 +25,7 @@ from saeffect.models.loading import (
 )
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
+from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
@@ -62,9 +64,14 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         lines.append(training)
     for name in study.config.arms:
         lines.append(_check_arm(study, name, say))
+        further = open_seeds(study, name)
+        if further:
+            lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
     _check_tokenizers(study)
     lines.append("every arm has the same tokens")
     config = study.config
+    _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
+    lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
     vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
     lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))

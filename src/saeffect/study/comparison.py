@@ -1,4 +1,4 @@
-"""Stage 6, the comparison: control against treatment, beside control against placebo."""
+"""Stage 7, the comparison: control against treatment, beside control against placebo."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import Comparison, compare
+from saeffect.comparison import Comparison, MatchTables, compare
 from saeffect.provenance import read_json, write_json
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.coherence import embeddings_identity
+from saeffect.study.matching import read_matches
 from saeffect.study.run_folder import RunFolder
 
 __all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
 
-VERSION = 1
-_TABLES = ("table1", "table2", "contrasts", "match_counts", "weights", "activity", "design")
+VERSION = 2  # 2: seeds, calibration, power, regression, matching
+_TABLES = Comparison.table_names()
 
 
 def comparison_inputs(run: RunFolder) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def comparison_inputs(run: RunFolder) -> dict[str, Any]:
         "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
         "identities": dict(run.study.identities),
         "tables": run.digest(*(run.arm(name, file) for name in config.arms for file in ARM_FILES)),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in MatchTables.names())),
+        "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
         "min_matches": config.selection.min_matches,
@@ -48,6 +51,8 @@ def run_comparison(run: RunFolder) -> Callable[[], Iterable[Path]]:
             seed=config.seed,
             n_boot=config.comparison.n_boot,
             n_permutations=config.comparison.n_permutations,
+            tests=config.comparison.tests,
+            matches=read_matches(run),
         )
         paths = []
         for name in _TABLES:
@@ -69,4 +74,4 @@ def read_comparison(run: RunFolder) -> Comparison:
     tables: dict[str, pd.DataFrame] = {
         name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
     }
-    return Comparison(**tables, answer=read_json(run.path("comparison", "answer.json")))
+    return Comparison(**tables, matches=read_matches(run), answer=read_json(run.path("comparison", "answer.json")))

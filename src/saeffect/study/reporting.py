@@ -1,4 +1,4 @@
-"""Stage 7, the report: tables, figures and one self-contained page."""
+"""Stage 8, the report: tables, figures and one self-contained page."""
 
 from __future__ import annotations
 

@@ -20,15 +20,17 @@ from saeffect.study.comparison import comparison_inputs, run_comparison
 from saeffect.study.dose_search import dose_inputs, run_dose_search
 from saeffect.study.features import features_inputs, run_features
 from saeffect.study.gate import gate_inputs, run_gate
+from saeffect.study.matching import matching_inputs, run_matching
 from saeffect.study.reporting import report_inputs, run_reporting
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.seeds import run_seeds, seeds_inputs
 from saeffect.study.selection import run_selection, selection_inputs
 from saeffect.study.steering import run_steering, steering_inputs
 from saeffect.study.study import Say, Study
 
 __all__ = ["STAGES", "run_study"]
 
-STAGES = ("gate", "features", "coherence", "select", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
 
 
 def run_study(
@@ -102,6 +104,13 @@ def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
 
     # Which features are about the domain, by vocabulary and by people's verdicts?
     yield _Step("select", "select", partial(selection_inputs, run), run_selection(run))
+
+    # Which feature became which, and which are gone or new, beyond what other seeds of the same model show?
+    # First the features of those further seeds, where the study has any.
+    for arm in study.ordered_arms():
+        if study.config.arms[arm].more_saes:
+            yield _Step("match", f"seeds {arm}", partial(seeds_inputs, run, arm), run_seeds(run, arm, say))
+    yield _Step("match", "match", partial(matching_inputs, run), run_matching(run, say))
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that

@@ -1,4 +1,4 @@
-"""Stage 5, interventions: the test of every chosen feature at the dose that the search chose."""
+"""Stage 6, interventions: the test of every chosen feature at the dose that the search chose."""
 
 from __future__ import annotations
 

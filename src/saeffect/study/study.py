@@ -148,8 +148,15 @@ class Study:
             NotFound: No such folder.
             UnknownName: No such bundled SAE.
         """
-        sae = self.arm(name).sae
-        where = self.at("arms", name, "sae")
+        return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
+
+    def resolve_sae(self, name: str, sae: str, where: str) -> Path:
+        """Where one of an arm's SAEs lies, as the study file calls it.
+
+        Raises:
+            NotFound: No such folder.
+            UnknownName: No such bundled SAE.
+        """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
         if not Path(sae).is_dir():
@@ -299,7 +306,8 @@ def _bundled_study(name: str) -> Path:
     return _bundled_folder() / f"{stem}.yaml"
 
 
-_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from", "outcome_encoder"}
+_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from"}
+_PATH_KEYS |= {"outcome_encoder", "more_saes"}
 
 
 def _resolved(value: Any, folder: Path, key: str = "") -> Any:
@@ -307,7 +315,7 @@ def _resolved(value: Any, folder: Path, key: str = "") -> Any:
     if isinstance(value, dict):
         return {k: _resolved(v, folder, str(k)) for k, v in value.items()}
     if isinstance(value, list):
-        return [_resolved(v, folder) for v in value]
+        return [_resolved(v, folder, key) for v in value]
     if key in _PATH_KEYS and isinstance(value, str) and not value.startswith(BUNDLED):
         place = folder / Path(value).expanduser()
         if value.startswith(".") or (place.exists() and ("/" in value or place.suffix)):

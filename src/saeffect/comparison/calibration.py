@@ -1,0 +1,229 @@
+"""How often does this very comparison find something where there is nothing to find?
+
+SAEs of the control's model differ by their seed alone. Each of them is put in the treatment's place, and everything
+is compared again. What is found then is a false alarm. A test whose alarms are more frequent than its nominal rate
+cannot be believed when it finds something in the treatment.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
+from saeffect.comparison.judgement import judge
+from saeffect.comparison.resampling import LEVEL, Resampling
+from saeffect.comparison.seeds import control_saes
+from saeffect.stats.proportions import wilson
+
+__all__ = ["CALIBRATED", "JUDGEABLE", "calibration_table"]
+
+CALIBRATED = ("effect",)
+"""Quantities that are calibrated whether declared or not."""
+
+JUDGEABLE = "within nominal"
+_TOO_MANY = "more alarms than nominal"
+_UNKNOWN = "cannot be judged"
+_COLUMNS = ("test", "rule", "unit", "declared", "nominal", "tests", "findings", "rate", "low", "high")
+_INTERVAL, _BEYOND = "the interval excludes zero", "more than SAE noise"
+_LOW_P, _CALLED = "p at most alpha", "a feature is called at q at most alpha"
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Findings among tests."""
+
+    tests: int = 0
+    findings: int = 0
+
+    def plus(self, found: bool) -> _Count:
+        return _Count(self.tests + 1, self.findings + int(found))
+
+
+def calibration_table(
+    arms: Mapping[str, ArmTables],
+    roles: Roles,
+    contrasts: pd.DataFrame,
+    *,
+    tests: Sequence[str],
+    alpha: float,
+    min_matches: int,
+    resampling: Resampling,
+    evidence: Mapping[str, pd.DataFrame] | None = None,
+) -> pd.DataFrame:
+    """Alarms of every test where a SAE of the control's model stands in for the treatment.
+
+    Args:
+        arms: The arms by name.
+        roles: Who is control, treatment and placebo.
+        contrasts: The real ones, with the rows over seeds.
+        tests: Declared quantities; those of `CALIBRATED` are added.
+        alpha: Highest q of a finding about a feature.
+        min_matches: As of the contrasts.
+        resampling: As of the contrasts.
+        evidence: The tables "fates_null" and "cross_activity", where there are such.
+
+    Returns:
+        One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
+        `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null;
+        their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one;
+        `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
+        share SAEs, so they are not quite independent and the interval is a little too narrow. An interval is the same
+        in either direction, so it counts once for two SAEs; all else counts every ordered pair.
+    """
+    saes = control_saes(arms, roles)
+    pairs = _pairs(saes, min_matches, resampling)
+    rows = []
+    for quantity in dict.fromkeys((*tests, *CALIBRATED)):
+        declared = quantity in tests
+        rows.append(_interval_row(quantity, declared, pairs, saes, contrasts))
+        rows.append(_beyond_row(quantity, declared, pairs, saes, contrasts))
+    tables = evidence or {}
+    if "fates_null" in tables and len(tables["fates_null"]):
+        rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
+    if "cross_activity" in tables and len(tables["cross_activity"]):
+        rows.append(_cross_row(tables["cross_activity"], alpha, "cross_activity" in tests))
+    columns = [*_COLUMNS, "treatment_tests", "treatment_findings", "verdict", "reason"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_Rows = dict[tuple[str, str], dict[str, Contrast]]
+
+
+def _pairs(saes: Sequence[ArmTables], min_matches: int, resampling: Resampling) -> _Rows:
+    """Contrasts of every ordered pair of SAEs, by quantity."""
+    found: _Rows = {}
+    for a, b in itertools.permutations(saes, 2):
+        if a.name > b.name:
+            continue  # made below, from the same numbers
+        rows = pair_contrasts("", a, b, min_matches=min_matches, resampling=resampling)
+        found[a.name, b.name] = {row.quantity: row for row in rows}
+        found[b.name, a.name] = {row.quantity: _reversed(row) for row in rows}
+    return found
+
+
+def _reversed(row: Contrast) -> Contrast:
+    """The same contrast seen from the other arm. Ratios are never tested; of a change in % the sign matters."""
+    return replace(
+        row,
+        a=row.b,
+        b=row.a,
+        value_a=row.value_b,
+        value_b=row.value_a,
+        estimate=-row.estimate,
+        low=-row.high,
+        high=-row.low,
+    )
+
+
+def _interval_row(
+    quantity: str, declared: bool, pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame
+) -> dict[str, Any]:
+    null = _Count()
+    for a, b in itertools.combinations(saes, 2):
+        row = pairs[a.name, b.name].get(quantity)
+        if row is not None and math.isfinite(row.low):
+            null = null.plus(row.low > 0 or row.high < 0)
+    real = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
+    treatment = _Count()
+    for one in real.itertuples():
+        if math.isfinite(one.low):
+            treatment = treatment.plus(one.low > 0 or one.high < 0)
+    reason = "" if null.tests else _no_pair(saes)
+    return _row(quantity, _INTERVAL, "pairs of SAEs", declared, 1 - LEVEL, null, treatment, reason)
+
+
+def _beyond_row(
+    quantity: str, declared: bool, pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame
+) -> dict[str, Any]:
+    """The rule of the headline, with the other SAEs as placebos."""
+    null = _Count()
+    for a, b in itertools.permutations(saes, 2):
+        rest = [one for one in saes if one is not a and one is not b]
+        rows = [_named(pairs, quantity, "fine-tuning", a, b)]
+        for other in rest:
+            rows += [
+                _named(pairs, quantity, "retraining", a, other),
+                _named(pairs, quantity, "beyond retraining", other, b),
+            ]
+        known = [row for row in rows if row is not None and math.isfinite(row.low)]
+        if rest and len(known) == len(rows):
+            null = null.plus(judge(as_table(known, ()), quantity).status == "beyond")
+    real = judge(contrasts, quantity) if quantity in set(contrasts["quantity"]) else None
+    treatment = _Count()
+    if real is not None and real.status not in ("undefined", "unseparated"):
+        treatment = treatment.plus(real.status == "beyond")
+    reason = ""
+    if not null.tests:
+        reason = "it needs three SAEs of the control's model: control, stand-in and placebo"
+        if len(saes) > 2 and quantity in ("pass_rate", "effect", "direct_effect", "paper_pass_rate"):
+            reason += ", all of them steered"
+    return _row(quantity, _BEYOND, "ordered pairs of SAEs", declared, 1 - LEVEL, null, treatment, reason)
+
+
+def _named(pairs: _Rows, quantity: str, comparison: str, a: ArmTables, b: ArmTables) -> Contrast | None:
+    row = pairs[a.name, b.name].get(quantity)
+    return None if row is None else replace(row, comparison=comparison)
+
+
+def _fate_rows(table: pd.DataFrame, alpha: float, declared: bool) -> Iterable[dict[str, Any]]:
+    names = {"control": "lost or moved features", "treatment": "new features"}
+    for (measure, side), rows in table.groupby(["measure", "side"], sort=False):
+        name = f"{names[str(side)]}, {measure}"
+        null, real = rows[rows["is_null"] & (rows["tested"] > 0)], rows[~rows["is_null"] & (rows["tested"] > 0)]
+        reason = "" if len(null) else "it needs three SAEs of the control's model with what it takes"
+        for rule, unit, of in (
+            (_CALLED, "ordered pairs of SAEs", lambda some: _Count(len(some), int((some["called"] > 0).sum()))),
+            (_LOW_P, "features", lambda some: _Count(int(some["tested"].sum()), int(some["low_p"].sum()))),
+        ):
+            yield _row(name, rule, unit, declared, alpha, of(null), of(real), reason)
+
+
+def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, Any]:
+    tested = table["q"].notna()
+    treatment = _Count(int(tested.sum()), int((table["q"] <= alpha).sum()))
+    # One SAE on one model twice gives equal activations: every difference is 0 and there is nothing to test.
+    null = _Count(treatment.tests, 0)
+    return _row("cross-activity", "q at most alpha", "features", declared, alpha, null, treatment, "")
+
+
+def _row(
+    test: str,
+    rule: str,
+    unit: str,
+    declared: bool,
+    nominal: float,
+    null: _Count,
+    treatment: _Count,
+    reason: str,
+) -> dict[str, Any]:
+    rate = wilson(null.findings, null.tests, level=LEVEL) if null.tests else None
+    low, high = (rate.low, rate.high) if rate is not None else (math.nan, math.nan)
+    return {
+        "test": test,
+        "rule": rule,
+        "unit": unit,
+        "declared": declared,
+        "nominal": round(nominal, 12),
+        "tests": null.tests,
+        "findings": null.findings,
+        "rate": rate.value if rate is not None else math.nan,
+        "low": low,
+        "high": high,
+        "treatment_tests": treatment.tests,
+        "treatment_findings": treatment.findings,
+        "verdict": _UNKNOWN if rate is None else _TOO_MANY if low > nominal else JUDGEABLE,
+        "reason": reason,
+    }
+
+
+def _no_pair(saes: Sequence[ArmTables]) -> str:
+    if len(saes) < 2:
+        return "there is one SAE of the control's model, so nothing can stand in for the treatment"
+    return "no two SAEs of the control's model have an interval for it"

@@ -1,0 +1,146 @@
+"""What goes with a strong effect of steering: coherence, activity, decoder norm, or the arm? (The paper's question.)
+
+One row a steered feature. The activity is the logarithm to base 10 of the density, since densities span decades.
+Features of one SAE resemble each other. Errors clustered by SAE know that, but need more SAEs than terms; below, each
+feature counts on its own (HC3) and every arm but the control has a term of its own. `errors` says which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.resampling import LEVEL
+from saeffect.stats.regression import ols_robust
+
+__all__ = ["EffectRegression", "effect_regression"]
+
+_PROPERTIES = ("coherence", "log10_density", "decoder_norm")
+_PARTIAL = ("feature", "arm", "term", "x", "residual")
+# Rows of unit length differ by rounding alone, which is no property of a feature.
+_FLAT = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class EffectRegression:
+    """The fit and what to plot of it.
+
+    Attributes:
+        terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`,
+            `estimate` (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3"
+            or "clustered by SAE"), `reason`, `n_left_out` features.
+        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual`, what the
+            other terms leave unexplained (the residual plus the term's own part). Its slope is the estimate.
+    """
+
+    terms: pd.DataFrame
+    partial_residuals: pd.DataFrame
+
+
+def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegression:
+    """Regress the effect of each steered feature on its properties and its arm.
+
+    Features without an effect, a coherence or an activity are left out. A property that is the same in every
+    feature has no estimate, and the others are fitted without it.
+
+    Args:
+        arms: The arms by name.
+        roles: Who is control, treatment and placebo.
+
+    Source:
+        Least squares with HC3 or cluster-robust errors (`saeffect.stats.ols_robust`); partial residuals after
+        Larsen & McCleary (1972).
+    """
+    data = _data(arms, roles)
+    usable = data.dropna(subset=["effect", *_PROPERTIES]).reset_index(drop=True)
+    # With a term for every arm the residuals of each arm add up to 0 and no spread of arms is left to see.
+    clustered = usable["arm"].nunique() > len(_PROPERTIES) + 2
+    dummies = [f"arm {name}" for name in ([roles.treatment] if clustered else roles.ordered[1:])]
+    columns = [*_PROPERTIES, *dummies]
+    flat = [name for name in columns if _is_flat(usable[name].to_numpy(dtype=np.float64))]
+    terms = [name for name in columns if name not in flat]
+    X = usable[terms].astype(np.float64)
+    fit = ols_robust(usable["effect"].to_numpy(), X, usable["arm"].tolist() if clustered else None, level=LEVEL)
+    fit.insert(len(fit.columns) - 1, "errors", "clustered by SAE" if clustered else "HC3")
+    partial = _partial(usable, X, fit)
+    if clustered:
+        alone = fit["term"] == f"arm {roles.treatment}"
+        fit.loc[alone, ["low", "high", "p"]] = np.nan
+        fit.loc[alone, "reason"] = "the treatment has one steered SAE, so nothing shows how much another would differ"
+    left_out = len(data) - len(usable)
+    if flat:
+        fit = pd.concat([fit, _flat_rows(flat, usable, str(fit["errors"].iloc[0]))], ignore_index=True)
+    order = {name: i for i, name in enumerate(["intercept", *columns])}
+    fit = fit.sort_values("term", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    if not len(usable):
+        why = "nothing was steered" if not len(data) else "no steered feature has an effect and all properties"
+        fit["reason"] = why
+    fit["n_left_out"] = left_out
+    return EffectRegression(fit, partial)
+
+
+def _data(arms: Mapping[str, ArmTables], roles: Roles) -> pd.DataFrame:
+    frames = []
+    for name in roles.ordered:
+        arm = arms[name]
+        if arm.effects is None or arm.effects.empty:
+            continue
+        rows = arm.effects[["feature", "effect"]].merge(
+            arm.coherence[["feature", "coherence"]], on="feature", how="left"
+        )
+        known = [column for column in ("density", "decoder_norm") if column in arm.features]
+        rows = rows.merge(arm.features[["feature", *known]], on="feature", how="left")
+        density = rows["density"].to_numpy(dtype=np.float64)
+        rows["log10_density"] = np.log10(np.where(density > 0, density, np.nan))
+        if "decoder_norm" not in rows:  # tables of others may not have it; then it says nothing
+            rows["decoder_norm"] = 1.0
+        frames.append(rows.assign(arm=name))
+    columns = ["feature", "arm", "effect", *_PROPERTIES]
+    data = pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    for name in roles.ordered[1:]:
+        data[f"arm {name}"] = (data["arm"] == name).astype(np.float64)
+    return data.astype(dict.fromkeys(("effect", *_PROPERTIES), np.float64))
+
+
+def _is_flat(values: np.ndarray) -> bool:
+    return not len(values) or bool(np.ptp(values) <= _FLAT * max(1e-300, float(np.abs(values).max())))
+
+
+def _flat_rows(flat: list[str], usable: pd.DataFrame, errors: str) -> pd.DataFrame:
+    reasons = []
+    for name in flat:
+        absent = name.startswith("arm ") and not usable[name].any()
+        reasons.append(
+            f"no usable feature of {name.removeprefix('arm ')}" if absent else f"{name} is the same in every feature"
+        )
+    nothing = dict.fromkeys(("estimate", "low", "high", "p"), np.nan)
+    return pd.DataFrame({"term": flat, **nothing, "n": len(usable), "errors": errors, "reason": reasons})
+
+
+def _partial(usable: pd.DataFrame, X: pd.DataFrame, fit: pd.DataFrame) -> pd.DataFrame:
+    estimates = fit.set_index("term")["estimate"]
+    if estimates.isna().any():
+        return pd.DataFrame(
+            {name: pd.Series(dtype="str" if name in ("arm", "term") else "float64") for name in _PARTIAL}
+        )
+    residual = (
+        usable["effect"].to_numpy() - estimates["intercept"] - X.to_numpy() @ estimates[list(X.columns)].to_numpy()
+    )
+    frames = [
+        pd.DataFrame(
+            {
+                "feature": usable["feature"],
+                "arm": usable["arm"],
+                "term": name,
+                "x": X[name],
+                "residual": residual + estimates[name] * X[name].to_numpy(),
+            }
+        )
+        for name in X.columns
+        if name in _PROPERTIES
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_PARTIAL))

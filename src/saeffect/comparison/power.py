@@ -1,0 +1,194 @@
+"""What this study could have found: the smallest true differences that its tests detect in four cases of five."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.measures import (
+    FloatArray,
+    activity_of,
+    coherence_of,
+    direct_effect_of,
+    effect_of,
+    match_counts_of,
+    pass_counts,
+    scale_count,
+)
+from saeffect.comparison.seeds import ALL_SEEDS, control_saes
+from saeffect.stats.power import (
+    Detectable,
+    detectable_mean_difference,
+    detectable_paired_mean,
+    detectable_proportion_difference,
+)
+
+__all__ = ["POWER", "power_table"]
+
+POWER = 0.8
+ALPHA = 0.05  # of the 95 % intervals of the contrasts
+# The test of a feature flips signs: every pattern up to so many pairs, above that so many at random.
+_EXACT, _FLIPS = 14, 10_000
+_COLUMNS = ("test", "unit", "n_a", "n_b", "spread", "alpha", "power", "detectable", "detectable_below", "observed")
+
+
+def power_table(
+    arms: Mapping[str, ArmTables],
+    roles: Roles,
+    contrasts: pd.DataFrame,
+    *,
+    tests: Sequence[str],
+    alpha: float,
+    min_matches: int,
+) -> pd.DataFrame:
+    """The smallest difference of treatment and control that each declared test would have found.
+
+    Args:
+        arms: The arms by name.
+        roles: Who is control, treatment and placebo.
+        contrasts: As `contrasts` gives it, with the rows over seeds; what was observed is read from there.
+        tests: Declared quantities.
+        alpha: Highest q at which a steered feature passes.
+        min_matches: As of the contrasts.
+
+    Returns:
+        One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test
+        of a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features
+        or SAEs; pairs of texts for a feature); `spread` (standard deviation, or the control's share); `alpha`;
+        `power`; `detectable`, the smallest difference; `detectable_below`, the same downwards where it is not the
+        same; `observed`; `method`; `reason`. A single feature has two rows: alone at alpha, and where it is the only
+        one of its arm's features to be found (alpha / number of features, as Benjamini-Hochberg then asks).
+    """
+    rows: list[dict[str, Any]] = []
+    for quantity in tests:
+        observed = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
+        if observed.empty:
+            continue
+        one = observed.iloc[0]
+        rows.append(_between_features(quantity, one, arms[roles.control], arms[roles.treatment], min_matches))
+        over = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
+        if not over.empty:
+            rows.append(_between_saes(quantity, over.iloc[0], arms, roles))
+    for name in roles.ordered:
+        rows += _single_features(name, arms[name], alpha)
+    return pd.DataFrame(rows, columns=[*_COLUMNS, "method", "reason"])
+
+
+def _between_features(
+    quantity: str, row: pd.Series[Any], control: ArmTables, treatment: ArmTables, min_matches: int
+) -> dict[str, Any]:
+    counts = [_counts(quantity, arm, min_matches) for arm in (control, treatment)]
+    values = [_values(quantity, arm) for arm in (control, treatment)]
+    if counts[0] is not None and counts[1] is not None:
+        (k_a, n_a), (_, n_b) = counts[0], counts[1]
+        share = k_a / n_a if n_a else math.nan
+        found = detectable_proportion_difference(share if n_a else 0.0, n_a, n_b, alpha=ALPHA, power=POWER)
+        return _row(quantity, str(row["unit"]), (n_a, n_b), share, found, float(row["estimate"]))
+    if values[0] is None or values[1] is None:
+        found = Detectable(math.nan, math.nan, 0, "", "its power is not worked out: it is neither a share nor a mean")
+        return _row(quantity, str(row["unit"]), (0, 0), math.nan, found, float(row["estimate"]))
+    spreads = [_sd(one) for one in (values[0], values[1])]
+    n_a, n_b = len(values[0]), len(values[1])
+    found = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
+    return _row(
+        quantity, str(row["unit"]), (n_a, n_b), _pooled(spreads[0], spreads[1], n_a, n_b), found, float(row["estimate"])
+    )
+
+
+def _between_saes(quantity: str, row: pd.Series[Any], arms: Mapping[str, ArmTables], roles: Roles) -> dict[str, Any]:
+    means = []
+    for saes in (control_saes(arms, roles), arms[roles.treatment].saes):
+        found = [_mean_of(quantity, sae) for sae in saes]
+        means.append(np.array([one for one in found if not math.isnan(one)]))
+    spreads, (n_a, n_b) = [_sd(one) for one in means], (len(means[0]), len(means[1]))
+    found_power = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
+    spread = _pooled(spreads[0], spreads[1], n_a, n_b)
+    return _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found_power, float(row["estimate"]))
+
+
+def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, Any]]:
+    """How strongly a single feature must act: alone, and when it is the only one among those tested."""
+    if arm.interventions is None or arm.effects is None:
+        return []
+    tested = arm.effects[arm.effects["p"].notna()]
+    trials = arm.interventions[arm.interventions["condition"].isin(["steered", "random"])]
+    wide = trials.pivot_table(
+        index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
+    ).reindex(columns=["steered", "random"])
+    differences = (wide["steered"] - wide["random"]).dropna()
+    spreads = differences.groupby(level="feature").std(ddof=1)
+    spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
+    n = int(tested["n_pairs"].median()) if len(tested) else 0
+    observed = float(tested["effect"].median()) if len(tested) else math.nan
+    rows = []
+    for test, level in ((f"feature in {name}", alpha), (f"only feature of {len(tested)} in {name}", None)):
+        at = alpha / max(1, len(tested)) if level is None else level
+        found = detectable_paired_mean(spread, n, alpha=at, power=POWER, alternative="greater")
+        smallest = 0.5**n if n <= _EXACT else 1 / (_FLIPS + 1)
+        if not found.reason and smallest > at:
+            why = f"with {n} pairs the smallest p is {smallest:.2g}, and {at:.2g} is asked"
+            found = Detectable(math.nan, math.nan, n, found.method, why)
+        rows.append(_row(test, "cosine similarity", (n, n), spread, found, observed) | {"alpha": at})
+    return rows
+
+
+def _row(test: str, unit: str, n: tuple[int, int], spread: float, found: Detectable, observed: float) -> dict[str, Any]:
+    return {
+        "test": test,
+        "unit": unit,
+        "n_a": n[0],
+        "n_b": n[1],
+        "spread": spread,
+        "alpha": ALPHA,
+        "power": POWER,
+        "detectable": found.difference,
+        "detectable_below": found.low_side,
+        "observed": observed,
+        "method": found.method,
+        "reason": found.reason,
+    }
+
+
+def _counts(quantity: str, arm: ArmTables, min_matches: int) -> tuple[int, int] | None:
+    passes = pass_counts(arm)
+    if quantity in ("share_dot", "share_cosine"):
+        return scale_count(arm, "dot" if quantity == "share_dot" else "cosine", min_matches), arm.n_features
+    return {
+        "domain_share": (len(arm.domain), arm.n_features),
+        "pass_rate": (passes.passed, passes.tested),
+        "paper_pass_rate": (passes.paper_passed, passes.paper_tested),
+    }.get(quantity)
+
+
+def _values(quantity: str, arm: ArmTables) -> FloatArray | None:
+    if quantity in ("density", "mean_activation"):
+        return activity_of(arm, "density" if quantity == "density" else "mean_activation")
+    read = {
+        "coherence_mean": coherence_of,
+        "effect": effect_of,
+        "direct_effect": direct_effect_of,
+        "matches_mean": lambda one: match_counts_of(one).astype(np.float64),
+    }.get(quantity)
+    return None if read is None else read(arm)
+
+
+def _mean_of(quantity: str, arm: ArmTables) -> float:
+    if quantity == "domain_share":
+        return len(arm.domain) / arm.n_features if arm.n_features else math.nan
+    values = _values(quantity, arm)
+    return float(values.mean()) if values is not None and len(values) else math.nan
+
+
+def _sd(values: FloatArray) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def _pooled(sd_a: float, sd_b: float, n_a: int, n_b: int) -> float:
+    if n_a + n_b <= 2:
+        return math.nan
+    return math.sqrt(((n_a - 1) * sd_a**2 + (n_b - 1) * sd_b**2) / (n_a + n_b - 2))

@@ -1,0 +1,178 @@
+"""What could a study have found? The smallest difference that a test of this size detects, most of the time.
+
+A study that finds nothing says little unless it could have found something. Each function gives the true
+difference at which the test, as it was made, finds something with the asked probability (the power).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from saeffect.errors import ConfigError
+from saeffect.stats.arguments import check_alternative
+
+__all__ = ["Detectable", "detectable_mean_difference", "detectable_paired_mean", "detectable_proportion_difference"]
+
+
+@dataclass(frozen=True)
+class Detectable:
+    """The smallest true difference that is found with the asked power.
+
+    Attributes:
+        difference: In the unit of the data, above 0; NaN when undefined.
+        low_side: For proportions, how far below the reference it must be instead (above 0, NaN where even 0 is
+            not far enough); otherwise equal to `difference`.
+        n: Independent units: the smaller group, or the pairs.
+        method: Which test, in words.
+        reason: Why `difference` is NaN; "" when it is defined.
+    """
+
+    difference: float
+    low_side: float
+    n: int
+    method: str
+    reason: str = ""
+
+
+def detectable_mean_difference(
+    sd_a: float, n_a: int, sd_b: float, n_b: int, *, alpha: float = 0.05, power: float = 0.8
+) -> Detectable:
+    """For two independent groups compared by their means (two-sided t test, pooled spread).
+
+    Args:
+        sd_a: Standard deviation of the first group, unit of the data.
+        n_a: Its independent units.
+        sd_b: The same of the second.
+        n_b: Its units.
+        alpha: Error rate of the test.
+        power: Probability of finding it.
+
+    Raises:
+        ConfigError: `alpha` or `power` is not between 0 and 1, or power is not above alpha.
+
+    Source:
+        Cohen (1988), Statistical Power Analysis, chapter 2; agrees with statsmodels' TTestIndPower.
+
+    Example:
+        >>> round(detectable_mean_difference(1.0, 64, 1.0, 64).difference, 2)
+        0.5
+    """
+    _check(alpha, power)
+    method, n = "two-sided t test", min(n_a, n_b)
+    if n < 2:
+        return Detectable(math.nan, math.nan, n, method, f"fewer than two units in a group ({n_a} and {n_b})")
+    pooled = math.sqrt(((n_a - 1) * sd_a**2 + (n_b - 1) * sd_b**2) / (n_a + n_b - 2))
+    if not (pooled > 0 and math.isfinite(pooled)):
+        return Detectable(math.nan, math.nan, n, method, "no spread to judge by")
+    effect = _solve(lambda d: _t_power(d * math.sqrt(n_a * n_b / (n_a + n_b)), n_a + n_b - 2, alpha, 2), power)
+    return Detectable(effect * pooled, effect * pooled, n, method)
+
+
+def detectable_paired_mean(
+    sd: float, n: int, *, alpha: float = 0.05, power: float = 0.8, alternative: str = "greater"
+) -> Detectable:
+    """For one group of differences tested against 0 (t test).
+
+    Args:
+        sd: Standard deviation of the differences.
+        n: How many.
+        alpha: Error rate of the test.
+        power: Probability of finding it.
+        alternative: "greater", "less" or "two-sided".
+
+    Raises:
+        ConfigError: As `detectable_mean_difference`.
+        UnknownName: No such alternative.
+
+    Source:
+        Cohen (1988), chapter 2; agrees with statsmodels' TTestPower.
+
+    Example:
+        >>> round(detectable_paired_mean(1.0, 27, alternative="two-sided").difference, 2)
+        0.56
+    """
+    _check(alpha, power)
+    check_alternative(alternative)
+    sides = 2 if alternative == "two-sided" else 1
+    method = f"{'two' if sides == 2 else 'one'}-sided t test of differences"
+    if n < 2:
+        return Detectable(math.nan, math.nan, n, method, f"{n} differences show no spread")
+    if not (sd > 0 and math.isfinite(sd)):
+        return Detectable(math.nan, math.nan, n, method, "no spread to judge by")
+    effect = _solve(lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, sides), power)
+    return Detectable(effect * sd, effect * sd, n, method)
+
+
+def detectable_proportion_difference(
+    p_a: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8
+) -> Detectable:
+    """For two independent proportions (two-sided, on the arcsine scale).
+
+    Args:
+        p_a: The reference proportion, 0 to 1.
+        n_a: Trials behind it.
+        n_b: Trials of the other.
+        alpha: Error rate of the test.
+        power: Probability of finding it.
+
+    Returns:
+        `difference` is how far above `p_a` the other must be, NaN where 1 is not far enough.
+
+    Raises:
+        ConfigError: As `detectable_mean_difference`, or `p_a` is not from 0 to 1.
+
+    Source:
+        Cohen (1988), chapter 6 (effect size h); agrees with statsmodels' NormalIndPower.
+
+    Example:
+        >>> round(detectable_proportion_difference(0.5, 196, 196).difference, 2)
+        0.14
+    """
+    _check(alpha, power)
+    method, n = "two-sided test of proportions, arcsine scale", min(n_a, n_b)
+    if n < 1:
+        return Detectable(math.nan, math.nan, n, method, "nothing to count in a group")
+    if not 0 <= p_a <= 1:
+        raise ConfigError(f"p_a must be from 0 to 1. Got {p_a} instead.", at="p_a")
+    from scipy.special import ndtr, ndtri
+
+    critical = float(ndtri(1 - alpha / 2))
+    error = math.sqrt(1 / n_a + 1 / n_b)
+    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), power)
+    angle = 2 * math.asin(math.sqrt(p_a))
+    above = math.sin((angle + h) / 2) ** 2 - p_a if angle + h <= math.pi else math.nan
+    below = p_a - math.sin((angle - h) / 2) ** 2 if angle >= h else math.nan
+    return Detectable(
+        above, below, n, method, "" if math.isfinite(above) else "even a share of 1 would not be far enough"
+    )
+
+
+def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
+    """Probability that a t test finds a mean `shift` standard errors from 0."""
+    from scipy.stats import nct, t
+
+    critical = float(t.isf(alpha / sides, freedom))
+    # Far out the non-central t runs out of digits, where the answer is 1 anyway.
+    found = float(np.nan_to_num(nct.sf(critical, freedom, shift), nan=1.0))
+    return found + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
+
+
+def _solve(power_at: Callable[[float], float], power: float) -> float:
+    from scipy.optimize import brentq
+
+    high = 1e-3
+    while power_at(high) < power:
+        high *= 2
+    return float(brentq(lambda d: power_at(d) - power, 0.0, high, xtol=1e-10, rtol=1e-10))
+
+
+def _check(alpha: float, power: float) -> None:
+    if not 0 < alpha < power < 1:
+        raise ConfigError(
+            f"alpha and power must lie between 0 and 1, power above alpha. Got {alpha} and {power} instead.",
+            at="alpha, power",
+        )
