@@ -32,8 +32,9 @@ from saeffect.comparison.matching_graph import assign
 
 def decoders(d_sae: int, d_in: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A decoder, and another of the same model: the first three quarters shared but for noise, the rest new."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     a = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+    generator.manual_seed(seed)
     noise = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
     new = torch.arange(d_sae) >= 3 * d_sae // 4
     return a, torch.where(new[:, None], noise, torch.nn.functional.normalize(a + 0.5 * noise, dim=1))
@@ -69,8 +70,8 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=100_000)
     options = parser.parse_args()
-    a, b = decoders(options.d_sae, options.d_in, 0)
-    _, c = decoders(options.d_sae, options.d_in, 0)
+    a, b = decoders(options.d_sae, options.d_in, 1)
+    _, c = decoders(options.d_sae, options.d_in, 2)
     seconds: dict[str, float] = {}
 
     def timed(name: str, work):

@@ -51,7 +51,7 @@ def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path]) -> N
     assert {"tables/table1.csv", "tables/table1.json", "tables/table2.csv"} <= names
     assert any(n.startswith("figures/") and n.endswith(".svg") for n in names)
     assert any(n.startswith("figures/") and n.endswith(".png") for n in names)
-    assert not any("partial" in n or n.split("/")[-1].startswith(".") for n in names)
+    assert not any("partial-" in n or n.split("/")[-1].startswith(".") for n in names)
 
 
 def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
@@ -152,7 +152,7 @@ def test_a_stage_does_not_build_on_an_older_study(tmp_path: Path) -> None:
         run_study(Study.open(path), tmp_path / "run", stages=("compare",))
     assert "saeffect select" in (caught.value.fix or "")
     assert tree(tmp_path / "run") == before
-    for stage in ("select", "compare", "report"):
+    for stage in ("select", "match", "compare", "report"):
         run_study(Study.open(path), tmp_path / "run", stages=(stage,))
 
 

@@ -16,18 +16,18 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
+from saeffect.comparison.contrasts import QUANTITIES, Contrast, as_table, pair_contrasts
 from saeffect.comparison.judgement import judge
 from saeffect.comparison.resampling import LEVEL, Resampling
 from saeffect.comparison.seeds import control_saes
 from saeffect.stats.proportions import wilson
 
-__all__ = ["CALIBRATED", "JUDGEABLE", "calibration_table"]
+__all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
 
 CALIBRATED = ("effect",)
 """Quantities that are calibrated whether declared or not."""
 
-JUDGEABLE = "within nominal"
+WITHIN = "within nominal"
 _TOO_MANY = "more alarms than nominal"
 _UNKNOWN = "cannot be judged"
 _COLUMNS = ("test", "rule", "unit", "declared", "nominal", "tests", "findings", "rate", "low", "high")
@@ -80,7 +80,7 @@ def calibration_table(
     saes = control_saes(arms, roles)
     pairs = _pairs(saes, min_matches, resampling)
     rows = []
-    for quantity in dict.fromkeys((*tests, *CALIBRATED)):
+    for quantity in (name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in QUANTITIES):
         declared = quantity in tests
         rows.append(_interval_row(quantity, declared, pairs, saes, contrasts))
         rows.append(_beyond_row(quantity, declared, pairs, saes, contrasts))
@@ -218,7 +218,7 @@ def _row(
         "high": high,
         "treatment_tests": treatment.tests,
         "treatment_findings": treatment.findings,
-        "verdict": _UNKNOWN if rate is None else _TOO_MANY if low > nominal else JUDGEABLE,
+        "verdict": _UNKNOWN if rate is None else _TOO_MANY if low > nominal else WITHIN,
         "reason": reason,
     }
 

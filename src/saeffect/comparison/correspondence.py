@@ -176,7 +176,7 @@ def _measured(
     matching = pairs.of(control, treatment)
     paired = assign(matching)
     usable = [view for view in treatment_seeds if pairs.measure == MEASURES[0] or view.log is not None]
-    best = np.array([pairs.of(control, view).forward.best for view in usable])
+    best = np.array([_best(pairs.of(control, view)) for view in usable])
     control_table = found.control.assign(
         mutual=_mutual(matching.forward.match, matching.backward.match),
         assigned=paired.b_of_a,
@@ -193,6 +193,12 @@ def _measured(
     )
     tables = {"control": control_table, "treatment": treatment_table, "counts": found.counts}
     return {name: _labelled(table, pairs.measure) for name, table in tables.items()}
+
+
+def _best(matching: Matching) -> np.ndarray:
+    """Similarity of each feature's nearest; to correlate with nobody is to be at 0."""
+    alone = matching.forward.alone & (matching.measure == MEASURES[1])
+    return np.where(alone, 0.0, matching.forward.best)
 
 
 def _labelled(table: pd.DataFrame, measure: str) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.arms import Roles
-from saeffect.comparison.calibration import JUDGEABLE
+from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.wording import joined, number, percent, whole
 
 __all__ = [
@@ -114,7 +114,7 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
         "With SAEs of the control's model in the treatment's place, where there is nothing to find, the tests found: "
         f"{joined(parts)}."
     )
-    bad = judged[judged["verdict"] != JUDGEABLE]
+    bad = judged[judged["verdict"] != WITHIN]
     if bad.empty:
         few = int(shown["tests"].min())
         often = f", though with {few} tests only frequent alarms would show" if few < 20 else ""
@@ -132,7 +132,7 @@ def too_many_alarms(calibration: pd.DataFrame, quantities: list[str]) -> list[st
     """Those of the quantities whose test raised more alarms than its nominal rate where nothing was to be found."""
     if calibration.empty:
         return []
-    bad = set(calibration.loc[(calibration["tests"] > 0) & (calibration["verdict"] != JUDGEABLE), "test"])
+    bad = set(calibration.loc[(calibration["tests"] > 0) & (calibration["verdict"] != WITHIN), "test"])
     return [name for name in quantities if name in bad]
 
 
