@@ -169,7 +169,7 @@ def test_nothing_unpickles_or_runs_a_models_code_by_default(path: Path) -> None:
 def test_tests_mirror_the_source() -> None:
     """Each test folder is a package's, so a module's tests are where one looks for them."""
     folders = {p.name for p in TESTS.iterdir() if p.is_dir() and list(p.glob("test_*.py"))}
-    assert folders <= set(FLOOR) | {"scripts", "bundled"}
+    assert folders <= set(FLOOR) | {"scripts", "bundled", "benchmarks"}
 
 
 def test_importing_does_nothing() -> None:

@@ -16,7 +16,7 @@ from saeffect.study.run import run_study
 from saeffect.study.study import Study
 from tiny_study import make_study
 
-BEFORE = ("gate", "features", "coherence", "select")
+BEFORE = ("gate", "features", "coherence", "select", "match")
 SMALL = {"prompts": ["The river", "My doctor said"], "samples": 1, "max_new_tokens": 4, "max_features": 2}
 
 

@@ -29,6 +29,10 @@ class Detectable:
         n: Independent units: the smaller group, or the pairs.
         method: Which test, in words.
         reason: Why `difference` is NaN; "" when it is defined.
+
+    Example:
+        >>> Detectable(difference=0.5, low_side=0.5, n=64, method="t test").reason
+        ''
     """
 
     difference: float
