@@ -199,7 +199,7 @@ def _recipe(name: str) -> dict[str, Any]:
 
 def _install(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint*", "finished.json"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint*", "finished.json", "*.svg"))
 
 
 if __name__ == "__main__":

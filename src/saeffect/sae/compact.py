@@ -34,6 +34,10 @@ __all__ = ["COMPACT_WEIGHTS", "STATISTICS", "CompactSae", "is_compact", "load_co
 COMPACT_WEIGHTS = "decoder.safetensors"
 STATISTICS = ("density", "mean_activation", "max_activation")
 _LEVELS = 127
+_CARD_ENDS = (
+    "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature fired.\n"
+    "The measures above are of the whole SAE."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +97,17 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
     cfg = read_json(source / "cfg.json")
     cfg["metadata"] = {**(cfg.get("metadata") or {}), "decoder_only": True}
     write_json(folder / "cfg.json", cfg)
-    for name in ("README.md", "training.json"):
-        if (source / name).is_file():
-            with atomic_path(folder / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    if (source / "training.json").is_file():
+        with atomic_path(folder / "training.json") as temporary:
+            shutil.copyfile(source / "training.json", temporary)
+    if (source / "README.md").is_file():
+        card = [
+            line
+            for line in (source / "README.md").read_text(encoding="utf-8").splitlines()
+            if not line.startswith("![")  # the figure stays with the whole SAE
+        ]
+        with atomic_path(folder / "README.md") as temporary:
+            temporary.write_text("\n".join([*card, _CARD_ENDS, ""]), encoding="utf-8")
     return folder
 
 
