@@ -8,6 +8,7 @@ import time
 
 import typer
 
+from saeffect.allocation import keep_freed_memory
 from saeffect.cli import artifacts, stages
 from saeffect.cli.console import show_error
 from saeffect.errors import SaeffectError
@@ -33,6 +34,7 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 something is wrong with the input, 130 stopped by Ctrl-C."""
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    keep_freed_memory()
     try:
         app(standalone_mode=False)
     except typer.Exit as stop:

@@ -291,7 +291,8 @@ def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
         if bottom < 0 < late:  # the first steps can be far below; what matters comes after them
             bottom = max(bottom, late - 1.0) if late < 0.2 else 0.0
         margin = 0.04 * (top - bottom)
-        ax.set_ylim(bottom - (margin if bottom else 0), top + margin)
+        if top > bottom:  # one value, and it is the ideal: any limits will do
+            ax.set_ylim(bottom - (margin if bottom else 0), top + margin)
         ax.axhline(panel.ideal, color=_EVENT, linewidth=0.8, zorder=2)
     number = FuncFormatter(lambda value, _: f"{value:,.10g}".replace("-", "−"))
     ax.yaxis.set_major_formatter(number)
