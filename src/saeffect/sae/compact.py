@@ -35,8 +35,8 @@ COMPACT_WEIGHTS = "decoder.safetensors"
 STATISTICS = ("density", "mean_activation", "max_activation")
 _LEVELS = 127
 _CARD_ENDS = (
-    "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature fired.\n"
-    "The measures above are of the whole SAE."
+    "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature"
+    " fired. The measures above are of the whole SAE."
 )
 
 

@@ -47,8 +47,9 @@ def score_texts(
     known = RememberedVectors.of(vectors)
     other = shuffled_references(list(top), seed)
     references = {feature: join_tokens(tokens) for feature, tokens in top.items()}
+    shuffled = {feature: None if o is None else references[o] for feature, o in other.items()}
     rows = [
-        _scores(text, top[feature], vocabulary, None if other[feature] is None else references[other[feature]], known)
+        _scores(text, top[feature], vocabulary, shuffled[feature], known)
         for feature, text in zip(trials["feature"].tolist(), trials["text"].tolist(), strict=True)
     ]
     scored = pd.DataFrame(rows, columns=["keyword_score", "off_list", "similarity_shuffled"], index=trials.index)

@@ -146,7 +146,8 @@ class _Test:
         trials = self._scored(trials, chosen)
         direct = direct_effects(self._site, self._W_dec, chosen, self._plan)
         why = obstacles(self._site, self._W_dec, chosen, self._plan)
-        config, same = self._config, {"seed": self._seed, "dose": self._dose, "obstacles": why}
+        config = self._config
+        same: dict[str, Any] = {"seed": self._seed, "dose": self._dose, "obstacles": why}
         placebo = config.primary_placebo
         controls = (placebo, *(p for p in config.placebos if p != placebo))
         result = effects(
