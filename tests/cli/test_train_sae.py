@@ -7,17 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from saeffect.cli.app import main
 from saeffect.provenance import hash_file
 from saeffect.sae.recipe_keys import recipe_keys
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training_log import read_metrics
 from tiny_study import HOOK, make_model, make_study, sentences
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
 
 RECIPE: dict[str, Any] = {
     "model": {"path": "./model", "dtype": "float32"},
@@ -39,6 +48,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workshop")
     make_model(folder / "model", 0)
     (folder / "text.txt").write_text("\n\n".join(sentences(1200)), encoding="utf-8")
+    (folder / "short.txt").write_text("The doctor said it.", encoding="utf-8")
     return folder
 
 
@@ -48,17 +58,29 @@ def write(workshop: Path, folder: Path, **changes: Any) -> Path:
     values["model"] = (
         {"path": str(workshop / "model"), "dtype": "float32"} if "model" not in changes else values["model"]
     )
-    if "text" not in changes:
-        values["text"] = [{**RECIPE["text"][0], "path": str(workshop / "text.txt")}]
+    if not isinstance(values["text"], list) or "text" not in changes:
+        values["text"] = [{**RECIPE["text"][0], "path": str(workshop / changes.get("text", "text.txt"))}]
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
-def saeffect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "saeffect", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=_env()
-    )
+@pytest.fixture
+def saeffect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command line in this process: a process of its own takes four seconds to start."""
+
+    def call(*arguments: str, cwd: Path) -> Done:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["saeffect", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return call
 
 
 def _env() -> dict[str, str]:
@@ -66,7 +88,7 @@ def _env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
 
 
-def test_from_a_recipe_to_an_sae_and_again(workshop: Path, tmp_path: Path) -> None:
+def test_from_a_recipe_to_an_sae_and_again(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path)
     found = saeffect("train-sae", str(recipe), "--out", "sae", "--work", "work", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
@@ -83,7 +105,7 @@ def test_from_a_recipe_to_an_sae_and_again(workshop: Path, tmp_path: Path) -> No
     assert {p.name: hash_file(p) for p in (tmp_path / "sae").iterdir() if p.is_file()} == before
 
 
-def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path) -> None:
+def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path)
     found = saeffect("harvest", str(recipe), "--work", "work", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
@@ -94,7 +116,9 @@ def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path) -> None
     assert {p: p.stat().st_mtime_ns for f in folders for p in f.iterdir()} == dated
 
 
-def test_several_seeds_go_to_folders_of_their_names(workshop: Path, tmp_path: Path) -> None:
+def test_several_seeds_go_to_folders_of_their_names(
+    workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]
+) -> None:
     recipe = write(workshop, tmp_path, saes={"seed-0": {"seed": 0}, "wide": {"seed": 1, "d_sae": 96}})
     found = saeffect("train-sae", str(recipe), "--out", "saes", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
@@ -102,7 +126,7 @@ def test_several_seeds_go_to_folders_of_their_names(workshop: Path, tmp_path: Pa
     assert load_sae(tmp_path / "saes" / "wide").cfg.d_sae == 96
 
 
-def test_the_keys_are_those_of_the_documentation(tmp_path: Path) -> None:
+def test_the_keys_are_those_of_the_documentation(tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     assert saeffect("train-sae", "--keys", cwd=tmp_path).stdout == recipe_keys()
 
 
@@ -116,12 +140,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no such model": ({"model": "./nowhere"}, "nowhere"),
     "no such text": ({"text": [{"name": "general", "path": "./nowhere.txt"}]}, "nowhere.txt"),
     "steps of nothing": ({"sae": {"batch_size": 0}}, "batch_size"),
-    "shorter than a context": ({"context_size": 64, "tokens": 32}, "context"),
+    "fewer than one batch": ({"context_size": 64, "tokens": 32}, "fewer than one batch of 64"),
+    "shorter than a context": ({"text": "short.txt", "context_size": 64}, "fewer than one context of 64"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_refused_before_anything_is_written(name: str, workshop: Path, tmp_path: Path) -> None:
+def test_mistakes_are_refused_before_anything_is_written(
+    name: str, workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]
+) -> None:
     changes, said = MISTAKES[name]
     recipe = write(workshop, tmp_path, **changes)
     found = saeffect("train-sae", str(recipe), "--out", "sae", "--work", "work", cwd=tmp_path)
@@ -140,7 +167,9 @@ def test_mistakes_are_refused_before_anything_is_written(name: str, workshop: Pa
         (["study/study.yaml", "--arm", "contrl", "--out", "sae"], "control"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments: list[str], said: str, workshop: Path, tmp_path: Path) -> None:
+def test_mistakes_on_the_command_line(
+    arguments: list[str], said: str, workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]
+) -> None:
     write(workshop, tmp_path)
     (tmp_path / "study").mkdir()
     make_study(tmp_path / "study")
@@ -150,7 +179,7 @@ def test_mistakes_on_the_command_line(arguments: list[str], said: str, workshop:
     assert not (tmp_path / "sae").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path, sae={"steps": 2000, "checkpoint_every": 10})
     arguments = ["train-sae", str(recipe), "--out", "sae", "--work", "work"]
     process = subprocess.Popen(
