@@ -46,10 +46,9 @@ def score_texts(
         raise ShapeMismatch(f"the feature table has no feature {min(unknown)}.", at="features")
     known = RememberedVectors.of(vectors)
     other = shuffled_references(list(top), seed)
-    references = {feature: join_tokens(tokens) for feature, tokens in top.items()}
-    shuffled = {feature: None if o is None else references[o] for feature, o in other.items()}
+    instead = {feature: None if who is None else join_tokens(top[who]) for feature, who in other.items()}
     rows = [
-        _scores(text, top[feature], vocabulary, shuffled[feature], known)
+        _scores(text, top[feature], vocabulary, instead[feature], known)
         for feature, text in zip(trials["feature"].tolist(), trials["text"].tolist(), strict=True)
     ]
     scored = pd.DataFrame(rows, columns=["keyword_score", "off_list", "similarity_shuffled"], index=trials.index)
