@@ -128,8 +128,8 @@ def _of_tests(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.DataFrame)
     if any(tested.values()):
         found.append("The paper's rule passes about half of all features whose steering does nothing at all.")
         found.append(
-            "A feature that passes moved the texts of these prompts more than random directions did on average. "
-            "The test counts every text as independent and does not say how often one fixed random direction "
+            "A feature that passes moved the texts of these prompts more than its placebos did on average. "
+            "The test counts every text as independent and does not say how often one fixed placebo "
             "would pass too; read pass rates against each other, not as a share of features that work."
         )
     doses = {name: _doses(arms[name]) for name in roles.ordered}

@@ -23,6 +23,7 @@ __all__ = [
     "known_share",
     "match_counts_of",
     "pass_counts",
+    "placebo_among",
     "scale_count",
     "weights_of",
 ]
@@ -129,16 +130,29 @@ def effect_of(arm: ArmTables) -> FloatArray:
 def direct_effect_of(arm: ArmTables) -> FloatArray:
     """Direct effect beyond that of the placebo direction, per tested feature, in nats.
 
-    Taken from the direct-effects table: mean over prompts and doses, steered minus random; finite only.
+    Taken from the direct-effects table: mean over prompts and doses, steered minus placebo; finite only.
     """
     if arm.direct_effects is None or arm.direct_effects.empty:
         return np.empty(0)
     means = arm.direct_effects.pivot_table(
         index="feature", columns="condition", values="delta_logprob", aggfunc="mean", sort=True
     )
-    if not {"steered", "random"} <= set(means.columns):
+    placebo = placebo_among(arm.direct_effects)
+    if not {"steered", placebo} <= set(means.columns):
         return np.empty(0)
-    return _finite(means["steered"] - means["random"])
+    return _finite(means["steered"] - means[placebo])
+
+
+def placebo_among(trials: pd.DataFrame) -> str:
+    """The condition that steering is compared with: features that resemble the steered one, where they were run.
+
+    Args:
+        trials: A table with a column condition.
+
+    Returns:
+        "matched" if there are such trials, else "random".
+    """
+    return "matched" if bool((trials["condition"] == "matched").any()) else "random"
 
 
 def condition_similarities(arm: ArmTables, condition: str) -> tuple[FloatArray, IntArray]:

@@ -18,6 +18,7 @@ from saeffect.comparison.measures import (
     effect_of,
     match_counts_of,
     pass_counts,
+    placebo_among,
     scale_count,
 )
 from saeffect.comparison.seeds import ALL_SEEDS, control_saes
@@ -116,11 +117,12 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     if arm.interventions is None or arm.effects is None:
         return []
     tested = arm.effects[arm.effects["p"].notna()]
-    trials = arm.interventions[arm.interventions["condition"].isin(["steered", "random"])]
+    placebo = placebo_among(arm.interventions)
+    trials = arm.interventions[arm.interventions["condition"].isin(["steered", placebo])]
     wide = trials.pivot_table(
         index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
-    ).reindex(columns=["steered", "random"])
-    differences = (wide["steered"] - wide["random"]).dropna()
+    ).reindex(columns=["steered", placebo])
+    differences = (wide["steered"] - wide[placebo]).dropna()
     spreads = differences.groupby(level="feature").std(ddof=1)
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
     n = int(tested["n_pairs"].median()) if len(tested) else 0

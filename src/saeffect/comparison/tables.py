@@ -18,6 +18,7 @@ from saeffect.comparison.measures import (
     known_share,
     match_counts_of,
     pass_counts,
+    placebo_among,
     scale_count,
     weights_of,
 )
@@ -65,7 +66,8 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
             "paper_passed": counts.paper_passed,
             "paper_rate": _rate(counts.paper_passed, counts.paper_tested).value,
         }
-        for column, condition in (("steered", "steered"), ("unsteered", "unsteered"), ("placebo", "random")):
+        placebo = "random" if arm.interventions is None else placebo_among(arm.interventions)
+        for column, condition in (("steered", "steered"), ("unsteered", "unsteered"), ("placebo", placebo)):
             values, features = condition_similarities(arm, condition)
             mean = _clustered_mean(values, features, resampling, f"table1|{name}|{condition}")
             row |= {f"{column}_mean": mean.value, f"{column}_low": mean.low, f"{column}_high": mean.high}

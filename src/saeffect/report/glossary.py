@@ -43,8 +43,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "effect": (
         "effect",
-        "similarity of steered texts minus that of texts steered as hard along a random direction "
-        "(the placebo direction), same prompts and same sampling noise.",
+        "similarity of steered texts minus that of texts steered as hard along a placebo: a feature of another "
+        "subject that fires as often and as strongly, or a random direction; same prompts, same sampling noise.",
     ),
     "pass": (
         "pass",

@@ -61,8 +61,8 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
         _Line("Passing by the paper's rule", "paper_rate", "share", of="paper_passed/tested"),
         _Line("Similarity when steered", "steered_mean", "", ("steered_low", "steered_high")),
         _Line("Similarity when unsteered", "unsteered_mean", "", ("unsteered_low", "unsteered_high")),
-        _Line("Similarity under a random direction", "placebo_mean", "", ("placebo_low", "placebo_high")),
-        _Line("Effect: steered − random", "effect_mean", "", ("effect_low", "effect_high"), strong=True),
+        _Line("Similarity under the placebo", "placebo_mean", "", ("placebo_low", "placebo_high")),
+        _Line("Effect: steered − placebo", "effect_mean", "", ("effect_low", "effect_high"), strong=True),
     ]
     return TableView(
         name="table1",

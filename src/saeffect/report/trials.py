@@ -14,7 +14,12 @@ from saeffect.text.tokens import normalise_token
 
 __all__ = ["Generated", "Trial", "representative_trials"]
 
-_CONDITIONS = (("unsteered", "Unsteered"), ("steered", "Steered"), ("random", "Placebo direction"))
+_CONDITIONS = (
+    ("unsteered", "Unsteered"),
+    ("steered", "Steered"),
+    ("matched", "Placebo: a feature of another subject"),
+    ("random", "Placebo: a random direction"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def representative_trials(
     rows = table[(table["condition"] == "unsteered") | (table["dose"] == dose)]
     rows = rows.drop_duplicates(["prompt", "sample", "condition"]).sort_values(["prompt", "sample"], kind="stable")
     wide = rows.pivot(index=["prompt", "sample"], columns="condition", values="similarity").astype(float)
-    base = "random" if "random" in wide.columns else "unsteered"
+    base = next((name for name in ("matched", "random", "unsteered") if name in wide.columns), "")
     if base not in wide.columns:
         return ()
     difference = (wide["steered"] - wide[base]).to_numpy(dtype=float)

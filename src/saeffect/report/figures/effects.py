@@ -41,10 +41,11 @@ def effects(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Rep
     return DrawnFigure(
         name="figure_3_effects",
         number="Figure 3",
-        title="What steering each feature did, beyond a placebo direction",
+        title="What steering each feature did, beyond its placebo",
         caption=(
             "Each mark is a tested feature: how much closer its steered texts came to its top tokens than texts "
-            "steered as hard along a random direction, with the 95 % interval. Filled: passed "
+            "steered as hard along a placebo (a feature of another subject, or a random direction), with the 95 % "
+            "interval. Filled: passed "
             f"(q ≤ {context.alpha:g}). Hollow: not. On the dashed line steering does no more than the placebo."
         ),
         alt="Effects of steering by arm: "
