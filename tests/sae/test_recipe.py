@@ -264,7 +264,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], type, str, str]] = {
     ),
     "no hook at all": ({"hook": "resid"}, ConfigError, "expected blocks.<layer>.<kind>", "recipe.yaml, hook"),
     "unknown key": ({"sae": {"d_see": 8}}, UnknownName, "did you mean 'd_sae'", "recipe.yaml, sae.d_see"),
-    "dtype": ({"dtype": "int8"}, ConfigError, "int8", "recipe.yaml, dtype"),
+    "dtype": ({"dtype": "int8"}, UnknownName, "int8", "recipe.yaml, dtype"),
     "a name that is a path": ({"saes": {"../a": {}}}, ConfigError, "'../a'", "recipe.yaml, saes"),
     "no names": ({"saes": {}}, ConfigError, "no SAE is named", "recipe.yaml, saes"),
     "unknown change": ({"saes": {"a": {"sed": 1}}}, UnknownName, "did you mean 'seed'", "recipe.yaml, saes.a"),

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 from planted import planted_store, true_features
 
 from saeffect.activations.shards import ActivationStore
-from saeffect.errors import BadFile, ConfigError, EmptySelection
+from saeffect.errors import BadFile, ConfigError, EmptySelection, UnknownName
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training import SaeJob, train_sae, train_saes
@@ -319,6 +319,11 @@ def test_what_is_measured_is_the_sae_that_would_be_saved(store: ActivationStore,
     assert not torch.equal(seen[0](x), trained(x)), "a copy of then"
 
 
+def test_an_unknown_architecture_is_named_beside_the_valid_ones(complains: Callable[..., Any]) -> None:
+    with complains(UnknownName, "jumprelu", at="sae.yaml"):
+        SaeTrainingConfig.read({"architecture": "transcoder"}, at="sae.yaml")
+
+
 @pytest.mark.parametrize(
     ("values", "part"),
     [
@@ -326,7 +331,6 @@ def test_what_is_measured_is_the_sae_that_would_be_saved(store: ActivationStore,
         ({"k": 0}, "Got 0."),
         ({"learning_rate": 0}, "Got 0."),
         ({"architecture": "standard", "l1_coefficient": -1}, "Got -1."),
-        ({"architecture": "transcoder"}, "Got 'transcoder'."),
         ({"architecture": "standard", "k": 4}, "k is a setting of topk, batchtopk, matryoshka"),
     ],
 )
