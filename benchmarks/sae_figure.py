@@ -33,7 +33,7 @@ def draw(results: dict[str, Any], stem: Path) -> None:
 
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "saeffect"}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(3, 2, figsize=(11.5, 9.6), height_ratios=(1.35, 1, 0.8), layout="constrained")
+        figure, axes = plt.subplots(3, 2, figsize=(11.5, 10.6), height_ratios=(1.35, 1, 0.8), layout="constrained")
         for column, architecture in enumerate(("l1", "topk")):
             case = results["speed"].get(MAIN[architecture]) or _any_case(results, architecture)
             curves = results["curves"].get(architecture)
@@ -42,6 +42,7 @@ def draw(results: dict[str, Any], stem: Path) -> None:
                     axes[row][column].set_axis_off()
                 else:
                     part(axes[row][column], found, TITLES[architecture])
+        figure.get_layout_engine().set(rect=(0, 0.1, 1, 0.9))  # room for the legends below
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(stem.with_suffix(".png"), dpi=150)
         plt.close(figure)
@@ -60,7 +61,7 @@ def _bars(ax: Any, case: dict[str, Any], title: str) -> None:
         ax.axvline(value, color=OURS, linestyle="--" if dtype == "float32" else ":", linewidth=1, zorder=1)
         text = f"limit with\n{dtype}\nproduct"
         place = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-        ax.annotate(text, (value, -0.45), **place, fontsize=7.5, color=OURS)
+        ax.annotate(text, (value, -0.45), **place, fontsize=7.5, color=OURS).set_in_layout(False)
     for row, (speed, (key, one)) in enumerate(zip(speeds, ones, strict=True)):
         ax.barh(row, speed, color=OURS if one["ours"] else PLAIN if key == "plain" else PEER, height=0.72, zorder=2)
         spread = [case["batch"] / seconds for seconds in (max(one["seconds"]), min(one["seconds"]))]
@@ -86,7 +87,7 @@ def _losses(ax: Any, curves: dict[str, Any], title: str) -> None:
     ax.set_ylabel("squared error a token")
     ax.set_xlabel(f"steps of {curves['batch']:,} tokens")
     ax.set_title(f"{title}: loss, {curves['d_sae']:,} features", loc="left", fontweight="bold")
-    ax.legend(frameon=False, fontsize=7.5)
+    ax.legend(frameon=False, fontsize=7.5, loc="upper right").set_in_layout(False)
 
 
 def _differences(ax: Any, curves: dict[str, Any], title: str) -> None:
@@ -105,4 +106,6 @@ def _differences(ax: Any, curves: dict[str, Any], title: str) -> None:
     ax.set_ylabel("relative difference")
     ax.set_xlabel("steps (dotted: 0.5 %)")
     ax.set_title(f"{title}: how far two losses are apart", loc="left", fontweight="bold")
-    ax.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
+    # Below the axes and beside the layout: long names would squeeze the panels to nothing.
+    legend = ax.legend(frameon=False, fontsize=6.2, ncols=2, columnspacing=0.8, loc="upper right", bbox_to_anchor=(1, -0.3))
+    legend.set_in_layout(False)
