@@ -21,7 +21,7 @@ def main(out: Path) -> None:
     config["text"]["tokens"] = 4096
     config["gate"]["tokens"] = 1024
     config["steering"] |= {"max_features": 4, "search_features": 2, "doses": [0.3, 0.6], "samples": 1}
-    config["steering"] |= {"max_new_tokens": 12, "baseline_features": 1}
+    config["steering"] |= {"max_new_tokens": 12, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"
