@@ -63,7 +63,7 @@ class GatedSae(TrainableSae):
         entries.outer(acts, d_out, self.gradient("W_dec"))
         entries.outer(gate, d_by_gate, self.gradient("W_dec"), add=True)
         total = entries.feature_sums(gate) / step.n_tokens
-        self.backward_to_norms(step.coefficient * total)
+        self.backward_to_norms(step.coefficient * total, norm)
         self.gradient("b_mag").copy_(entries.feature_sums(d_magnitude))
         self.gradient("b_gate").copy_(entries.feature_sums(d_gate))
         self.gradient("r_mag").copy_(entries.feature_sums(grown.mul_(d_magnitude)))

@@ -64,7 +64,7 @@ class JumpReluSae(TrainableSae):
         self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
         self.backward(entries, d_acts.mul_(on), d_out, centred)
         if d_norm is not None:
-            self.backward_to_norms(d_norm)
+            self.backward_to_norms(d_norm, W_dec.norm(dim=1))
         losses = {"mse": error.square().sum() / step.n_tokens, "l0": l0}
         if len(step.dead) and step.config.pre_act_coefficient is not None:
             losses["pre_act"] = self._pre_act_loss(centred, step, step.config.pre_act_coefficient)

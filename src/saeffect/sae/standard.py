@@ -37,6 +37,6 @@ class StandardSae(TrainableSae):
         self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred)
         # The penalty pulls on the decoder too: along each row, by how much its feature was active.
         total = entries.feature_sums(entries.values) / step.n_tokens
-        self.backward_to_norms(step.coefficient * total)
+        self.backward_to_norms(step.coefficient * total, norm)
         losses = {"mse": error.square().sum() / step.n_tokens, "l1": step.coefficient * (total @ norm)}
         return StepResult(losses, entries.counts(), sae_out)

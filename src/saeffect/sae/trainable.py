@@ -166,10 +166,14 @@ class TrainableSae(SparseAutoencoder):
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
 
-    def backward_to_norms(self, d_norm: Tensor) -> None:
-        """The part of W_dec's gradient that comes through the lengths of its rows; d_norm is float32 `[d_sae]`."""
-        W_dec = self.W_dec.data
-        self.gradient("W_dec").addcmul_(W_dec, (d_norm / W_dec.norm(dim=1).clamp_min(1e-12))[:, None])
+    def backward_to_norms(self, d_norm: Tensor, norm: Tensor) -> None:
+        """The part of W_dec's gradient that comes through the lengths of its rows.
+
+        Args:
+            d_norm: Loss by length, float32 `[d_sae]`.
+            norm: The lengths, float32 `[d_sae]`.
+        """
+        self.gradient("W_dec").addcmul_(self.W_dec.data, (d_norm / norm.clamp_min(1e-12))[:, None])
 
     def centred(self, x: Tensor) -> Tensor:
         """What the encoder sees of an input."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, TrainableSae
 from saeffect.sae.training_config import Architecture, SaeTrainingConfig
 
-__all__ = ["TRAINABLE", "StepReport", "TrainingStep", "new_sae", "penalty_coefficient", "rate_factor"]
+__all__ = ["TRAINABLE", "StepReport", "TrainingStep", "clip_to_norm", "new_sae", "penalty_coefficient", "rate_factor"]
 
 TRAINABLE: dict[Architecture, type[TrainableSae]] = {
     "standard": StandardSae,
@@ -135,7 +136,7 @@ class TrainingStep:
         if math.isfinite(float(measured.sum())):
             self.sae.before_step(inputs)
             if self.config.clip_gradient_norm is not None:
-                norm = float(torch.nn.utils.clip_grad_norm_(self.leaves.values(), self.config.clip_gradient_norm))
+                norm = clip_to_norm([self.sae.gradient(name) for name in self.leaves], self.config.clip_gradient_norm)
             self.optimizer.step()
             self.sae.after_step(inputs)
         return StepReport(
@@ -174,6 +175,30 @@ class TrainingStep:
         self.fired.zero_()
         self.tokens_counted.copy_(torch.tensor([0, int(self.tokens_counted[0])]))
         return n_resampled
+
+
+def clip_to_norm(gradients: Sequence[Tensor], longest: float) -> float:
+    """Shorten gradients in place so that their norm, taken together, is at most `longest`.
+
+    As `torch.nn.utils.clip_grad_norm_`, but row by row, which reads a matrix at the memory's speed, and without
+    writing to gradients that are short enough.
+
+    Returns:
+        The norm before.
+
+    Example:
+        >>> gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+        >>> clip_to_norm([gradient], longest=1.0)
+        5.0
+        >>> gradient.tolist()
+        [[0.6000000238418579, 0.0], [0.0, 0.800000011920929]]
+    """
+    lengths = [torch.linalg.vector_norm(gradient, dim=-1).flatten() for gradient in gradients]
+    norm = float(torch.linalg.vector_norm(torch.cat(lengths)))
+    if not norm <= longest:
+        for gradient in gradients:
+            gradient.mul_(longest / norm)
+    return norm
 
 
 def rate_factor(step: int, total: int, config: SaeTrainingConfig) -> float:
