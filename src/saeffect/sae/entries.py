@@ -50,8 +50,13 @@ class Entries(ABC):
         """`left @ W.T` at the entries: left `[n_tokens, d_in]`, W `[d_sae, d_in]`; shaped like `values`."""
 
     @abstractmethod
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`."""
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
+        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`.
+
+        With `rows`, a range of features, only those: `out` is then `[features in the range, d_in]`.
+        """
 
     @abstractmethod
     def feature_sums(self, values: Tensor) -> Tensor:
@@ -106,9 +111,11 @@ class SparseEntries(Entries):
         products = torch.sparse.sampled_addmm(pattern, W, left.T, beta=0).values()
         return torch.empty_like(products).index_copy_(0, self._transposed[0], products)
 
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
         # Writing into memory that is already mapped: a fresh [d_sae, d_in] costs ten times the product.
-        return torch.addmm(out, self._by_feature(values), right, beta=1 if add else 0, out=out)
+        return torch.addmm(out, self._by_feature(values, rows), right, beta=1 if add else 0, out=out)
 
     def feature_sums(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.shape[1]).index_add_(0, self.feature, values)
@@ -124,9 +131,15 @@ class SparseEntries(Entries):
     def _by_token(self, values: Tensor) -> Tensor:
         return _csr(self._token_starts, self._feature32, values, self.shape)
 
-    def _by_feature(self, values: Tensor) -> Tensor:
+    def _by_feature(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         order, starts, token = self._transposed
-        return _csr(starts, token, values[order], (self.shape[1], self.shape[0]))
+        first, last, _ = rows.indices(self.shape[1])
+        if last - first < self.shape[1]:
+            bounds = self._bounds
+            inside = slice(bounds[first], bounds[last])
+            starts = starts[first : last + 1] - bounds[first]
+            order, token = order[inside], token[inside]
+        return _csr(starts, token, values[order], (last - first, self.shape[0]))
 
     @cached_property
     def _feature32(self) -> Tensor:  # MKL and cuSPARSE take 32-bit indices; others are copied at every product
@@ -135,6 +148,10 @@ class SparseEntries(Entries):
     @cached_property
     def _token_starts(self) -> Tensor:
         return _starts(self.token, self.shape[0])
+
+    @cached_property
+    def _bounds(self) -> list[int]:  # where each feature's entries start, as plain numbers
+        return self._transposed[1].tolist()
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,8 +186,10 @@ class DenseEntries(Entries):
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
         return torch.mm(left, W.T, out=self._scratch) if self._scratch is not None else left @ W.T
 
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        return torch.addmm(out, values.T, right, beta=1 if add else 0, out=out)
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
+        return torch.addmm(out, values[:, rows].T, right, beta=1 if add else 0, out=out)
 
     def feature_sums(self, values: Tensor) -> Tensor:
         return values.sum(0)
