@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
+from saeffect.sae.entries import DenseEntries, Entries, ListedByFeature, SparseEntries
 
 __all__ = ["Encoder"]
 
@@ -73,8 +73,8 @@ class Encoder:
                 n_found += len(found[-1].token)
             if n_found > self.dense_above * len(x) * len(W):
                 return self._dense(x, W, bias, floor)
-        entries = self._evaluated(found, x, W, bias, floor)
-        return entries.where(~(entries.values <= (0.0 if floor is None else entries.per_feature(floor))))
+        listed = self._evaluated(found, x, W, bias, floor)
+        return listed.where(~(listed.values <= (0.0 if floor is None else floor[listed.feature]))).entries()
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
         """Of each token the k largest entries of `(x @ W.T + bias) * weight`, and of those the positive ones.
@@ -95,7 +95,7 @@ class Encoder:
             tiles, maxima = self._tiles(product, start, k)
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
             found += [self._at_least(tile, floor) for tile in tiles]
-        entries = self._evaluated(found, x, W, bias)
+        entries = self._evaluated(found, x, W, bias).entries()
         return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
     def batch_top(
@@ -116,13 +116,13 @@ class Encoder:
                 seen = seen.topk(n_kept, sorted=False).values
                 floor = seen.min().to(maxima.dtype)
             found += [self._at_least(tile, floor) for tile in tiles]
-        entries = self._evaluated(found, x, W, bias)
-        kept = ~(entries.values <= 0)
-        if len(entries.values) > n_kept:
+        listed = self._evaluated(found, x, W, bias)
+        kept = ~(listed.values <= 0)
+        if len(listed.values) > n_kept:
             chosen = torch.zeros_like(kept)
-            chosen[entries.values.topk(n_kept, sorted=False).indices] = True
+            chosen[listed.values.topk(n_kept, sorted=False).indices] = True
             kept &= chosen
-        return _unweighted(entries.where(kept), weight)
+        return _unweighted(listed.where(kept).entries(), weight)
 
     def _prepared(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
         """The factors of `x @ W.T + bias - floor`; in bfloat16 those of an upper bound of it."""
@@ -182,55 +182,38 @@ class Encoder:
 
         Few blocks hold any, and only those are looked into.
         """
-        hidden, width = tile.hidden, tile.hidden.shape[1]
-        bits = _bits(hidden)
+        bits, maxima = _bits(tile.hidden), _bits(tile.maxima)
         lowest = torch.ones((1, 1), dtype=bits.dtype, device=bits.device)
         if floor is not None and self.dtype != torch.float32:
             # An entry of `hidden` is its sum rounded, and the sum lies at most `gap` above the float32 value. So what
             # the floor promises of float32 values is less by both; an entry as large as that has a sum as large.
             floor = floor.float()
-            floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(hidden.dtype)
+            floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(tile.hidden.dtype)
         if floor is not None:
             lowest = floor.view(bits.dtype).clamp_min(1).view(-1, 1)
-        n_blocks = tile.maxima.shape[1]
-        token, block = self._flagged(_bits(tile.maxima), lowest)
-        within = torch.arange(0, width, n_blocks, device=bits.device)
-        positions = (token * width + block)[:, None] + within
-        values = bits.flatten()[positions]
-        positions = positions[values >= (lowest if len(lowest) == 1 else lowest[token])]
-        token = positions.div(width, rounding_mode="floor")
-        known = hidden.flatten()[positions] if self.dtype == torch.float32 else None
-        return _Found(token + tile.start, positions - token * width + tile.first, known)
-
-    def _flagged(self, bits: Tensor, lowest: Tensor) -> tuple[Tensor, Tensor]:
-        """Row and column of the numbers that are at least `lowest`."""
-        n, width = bits.numel(), bits.shape[1]
-        size = -(-n // 8) * 8
-        flags = self._buffer("flags", (-(-self.chunk * width // 8) * 8,), bits, torch.bool)[:size]
-        flags[n:] = False
-        torch.ge(bits, lowest, out=flags[:n].view(bits.shape))
-        words = flags.view(torch.int64).nonzero().flatten()  # eight flags at a time: few words hold any
-        within = flags.view(-1, 8)[words].nonzero()
-        positions = words[within[:, 0]] * 8 + within[:, 1]
-        row = positions.div(width, rounding_mode="floor")
-        return row, positions - row * width
+        n, n_blocks = maxima.shape
+        token, block = (maxima >= lowest).nonzero().unbind(1)
+        blocks = bits.view(n, -1, n_blocks)[token, :, block]
+        row, within = (blocks >= (lowest if len(lowest) == 1 else lowest[token])).nonzero().unbind(1)
+        known = blocks[row, within].view(torch.float32) if self.dtype == torch.float32 else None
+        return _Found(token[row] + tile.start, block[row] + within * n_blocks + tile.first, known)
 
     def _evaluated(
         self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
-    ) -> SparseEntries:
-        """The entries that were found, by token and feature, with their values in float32."""
+    ) -> ListedByFeature:
+        """The entries that were found, with their values in float32."""
         shape = (len(x), len(W))
         token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
-        place = token * len(W) + feature
-        # A stable sort of 32-bit numbers goes by their digits, which takes a third of the time.
+        place = feature * len(x) + token
+        # A stable sort of 32-bit numbers goes by their digits, which takes half the time.
         order = torch.sort(place.int() if len(x) * len(W) < 2**31 else place, stable=True).indices
         token, feature = token[order], feature[order]
         known = [f.values for f in found if f.values is not None]
         if known:
             values = torch.cat(known)[order]
-            return SparseEntries(token, feature, values if floor is None else values + floor[feature], shape)
-        entries = SparseEntries(token, feature, x.new_zeros(len(token)), shape)
-        return SparseEntries(token, feature, entries.inner(x, W) + bias[feature], shape)
+            return ListedByFeature(token, feature, values if floor is None else values + floor[feature], shape)
+        listed = ListedByFeature(token, feature, x.new_zeros(len(token)), shape)
+        return ListedByFeature(token, feature, listed.inner(x, W) + bias[feature], shape)
 
     def _dense(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None) -> DenseEntries:
         hidden_pre = torch.addmm(bias, x, W.T, out=self._buffer("dense", (len(x), len(W)), x, torch.float32))

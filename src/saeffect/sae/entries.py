@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["DenseEntries", "Entries", "SparseEntries", "sparse_entries"]
+__all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries", "sparse_entries"]
 
 
 class Entries(ABC):
@@ -107,8 +108,7 @@ class SparseEntries(Entries):
         if not self.values.numel():
             return self.values.new_zeros(0)
         # By feature: a row of W, of which there are many, then comes from memory once; `left` stays in the cache.
-        pattern = self._by_feature(self.values)
-        products = torch.sparse.sampled_addmm(pattern, W, left.T, beta=0).values()
+        products = _products(self._by_feature(self.values), left, W)
         return torch.empty_like(products).index_copy_(0, self._transposed[0], products)
 
     def outer(
@@ -201,6 +201,52 @@ class DenseEntries(Entries):
         return self.values if values is None else values
 
 
+@dataclass(frozen=True, eq=False)
+class ListedByFeature:
+    """Entries ordered by feature, then by token: how they are evaluated and chosen before they become `SparseEntries`.
+
+    Attributes:
+        token: Int64 `[nnz]`.
+        feature: Int64 `[nnz]`.
+        values: Float32 `[nnz]`.
+        shape: (n_tokens, d_sae).
+    """
+
+    token: Tensor
+    feature: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    def where(self, kept: Tensor) -> ListedByFeature:
+        """Only the entries for which the bool tensor `kept` is true."""
+        if bool(kept.all()):
+            return self
+        return ListedByFeature(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+
+    def inner(self, left: Tensor, W: Tensor) -> Tensor:
+        """See `Entries.inner`."""
+        if not self.values.numel():
+            return self.values.new_zeros(0)
+        return _products(_csr(self._starts, self._token32, self.values, self.shape[::-1]), left, W)
+
+    def entries(self) -> SparseEntries:
+        """The same by token; nothing is sorted again for what goes by feature."""
+        order = torch.sort(self._token32, stable=True).indices
+        entries = SparseEntries(self.token[order], self.feature[order], self.values[order], self.shape)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        entries.__dict__["_transposed"] = place, self._starts, self._token32
+        return entries
+
+    @cached_property
+    def _token32(self) -> Tensor:
+        return self.token.to(torch.int32)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return _starts(self.feature, self.shape[1])
+
+
 def sparse_entries(dense: Tensor) -> SparseEntries:
     """The positive entries of a matrix `[n_tokens, d_sae]`."""
     token, feature = (dense > 0).nonzero(as_tuple=True)
@@ -213,7 +259,21 @@ def _starts(of_entry: Tensor, n: int) -> Tensor:
     return starts
 
 
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch calls its CSR layout beta, once a process
+def _products(pattern: Tensor, left: Tensor, W: Tensor) -> Tensor:
+    """`W @ left.T` where a CSR matrix `[d_sae, n_tokens]` has entries, in their order."""
+    return torch.sparse.sampled_addmm(pattern, W, left.T, beta=0).values()
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _tell_torch_that_we_know()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _tell_torch_that_we_know() -> None:
+    """torch says once a process that its CSR layout is beta; let it say so where nobody hears."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+        torch.sparse_csr_tensor(
+            torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 1)
+        )
