@@ -16,7 +16,14 @@ from saeffect.stats.student import mean_interval
 from saeffect.steering.measures import OutcomeMeasure
 from saeffect.steering.placebo import STEERED, UNSTEERED
 
-__all__ = ["SHUFFLED", "Obstacles", "paired_values", "summarise_pairs", "tested_dose"]
+__all__ = ["MIN_PROMPTS", "SHUFFLED", "Obstacles", "independent", "paired_values", "summarise_pairs", "tested_dose"]
+
+MIN_PROMPTS = 6
+"""Prompts from which the prompt, and not the single text, is what is drawn at random.
+
+Texts that continue one prompt resemble each other. Where there are prompts enough, their samples are averaged before
+anything is tested: 12 prompts with 2 samples are 12 independent differences, not 24. With five prompts no result could
+be less likely by luck than one in 32, so with fewer than six every pair counts, and what is found holds for them."""
 
 SHUFFLED = "shuffled"
 """The control that needs no texts: the same texts, measured against another feature's top tokens."""
@@ -123,8 +130,8 @@ def summarise_pairs(
         obstacles: Why rows are missing, for the reasons.
 
     Returns:
-        feature, n_pairs, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high, p, q,
-        reversed_share, reason; see `effects`. NaN with a reason for fewer than two complete pairs.
+        feature, n_pairs, n_independent, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high,
+        p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than two complete pairs.
     """
     placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
@@ -136,7 +143,7 @@ def summarise_pairs(
             record["reason"] = why
         records.append({"feature": int(feature), **record})
         kept.append(differences)
-    table = pd.DataFrame(records, columns=["feature", "n_pairs", *_NUMBERS, "reason"])
+    table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
     table["p"] = _p_values(kept, measure.alternative, seed)
     table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
     return table
@@ -147,10 +154,12 @@ def _one_feature(
 ) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """The feature's columns but p and q, and the differences of its complete pairs."""
     complete = group.dropna()
-    differences = (complete[STEERED] - complete[placebo]).to_numpy(dtype=np.float64)
-    record: dict[str, Any] = {"n_pairs": len(complete), **dict.fromkeys(_NUMBERS, math.nan)}
+    by_pair = complete[STEERED] - complete[placebo]
+    differences = independent(by_pair)
+    record: dict[str, Any] = {"n_pairs": len(complete), "n_independent": len(differences)}
+    record |= dict.fromkeys(_NUMBERS, math.nan)
     record["reason"] = _reason(group, placebo, len(complete), measure)
-    if len(complete) < 2:
+    if len(differences) < 2:
         return record, np.empty(0)
     interval = mean_interval(differences)
     record |= {
@@ -160,10 +169,23 @@ def _one_feature(
         "effect": float(differences.mean()),
         "effect_low": interval.low,
         "effect_high": interval.high,
-        "reversed_share": _reversed_share(complete[STEERED] - complete[placebo], measure),
+        "reversed_share": _reversed_share(by_pair, measure),
     }
     record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
     return record, differences
+
+
+def independent(differences: pd.Series[float]) -> npt.NDArray[np.float64]:
+    """One number for each thing that was drawn at random: each prompt, or each text where prompts are few.
+
+    Args:
+        differences: One number a pair of texts, its index with a level "prompt".
+
+    Returns:
+        Float64: means over the samples of each of at least `MIN_PROMPTS` prompts; otherwise the numbers themselves.
+    """
+    by_prompt = differences.groupby(level="prompt").mean()
+    return (by_prompt if len(by_prompt) >= MIN_PROMPTS else differences).to_numpy(dtype=np.float64)
 
 
 def _reversed_share(differences: pd.Series[float], measure: OutcomeMeasure) -> float:
