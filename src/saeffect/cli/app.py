@@ -36,15 +36,15 @@ def main() -> None:
         app(standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except SaeffectError as error:
         let_others_speak(error)
         show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as stop:
-        let_others_speak(stop)
-        show_error(SystemExit("Interrupted: stopped. What is finished is kept; run the same command again to go on."))
+    except (KeyboardInterrupt, typer.Abort):  # typer makes the one into the other
+        # torchrun passes Ctrl-C on to all processes: the first one says so for them.
+        if os.environ.get("RANK", "0") == "0":
+            said = "Interrupted: stopped. What is finished is kept; run the same command again to go on."
+            show_error(SystemExit(said))
         sys.exit(130)
     except Exception as error:
         let_others_speak(error)

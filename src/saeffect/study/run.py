@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.processes import from_first, is_first
+from saeffect.processes import from_first, is_first, join
 from saeffect.provenance import fingerprint
 from saeffect.study.check import check_study
 from saeffect.study.coherence import coherence_inputs, run_coherence
@@ -71,6 +71,7 @@ def run_study(
     for name in stages:
         if name not in STAGES:
             raise unknown_name("stage", name, STAGES)
+    join()  # together, now: by the first call for help the others would have given up
     if not is_first():
         return _help(study, out)
     check_study(study, out, say)
