@@ -15,6 +15,8 @@ from saeffect.errors import SaeffectError
 
 __all__ = ["app", "main"]
 
+_STOPPED = 130  # the exit code after Ctrl-C
+
 app = typer.Typer(
     name="saeffect",
     help="What did fine-tuning do to the features inside this language model, and is the difference real?",
@@ -33,19 +35,23 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == _STOPPED:  # what typer makes of Ctrl-C; older versions made it an Abort
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except SaeffectError as error:
         let_others_speak(error)
         show_error(error)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):  # typer makes the one into the other
+    except (KeyboardInterrupt, typer.Abort):
         # torchrun passes Ctrl-C on to all processes: the first one says so for them.
         if os.environ.get("RANK", "0") == "0":
             said = "Interrupted: stopped. What is finished is kept; run the same command again to go on."
             show_error(SystemExit(said))
-        sys.exit(130)
+        sys.exit(_STOPPED)
     except Exception as error:
         let_others_speak(error)
         # Wrong options and arguments; anything else is a bug and keeps its traceback.
