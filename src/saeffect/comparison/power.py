@@ -18,8 +18,8 @@ from saeffect.comparison.measures import (
     effect_of,
     match_counts_of,
     pass_counts,
-    placebo_among,
     scale_count,
+    steered_minus_placebo,
 )
 from saeffect.comparison.seeds import ALL_SEEDS, control_saes
 from saeffect.stats.power import (
@@ -117,13 +117,7 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     if arm.interventions is None or arm.effects is None:
         return []
     tested = arm.effects[arm.effects["p"].notna()]
-    placebo = placebo_among(arm.interventions)
-    trials = arm.interventions[arm.interventions["condition"].isin(["steered", placebo])]
-    wide = trials.pivot_table(
-        index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
-    ).reindex(columns=["steered", placebo])
-    differences = (wide["steered"] - wide[placebo]).dropna()
-    spreads = differences.groupby(level="feature").std(ddof=1)
+    spreads = steered_minus_placebo(arm.interventions).groupby(level="feature").std(ddof=1)
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
     n = int(tested["n_pairs"].median()) if len(tested) else 0
     observed = float(tested["effect"].median()) if len(tested) else math.nan

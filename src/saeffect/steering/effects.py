@@ -20,6 +20,13 @@ _ORDER = (
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
+# What `summarise_pairs` calls them, and what they are called beside the primary effect.
+_SHUFFLED = {
+    "effect": "shuffled_effect",
+    "effect_low": "shuffled_low",
+    "effect_high": "shuffled_high",
+    "p": "shuffled_p",
+}
 _LONG = (
     *("feature", "outcome", "placebo", "n_pairs", "n_independent", "effect", "low", "high", "p", "q", "reversed_share"),
     *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
@@ -87,10 +94,8 @@ def effects(
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
     table["paper_pass"] = table["feature"].map(first[STEERED] > first[UNSTEERED]).astype(bool)
     shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
-    names = {"effect": "shuffled_effect", "effect_low": "shuffled_low", "effect_high": "shuffled_high"}
-    for name, new in (names | {"p": "shuffled_p"}).items():
-        table[new] = table["feature"].map(shuffled[name])
-    for name, values in _direct(direct, dose, placebo).items():
+    beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
+    for name, values in beside.items():
         table[name] = math.nan if values is None else table["feature"].map(values)
     return table.assign(outcome=outcome, placebo=placebo)[list(_ORDER)]
 
