@@ -11,19 +11,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, sign_flip_many
+from saeffect.stats import benjamini_hochberg, independent_values, sign_flip_many
 from saeffect.stats.student import mean_interval
 from saeffect.steering.measures import OutcomeMeasure
 from saeffect.steering.placebo import STEERED, UNSTEERED
 
-__all__ = ["MIN_PROMPTS", "SHUFFLED", "Obstacles", "independent", "paired_values", "summarise_pairs", "tested_dose"]
-
-MIN_PROMPTS = 6
-"""Prompts from which the prompt, and not the single text, is what is drawn at random.
-
-Texts that continue one prompt resemble each other. Where there are prompts enough, their samples are averaged before
-anything is tested: 12 prompts with 2 samples are 12 independent differences, not 24. With five prompts no result could
-be less likely by luck than one in 32, so with fewer than six every pair counts, and what is found holds for them."""
+__all__ = ["SHUFFLED", "Obstacles", "paired_values", "summarise_pairs", "tested_dose"]
 
 SHUFFLED = "shuffled"
 """The control that needs no texts: the same texts, measured against another feature's top tokens."""
@@ -155,7 +148,7 @@ def _one_feature(
     """The feature's columns but p and q, and the differences of its complete pairs."""
     complete = group.dropna()
     by_pair = complete[STEERED] - complete[placebo]
-    differences = independent(by_pair)
+    differences = independent_values(by_pair, by_pair.index.get_level_values("prompt"))
     record: dict[str, Any] = {"n_pairs": len(complete), "n_independent": len(differences)}
     record |= dict.fromkeys(_NUMBERS, math.nan)
     record["reason"] = _reason(group, placebo, len(complete), measure)
@@ -173,19 +166,6 @@ def _one_feature(
     }
     record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
     return record, differences
-
-
-def independent(differences: pd.Series[float]) -> npt.NDArray[np.float64]:
-    """One number for each thing that was drawn at random: each prompt, or each text where prompts are few.
-
-    Args:
-        differences: One number a pair of texts, its index with a level "prompt".
-
-    Returns:
-        Float64: means over the samples of each of at least `MIN_PROMPTS` prompts; otherwise the numbers themselves.
-    """
-    by_prompt = differences.groupby(level="prompt").mean()
-    return (by_prompt if len(by_prompt) >= MIN_PROMPTS else differences).to_numpy(dtype=np.float64)
 
 
 def _reversed_share(differences: pd.Series[float], measure: OutcomeMeasure) -> float:
