@@ -63,8 +63,9 @@ def power_table(
         of a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features
         or SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
         control's share); `alpha`; `power`; `detectable`, the smallest difference; `detectable_below`, the same
-        downwards where it is not the same; `observed`; `method`; `reason`. A single feature has two rows: alone at alpha, and where it is the only
-        one of its arm's features to be found (alpha / number of features, as Benjamini-Hochberg then asks).
+        downwards where it is not the same; `observed`; `method`; `reason`. A single feature has two rows: alone at
+        alpha, and where it is the only one of its arm's features to be found (alpha / number of features, as
+        Benjamini-Hochberg then asks).
     """
     rows: list[dict[str, Any]] = []
     for quantity in tests:
