@@ -34,17 +34,22 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's heading and cells; `strong` rows carry the result, others support it."""
+    """A row's heading and cells; `strong` rows carry the result, others support it.
+
+    Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it.
+    """
 
     label: str
     cells: tuple[Cell, ...]
     sub: str = ""
     strong: bool = False
+    group: str = ""
+    tag: str = ""
 
 
 @dataclass(frozen=True)
 class TableView:
-    """A whole table. `stacks` tables turn into blocks on a narrow screen."""
+    """A whole table. `stacks` tables turn into blocks on a narrow screen; `source` names the files it was made from."""
 
     name: str
     caption: str
@@ -53,6 +58,7 @@ class TableView:
     corner: str = ""
     stacks: bool = False
     note: str = ""
+    source: str = ""
 
 
 def value_cell(value: Any, unit: str = "", *, sub: str = "", reason: str = "", sign: bool = False) -> Cell:
