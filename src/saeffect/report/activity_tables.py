@@ -46,7 +46,7 @@ def cross_summary(comparison: Comparison, context: ReportContext) -> str:
 
 
 def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 15: the features that changed most each way, with intervals and q."""
+    """Table 12: the features that changed most each way, with intervals and q."""
     cross = comparison.matches.cross_activity
     found = most_changed(cross, alpha=context.alpha)
     if found.empty:
@@ -58,7 +58,11 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
     rows = [_cross_row(row, words, context) for row in shown.to_dict("records")]
     return TableView(
         name="cross",
-        caption="Table 15. Features of the control's SAE that fire more or less after fine-tuning",
+        caption="Table 12. Features of the control's SAE that fire more or less after fine-tuning",
+        source=(
+            "comparison/cross_activity.parquet, rows with q at most alpha: mean_control, mean_treatment, difference, "
+            "low, high, q, is_domain; arms/*/features.parquet: top_tokens"
+        ),
         columns=(
             Column("Top tokens", is_text=True),
             Column("Before", "activation per token"),
@@ -105,7 +109,7 @@ def _level(value: float) -> str:
 
 
 def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 16: features that turned most where the treatment's SAE was trained on from the control's."""
+    """Table 13: features that turned most where the treatment's SAE was trained on from the control's."""
     table = comparison.matches.stagewise
     if table.empty:
         return None
@@ -133,7 +137,11 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     n = int((table["q"] <= context.alpha).sum())
     return TableView(
         name="stagewise",
-        caption="Table 16. How far features turned when the control's SAE was trained on",
+        caption="Table 13. How far features turned when the control's SAE was trained on",
+        source=(
+            "comparison/stagewise.parquet, the first rows: decoder_rotation, null_rotation, excess_rotation, q; "
+            "arms/*/features.parquet: top_tokens"
+        ),
         columns=(
             Column("Top tokens", is_text=True),
             Column("Turned", "decoder row"),

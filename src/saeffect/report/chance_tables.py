@@ -27,7 +27,7 @@ def test_label(test: str) -> str:
 
 
 def calibration_table(comparison: Comparison) -> TableView:
-    """Table 10: each test where there is nothing to find, and beside it the same test on the treatment."""
+    """Table 7: each test where there is nothing to find, and beside it the same test on the treatment."""
     rows = [
         Row(
             test_label(str(row["test"])),
@@ -44,7 +44,11 @@ def calibration_table(comparison: Comparison) -> TableView:
     ]
     return TableView(
         name="calibration",
-        caption="Table 10. False alarms where there is nothing to find, beside the findings",
+        caption="Table 7. False alarms where there is nothing to find, beside the findings",
+        source=(
+            "comparison/calibration.parquet, every row: findings, tests, low, high, nominal, treatment_findings, "
+            "treatment_tests, verdict"
+        ),
         columns=(
             Column("False alarms", "an SAE of the control's model in the treatment's place", role="placebo"),
             Column("Promised", "at most"),
@@ -107,7 +111,7 @@ def _verdict(row: Mapping[Any, Any]) -> Cell:
 
 
 def chance_table(comparison: Comparison) -> TableView | None:
-    """Table 11: findings beside the number that chance would give; None where there is nothing to say."""
+    """Table 8: findings beside the number that chance would give; None where there is nothing to say."""
     if comparison.by_chance.empty:
         return None
     rows = []
@@ -125,7 +129,8 @@ def chance_table(comparison: Comparison) -> TableView | None:
                         Cell(str(row["chance"]), tone="muted", is_text=True))))  # fmt: skip
     return TableView(
         name="by_chance",
-        caption="Table 11. How many findings chance alone would give",
+        caption="Table 8. How many findings chance alone would give",
+        source="comparison/by_chance.parquet, every row; its column source names the table behind each",
         columns=(
             Column("Found", "in the treatment", role="treatment"),
             Column("By chance", "95 % of the time"),
@@ -156,7 +161,7 @@ def _outside(row: Mapping[Any, Any]) -> Cell:
 
 
 def power_table(comparison: Comparison) -> TableView | None:
-    """Table 12: the smallest difference that each test would probably have found, beside what was seen."""
+    """Table 9: the smallest difference that each test would probably have found, beside what was seen."""
     table = comparison.power
     if table.empty:
         return None
@@ -179,7 +184,8 @@ def power_table(comparison: Comparison) -> TableView | None:
     power = float(table["power"].iloc[0])
     return TableView(
         name="power",
-        caption="Table 12. What this study could have found",
+        caption="Table 9. What this study could have found",
+        source="comparison/power.parquet, every row: detectable, observed, n_a, n_b, alpha, power",
         columns=(
             Column("Smallest difference", f"found {percent(power, 0)} of the time"),
             Column("Seen"),

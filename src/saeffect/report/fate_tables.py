@@ -33,7 +33,7 @@ _PER_FATE, _CANDIDATES = 6, 4
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 13: features by fate, for fine-tuning beside another seed; None where nothing was matched."""
+    """Table 10: features by fate, for fine-tuning beside another seed; None where nothing was matched."""
     counts = comparison.matches.fate_counts
     if counts.empty:
         return None
@@ -56,7 +56,8 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         )
     return TableView(
         name="fates",
-        caption="Table 13. Kept, moved, gone, absorbed and new features",
+        caption="Table 10. Kept, moved, gone, absorbed and new features",
+        source="comparison/fate_counts.parquet, every row: n_treatment, n_placebo, excess, low, high, called",
         columns=(
             Column("Fine-tuning", "by similarity alone", role="treatment"),
             Column("Another seed", "same model, same rule", role="placebo"),
@@ -95,7 +96,7 @@ def _called(row: Mapping[Any, Any]) -> Cell:
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 14: the moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
+    """Table 11: the moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
     rows = _notable(comparison)
     if rows.empty:
         return None
@@ -104,9 +105,13 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
     return TableView(
         name="notable",
         caption=(
-            "Table 14. The features that moved, are gone, absorbed or new"
+            "Table 11. The features that moved, are gone, absorbed or new"
             if called
-            else "Table 14. The features that came nearest to being gone or new"
+            else "Table 11. The features that came nearest to being gone or new"
+        ),
+        source=(
+            "comparison/fates_control.parquet and fates_treatment.parquet: feature, match, similarity, drop, p, q, "
+            "fate; comparison/absorption.parquet: absorbed_by; arms/*/features.parquet: top_tokens"
         ),
         columns=(
             Column("Feature, top tokens", is_text=True),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from saeffect.report.context import ReportContext
+from saeffect.report.evidence_terms import EVIDENCE_MEANINGS
 
 __all__ = ["Explainer", "Term", "terms"]
 
@@ -122,7 +123,8 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "alpha": context.alpha,
         "domain": context.domain,
     }
-    return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in _MEANINGS.items()}
+    every = {**_MEANINGS, **EVIDENCE_MEANINGS}
+    return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in every.items()}
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class TableView:
-    """A whole table. `stacks` tables turn into blocks on a narrow screen."""
+    """A whole table. `stacks` tables turn into blocks on a narrow screen; `source` names the files it was made from."""
 
     name: str
     caption: str
@@ -53,6 +53,7 @@ class TableView:
     corner: str = ""
     stacks: bool = False
     note: str = ""
+    source: str = ""
 
 
 def value_cell(value: Any, unit: str = "", *, sub: str = "", reason: str = "", sign: bool = False) -> Cell:

@@ -26,7 +26,7 @@ class ThreatSummary:
 
 
 def threat_table(comparison: Comparison) -> TableView | None:
-    """Table 18: every threat, how serious, what to do; None for a comparison without the table."""
+    """Table 15: every threat, how serious, what to do; None for a comparison without the table."""
     table = comparison.threats
     if table.empty:
         return None
@@ -40,7 +40,8 @@ def threat_table(comparison: Comparison) -> TableView | None:
     ]
     return TableView(
         name="threats",
-        caption="Table 18. Threats to validity",
+        caption="Table 15. Threats to validity",
+        source="comparison/threats.parquet, every row; its column source names the table behind each",
         columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
         rows=tuple(rows),
         corner="How serious",

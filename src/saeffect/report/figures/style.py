@@ -115,6 +115,7 @@ class DrawnFigure:
         alt: What a reader who cannot see it should know.
         figure: The drawing; None where there was nothing to draw.
         reason: Why there is no drawing; "" when there is one.
+        source: Which files of the run folder, and which of their columns, it was made from.
     """
 
     name: str
@@ -124,6 +125,7 @@ class DrawnFigure:
     alt: str
     figure: Figure | None
     reason: str = ""
+    source: str = ""
 
 
 def arm_styles(arms: Iterable[tuple[str, str]]) -> dict[str, ArmStyle]:
