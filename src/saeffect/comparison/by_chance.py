@@ -54,7 +54,7 @@ def _domain(arms: Mapping[str, ArmTables], roles: Roles) -> dict[str, Any]:
     shares = np.array([len(sae.domain) / sae.n_features for sae in saes if sae.n_features])
     n = treatment.n_features
     row = _row("domain features", len(treatment.domain), n, float(n * shares.mean()) if len(shares) else math.nan)
-    row["source"] = "arms/*/selection: is_domain"
+    row["source"] = "arms/*/selection.parquet: is_domain"
     row["chance"] = f"one more SAE of the control's model, as its {len(shares)} SAEs predict"
     if len(shares) < 2:
         return row | {
@@ -74,7 +74,7 @@ def _steered(treatment: ArmTables, alpha: float) -> list[dict[str, Any]]:
     effects = treatment.effects
     assert effects is not None  # what was counted
     p = pd.to_numeric(effects["p"], errors="coerce")
-    source = f"arms/{treatment.name}/effects"
+    source = f"arms/{treatment.name}/effects.parquet"
     low_p = _row(f"steered features with p ≤ {alpha:g}", int((p <= alpha).sum()), counts.tested, alpha * counts.tested)
     passing = _row(f"steered features that pass (q ≤ {alpha:g})", counts.passed, counts.tested, alpha * counts.passed)
     rows = [
@@ -105,7 +105,7 @@ def _fates(counts: pd.DataFrame) -> list[dict[str, Any]]:
         row = _row(f"{name}, {one['measure']}", found, int(one["n_features"]), float(one["n_placebo"]))
         row |= {"low": found - float(one["high"]), "high": found - float(one["low"])}
         row |= {"chance": "an SAE of another seed in the treatment's place", "reason": str(one["reason"])}
-        rows.append(row | {"source": "fate_counts: n_treatment, n_placebo, excess"})
+        rows.append(row | {"source": "comparison/fate_counts.parquet: n_treatment, n_placebo, excess"})
     return rows
 
 
@@ -116,7 +116,7 @@ def _cross(cross: pd.DataFrame, alpha: float) -> list[dict[str, Any]]:
     found = tested["q"] <= alpha
     changed = _row(f"features that fire differently (q ≤ {alpha:g})", int(found.sum()), len(tested),
                    alpha * int(found.sum()))  # fmt: skip
-    source = "cross_activity: q, difference, is_domain"
+    source = "comparison/cross_activity.parquet: q, difference, is_domain"
     chance = "false ones among those found, as Benjamini-Hochberg allows"
     rows = [changed | {"bound": True, "chance": chance, "source": source}]
     if "is_domain" not in tested or not tested["is_domain"].any() or tested["is_domain"].all():

@@ -7,7 +7,8 @@ of the SAE show. Every number is read off a table; what is not known is said to 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -52,68 +53,73 @@ def paragraph(
 
 
 def _of_quantities(found: Findings, judged: Mapping[str, Judgement], roles: Roles) -> list[str]:
-    sentences = []
-    for quantity, one in judged.items():
-        rows = found.contrasts[
-            (found.contrasts["quantity"] == quantity) & (found.contrasts["comparison"] == "fine-tuning")
-        ]
-        if one.status == "undefined" or rows.empty:
-            continue
-        sentences.append(_values(rows.iloc[0], one, first=not sentences))
-    if not sentences:
-        return []
-    noise = (
-        f"The yardstick is {joined(list(roles.placebos))}, the unchanged model with an SAE trained from another seed: "
-        "it was not fine-tuned, so what differs there is chance."
-        if roles.placebos
-        else "There is no placebo arm, so nothing shows how much two SAEs of one model differ by chance."
+    """The first quantity with everything about it; of the others how they changed."""
+    rows = found.contrasts[found.contrasts["comparison"] == "fine-tuning"].set_index("quantity")
+    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in rows.index}
+    if not known:
+        why = "; ".join(dict.fromkeys(one.change.reason for one in judged.values() if one.change.reason))
+        return [f"None of the declared quantities can be compared ({why or 'no interval'})."]
+    name, first = next(iter(known.items()))
+    row, write = rows.loc[name], _writer(first)
+    text = (
+        f"{_SUBJECTS.get(name, f'The {short_name(name)} is')} {write(float(row['value_a']))} before fine-tuning "
+        f"({roles.control}) and {write(float(row['value_b']))} after it ({roles.treatment}): {interval(first.change)}"
     )
-    return [sentences[0], noise, *_beside_noise(judged), *sentences[1:]]
-
-
-def _values(row: pd.Series, one: Judgement, *, first: bool) -> str:
-    before, after = float(row["value_a"]), float(row["value_b"])
-    write = percent if one.change.unit == "share" else (lambda value: number(value, 3))
-    where = f" in {one.change.a} and {write(after)} in {one.change.b}"
-    if first:
-        where = f" before fine-tuning ({one.change.a}) and {write(after)} after it ({one.change.b})"
-    verdict = {
-        "beyond": ", more than SAE seeds alone show",
-        "noise": ", not clearly more than SAE seeds alone show",
-        "unclear": ", so it cannot be said whether it changed",
-        "unseparated": ", which cannot be told from the noise of SAE training",
-    }.get(one.status, "")
-    subject = _SUBJECTS.get(one.quantity, f"The {short_name(one.quantity)} is")
-    return f"{subject} {write(before)}{where} ({interval(one.change)}){verdict}."
+    sentences = [f"{text}{_VERDICTS[first.status]}.", *_beside_noise(first, roles)]
+    others = {other: one for other, one in known.items() if other != name}
+    for status in ("beyond", "noise", "unclear", "unseparated"):
+        some = [_changed(rows.loc[other], one) for other, one in others.items() if one.status == status]
+        if some:
+            sentences.append(f"{_OTHERS[status]} {joined(some)}.")
+    return sentences
 
 
 _SUBJECTS = {
-    "domain_share": "The share of features that belong to the domain is",
-    "pass_rate": "The share of steered features that move texts towards their words more than their placebos do is",
+    "domain_share": "The share of the SAE's features that belong to the domain is",
+    "pass_rate": "The share of steered features that pass against their placebos is",
     "coherence_mean": "The mean coherence of the domain features is",
     "effect": "The mean effect of steering is",
 }
+_VERDICTS = {
+    "beyond": ", more than SAE seeds alone show",
+    "noise": ", not clearly more than SAE seeds alone show",
+    "unclear": ", so we cannot tell whether it changed",
+    "unseparated": ", which cannot be told from the noise of SAE training",
+}
+_OTHERS = {
+    "beyond": "More than SAE seeds alone show is also the change of",
+    "noise": "Not clearly more than SAE seeds show is the change of",
+    "unclear": "Nor can we tell whether there is a change in",
+    "unseparated": "From the noise of SAE training nobody can tell the change of",
+}
 
 
-def _beside_noise(judged: Mapping[str, Judgement]) -> list[str]:
-    """What retraining alone gives for the first quantity that has an interval, and what all seeds together show."""
-    one = next((one for one in judged.values() if one.status != "undefined"), None)
-    if one is None:
-        return []
+def _writer(one: Judgement) -> Callable[[float], str]:
+    return percent if one.change.unit == "share" else (lambda value: number(value, 3))
+
+
+def _changed(row: pd.Series[Any], one: Judgement) -> str:
+    write = _writer(one)
+    values = f"{write(float(row['value_a']))} to {write(float(row['value_b']))}"
+    return f"the {short_name(one.quantity)} ({values}; {interval(one.change)})"
+
+
+def _beside_noise(one: Judgement, roles: Roles) -> list[str]:
+    """What retraining alone gives, and what all seeds together show."""
     sentences = []
     noise = [f"{interval(gap, short=True)} in {gap.b}" for gap in one.retraining if gap.defined]
     if noise:
-        sentences.append(f"There the same difference is {joined(noise)}.")
-    if one.seeds is not None:
-        sure = (
-            "which excludes zero"
-            if one.seeds.sign == one.change.sign and one.change.sign
-            else "which includes zero"
-            if one.seeds.sign == 0
-            else "which points the other way"
-        )
         sentences.append(
-            f"Over all SAE seeds of both models, noise of SAE training included, it is {interval(one.seeds)}, {sure}."
+            f"Training the SAE of the unchanged model again from another seed, which no fine-tuning explains, gives "
+            f"{joined(noise)}."
+        )
+    elif not roles.placebos:
+        sentences.append("There is no placebo arm, so how much two SAEs of one model differ by chance is unknown.")
+    if one.seeds is not None:
+        ends = "excludes" if one.seeds.sign else "includes"
+        sentences.append(
+            f"Over all SAE seeds of both models the difference is {interval(one.seeds)}; that holds the noise of SAE "
+            f"training and {ends} zero."
         )
     return sentences
 
@@ -128,8 +134,8 @@ def _of_alarms(calibration: pd.DataFrame, judged: Mapping[str, Judgement]) -> st
     findings, tests = int(rows["findings"].sum()), int(rows["tests"].sum())
     few = ", too few to notice rare ones" if tests < 60 else ""
     return (
-        f"With an SAE of the unchanged model put in the fine-tuned one's place, these tests raised {whole(findings)} "
-        f"false alarm{'' if findings == 1 else 's'} in {whole(tests)} trials{few}."
+        f"Where nothing was fine-tuned (an SAE of the unchanged model in the treatment's place) these tests raised "
+        f"{whole(findings)} false alarm{'' if findings == 1 else 's'} in {whole(tests)} trials{few}."
     )
 
 
@@ -153,7 +159,7 @@ def _of_activity(
     named = _named(arms[roles.control].features, most_changed(cross, alpha=alpha, domain_only=True))
     if not named:
         return [f"{text}."]
-    return [f"{text}. Most changed among them: {joined(named)}."]
+    return [f"{text}; the most changed are {joined(named)}. No further fine-tune shows how much of this any training would do."]
 
 
 def _named(features: pd.DataFrame, changed: pd.DataFrame) -> list[str]:
@@ -162,12 +168,10 @@ def _named(features: pd.DataFrame, changed: pd.DataFrame) -> list[str]:
     for row in changed.head(_EXAMPLES).itertuples():
         if row.feature not in tokens.index:
             continue
-        words = ", ".join(printable_token(str(token)).strip() for token in list(tokens[row.feature])[:_TOKENS])
-        if row.mean_control > 0:
-            size = f"{number(row.mean_treatment / row.mean_control, 2)} times as strongly"
-        else:
-            size = "where it was silent before"
-        parts.append(f"feature {row.feature} ({words}), {size}")
+        shown = [printable_token(str(token)).strip() for token in tokens[row.feature]]
+        words = ", ".join(list({word.lower(): word for word in reversed(shown)}.values())[::-1][:_TOKENS])
+        size = f"{number(row.mean_treatment / row.mean_control, 1)}×" if row.mean_control > 0 else "silent before"
+        parts.append(f"feature {row.feature} ({words}; {size})")
     return parts
 
 
@@ -205,4 +209,6 @@ def _of_threats(found: Findings) -> str:
     if serious:
         return f"{whole(len(serious))} serious threat{'s' if len(serious) > 1 else ''} to this answer " \
                f"{'are' if len(serious) > 1 else 'is'} listed below."  # fmt: skip
-    return "Nothing that was recorded about the arms differs besides the model and what the design asks for."
+    if (found.design["status"] == "unknown").any():
+        return ""
+    return "The design check found no other difference between the arms that matters."

@@ -25,7 +25,7 @@ def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.Dat
     """
     found = []
     tested = {name: int(table1.loc[name, "tested"]) for name in roles.ordered}
-    source = "table1: tested, domain_features"
+    source = "comparison/table1.parquet: tested, domain_features"
     untested = [name for name, n in tested.items() if not n]
     if untested:
         found.append(
@@ -72,7 +72,7 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
                 "The paper's rule passes about half of all features whose steering does nothing at all.",
                 "minor",
                 "Read our pass rate; the paper's stands beside it for comparison only.",
-                "table1: paper_rate",
+                "comparison/table1.parquet: paper_rate",
             ),
             Threat(
                 "A feature that passes moved the texts of these prompts more than its placebos did on average. "
@@ -80,7 +80,7 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
                 "would pass too; read pass rates against each other, not as a share of features that work.",
                 "minor",
                 "Compare pass rates between arms; steer with more prompts.",
-                "arms/*/effects: n_pairs, p",
+                "arms/*/effects.parquet: n_pairs, p",
             ),
         ]
     doses = {name: _doses(arms[name]) for name in roles.ordered}
@@ -90,7 +90,7 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
                 "Table 1 pools the trials of several doses.",
                 "moderate",
                 "Read effects dose by dose.",
-                "arms/*/interventions: dose",
+                "arms/*/interventions.parquet: dose",
             )
         )
     used = {dose for found_doses in doses.values() for dose in found_doses}
@@ -101,7 +101,7 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
                 f"The arms were steered at different doses ({listed}), so their effects are not alike.",
                 "serious",
                 "Steer every arm at one dose.",
-                "arms/*/interventions: dose",
+                "arms/*/interventions.parquet: dose",
             )
         )
     return found

@@ -52,7 +52,7 @@ def threats(
 
 
 def _of_alarms(calibration: pd.DataFrame) -> list[Threat]:
-    source = "calibration: verdict"
+    source = "comparison/calibration.parquet: verdict"
     bad = [] if calibration.empty else too_many_alarms(calibration, list(dict.fromkeys(calibration["test"])))
     if bad:
         return [
@@ -87,7 +87,7 @@ def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
             f"Design flaw ({field}). {matters}",
             "serious",
             "Make the arms equal in it and run again; until then the difference may come from it.",
-            f"design: {field}",
+            f"comparison/design.parquet: {field}",
         )
         for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False)
     ]
@@ -98,7 +98,7 @@ def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
                 "so SAE noise is unknown and no difference can be credited to fine-tuning.",
                 "serious",
                 "Train an SAE of the control's model from another seed and add it as an arm with role: placebo.",
-                "design: role",
+                "comparison/design.parquet: role",
             )
         )
     elif len(roles.placebos) == 1:
@@ -109,7 +109,7 @@ def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
                 "arms, in one of 25.",
                 "moderate",
                 "Add placebo arms of other seeds.",
-                "design: role",
+                "comparison/design.parquet: role",
             )
         )
     unknown = list(design.loc[design["status"] == "unknown", "field"])
@@ -119,7 +119,7 @@ def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
                 f"Not recorded for every arm, so not checked: {joined(unknown)}.",
                 "moderate",
                 "Record it beside the SAE (training.json), or train the SAEs here.",
-                "design: status",
+                "comparison/design.parquet: status",
             )
         )
     return found
@@ -142,7 +142,7 @@ def _of_gate(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
                     f"{parts}: what it leaves out cannot show as a feature.",
                     "serious" if min(low.values()) < worst else "moderate",
                     "Train the SAE longer or wider, at a hook where it fits.",
-                    f"design: {field}",
+                    f"comparison/design.parquet: {field}",
                 )
             )
     shares = {name: arms[name].facts.dead_share for name in roles.ordered}
@@ -154,7 +154,7 @@ def _of_gate(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
                 f"Many features never fired on the study's text ({parts}); about these nothing can be said.",
                 "moderate",
                 "Give the study more text, or train the SAE with a remedy for dead features.",
-                "design: dead_share",
+                "comparison/design.parquet: dead_share",
             )
         )
     return found
@@ -170,7 +170,7 @@ def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
             "would have given other features.",
             "moderate",
             "Train further SAEs from other seeds and name them under more_saes.",
-            "contrasts: saes_a, saes_b",
+            "comparison/contrasts.parquet: saes_a, saes_b",
         )
     ]
 
@@ -186,7 +186,7 @@ def _of_coherence(roles: Roles, table2: pd.DataFrame) -> list[Threat]:
             "as 0.",
             "minor",
             "Use word vectors that know more of the top tokens.",
-            "table2: n_undefined",
+            "comparison/table2.parquet: n_undefined",
         )
     ]
 
@@ -198,8 +198,8 @@ def _of_selection(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
         Threat(
             "No person has judged the features: domain features are those that the vocabulary picks.",
             "moderate",
-            "Let at least two people judge them blindly (saeffect review), and run the study again.",
-            "arms/*/selection: n_yes, n_no",
+            "Let people judge them blindly, name their verdicts under selection.verdicts, and run the study again.",
+            "arms/*/selection.parquet: n_yes, n_no",
         )
     ]
 
@@ -215,14 +215,14 @@ def _of_scope(found: Findings, tests: Sequence[str]) -> list[Threat]:
             f"fixed in advance ({', '.join(short_name(name) for name in tests)}).",
             "minor",
             "Take contrasts that were not declared as questions for another study.",
-            "contrasts: declared",
+            "comparison/contrasts.parquet: declared",
         ),
         Threat(
             "Intervals are over the features of these SAEs, taken as independent of each other, unless they are said "
             "to be over SAE seeds. They do not cover other prompts, texts or vocabularies.",
             "minor",
             "Repeat the study with another text, other prompts and another vocabulary.",
-            "contrasts: remark",
+            "comparison/contrasts.parquet: remark",
         ),
     ]
     if not found.matches.fate_counts.empty:
@@ -232,7 +232,7 @@ def _of_scope(found: Findings, tests: Sequence[str]) -> list[Threat]:
                 "gone may live on in several others, which is looked for among those that fire with it.",
                 "minor",
                 "Match on more text.",
-                "fates_control: fate",
+                "comparison/fates_control.parquet: fate",
             )
         )
     if not found.matches.cross_activity.empty:
@@ -243,7 +243,7 @@ def _of_scope(found: Findings, tests: Sequence[str]) -> list[Threat]:
                 "moderate",
                 "Read the sizes, and domain features against all others; or fine-tune once more on general text and "
                 "compare with that.",
-                "cross_activity: difference, is_domain",
+                "comparison/cross_activity.parquet: difference, is_domain",
             )
         )
     listed += _of_power(found.power)
@@ -265,7 +265,7 @@ def _of_power(power: pd.DataFrame) -> list[Threat]:
             "That such a test found nothing does not mean that there is nothing.",
             "minor",
             "More SAEs of either model, and more features tested, make smaller differences visible.",
-            "power: detectable, observed",
+            "comparison/power.parquet: detectable, observed",
         )
     ]
 
