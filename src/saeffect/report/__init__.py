@@ -5,11 +5,13 @@ from __future__ import annotations
 from saeffect.report.context import ReportContext
 from saeffect.report.figures import DrawnFigure, draw_figures, write_figures
 from saeffect.report.html import render_report, write_report
+from saeffect.report.steering_results import SteeringResults
 from saeffect.report.tables import write_tables
 
 __all__ = [
     "DrawnFigure",
     "ReportContext",
+    "SteeringResults",
     "draw_figures",
     "render_report",
     "write_figures",

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
+
 from saeffect.comparison import Comparison
+from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.evidence_words import short_name
+from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, count, fixed, is_defined, percent, undefined
 from saeffect.report.table_view import Cell, Column, Row, TableView, difference_unit
 
-__all__ = ["calibration_table", "calibration_verdict", "chance_table", "power_table", "test_label"]
+__all__ = ["calibration_table", "calibration_verdict", "chance_table", "power_table", "rule_label", "test_label"]
 
-_WORDS = {"within nominal": ("keeps its promise", "good"), "more alarms than nominal": ("too many alarms", "warn")}
+_RULES = {
+    "p at most alpha": "p ≤ {alpha:g}",
+    "q at most alpha": "q ≤ {alpha:g}",
+    "a feature is called at q at most alpha": "any feature called, q ≤ {alpha:g}",
+}
 
 
 def test_label(test: str) -> str:
@@ -26,8 +34,26 @@ def test_label(test: str) -> str:
     return name[:1].upper() + name[1:]
 
 
-def calibration_table(comparison: Comparison) -> TableView:
-    """Table 7: each test where there is nothing to find, and beside it the same test on the treatment."""
+def rule_label(rule: str, alpha: float) -> str:
+    """What counts as a finding, with the study's alpha in it.
+
+    Example:
+        >>> rule_label("p at most alpha", 0.05), rule_label("more than SAE noise", 0.05)
+        ('p ≤ 0.05', 'more than SAE noise')
+    """
+    return _RULES.get(rule, rule).format(alpha=alpha)
+
+
+def calibration_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Table 7: each test where there is nothing to find, and beside it the same test on the treatment.
+
+    Tests that the study declared come first; others that could not be tried go into the note.
+    """
+    table = comparison.calibration
+    if table.empty:
+        return None
+    declared = table["declared"].astype(bool)
+    shown = table[declared | (table["tests"] > 0)].sort_values("declared", ascending=False, kind="stable")
     rows = [
         Row(
             test_label(str(row["test"])),
@@ -37,18 +63,15 @@ def calibration_table(comparison: Comparison) -> TableView:
                 _verdict(row),
                 _of(row["treatment_findings"], row["treatment_tests"], "", row),
             ),
-            sub=f"finding: {row['rule']}",
+            sub=rule_label(str(row["rule"]), context.alpha),
             strong=bool(row["declared"]),
         )
-        for row in comparison.calibration.to_dict("records")
+        for row in shown.to_dict("records")
     ]
     return TableView(
         name="calibration",
         caption="Table 7. False alarms where there is nothing to find, beside the findings",
-        source=(
-            "comparison/calibration.parquet, every row: findings, tests, low, high, nominal, treatment_findings, "
-            "treatment_tests, verdict"
-        ),
+        source="comparison/calibration.parquet, one row per test and rule",
         columns=(
             Column("False alarms", "an SAE of the control's model in the treatment's place", role="placebo"),
             Column("Promised", "at most"),
@@ -56,10 +79,20 @@ def calibration_table(comparison: Comparison) -> TableView:
             Column("Findings", "in the treatment itself", role="treatment"),
         ),
         rows=tuple(rows),
-        corner="Test",
+        corner="Test, and what counts as a finding",
         stacks=True,
-        note="Bold: tests that the study declared beforehand.",
+        note="Bold: tests that the study declared beforehand. " + _not_tried(table[~declared & (table["tests"] == 0)],
+                                                                             context.alpha),  # fmt: skip
     )
+
+
+def _not_tried(rows: pd.DataFrame, alpha: float) -> str:
+    """The exploratory tests that nothing could be tried on, by reason."""
+    parts = []
+    for reason, some in rows.groupby("reason", sort=False):
+        names = "; ".join(f"{short_name(str(one.test))}, {rule_label(str(one.rule), alpha)}" for one in some.itertuples())
+        parts.append(f"{names} ({reason})")
+    return f"Could not be tried: {'; '.join(parts)}." if parts else ""
 
 
 def calibration_verdict(comparison: Comparison) -> str:
@@ -72,7 +105,7 @@ def calibration_verdict(comparison: Comparison) -> str:
         reasons = [reason for reason in table["reason"] if reason]
         why = reasons[0] if reasons else "no SAE of the control's model can stand in for the treatment"
         return f"It cannot be said how often these tests raise false alarms: {why}."
-    bad = known[known["verdict"] != "within nominal"]
+    bad = known[known["verdict"] != WITHIN]
     unjudged = table[table["tests"] == 0]
     if len(bad):
         names = "; ".join(dict.fromkeys(f"{short_name(str(row.test))} ({row.rule})" for row in bad.itertuples()))
@@ -86,7 +119,7 @@ def calibration_verdict(comparison: Comparison) -> str:
                 "often cries wolf, not one that does so a little too often."
             )
     if len(unjudged):
-        text += f" {count(len(unjudged))} of {count(len(table))} rows could not be judged; each says why."
+        text += f" {count(len(unjudged))} of {count(len(table))} tests could not be tried; the table says why."
     return text
 
 
@@ -104,10 +137,14 @@ def _of(findings: Any, tests: Any, unit: Any, row: Mapping[Any, Any]) -> Cell:
 
 
 def _verdict(row: Mapping[Any, Any]) -> Cell:
-    words = _WORDS.get(str(row["verdict"]))
-    if words is None:
+    """A promise counts as kept only where the data are enough to say so."""
+    if row["verdict"] == "more alarms than nominal":
+        return Cell("too many alarms", tone="warn", is_text=True)
+    if row["verdict"] != WITHIN or not is_defined(row["high"]):
         return Cell("cannot be judged", tone="muted", is_text=True)
-    return Cell(words[0], tone=words[1], is_text=True)
+    if row["high"] <= row["nominal"]:
+        return Cell("keeps its promise", tone="good", is_text=True)
+    return Cell("no excess seen", sub="too few trials to be sure", is_text=True)
 
 
 def chance_table(comparison: Comparison) -> TableView | None:

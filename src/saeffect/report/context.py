@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import ArmTables
+from saeffect.report.steering_results import SteeringResults
 
 __all__ = ["ReportContext"]
 
@@ -26,6 +27,7 @@ class ReportContext:
             activations, source.
         prompts: The prompts that were steered on, in the order of the interventions' `prompt` column.
         gate: Quality of each arm's SAE, one row an arm, with a column `arm`; read off the arms' facts when missing.
+        steering: What the steer stage found besides the arms' own tables; None when it is not known.
         doses: The dose search: `arm` (optional), `dose`, any numeric columns, and `chosen` (bool).
         config: The resolved study file, YAML text.
         provenance: Versions, hashes and seeds; may be nested.
@@ -45,6 +47,7 @@ class ReportContext:
     examples: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     prompts: Sequence[str] = ()
     gate: pd.DataFrame | None = None
+    steering: SteeringResults | None = None
     doses: pd.DataFrame | None = None
     config: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)

@@ -66,8 +66,7 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
 
 def chance_views(comparison: Comparison, context: ReportContext) -> list[View]:
     """Tables of the section on chance, in page order."""
-    del context
-    calibration = calibration_table(comparison) if len(comparison.calibration) else None
+    calibration = calibration_table(comparison, context)
     return [
         (calibration, ("calibration", "false_alarm", "nominal", "stand_in", "wilson"), "calibration"),
         (chance_table(comparison), ("prediction", "paper_rule", "q"), "by_chance"),

@@ -17,8 +17,8 @@ from saeffect.report.table_view import Cell, Column, Row, TableView
 __all__ = ["MEASURE_NAMES", "fate_table", "notable_table"]
 
 MEASURE_NAMES = {
-    "decoder cosine": "by what they write (decoder cosine)",
-    "activation correlation": "by when they fire (activation correlation)",
+    "decoder cosine": "Matched by what they write (decoder cosine)",
+    "activation correlation": "Matched by when they fire (activation correlation)",
 }
 _FATES = {
     ("control", "kept"): "Kept: has a counterpart",
@@ -29,7 +29,7 @@ _FATES = {
     ("treatment", "moved"): "Moved: what it was is further off",
     ("treatment", "new"): "New: matches nothing before",
 }
-_PER_FATE, _CANDIDATES = 6, 4
+_PER_FATE, _CANDIDATES = 6, 3
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -50,8 +50,9 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
                     _excess(row),
                     _called(row),
                 ),
-                sub=f"{where}, {MEASURE_NAMES.get(str(row['measure']), row['measure'])}",
+                sub=where,
                 strong=fate in ("gone", "new"),
+                group=MEASURE_NAMES.get(str(row["measure"]), str(row["measure"])),
             )
         )
     return TableView(
@@ -67,7 +68,15 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         rows=tuple(rows),
         corner="Fate",
         stacks=True,
+        note=_why(counts),
     )
+
+
+def _why(counts: pd.DataFrame) -> str:
+    """Why some rows have no interval."""
+    rows = counts[counts["excess"].isna() | counts["low"].isna()]
+    reasons = list(dict.fromkeys(reason for reason in rows["reason"] if reason))
+    return f"No interval or no number: {'; '.join(reasons)}." if reasons else ""
 
 
 def _number(row: Mapping[Any, Any], column: str) -> Cell:
@@ -84,7 +93,7 @@ def _excess(row: Mapping[Any, Any]) -> Cell:
         return Cell("–", tone="muted")
     text = amount(round(float(row["excess"])), "features", sign=True)
     if not (is_defined(row["low"]) and is_defined(row["high"])):
-        return Cell(text, sub=f"no interval: {row['reason']}" if row["reason"] else "no interval")
+        return Cell(text, sub="no interval")
     apart = row["low"] > 0 or row["high"] < 0
     return Cell(text, sub=f"[{fixed(row['low'], 0)}, {fixed(row['high'], 0)}]", tone="good" if apart else "")
 
@@ -155,7 +164,11 @@ def _notable(comparison: Comparison) -> pd.DataFrame:
                 ["side", "measure", "fate", "feature", "match", "similarity", "drop", "p", "q", "parents"]
             ]
         )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if not parts:
+        return pd.DataFrame()
+    rows = pd.concat(parts, ignore_index=True)
+    order = rows["measure"].map({name: i for i, name in enumerate(dict.fromkeys(rows["measure"]))})
+    return rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
 
 
 def _parents(absorption: pd.DataFrame) -> dict[int, tuple[int, ...]]:
@@ -202,7 +215,8 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
             Cell(p),
             Cell(text, is_text=True),
         ),
-        sub=f"{side}'s feature, {row['measure']}",
+        group=MEASURE_NAMES.get(str(row["measure"]), str(row["measure"])),
+        sub=f"{side}'s feature",
     )
 
 

@@ -13,6 +13,7 @@ from saeffect.comparison import ArmTables
 from saeffect.report.context import ReportContext
 from saeffect.report.feature_numbers import card_numbers, is_true
 from saeffect.report.numerals import count, fixed, interval, is_defined, signed
+from saeffect.report.outcome_table import outcome_pairs
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.report.trials import Trial, representative_trials
 from saeffect.text.tokens import printable_token
@@ -83,8 +84,10 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
         shown = rows.head(context.max_features)
         examples = _by_feature(context.examples.get(arm.name), shown["feature"])
         trials = _by_feature(arm.interventions, shown["feature"])
+        outcomes = outcome_pairs(context, arm.name)
         cards = tuple(
-            _card(arm, row, examples.get(row["feature"]), trials.get(row["feature"]), context, scale)
+            _card(arm, row | {"outcome_pairs": outcomes.get(row["feature"], ())}, examples.get(row["feature"]),
+                  trials.get(row["feature"]), context, scale)
             for row in shown.to_dict("records")
         )
         lists.append(FeatureList(arm.name, arm.role, cards, len(rows)))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from saeffect.report.numerals import amount, count, fixed, interval, is_defined, p_value, signed, undefined
+from saeffect.report.outcome_words import outcome_words
 
 __all__ = ["card_numbers", "is_true"]
 
@@ -19,10 +20,11 @@ def card_numbers(row: Mapping[Any, Any]) -> tuple[Pair, ...]:
     """Label-value pairs in reading order: steering, coherence, vocabulary, verdicts, activity.
 
     Args:
-        row: A feature's columns from all tables of its arm; the reasons are `coherence_reason` and `effect_reason`.
+        row: A feature's columns from all tables of its arm; the reasons are `coherence_reason` and `effect_reason`,
+            and `outcome_pairs` are further pairs, see `saeffect.report.outcome_table.outcome_pairs`.
     """
     steering = _steering(row) if is_defined(row.get("p")) else [("Effect", _untested(row))]
-    return (*steering, *_meaning(row), *_activity(row))
+    return (*steering, *(row.get("outcome_pairs") or ()), *_meaning(row), *_activity(row))
 
 
 def is_true(value: object) -> bool:
@@ -48,12 +50,17 @@ def _steering(row: _Row) -> list[Pair]:
     return [
         ("Effect: steered − placebo", effect),
         ("p, q", p_value(row["p"]) + (f", {p_value(q)}" if is_defined(q) else "")),
-        ("Similarity: unsteered, steered, placebo", ", ".join(means)),
+        (f"{_outcome(row)}: unsteered, steered, placebo", ", ".join(means)),
         ("Pairs of texts", _text(row, "n_pairs", unit="count")),
         ("Paper's rule", "pass" if is_true(row.get("paper_pass")) else "no pass"),
         ("Direct effect, nats", direct),
         ("KL, nats", _text(row, "kl")),
     ]
+
+
+def _outcome(row: _Row) -> str:
+    title = outcome_words(str(row.get("outcome") or "similarity")).title
+    return title[0].upper() + title[1:]
 
 
 def _untested(row: _Row) -> str:

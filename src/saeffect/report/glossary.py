@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from saeffect.report.context import ReportContext
 from saeffect.report.evidence_terms import EVIDENCE_MEANINGS
+from saeffect.report.outcome_words import dose_meaning, outcome_words
+from saeffect.report.steering_terms import STEERING_MEANINGS
 
 __all__ = ["Explainer", "Term", "terms"]
 
@@ -44,7 +46,7 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "effect": (
         "effect",
-        "similarity of steered texts minus that of texts steered as hard along a placebo: a feature of another "
+        "{outcome} of steered texts minus that of texts steered as hard along a placebo: a feature of another "
         "subject that fires as often and as strongly, or a random direction; same prompts, same sampling noise.",
     ),
     "pass": (
@@ -84,7 +86,7 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
         "change of the top tokens' log-probability at the next position; needs no sampling (nats).",
     ),
     "kl": ("KL", "how far steering moved the whole next-token distribution (nats); 0 is not at all."),
-    "dose": ("dose", "length of the added vector, in multiples of the mean residual norm at the hook."),
+    "dose": ("dose", "{dose}"),
     "dose_score": (
         "score",
         "gain × fluency, averaged over texts; it is highest where steering works and the text still reads well.",
@@ -122,8 +124,10 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "least": context.min_matches,
         "alpha": context.alpha,
         "domain": context.domain,
+        "outcome": outcome_words(context.steering.deciding if context.steering else "similarity").title,
+        "dose": dose_meaning(context.steering),
     }
-    every = {**_MEANINGS, **EVIDENCE_MEANINGS}
+    every = {**_MEANINGS, **STEERING_MEANINGS, **EVIDENCE_MEANINGS}
     return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in every.items()}
 
 

@@ -22,12 +22,15 @@ from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.glossary import Explainer, Term, terms
 from saeffect.report.paper_tables import at_a_glance, contrast_table, paper_table_1, paper_table_2
-from saeffect.report.study_tables import design_table, dose_table, field_label, gate_table, same_in_every_arm
+from saeffect.report.sources import sourced, sourced_figure
+from saeffect.report.steering_section import steering_section, steering_views
+from saeffect.report.study_tables import design_table, field_label, gate_table, same_in_every_arm
 from saeffect.report.table_view import TableView
 
 __all__ = ["render_report", "write_report"]
 
-_TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "fates.html.j2")
+_TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2")
+_TERMS_ALONE = ("showcase", "forest", "features")  # sections that use terms, and have no table of their own
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def render_report(
         pictures=_pictures(drawn),
         design_summary=_design_summary(comparison),
         same=same_in_every_arm(comparison),
+        steering=steering_section(comparison, context),
         lists=lists,
         showcase=showcase(lists),
         glossary=sorted(terms(context).values(), key=lambda term: term.name.lower()),
@@ -126,6 +130,7 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
     views: list[tuple[TableView | None, tuple[str, ...], str]] = [
         (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
         *chance_views(comparison, context),
+        *steering_views(comparison, context),
         (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
         (
             paper_table_1(comparison, context),
@@ -144,17 +149,19 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
         *threat_views(comparison, context),
         (design_table(comparison), (), "design"),
         (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
-        (dose_table(context), ("dose", "dose_score"), "doses"),
     ]
     return {
-        name: _Explained(view, explain.first(keys) if view is not None or name in ("showcase", "features") else ())
+        name: _Explained(sourced(view), explain.first(keys) if view is not None or name in _TERMS_ALONE else ())
         for view, keys, name in views
     }
 
 
 def _pictures(figures: Sequence[DrawnFigure]) -> dict[str, _Picture]:
     # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own.
-    return {figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else "")) for figure in figures}
+    return {
+        figure.name: _Picture(sourced_figure(figure), Markup(inline_svg(figure) if figure.figure else ""))
+        for figure in figures
+    }
 
 
 def _design_summary(comparison: Comparison) -> str:

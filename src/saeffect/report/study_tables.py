@@ -8,6 +8,7 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
+from saeffect.report.outcome_words import dose_axis
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
 
 __all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]
@@ -144,7 +145,15 @@ def dose_table(context: ReportContext) -> TableView | None:
         )
         rows.append(Row(f"{row['dose']:g}" + (" (chosen)" if chosen else ""), cells, strong=chosen))
     headings = tuple(Column(str(name).replace("_", " "), is_text=name == "arm") for name in columns)
-    return TableView("doses", "Table 6. The dose search", headings, tuple(rows), corner="Dose")
+    axis = dose_axis(context.steering)
+    return TableView(
+        name="doses",
+        caption=f"Table 6. The dose search; {axis}",
+        columns=headings,
+        rows=tuple(rows),
+        corner="Dose",
+        source="steering/dose_search.parquet, one row per arm and dose",
+    )
 
 
 def _gate_of_facts(context: ReportContext) -> pd.DataFrame | None:

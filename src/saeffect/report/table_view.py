@@ -34,12 +34,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row's heading and cells; `strong` rows carry the result, others support it."""
+    """A row's heading and cells; `strong` rows carry the result, others support it.
+
+    Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it.
+    """
 
     label: str
     cells: tuple[Cell, ...]
     sub: str = ""
     strong: bool = False
+    group: str = ""
+    tag: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pandas as pd
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.provenance import atomic_path, write_json
 from saeffect.report.context import ReportContext
+from saeffect.report.steering_files import steering_tables
 
 __all__ = ["write_tables"]
 
@@ -32,7 +33,8 @@ def write_tables(
     Args:
         comparison: What to write; its answer becomes `answer.json`.
         folder: Where to; made if missing.
-        context: The study around it; adds `domain_features`, `gate` and `doses`.
+        context: The study around it; adds `domain_features`, `gate`, `doses`, and the tables of
+            `saeffect.report.steering_files.steering_tables`.
 
     Returns:
         The files written.
@@ -42,6 +44,7 @@ def write_tables(
     tables |= _evidence_tables(comparison)
     if context is not None:
         tables |= _study_tables(context)
+        tables |= steering_tables(context, [str(name) for name in comparison.table1["arm"]])
     written = []
     for name, table in tables.items():
         plain = [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]

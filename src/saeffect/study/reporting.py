@@ -14,15 +14,17 @@ from saeffect.report import ReportContext, write_figures, write_report, write_ta
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.comparison import comparison_inputs, read_comparison
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = 1
+VERSION = 2  # 2: outcomes, baselines and doses of steering
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
     """What the report depends on."""
     files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
+    files += [run.path("steering", "dose.json")]
     files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
     return {
         "version": VERSION,
@@ -61,6 +63,7 @@ def _context(run: RunFolder) -> ReportContext:
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=config.steering.prompts if config.steering else (),
         gate=_gate_table(run, gates),
+        steering=steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
         config=run.config_yaml(),
         provenance=run.provenance(),

@@ -14,24 +14,24 @@ from saeffect.report.figures.contrasts import contrasts
 from saeffect.report.figures.cross_activity import cross_activity
 from saeffect.report.figures.distributions import coherence, density, mean_activation, top_token_weights
 from saeffect.report.figures.doses import doses
-from saeffect.report.figures.effects import effects
 from saeffect.report.figures.fates import fates_by_activation, fates_by_decoder
+from saeffect.report.figures.forest import forests
 from saeffect.report.figures.match_counts import match_counts
 from saeffect.report.figures.partial_residuals import partial_residuals
 from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle, svg_text
 
 __all__ = ["DrawnFigure", "draw_figures", "write_figures"]
 
-_Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure]
+_Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure | tuple[DrawnFigure, ...]]
 _FIGURES: Mapping[str, tuple[str, str, _Draw]] = {
     "figure_1_match_counts": ("Figure 1", "Matching words", match_counts),
     "figure_2a_top_token_weights": ("Figure 2a", "Top-token weights", top_token_weights),
     "figure_2b_mean_activation": ("Figure 2b", "Mean activations", mean_activation),
     "figure_2c_density": ("Figure 2c", "Densities", density),
-    "figure_3_effects": ("Figure 3", "Effects of steering", effects),
+    "figure_3_effects": ("Figure 3", "Effects of steering", forests),
     "figure_4_coherence": ("Figure 4", "Coherence", coherence),
     "figure_5_contrasts": ("Figure 5", "Contrasts", contrasts),
-    "figure_6_doses": ("Figure 6", "The dose search", doses),
+    "figure_6_doses": ("Figure 6", "What more of a dose does", doses),
     "figure_7_calibration": ("Figure 7", "False alarms beside findings", calibration),
     "figure_8a_fates": ("Figure 8a", "Which feature became which, by what they write", fates_by_decoder),
     "figure_8b_fates": ("Figure 8b", "Which feature became which, by when they fire", fates_by_activation),
@@ -44,16 +44,17 @@ def draw_figures(comparison: Comparison, context: ReportContext | None = None) -
     """Draw every figure, in the report's order; those without data carry the reason instead of a drawing."""
     context = context or ReportContext()
     styles = arm_styles(zip(comparison.table1["arm"], comparison.table1["role"], strict=True))
-    drawn = []
+    drawn: list[DrawnFigure] = []
     with drawing():
         for name, (number, title, draw) in _FIGURES.items():
             try:
-                one = draw(comparison, styles, context)
+                some = draw(comparison, styles, context)
             except Undefined as error:
-                one = DrawnFigure(name, number, title, "", "", None, reason=error.message)
+                some = DrawnFigure(name, number, title, "", "", None, reason=error.message)
+            drawn += some if isinstance(some, tuple) else (some,)
+        for one in drawn:
             if one.figure is not None:
                 settle(one.figure)
-            drawn.append(one)
     return tuple(drawn)
 
 

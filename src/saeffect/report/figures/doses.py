@@ -1,90 +1,187 @@
-"""Figure 6: the search for the dose."""
+"""Figure 6: what more of a dose does to the concept and to the text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
-from matplotlib.ticker import MaxNLocator
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.figures.style import (
-    INK,
-    MUTED,
-    ArmStyle,
-    DrawnFigure,
-    arm_styles,
-    clean_axes,
-    new_figure,
-    safe_text,
-)
+from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
+from saeffect.report.outcome_summary import dose_summary
+from saeffect.report.outcome_words import control_words, dose_axis
+from saeffect.report.steering_results import SteeringResults
 
 __all__ = ["doses"]
 
-_LABELS = {
-    "similarity": "similarity",
-    "effect": "effect: steered − placebo",
-    "gain": "gain: steered − unsteered similarity",
-    "fluency": "fluency, 1 is that of the unsteered text",
-    "score": "score: gain × fluency",
-    "distinct2": "distinct word pairs",
-    "perplexity": "perplexity under the unsteered model",
-    "kl": "KL from unsteered (nats)",
-    "direct_effect": "direct effect (nats)",
-    "delta_logprob": "direct effect (nats)",
-}
-_FIRST = ("gain", "effect", "fluency", "score")  # what the choice was made of
-_NOT_DRAWN = {"dose", "chosen", "n", "n_pairs", "n_trials", "n_features", "coefficient"}
+
+@dataclass(frozen=True)
+class _Panel:
+    """A number of the search: its title, whether its axis is logarithmic, and its like in the test's outcomes."""
+
+    measure: str
+    title: str
+    is_log: bool = False
+    outcome: str = ""
+    is_gain: bool = False
+
+
+_PANELS = (
+    _Panel("gain", "concept: gain in similarity, steered − unsteered", outcome="similarity", is_gain=True),
+    _Panel("direct_effect", "concept: direct effect on the top tokens (nats)", outcome="direct_effect"),
+    _Panel("perplexity", "fluency: perplexity under the unsteered model (log scale)", True, outcome="perplexity"),
+    _Panel("distinct2", "fluency: distinct-2, share of different word pairs", outcome="distinct2"),
+    _Panel("fluency", "fluency: 1 is that of the unsteered text"),
+    _Panel("score", "concept × fluency: what the dose is chosen by"),
+)
 
 
 def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Every number of the dose search against the dose, one panel each; the chosen dose is marked."""
+    """Concept and fluency against the dose, one panel each; the chosen dose and the test's placebos are marked."""
     del comparison
-    table = context.doses
-    if table is None or table.empty or "dose" not in table.columns:
-        raise Undefined("no dose search was recorded.")
-    measures = [
-        column
-        for column in table.columns
-        if column not in _NOT_DRAWN
-        and not column.endswith(("_low", "_high"))
-        and pd.api.types.is_numeric_dtype(table[column])
-        and not pd.api.types.is_bool_dtype(table[column])
-        and table[column].notna().any()
-    ]
-    measures = [name for name in _FIRST if name in measures] or measures[:4]
-    if not measures:
+    results = context.steering
+    if results is not None and results.operator == "ablate":
+        raise Undefined("an ablation has one dose, so there is no dose-response curve.")
+    table, source = _curves(context, list(styles))
+    panels = [one for one in _PANELS if one.measure in table.columns and table[one.measure].notna().any()]
+    if not panels:
         raise Undefined("the dose search has no numbers to draw.")
-    figure = new_figure(0.5 + 1.45 * len(measures))
-    panels = figure.subplots(len(measures), 1, sharex=True, squeeze=False)[:, 0]
-    names = list(dict.fromkeys(table["arm"])) if "arm" in table.columns else [""]
-    looks = arm_styles([(str(name), styles[name].role if name in styles else "") for name in names])
-    chosen = sorted(set(table.loc[table["chosen"].astype(bool), "dose"])) if "chosen" in table.columns else []
-    for ax, measure in zip(panels, measures, strict=True):
-        for dose in chosen:
-            ax.axvline(dose, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        for name in names:
-            rows = (table[table["arm"] == name] if name else table).sort_values("dose")
-            style = looks[str(name)]
-            colour = style.colour if name else INK
-            ax.plot(rows["dose"], rows[measure], marker=style.marker, color=colour, linestyle=style.line,
-                    markersize=4.5, linewidth=1.5, label=safe_text(name, 24))  # fmt: skip
-        ax.set_title(_LABELS.get(measure, safe_text(measure.replace("_", " "))), size=8.8)
-        ax.yaxis.set_major_locator(MaxNLocator(4))
-        clean_axes(ax, grid="y")
-    for dose in chosen:
-        panels[0].annotate(f"chosen: {dose:g}", (dose, 1.0), xycoords=("data", "axes fraction"), xytext=(5, -2),
-                           textcoords="offset points", va="top", color=MUTED, size=8)  # fmt: skip
-    panels[-1].set_xlabel("dose (multiples of the hook's mean residual norm)")
-    if names != [""]:
-        panels[-1].legend(loc="best")
+    chosen = _chosen(context)
+    figure = new_figure(0.55 + 1.32 * len(panels))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    arms = [name for name in styles if (table["arm"] == name).any()]
+    reach = float(np.ptp(table["dose"])) or 1.0
+    marked = False
+    for ax, panel in zip(axes, panels, strict=True):
+        if chosen is not None:
+            ax.axvline(chosen, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        for place, name in enumerate(arms):
+            shift = (place - (len(arms) - 1) / 2) * 0.014 * reach
+            _line(ax, table[table["arm"] == name].sort_values("dose"), panel, styles[name], shift)
+            placebo = _placebo(results, name, panel) if chosen is not None else math.nan
+            if chosen is not None and math.isfinite(placebo):
+                marked = True
+                ax.plot([chosen + shift], [placebo], styles[name].marker, color=PAPER,
+                        markeredgecolor=styles[name].colour, markersize=5.2, markeredgewidth=1.2, zorder=4)  # fmt: skip
+        _dress(ax, panel)
+    _label_axes(axes, chosen, table, dose_axis(results), len(arms))
+    searched = int(table["n_features"].max()) if "n_features" in table.columns else 0
+    bars = f" Lines: means over {searched} features an arm; bars: 95 % intervals over them." if searched else ""
+    hollow = f" Hollow: {_control(results)} at the chosen dose, from the test, on its own prompts." if marked else ""
     return DrawnFigure(
         name="figure_6_doses",
         number="Figure 6",
-        title="How the dose was chosen",
-        caption="The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen.",
-        alt="Dose search; chosen dose: " + (", ".join(f"{dose:g}" for dose in chosen) or "none") + ".",
+        title="What more of a dose does",
+        caption=(
+            "The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen."
+            f"{bars} The search itself steers along no placebo.{hollow}"
+        ),
+        alt=_alt(table, panels[0], chosen),
         figure=figure,
+        source=source,
     )
+
+
+def _curves(context: ReportContext, order: Sequence[str]) -> tuple[pd.DataFrame, str]:
+    """One row per arm and dose, and where it is from: by feature where there is such a table, else the search's means.
+
+    Raises:
+        Undefined: There was no search.
+    """
+    results, table = context.steering, context.doses
+    if results is not None and results.dose_response is not None and len(results.dose_response):
+        found = dose_summary(results.dose_response, order)
+        tests = "; hollow marks: arms/*/outcome_effects.parquet, columns placebo_mean and unsteered_mean"
+        named = "steering/dose_response.parquet, means by arm and dose of gain, direct_effect, perplexity, distinct2, score"
+        return found, named + (tests if results.outcome_effects else "")
+    if table is None or table.empty or "dose" not in table.columns:
+        raise Undefined("no dose search was recorded.")
+    known = {name for name in order if "arm" in table.columns and (table["arm"] == name).any()}
+    if not known:
+        table = table.assign(arm=order[0])
+    return table, "steering/dose_search.parquet, one row per arm and dose"
+
+
+def _chosen(context: ReportContext) -> float | None:
+    if context.doses is not None and "chosen" in context.doses.columns:
+        chosen = context.doses.loc[context.doses["chosen"].astype(bool), "dose"]
+        if len(chosen):
+            return float(chosen.iloc[0])
+    return context.steering.dose if context.steering is not None else None
+
+
+def _line(ax: Axes, rows: pd.DataFrame, panel: _Panel, style: ArmStyle, shift: float) -> None:
+    x, y = rows["dose"].to_numpy(dtype=float) + shift, rows[panel.measure].to_numpy(dtype=float)
+    if f"{panel.measure}_low" in rows.columns:
+        low, high = (rows[f"{panel.measure}_{end}"].to_numpy(dtype=float) for end in ("low", "high"))
+        ax.vlines(x, low, high, color=style.colour, linewidth=1.1, alpha=0.45, zorder=2)
+    ax.plot(x, y, marker=style.marker, color=style.colour, linestyle=style.line, markersize=4.2, linewidth=1.5,
+            label=safe_text(style.name, 18), zorder=3)  # fmt: skip
+
+
+def _placebo(results: SteeringResults | None, arm: str, panel: _Panel) -> float:
+    """The panel's number under the deciding placebo, mean over the test's features; NaN where there is none."""
+    table = results.outcome_effects.get(arm) if results is not None and panel.outcome else None
+    if results is None or table is None or table.empty:
+        return math.nan
+    rows = table[(table["outcome"] == panel.outcome) & (table["placebo"] == results.placebo)]
+    level = pd.to_numeric(rows["placebo_mean"], errors="coerce")
+    if panel.is_gain:
+        level = level - pd.to_numeric(rows["unsteered_mean"], errors="coerce")
+    mean = float(level.mean()) if level.notna().any() else math.nan
+    return math.exp(mean) if panel.is_log and math.isfinite(mean) else mean
+
+
+def _control(results: SteeringResults | None) -> str:
+    return control_words(results.placebo if results is not None else "placebo")
+
+
+def _dress(ax: Axes, panel: _Panel) -> None:
+    ax.set_title(panel.title, size=8.6)
+    if panel.is_log:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        every = [step * 10.0**power for power in range(-1, 7) for step in (1, 2, 5)]
+        ticks = [tick for tick in every if low <= tick <= high]
+        ticks = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}"[0] == "1"]
+        ax.set_yticks(ticks or [low, high])
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(axis="y", which="minor", length=0)
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.tick_params(labelsize=8)
+    clean_axes(ax, grid="y")
+
+
+def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame, label: str, n_arms: int) -> None:
+    if chosen is not None:
+        axes[0].annotate(f"chosen: {chosen:g}", (chosen, 1.0), xycoords=("data", "axes fraction"), xytext=(-5, -2),
+                         textcoords="offset points", va="top", ha="right", color=MUTED, size=8)  # fmt: skip
+    doses = sorted(set(table["dose"].astype(float)))
+    if len(doses) <= 8:
+        axes[-1].set_xticks(doses, [f"{dose:g}" for dose in doses])
+    axes[-1].set_xlabel(label, size=8.5)
+    if n_arms > 1:
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=min(n_arms, 3),
+                              handlelength=2.6, columnspacing=1.4)  # fmt: skip
+
+
+def _alt(table: pd.DataFrame, panel: _Panel, chosen: float | None) -> str:
+    parts = []
+    for name in dict.fromkeys(table["arm"]):
+        rows = table[table["arm"] == name].dropna(subset=panel.measure).sort_values("dose")
+        if len(rows):
+            first, last = rows.iloc[0], rows.iloc[-1]
+            parts.append(
+                f"{name} from {first[panel.measure]:.3g} at {first['dose']:g} to {last[panel.measure]:.3g} at "
+                f"{last['dose']:g}"
+            )
+    return f"{panel.title} by dose: {'; '.join(parts)}. Chosen dose: {'none' if chosen is None else f'{chosen:g}'}."
