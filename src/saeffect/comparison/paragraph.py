@@ -107,10 +107,10 @@ def _changed(row: pd.Series[Any], one: Judgement) -> str:
 def _beside_noise(one: Judgement, roles: Roles) -> list[str]:
     """What retraining alone gives, and what all seeds together show."""
     sentences = []
-    noise = [f"{interval(gap, short=True)} in {gap.b}" for gap in one.retraining if gap.defined]
+    noise = [f"{interval(gap)} ({gap.b})" for gap in one.retraining if gap.defined]
     if noise:
         sentences.append(
-            f"Training the SAE of the unchanged model again from another seed, which no fine-tuning explains, gives "
+            "For comparison, merely training the SAE of the unchanged model again from another seed gives "
             f"{joined(noise)}."
         )
     elif not roles.placebos:
@@ -159,7 +159,7 @@ def _of_activity(
     named = _named(arms[roles.control].features, most_changed(cross, alpha=alpha, domain_only=True))
     if not named:
         return [f"{text}."]
-    return [f"{text}; the most changed are {joined(named)}. No further fine-tune shows how much of this any training would do."]
+    return [f"{text}; the most changed are {joined(named)}. How much of this any other fine-tuning would do was not measured."]
 
 
 def _named(features: pd.DataFrame, changed: pd.DataFrame) -> list[str]:

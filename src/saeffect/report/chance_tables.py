@@ -19,7 +19,7 @@ __all__ = ["calibration_table", "calibration_verdict", "chance_table", "power_ta
 _RULES = {
     "p at most alpha": "p ≤ {alpha:g}",
     "q at most alpha": "q ≤ {alpha:g}",
-    "a feature is called at q at most alpha": "any feature called, q ≤ {alpha:g}",
+    "a feature is called at q at most alpha": "any called, q ≤ {alpha:g}",
 }
 
 

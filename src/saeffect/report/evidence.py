@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles, roles_of
-from saeffect.comparison.evidence_words import fate_sentences, power_sentence
+from saeffect.comparison.evidence_words import power_sentence
 from saeffect.report.activity_tables import cross_summary, cross_table, stagewise_table
 from saeffect.report.chance_tables import calibration_table, calibration_verdict, chance_table, power_table
 from saeffect.report.context import ReportContext
-from saeffect.report.fate_tables import fate_table, notable_table
+from saeffect.report.fate_tables import fate_summary, fate_table, notable_table
 from saeffect.report.regression_table import coherence_sentence, regression_table
 from saeffect.report.table_view import TableView
 from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary, threat_table
@@ -28,7 +28,7 @@ class Evidence:
     Attributes:
         calibration: May the findings be believed?
         power: What could have been found; "" if unknown.
-        fates: What became of the features, a sentence a measure.
+        fates: How many features have no counterpart beyond what seeds show; "" where that is unknown.
         cross: Which features fire more.
         stagewise: Why features were not followed through training on; "" if they were.
         regression: Does coherence go with the effect?
@@ -39,7 +39,7 @@ class Evidence:
 
     calibration: str
     power: str
-    fates: tuple[str, ...]
+    fates: str
     cross: str
     stagewise: str
     regression: str
@@ -54,7 +54,7 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
     return Evidence(
         calibration=calibration_verdict(comparison),
         power=power_sentence(comparison.power, roles),
-        fates=tuple(fate_sentences(comparison.matches.fate_counts, roles)),
+        fates=fate_summary(comparison, context),
         cross=cross_summary(comparison, context),
         stagewise=_stagewise(comparison),
         regression=coherence_sentence(comparison),

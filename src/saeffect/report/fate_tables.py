@@ -11,10 +11,10 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.feature_words import feature_words
-from saeffect.report.numerals import amount, count, fixed, is_defined, p_value, percent, undefined
+from saeffect.report.numerals import amount, count, fixed, is_defined, p_value, percent, signed, undefined
 from saeffect.report.table_view import Cell, Column, Row, TableView
 
-__all__ = ["MEASURE_NAMES", "fate_table", "notable_table"]
+__all__ = ["MEASURE_NAMES", "fate_summary", "fate_table", "notable_table"]
 
 MEASURE_NAMES = {
     "decoder cosine": "Matched by what they write (decoder cosine)",
@@ -30,6 +30,31 @@ _FATES = {
     ("treatment", "new"): "New: matches nothing before",
 }
 _PER_FATE, _CANDIDATES = 6, 3
+
+
+def fate_summary(comparison: Comparison, context: ReportContext) -> str:
+    """How many features more than between seeds have no counterpart, and how many single ones stand out."""
+    counts = comparison.matches.fate_counts
+    if counts.empty or not counts["n_placebo"].notna().any():
+        return ""
+    parts = []
+    rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
+    for row in rows[rows["n_placebo"].notna()].to_dict("records"):
+        both = is_defined(row["low"]) and is_defined(row["high"])
+        ends = f"[{fixed(row['low'], 0)}, {fixed(row['high'], 0)}]" if both else f"no interval: {row['reason']}"
+        how = MEASURE_NAMES.get(str(row["measure"]), str(row["measure"]))
+        parts.append(
+            f"{how}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the control have no "
+            f"counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of the same model."
+        )
+    called = counts[counts["fate"].isin(["moved", "gone", "absorbed", "new"])].groupby("fate", sort=False)["called"].sum()
+    found = [f"{count(n)} {fate}" for fate, n in called.items() if n]
+    single = (
+        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {', '.join(found)}."
+        if found
+        else f"No single feature stands out as moved, gone or new (q ≤ {context.alpha:g})."
+    )
+    return " ".join([*parts, single])
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -67,7 +92,6 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         ),
         rows=tuple(rows),
         corner="Fate",
-        stacks=True,
         note=_why(counts),
     )
 
@@ -99,6 +123,8 @@ def _excess(row: Mapping[Any, Any]) -> Cell:
 
 
 def _called(row: Mapping[Any, Any]) -> Cell:
+    if row["fate"] == "kept":
+        return Cell("–", tone="muted")  # only what differs from seeds is called
     if not is_defined(row["called"]):
         return Cell(undefined(str(row["reason"])), tone="muted", is_text=True)
     return Cell(count(row["called"]))

@@ -112,15 +112,12 @@ def _excess_words(found: Mapping[tuple[str, str], Mapping[Any, Any]]) -> str:
 
 
 def _called_words(rows: pd.DataFrame, context: ReportContext) -> str:
-    called = rows[rows["fate"] != "kept"]
-    parts = [
-        f"{count(row.called)} {row.fate}" + (" (treatment's)" if row.fate == "moved" and row.side == "treatment" else "")
-        for row in called.itertuples()
-        if is_defined(row.called)
-    ]
-    if not parts:
-        return ""
-    return f"Called one by one (q ≤ {context.alpha:g}): {', '.join(parts)}."
+    called = rows[(rows["fate"] != "kept") & rows["called"].notna()]
+    sums = called.groupby("fate", sort=False)["called"].sum()
+    found = [f"{count(n)} {fate}" for fate, n in sums.items() if n]
+    if not found:
+        return f"No single feature can be called moved, gone, absorbed or new (q ≤ {context.alpha:g})."
+    return f"Single features called so (q ≤ {context.alpha:g}): {', '.join(found)}."
 
 
 def _flow(
