@@ -56,7 +56,9 @@ def test_steering_that_does_nothing(arms):
 
 
 def test_nothing_steered_leaves_those_rows_out(arms):
-    unsteered = {name: replace(arm, interventions=None, effects=None, direct_effects=None) for name, arm in arms.items()}
+    unsteered = {
+        name: replace(arm, interventions=None, effects=None, direct_effects=None) for name, arm in arms.items()
+    }
     assert list(found(unsteered).index) == ["domain features"]
 
 

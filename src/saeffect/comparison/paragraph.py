@@ -139,9 +139,7 @@ def _of_alarms(calibration: pd.DataFrame, judged: Mapping[str, Judgement]) -> st
     )
 
 
-def _of_activity(
-    arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float
-) -> list[str]:
+def _of_activity(arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float) -> list[str]:
     """Domain features against all others, and the most changed ones by name."""
     if cross.empty or "is_domain" not in cross or not cross["q"].notna().any():
         return []
@@ -159,7 +157,10 @@ def _of_activity(
     named = _named(arms[roles.control].features, most_changed(cross, alpha=alpha, domain_only=True))
     if not named:
         return [f"{text}."]
-    return [f"{text}; the most changed are {joined(named)}. How much of this any other fine-tuning would do was not measured."]
+    return [
+        f"{text}; the most changed are {joined(named)}. "
+        "How much of this any other fine-tuning would do was not measured."
+    ]
 
 
 def _named(features: pd.DataFrame, changed: pd.DataFrame) -> list[str]:

@@ -258,7 +258,9 @@ def _of_power(power: pd.DataFrame) -> list[Threat]:
     weak = [str(row.test) for row in rows.itertuples() if abs(row.observed) < row.detectable]
     if not weak:
         return []
-    sizes = [f"{short_name(row.test)} {_size(row.detectable, row.unit)}" for row in rows.itertuples() if row.test in weak]
+    sizes = [
+        f"{short_name(row.test)} {_size(row.detectable, row.unit)}" for row in rows.itertuples() if row.test in weak
+    ]
     return [
         Threat(
             f"Smaller differences than these would mostly have been missed: {joined(sizes)}. "

@@ -83,7 +83,9 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
 
 def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], context: ReportContext) -> Row:
     feature, domain = int(row["feature"]), bool(row.get("is_domain", False))
-    ends = f"[{_level(row['low'])}, {_level(row['high'])}]" if is_defined(row["low"]) else f"no interval: {row['reason']}"
+    ends = (
+        f"[{_level(row['low'])}, {_level(row['high'])}]" if is_defined(row["low"]) else f"no interval: {row['reason']}"
+    )
     ratio = f"{fixed(row['mean_treatment'] / row['mean_control'], 2)}×" if row["mean_control"] > 0 else "silent before"
     return Row(
         str(feature),
@@ -118,9 +120,10 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     words = feature_words(arm.features if arm is not None else None, set(shown["feature"].astype(int)))
     rows = []
     for row in shown.to_dict("records"):
-        known = is_defined(row["null_rotation"])
-        null = Cell(f"{fixed(row['null_rotation'], 1)}°") if known else Cell(undefined(str(row["reason"])), tone="muted",
-                                                                            is_text=True)  # fmt: skip
+        if is_defined(row["null_rotation"]):
+            null = Cell(f"{fixed(row['null_rotation'], 1)}°")
+        else:
+            null = Cell(undefined(str(row["reason"])), tone="muted", is_text=True)
         rows.append(
             Row(
                 str(int(row["feature"])),

@@ -81,8 +81,8 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
         rows=tuple(rows),
         corner="Test, and what counts as a finding",
         stacks=True,
-        note="Bold: tests that the study declared beforehand. " + _not_tried(table[~declared & (table["tests"] == 0)],
-                                                                             context.alpha),  # fmt: skip
+        note="Bold: tests that the study declared beforehand. "
+        + _not_tried(table[~declared & (table["tests"] == 0)], context.alpha),
     )
 
 
@@ -90,7 +90,9 @@ def _not_tried(rows: pd.DataFrame, alpha: float) -> str:
     """The exploratory tests that nothing could be tried on, by reason."""
     parts = []
     for reason, some in rows.groupby("reason", sort=False):
-        names = "; ".join(f"{short_name(str(one.test))}, {rule_label(str(one.rule), alpha)}" for one in some.itertuples())
+        names = "; ".join(
+            f"{short_name(str(one.test))}, {rule_label(str(one.rule), alpha)}" for one in some.itertuples()
+        )
         parts.append(f"{names} ({reason})")
     return f"Could not be tried: {'; '.join(parts)}." if parts else ""
 
@@ -99,7 +101,9 @@ def calibration_verdict(comparison: Comparison) -> str:
     """One or two plain sentences: may the findings be believed?"""
     table = comparison.calibration
     if table.empty:
-        return "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
+        return (
+            "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
+        )
     known = table[(table["tests"] > 0) & table["rate"].notna()]
     if known.empty:
         reasons = [reason for reason in table["reason"] if reason]
@@ -207,7 +211,9 @@ def power_table(comparison: Comparison) -> TableView | None:
         unit = difference_unit(str(row["unit"]))
         single = str(row["test"]).startswith(("feature in", "only feature"))
         units = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
-        noun = "pairs of texts" if single else "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
+        noun = (
+            "pairs of texts" if single else "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
+        )
         if is_defined(row["detectable"]):
             smallest = Cell(amount(row["detectable"], unit), sub=_downwards(row, unit))
         else:
@@ -245,7 +251,9 @@ def _downwards(row: Mapping[Any, Any], unit: str) -> str:
 def _reach(row: Mapping[Any, Any]) -> Cell:
     if not is_defined(row["detectable"]) or not is_defined(row["observed"]):
         return Cell("cannot be said", tone="muted", is_text=True)
-    limit = row["detectable_below"] if row["observed"] < 0 and is_defined(row["detectable_below"]) else row["detectable"]
+    limit = (
+        row["detectable_below"] if row["observed"] < 0 and is_defined(row["detectable_below"]) else row["detectable"]
+    )
     if abs(row["observed"]) < limit:
         return Cell("too small to be found reliably", is_text=True)
     return Cell("large enough to be found", is_text=True)

@@ -103,10 +103,7 @@ def _errors(comparison: Comparison) -> tuple[str, ...]:
 
 def _roles(comparison: Comparison) -> Roles:
     return roles_of(
-        {
-            str(name): str(role)
-            for name, role in zip(comparison.table1["arm"], comparison.table1["role"], strict=True)
-        }
+        {str(name): str(role) for name, role in zip(comparison.table1["arm"], comparison.table1["role"], strict=True)}
     )
 
 

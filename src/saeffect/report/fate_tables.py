@@ -47,7 +47,9 @@ def fate_summary(comparison: Comparison, context: ReportContext) -> str:
             f"{how}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the control have no "
             f"counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of the same model."
         )
-    called = counts[counts["fate"].isin(["moved", "gone", "absorbed", "new"])].groupby("fate", sort=False)["called"].sum()
+    called = (
+        counts[counts["fate"].isin(["moved", "gone", "absorbed", "new"])].groupby("fate", sort=False)["called"].sum()
+    )
     found = [f"{count(n)} {fate}" for fate, n in called.items() if n]
     single = (
         f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {', '.join(found)}."

@@ -86,8 +86,14 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
         trials = _by_feature(arm.interventions, shown["feature"])
         outcomes = outcome_pairs(context, arm.name)
         cards = tuple(
-            _card(arm, row | {"outcome_pairs": outcomes.get(row["feature"], ())}, examples.get(row["feature"]),
-                  trials.get(row["feature"]), context, scale)
+            _card(
+                arm,
+                row | {"outcome_pairs": outcomes.get(row["feature"], ())},
+                examples.get(row["feature"]),
+                trials.get(row["feature"]),
+                context,
+                scale,
+            )
             for row in shown.to_dict("records")
         )
         lists.append(FeatureList(arm.name, arm.role, cards, len(rows)))

@@ -140,8 +140,19 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
         (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
         (
             contrast_table(comparison),
-            ("p", "newcombe", "fisher", "bootstrap", "hierarchical", "permutation", "did", "cliffs_delta", "activation",
-             "density", "direct_effect"),  # fmt: skip
+            (
+                "p",
+                "newcombe",
+                "fisher",
+                "bootstrap",
+                "hierarchical",
+                "permutation",
+                "did",
+                "cliffs_delta",
+                "activation",
+                "density",
+                "direct_effect",
+            ),
             "contrasts",
         ),
         (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),

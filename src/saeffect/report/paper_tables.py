@@ -257,7 +257,9 @@ def _gap_cell(gap: Gap) -> Cell:
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
     """How often this test finds something in a stand-in: the rule of the headline where it could be tried."""
-    rows = calibration[(calibration["test"] == quantity) & (calibration["tests"] > 0)] if len(calibration) else calibration
+    rows = (
+        calibration[(calibration["test"] == quantity) & (calibration["tests"] > 0)] if len(calibration) else calibration
+    )
     if rows.empty:
         return Cell("not known", tone="muted")
     row = rows.iloc[-1]  # "more than SAE noise" comes after "the interval excludes zero"

@@ -56,7 +56,11 @@ def steering_views(comparison: Comparison, context: ReportContext) -> list[View]
     baselines = {name for table in results.baseline_effects.values() for name in table["baseline"]} if results else ()
     baseline_terms = {"prompt": "naming_prompt", "mean_difference": "mean_difference"}
     return [
-        (None, ("forest", "interval", "pass", "q", *(("common_noise",) if results else ())) if steered else (), "forest"),
+        (
+            None,
+            ("forest", "interval", "pass", "q", *(("common_noise",) if results else ())) if steered else (),
+            "forest",
+        ),
         (
             outcome_table(comparison, context),
             ("declared", "exploratory", *control_terms, "reversed", "paper_rule", *outcome_terms),

@@ -99,7 +99,9 @@ def _curves(context: ReportContext, order: Sequence[str]) -> tuple[pd.DataFrame,
     if results is not None and results.dose_response is not None and len(results.dose_response):
         found = dose_summary(results.dose_response, order)
         tests = "; hollow marks: arms/*/outcome_effects.parquet, columns placebo_mean and unsteered_mean"
-        named = "steering/dose_response.parquet, means by arm and dose of gain, direct_effect, perplexity, distinct2, score"
+        named = (
+            "steering/dose_response.parquet, means by arm and dose of gain, direct_effect, perplexity, distinct2, score"
+        )
         return found, named + (tests if results.outcome_effects else "")
     if table is None or table.empty or "dose" not in table.columns:
         raise Undefined("no dose search was recorded.")

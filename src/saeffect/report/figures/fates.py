@@ -39,9 +39,7 @@ class _Segment:
     colour: str
 
 
-def _fates(
-    measure: str, comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext
-) -> DrawnFigure:
+def _fates(measure: str, comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
     """Two flows below each other: to the treatment's SAE, and to another SAE of the control's model."""
     counts = comparison.matches.fate_counts
     rows = counts[counts["measure"] == measure] if len(counts) else counts
@@ -75,7 +73,7 @@ def _fates(
             f"{count(round(found['control', 'gone']['n_placebo']))}."
         ),
         figure=figure,
-        source=f"comparison/fate_counts.parquet, rows whose measure is {measure}: n_treatment, n_placebo, excess, called",
+        source=f"comparison/fate_counts.parquet, rows of the {measure}: n_treatment, n_placebo, excess, called",
     )
 
 
@@ -120,9 +118,7 @@ def _called_words(rows: pd.DataFrame, context: ReportContext) -> str:
     return f"Single features called so (q ≤ {context.alpha:g}): {', '.join(found)}."
 
 
-def _flow(
-    ax: Axes, found: Mapping[tuple[str, str], Mapping[Any, Any]], column: str, title: str, role: str
-) -> None:
+def _flow(ax: Axes, found: Mapping[tuple[str, str], Mapping[Any, Any]], column: str, title: str, role: str) -> None:
     control, other = _LOOKS["control"].colour, _LOOKS[role].colour
     absorbed = float(found.get(("control", "absorbed"), {}).get("called") or 0) if column == "n_treatment" else 0.0
     absorbed = absorbed if is_defined(absorbed) else 0.0
@@ -194,9 +190,7 @@ def _bar(
                 color=MUTED)  # fmt: skip
 
 
-def _ribbon(
-    ax: Axes, left: tuple[float, float], right: tuple[float, float], colour: str, alpha: float
-) -> None:
+def _ribbon(ax: Axes, left: tuple[float, float], right: tuple[float, float], colour: str, alpha: float) -> None:
     a, b = _LEFT + _BAR, _RIGHT - _BAR
     middle = (a + b) / 2
     points = [

@@ -39,9 +39,7 @@ class _Scale:
     control: str
 
 
-def forests(
-    comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext
-) -> tuple[DrawnFigure, ...]:
+def forests(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> tuple[DrawnFigure, ...]:
     """One forest plot an arm, all on one scale: features sorted by effect, the arm's mean above them.
 
     Args:

@@ -45,7 +45,7 @@ def partial_residuals(comparison: Comparison, styles: Mapping[str, ArmStyle], co
         ),
         alt="Slopes: " + "; ".join(f"{_label(name)[0]} {_slope(slopes.loc[name])}" for name in names) + ".",
         figure=figure,
-        source="comparison/partial_residuals.parquet, columns term, x, residual, arm; slopes: comparison/regression.parquet",
+        source="comparison/partial_residuals.parquet, columns term, x, residual, arm; regression.parquet: estimate",
     )
 
 
