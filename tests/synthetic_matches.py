@@ -41,7 +41,7 @@ def synthetic_matches(n: int = 120, *, called: bool = True, placebo: bool = True
                 "drift": 0.0,
                 "reason": "",
             }
-        ),
+        ).iloc[0 if placebo else 1 :],
         cross_activity=cross_activity(n),
         absorption=pd.DataFrame(
             {

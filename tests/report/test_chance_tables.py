@@ -67,6 +67,10 @@ def test_the_verdict_in_a_sentence() -> None:
     fine = calibration(verdict="within nominal", unit="pairs of SAEs").iloc[[2]]
     assert calibration_verdict(found(fine)).startswith("No test raised more false alarms than it promises. Between")
     assert "it needs three SAEs" in calibration_verdict(found(calibration().iloc[[3]]))
+    untried = calibration().assign(declared=[False, False, False, True])
+    assert calibration_verdict(found(untried)) == (
+        "It cannot be said how often the declared tests raise false alarms: it needs three SAEs."
+    )
     assert "was not measured" in calibration_verdict(found(pd.DataFrame()))
     assert calibration_table(found(pd.DataFrame()), ReportContext()) is None
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_html import Page
 
+from page_parser import Page
 from saeffect.comparison import Comparison, MatchTables, compare
 from saeffect.report import ReportContext, draw_figures, render_report, write_tables
 from saeffect.report.figures.style import svg_text

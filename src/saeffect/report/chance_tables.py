@@ -109,6 +109,10 @@ def calibration_verdict(comparison: Comparison) -> str:
         reasons = [reason for reason in table["reason"] if reason]
         why = reasons[0] if reasons else "no SAE of the control's model can stand in for the treatment"
         return f"It cannot be said how often these tests raise false alarms: {why}."
+    declared = table[table["declared"].astype(bool)]
+    if len(declared) and not (declared["tests"] > 0).any():
+        why = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
+        return f"It cannot be said how often the declared tests raise false alarms: {why}."
     bad = known[known["verdict"] != WITHIN]
     unjudged = table[table["tests"] == 0]
     if len(bad):

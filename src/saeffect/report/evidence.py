@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas as pd
+
 from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles, roles_of
 from saeffect.comparison.evidence_words import power_sentence
@@ -116,6 +118,14 @@ def _stagewise(comparison: Comparison) -> str:
     )
 
 
+def _was_tried(calibration: pd.DataFrame) -> bool:
+    """Whether any declared test could be tried where there is nothing to find; any at all where none is declared."""
+    if calibration.empty:
+        return False
+    declared = calibration[calibration["declared"].astype(bool)]
+    return bool(((declared if len(declared) else calibration)["tests"] > 0).any())
+
+
 def _limits(comparison: Comparison) -> dict[str, str]:
     """Sections that have nothing to show, and why."""
     limits = {"chance": "", "fates": "", "regression": ""}
@@ -127,7 +137,7 @@ def _limits(comparison: Comparison) -> dict[str, str]:
             f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
             "feature to its nearest is in comparison/fates_control.parquet."
         )
-    if comparison.calibration.empty or not (comparison.calibration["tests"] > 0).any():
+    if not _was_tried(comparison.calibration):
         limits["chance"] = calibration_verdict(comparison)
     regression = comparison.regression
     if regression.empty or not regression["estimate"].notna().any():
