@@ -9,6 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison, compare
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
+from synthetic_steering import synthetic_steering
 from synthetic_study import HOSTILE, synthetic_arms, synthetic_examples
 
 PROMPTS = ("What topic is on your mind?", "Tell me something.", "I think that")
@@ -60,6 +61,7 @@ def context(arms: dict) -> ReportContext:
         arms=arms,
         examples=synthetic_examples(n_features=120),
         prompts=PROMPTS,
+        steering=synthetic_steering(arms),
         doses=_dose_search(),
         config=f"study: demo  # {HOSTILE_NAME}\n",
         provenance={"versions": {"torch": "2.13"}, "seed": 0},

@@ -19,7 +19,9 @@ NAMES = (
     "figure_2a_top_token_weights",
     "figure_2b_mean_activation",
     "figure_2c_density",
-    "figure_3_effects",
+    "figure_3a_effects",
+    "figure_3b_effects",
+    "figure_3c_effects",
     "figure_4_coherence",
     "figure_5_contrasts",
     "figure_6_doses",
@@ -61,9 +63,10 @@ def test_captions_count_what_is_drawn(figures: tuple[DrawnFigure, ...], comparis
     for row in comparison.table1.itertuples():
         zero = comparison.match_counts.query("arm == @row.arm and matches == 0")["n"].iloc[0]
         assert f"{row.arm} {zero} (" in first.caption
-    effects = next(figure for figure in figures if figure.name == "figure_3_effects")
+    effects = next(figure for figure in figures if figure.name == "figure_3b_effects")
     passed = comparison.table1.set_index("arm").loc["treatment", "passed"]
-    assert f"treatment {passed} of 10 pass" in effects.alt
+    assert f"treatment: {passed} of 10 pass" in effects.alt
+    assert f"{passed} of 10 features pass" in effects.caption
 
 
 def test_arms_differ_in_every_mark() -> None:

@@ -20,6 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, comparison: Comparison, con
 
 def test_every_table_is_there_in_both_formats(folder: Path) -> None:
     names = "table1 table2 contrasts match_counts weights activity design domain_features doses".split()
+    names += "steering_outcomes outcome_effects steering_baselines baseline_effects together_effects".split()
+    names += ["dose_response", "dose_response_by_arm"]
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [f"{name}.{ending}" for name in names for ending in ("csv", "json")] + ["answer.json"]
     )

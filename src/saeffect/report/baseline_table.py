@@ -19,8 +19,8 @@ from saeffect.report.table_view import Cell, Column, Row, TableView
 __all__ = ["baseline_sentences", "baseline_table", "yardstick"]
 
 _SIMPLER: Mapping[str, str] = {
-    "prompt": "simply asking, with a prompt that names the concept",
-    "mean_difference": "pushing the model as hard along a plain difference of means",
+    "prompt": "simply asking (a prompt that names the concept)",
+    "mean_difference": "an equal push along a plain difference of means",
 }
 
 
@@ -52,21 +52,24 @@ def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[
 
 
 def _sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
+    """The verdict first, then the counts on both sides: nobody sees only the flattering one."""
     n, above, below = (int(rows[name].sum()) for name in ("n_defined", "n_above", "n_below"))
+    clear_above, clear_below = (int(rows[name].sum()) for name in ("n_clearly_above", "n_clearly_below"))
     what = _SIMPLER.get(baseline, control_words(baseline))
+    title = outcome_words(outcome).title
     if not n:
         reason = next((str(r) for r in rows["reason"] if r), "no reason was recorded")
         return f"Whether steering does more than {what} cannot be said: {reason}."
-    weaker = below >= above
-    number, clear = (below, "n_clearly_below") if weaker else (above, "n_clearly_above")
-    clearly = int(rows[clear].sum())
-    features = "the one feature" if n == 1 else f"{count(number)} of {count(n)} features"
-    if n == 1 and not number:
-        return f"On the one feature compared, steering does as much as {what}, in {outcome_words(outcome).title}."
-    sure = "none of them" if not clearly else f"{count(clearly)} of them" if n > 1 else "it"
+    if above > below and clear_above > clear_below:
+        verdict = f"Steering is stronger than {what}"
+    elif below > above and clear_below > clear_above:
+        verdict = f"Steering is weaker than {what}"
+    else:
+        verdict = f"Steering is neither clearly stronger nor clearly weaker than {what}"
+    of = "the one feature compared" if n == 1 else f"{count(n)} features"
     return (
-        f"Steering is {'weaker' if weaker else 'stronger'} than {what}, on {features} ({outcome_words(outcome).title}); "
-        f"on {sure} the 95 % interval lies wholly {'below' if weaker else 'above'} zero."
+        f"{verdict}: by {title}, of {of} it is stronger on {count(above)} (clearly on {count(clear_above)}) and weaker on "
+        f"{count(below)} (clearly on {count(clear_below)}). Clearly: the 95 % interval excludes zero."
     )
 
 
@@ -86,14 +89,14 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     rows = []
     for arm, table in shown.items():
         names = feature_names(context, arm)
-        tag = "declared" if results.declared(outcome) else "exploratory"
         for feature, some in table.groupby("feature"):
             cells = _cells(some, baselines, outcome)
-            rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm, tag=tag))  # type: ignore[call-overload]
+            rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm))  # type: ignore[call-overload]
     title = outcome_words(outcome).title
+    tag = "declared" if results.declared(outcome) else "exploratory"
     return TableView(
         name="baselines",
-        caption=f"Table 1b. Does steering beat simpler means? {title[0].upper()}{title[1:]} of the texts",
+        caption=f"Table 1b. Does steering beat simpler means? {title[0].upper()}{title[1:]} of the texts ({tag})",
         columns=tuple(columns),
         rows=tuple(rows),
         corner="Feature",

@@ -45,15 +45,17 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         rows += _outcome_rows(str(outcome), mine, list(arms["arm"]))
     return TableView(
         name="outcomes",
-        caption="Table 1a. Every outcome of steering against every control",
+        caption=(
+            "Table 1a. Every outcome of steering against every control: mean effect [95 % interval], and features with "
+            f"q ≤ {context.alpha:g}"
+        ),
         columns=arm_columns(arms),
         rows=tuple(rows),
         corner="Steered minus …",
         note=(
-            "Mean effect over an arm's features with its 95 % interval (Student's t over features; Table 1 has the "
-            f"bootstrap's), then the features with q ≤ {context.alpha:g} of those tested. Outcomes without a direction "
-            "(KL, perplexity, distinct-2) are tested two-sided: there, such a feature has changed them, either way. "
-            "Nothing but the row in bold decides what passes."
+            "Means over an arm's features; intervals are Student's t over features, where Table 1 has the bootstrap's. "
+            "Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q counts features "
+            "that changed them, either way. Only the control in bold under the deciding outcome decides what passes."
         ),
         source=(
             "arms/*/outcome_effects.parquet, rows by outcome and placebo, columns effect and q; the first two rows "
@@ -151,5 +153,5 @@ def _cell(row: pd.Series[Any], outcome: str) -> Cell:
     passed = f"{count(row['n_passed'])} of {count(row['n_tested'])}" if row["n_tested"] else "none tested"
     return Cell(
         f"{effect_text(row['mean'], outcome)} {interval_text(row['low'], row['high'], outcome)}",
-        sub=f"q: {passed}",
+        sub=passed,
     )

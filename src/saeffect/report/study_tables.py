@@ -124,34 +124,37 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
     )
 
 
+_DOSE_COLUMNS: Mapping[str, str] = {
+    "n": "Texts",
+    "gain": "Gain",
+    "distinct2": "Distinct-2",
+    "perplexity": "Perplexity",
+    "fluency": "Fluency",
+    "score": "Score",
+}
+
+
 def dose_table(context: ReportContext) -> TableView | None:
     """Table 6: the dose search, one row a dose and arm; None when there was none."""
     table = context.doses
     if table is None or table.empty or "dose" not in table.columns:
         return None
-    columns = [column for column in table.columns if column not in ("dose", "chosen", "reason")]
+    known = [column for column in _DOSE_COLUMNS if column in table.columns]
+    columns = known or [c for c in table.columns if c not in ("arm", "dose", "chosen", "reason")]
     rows = []
     for row in table.to_dict("records"):
         chosen = bool(row.get("chosen", False))
-        cells = tuple(
-            Cell(str(row[name]), is_text=True)
-            if isinstance(row[name], str)
-            else value_cell(
-                row[name],
-                "count" if str(name).startswith("n") else "",
-                reason=str(row.get("reason") or "not measured"),
-            )
-            for name in columns
-        )
-        rows.append(Row(f"{row['dose']:g}" + (" (chosen)" if chosen else ""), cells, strong=chosen))
-    headings = tuple(Column(str(name).replace("_", " "), is_text=name == "arm") for name in columns)
-    axis = dose_axis(context.steering)
+        reason = str(row.get("reason") or "not measured")
+        cells = tuple(value_cell(row[name], "count" if name == "n" else "", reason=reason) for name in columns)
+        label = f"{row['dose']:g}" + (" (chosen)" if chosen else "")
+        rows.append(Row(label, cells, strong=chosen, group=str(row.get("arm", ""))))
     return TableView(
         name="doses",
-        caption=f"Table 6. The dose search; {axis}",
-        columns=headings,
+        caption="Table 6. The dose search",
+        columns=tuple(Column(_DOSE_COLUMNS.get(str(name), str(name).replace("_", " "))) for name in columns),
         rows=tuple(rows),
         corner="Dose",
+        note=f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; see Figure 6.",
         source="steering/dose_search.parquet, one row per arm and dose",
     )
 

@@ -150,7 +150,7 @@ def _dress(ax: Axes, panel: _Panel) -> None:
     if panel.is_log:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        every = [step * 10.0**power for power in range(-1, 7) for step in (1, 2, 5)]
+        every = [step * 10.0**power for power in range(-1, 9) for step in (1, 3)]
         ticks = [tick for tick in every if low <= tick <= high]
         ticks = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}"[0] == "1"]
         ax.set_yticks(ticks or [low, high])

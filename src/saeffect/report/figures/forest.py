@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextToPath
 from matplotlib.ticker import MaxNLocator
 
 from saeffect.comparison import Comparison
@@ -23,8 +25,11 @@ __all__ = ["MOST_ROWS", "forests"]
 
 MOST_ROWS = 40
 _LOWEST = 10  # of the rows of a capped plot, how many show the smallest effects
-_ROW = 0.168  # inches
+_ROW, _BELOW = 0.168, 0.56  # inches: a row, and what stands below the axis
+_LEFT, _RIGHT = 0.42, 0.875  # of the width: labels before, q after
+_TOKENS = 94.0  # points that the top tokens may take before they are cut
 _LABEL, _NUMBER = 7.8, 7.4  # points
+_BEYOND = 0.4  # how far intervals are drawn beyond the outermost effects, in multiples of the effects' range
 _SHARES = {"points": 100.0}
 
 
@@ -73,12 +78,13 @@ def _forest(
         return DrawnFigure(figure_name, number, title, "", "", None, reason=why, source=source)
     shown, hidden = _capped(table)
     mean = primary_effects(table)
-    figure = new_figure(0.62 + _ROW * (len(shown) + 2 + bool(hidden)))
-    ax = figure.add_subplot()
+    height = _BELOW + _ROW * (len(shown) + 2.6 + bool(hidden))
+    figure = new_figure(height)
+    figure.set_layout_engine("none")  # all arms have the same scale only if all axes are equally wide
+    ax = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, 1 - (_BELOW + 0.04) / height))
     names = feature_names(context, name, 2)
     _draw(ax, shown, hidden, mean, names, style, scale)
     passed = int(table["passed"].sum())
-    outcome, control = outcome_words(scale.outcome).title, control_words(scale.control)
     average = f"mean effect {effect_text(mean['mean'], scale.outcome)}"
     ends = interval_text(mean["low"], mean["high"], scale.outcome)
     cap = (
@@ -92,10 +98,8 @@ def _forest(
         number=number,
         title=title,
         caption=(
-            f"{count(passed)} of {count(len(table))} features pass; {average}, 95 % interval {ends}. Each row is a "
-            f"feature with its first top tokens: {outcome} of steered texts minus that under the {control}. Filled: "
-            f"q ≤ {context.alpha:g}; hollow: not. Diamond: the arm's mean. Dashed: no effect. An arrow: the interval "
-            f"goes on. Every arm has the same scale.{cap}"
+            f"{count(passed)} of {count(len(table))} features pass; {average}, 95 % interval {ends}. "
+            f"{_reading(scale, context) if letter == 'a' else 'Read as Figure 3a.'}{cap}"
         ),
         alt=(
             f"Forest plot of {name}: {count(passed)} of {count(len(table))} pass, {average}, interval {ends}; effects "
@@ -103,6 +107,15 @@ def _forest(
         ),
         figure=figure,
         source=source,
+    )
+
+
+def _reading(scale: _Scale, context: ReportContext) -> str:
+    outcome, control = outcome_words(scale.outcome).title, control_words(scale.control)
+    return (
+        f"Each row is a feature with its first top tokens: {outcome} of steered texts minus that under the {control}. "
+        f"Filled: passed (q ≤ {context.alpha:g}); hollow: not. Diamond: the arm's mean. Dashed: no effect. An arrow: the "
+        "interval goes on. Every arm has the same scale."
     )
 
 
@@ -126,18 +139,18 @@ def _capped(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def _scale(tables: list[pd.DataFrame]) -> _Scale:
-    """Wide enough for every effect and nearly every interval: one of two pairs may be wider than all others."""
+    """Wide enough for every effect and every interval but huge ones: that of two pairs would leave nothing to see."""
     rows = pd.concat([table for table in tables if len(table)], ignore_index=True)
     effects = rows["effect"].to_numpy(dtype=float)
+    low, high = min(0.0, float(effects.min())), max(0.0, float(effects.max()))
+    spread = (high - low) or 1.0
     lows, highs = (ends[np.isfinite(ends)] for ends in (rows["effect_low"], rows["effect_high"]))
-    low = min(0.0, effects.min(), *([np.percentile(lows, 4)] if len(lows) else []))
-    high = max(0.0, effects.max(), *([np.percentile(highs, 96)] if len(highs) else []))
-    margin = 0.05 * ((high - low) or 1.0)
+    low = max([low - _BEYOND * spread, min([low, *lows])]) - 0.06 * spread
+    high = min([high + _BEYOND * spread, max([high, *highs])]) + 0.06 * spread
     first = rows.iloc[0]
     outcome = str(first.get("outcome", "similarity"))
     factor = _SHARES.get(outcome_words(outcome).amount_unit, 1.0)
-    ends = factor * (low - margin), factor * (high + margin)
-    return _Scale(*ends, factor, outcome, str(first.get("placebo", "placebo")))
+    return _Scale(factor * low, factor * high, factor, outcome, str(first.get("placebo", "placebo")))
 
 
 def _draw(
@@ -157,9 +170,9 @@ def _draw(
     _mean_row(ax, mean, style, scale)
     for place, row in zip(y, shown.to_dict("records"), strict=True):
         _row(ax, place, row, style, scale)
-        ax.text(1.02, place, p_value(row["q"]) if is_defined(row["q"]) else "–", transform=ax.get_yaxis_transform(),
+        ax.text(1.05, place, p_value(row["q"]) if is_defined(row["q"]) else "–", transform=ax.get_yaxis_transform(),
                 size=_NUMBER, color=INK if row["passed"] else MUTED, va="center")  # fmt: skip
-    ax.text(1.02, 0, "q", transform=ax.get_yaxis_transform(), size=_NUMBER, color=MUTED, va="center")
+    ax.text(1.05, 0, "q", transform=ax.get_yaxis_transform(), size=_NUMBER, color=MUTED, va="center")
     labels = [_label(int(feature), names) for feature in shown["feature"]]
     ticks, texts = [0.0, *y], [f"mean of {count(len(shown) + hidden)}", *labels]
     if hidden:
@@ -169,8 +182,8 @@ def _draw(
     ax.get_yticklabels()[0].set_weight("bold")
     ax.set(xlim=(scale.low, scale.high), ylim=(y[-1] + 0.7, -0.8))
     words = outcome_words(scale.outcome)
-    unit = "cosine" if words.unit == "cosine" else words.unit.split(":")[0]
-    ax.set_xlabel(f"{words.title}: steered − {control_words(scale.control)} ({unit})", size=8.5)
+    unit = words.unit.split(":")[0]
+    ax.set_xlabel(f"steered − {control_words(scale.control)}\n{words.title} ({unit})", size=8.5)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
     ax.tick_params(axis="x", labelsize=8)
@@ -202,5 +215,12 @@ def _whisker(ax: Axes, y: float, ends: tuple[float, float], colour: str, width: 
 
 
 def _label(feature: int, names: Mapping[int, str]) -> str:
-    tokens = safe_text(names.get(feature, ""), 22)
-    return f"{tokens}  {feature}" if tokens else f"{feature}"
+    tokens = safe_text(names.get(feature, ""), 40)
+    while len(tokens) > 1 and _width(tokens) > _TOKENS:
+        tokens = tokens.rstrip("…")[:-1].rstrip() + "…"
+    return f"{tokens} · {feature}" if tokens else f"{feature}"
+
+
+def _width(text: str) -> float:
+    """In points, as the file will show it."""
+    return float(TextToPath().get_text_width_height_descent(text, FontProperties(size=_LABEL), ismath=False)[0])
