@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
 from page_parser import Page
 from saeffect.comparison import Comparison, MatchTables, compare
-from saeffect.report import ReportContext, draw_figures, render_report, write_tables
+from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
 from saeffect.report.figures.style import svg_text
 from synthetic_matches import synthetic_matches
 
-Compare = Callable[[dict], Comparison]
 SECTIONS = (
     *("answer", "chance", "steering", "sentences", "tables", "figures", "features", "fates", "activity"),
     *("regression", "threats", "design", "methods", "provenance"),
@@ -36,18 +33,8 @@ def compared(arms: dict, matches: MatchTables | None = None) -> Comparison:
 
 
 @pytest.fixture(scope="module")
-def matched(arms: dict) -> Comparison:
-    return compared(arms, synthetic_matches())
-
-
-@pytest.fixture(scope="module")
-def pictures(matched: Comparison, context: ReportContext) -> dict[str, Any]:
-    return {one.name: one for one in draw_figures(matched, context)}
-
-
-@pytest.fixture(scope="module")
-def matched_page(matched: Comparison, context: ReportContext, pictures: dict[str, Any]) -> str:
-    return render_report(matched, context=context, figures=tuple(pictures.values()))
+def pictures(figures: tuple[DrawnFigure, ...]) -> dict[str, DrawnFigure]:
+    return {one.name: one for one in figures}
 
 
 def rendered(comparison: Comparison, context: ReportContext) -> str:
@@ -64,28 +51,28 @@ def section(page: str, name: str) -> str:
     return page[start : min([end for end in ends if end > start], default=len(page))]
 
 
-def test_sections_and_their_links_are_in_one_order(matched_page: str) -> None:
-    places = [matched_page.index(f'<section id="{name}"') for name in SECTIONS]
+def test_sections_and_their_links_are_in_one_order(page: str) -> None:
+    places = [page.index(f'<section id="{name}"') for name in SECTIONS]
     assert places == sorted(places)
-    links = re.findall(r'<a href="#(\w+)">', matched_page[matched_page.index("<nav") : matched_page.index("</nav>")])
+    links = re.findall(r'<a href="#(\w+)">', page[page.index("<nav") : page.index("</nav>")])
     assert tuple(links) == SECTIONS
 
 
-def test_the_paragraph_stands_at_the_top(matched_page: str, matched: Comparison) -> None:
-    text = "".join(Page(matched_page).texts).replace("\u00a0", " ")
-    assert matched.answer["paragraph"] in text
-    assert matched_page.index('class="paragraph"') < matched_page.index("<table")
+def test_the_paragraph_stands_at_the_top(page: str, comparison: Comparison) -> None:
+    text = "".join(Page(page).texts).replace("\u00a0", " ")
+    assert comparison.answer["paragraph"] in text
+    assert page.index('class="paragraph"') < page.index("<table")
 
 
-def test_every_table_and_figure_of_the_evidence_names_its_file(matched_page: str) -> None:
+def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> None:
     for name in ("chance", "fates", "activity", "regression", "threats"):
-        part = section(matched_page, name)
+        part = section(page, name)
         n_tables, n_figures = part.count("<table"), part.count("<figcaption>")
         assert n_tables, name
         assert len(re.findall(r"Source: (?:comparison|arms)/", part)) == n_tables + n_figures, name
 
 
-def test_new_terms_are_explained_where_they_first_appear(matched_page: str) -> None:
+def test_new_terms_are_explained_where_they_first_appear(page: str) -> None:
     for name, terms in {
         "answer": ("95 % interval",),
         "chance": ("calibration", "nominal rate", "Wilson interval", "power", "by chance"),
@@ -93,12 +80,12 @@ def test_new_terms_are_explained_where_they_first_appear(matched_page: str) -> N
         "fates": ("counterpart", "kept, moved, gone, new", "absorbed", "mutual nearest neighbour", "excess"),
         "regression": ("HC3 errors", "cluster-robust errors", "partial residual"),
     }.items():
-        part = section(matched_page, name).replace("&#39;", "'")
+        part = section(page, name).replace("&#39;", "'")
         for term in terms:
             assert f"<dt>{term}</dt>" in part, (name, term)
 
 
-def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, Any]) -> None:
+def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigure]) -> None:
     assert all(pictures[name].figure is not None for name in DRAWN)
     flow = pictures["figure_8a_fates"]
     assert (
@@ -117,8 +104,8 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, Any]) -> N
     assert "Not drawn: 1 that fire in one model only." in activity.caption
 
 
-def test_all_tables_are_written(tmp_path: Path, matched: Comparison) -> None:
-    write_tables(matched, tmp_path)
+def test_all_tables_are_written(tmp_path: Path, comparison: Comparison) -> None:
+    write_tables(comparison, tmp_path)
     for name in (
         "calibration",
         "by_chance",
@@ -131,11 +118,11 @@ def test_all_tables_are_written(tmp_path: Path, matched: Comparison) -> None:
         assert (tmp_path / f"{name}.csv").is_file(), name
         assert (tmp_path / f"{name}.json").is_file(), name
     threats = pd.read_csv(tmp_path / "threats.csv")
-    assert threats["threat"].tolist() == matched.threats["threat"].tolist()
+    assert threats["threat"].tolist() == comparison.threats["threat"].tolist()
 
 
 def test_nothing_was_matched(comparison: Comparison, context: ReportContext) -> None:
-    page = rendered(comparison, context)
+    page = rendered(replace(comparison, matches=MatchTables()), context)
     assert "Features were not matched in this study" in section(page, "fates")
     assert "was not applied to the fine-tuned model" in section(page, "activity")
     assert "<table" not in section(page, "fates")
@@ -171,14 +158,14 @@ def test_tables_of_an_older_comparison(comparison: Comparison, context: ReportCo
     assert comparison.answer["caveats"][0] in "".join(Page(page).texts)
 
 
-def test_empty_tables_with_columns(matched: Comparison, context: ReportContext) -> None:
-    emptied = MatchTables(**{name: getattr(matched.matches, name).head(0) for name in MatchTables.names()})
-    page = rendered(replace(matched, matches=emptied, calibration=matched.calibration.head(0)), context)
+def test_empty_tables_with_columns(comparison: Comparison, context: ReportContext) -> None:
+    emptied = MatchTables(**{name: getattr(comparison.matches, name).head(0) for name in MatchTables.names()})
+    page = rendered(replace(comparison, matches=emptied, calibration=comparison.calibration.head(0)), context)
     assert "Features were not matched" in section(page, "fates")
 
 
-def test_hostile_tokens_stay_text(matched_page: str) -> None:
-    part = section(matched_page, "activity") + section(matched_page, "fates")
+def test_hostile_tokens_stay_text(page: str) -> None:
+    part = section(page, "activity") + section(page, "fates")
     assert "&lt;script&gt;" in part
     assert "<script>" not in part
     assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b-\u200f]", part)
