@@ -216,7 +216,7 @@ def power_table(comparison: Comparison) -> TableView | None:
         single = str(row["test"]).startswith(("feature in", "only feature"))
         units = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
         noun = (
-            "pairs of texts" if single else "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
+            "prompts or pairs" if single else "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
         )
         if is_defined(row["detectable"]):
             smallest = Cell(amount(row["detectable"], unit), sub=_downwards(row, unit))
