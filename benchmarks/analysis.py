@@ -28,7 +28,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from analysis_figure import draw
 from measure import peak_rss
+from running import parser_of, write_results
 
 LABELS = {
     "bare": "the product alone, float32",
@@ -42,11 +44,8 @@ TOP_K = 10
 
 def main() -> None:
     """Measure, check, write, draw, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small matrices, one round, nothing written by default")
+    parser = parser_of(__doc__, "small matrices")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=None, help="3, or 1 with --quick")
-    parser.add_argument("--out", type=Path, default=None, help="folder for results")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -54,14 +53,7 @@ def main() -> None:
         print(json.dumps(run_side(options.worker[0], Path(options.worker[1]))))
         return
     results = measure(options)
-    out = options.out or (None if options.quick else Path(__file__).parent / "results")
-    if out is not None:
-        from analysis_figure import draw
-
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=2, sort_keys=True)
-        (out / "analysis.json").write_text(text + "\n", encoding="utf-8")
-        draw(results, LABELS, out / "analysis")
+    write_results(results, "analysis", options, lambda found, stem: draw(found, LABELS, stem))
     for side, found in results["projection"].items():
         print(f"{LABELS[side]:<50}{found['seconds']:8.2f} s{found['ratio']:7.2f}×{found['peak_gb']:7.2f} GB")
     print(f"{'coherence':<50}{results['coherence']['seconds']:8.3f} s")

@@ -5,23 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from drawing import INK, PALETTE, drawn
+
 __all__ = ["draw"]
 
-COLOURS = {"bare": "#b9c4cc", "float32": "#5fa39f", "bfloat16": "#0b6e69"}
-INK = "#4a4a4a"
+COLOURS = dict(zip(("bare", "float32", "bfloat16"), PALETTE, strict=True))
 
 
 def draw(results: dict[str, Any], labels: dict[str, str], stem: Path) -> None:
     """Write `stem`.svg and `stem`.png: projection on the left, coherence on the right, both in seconds."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "saeffect"}
     task = results["task"]
-    with plt.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 2.4), width_ratios=(2, 1), layout="constrained")
+    with drawn(stem, 1, 2, figsize=(11, 2.4), width_ratios=(2, 1)) as (left, right):
         sides = results["projection"]
         bars = [
             (
@@ -43,9 +37,6 @@ def draw(results: dict[str, Any], labels: dict[str, str], stem: Path) -> None:
         ]
         _bars(right, pairs, [COLOURS["bare"], COLOURS["bfloat16"]])
         right.set_title(f"Coherence of {coherence['n_features']:,} features", loc="left", fontsize=9, color=INK)
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_suffix(".png"), dpi=150)
-        plt.close(figure)
 
 
 def _bars(ax: Any, bars: list[tuple[str, float, str]], colours: list[str]) -> None:

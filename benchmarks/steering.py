@@ -23,31 +23,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from running import parser_of, write_results
+from speed_figure import Race, draw
+
 LABELS = {
     "paper_loop": "the paper's loop: transformer-lens, float32",
     "saeffect_float32": "saeffect, float32",
     "saeffect_bfloat16": "saeffect, bfloat16 (its default here)",
 }
+RACE = Race(
+    LABELS,
+    "features_per_second",
+    limit_of=str,
+    speed="{:.3g}",
+    ratio="{:.0f}",
+    ticks="{x:g}",
+    axis="features a second, logarithmic; a line: what the products alone would allow",
+    logarithmic=True,  # one bar is a hundredth of another
+)
 
 
 def main() -> None:
     """Measure, check, write, draw, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, one round, nothing written by default")
+    parser = parser_of(__doc__, "a tiny model")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=None, help="3, or 1 with --quick")
     parser.add_argument("--features", type=int, default=None, help="a round of saeffect; the default is one batch")
-    parser.add_argument("--out", type=Path, default=None, help="folder for results")
     options = parser.parse_args()
     results = measure(options)
-    out = options.out or (None if options.quick else Path(__file__).parent / "results")
-    if out is not None:
-        from steering_figure import draw
-
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=2, sort_keys=True)
-        (out / "steering.json").write_text(text + "\n", encoding="utf-8")
-        draw(results, LABELS, out / "steering")
+    write_results(results, "steering", options, lambda found, stem: draw(found, RACE, found["task"]["model"], stem))
     for threads, found in results["speed"].items():
         print(f"{threads} thread(s)")
         for name, speed in found["features_per_second"].items():

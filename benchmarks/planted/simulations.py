@@ -274,7 +274,6 @@ def _nested(noise: _Noise, seeds: int, features: int) -> Callable[[FloatArray, n
 
 
 _FEW = "eight pairs are few for a bootstrap interval, as its docstring says"
-_SHARED = "samples of a prompt share what steering does to that prompt, but `effects` counts pairs as independent"
 _HEAVY = "skewness 6: far beyond what bounded outcomes such as cosines show"
 _STEERING, _CROSS, _ARMS, _SEEDS = "steering effects", "cross-activity", "two arms", "SAE seeds"
 _MILD, _WILD = _lognormal(0.5), _lognormal(1.0)
@@ -284,7 +283,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(_STEERING, "four in five zero, 12 × 2", 1.0, _trials(_tied, 12, 2)),
     Setting(_STEERING, "very skewed, 12 × 2", 1.0, _trials(_WILD, 12, 2), False, _HEAVY),
     Setting(_STEERING, "normal, 4 × 2 (eight pairs)", 1.5, _trials(_normal, 4, 2), False, _FEW),
-    Setting(_STEERING, "clustered by prompt, 12 × 2", 1.5, _trials(_normal, 12, 2, 0.7), False, _SHARED),
+    Setting(_STEERING, "clustered by prompt, 12 × 2", 1.5, _trials(_normal, 12, 2, 0.7)),
+    Setting(_STEERING, "clustered and skewed, 12 × 4", 1.5, _trials(_MILD, 12, 4, 0.7)),
     Setting(_CROSS, "normal, 24 rows", 0.4, _activity(_normal, 24, 8, 0.0)),
     Setting(_CROSS, "very skewed, 24 rows", 0.4, _activity(_WILD, 24, 8, 0.0)),
     Setting(_CROSS, "clustered by row, 24 rows", 1.0, _activity(_normal, 24, 8, 1.0)),

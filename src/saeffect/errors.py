@@ -117,9 +117,22 @@ class Undefined(SaeffectError):
 
 
 class Interrupted(SaeffectError):
-    """Stopped by the user; the message says how to resume."""
+    """Stopped by the user; the message says how to resume.
+
+    Args:
+        message: As for every `SaeffectError`, and so are `at` and `fix`.
+        at: See there.
+        fix: See there.
+        by_another: Stopped because another process of the same run did, which says why.
+    """
 
     exit_code = 130
+
+    def __init__(
+        self, message: str, *, at: str | None = None, fix: str | None = None, by_another: bool = False
+    ) -> None:
+        super().__init__(message, at=at, fix=fix)
+        self.by_another = by_another
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | None = None) -> UnknownName:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 from saeffect.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_up", "barrier", "device_of_process", "gathered", "is_first", "join", "leave", "rank_and_world"]
+__all__ = [
+    "add_up",
+    "barrier",
+    "device_of_process",
+    "from_first",
+    "gathered",
+    "is_first",
+    "join",
+    "leave",
+    "rank_and_world",
+]
+
+# However long one process works alone, the others wait: gloo gives up after half an hour, NCCL after ten minutes. A
+# process that ends is noticed by its closed connection, whatever the limit.
+_PATIENCE = timedelta(days=365)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -57,6 +73,8 @@ def join() -> int:
         if device != "cpu":
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    if world > 1:
+        _patient(dist.group.WORLD)  # made by all at once, so here
     return world
 
 
@@ -64,21 +82,37 @@ def leave() -> None:
     """Leave the process group, if this process is in one; else PyTorch warns at exit."""
     import torch.distributed as dist
 
+    _patient.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Wait until every process is here.
+    """Wait until every process is here, for days if it must be.
 
     Raises:
-        Interrupted: One of them is gone; so for `add_up` and `gathered`.
+        Interrupted: One of them is gone; so for `from_first`, `add_up` and `gathered`.
     """
     if join() > 1:
         import torch.distributed as dist
 
         with _others_there():
-            dist.barrier()
+            dist.barrier(group=_patient(dist.group.WORLD))
+
+
+def from_first(message: str | None = None) -> str:
+    """What the first process says, in every process; they wait for it, for days if they must.
+
+    Args:
+        message: Of the first process; the others' counts for nothing.
+    """
+    said: list[Any] = [message or ""]
+    if join() > 1:
+        import torch.distributed as dist
+
+        with _others_there():
+            dist.broadcast_object_list(said, src=0, group=_patient(dist.group.WORLD))
+    return str(said[0])
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -110,6 +144,15 @@ def gathered(values: Tensor) -> Tensor:
     return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)])
 
 
+@functools.cache
+def _patient(everyone: Any) -> Any:
+    """The group of all processes, that waits as long as it takes. On CPUs: a GPU would be kept busy by waiting."""
+    del everyone  # the key: another group of all, another patient one
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
 @contextlib.contextmanager
 def _others_there() -> Iterator[None]:
     """What gloo and NCCL say when the other end of a connection is gone, in words."""
@@ -119,4 +162,5 @@ def _others_there() -> Iterator[None]:
         raise Interrupted(
             f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
             fix="see what the other one said; the same command goes on from the last checkpoint.",
+            by_another=True,
         ) from error

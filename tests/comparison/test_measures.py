@@ -56,3 +56,22 @@ def test_an_arm_that_was_not_steered_has_no_effects(tiny_arm):
     assert measures.pass_counts(arm) == measures.PassCounts(0, 0, 0, 0)
     assert len(measures.effect_of(arm)) == len(measures.direct_effect_of(arm)) == 0
     assert len(measures.condition_similarities(arm, "steered")[0]) == 0
+
+
+def test_steered_minus_placebo_pairs_texts_and_prefers_matched_features():
+    rows = [
+        (3, 0, 0, "steered", 0.9),
+        (3, 0, 0, "matched", 0.4),
+        (3, 0, 0, "random", 0.1),
+        (3, 0, 1, "steered", 0.5),  # its placebo has no similarity
+        (3, 0, 1, "matched", np.nan),
+        (5, 1, 0, "steered", 0.2),
+        (5, 1, 0, "matched", 0.3),
+    ]
+    trials = pd.DataFrame(rows, columns=["feature", "prompt", "sample", "condition", "similarity"])
+    found = measures.steered_minus_placebo(trials)
+    assert found.index.tolist() == [(3, 0, 0), (5, 1, 0)]
+    np.testing.assert_allclose(found, [0.5, -0.1])
+    without = measures.steered_minus_placebo(trials[trials["condition"] != "matched"])
+    np.testing.assert_allclose(without, [0.8])
+    assert measures.steered_minus_placebo(trials[trials["condition"] == "steered"]).empty

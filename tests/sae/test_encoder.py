@@ -200,7 +200,7 @@ def test_the_bfloat16_product_is_an_upper_bound_and_not_by_more_than_it_says(
     floor = problem.floor if with_floor else None
     encoder = Encoder(torch.bfloat16)
     product = encoder._prepared(problem.x, problem.W, problem.bias, floor)
-    hidden = torch.cat([encoder._tile(product, 0, first).clone() for first in product.tiles], dim=1)
+    hidden = torch.cat([encoder._tile(product, 0, first).hidden.clone() for first in product.tiles], dim=1)
     exact, off = problem.exact()
     exact = exact if floor is None else exact - floor.double()
     rounding = hidden.double().abs() * 2.0**-7

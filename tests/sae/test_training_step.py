@@ -102,6 +102,20 @@ def test_what_a_report_says() -> None:
     assert StepReport({"mse": 1.0, "l1": 0.5}, 0.0, 0, 0.0).loss == 1.5
 
 
+@pytest.mark.parametrize("longest", [1e-3, 1e6])
+def test_gradients_are_clipped_as_torch_clips_them(longest: float) -> None:
+    trainer, x = _trainer(clip_gradient_norm=longest), _x(0)
+    free = _trainer(clip_gradient_norm=None)
+    report, _ = trainer(0, x), free(0, x)
+    leaves = list(free.leaves.values())
+    norm = float(torch.nn.utils.clip_grad_norm_(leaves, longest))
+    assert report.gradient_norm == pytest.approx(norm, rel=1e-5)
+    for name, leaf in free.leaves.items():
+        assert leaf.grad is not None
+        seen = trainer.optimizer.state[trainer.leaves[name]]["exp_avg"] / (1 - trainer.config.adam_beta1)
+        torch.testing.assert_close(seen, leaf.grad, rtol=1e-4, atol=1e-7 * min(1.0, longest))
+
+
 def test_counters_by_hand() -> None:
     trainer = _trainer(dead_window=2, learning_rate=1e-9, l1_coefficient=0.0)
     _silence(trainer, [3, 5])

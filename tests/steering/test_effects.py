@@ -1,20 +1,41 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch, UnknownName
 from saeffect.stats import benjamini_hochberg
 from saeffect.steering import OUTCOMES, effects, outcome_effects
 
 COLUMNS = [
-    "feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high",
-    "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share", "shuffled_effect",
-    "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason",
+    "feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean",
+    "effect", "effect_low", "effect_high", "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl",
+    "reversed_share", "shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason",
 ]  # fmt: skip
+
+
+def test_samples_of_a_prompt_are_averaged_before_anything_is_tested() -> None:
+    """Eight prompts with two samples that agree: eight differences, worked out apart."""
+    by_prompt = np.array([0.3, 0.1, 0.2, -0.1, 0.4, 0.25, 0.15, 0.05])
+    steered = np.repeat(by_prompt, 2) + np.tile([0.01, -0.01], 8)
+    row = effects(trials_of(3, [0.5] * 16, (0.5 + steered).tolist(), [0.5] * 16)).iloc[0]
+    assert (row["n_pairs"], row["n_independent"]) == (16, 8)
+    interval = scipy.stats.ttest_1samp(by_prompt, 0.0).confidence_interval(0.95)
+    assert [row["effect"], row["effect_low"], row["effect_high"]] == pytest.approx([by_prompt.mean(), *interval])
+    signs = np.array(list(itertools.product([1, -1], repeat=8)))
+    assert row["p"] == pytest.approx(((signs * by_prompt).mean(1) >= by_prompt.mean() - 1e-12).mean())
+
+
+def test_few_prompts_count_every_pair() -> None:
+    row = effects(trials_of(3, [0.5] * 10, [0.6, 0.7] * 5, [0.5] * 10)).iloc[0]
+    assert (row["n_pairs"], row["n_independent"]) == (10, 10), "five prompts"
+    row = effects(trials_of(3, [0.5] * 12, [0.6, 0.7] * 6, [0.5] * 12)).iloc[0]
+    assert (row["n_pairs"], row["n_independent"]) == (12, 6), "six prompts"
 
 
 def trials_of(feature, unsteered, steered, random, dose=0.4, n_samples=2):

@@ -74,6 +74,17 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
     assert set(every["placebo"]) == {"matched", "shuffled"}  # asked for or not, what decides has its row and reason
 
 
+def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:
+    for key, prompts in (("prompts", ["The river", "x"]), ("search_prompts", ["x"])):
+        with complains(ConfigError, f"{prompts[-1]!r} is one token", "positions: all", at=f"steering.{key}"):
+            run_study(opened(prepared, positions="prompt", **{key: prompts}), tmp_path / "run")
+        check_study(opened(prepared, positions="generated", **{key: prompts}))
+    assert not (tmp_path / "run").exists(), "refused before anything is computed"
+    check_study(opened(prepared, positions="prompt"))
+    with complains(ConfigError, "has no tokens", at="steering.prompts"):
+        check_study(opened(prepared, prompts=["The river", ""]))
+
+
 def test_bad_requests(prepared: Path) -> None:
     with pytest.raises(ConfigError, match="no feature 999") as caught:
         check_study(opened(prepared, together={"control": [[1, 999]]}))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 
 import typer
 
 from saeffect.allocation import keep_freed_memory
 from saeffect.cli import artifacts, stages
 from saeffect.cli.console import show_error
+from saeffect.cli.processes import let_others_speak
 from saeffect.errors import SaeffectError
 
 __all__ = ["app", "main"]
 
-# Seconds. `torchrun` looks after its processes every tenth of a second.
-_PATIENCE = 5.0
+_STOPPED = 130  # the exit code after Ctrl-C
 
 app = typer.Typer(
     name="saeffect",
@@ -36,32 +35,27 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == _STOPPED:  # what typer makes of Ctrl-C; older versions made it an Abort
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
     except SaeffectError as error:
-        _let_the_first_speak()
+        let_others_speak(error)
         show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _let_the_first_speak()
-        show_error(SystemExit("Interrupted: stopped. What is finished is kept; run the same command again to go on."))
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        # torchrun passes Ctrl-C on to all processes: the first one says so for them.
+        if os.environ.get("RANK", "0") == "0":
+            said = "Interrupted: stopped. What is finished is kept; run the same command again to go on."
+            show_error(SystemExit(said))
+        sys.exit(_STOPPED)
     except Exception as error:
-        _let_the_first_speak()
+        let_others_speak(error)
         # Wrong options and arguments; anything else is a bug and keeps its traceback.
         if not hasattr(error, "format_message"):
             raise
         show_error(SystemExit(f"Usage: {error.format_message()}\n  fix: see saeffect --help."))
         sys.exit(2)
-
-
-def _let_the_first_speak() -> None:
-    """Among processes of `torchrun`: wait for the first one to say what is wrong, whereupon all are ended.
-
-    Whoever is still there afterwards has a trouble of its own, and tells it.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(_PATIENCE)

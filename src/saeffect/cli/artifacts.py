@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from saeffect.cli.console import Narrator
+from saeffect.cli.processes import processes
 from saeffect.errors import BadFile, ConfigError, NotFound
 
 __all__ = ["finetune", "harvest", "register", "train_sae"]
@@ -68,6 +67,7 @@ def train_sae(
 ) -> None:
     """Train the SAEs of a recipe, or of a study's arm."""
     del keys
+    from saeffect.processes import is_first
     from saeffect.sae.metrics_loggers import check_logger
     from saeffect.sae.recipe import train_from_recipe
 
@@ -76,42 +76,24 @@ def train_sae(
     folder = out or usual
     if folder is None:
         raise ConfigError("there is no folder for the SAE.", at="--out", fix="add --out FOLDER.")
-    with _processes() as say:
+    with processes() as say:
         train_from_recipe(config, folder, work=work, logger=logger, say=say)  # type: ignore[arg-type]
-        if say is not _silent:
+        if is_first():
             for place in config.folders(folder).values():
                 typer.echo(f"SAE: {place.resolve()}")
 
 
 def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None) -> None:
     """Harvest the activations that a recipe, or a study's arm, trains on."""
+    from saeffect.processes import is_first
     from saeffect.sae.recipe import harvest_from_recipe
 
     config, _ = _read(recipe, arm)
-    with _processes() as say:
+    with processes() as say:
         folders = harvest_from_recipe(config, work=work, say=say)
-        if say is not _silent:
+        if is_first():
             for place in folders:
                 typer.echo(f"activations: {place.resolve()}")
-
-
-@contextmanager
-def _processes() -> Iterator[Callable[[str], None]]:
-    """This process among those that `torchrun` started: the first one speaks, all leave together."""
-    from saeffect.processes import is_first, leave
-
-    try:
-        if is_first():
-            with Narrator() as say:
-                yield say
-        else:
-            yield _silent
-    finally:
-        leave()
-
-
-def _silent(line: str) -> None:
-    del line
 
 
 def _read(recipe: str, arm: str | None) -> tuple[Any, Path | None]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from saeffect.cli.console import Narrator
+from saeffect.cli.processes import processes
 
 __all__ = ["check", "register", "run"]
 
@@ -22,7 +23,7 @@ _STAGES = {
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
     "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
-    "steer": "Search the dose and steer with every chosen feature and its placebo.",
+    "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",
 }
@@ -30,7 +31,11 @@ _STAGES = {
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("run", help="Run a whole study; finished stages are skipped.")(run)
+    app.command(
+        "run",
+        help="Run a whole study; finished stages are skipped. Steering shared over processes:"
+        " torchrun --nproc-per-node=N -m saeffect run ...",
+    )(run)
     app.command("check", help="Validate a study without computing anything.")(check)
     for name, text in _STAGES.items():
         app.command(name, help=text + " The stages before it must have been run.")(_stage_command(name))
@@ -78,15 +83,16 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None:
+    from saeffect.processes import is_first
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
 
-    with Narrator() as say:
+    with processes() as say:
         study = Study.open(path)
         folder = out or Path("runs") / study.config.name
         say(f"study {study.config.name}: {', '.join(study.config.arms)}")
         finished = run_study(study, folder, stages=stages, redo=redo, say=say)
-    if "report" in stages:
+    if "report" in stages and is_first():
         _conclude(finished.path("comparison", "answer.json"), finished.path("report.html"))
 
 

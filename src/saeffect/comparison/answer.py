@@ -207,13 +207,13 @@ def _coherence(table2: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
         if math.isnan(middle):
             parts.append(f"undefined in {name}")
             continue
-        ends = (
-            f" ({number(row['mean_low'], 3)} to {number(row['mean_high'], 3)})"
-            if row["mean_low"] == row["mean_low"]
-            else ""
-        )
-        parts.append(f"{number(middle, 3)} in {name}{ends}")
+        parts.append(f"{number(middle, 3)} in {name}{_ends(row['mean_low'], row['mean_high'])}")
     return f"Mean coherence of the domain features: {joined(parts)}. {_difference(judged, roles)}"
+
+
+def _ends(low: float, high: float) -> str:
+    """An interval in brackets; nothing where there is none."""
+    return "" if math.isnan(low) else f" ({number(low, 3)} to {number(high, 3)})"
 
 
 def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
@@ -222,11 +222,7 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
         row = table1.loc[name]
         if math.isnan(float(row["effect_mean"])):
             continue
-        ends = (
-            f" ({number(row['effect_low'], 3)} to {number(row['effect_high'], 3)})"
-            if row["effect_low"] == row["effect_low"]
-            else ""
-        )
+        ends = _ends(row["effect_low"], row["effect_high"])
         parts.append(f"{number(row['effect_mean'], 3, signed=True)} in {name}{ends}")
     if not parts:
         return "The effect of steering is undefined in every arm."

@@ -305,26 +305,16 @@ def _weights(pair: _Pair) -> list[Contrast]:
     return rows
 
 
+_ACTIVITY: tuple[tuple[Literal["density", "mean_activation"], str, str], ...] = (
+    ("density", "Mean density of domain features", "share of tokens"),
+    ("mean_activation", "Mean activation of domain features, where active", "activation"),
+)
+
+
 def _activity(pair: _Pair) -> list[Contrast]:
     return [
-        _difference_row(
-            pair,
-            "density",
-            "Mean density of domain features",
-            activity_of(pair.a, "density"),
-            activity_of(pair.b, "density"),
-            "mean",
-            "share of tokens",
-        ),
-        _difference_row(
-            pair,
-            "mean_activation",
-            "Mean activation of domain features, where active",
-            activity_of(pair.a, "mean_activation"),
-            activity_of(pair.b, "mean_activation"),
-            "mean",
-            "activation",
-        ),
+        _difference_row(pair, column, label, activity_of(pair.a, column), activity_of(pair.b, column), "mean", unit)
+        for column, label, unit in _ACTIVITY
     ]
 
 

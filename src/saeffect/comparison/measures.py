@@ -25,6 +25,7 @@ __all__ = [
     "pass_counts",
     "placebo_among",
     "scale_count",
+    "steered_minus_placebo",
     "weights_of",
 ]
 
@@ -153,6 +154,24 @@ def placebo_among(trials: pd.DataFrame) -> str:
         "matched" if there are such trials, else "random".
     """
     return "matched" if bool((trials["condition"] == "matched").any()) else "random"
+
+
+def steered_minus_placebo(trials: pd.DataFrame) -> pd.Series[Any]:
+    """How much more similar a steered text is than its placebo, which shares prompt and sampling noise with it.
+
+    Args:
+        trials: As `run_trials` gives them.
+
+    Returns:
+        Difference in cosine similarity, indexed by feature, prompt and sample (its mean over doses); only where both
+        are defined, so possibly empty.
+    """
+    placebo = placebo_among(trials)
+    wide = trials[trials["condition"].isin(["steered", placebo])].pivot_table(
+        index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
+    )
+    wide = wide.reindex(columns=["steered", placebo])
+    return (wide["steered"] - wide[placebo]).dropna()
 
 
 def condition_similarities(arm: ArmTables, condition: str) -> tuple[FloatArray, IntArray]:

@@ -18,10 +18,11 @@ from saeffect.comparison.measures import (
     effect_of,
     match_counts_of,
     pass_counts,
-    placebo_among,
     scale_count,
+    steered_minus_placebo,
 )
 from saeffect.comparison.seeds import ALL_SEEDS, control_saes
+from saeffect.stats import independent_values
 from saeffect.stats.power import (
     Detectable,
     detectable_mean_difference,
@@ -60,10 +61,11 @@ def power_table(
     Returns:
         One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test
         of a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features
-        or SAEs; pairs of texts for a feature); `spread` (standard deviation, or the control's share); `alpha`;
-        `power`; `detectable`, the smallest difference; `detectable_below`, the same downwards where it is not the
-        same; `observed`; `method`; `reason`. A single feature has two rows: alone at alpha, and where it is the only
-        one of its arm's features to be found (alpha / number of features, as Benjamini-Hochberg then asks).
+        or SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
+        control's share); `alpha`; `power`; `detectable`, the smallest difference; `detectable_below`, the same
+        downwards where it is not the same; `observed`; `method`; `reason`. A single feature has two rows: alone at
+        alpha, and where it is the only one of its arm's features to be found (alpha / number of features, as
+        Benjamini-Hochberg then asks).
     """
     rows: list[dict[str, Any]] = []
     for quantity in tests:
@@ -117,15 +119,12 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     if arm.interventions is None or arm.effects is None:
         return []
     tested = arm.effects[arm.effects["p"].notna()]
-    placebo = placebo_among(arm.interventions)
-    trials = arm.interventions[arm.interventions["condition"].isin(["steered", placebo])]
-    wide = trials.pivot_table(
-        index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
-    ).reindex(columns=["steered", placebo])
-    differences = (wide["steered"] - wide[placebo]).dropna()
-    spreads = differences.groupby(level="feature").std(ddof=1)
+    pairs = steered_minus_placebo(arm.interventions).dropna()
+    groups = pairs.groupby(level="feature")
+    units = [independent_values(one, one.index.get_level_values("prompt")) for _, one in groups]
+    spreads = np.array([_sd(one) for one in units if len(one) > 1])
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
-    n = int(tested["n_pairs"].median()) if len(tested) else 0
+    n = int(np.median([len(one) for one in units])) if len(tested) and units else 0
     observed = float(tested["effect"].median()) if len(tested) else math.nan
     rows = []
     for test, level in ((f"feature in {name}", alpha), (f"only feature of {len(tested)} in {name}", None)):
@@ -133,7 +132,7 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
         found = detectable_paired_mean(spread, n, alpha=at, power=POWER, alternative="greater")
         smallest = 0.5**n if n <= _EXACT else 1 / (_FLIPS + 1)
         if not found.reason and smallest > at:
-            why = f"with {n} pairs the smallest p is {smallest:.2g}, and {at:.2g} is asked"
+            why = f"with {n} prompts or pairs the smallest p is {smallest:.2g}, and {at:.2g} is asked"
             found = Detectable(math.nan, math.nan, n, found.method, why)
         rows.append(_row(test, "cosine similarity", (n, n), spread, found, observed) | {"alpha": at})
     return rows

@@ -16,7 +16,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import Contrast
-from saeffect.comparison.measures import FloatArray, activity_of, coherence_of, match_counts_of, placebo_among
+from saeffect.comparison.measures import FloatArray, activity_of, coherence_of, match_counts_of, steered_minus_placebo
 from saeffect.comparison.resampling import LEVEL, Resampling
 from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference, nested_mean_test
 
@@ -141,12 +141,7 @@ def _effects(saes: Sequence[ArmTables], resampling: Resampling) -> _Side:
     for sae in saes:
         if sae.interventions is None:
             continue
-        placebo = placebo_among(sae.interventions)
-        trials = sae.interventions[sae.interventions["condition"].isin(["steered", placebo])]
-        keys = ["feature", "prompt", "sample"]
-        wide = trials.pivot_table(index=keys, columns="condition", values="similarity", aggfunc="mean")
-        wide = wide.reindex(columns=["steered", placebo]).dropna()
-        effect = (wide["steered"] - wide[placebo]).groupby(level=["feature", "prompt"]).mean()
+        effect = steered_minus_placebo(sae.interventions).groupby(level=["feature", "prompt"]).mean()
         values.append(effect.to_numpy(dtype=np.float64))
         levels.append(effect.index.to_frame(index=False)[["feature"]])
         steered.append(sae)

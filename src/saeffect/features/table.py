@@ -146,15 +146,7 @@ def feature_table(
             "decoder_norm": torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64).cpu().numpy(),
         }
     )
-    if activity is None:
-        return table
-    if not np.array_equal(activity["feature"].to_numpy(), table["feature"].to_numpy()):
-        raise ShapeMismatch(
-            f"activity must list features 0 to {len(table) - 1} in order. Got {len(activity)} rows instead.",
-            at="activity",
-            fix="accumulate it with the same SAE.",
-        )
-    return pd.concat([table, activity.drop(columns="feature").reset_index(drop=True)], axis=1)
+    return table if activity is None else _beside(table, activity)
 
 
 def extract_tables(
@@ -207,6 +199,17 @@ def extract_tables(
         examples=collector.result(token_strings),
         n_tokens=activity.n_tokens,
     )
+
+
+def _beside(table: pd.DataFrame, activity: pd.DataFrame) -> pd.DataFrame:
+    """Both tables' columns, row by row."""
+    if not np.array_equal(activity["feature"].to_numpy(), table["feature"].to_numpy()):
+        raise ShapeMismatch(
+            f"activity must list features 0 to {len(table) - 1} in order. Got {len(activity)} rows instead.",
+            at="activity",
+            fix="accumulate it with the same SAE.",
+        )
+    return pd.concat([table, activity.drop(columns="feature").reset_index(drop=True)], axis=1)
 
 
 def _counted(batch: ActivationBatch) -> tuple[Tensor, list[str]]:

@@ -96,9 +96,24 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     say("held-out perplexity before: " + _show(before))
 
     model = _with_adapter(lm, config)
+    loss = _train(model, train, config, out / "checkpoint", say)
+
+    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity after:  " + _show(after))
+    measured = {name: (before[name], after[name]) for name in before}
+    result = FinetuneResult(out, measured, config.steps * config.batch_size * config.context_size)
+    _save(model, config, result, final_loss=loss)
+    shutil.rmtree(out / "checkpoint")
+    return result
+
+
+def _train(
+    model: Any, train: NDArray[np.int32], config: FinetuneConfig, folder: Path, say: Callable[[str], None]
+) -> float:
+    """Train from the last checkpoint in `folder` to the end, where there is one too; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
-    checkpoint = Checkpoint(out / "checkpoint", fingerprint(config.model_dump(mode="json")))
+    checkpoint = Checkpoint(folder, fingerprint(config.model_dump(mode="json")))
     first = checkpoint.restore(trained, optimizer)
 
     # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
@@ -111,7 +126,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
             if not math.isfinite(loss):
                 raise BadFile(
                     f"the loss became {loss} at step {step}.",
-                    at=str(out),
+                    at=str(folder.parent),
                     fix="lower learning_rate; the last checkpoint is from before.",
                 )
             done = step + 1
@@ -128,14 +143,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
             f"stopped; {checkpoint.folder} holds the last checkpoint.",
             fix="run the same command again to go on.",
         ) from None
-
-    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
-    say("held-out perplexity after:  " + _show(after))
-    measured = {name: (before[name], after[name]) for name in before}
-    result = FinetuneResult(out, measured, config.steps * config.batch_size * config.context_size)
-    _save(model, config, result, final_loss=loss)
-    shutil.rmtree(checkpoint.folder)
-    return result
+    return loss
 
 
 @torch.inference_mode()

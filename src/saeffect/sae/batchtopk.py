@@ -16,7 +16,7 @@ from saeffect.sae.base import SaeConfig
 from saeffect.sae.dead_features import auxiliary_loss
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
 from saeffect.sae.jumprelu import JumpReluSae
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 
 __all__ = ["BatchTopKSae"]
 
@@ -67,9 +67,10 @@ class BatchTopKSae(TrainableSae):
         W_dec = self.W_dec.data
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
-        d_out = error * (2.0 / step.n_tokens)
+        mse = squared_error(error) / step.n_tokens
+        d_out = error.mul_(2.0 / step.n_tokens)
         self.backward(entries, entries.inner(d_out, W_dec).mul_(entries.values > 0), d_out, centred)
-        return {"mse": error.square().sum() / step.n_tokens}, sae_out
+        return {"mse": mse}, sae_out
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

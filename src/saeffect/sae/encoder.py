@@ -5,8 +5,9 @@ which entries could be on, within a proven bound of the rounding, and those are 
 The buffers live as long as the encoder, since touching fresh memory costs more than the arithmetic.
 
 The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, and by Cauchy-
-Schwarz that is at most |x| |w - V| + |x - X| |V|. The lengths of the rounding errors are measured, not assumed:
-they come to a good 40 % of the worst case, and every candidate saved is a product in float32 saved. The product of
+Schwarz that is at most |x| |w - V| + |x - X| |V|. Rounding to nearest is off by at most 2^-8 of a number, so |w - V|
+is at most 2^-8 |w|. It would measure a good 40 % of that, but to measure it is another pass over all weights, and costs
+more than evaluating the candidates that it would save. |x - X| is measured: activations are few. The product of
 two bfloat16 numbers is exact in float32; adding K of them in float32, in whatever order, is off by at most K 2^-24
 (|X| |V| + |bias|), and so is the value that is computed in float32 afterwards. All of that is added to the bias,
 which is then rounded upwards, so that the sum before its own rounding to bfloat16 is never below the float32
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
+from saeffect.sae.entries import DenseEntries, Entries, ListedByFeature, SparseEntries
 
 __all__ = ["Encoder"]
 
@@ -30,9 +31,11 @@ _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 # Numbers below 2^-63 have squares that may vanish from a length, and processors may flush what is below 2^-126:
 # for up to 16,384 dimensions both come to less than this.
 _VANISHING = 2.0**-56
-_ROWS = 256  # weights converted at a time: stays in the cache
-_BLOCK = 32
-_TILE = 1024
+_NEAREST = 2.0**-8  # bfloat16: the same
+_ROWS = 2048  # weights converted at a time: few enough for a cache, enough for two threads to be worth waking
+_BLOCK = 8  # features whose maximum stands for them when a product is looked through
+_WIDER = 4  # blocks whose maximum stands for them when a token's k-th largest entry is bounded
+_TILE = 4096
 
 
 class Encoder:
@@ -66,12 +69,12 @@ class Encoder:
         product = self._prepared(x, W, bias, floor)
         for start in range(0, len(x), self.chunk):
             for first in product.tiles:
-                found.append(self._at_least(self._tile(product, start, first), None, start, first))
+                found.append(self._at_least(self._tile(product, start, first), None))
                 n_found += len(found[-1].token)
             if n_found > self.dense_above * len(x) * len(W):
                 return self._dense(x, W, bias, floor)
-        entries = self._evaluated(found, x, W, bias, floor)
-        return entries.where(~(entries.values <= (0.0 if floor is None else entries.per_feature(floor))))
+        listed = self._evaluated(found, x, W, bias, floor)
+        return listed.where(~(listed.values <= (0.0 if floor is None else floor[listed.feature]))).entries()
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
         """Of each token the k largest entries of `(x @ W.T + bias) * weight`, and of those the positive ones.
@@ -91,8 +94,8 @@ class Encoder:
         for start in range(0, len(x), self.chunk):
             tiles, maxima = self._tiles(product, start, k)
             floor = maxima.topk(k, dim=1).values[:, -1:] if maxima.shape[1] >= k else None
-            found += [self._at_least(hidden, floor, start, first) for first, hidden in tiles.items()]
-        entries = self._evaluated(found, x, W, bias)
+            found += [self._at_least(tile, floor) for tile in tiles]
+        entries = self._evaluated(found, x, W, bias).entries()
         return _unweighted(entries.where(_among_top_k(entries, k) & ~(entries.values <= 0)), weight)
 
     def batch_top(
@@ -112,24 +115,24 @@ class Encoder:
             if len(seen) >= n_kept:
                 seen = seen.topk(n_kept, sorted=False).values
                 floor = seen.min().to(maxima.dtype)
-            found += [self._at_least(hidden, floor, start, first) for first, hidden in tiles.items()]
-        entries = self._evaluated(found, x, W, bias)
-        kept = ~(entries.values <= 0)
-        if len(entries.values) > n_kept:
+            found += [self._at_least(tile, floor) for tile in tiles]
+        listed = self._evaluated(found, x, W, bias)
+        kept = ~(listed.values <= 0)
+        if len(listed.values) > n_kept:
             chosen = torch.zeros_like(kept)
-            chosen[entries.values.topk(n_kept, sorted=False).indices] = True
+            chosen[listed.values.topk(n_kept, sorted=False).indices] = True
             kept &= chosen
-        return _unweighted(entries.where(kept), weight)
+        return _unweighted(listed.where(kept).entries(), weight)
 
     def _prepared(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> _Product:
         """The factors of `x @ W.T + bias - floor`; in bfloat16 those of an upper bound of it."""
         shifted = bias if floor is None else bias - floor
         if self.dtype == torch.float32:
             return _Product(x, W, shifted)
-        weights, length, error = self._rounded_weights(W)
+        weights, length = self._rounded_weights(W)
         rounded = x.to(self.dtype)
         added = bias.abs() if floor is None else bias.abs() + floor.abs()
-        slack = _slack(x, rounded, length, error, added)
+        slack = _slack(x, rounded, length, added)
         raised = shifted + slack
         raised = (raised + raised.abs() * 2.0**-7).to(self.dtype)  # rounded, it is still no smaller
         self._gap = float((raised - shifted + slack).max())
@@ -137,8 +140,8 @@ class Encoder:
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return _Product(rounded, weights, raised)
 
-    def _tile(self, product: _Product, start: int, first: int, *, kept: bool = False) -> Tensor:
-        """A chunk of tokens by a tile of features, `[chunk, tile]`, rounded.
+    def _tile(self, product: _Product, start: int, first: int, *, kept: bool = False) -> _Tile:
+        """A chunk of tokens by a tile of features, rounded.
 
         The next tile takes its place, unless all of them are `kept` until the next chunk.
         """
@@ -147,72 +150,70 @@ class Encoder:
         name, n_slots, slot = ("tiles", len(product.tiles), first // tile) if kept else ("tile", 1, 0)
         slots = self._buffer(name, (n_slots, min(self.chunk, len(product.x)) * tile), product.x)
         hidden = slots[slot, : len(part) * len(weights)].view(len(part), len(weights))
-        return torch.addmm(bias, part, weights.T, out=hidden)
+        torch.addmm(bias, part, weights.T, out=hidden)
+        return _Tile(hidden, _block_maxima(hidden, _BLOCK), start, first)
 
-    def _tiles(self, product: _Product, start: int, k: int) -> tuple[dict[int, Tensor], Tensor]:
-        """All tiles of a chunk by their first feature, and the largest entry of each of many blocks of features.
+    def _tiles(self, product: _Product, start: int, k: int) -> tuple[list[_Tile], Tensor]:
+        """All tiles of a chunk, and the largest entry of each of many blocks of features.
 
         The k-th largest of a token's maxima bounds its k-th largest entry from below.
         """
-        block = max(1, min(_BLOCK, len(product.W) // (4 * k)))
-        tiles, maxima = {}, []
-        for first in product.tiles:
-            tiles[first] = self._tile(product, start, first, kept=True)
-            maxima.append(_block_maxima(tiles[first], block))
-        return tiles, torch.cat(maxima, dim=1)
+        tiles = [self._tile(product, start, first, kept=True) for first in product.tiles]
+        n_blocks = sum(tile.maxima.shape[1] for tile in tiles)
+        wider = max(1, min(_WIDER, n_blocks // (4 * k)))  # maxima of maxima, as long as that leaves enough of them
+        return tiles, torch.cat([_block_maxima(tile.maxima, wider) for tile in tiles], dim=1)
 
-    def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W rounded, and for each row its length and the length of its rounding error; one pass over memory."""
-        rounded = self._buffer("weights", W.shape, W)
-        lengths = torch.empty(2, len(W), dtype=W.dtype, device=W.device)
-        part = self._buffer("part", (_ROWS, W.shape[1]), W, torch.float32)
+    def _rounded_weights(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """W rounded, and the length of each row; one pass over memory."""
+        rounded, length = self._buffer("weights", W.shape, W), torch.empty_like(W[:, 0])
         for start in range(0, len(W), _ROWS):
-            rows, out = W[start : start + _ROWS], rounded[start : start + _ROWS].copy_(W[start : start + _ROWS])
-            error = part[: len(rows)].copy_(out).sub_(rows)
-            torch.linalg.vector_norm(rows, dim=1, out=lengths[0, start : start + _ROWS])
-            torch.linalg.vector_norm(error, dim=1, out=lengths[1, start : start + _ROWS])
-        return rounded, lengths[0], lengths[1]
+            rows = W[start : start + _ROWS]
+            rounded[start : start + _ROWS].copy_(rows)
+            torch.linalg.vector_norm(rows, dim=1, out=length[start : start + _ROWS])
+        return rounded, length
 
     def _weighted(self, W: Tensor, bias: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None:
             return W, bias
         return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
 
-    def _at_least(self, hidden: Tensor, floor: Tensor | None, start: int, first: int) -> _Found:
-        """Positive entries of a tile at or above the floor (a number, or one a row, out of products like it)."""
+    def _at_least(self, tile: _Tile, floor: Tensor | None) -> _Found:
+        """Positive entries of a tile at or above the floor (a number, or one a row, out of products like it).
+
+        Few blocks hold any, and only those are looked into.
+        """
+        bits, maxima = _bits(tile.hidden), _bits(tile.maxima)
+        lowest = torch.ones((1, 1), dtype=bits.dtype, device=bits.device)
         if floor is not None and self.dtype != torch.float32:
             # An entry of `hidden` is its sum rounded, and the sum lies at most `gap` above the float32 value. So what
             # the floor promises of float32 values is less by both; an entry as large as that has a sum as large.
             floor = floor.float()
-            floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(hidden.dtype)
-        n, width = hidden.numel(), hidden.shape[1]
-        mask = self._buffer("mask", (-(-self.chunk * width // 8) * 8,), hidden, torch.bool)[: -(-n // 8) * 8]
-        mask[n:] = False
-        bits = _bits(hidden)
-        lowest = 1 if floor is None else floor.view(bits.dtype).clamp_min(1)
-        torch.ge(bits, lowest, out=mask[:n].view(hidden.shape))
-        # Eight flags at a time: few words hold any flag, and only those are looked into.
-        words = mask.view(torch.int64).nonzero().flatten()
-        within = mask.view(-1, 8)[words].nonzero()
-        positions = words[within[:, 0]] * 8 + within[:, 1]
-        token = positions.div(width, rounding_mode="floor")
-        values = hidden.flatten()[positions] if self.dtype == torch.float32 else None
-        return _Found(token + start, positions - token * width + first, values)
+            floor = (floor - floor.abs() * 2.0**-7 - self._gap).to(tile.hidden.dtype)
+        if floor is not None:
+            lowest = floor.view(bits.dtype).clamp_min(1).view(-1, 1)
+        n, n_blocks = maxima.shape
+        token, block = (maxima >= lowest).nonzero().unbind(1)
+        blocks = bits.view(n, -1, n_blocks)[token, :, block]
+        row, within = (blocks >= (lowest if len(lowest) == 1 else lowest[token])).nonzero().unbind(1)
+        known = blocks[row, within].view(torch.float32) if self.dtype == torch.float32 else None
+        return _Found(token[row] + tile.start, block[row] + within * n_blocks + tile.first, known)
 
     def _evaluated(
         self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
-    ) -> SparseEntries:
-        """The entries that were found, by token and feature, with their values in float32."""
+    ) -> ListedByFeature:
+        """The entries that were found, with their values in float32."""
         shape = (len(x), len(W))
         token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
-        order = (token * len(W) + feature).argsort()
+        place = feature * len(x) + token
+        # A stable sort of 32-bit numbers goes by their digits, which takes half the time.
+        order = torch.sort(place.int() if len(x) * len(W) < 2**31 else place, stable=True).indices
         token, feature = token[order], feature[order]
         known = [f.values for f in found if f.values is not None]
         if known:
             values = torch.cat(known)[order]
-            return SparseEntries(token, feature, values if floor is None else values + floor[feature], shape)
-        entries = SparseEntries(token, feature, x.new_zeros(len(token)), shape)
-        return SparseEntries(token, feature, entries.inner(x, W) + bias[feature], shape)
+            return ListedByFeature(token, feature, values if floor is None else values + floor[feature], shape)
+        listed = ListedByFeature(token, feature, x.new_zeros(len(token)), shape)
+        return ListedByFeature(token, feature, listed.inner(x, W) + bias[feature], shape)
 
     def _dense(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None) -> DenseEntries:
         hidden_pre = torch.addmm(bias, x, W.T, out=self._buffer("dense", (len(x), len(W)), x, torch.float32))
@@ -248,26 +249,42 @@ class _Product:
 
 
 @dataclass(frozen=True)
+class _Tile:
+    """Some tokens by some features.
+
+    Attributes:
+        hidden: `[n, width]`.
+        maxima: Largest entry of each block, `[n, n_blocks]`; block b holds the features b, b + n_blocks, ...
+        start: First token.
+        first: First feature.
+    """
+
+    hidden: Tensor
+    maxima: Tensor
+    start: int
+    first: int
+
+
+@dataclass(frozen=True)
 class _Found:
     token: Tensor  # int64
     feature: Tensor  # int64
     values: Tensor | None  # float32; None where only an upper bound is known
 
 
-def _slack(x: Tensor, rounded: Tensor, length: Tensor, error: Tensor, added: Tensor) -> Tensor:
+def _slack(x: Tensor, rounded: Tensor, length: Tensor, added: Tensor) -> Tensor:
     """How far the sum over bfloat16 products may be below the float32 value; see the head of this file.
 
     Args:
         x: Float32 `[n, d_in]`.
         rounded: The same in bfloat16.
         length: Of each row of the weights, float32 `[d_sae]`.
-        error: Length of each row's rounding error, float32 `[d_sae]`.
         added: Sum of the sizes of what is added to each feature's product, float32 `[d_sae]`.
     """
     d_in = x.shape[1]
     longest = torch.linalg.vector_norm(x, dim=1).max()
     longest_error = torch.linalg.vector_norm(x - rounded, dim=1).max()
-    rounding = longest * error + longest_error * (length + error)
+    rounding = length * (longest * _NEAREST + longest_error * (1 + _NEAREST))
     # Twice: the sum over bfloat16 products and the one in float32. Eight more for what is done to it afterwards.
     summing = (longest * length * (1 + 2.0**-6) + added) * (2 * (d_in + 8) * _UNIT)
     # The lengths are float32 sums themselves.

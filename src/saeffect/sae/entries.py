@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["DenseEntries", "Entries", "SparseEntries", "sparse_entries"]
+__all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries", "sparse_entries"]
 
 
 class Entries(ABC):
@@ -50,8 +51,13 @@ class Entries(ABC):
         """`left @ W.T` at the entries: left `[n_tokens, d_in]`, W `[d_sae, d_in]`; shaped like `values`."""
 
     @abstractmethod
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`."""
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
+        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`.
+
+        With `rows`, a range of features, only those: `out` is then `[features in the range, d_in]`.
+        """
 
     @abstractmethod
     def feature_sums(self, values: Tensor) -> Tensor:
@@ -86,7 +92,13 @@ class SparseEntries(Entries):
     def where(self, kept: Tensor) -> SparseEntries:
         if bool(kept.all()):
             return self
-        return SparseEntries(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+        some = SparseEntries(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+        if "_transposed" in self.__dict__:  # to pick from an order is faster than to sort once more
+            order, _, token = self._transposed
+            picked = kept[order]
+            place = kept.cumsum(0).sub_(1)[order[picked]]
+            some.__dict__["_transposed"] = place, _starts(some.feature, self.shape[1]), token[picked]
+        return some
 
     def decode(self, values: Tensor, W_dec: Tensor) -> Tensor:
         out = W_dec.new_empty(self.shape[0], W_dec.shape[1])
@@ -95,11 +107,15 @@ class SparseEntries(Entries):
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
         if not self.values.numel():
             return self.values.new_zeros(0)
-        return torch.sparse.sampled_addmm(self._by_token(self.values), left, W.T, beta=0).values()
+        # By feature: a row of W, of which there are many, then comes from memory once; `left` stays in the cache.
+        products = _products(self._by_feature(self.values), left, W)
+        return torch.empty_like(products).index_copy_(0, self._transposed[0], products)
 
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
         # Writing into memory that is already mapped: a fresh [d_sae, d_in] costs ten times the product.
-        return torch.addmm(out, self._by_feature(values), right, beta=1 if add else 0, out=out)
+        return torch.addmm(out, self._by_feature(values, rows), right, beta=1 if add else 0, out=out)
 
     def feature_sums(self, values: Tensor) -> Tensor:
         return values.new_zeros(self.shape[1]).index_add_(0, self.feature, values)
@@ -115,9 +131,15 @@ class SparseEntries(Entries):
     def _by_token(self, values: Tensor) -> Tensor:
         return _csr(self._token_starts, self._feature32, values, self.shape)
 
-    def _by_feature(self, values: Tensor) -> Tensor:
+    def _by_feature(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         order, starts, token = self._transposed
-        return _csr(starts, token, values[order], (self.shape[1], self.shape[0]))
+        first, last, _ = rows.indices(self.shape[1])
+        if last - first < self.shape[1]:
+            bounds = self._bounds
+            inside = slice(bounds[first], bounds[last])
+            starts = starts[first : last + 1] - bounds[first]
+            order, token = order[inside], token[inside]
+        return _csr(starts, token, values[order], (last - first, self.shape[0]))
 
     @cached_property
     def _feature32(self) -> Tensor:  # MKL and cuSPARSE take 32-bit indices; others are copied at every product
@@ -126,6 +148,10 @@ class SparseEntries(Entries):
     @cached_property
     def _token_starts(self) -> Tensor:
         return _starts(self.token, self.shape[0])
+
+    @cached_property
+    def _bounds(self) -> list[int]:  # where each feature's entries start, as plain numbers
+        return self._transposed[1].tolist()
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,8 +186,10 @@ class DenseEntries(Entries):
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
         return torch.mm(left, W.T, out=self._scratch) if self._scratch is not None else left @ W.T
 
-    def outer(self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-        return torch.addmm(out, values.T, right, beta=1 if add else 0, out=out)
+    def outer(
+        self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
+    ) -> Tensor:
+        return torch.addmm(out, values[:, rows].T, right, beta=1 if add else 0, out=out)
 
     def feature_sums(self, values: Tensor) -> Tensor:
         return values.sum(0)
@@ -171,6 +199,52 @@ class DenseEntries(Entries):
 
     def to_dense(self, values: Tensor | None = None) -> Tensor:
         return self.values if values is None else values
+
+
+@dataclass(frozen=True, eq=False)
+class ListedByFeature:
+    """Entries ordered by feature, then by token: how they are evaluated and chosen before they become `SparseEntries`.
+
+    Attributes:
+        token: Int64 `[nnz]`.
+        feature: Int64 `[nnz]`.
+        values: Float32 `[nnz]`.
+        shape: (n_tokens, d_sae).
+    """
+
+    token: Tensor
+    feature: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    def where(self, kept: Tensor) -> ListedByFeature:
+        """Only the entries for which the bool tensor `kept` is true."""
+        if bool(kept.all()):
+            return self
+        return ListedByFeature(self.token[kept], self.feature[kept], self.values[kept], self.shape)
+
+    def inner(self, left: Tensor, W: Tensor) -> Tensor:
+        """See `Entries.inner`."""
+        if not self.values.numel():
+            return self.values.new_zeros(0)
+        return _products(_csr(self._starts, self._token32, self.values, self.shape[::-1]), left, W)
+
+    def entries(self) -> SparseEntries:
+        """The same by token; nothing is sorted again for what goes by feature."""
+        order = torch.sort(self._token32, stable=True).indices
+        entries = SparseEntries(self.token[order], self.feature[order], self.values[order], self.shape)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        entries.__dict__["_transposed"] = place, self._starts, self._token32
+        return entries
+
+    @cached_property
+    def _token32(self) -> Tensor:
+        return self.token.to(torch.int32)
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        return _starts(self.feature, self.shape[1])
 
 
 def sparse_entries(dense: Tensor) -> SparseEntries:
@@ -185,7 +259,21 @@ def _starts(of_entry: Tensor, n: int) -> Tensor:
     return starts
 
 
-def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    with warnings.catch_warnings():  # torch calls its CSR layout beta, once a process
+def _products(pattern: Tensor, left: Tensor, W: Tensor) -> Tensor:
+    """`W @ left.T` where a CSR matrix `[d_sae, n_tokens]` has entries, in their order."""
+    return torch.sparse.sampled_addmm(pattern, W, left.T, beta=0).values()
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    _tell_torch_that_we_know()
+    return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+
+
+@cache
+def _tell_torch_that_we_know() -> None:
+    """torch says once a process that its CSR layout is beta; let it say so where nobody hears."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
+        torch.sparse_csr_tensor(
+            torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 1)
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 
 __all__ = ["GatedSae"]
 
@@ -63,7 +63,7 @@ class GatedSae(TrainableSae):
         entries.outer(acts, d_out, self.gradient("W_dec"))
         entries.outer(gate, d_by_gate, self.gradient("W_dec"), add=True)
         total = entries.feature_sums(gate) / step.n_tokens
-        self.backward_to_norms(step.coefficient * total)
+        self.gradient("W_dec").addcmul_(W_dec, self.pull_on_norms(step.coefficient * total, norm)[:, None])
         self.gradient("b_mag").copy_(entries.feature_sums(d_magnitude))
         self.gradient("b_gate").copy_(entries.feature_sums(d_gate))
         self.gradient("r_mag").copy_(entries.feature_sums(grown.mul_(d_magnitude)))
@@ -71,9 +71,9 @@ class GatedSae(TrainableSae):
         self.gradient("b_dec").copy_(d_out.sum(0) + d_by_gate.sum(0))
         self.backward_to_b_dec(entries.feature_sums(d_gate))
         losses = {
-            "mse": error.square().sum() / step.n_tokens,
+            "mse": squared_error(error) / step.n_tokens,
             "l1": step.coefficient * (total @ norm),
-            "mse_by_gate": error_by_gate.square().sum() / step.n_tokens,
+            "mse_by_gate": squared_error(error_by_gate) / step.n_tokens,
         }
         return StepResult(losses, entries.counts(), sae_out)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeffect.sae.entries import Entries
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 from saeffect.sae.training_config import SaeTrainingConfig
 
 __all__ = ["JumpReluSae"]
@@ -52,7 +52,8 @@ class JumpReluSae(TrainableSae):
         entries.values = hidden_pre * on
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
-        d_out = error * (2.0 / step.n_tokens)
+        mse = squared_error(error) / step.n_tokens
+        d_out = error.mul_(2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec)
         if step.config.l0_kind == "tanh":
             l0, d_norm = self._smooth_count(entries, d_acts, step)
@@ -62,10 +63,9 @@ class JumpReluSae(TrainableSae):
             l0, d_norm = on.sum() * d_step, None
         through_jump = threshold * entries.feature_sums(d_acts * near) + d_step * entries.feature_sums(near.float())
         self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
-        self.backward(entries, d_acts.mul_(on), d_out, centred)
-        if d_norm is not None:
-            self.backward_to_norms(d_norm)
-        losses = {"mse": error.square().sum() / step.n_tokens, "l0": l0}
+        pull = None if d_norm is None else self.pull_on_norms(d_norm, W_dec.norm(dim=1))
+        self.backward(entries, d_acts.mul_(on), d_out, centred, pull)
+        losses = {"mse": mse, "l0": l0}
         if len(step.dead) and step.config.pre_act_coefficient is not None:
             losses["pre_act"] = self._pre_act_loss(centred, step, step.config.pre_act_coefficient)
         return StepResult(losses, entries.counts(), sae_out)

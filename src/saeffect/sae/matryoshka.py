@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saeffect.sae.batchtopk import BatchTopKSae
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
-from saeffect.sae.trainable import StepInputs
+from saeffect.sae.trainable import StepInputs, squared_error
 
 __all__ = ["MatryoshkaSae"]
 
@@ -42,9 +42,9 @@ class MatryoshkaSae(BatchTopKSae):
         for rows, group in groups:
             sae_out = sae_out + group.decode(group.values, self.W_dec.data[rows])
             errors.append(sae_out - x)
-        losses = {"mse": errors[-1].square().sum() / step.n_tokens}
+        losses = {"mse": squared_error(errors[-1]) / step.n_tokens}
         for width, error in zip(widths[:-1], errors[:-1], strict=True):
-            losses[f"inner_mse_{width}"] = error.square().sum() / step.n_tokens
+            losses[f"inner_mse_{width}"] = squared_error(error) / step.n_tokens
         d_out = torch.zeros_like(x)
         for rows, group in reversed(groups):
             d_out.add_(errors.pop(), alpha=2.0 / step.n_tokens)

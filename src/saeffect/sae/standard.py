@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 
 __all__ = ["StandardSae"]
 
@@ -31,12 +31,13 @@ class StandardSae(TrainableSae):
         entries = step.encoder.above(centred, self.W_rows, self.b_enc.data)
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
-        d_out = error * (2.0 / step.n_tokens)
+        mse = squared_error(error) / step.n_tokens
+        d_out = error.mul_(2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec)
         d_acts += entries.per_feature(norm * (step.coefficient / step.n_tokens))
-        self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred)
         # The penalty pulls on the decoder too: along each row, by how much its feature was active.
         total = entries.feature_sums(entries.values) / step.n_tokens
-        self.backward_to_norms(step.coefficient * total)
-        losses = {"mse": error.square().sum() / step.n_tokens, "l1": step.coefficient * (total @ norm)}
+        pull = self.pull_on_norms(step.coefficient * total, norm)
+        self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred, pull)
+        losses = {"mse": mse, "l1": step.coefficient * (total @ norm)}
         return StepResult(losses, entries.counts(), sae_out)

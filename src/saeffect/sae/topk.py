@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saeffect.sae.dead_features import auxiliary_loss
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 
 __all__ = ["TopKSae"]
 
@@ -38,9 +38,9 @@ class TopKSae(TrainableSae):
         entries = step.encoder.top(centred, self.W_rows, self.b_enc.data, self.cfg.k, weight=weight)
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
+        losses = {"mse": squared_error(error) / step.n_tokens}
         d_out = error * (2.0 / step.n_tokens)
         self.backward(entries, entries.inner(d_out, W_dec), d_out, centred)
-        losses = {"mse": error.square().sum() / step.n_tokens}
         if len(step.dead) and step.config.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(self, centred, -error, step, weight=weight)
         return StepResult(losses, entries.counts(), sae_out)

@@ -19,7 +19,9 @@ from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import Entries
 from saeffect.sae.training_config import SaeTrainingConfig
 
-__all__ = ["StepInputs", "StepResult", "TrainableSae"]
+__all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error"]
+
+_ROWS = 2048  # features whose gradients are worked on at a time: they then stay in the cache
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class TrainableSae(SparseAutoencoder):
         return {}
 
     @torch.no_grad()
-    def backward(self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor) -> None:
+    def backward(
+        self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor, pull: Tensor | None = None
+    ) -> None:
         """From gradients at the entries to gradients of the weights, overwriting what was there.
 
         Args:
@@ -154,9 +158,15 @@ class TrainableSae(SparseAutoencoder):
             d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
             d_out: Loss by `sae_out`, float32 `[n, d_in]`.
             centred: What the encoder was given, float32 `[n, d_in]`.
+            pull: What a decoder row's gradient gets of the row itself, float32 `[d_sae]`; see `pull_on_norms`.
         """
-        entries.outer(entries.values, d_out, self.gradient("W_dec"))
-        entries.outer(d_hidden, centred, self.gradient("W_enc"))
+        W_dec, d_W_dec, d_W_enc = self.W_dec.data, self.gradient("W_dec"), self.gradient("W_enc")
+        for start in range(0, len(W_dec), _ROWS):
+            rows = slice(start, start + _ROWS)
+            entries.outer(entries.values, d_out, d_W_dec[rows], rows=rows)
+            if pull is not None:
+                d_W_dec[rows].addcmul_(W_dec[rows], pull[rows, None])
+            entries.outer(d_hidden, centred, d_W_enc[rows], rows=rows)
         self.gradient("b_enc").copy_(entries.feature_sums(d_hidden))
         self.gradient("b_dec").copy_(d_out.sum(0))
         self.backward_to_b_dec(self.gradient("b_enc"))
@@ -166,10 +176,14 @@ class TrainableSae(SparseAutoencoder):
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
 
-    def backward_to_norms(self, d_norm: Tensor) -> None:
-        """The part of W_dec's gradient that comes through the lengths of its rows; d_norm is float32 `[d_sae]`."""
-        W_dec = self.W_dec.data
-        self.gradient("W_dec").addcmul_(W_dec, (d_norm / W_dec.norm(dim=1).clamp_min(1e-12))[:, None])
+    def pull_on_norms(self, d_norm: Tensor, norm: Tensor) -> Tensor:
+        """The part of W_dec's gradient that comes through the lengths of its rows, in multiples of each row.
+
+        Args:
+            d_norm: Loss by length, float32 `[d_sae]`.
+            norm: The lengths, float32 `[d_sae]`.
+        """
+        return d_norm / norm.clamp_min(1e-12)
 
     def centred(self, x: Tensor) -> Tensor:
         """What the encoder sees of an input."""
@@ -186,3 +200,8 @@ class TrainableSae(SparseAutoencoder):
     def normalise_decoder(self) -> None:
         """Put every decoder row back on the unit sphere."""
         self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+
+def squared_error(error: Tensor) -> Tensor:
+    """Sum of all squares of float32 `[n, d_in]`, 0-dim; row by row, so that rounding does not add up."""
+    return torch.linalg.vector_norm(error, dim=1).square_().sum()

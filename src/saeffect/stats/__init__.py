@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
 from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats.clusters import independent_values
 from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
 from saeffect.stats.estimate import Estimate, TestResult
 from saeffect.stats.multiplicity import benjamini_hochberg
@@ -37,6 +38,7 @@ __all__ = [
     "detectable_paired_mean",
     "detectable_proportion_difference",
     "fisher_exact",
+    "independent_values",
     "krippendorff_alpha",
     "nested_mean",
     "nested_mean_difference",

@@ -15,12 +15,20 @@ from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
 __all__ = ["effects", "outcome_effects"]
 
 _ORDER = (
-    *("feature", "n_pairs", "unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high"),
+    *("feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean"),
+    *("effect", "effect_low", "effect_high"),
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
+# What `summarise_pairs` calls them, and what they are called beside the primary effect.
+_SHUFFLED = {
+    "effect": "shuffled_effect",
+    "effect_low": "shuffled_low",
+    "effect_high": "shuffled_high",
+    "p": "shuffled_p",
+}
 _LONG = (
-    *("feature", "outcome", "placebo", "n_pairs", "effect", "low", "high", "p", "q", "reversed_share"),
+    *("feature", "outcome", "placebo", "n_pairs", "n_independent", "effect", "low", "high", "p", "q", "reversed_share"),
     *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
 )
 
@@ -40,7 +48,8 @@ def effects(
 
     Pairs are prompts x samples: steered, placebo and unsteered text of a pair shared prompt and sampling
     noise. The effect is the mean of (steered - unsteered) - (placebo - unsteered). Pairs in which one of the
-    three is undefined are left out and counted in `reason`.
+    three is undefined are left out and counted in `reason`. From six prompts on, samples of a prompt are averaged
+    first: they resemble each other, and what is tested is whether other prompts would show the effect too.
 
     Args:
         trials: As `run_trials` gives.
@@ -53,7 +62,8 @@ def effects(
         obstacles: Why features were not steered, see `saeffect.steering.obstacles`: their `reason`.
 
     Returns:
-        One row a feature, by number: feature; n_pairs; unsteered_mean, steered_mean, placebo_mean (over the
+        One row a feature, by number: feature; n_pairs; n_independent (prompts, or pairs with fewer than six
+        prompts: what the test and the interval count); unsteered_mean, steered_mean, placebo_mean (over the
         pairs); effect with its 95 % interval (Student's t) effect_low, effect_high; p (sign-flip test that the
         effect is above 0, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
         features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar
@@ -84,10 +94,8 @@ def effects(
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
     table["paper_pass"] = table["feature"].map(first[STEERED] > first[UNSTEERED]).astype(bool)
     shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
-    names = {"effect": "shuffled_effect", "effect_low": "shuffled_low", "effect_high": "shuffled_high"}
-    for name, new in (names | {"p": "shuffled_p"}).items():
-        table[new] = table["feature"].map(shuffled[name])
-    for name, values in _direct(direct, dose, placebo).items():
+    beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
+    for name, values in beside.items():
         table[name] = math.nan if values is None else table["feature"].map(values)
     return table.assign(outcome=outcome, placebo=placebo)[list(_ORDER)]
 
@@ -115,8 +123,8 @@ def outcome_effects(
         obstacles: As in `effects`.
 
     Returns:
-        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs; effect with its 95 %
-        interval low, high (Student's t, 95 %); p, q (over the features of one outcome and placebo), reversed_share,
+        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs, n_independent; effect with its
+        95 % interval low, high (Student's t); p, q (over the features of one outcome and placebo), reversed_share,
         unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater" or "two-sided");
         unit; declared (whether the outcome was declared before the run; all others are exploratory); primary
         (whether it is the one test that decides what passes); reason.

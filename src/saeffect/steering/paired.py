@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, sign_flip_many
+from saeffect.stats import benjamini_hochberg, independent_values, sign_flip_many
 from saeffect.stats.student import mean_interval
 from saeffect.steering.measures import OutcomeMeasure
 from saeffect.steering.placebo import STEERED, UNSTEERED
@@ -123,8 +123,8 @@ def summarise_pairs(
         obstacles: Why rows are missing, for the reasons.
 
     Returns:
-        feature, n_pairs, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high, p, q,
-        reversed_share, reason; see `effects`. NaN with a reason for fewer than two complete pairs.
+        feature, n_pairs, n_independent, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high,
+        p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than two complete pairs.
     """
     placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
@@ -136,7 +136,7 @@ def summarise_pairs(
             record["reason"] = why
         records.append({"feature": int(feature), **record})
         kept.append(differences)
-    table = pd.DataFrame(records, columns=["feature", "n_pairs", *_NUMBERS, "reason"])
+    table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
     table["p"] = _p_values(kept, measure.alternative, seed)
     table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
     return table
@@ -147,10 +147,12 @@ def _one_feature(
 ) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
     """The feature's columns but p and q, and the differences of its complete pairs."""
     complete = group.dropna()
-    differences = (complete[STEERED] - complete[placebo]).to_numpy(dtype=np.float64)
-    record: dict[str, Any] = {"n_pairs": len(complete), **dict.fromkeys(_NUMBERS, math.nan)}
+    by_pair = complete[STEERED] - complete[placebo]
+    differences = independent_values(by_pair, by_pair.index.get_level_values("prompt"))
+    record: dict[str, Any] = {"n_pairs": len(complete), "n_independent": len(differences)}
+    record |= dict.fromkeys(_NUMBERS, math.nan)
     record["reason"] = _reason(group, placebo, len(complete), measure)
-    if len(complete) < 2:
+    if len(differences) < 2:
         return record, np.empty(0)
     interval = mean_interval(differences)
     record |= {
@@ -160,7 +162,7 @@ def _one_feature(
         "effect": float(differences.mean()),
         "effect_low": interval.low,
         "effect_high": interval.high,
-        "reversed_share": _reversed_share(complete[STEERED] - complete[placebo], measure),
+        "reversed_share": _reversed_share(by_pair, measure),
     }
     record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
     return record, differences

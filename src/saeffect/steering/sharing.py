@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.processes import device_of_process, gathered, is_first, join, rank_and_world
+from saeffect.processes import barrier, device_of_process, gathered, is_first, join, rank_and_world
 from saeffect.steering.generate import Progress
 from saeffect.steering.outcomes import TextVectors
 from saeffect.steering.plan import Site, SteeringPlan, check_features
@@ -69,6 +69,7 @@ def run_trials_shared(
             on_chunk=on_chunk,
             progress=progress if is_first() else None,
         )
+    barrier()  # which waits for the slowest, however long; what follows takes a moment
     everything = pd.concat(_from_all(rows), ignore_index=True)
     # Within a feature the rows are in their order already, and a feature is one process' alone.
     return everything.sort_values("feature", kind="stable", ignore_index=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
-    _check_tokenizers(study)
+    encode = _check_tokenizers(study)
     lines.append("every arm has the same tokens")
     config = study.config
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
@@ -76,7 +77,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
-    lines += _check_steering(study)
+    lines += _check_steering(study, encode)
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
@@ -102,11 +103,14 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
     return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
 
 
-def _check_steering(study: Study) -> list[str]:
-    """What is declared, the encoder of texts, and whether the features to steer together are there."""
+def _check_steering(study: Study, encode: Callable[[str], list[int]]) -> list[str]:
+    """What is declared, the prompts, the encoder of texts, and whether the features to steer together are there."""
     steering = study.config.steering
     if steering is None:
         return []
+    for key in ("prompts", "search_prompts"):
+        for prompt in getattr(steering, key):
+            _check_prompt(study, key, prompt, len(encode(prompt)))
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
         beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
@@ -121,8 +125,27 @@ def _check_steering(study: Study) -> list[str]:
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
-def _check_tokenizers(study: Study) -> None:
+def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int) -> None:
+    """Whether there is a position to steer at: the steer stage would find out only after all the others."""
+    if n_tokens == 0:
+        raise ConfigError(
+            f"the prompt {prompt!r} has no tokens; expected at least one.",
+            at=study.at("steering", key),
+            fix="write something, or leave it out.",
+        )
+    if n_tokens == 1 and study.config.steering is not None and study.config.steering.positions == "prompt":
+        raise ConfigError(
+            f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
+            " expected at least two tokens.",
+            at=study.at("steering", key),
+            fix="use a longer prompt, or positions: all or generated.",
+        )
+
+
+def _check_tokenizers(study: Study) -> Callable[[str], list[int]]:
+    """How prompts become token ids, after a check that they are the same in every arm."""
     seen: dict[tuple[str, str | None], tuple[str, dict[str, int]]] = {}
+    tokenizer: Any = None
     for name, arm in study.config.arms.items():
         place = locate_model(arm.model)
         key = (str(place), arm.model.revision)
@@ -147,6 +170,7 @@ def _check_tokenizers(study: Study) -> None:
                 at=study.at("arms", name, "model"),
                 fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
             )
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _check_text(study: Study) -> str:

@@ -10,12 +10,12 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.provenance import write_json
-from saeffect.steering import RESPONSE_COLUMNS, direct_effects, dose_response, run_trials, score_doses
+from saeffect.steering import RESPONSE_COLUMNS, direct_effects, dose_response, run_trials_shared, score_doses
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.steering_plan import encoder_identity, outcome_vectors, plan_of_search, site_of, tested_features
 from saeffect.study.study import Say
 
-__all__ = ["dose_inputs", "dose_unit", "run_dose_search"]
+__all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
 VERSION = 3  # 3: a dose-response table for every arm
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
@@ -66,6 +66,13 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
     return work
 
 
+def help_dose_search(run: RunFolder, config: SteeringConfig) -> None:
+    """What every other process does of the search: the texts of its features. The scores take a moment."""
+    if len(config.doses) > 1:
+        for name in run.study.ordered_arms():
+            _search_arm(run, name, config, lambda line: None)
+
+
 def dose_unit(config: SteeringConfig) -> str:
     """What a dose counts, in words."""
     if config.operator == "add":
@@ -101,7 +108,7 @@ def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> t
         return pd.DataFrame(), pd.DataFrame()
     site, W_dec = site_of(run, run.study.open_arm(arm, say))
     plan = plan_of_search(config, run.study.config.seed)
-    trials = run_trials(
+    trials = run_trials_shared(
         site,
         W_dec,
         chosen,

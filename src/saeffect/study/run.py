@@ -3,6 +3,9 @@
 Each stage reads files and writes files, and is skipped while the hash of everything its numbers depend on is
 unchanged. Killed at any moment, the next run goes on after the last finished stage (interventions: after the last
 finished batch of texts) and ends with the same numbers.
+
+Under `torchrun` the first process goes through the stages and is alone in writing; the others wait until it calls
+them to a stage that can be shared, which is what takes hours: steering.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
+from saeffect.processes import from_first, is_first, join
+from saeffect.provenance import fingerprint
 from saeffect.study.check import check_study
 from saeffect.study.coherence import coherence_inputs, run_coherence
 from saeffect.study.comparison import comparison_inputs, run_comparison
-from saeffect.study.dose_search import dose_inputs, run_dose_search
+from saeffect.study.dose_search import dose_inputs, help_dose_search, run_dose_search
 from saeffect.study.features import features_inputs, run_features
 from saeffect.study.gate import gate_inputs, run_gate
 from saeffect.study.matching import matching_inputs, run_matching
@@ -25,10 +30,13 @@ from saeffect.study.reporting import report_inputs, run_reporting
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import run_seeds, seeds_inputs
 from saeffect.study.selection import run_selection, selection_inputs
-from saeffect.study.steering import run_steering, steering_inputs
+from saeffect.study.steering import help_steering, run_steering, steering_inputs
 from saeffect.study.study import Say, Study
 
 __all__ = ["STAGES", "run_study"]
+
+# What the first process says when no other is needed any more.
+_NOTHING_MORE = ""
 
 STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
 
@@ -51,23 +59,29 @@ def run_study(
         say: Receives lines: `progress <stage> <arm> <done> <total> <unit>`, and others for people.
 
     Returns:
-        The run directory.
+        The run directory. Under `torchrun` every process calls this with the same arguments, and every one gets it;
+        the tables are those of one process with as many threads.
 
     Raises:
         UnknownName: A stage that does not exist.
-        ConfigError: An earlier stage has not been run with this study as it now stands.
+        ConfigError: An earlier stage has not been run with this study as it now stands; or a process sees other files.
+        Interrupted: Another process of the same run is gone.
         SaeffectError: What is wrong with the study; nothing was changed in the directory by the failing stage.
     """
     for name in stages:
         if name not in STAGES:
             raise unknown_name("stage", name, STAGES)
+    join()  # together, now: by the first call for help the others would have given up
+    if not is_first():
+        return _help(study, out)
     check_study(study, out, say)
     run = RunFolder(out, study)
     _open_new_arms(run, stages, say)
     last = max(STAGES.index(name) for name in stages) if stages else -1
     for step in _method(run, say):
         if step.stage in stages:
-            run.stage(step.key, step.inputs(), step.work, say, redo=redo)
+            inputs = step.inputs()
+            run.stage(step.key, inputs, partial(_with_help, step, inputs), say, redo=redo)
         elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.inputs()):
             # Going on would mix this study's numbers with those of an older one.
             raise ConfigError(
@@ -75,17 +89,27 @@ def run_study(
                 at=str(run.folder),
                 fix=f"run saeffect {step.stage} first, or saeffect run for all of it.",
             )
+    from_first(_NOTHING_MORE)
     return run
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A stage of one arm or of all: its inputs are read only when it is its turn."""
+    """A stage of one arm or of all: its inputs are read only when it is its turn.
+
+    Attributes:
+        stage: One of `STAGES`.
+        key: Its name in the manifest.
+        inputs: Everything that its numbers depend on.
+        work: Does it, and gives the files that it wrote.
+        help: What the other processes do of it at the same time; None if the first one is alone at it.
+    """
 
     stage: str
     key: str
     inputs: Callable[[], Any]
     work: Callable[[], Iterable[Path]]
+    help: Callable[[], None] | None = None
 
 
 def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
@@ -117,10 +141,12 @@ def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
     # the test does not use; what is measured, and which of it decides, was declared in the study file.
     if steering is not None:
         search = run_dose_search(run, steering, say)
-        yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search)
+        help_search = partial(help_dose_search, run, steering)
+        yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search, help_search)
         for arm in study.ordered_arms():
             inputs = partial(steering_inputs, run, arm, steering)
-            yield _Step("steer", f"steer {arm}", inputs, run_steering(run, arm, steering, say))
+            test, help_test = run_steering(run, arm, steering, say), partial(help_steering, run, arm, steering)
+            yield _Step("steer", f"steer {arm}", inputs, test, help_test)
 
     # What differs between control and treatment, and is it more than between two SAEs of the control?
     yield _Step("compare", "compare", partial(comparison_inputs, run), run_comparison(run))
@@ -137,3 +163,26 @@ def _open_new_arms(run: RunFolder, stages: Sequence[str], say: Say) -> None:
         for arm in reversed(study.ordered_arms()):
             if not run.is_done(f"gate {arm}", gate_inputs(study, arm)):
                 study.open_arm(arm, say)
+
+
+def _with_help(step: _Step, inputs: Any) -> Iterable[Path]:
+    """The work of a stage, to which the other processes are called if there is something for them."""
+    if step.help is not None:
+        from_first(f"{step.key}\n{fingerprint(inputs)}")
+    return step.work()
+
+
+def _help(study: Study, out: Path | str) -> RunFolder:
+    """In every process but the first: a share of each stage to which it calls, until it is through."""
+    while (call := from_first()) != _NOTHING_MORE:
+        key, wanted = call.split("\n")
+        run = RunFolder(out, study)
+        step = next(step for step in _method(run, lambda line: None) if step.key == key)
+        if fingerprint(step.inputs()) != wanted or step.help is None:
+            raise ConfigError(
+                f"the processes see different files, or run different studies: the inputs of {key} differ.",
+                at=str(run.folder),
+                fix="let the study, its models and --out be in folders that all machines share.",
+            )
+        step.help()
+    return RunFolder(out, study)

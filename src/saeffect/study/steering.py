@@ -10,6 +10,7 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.features.vocabulary import load_vocabulary
+from saeffect.processes import rank_and_world
 from saeffect.provenance import atomic_path, fingerprint, read_json
 from saeffect.steering import (
     RememberedVectors,
@@ -19,7 +20,7 @@ from saeffect.steering import (
     features_together,
     obstacles,
     outcome_effects,
-    run_trials,
+    run_trials_shared,
     score_texts,
 )
 from saeffect.study.run_folder import RunFolder
@@ -34,7 +35,7 @@ from saeffect.study.steering_plan import (
 )
 from saeffect.study.study import Arm, Say
 
-__all__ = ["STEERING_FILES", "run_steering", "steering_inputs"]
+__all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 VERSION = 3
@@ -75,7 +76,7 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
         if chosen.empty:
             say(f"  arm {arm} has no domain features, so none is tested")
         tables: dict[str, pd.DataFrame] = {}
-        kept = _Chunks(run.arm(arm, f"partial-{fingerprint(steering_inputs(run, arm, config))[:16]}"))
+        kept = _Chunks.of(run, arm, config)
         if len(chosen) or sets:
             test = _Test(run, run.study.open_arm(arm, say), config, say)
             if len(chosen):
@@ -94,6 +95,18 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
         return paths
 
     return work
+
+
+def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
+    """What every other process does of the stage: the texts of its features, in the order of the first process."""
+    chosen = tested_features(run, arm, config.max_features)
+    sets = config.together.get(arm, ())
+    if len(chosen) or sets:
+        test = _Test(run, run.study.open_arm(arm), config, lambda line: None)
+        if len(chosen):
+            test.texts(chosen, _Chunks.of(run, arm, config))
+        if sets:
+            test.texts(test.joined(sets))
 
 
 class _Test:
@@ -124,16 +137,21 @@ class _Test:
 
     def together(self, sets: tuple[tuple[int, ...], ...]) -> dict[str, pd.DataFrame]:
         """Sets of features, each steered at once."""
-        features = self._run.read_table(self._run.arm(self._arm.name, "features.parquet"))
-        members = sorted({feature for some in sets for feature in some})
-        rows = features_together(features, sets, matched_of(self._run, self._arm.name, members))
+        rows = self.joined(sets)
         tables = self._tested(rows)
         joint = tables["effects"].merge(rows[["feature", "members"]], on="feature")
         return {"together": tables["interventions"], "together_effects": joint.rename(columns={"feature": "set"})}
 
-    def _tested(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> dict[str, pd.DataFrame]:
+    def joined(self, sets: tuple[tuple[int, ...], ...]) -> pd.DataFrame:
+        """A row a set, in the form of a feature."""
+        features = self._run.read_table(self._run.arm(self._arm.name, "features.parquet"))
+        members = sorted({feature for some in sets for feature in some})
+        return features_together(features, sets, matched_of(self._run, self._arm.name, members))
+
+    def texts(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> pd.DataFrame:
+        """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
         say, name = self._say, self._arm.name
-        trials = run_trials(
+        return run_trials_shared(
             self._site,
             self._W_dec,
             chosen,
@@ -143,7 +161,9 @@ class _Test:
             on_chunk=kept.add if kept else None,
             progress=lambda done, total: say(f"progress steer {name} {done} {total} texts"),
         )
-        trials = self._scored(trials, chosen)
+
+    def _tested(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> dict[str, pd.DataFrame]:
+        trials = self._scored(self.texts(chosen, kept), chosen)
         direct = direct_effects(self._site, self._W_dec, chosen, self._plan)
         why = obstacles(self._site, self._W_dec, chosen, self._plan)
         config = self._config
@@ -171,18 +191,28 @@ class _Test:
 
 
 class _Chunks:
-    """Finished pieces of an arm's interventions, one file each, until the whole is written."""
+    """Finished pieces of an arm's interventions, one file each, until the whole is written.
+
+    Every process reads the files of all, so that a run may go on with another number of processes, and writes
+    files that bear its own number.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._mine = f"chunk-{rank_and_world()[0]:03d}-"
+
+    @classmethod
+    def of(cls, run: RunFolder, arm: str, config: SteeringConfig) -> _Chunks:
+        """Of the stage as it is configured now: what was made with other inputs lies elsewhere."""
+        return cls(run.arm(arm, f"partial-{fingerprint(steering_inputs(run, arm, config))[:16]}"))
 
     def read(self) -> pd.DataFrame | None:
         files = sorted(self._folder.glob("chunk-*.parquet"))
         return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else None
 
     def add(self, rows: pd.DataFrame) -> None:
-        index = len(list(self._folder.glob("chunk-*.parquet"))) if self._folder.is_dir() else 0
-        with atomic_path(self._folder / f"chunk-{index:05d}.parquet") as temporary:
+        index = len(list(self._folder.glob(f"{self._mine}*.parquet"))) if self._folder.is_dir() else 0
+        with atomic_path(self._folder / f"{self._mine}{index:05d}.parquet") as temporary:
             rows.to_parquet(temporary, index=False)
 
     def remove(self) -> None:

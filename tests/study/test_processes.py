@@ -1,0 +1,189 @@
+"""Processes of `torchrun` end with the files of one: together, killed and another number of them, stopped, broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saeffect.study.run import run_study
+from saeffect.study.steering import _Chunks
+from saeffect.study.study import Study
+from study.test_run import tree
+from tiny_study import make_study
+
+BEFORE = ("gate", "features", "coherence", "select", "match")
+# One feature a batch, so that each process has several; long enough to be killed in the middle.
+STEERING = {
+    "prompts": ["The river", "My doctor said"],
+    "search_prompts": ["A window"],
+    "doses": [0.5, 1.0],
+    "search_features": 2,
+    "max_features": 6,
+    "samples": 2,
+    "max_new_tokens": 24,
+    "top_p": 1.0,
+    "baseline_features": 1,
+    "batch_size": 6,
+    "together": {"control": [[1, 2], [4, 7, 9]]},
+}
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `study.yaml`, `before` (all stages before steering) and `alone` (a whole run of one process)."""
+    folder = tmp_path_factory.mktemp("study")
+    study = Study.open(make_study(folder, steering=STEERING))
+    run_study(study, folder / "before", stages=BEFORE)
+    shutil.copytree(folder / "before", folder / "alone")
+    run_study(study, folder / "alone")
+    return folder
+
+
+def variables(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(n: int, *arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
+    return subprocess.Popen(
+        [*command, "-m", "saeffect", *map(str, arguments)],
+        env=variables(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def side_by_side(*arguments: tuple[str | Path, ...]) -> list[subprocess.Popen[str]]:
+    """A process for each set of arguments, as torchrun starts them, but nobody looks after them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1])}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "saeffect", *map(str, its)],
+            env=variables(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(len(arguments)), **place),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, its in enumerate(arguments)
+    ]
+
+
+def files(run: Path) -> dict[str, str]:
+    found = tree(run)
+    del found["manifest.json"]  # holds how long each stage took
+    return found
+
+
+def steered(run: Path) -> dict[str, str]:
+    return {name: digest for name, digest in files(run).items() if name.startswith(("arms/", "steering/"))}
+
+
+def wait_until(true: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
+    while not true():
+        assert all(process.poll() is None for process in processes), "it ended before it could be stopped"
+        time.sleep(0.005)
+
+
+def test_two_processes_make_what_one_makes(prepared: Path, tmp_path: Path) -> None:
+    process = torchrun(2, "run", prepared / "study.yaml", "--out", tmp_path / "run")
+    heard, said = process.communicate()
+    assert process.returncode == 0, said
+    assert files(tmp_path / "run") == files(prepared / "alone")
+    assert heard.count("report: ") == 1, "the first process alone speaks"
+    assert said.count("steer treatment: ") == 1
+
+
+def test_a_killed_run_is_ended_by_another_number_of_processes(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared / "before", run)
+    arguments = ("steer", prepared / "study.yaml", "--out", run)
+    processes = side_by_side(arguments, arguments)
+
+    def both_have_some() -> bool:
+        return all(any(run.glob(f"arms/treatment/partial-*/chunk-{rank:03d}-*")) for rank in (0, 1))
+
+    wait_until(both_have_some, processes)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    assert not (run / "arms/treatment/interventions.parquet").exists()
+    kept = {p: p.stat().st_mtime_ns for p in run.glob("arms/treatment/partial-*/chunk-*")}
+    last = torchrun(3, *arguments)
+    _, said = last.communicate()
+    assert last.returncode == 0, said
+    assert kept
+    assert steered(run) == steered(prepared / "alone")
+
+
+def test_chunks_of_all_processes_are_read_by_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, number in ((0, 7), (1, 8), (1, 9), (0, 10)):
+        monkeypatch.setenv("RANK", str(rank))
+        _Chunks(tmp_path / "partial").add(pd.DataFrame({"feature": [number]}))
+    monkeypatch.setenv("RANK", "2")
+    chunks = _Chunks(tmp_path / "partial")
+    found = chunks.read()
+    assert found is not None
+    assert sorted(found["feature"]) == [7, 8, 9, 10]
+    chunks.remove()
+    assert not (tmp_path / "partial").exists()
+    assert chunks.read() is None
+
+
+def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> None:
+    text = (prepared / "study.yaml").read_text()
+    broken = prepared / "broken.yaml"
+    broken.write_text(text.replace("./saes/placebo", "./saes/nowhere"))
+    process = torchrun(2, "run", broken, "--out", tmp_path / "run")
+    heard, said = process.communicate()
+    assert process.returncode != 0
+    assert said.count("NotFound: there is no SAE folder") == 1
+    assert "at:  broken.yaml, arms.placebo.sae" in said
+    assert heard == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_for_one_stops_all(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "before", tmp_path / "run")
+    shutil.copytree(prepared / "before", tmp_path / "elsewhere")
+    first, second = side_by_side(
+        ("steer", prepared / "study.yaml", "--out", tmp_path / "run", "--redo"),
+        ("steer", prepared / "study.yaml", "--out", tmp_path / "elsewhere"),
+    )
+    _, said = second.communicate()
+    assert second.returncode == 2
+    assert "ConfigError: the processes see different files" in said
+    assert "at:  " + str(tmp_path / "elsewhere") in said
+    _, said = first.communicate()
+    assert first.returncode == 130, said
+    assert "Interrupted: this process stops because another one of the same run did" in said
+    assert not any((tmp_path / "run").glob("arms/*/interventions.parquet"))
+
+
+def test_ctrl_c_stops_all_and_what_is_finished_is_kept(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(prepared / "before", run)
+    arguments = ("steer", prepared / "study.yaml", "--out", run)
+    process = torchrun(2, *arguments)
+    wait_until(lambda: any(run.glob("arms/placebo/partial-*/chunk-*")), [process])
+    process.send_signal(signal.SIGINT)  # torchrun passes it on
+    _, said = process.communicate()
+    assert process.returncode != 0
+    assert said.count("Interrupted: stopped. What is finished is kept") == 1, said
+    assert (run / "arms/control/interventions.parquet").exists()
+    run_study(Study.open(prepared / "study.yaml"), run, stages=("steer",))
+    assert steered(run) == steered(prepared / "alone")

@@ -1,0 +1,76 @@
+"""How processes wait for each other, with two real ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saeffect.errors import ConfigError
+from saeffect.processes import barrier, from_first, rank_and_world
+
+# PyTorch's own group gives up after two seconds. The first process takes four.
+SCRIPT = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from saeffect.processes import barrier, from_first, is_first, leave
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+barrier()
+if is_first():
+    time.sleep(4)
+    if sys.argv[1] == "gone":
+        sys.exit(7)
+print(from_first("steer é\\n1" if is_first() else "no"))
+barrier()
+print(repr(from_first("")))
+leave()
+"""
+
+
+def start(how: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "PYTHONUTF8": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, how],
+            env={**os.environ, **place, **path, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_they_wait_longer_than_pytorch_would_and_hear_the_first() -> None:
+    for process in start("well"):
+        heard, said = process.communicate()
+        assert process.returncode == 0, said
+        assert heard == "steer é\n1\n''\n"
+
+
+def test_who_waits_for_a_process_that_ended_is_told() -> None:
+    first, second = start("gone")
+    _, said = second.communicate()
+    assert second.returncode != 0
+    assert "this process stops because another one of the same run did" in said
+    assert first.wait() == 7
+
+
+def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    barrier()
+    assert from_first("steer") == "steer"
+    assert from_first() == ""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="do not fit"):
+        rank_and_world()
