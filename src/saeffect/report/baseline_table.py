@@ -68,13 +68,13 @@ def _sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
         verdict = f"Steering is neither clearly stronger nor clearly weaker than {what}"
     of = "the one feature compared" if n == 1 else f"{count(n)} features"
     return (
-        f"{verdict}: by {title}, of {of} it is stronger on {count(above)} (clearly on {count(clear_above)}) and weaker on "
-        f"{count(below)} (clearly on {count(clear_below)}). Clearly: the 95 % interval excludes zero."
+        f"{verdict}: by {title}, of {of} it is stronger on {count(above)} (clearly on {count(clear_above)}) and "
+        f"weaker on {count(below)} (clearly on {count(clear_below)}). Clearly: the 95 % interval excludes zero."
     )
 
 
 def baseline_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """One row per arm and feature: unsteered, steered, and each baseline with the difference; None without baselines."""
+    """One row per arm and feature: unsteered, steered, each baseline and the difference; None without baselines."""
     results = context.steering
     outcome = yardstick(results) if results is not None else ""
     if results is None or not outcome:

@@ -47,7 +47,7 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         name="outcomes",
         caption=(
             "Table 1a. Every outcome of steering against every control: mean effect [95 % interval], and features with "
-            f"q ≤ {context.alpha:g}"
+            f"q\u00a0≤\u00a0{context.alpha:g}"
         ),
         columns=arm_columns(arms),
         rows=tuple(rows),

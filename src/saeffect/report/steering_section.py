@@ -17,9 +17,11 @@ from saeffect.report.steering_results import SteeringResults
 from saeffect.report.study_tables import dose_table
 from saeffect.report.table_view import TableView
 from saeffect.report.together_table import together_table
+from saeffect.steering.measures import OUTCOMES
 
 __all__ = ["SteeringSection", "steering_section", "steering_views"]
 
+_TWO_SIDED = frozenset(name for name, measure in OUTCOMES.items() if measure.alternative == "two-sided")
 View = tuple[TableView | None, tuple[str, ...], str]
 
 
@@ -93,15 +95,15 @@ def _lead(results: SteeringResults) -> str:
     others = [outcome_words(name).title for name in results.outcomes[1:]]
     also = f" Declared beside it: {', '.join(others)}." if others else ""
     reading = ""
-    if results.operator == "ablate":
+    if results.operator == "ablate" and results.deciding not in _TWO_SIDED:
         reading = (
             " An effect below zero says that the feature had been bringing its concept in. The test looks for effects "
             "above zero, as declared, and so cannot pass a feature for that: read the intervals."
         )
     return (
-        f"Features were steered {dose_words(results)}{texts}. What decides is the {outcome_words(results.deciding).title} "
-        f"of steered texts minus that under the {control_words(results.placebo)}, declared before the run.{also} "
-        f"What is marked exploratory was not.{reading}"
+        f"Features were steered {dose_words(results)}{texts}. What decides is the "
+        f"{outcome_words(results.deciding).title} of steered texts minus that under the "
+        f"{control_words(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
     )
 
 
@@ -134,8 +136,8 @@ def _doses(results: SteeringResults | None, context: ReportContext) -> tuple[str
         return ("An ablation has one dose, so there is no dose-response curve.",)
     if context.doses is None and results.dose_response is None:
         return (
-            f"One dose, {results.dose:g}, was set in the study file and none searched for, so there is no dose-response "
-            "curve: whether another would do more is not known.",
+            f"One dose, {results.dose:g}, was set in the study file and none searched for, so there is no "
+            "dose-response curve: whether another would do more is not known.",
         )
     found = ["One dose serves every arm: arms steered at different strengths could not be compared."]
     own = [(arm, dose) for arm, dose in results.best_doses.items() if is_defined(dose)]

@@ -53,8 +53,8 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
             "own: the two effects are not on the same footing."
         ),
         source=(
-            "arms/*/together_effects.parquet, columns set, members, unsteered_mean, steered_mean, placebo_mean, effect, "
-            "effect_low, effect_high, q; members alone: arms/*/effects.parquet, column effect"
+            "arms/*/together_effects.parquet, columns set, members, unsteered_mean, steered_mean, placebo_mean, "
+            "effect, effect_low, effect_high, q; members alone: arms/*/effects.parquet, column effect"
         ),
     )
 

@@ -55,7 +55,7 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
         raise Undefined("the dose search has no numbers to draw.")
     chosen = _chosen(context)
     figure = new_figure(0.55 + 1.32 * len(panels))
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
     arms = [name for name in styles if (table["arm"] == name).any()]
     reach = float(np.ptp(table["dose"])) or 1.0
     marked = False

@@ -20,6 +20,7 @@ from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigu
 from saeffect.report.numerals import count, fixed, is_defined, p_value
 from saeffect.report.outcome_summary import primary_effects
 from saeffect.report.outcome_words import control_words, effect_text, interval_text, outcome_words
+from saeffect.text.tokens import printable_token
 
 __all__ = ["MOST_ROWS", "forests"]
 
@@ -60,50 +61,48 @@ def forests(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Rep
     if not any(len(table) for table in tables.values()):
         raise Undefined("no feature was tested by steering.")
     scale = _scale(list(tables.values()))
+    letters = dict(zip(tables, (chr(ord("a") + i) if i < 26 else f"-{i + 1}" for i in range(len(tables))), strict=True))
+    first = next(name for name, table in tables.items() if len(table))  # the one that says how to read them all
     drawn = []
-    for place, (name, table) in enumerate(tables.items()):
-        letter = chr(ord("a") + place) if place < 26 else f"-{place + 1}"
-        drawn.append(_forest(letter, name, table, styles[name], scale, context))
+    for name, table in tables.items():
+        reading = _reading(scale, context) if name == first else f"Read as Figure 3{letters[first]}."
+        drawn.append(_forest(letters[name], table, styles[name], scale, (reading, feature_names(context, name, 2))))
     return tuple(drawn)
 
 
 def _forest(
-    letter: str, name: str, table: pd.DataFrame, style: ArmStyle, scale: _Scale, context: ReportContext
+    letter: str, table: pd.DataFrame, style: ArmStyle, scale: _Scale, words: tuple[str, Mapping[int, str]]
 ) -> DrawnFigure:
-    figure_name, number = f"figure_3{letter}_effects", f"Figure 3{letter}"
-    source = f"arms/{name}/effects.parquet, one row a feature, columns effect, effect_low, effect_high, q, passed"
-    title = f"Effects of steering: {name}"
+    reading, names = words
+    arm = printable_token(style.name)
+    head = f"figure_3{letter}_effects", f"Figure 3{letter}", f"Effects of steering: {arm}"
+    source = f"arms/{arm}/effects.parquet, one row a feature, columns effect, effect_low, effect_high, q, passed"
     if table.empty:
-        why = f"no feature of {name} has an effect, so nothing can be said about what its features cause."
-        return DrawnFigure(figure_name, number, title, "", "", None, reason=why, source=source)
+        why = f"no feature of {arm} has an effect, so nothing can be said about what its features cause."
+        return DrawnFigure(*head, "", "", None, reason=why, source=source)
     shown, hidden = _capped(table)
     mean = primary_effects(table)
     height = _BELOW + _ROW * (len(shown) + 2.6 + bool(hidden))
     figure = new_figure(height)
     figure.set_layout_engine("none")  # all arms have the same scale only if all axes are equally wide
     ax = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, 1 - (_BELOW + 0.04) / height))
-    names = feature_names(context, name, 2)
     _draw(ax, shown, hidden, mean, names, style, scale)
-    passed = int(table["passed"].sum())
     average = f"mean effect {effect_text(mean['mean'], scale.outcome)}"
     ends = interval_text(mean["low"], mean["high"], scale.outcome)
+    passed, n = count(int(table["passed"].sum())), count(len(table))
     cap = (
-        f" Of {count(len(table))} features the {count(len(shown) - _LOWEST)} largest and {_LOWEST} smallest effects are "
-        "drawn; all are in tables/domain_features.csv."
+        f" Of {n} features the {count(len(shown) - _LOWEST)} largest and {_LOWEST} smallest effects are drawn; all are "
+        "in tables/domain_features.csv."
         if hidden
         else ""
     )
+    lowest, highest = (fixed(scale.factor * end) for end in (table["effect"].min(), table["effect"].max()))
     return DrawnFigure(
-        name=figure_name,
-        number=number,
-        title=title,
-        caption=(
-            f"{count(passed)} of {count(len(table))} features pass; {average}, 95 % interval {ends}. "
-            f"{_reading(scale, context) if letter == 'a' else 'Read as Figure 3a.'}{cap}"
-        ),
+        *head,
+        caption=f"{passed} of {n} features pass; {average}, 95 % interval {ends}. {reading}{cap}",
         alt=(
-            f"Forest plot of {name}: {count(passed)} of {count(len(table))} pass, {average}, interval {ends}; effects "
-            f"from {fixed(scale.factor * table['effect'].min())} to {fixed(scale.factor * table['effect'].max())}."
+            f"Forest plot of {arm}: {passed} of {n} pass, {average}, interval {ends}; effects from {lowest} "
+            f"to {highest}."
         ),
         figure=figure,
         source=source,
@@ -114,8 +113,8 @@ def _reading(scale: _Scale, context: ReportContext) -> str:
     outcome, control = outcome_words(scale.outcome).title, control_words(scale.control)
     return (
         f"Each row is a feature with its first top tokens: {outcome} of steered texts minus that under the {control}. "
-        f"Filled: passed (q ≤ {context.alpha:g}); hollow: not. Diamond: the arm's mean. Dashed: no effect. An arrow: the "
-        "interval goes on. Every arm has the same scale."
+        f"Filled: passed (q ≤ {context.alpha:g}); hollow: not. Diamond: the arm's mean. Dashed: no effect. An arrow: "
+        "the interval goes on. Every arm has the same scale."
     )
 
 
@@ -179,7 +178,7 @@ def _draw(
         ticks.append(y[len(shown) - _LOWEST] - 1.0)
         texts.append(f"… {count(hidden)} between …")
     ax.set_yticks(ticks, texts, size=_LABEL)
-    ax.get_yticklabels()[0].set_weight("bold")
+    ax.get_yticklabels()[0].set_fontweight("bold")
     ax.set(xlim=(scale.low, scale.high), ylim=(y[-1] + 0.7, -0.8))
     words = outcome_words(scale.outcome)
     unit = words.unit.split(":")[0]
