@@ -77,7 +77,8 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
             Threat(
                 "A feature that passes moved the texts of these prompts more than its placebos did on average. "
                 "The test counts every prompt (every text, where prompts are few) as independent and does not say how "
-                "often one fixed placebo would pass too; read pass rates against each other, not as a share of features that work.",
+                "often one fixed placebo would pass too; read pass rates against each other, not as a share of "
+                "features that work.",
                 "minor",
                 "Compare pass rates between arms; steer with more prompts.",
                 "arms/*/effects.parquet: n_pairs, p",

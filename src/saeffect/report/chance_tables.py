@@ -215,9 +215,8 @@ def power_table(comparison: Comparison) -> TableView | None:
         unit = difference_unit(str(row["unit"]))
         single = str(row["test"]).startswith(("feature in", "only feature"))
         units = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
-        noun = (
-            "prompts or pairs" if single else "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
-        )
+        noun = "SAEs a side" if str(row["test"]).endswith("_seeds") else "features a side"
+        noun = "prompts or pairs" if single else noun
         if is_defined(row["detectable"]):
             smallest = Cell(amount(row["detectable"], unit), sub=_downwards(row, unit))
         else:
