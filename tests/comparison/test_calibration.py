@@ -94,7 +94,9 @@ def test_fates_and_cross_activity_are_counted():
     assert (each["tests"], each["findings"], each["treatment_tests"], each["treatment_findings"]) == (200, 6, 90, 30)
     assert each["declared"]
     shared = table.loc["cross-activity", "q at most alpha"]
-    assert (shared["findings"], shared["treatment_tests"], shared["treatment_findings"]) == (0, 2, 1)
+    assert (shared["tests"], shared["treatment_tests"], shared["treatment_findings"]) == (0, 2, 1)
+    assert shared["verdict"] == "cannot be judged"
+    assert "equal activations" in shared["reason"]
     assert not shared["declared"]
 
 

@@ -5,53 +5,16 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_report
 from saeffect.text.tokens import printable_token
 from synthetic_study import HOSTILE
-
-VOID = {"meta", "link", "br", "input", "img", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, all text, and what stands inside each bdi of a chip."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.unbalanced: list[str] = []
-        self.texts: list[str] = []
-        self.isolated: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "bdi":
-            self.isolated.append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-        if "bdi" in self.open:
-            self.isolated[-1] += data
-
-    def count(self, tag: str) -> int:
-        return sum(1 for name, _ in self.elements if name == tag)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +88,7 @@ def test_tables_have_captions_and_scoped_headings(parsed: Page) -> None:
 def test_figures_have_their_words(parsed: Page, figures: tuple[DrawnFigure, ...]) -> None:
     labels = [a["aria-labelledby"] for tag, a in parsed.elements if tag == "svg" and a.get("role") == "img"]
     ids = {a.get("id") for _, a in parsed.elements}
-    assert len(labels) == len(figures) == 10
+    assert len(labels) == len(figures) == 15
     assert set(labels) <= ids
 
 

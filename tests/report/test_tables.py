@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
-from saeffect.comparison import Comparison
+from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import ReportContext, write_tables
 
 
@@ -22,6 +22,7 @@ def test_every_table_is_there_in_both_formats(folder: Path) -> None:
     names = "table1 table2 contrasts match_counts weights activity design domain_features doses".split()
     names += "steering_outcomes outcome_effects steering_baselines baseline_effects together_effects".split()
     names += ["dose_response", "dose_response_by_arm"]
+    names += ["calibration", "by_chance", "power", "regression", "partial_residuals", "threats", *MatchTables.names()]
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [f"{name}.{ending}" for name in names for ending in ("csv", "json")] + ["answer.json"]
     )
@@ -73,12 +74,8 @@ def test_same_bytes_twice(folder: Path, tmp_path: Path, comparison: Comparison, 
 
 
 def test_an_empty_table_keeps_its_header(tmp_path: Path, comparison: Comparison) -> None:
-    class Emptied:
-        answer = comparison.answer
-
-        def __getattr__(self, name: str) -> pd.DataFrame:
-            return getattr(comparison, name).head(0)
-
-    write_tables(Emptied(), tmp_path)  # type: ignore[arg-type]
+    names = Comparison.table_names()
+    emptied = replace(comparison, **{name: getattr(comparison, name).head(0) for name in names})
+    write_tables(emptied, tmp_path)
     assert (tmp_path / "weights.csv").read_text() == "arm,feature,rank,weight\n"
     assert json.loads((tmp_path / "weights.json").read_text()) == []

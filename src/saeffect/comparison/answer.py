@@ -9,7 +9,6 @@ from typing import TypedDict
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.caveats import caveats
 from saeffect.comparison.evidence_words import (
     calibration_sentence,
     cross_sentence,
@@ -20,6 +19,7 @@ from saeffect.comparison.evidence_words import (
 )
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
+from saeffect.comparison.paragraph import paragraph
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 
 __all__ = ["Answer", "answer"]
@@ -33,9 +33,17 @@ _NAMES = {
 
 
 class Answer(TypedDict):
-    """Plain text, a sentence or a few each; nothing in it is markup."""
+    """Plain text, a sentence or a few each; nothing in it is markup.
+
+    Attributes:
+        headline: The answer in a sentence.
+        paragraph: The answer with its numbers, to be forwarded as it stands.
+        sentences: What was found, one thing a sentence.
+        caveats: The threats to it, gravest first (column `threat` of `Findings.threats`).
+    """
 
     headline: str
+    paragraph: str
     sentences: list[str]
     caveats: list[str]
 
@@ -84,8 +92,9 @@ def answer(
     ]
     return Answer(
         headline=_headline([judged[quantity] for quantity in declared], first, roles, found),
+        paragraph=paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha),
         sentences=[sentence for sentence in sentences if sentence],
-        caveats=caveats(arms, roles, first, second, found, tests),
+        caveats=[str(threat) for threat in found.threats["threat"]] if len(found.threats) else [],
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import pandas as pd
 
 from saeffect.comparison import tables
 from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
+from saeffect.comparison.by_chance import chance_table
 from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
 from saeffect.comparison.design import design_check
@@ -19,6 +20,8 @@ from saeffect.comparison.judgement import PRIMARY
 from saeffect.comparison.power import power_table
 from saeffect.comparison.resampling import Resampling
 from saeffect.comparison.seeds import seed_contrasts
+from saeffect.comparison.threat import threat_table
+from saeffect.comparison.threats import threats
 from saeffect.errors import ConfigError, unknown_name
 
 __all__ = ["Comparison", "check_tests", "compare"]
@@ -75,6 +78,7 @@ def compare(
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     ordered = {name: arms[name] for name in roles.ordered}
     found = _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
+    found = replace(found, threats=threat_table(threats(ordered, roles, found, tests)))
     words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
     return Comparison(**{one.name: getattr(found, one.name) for one in fields(found)}, answer=words)
 
@@ -124,6 +128,7 @@ def _tables(
             evidence={"fates_null": matches.fates_null, "cross_activity": matches.cross_activity},
         ),
         power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
+        by_chance=chance_table(arms, roles, matches, alpha=alpha),
         regression=regression.terms,
         partial_residuals=regression.partial_residuals,
         matches=matches,

@@ -56,6 +56,8 @@ class Findings:
         design: How the arms differ besides the model (`design.design_check`).
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
+        by_chance: Findings beside how many chance would give (`by_chance.chance_table`).
+        threats: What threatens the answer, and what to do about it (`threats.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
         partial_residuals: The same to plot (`EffectRegression.partial_residuals`).
         matches: Which feature became which.
@@ -70,6 +72,8 @@ class Findings:
     design: pd.DataFrame
     calibration: pd.DataFrame = field(default_factory=_none)
     power: pd.DataFrame = field(default_factory=_none)
+    by_chance: pd.DataFrame = field(default_factory=_none)
+    threats: pd.DataFrame = field(default_factory=_none)
     regression: pd.DataFrame = field(default_factory=_none)
     partial_residuals: pd.DataFrame = field(default_factory=_none)
     matches: MatchTables = field(default_factory=MatchTables)

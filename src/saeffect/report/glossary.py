@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from saeffect.report.context import ReportContext
+from saeffect.report.evidence_terms import EVIDENCE_MEANINGS
 from saeffect.report.outcome_words import dose_meaning, outcome_words
 from saeffect.report.steering_terms import STEERING_MEANINGS
 
@@ -126,7 +127,7 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "outcome": outcome_words(context.steering.deciding if context.steering else "similarity").title,
         "dose": dose_meaning(context.steering),
     }
-    every = {**_MEANINGS, **STEERING_MEANINGS}
+    every = {**_MEANINGS, **STEERING_MEANINGS, **EVIDENCE_MEANINGS}
     return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in every.items()}
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from saeffect.comparison import Comparison
 from saeffect.provenance import atomic_path
 from saeffect.report.context import ReportContext
+from saeffect.report.evidence import chance_views, evidence, fate_views, threat_views
 from saeffect.report.feature_cards import feature_lists, showcase
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
@@ -28,7 +29,7 @@ from saeffect.report.table_view import TableView
 
 __all__ = ["render_report", "write_report"]
 
-_TEMPLATES = ("report.html.j2", "pieces.html.j2", "steering.html.j2")
+_TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2")
 _TERMS_ALONE = ("showcase", "forest", "features")  # sections that use terms, and have no table of their own
 
 
@@ -86,11 +87,12 @@ def render_report(
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
     order = [str(name) for name in comparison.table1["arm"]]
     lists = feature_lists(context, order)
-    script, style = _read("report.js"), _read("report.css")
+    script, style = _read("report.js"), _read("report.css") + _read("evidence.css")
     return _environment().get_template("report.html.j2").render(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
+        evidence=evidence(comparison, context),
         tables=_tables(comparison, context),
         pictures=_pictures(drawn),
         design_summary=_design_summary(comparison),
@@ -127,6 +129,8 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
     explain = Explainer(terms(context))
     views: list[tuple[TableView | None, tuple[str, ...], str]] = [
         (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
+        *chance_views(comparison, context),
+        *steering_views(comparison, context),
         (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
         (
             paper_table_1(comparison, context),
@@ -136,13 +140,26 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
         (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
         (
             contrast_table(comparison),
-            ("p", "cliffs_delta", "activation", "density", "direct_effect"),
+            (
+                "p",
+                "newcombe",
+                "fisher",
+                "bootstrap",
+                "hierarchical",
+                "permutation",
+                "did",
+                "cliffs_delta",
+                "activation",
+                "density",
+                "direct_effect",
+            ),
             "contrasts",
         ),
-        *steering_views(comparison, context),
+        (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
+        *fate_views(comparison, context),
+        *threat_views(comparison, context),
         (design_table(comparison), (), "design"),
         (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
-        (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
     ]
     return {
         name: _Explained(sourced(view), explain.first(keys) if view is not None or name in _TERMS_ALONE else ())

@@ -109,6 +109,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
         Column("Fine-tuning", "treatment − control"),
     ]
     columns += [Column("SAE noise", f"{name} − control", role="placebo") for name in placebos]
+    columns.append(Column("False alarms", "where there is nothing to find"))
     columns.append(Column("Reading", is_text=True))
     rows = []
     for quantity in (*PRIMARY, "effect"):
@@ -121,6 +122,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
         cells.append(_gap_cell(judged.change))
         cells += [_gap_cell(gap) for gap in judged.retraining]
+        cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
         rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY))
     return TableView(
@@ -130,6 +132,10 @@ def at_a_glance(comparison: Comparison) -> TableView:
         rows=tuple(rows),
         corner="Quantity",
         stacks=True,
+        source=(
+            "comparison/contrasts.parquet, columns value_a, value_b, estimate, low, high; "
+            "comparison/calibration.parquet, columns findings, tests, nominal"
+        ),
         note="" if placebos else "There is no placebo arm, so nothing here separates fine-tuning from SAE noise.",
     )
 
@@ -247,6 +253,17 @@ def _gap_cell(gap: Gap) -> Cell:
         return Cell(undefined(gap.reason), tone="muted", is_text=True)
     ends = amount_interval(gap.low, gap.high, unit) if gap.defined else f"interval {undefined(gap.reason)}"
     return Cell(amount(gap.estimate, unit, sign=True), sub=ends)
+
+
+def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
+    """How often this test finds something in a stand-in: the rule of the headline where it could be tried."""
+    rows = (
+        calibration[(calibration["test"] == quantity) & (calibration["tests"] > 0)] if len(calibration) else calibration
+    )
+    if rows.empty:
+        return Cell("not known", tone="muted")
+    row = rows.iloc[-1]  # "more than SAE noise" comes after "the interval excludes zero"
+    return Cell(f"{count(row['findings'])} of {count(row['tests'])}", sub=f"promised: {percent(row['nominal'], 0)}")
 
 
 _READINGS = {

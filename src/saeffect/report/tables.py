@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison import Comparison
+from saeffect.comparison import Comparison, MatchTables
 from saeffect.provenance import atomic_path, write_json
 from saeffect.report.context import ReportContext
 from saeffect.report.steering_files import steering_tables
@@ -19,6 +19,7 @@ from saeffect.report.steering_files import steering_tables
 __all__ = ["write_tables"]
 
 _COMPARISON_TABLES = ("table1", "table2", "contrasts", "match_counts", "weights", "activity", "design")
+_EVIDENCE_TABLES = ("calibration", "by_chance", "power", "regression", "partial_residuals", "threats")
 
 
 def write_tables(
@@ -40,6 +41,7 @@ def write_tables(
     """
     folder = Path(folder)
     tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in _COMPARISON_TABLES}
+    tables |= _evidence_tables(comparison)
     if context is not None:
         tables |= _study_tables(context)
         tables |= steering_tables(context, [str(name) for name in comparison.table1["arm"]])
@@ -54,6 +56,13 @@ def write_tables(
         written += [folder / f"{name}.csv", folder / f"{name}.json"]
     write_json(folder / "answer.json", dict(comparison.answer))
     return (*written, folder / "answer.json")
+
+
+def _evidence_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
+    """Tables that not every comparison makes: those without columns are left out."""
+    tables = {name: getattr(comparison, name) for name in _EVIDENCE_TABLES}
+    tables |= {name: getattr(comparison.matches, name) for name in MatchTables.names()}
+    return {name: table for name, table in tables.items() if len(table.columns)}
 
 
 def _study_tables(context: ReportContext) -> dict[str, pd.DataFrame]:

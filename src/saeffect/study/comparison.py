@@ -17,7 +17,7 @@ from saeffect.study.run_folder import RunFolder
 
 __all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
 
-VERSION = 2  # 2: seeds, calibration, power, regression, matching
+VERSION = 3  # 2: seeds, calibration, power, regression, matching; 3: by chance, threats, paragraph
 _TABLES = Comparison.table_names()
 
 

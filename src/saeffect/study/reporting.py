@@ -18,7 +18,7 @@ from saeffect.study.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = 2  # 2: outcomes, baselines and doses of steering
+VERSION = 3  # 2: outcomes, baselines and doses of steering; 3: chance, fates, activity, regression, threats
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:

@@ -9,11 +9,15 @@ from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.provenance import atomic_path
 from saeffect.report.context import ReportContext
+from saeffect.report.figures.calibration import calibration
 from saeffect.report.figures.contrasts import contrasts
+from saeffect.report.figures.cross_activity import cross_activity
 from saeffect.report.figures.distributions import coherence, density, mean_activation, top_token_weights
 from saeffect.report.figures.doses import doses
+from saeffect.report.figures.fates import fates_by_activation, fates_by_decoder
 from saeffect.report.figures.forest import forests
 from saeffect.report.figures.match_counts import match_counts
+from saeffect.report.figures.partial_residuals import partial_residuals
 from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle, svg_text
 
 __all__ = ["DrawnFigure", "draw_figures", "write_figures"]
@@ -28,6 +32,11 @@ _FIGURES: Mapping[str, tuple[str, str, _Draw]] = {
     "figure_4_coherence": ("Figure 4", "Coherence", coherence),
     "figure_5_contrasts": ("Figure 5", "Contrasts", contrasts),
     "figure_6_doses": ("Figure 6", "What more of a dose does", doses),
+    "figure_7_calibration": ("Figure 7", "False alarms beside findings", calibration),
+    "figure_8a_fates": ("Figure 8a", "Which feature became which, by what they write", fates_by_decoder),
+    "figure_8b_fates": ("Figure 8b", "Which feature became which, by when they fire", fates_by_activation),
+    "figure_9_cross_activity": ("Figure 9", "Which features fire more after fine-tuning", cross_activity),
+    "figure_10_partial_residuals": ("Figure 10", "What goes with a strong effect", partial_residuals),
 }
 
 

@@ -1,0 +1,145 @@
+"""The sections on evidence: what chance gives, which feature became which, what goes with effects, what threatens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from saeffect.comparison import Comparison
+from saeffect.comparison.arms import Roles, roles_of
+from saeffect.comparison.evidence_words import power_sentence
+from saeffect.report.activity_tables import cross_summary, cross_table, stagewise_table
+from saeffect.report.chance_tables import calibration_table, calibration_verdict, chance_table, power_table
+from saeffect.report.context import ReportContext
+from saeffect.report.fate_tables import fate_summary, fate_table, notable_table
+from saeffect.report.regression_table import coherence_sentence, regression_table
+from saeffect.report.table_view import TableView
+from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary, threat_table
+
+__all__ = ["Evidence", "chance_views", "evidence", "fate_views", "threat_views"]
+
+View = tuple[TableView | None, tuple[str, ...], str]
+"""A table, the terms that it uses, and its name."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the sections say in words.
+
+    Attributes:
+        calibration: May the findings be believed?
+        power: What could have been found; "" if unknown.
+        fates: How many features have no counterpart beyond what seeds show; "" where that is unknown.
+        cross: Which features fire more.
+        stagewise: Why features were not followed through training on; "" if they were.
+        regression: Does coherence go with the effect?
+        threats: How many threats there are.
+        gravest: Those to be quoted beside the answer.
+        limits: What cannot be concluded and why, by section; "" where something can.
+    """
+
+    calibration: str
+    power: str
+    fates: str
+    cross: str
+    stagewise: str
+    regression: str
+    threats: ThreatSummary
+    gravest: tuple[str, ...]
+    limits: dict[str, str]
+
+
+def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
+    """The words of the sections; every table that is missing is said to be, with the reason."""
+    roles = _roles(comparison)
+    return Evidence(
+        calibration=calibration_verdict(comparison),
+        power=power_sentence(comparison.power, roles),
+        fates=fate_summary(comparison, context),
+        cross=cross_summary(comparison, context),
+        stagewise=_stagewise(comparison),
+        regression=coherence_sentence(comparison),
+        threats=threat_summary(comparison),
+        gravest=tuple(gravest(comparison, list(comparison.answer["caveats"]))),
+        limits=_limits(comparison),
+    )
+
+
+def chance_views(comparison: Comparison, context: ReportContext) -> list[View]:
+    """Tables of the section on chance, in page order."""
+    calibration = calibration_table(comparison, context)
+    return [
+        (calibration, ("calibration", "false_alarm", "nominal", "stand_in", "wilson"), "calibration"),
+        (chance_table(comparison), ("prediction", "paper_rule", "q"), "by_chance"),
+        (power_table(comparison), ("power",), "power"),
+    ]
+
+
+def fate_views(comparison: Comparison, context: ReportContext) -> list[View]:
+    """Tables of the sections on fates, activity and regression, in page order."""
+    return [
+        (fate_table(comparison, context), ("counterpart", "fates", "absorbed", "excess", "called"), "fates"),
+        (notable_table(comparison, context), ("mutual", "p", "q"), "notable"),
+        (cross_table(comparison, context), ("activation_per_token", "paired", "q"), "cross"),
+        (stagewise_table(comparison, context), ("rotation", "q"), "stagewise"),
+        (
+            regression_table(comparison, context),
+            ("regression", *_errors(comparison), "partial_residual", "p"),
+            "regression",
+        ),
+    ]
+
+
+def threat_views(comparison: Comparison, context: ReportContext) -> list[View]:
+    """The table of threats."""
+    del context
+    return [(threat_table(comparison), (), "threats")]
+
+
+def _errors(comparison: Comparison) -> tuple[str, ...]:
+    table = comparison.regression
+    clustered = len(table) > 0 and str(table["errors"].iloc[0]).startswith("clustered")
+    return ("cluster_robust",) if clustered else ("hc3", "cluster_robust")
+
+
+def _roles(comparison: Comparison) -> Roles:
+    return roles_of(
+        {str(name): str(role) for name, role in zip(comparison.table1["arm"], comparison.table1["role"], strict=True)}
+    )
+
+
+def _stagewise(comparison: Comparison) -> str:
+    if len(comparison.matches.stagewise):
+        return ""
+    return (
+        "Features were not followed through training: the treatment's SAE was not trained on from the control's, so "
+        "their numbers do not correspond."
+    )
+
+
+def _was_tried(calibration: pd.DataFrame) -> bool:
+    """Whether any declared test could be tried where there is nothing to find; any at all where none is declared."""
+    if calibration.empty:
+        return False
+    declared = calibration[calibration["declared"].astype(bool)]
+    return bool(((declared if len(declared) else calibration)["tests"] > 0).any())
+
+
+def _limits(comparison: Comparison) -> dict[str, str]:
+    """Sections that have nothing to show, and why."""
+    limits = {"chance": "", "fates": "", "regression": ""}
+    counts = comparison.matches.fate_counts
+    if counts.empty:
+        limits["fates"] = "Features were not matched in this study, so nothing is known about which became which."
+    elif not counts["n_placebo"].notna().any():
+        limits["fates"] = (
+            f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
+            "feature to its nearest is in comparison/fates_control.parquet."
+        )
+    if not _was_tried(comparison.calibration):
+        limits["chance"] = calibration_verdict(comparison)
+    regression = comparison.regression
+    if regression.empty or not regression["estimate"].notna().any():
+        limits["regression"] = coherence_sentence(comparison)
+    return limits

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from saeffect.comparison import compare
+from saeffect.comparison.threat import SEVERITIES
+from synthetic_matches import synthetic_matches
+from synthetic_study import synthetic_arms
+
+
+@pytest.fixture(scope="module")
+def arms():
+    return synthetic_arms(n_features=120, max_tested=10)
+
+
+def found(arms, **more):
+    comparison = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60, **more)
+    table = comparison.threats
+    assert comparison.answer["caveats"] == table["threat"].tolist()
+    ranks = [SEVERITIES.index(one) for one in table["severity"]]
+    assert ranks == sorted(ranks)
+    assert (table[["threat", "remedy", "source"]].map(len) > 0).all(axis=None)
+    return table
+
+
+def severity_of(table, words):
+    rows = table[table["threat"].str.contains(words, regex=False)]
+    assert len(rows) == 1, words
+    return rows["severity"].iloc[0]
+
+
+def with_facts(arm, **facts):
+    return replace(arm, facts=replace(arm.facts, **facts))
+
+
+def test_a_fair_study_has_no_serious_threat(arms):
+    table = found(arms)
+    assert "serious" not in set(table["severity"])
+    assert severity_of(table, "One placebo arm is one draw") == "moderate"
+    assert severity_of(table, "of such intervals, about one in twenty") == "minor"
+    assert not table["threat"].str.contains("Features are matched").any()
+
+
+def test_a_flaw_and_a_missing_placebo_are_serious(arms):
+    flawed = {**arms, "treatment": with_facts(arms["treatment"], d_sae=999)}
+    del flawed["placebo"]
+    table = found(flawed)
+    assert severity_of(table, "Design flaw (d_sae)") == "serious"
+    assert severity_of(table, "There is no placebo arm") == "serious"
+    assert severity_of(table, "Nobody knows how often these tests find something") == "moderate"
+    assert "role: placebo" in " ".join(table["remedy"])
+
+
+def test_a_poor_sae_is_told_by_how_poor_it_is(arms):
+    def poor(value):
+        return {name: with_facts(arm, explained_variance=value) for name, arm in arms.items()}
+
+    assert severity_of(found(poor(0.65)), "reproduces 65.0 % of the variance") == "moderate"
+    assert severity_of(found(poor(0.4)), "reproduces 40.0 % of the variance") == "serious"
+    assert not found(poor(0.9))["threat"].str.contains("of the variance").any()
+    dead = {**arms, "control": with_facts(arms["control"], dead_share=0.3)}
+    assert severity_of(found(dead), "never fired on the study's text (30.0 % in control)") == "moderate"
+
+
+def test_matching_brings_threats_of_its_own(arms):
+    table = found(arms, matches=synthetic_matches())
+    assert severity_of(table, "Features are matched on the study's text") == "minor"
+    assert severity_of(table, "has no placebo here") == "moderate"

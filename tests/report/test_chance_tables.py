@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from saeffect.comparison import Comparison
+from saeffect.report import ReportContext
+from saeffect.report.chance_tables import calibration_table, calibration_verdict, chance_table, power_table
+
+NAN = float("nan")
+
+
+def calibration(**more: Any) -> pd.DataFrame:
+    """One declared test that keeps its promise, one that does not, one with few trials, one that nobody could try."""
+    rows = [
+        ("domain_share", "p at most alpha", 1000, 20, 0.012, 0.031, "within nominal", True, ""),
+        ("pass_rate", "the interval excludes zero", 6, 4, 0.30, 0.90, "more alarms than nominal", True, ""),
+        ("effect", "the interval excludes zero", 3, 0, 0.0, 0.56, "within nominal", False, ""),
+        ("fates", "more than SAE noise", 0, 0, NAN, NAN, "cannot be judged", False, "it needs three SAEs"),
+    ]
+    columns = ["test", "rule", "tests", "findings", "low", "high", "verdict", "declared", "reason"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["rate"] = table["findings"] / table["tests"].where(table["tests"] > 0)
+    table = table.assign(nominal=0.05, unit="features", treatment_tests=1, treatment_findings=1)
+    return table.assign(**more)
+
+
+def found(table: pd.DataFrame) -> Any:
+    return SimpleNamespace(calibration=table)
+
+
+def texts(view: Any, row: int) -> list[str]:
+    return [cell.text for cell in view.rows[row].cells]
+
+
+def test_a_promise_is_kept_only_where_the_data_say_so() -> None:
+    view = calibration_table(found(calibration()), ReportContext())
+    assert view is not None
+    assert [row.label for row in view.rows] == ["Share of domain features", "Pass rate", "Mean effect"]
+    kept, broken, few = (row.cells[2] for row in view.rows)
+    assert (kept.text, kept.tone) == ("keeps its promise", "good")
+    assert (broken.text, broken.tone) == ("too many alarms", "warn")
+    assert (few.text, few.tone, few.sub) == ("no excess seen", "", "too few trials to be sure")
+    assert texts(view, 1)[0] == "4 of 6"
+    assert "[30.0, 90.0]" in view.rows[1].cells[0].sub
+    assert [row.strong for row in view.rows] == [True, True, False]
+    assert view.rows[0].sub == "p ≤ 0.05"
+
+
+def test_what_could_not_be_tried_is_named_with_its_reason() -> None:
+    view = calibration_table(found(calibration()), ReportContext())
+    assert view is not None
+    assert "Could not be tried: fates, more than SAE noise (it needs three SAEs)." in view.note
+    declared = calibration_table(found(calibration(declared=True)), ReportContext())
+    assert declared is not None
+    assert texts(declared, 3)[0] == "undefined: it needs three SAEs"
+    assert texts(declared, 3)[2] == "cannot be judged"
+
+
+def test_the_verdict_in_a_sentence() -> None:
+    assert calibration_verdict(found(calibration())).startswith("Not to be believed")
+    assert "pass rate (the interval excludes zero)" in calibration_verdict(found(calibration()))
+    fine = calibration(verdict="within nominal", unit="pairs of SAEs").iloc[[2]]
+    assert calibration_verdict(found(fine)).startswith("No test raised more false alarms than it promises. Between")
+    assert "it needs three SAEs" in calibration_verdict(found(calibration().iloc[[3]]))
+    untried = calibration().assign(declared=[False, False, False, True])
+    assert calibration_verdict(found(untried)) == (
+        "It cannot be said how often the declared tests raise false alarms: it needs three SAEs."
+    )
+    assert "was not measured" in calibration_verdict(found(pd.DataFrame()))
+    assert calibration_table(found(pd.DataFrame()), ReportContext()) is None
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected", "reading"),
+    [
+        ((25, 18, 12, 24, False), ("18", "[12, 24]"), "more than chance"),
+        ((20, 18, 12, 24, False), ("18", "[12, 24]"), "what chance gives"),
+        ((5, 18, 12, 24, False), ("18", "[12, 24]"), "less than chance"),
+        ((24, 1.2, NAN, NAN, True), ("at most 1.2", ""), "more"),
+        ((0, 0.0, NAN, NAN, True), ("at most 0", ""), "no more"),
+        ((24, 20, NAN, NAN, False), ("20", "one SAE"), "not comparable"),
+    ],
+)
+def test_found_beside_chance(numbers: tuple[float, ...], expected: tuple[str, str], reading: str) -> None:
+    columns = ["found", "expected", "low", "high", "bound"]
+    reason = "one SAE" if reading == "not comparable" else ""
+    row = {**dict(zip(columns, numbers, strict=True)), "finding": "x", "among": 36, "chance": "c", "reason": reason}
+    view = chance_table(SimpleNamespace(by_chance=pd.DataFrame([row])))  # type: ignore[arg-type]
+    assert view is not None
+    cells = view.rows[0].cells
+    assert (cells[1].text, cells[1].sub) == expected
+    assert cells[2].text == reading
+    assert cells[0].sub == "of 36"
+
+
+def test_power_reads_what_was_seen_against_what_could_be(comparison: Comparison) -> None:
+    view = power_table(comparison)
+    assert view is not None
+    shares = comparison.power.set_index("test").loc["domain_share"]
+    cells = view.rows[0].cells
+    assert cells[0].text.startswith(f"{100 * shares['detectable']:.1f}")
+    seen = (
+        "large enough to be found" if shares["observed"] >= shares["detectable"] else "too small to be found reliably"
+    )
+    assert cells[3].text == seen
+    unknown = replace(comparison, power=comparison.power.assign(detectable=NAN, reason="no spread"))
+    view = power_table(unknown)
+    assert view is not None
+    assert texts(view, 0)[0] == "undefined: no spread"
+    assert texts(view, 0)[3] == "cannot be said"
+    assert power_table(replace(comparison, power=pd.DataFrame())) is None
