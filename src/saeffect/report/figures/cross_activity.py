@@ -15,7 +15,7 @@ from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.feature_words import feature_words
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
-from saeffect.report.numerals import count, percent
+from saeffect.report.numerals import count
 
 __all__ = ["cross_activity"]
 
@@ -119,6 +119,7 @@ def _finish(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2.0**value:g}×"))
     lowest, highest = int(np.floor(rows["level"].min())), int(np.ceil(rows["level"].max()))
     ax.set_xticks(np.arange(lowest, highest + 1))
+    ax.set_xlim(float(rows["level"].min()) - 0.15, float(rows["level"].max()) + 0.15)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{10.0**value:g}"))
     ax.set_xlabel("activation per token before fine-tuning")
@@ -133,4 +134,4 @@ def _left_out(cross: pd.DataFrame, rows: pd.DataFrame) -> str:
     missing = int(fires.sum()) - len(rows)
     beyond = int((rows["ratio"].abs() > _REACH).sum())
     text = f"Not drawn: {count(missing)} that fire in one model only. " if missing else ""
-    return text + (f"On the edge: {percent(beyond / len(rows))} that changed more than 8×. " if beyond else "")
+    return text + (f"On the edge: {count(beyond)} that changed more than 8×. " if beyond else "")
