@@ -94,11 +94,9 @@ class Saeffect:
     """
 
     def __init__(self, spec: Spec) -> None:
-        from saeffect.allocation import keep_freed_memory
         from saeffect.sae.training_config import SaeTrainingConfig
         from saeffect.sae.training_step import TrainingStep, new_sae
 
-        keep_freed_memory()  # as `saeffect train-sae` does
         of_architecture = {"architecture": "standard", "l1_coefficient": spec.l1}
         if spec.k is not None:
             of_architecture = {"architecture": "topk", "k": spec.k}

@@ -56,6 +56,11 @@ def _exactness(spec: Spec, pool: Tensor, answers: TextIO) -> None:
 def main() -> None:
     answers = _private_stdout()
     task = json.loads(sys.argv[1])
+    if task["runner"] == "saeffect":  # what `saeffect train-sae` does first
+        from saeffect.allocation import keep_freed_memory, use_large_pages
+
+        keep_freed_memory()
+        use_large_pages()
     torch.set_num_threads(task["threads"])
     torch.manual_seed(0)
     if task["runner"] == "machine":

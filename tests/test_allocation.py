@@ -47,3 +47,28 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys, "platform", "darwin")
     assert allocation.keep_freed_memory() is False
+
+
+LARGE = """
+import torch
+from saeffect.allocation import use_large_pages
+use_large_pages()
+x = torch.ones(20_000_000)
+print(sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+
+
+def test_large_tensors_lie_on_large_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text(encoding="utf-8"):
+        pytest.skip("this system has no large pages to give")
+    source = str(Path(__file__).parents[1] / "src")
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "PYTHONPATH": source},
+    )
+    assert int(done.stdout) > 40_000, "kB of 80,000"

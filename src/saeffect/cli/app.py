@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from saeffect.allocation import keep_freed_memory
+from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli import artifacts, stages
 from saeffect.cli.console import show_error
 from saeffect.cli.processes import let_others_speak
@@ -34,6 +34,7 @@ def main() -> None:
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
+    use_large_pages()
     try:
         code = app(standalone_mode=False)
         if code == _STOPPED:  # what typer makes of Ctrl-C; older versions made it an Abort

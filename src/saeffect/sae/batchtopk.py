@@ -30,6 +30,7 @@ class BatchTopKSae(TrainableSae):
     """
 
     architecture = "batchtopk"
+    leaves_out_parallel = True
     topk_threshold: Tensor
 
     def __init__(self, cfg: SaeConfig) -> None:
@@ -69,7 +70,8 @@ class BatchTopKSae(TrainableSae):
         error = sae_out - x
         mse = squared_error(error) / step.n_tokens
         d_out = error.mul_(2.0 / step.n_tokens)
-        self.backward(entries, entries.inner(d_out, W_dec).mul_(entries.values > 0), d_out, centred)
+        d_acts = entries.inner(d_out, W_dec).mul_(entries.values > 0)
+        self.backward(entries, d_acts, d_out, centred, self.pull_off_rows(entries, d_acts, step))
         return {"mse": mse}, sae_out
 
     @torch.no_grad()

@@ -52,7 +52,10 @@ def auxiliary_loss(
     if chosen is not None:
         d_hidden *= chosen
     sums = d_hidden.sum(0)
-    sae.gradient("W_dec").index_add_(0, dead, acts.T @ d_out)
+    d_rows = acts.T @ d_out
+    if step.tangent:
+        d_rows.addcmul_(decoder, (d_rows * decoder).sum(1, keepdim=True), value=-1)
+    sae.gradient("W_dec").index_add_(0, dead, d_rows)
     sae.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
     sae.gradient("b_enc").index_add_(0, dead, sums)
     if sae.cfg.apply_b_dec_to_input:

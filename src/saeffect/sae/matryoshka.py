@@ -22,6 +22,7 @@ class MatryoshkaSae(BatchTopKSae):
     """Selects like BatchTopK, over all features; the loss is the sum of the nested SAEs' squared errors."""
 
     architecture = "matryoshka"
+    leaves_out_parallel = False  # a row's gradient is a sum over several reconstructions
 
     def reconstruct(
         self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs

@@ -15,6 +15,7 @@ class TopKSae(TrainableSae):
     """Keeps the k largest pre-activations of each token, and of those the positive ones."""
 
     architecture = "topk"
+    leaves_out_parallel = True
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         assert self.cfg.k is not None
@@ -40,7 +41,8 @@ class TopKSae(TrainableSae):
         error = sae_out - x
         losses = {"mse": squared_error(error) / step.n_tokens}
         d_out = error * (2.0 / step.n_tokens)
-        self.backward(entries, entries.inner(d_out, W_dec), d_out, centred)
+        d_acts = entries.inner(d_out, W_dec)
+        self.backward(entries, d_acts, d_out, centred, self.pull_off_rows(entries, d_acts, step))
         if len(step.dead) and step.config.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(self, centred, -error, step, weight=weight)
         return StepResult(losses, entries.counts(), sae_out)

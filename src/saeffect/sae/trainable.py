@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ class StepInputs:
             divided by it, so that losses and gradients add up over processes.
         coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
         dead: Indices of features that have not fired for long, int64 `[n_dead]`.
+        tangent: What of the decoder's gradient is parallel to its rows is to be left out at once, for rows that keep
+            their length; architectures say whether they can (`leaves_out_parallel`), and `before_step` does it for the
+            others.
     """
 
     config: SaeTrainingConfig
@@ -42,6 +46,7 @@ class StepInputs:
     n_tokens: int
     coefficient: float = 0.0
     dead: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    tangent: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,10 @@ class TrainableSae(SparseAutoencoder):
     Attributes:
         leaves: What the optimizer moves, by name: contiguous tensors that share memory with the parameters,
             "W_enc" as `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills.
+        leaves_out_parallel: Whether `accumulate_gradients` honours `StepInputs.tangent`.
     """
 
+    leaves_out_parallel: ClassVar[bool] = False
     _leaves: dict[str, nn.Parameter]
 
     def __init__(self, cfg: SaeConfig) -> None:
@@ -126,7 +133,7 @@ class TrainableSae(SparseAutoencoder):
 
     def before_step(self, step: StepInputs) -> None:
         """Change gradients before the optimizer's step."""
-        if step.config.unit_decoder:
+        if step.config.unit_decoder and not step.tangent:
             self.remove_parallel_gradient()
 
     @torch.no_grad()
@@ -171,6 +178,20 @@ class TrainableSae(SparseAutoencoder):
         self.gradient("b_dec").copy_(d_out.sum(0))
         self.backward_to_b_dec(self.gradient("b_enc"))
 
+    @staticmethod
+    def pull_off_rows(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
+        """What takes the part along each row off the decoder's gradient, in multiples of the row; None to leave it.
+
+        The gradient of a row is a sum of `d_out` weighted by activations, so its product with the row is the same sum
+        of `d_acts`, which are known already. Rows have length 1.
+
+        Args:
+            entries: Active features, `values` being the feature activations.
+            d_acts: `d_out @ W_dec.T` at the entries.
+            step: Whether it is wanted.
+        """
+        return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
+
     def backward_to_b_dec(self, d_hidden_sums: Tensor) -> None:
         """The part of b_dec's gradient that comes through the encoder: a matrix-vector product."""
         if self.cfg.apply_b_dec_to_input:
@@ -199,7 +220,8 @@ class TrainableSae(SparseAutoencoder):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Put every decoder row back on the unit sphere."""
-        self.W_dec.data.div_(self.W_dec.data.norm(dim=1, keepdim=True).clamp_min(1e-8))
+        for rows in self.W_dec.data.split(_ROWS):
+            rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
 def squared_error(error: Tensor) -> Tensor:

@@ -127,6 +127,7 @@ class TrainingStep:
             n_tokens,
             coefficient=penalty_coefficient(step, self.total_steps, self.config),
             dead=(self.since_fired >= self.config.dead_after).nonzero().flatten(),
+            tangent=self.config.unit_decoder and self.sae.leaves_out_parallel,
         )
         result = self.sae.accumulate_gradients(x, inputs)
         measured = torch.stack([*result.losses.values(), torch.tensor(float(stop), device=x.device)])
