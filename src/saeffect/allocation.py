@@ -4,7 +4,7 @@ A forward pass makes and drops hundreds of tensors of some megabytes. The C libr
 at once and asks for fresh pages for the next, and the processor is stopped at every page. Kept memory makes
 harvesting the embedded model about a fifth faster; what a process holds grows to its largest moment and stays there.
 
-Sparse products read rows of matrices in no order. On pages of 4 KB nearly every row must be looked up first; on pages of
+Sparse products read rows in no order. On pages of 4 KB nearly every row must be looked up first; on pages of
 2 MB, which Linux gives to those who ask, a training step is some 5 % faster.
 """
 

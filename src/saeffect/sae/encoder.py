@@ -32,7 +32,7 @@ _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 # for up to 16,384 dimensions both come to less than this.
 _VANISHING = 2.0**-56
 _NEAREST = 2.0**-8  # bfloat16: the same
-_ROWS = 2048  # weights converted at a time: few enough for a cache, enough for two threads to be worth waking
+_ROWS = 512  # weights converted at a time: their length is then taken in the cache
 _BLOCK = 8  # features whose maximum stands for them when a product is looked through
 _WIDER = 4  # blocks whose maximum stands for them when a token's k-th largest entry is bounded
 _TILE = 4096

@@ -22,7 +22,7 @@ from saeffect.sae.training_config import SaeTrainingConfig
 
 __all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error"]
 
-_ROWS = 2048  # features whose gradients are worked on at a time: they then stay in the cache
+_ROWS = 4096  # features whose gradients are worked on at a time: they then stay in the cache
 
 
 @dataclass(frozen=True)
