@@ -163,10 +163,15 @@ def _rates_table(simulated: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in simulated:
         rows.append(
             f"| {one['setting']} | {_with_error(one['alarms'], one['n_studies'])} |"
-            f" {one['false_discovery']:.3f} | {_with_error(one['coverage'], one['n_intervals'])} |"
+            f" {_or_none(one['false_discovery'])} | {_with_error(one['coverage'], one['n_intervals'])} |"
             f" {one['power']:.2f} | {one['n_studies']:,} | {one['remark']} |"
         )
     return rows
+
+
+def _or_none(rate: float | None) -> str:
+    """A rate that a setting may not have; JSON keeps it as null."""
+    return "none" if rate is None or math.isnan(rate) else f"{rate:.3f}"
 
 
 def _with_error(rate: float, n: int) -> str:
