@@ -38,7 +38,8 @@ from saeffect.study.study import Arm, Say
 __all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
-VERSION = 3
+# 4: samples of a prompt are averaged before anything is tested.
+VERSION = 4
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
     *("baselines", "baseline_effects", "together", "together_effects"),
