@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
+# Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
+TEST_JOBS ?= 2
 
 .PHONY: demo test check lint types layers doctests unit real browser format clean benchmark-env
 
@@ -24,10 +26,10 @@ layers: .venv/.installed-test
 	$(BIN)/pytest tests/test_layers.py
 
 doctests: .venv/.installed-test
-	$(BIN)/pytest --doctest-modules src/saeffect
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
-	$(BIN)/pytest -m "not real and not browser" --ignore=tests/test_layers.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not browser" --ignore=tests/test_layers.py
 
 real: .venv/.installed-test
 	$(BIN)/pytest -m real
