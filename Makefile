@@ -29,7 +29,8 @@ doctests: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not browser" --ignore=tests/test_layers.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser" \
+		--ignore=tests/test_layers.py tests/study tests/sae tests # the longest files first
 
 real: .venv/.installed-test
 	$(BIN)/pytest -m real
