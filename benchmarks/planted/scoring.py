@@ -17,7 +17,7 @@ from saeffect.comparison.matched_null import exchangeable_p, strata
 from saeffect.features.vocabulary import Vocabulary, count_matches
 from saeffect.stats import benjamini_hochberg
 
-__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "score"]
+__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features"]
 
 FloatArray = npt.NDArray[np.float64]
 Named = Mapping[str, npt.NDArray[np.bool_]]
@@ -30,19 +30,6 @@ def named_features(top_tokens: Sequence[Sequence[str]], concepts: Mapping[str, C
         name: count_matches(top_tokens, Vocabulary(name, concept.words, "")).counts >= min_matches
         for name, concept in concepts.items()
     }
-
-
-def score(changes: pd.DataFrame) -> FloatArray:
-    """How much each feature changed, [d_sae]; NaN where it never fires.
-
-    The change of the mean activation per token, divided by the square root of the mean activation per token of
-    both models together. Plain changes are led by the features that are always on, and relative ones by those
-    that fired once; the root lies between them, and is the scale on which a sum of rare events varies.
-    """
-    level = (changes["mean_control"] + changes["mean_treatment"]).to_numpy(dtype=np.float64) / 2
-    difference = changes["difference"].to_numpy(dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(level > 0, difference / np.sqrt(level), np.nan)
 
 
 def most_changed(scores: FloatArray, n: int) -> list[int]:

@@ -10,8 +10,9 @@ import pandas as pd
 from concepts import CONCEPTS
 from fine_tunes import NULLS
 from plan import Plan
-from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed, score
+from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed
 
+from saeffect.comparison.most_changed import change_scores
 from saeffect.stats import benjamini_hochberg
 from saeffect.text.tokens import normalise_token
 
@@ -34,10 +35,10 @@ def judge(
     """
     n_features = len(top_tokens)
     models = {name: _model(table, name, named, top_tokens, plan) for name, table in changes.items()}
-    nulls = {name: score(changes[name]) for name in NULLS if name in changes}
+    nulls = {name: change_scores(changes[name]) for name in NULLS if name in changes}
     for name, one in models.items():
         # A null is held against the other two.
-        past = beyond(score(changes[name]), [scores for null, scores in nulls.items() if null != name])
+        past = beyond(change_scores(changes[name]), [scores for null, scores in nulls.items() if null != name])
         top = most_changed(past, plan.top)
         one["hits_beyond_nulls"] = {concept: int(members[top].sum()) for concept, members in named.items()}
     concepts = {}
@@ -56,7 +57,7 @@ def judge(
 def _model(
     table: pd.DataFrame, name: str, named: Named, top_tokens: Sequence[Sequence[str]], plan: Plan
 ) -> dict[str, Any]:
-    sizes = score(table)
+    sizes = change_scores(table)
     top = most_changed(sizes, plan.top)
     tests = concept_tests(sizes, named, plan.top).set_index("concept")
     features = [
@@ -101,7 +102,7 @@ def _alarms(changes: Mapping[str, pd.DataFrame], models: Mapping[str, Any]) -> d
     models at all, at q = 0.05 over the features.
     """
     nulls = [name for name in NULLS if name in changes]
-    sizes = {name: score(changes[name]) for name in nulls}
+    sizes = {name: change_scores(changes[name]) for name in nulls}
     found: dict[str, Any] = {}
     for name in nulls:
         others = [sizes[other] for other in nulls if other != name]

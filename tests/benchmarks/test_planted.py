@@ -16,10 +16,12 @@ sys.path.insert(0, str(FOLDER))
 from concepts import CONCEPTS, EVERYDAY, FRAMES, concept_text  # noqa: E402
 from fine_tunes import NULLS  # noqa: E402
 from plan import NEUTRAL_STEMS, NULL_STEMS, Plan  # noqa: E402
-from scoring import chance, concept_tests, excess_p, most_changed, named_features, score  # noqa: E402
+from scoring import chance, concept_tests, excess_p, most_changed, named_features  # noqa: E402
 from simulations import SETTINGS, TESTS, Setting, Simulated, rates_of, simulate  # noqa: E402
 from verdicts import judge  # noqa: E402
 from write_up import headline, write_results  # noqa: E402
+
+from saeffect.comparison.most_changed import change_scores  # noqa: E402
 
 CASES = sorted(CONCEPTS)
 
@@ -67,8 +69,8 @@ def test_named_features_by_hand() -> None:
 def test_score_by_hand_and_ranking_both_ways() -> None:
     changes = _changes([1.0, 0.0, 4.0, 0.0], [3.0, 0.0, 0.0, 0.5])
     expected = [2 / np.sqrt(2), np.nan, -4 / np.sqrt(2), 0.5 / np.sqrt(0.25)]
-    np.testing.assert_allclose(score(changes), expected)
-    assert most_changed(score(changes), 3) == [2, 0, 3]
+    np.testing.assert_allclose(change_scores(changes), expected)
+    assert most_changed(change_scores(changes), 3) == [2, 0, 3]
 
 
 def test_chance_and_concept_tests_against_the_hypergeometric() -> None:

@@ -18,6 +18,7 @@ from scipy.stats import binom
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.measures import pass_counts
+from saeffect.comparison.most_changed import activity_changes
 from saeffect.comparison.resampling import LEVEL
 from saeffect.comparison.seeds import control_saes
 
@@ -119,9 +120,10 @@ def _cross(cross: pd.DataFrame, alpha: float) -> list[dict[str, Any]]:
     source = "comparison/cross_activity.parquet: q, difference, is_domain"
     chance = "false ones among those found, as Benjamini-Hochberg allows"
     rows = [changed | {"bound": True, "chance": chance, "source": source}]
-    if "is_domain" not in tested or not tested["is_domain"].any() or tested["is_domain"].all():
+    changes = activity_changes(cross, alpha=alpha)
+    more, domain = changes.more, changes.domain
+    if not domain.any() or domain.all():
         return rows
-    more, domain = found & (tested["difference"] > 0), tested["is_domain"].astype(bool)
     n, share = int(domain.sum()), float(more[~domain].mean())
     row = _row(f"domain features that fire more (q ≤ {alpha:g})", int(more[domain].sum()), n, n * share)
     chance = f"as often as features outside the domain, {100 * share:.0f} % of which fire more"

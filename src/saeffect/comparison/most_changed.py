@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
 from saeffect.stats.arguments import FloatArray
 
-__all__ = ["change_scores", "most_changed"]
+__all__ = ["ActivityChanges", "activity_changes", "change_scores", "most_changed"]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivityChanges:
+    """Features that could be tested, one entry each.
+
+    Attributes:
+        more: Fires more in the fine-tuned model, with q at most alpha.
+        less: Fires less.
+        domain: Belongs to the domain; False for all where the table does not say.
+    """
+
+    more: pd.Series[Any]
+    less: pd.Series[Any]
+    domain: pd.Series[Any]
+
+
+def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
+    """Which of the features that could be tested fire more, which less, and which are of the domain.
+
+    Args:
+        cross: The table of `CrossActivity.result`, not empty.
+        alpha: Highest q of a finding.
+    """
+    tested = cross[cross["q"].notna()]
+    found = tested["q"] <= alpha
+    no_domain = pd.Series(False, index=tested.index)
+    domain = tested["is_domain"].astype(bool) if "is_domain" in tested else no_domain
+    return ActivityChanges(found & (tested["difference"] > 0), found & (tested["difference"] < 0), domain)
 
 
 def change_scores(cross: pd.DataFrame) -> FloatArray:

@@ -16,7 +16,7 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import short_name
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import Judgement
-from saeffect.comparison.most_changed import most_changed
+from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 from saeffect.text.tokens import printable_token
 
@@ -141,11 +141,10 @@ def _of_alarms(calibration: pd.DataFrame, judged: Mapping[str, Judgement]) -> st
 
 def _of_activity(arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float) -> list[str]:
     """Domain features against all others, and the most changed ones by name."""
-    if cross.empty or "is_domain" not in cross or not cross["q"].notna().any():
+    if cross.empty:
         return []
-    tested = cross[cross["q"].notna()]
-    domain = tested["is_domain"].astype(bool)
-    more = (tested["q"] <= alpha) & (tested["difference"] > 0)
+    changes = activity_changes(cross, alpha=alpha)
+    more, domain = changes.more, changes.domain
     if not domain.any():
         return []
     text = (

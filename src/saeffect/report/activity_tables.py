@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.comparison.most_changed import most_changed
+from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_words import feature_words
+from saeffect.report.feature_names import feature_words
 from saeffect.report.numerals import count, fixed, is_defined, p_value, percent, signed, undefined
 from saeffect.report.table_view import Cell, Column, Row, TableView
 
@@ -28,13 +28,12 @@ def cross_summary(comparison: Comparison, context: ReportContext) -> str:
     if tested.empty:
         reasons = [reason for reason in cross["reason"] if reason]
         return f"Which features fire more cannot be said: {reasons[0] if reasons else 'no feature could be tested'}."
-    more = (tested["q"] <= context.alpha) & (tested["difference"] > 0)
-    less = (tested["q"] <= context.alpha) & (tested["difference"] < 0)
+    changes = activity_changes(cross, alpha=context.alpha)
+    more, less, domain = changes.more, changes.less, changes.domain
     parts = [
         f"Of {count(len(tested))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
         f"and {count(less.sum())} more weakly (q ≤ {context.alpha:g})."
     ]
-    domain = tested["is_domain"].astype(bool) if "is_domain" in tested else pd.Series(False, index=tested.index)
     if domain.any() and not domain.all():
         parts.append(
             f"Of the {count(domain.sum())} {context.domain} features {percent(more[domain].mean())} fire more and "
@@ -53,8 +52,7 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
         return None
     more, less = found[found["difference"] > 0].head(_EACH_WAY), found[found["difference"] < 0].head(_EACH_WAY)
     shown = pd.concat([more, less], ignore_index=True)
-    arm = next((arm for arm in context.arms.values() if arm.role == "control"), None)
-    words = feature_words(arm.features if arm is not None else None, set(shown["feature"].astype(int)))
+    words = feature_words(context, "control", set(shown["feature"].astype(int)))
     rows = [_cross_row(row, words, context) for row in shown.to_dict("records")]
     return TableView(
         name="cross",
@@ -116,8 +114,7 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     if table.empty:
         return None
     shown = table[table["decoder_rotation"].notna()].head(_TURNED)
-    arm = next((arm for arm in context.arms.values() if arm.role == "control"), None)
-    words = feature_words(arm.features if arm is not None else None, set(shown["feature"].astype(int)))
+    words = feature_words(context, "control", set(shown["feature"].astype(int)))
     rows = []
     for row in shown.to_dict("records"):
         if is_defined(row["null_rotation"]):

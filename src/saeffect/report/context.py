@@ -58,3 +58,7 @@ class ReportContext:
     projection: str = "cosine"
     max_features: int = 200
     max_contexts: int = 4
+
+    def arm_of(self, role: str) -> ArmTables | None:
+        """The first arm of a role; None where the report knows none."""
+        return next((arm for arm in self.arms.values() if arm.role == role), None)

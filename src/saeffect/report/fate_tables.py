@@ -10,7 +10,7 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_words import feature_words
+from saeffect.report.feature_names import feature_words
 from saeffect.report.numerals import amount, count, fixed, is_defined, p_value, percent, signed, undefined
 from saeffect.report.table_view import Cell, Column, Row, TableView
 
@@ -211,13 +211,10 @@ def _parents(absorption: pd.DataFrame) -> dict[int, tuple[int, ...]]:
 
 def _words(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int, str]:
     """Top tokens of every feature that the table names in the SAE of this role."""
-    arm = next((arm for arm in context.arms.values() if arm.role == role), None)
-    if arm is None:
-        return {}
     own = rows.loc[rows["side"] == role, "feature"]
     matched = rows.loc[rows["side"] != role, "match"]
     parents = [one for some in rows["parents"] for one in some] if role == "treatment" else []
-    return feature_words(arm.features, {*own.astype(int), *matched.astype(int), *parents})
+    return feature_words(context, role, {*own.astype(int), *matched.astype(int), *parents})
 
 
 def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]], context: ReportContext) -> Row:
@@ -249,5 +246,5 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
 
 
 def _is_domain(context: ReportContext, role: str, feature: int) -> bool:
-    arm = next((arm for arm in context.arms.values() if arm.role == role), None)
-    return arm is not None and feature in set(arm.domain.tolist())
+    arm = context.arm_of(role)
+    return arm is not None and feature in arm.domain

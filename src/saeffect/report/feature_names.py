@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from saeffect.report.context import ReportContext
 from saeffect.text.tokens import printable_token
 
-__all__ = ["feature_names", "first_tokens"]
+__all__ = ["feature_names", "feature_words", "first_tokens"]
 
 _LONGEST_TOKEN = 16
 
 
-def first_tokens(tokens: Sequence[str], limit: int = 2) -> str:
-    """A feature's first top tokens, each visible and cut to length.
+def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = _LONGEST_TOKEN) -> str:
+    """A feature's first top tokens, each visible and cut to length; whole without one.
 
     Example:
         >>> first_tokens([" insulin", " dose", " drug"]), first_tokens(["\\n", " "])
@@ -22,7 +22,7 @@ def first_tokens(tokens: Sequence[str], limit: int = 2) -> str:
     shown = []
     for token in list(tokens)[:limit]:
         text = printable_token(str(token)).strip() or "␣"
-        shown.append(text if len(text) <= _LONGEST_TOKEN else text[: _LONGEST_TOKEN - 1] + "…")
+        shown.append(text if longest is None or len(text) <= longest else text[: longest - 1] + "…")
     return ", ".join(shown)
 
 
@@ -34,4 +34,16 @@ def feature_names(context: ReportContext, arm: str, limit: int = 3) -> Mapping[i
     return {
         int(feature): first_tokens(list(tokens), limit)
         for feature, tokens in zip(features["feature"], features["top_tokens"], strict=True)
+    }
+
+
+def feature_words(context: ReportContext, role: str, wanted: Container[int], limit: int = 5) -> Mapping[int, str]:
+    """By number, the first top tokens, whole, of those features of a role's arm that are wanted."""
+    arm = context.arm_of(role)
+    if arm is None or "top_tokens" not in arm.features:
+        return {}
+    return {
+        int(feature): first_tokens(list(tokens), limit, longest=None)
+        for feature, tokens in zip(arm.features["feature"], arm.features["top_tokens"], strict=True)
+        if int(feature) in wanted
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,30 +49,19 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
         features); reason ("" when the mean is defined).
     """
     rows = []
-    for arm in order:
-        table = results.outcome_effects.get(arm)
-        if table is None or table.empty:
-            continue
-        for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
-            mine = table[table["outcome"] == outcome]
-            for control in dict.fromkeys(mine["placebo"]):
-                some = mine[mine["placebo"] == control]
-                q = _numbers(some["q"])
-                rows.append(
-                    {
-                        "arm": arm,
-                        "outcome": outcome,
-                        "control": control,
-                        "declared": results.declared(outcome),
-                        "decides": bool(some["primary"].any()),
-                        "unit": str(some["unit"].iloc[0]),
-                        "alternative": str(some["alternative"].iloc[0]),
-                        **_mean(some),
-                        "n_tested": int(np.isfinite(q).sum()),
-                        "n_passed": int((q <= alpha).sum()),
-                        "reversed_share": _nan_mean(_numbers(some["reversed_share"])),
-                    }
-                )
+    for shared, some in _groups(results, results.outcome_effects, order, "placebo"):
+        q = _numbers(some["q"])
+        rows.append(
+            {
+                **shared,
+                "control": some["placebo"].iloc[0],
+                "decides": bool(some["primary"].any()),
+                "alternative": str(some["alternative"].iloc[0]),
+                "n_tested": int(np.isfinite(q).sum()),
+                "n_passed": int((q <= alpha).sum()),
+                "reversed_share": _nan_mean(_numbers(some["reversed_share"])),
+            }
+        )
     return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
 
 
@@ -89,29 +78,18 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
         own 95 % interval lies wholly on that side.
     """
     rows = []
-    for arm in order:
-        table = results.baseline_effects.get(arm)
-        if table is None or table.empty:
-            continue
-        for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
-            mine = table[table["outcome"] == outcome]
-            for baseline in dict.fromkeys(mine["baseline"]):
-                some = mine[mine["baseline"] == baseline]
-                effect, low, high = (_numbers(some[name]) for name in ("effect", "low", "high"))
-                rows.append(
-                    {
-                        "arm": arm,
-                        "outcome": outcome,
-                        "baseline": baseline,
-                        "declared": results.declared(outcome),
-                        "unit": str(some["unit"].iloc[0]),
-                        **_mean(some),
-                        "n_above": int((effect > 0).sum()),
-                        "n_clearly_above": int((low > 0).sum()),
-                        "n_below": int((effect < 0).sum()),
-                        "n_clearly_below": int((high < 0).sum()),
-                    }
-                )
+    for shared, some in _groups(results, results.baseline_effects, order, "baseline"):
+        effect, low, high = (_numbers(some[name]) for name in ("effect", "low", "high"))
+        rows.append(
+            {
+                **shared,
+                "baseline": some["baseline"].iloc[0],
+                "n_above": int((effect > 0).sum()),
+                "n_clearly_above": int((low > 0).sum()),
+                "n_below": int((effect < 0).sum()),
+                "n_clearly_below": int((high < 0).sum()),
+            }
+        )
     return pd.DataFrame(rows, columns=list(BASELINE_COLUMNS))
 
 
@@ -147,6 +125,21 @@ def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
     """
     empty = pd.DataFrame({"effect": [], "reason": []})
     return _mean(empty if effects is None or effects.empty else effects)
+
+
+def _groups(
+    results: SteeringResults, tables: Mapping[str, pd.DataFrame], order: Sequence[str], against: str
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """(what all summaries say, its rows) of every arm, outcome and what it is compared with, in the tables' order."""
+    for arm in order:
+        table = tables.get(arm)
+        if table is None or table.empty:
+            continue
+        for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
+            mine = table[table["outcome"] == outcome]
+            for _, some in mine.groupby(against, sort=False):
+                shared = {"arm": arm, "outcome": outcome, "declared": results.declared(outcome)}
+                yield shared | {"unit": str(some["unit"].iloc[0])} | _mean(some), some
 
 
 def _mean(some: pd.DataFrame) -> dict[str, Any]:

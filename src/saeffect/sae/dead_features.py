@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saeffect.processes import gathered
-from saeffect.sae.trainable import StepInputs, TrainableSae
+from saeffect.sae.trainable import StepInputs, TrainableSae, take_off_parallel
 
 __all__ = ["auxiliary_loss", "resample"]
 
@@ -54,7 +54,7 @@ def auxiliary_loss(
     sums = d_hidden.sum(0)
     d_rows = acts.T @ d_out
     if step.tangent:
-        d_rows.addcmul_(decoder, (d_rows * decoder).sum(1, keepdim=True), value=-1)
+        take_off_parallel(d_rows, decoder)
     sae.gradient("W_dec").index_add_(0, dead, d_rows)
     sae.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
     sae.gradient("b_enc").index_add_(0, dead, sums)

@@ -135,9 +135,8 @@ class SparseEntries(Entries):
         order, starts, token = self._transposed
         first, last, _ = rows.indices(self.shape[1])
         if last - first < self.shape[1]:
-            bounds = self._bounds
-            inside = slice(bounds[first], bounds[last])
-            starts = starts[first : last + 1] - bounds[first]
+            inside = slice(int(starts[first]), int(starts[last]))
+            starts = starts[first : last + 1] - starts[first]
             order, token = order[inside], token[inside]
         return _csr(starts, token, values[order], (last - first, self.shape[0]))
 
@@ -148,10 +147,6 @@ class SparseEntries(Entries):
     @cached_property
     def _token_starts(self) -> Tensor:
         return _starts(self.token, self.shape[0])
-
-    @cached_property
-    def _bounds(self) -> list[int]:  # where each feature's entries start, as plain numbers
-        return self._transposed[1].tolist()
 
     @cached_property
     def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:

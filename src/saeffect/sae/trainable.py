@@ -20,7 +20,7 @@ from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import Entries
 from saeffect.sae.training_config import SaeTrainingConfig
 
-__all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error"]
+__all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error", "take_off_parallel"]
 
 _ROWS = 4096  # features whose gradients are worked on at a time: they then stay in the cache
 
@@ -197,7 +197,8 @@ class TrainableSae(SparseAutoencoder):
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
 
-    def pull_on_norms(self, d_norm: Tensor, norm: Tensor) -> Tensor:
+    @staticmethod
+    def pull_on_norms(d_norm: Tensor, norm: Tensor) -> Tensor:
         """The part of W_dec's gradient that comes through the lengths of its rows, in multiples of each row.
 
         Args:
@@ -215,13 +216,18 @@ class TrainableSae(SparseAutoencoder):
         """Take off the decoder gradient's part along each row: lengths are fixed."""
         # A few rows at a time: the products then stay in the cache instead of filling fresh memory.
         for grad, rows in zip(self.gradient("W_dec").split(1024), self.W_dec.data.split(1024), strict=True):
-            grad.addcmul_(rows, (grad * rows).sum(1, keepdim=True), value=-1)
+            take_off_parallel(grad, rows)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Put every decoder row back on the unit sphere."""
         for rows in self.W_dec.data.split(_ROWS):
             rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+
+def take_off_parallel(gradient: Tensor, rows: Tensor) -> None:
+    """Take off the part along each row, in place; both are float32 `[n, d_in]`, the rows of length 1."""
+    gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 
 
 def squared_error(error: Tensor) -> Tensor:

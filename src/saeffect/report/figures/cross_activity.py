@@ -13,7 +13,7 @@ from saeffect.comparison import Comparison
 from saeffect.comparison.most_changed import change_scores
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_words import feature_words
+from saeffect.report.feature_names import feature_words
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
 from saeffect.report.numerals import count
 
@@ -90,9 +90,8 @@ def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float
 
 def _named(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
     """Words beside the most changed domain features of either direction, none on top of another."""
-    arm = next((arm for arm in context.arms.values() if arm.role == "control"), None)
     domain = rows[rows["domain"] & rows["found"]]
-    words = feature_words(arm.features if arm is not None else None, set(domain["feature"].astype(int)), 2)
+    words = feature_words(context, "control", set(domain["feature"].astype(int)), 2)
     taken: list[float] = []
     middle = float(rows["level"].median())
     for ways in (domain[domain["ratio"] > 0], domain[domain["ratio"] < 0]):
