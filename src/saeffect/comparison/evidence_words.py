@@ -9,12 +9,14 @@ import pandas as pd
 
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
-from saeffect.comparison.wording import joined, number, percent, whole
+from saeffect.comparison.judgement import Judgement
+from saeffect.comparison.wording import interval, joined, number, percent, whole
 
 __all__ = [
     "calibration_sentence",
     "cross_sentence",
     "fate_sentences",
+    "over_all_saes",
     "power_sentence",
     "short_name",
     "too_many_alarms",
@@ -93,6 +95,25 @@ def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
         n_domain = whole(int(domain.sum()))
         text += f"; of the {n_domain} domain features among them {whole(n_more)} more and {whole(n_less)} less"
     return f"{text}. Any further training changes a little everywhere, so read the sizes."
+
+
+def over_all_saes(judged: Judgement, *, short: bool = False) -> str:
+    """The difference over all SAEs of both models, and whether its interval leaves zero out; "" without one."""
+    if judged.seeds is None:
+        return ""
+    difference = interval(judged.seeds, short=short)
+    ends = "excludes" if judged.seeds.sign else "includes"
+    n_a, n_b = judged.n_saes
+    if min(n_a, n_b) == 1:
+        one, others, model = (judged.seeds.b, n_a, "control") if n_b == 1 else (judged.seeds.a, n_b, "treatment")
+        return (
+            f"Taking {one}'s SAE to scatter as the {others} SAEs of the {model}'s model do, it is {difference}; that "
+            f"holds the noise of SAE training and {ends} zero."
+        )
+    return (
+        f"Over all SAEs of both models ({judged.n_saes[1]} against {judged.n_saes[0]}) it is {difference}; that holds "
+        f"the noise of SAE training and {ends} zero."
+    )
 
 
 def calibration_sentence(calibration: pd.DataFrame) -> str:
