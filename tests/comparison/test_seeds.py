@@ -152,3 +152,15 @@ def test_control_saes_are_those_of_the_controls_model(arms):
 def test_a_table_of_seeds_without_a_column_is_refused(arms):
     with pytest.raises(BadFile, match="seeds table of arm 'base' has no column is_domain"):
         replace(arms["base"], seeds=arms["base"].seeds.drop(columns="is_domain"))
+
+
+def test_shares_of_few_saes_differ_by_one_at_most(tiny_arm):
+    arms = {"base": tiny_arm(), "tuned": tiny_arm("tuned", "treatment"), "again": tiny_arm("again", "placebo")}
+    effects = arms["tuned"].effects
+    arms["tuned"] = replace(arms["tuned"], effects=effects.assign(passed=[True, True, False]))
+    arms["again"] = replace(arms["again"], effects=effects.assign(passed=[False, False, False]))
+    table, _ = rows_of(arms)
+    row = table[table["quantity"] == "pass_rate_seeds"].iloc[0]
+    assert (row["value_a"], row["value_b"], row["low"], row["high"]) == (0.25, 1.0, -1.0, 1.0)
+    assert row["p"] == pytest.approx(stats.ttest_ind([1.0], [0.5, 0.0], equal_var=True).pvalue)
+    assert "taken to scatter" in row["remark"]

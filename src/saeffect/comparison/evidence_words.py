@@ -9,6 +9,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
+from saeffect.comparison.fate_counts import ONE_PLACEBO
 from saeffect.comparison.judgement import Judgement
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 
@@ -70,7 +71,12 @@ def _excess(gone: dict[str, Any], new: dict[str, Any]) -> str:
             f"{number(float(row['n_treatment']), 0)} {words} against {number(float(row['n_placebo']), 0)} in an SAE of "
             f"another seed (excess {number(float(row['excess']), 0, signed=True)}, 95 % interval {low} to {high})"
         )
-    return f"By similarity alone there are {joined(parts)}." if parts else ""
+    if not parts:
+        return ""
+    remark = ""
+    if ONE_PLACEBO in (str(gone["reason"]), str(new["reason"])):
+        remark = " With one other seed that interval does not hold the noise of SAE training."
+    return f"By similarity alone there are {joined(parts)}.{remark}"
 
 
 def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
@@ -138,7 +144,7 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
     bad = judged[judged["verdict"] != WITHIN]
     if bad.empty:
         few = int(shown["tests"].min())
-        often = f", though with {few} tests only frequent alarms would show" if few < 20 else ""
+        often = f", though with {few} test{'' if few == 1 else 's'} only frequent alarms would show" if few < 20 else ""
         return f"{text} No test raised more alarms than its nominal rate allows{often}."
     named = joined(
         [

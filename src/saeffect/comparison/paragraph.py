@@ -13,6 +13,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import over_all_saes, short_name
+from saeffect.comparison.fate_counts import ONE_PLACEBO
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import ALL_SEEDS, Judgement
 from saeffect.comparison.most_changed import activity_changes, most_changed
@@ -203,7 +204,8 @@ def _of_fates(counts: pd.DataFrame, roles: Roles) -> str:
     return (
         f"{text}: {share} of {roles.control}'s features have no counterpart in the fine-tuned model's SAE, but {usual} "
         f"have none in another SAE of the same model either (excess {number(float(gone['excess']), 0, signed=True)} of "
-        f"{whole(int(gone['n_features']))} features, 95 % interval {low} to {high})."
+        f"{whole(int(gone['n_features']))} features, 95 % interval {low} to {high}"
+        f"{', without the noise of SAE training' if str(gone['reason']) == ONE_PLACEBO else ''})."
     )
 
 

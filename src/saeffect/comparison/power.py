@@ -128,6 +128,9 @@ def _between_saes(
     spread = math.sqrt(squares / freedom) if freedom > 0 else math.nan
     at = ALPHA / n_declared
     found = detectable_few_means(spread, n_a, n_b, alpha=at, power=POWER)
+    if row["unit"] == "share" and found.difference > 1:
+        why = "even a difference of 100 percentage points would not be found: too few SAEs show how much SAEs differ"
+        found = Detectable(math.nan, math.nan, found.n, found.method, why)
     row = _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"]))
     return row | {"alpha": at}
 

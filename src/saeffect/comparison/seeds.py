@@ -10,7 +10,7 @@ credited to fine-tuning (`judgement`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -139,12 +139,14 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
                for value, sae in zip(side, saes, strict=True) if np.isnan(value)]  # fmt: skip
     known = [side[~np.isnan(side)] for side in values]
     estimate = cautious_difference(known[0], known[1], level=LEVEL)
+    kind = _KINDS.get(quantity, (quantity.replace("_", " "), ""))
+    if kind[1] == "share":  # two shares cannot differ by more than 1
+        estimate = replace(estimate, low=float(np.maximum(estimate.low, -1)), high=float(np.minimum(estimate.high, 1)))
     remarks = [f"nothing to average in {', '.join(without)}"] if without else []
     single = [saes[0].name for side, saes in zip(known, (a, b), strict=True) if len(side) == 1]
     if len(single) == 1:
         remarks.append(f"one SAE in {single[0]}: it is taken to scatter as those of the other model do")
     means = [float(side.mean()) if len(side) else float("nan") for side in known]
-    kind = _KINDS.get(quantity, (quantity.replace("_", " "), ""))
     return Contrast(
         quantity=f"{quantity}_seeds",
         label=f"{kind[0]}, over SAE seeds",
