@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-
 from statsmodels.regression.linear_model import OLS
 
 from saeffect.errors import ConfigError, ShapeMismatch

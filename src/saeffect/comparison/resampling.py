@@ -230,7 +230,7 @@ def _two_sided_p(shuffled: FloatArray, observed: float) -> float:
 
 
 def _percentiles(values: FloatArray, n_drawn: int) -> tuple[float, float]:
-    """Percentiles a little outside the nominal ones, as of `cluster_bootstrap`: resamples of few units spread too little.
+    """Percentiles a little outside the nominal ones, as of `cluster_bootstrap`: few units spread too little.
 
     Args:
         values: Replicates, [n_boot].

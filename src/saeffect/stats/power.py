@@ -105,7 +105,7 @@ def detectable_few_means(
 
     Example:
         >>> round(detectable_few_means(1.0, 3, 3).difference, 1), round(detectable_few_means(1.0, 2, 1).difference, 0)
-        (3.6, 20.0)
+        (3.5, 20.0)
     """
     _check(alpha, power)
     method, n = "two-sided t test, the larger p of Student's and Welch's (simulated)", min(n_a, n_b)
