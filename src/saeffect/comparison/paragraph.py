@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import short_name
+from saeffect.comparison.evidence_words import over_all_saes, short_name
+from saeffect.comparison.fate_counts import ONE_PLACEBO
 from saeffect.comparison.findings import Findings
-from saeffect.comparison.judgement import Judgement
+from saeffect.comparison.judgement import ALL_SEEDS, Judgement
 from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 from saeffect.text.tokens import printable_token
@@ -54,24 +54,33 @@ def paragraph(
 
 def _of_quantities(found: Findings, judged: Mapping[str, Judgement], roles: Roles) -> list[str]:
     """The first quantity with everything about it; of the others how they changed."""
-    rows = found.contrasts[found.contrasts["comparison"] == "fine-tuning"].set_index("quantity")
-    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in rows.index}
+    quantities = set(found.contrasts["quantity"])
+    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in quantities}
     if not known:
         why = "; ".join(dict.fromkeys(one.change.reason for one in judged.values() if one.change.reason))
         return [f"None of the declared quantities can be compared ({why or 'no interval'})."]
     name, first = next(iter(known.items()))
-    row, write = rows.loc[name], _writer(first)
+    write, (before, after) = _writer(first), _values(found.contrasts, first)
+    mean = ", on average over SAEs," if first.by_seeds else ""
+    saes = [f", {n} SAEs" if first.by_seeds else "" for n in first.n_saes]
     text = (
-        f"{_SUBJECTS.get(name, f'The {short_name(name)} is')} {write(float(row['value_a']))} before fine-tuning "
-        f"({roles.control}) and {write(float(row['value_b']))} after it ({roles.treatment}): {interval(first.change)}"
+        f"{_SUBJECTS.get(name, f'The {short_name(name)} is')}{mean} {write(before)} before fine-tuning "
+        f"({roles.control}{saes[0]}) and {write(after)} after it ({roles.treatment}{saes[1]}): {interval(first.told)}"
     )
     sentences = [f"{text}{_VERDICTS[first.status]}.", *_beside_noise(first, roles)]
     others = {other: one for other, one in known.items() if other != name}
     for status in ("beyond", "noise", "unclear", "unseparated"):
-        some = [_changed(rows.loc[other], one) for other, one in others.items() if one.status == status]
+        some = [_changed(found.contrasts, one) for one in others.values() if one.status == status]
         if some:
             sentences.append(f"{_OTHERS[status]} {joined(some)}.")
     return sentences
+
+
+def _values(contrasts: pd.DataFrame, one: Judgement) -> tuple[float, float]:
+    """What the difference that is told is a difference of."""
+    quantity, comparison = (f"{one.quantity}_seeds", ALL_SEEDS) if one.by_seeds else (one.quantity, "fine-tuning")
+    row = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == comparison)].iloc[0]
+    return float(row["value_a"]), float(row["value_b"])
 
 
 _SUBJECTS = {
@@ -98,10 +107,10 @@ def _writer(one: Judgement) -> Callable[[float], str]:
     return percent if one.change.unit == "share" else (lambda value: number(value, 3))
 
 
-def _changed(row: pd.Series[Any], one: Judgement) -> str:
-    write = _writer(one)
-    values = f"{write(float(row['value_a']))} to {write(float(row['value_b']))}"
-    return f"the {short_name(one.quantity)} ({values}; {interval(one.change)})"
+def _changed(contrasts: pd.DataFrame, one: Judgement) -> str:
+    write, (before, after) = _writer(one), _values(contrasts, one)
+    saes = f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
+    return f"the {short_name(one.quantity)} ({write(before)} to {write(after)}; {interval(one.told)}{saes})"
 
 
 def _beside_noise(one: Judgement, roles: Roles) -> list[str]:
@@ -113,14 +122,12 @@ def _beside_noise(one: Judgement, roles: Roles) -> list[str]:
             "For comparison, merely training the SAE of the unchanged model again from another seed gives "
             f"{joined(noise)}."
         )
-    elif not roles.placebos:
+    elif not roles.placebos and one.seeds is None:
         sentences.append("There is no placebo arm, so how much two SAEs of one model differ by chance is unknown.")
+    if one.by_seeds:
+        return ["That interval holds the noise of SAE training.", *sentences]
     if one.seeds is not None:
-        ends = "excludes" if one.seeds.sign else "includes"
-        sentences.append(
-            f"Over all SAE seeds of both models the difference is {interval(one.seeds)}; that holds the noise of SAE "
-            f"training and {ends} zero."
-        )
+        sentences.append(over_all_saes(one))
     return sentences
 
 
@@ -197,7 +204,8 @@ def _of_fates(counts: pd.DataFrame, roles: Roles) -> str:
     return (
         f"{text}: {share} of {roles.control}'s features have no counterpart in the fine-tuned model's SAE, but {usual} "
         f"have none in another SAE of the same model either (excess {number(float(gone['excess']), 0, signed=True)} of "
-        f"{whole(int(gone['n_features']))} features, 95 % interval {low} to {high})."
+        f"{whole(int(gone['n_features']))} features, 95 % interval {low} to {high}"
+        f"{', without the noise of SAE training' if str(gone['reason']) == ONE_PLACEBO else ''})."
     )
 
 
