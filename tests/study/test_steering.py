@@ -74,6 +74,24 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
     assert set(every["placebo"]) == {"matched", "shuffled"}  # asked for or not, what decides has its row and reason
 
 
+@pytest.mark.parametrize(
+    ("placebos", "beside"), [([], set()), (["random"], {"random"}), (["random", "matched"], {"matched"})]
+)
+def test_the_search_runs_the_placebo_that_the_test_is_against(
+    prepared: Path, tmp_path: Path, placebos: list[str], beside: set[str]
+) -> None:
+    several = {"doses": [0.5, 1.0], "search_prompts": ["A window"], "search_features": 1}
+    run = steered(prepared, tmp_path, placebos=placebos, baselines=[], **several)
+    response = pd.read_parquet(run / "steering" / "dose_response.parquet")
+    assert set(response["condition"]) == {"steered", *beside}
+    assert len(response) == 3 * 2 * (1 + len(beside))
+    # Another placebo in the test is another search: the curve must be of the placebo that decides.
+    lines: list[str] = []
+    other = {"placebos": ["random"] if beside != {"random"} else ["matched"], "baselines": []}
+    run_study(opened(prepared, **several, **other), run, stages=("steer",), say=lines.append)
+    assert not any(line.startswith("  dose search") and line.endswith("skipped") for line in lines)
+
+
 def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:
     for key, prompts in (("prompts", ["The river", "x"]), ("search_prompts", ["x"])):
         with complains(ConfigError, f"{prompts[-1]!r} is one token", "positions: all", at=f"steering.{key}"):

@@ -23,8 +23,9 @@ __all__ = [
     "matched_of",
     "outcome_vectors",
     "plan_of_search",
-    "site_of",
     "plan_of_test",
+    "search_placebos",
+    "site_of",
     "tested_features",
 ]
 
@@ -37,10 +38,19 @@ def plan_of_test(config: SteeringConfig, seed: int, dose: float) -> SteeringPlan
 
 
 def plan_of_search(config: SteeringConfig, seed: int) -> SteeringPlan:
-    """The plan of the dose search: every dose on the search prompts, one text each, without placebos."""
+    """The plan of the dose search: every dose on the search prompts, one text each, beside the placebo that decides."""
     return SteeringPlan(
-        prompts=config.search_prompts, doses=config.doses, samples=1, placebos=(), **_same(config, seed)
+        prompts=config.search_prompts,
+        doses=config.doses,
+        samples=1,
+        placebos=search_placebos(config),
+        **_same(config, seed),
     )
+
+
+def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
+    """What the search runs at every dose beside the features: the placebo that the test is against, if there is any."""
+    return (config.primary_placebo,) if config.placebos else ()
 
 
 def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
