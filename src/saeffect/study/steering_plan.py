@@ -70,10 +70,16 @@ def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
 
 def site_of(run: RunFolder, arm: Arm) -> tuple[Site, Tensor]:
     """Where an arm is steered, and its decoder."""
-    mean_norm = float(read_json(run.arm(arm.name, "gate.json"))["mean_norm"])
+    gate = read_json(run.arm(arm.name, "gate.json"))
     features = run.read_table(run.arm(arm.name, "features.parquet")).sort_values("feature")
     maxima = torch.from_numpy(features["max_activation"].to_numpy(dtype=np.float32, na_value=0.0).copy())
-    return Site(arm.lm, arm.hook, mean_norm, sae=arm.sae, max_acts=maxima), arm.W_dec
+    site = Site(
+        *(arm.lm, arm.hook, float(gate["mean_norm"])),
+        sae=arm.sae,
+        max_acts=maxima,
+        norm_limit=float(gate["norm_limit"]),
+    )
+    return site, arm.W_dec
 
 
 def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
