@@ -147,6 +147,12 @@ class SteeringPlan:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.frequency_penalty, self.allow_end)
 
     @property
+    def features_at_once(self) -> int:
+        """How many features fill a batch, beside one unsteered row a sample; at least 1."""
+        each = len(self.conditions) * len(self.doses) * self.samples
+        return max(1, (self.batch_size - self.samples) // each)
+
+    @property
     def feature_columns(self) -> tuple[str, ...]:
         """What the feature table must hold for the placebos."""
         return ("matched",) if "matched" in self.placebos else ()

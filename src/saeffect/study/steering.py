@@ -39,7 +39,8 @@ __all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 # 4: samples of a prompt are averaged before anything is tested.
-VERSION = 4
+# 5: unsteered texts in the batch of the steered ones; what is longer than the SAE ever saw is not clamped or ablated.
+VERSION = 5
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
     *("baselines", "baseline_effects", "together", "together_effects"),
