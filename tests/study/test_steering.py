@@ -53,6 +53,16 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
     effects = table(run, "effects")
     assert len(effects) == 2
     assert (effects.loc[effects["effect"].isna(), "reason"] != "").all()
+    # Every placebo that was run is in a table, with how near it is; none is of the domain, nor steered itself.
+    placebos = table(run, "matched_placebos")
+    selection = table(run, "selection").set_index("feature")
+    assert set(placebos["feature"]) == {*effects["feature"], 1, 2, 4, 7, 9}
+    assert not (
+        selection.loc[placebos["placebo"], "is_domain"] | selection.loc[placebos["placebo"], "in_vocabulary"]
+    ).any()
+    assert not set(placebos["placebo"]) & {1, 2, 4, 7, 9}
+    assert (placebos["distance"] >= 0).all()
+    assert placebos["placebo_top_tokens"].map(len).eq(10).all()
     joint = table(run, "together_effects")
     assert [list(some) for some in joint["members"]] == [[1, 2], [4, 7, 9]]
     assert set(table(run, "together")["feature"]) == {0, 1}

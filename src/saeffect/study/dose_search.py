@@ -18,6 +18,7 @@ from saeffect.study.steering_plan import (
     outcome_vectors,
     plan_of_search,
     search_placebos,
+    set_members,
     site_of,
     tested_features,
 )
@@ -42,7 +43,8 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
         "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
         "encoder": encoder_identity(study),
         "seed": study.config.seed,
-        "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED) | {"beside": list(search_placebos(config))},
+        "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
+        "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
     }
 
 
