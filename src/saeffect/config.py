@@ -179,7 +179,7 @@ class SteeringConfig(StrictModel):
 
     operator: Literal["add", "clamp", "ablate"] = Field(
         "add",
-        description="Add the decoder row; set the activation to a multiple of its maximum on the study's text; or to 0.",
+        description="Add the decoder row; set the activation to a multiple of its maximum on the text; or to 0.",
     )
     doses: tuple[float, ...] = Field(
         min_length=1,
