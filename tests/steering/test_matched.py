@@ -54,6 +54,9 @@ def test_no_placebo_is_of_the_domain_or_the_feature_itself():
     found = matched_features(table(), [1, 2, 3], domain=range(50), n=4)
     assert found["placebo"].min() >= 50
     assert len(found) == 12
+    outside = matched_features(table(), [60, 70], domain=range(50), n=4)  # a feature need not be of the domain
+    assert (outside["placebo"] != outside["feature"]).all()
+    assert (outside["distance"] > 0).all()
 
 
 def test_silent_features_are_matched_with_silent_ones():
@@ -94,3 +97,6 @@ def test_lists_are_shorter_where_fewer_resemble_it():
     whole = matched_features(table(), [5], [5], n=3)
     assert matched_lists(table(), [5], [5], n=3) == [whole["placebo"].tolist()]
     assert matched_lists(table(), [5], range(200)) == [[]]
+    some = matched_features(features, [0, 5], [0, *range(5, 200)], n=4, fewer=True)
+    assert some.groupby("feature")["placebo"].apply(list).to_dict() == {0: lists[0], 5: lists[1]}
+    assert matched_features(table(), [5], range(200), fewer=True).empty

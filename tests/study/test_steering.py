@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import yaml
 
 from saeffect.errors import ConfigError, UnknownName
+from saeffect.provenance import read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_plan import site_of
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -53,6 +57,16 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
     effects = table(run, "effects")
     assert len(effects) == 2
     assert (effects.loc[effects["effect"].isna(), "reason"] != "").all()
+    # Every placebo that was run is in a table, with how near it is; none is of the domain, nor steered itself.
+    placebos = table(run, "matched_placebos")
+    selection = table(run, "selection").set_index("feature")
+    assert set(placebos["feature"]) == {*effects["feature"], 1, 2, 4, 7, 9}
+    assert not (
+        selection.loc[placebos["placebo"], "is_domain"] | selection.loc[placebos["placebo"], "in_vocabulary"]
+    ).any()
+    assert not set(placebos["placebo"]) & {1, 2, 4, 7, 9}
+    assert (placebos["distance"] >= 0).all()
+    assert placebos["placebo_top_tokens"].map(len).eq(10).all()
     joint = table(run, "together_effects")
     assert [list(some) for some in joint["members"]] == [[1, 2], [4, 7, 9]]
     assert set(table(run, "together")["feature"]) == {0, 1}
@@ -61,6 +75,21 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
         baselines = table(run, "baselines")
         said = baselines.loc[baselines["condition"] == "mean_difference", "reason"]
         assert (said != "").all()
+
+
+def test_the_site_is_what_the_gate_and_the_features_measured(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "run", tmp_path / "run")
+    features = table(tmp_path / "run", "features")
+    features.loc[features["feature"] == 3, "max_activation"] = math.nan  # it never fired
+    features[::-1].to_parquet(tmp_path / "run" / "arms" / "control" / "features.parquet")
+    study = opened(prepared)
+    site, W_dec = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
+    gate = read_json(tmp_path / "run" / "arms" / "control" / "gate.json")
+    assert (site.mean_norm, site.norm_limit) == (gate["mean_norm"], gate["norm_limit"])
+    assert site.max_acts is not None
+    assert site.max_acts.tolist() == pytest.approx(features["max_activation"].fillna(0.0).tolist())
+    assert site.max_acts[3] == 0, "and so has no maximum to be clamped to"
+    assert len(W_dec) == len(features)
 
 
 def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> None:
@@ -72,6 +101,24 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
     every = table(run, "outcome_effects")
     assert (every["reason"] != "").all()
     assert set(every["placebo"]) == {"matched", "shuffled"}  # asked for or not, what decides has its row and reason
+
+
+@pytest.mark.parametrize(
+    ("placebos", "beside"), [([], set()), (["random"], {"random"}), (["random", "matched"], {"matched"})]
+)
+def test_the_search_runs_the_placebo_that_the_test_is_against(
+    prepared: Path, tmp_path: Path, placebos: list[str], beside: set[str]
+) -> None:
+    several = {"doses": [0.5, 1.0], "search_prompts": ["A window"], "search_features": 1}
+    run = steered(prepared, tmp_path, placebos=placebos, baselines=[], **several)
+    response = pd.read_parquet(run / "steering" / "dose_response.parquet")
+    assert set(response["condition"]) == {"steered", *beside}
+    assert len(response) == 3 * 2 * (1 + len(beside))
+    # Another placebo in the test is another search: the curve must be of the placebo that decides.
+    lines: list[str] = []
+    other = {"placebos": ["random"] if beside != {"random"} else ["matched"], "baselines": []}
+    run_study(opened(prepared, **several, **other), run, stages=("steer",), say=lines.append)
+    assert not any(line.startswith("  dose search") and line.endswith("skipped") for line in lines)
 
 
 def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:
