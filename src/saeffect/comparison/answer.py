@@ -19,7 +19,7 @@ from saeffect.comparison.evidence_words import (
 )
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
-from saeffect.comparison.paragraph import paragraph
+from saeffect.comparison.paragraph import Trace, paragraph
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 
 __all__ = ["Answer", "answer"]
@@ -37,13 +37,15 @@ class Answer(TypedDict):
 
     Attributes:
         headline: The answer in a sentence.
-        paragraph: The answer with its numbers, to be forwarded as it stands.
+        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
+        traces: Where each number of the paragraph comes from, in its order.
         sentences: What was found, one thing a sentence.
         caveats: The threats to it, gravest first (column `threat` of `Findings.threats`).
     """
 
     headline: str
     paragraph: str
+    traces: list[Trace]
     sentences: list[str]
     caveats: list[str]
 
@@ -90,9 +92,11 @@ def answer(
         calibration_sentence(found.calibration),
         power_sentence(found.power, roles),
     ]
+    short = paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha)
     return Answer(
         headline=_headline([judged[quantity] for quantity in declared], first, roles, found),
-        paragraph=paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha),
+        paragraph=short.text,
+        traces=short.traces,
         sentences=[sentence for sentence in sentences if sentence],
         caveats=[str(threat) for threat in found.threats["threat"]] if len(found.threats) else [],
     )
@@ -112,17 +116,17 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
     if unseparated := having("unseparated"):
         why = "since the placebo has no interval here" if roles.placebos else "without a placebo arm"
         return (
-            f"Control and treatment differ ({_named(unseparated)}), but {why} "
+            f"Control and treatment differ in the {_named(unseparated)}, but {why} "
             "we cannot tell fine-tuning from SAE noise."
         )
     if noise := having("noise"):
         return (
-            "We cannot credit fine-tuning with a change: control and treatment differ "
-            f"({_named(noise)}), but not clearly by more than retraining the SAE gives."
+            f"We cannot credit fine-tuning with a change: control and treatment differ in the {_named(noise)}, "
+            "but not clearly by more than retraining the SAE gives."
         )
     if unclear := having("unclear"):
-        verb = "interval of treatment minus control includes" if len(unclear) == 1 else "intervals include"
-        return f"We cannot tell whether fine-tuning changed the domain features: the {verb} zero ({_named(unclear)})."
+        verb = "95 % interval of the change includes" if len(unclear) == 1 else "95 % intervals of the changes include"
+        return f"We cannot tell whether fine-tuning changed the {_named(unclear)}: the {verb} zero."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
@@ -153,7 +157,7 @@ def _changed(one: Judgement) -> str:
 
 
 def _named(judged: list[Judgement]) -> str:
-    return "; ".join(f"{short_name(one.quantity)} {interval(one.change)}" for one in judged)
+    return joined([short_name(one.quantity) for one in judged])
 
 
 def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:

@@ -30,7 +30,7 @@ class _Line:
 
 
 def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
-    """Table 1: domain features, passing, similarities; one column an arm."""
+    """The paper's Table 1: domain features, passing, similarities; one column an arm."""
     least = context.min_matches
     lines = [
         _Line("Features in the SAE", "n_features", "count"),
@@ -66,14 +66,15 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     ]
     return TableView(
         name="table1",
-        caption="Table 1. Domain features, and what steering them does",
+        paper="Table 1",
+        caption="Domain features, and what steering them does",
         columns=arm_columns(comparison.table1),
         rows=_arm_rows(comparison.table1, lines),
     )
 
 
 def paper_table_2(comparison: Comparison, context: ReportContext) -> TableView:
-    """Table 2: coherence of the domain features; one column an arm."""
+    """The paper's Table 2: coherence of the domain features; one column an arm."""
     del context
     lines = [
         _Line("Domain features with a coherence", "n_defined", "count"),
@@ -95,7 +96,8 @@ def paper_table_2(comparison: Comparison, context: ReportContext) -> TableView:
         rows.append(Row(label, _against_control(comparison, quantity)))
     return TableView(
         name="table2",
-        caption="Table 2. Coherence of the domain features",
+        paper="Table 2",
+        caption="Coherence of the domain features",
         columns=arm_columns(comparison.table2),
         rows=tuple(rows),
     )
@@ -124,7 +126,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
         cells += [_gap_cell(gap) for gap in judged.retraining]
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
-        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY))
+        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="glance",
         caption="The result at a glance",
@@ -141,7 +143,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
 
 
 def contrast_table(comparison: Comparison) -> TableView:
-    """Table 3: every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
+    """Every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
     table = comparison.contrasts
     pairs = table[["comparison", "a", "b"]].drop_duplicates()
     pairs = pairs.sort_values("comparison", key=lambda column: column.map(_COMPARISON_RANKS), kind="stable")
@@ -158,10 +160,10 @@ def contrast_table(comparison: Comparison) -> TableView:
             *(Cell("–", tone="muted") if row is None else _contrast_cell(row) for row in mine),
             Cell(str(first["method"]), tone="muted", is_text=True),
         )
-        rows.append(Row(str(first["label"]), cells, strong=quantity in PRIMARY))
+        rows.append(Row(str(first["label"]), cells, strong=quantity in PRIMARY, key=str(quantity)))
     return TableView(
         name="contrasts",
-        caption="Table 3. Every contrast between the arms",
+        caption="Every contrast between the arms",
         columns=(*columns, Column("Method", is_text=True)),
         rows=tuple(rows),
         corner="Quantity",
@@ -221,7 +223,7 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
 
 
 def _why_undefined(row: Mapping[Any, Any]) -> str:
-    """Why a number of Table 1 or 2 is missing; the tables leave it to their counts to tell."""
+    """Why a number of the paper's tables is missing; the tables leave it to their counts to tell."""
     if row.get("reason"):
         return str(row["reason"])
     if "tested" in row:

@@ -22,7 +22,7 @@ TERM_NAMES = {
 
 
 def regression_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 14: what each property adds to the effect of steering, all others equal."""
+    """What each property adds to the effect of steering, all others equal."""
     del context
     table = comparison.regression
     if table.empty:
@@ -50,7 +50,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
     left = f" {count(left_out)} without a coherence or an activity are left out." if left_out else ""
     return TableView(
         name="regression",
-        caption="Table 14. What goes with a strong effect of steering",
+        caption="What goes with a strong effect of steering",
         source="comparison/regression.parquet, every row: term, estimate, low, high, p, n, errors",
         columns=(Column("Adds to the effect", "cosine similarity, 95 % interval"), Column("p")),
         rows=tuple(rows),

@@ -1,4 +1,4 @@
-"""Table 1c: features steered at once, each set beside what its members do alone."""
+"""Features steered at once, each set beside what its members do alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     control = control_words(results.placebo)
     return TableView(
         name="together",
-        caption=f"Table 1c. Features steered at once: {title}",
+        caption=f"Features steered at once: {title}",
         columns=(
             Column("Unsteered"),
             Column("Steered"),

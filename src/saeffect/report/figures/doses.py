@@ -1,4 +1,4 @@
-"""Figure 6: what more of a dose does to the concept and to the text."""
+"""What more of a dose does to the concept and to the text."""
 
 from __future__ import annotations
 
@@ -76,8 +76,7 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
     bars = f" Lines: means over {searched} features an arm; bars: 95 % intervals over them." if searched else ""
     hollow = f" Hollow: {_control(results)} at the chosen dose, from the test, on its own prompts." if marked else ""
     return DrawnFigure(
-        name="figure_6_doses",
-        number="Figure 6",
+        name="doses",
         title="What more of a dose does",
         caption=(
             "The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen."
