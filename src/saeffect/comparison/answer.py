@@ -32,6 +32,14 @@ _NAMES = {
 }
 
 
+_OUTCOMES = {
+    "similarity": "similarity of the text to its top tokens",
+    "off_list": "share of off-list domain words in the text",
+    "keyword_score": "share of its top tokens among the text's words",
+    "direct_effect": "log-probability of its top tokens",
+}
+
+
 class Answer(TypedDict):
     """Plain text, a sentence or a few each; nothing in it is markup.
 
@@ -85,7 +93,7 @@ def answer(
         _coherence(second, judged["coherence_mean"], roles),
     ]
     if tested:
-        sentences.append(_effects(first, judged["effect"], roles))
+        sentences.append(_effects(first, judged["effect"], roles, _outcome(arms)))
     sentences += [
         *fate_sentences(found.matches.fate_counts, roles),
         cross_sentence(found.matches.cross_activity, roles, alpha),
@@ -193,7 +201,7 @@ def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float)
         )
         papers.append(f"{whole(int(row['paper_passed']))} in {name}")
     text = (
-        "Steered against a placebo direction, these tested features passed at "
+        "Tested against placebos, these features passed at "
         f"q \N{LESS-THAN OR EQUAL TO} {alpha:g}: {joined(ours)}; "
         f"by the paper's rule, one steered sample against one unsteered: {joined(papers)}."
     )
@@ -220,7 +228,16 @@ def _ends(low: float, high: float) -> str:
     return "" if math.isnan(low) else f" ({number(low, 3)} to {number(high, 3)})"
 
 
-def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
+def _outcome(arms: Mapping[str, ArmTables]) -> str:
+    """What the effects are effects on."""
+    for arm in arms.values():
+        if arm.effects is not None and len(arm.effects) and "outcome" in arm.effects:
+            name = str(arm.effects["outcome"].iloc[0])
+            return _OUTCOMES.get(name, name.replace("_", " "))
+    return _OUTCOMES["similarity"]
+
+
+def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str) -> str:
     parts = []
     for name in roles.ordered:
         row = table1.loc[name]
@@ -231,8 +248,8 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
     if not parts:
         return "The effect of steering is undefined in every arm."
     return (
-        "Beyond the placebo direction, steering a feature moved the similarity of the text "
-        f"to its top tokens by {joined(parts)} on average. {_difference(judged, roles)}"
+        f"Beyond what placebos do, steering a feature moved the {outcome} by {joined(parts)} on average. "
+        f"{_difference(judged, roles)}"
     )
 
 

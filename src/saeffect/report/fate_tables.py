@@ -94,6 +94,7 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         ),
         rows=tuple(rows),
         corner="Fate",
+        stacks=True,
         note=_why(counts),
     )
 

@@ -138,13 +138,29 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
     """Every table in page order, each with the terms that it is the first to use."""
     explain = Explainer(terms(context))
     views: list[tuple[TableView | None, tuple[str, ...], str]] = [
-        (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
+        (
+            at_a_glance(comparison),
+            (
+                "feature",
+                "top_tokens",
+                "domain_feature",
+                "pass",
+                "coherence",
+                "interval",
+                "pp",
+                "placebo_arm",
+                "sae_noise",
+                "false_alarm",
+                "verdict",
+            ),
+            "glance",
+        ),
         *chance_views(comparison, context),
         *steering_views(comparison, context),
         (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
         (
             paper_table_1(comparison, context),
-            ("domain_feature", "dot_cosine", "pass", "paper_rule", "q"),
+            ("dot_cosine", "paper_rule", "q"),
             "table1",
         ),
         (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),

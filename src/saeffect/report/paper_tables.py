@@ -11,6 +11,7 @@ import pandas as pd
 from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
+from saeffect.report.outcome_words import outcome_words
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, difference_unit, value_cell
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
@@ -62,7 +63,13 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
         _Line("Similarity when steered", "steered_mean", "", ("steered_low", "steered_high")),
         _Line("Similarity when unsteered", "unsteered_mean", "", ("unsteered_low", "unsteered_high")),
         _Line("Similarity under the placebo", "placebo_mean", "", ("placebo_low", "placebo_high")),
-        _Line("Effect: steered − placebo", "effect_mean", "", ("effect_low", "effect_high"), strong=True),
+        _Line(
+            f"Effect{_of_outcome(context)}: steered − placebo",
+            "effect_mean",
+            "",
+            ("effect_low", "effect_high"),
+            strong=True,
+        ),
     ]
     return TableView(
         name="table1",
@@ -71,6 +78,12 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
         columns=arm_columns(comparison.table1),
         rows=_arm_rows(comparison.table1, lines),
     )
+
+
+def _of_outcome(context: ReportContext) -> str:
+    """Which outcome the effect is of, where it is not the similarity of the rows above."""
+    deciding = context.steering.deciding if context.steering else "similarity"
+    return "" if deciding == "similarity" else f" ({outcome_words(deciding).title})"
 
 
 def paper_table_2(comparison: Comparison, context: ReportContext) -> TableView:

@@ -152,6 +152,7 @@ def dose_table(context: ReportContext) -> TableView | None:
         columns=tuple(Column(_DOSE_COLUMNS.get(str(name), str(name).replace("_", " "))) for name in columns),
         rows=tuple(rows),
         corner="Dose",
+        stacks=True,
         note=(
             f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; [[figure:doses]] shows "
             "them."

@@ -88,7 +88,10 @@ def _forest(
     ax = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, 1 - (_BELOW + 0.04) / height))
     _draw(ax, shown, hidden, mean, names, style, scale)
     average = f"mean effect {effect_text(mean['mean'], scale.outcome)}"
-    ends = interval_text(mean["low"], mean["high"], scale.outcome)
+    known = is_defined(mean["low"]) and is_defined(mean["high"])
+    ends = (
+        f"95 % interval {interval_text(mean['low'], mean['high'], scale.outcome)}" if known else "without an interval"
+    )
     passed, n = count(int(table["passed"].sum())), count(len(table))
     cap = (
         f" Of {n} features the {count(len(shown) - _LOWEST)} largest and {_LOWEST} smallest effects are drawn; all are "
@@ -99,11 +102,8 @@ def _forest(
     lowest, highest = (fixed(scale.factor * end) for end in (table["effect"].min(), table["effect"].max()))
     return DrawnFigure(
         *head,
-        caption=f"{passed} of {n} features pass; {average}, 95 % interval {ends}. {reading}{cap}",
-        alt=(
-            f"Forest plot of {arm}: {passed} of {n} pass, {average}, interval {ends}; effects from {lowest} "
-            f"to {highest}."
-        ),
+        caption=f"{passed} of {n} features pass; {average}, {ends}. {reading}{cap}",
+        alt=(f"Forest plot of {arm}: {passed} of {n} pass, {average}, {ends}; effects from {lowest} to {highest}."),
         figure=figure,
         source=source,
         group="effects",
