@@ -47,8 +47,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "effect": (
         "effect",
-        "{outcome} of steered texts minus that of {placebo_texts}: a feature of another subject that fires as often and "
-        "as strongly, or a random direction; same prompts, same sampling noise.",
+        "{outcome} of steered texts minus that of {placebo_texts}: a feature of another subject that fires as often "
+        "and as strongly, or a random direction; same prompts, same sampling noise.",
     ),
     "pass": (
         "pass",
@@ -62,7 +62,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     "p": ("p", "how often chance alone would give a difference at least as large."),
     "q": (
         "q",
-        "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ {alpha:g} about {percent} are false.",
+        "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ {alpha:g} about {percent} are "
+        "false.",
     ),
     "coherence": (
         "coherence",

@@ -54,8 +54,9 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         corner="Steered minus …",
         note=(
             "Means over an arm's features; intervals are Student's t over features, where [[table:table1]] has the "
-            "bootstrap's. Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q counts "
-            "features that changed them, either way. Only the control in bold under the deciding outcome decides what passes."
+            "bootstrap's. Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q "
+            "counts features that changed them, either way. Only the control in bold under the deciding outcome "
+            "decides what passes."
         ),
         source=(
             "arms/*/outcome_effects.parquet, rows by outcome and placebo, columns effect and q; the first two rows "

@@ -204,7 +204,7 @@ def _contrast_cell(row: Mapping[Any, Any]) -> Cell:
     both = is_defined(row["low"]) and is_defined(row["high"])
     ends = amount_interval(row["low"], row["high"], unit) if both else f"interval {undefined(reason)}"
     p = p_value(row["p"]) if is_defined(row["p"]) else ""
-    p = f" · p {p}" if p.startswith("<") else f" · p = {p}" if p else ""
+    p = f" ·\u00a0p\u00a0{p}" if p.startswith("<") else f" ·\u00a0p\u00a0=\u00a0{p}" if p else ""
     return Cell(amount(row["estimate"], unit, sign=unit != "ratio"), sub=ends + p)
 
 
