@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -80,26 +81,31 @@ def _together(effects: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dose_response(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
-    """Gain grows and fluency falls with the dose; perplexity of feature i is 10^i at every dose."""
+    """Gain grows and fluency falls with the dose; perplexity of feature i is 10^i at every dose.
+
+    The placebo gains a tenth of what the feature does, and is like it in all else.
+    """
     rows = []
     for name in arms:
-        for place in range(3):
+        for place, condition in itertools.product(range(3), ("steered", "random")):
             for dose in DOSES:
+                gain = dose * (1 + place) * (1.0 if condition == "steered" else 0.1)
                 rows.append(
                     {
                         "arm": name,
                         "feature": place,
+                        "condition": condition,
                         "dose": dose,
                         "n": 2,
                         "similarity": 0.3 + dose,
-                        "gain": dose * (1 + place),
+                        "gain": gain,
                         "distinct2": 1 - dose / 4,
                         "perplexity": 10.0**place,
                         "fluency": 1 - dose,
-                        "score": dose * (1 - dose) * (1 + place),
+                        "score": gain * (1 - dose),
                         "direct_effect": 4 * dose,
                         "kl": dose,
-                        "best": dose == 0.4,
+                        "best": dose == 0.4 and condition == "steered",
                     }
                 )
     return pd.DataFrame(rows)

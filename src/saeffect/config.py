@@ -178,7 +178,8 @@ class SteeringConfig(StrictModel):
     """Interventions: what is done, to how many features, with which controls, and what is measured of it."""
 
     operator: Literal["add", "clamp", "ablate"] = Field(
-        "add", description="Add the decoder row; set the activation to a multiple of its maximum; or to 0."
+        "add",
+        description="Add the decoder row; set the activation to a multiple of its maximum on the study's text; or to 0.",
     )
     doses: tuple[float, ...] = Field(
         min_length=1,

@@ -80,18 +80,22 @@ def test_the_dose_summary_is_a_mean_over_features_and_a_geometric_one_of_perplex
     response = pd.DataFrame(
         {
             "arm": "a",
-            "feature": [1, 2, 1, 2],
-            "dose": [0.2, 0.2, 0.4, 0.4],
-            "gain": [0.1, 0.3, math.nan, 0.5],
-            "perplexity": [10.0, 1000.0, 1.0, 1.0],
+            "feature": [1, 2, 1, 2, 1],
+            "condition": ["steered"] * 4 + ["matched"],
+            "dose": [0.2, 0.2, 0.4, 0.4, 0.2],
+            "gain": [0.1, 0.3, math.nan, 0.5, -9.0],
+            "perplexity": [10.0, 1000.0, 1.0, 1.0, 7.0],
             "distinct2": 1.0,
             "score": 0.1,
             "direct_effect": 1.0,
             "kl": 0.1,
-            "best": [True, False, False, True],
+            "best": [True, False, False, True, False],
         }
     )
-    table = dose_summary(response, ["b", "a"]).set_index("dose")
+    table = dose_summary(response, ["b", "a"])
+    assert table["condition"].tolist() == ["steered", "steered", "matched"]
+    assert table.iloc[2][["dose", "n_features", "gain", "n_best"]].tolist() == [0.2, 1, -9.0, 0]
+    table = table[:2].set_index("dose")
     assert table.loc[0.2, "gain"] == pytest.approx(0.2)
     assert table.loc[0.4, "gain"] == 0.5
     assert math.isnan(table.loc[0.4, "gain_low"])

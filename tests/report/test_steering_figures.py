@@ -100,7 +100,7 @@ def test_an_effect_without_interval_is_drawn_without_a_line(
     one = {"control": replace(arms["control"], effects=bare)}
     drawn = _named(draw_figures(comparison, replace(context, arms=one)), "effects_a")
     assert drawn.figure is not None
-    assert "no interval" in drawn.caption
+    assert "without an interval" in drawn.caption
     assert len([line for line in drawn.figure.axes[0].lines if line.get_marker() == "o"]) == 1
 
 
@@ -113,14 +113,25 @@ def test_the_panels_are_means_by_dose_with_the_placebo_hollow(
     gain = drawn.figure.axes[0]
     line = next(line for line in gain.lines if line.get_label() == "control")
     assert np.asarray(line.get_ydata()) == pytest.approx([0.4, 0.8, 1.6])  # dose x the mean of 1, 2, 3
-    rows = context.steering.outcome_effects["control"].query("outcome == 'similarity' and placebo == 'random'")
     hollow = [line for line in gain.lines if line.get_markerfacecolor() == "#ffffff"]
-    assert len(hollow) == 3
-    assert float(hollow[0].get_ydata()[0]) == pytest.approx((rows["placebo_mean"] - rows["unsteered_mean"]).mean())
+    assert len(hollow) == len(context.arms)  # one an arm, at every dose
+    assert np.asarray(hollow[0].get_ydata()) == pytest.approx([0.04, 0.08, 0.16])
+    assert "Dotted and hollow, in the colour of its arm: random direction at the same dose" in drawn.caption
     perplexity = next(ax for ax in drawn.figure.axes if "perplexity" in ax.get_title(loc="left"))
     assert perplexity.get_yscale() == "log"
-    assert np.asarray(perplexity.lines[1].get_ydata()) == pytest.approx([10.0, 10.0, 10.0])
+    assert np.asarray(perplexity.lines[2].get_ydata()) == pytest.approx([10.0, 10.0, 10.0])
     assert "steering/dose_response.parquet" in drawn.source
+
+
+def test_without_a_placebo_the_panels_say_so(comparison: Comparison, context: ReportContext) -> None:
+    assert context.steering is not None
+    assert context.steering.dose_response is not None
+    bare = context.steering.dose_response.query("condition == 'steered'")
+    alone = replace(context, steering=replace(context.steering, dose_response=bare))
+    drawn = _named(draw_figures(comparison, alone), "doses")
+    assert drawn.figure is not None
+    assert not [line for line in drawn.figure.axes[0].lines if line.get_markerfacecolor() == "#ffffff"]
+    assert "No placebo was run at these doses" in drawn.caption
 
 
 @pytest.mark.parametrize(

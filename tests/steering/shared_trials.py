@@ -19,8 +19,8 @@ W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
 FEATURES = pd.DataFrame(
     {"feature": [7, 2, 5, 0, 11], "top_tokens": [[f"w{3 + 9 * i + j}" for j in range(9)] for i in range(5)]}
 )
-# Eight steered rows a feature, so two features fill a batch: chunks (0, 2), (5, 7), (11).
-PLAN = SteeringPlan(("one two", "three"), (0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=16, seed=3)
+# Eight steered rows a feature beside two unsteered ones, so two features fill a batch: chunks (0, 2), (5, 7), (11).
+PLAN = SteeringPlan(("one two", "three"), (0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=18, seed=3)
 
 
 def main(out: Path) -> None:

@@ -117,6 +117,19 @@ def test_lengths_and_coefficients_by_operator(place, sae):
     assert math.isnan(actions_of(place, sae.W_dec, FEATURES, plan(operator="ablate", doses=(1.0,))).length(5, 1.0))
 
 
+def test_the_length_of_a_clamp_is_on_the_scale_of_a_token_where_the_sae_standardises_it(lm):
+    sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE, normalize_activations="layer_norm"))
+    sae.W_dec.data.copy_(torch.randn(D_SAE, D_MODEL, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(1, 1, D_MODEL, generator=torch.Generator().manual_seed(2))
+    x = x - x.mean()
+    x = 4.0 * x / x.norm()  # a token of the mean norm; the feature is off, as the encoder is zero
+    place = Site(lm, HOOK, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)))
+    made = plan(operator="clamp", placebos=())
+    moved = applied(place, sae, x, made, 5, "steered", 2.0, (0, 0))
+    length = actions_of(place, sae.W_dec, FEATURES, made).length(5, 2.0)
+    assert float(moved.norm()) == pytest.approx(length, rel=0.03)  # std divides by n - 1
+
+
 def test_several_features_at_once(place, sae, x):
     rows = features_together(FEATURES, [[2, 5]], {2: [7, 8], 5: [7, 9]})
     assert rows["matched"].tolist() == [[[7, 9], [8, 9]]]
@@ -130,6 +143,36 @@ def test_several_features_at_once(place, sae, x):
     acts = sae.encode(x)
     wanted = sum((2.0 * f - acts[..., f])[..., None] * sae.W_dec[f] for f in (2, 5))
     torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("operator", "dose"), [("add", 2.0), ("clamp", 2.0), ("ablate", 1.0)])
+def test_a_random_placebo_of_several_features_goes_as_far_as_all_of_them(place, sae, x, operator, dose):
+    rows = features_together(FEATURES, [[2, 5]])
+    made = plan(operator=operator, doses=(dose,), placebos=("random",))
+    own = applied(place, sae, x, made, 0, "steered", dose, (1, 0), features=rows)
+    other = applied(place, sae, x, made, 0, "random", dose, (1, 0), features=rows)
+    assert float(own.norm(dim=-1).max()) > 0
+    torch.testing.assert_close(other.norm(dim=-1), own.norm(dim=-1), rtol=1e-4, atol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity(own, other, dim=-1)
+    assert bool((cosine.abs()[own.norm(dim=-1) > 0] < 0.9).all())
+
+
+@pytest.mark.parametrize(("operator", "dose"), [("clamp", 2.0), ("ablate", 1.0)])
+def test_attention_sinks_are_left_as_they_are(lm, sae, x, operator, dose):
+    """What an SAE reads in an activation of a length that it never saw means nothing."""
+    limit = float(x[0, 1:].norm(dim=-1).max()) * 1.01
+    x = x.clone()
+    x[0, 0] *= 40
+    assert float(sae.encode(x)[0, 0, 5]) > 0 or float(sae.encode(x)[0, 0, 2]) > 0
+    place = Site(lm, HOOK, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)), norm_limit=limit)
+    made = plan(operator=operator, doses=(dose,))
+    for condition in ("steered", "random", "matched"):
+        for feature in (2, 5):
+            moved = applied(place, sae, x, made, feature, condition, dose, (0, 0))
+            assert not moved[0, 0].any()
+    assert applied(place, sae, x, made, 5, "steered", dose, (0, 0))[0, 1:].any()
+    with pytest.raises(ConfigError, match="norm limit"):
+        Site(lm, HOOK, 4.0, norm_limit=math.nan)
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 1.0), ("clamp", 3.0), ("ablate", 1.0)])

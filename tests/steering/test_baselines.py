@@ -48,6 +48,13 @@ def test_the_rows_are_what_generate_gives(lm):
     assert n_hooks(lm) == 0
 
 
+def test_progress_counts_every_text_up_to_all(lm):
+    seen: list[tuple[int, int]] = []
+    run(lm, progress=lambda *n: seen.append(n))
+    assert seen[-1] == (16, 16)
+    assert seen == sorted(seen)
+
+
 def test_what_cannot_be_run_says_why(lm):
     table = run(lm)
     gone = table[table["feature"] == 1].set_index("condition")

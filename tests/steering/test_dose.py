@@ -34,10 +34,21 @@ def test_score_by_hand():
             row(1, "steered", 0.3, 0.5, 0.25, 4.0),  # gain 0.1, fluency sqrt(0.25 * 1) = 0.5
             row(0, "steered", 0.9, 1.0, 0.2, 16.0),  # gain 0.8, fluency sqrt(0.25 * 0.25) = 0.25
             row(1, "steered", 0.9, math.nan, 0.5, 16.0),
-            row(0, "random", 0.3, 9.0, 9.0, 9.0),
+            row(0, "random", 0.3, 0.1, 1.0, 4.0),  # a loss of 0.1
+            row(1, "random", 0.3, 0.4, 0.5, 8.0),  # no gain
+            row(0, "matched", 0.9, 0.5, 0.8, 16.0),  # gain 0.3, fluency sqrt(1 * 0.25)
         ]
     )
-    table = score_doses(trials).set_index("dose")
+    table = score_doses(trials)
+    assert table[["condition", "dose"]].to_numpy().tolist() == [
+        ["steered", 0.3],
+        ["steered", 0.9],
+        ["random", 0.3],
+        ["matched", 0.9],
+    ]
+    assert table["n"].tolist() == [2, 1, 2, 1]
+    assert table["score"].tolist()[2:] == pytest.approx([-0.05, 0.15])
+    table = table[table["condition"] == "steered"].set_index("dose")
     assert table["n"].to_dict() == {0.3: 2, 0.9: 1}
     assert table["gain"].to_dict() == pytest.approx({0.3: 0.15, 0.9: 0.8})
     assert table["fluency"].to_dict() == pytest.approx({0.3: 0.75, 0.9: 0.25})
@@ -51,6 +62,7 @@ def test_response_by_feature_and_dose():
         row(0, "steered", 0.9, 0.9, 0.25, 16.0),  # gain 0.7, fluency 0.25
         row(0, "steered", 1.8, 0.4, 1.0, 4.0),  # equals the first
     ]
+    one.append(row(0, "random", 0.9, 1.0, 1.0, 4.0))  # gain 0.8, fluency 1: better than the feature ever is
     unknown = [{**r, "feature": 6, "similarity": math.nan} for r in one[:3]]
     direct = pd.DataFrame(
         {
@@ -64,14 +76,17 @@ def test_response_by_feature_and_dose():
     )
     table = dose_response(pd.DataFrame(one + unknown), direct)
     assert tuple(table.columns) == RESPONSE_COLUMNS
-    assert table[["feature", "dose"]].to_numpy().tolist() == [[0, 0.3], [0, 0.9], [0, 1.8], [6, 0.3], [6, 0.9]]
-    assert table["score"].tolist()[:3] == pytest.approx([0.2, 0.175, 0.2])
-    assert table["best"].tolist() == [True, False, False, False, False]
-    assert table["n"].tolist() == [1, 1, 1, 0, 0]
+    assert table["feature"].tolist() == [0, 0, 0, 0, 6, 6]
+    assert table["condition"].tolist() == ["steered"] * 3 + ["random"] + ["steered"] * 2
+    assert table["dose"].tolist() == [0.3, 0.9, 1.8, 0.9, 0.3, 0.9]
+    assert table["score"].tolist()[:4] == pytest.approx([0.2, 0.175, 0.2, 0.8])
+    assert table["best"].tolist() == [True] + [False] * 5
+    assert table["n"].tolist() == [1, 1, 1, 1, 0, 0]
     assert table["direct_effect"].tolist()[:2] == [1.5, 5.0]
+    assert table["direct_effect"][3] == 77.0
     assert table["kl"].tolist()[:2] == pytest.approx([0.2, 2.0])
-    assert table.loc[2:, "direct_effect"].isna().all()
-    assert table.loc[3:, ["similarity", "gain", "fluency", "score"]].isna().all(axis=None)
+    assert math.isnan(table["direct_effect"][2])
+    assert table.loc[4:, ["similarity", "gain", "fluency", "score", "direct_effect"]].isna().all(axis=None)
 
 
 def test_nothing_steered_has_no_response():
@@ -90,8 +105,9 @@ def search(**change):
     return SteeringPlan(**{**settings, "frequency_penalty": 0.2, **change})
 
 
-def test_the_best_score_wins_and_placebos_are_not_run(lm, planted):
-    choice = choose_dose(site(lm), *planted, search(), test_prompts=("another",), vectors=OneHotWords())
+def test_the_best_score_wins(lm, planted):
+    alone = search(placebos=())
+    choice = choose_dose(site(lm), *planted, alone, test_prompts=("another",), vectors=OneHotWords())
     assert choice.table["dose"].tolist() == [0.0, 1.0, 3.0]
     assert choice.table["n"].tolist() == [4, 4, 4]
     assert choice.table.loc[0, "gain"] == 0
@@ -100,6 +116,26 @@ def test_the_best_score_wins_and_placebos_are_not_run(lm, planted):
     assert choice.table["score"].max() > 0
     assert choice.features == (0,)
     assert choice.prompts == ("one two", "three")
+
+
+def test_placebos_stand_at_every_dose_and_have_no_say(lm, planted):
+    """The placebo of feature 0 is the planted feature, feature 0 itself says nothing."""
+    W_dec = torch.cat([-planted[0], planted[0]])
+    features = planted[1].assign(matched=[[1]])
+    both = search(placebos=("matched",), doses=(0.5, 1.0, 3.0))
+    choice = choose_dose(site(lm), W_dec, features, both, test_prompts=(), vectors=OneHotWords())
+    assert choice.table["condition"].tolist() == ["steered"] * 3 + ["matched"] * 3
+    assert choice.table["dose"].tolist() == [0.5, 1.0, 3.0] * 2
+    assert choice.table["n"].tolist() == [4] * 6
+    own = choice.table[choice.table["condition"] == "steered"]
+    assert choice.dose == own.loc[own["score"].idxmax(), "dose"]
+    assert "no dose made" in choice.reason  # though the placebo's scores are high
+    assert choice.table["score"].max() > 0
+    # What the feature's rows say does not change for the placebo beside them.
+    alone = choose_dose(
+        site(lm), W_dec, features, search(placebos=(), doses=(0.5, 1.0, 3.0)), test_prompts=(), vectors=OneHotWords()
+    )
+    pd.testing.assert_frame_equal(alone.table, own, check_exact=False, rtol=1e-5)
 
 
 def test_the_edge_and_failure_are_said(lm, planted):

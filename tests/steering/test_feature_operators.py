@@ -21,6 +21,7 @@ KINDS = {
     "jumprelu": (JumpReluSae, {}),
     "gated": (GatedSae, {}),
     "layer_norm": (StandardSae, {"normalize_activations": "layer_norm"}),
+    "centred": (TopKSae, {"k": 5, "centre_input": True}),
 }
 
 
@@ -70,6 +71,20 @@ def test_ablating_a_feature_that_is_off_changes_no_bit(sae, x):
     assert bool((acts[..., 3] > 0).any()), "the feature is on somewhere, else this says nothing"
     on = ablate(sae, [[3], [3], [3]]).apply(x)[acts[..., 3] > 0]
     assert not torch.equal(on, x[acts[..., 3] > 0])
+
+
+def test_longer_activations_than_the_limit_keep_every_bit(sae, x):
+    """Also beside others in the row; at the limit itself the features are set."""
+    lengths = x.norm(dim=-1)
+    limit = float(lengths.flatten().sort().values[5])
+    out = clamp(sae, [[3], [7, 0], [1]], [2.0, 1.0, 3.0], torch.ones(D_SAE), norm_limit=limit).apply(x)
+    whole = clamp(sae, [[3], [7, 0], [1]], [2.0, 1.0, 3.0], torch.ones(D_SAE)).apply(x)
+    longer = lengths > limit
+    assert 0 < int(longer.sum()) < longer.numel()
+    assert torch.equal(out[longer], x[longer])
+    assert torch.equal(out[~longer], whole[~longer])
+    assert not torch.equal(whole[longer], x[longer])
+    assert ablate(sae, [[1]] * 3, norm_limit=limit).take(0, 2).norm_limit == limit
 
 
 def test_clamp_takes_multiples_of_the_maximum(sae):

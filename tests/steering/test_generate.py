@@ -5,7 +5,18 @@ import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.models.hooks import edited
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens, penalise
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.standard import StandardSae
+from saeffect.steering import (
+    AddVectors,
+    Intervention,
+    NoiseCell,
+    Sampling,
+    SetFeatures,
+    generate,
+    next_tokens,
+    penalise,
+)
 from saeffect.steering.prompt_pass import last_logits
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
@@ -21,7 +32,7 @@ def vectors(n: int, size: float = 3.0) -> torch.Tensor:
     return torch.randn(n, D_MODEL, generator=torch.Generator().manual_seed(4)) * size
 
 
-def without_cache(lm, prompt, cell, sampling, vector, positions):
+def without_cache(lm, prompt, cell, sampling, change, positions):
     """The same, one row, every pass over the whole text again, positions counted by hand."""
     ids = list(prompt)
     for step in range(sampling.max_new_tokens):
@@ -33,7 +44,7 @@ def without_cache(lm, prompt, cell, sampling, vector, positions):
                 "generated": range(len(prompt) - 1, n),
             }
             out = x.clone()
-            out[:, list(where[positions])] += vector
+            out[:, list(where[positions])] = change(x[:, list(where[positions])])
             return out
 
         with torch.no_grad(), edited(lm, HOOK, edit):
@@ -51,7 +62,30 @@ def test_equals_generation_without_cache_or_batch(positions):
     got = generate(lm, HOOK, PROMPT, cells(4), SAMPLING, intervention=intervention)
     for row in range(4):
         vector = intervention.operator.vectors[row].double()
-        assert got[row] == without_cache(lm, PROMPT, cells(4)[row], SAMPLING, vector, positions)
+        assert got[row] == without_cache(lm, PROMPT, cells(4)[row], SAMPLING, lambda x, v=vector: x + v, positions)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
+@pytest.mark.parametrize("what", ["clamp", "ablate", "several"])
+def test_setting_features_equals_generation_without_cache_or_batch(positions, what):
+    """With x + (target - activation) · decoder row written out for each position."""
+    lm = tiny_model(torch.float64)
+    sae = StandardSae(SaeConfig("standard", D_MODEL, 12, apply_b_dec_to_input=False))
+    for i, parameter in enumerate(sae.parameters()):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    sae.requires_grad_(False)
+    rows = {"clamp": {3: 9.0}, "ablate": {3: 0.0}, "several": {3: 0.0, 5: 9.0}}[what]
+    features, targets = torch.tensor([list(rows)] * 4), torch.tensor([list(rows.values())] * 4)
+    steer = Intervention(SetFeatures(sae, features, targets), positions)
+
+    def change(x):
+        acts = sae.encode(x)
+        return x + sum((value - acts[..., [f]]).double() * sae.W_dec[f].double() for f, value in rows.items())
+
+    got = generate(lm, HOOK, PROMPT, cells(4), SAMPLING, intervention=steer)
+    assert got == [without_cache(lm, PROMPT, cell, SAMPLING, change, positions) for cell in cells(4)]
+    assert got != generate(lm, HOOK, PROMPT, cells(4), SAMPLING)
+    assert n_hooks(lm) == 0
 
 
 def test_zero_vectors_equal_no_intervention_exactly(lm):

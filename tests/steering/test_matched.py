@@ -94,3 +94,6 @@ def test_lists_are_shorter_where_fewer_resemble_it():
     whole = matched_features(table(), [5], [5], n=3)
     assert matched_lists(table(), [5], [5], n=3) == [whole["placebo"].tolist()]
     assert matched_lists(table(), [5], range(200)) == [[]]
+    some = matched_features(features, [0, 5], [0, *range(5, 200)], n=4, fewer=True)
+    assert some.groupby("feature")["placebo"].apply(list).to_dict() == {0: lists[0], 5: lists[1]}
+    assert matched_features(table(), [5], range(200), fewer=True).empty

@@ -5,6 +5,7 @@ import torch
 
 from saeffect.errors import BadFile, EmptySelection, Undefined, UnknownName
 from saeffect.steering import Directions, random_direction
+from saeffect.steering.placebo import turned_at_random
 
 
 def test_random_directions_depend_on_their_arguments_only():
@@ -39,6 +40,24 @@ def test_directions():
         directions.norm(2)
     with pytest.raises(UnknownName):
         directions.unit(0, "randon")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 11])
+def test_several_directions_are_turned_as_one(n):
+    rows = torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) * torch.arange(1.0, n + 1)[:, None]
+    turned = turned_at_random(rows, 1, 7, (2, 0))
+    torch.testing.assert_close(turned @ turned.T, rows @ rows.T, rtol=1e-4, atol=1e-4)
+    assert torch.equal(turned, turned_at_random(rows, 1, 7, (2, 0)))
+    assert not torch.allclose(turned, turned_at_random(rows, 1, 7, (2, 1)), atol=0.1)
+    assert not torch.allclose(turned, rows, atol=0.1)
+    if n == 1:
+        torch.testing.assert_close(turned[0], random_direction(8, seed=1, feature=7, draw=(2, 0)) * rows[0].norm())
+
+
+def test_parallel_directions_stay_parallel():
+    row = torch.arange(1.0, 9)
+    turned = turned_at_random(torch.stack([row, -2 * row]), 0, 3)
+    torch.testing.assert_close(turned[1], -2 * turned[0], rtol=1e-4, atol=1e-4)
 
 
 def test_matched_placebos_take_turns_over_prompts_and_samples():

@@ -9,7 +9,7 @@ import transformers
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.models.hooks import HOOK_KINDS, blocks, edited
 from saeffect.models.language_model import LanguageModel
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate
 from saeffect.steering.key_value_memory import can_spread
 from saeffect.steering.prompt_pass import last_logits, read_prompt
 from steering.tiny_model import D_VOCAB, WordTokenizer
@@ -89,6 +89,15 @@ def test_a_row_of_many_is_that_row_alone(any_lm):
     together = generate(any_lm, "blocks.1.hook_resid_post", PROMPT, cells, sampling, intervention=steer)
     alone = generate(any_lm, "blocks.1.hook_resid_post", PROMPT, cells, sampling, intervention=steer, batch_size=1)
     assert together == alone
+
+
+def test_prompts_of_different_lengths_in_one_batch(any_lm):
+    prompts = [PROMPT, [7], [8, 9, 10, 11, 12, 13, 14], [33, 5]]
+    cells = [NoiseCell(0, "p", i) for i in range(4)]
+    sampling = Sampling(max_new_tokens=10, top_p=0.9)
+    hook = "blocks.1.hook_resid_post"
+    alone = [generate(any_lm, hook, ids, [cell], sampling)[0] for ids, cell in zip(prompts, cells, strict=True)]
+    assert continue_prompts(any_lm, prompts, cells, sampling) == alone
 
 
 @pytest.mark.parametrize(

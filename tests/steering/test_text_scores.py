@@ -32,6 +32,14 @@ def test_one_feature_has_no_other_to_be_compared_with():
     assert (table["shuffled_feature"] == -1).all()
 
 
+def test_sets_that_share_a_feature_are_not_compared():
+    apart = scored(features=FEATURES.assign(members=[[1, 2], [3, 4]]))
+    assert apart["shuffled_feature"].tolist() == [8, 8, 3, 3]
+    sharing = scored(features=FEATURES.assign(members=[[1, 2], [2, 4]]))
+    assert (sharing["shuffled_feature"] == -1).all()
+    assert sharing["similarity_shuffled"].isna().all()
+
+
 @pytest.mark.parametrize("n", [2, 3, 7, 40])
 def test_nobody_is_compared_with_itself_and_everybody_once(n):
     features = list(range(5, 5 + n))

@@ -16,19 +16,20 @@ from saeffect.steering import (
     NoiseCell,
     SteeringPlan,
     distinct_2,
+    effects,
     generate,
     random_direction,
     run_trials,
     similarity,
 )
-from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
+from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, n_hooks, site, tiny_model
 
 W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
 FEATURES = pd.DataFrame(
     {"feature": [7, 2, 5, 0, 11], "top_tokens": [[f"w{3 + 9 * i + j}" for j in range(9)] for i in range(5)]}
 )
-# Eight steered rows a feature, so two features fill a batch: chunks (0, 2), (5, 7), (11).
-PLAN = SteeringPlan(("one two", "three"), (0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=16, seed=3)
+# Eight steered rows a feature beside two unsteered ones, so two features fill a batch: chunks (0, 2), (5, 7), (11).
+PLAN = SteeringPlan(("one two", "three"), (0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=18, seed=3)
 
 
 def run(lm, plan=PLAN, features=FEATURES, **kwargs):
@@ -73,11 +74,29 @@ def test_rows_are_what_generate_gives(lm, trials):
         assert row.similarity == similarity(row.text, reference, OneHotWords()).value
 
 
-def test_a_zero_dose_gives_the_unsteered_text(lm):
-    trials = run(lm, dataclasses.replace(PLAN, doses=(0.0,)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_zero_dose_gives_the_unsteered_text(dtype):
+    trials = run(tiny_model(dtype), dataclasses.replace(PLAN, doses=(0.0,)))
     texts = trials.pivot(index=["feature", "prompt", "sample"], columns="condition", values="text")
     assert (texts["steered"] == texts["unsteered"]).all()
     assert (texts["random"] == texts["unsteered"]).all()
+
+
+def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
+    """So that rounding, which depends on the batch, is the same on both sides of a difference."""
+    from saeffect.steering import trials as module
+
+    batches = []
+
+    def watched(lm, hook, prompt_ids, cells, sampling, *, intervention, batch_size):
+        rows = intervention.operator.vectors
+        batches.append((len(cells), int((rows == 0).all(dim=1).sum())))
+        assert len(cells) <= batch_size
+        return generate(lm, hook, prompt_ids, cells, sampling, intervention=intervention, batch_size=batch_size)
+
+    monkeypatch.setattr(module, "generate", watched)
+    run(lm)
+    assert batches == [(18, 2)] * 4 + [(10, 2)] * 2  # three chunks on two prompts, two unsteered samples in each
 
 
 def test_texts_do_not_depend_on_the_other_features_or_their_order(lm, trials):
@@ -127,6 +146,21 @@ def test_without_placebos_and_with_perplexity(lm):
 def test_unknown_top_tokens_give_nan(lm):
     features = pd.DataFrame({"feature": [1], "top_tokens": [["?", "\u202e<script>"]]})
     assert run(lm, features=features)["similarity"].isna().all()
+
+
+def test_texts_that_end_at_once_are_empty_and_without_numbers():
+    lm = tiny_model()
+    weight = torch.zeros(D_VOCAB)
+    weight[END] = 1e3
+    lm.model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + weight)
+    plan = dataclasses.replace(PLAN, allow_end=True, perplexity=True, doses=(1.0,))
+    trials = run(lm, plan, FEATURES[:2])
+    assert (trials["text"] == "").all()
+    assert trials[["similarity", "distinct2", "perplexity"]].isna().all(axis=None)
+    table = effects(trials)
+    assert table[["effect", "p", "q"]].isna().all(axis=None)
+    assert (table["reason"] != "").all()
+    assert not table["passed"].any()
 
 
 def test_hooks_are_gone_and_bad_done_is_refused(lm, trials):

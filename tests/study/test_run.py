@@ -218,8 +218,17 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     response = pd.read_parquet(run / "steering" / "dose_response.parquet")
     assert set(response["arm"]) == {"control", "treatment", "placebo"}
     assert set(response["dose"]) == {0.5, 1.0}
+    # A placebo for every feature at every dose, none of which is anybody's best.
+    at_each = response.groupby(["arm", "feature", "dose"])["condition"].agg(tuple)
+    assert (at_each == ("steered", "matched")).all()
+    assert not response.loc[response["condition"] == "matched", "best"].any()
     assert response["direct_effect"].notna().all()
     assert response.groupby(["arm", "feature"])["best"].sum().max() == 1
     dose = read_json(run / "steering" / "dose.json")
     assert set(dose["best"]) == {"control", "treatment", "placebo"}
-    assert set(pd.read_parquet(run / "steering" / "dose_search.parquet")["arm"]) == {"control", "treatment"}
+    search = pd.read_parquet(run / "steering" / "dose_search.parquet")
+    assert set(search["arm"]) == {"control", "treatment"}
+    assert len(search) == 2 * 2 * 2
+    assert set(search.loc[search["chosen"], "condition"]) == {"steered"}
+    own = search[search["condition"] == "steered"].groupby("dose")["score"].mean()
+    assert dose["dose"] == own.idxmax()

@@ -53,6 +53,16 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
     effects = table(run, "effects")
     assert len(effects) == 2
     assert (effects.loc[effects["effect"].isna(), "reason"] != "").all()
+    # Every placebo that was run is in a table, with how near it is; none is of the domain, nor steered itself.
+    placebos = table(run, "matched_placebos")
+    selection = table(run, "selection").set_index("feature")
+    assert set(placebos["feature"]) == {*effects["feature"], 1, 2, 4, 7, 9}
+    assert not (
+        selection.loc[placebos["placebo"], "is_domain"] | selection.loc[placebos["placebo"], "in_vocabulary"]
+    ).any()
+    assert not set(placebos["placebo"]) & {1, 2, 4, 7, 9}
+    assert (placebos["distance"] >= 0).all()
+    assert placebos["placebo_top_tokens"].map(len).eq(10).all()
     joint = table(run, "together_effects")
     assert [list(some) for some in joint["members"]] == [[1, 2], [4, 7, 9]]
     assert set(table(run, "together")["feature"]) == {0, 1}
@@ -72,6 +82,24 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
     every = table(run, "outcome_effects")
     assert (every["reason"] != "").all()
     assert set(every["placebo"]) == {"matched", "shuffled"}  # asked for or not, what decides has its row and reason
+
+
+@pytest.mark.parametrize(
+    ("placebos", "beside"), [([], set()), (["random"], {"random"}), (["random", "matched"], {"matched"})]
+)
+def test_the_search_runs_the_placebo_that_the_test_is_against(
+    prepared: Path, tmp_path: Path, placebos: list[str], beside: set[str]
+) -> None:
+    several = {"doses": [0.5, 1.0], "search_prompts": ["A window"], "search_features": 1}
+    run = steered(prepared, tmp_path, placebos=placebos, baselines=[], **several)
+    response = pd.read_parquet(run / "steering" / "dose_response.parquet")
+    assert set(response["condition"]) == {"steered", *beside}
+    assert len(response) == 3 * 2 * (1 + len(beside))
+    # Another placebo in the test is another search: the curve must be of the placebo that decides.
+    lines: list[str] = []
+    other = {"placebos": ["random"] if beside != {"random"} else ["matched"], "baselines": []}
+    run_study(opened(prepared, **several, **other), run, stages=("steer",), say=lines.append)
+    assert not any(line.startswith("  dose search") and line.endswith("skipped") for line in lines)
 
 
 def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from saeffect.report.steering_results import SteeringResults
 from saeffect.stats.student import mean_interval
+from saeffect.steering.placebo import STEERED
 
 __all__ = [
     "BASELINE_COLUMNS",
@@ -94,26 +95,30 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
 
 
 def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.DataFrame:
-    """The dose search by arm and dose: means over features.
+    """The dose search by arm, condition and dose: means over features.
 
     Args:
         response: As `saeffect.steering.dose_response` gives, with a column arm.
         order: The arms, in the order of the rows.
 
     Returns:
-        One row per arm and dose: arm, dose, n_features, for each of `DOSE_MEASURES` its mean with a 95 % interval
-        `<measure>_low` and `<measure>_high` over features (Student's t; of perplexity the geometric mean), and
-        n_best: features whose dose of best concept × fluency this is.
+        One row per arm, condition ("steered", then the placebo) and dose: arm, condition, dose, n_features, for each
+        of `DOSE_MEASURES` its mean with a 95 % interval `<measure>_low` and `<measure>_high` over features (Student's
+        t; of perplexity the geometric mean), and n_best: features whose dose of best concept × fluency this is.
     """
-    columns = ["arm", "dose", "n_features", *(m + end for m in DOSE_MEASURES for end in ("", "_low", "_high"))]
+    numbers = (m + end for m in DOSE_MEASURES for end in ("", "_low", "_high"))
+    columns = ["arm", "condition", "dose", "n_features", *numbers]
     rows = []
+    if response is not None and "condition" not in response.columns:  # a search of before placebos stood beside it
+        response = response.assign(condition=STEERED)
     for arm in order if response is not None else ():
         mine = response[response["arm"] == arm]  # type: ignore[index]
-        for dose, some in mine.groupby("dose"):
-            row: dict[str, Any] = {"arm": arm, "dose": float(dose), "n_features": len(some)}  # type: ignore[arg-type]
-            for measure in DOSE_MEASURES:
-                row |= _interval_of(some, measure)
-            rows.append(row | {"n_best": int(some["best"].astype(bool).sum())})
+        for condition in dict.fromkeys(mine["condition"]):
+            for dose, some in mine[mine["condition"] == condition].groupby("dose"):
+                row: dict[str, Any] = {"arm": arm, "condition": condition, "dose": dose, "n_features": len(some)}
+                for measure in DOSE_MEASURES:
+                    row |= _interval_of(some, measure)
+                rows.append(row | {"n_best": int(some["best"].astype(bool).sum())})
     return pd.DataFrame(rows, columns=[*columns, "n_best"])
 
 

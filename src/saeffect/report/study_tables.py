@@ -10,6 +10,7 @@ from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.outcome_words import dose_axis
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
+from saeffect.steering.placebo import STEERED
 
 __all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]
 
@@ -125,6 +126,7 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
 _DOSE_COLUMNS: Mapping[str, str] = {
     "n": "Texts",
     "gain": "Gain",
+    "placebo_gain": "Gain, placebo",
     "distinct2": "Distinct-2",
     "perplexity": "Perplexity",
     "fluency": "Fluency",
@@ -137,8 +139,9 @@ def dose_table(context: ReportContext) -> TableView | None:
     table = context.doses
     if table is None or table.empty or "dose" not in table.columns:
         return None
+    table = _steered_beside_placebo(table)
     known = [column for column in _DOSE_COLUMNS if column in table.columns]
-    columns = known or [c for c in table.columns if c not in ("arm", "dose", "chosen", "reason")]
+    columns = known or [c for c in table.columns if c not in ("arm", "condition", "dose", "chosen", "reason")]
     rows = []
     for row in table.to_dict("records"):
         chosen = bool(row.get("chosen", False))
@@ -157,8 +160,20 @@ def dose_table(context: ReportContext) -> TableView | None:
             f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; [[figure:doses]] shows "
             "them."
         ),
-        source="steering/dose_search.parquet, one row per arm and dose",
+        source="steering/dose_search.parquet, one row per arm, condition and dose",
     )
+
+
+def _steered_beside_placebo(table: pd.DataFrame) -> pd.DataFrame:
+    """The search's steered rows, with what the placebo gained at the same dose where one was run."""
+    if "condition" not in table.columns:
+        return table
+    steered = table[table["condition"] == STEERED]
+    placebo = table[table["condition"] != STEERED]
+    if placebo.empty:
+        return steered
+    gains = placebo.rename(columns={"gain": "placebo_gain"})[["arm", "dose", "placebo_gain"]]
+    return steered.merge(gains, on=["arm", "dose"], how="left")
 
 
 def _gate_of_facts(context: ReportContext) -> pd.DataFrame | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from saeffect.steering.actions import ActionRow, Actions, actions_of, obstacles
 from saeffect.steering.baselines import BASELINE_COLUMNS, BASELINES, naming_prompt, run_baselines
+from saeffect.steering.different_prompts import continue_prompts
 from saeffect.steering.direct_effect import direct_effects, kl_divergence, next_log_probabilities
 from saeffect.steering.dose import RESPONSE_COLUMNS, DoseChoice, choose_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
@@ -76,6 +77,7 @@ __all__ = [
     "add_features",
     "choose_dose",
     "clamp",
+    "continue_prompts",
     "direct_effects",
     "distinct_2",
     "dose_response",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from saeffect.errors import ConfigError, Undefined
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.feature_operators import NO_FEATURE, SetFeatures
 from saeffect.steering.operators import AddVectors, Operator
-from saeffect.steering.placebo import STEERED, UNSTEERED, Directions, random_direction
+from saeffect.steering.placebo import STEERED, UNSTEERED, Directions, turned_at_random
 from saeffect.steering.plan import Site, SteeringPlan
 
 __all__ = ["ActionRow", "Actions", "actions_of", "obstacles"]
@@ -34,7 +35,8 @@ class Actions:
     """Operators by feature, condition and dose; made by `actions_of`.
 
     Under "clamp" and "ablate" a random placebo is pushed at each position as far as the feature would be, but
-    along a random direction; a matched placebo feature is clamped to the same multiple of its own maximum.
+    along a random direction (several features as far as all of them together); a matched placebo feature is clamped
+    to the same multiple of its own maximum.
 
     Attributes:
         site: Model, hook, and what is there.
@@ -59,7 +61,8 @@ class Actions:
     def length(self, feature: int, dose: float) -> float:
         """Length of what a dose adds, in the activation's units; for "clamp", to a token where the feature is off.
 
-        NaN for "ablate": what it takes away is another length at each token.
+        NaN for "ablate": what it takes away is another length at each token. An SAE that standardises each token
+        puts its features back on the token's own scale; here that is a token of the mean norm.
         """
         if self.plan.operator == "ablate":
             return float("nan")
@@ -67,7 +70,7 @@ class Actions:
             sae, maxima = self._sae, self._maxima
             members = torch.tensor(self.directions.of(feature, STEERED))
             rows = sae.directions(members).detach().float() * maxima[members][:, None]
-            return dose * float(rows.sum(dim=0).norm())
+            return dose * float(rows.sum(dim=0).norm()) * self._token_scale
         return dose * (self.site.mean_norm if self.plan.unit == "residual_norm" else self.directions.norm(feature))
 
     def coefficient(self, feature: int, dose: float) -> float:
@@ -99,6 +102,11 @@ class Actions:
         return self.site.sae
 
     @property
+    def _token_scale(self) -> float:
+        cfg = self._sae.cfg
+        return self.site.mean_norm / math.sqrt(cfg.d_in) if cfg.normalize_activations == "layer_norm" else 1.0
+
+    @property
     def _maxima(self) -> Tensor:
         if self.site.max_acts is None:
             raise ConfigError("clamping needs each feature's largest activation.", at="site", fix="give max_acts.")
@@ -122,14 +130,14 @@ class Actions:
                 if reason := self.obstacle(row.feature, row.condition):
                     raise Undefined(f"{reason}.", at="features", fix="leave it out, or use more text.")
                 targets[i, : len(some)] = row.dose * self._maxima[list(some)].float()
-        if all(row.condition != "random" for row in rows):
-            return SetFeatures(sae, features, targets)
-        along = sae.directions(features.clamp_min(0)).detach().float().cpu().clone()
-        for i, row in enumerate(rows):
-            for place, feature in enumerate(members[i] if row.condition == "random" else ()):
-                unit = random_direction(sae.cfg.d_in, seed=self.plan.seed, feature=feature, draw=row.draw)
-                along[i, place] = unit * along[i, place].norm()
-        return SetFeatures(sae, features, targets, along)
+        along = None
+        if any(row.condition == "random" for row in rows):
+            along = sae.directions(features.clamp_min(0).to(sae.W_dec.device)).detach().float().cpu().clone()
+            for i, row in enumerate(rows):
+                if row.condition == "random":
+                    own = along[i, : len(members[i])]
+                    along[i, : len(own)] = turned_at_random(own, self.plan.seed, row.feature, row.draw)
+        return SetFeatures(sae, features, targets, along, self.site.norm_limit)
 
 
 def actions_of(site: Site, W_dec: Tensor, features: pd.DataFrame, plan: SteeringPlan) -> Actions:

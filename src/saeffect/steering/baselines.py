@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.steering.actions import Actions, actions_of
+from saeffect.steering.different_prompts import continue_prompts
 from saeffect.steering.generate import Progress, generate
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
@@ -90,12 +90,16 @@ def run_baselines(
     # Matched placebos are not run here, so the table need not have them.
     actions = actions_of(site, W_dec, table, replace(plan, placebos=()))
     run = _Baselines(site, actions, plan, RememberedVectors.of(vectors), mean_differences, top)
+    each = len(table) * len(plan.prompts) * plan.samples
     records: list[dict[str, Any]] = []
-    for done, (prompt, name) in enumerate(itertools.product(range(len(plan.prompts)), baselines)):
-        records += run.named(prompt) if name == "prompt" else run.pushed(prompt)
-        if progress is not None:
-            rows = len(table) * plan.samples
-            progress((done + 1) * rows, len(plan.prompts) * len(baselines) * rows)
+    for number, name in enumerate(baselines):
+
+        def report(done: int, total: int, before: int = number * each) -> None:
+            if progress is not None:
+                progress(before + round(each * done / total), len(baselines) * each)
+
+        records += run.named(report) if name == "prompt" else run.pushed(report)
+        report(1, 1)
     result = pd.DataFrame(records, columns=list(BASELINE_COLUMNS))
     order = result.assign(_order=result["condition"].map({name: i for i, name in enumerate(baselines)}))
     order = order.sort_values(["feature", "prompt", "sample", "_order"], kind="stable")
@@ -111,30 +115,45 @@ class _Baselines:
     mean_differences: Mapping[int, Tensor | str]
     top_tokens: Mapping[int, Sequence[str]]
 
-    def named(self, prompt: int) -> list[dict[str, Any]]:
-        """Rows of the baseline "prompt" for one prompt: each feature has a prompt of its own."""
-        text = self.plan.prompts[prompt]
+    def named(self, progress: Progress) -> list[dict[str, Any]]:
+        """Rows of the baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
+        plan, lm, name = self.plan, self.site.lm, "prompt"
+        prompts = range(len(plan.prompts))
+        naming = {(f, p): naming_prompt(top, plan.prompts[p]) for f, top in self.top_tokens.items() for p in prompts}
+        possible = [place for place, given in naming.items() if given]
+        rows = [(*place, sample) for place in possible for sample in range(plan.samples)]
+        outputs = continue_prompts(
+            lm,
+            [lm.encode(naming[feature, prompt]) for feature, prompt, _ in rows],
+            [NoiseCell(plan.seed, plan.prompts[prompt], sample) for _, prompt, sample in rows],
+            plan.sampling,
+            batch_size=plan.batch_size,
+            progress=progress,
+        )
+        of = dict(zip(rows, outputs, strict=True))
         records = []
-        for feature, tokens in self.top_tokens.items():
-            naming = naming_prompt(tokens, text)
-            if naming:
-                outputs = self._generate(text, naming, [])
-                records += self._measured([feature], prompt, "prompt", outputs)
-            else:
-                records += self._missing(feature, prompt, "prompt", "no top token is a word that a prompt could name")
+        for prompt in prompts:
+            features = [f for f, p in possible if p == prompt]
+            texts = [of[feature, prompt, sample] for feature in features for sample in range(plan.samples)]
+            records += self._measured(features, prompt, name, texts)
+            for feature in self.top_tokens:
+                if not naming[feature, prompt]:
+                    why = "no top token is a word that a prompt could name"
+                    records += self._missing(feature, prompt, name, why)
         return records
 
-    def pushed(self, prompt: int) -> list[dict[str, Any]]:
-        """Rows of the baseline "mean_difference" for one prompt, all features in one batch."""
-        text, name = self.plan.prompts[prompt], "mean_difference"
+    def pushed(self, progress: Progress) -> list[dict[str, Any]]:
+        """Rows of the baseline "mean_difference", all features of a prompt in one batch."""
+        name = "mean_difference"
         vectors = {feature: self._vector(feature) for feature in self.top_tokens}
-        records = []
-        for feature, reason in vectors.items():
-            records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
         known = {feature: vector for feature, vector in vectors.items() if isinstance(vector, Tensor)}
-        if known:
-            outputs = self._generate(text, text, list(known.values()))
-            records += self._measured(list(known), prompt, name, outputs)
+        records = []
+        for prompt, text in enumerate(self.plan.prompts):
+            for feature, reason in vectors.items():
+                records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
+            if known:
+                records += self._measured(list(known), prompt, name, self._pushed(text, list(known.values())))
+            progress(prompt + 1, len(self.plan.prompts))
         return records
 
     def _vector(self, feature: int) -> Tensor | str:
@@ -146,22 +165,18 @@ class _Baselines:
         found = self.mean_differences.get(feature, "no means were measured")
         return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
 
-    def _generate(self, text: str, given: str, vectors: list[Tensor]) -> list[list[int]]:
-        """All samples of one prompt, unsteered; or of each vector in turn. The noise is that of `text`."""
+    def _pushed(self, text: str, vectors: list[Tensor]) -> list[list[int]]:
+        """All samples of one prompt along each vector in turn."""
         plan, lm = self.plan, self.site.lm
         cells = [NoiseCell(plan.seed, text, sample) for sample in range(plan.samples)]
-        steering = None
-        if vectors:
-            rows = [vector for vector in vectors for _ in cells]
-            cells = cells * len(vectors)
-            steering = Intervention(AddVectors(torch.stack(rows)), plan.positions)
+        rows = [vector for vector in vectors for _ in cells]
         return generate(
             lm,
             self.site.hook,
-            lm.encode(given),
-            cells,
+            lm.encode(text),
+            cells * len(vectors),
             plan.sampling,
-            intervention=steering,
+            intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),
             batch_size=plan.batch_size,
         )
 

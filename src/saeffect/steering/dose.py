@@ -3,6 +3,10 @@
 Too weak and nothing happens; too strong and the model babbles the top tokens, which is similar to them but
 proves little. The score of a text is therefore *gain x fluency*, both against the unsteered text of the same
 prompt and sampling noise, and the dose with the best mean score wins.
+
+A placebo at every dose shows what any push of that strength does to the same numbers. It has no say in the choice:
+what is sought is the dose at which the feature speaks best, and how far it speaks beyond a placebo is for the test
+to say, on other prompts.
 """
 
 from __future__ import annotations
@@ -18,14 +22,14 @@ from torch import Tensor
 from saeffect.errors import ConfigError, Undefined
 from saeffect.steering.generate import Progress
 from saeffect.steering.outcomes import TextVectors
-from saeffect.steering.placebo import STEERED, UNSTEERED
+from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.trials import run_trials
 
 __all__ = ["RESPONSE_COLUMNS", "DoseChoice", "choose_dose", "dose_response", "score_doses"]
 
 RESPONSE_COLUMNS = (
-    *("feature", "dose", "n", "similarity", "gain", "distinct2", "perplexity", "fluency", "score"),
+    *("feature", "condition", "dose", "n", "similarity", "gain", "distinct2", "perplexity", "fluency", "score"),
     *("direct_effect", "kl", "best"),
 )
 
@@ -39,8 +43,7 @@ class DoseChoice:
 
     Attributes:
         dose: In units of the site's mean norm.
-        table: One row a dose, ascending: dose, n (texts scored), similarity, gain, distinct2, perplexity,
-            fluency, score; means over the texts.
+        table: One row per condition and dose, see `score_doses`.
         features: Which features were tried.
         prompts: On which prompts.
         reason: What speaks against trusting the choice, else "".
@@ -69,7 +72,8 @@ def choose_dose(
         site: Model, hook and unit of doses.
         W_dec: Decoder, `[d_sae, d_model]`.
         features: A few rows of the feature table: feature and top_tokens.
-        search: The doses to try and the search prompts; no placebos are run, whatever it says.
+        search: The doses to try, the search prompts, and the placebos to run beside the features, in the same
+            batches; they have no say in the choice.
         test_prompts: The prompts of the test, none of which may be among the search prompts: a strength
             fitted to the very prompts it is tested on would flatter the effect.
         vectors: Where the texts' vectors come from.
@@ -90,10 +94,11 @@ def choose_dose(
             at="search prompts",
             fix="give the search prompts of its own, or set the dose yourself.",
         )
-    plan = replace(search, placebos=(), perplexity=True)
+    plan = replace(search, perplexity=True)
     trials = run_trials(site, W_dec, features, plan, vectors=vectors, progress=progress)
     table = score_doses(trials)
-    scored = table.dropna(subset="score")
+    steered = table[table["condition"] == STEERED]
+    scored = steered.dropna(subset="score")
     if scored.empty:
         raise Undefined(
             "no text of the dose search has a similarity to its feature's top tokens.",
@@ -104,7 +109,7 @@ def choose_dose(
     reason = ""
     if best["score"] <= 0:
         reason = "no dose made texts more similar to the features' top tokens"
-    elif len(table) > 1 and best["dose"] in (table["dose"].min(), table["dose"].max()):
+    elif len(steered) > 1 and best["dose"] in (steered["dose"].min(), steered["dose"].max()):
         reason = "the best dose is at the edge of those tried; one beyond may be better"
     tried = tuple(sorted(int(f) for f in features["feature"]))
     return DoseChoice(float(best["dose"]), table, tried, plan.prompts, reason)
@@ -121,44 +126,50 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     multiplying averages, keeps half of the texts from lending their gain to the other half's fluency.
 
     Args:
-        trials: As `run_trials` gives, with perplexity; placebos are ignored.
+        trials: As `run_trials` gives, with perplexity.
 
     Returns:
-        The `table` of `DoseChoice`. Texts whose gain or fluency is undefined are left out (see n).
+        One row per condition ("steered", then each placebo) and dose, ascending: condition, dose, n (texts
+        scored), and means over these of similarity, gain, distinct2, perplexity, fluency and score. Texts whose
+        gain or fluency is undefined are left out.
     """
-    return _means(_scored(trials), ["dose"])
+    return _means(_scored(trials), ["condition", "dose"])
 
 
 def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> pd.DataFrame:
     """How a feature's influence grows with the dose, and what it costs in fluency.
 
     Args:
-        trials: As `run_trials` gives, with perplexity; placebos are ignored.
+        trials: As `run_trials` gives, with perplexity.
         direct: As `direct_effects` gives for the same features and doses; None leaves its columns NaN.
 
     Returns:
-        One row per feature and dose, in that order: `RESPONSE_COLUMNS`. n texts scored; means over them of
-        similarity, gain, distinct2, perplexity, fluency and score as in `score_doses`, NaN for n = 0;
-        direct_effect and kl (nats, means over prompts); best, whether it is the feature's dose of highest
-        score (the smaller one of equals; none where no score is defined).
+        One row per feature, condition ("steered", then each placebo of that feature) and dose, in that order:
+        `RESPONSE_COLUMNS`. n texts scored; means over them of similarity (to the feature's top tokens, whatever
+        was steered along), gain, distinct2, perplexity, fluency and score as in `score_doses`, NaN for n = 0;
+        direct_effect (on the feature's top tokens) and kl (nats, means over prompts); best, whether it is the
+        feature's own dose of highest score (the smaller one of equals; none where no score is defined, and
+        never a placebo's).
     """
-    table = _means(_scored(trials), ["feature", "dose"])
+    by = ["feature", "condition", "dose"]
+    table = _means(_scored(trials), by)
     table[["direct_effect", "kl"]] = math.nan
     if direct is not None:
-        rows = direct[direct["condition"] == STEERED].groupby(["feature", "dose"])[["delta_logprob", "kl"]].mean()
-        found = rows.reindex(pd.MultiIndex.from_frame(table[["feature", "dose"]])).to_numpy(dtype=np.float64)
+        rows = direct.groupby(by)[["delta_logprob", "kl"]].mean()
+        found = rows.reindex(pd.MultiIndex.from_frame(table[by])).to_numpy(dtype=np.float64)
         table[["direct_effect", "kl"]] = found
-    highest = table.groupby("feature")["score"].transform("max")
-    first = table[table["score"] == highest].drop_duplicates("feature").index
+    steered = table[table["condition"] == STEERED]
+    highest = steered.groupby("feature")["score"].transform("max")
+    first = steered[steered["score"] == highest].drop_duplicates("feature").index
     table["best"] = table.index.isin(first)
     return table[list(RESPONSE_COLUMNS)]
 
 
 def _scored(trials: pd.DataFrame) -> pd.DataFrame:
-    """The steered texts with gain, fluency, score, and n = 1 where these are defined."""
+    """The texts of every condition but unsteered, with gain, fluency, score, and n = 1 where these are defined."""
     keys = ["feature", "prompt", "sample"]
     twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[_MEASURED].add_suffix("_before")
-    rows = trials[trials["condition"] == STEERED].join(twins, on=keys)
+    rows = trials[trials["condition"] != UNSTEERED].join(twins, on=keys)
     repeats = np.minimum(1.0, rows["distinct2"] / rows["distinct2_before"])
     surprise = np.minimum(1.0, rows["perplexity_before"] / rows["perplexity"])
     rows["gain"] = rows["similarity"] - rows["similarity_before"]
@@ -170,7 +181,9 @@ def _scored(trials: pd.DataFrame) -> pd.DataFrame:
 def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     columns = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
     means = rows[rows["n"] == 1].groupby(by)[columns].mean()
-    return rows.groupby(by)[["n"]].sum().join(means).reset_index()
+    table = rows.groupby(by)[["n"]].sum().join(means).reset_index()
+    rank = {name: i for i, name in enumerate((STEERED, *PLACEBOS))}
+    return table.sort_values(by, key=lambda c: c.map(rank) if c.name == "condition" else c, ignore_index=True)
 
 
 def _plain(prompt: str) -> str:

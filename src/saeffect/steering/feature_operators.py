@@ -4,10 +4,15 @@ Adding a decoder row pushes every position alike. Setting a feature's activation
 as the feature is not there already, and leaves alone what the SAE does not explain: with activation a, target t
 and decoder row d, an activation x becomes x + (t - a) d. That equals decoding the changed activations and
 putting the SAE's error back (Templeton et al. 2024, "Golden Gate Claude").
+
+At the attention sink, most often a text's first token, the residual is tens of times longer than elsewhere. SAEs are
+not trained on it, and what they read there (activations a hundred times a feature's maximum) means nothing: setting
+features there would break the model's attention, not say anything. So longer activations than a limit are left alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,12 +39,14 @@ class SetFeatures:
         targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
         along: Directions to push along in place of the features' own, float32 `[n_rows, n_features, d_in]`: a
             placebo is pushed as hard at each position as the feature would be, but elsewhere. None: their own.
+        norm_limit: Activations with a longer Euclidean norm are left as they are; see `NormLimit` for the usual one.
     """
 
     sae: SparseAutoencoder
     features: Tensor
     targets: Tensor
     along: Tensor | None = None
+    norm_limit: float = math.inf
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2 or not self.features.numel() or self.features.shape != self.targets.shape:
@@ -73,29 +80,35 @@ class SetFeatures:
 
     def take(self, first: int, last: int) -> SetFeatures:
         along = None if self.along is None else self.along[first:last]
-        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last], along)
+        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last], along, self.norm_limit)
 
     @torch.no_grad()
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows:
             raise ShapeMismatch(f"activations of {x.shape[0]} rows met {self.n_rows} rows of features to set.")
         wide = torch.promote_types(x.dtype, torch.float32)
-        features, targets = self.features.to(x.device), self.targets.to(x.device)
-        there = (features != NO_FEATURE).float()
+        at_sae = x.to(self.sae.W_dec.device)  # the SAE stays where it was loaded, whatever the model runs on
+        features, targets = self.features.to(at_sae.device), self.targets.to(at_sae.device)
         known = features.clamp_min(0)
-        n_positions = x.shape[1]
         # One position at a time over all rows: the activations of all features of a long prompt would not fit.
-        change = torch.empty(*x.shape[:2], features.shape[1], device=x.device)
-        for position in range(n_positions):
-            acts = self.sae.encode(x[:, position]).gather(1, known)
-            change[:, position] = (targets - acts) * there
-        along = self.sae.directions(known) if self.along is None else self.along.to(x.device)
-        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(x)
-        return (x.to(wide) + moved.to(wide)).to(x.dtype)
+        change = torch.empty(*x.shape[:2], features.shape[1], device=at_sae.device)
+        for position in range(x.shape[1]):
+            acts = self.sae.encode(at_sae[:, position]).gather(1, known)
+            change[:, position] = targets - acts
+        change *= (features != NO_FEATURE)[:, None, :]
+        change *= (at_sae.to(wide).norm(dim=-1) <= self.norm_limit)[:, :, None]
+        along = self.sae.directions(known) if self.along is None else self.along.to(at_sae.device)
+        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(at_sae)
+        return (x.to(wide) + moved.to(x.device, wide)).to(x.dtype)
 
 
 def clamp(
-    sae: SparseAutoencoder, features: Sequence[Sequence[int]], multiples: Sequence[float], max_acts: Tensor
+    sae: SparseAutoencoder,
+    features: Sequence[Sequence[int]],
+    multiples: Sequence[float],
+    max_acts: Tensor,
+    *,
+    norm_limit: float = math.inf,
 ) -> SetFeatures:
     """Set features to multiples of the largest activation that they showed on text.
 
@@ -104,6 +117,7 @@ def clamp(
         features: Which, for each row: one, or several at once.
         multiples: One a row, at least 0; Anthropic's demonstrations used 5 to 10.
         max_acts: Largest activation of every feature on text, float32 `[d_sae]`.
+        norm_limit: As in `SetFeatures`.
 
     Raises:
         ConfigError: A feature that never fired has no maximum to multiply; or a negative multiple.
@@ -120,13 +134,14 @@ def clamp(
             fix="leave it out, or use more text.",
         )
     maxima = maxima.masked_fill(padded == NO_FEATURE, 0.0)
-    return SetFeatures(sae, padded, maxima * torch.tensor(list(multiples), dtype=torch.float32)[:, None])
+    targets = maxima * torch.tensor(list(multiples), dtype=torch.float32)[:, None]
+    return SetFeatures(sae, padded, targets, norm_limit=norm_limit)
 
 
-def ablate(sae: SparseAutoencoder, features: Sequence[Sequence[int]]) -> SetFeatures:
-    """Switch features off wherever they are on."""
+def ablate(sae: SparseAutoencoder, features: Sequence[Sequence[int]], *, norm_limit: float = math.inf) -> SetFeatures:
+    """Switch features off wherever they are on; `norm_limit` as in `SetFeatures`."""
     padded = _padded(features)
-    return SetFeatures(sae, padded, torch.zeros(padded.shape))
+    return SetFeatures(sae, padded, torch.zeros(padded.shape), norm_limit=norm_limit)
 
 
 def add_features(

@@ -17,7 +17,7 @@ from saeffect.steering.operators import Intervention, PositionedEdit
 from saeffect.steering.prompt_pass import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise_
 
-__all__ = ["Progress", "end_tokens", "generate"]
+__all__ = ["Progress", "end_tokens", "forbidden_tokens", "generate", "until_end"]
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -66,7 +66,7 @@ def generate(
         raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
     if intervention is not None and intervention.operator.n_rows != len(cells):
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
-    forbidden = _forbidden(lm, sampling.allow_end)
+    forbidden = forbidden_tokens(lm, sampling.allow_end)
     outputs: list[list[int]] = []
     with fused(lm):
         for first in range(0, len(cells), batch_size):
@@ -120,17 +120,18 @@ def _continue(
                     generated = generated[:, : step + 1]
                     break
     final = set(ends.tolist())
-    return [_until(row, final) for row in generated.tolist()]
+    return [until_end(row, final) for row in generated.tolist()]
 
 
-def _until(ids: list[int], ends: set[int]) -> list[int]:
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first one that ends a text."""
     for i, token in enumerate(ids):
         if token in ends:
             return ids[:i]
     return ids
 
 
-def _forbidden(lm: LanguageModel, allow_end: bool) -> Tensor:
+def forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
     """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.

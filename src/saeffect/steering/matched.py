@@ -20,7 +20,7 @@ _COLUMNS = ("decoder_norm", "density", "mean_activation")
 
 
 def matched_features(
-    features: pd.DataFrame, chosen: Sequence[int], domain: Collection[int], *, n: int = 4
+    features: pd.DataFrame, chosen: Sequence[int], domain: Collection[int], *, n: int = 4, fewer: bool = False
 ) -> pd.DataFrame:
     """The features outside the domain that are nearest to each chosen one.
 
@@ -33,6 +33,7 @@ def matched_features(
         chosen: Features to be steered.
         domain: All domain features of the arm: none of them is a placebo.
         n: Placebos a feature.
+        fewer: Whether a feature that fewer resemble gets so many, or none, rather than be refused.
 
     Returns:
         One row per chosen feature and rank: feature, rank (from 0, nearest first), placebo, distance (in
@@ -40,7 +41,8 @@ def matched_features(
 
     Raises:
         ShapeMismatch: A column is missing, or a chosen feature is not in the table.
-        EmptySelection: Fewer than `n` features that could be placebos, of those that fire or of those that do not.
+        EmptySelection: Fewer than `n` features that could be placebos, of those that fire or of those that do not,
+            and not `fewer`.
         ConfigError: `n` is below 1.
 
     Example:
@@ -51,7 +53,7 @@ def matched_features(
     """
     found = _ranked(features, chosen, domain, n)
     for feature, (placebos, _, fires) in found.items():
-        if len(placebos) < n:
+        if len(placebos) < n and not fewer:
             raise EmptySelection(
                 f"feature {feature} {'fires' if fires else 'never fires'}, and so do(es) only"
                 f" {len(placebos)} feature(s) outside the domain; {n} are needed.",

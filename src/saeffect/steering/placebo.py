@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, EmptySelection, Undefined, unknown_name
 
-__all__ = ["PLACEBOS", "STEERED", "UNSTEERED", "Directions", "random_direction"]
+__all__ = ["PLACEBOS", "STEERED", "UNSTEERED", "Directions", "random_direction", "turned_at_random"]
 
 UNSTEERED = "unsteered"
 STEERED = "steered"
@@ -45,6 +45,30 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
     rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
     normal = rng.standard_normal(d_model)
     return torch.from_numpy((normal / np.linalg.norm(normal)).astype(np.float32))
+
+
+def turned_at_random(rows: Tensor, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
+    """Directions as long as the given ones, and at the same angles to each other, but pointing anywhere.
+
+    Whatever is pushed along several features at once, the same amounts along these go equally far.
+
+    Args:
+        rows: Float32 `[n, d_model]`.
+        seed: As in `random_direction`, and so are the others.
+        feature: The feature, or number of the set, that they are the placebo of.
+        draw: Which of its placebos.
+
+    Returns:
+        Float32 `[n, d_model]`; for a single row `random_direction` times its length.
+    """
+    n, d_model = rows.shape
+    if n == 1:
+        return random_direction(d_model, seed=seed, feature=feature, draw=draw)[None] * rows.norm()
+    drawn = [random_direction(d_model, seed=seed, feature=feature, draw=(*draw, i)) for i in range(min(n, d_model))]
+    # rows = triangle.T @ frame.T: another frame, drawn at random, keeps all lengths and angles.
+    triangle = torch.linalg.qr(rows.double().T).R
+    frame = torch.linalg.qr(torch.stack(drawn).double().T).Q
+    return (triangle.T @ frame.T).float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,8 @@ class Site:
         mean_norm: Mean Euclidean norm of the activation there, in the activation's units: the unit of doses.
         sae: The SAE at the hook; needed to clamp and to ablate.
         max_acts: Largest activation of every feature on text, float32 `[d_sae]`; needed to clamp.
+        norm_limit: Longest activation that the SAE was trained on; clamping and ablating leave longer ones, the
+            attention sinks, as they are (see `SetFeatures`).
     """
 
     lm: LanguageModel
@@ -42,10 +44,13 @@ class Site:
     mean_norm: float
     sae: SparseAutoencoder | None = None
     max_acts: Tensor | None = None
+    norm_limit: float = math.inf
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean_norm) and self.mean_norm > 0):
             raise ConfigError(f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}.")
+        if not self.norm_limit > 0:
+            raise ConfigError(f"the norm limit at {self.hook} must be above 0. Got {self.norm_limit}.")
 
 
 def mean_residual_norm(lm: LanguageModel, hook: str, input_ids: Tensor) -> float:
@@ -140,6 +145,12 @@ class SteeringPlan:
     def sampling(self) -> Sampling:
         """How continuations are drawn."""
         return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.frequency_penalty, self.allow_end)
+
+    @property
+    def features_at_once(self) -> int:
+        """How many features fill a batch, beside one unsteered row a sample; at least 1."""
+        each = len(self.conditions) * len(self.doses) * self.samples
+        return max(1, (self.batch_size - self.samples) // each)
 
     @property
     def feature_columns(self) -> tuple[str, ...]:

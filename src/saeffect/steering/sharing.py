@@ -79,12 +79,11 @@ def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: i
     """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk.
 
     Example:
-        >>> plan = SteeringPlan(("Hi",), (1.0,), samples=1, batch_size=4)  # steered and random: two features a batch
+        >>> plan = SteeringPlan(("Hi",), (1.0,), samples=1, batch_size=5)  # steered and random: two features a batch
         >>> features_of_process(7, plan, rank=0, world=2), features_of_process(7, plan, rank=1, world=2)
         ([0, 1, 4, 5], [2, 3, 6])
     """
-    size = max(1, plan.batch_size // (len(plan.conditions) * len(plan.doses) * plan.samples))
-    return [i for i in range(n_features) if i // size % world == rank]
+    return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
 
 
 def _from_all(rows: pd.DataFrame | None) -> list[pd.DataFrame]:

@@ -27,7 +27,8 @@ def score_texts(
 
     Args:
         trials: Columns feature and text; a missing text has no score.
-        features: Columns feature and top_tokens; every feature of the trials, and the others that were tested.
+        features: Columns feature and top_tokens; every feature of the trials, and the others that were tested. With
+            a column members, sets that share a feature are not compared with each other.
         vectors: As in `run_trials`.
         vocabulary: The domain's words, lower case.
         seed: For who is compared with whose top tokens.
@@ -46,6 +47,9 @@ def score_texts(
         raise ShapeMismatch(f"the feature table has no feature {min(unknown)}.", at="features")
     known = RememberedVectors.of(vectors)
     other = shuffled_references(list(top), seed)
+    if "members" in features:
+        members = {int(f): set(some) for f, some in zip(features["feature"], features["members"], strict=True)}
+        other = {f: None if who is None or members[f] & members[who] else who for f, who in other.items()}
     instead = {feature: None if who is None else join_tokens(top[who]) for feature, who in other.items()}
     rows = [
         _scores(text, top[feature], vocabulary, instead[feature], known)

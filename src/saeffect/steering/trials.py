@@ -12,7 +12,7 @@ from torch import Tensor
 from saeffect.errors import ShapeMismatch
 from saeffect.steering.actions import ActionRow, Actions, actions_of
 from saeffect.steering.generate import Progress, generate
-from saeffect.steering.operators import Intervention, Operator
+from saeffect.steering.operators import Intervention
 from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebo import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan, check_features
@@ -48,7 +48,9 @@ def run_trials(
 
     Features are worked off in chunks that fill a batch; the chunks follow from the feature table and the plan
     alone, so a run that is resumed with `done` ends with the same numbers as one that was never stopped.
-    Unsteered texts do not depend on the feature: they are generated once and measured against each feature.
+    Unsteered texts do not depend on the feature: each chunk generates them once, in the same batch as the steered
+    ones, and measures them against each of its features. So both sides of a difference come from the same matrix
+    products, and what changes nothing differs in nothing, also where another batch would be rounded differently.
 
     Args:
         site: Model, hook and unit of doses.
@@ -75,18 +77,16 @@ def run_trials(
     table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
     run = _Run(site, actions_of(site, W_dec, table, plan), plan, RememberedVectors.of(vectors))
     per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
-    n_features = max(1, plan.batch_size // per_feature)
+    n_features = plan.features_at_once
     finished = _finished(done, run, set(table["feature"].tolist()))
     rows_each = len(plan.prompts) * (per_feature + plan.samples)
     frames: list[pd.DataFrame] = []
-    baseline: list[list[list[int]]] | None = None
     for first in range(0, len(table), n_features):
         chunk = table.iloc[first : first + n_features]
         if done is not None and set(chunk["feature"]) <= finished:
             frames.append(done[done["feature"].isin(chunk["feature"])])
         else:
-            baseline = baseline or run.unsteered()
-            frames.append(run.chunk(chunk, baseline))
+            frames.append(run.chunk(chunk))
             if on_chunk is not None:
                 on_chunk(frames[-1])
         if progress is not None:
@@ -101,11 +101,7 @@ class _Run:
     plan: SteeringPlan
     vectors: TextVectors
 
-    def unsteered(self) -> list[list[list[int]]]:
-        """Token ids by prompt and sample."""
-        return [self._generate(p, range(self.plan.samples), None) for p in range(len(self.plan.prompts))]
-
-    def chunk(self, features: pd.DataFrame, baseline: list[list[list[int]]]) -> pd.DataFrame:
+    def chunk(self, features: pd.DataFrame) -> pd.DataFrame:
         """All rows of some features."""
         plan = self.plan
         references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
@@ -116,29 +112,30 @@ class _Run:
             for condition in self.conditions(feature)
             for dose in plan.doses
         ]
+        twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in range(plan.samples)]
+        # The first feature's stand for all: nothing is done to them.
+        generated = twins[: plan.samples] + layout
         records: list[dict[str, Any]] = []
         for prompt in range(len(plan.prompts)):
-            rows = [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in layout]
-            outputs = self._generate(prompt, [s for _, s, *_ in layout], self.actions.operator(rows)) if rows else []
-            cells = [(f, s, UNSTEERED, 0.0) for f in references for s in range(plan.samples)]
-            outputs += [baseline[prompt][s] for _, s, *_ in cells]
-            records += self._measure(prompt, layout + cells, outputs, references)
+            outputs = self._generate(prompt, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated])
+            unsteered = outputs[: plan.samples] * len(references)
+            records += self._measure(prompt, twins + layout, unsteered + outputs[plan.samples :], references)
         return self.ordered(pd.DataFrame(records))
 
     def conditions(self, feature: int) -> list[str]:
         """The planned conditions that are possible for a feature."""
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
-    def _generate(self, prompt: int, samples: Any, operator: Operator | None) -> list[list[int]]:
+    def _generate(self, prompt: int, rows: list[ActionRow]) -> list[list[int]]:
         plan = self.plan
         text = plan.prompts[prompt]
         return generate(
             self.site.lm,
             self.site.hook,
             self.site.lm.encode(text),
-            [NoiseCell(plan.seed, text, sample) for sample in samples],
+            [NoiseCell(plan.seed, text, sample) for _, sample in (row.draw for row in rows)],
             plan.sampling,
-            intervention=None if operator is None else Intervention(operator, plan.positions),
+            intervention=Intervention(self.actions.operator(rows), plan.positions),
             batch_size=plan.batch_size,
         )
 

@@ -11,13 +11,23 @@ import pandas as pd
 from saeffect.config import SteeringConfig
 from saeffect.provenance import write_json
 from saeffect.steering import RESPONSE_COLUMNS, direct_effects, dose_response, run_trials_shared, score_doses
+from saeffect.steering.placebo import STEERED
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.steering_plan import encoder_identity, outcome_vectors, plan_of_search, site_of, tested_features
+from saeffect.study.steering_plan import (
+    encoder_identity,
+    outcome_vectors,
+    plan_of_search,
+    search_placebos,
+    set_members,
+    site_of,
+    tested_features,
+)
 from saeffect.study.study import Say
 
 __all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
-VERSION = 3  # 3: a dose-response table for every arm
+# 3: a dose-response table for every arm. 4: a placebo at every dose.
+VERSION = 4
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features"}
 
@@ -34,6 +44,7 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
         "encoder": encoder_identity(study),
         "seed": study.config.seed,
         "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
+        "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
     }
 
 
@@ -41,12 +52,15 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
     """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
 
     Control and treatment are searched alike and one dose serves every arm: arms steered at different
-    strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose.
+    strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose, and so
+    do the placebo interventions that stand beside every feature at every dose: see `saeffect.steering.dose`.
     """
 
     def work() -> Iterable[Path]:
         paths = [run.path("steering", name) for name in ("dose_search.parquet", "dose_response.parquet", "dose.json")]
-        table = pd.DataFrame({"arm": pd.Series(dtype=str), "dose": pd.Series(dtype=float)})
+        table = pd.DataFrame(
+            {name: pd.Series(dtype=str) for name in ("arm", "condition")} | {"dose": pd.Series(dtype=float)}
+        )
         response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
         best: dict[str, float | None] = {}
         if len(config.doses) > 1:
@@ -58,7 +72,8 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
             response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
             best = {name: _best_dose(means) for name, (means, _) in found.items()}
         chosen, note = _choose(table, config)
-        run.write_table(paths[0], table.assign(chosen=table["dose"] == chosen))
+        is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
+        run.write_table(paths[0], table.assign(chosen=is_chosen))
         run.write_table(paths[1], response)
         write_json(paths[2], {"dose": chosen, "unit": dose_unit(config), "note": note, "best": best})
         return paths
@@ -84,6 +99,7 @@ def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float, str]:
     """The dose for all arms, and what speaks against trusting the choice."""
     if len(config.doses) == 1:
         return config.doses[0], "set in the study file" if config.operator != "ablate" else "an ablation has no dose"
+    table = table[table["condition"] == STEERED]
     mean = table.groupby("dose")["score"].mean().dropna() if "score" in table else pd.Series(dtype=float)
     if mean.empty:
         middle = float(sorted(config.doses)[len(config.doses) // 2])
@@ -97,12 +113,14 @@ def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float, str]:
 
 def _best_dose(means: pd.DataFrame) -> float | None:
     """An arm's dose of best mean score, None where no text has a score."""
-    scores = means.set_index("dose")["score"].dropna() if "score" in means else pd.Series(dtype=float)
+    if "score" not in means:
+        return None
+    scores = means[means["condition"] == STEERED].set_index("dose")["score"].dropna()
     return float(scores.idxmax()) if len(scores) else None
 
 
 def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores by dose, and by feature and dose."""
+    """Scores by condition and dose, and by feature, condition and dose."""
     chosen = tested_features(run, arm, config.search_features, draw=1)
     if chosen.empty:
         return pd.DataFrame(), pd.DataFrame()

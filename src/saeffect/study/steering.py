@@ -27,9 +27,11 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.steering_baselines import baseline_effects, baseline_features, baseline_texts
 from saeffect.study.steering_plan import (
     encoder_identity,
-    matched_of,
+    matched_lists_of,
+    matched_placebos,
     outcome_vectors,
     plan_of_test,
+    set_members,
     site_of,
     tested_features,
 )
@@ -39,12 +41,13 @@ __all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 # 4: samples of a prompt are averaged before anything is tested.
-VERSION = 4
+# 5: unsteered texts in the batch of the steered ones; what is longer than the SAE ever saw is not clamped or ablated.
+VERSION = 5
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
-    *("baselines", "baseline_effects", "together", "together_effects"),
+    *("matched_placebos", "baselines", "baseline_effects", "together", "together_effects"),
 )
-"""Tables of an arm; the last four only where the study asks for them."""
+"""Tables of an arm; the last five only where the study asks for them."""
 
 
 def steering_inputs(run: RunFolder, arm: str, config: SteeringConfig) -> dict[str, Any]:
@@ -84,6 +87,9 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
                 tables |= test.features(chosen, kept)
             if sets:
                 tables |= test.together(sets)
+        if "matched" in config.placebos and tables:
+            steered = sorted({*chosen["feature"].tolist(), *set_members(run, arm)})
+            tables["matched_placebos"] = matched_placebos(run, arm, steered)
         paths = []
         for name in STEERING_FILES:
             path = run.arm(arm, f"{name}.parquet")
@@ -146,8 +152,8 @@ class _Test:
     def joined(self, sets: tuple[tuple[int, ...], ...]) -> pd.DataFrame:
         """A row a set, in the form of a feature."""
         features = self._run.read_table(self._run.arm(self._arm.name, "features.parquet"))
-        members = sorted({feature for some in sets for feature in some})
-        return features_together(features, sets, matched_of(self._run, self._arm.name, members))
+        placebos = matched_lists_of(matched_placebos(self._run, self._arm.name, set_members(self._run, self._arm.name)))
+        return features_together(features, sets, placebos)
 
     def texts(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> pd.DataFrame:
         """The interventions, shared over processes: every one calls this, and every one gets the whole table."""

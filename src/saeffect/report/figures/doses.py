@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from saeffect.comparison import Comparison
@@ -17,34 +18,34 @@ from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
 from saeffect.report.outcome_summary import dose_summary
 from saeffect.report.outcome_words import control_words, dose_axis
-from saeffect.report.steering_results import SteeringResults
+from saeffect.steering.placebo import STEERED
 
 __all__ = ["doses"]
+
+_DOTTED: Mapping[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.1, "markersize": 4.2, "markeredgewidth": 1.0}
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """A number of the search: its title, whether its axis is logarithmic, and its like in the test's outcomes."""
+    """A number of the search: its title, and whether its axis is logarithmic."""
 
     measure: str
     title: str
     is_log: bool = False
-    outcome: str = ""
-    is_gain: bool = False
 
 
 _PANELS = (
-    _Panel("gain", "concept: gain in similarity, steered − unsteered", outcome="similarity", is_gain=True),
-    _Panel("direct_effect", "concept: direct effect on the top tokens (nats)", outcome="direct_effect"),
-    _Panel("perplexity", "fluency: perplexity under the unsteered model (log scale)", True, outcome="perplexity"),
-    _Panel("distinct2", "fluency: distinct-2, share of different word pairs", outcome="distinct2"),
+    _Panel("gain", "concept: gain in similarity, steered − unsteered"),
+    _Panel("direct_effect", "concept: direct effect on the top tokens (nats)"),
+    _Panel("perplexity", "fluency: perplexity under the unsteered model (log scale)", is_log=True),
+    _Panel("distinct2", "fluency: distinct-2, share of different word pairs"),
     _Panel("fluency", "fluency: 1 is that of the unsteered text"),
     _Panel("score", "concept × fluency: what the dose is chosen by"),
 )
 
 
 def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Concept and fluency against the dose, one panel each; the chosen dose and the test's placebos are marked."""
+    """Concept and fluency against the dose, one panel each, with the placebo's; the chosen dose is marked."""
     del comparison
     results = context.steering
     if results is not None and results.operator == "ablate":
@@ -58,29 +59,33 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
     axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0])
     arms = [name for name in styles if (table["arm"] == name).any()]
     reach = float(np.ptp(table["dose"])) or 1.0
-    marked = False
+    placebos = [str(name) for name in dict.fromkeys(table["condition"]) if name != STEERED]
     for ax, panel in zip(axes, panels, strict=True):
         if chosen is not None:
             ax.axvline(chosen, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         for place, name in enumerate(arms):
             shift = (place - (len(arms) - 1) / 2) * 0.014 * reach
-            _line(ax, table[table["arm"] == name].sort_values("dose"), panel, styles[name], shift)
-            placebo = _placebo(results, name, panel) if chosen is not None else math.nan
-            if chosen is not None and math.isfinite(placebo):
-                marked = True
-                ax.plot([chosen + shift], [placebo], styles[name].marker, color=PAPER,
-                        markeredgecolor=styles[name].colour, markersize=5.2, markeredgewidth=1.2, zorder=4)  # fmt: skip
+            mine = table[table["arm"] == name].sort_values("dose")
+            for placebo in placebos:
+                _placebo_line(ax, mine[mine["condition"] == placebo], panel, styles[name], shift)
+            _line(ax, mine[mine["condition"] == STEERED], panel, styles[name], shift)
         _dress(ax, panel)
-    _label_axes(axes, chosen, table, dose_axis(results), len(arms))
+    control = control_words(placebos[0]) if placebos else ""
+    _label_axes(axes, chosen, table, dose_axis(results), control)
     searched = int(table["n_features"].max()) if "n_features" in table.columns else 0
     bars = f" Lines: means over {searched} features an arm; bars: 95 % intervals over them." if searched else ""
-    hollow = f" Hollow: {_control(results)} at the chosen dose, from the test, on its own prompts." if marked else ""
+    beside = (
+        f" Dotted and hollow, in the colour of its arm: {control} at the same dose, on the same prompts and with the "
+        "same sampling noise. What a line shows beyond its dotted one is due to the features."
+        if placebos
+        else " No placebo was run at these doses, so what any push of that size does is not shown."
+    )
     return DrawnFigure(
         name="doses",
         title="What more of a dose does",
         caption=(
             "The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen."
-            f"{bars} The search itself steers along no placebo.{hollow}"
+            f"{bars}{beside}"
         ),
         alt=_alt(table, panels[0], chosen),
         figure=figure,
@@ -89,7 +94,9 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
 
 
 def _curves(context: ReportContext, order: Sequence[str]) -> tuple[pd.DataFrame, str]:
-    """One row per arm and dose, and where it is from: by feature where there is such a table, else the search's means.
+    """One row per arm, condition and dose, and where it is from.
+
+    By feature where there is such a table, else the search's means.
 
     Raises:
         Undefined: There was no search.
@@ -97,17 +104,16 @@ def _curves(context: ReportContext, order: Sequence[str]) -> tuple[pd.DataFrame,
     results, table = context.steering, context.doses
     if results is not None and results.dose_response is not None and len(results.dose_response):
         found = dose_summary(results.dose_response, order)
-        tests = "; hollow marks: arms/*/outcome_effects.parquet, columns placebo_mean and unsteered_mean"
-        named = (
-            "steering/dose_response.parquet, means by arm and dose of gain, direct_effect, perplexity, distinct2, score"
-        )
-        return found, named + (tests if results.outcome_effects else "")
+        numbers = "gain, direct_effect, perplexity, distinct2, score"
+        return found, f"steering/dose_response.parquet, means by arm, condition and dose of {numbers}"
     if table is None or table.empty or "dose" not in table.columns:
         raise Undefined("no dose search was recorded.")
     known = {name for name in order if "arm" in table.columns and (table["arm"] == name).any()}
     if not known:
         table = table.assign(arm=order[0])
-    return table, "steering/dose_search.parquet, one row per arm and dose"
+    if "condition" not in table.columns:
+        table = table.assign(condition=STEERED)
+    return table, "steering/dose_search.parquet, one row per arm, condition and dose"
 
 
 def _chosen(context: ReportContext) -> float | None:
@@ -127,21 +133,10 @@ def _line(ax: Axes, rows: pd.DataFrame, panel: _Panel, style: ArmStyle, shift: f
             label=safe_text(style.name, 18), zorder=3)  # fmt: skip
 
 
-def _placebo(results: SteeringResults | None, arm: str, panel: _Panel) -> float:
-    """The panel's number under the deciding placebo, mean over the test's features; NaN where there is none."""
-    table = results.outcome_effects.get(arm) if results is not None and panel.outcome else None
-    if results is None or table is None or table.empty:
-        return math.nan
-    rows = table[(table["outcome"] == panel.outcome) & (table["placebo"] == results.placebo)]
-    level = pd.to_numeric(rows["placebo_mean"], errors="coerce")
-    if panel.is_gain:
-        level = level - pd.to_numeric(rows["unsteered_mean"], errors="coerce")
-    mean = float(level.mean()) if level.notna().any() else math.nan
-    return math.exp(mean) if panel.is_log and math.isfinite(mean) else mean
-
-
-def _control(results: SteeringResults | None) -> str:
-    return control_words(results.placebo if results is not None else "placebo")
+def _placebo_line(ax: Axes, rows: pd.DataFrame, panel: _Panel, style: ArmStyle, shift: float) -> None:
+    """Without bars: what counts is where it lies, and six lines with bars could not be read."""
+    x, y = rows["dose"].to_numpy(dtype=float) + shift, rows[panel.measure].to_numpy(dtype=float)
+    ax.plot(x, y, marker=style.marker, color=style.colour, markerfacecolor=PAPER, zorder=2.5, **_DOTTED)
 
 
 def _dress(ax: Axes, panel: _Panel) -> None:
@@ -162,7 +157,7 @@ def _dress(ax: Axes, panel: _Panel) -> None:
     clean_axes(ax, grid="y")
 
 
-def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame, label: str, n_arms: int) -> None:
+def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame, label: str, control: str) -> None:
     if chosen is not None:
         axes[0].annotate(f"chosen: {chosen:g}", (chosen, 1.0), xycoords=("data", "axes fraction"), xytext=(-5, -2),
                          textcoords="offset points", va="top", ha="right", color=MUTED, size=8)  # fmt: skip
@@ -170,15 +165,19 @@ def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame,
     if len(doses) <= 8:
         axes[-1].set_xticks(doses, [f"{dose:g}" for dose in doses])
     axes[-1].set_xlabel(label, size=8.5)
-    if n_arms > 1:
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=min(n_arms, 3),
-                              handlelength=2.6, columnspacing=1.4)  # fmt: skip
+    handles, names = axes[0].get_legend_handles_labels()
+    if control:
+        handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor=PAPER, **_DOTTED))
+        names.append(control)
+    if len(names) > 1:
+        axes[0].figure.legend(handles, names, loc="outside upper left", ncols=4, handlelength=2.2, columnspacing=1.1)
 
 
 def _alt(table: pd.DataFrame, panel: _Panel, chosen: float | None) -> str:
     parts = []
     for name in dict.fromkeys(table["arm"]):
-        rows = table[table["arm"] == name].dropna(subset=panel.measure).sort_values("dose")
+        rows = table[(table["arm"] == name) & (table["condition"] == STEERED)]
+        rows = rows.dropna(subset=panel.measure).sort_values("dose")
         if len(rows):
             first, last = rows.iloc[0], rows.iloc[-1]
             parts.append(
