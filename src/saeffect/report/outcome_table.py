@@ -52,7 +52,8 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         columns=arm_columns(arms),
         rows=tuple(rows),
         corner="Steered minus …",
-        note=(
+        note=_why_none(table)
+        + (
             "Means over an arm's features; intervals are Student's t over features, where [[table:table1]] has the "
             "bootstrap's. Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q "
             "counts features that changed them, either way. Only the control in bold under the deciding outcome "
@@ -63,6 +64,16 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
             "arms/*/effects.parquet, columns passed and paper_pass. Summed up in tables/steering_outcomes.csv"
         ),
     )
+
+
+def _why_none(table: pd.DataFrame) -> str:
+    """Why some means have no interval."""
+    bare = table[table["mean"].notna() & table["low"].isna()]
+    if bare.empty:
+        return ""
+    if (bare["n_defined"] == 1).all():
+        return "No interval: one feature alone shows no spread. "
+    return "No interval: every feature of the arm has the same effect. "
 
 
 def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[str, str], ...]]:
