@@ -112,3 +112,8 @@ def test_without_domain_features_the_paragraph_says_why(arms):
     assert " pass " not in text
     assert "0.0 % of the SAE before fine-tuning" in text
     assert "No feature was steered, so what the features cause is not known." in text
+
+
+def test_a_pair_that_tests_nothing_is_not_passed_over(arms):
+    nothing = {name: replace(arm, effects=arm.effects.head(1).assign(p=float("nan"))) for name, arm in arms.items()}
+    assert "No steered feature could be tested, so what the features cause is not known." in paragraph(nothing)

@@ -79,8 +79,10 @@ def paragraph(
     """
     text = Paragraph()
     _quantities(text, found, judged, roles, _steering_control(arms))
-    if not any(arm.effects is not None and len(arm.effects) for arm in arms.values()):
-        text.say(" No feature was steered, so what the features cause is not known.")
+    if not int(found.table1["tested"].sum()):
+        steered = any(arm.effects is not None and len(arm.effects) for arm in arms.values())
+        why = "No steered feature could be tested" if steered else "No feature was steered"
+        text.say(f" {why}, so what the features cause is not known.")
     _activity(text, arms, roles, found.matches.cross_activity, alpha)
     _fates(text, found.matches.fate_counts)
     _threats(text, found)

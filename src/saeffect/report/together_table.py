@@ -89,7 +89,7 @@ def _row(arm: str, one: Mapping[Any, Any], alone: Mapping[int, float], names: Ma
             *means,
             effect,
             Cell(q),
-            Cell(each if tested else "none was tested alone", tone="" if tested else "muted", is_text=True),
+            one_by_one,
         ),
         sub="; ".join(names[m] for m in members if m in names),
         group=arm,
