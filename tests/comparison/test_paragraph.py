@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,45 +15,80 @@ def arms():
     return synthetic_arms(n_features=120, max_tested=10)
 
 
-def paragraph(arms, **more):
+def answered(arms, **more):
     comparison = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100, **more)
-    text = comparison.answer["paragraph"]
+    answer = comparison.answer
+    text = answer["paragraph"]
     assert "nan" not in text
     assert "significant" not in text
     assert text.endswith(".")
-    return text
+    assert len([word for word in text.split() if any(sign.isalnum() for sign in word)]) <= 110
+    for trace in answer["traces"]:
+        assert text[trace["start"] :].startswith(trace["text"])
+    return comparison
 
 
-def test_which_how_much_how_sure_and_beside_what(arms):
+def paragraph(arms, **more):
+    return answered(arms, **more).answer["paragraph"]
+
+
+def test_what_changed_how_much_how_sure_and_beside_what(arms):
     text = paragraph(arms, matches=synthetic_matches())
     before, after = (100 * len(arms[name].domain) / 120 for name in ("control", "treatment"))
-    assert f"is {before:.1f} % before fine-tuning (control) and {after:.1f} % after it (treatment)" in text
-    assert "95 % interval" in text
-    assert "another seed gives" in text
-    assert "(placebo)" in text
-    assert "5 of the 10 domain features of control's SAE fire more strongly" in text
-    assert "50.0 % against 2.8 % of all others" in text
-    assert "feature 0 (" in text
-    assert "2.0×" in text
-    # by both decoder cosine alone: 1 moved, 2 gone, 1 absorbed, 3 new
-    assert "7 single features are gone, moved or new" in text
-    assert "50.0 % of control's features have no counterpart" in text
-    assert "38.3 % have none in another SAE of the same model either" in text
+    assert text.startswith(
+        f"Domain features make up {before:.1f} % of the SAE before fine-tuning and {after:.1f} % after"
+    )
+    assert "percentage points, 95 % interval [" in text
+    assert re.search(r"retraining the unchanged model's SAE gives \S+ \[[^]]+\] \(placebo\)\.", text)
+    assert re.search(r"Steered, \S+ % of features pass against their placebos before and \S+ % after \(", text)
+    assert "50.0 % of domain features fire more afterwards (others: 2.8 %), most changed: 0 (" in text
+    assert "; 2.0×)" in text
+    # by decoder cosine alone: 1 moved, 2 gone, 1 absorbed, 3 new
+    assert "7 features are gone, moved or new beyond SAE noise." in text
+
+
+def test_with_a_change_everything_is_said_in_about_ninety_words(arms):
+    text = paragraph(arms, matches=synthetic_matches(called=False))
+    assert len([word for word in text.split() if any(sign.isalnum() for sign in word)]) <= 95
+
+
+def test_every_number_names_the_row_it_was_read_off(arms):
+    comparison = answered(arms, matches=synthetic_matches())
+    text, traces = comparison.answer["paragraph"], comparison.answer["traces"]
+    rest = text
+    for trace in reversed(traces):
+        rest = rest[: trace["start"]] + rest[trace["start"] + len(trace["text"]) :]
+    assert re.findall(r"\d+", rest) == []  # no number without a row
+    rows = comparison.contrasts.set_index(["quantity", "comparison"])
+    row = rows.loc[("domain_share", "fine-tuning")]
+    shown = [trace["text"] for trace in traces if trace["row"].get("quantity") == "domain_share"]
+    assert shown[0] == f"{100 * row['value_a']:.1f} %"
+    assert shown[1] == f"{100 * row['value_b']:.1f} %"
+    assert {trace["table"] for trace in traces} == {"contrasts", "cross_activity", "fate_counts"}
+    features = {trace["row"]["feature"] for trace in traces if "feature" in trace["row"]}
+    assert features <= set(comparison.matches.cross_activity["feature"])
 
 
 def test_nothing_called_is_said(arms):
     text = paragraph(arms, matches=synthetic_matches(called=False))
-    assert "No single feature can be called gone, moved or new" in text
+    assert "No single feature is gone, moved or new beyond SAE noise." in text
 
 
 def test_without_placebo_nothing_is_credited(arms):
     text = paragraph(
         {name: arm for name, arm in arms.items() if name != "placebo"}, matches=synthetic_matches(placebo=False)
     )
-    assert "There is no placebo arm" in text
-    assert "more than SAE seeds alone show" not in text
-    assert "counterpart" not in text
+    assert "there is no placebo arm to show what retraining the SAE alone gives" in text
+    assert "beyond SAE noise" not in text
     assert "serious threat" in text
+
+
+def test_steering_has_its_say_where_it_was_not_declared(arms):
+    matched = {name: replace(arm, effects=arm.effects.assign(placebo="matched")) for name, arm in arms.items()}
+    text = paragraph(matched, tests=("coherence_mean",))
+    assert text.startswith("The mean coherence of domain features is")
+    assert "of features pass against matched placebos" in text
+    assert ", not declared beforehand)." in text
 
 
 def test_a_flaw_takes_the_cause_away(arms):
@@ -73,5 +109,11 @@ def test_without_domain_features_the_paragraph_says_why(arms):
         for name, arm in arms.items()
     }
     text = paragraph(none)
-    assert "pass rate" not in text
-    assert "0.0 % before fine-tuning" in text
+    assert " pass " not in text
+    assert "0.0 % of the SAE before fine-tuning" in text
+    assert "No feature was steered, so what the features cause is not known." in text
+
+
+def test_a_pair_that_tests_nothing_is_not_passed_over(arms):
+    nothing = {name: replace(arm, effects=arm.effects.head(1).assign(p=float("nan"))) for name, arm in arms.items()}
+    assert "No steered feature could be tested, so what the features cause is not known." in paragraph(nothing)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from saeffect.comparison.judgement import Gap
-from saeffect.comparison.wording import interval, number
+from saeffect.comparison.wording import bracketed, interval, number
 
 NAN = float("nan")
 
@@ -28,3 +28,9 @@ def test_interval(gap, text):
 def test_number_never_shows_a_signed_zero():
     assert number(-0.0001, 2, signed=True) == "0.00"
     assert number(-1234.5, 1) == "\u22121,234.5"
+
+
+def test_brackets_are_those_of_the_tables():
+    gap = Gap("a", "b", -0.018, -0.047, 0.010, "coherence")
+    assert bracketed(gap) == "\u22120.018 [\u22120.047, 0.010]"
+    assert bracketed(Gap("a", "b", 0.2, NAN, NAN, "share"), full=True) == "+20.0 percentage points, without an interval"

@@ -20,11 +20,11 @@ SECTIONS = (
     *("regression", "threats", "design", "methods", "provenance"),
 )
 DRAWN = (
-    "figure_7_calibration",
-    "figure_8a_fates",
-    "figure_8b_fates",
-    "figure_9_cross_activity",
-    "figure_10_partial_residuals",
+    "calibration",
+    "fates_by_decoder",
+    "fates_by_activation",
+    "cross_activity",
+    "partial_residuals",
 )
 
 
@@ -87,7 +87,7 @@ def test_new_terms_are_explained_where_they_first_appear(page: str) -> None:
 
 def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigure]) -> None:
     assert all(pictures[name].figure is not None for name in DRAWN)
-    flow = pictures["figure_8a_fates"]
+    flow = pictures["fates_by_decoder"]
     assert (
         "+14 gone (95 % interval 8 to 20, which excludes zero) and +11 new (95 % interval −1 to 23, which includes"
         in (flow.caption)
@@ -98,7 +98,7 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigur
     # 60 gone by similarity, one of them absorbed by others; 46 between seeds
     assert any(text.startswith("59 (") for text in drawn)
     assert any(text.startswith("46 (") for text in drawn)
-    activity = pictures["figure_9_cross_activity"]
+    activity = pictures["cross_activity"]
     assert "7 of 118 features fire more strongly in the fine-tuned model and 2 more weakly" in activity.alt
     assert "of the 10 medical features 5 and 2" in activity.alt
     assert "Not drawn: 1 that fire in one model only." in activity.caption

@@ -15,21 +15,21 @@ from saeffect.report.figures.style import arm_styles, inline_svg, png_bytes, saf
 
 Compare = Callable[[dict], Comparison]
 NAMES = (
-    "figure_1_match_counts",
-    "figure_2a_top_token_weights",
-    "figure_2b_mean_activation",
-    "figure_2c_density",
-    "figure_3a_effects",
-    "figure_3b_effects",
-    "figure_3c_effects",
-    "figure_4_coherence",
-    "figure_5_contrasts",
-    "figure_6_doses",
-    "figure_7_calibration",
-    "figure_8a_fates",
-    "figure_8b_fates",
-    "figure_9_cross_activity",
-    "figure_10_partial_residuals",
+    "calibration",
+    "effects_a",
+    "effects_b",
+    "effects_c",
+    "doses",
+    "match_counts",
+    "top_token_weights",
+    "mean_activation",
+    "density",
+    "coherence",
+    "contrasts",
+    "fates_by_decoder",
+    "fates_by_activation",
+    "cross_activity",
+    "partial_residuals",
 )
 
 
@@ -47,7 +47,7 @@ def test_each_figure_is_there_in_both_formats(folder: Path) -> None:
 
 
 def test_svg_text_stays_text(folder: Path) -> None:
-    root = ElementTree.parse(folder / "figure_1_match_counts.svg").getroot()
+    root = ElementTree.parse(folder / "match_counts.svg").getroot()
     texts = {"".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")}
     assert {"control", "treatment", "placebo", "domain features"} <= texts
 
@@ -64,11 +64,11 @@ def test_saved_twice_the_bytes_are_equal(figures: tuple[DrawnFigure, ...]) -> No
 
 
 def test_captions_count_what_is_drawn(figures: tuple[DrawnFigure, ...], comparison: Comparison) -> None:
-    first = figures[0]
+    first = next(figure for figure in figures if figure.name == "match_counts")
     for row in comparison.table1.itertuples():
         zero = comparison.match_counts.query("arm == @row.arm and matches == 0")["n"].iloc[0]
         assert f"{row.arm} {zero} (" in first.caption
-    effects = next(figure for figure in figures if figure.name == "figure_3b_effects")
+    effects = next(figure for figure in figures if figure.name == "effects_b")
     passed = comparison.table1.set_index("arm").loc["treatment", "passed"]
     assert f"treatment: {passed} of 10 pass" in effects.alt
     assert f"{passed} of 10 features pass" in effects.caption
@@ -84,10 +84,10 @@ def test_arms_differ_in_every_mark() -> None:
 
 def test_without_data_a_figure_says_why(tmp_path: Path, comparison: Comparison) -> None:
     figures = {figure.name: figure for figure in write_figures(comparison, tmp_path)}
-    assert figures["figure_3_effects"].reason == "no feature was tested by steering."
-    assert figures["figure_6_doses"].reason == "no dose search was recorded."
-    assert not (tmp_path / "figure_3_effects.svg").exists()
-    assert (tmp_path / "figure_1_match_counts.svg").exists()
+    assert figures["effects"].reason == "no feature was tested by steering."
+    assert figures["doses"].reason == "no dose search was recorded."
+    assert not (tmp_path / "effects.svg").exists()
+    assert (tmp_path / "match_counts.svg").exists()
 
 
 def test_one_feature_can_be_drawn(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
@@ -123,12 +123,12 @@ def test_a_hostile_arm_is_drawn_as_text(arms: dict, context: ReportContext, comp
     for text in map(svg_text, figures):
         assert "<b>" not in text
         assert "\u202e" not in text
-    drawn = ElementTree.fromstring(svg_text(figures[0]))
+    drawn = ElementTree.fromstring(svg_text(next(one for one in figures if one.name == "match_counts")))
     assert safe_text(name) in {"".join(node.itertext()) for node in drawn.iter() if node.tag.endswith("}text")}
     assert safe_text(name) == "<b>$x$ & U+202E□"
 
 
 def test_densities_are_drawn_to_scale(figures: tuple[DrawnFigure, ...], comparison: Comparison) -> None:
-    density = next(figure for figure in figures if figure.name == "figure_2c_density")
+    density = next(figure for figure in figures if figure.name == "density")
     values = comparison.activity.query("arm == 'control' and density > 0")["density"]
     assert f"control has median {100 * np.median(values):.3f}" in density.alt

@@ -183,7 +183,7 @@ def test_a_flaw_of_the_design_leads_its_section(
     flawed["treatment"] = replace(arms["treatment"], facts=replace(arms["treatment"].facts, d_sae=999))
     page = render_report(compare_quickly(flawed), context=context, figures=())
     assert "the arms differ in features (d_sae): each of these could pass for an effect." in page
-    table = page[page.index("Table 4. How the arms differ") :]
+    table = page[page.index("How the arms differ") :]
     assert table.index("<td") < table.index("flaw") < table.index("intended")
 
 

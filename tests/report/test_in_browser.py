@@ -57,6 +57,34 @@ def test_a_phone_needs_no_sideways_scrolling(at_width: Any) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
 
 
+def test_no_table_needs_scrolling_on_a_phone(at_width: Any) -> None:
+    tab, _ = at_width(390)
+    tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    wide = (
+        "[...document.querySelectorAll('.table-scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.id)"
+    )
+    assert tab.evaluate(wide) == []
+
+
+def test_print_opens_what_is_folded_hides_what_cannot_be_used_and_fits(at_width: Any) -> None:
+    tab, _ = at_width(688)  # an A4 page within its margins
+    tab.emulate_media(media="print")
+    tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 688
+    assert not tab.is_visible("nav")
+    assert not tab.is_visible("#tools")
+    assert tab.is_visible("#row-contrasts-domain_share")
+    pdf = tab.pdf(prefer_css_page_size=True, format="A4")
+    assert pdf.startswith(b"%PDF")
+
+
+def test_a_number_of_the_answer_leads_to_its_row(at_width: Any) -> None:
+    tab, _ = at_width(1280)
+    tab.click(".paragraph a.trace >> nth=0")
+    assert tab.evaluate("location.hash") == "#row-glance-domain_share"
+    assert "contrasts.parquet" in tab.get_attribute(".paragraph a.trace >> nth=0", "title")
+
+
 def test_search_filter_and_sort(at_width: Any, arms: dict) -> None:
     tab, _ = at_width(1280)
     shown = "[...document.querySelectorAll('.feature')].filter(f => f.checkVisibility()).length"

@@ -35,13 +35,13 @@ def _many(arm: ArmTables, n: int) -> ArmTables:
 
 def test_rows_are_the_features_by_effect(figures: tuple[DrawnFigure, ...], arms: dict) -> None:
     effects = arms["treatment"].effects.sort_values("effect", ascending=False)
-    labels = _labels(_named(figures, "figure_3b_effects"))
+    labels = _labels(_named(figures, "effects_b"))
     assert labels[0] == f"mean of {len(effects)}"
     assert [int(label.split("·")[-1]) for label in labels[1:]] == effects["feature"].tolist()
 
 
 def test_the_marks_are_at_the_effects_and_filled_where_passed(figures: tuple[DrawnFigure, ...], arms: dict) -> None:
-    drawn = _named(figures, "figure_3b_effects").figure
+    drawn = _named(figures, "effects_b").figure
     assert drawn is not None
     effects = arms["treatment"].effects.sort_values("effect", ascending=False)
     marks = [line for line in drawn.axes[0].lines if line.get_marker() == "s"]
@@ -52,13 +52,13 @@ def test_the_marks_are_at_the_effects_and_filled_where_passed(figures: tuple[Dra
 
 
 def test_all_arms_share_one_scale_of_one_width(figures: tuple[DrawnFigure, ...]) -> None:
-    axes = [_named(figures, f"figure_3{letter}_effects").figure.axes[0] for letter in "abc"]  # type: ignore[union-attr]
+    axes = [_named(figures, f"effects_{letter}").figure.axes[0] for letter in "abc"]  # type: ignore[union-attr]
     assert len({ax.get_xlim() for ax in axes}) == 1
     assert len({(ax.get_position().x0, ax.get_position().x1) for ax in axes}) == 1
 
 
 def test_hostile_tokens_are_visible_text(figures: tuple[DrawnFigure, ...]) -> None:
-    drawn = _named(figures, "figure_3a_effects")
+    drawn = _named(figures, "effects_a")
     text = svg_text(drawn)
     assert "<script>" not in text
     assert "\u202e" not in text
@@ -73,7 +73,7 @@ def test_five_hundred_features_are_capped_with_both_ends(
     features = pd.DataFrame({"feature": range(500), "top_tokens": [[" a", " b"]] * 500})
     many["treatment"] = replace(many["treatment"], features=many["treatment"].features.merge(
         features, how="outer", on="feature", suffixes=("_old", "")))  # fmt: skip
-    drawn = _named(draw_figures(comparison, replace(context, arms=many)), "figure_3b_effects")
+    drawn = _named(draw_figures(comparison, replace(context, arms=many)), "effects_b")
     labels = _labels(drawn)
     assert len(labels) == MOST_ROWS + 2
     assert labels[1].endswith("499")
@@ -86,7 +86,7 @@ def test_a_huge_interval_is_cut_with_an_arrow(arms: dict, context: ReportContext
     effects = arms["treatment"].effects.copy()
     effects.loc[effects.index[0], ["effect_low", "effect_high"]] = (-90.0, 90.0)
     wide = arms | {"treatment": replace(arms["treatment"], effects=effects)}
-    drawn = _named(draw_figures(comparison, replace(context, arms=wide)), "figure_3b_effects").figure
+    drawn = _named(draw_figures(comparison, replace(context, arms=wide)), "effects_b").figure
     assert drawn is not None
     low, high = drawn.axes[0].get_xlim()
     assert high - low < 3
@@ -98,16 +98,16 @@ def test_an_effect_without_interval_is_drawn_without_a_line(
 ) -> None:
     bare = arms["control"].effects.head(1).assign(effect_low=math.nan, effect_high=math.nan, q=math.nan)
     one = {"control": replace(arms["control"], effects=bare)}
-    drawn = _named(draw_figures(comparison, replace(context, arms=one)), "figure_3a_effects")
+    drawn = _named(draw_figures(comparison, replace(context, arms=one)), "effects_a")
     assert drawn.figure is not None
-    assert "no interval" in drawn.caption
+    assert "without an interval" in drawn.caption
     assert len([line for line in drawn.figure.axes[0].lines if line.get_marker() == "o"]) == 1
 
 
 def test_the_panels_are_means_by_dose_with_the_placebo_hollow(
     figures: tuple[DrawnFigure, ...], context: ReportContext
 ) -> None:
-    drawn = _named(figures, "figure_6_doses")
+    drawn = _named(figures, "doses")
     assert drawn.figure is not None
     assert context.steering is not None
     gain = drawn.figure.axes[0]
@@ -116,7 +116,7 @@ def test_the_panels_are_means_by_dose_with_the_placebo_hollow(
     hollow = [line for line in gain.lines if line.get_markerfacecolor() == "#ffffff"]
     assert len(hollow) == len(context.arms)  # one an arm, at every dose
     assert np.asarray(hollow[0].get_ydata()) == pytest.approx([0.04, 0.08, 0.16])
-    assert "Dotted, hollow: random direction at the same dose" in drawn.caption
+    assert "Dotted and hollow, in the colour of its arm: random direction at the same dose" in drawn.caption
     perplexity = next(ax for ax in drawn.figure.axes if "perplexity" in ax.get_title(loc="left"))
     assert perplexity.get_yscale() == "log"
     assert np.asarray(perplexity.lines[2].get_ydata()) == pytest.approx([10.0, 10.0, 10.0])
@@ -128,10 +128,10 @@ def test_without_a_placebo_the_panels_say_so(comparison: Comparison, context: Re
     assert context.steering.dose_response is not None
     bare = context.steering.dose_response.query("condition == 'steered'")
     alone = replace(context, steering=replace(context.steering, dose_response=bare))
-    drawn = _named(draw_figures(comparison, alone), "figure_6_doses")
+    drawn = _named(draw_figures(comparison, alone), "doses")
     assert drawn.figure is not None
     assert not [line for line in drawn.figure.axes[0].lines if line.get_markerfacecolor() == "#ffffff"]
-    assert "steers along no placebo" in drawn.caption
+    assert "No placebo was run at these doses" in drawn.caption
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_the_axis_names_the_operators_unit(
 ) -> None:
     assert context.steering is not None
     figures = draw_figures(comparison, replace(context, steering=replace(context.steering, **changes)))
-    drawn = _named(figures, "figure_6_doses").figure
+    drawn = _named(figures, "doses").figure
     assert drawn is not None
     assert drawn.axes[-1].get_xlabel() == label
 
@@ -155,12 +155,12 @@ def test_the_axis_names_the_operators_unit(
 def test_an_ablation_has_no_panel(comparison: Comparison, context: ReportContext) -> None:
     assert context.steering is not None
     ablated = replace(context, steering=replace(context.steering, operator="ablate"))
-    drawn = _named(draw_figures(comparison, ablated), "figure_6_doses")
+    drawn = _named(draw_figures(comparison, ablated), "doses")
     assert drawn.figure is None
     assert drawn.reason == "an ablation has one dose, so there is no dose-response curve."
 
 
 def test_without_a_response_table_the_search_is_drawn(comparison: Comparison, context: ReportContext) -> None:
-    drawn = _named(draw_figures(comparison, replace(context, steering=None)), "figure_6_doses")
+    drawn = _named(draw_figures(comparison, replace(context, steering=None)), "doses")
     assert drawn.figure is not None
     assert "steering/dose_search.parquet" in drawn.source

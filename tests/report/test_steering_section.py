@@ -118,7 +118,7 @@ def test_a_set_stands_beside_its_members(comparison: Comparison, context: Report
     table = together_table(comparison, context)
     assert table is not None
     first = arms["control"].effects["feature"].iloc[0]
-    assert table.rows[0].label.startswith(f"Set 0: {first:.0f} + ")
+    assert table.rows[0].label.startswith(f"Set 1: {first:.0f} + ")
     assert f"{first:.0f}: " in table.rows[0].cells[-1].text
     assert together_table(comparison, _with(context, together_effects={})) is None
 

@@ -20,7 +20,7 @@ from saeffect.comparison.evidence_words import (
 )
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
-from saeffect.comparison.paragraph import paragraph
+from saeffect.comparison.paragraph import Trace, paragraph
 from saeffect.comparison.wording import interval, joined, number, percent, whole
 
 __all__ = ["Answer", "answer"]
@@ -33,18 +33,28 @@ _NAMES = {
 }
 
 
+_OUTCOMES = {
+    "similarity": "similarity of the text to its top tokens",
+    "off_list": "share of off-list domain words in the text",
+    "keyword_score": "share of its top tokens among the text's words",
+    "direct_effect": "log-probability of its top tokens",
+}
+
+
 class Answer(TypedDict):
     """Plain text, a sentence or a few each; nothing in it is markup.
 
     Attributes:
         headline: The answer in a sentence.
-        paragraph: The answer with its numbers, to be forwarded as it stands.
+        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
+        traces: Where each number of the paragraph comes from, in its order.
         sentences: What was found, one thing a sentence.
         caveats: The threats to it, gravest first (column `threat` of `Findings.threats`).
     """
 
     headline: str
     paragraph: str
+    traces: list[Trace]
     sentences: list[str]
     caveats: list[str]
 
@@ -85,16 +95,18 @@ def answer(
         _coherence(second, judged["coherence_mean"], roles),
     ]
     if tested:
-        sentences.append(_effects(first, judged["effect"], roles))
+        sentences.append(_effects(first, judged["effect"], roles, _outcome(arms)))
     sentences += [
         *fate_sentences(found.matches.fate_counts, roles),
         cross_sentence(found.matches.cross_activity, roles, alpha),
         calibration_sentence(found.calibration),
         power_sentence(found.power, roles),
     ]
+    short = paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha)
     return Answer(
         headline=_headline([judged[quantity] for quantity in declared], first, roles, found),
-        paragraph=paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha),
+        paragraph=short.text,
+        traces=short.traces,
         sentences=[sentence for sentence in sentences if sentence],
         caveats=[str(threat) for threat in found.threats["threat"]] if len(found.threats) else [],
     )
@@ -114,17 +126,17 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
     if unseparated := having("unseparated"):
         why = "since the placebo has no interval here" if roles.placebos else "without a placebo arm"
         return (
-            f"Control and treatment differ ({_named(unseparated)}), but {why} "
+            f"Control and treatment differ in the {_named(unseparated)}, but {why} "
             "we cannot tell fine-tuning from SAE noise."
         )
     if noise := having("noise"):
         return (
-            "We cannot credit fine-tuning with a change: control and treatment differ "
-            f"({_named(noise)}), but not clearly by more than retraining the SAE gives."
+            f"We cannot credit fine-tuning with a change: control and treatment differ in the {_named(noise)}, "
+            "but not clearly by more than retraining the SAE gives."
         )
     if unclear := having("unclear"):
-        verb = "interval of treatment minus control includes" if len(unclear) == 1 else "intervals include"
-        return f"We cannot tell whether fine-tuning changed the domain features: the {verb} zero ({_named(unclear)})."
+        verb = "95 % interval of the change includes" if len(unclear) == 1 else "95 % intervals of the changes include"
+        return f"We cannot tell whether fine-tuning changed the {_named(unclear)}: the {verb} zero."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
@@ -155,7 +167,7 @@ def _changed(one: Judgement) -> str:
 
 
 def _named(judged: list[Judgement]) -> str:
-    return "; ".join(f"{short_name(one.quantity)} {interval(one.told)}{_over(one)}" for one in judged)
+    return joined([short_name(one.quantity) for one in judged])
 
 
 def _over(one: Judgement) -> str:
@@ -196,7 +208,7 @@ def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float)
         )
         papers.append(f"{whole(int(row['paper_passed']))} in {name}")
     text = (
-        "Steered against a placebo direction, these tested features passed at "
+        "Tested against placebos, these features passed at "
         f"q \N{LESS-THAN OR EQUAL TO} {alpha:g}: {joined(ours)}; "
         f"by the paper's rule, one steered sample against one unsteered: {joined(papers)}."
     )
@@ -223,7 +235,16 @@ def _ends(low: float, high: float) -> str:
     return "" if math.isnan(low) else f" ({number(low, 3)} to {number(high, 3)})"
 
 
-def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
+def _outcome(arms: Mapping[str, ArmTables]) -> str:
+    """What the effects are effects on."""
+    for arm in arms.values():
+        if arm.effects is not None and len(arm.effects) and "outcome" in arm.effects:
+            name = str(arm.effects["outcome"].iloc[0])
+            return _OUTCOMES.get(name, name.replace("_", " "))
+    return _OUTCOMES["similarity"]
+
+
+def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str) -> str:
     parts = []
     for name in roles.ordered:
         row = table1.loc[name]
@@ -234,8 +255,8 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
     if not parts:
         return "The effect of steering is undefined in every arm."
     return (
-        "Beyond the placebo direction, steering a feature moved the similarity of the text "
-        f"to its top tokens by {joined(parts)} on average. {_difference(judged, roles)}"
+        f"Beyond what placebos do, steering a feature moved the {outcome} by {joined(parts)} on average. "
+        f"{_difference(judged, roles)}"
     )
 
 

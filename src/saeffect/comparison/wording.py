@@ -6,7 +6,7 @@ import math
 
 from saeffect.comparison.judgement import Gap
 
-__all__ = ["interval", "joined", "number", "percent", "whole"]
+__all__ = ["bracketed", "interval", "joined", "number", "percent", "whole"]
 
 _MINUS = "\N{MINUS SIGN}"
 
@@ -68,6 +68,30 @@ def interval(gap: Gap, *, short: bool = False) -> str:
     middle = number(scale * gap.estimate, digits, signed=True)
     ends = f"{number(scale * gap.low, digits)} to {number(scale * gap.high, digits)}"
     return f"{middle}, {ends}" if short else f"{middle}{unit}, 95 % interval {ends}"
+
+
+def bracketed(gap: Gap, *, full: bool = False) -> str:
+    """A difference with its interval in brackets, as tables write it.
+
+    Args:
+        gap: The difference; shares become percentage points.
+        full: With the unit and the words "95 % interval", for its first mention.
+
+    Example:
+        >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"))
+        '+3.1 [1.2, 5.0]'
+        >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"), full=True)
+        '+3.1 percentage points, 95 % interval [1.2, 5.0]'
+    """
+    points = gap.unit == "share"
+    scale, fewest = (100.0, 1) if points else (1.0, 3)
+    unit = " percentage points" if points and full else ""
+    if not gap.defined:
+        return f"{number(scale * gap.estimate, fewest, signed=True)}{unit}, without an interval"
+    digits = _digits(scale * (gap.high - gap.low), fewest)
+    middle = number(scale * gap.estimate, digits, signed=True)
+    ends = f"[{number(scale * gap.low, digits)}, {number(scale * gap.high, digits)}]"
+    return f"{middle}{unit}{', 95 % interval' if full else ''} {ends}"
 
 
 def joined(parts: list[str]) -> str:

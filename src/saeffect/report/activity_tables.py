@@ -45,7 +45,7 @@ def cross_summary(comparison: Comparison, context: ReportContext) -> str:
 
 
 def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 12: the features that changed most each way, with intervals and q."""
+    """The features that changed most each way, with intervals and q."""
     cross = comparison.matches.cross_activity
     found = most_changed(cross, alpha=context.alpha)
     if found.empty:
@@ -56,7 +56,7 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
     rows = [_cross_row(row, words, context) for row in shown.to_dict("records")]
     return TableView(
         name="cross",
-        caption="Table 12. Features of the control's SAE that fire more or less after fine-tuning",
+        caption="Features of the control's SAE that fire more or less after fine-tuning",
         source=(
             "comparison/cross_activity.parquet, rows with q at most alpha: mean_control, mean_treatment, difference, "
             "low, high, q, is_domain; arms/*/features.parquet: top_tokens"
@@ -97,6 +97,7 @@ def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], context: Report
         ),
         sub="fires more" if row["difference"] > 0 else "fires less",
         strong=domain,
+        key=str(feature),
     )
 
 
@@ -109,7 +110,7 @@ def _level(value: float) -> str:
 
 
 def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 13: features that turned most where the treatment's SAE was trained on from the control's."""
+    """Features that turned most where the treatment's SAE was trained on from the control's."""
     table = comparison.matches.stagewise
     if table.empty:
         return None
@@ -137,7 +138,7 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     n = int((table["q"] <= context.alpha).sum())
     return TableView(
         name="stagewise",
-        caption="Table 13. How far features turned when the control's SAE was trained on",
+        caption="How far features turned when the control's SAE was trained on",
         source=(
             "comparison/stagewise.parquet, the first rows: decoder_rotation, null_rotation, excess_rotation, q; "
             "arms/*/features.parquet: top_tokens"

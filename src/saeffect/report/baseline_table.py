@@ -1,4 +1,4 @@
-"""Table 1b: does steering beat a prompt that names the concept, and a plain difference of means?"""
+"""Does steering beat a prompt that names the concept, and a plain difference of means?"""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     tag = "declared" if results.declared(outcome) else "exploratory"
     return TableView(
         name="baselines",
-        caption=f"Table 1b. Does steering beat simpler means? {title[0].upper()}{title[1:]} of the texts ({tag})",
+        caption=f"Does steering beat simpler means? {title[0].upper()}{title[1:]} of the texts ({tag})",
         columns=tuple(columns),
         rows=tuple(rows),
         corner="Feature",

@@ -45,7 +45,7 @@ def rule_label(rule: str, alpha: float) -> str:
 
 
 def calibration_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 7: each test where there is nothing to find, and beside it the same test on the treatment.
+    """Each test where there is nothing to find, and beside it the same test on the treatment.
 
     Tests that the study declared come first; others that could not be tried go into the note.
     """
@@ -70,7 +70,7 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
     ]
     return TableView(
         name="calibration",
-        caption="Table 7. False alarms where there is nothing to find, beside the findings",
+        caption="False alarms where there is nothing to find, beside the findings",
         source="comparison/calibration.parquet, one row per test and rule",
         columns=(
             Column("False alarms", "an SAE of the control's model in the treatment's place", role="placebo"),
@@ -156,7 +156,7 @@ def _verdict(row: Mapping[Any, Any]) -> Cell:
 
 
 def chance_table(comparison: Comparison) -> TableView | None:
-    """Table 8: findings beside the number that chance would give; None where there is nothing to say."""
+    """Findings beside the number that chance would give; None where there is nothing to say."""
     if comparison.by_chance.empty:
         return None
     rows = []
@@ -174,7 +174,7 @@ def chance_table(comparison: Comparison) -> TableView | None:
                         Cell(str(row["chance"]), tone="muted", is_text=True))))  # fmt: skip
     return TableView(
         name="by_chance",
-        caption="Table 8. How many findings chance alone would give",
+        caption="How many findings chance alone would give",
         source="comparison/by_chance.parquet, every row; its column source names the table behind each",
         columns=(
             Column("Found", "in the treatment", role="treatment"),
@@ -206,7 +206,7 @@ def _outside(row: Mapping[Any, Any]) -> Cell:
 
 
 def power_table(comparison: Comparison) -> TableView | None:
-    """Table 9: the smallest difference that each test would probably have found, beside what was seen."""
+    """The smallest difference that each test would probably have found, beside what was seen."""
     table = comparison.power
     if table.empty:
         return None
@@ -230,7 +230,7 @@ def power_table(comparison: Comparison) -> TableView | None:
     power = float(table["power"].iloc[0])
     return TableView(
         name="power",
-        caption="Table 9. What this study could have found",
+        caption="What this study could have found",
         source="comparison/power.parquet, every row: detectable, observed, n_a, n_b, alpha, power",
         columns=(
             Column("Smallest difference", f"found {percent(power, 0)} of the time"),

@@ -60,7 +60,7 @@ def fate_summary(comparison: Comparison, context: ReportContext) -> str:
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 10: features by fate, for fine-tuning beside another seed; None where nothing was matched."""
+    """Features by fate, for fine-tuning beside another seed; None where nothing was matched."""
     counts = comparison.matches.fate_counts
     if counts.empty:
         return None
@@ -84,7 +84,7 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         )
     return TableView(
         name="fates",
-        caption="Table 10. Kept, moved, gone, absorbed and new features",
+        caption="Kept, moved, gone, absorbed and new features",
         source="comparison/fate_counts.parquet, every row: n_treatment, n_placebo, excess, low, high, called",
         columns=(
             Column("Fine-tuning", "by similarity alone", role="treatment"),
@@ -94,6 +94,7 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         ),
         rows=tuple(rows),
         corner="Fate",
+        stacks=True,
         note=_why(counts),
     )
 
@@ -133,7 +134,7 @@ def _called(row: Mapping[Any, Any]) -> Cell:
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 11: the moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
+    """The moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
     rows = _notable(comparison)
     if rows.empty:
         return None
@@ -142,9 +143,9 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
     return TableView(
         name="notable",
         caption=(
-            "Table 11. The features that moved, are gone, absorbed or new"
+            "The features that moved, are gone, absorbed or new"
             if called
-            else "Table 11. The features that came nearest to being gone or new"
+            else "The features that came nearest to being gone or new"
         ),
         source=(
             "comparison/fates_control.parquet and fates_treatment.parquet: feature, match, similarity, drop, p, q, "

@@ -15,15 +15,21 @@ _LONGEST_TOKEN = 16
 def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = _LONGEST_TOKEN) -> str:
     """A feature's first top tokens, each visible and cut to length; whole without one.
 
+    Tokens that differ in capitals or a leading space only are one word here.
+
     Example:
-        >>> first_tokens([" insulin", " dose", " drug"]), first_tokens(["\\n", " "])
+        >>> first_tokens([" insulin", " Insulin", " dose", " drug"]), first_tokens(["\\n", " "])
         ('insulin, dose', '\\\\n, ␣')
     """
-    shown = []
-    for token in list(tokens)[:limit]:
+    shown: dict[str, str] = {}
+    for token in tokens:
         text = printable_token(str(token)).strip() or "␣"
-        shown.append(text if longest is None or len(text) <= longest else text[: longest - 1] + "…")
-    return ", ".join(shown)
+        shown.setdefault(text.lower(), text)
+        if len(shown) == limit:
+            break
+    return ", ".join(
+        text if longest is None or len(text) <= longest else text[: longest - 1] + "…" for text in shown.values()
+    )
 
 
 def feature_names(context: ReportContext, arm: str, limit: int = 3) -> Mapping[int, str]:

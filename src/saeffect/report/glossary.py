@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from saeffect.report.context import ReportContext
 from saeffect.report.evidence_terms import EVIDENCE_MEANINGS
-from saeffect.report.outcome_words import dose_meaning, outcome_words
+from saeffect.report.numerals import percent
+from saeffect.report.outcome_words import dose_meaning, operator_words, outcome_words
 from saeffect.report.steering_terms import STEERING_MEANINGS
 
 __all__ = ["Explainer", "Term", "terms"]
@@ -46,12 +47,13 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "effect": (
         "effect",
-        "{outcome} of steered texts minus that of texts steered as hard along a placebo: a feature of another "
-        "subject that fires as often and as strongly, or a random direction; same prompts, same sampling noise.",
+        "{outcome} of steered texts minus that of {placebo_texts}: a feature of another subject that fires as often "
+        "and as strongly, or a random direction; same prompts, same sampling noise.",
     ),
     "pass": (
         "pass",
-        "the effect is above zero with q ≤ {alpha:g} (one-sided sign-flip test over prompts and samples).",
+        "steering with the feature raises {outcome} more than its placebo does, at q ≤ {alpha:g}: of the features that "
+        "pass, about {percent} do so by luck (one-sided sign-flip test over prompts and samples).",
     ),
     "paper_rule": (
         "paper's rule",
@@ -60,7 +62,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     "p": ("p", "how often chance alone would give a difference at least as large."),
     "q": (
         "q",
-        "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ 0.05 about 5 % are false.",
+        "p corrected for testing many features (Benjamini–Hochberg): of those with q ≤ {alpha:g} about {percent} are "
+        "false.",
     ),
     "coherence": (
         "coherence",
@@ -124,8 +127,10 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
         "least": context.min_matches,
         "alpha": context.alpha,
         "domain": context.domain,
+        "percent": percent(context.alpha, 0),
         "outcome": outcome_words(context.steering.deciding if context.steering else "similarity").title,
         "dose": dose_meaning(context.steering),
+        **operator_words(context.steering),
     }
     every = {**_MEANINGS, **STEERING_MEANINGS, **EVIDENCE_MEANINGS}
     return {key: Term(name, meaning.format(**settings)) for key, (name, meaning) in every.items()}

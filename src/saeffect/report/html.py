@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,16 +16,18 @@ from markupsafe import Markup
 from saeffect.comparison import Comparison
 from saeffect.provenance import atomic_path
 from saeffect.report.context import ReportContext
-from saeffect.report.evidence import chance_views, evidence, fate_views, threat_views
+from saeffect.report.evidence import Evidence, chance_views, evidence, fate_views, threat_views
 from saeffect.report.feature_cards import feature_lists, showcase
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.glossary import Explainer, Term, terms
+from saeffect.report.numbering import Numbering, number_page
 from saeffect.report.paper_tables import at_a_glance, contrast_table, paper_table_1, paper_table_2
 from saeffect.report.sources import sourced, sourced_figure
-from saeffect.report.steering_section import steering_section, steering_views
+from saeffect.report.steering_section import SteeringSection, steering_section, steering_views
 from saeffect.report.study_tables import design_table, field_label, gate_table, same_in_every_arm
 from saeffect.report.table_view import TableView
+from saeffect.report.traced import traced_paragraph
 
 __all__ = ["render_report", "write_report"]
 
@@ -88,16 +90,22 @@ def render_report(
     order = [str(name) for name in comparison.table1["arm"]]
     lists = feature_lists(context, order)
     script, style = _read("report.js"), _read("report.css") + _read("evidence.css")
-    return _environment().get_template("report.html.j2").render(
+    words, tables = evidence(comparison, context), _tables(comparison, context)
+    steering = steering_section(comparison, context)
+    views = [one.table for one in tables.values() if one.table is not None]
+    pictures = _pictures(_shown(drawn, words, [view.name for view in views], steering))
+    numbers = number_page(views, [one.figure for one in pictures.values()])
+    return _environment(numbers).get_template("report.html.j2").render(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
-        evidence=evidence(comparison, context),
-        tables=_tables(comparison, context),
-        pictures=_pictures(drawn),
+        paragraph=traced_paragraph(comparison.answer, _anchors(views)),
+        evidence=words,
+        tables=tables,
+        pictures=pictures,
         design_summary=_design_summary(comparison),
         same=same_in_every_arm(comparison),
-        steering=steering_section(comparison, context),
+        steering=steering,
         lists=lists,
         showcase=showcase(lists),
         glossary=sorted(terms(context).values(), key=lambda term: term.name.lower()),
@@ -108,7 +116,7 @@ def render_report(
     ) + "\n"  # fmt: skip
 
 
-def _environment() -> Environment:
+def _environment(numbers: Numbering) -> Environment:
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
         autoescape=True,
@@ -116,6 +124,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["numbers"] = numbers.labels
+    environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment
 
@@ -128,13 +138,29 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
     """Every table in page order, each with the terms that it is the first to use."""
     explain = Explainer(terms(context))
     views: list[tuple[TableView | None, tuple[str, ...], str]] = [
-        (at_a_glance(comparison), ("interval", "placebo_arm", "sae_noise", "verdict", "pp"), "glance"),
+        (
+            at_a_glance(comparison),
+            (
+                "feature",
+                "top_tokens",
+                "domain_feature",
+                "pass",
+                "coherence",
+                "interval",
+                "pp",
+                "placebo_arm",
+                "sae_noise",
+                "false_alarm",
+                "verdict",
+            ),
+            "glance",
+        ),
         *chance_views(comparison, context),
         *steering_views(comparison, context),
         (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
         (
             paper_table_1(comparison, context),
-            ("domain_feature", "dot_cosine", "pass", "paper_rule", "q"),
+            ("dot_cosine", "paper_rule", "q"),
             "table1",
         ),
         (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
@@ -165,6 +191,25 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
         name: _Explained(sourced(view), explain.first(keys) if view is not None or name in _TERMS_ALONE else ())
         for view, keys, name in views
     }
+
+
+def _shown(
+    drawn: Sequence[DrawnFigure], words: Evidence, tables: Collection[str], steering: SteeringSection
+) -> list[DrawnFigure]:
+    """Figures that the page places: one that could not be drawn is left out where a sentence says the same."""
+    said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
+    missing = set()
+    if steering.doses and "doses" not in tables:
+        missing.add("doses")
+    if "cross" not in tables:
+        missing.add("cross_activity")
+    return [one for one in drawn if one.name not in said and not (one.name in missing and one.figure is None)]
+
+
+def _anchors(views: Sequence[TableView]) -> set[str]:
+    """Ids that a number of the answer may link to."""
+    rows = {f"row-{view.name}-{row.key}" for view in views for row in view.rows if row.key}
+    return rows | {f"table-{view.name}" for view in views} | {"activity-summary"}
 
 
 def _pictures(figures: Sequence[DrawnFigure]) -> dict[str, _Picture]:

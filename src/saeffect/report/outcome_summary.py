@@ -11,6 +11,7 @@ import pandas as pd
 
 from saeffect.report.steering_results import SteeringResults
 from saeffect.stats.student import mean_interval
+from saeffect.steering.placebo import STEERED
 
 __all__ = [
     "BASELINE_COLUMNS",
@@ -108,6 +109,8 @@ def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.Data
     numbers = (m + end for m in DOSE_MEASURES for end in ("", "_low", "_high"))
     columns = ["arm", "condition", "dose", "n_features", *numbers]
     rows = []
+    if response is not None and "condition" not in response.columns:  # a search of before placebos stood beside it
+        response = response.assign(condition=STEERED)
     for arm in order if response is not None else ():
         mine = response[response["arm"] == arm]  # type: ignore[index]
         for condition in dict.fromkeys(mine["condition"]):

@@ -1,4 +1,4 @@
-"""Table 1a: every outcome of steering against every control, the declared ones first."""
+"""Every outcome of steering against every control, the declared ones first."""
 
 from __future__ import annotations
 
@@ -46,22 +46,34 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     return TableView(
         name="outcomes",
         caption=(
-            "Table 1a. Every outcome of steering against every control: mean effect [95 % interval], and features with "
+            "Every outcome of steering against every control: mean effect [95 % interval], and features with "
             f"q\u00a0≤\u00a0{context.alpha:g}"
         ),
         columns=arm_columns(arms),
         rows=tuple(rows),
         corner="Steered minus …",
-        note=(
-            "Means over an arm's features; intervals are Student's t over features, where Table 1 has the bootstrap's. "
-            "Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q counts features "
-            "that changed them, either way. Only the control in bold under the deciding outcome decides what passes."
+        note=_why_none(table)
+        + (
+            "Means over an arm's features; intervals are Student's t over features, where [[table:table1]] has the "
+            "bootstrap's. Outcomes without a direction (KL, perplexity, distinct-2) are tested two-sided: there, q "
+            "counts features that changed them, either way. Only the control in bold under the deciding outcome "
+            "decides what passes."
         ),
         source=(
             "arms/*/outcome_effects.parquet, rows by outcome and placebo, columns effect and q; the first two rows "
             "arms/*/effects.parquet, columns passed and paper_pass. Summed up in tables/steering_outcomes.csv"
         ),
     )
+
+
+def _why_none(table: pd.DataFrame) -> str:
+    """Why some means have no interval."""
+    bare = table[table["mean"].notna() & table["low"].isna()]
+    if bare.empty:
+        return ""
+    if (bare["n_defined"] == 1).all():
+        return "No interval: one feature alone shows no spread. "
+    return "No interval: every feature of the arm has the same effect. "
 
 
 def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[str, str], ...]]:

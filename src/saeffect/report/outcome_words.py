@@ -17,6 +17,7 @@ __all__ = [
     "effect_text",
     "interval_text",
     "level_text",
+    "operator_words",
     "outcome_words",
 ]
 
@@ -145,3 +146,33 @@ def dose_meaning(results: SteeringResults | None) -> str:
     if results is not None and results.unit == "coefficient":
         return "what the decoder row is multiplied by before it is added, the paper's coefficient."
     return "length of the added vector, in multiples of the mean residual norm at the hook."
+
+
+_PUSHED = "and pushed along it, at each token, as far as the operator pushes along the feature's own"
+_OPERATORS: Mapping[str, Mapping[str, str]] = {
+    "add": {
+        "placebo_texts": "texts steered as hard along a placebo",
+        "random_push": "and pushed along as hard",
+        "together": "as one push along the sum of their directions, as long as the dose says",
+    },
+    "clamp": {
+        "placebo_texts": "texts with a placebo clamped instead",
+        "random_push": _PUSHED,
+        "together": "each clamped to the dose's multiple of its own maximum",
+    },
+    "ablate": {
+        "placebo_texts": "texts with a placebo switched off instead",
+        "random_push": _PUSHED,
+        "together": "all switched off",
+    },
+}
+
+
+def operator_words(results: SteeringResults | None) -> Mapping[str, str]:
+    """What an operator does to placebos, to random directions and to several features, for the glossary.
+
+    Example:
+        >>> operator_words(SteeringResults(operator="ablate"))["placebo_texts"]
+        'texts with a placebo switched off instead'
+    """
+    return _OPERATORS.get(results.operator if results is not None else "add", _OPERATORS["add"])

@@ -11,6 +11,7 @@ import pandas as pd
 from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
+from saeffect.report.outcome_words import outcome_words
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, difference_unit, value_cell
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
@@ -30,7 +31,7 @@ class _Line:
 
 
 def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
-    """Table 1: domain features, passing, similarities; one column an arm."""
+    """The paper's Table 1: domain features, passing, similarities; one column an arm."""
     least = context.min_matches
     lines = [
         _Line("Features in the SAE", "n_features", "count"),
@@ -62,18 +63,31 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
         _Line("Similarity when steered", "steered_mean", "", ("steered_low", "steered_high")),
         _Line("Similarity when unsteered", "unsteered_mean", "", ("unsteered_low", "unsteered_high")),
         _Line("Similarity under the placebo", "placebo_mean", "", ("placebo_low", "placebo_high")),
-        _Line("Effect: steered − placebo", "effect_mean", "", ("effect_low", "effect_high"), strong=True),
+        _Line(
+            f"Effect{_of_outcome(context)}: steered − placebo",
+            "effect_mean",
+            "",
+            ("effect_low", "effect_high"),
+            strong=True,
+        ),
     ]
     return TableView(
         name="table1",
-        caption="Table 1. Domain features, and what steering them does",
+        paper="Table 1",
+        caption="Domain features, and what steering them does",
         columns=arm_columns(comparison.table1),
         rows=_arm_rows(comparison.table1, lines),
     )
 
 
+def _of_outcome(context: ReportContext) -> str:
+    """Which outcome the effect is of, where it is not the similarity of the rows above."""
+    deciding = context.steering.deciding if context.steering else "similarity"
+    return "" if deciding == "similarity" else f" ({outcome_words(deciding).title})"
+
+
 def paper_table_2(comparison: Comparison, context: ReportContext) -> TableView:
-    """Table 2: coherence of the domain features; one column an arm."""
+    """The paper's Table 2: coherence of the domain features; one column an arm."""
     del context
     lines = [
         _Line("Domain features with a coherence", "n_defined", "count"),
@@ -95,7 +109,8 @@ def paper_table_2(comparison: Comparison, context: ReportContext) -> TableView:
         rows.append(Row(label, _against_control(comparison, quantity)))
     return TableView(
         name="table2",
-        caption="Table 2. Coherence of the domain features",
+        paper="Table 2",
+        caption="Coherence of the domain features",
         columns=arm_columns(comparison.table2),
         rows=tuple(rows),
     )
@@ -124,7 +139,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
         cells += [_gap_cell(gap) for gap in judged.retraining]
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
-        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY))
+        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="glance",
         caption="The result at a glance",
@@ -141,7 +156,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
 
 
 def contrast_table(comparison: Comparison) -> TableView:
-    """Table 3: every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
+    """Every contrast, fine-tuning beside SAE noise, with intervals, p and method."""
     table = comparison.contrasts
     pairs = table[["comparison", "a", "b"]].drop_duplicates()
     pairs = pairs.sort_values("comparison", key=lambda column: column.map(_COMPARISON_RANKS), kind="stable")
@@ -158,10 +173,10 @@ def contrast_table(comparison: Comparison) -> TableView:
             *(Cell("–", tone="muted") if row is None else _contrast_cell(row) for row in mine),
             Cell(str(first["method"]), tone="muted", is_text=True),
         )
-        rows.append(Row(str(first["label"]), cells, strong=quantity in PRIMARY))
+        rows.append(Row(str(first["label"]), cells, strong=quantity in PRIMARY, key=str(quantity)))
     return TableView(
         name="contrasts",
-        caption="Table 3. Every contrast between the arms",
+        caption="Every contrast between the arms",
         columns=(*columns, Column("Method", is_text=True)),
         rows=tuple(rows),
         corner="Quantity",
@@ -189,7 +204,7 @@ def _contrast_cell(row: Mapping[Any, Any]) -> Cell:
     both = is_defined(row["low"]) and is_defined(row["high"])
     ends = amount_interval(row["low"], row["high"], unit) if both else f"interval {undefined(reason)}"
     p = p_value(row["p"]) if is_defined(row["p"]) else ""
-    p = f" · p {p}" if p.startswith("<") else f" · p = {p}" if p else ""
+    p = f" ·\u00a0p\u00a0{p}" if p.startswith("<") else f" ·\u00a0p\u00a0=\u00a0{p}" if p else ""
     return Cell(amount(row["estimate"], unit, sign=unit != "ratio"), sub=ends + p)
 
 
@@ -221,7 +236,7 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
 
 
 def _why_undefined(row: Mapping[Any, Any]) -> str:
-    """Why a number of Table 1 or 2 is missing; the tables leave it to their counts to tell."""
+    """Why a number of the paper's tables is missing; the tables leave it to their counts to tell."""
     if row.get("reason"):
         return str(row["reason"])
     if "tested" in row:

@@ -9,6 +9,7 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import count, fixed, is_defined, p_value, signed, undefined
+from saeffect.report.outcome_words import outcome_words
 from saeffect.report.table_view import Cell, Column, Row, TableView
 
 __all__ = ["TERM_NAMES", "coherence_sentence", "regression_table"]
@@ -22,8 +23,8 @@ TERM_NAMES = {
 
 
 def regression_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 14: what each property adds to the effect of steering, all others equal."""
-    del context
+    """What each property adds to the effect of steering, all others equal."""
+    unit = outcome_words(context.steering.deciding if context.steering else "similarity")
     table = comparison.regression
     if table.empty:
         return None
@@ -50,9 +51,9 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
     left = f" {count(left_out)} without a coherence or an activity are left out." if left_out else ""
     return TableView(
         name="regression",
-        caption="Table 14. What goes with a strong effect of steering",
+        caption="What goes with a strong effect of steering",
         source="comparison/regression.parquet, every row: term, estimate, low, high, p, n, errors",
-        columns=(Column("Adds to the effect", "cosine similarity, 95 % interval"), Column("p")),
+        columns=(Column("Adds to the effect", f"{unit.title}, {unit.unit}; 95 % interval"), Column("p")),
         rows=tuple(rows),
         corner="Property",
         note=f"Least squares over {count(n)} steered features of all arms; {how}.{left}",

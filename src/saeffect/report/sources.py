@@ -8,32 +8,34 @@ from dataclasses import replace
 from saeffect.report.figures import DrawnFigure
 from saeffect.report.table_view import TableView
 
-__all__ = ["SOURCES", "sourced", "sourced_figure"]
+__all__ = ["FIGURE_SOURCES", "TABLE_SOURCES", "sourced", "sourced_figure"]
 
-SOURCES: Mapping[str, str] = {
+TABLE_SOURCES: Mapping[str, str] = {
     "glance": "comparison/contrasts.parquet, columns value_a, value_b, estimate, low, high",
     "table1": "comparison/table1.parquet, one row an arm; made from arms/*/selection.parquet and effects.parquet",
     "table2": "comparison/table2.parquet, one row an arm; made from arms/*/coherence.parquet",
     "contrasts": "comparison/contrasts.parquet, one row per quantity and pair of arms",
     "design": "comparison/design.parquet, one row a property",
     "gate": "arms/*/gate.json, and dead features from arms/*/features.parquet, column n_active",
-    "figure_1_match_counts": "comparison/match_counts.parquet, columns arm, matches, n",
-    "figure_2a_top_token_weights": "comparison/weights.parquet, columns arm, weight",
-    "figure_2b_mean_activation": "comparison/activity.parquet, columns arm, mean_activation",
-    "figure_2c_density": "comparison/activity.parquet, columns arm, density",
-    "figure_4_coherence": "arms/*/coherence.parquet, column coherence, features with is_domain in selection.parquet",
-    "figure_5_contrasts": "comparison/contrasts.parquet, columns estimate, low, high",
 }
-"""By name of the table or figure; those that know their source themselves are not here."""
+FIGURE_SOURCES: Mapping[str, str] = {
+    "match_counts": "comparison/match_counts.parquet, columns arm, matches, n",
+    "top_token_weights": "comparison/weights.parquet, columns arm, weight",
+    "mean_activation": "comparison/activity.parquet, columns arm, mean_activation",
+    "density": "comparison/activity.parquet, columns arm, density",
+    "coherence": "arms/*/coherence.parquet, column coherence, features with is_domain in selection.parquet",
+    "contrasts": "comparison/contrasts.parquet, columns estimate, low, high",
+}
+"""By name of the table or figure; those that know their source themselves are not in these two."""
 
 
 def sourced(view: TableView | None) -> TableView | None:
     """A table with its source, unless it has one."""
     if view is None or view.source:
         return view
-    return replace(view, source=SOURCES.get(view.name, ""))
+    return replace(view, source=TABLE_SOURCES.get(view.name, ""))
 
 
 def sourced_figure(figure: DrawnFigure) -> DrawnFigure:
     """A figure with its source, unless it has one."""
-    return figure if figure.source else replace(figure, source=SOURCES.get(figure.name, ""))
+    return figure if figure.source else replace(figure, source=FIGURE_SOURCES.get(figure.name, ""))

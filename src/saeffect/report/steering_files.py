@@ -20,7 +20,7 @@ def steering_tables(context: ReportContext, order: Sequence[str]) -> dict[str, p
         order: The arms, in the order of the rows.
 
     Returns:
-        By name, those that the study has: steering_outcomes (Table 1a, see `outcome_summary`), outcome_effects,
+        By name, those that the study has: steering_outcomes (see `outcome_summary`), outcome_effects,
         baseline_effects and together_effects (every arm's rows, with a column arm), steering_baselines (see
         `baseline_summary`), dose_response (one row per arm, feature and dose) and dose_response_by_arm
         (see `dose_summary`).

@@ -27,9 +27,13 @@ View = tuple[TableView | None, tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class SteeringSection:
-    """Sentences of the section: how it was done, what cannot be concluded, the baselines, the dose."""
+    """Sentences of the section: how it was done, what cannot be concluded, the baselines, the dose.
+
+    `caveat` is what must be known before the answer is quoted; "" for nothing.
+    """
 
     lead: str
+    caveat: str
     limits: tuple[str, ...]
     baselines: tuple[str, ...]
     doses: tuple[str, ...]
@@ -41,6 +45,7 @@ def steering_section(comparison: Comparison, context: ReportContext) -> Steering
     tested = {str(row["arm"]): int(row["tested"]) for row in comparison.table1.to_dict("records")}
     return SteeringSection(
         lead=_lead(results) if results is not None and any(tested.values()) else "",
+        caveat=_caveat(results) if any(tested.values()) else "",
         limits=_limits(results, tested),
         baselines=baseline_sentences(comparison, context),
         doses=_doses(results, context),
@@ -94,16 +99,28 @@ def _lead(results: SteeringResults) -> str:
         texts = f", on {prompts} × {count(results.samples)} text{'' if results.samples == 1 else 's'}"
     others = [outcome_words(name).title for name in results.outcomes[1:]]
     also = f" Declared beside it: {', '.join(others)}." if others else ""
-    reading = ""
-    if results.operator == "ablate" and results.deciding not in _TWO_SIDED:
-        reading = (
-            " An effect below zero says that the feature had been bringing its concept in. The test looks for effects "
-            "above zero, as declared, and so cannot pass a feature for that: read the intervals."
-        )
+    reading = (
+        " An effect below zero says that the feature had been bringing its concept in." if _against(results) else ""
+    )
     return (
         f"Features were steered {dose_words(results)}{texts}. What decides is the "
         f"{outcome_words(results.deciding).title} of steered texts minus that under the "
         f"{control_words(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
+    )
+
+
+def _against(results: SteeringResults) -> bool:
+    """Whether the test looks for effects above zero while the operator, where it works, brings them below."""
+    return results.operator == "ablate" and results.deciding not in _TWO_SIDED
+
+
+def _caveat(results: SteeringResults | None) -> str:
+    if results is None or not _against(results):
+        return ""
+    return (
+        "Features were switched off, which takes their concept away: where that works the effect is below zero. A "
+        "feature passes for an effect above zero, so a pass rate near 0 does not say that features do nothing: read "
+        "the effects and their intervals."
     )
 
 

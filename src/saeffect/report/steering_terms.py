@@ -23,7 +23,7 @@ STEERING_MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "random": (
         "random direction",
-        "a direction drawn afresh for each text and pushed along as hard: what any push of that size does.",
+        "a direction drawn afresh for each text, {random_push}: what any push of that size does.",
     ),
     "shuffled": (
         "shuffled reference",
@@ -66,7 +66,7 @@ STEERING_MEANINGS: Mapping[str, tuple[str, str]] = {
         "prompt that names it",
         "the unsteered model continues “Talk about ‹top tokens›.” and then the prompt.",
     ),
-    "together": ("steered at once", "several features in one text, as one push as long as the dose says."),
+    "together": ("steered at once", "several features in one text, {together}."),
     "gain": ("gain", "similarity of steered texts to the top tokens minus that of the same prompts unsteered."),
     "fluency": (
         "fluency",

@@ -51,7 +51,7 @@ def design_table(comparison: Comparison) -> TableView:
     ]
     return TableView(
         name="design",
-        caption="Table 4. How the arms differ",
+        caption="How the arms differ",
         columns=(
             Column("Status", is_text=True),
             *(Column(name, is_text=True) for name in names),
@@ -101,7 +101,7 @@ _GATE_LINES: Mapping[str, tuple[str, str]] = {
 
 
 def gate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Table 5: how well each SAE reproduces its model; None when nobody measured it."""
+    """How well each SAE reproduces its model; None when nobody measured it."""
     table = context.gate if context.gate is not None else _gate_of_facts(context)
     if table is None or table.empty or "arm" not in table.columns:
         return None
@@ -120,9 +120,7 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
                 cells.append(value_cell(value, unit, reason=str(reasons[name] or "not measured")))
         rows.append(Row(label, tuple(cells)))
     columns = arm_columns(comparison.table1[comparison.table1["arm"].isin(order)])
-    return TableView(
-        "gate", "Table 5. How well each SAE reproduces its model, on the study's text", columns, tuple(rows)
-    )
+    return TableView("gate", "How well each SAE reproduces its model, on the study's text", columns, tuple(rows))
 
 
 _DOSE_COLUMNS: Mapping[str, str] = {
@@ -137,7 +135,7 @@ _DOSE_COLUMNS: Mapping[str, str] = {
 
 
 def dose_table(context: ReportContext) -> TableView | None:
-    """Table 6: the dose search, one row a dose and arm; None when there was none."""
+    """The dose search, one row a dose and arm; None when there was none."""
     table = context.doses
     if table is None or table.empty or "dose" not in table.columns:
         return None
@@ -153,11 +151,15 @@ def dose_table(context: ReportContext) -> TableView | None:
         rows.append(Row(label, cells, strong=chosen, group=str(row.get("arm", ""))))
     return TableView(
         name="doses",
-        caption="Table 6. The dose search",
+        caption="The dose search",
         columns=tuple(Column(_DOSE_COLUMNS.get(str(name), str(name).replace("_", " "))) for name in columns),
         rows=tuple(rows),
         corner="Dose",
-        note=f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; see Figure 6.",
+        stacks=True,
+        note=(
+            f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; [[figure:doses]] shows "
+            "them."
+        ),
         source="steering/dose_search.parquet, one row per arm, condition and dose",
     )
 

@@ -36,7 +36,8 @@ class Column:
 class Row:
     """A row's heading and cells; `strong` rows carry the result, others support it.
 
-    Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it.
+    Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it. A row with a `key`
+    can be linked to, as `#row-<table>-<key>`.
     """
 
     label: str
@@ -45,11 +46,16 @@ class Row:
     strong: bool = False
     group: str = ""
     tag: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
 class TableView:
-    """A whole table. `stacks` tables turn into blocks on a narrow screen; `source` names the files it was made from."""
+    """A whole table.
+
+    `stacks` tables turn into blocks on a narrow screen; `source` names the files it was made from; `paper` is its
+    number in the paper, where it reproduces a table of it. `[[table:name]]` in caption and note refers to another.
+    """
 
     name: str
     caption: str
@@ -59,6 +65,7 @@ class TableView:
     stacks: bool = False
     note: str = ""
     source: str = ""
+    paper: str = ""
 
 
 def value_cell(value: Any, unit: str = "", *, sub: str = "", reason: str = "", sign: bool = False) -> Cell:

@@ -26,7 +26,7 @@ class ThreatSummary:
 
 
 def threat_table(comparison: Comparison) -> TableView | None:
-    """Table 15: every threat, how serious, what to do; None for a comparison without the table."""
+    """Every threat, how serious, what to do; None for a comparison without the table."""
     table = comparison.threats
     if table.empty:
         return None
@@ -40,7 +40,7 @@ def threat_table(comparison: Comparison) -> TableView | None:
     ]
     return TableView(
         name="threats",
-        caption="Table 15. Threats to validity",
+        caption="Threats to validity",
         source="comparison/threats.parquet, every row; its column source names the table behind each",
         columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
         rows=tuple(rows),

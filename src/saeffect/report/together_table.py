@@ -1,4 +1,4 @@
-"""Table 1c: features steered at once, each set beside what its members do alone."""
+"""Features steered at once, each set beside what its members do alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     control = control_words(results.placebo)
     return TableView(
         name="together",
-        caption=f"Table 1c. Features steered at once: {title}",
+        caption=f"Features steered at once: {title}",
         columns=(
             Column("Unsteered"),
             Column("Steered"),
@@ -80,10 +80,17 @@ def _row(arm: str, one: Mapping[Any, Any], alone: Mapping[int, float], names: Ma
     else:
         effect = Cell(undefined(str(one.get("reason") or "")), tone="muted", is_text=True)
     q = p_value(one["q"]) + (" ✓" if is_true(one.get("passed")) else "") if is_defined(one["q"]) else "undefined"
+    tested = [member for member in members if member in alone]
     each = ", ".join(f"{m}: {effect_text(alone[m], outcome) if m in alone else 'not tested'}" for m in members)
+    one_by_one = Cell(each if tested else "none was tested alone", tone="" if tested else "muted", is_text=True)
     return Row(
-        f"Set {int(one['set'])}: {' + '.join(map(str, members))}",
-        (*means, effect, Cell(q), Cell(each, is_text=True)),
+        f"Set {int(one['set']) + 1}: {' + '.join(map(str, members))}",
+        (
+            *means,
+            effect,
+            Cell(q),
+            one_by_one,
+        ),
         sub="; ".join(names[m] for m in members if m in names),
         group=arm,
         tag="",

@@ -34,12 +34,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class Trial:
-    """The texts of one prompt and sample side by side, and which pair it is: typical, best or worst."""
+    """The texts of one prompt and sample side by side, and which pair it is: typical, best or worst.
+
+    `same` says that steering and placebos changed nothing: every text is that of the unsteered model.
+    """
 
     which: str
     prompt: str
     difference: str
     texts: tuple[Generated, ...]
+    same: bool = False
 
 
 def representative_trials(
@@ -110,4 +114,5 @@ def _trial(
             for condition, title in _CONDITIONS
             if condition in chosen.index
         ),
+        same=len(chosen) > 1 and chosen["text"].nunique() == 1,
     )

@@ -18,7 +18,9 @@ from saeffect.study.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = 3  # 2: outcomes, baselines and doses of steering; 3: chance, fates, activity, regression, threats
+VERSION = (
+    4  # 2: outcomes, baselines and doses of steering; 3: chance, fates, activity, threats; 4: numbered in page order
+)
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -44,10 +46,19 @@ def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
         tables = write_tables(comparison, run.path("tables"), context=context)
         figures = write_figures(comparison, run.path("figures"), context=context)
         page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
-        drawn = [p for p in run.path("figures").iterdir() if p.suffix in {".svg", ".png"}]
+        drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
         return [*tables, *sorted(drawn), page]
 
     return work
+
+
+def _drawn(folder: Path, names: set[str]) -> list[Path]:
+    """The pictures of this report; those that only an earlier one had are taken away, lest they be believed."""
+    pictures = [path for path in folder.iterdir() if path.suffix in {".svg", ".png"}]
+    for path in pictures:
+        if path.stem not in names:
+            path.unlink()
+    return [path for path in pictures if path.stem in names]
 
 
 def _context(run: RunFolder) -> ReportContext:

@@ -23,20 +23,21 @@ from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, dra
 __all__ = ["DrawnFigure", "draw_figures", "write_figures"]
 
 _Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure | tuple[DrawnFigure, ...]]
-_FIGURES: Mapping[str, tuple[str, str, _Draw]] = {
-    "figure_1_match_counts": ("Figure 1", "Matching words", match_counts),
-    "figure_2a_top_token_weights": ("Figure 2a", "Top-token weights", top_token_weights),
-    "figure_2b_mean_activation": ("Figure 2b", "Mean activations", mean_activation),
-    "figure_2c_density": ("Figure 2c", "Densities", density),
-    "figure_3_effects": ("Figure 3", "Effects of steering", forests),
-    "figure_4_coherence": ("Figure 4", "Coherence", coherence),
-    "figure_5_contrasts": ("Figure 5", "Contrasts", contrasts),
-    "figure_6_doses": ("Figure 6", "What more of a dose does", doses),
-    "figure_7_calibration": ("Figure 7", "False alarms beside findings", calibration),
-    "figure_8a_fates": ("Figure 8a", "Which feature became which, by what they write", fates_by_decoder),
-    "figure_8b_fates": ("Figure 8b", "Which feature became which, by when they fire", fates_by_activation),
-    "figure_9_cross_activity": ("Figure 9", "Which features fire more after fine-tuning", cross_activity),
-    "figure_10_partial_residuals": ("Figure 10", "What goes with a strong effect", partial_residuals),
+# In the order of the page, which numbers them.
+_FIGURES: Mapping[str, tuple[str, _Draw]] = {
+    "calibration": ("False alarms beside findings", calibration),
+    "effects": ("Effects of steering", forests),
+    "doses": ("What more of a dose does", doses),
+    "match_counts": ("Matching words", match_counts),
+    "top_token_weights": ("Top-token weights", top_token_weights),
+    "mean_activation": ("Mean activations", mean_activation),
+    "density": ("Densities", density),
+    "coherence": ("Coherence", coherence),
+    "contrasts": ("Contrasts", contrasts),
+    "fates_by_decoder": ("Which feature became which, by what they write", fates_by_decoder),
+    "fates_by_activation": ("Which feature became which, by when they fire", fates_by_activation),
+    "cross_activity": ("Which features fire more after fine-tuning", cross_activity),
+    "partial_residuals": ("What goes with a strong effect", partial_residuals),
 }
 
 
@@ -46,11 +47,11 @@ def draw_figures(comparison: Comparison, context: ReportContext | None = None) -
     styles = arm_styles(zip(comparison.table1["arm"], comparison.table1["role"], strict=True))
     drawn: list[DrawnFigure] = []
     with drawing():
-        for name, (number, title, draw) in _FIGURES.items():
+        for name, (title, draw) in _FIGURES.items():
             try:
                 some = draw(comparison, styles, context)
             except Undefined as error:
-                some = DrawnFigure(name, number, title, "", "", None, reason=error.message)
+                some = DrawnFigure(name, title, "", "", None, reason=error.message)
             drawn += some if isinstance(some, tuple) else (some,)
         for one in drawn:
             if one.figure is not None:
@@ -66,7 +67,7 @@ def write_figures(
     Args:
         comparison: What to draw.
         folder: Where to; made if missing.
-        context: The study around it; without it Figures 3, 4 and 6 have no data.
+        context: The study around it; without it effects, coherence and doses have no data.
 
     Returns:
         The figures, to be passed on to `write_report`. One that could not be drawn has no files, and says why.

@@ -1,4 +1,4 @@
-"""Figure 7: how often each test raises a false alarm, beside what it promises and what it found."""
+"""How often each test raises a false alarm, beside what it promises and what it found."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def calibration(comparison: Comparison, styles: Mapping[str, ArmStyle], context:
         _line(ax, len(rows) - 1 - line, row, context.alpha)
     _finish(ax, len(rows))
     return DrawnFigure(
-        name="figure_7_calibration",
-        number="Figure 7",
+        name="calibration",
         title="False alarms beside findings",
         caption=(
             "Grey: how often each test finds something when an SAE of the control's own model stands in for the "

@@ -1,4 +1,4 @@
-"""Figure 5: treatment minus control beside placebo minus control. Is it more than SAE noise?"""
+"""Treatment minus control beside placebo minus control. Is it more than SAE noise?"""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def contrasts(comparison: Comparison, styles: Mapping[str, ArmStyle], context: R
     for ax, quantity in zip(figure.subplots(len(quantities), 1, squeeze=False)[:, 0], quantities, strict=True):
         _row(ax, rows[rows["quantity"] == quantity], styles, n_lines, quantity in PRIMARY)
     return DrawnFigure(
-        name="figure_5_contrasts",
-        number="Figure 5",
+        name="contrasts",
         title="Is it more than SAE noise?",
         caption=(
             "Each arm minus control, with 95 % intervals, every quantity on its own scale. The placebo is the same "

@@ -1,4 +1,4 @@
-"""Figure 9: the control's SAE on both models. Which of its features fire more, which less?"""
+"""The control's SAE on both models. Which of its features fire more, which less?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from saeffect.comparison import Comparison
-from saeffect.comparison.most_changed import change_scores
+from saeffect.comparison.most_changed import change_scores, most_changed
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.feature_names import feature_words
@@ -42,14 +42,13 @@ def cross_activity(comparison: Comparison, styles: Mapping[str, ArmStyle], conte
     found = rows[rows["found"]]
     domain = found[found["domain"]]
     return DrawnFigure(
-        name="figure_9_cross_activity",
-        number="Figure 9",
+        name="cross_activity",
         title="Which features fire more after fine-tuning",
         caption=(
             "Each dot is a feature of the control's SAE, applied to both models on the same text: to the right it "
             "fires more, above the line more strongly in the fine-tuned model. "
             f"Green: {context.domain} features. Filled: q ≤ {context.alpha:g} (signs flipped by row of text); hollow: "
-            f"not. {_left_out(cross, rows)}Table 12 has the intervals of the most changed ones."
+            f"not. {_left_out(cross, rows)}{_where_intervals(cross, context)}"
         ),
         alt=(
             f"{count((found['ratio'] > 0).sum())} of {count(len(rows))} features fire more strongly in the fine-tuned "
@@ -59,6 +58,13 @@ def cross_activity(comparison: Comparison, styles: Mapping[str, ArmStyle], conte
         figure=figure,
         source="comparison/cross_activity.parquet, columns mean_control, mean_treatment, q, is_domain",
     )
+
+
+def _where_intervals(cross: pd.DataFrame, context: ReportContext) -> str:
+    """Where the numbers of single features stand: in a table, if there is one of the most changed."""
+    if most_changed(cross, alpha=context.alpha).empty:
+        return "No feature changed clearly enough to be listed."
+    return "[[table:cross]] has the intervals of the most changed ones."
 
 
 def _drawable(cross: pd.DataFrame, alpha: float) -> pd.DataFrame:

@@ -33,12 +33,13 @@ _GOLDEN = 0.6180339887498949  # its multiples spread points evenly, so that the 
 
 
 def top_token_weights(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Figure 2a: weights of the top tokens of domain features, which the paper calls activations."""
+    """Weights of the top tokens of domain features, which the paper calls activations."""
     groups = _by_arm(comparison.weights, "weight", styles)
     unit = "cosine with the decoder row" if context.projection == "cosine" else "dot product with the decoder row"
     return DrawnFigure(
-        name="figure_2a_top_token_weights",
-        number="Figure 2a",
+        name="top_token_weights",
+        group="distributions",
+        paper="Figure 2",
         title="How strongly domain features promote their top tokens",
         caption=(
             f"Weights of the {context.top_k} top tokens of every domain feature: what the paper plots as activations. "
@@ -51,16 +52,16 @@ def top_token_weights(comparison: Comparison, styles: Mapping[str, ArmStyle], co
 
 
 def mean_activation(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Figure 2b: mean activation of domain features over the tokens on which they fire."""
+    """Mean activation of domain features over the tokens on which they fire."""
     del context
     groups = _by_arm(comparison.activity, "mean_activation", styles)
     return DrawnFigure(
-        name="figure_2b_mean_activation",
-        number="Figure 2b",
+        name="mean_activation",
+        group="distributions",
         title="How strongly domain features fire",
         caption=(
             "Mean activation of each domain feature over the tokens on which it fires, in units of the SAE's "
-            "input. Features that never fired are left out. Read as Figure 2a."
+            "input. Features that never fired are left out. Read as [[figure:top_token_weights]]."
         ),
         alt=_alt("Mean activations", groups),
         figure=_ridges(groups, styles, "mean activation where active", "features"),
@@ -68,19 +69,19 @@ def mean_activation(comparison: Comparison, styles: Mapping[str, ArmStyle], cont
 
 
 def density(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Figure 2c: share of tokens on which each domain feature fires."""
+    """Share of tokens on which each domain feature fires."""
     del context
     table = comparison.activity
     silent = int((table["density"] <= 0).sum())
     groups = _by_arm(table[table["density"] > 0], "density", styles)
     note = f" {count(silent)} features that never fired are left out." if silent else ""
     return DrawnFigure(
-        name="figure_2c_density",
-        number="Figure 2c",
+        name="density",
+        group="distributions",
         title="How often domain features fire",
         caption=(
             "Density: the share of tokens on which a domain feature fires, on a logarithmic scale."
-            f"{note} Read as Figure 2a."
+            f"{note} Read as [[figure:top_token_weights]]."
         ),
         alt=_alt("Densities", groups, "share of tokens"),
         figure=_ridges(
@@ -90,7 +91,7 @@ def density(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Rep
 
 
 def coherence(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
-    """Figure 4: coherence of domain features."""
+    """Coherence of domain features."""
     groups: dict[str, FloatArray] = {}
     for name, arm in context.arms.items():
         values = arm.of_domain(arm.coherence)["coherence"].to_numpy(dtype=np.float64)
@@ -98,12 +99,11 @@ def coherence(comparison: Comparison, styles: Mapping[str, ArmStyle], context: R
     missing = int(comparison.table2["n_undefined"].sum())
     note = f" {count(missing)} features without a defined coherence are left out, not counted as 0." if missing else ""
     return DrawnFigure(
-        name="figure_4_coherence",
-        number="Figure 4",
+        name="coherence",
         title="How coherent domain features are",
         caption=(
             "Coherence of each domain feature: the weighted mean cosine between the word vectors of its top "
-            f"tokens, 1 when they mean the same.{note} Read as Figure 2a."
+            f"tokens, 1 when they mean the same.{note} Read as [[figure:top_token_weights]]."
         ),
         alt=_alt("Coherences", {name: groups[name] for name in styles if name in groups}),
         figure=_ridges(groups, styles, "coherence", "features"),

@@ -1,13 +1,15 @@
-"""Figure 6: what more of a dose does to the concept and to the text."""
+"""What more of a dose does to the concept and to the text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from saeffect.comparison import Comparison
@@ -19,6 +21,8 @@ from saeffect.report.outcome_words import control_words, dose_axis
 from saeffect.steering.placebo import STEERED
 
 __all__ = ["doses"]
+
+_DOTTED: Mapping[str, Any] = {"linestyle": (0, (1, 2)), "linewidth": 1.1, "markersize": 4.2, "markeredgewidth": 1.0}
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,18 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
                 _placebo_line(ax, mine[mine["condition"] == placebo], panel, styles[name], shift)
             _line(ax, mine[mine["condition"] == STEERED], panel, styles[name], shift)
         _dress(ax, panel)
-    _label_axes(axes, chosen, table, dose_axis(results), len(arms))
+    control = control_words(placebos[0]) if placebos else ""
+    _label_axes(axes, chosen, table, dose_axis(results), control)
     searched = int(table["n_features"].max()) if "n_features" in table.columns else 0
     bars = f" Lines: means over {searched} features an arm; bars: 95 % intervals over them." if searched else ""
-    control = control_words(placebos[0]) if placebos else ""
     beside = (
-        f" Dotted, hollow: {control} at the same dose, on the same prompts and with the same sampling noise."
+        f" Dotted and hollow, in the colour of its arm: {control} at the same dose, on the same prompts and with the "
+        "same sampling noise. What a line shows beyond its dotted one is due to the features."
         if placebos
-        else " The study steers along no placebo, so what any push of that size does is not shown."
+        else " No placebo was run at these doses, so what any push of that size does is not shown."
     )
     return DrawnFigure(
-        name="figure_6_doses",
-        number="Figure 6",
+        name="doses",
         title="What more of a dose does",
         caption=(
             "The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen."
@@ -132,8 +136,7 @@ def _line(ax: Axes, rows: pd.DataFrame, panel: _Panel, style: ArmStyle, shift: f
 def _placebo_line(ax: Axes, rows: pd.DataFrame, panel: _Panel, style: ArmStyle, shift: float) -> None:
     """Without bars: what counts is where it lies, and six lines with bars could not be read."""
     x, y = rows["dose"].to_numpy(dtype=float) + shift, rows[panel.measure].to_numpy(dtype=float)
-    ax.plot(x, y, marker=style.marker, color=style.colour, linestyle=(0, (1, 2)), linewidth=1.1, markersize=4.2,
-            markerfacecolor=PAPER, markeredgecolor=style.colour, markeredgewidth=1.0, zorder=2.5)  # fmt: skip
+    ax.plot(x, y, marker=style.marker, color=style.colour, markerfacecolor=PAPER, zorder=2.5, **_DOTTED)
 
 
 def _dress(ax: Axes, panel: _Panel) -> None:
@@ -154,7 +157,7 @@ def _dress(ax: Axes, panel: _Panel) -> None:
     clean_axes(ax, grid="y")
 
 
-def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame, label: str, n_arms: int) -> None:
+def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame, label: str, control: str) -> None:
     if chosen is not None:
         axes[0].annotate(f"chosen: {chosen:g}", (chosen, 1.0), xycoords=("data", "axes fraction"), xytext=(-5, -2),
                          textcoords="offset points", va="top", ha="right", color=MUTED, size=8)  # fmt: skip
@@ -162,9 +165,12 @@ def _label_axes(axes: Sequence[Axes], chosen: float | None, table: pd.DataFrame,
     if len(doses) <= 8:
         axes[-1].set_xticks(doses, [f"{dose:g}" for dose in doses])
     axes[-1].set_xlabel(label, size=8.5)
-    if n_arms > 1:
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=min(n_arms, 3),
-                              handlelength=2.6, columnspacing=1.4)  # fmt: skip
+    handles, names = axes[0].get_legend_handles_labels()
+    if control:
+        handles.append(Line2D([], [], color=MUTED, marker="o", markerfacecolor=PAPER, **_DOTTED))
+        names.append(control)
+    if len(names) > 1:
+        axes[0].figure.legend(handles, names, loc="outside upper left", ncols=4, handlelength=2.2, columnspacing=1.1)
 
 
 def _alt(table: pd.DataFrame, panel: _Panel, chosen: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Figure 8: which features were kept, moved, lost and added, as flows; and the same between two seeds."""
+"""Which features were kept, moved, lost and added, as flows; and the same between two seeds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _GAP, _LEAST_APART = 0.03, 0.19
 _KEPT, _MOVED = "#b6c0ca", "#e69f00"
 _LOOKS = arm_styles([("control", "control"), ("treatment", "treatment"), ("placebo", "placebo")])
 _WORDS = {
-    "decoder cosine": ("figure_8a_fates", "Figure 8a", "by what they write"),
-    "activation correlation": ("figure_8b_fates", "Figure 8b", "by when they fire"),
+    "decoder cosine": ("fates_by_decoder", "by what they write"),
+    "activation correlation": ("fates_by_activation", "by when they fire"),
 }
 
 
@@ -47,7 +47,7 @@ def _fates(measure: str, comparison: Comparison, styles: Mapping[str, ArmStyle],
         raise Undefined("features were not matched by this measure.")
     if not rows["n_treatment"].notna().any():
         raise Undefined(f"{rows['reason'].iloc[0]}.")
-    name, number, how = _WORDS[measure]
+    name, how = _WORDS[measure]
     control, treatment = (_name(styles, role) for role in ("control", "treatment"))
     found = {(str(row["side"]), str(row["fate"])): row for row in rows.to_dict("records")}
     figure = new_figure(5.1)
@@ -57,7 +57,7 @@ def _fates(measure: str, comparison: Comparison, styles: Mapping[str, ArmStyle],
     figure.supxlabel(_below(found), size=8.2, color=MUTED)
     return DrawnFigure(
         name=name,
-        number=number,
+        group="fates",
         title=f"Which feature became which, {how}",
         caption=(
             "Left: the control's features. Right: those of the other SAE. Both flows are judged by the same rule, by "

@@ -1,4 +1,4 @@
-"""Figure 3: a forest plot for each arm. What steering each feature did, beyond what its placebo did."""
+"""A forest plot for each arm. What steering each feature did, beyond what its placebo did."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def forests(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Rep
     first = next(name for name, table in tables.items() if len(table))  # the one that says how to read them all
     drawn = []
     for name, table in tables.items():
-        reading = _reading(scale, context) if name == first else f"Read as Figure 3{letters[first]}."
+        reading = _reading(scale, context) if name == first else f"Read as [[figure:effects_{letters[first]}]]."
         drawn.append(_forest(letters[name], table, styles[name], scale, (reading, feature_names(context, name, 2))))
     return tuple(drawn)
 
@@ -75,11 +75,11 @@ def _forest(
 ) -> DrawnFigure:
     reading, names = words
     arm = printable_token(style.name)
-    head = f"figure_3{letter}_effects", f"Figure 3{letter}", f"Effects of steering: {arm}"
+    head = f"effects_{letter}", f"Effects of steering: {arm}"
     source = f"arms/{arm}/effects.parquet, one row a feature, columns effect, effect_low, effect_high, q, passed"
     if table.empty:
         why = f"no feature of {arm} has an effect, so nothing can be said about what its features cause."
-        return DrawnFigure(*head, "", "", None, reason=why, source=source)
+        return DrawnFigure(*head, "", "", None, reason=why, source=source, group="effects")
     shown, hidden = _capped(table)
     mean = primary_effects(table)
     height = _BELOW + _ROW * (len(shown) + 2.6 + bool(hidden))
@@ -88,7 +88,10 @@ def _forest(
     ax = figure.add_axes((_LEFT, _BELOW / height, _RIGHT - _LEFT, 1 - (_BELOW + 0.04) / height))
     _draw(ax, shown, hidden, mean, names, style, scale)
     average = f"mean effect {effect_text(mean['mean'], scale.outcome)}"
-    ends = interval_text(mean["low"], mean["high"], scale.outcome)
+    known = is_defined(mean["low"]) and is_defined(mean["high"])
+    ends = (
+        f"95 % interval {interval_text(mean['low'], mean['high'], scale.outcome)}" if known else "without an interval"
+    )
     passed, n = count(int(table["passed"].sum())), count(len(table))
     cap = (
         f" Of {n} features the {count(len(shown) - _LOWEST)} largest and {_LOWEST} smallest effects are drawn; all are "
@@ -99,13 +102,11 @@ def _forest(
     lowest, highest = (fixed(scale.factor * end) for end in (table["effect"].min(), table["effect"].max()))
     return DrawnFigure(
         *head,
-        caption=f"{passed} of {n} features pass; {average}, 95 % interval {ends}. {reading}{cap}",
-        alt=(
-            f"Forest plot of {arm}: {passed} of {n} pass, {average}, interval {ends}; effects from {lowest} "
-            f"to {highest}."
-        ),
+        caption=f"{passed} of {n} features pass; {average}, {ends}. {reading}{cap}",
+        alt=(f"Forest plot of {arm}: {passed} of {n} pass, {average}, {ends}; effects from {lowest} to {highest}."),
         figure=figure,
         source=source,
+        group="effects",
     )
 
 

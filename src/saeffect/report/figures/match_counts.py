@@ -1,4 +1,4 @@
-"""Figure 1: how many features have how many domain words among their top tokens."""
+"""How many features have how many domain words among their top tokens."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def match_counts(comparison: Comparison, styles: Mapping[str, ArmStyle], context
     figure = new_figure(3.2)
     _draw(figure.add_subplot(), comparison, styles, least)
     return DrawnFigure(
-        name="figure_1_match_counts",
-        number="Figure 1",
+        name="match_counts",
+        paper="Figure 1",
         title=f"How many {context.domain} words the features promote",
         caption=(
             f"Features by how many of their {context.top_k} top tokens are in the vocabulary; logarithmic scale. "

@@ -1,4 +1,4 @@
-"""Figure 10: what goes with a strong effect, each property with all others held equal."""
+"""What goes with a strong effect, each property with all others held equal."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ def partial_residuals(comparison: Comparison, styles: Mapping[str, ArmStyle], co
     panels[0].legend(loc="upper left", ncols=3, handletextpad=0.2, columnspacing=1.0, bbox_to_anchor=(-0.02, 1.0))
     figure.supylabel("effect left unexplained by the other terms", size=9, color=INK)
     return DrawnFigure(
-        name="figure_10_partial_residuals",
-        number="Figure 10",
+        name="partial_residuals",
         title="What goes with a strong effect",
         caption=(
             "Partial residuals: each steered feature's effect after what all other terms explain is taken away. "
-            "The line has the slope of the regression (Table 14); a cloud without direction means that the property "
-            "tells nothing about the effect."
+            "The line has the slope of the regression ([[table:regression]]); a cloud without direction means that the "
+            "property tells nothing about the effect."
         ),
         alt="Slopes: " + "; ".join(f"{_label(name)[0]} {_slope(slopes.loc[name])}" for name in names) + ".",
         figure=figure,

@@ -109,23 +109,25 @@ class DrawnFigure:
 
     Attributes:
         name: File name without ending.
-        number: What the report calls it, for instance "Figure 1".
         title: One line.
-        caption: How to read it, and the numbers that matter.
+        caption: How to read it, and the numbers that matter; `[[figure:name]]` refers to another.
         alt: What a reader who cannot see it should know.
         figure: The drawing; None where there was nothing to draw.
         reason: Why there is no drawing; "" when there is one.
         source: Which files of the run folder, and which of their columns, it was made from.
+        group: Neighbours of one group share a number on the page; "" for none.
+        paper: Its number in the paper, where it reproduces a figure of it.
     """
 
     name: str
-    number: str
     title: str
     caption: str
     alt: str
     figure: Figure | None
     reason: str = ""
     source: str = ""
+    group: str = ""
+    paper: str = ""
 
 
 def arm_styles(arms: Iterable[tuple[str, str]]) -> dict[str, ArmStyle]:
@@ -229,13 +231,13 @@ def inline_svg(drawn: DrawnFigure) -> str:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
-    text = re.sub(r'\bid="([^"]*)"', rf'id="{drawn.name}-\1"', text)
-    text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#{drawn.name}-\2"', text)
-    text = re.sub(r"url\(#([^)]*)\)", rf"url(#{drawn.name}-\1)", text)
+    text = re.sub(r'\bid="([^"]*)"', rf'id="figure-{drawn.name}-\1"', text)
+    text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#figure-{drawn.name}-\2"', text)
+    text = re.sub(r"url\(#([^)]*)\)", rf"url(#figure-{drawn.name}-\1)", text)
     text = re.sub(r"font: ([^;']*?)[\d.]+px '[^;\"]*", lambda m: m.group(0).split(" '")[0] + " inherit", text)
     for colour, variable in _CSS_VARIABLES.items():
         text = text.replace(colour, variable)
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)
-    start = f'<svg {view_box.group(0) if view_box else ""} role="img" aria-labelledby="{drawn.name}-alt">'
+    start = f'<svg {view_box.group(0) if view_box else ""} role="img" aria-labelledby="figure-{drawn.name}-alt">'
     return start + rest.strip()
