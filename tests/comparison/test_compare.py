@@ -126,7 +126,7 @@ def test_a_planted_difference_is_found():
     assert judge(comparison.contrasts, "domain_share").status == "beyond"
     assert judge(comparison.contrasts, "weight_mean").status == "beyond"
     assert "3 SAEs against 4" in comparison.answer["headline"]
-    assert "on average over SAEs" in comparison.answer["paragraph"]
+    assert ", 3 SAEs against 4" in comparison.answer["paragraph"]
 
 
 def test_one_placebo_alone_credits_only_what_dwarfs_it():

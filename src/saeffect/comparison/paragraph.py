@@ -124,7 +124,7 @@ def _first(text: Paragraph, one: Judgement, row: pd.Series[Any], roles: Roles, c
     _cite(text, bracketed(one.told, full=True), row)
     text.say(_over(one))
     if one.seeds is not None and not one.by_seeds:
-        text.say("; with the noise of SAE training ")
+        text.say("; SAE noise included ")
         _cite_gap(text, one.seeds, f"{name}_seeds", ALL_SEEDS)
     for place, gap in enumerate(gap for gap in one.retraining if gap.defined):
         text.say("; retraining the unchanged model's SAE gives " if place == 0 else ", ")
