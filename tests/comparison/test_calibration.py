@@ -124,3 +124,20 @@ def test_the_default_of_the_study_file_is_the_primary_quantities():
     from saeffect.config import ComparisonConfig
 
     assert ComparisonConfig().tests == PRIMARY
+
+
+def test_the_arm_terms_of_the_regression_are_counted():
+    terms = pd.DataFrame(
+        {
+            "term": ["intercept", "coherence", "arm treatment", "arm placebo"],
+            "low": [0.1, 0.1, 0.2, -0.1],
+            "high": [0.2, 0.2, 0.4, 0.1],
+        }
+    )
+    row = calibrated(synthetic_arms(), {"regression": terms}).loc["arm term of the regression", INTERVAL]
+    assert (row["tests"], row["findings"], row["treatment_tests"], row["treatment_findings"]) == (1, 0, 1, 1)
+    assert not row["declared"]
+    bare = calibrated(synthetic_arms(), {"regression": terms.head(3)}).loc["arm term of the regression", INTERVAL]
+    assert bare["reason"] == "no placebo arm has an interval in the regression"
+    whole = compare(synthetic_arms(), min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100).calibration
+    assert "arm term of the regression" in set(whole["test"])

@@ -68,6 +68,8 @@ def test_agrees_with_statsmodels_hc3(three):
     np.testing.assert_allclose(terms[["low", "high"]], fit.conf_int())
     assert set(terms["errors"]) == {"HC3"}
     assert terms.loc["arm tuned", "estimate"] == pytest.approx(0.5, abs=0.03)
+    assert "does not hold the noise of SAE training" in terms.loc["arm tuned", "reason"]
+    assert (terms.loc[names[:4], "reason"] == "").all()
 
 
 def test_with_many_saes_errors_are_clustered_by_sae(tiny_arm, three):

@@ -123,3 +123,12 @@ def test_intervals_of_few_features_hold_the_truth():
         found = compare_moment(arms[0], arms[1], "mean", Resampling(study, 400, 20), "x").difference
         hits += found.low <= 0 <= found.high
     assert 0.93 <= hits / n <= 0.985
+
+
+def test_a_p_is_never_zero():
+    values = np.concatenate([np.arange(20.0), 1000 + np.arange(20.0)])
+    clusters = np.arange(20)
+    found = compare_moment((values[:20], clusters), (values[20:], clusters), "mean", Resampling(0, 50, 99), "x")
+    assert found.p == 1 / 100  # only the real labels reach so far
+    counts = compare_counts(np.zeros(30, int), np.full(30, 9), Resampling(0, 50, 99), "x")
+    assert counts.p == 1 / 100

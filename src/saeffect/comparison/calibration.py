@@ -69,7 +69,7 @@ def calibration_table(
         alpha: Highest q of a finding about a feature.
         min_matches: As of the contrasts.
         resampling: As of the contrasts.
-        evidence: The tables "fates_null" and "cross_activity", where there are such.
+        evidence: The tables "fates_null", "cross_activity" and "regression", where there are such.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -92,6 +92,8 @@ def calibration_table(
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
     if "cross_activity" in tables and len(tables["cross_activity"]):
         rows.append(_cross_row(tables["cross_activity"], alpha, "cross_activity" in tests))
+    if "regression" in tables and len(tables["regression"]):
+        rows.append(_regression_row(tables["regression"], roles))
     columns = [*_COLUMNS, "treatment_tests", "treatment_findings", "verdict", "reason"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -244,6 +246,22 @@ def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, A
         "how often it raises a false alarm"
     )
     return _row("cross-activity", "q at most alpha", "features", declared, alpha, _Count(), treatment, reason)
+
+
+def _regression_row(terms: pd.DataFrame, roles: Roles) -> dict[str, Any]:
+    """Does the effect of steering depend on the arm, like features compared? In a placebo it should not."""
+    known = terms[terms["low"].notna()].set_index("term")
+    counts = []
+    for names in (roles.placebos, (roles.treatment,)):
+        count = _Count()
+        for name in names:
+            if f"arm {name}" in known.index:
+                row = known.loc[f"arm {name}"]
+                count = count.plus(bool(row["low"] > 0 or row["high"] < 0))
+        counts.append(count)
+    reason = "" if counts[0].tests else "no placebo arm has an interval in the regression"
+    name = "arm term of the regression"
+    return _row(name, _INTERVAL, "placebo arms", False, 1 - LEVEL, counts[0], counts[1], reason)
 
 
 def _row(

@@ -126,7 +126,11 @@ def _tables(
             alpha=alpha,
             min_matches=min_matches,
             resampling=resampling,
-            evidence={"fates_null": matches.fates_null, "cross_activity": matches.cross_activity},
+            evidence={
+                "fates_null": matches.fates_null,
+                "cross_activity": matches.cross_activity,
+                "regression": regression.terms,
+            },
         ),
         power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
         by_chance=chance_table(arms, roles, matches, alpha=alpha),
