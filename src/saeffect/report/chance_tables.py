@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -241,7 +241,22 @@ def power_table(comparison: Comparison) -> TableView | None:
         rows=tuple(rows),
         corner="Test",
         stacks=True,
+        note=_power_note([str(test) for test in table["test"]]),
     )
+
+
+def _power_note(tests: Sequence[str]) -> str:
+    """What the names of the tests mean that do not speak for themselves."""
+    parts = []
+    if any(test.endswith("_seeds") for test in tests):
+        parts.append("SAEs as units: each SAE counts once, so that the noise of SAE training is in the sample.")
+    if any(test.startswith("feature in") for test in tests):
+        parts.append("Feature in an arm: one steered feature tested alone, at its own p.")
+    if any(test.startswith("only feature") for test in tests):
+        parts.append(
+            "Only feature of several: as if it were the single one that works: its p must hold against them all."
+        )
+    return " ".join(parts)
 
 
 def _downwards(row: Mapping[Any, Any], unit: str) -> str:

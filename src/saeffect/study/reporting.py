@@ -11,6 +11,7 @@ import pandas as pd
 from saeffect.config import SteeringConfig
 from saeffect.provenance import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
+from saeffect.report.outcome_words import control_words, outcome_words
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.comparison import comparison_inputs, read_comparison
 from saeffect.study.run_folder import RunFolder
@@ -118,12 +119,22 @@ def _facts(
     ]
     if config.steering is not None and dose is not None:
         steering = config.steering
-        facts.append(("Steering", f"{len(steering.prompts)} prompts × {steering.samples} samples"))
+        facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
         facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
-        facts.append(("Tested against", ", ".join(steering.placebos) or "nothing: no placebo"))
-        facts.append(("Declared outcomes", ", ".join(steering.outcomes)))
+        facts.append(("Tested against", _tested_against(steering)))
+        facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
+
+
+def _number(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _tested_against(steering: SteeringConfig) -> str:
+    """The placebo that decides first."""
+    names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
+    return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float, mean_norm: float) -> str:

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from saeffect.config import SteeringConfig
+from saeffect.study.reporting import _drawn, _tested_against
+
+
+def test_pictures_of_an_earlier_report_are_taken_away(tmp_path: Path) -> None:
+    for name in ("doses.svg", "doses.png", "figure_6_doses.svg", "notes.txt"):
+        (tmp_path / name).write_text("")
+    kept = _drawn(tmp_path, {"doses"})
+    assert sorted(path.name for path in kept) == ["doses.png", "doses.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["doses.png", "doses.svg", "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("placebos", "text"),
+    [
+        (("random", "matched"), "matched placebo, random direction"),
+        (("random",), "random direction"),
+        ((), "nothing: no placebo"),
+    ],
+)
+def test_the_placebo_that_decides_stands_first(placebos: tuple[str, ...], text: str) -> None:
+    config = SteeringConfig(prompts=["How are you?"], doses=[0.4], placebos=placebos)
+    assert _tested_against(config) == text
