@@ -235,7 +235,7 @@ def _of_scope(found: Findings, tests: Sequence[str]) -> list[Threat]:
         Threat(
             f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
             f"misses zero by chance. The headline looks at {_COUNTED.get(len(tests), f'{len(tests)} quantities')} "
-            f"fixed in advance ({', '.join(short_name(name) for name in tests)}).",
+            f"fixed in advance ({', '.join(short_name(name) for name in tests)}) and corrects for their number.",
             "minor",
             "Take contrasts that were not declared as questions for another study.",
             "comparison/contrasts.parquet: declared",

@@ -26,7 +26,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["matching_inputs", "read_matches", "run_matching"]
 
-VERSION = 2  # 2: passes as in harvests
+VERSION = 3  # 2: passes as in harvests; 3: intervals of excess counts
 BoolArray = npt.NDArray[np.bool_]
 
 
