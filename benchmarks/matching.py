@@ -1,6 +1,6 @@
 """Matching two SAEs of 24,576 features: minutes, and under 4 GB.
 
-    python benchmarks/matching.py            # about ten minutes on two cores; --d-sae 4096 for a quick look
+    python benchmarks/matching.py            # about a minute on two cores; --d-sae 4096 for a quick look
 
 Two decoders that share three features of four, and their activations on 100,000 tokens with 32 active a token, are
 matched by both measures, paired one to one, and judged beside one more seed. The last line is JSON:

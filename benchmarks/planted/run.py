@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from concepts import CONCEPTS
 from fine_tunes import NULLS, Planted, train
+from null_studies import NULL_STUDIES, null_rates
 from plan import SAE, Plan
 from probe import Instrument, compare
 from scoring import named_features
@@ -46,9 +47,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     plan = Plan().quick() if options.quick else Plan()
     simulated = simulations(options.work / "simulations", options.studies, options.threads)
+    nothing = null_studies(options.work / "simulations", options.null_studies, options.threads)
     models = planted_models(plan, options.work)
-    write_results(simulated, models, plan, options.out)
-    print(json.dumps(headline(simulated, models)))  # noqa: T201
+    write_results(simulated, nothing, models, plan, options.out)
+    print(json.dumps(headline(simulated, nothing, models)))  # noqa: T201
 
 
 def simulations(folder: Path, n: int, processes: int) -> list[dict[str, Any]]:
@@ -70,6 +72,20 @@ def _simulated(number: int, n: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     started = time.monotonic()
     return {**simulate(SETTINGS[number], n, number), "seconds": time.monotonic() - started}
+
+
+def null_studies(folder: Path, n: int, processes: int) -> list[dict[str, Any]]:
+    """Rates of every design of studies of nothing, in their order."""
+    code = hash_file(_HERE / "null_studies.py")
+    paths = [folder / f"{fingerprint([number, n, code])[:16]}.json" for number in range(len(NULL_STUDIES))]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(null_rates, NULL_STUDIES[number], n, number): number for number in missing}
+        for done in as_completed(waiting):
+            found = done.result()
+            write_json(paths[waiting[done]], found)
+            say(f"studies of nothing, {found['design']}: {found['any']:.3f} credit fine-tuning with something")
+    return [read_json(path) for path in paths]
 
 
 def planted_models(plan: Plan, work: Path) -> dict[str, Any]:
@@ -104,6 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for adapters and tables (about 100 MB)")
     parser.add_argument("--out", type=Path, default=_HERE, help="where results.json, results.md and figure go")
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies a setting")
+    parser.add_argument("--null-studies", type=int, default=500, help="whole studies of nothing a design")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="run every line on almost nothing")
     return parser.parse_args()

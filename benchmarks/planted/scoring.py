@@ -17,11 +17,14 @@ from saeffect.comparison.matched_null import exchangeable_p, strata
 from saeffect.features.vocabulary import Vocabulary, count_matches
 from saeffect.stats import benjamini_hochberg
 
-__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features"]
+__all__ = ["Named", "beyond", "chance", "concept_tests", "excess_p", "most_changed", "named_features", "standing"]
 
 FloatArray = npt.NDArray[np.float64]
 Named = Mapping[str, npt.NDArray[np.bool_]]
 """For each concept, which features are about it, bool [d_sae]."""
+
+
+_STRATUM = 100  # fewest features of like density that are compared with each other
 
 
 def named_features(top_tokens: Sequence[Sequence[str]], concepts: Mapping[str, Concept], min_matches: int) -> Named:
@@ -60,24 +63,50 @@ def chance(n_named: int, n_features: int, top: int) -> tuple[float, float]:
     return top * n_named / n_features, float(hypergeom.sf(0, n_features, n_named, top))
 
 
-def concept_tests(scores: FloatArray, named: Named, top: int) -> pd.DataFrame:
-    """Do a concept's features stand higher in the ranking than as many random ones that fire would?
+def concept_tests(scores: FloatArray, density: FloatArray, named: Named, top: int) -> pd.DataFrame:
+    """Did a concept's features change more, for features that fire as often, than as many random ones would?
+
+    In every fine-tune, null or not, features that fire often change more (README.md), and a concept's features fire
+    more often than most. So each change is first set against those of features of like density: `standing`.
+
+    Args:
+        scores: How much each feature changed, [d_sae]; NaN where it never fires.
+        density: Share of tokens on which it fires, [d_sae].
+        named: The concepts' features.
+        top: How many most changed features count as hits.
 
     Returns:
         One row a concept: concept; hits (features about it among the `top` most changed); best_rank (of the most
         changed of them, from 1; NaN if the SAE has none that fires); p (chance that the best of as many random features
-        ranks as high); q (Benjamini-Hochberg over the concepts).
+        stands as high among features like it); q (Benjamini-Hochberg over the concepts).
     """
-    alive = np.isfinite(scores)
-    order = most_changed(scores, int(alive.sum()))
+    n = int(np.isfinite(scores).sum())
+    plain, fair = most_changed(scores, n), most_changed(standing(scores, density), n)
     rows = []
     for concept, members in named.items():
-        ranks = np.flatnonzero(members[order]) + 1
+        ranks, places = (np.flatnonzero(members[order]) + 1 for order in (plain, fair))
         best = int(ranks[0]) if len(ranks) else None
-        p = float(hypergeom.sf(0, len(order), len(ranks), best)) if best else 1.0
-        rows.append({"concept": concept, "hits": int((ranks <= top).sum()), "best_rank": best, "p": min(1.0, p)})
+        p = float(hypergeom.sf(0, n, len(places), places[0])) if best else 1.0
+        hits = int((ranks <= top).sum())
+        rows.append({"concept": concept, "hits": hits, "best_rank": best, "p": min(1.0, p)})
     table = pd.DataFrame(rows)
     return table.assign(q=benjamini_hochberg(table["p"].to_numpy()))
+
+
+def standing(scores: FloatArray, density: FloatArray) -> FloatArray:
+    """How large each change is among those of features that fire as often, [d_sae], above 0; NaN where it never fires.
+
+    The sizes of a stratum are divided by their mean deviation after their median is taken off, as in the product's
+    `conformal_p`; then the smallest of all is taken off, so that the order is kept and nothing is negative.
+    """
+    sizes = np.abs(scores)
+    groups = strata(np.where(np.isfinite(scores), density, np.nan)[:, None], min_size=_STRATUM)
+    found = np.full(len(scores), np.nan)
+    for group in np.unique(groups[groups >= 0]):
+        members = groups == group
+        middle = np.median(sizes[members])
+        found[members] = (sizes[members] - middle) / (np.abs(sizes[members] - middle).mean() or 1.0)
+    return np.asarray(found - np.nanmin(found)) if np.isfinite(found).any() else found
 
 
 def excess_p(own: FloatArray, others: Sequence[FloatArray], density: FloatArray) -> FloatArray:
@@ -88,4 +117,4 @@ def excess_p(own: FloatArray, others: Sequence[FloatArray], density: FloatArray)
     """
     table = -np.abs(np.stack([own, *others]))
     traits = np.where(np.isnan(table).any(axis=0), np.nan, density)
-    return exchangeable_p(table, strata(traits[:, None], min_size=100))[0]
+    return exchangeable_p(table, strata(traits[:, None], min_size=_STRATUM))[0]

@@ -273,7 +273,7 @@ def _nested(noise: _Noise, seeds: int, features: int) -> Callable[[FloatArray, n
     return draw
 
 
-_FEW = "eight pairs are few for a bootstrap interval, as its docstring says"
+_FEW = "fewer than six prompts: texts of one prompt count as independent, which they are here and seldom elsewhere"
 _HEAVY = "skewness 6: far beyond what bounded outcomes such as cosines show"
 _STEERING, _CROSS, _ARMS, _SEEDS = "steering effects", "cross-activity", "two arms", "SAE seeds"
 _MILD, _WILD = _lognormal(0.5), _lognormal(1.0)

@@ -59,7 +59,8 @@ def _model(
 ) -> dict[str, Any]:
     sizes = change_scores(table)
     top = most_changed(sizes, plan.top)
-    tests = concept_tests(sizes, named, plan.top).set_index("concept")
+    density = table["density_control"].to_numpy(dtype=np.float64)
+    tests = concept_tests(sizes, density, named, plan.top).set_index("concept")
     features = [
         {
             "feature": i,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from figure import draw_models, draw_rates
 from plan import Plan
 
@@ -17,12 +18,15 @@ __all__ = ["headline", "write_results"]
 REQUIRED_SHARE = 5 / 6
 
 
-def headline(simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) -> dict[str, Any]:
+def headline(
+    simulated: Sequence[Mapping[str, Any]], nothing: Sequence[Mapping[str, Any]], models: Mapping[str, Any]
+) -> dict[str, Any]:
     """The numbers that the benchmark is asked for.
 
     `false_positive_rate` and `interval_coverage` are over all settings in which the method promises its level;
     `*_worst` are those of the worst such setting. `null_alarm_rate` is the share of null fine-tunes about which the
-    tool says that a concept was taught.
+    tool says that a concept was taught; `headline_alarm_rate` that of whole studies of nothing whose headline credits
+    fine-tuning with something.
     """
     strict = [one for one in simulated if one["strict"]]
     studies, intervals = (sum(one[key] for one in strict) for key in ("n_studies", "n_intervals"))
@@ -37,11 +41,17 @@ def headline(simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any]) 
         "false_positive_rate_worst": max(one["alarms"] for one in strict),
         "interval_coverage": sum(one["coverage"] * one["n_intervals"] for one in strict) / intervals,
         "interval_coverage_worst": min(one["coverage"] for one in strict),
+        "headline_alarm_rate": sum(one["any"] * one["n"] for one in nothing) / sum(one["n"] for one in nothing),
+        "headline_alarm_rate_worst": max(one["any"] for one in nothing),
     }
 
 
 def write_results(
-    simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any], plan: Plan, out: Path
+    simulated: Sequence[Mapping[str, Any]],
+    nothing: Sequence[Mapping[str, Any]],
+    models: Mapping[str, Any],
+    plan: Plan,
+    out: Path,
 ) -> dict[str, Any]:
     """Write everything to `out`.
 
@@ -49,18 +59,29 @@ def write_results(
         What results.json holds: the headline's keys at the top, then every detail.
     """
     out.mkdir(parents=True, exist_ok=True)
-    head = headline(simulated, models)
-    results = {**head, "simulations": list(simulated), **models, "plan": plan.record, "versions": versions()}
+    head = headline(simulated, nothing, models)
+    results = {
+        **head,
+        "simulations": list(simulated),
+        "null_studies": list(nothing),
+        **models,
+        "plan": plan.record,
+        "versions": versions(),
+    }
     write_json(out / "results.json", results)
     with atomic_path(out / "results.md") as temporary:
-        temporary.write_text(_markdown(head, simulated, models, plan), encoding="utf-8")
+        temporary.write_text(_markdown(head, simulated, nothing, models, plan), encoding="utf-8")
     draw_models(models["models"], out / "planted")
     draw_rates(simulated, out / "simulations")
     return results
 
 
 def _markdown(
-    head: Mapping[str, Any], simulated: Sequence[Mapping[str, Any]], models: Mapping[str, Any], plan: Plan
+    head: Mapping[str, Any],
+    simulated: Sequence[Mapping[str, Any]],
+    nothing: Sequence[Mapping[str, Any]],
+    models: Mapping[str, Any],
+    plan: Plan,
 ) -> str:
     cells = [p for one in models["nulls"].values() for p in one["concept_p"].values()]
     parts = [
@@ -76,6 +97,8 @@ def _markdown(
         f" setting {head['false_positive_rate_worst']:.3f}).",
         f"- Coverage of 95 % intervals: **{head['interval_coverage']:.3f}** (worst setting"
         f" {head['interval_coverage_worst']:.3f}).",
+        f"- Whole studies of nothing whose headline credits fine-tuning with something: "
+        f"**{head['headline_alarm_rate']:.3f}** (nominal 0.05; worst design {head['headline_alarm_rate_worst']:.3f}).",
         "",
         "## Planted concepts",
         "",
@@ -97,13 +120,21 @@ def _markdown(
         *_nulls_table(models),
         "",
         f"Ten features drawn at random hold one about some concept with probability {models['chance_of_any_hit']:.2f}."
-        f" Of the {len(cells)} pairs of null and concept, {sum(p <= 0.05 for p in cells)} have p ≤ 0.05.",
+        f" Of the {len(cells)} pairs of null and concept, {sum(p <= 0.05 for p in cells)} have p ≤ 0.05; their p is"
+        f" {np.mean(cells):.2f} on average.",
         "",
         "## Simulations",
         "",
         "![Error rates](simulations.svg)",
         "",
         *_rates_table(simulated),
+        "",
+        "## Whole studies of nothing",
+        "",
+        "An SAE of the control's model in the treatment's place. *Scatter*: how much SAEs of one model differ beyond"
+        " the luck of their features, in units of that luck. How many studies credit fine-tuning with something:",
+        "",
+        *_nothing_table(nothing),
         "",
     ]
     return "\n".join(parts)
@@ -165,6 +196,19 @@ def _rates_table(simulated: Sequence[Mapping[str, Any]]) -> list[str]:
             f"| {one['setting']} | {_with_error(one['alarms'], one['n_studies'])} |"
             f" {_or_none(one['false_discovery'])} | {_with_error(one['coverage'], one['n_intervals'])} |"
             f" {one['power']:.2f} | {one['n_studies']:,} | {one['remark']} |"
+        )
+    return rows
+
+
+def _nothing_table(nothing: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        "| design | scatter | anything declared | share of domain features | pass rate | mean coherence | studies |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in nothing:
+        rows.append(
+            f"| {one['design']} | {one['seed_noise']:g} | {_with_error(one['any'], one['n'])} |"
+            f" {one['domain_share']:.3f} | {one['pass_rate']:.3f} | {one['coherence_mean']:.3f} | {one['n']:,} |"
         )
     return rows
 

@@ -104,8 +104,11 @@ class TextSource(StrictModel):
 class ArmConfig(StrictModel):
     """One language model with one SAE."""
 
-    role: Literal["control", "treatment", "placebo"]
-    model: ModelConfig
+    role: Literal["control", "treatment", "placebo"] = Field(
+        description="control: the base model. treatment: the fine-tuned one. placebo: the base model again,"
+        " with an SAE of another seed."
+    )
+    model: ModelConfig = Field(description="Which language model; the keys are below.")
     sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
     more_saes: tuple[str, ...] = Field(
         (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
@@ -145,9 +148,11 @@ class GateConfig(StrictModel):
     """When an SAE is good enough for its model: below these the study stops or warns."""
 
     tokens: int = Field(4_096, ge=256, description="Tokens of the study's text to measure on.")
-    min_explained_variance: float = Field(0.6, le=1)
-    min_ce_loss_score: float = Field(0.8, le=1)
-    on_failure: Literal["stop", "warn"] = "stop"
+    min_explained_variance: float = Field(0.6, le=1, description="Share of the variance of activations.")
+    min_ce_loss_score: float = Field(
+        0.8, le=1, description="(CE_zero - CE_sae) / (CE_zero - CE_clean), when activations are replaced."
+    )
+    on_failure: Literal["stop", "warn"] = Field("stop", description="When an SAE is below.")
 
 
 class FeaturesConfig(StrictModel):
@@ -179,12 +184,13 @@ class SteeringConfig(StrictModel):
 
     operator: Literal["add", "clamp", "ablate"] = Field(
         "add",
-        description="Add the decoder row; set the activation to a multiple of its maximum on the study's text; or to 0.",
+        description="Add the decoder row; set the activation to a multiple of its maximum on the text; or to 0.",
     )
     doses: tuple[float, ...] = Field(
         min_length=1,
-        description="Candidates; one is used. add: units of the hook's mean residual norm, by default 0.4."
-        " clamp: multiples of the feature's maximum, by default 5. ablate has none.",
+        description="Candidates; one is used. add: units of the hook's mean residual norm. clamp: multiples of the"
+        " feature's maximum. ablate has none.",
+        json_schema_extra={"default": "0.4 to add, 5 to clamp"},
     )
     coefficient: float | None = Field(
         None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
@@ -192,7 +198,11 @@ class SteeringConfig(StrictModel):
     positions: Literal["all", "generated", "prompt"] = Field(
         "all", description="prompt: the prompt's but the last, as the paper's code did."
     )
-    prompts: tuple[str, ...] = Field(("What topic is on your mind?",), min_length=1)
+    prompts: tuple[str, ...] = Field(
+        ("What topic is on your mind?",),
+        min_length=1,
+        description="Beginnings of texts; each is one independent trial.",
+    )
     search_prompts: tuple[str, ...] = Field(
         (),
         description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
@@ -223,11 +233,11 @@ class SteeringConfig(StrictModel):
         " bert-base-uncased. By default those of coherence.embeddings.",
     )
     samples: int = Field(4, ge=1, description="Texts a prompt.")
-    max_new_tokens: int = Field(50, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(0.3, gt=0, le=1)
-    frequency_penalty: float = 1.0
-    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
+    temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
+    top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
+    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+    batch_size: int = Field(64, ge=1, description="Texts generated at once, each with a vector of its own.")
 
     @property
     def unit(self) -> Literal["residual_norm", "coefficient"]:
@@ -285,8 +295,8 @@ class ComparisonConfig(StrictModel):
     """Intervals and tests."""
 
     alpha: float = Field(0.05, gt=0, lt=1, description="Highest q at which a feature passes.")
-    n_boot: int = Field(2_000, ge=40)
-    n_permutations: int = Field(10_000, ge=100)
+    n_boot: int = Field(2_000, ge=40, description="Resamples of a bootstrap interval.")
+    n_permutations: int = Field(10_000, ge=100, description="Of a permutation test, unless all can be listed.")
     tests: tuple[str, ...] = Field(
         ("domain_share", "pass_rate", "coherence_mean"),
         min_length=1,
@@ -298,16 +308,21 @@ class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
     name: str = Field(description="Letters, digits, dot, dash, underscore.")
-    title: str = ""
-    seed: int = Field(0, ge=0)
-    arms: dict[str, ArmConfig] = Field(min_length=2)
-    text: TextConfig
-    gate: GateConfig = GateConfig()
-    features: FeaturesConfig = FeaturesConfig()
-    coherence: CoherenceConfig = CoherenceConfig()
-    selection: SelectionConfig = SelectionConfig()
-    steering: SteeringConfig | None = Field(default_factory=lambda: SteeringConfig.model_validate({}))
-    comparison: ComparisonConfig = ComparisonConfig()
+    title: str = Field("", description="Heading of the report; by default the name.")
+    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    arms: dict[str, ArmConfig] = Field(
+        min_length=2, description="By name: one control, one treatment, and any number of placebos."
+    )
+    text: TextConfig = Field(description="What activity is measured on; the same for every arm.")
+    gate: GateConfig = Field(GateConfig(), description="When an SAE is good enough for its model.")
+    features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
+    coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
+    selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
+    steering: SteeringConfig | None = Field(
+        default_factory=lambda: SteeringConfig.model_validate({}),
+        description="What is done to features, and what is measured of it.",
+    )
+    comparison: ComparisonConfig = Field(ComparisonConfig(), description="Intervals and tests.")
     training: dict[str, Any] | None = Field(
         None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
     )

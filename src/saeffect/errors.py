@@ -10,6 +10,7 @@
     ├── IncompatibleSae        an SAE that cannot belong to this model and hook
     ├── IncompatibleModels     two arms that cannot be compared (another tokenizer, say)
     ├── EmptySelection         nothing is left to study: no words, no features, no text
+    ├── InUse                  another process is writing to the same folder
     ├── Undefined              a statistic that has no value for these data
     └── Interrupted            stopped by the user; the message says how to resume
 
@@ -28,6 +29,7 @@ __all__ = [
     "EmptySelection",
     "IncompatibleModels",
     "IncompatibleSae",
+    "InUse",
     "Interrupted",
     "NotFound",
     "SaeffectError",
@@ -110,6 +112,10 @@ class IncompatibleModels(SaeffectError):
 
 class EmptySelection(SaeffectError):
     """Nothing is left to study."""
+
+
+class InUse(SaeffectError):
+    """Another process is writing to the same folder."""
 
 
 class Undefined(SaeffectError):

@@ -15,8 +15,9 @@ sys.path.insert(0, str(FOLDER))
 
 from concepts import CONCEPTS, EVERYDAY, FRAMES, concept_text  # noqa: E402
 from fine_tunes import NULLS  # noqa: E402
+from null_studies import NULL_STUDIES, judged, null_arms, null_rates  # noqa: E402
 from plan import NEUTRAL_STEMS, NULL_STEMS, Plan  # noqa: E402
-from scoring import chance, concept_tests, excess_p, most_changed, named_features  # noqa: E402
+from scoring import chance, concept_tests, excess_p, most_changed, named_features, standing  # noqa: E402
 from simulations import SETTINGS, TESTS, Setting, Simulated, rates_of, simulate  # noqa: E402
 from verdicts import judge  # noqa: E402
 from write_up import headline, write_results  # noqa: E402
@@ -81,7 +82,8 @@ def test_chance_and_concept_tests_against_the_hypergeometric() -> None:
     scores = -np.arange(1.0, 101.0)[::-1]  # feature 0 changed most
     scores[50] = np.nan
     named = {"a": np.arange(100) < 3, "b": np.arange(100) == 98, "none": np.arange(100) == 50}
-    tests = concept_tests(scores, named, top=10).set_index("concept")
+    flat = np.full(100, 0.1)  # one stratum: standing and size rank alike
+    tests = concept_tests(scores, flat, named, top=10).set_index("concept")
     assert tests["hits"].tolist() == [3, 0, 0]
     assert tests.loc["a", "best_rank"] == 1 and tests.loc["a", "p"] == pytest.approx(3 / 99)
     assert tests.loc["b", "best_rank"] == 98 and tests.loc["b", "p"] == pytest.approx(98 / 99)
@@ -91,8 +93,54 @@ def test_chance_and_concept_tests_against_the_hypergeometric() -> None:
 def test_concept_tests_hold_their_level_when_nothing_was_taught() -> None:
     rng = np.random.default_rng(0)
     named = {name: np.isin(np.arange(1000), rng.choice(1000, 12, replace=False)) for name in "abcd"}
-    alarms = [bool((concept_tests(rng.standard_normal(1000), named, 10)["q"] <= 0.05).any()) for _ in range(600)]
-    assert abs(np.mean(alarms) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 600)
+    density = rng.random(1000)
+    alarms = [
+        bool((concept_tests(rng.standard_normal(1000), density, named, 10)["q"] <= 0.05).any()) for _ in range(300)
+    ]
+    assert abs(np.mean(alarms) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_concepts_of_features_that_fire_often_raise_no_alarm_for_that() -> None:
+    """Features that fire often change more in every fine-tune; against all others their concept always stands out."""
+    rng = np.random.default_rng(1)
+    density = np.sort(rng.random(1000))
+    named = {"often": np.isin(np.arange(1000), rng.choice(np.arange(700, 1000), 12, replace=False))}
+    p, plain = [], []
+    for _ in range(300):
+        scores = (0.1 + 3 * density) * rng.standard_normal(1000)
+        p.append(concept_tests(scores, density, named, 10)["p"].iloc[0])
+        plain.append(concept_tests(scores, np.ones(1000), named, 10)["p"].iloc[0])
+    error = np.sqrt(0.05 * 0.95 / 300)
+    assert abs(np.mean(np.array(p) <= 0.05) - 0.05) < 3.5 * error
+    assert np.mean(np.array(plain) <= 0.05) > 0.1
+    assert abs(np.mean(p) - 0.5) < 0.06
+
+
+def test_standing_by_hand() -> None:
+    density = np.repeat([0.1, 0.9], 101)
+    scores = np.concatenate([np.arange(101.0), 10 * np.arange(101.0)])
+    scores[3] = np.nan
+    found = standing(scores, density)
+    assert np.isnan(found[3]) and np.nanmin(found) == 0
+    # 100 of 0..100 deviates from its median by as many mean deviations as 1000 of 0..1000
+    assert found[100] == pytest.approx(found[201], rel=0.05)
+    assert np.isnan(standing(np.full(4, np.nan), density[:4])).all()
+
+
+def test_a_study_of_nothing_is_judged_as_compare_judges() -> None:
+    from saeffect.comparison import compare, judge
+
+    arms = null_arms(NULL_STUDIES[3], np.random.default_rng(0))
+    assert [len(arm.saes) for arm in arms.values()] == [2, 3, 1]
+    table = compare(arms, min_matches=2, alpha=0.05, seed=4, n_boot=200, n_permutations=40).contrasts
+    assert judged(arms, 4) == {name: judge(table, name) for name in judged(arms, 4)}
+
+
+def test_studies_of_nothing_credit_fine_tuning_seldom() -> None:
+    """Where the noise of seeds is large; the benchmark counts it with more studies and other designs."""
+    found = null_rates(NULL_STUDIES[4], 60, 0)
+    # 3 of 60 expected at most: 9 or more has a chance below 0.5 %
+    assert found["any"] <= 8 / 60
 
 
 def test_excess_p_is_uniform_when_all_are_alike_and_small_when_not() -> None:
@@ -183,11 +231,14 @@ def test_the_write_up(tmp_path: Path) -> None:
         "candidates": {"ships": 4, "war": 1},
         "perplexity": {n: {"training": {"before": 50.0, "after": 5.0}} for n in ("ships", "null-everyday")},
     }
-    head = headline(simulated, models)
+    rates = {"any": 0.04, "domain_share": 0.01, "pass_rate": 0.02, "coherence_mean": 0.01, "n": 100}
+    nothing = [{"design": "one placebo", "seed_noise": 3.0, **rates}]
+    head = headline(simulated, nothing, models)
+    assert head["headline_alarm_rate"] == head["headline_alarm_rate_worst"] == 0.04
     assert head["planted_found"] == head["planted_total"] == 1 and head["null_alarm_rate"] == 0
     assert head["false_positive_rate"] == pytest.approx(0.05) and head["interval_coverage"] == pytest.approx(0.94)
     assert head["false_positive_rate_worst"] == 0.06 and head["interval_coverage_worst"] == 0.93
-    write_results(simulated, models, Plan(), tmp_path)
+    write_results(simulated, nothing, models, Plan(), tmp_path)
     written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {"planted_found", "planted_total", "null_alarm_rate", "false_positive_rate", "interval_coverage"} <= set(
         written

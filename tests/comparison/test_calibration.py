@@ -52,7 +52,10 @@ def test_alike_stand_ins_raise_none():
     arms = synthetic_arms()
     arms = {**arms, "p2": as_placebo(arms["control"], "p2")}
     table = calibrated(arms)
-    assert (table.loc[("domain_share", BEYOND), "tests"], table.loc[("domain_share", BEYOND), "findings"]) == (6, 0)
+    # each of the three SAEs takes the treatment's place once
+    assert (table.loc[("domain_share", BEYOND), "tests"], table.loc[("domain_share", BEYOND), "findings"]) == (3, 0)
+    together = table.loc[("any declared quantity", "more than SAE noise, after Holm")]
+    assert (together["tests"], together["findings"], together["declared"]) == (3, 0, True)
     assert (table["verdict"] == "within nominal").all()
     assert table.loc[("domain_share", INTERVAL), "declared"]
     assert not table.loc[("effect", INTERVAL), "declared"]
@@ -113,7 +116,7 @@ def test_the_headline_speaks_of_what_was_declared():
     found = compare(synthetic_arms(), tests=("matches_mean",), matches=MatchTables(), **settings)
     assert "matches mean" in found.answer["headline"]
     assert "domain features" not in found.answer["headline"]
-    assert set(found.contrasts.loc[found.contrasts["declared"], "quantity"]) == {"matches_mean"}
+    assert set(found.contrasts.loc[found.contrasts["declared"], "quantity"]) == {"matches_mean", "matches_mean_seeds"}
     assert any("one quantity fixed in advance (matches mean)" in line for line in found.answer["caveats"])
 
 
@@ -121,3 +124,20 @@ def test_the_default_of_the_study_file_is_the_primary_quantities():
     from saeffect.config import ComparisonConfig
 
     assert ComparisonConfig().tests == PRIMARY
+
+
+def test_the_arm_terms_of_the_regression_are_counted():
+    terms = pd.DataFrame(
+        {
+            "term": ["intercept", "coherence", "arm treatment", "arm placebo"],
+            "low": [0.1, 0.1, 0.2, -0.1],
+            "high": [0.2, 0.2, 0.4, 0.1],
+        }
+    )
+    row = calibrated(synthetic_arms(), {"regression": terms}).loc["arm term of the regression", INTERVAL]
+    assert (row["tests"], row["findings"], row["treatment_tests"], row["treatment_findings"]) == (1, 0, 1, 1)
+    assert not row["declared"]
+    bare = calibrated(synthetic_arms(), {"regression": terms.head(3)}).loc["arm term of the regression", INTERVAL]
+    assert bare["reason"] == "no placebo arm has an interval in the regression"
+    whole = compare(synthetic_arms(), min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100).calibration
+    assert "arm term of the regression" in set(whole["test"])

@@ -9,6 +9,7 @@ import pytest
 
 from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Resampling, compare, contrasts, judge, roles_of
 from saeffect.errors import ConfigError
+from synthetic_seeds import synthetic_seeds
 from synthetic_study import synthetic_arms
 
 SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100}
@@ -121,9 +122,20 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
 
 
 def test_a_planted_difference_is_found():
-    comparison = compare(synthetic_arms(seed=2), seed=0, **SMALL)
+    comparison = compare(synthetic_seeds(synthetic_arms(seed=2)), seed=0, **SMALL)
     assert judge(comparison.contrasts, "domain_share").status == "beyond"
     assert judge(comparison.contrasts, "weight_mean").status == "beyond"
+    assert "3 SAEs against 4" in comparison.answer["headline"]
+    assert ", 3 SAEs against 4" in comparison.answer["paragraph"]
+
+
+def test_one_placebo_alone_credits_only_what_dwarfs_it():
+    """The same arms without their further SAEs: ten points of domain features, and nobody can say it is not a seed."""
+    comparison = compare(synthetic_arms(seed=2), seed=0, **SMALL)
+    found = judge(comparison.contrasts, "domain_share")
+    assert found.status == "noise"
+    assert found.p > 0.05
+    assert "noise alone would give as much with p = " in " ".join(comparison.answer["sentences"])
 
 
 def test_a_planted_coherence_difference_is_found_and_no_other():
@@ -133,6 +145,11 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
     arms["treatment"] = replace(
         control, name="treatment", role="treatment", coherence=lifted, facts=arms["treatment"].facts
     )
+    # two more placebos that differ from the control as one SAE from another of a few hundredths
+    for name, shift in (("again", 0.02), ("once-more", -0.01)):
+        moved = control.coherence.assign(coherence=control.coherence["coherence"] + shift)
+        facts = replace(arms["placebo"].facts, seed=name)
+        arms[name] = replace(control, name=name, role="placebo", coherence=moved, facts=facts)
     comparison = compare(arms, seed=0, **SMALL)
     assert judge(comparison.contrasts, "coherence_mean").change.estimate == pytest.approx(0.3)
     assert [judge(comparison.contrasts, quantity).status for quantity in PRIMARY] == [

@@ -136,3 +136,20 @@ def test_a_log_can_leave_out_tokens():
     kept = log.only(np.array([True, False, True]))
     assert kept.n_tokens == 2
     assert kept.matrix().toarray().tolist() == [[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]
+
+
+def test_a_feature_that_never_fires_is_nobodys_counterpart(world):
+    """Feature 0 of the treatment points where the control's does, but is dead: it took nothing over."""
+    base, acts = world
+    control, treatment = (view(name, base, seed, base_acts=acts) for name, seed in (("control", 1), ("treatment", 2)))
+    others = [view(f"p{i}", base, 10 + i, base_acts=acts) for i in range(2)]
+    alive = correspond(control, treatment, others, resampling=SMALL).control
+    treatment.features.loc[0, "density"] = 0.0
+    dead = correspond(control, treatment, others, resampling=SMALL)
+    by_cosine = dead.control[dead.control["measure"] == MEASURES[0]].set_index("feature")
+    assert alive["match"].iloc[0] == 0
+    assert by_cosine.loc[0, "match"] != 0
+    assert by_cosine.loc[0, "assigned"] != 0
+    lost = dead.treatment[(dead.treatment["measure"] == MEASURES[0]) & (dead.treatment["feature"] == 0)].iloc[0]
+    assert lost["reason"] == "it never fires on this text"
+    assert np.isnan(lost["q"])

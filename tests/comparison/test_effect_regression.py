@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
+from scipy import stats
 
 from saeffect.comparison import roles_of
 from saeffect.comparison.effect_regression import effect_regression
@@ -67,6 +68,8 @@ def test_agrees_with_statsmodels_hc3(three):
     np.testing.assert_allclose(terms[["low", "high"]], fit.conf_int())
     assert set(terms["errors"]) == {"HC3"}
     assert terms.loc["arm tuned", "estimate"] == pytest.approx(0.5, abs=0.03)
+    assert "does not hold the noise of SAE training" in terms.loc["arm tuned", "reason"]
+    assert (terms.loc[names[:4], "reason"] == "").all()
 
 
 def test_with_many_saes_errors_are_clustered_by_sae(tiny_arm, three):
@@ -74,12 +77,17 @@ def test_with_many_saes_errors_are_clustered_by_sae(tiny_arm, three):
     arms = three | {f"p{i}": arm_of(tiny_arm, f"p{i}", "placebo", rng) for i in range(4)}
     terms = fitted(arms).terms.set_index("term")
     model, labels = peer(arms, ("tuned",))
-    fit = model.fit(cov_type="cluster", cov_kwds={"groups": pd.factorize(np.array(labels))[0]}, use_t=True)
+    fit = model.fit()
     np.testing.assert_allclose(terms["estimate"], fit.params)
     properties = ["coherence", "log10_density", "decoder_norm"]
-    np.testing.assert_allclose(terms.loc[properties, "p"], fit.pvalues[properties])
+    # leaving out one SAE after the other, by hand
+    labels, clusters = np.array(labels), sorted(set(labels))
+    others = [np.linalg.lstsq(model.exog[labels != c], model.endog[labels != c])[0] for c in clusters]
+    error = np.sqrt(6 / 7 * ((np.array(others) - fit.params.to_numpy()) ** 2).sum(axis=0))
+    reach = stats.t.ppf(0.975, 6) * pd.Series(error, index=fit.params.index)
+    np.testing.assert_allclose(terms.loc[properties, "high"] - terms.loc[properties, "estimate"], reach[properties])
     assert set(terms["errors"]) == {"clustered by SAE"}
-    # one treated cluster: statsmodels gives an error that is far too small
+    # one treated cluster
     assert np.isnan(terms.loc["arm tuned", "p"])
     assert "one steered SAE" in terms.loc["arm tuned", "reason"]
 
@@ -91,6 +99,12 @@ def test_partial_residuals_have_the_terms_slope(three):
         assert len(rows) == 120
         assert np.polyfit(rows["x"], rows["residual"], 1)[0] == pytest.approx(estimates[term])
     assert set(found.partial_residuals["term"]) == {"coherence", "log10_density", "decoder_norm"}
+    # statsmodels' component plus residual (CCPR)
+    model, _ = peer(three, ("tuned", "again"))
+    fit = model.fit()
+    rows = found.partial_residuals[found.partial_residuals["term"] == "coherence"]
+    ccpr = fit.resid + fit.params["coherence"] * fit.model.exog[:, 1]
+    np.testing.assert_allclose(rows["residual"].to_numpy(), np.asarray(ccpr))
 
 
 def test_a_property_that_all_share_is_left_out_with_a_reason(three):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from saeffect.comparison.fate_counts import excess_paired, excess_unpaired
+from saeffect.comparison.fate_counts import ONE_PLACEBO, excess_paired, excess_unpaired
 from saeffect.comparison.resampling import Resampling
 
 
@@ -38,7 +38,7 @@ def test_no_spread_and_too_few() -> None:
     assert "no spread" in excess_unpaired(np.ones(5, bool), [np.zeros(5, bool)], Resampling(), "x").reason
 
 
-@pytest.mark.parametrize(("n_placebos", "seed_noise"), [(1, 0.0), (3, 0.0), (4, 0.3)])
+@pytest.mark.parametrize(("n_placebos", "seed_noise"), [(1, 0.0), (2, 0.0), (2, 0.3), (3, 0.0), (4, 0.3)])
 def test_intervals_hold_the_truth(n_placebos: int, seed_noise: float) -> None:
     """Features of unlike odds; with several placebos also whole SAEs that are better or worse."""
     hits, n, extra = 0, 500, 0.05
@@ -57,3 +57,20 @@ def test_intervals_hold_the_truth(n_placebos: int, seed_noise: float) -> None:
     assert hits / 300 >= 0.95 - 2 * np.sqrt(0.95 * 0.05 / 300)
     if n_placebos == 1:
         assert hits / 300 <= 0.985
+
+
+def test_one_placebo_says_what_its_interval_does_not_hold() -> None:
+    rng = np.random.default_rng(0)
+    own, other, third = rng.random((3, 200)) < 0.3
+    assert excess_paired(own, other[None], Resampling(), "x").reason == ONE_PLACEBO
+    assert excess_unpaired(own, [other], Resampling(), "x").reason == ONE_PLACEBO
+    assert excess_paired(own, np.array([other, third]), Resampling(), "x").reason == ""
+
+
+def test_two_placebos_that_differ_a_lot_give_a_wide_interval() -> None:
+    """Counts 100 and 140: t with one degree of freedom, 12.7 times the root of 3 / 2 times 28.3."""
+    own = np.arange(1000) < 120
+    placebos = np.array([np.arange(1000) < 100, np.arange(1000) < 140])
+    found = excess_paired(own, placebos, Resampling(), "x")
+    assert found.value == 0
+    assert found.high == pytest.approx(12.7062 * np.sqrt(1.5 * 800), rel=0.06)

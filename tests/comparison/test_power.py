@@ -9,9 +9,10 @@ import pytest
 from statsmodels.stats.power import NormalIndPower, TTestIndPower, TTestPower
 from statsmodels.stats.proportion import proportion_effectsize
 
-from saeffect.comparison import PRIMARY, Resampling, contrasts, roles_of
+from saeffect.comparison import PRIMARY, Resampling, compare, contrasts, roles_of
 from saeffect.comparison.measures import coherence_of
 from saeffect.comparison.power import power_table
+from saeffect.stats import detectable_few_means
 from synthetic_study import synthetic_arms
 
 
@@ -74,3 +75,17 @@ def test_no_domain_feature(arms):
     assert table.loc["domain_share", "detectable"] > 0
     assert "fewer than two units" in table.loc["coherence_mean", "reason"]
     assert isinstance(table, pd.DataFrame)
+
+
+def test_saes_as_units_ask_for_what_holm_asks(arms):
+    roles = roles_of({name: arm.role for name, arm in arms.items()})
+    table = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=50, n_permutations=50).power.set_index("test")
+    row = table.loc["coherence_mean_seeds"]
+    values = [coherence_of(arms[name]).mean() for name in (roles.control, *roles.placebos)]
+    assert (row["n_a"], row["n_b"], row["alpha"]) == (2, 1, pytest.approx(0.05 / 3))
+    assert row["spread"] == pytest.approx(np.std(values, ddof=1))
+    peer = detectable_few_means(row["spread"], 2, 1, alpha=0.05 / 3)
+    assert row["detectable"] == peer.difference
+    share = table.loc["pass_rate_seeds"]
+    assert np.isnan(share["detectable"])
+    assert "even a difference of 100 percentage points" in share["reason"]

@@ -110,3 +110,25 @@ def test_too_few_clusters_and_no_spread_are_undefined_with_a_reason():
 def test_each_name_has_its_own_stream():
     assert Resampling(seed=3).seed_for("a") != Resampling(seed=3).seed_for("b")
     assert Resampling(seed=3).seed_for("a") != Resampling(seed=4).seed_for("a")
+
+
+def test_intervals_of_few_features_hold_the_truth():
+    """Six against eight features of ten weights each: plain percentiles hold it in 89 of a hundred studies."""
+    rng, hits, n = np.random.default_rng(12), 0, 400
+    for study in range(n):
+        arms = []
+        for size in (6, 8):
+            clusters = np.repeat(np.arange(size), 10)
+            arms.append((rng.normal(size=size)[clusters] + rng.normal(size=10 * size), clusters))
+        found = compare_moment(arms[0], arms[1], "mean", Resampling(study, 400, 20), "x").difference
+        hits += found.low <= 0 <= found.high
+    assert 0.93 <= hits / n <= 0.985
+
+
+def test_a_p_is_never_zero():
+    values = np.concatenate([np.arange(20.0), 1000 + np.arange(20.0)])
+    clusters = np.arange(20)
+    found = compare_moment((values[:20], clusters), (values[20:], clusters), "mean", Resampling(0, 50, 99), "x")
+    assert found.p == 1 / 100  # only the real labels reach so far
+    counts = compare_counts(np.zeros(30, int), np.full(30, 9), Resampling(0, 50, 99), "x")
+    assert counts.p == 1 / 100

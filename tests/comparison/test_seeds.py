@@ -26,7 +26,7 @@ def further(arm, *shifts):
 
 def rows_of(arms):
     roles = roles_of({name: arm.role for name, arm in arms.items()})
-    return as_table(seed_contrasts(arms, roles, resampling=SMALL), PRIMARY), roles
+    return as_table(seed_contrasts(arms, roles, min_matches=2, resampling=SMALL), PRIMARY), roles
 
 
 @pytest.fixture
@@ -49,9 +49,11 @@ def test_the_sae_is_the_unit(arms):
     # mean coherence of the SAEs: base 0.3, 0.4, 0.5 and again 0.35; tuned 0.8 and 0.84
     control, treatment = [0.3, 0.4, 0.5, 0.35], [0.8, 0.84]
     assert (row["value_a"], row["value_b"]) == pytest.approx((np.mean(control), np.mean(treatment)))
-    peer = stats.ttest_ind(treatment, control, equal_var=False)
-    assert row["p"] == pytest.approx(peer.pvalue)
-    assert (row["low"], row["high"]) == pytest.approx(tuple(peer.confidence_interval(0.95)))
+    # with two against four, Student's p is the larger one and Welch's interval the narrower
+    welch, peer = (stats.ttest_ind(treatment, control, equal_var=equal) for equal in (False, True))
+    assert row["p"] == pytest.approx(max(peer.pvalue, welch.pvalue))
+    ends = [one.confidence_interval(0.95) for one in (peer, welch)]
+    assert (row["low"], row["high"]) == pytest.approx((min(e.low for e in ends), max(e.high for e in ends)))
     assert (row["saes_a"], row["saes_b"], row["remark"], row["declared"]) == (4, 2, "", True)
 
 
@@ -65,10 +67,12 @@ def test_differences_in_differences_is_treatment_minus_placebo(arms):
 
 def test_every_quantity_and_every_comparison(arms):
     table, _ = rows_of(arms)
-    assert set(table["quantity"]) == {f"{name}_seeds" for name in SEED_QUANTITIES}
-    assert table.groupby("comparison", sort=False).size().to_dict() == dict.fromkeys(
-        ["fine-tuning", "retraining", "beyond retraining", "all seeds"], len(SEED_QUANTITIES)
-    )
+    assert {f"{name}_seeds" for name in SEED_QUANTITIES} < set(table["quantity"])
+    assert {"pass_rate_seeds", "weight_variance_seeds"} < set(table["quantity"])
+    assert not table.duplicated(["quantity", "comparison", "a", "b"]).any()
+    sizes = table.groupby("comparison", sort=False).size().to_dict()
+    assert sizes.pop("all seeds") == 14  # every quantity that a whole SAE has
+    assert sizes == dict.fromkeys(["fine-tuning", "retraining", "beyond retraining"], len(SEED_QUANTITIES))
 
 
 def test_effects_average_prompts_within_features_within_saes(arms):
@@ -85,7 +89,7 @@ def test_alike_saes_have_no_interval_and_say_so(tiny_arm):
     table, _ = rows_of(arms)
     share = table[(table["quantity"] == "domain_share_seeds") & (table["comparison"] == "all seeds")].iloc[0]
     assert np.isnan(share["low"])
-    assert "all groups are alike" in share["reason"]
+    assert "all alike" in share["reason"]
 
 
 def test_an_sae_without_a_value_is_named(tiny_arm):
@@ -133,7 +137,10 @@ def test_seeds_stand_in_for_a_placebo(tiny_arm):
     base = spread(tiny_arm, "base", "control", 0.0, 0.01, -0.01)
     tuned = spread(tiny_arm, "tuned", "treatment", 0.3, 0.01, -0.01)
     assert judged({"base": base, "tuned": tuned}).status == "beyond"
-    assert judged({"base": replace(base, seeds=None), "tuned": tuned}).status == "unseparated"
+    # one SAE of the control is taken to scatter as the treatment's three do; with one each nothing is known
+    assert judged({"base": replace(base, seeds=None), "tuned": tuned}).status == "beyond"
+    alone = {"base": replace(base, seeds=None), "tuned": replace(tuned, seeds=None)}
+    assert judged(alone).status == "unseparated"
 
 
 def test_control_saes_are_those_of_the_controls_model(arms):
@@ -145,3 +152,15 @@ def test_control_saes_are_those_of_the_controls_model(arms):
 def test_a_table_of_seeds_without_a_column_is_refused(arms):
     with pytest.raises(BadFile, match="seeds table of arm 'base' has no column is_domain"):
         replace(arms["base"], seeds=arms["base"].seeds.drop(columns="is_domain"))
+
+
+def test_shares_of_few_saes_differ_by_one_at_most(tiny_arm):
+    arms = {"base": tiny_arm(), "tuned": tiny_arm("tuned", "treatment"), "again": tiny_arm("again", "placebo")}
+    effects = arms["tuned"].effects
+    arms["tuned"] = replace(arms["tuned"], effects=effects.assign(passed=[True, True, False]))
+    arms["again"] = replace(arms["again"], effects=effects.assign(passed=[False, False, False]))
+    table, _ = rows_of(arms)
+    row = table[table["quantity"] == "pass_rate_seeds"].iloc[0]
+    assert (row["value_a"], row["value_b"], row["low"], row["high"]) == (0.25, 1.0, -1.0, 1.0)
+    assert row["p"] == pytest.approx(stats.ttest_ind([1.0], [0.5, 0.0], equal_var=True).pvalue)
+    assert "taken to scatter" in row["remark"]

@@ -7,6 +7,7 @@ import pytest
 from saeffect.comparison import compare
 from saeffect.comparison.threat import SEVERITIES
 from synthetic_matches import synthetic_matches
+from synthetic_seeds import synthetic_seeds
 from synthetic_study import synthetic_arms
 
 
@@ -38,7 +39,9 @@ def with_facts(arm, **facts):
 def test_a_fair_study_has_no_serious_threat(arms):
     table = found(arms)
     assert "serious" not in set(table["severity"])
-    assert severity_of(table, "One placebo arm is one draw") == "moderate"
+    # control and placebo, and one SAE of the treatment: t with one degree of freedom times the root of 3 / 2
+    assert severity_of(table, "more than 15.6 standard deviations of such SAEs") == "moderate"
+    assert severity_of(table, "2 SAEs of the control's model, one SAE of the treatment's") == "moderate"
     assert severity_of(table, "of such intervals, about one in twenty") == "minor"
     assert not table["threat"].str.contains("Features are matched").any()
 
@@ -68,3 +71,15 @@ def test_matching_brings_threats_of_its_own(arms):
     table = found(arms, matches=synthetic_matches())
     assert severity_of(table, "Features are matched on the study's text") == "minor"
     assert severity_of(table, "has no placebo here") == "moderate"
+
+
+def test_with_several_saes_a_side_only_what_was_steered_lacks_seeds(arms):
+    table = found(synthetic_seeds(arms, n_features=120))
+    rows = table[table["threat"].str.contains("Few SAEs show")]
+    assert len(rows) == 1
+    assert "a change of the pass rate is credited" in rows["threat"].iloc[0]
+
+
+def test_further_saes_stand_in_for_a_placebo_arm(arms):
+    without = {name: arm for name, arm in synthetic_seeds(arms, n_features=120).items() if name != "placebo"}
+    assert not found(without)["threat"].str.contains("There is no placebo arm").any()

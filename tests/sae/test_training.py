@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 from planted import planted_store, true_features
 
 from saeffect.activations.shards import ActivationStore
-from saeffect.errors import BadFile, ConfigError, EmptySelection, UnknownName
+from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training import SaeJob, train_sae, train_saes
 from saeffect.sae.training_config import Architecture, SaeTrainingConfig
 from saeffect.sae.training_step import TRAINABLE
+from saeffect.sole_writer import sole_writer
 
 WEIGHTS = "sae_weights.safetensors"
 METADATA = {"hook_name": "blocks.1.hook_resid_pre"}
@@ -296,6 +297,17 @@ def test_a_folder_that_cannot_be(
     with complains(BadFile, "this folder cannot be written", "choose another", at=str(out)):
         train_sae(store, SMALL, out, metadata={})
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_into_which_another_process_trains(
+    store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    with pytest.raises(_Stop):
+        train_sae(store, SMALL, tmp_path, metadata={}, say=_stop_at(10))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with sole_writer(tmp_path), complains(InUse, "another process is writing", at=str(tmp_path)):
+        train_sae(store, SMALL, tmp_path, metadata={})
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_less_than_one_batch(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:

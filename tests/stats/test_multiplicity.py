@@ -7,7 +7,7 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 
 from saeffect.errors import ShapeMismatch, Undefined
-from saeffect.stats import benjamini_hochberg
+from saeffect.stats import benjamini_hochberg, holm
 
 
 def test_by_hand() -> None:
@@ -59,3 +59,25 @@ def test_the_share_of_false_findings_stays_under_alpha() -> None:
     error = false_share.std() / math.sqrt(n_studies)
     assert false_share.mean() == pytest.approx(0.08, abs=4 * error)
     assert n_found > 0.8 * n_studies * n_real
+
+
+@pytest.mark.parametrize("n", [1, 2, 17, 300])
+def test_holm_agrees_with_statsmodels(n: int) -> None:
+    p = np.round(np.random.default_rng(n).beta(0.5, 1.0, size=n), 2)
+    assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_holm_by_hand_and_degenerate() -> None:
+    # Sorted 0.01, 0.02, 0.04 times 3, 2, 1; NaN does not count.
+    assert holm([0.04, math.nan, 0.01, 0.02])[[0, 2, 3]] == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([]).shape == (0,)
+    assert np.isnan(holm([math.nan])).all()
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+    with pytest.raises(Undefined):
+        holm([1.5])
+
+
+def test_holm_raises_one_false_alarm_in_twenty_studies_at_most() -> None:
+    p = np.random.default_rng(7).uniform(size=(4000, 3))
+    alarms = np.mean([bool((holm(row) <= 0.05).any()) for row in p])
+    assert alarms == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / 4000))

@@ -9,6 +9,8 @@ from statsmodels.stats.proportion import proportion_effectsize
 
 from saeffect.errors import ConfigError
 from saeffect.stats import (
+    cautious_difference_test,
+    detectable_few_means,
     detectable_mean_difference,
     detectable_paired_mean,
     detectable_proportion_difference,
@@ -77,3 +79,18 @@ def test_impossible_rates_are_refused(alpha, power):
         detectable_paired_mean(1.0, 5, alpha=alpha, power=power)
     with pytest.raises(ConfigError, match="p_a"):
         detectable_proportion_difference(1.5, 5, 5)
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "alpha"), [(3, 3, 0.05), (3, 1, 0.05), (6, 2, 0.05), (4, 3, 0.017)])
+def test_few_means_are_found_as_often_as_said(n_a, n_b, alpha):
+    found = detectable_few_means(2.0, n_a, n_b, alpha=alpha).difference
+    rng = np.random.default_rng(5)
+    draws = [(rng.normal(0, 2, n_a), rng.normal(found, 2, n_b)) for _ in range(3000)]
+    share = np.mean([cautious_difference_test(a, b).p <= alpha for a, b in draws])
+    assert share == pytest.approx(0.8, abs=4 * math.sqrt(0.16 / 3000))
+
+
+def test_few_means_without_an_answer():
+    assert "fewer than three" in detectable_few_means(1.0, 1, 1).reason
+    assert detectable_few_means(0.0, 3, 3).reason == "no spread to judge by"
+    assert math.isnan(detectable_few_means(math.nan, 3, 3).difference)

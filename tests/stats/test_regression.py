@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from statsmodels.regression.linear_model import OLS
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.stats import ols_robust
@@ -45,16 +46,42 @@ def test_hc3_agrees_with_its_formula() -> None:
     assert (table["n"] == N).all() and (table["reason"] == "").all()
 
 
-def test_cluster_errors_agree_with_their_formula() -> None:
+def test_cluster_errors_agree_with_leaving_out_each_cluster() -> None:
     design = np.column_stack([np.ones(N), X.to_numpy(dtype=float)])
-    scores = pd.DataFrame(design * residuals_of(design)[:, None]).groupby(CLUSTERS).sum().to_numpy()
-    n_clusters = len(scores)
-    correction = n_clusters / (n_clusters - 1) * (N - 1) / (N - 3)
-    estimate, half, p = by_hand(correction * scores.T @ scores, n_clusters - 1)
+    n_clusters = len(set(CLUSTERS))
+    full = OLS(Y.to_numpy(), design).fit().params
+    others = [OLS(Y.to_numpy()[CLUSTERS != c], design[CLUSTERS != c]).fit().params for c in sorted(set(CLUSTERS))]
+    error = np.sqrt((n_clusters - 1) / n_clusters * ((np.array(others) - full) ** 2).sum(axis=0))
+    half = scipy.stats.t.ppf(0.975, n_clusters - 1) * error
     table = ols_robust(Y, X, clusters=[f"prompt {c}" for c in CLUSTERS])
-    assert table["estimate"].to_numpy() == pytest.approx(estimate)
+    assert table["estimate"].to_numpy() == pytest.approx(full)
     assert table["high"].to_numpy() - table["estimate"].to_numpy() == pytest.approx(half)
-    assert table["p"].to_numpy() == pytest.approx(p, rel=1e-6)
+    assert table["p"].to_numpy() == pytest.approx(2 * scipy.stats.t.sf(np.abs(full / error), n_clusters - 1), rel=1e-6)
+    # Liang & Zeger's through statsmodels: another formula for the same, smaller with few clusters
+    peer = OLS(Y.to_numpy(), design).fit(cov_type="cluster", cov_kwds={"groups": np.asarray(CLUSTERS)}, use_t=True)
+    assert (error / peer.bse == pytest.approx(1.0, abs=0.5)) and (error > peer.bse * 0.95).all()
+
+
+def test_few_clusters_keep_the_level_of_the_test() -> None:
+    rng = np.random.default_rng(8)
+    n_studies, n_clusters, size = 400, 7, 12
+    clusters = np.repeat(np.arange(n_clusters), size)
+    false = 0
+    for _ in range(n_studies):
+        x = pd.DataFrame({"x": rng.normal(size=len(clusters)) + rng.normal(size=n_clusters)[clusters]})
+        y = rng.normal(size=n_clusters)[clusters] + rng.normal(size=len(clusters))
+        false += ols_robust(y, x, clusters)["p"][1] <= 0.05
+    assert false / n_studies <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / n_studies)
+
+
+def test_a_term_of_one_cluster_has_no_error_and_the_others_have() -> None:
+    clusters = np.repeat(np.arange(5), 8)
+    rng = np.random.default_rng(2)
+    columns = pd.DataFrame({"x": rng.normal(size=40), "only": (clusters == 1).astype(float)})
+    table = ols_robust(rng.normal(size=40), columns, clusters).set_index("term")
+    assert math.isnan(table.loc["only", "p"])
+    assert "one cluster alone" in table.loc["only", "reason"]
+    assert table.loc[["intercept", "x"], ["low", "high", "p"]].notna().all(axis=None)
 
 
 def test_a_line_by_hand() -> None:
@@ -88,8 +115,7 @@ def test_clusters_that_share_their_luck_are_not_taken_for_evidence() -> None:
         y = rng.normal(size=n_clusters)[clusters] + 0.5 * rng.normal(size=len(clusters))
         false_clustered += ols_robust(y, x, clusters)["p"][1] <= 0.05
         false_single += ols_robust(y, x)["p"][1] <= 0.05
-    # Clustered errors are known to be a little small with 30 clusters: 0.05 to 0.08.
-    assert false_clustered / n_studies == pytest.approx(0.065, abs=4 * math.sqrt(0.065 * 0.935 / n_studies))
+    assert false_clustered / n_studies == pytest.approx(0.05, abs=4 * math.sqrt(0.05 * 0.95 / n_studies))
     assert false_single / n_studies > 0.25
 
 

@@ -9,7 +9,12 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats.student import mean_difference_interval, mean_interval
+from saeffect.stats.student import (
+    cautious_difference,
+    cautious_difference_test,
+    mean_difference_interval,
+    mean_interval,
+)
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -71,3 +76,45 @@ def test_covers_the_mean_of_eight_differences() -> None:
     draws = np.random.default_rng(0).standard_normal((4000, 8))
     held = np.mean([found.low <= 0 <= found.high for found in map(mean_interval, draws)])
     assert abs(held - 0.95) < 3 * math.sqrt(0.95 * 0.05 / 4000)
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(2, 1), (3, 3), (6, 2), (2, 6), (5, 4)])
+def test_the_cautious_interval_is_the_wider_of_students_and_welchs(n_a: int, n_b: int) -> None:
+    rng = np.random.default_rng(n_a * 10 + n_b)
+    a, b = rng.normal(size=n_a), rng.normal(1.0, 2.0, size=n_b)
+    peers = [scipy_stats.ttest_ind(b, a, equal_var=True)]
+    if min(n_a, n_b) > 1:
+        peers.append(scipy_stats.ttest_ind(b, a, equal_var=False))
+    ends = [peer.confidence_interval(0.95) for peer in peers]
+    found, test = cautious_difference(a, b), cautious_difference_test(a, b)
+    assert found.low == pytest.approx(min(end.low for end in ends))
+    assert found.high == pytest.approx(max(end.high for end in ends))
+    assert test.p == pytest.approx(max(peer.pvalue for peer in peers))
+    assert (test.p <= 0.05) == (found.low > 0 or found.high < 0)
+    assert found.value == test.statistic == pytest.approx(b.mean() - a.mean())
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(2, 1), (3, 1), (3, 3), (6, 2), (10, 2)])
+def test_the_cautious_test_keeps_its_level_where_nothing_differs(n_a: int, n_b: int) -> None:
+    """Welch's alone does not: 7.5 and 10 in a hundred with two values against six and ten."""
+    rng, n = np.random.default_rng(3), 4000
+    rate = np.mean([cautious_difference_test(*np.split(rng.normal(size=n_a + n_b), [n_a])).p <= 0.05 for _ in range(n)])
+    assert rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
+    if n_b == 1:  # Student's alone, exact
+        assert rate == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / n))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        ([], [1.0, 2.0], "a: there are none"),
+        ([1.0, math.nan], [1.0], "1 of 2 values are NaN"),
+        ([1.0], [2.0], "one value on either side"),
+        ([1.0, 1.0], [2.0, 2.0], "all alike"),
+        ([1.0, 1.0], [2.0], "all alike"),
+    ],
+)
+def test_no_cautious_interval_says_why(a: list[float], b: list[float], reason: str) -> None:
+    found, test = cautious_difference(a, b), cautious_difference_test(a, b)
+    assert math.isnan(found.low) and math.isnan(test.p)
+    assert reason in found.reason and reason in test.reason

@@ -54,6 +54,9 @@ def test_no_placebo_is_of_the_domain_or_the_feature_itself():
     found = matched_features(table(), [1, 2, 3], domain=range(50), n=4)
     assert found["placebo"].min() >= 50
     assert len(found) == 12
+    outside = matched_features(table(), [60, 70], domain=range(50), n=4)  # a feature need not be of the domain
+    assert (outside["placebo"] != outside["feature"]).all()
+    assert (outside["distance"] > 0).all()
 
 
 def test_silent_features_are_matched_with_silent_ones():

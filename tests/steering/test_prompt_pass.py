@@ -30,6 +30,15 @@ CONFIGS = {
     "bloom": lambda: transformers.BloomConfig(
         vocab_size=D_VOCAB, hidden_size=WIDTH, n_layer=3, n_head=4, initializer_range=0.2
     ),
+    "gptj": lambda: transformers.GPTJConfig(
+        vocab_size=D_VOCAB, n_embd=WIDTH, n_layer=3, n_head=4, rotary_dim=4, n_positions=64, initializer_range=0.2
+    ),
+    "falcon": lambda: transformers.FalconConfig(**COMMON, initializer_range=0.2),
+    "falcon, alibi": lambda: transformers.FalconConfig(**COMMON, alibi=True, initializer_range=0.2),
+    "phi": lambda: transformers.PhiConfig(**COMMON, intermediate_size=48, initializer_range=0.2),
+    "olmo2": lambda: transformers.Olmo2Config(**LLAMA),
+    "qwen3": lambda: transformers.Qwen3Config(**LLAMA, head_dim=8),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**LLAMA, head_dim=8, sliding_window=4),
     "opt": lambda: transformers.OPTConfig(**COMMON, ffn_dim=48, word_embed_proj_dim=WIDTH, init_std=0.2),
 }
 

@@ -15,7 +15,7 @@ from saeffect.provenance import write_json
 from saeffect.sae.compact import save_compact
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.check import check_study
-from saeffect.study.comparison import read_comparison
+from saeffect.study.comparison import read_comparison, run_comparison
 from saeffect.study.matching import read_matches
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -133,10 +133,27 @@ def test_fates_are_judged_by_three_other_seeds(seeded) -> None:
 def test_calibration_counts_every_pair_of_the_controls_saes(seeded) -> None:
     table = read_comparison(seeded[1]).calibration.set_index(["test", "rule"])
     assert table.loc[("domain_share", "the interval excludes zero"), "tests"] == 4 * 3 / 2
-    assert table.loc[("domain_share", "more than SAE noise"), "tests"] == 4 * 3
+    assert table.loc[("domain_share", "more than SAE noise"), "tests"] == 4  # each in turn
     assert table.loc[("pass_rate", "the interval excludes zero"), "tests"] <= 1  # only two were steered
     assert table.loc[("pass_rate", "more than SAE noise"), "verdict"] == "cannot be judged"
     assert table.loc[("cross-activity", "q at most alpha"), "findings"] == 0
+
+
+def test_what_the_study_file_says_reaches_the_comparison(seeded, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = seeded[1], {}
+
+    def spy(arms, **options):
+        seen.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr("saeffect.study.comparison.compare", spy)
+    with pytest.raises(InterruptedError):
+        list(run_comparison(run)())
+    config = run.study.config
+    wanted = config.comparison.model_dump(include={"tests", "alpha", "n_boot", "n_permutations"})
+    wanted |= {"min_matches": config.selection.min_matches, "seed": config.seed}
+    assert {name: value for name, value in seen.items() if name != "matches"} == wanted
+    assert not seen["matches"].fates_control.empty
 
 
 def test_the_answer_speaks_of_all_of_it(seeded) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from saeffect.errors import ConfigError
+from saeffect.errors import ConfigError, InUse
 from saeffect.provenance import read_json
+from saeffect.sole_writer import sole_writer
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
 from tiny_study import make_study
@@ -93,6 +94,14 @@ def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], t
     first, second = tree(run), tree(tmp_path / "run")
     del first["manifest.json"], second["manifest.json"]
     assert first == second
+
+
+def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> None:
+    path, run = finished
+    before = tree(run)
+    with sole_writer(run), pytest.raises(InUse, match="another process"):
+        run_study(Study.open(path), run, stages=["report"], redo=True)
+    assert tree(run) == before
 
 
 def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import yaml
 
 from saeffect.errors import ConfigError, UnknownName
+from saeffect.provenance import read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_plan import site_of
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -71,6 +75,21 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
         baselines = table(run, "baselines")
         said = baselines.loc[baselines["condition"] == "mean_difference", "reason"]
         assert (said != "").all()
+
+
+def test_the_site_is_what_the_gate_and_the_features_measured(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "run", tmp_path / "run")
+    features = table(tmp_path / "run", "features")
+    features.loc[features["feature"] == 3, "max_activation"] = math.nan  # it never fired
+    features[::-1].to_parquet(tmp_path / "run" / "arms" / "control" / "features.parquet")
+    study = opened(prepared)
+    site, W_dec = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
+    gate = read_json(tmp_path / "run" / "arms" / "control" / "gate.json")
+    assert (site.mean_norm, site.norm_limit) == (gate["mean_norm"], gate["norm_limit"])
+    assert site.max_acts is not None
+    assert site.max_acts.tolist() == pytest.approx(features["max_activation"].fillna(0.0).tolist())
+    assert site.max_acts[3] == 0, "and so has no maximum to be clamped to"
+    assert len(W_dec) == len(features)
 
 
 def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> None:

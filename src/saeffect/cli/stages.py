@@ -48,8 +48,23 @@ def run(study: _Study, out: _Out = None, redo: _Redo = False) -> None:
     _run(study, out, STAGES, redo)
 
 
-def check(study: _Study, out: _Out = None) -> None:
+def _show_keys(wanted: bool) -> None:
+    if wanted:
+        from saeffect.study.study_keys import study_keys
+
+        typer.echo(study_keys(), nl=False)
+        raise typer.Exit
+
+
+def check(
+    study: _Study,
+    out: _Out = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Show the keys of a study file.", callback=_show_keys, is_eager=True)
+    ] = False,
+) -> None:
     """Names, files, shapes, tokenizers, disk, and the design check."""
+    del keys
     from saeffect.study.check import check_study
     from saeffect.study.study import Study
 

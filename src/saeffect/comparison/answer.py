@@ -13,6 +13,7 @@ from saeffect.comparison.evidence_words import (
     calibration_sentence,
     cross_sentence,
     fate_sentences,
+    over_all_saes,
     power_sentence,
     short_name,
     too_many_alarms,
@@ -70,7 +71,8 @@ def answer(
     """Put the tables into words.
 
     Nothing is called a change by fine-tuning unless `judge` finds it beyond SAE noise, and every
-    difference comes with its interval. What has no interval is named, with the reason.
+    difference comes with its interval: that over all SAEs where both models have several. What has no interval is
+    named, with the reason.
 
     Args:
         arms: The arms by name.
@@ -154,18 +156,23 @@ def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Fi
 
 
 def _changed(one: Judgement) -> str:
-    up = one.change.estimate > 0
+    up = one.told.estimate > 0
     more = "larger" if up else "smaller"
     words = {
         "domain_share": f"a {'larger' if up else 'smaller'} share of them are domain features",
         "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
         "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
     }.get(one.quantity, f"the {short_name(one.quantity)} is {more}")
-    return f"{words} ({interval(one.change)})"
+    return f"{words} ({interval(one.told)}{_over(one)})"
 
 
 def _named(judged: list[Judgement]) -> str:
     return joined([short_name(one.quantity) for one in judged])
+
+
+def _over(one: Judgement) -> str:
+    """Whose difference it is, where it is not that of one SAE from one other."""
+    return f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
 
 
 def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:
@@ -261,7 +268,7 @@ def _difference(judged: Judgement, roles: Roles) -> str:
         return f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
     text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
     if judged.seeds is not None:
-        text += f" Over all SAEs of both models it is {interval(judged.seeds, short=True)}, noise of training included."
+        text += f" {over_all_saes(judged, short=True)}"
     noise = [f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
@@ -269,6 +276,8 @@ def _difference(judged: Judgement, roles: Roles) -> str:
 
 
 def _verdict(judged: Judgement, roles: Roles) -> str:
+    if judged.by_seeds:
+        return _verdict_of_seeds(judged)
     if judged.status == "unclear":
         return "The interval of the difference includes zero: we cannot tell whether fine-tuning changed it."
     if judged.status == "unseparated":
@@ -277,11 +286,30 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
             why = reasons[0] if reasons else "no interval"
             return f"The placebo cannot be compared ({why}), so this may be SAE noise."
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
-    if not judged.beyond:  # other seeds alone stand for the placebo
-        if judged.status == "beyond":
-            return "The difference is more than the noise of SAE training."
-        return "That is not clearly more than the noise of SAE training, so we cannot credit fine-tuning with it."
     apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])
+    apart = f" ({apart})" if judged.beyond else ""
     if judged.status == "beyond":
-        return f"The difference is more than that noise ({apart})."
-    return f"That is not clearly more than this noise ({apart}), so we cannot credit fine-tuning with it."
+        return f"The difference is more than that noise{apart}."
+    return (
+        f"That is not clearly more than this noise{apart}: {_chance_of_noise(judged)}, so we cannot credit fine-tuning "
+        "with it."
+    )
+
+
+def _verdict_of_seeds(judged: Judgement) -> str:
+    """Where both models have several SAEs, these decide."""
+    if judged.status == "beyond":
+        return f"Over all SAEs that is more than the noise of SAE training ({_chance_of_noise(judged)})."
+    if judged.status == "unclear":
+        return "Both intervals include zero: we cannot tell whether fine-tuning changed it."
+    return (
+        "Over all SAEs that is not clearly more than the noise of SAE training "
+        f"({_chance_of_noise(judged)}), so we cannot credit fine-tuning with it."
+    )
+
+
+def _chance_of_noise(judged: Judgement) -> str:
+    """How often seeds alone would set the SAEs so far apart."""
+    if math.isnan(judged.p):
+        return "how much SAEs of one model differ is not known"
+    return f"noise alone would give as much with p = {number(judged.p, 3)}"

@@ -17,9 +17,10 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import QUANTITIES, Contrast, as_table, pair_contrasts
-from saeffect.comparison.judgement import judge
+from saeffect.comparison.judgement import ALPHA, judge, settled
+from saeffect.comparison.measures import sae_value
 from saeffect.comparison.resampling import LEVEL, Resampling
-from saeffect.comparison.seeds import control_saes
+from saeffect.comparison.seeds import all_saes_contrast, control_saes
 from saeffect.stats.proportions import wilson
 
 __all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
@@ -32,6 +33,7 @@ _TOO_MANY = "more alarms than nominal"
 _UNKNOWN = "cannot be judged"
 _COLUMNS = ("test", "rule", "unit", "declared", "nominal", "tests", "findings", "rate", "low", "high")
 _INTERVAL, _BEYOND = "the interval excludes zero", "more than SAE noise"
+_ANY, _CORRECTED = "any declared quantity", "more than SAE noise, after Holm"
 _LOW_P, _CALLED = "p at most alpha", "a feature is called at q at most alpha"
 
 
@@ -67,7 +69,7 @@ def calibration_table(
         alpha: Highest q of a finding about a feature.
         min_matches: As of the contrasts.
         resampling: As of the contrasts.
-        evidence: The tables "fates_null" and "cross_activity", where there are such.
+        evidence: The tables "fates_null", "cross_activity" and "regression", where there are such.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -75,20 +77,23 @@ def calibration_table(
         their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one;
         `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
         share SAEs, so they are not quite independent and the interval is a little too narrow. An interval is the same
-        in either direction, so it counts once for two SAEs; all else counts every ordered pair.
+        in either direction, so it counts once for two SAEs; the rule of the headline counts every SAE that takes the
+        treatment's place once, and fates every ordered pair. The test "any declared quantity" is the headline itself.
     """
     saes = control_saes(arms, roles)
     pairs = _pairs(saes, min_matches, resampling)
     rows = []
-    for quantity in (name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in QUANTITIES):
-        declared = quantity in tests
-        rows.append(_interval_row(quantity, declared, pairs, saes, contrasts))
-        rows.append(_beyond_row(quantity, declared, pairs, saes, contrasts))
+    beyond = _beyond_rows(tests, pairs, saes, contrasts, min_matches)
+    for quantity in (name for name in beyond if name != _ANY):
+        rows += [_interval_row(quantity, quantity in tests, pairs, saes, contrasts), beyond[quantity]]
+    rows += [beyond[_ANY]] if _ANY in beyond else []
     tables = evidence or {}
     if "fates_null" in tables and len(tables["fates_null"]):
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
     if "cross_activity" in tables and len(tables["cross_activity"]):
         rows.append(_cross_row(tables["cross_activity"], alpha, "cross_activity" in tests))
+    if "regression" in tables and len(tables["regression"]):
+        rows.append(_regression_row(tables["regression"], roles))
     columns = [*_COLUMNS, "treatment_tests", "treatment_findings", "verdict", "reason"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -139,32 +144,80 @@ def _interval_row(
     return _row(quantity, _INTERVAL, "pairs of SAEs", declared, 1 - LEVEL, null, treatment, reason)
 
 
-def _beyond_row(
-    quantity: str, declared: bool, pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame
-) -> dict[str, Any]:
-    """The rule of the headline, with the other SAEs as placebos."""
-    null = _Count()
-    for a, b in itertools.permutations(saes, 2):
-        rest = [one for one in saes if one is not a and one is not b]
-        rows = [_named(pairs, quantity, "fine-tuning", a, b)]
-        for other in rest:
-            rows += [
-                _named(pairs, quantity, "retraining", a, other),
-                _named(pairs, quantity, "beyond retraining", other, b),
-            ]
-        known = [row for row in rows if row is not None and math.isfinite(row.low)]
-        if rest and len(known) == len(rows):
-            null = null.plus(judge(as_table(known, ()), quantity).status == "beyond")
-    real = judge(contrasts, quantity) if quantity in set(contrasts["quantity"]) else None
-    treatment = _Count()
-    if real is not None and real.status not in ("undefined", "unseparated"):
-        treatment = treatment.plus(real.status == "beyond")
-    reason = ""
-    if not null.tests:
-        reason = "it needs three SAEs of the control's model: control, stand-in and placebo"
-        if len(saes) > 2 and quantity in ("pass_rate", "effect", "direct_effect", "paper_pass_rate"):
-            reason += ", all of them steered"
-    return _row(quantity, _BEYOND, "ordered pairs of SAEs", declared, 1 - LEVEL, null, treatment, reason)
+def _beyond_rows(
+    tests: Sequence[str], pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame, min_matches: int
+) -> dict[str, dict[str, Any]]:
+    """The rule of the headline, quantity by quantity and for all that were declared together.
+
+    Each SAE in turn is the treatment's, and all others are the control's and its placebos'.
+    """
+    quantities = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in QUANTITIES]
+    usable = {name: _usable(name, saes, min_matches) for name in quantities}
+    found = {name: _Count() for name in quantities}
+    together = _Count()
+    for b in saes:
+        rows = [row for name in quantities if b in usable[name]
+                for row in _stand_in(name, b, usable[name], pairs, min_matches)]  # fmt: skip
+        if not rows:
+            continue
+        alone, corrected = as_table(rows, ()), settled(as_table(rows, tests))
+        tried = [name for name in quantities if name in set(alone["quantity"])]
+        for name in tried:
+            found[name] = found[name].plus(judge(alone, name).status == "beyond")
+        declared = [name for name in tried if name in tests]
+        if declared:
+            together = together.plus(any(judge(corrected, name).status == "beyond" for name in declared))
+    unit = "SAEs, each in the treatment's place"
+    reasons = {name: "" if found[name].tests else _too_few_saes(name, saes) for name in quantities}
+    real = {name: _real(contrasts, name) for name in quantities}
+    table = {
+        name: _row(name, _BEYOND, unit, name in tests, ALPHA, found[name], real[name], reasons[name])
+        for name in quantities
+    }
+    declared = [name for name in quantities if name in tests]
+    if declared:
+        any_real = sum(real[name].findings for name in declared) > 0
+        judged = _Count(int(any(real[name].tests for name in declared)), int(any_real))
+        reason = "" if together.tests else reasons[declared[0]]
+        table[_ANY] = _row(_ANY, _CORRECTED, unit, True, ALPHA, together, judged, reason)
+    return table
+
+
+def _usable(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[ArmTables]:
+    """SAEs that have the quantity; all for what only a pair has. None if they are fewer than three."""
+    of_a_pair = quantity in ("coherence_normalised", "coherence_delta")
+    having = [sae for sae in saes if of_a_pair or math.isfinite(sae_value(quantity, sae, min_matches))]
+    return having if len(having) > 2 else []
+
+
+def _stand_in(quantity: str, b: ArmTables, saes: Sequence[ArmTables], pairs: _Rows, min_matches: int) -> list[Contrast]:
+    """The contrasts of a study in which `b` is the treatment's SAE and the others the control's; none if undefined."""
+    a, *others = [one for one in saes if one is not b]
+    rows = [_named(pairs, quantity, "fine-tuning", a, b)]
+    for other in others:
+        rows += [
+            _named(pairs, quantity, "retraining", a, other),
+            _named(pairs, quantity, "beyond retraining", other, b),
+        ]
+    known = [row for row in rows if row is not None and math.isfinite(row.low)]
+    if len(known) < len(rows):
+        return []
+    over = all_saes_contrast(quantity, [a, *others], [b], min_matches=min_matches)
+    return [*known, over] if over.saes_b else known
+
+
+def _real(contrasts: pd.DataFrame, quantity: str) -> _Count:
+    if quantity not in set(contrasts["quantity"]):
+        return _Count()
+    status = judge(contrasts, quantity).status
+    return _Count() if status in ("undefined", "unseparated") else _Count().plus(status == "beyond")
+
+
+def _too_few_saes(quantity: str, saes: Sequence[ArmTables]) -> str:
+    reason = "it needs three SAEs of the control's model: control, stand-in and placebo"
+    if len(saes) > 2 and quantity in ("pass_rate", "effect", "direct_effect", "paper_pass_rate"):
+        reason += ", all of them steered"
+    return reason
 
 
 def _named(pairs: _Rows, quantity: str, comparison: str, a: ArmTables, b: ArmTables) -> Contrast | None:
@@ -193,6 +246,22 @@ def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, A
         "how often it raises a false alarm"
     )
     return _row("cross-activity", "q at most alpha", "features", declared, alpha, _Count(), treatment, reason)
+
+
+def _regression_row(terms: pd.DataFrame, roles: Roles) -> dict[str, Any]:
+    """Does the effect of steering depend on the arm, like features compared? In a placebo it should not."""
+    known = terms[terms["low"].notna()].set_index("term")
+    counts = []
+    for names in (roles.placebos, (roles.treatment,)):
+        count = _Count()
+        for name in names:
+            if f"arm {name}" in known.index:
+                row = known.loc[f"arm {name}"]
+                count = count.plus(bool(row["low"] > 0 or row["high"] < 0))
+        counts.append(count)
+    reason = "" if counts[0].tests else "no placebo arm has an interval in the regression"
+    name = "arm term of the regression"
+    return _row(name, _INTERVAL, "placebo arms", False, 1 - LEVEL, counts[0], counts[1], reason)
 
 
 def _row(

@@ -16,7 +16,7 @@ from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Findings, MatchTables
-from saeffect.comparison.judgement import PRIMARY
+from saeffect.comparison.judgement import PRIMARY, settled
 from saeffect.comparison.power import power_table
 from saeffect.comparison.resampling import Resampling
 from saeffect.comparison.seeds import seed_contrasts
@@ -105,9 +105,10 @@ def _tables(
     min_matches, alpha = thresholds
     matches = matches or MatchTables()
     differences = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
-    over_seeds = seed_contrasts(arms, roles, resampling=resampling)
+    over_seeds = seed_contrasts(arms, roles, min_matches=min_matches, resampling=resampling)
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
+    differences = settled(differences)
     regression = effect_regression(arms, roles)
     return Findings(
         table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
@@ -125,7 +126,11 @@ def _tables(
             alpha=alpha,
             min_matches=min_matches,
             resampling=resampling,
-            evidence={"fates_null": matches.fates_null, "cross_activity": matches.cross_activity},
+            evidence={
+                "fates_null": matches.fates_null,
+                "cross_activity": matches.cross_activity,
+                "regression": regression.terms,
+            },
         ),
         power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
         by_chance=chance_table(arms, roles, matches, alpha=alpha),

@@ -32,7 +32,8 @@ class EffectRegression:
     Attributes:
         terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`,
             `estimate` (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3"
-            or "clustered by SAE"), `reason`, `n_left_out` features.
+            or "clustered by SAE"), `reason` (why a number is NaN, or what noise an interval does not hold),
+            `n_left_out` features.
         partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual`, what the
             other terms leave unexplained (the residual plus the term's own part). Its slope is the estimate.
     """
@@ -71,6 +72,9 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
         alone = fit["term"] == f"arm {roles.treatment}"
         fit.loc[alone, ["low", "high", "p"]] = np.nan
         fit.loc[alone, "reason"] = "the treatment has one steered SAE, so nothing shows how much another would differ"
+    else:  # beside an interval the reason is a remark
+        of_arm = fit["term"].str.startswith("arm ") & fit["low"].notna()
+        fit.loc[of_arm, "reason"] = "one SAE an arm: the interval does not hold the noise of SAE training"
     left_out = len(data) - len(usable)
     if flat:
         fit = pd.concat([fit, _flat_rows(flat, usable, str(fit["errors"].iloc[0]))], ignore_index=True)

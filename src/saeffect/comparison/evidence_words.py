@@ -9,12 +9,15 @@ import pandas as pd
 
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
-from saeffect.comparison.wording import joined, number, percent, whole
+from saeffect.comparison.fate_counts import ONE_PLACEBO
+from saeffect.comparison.judgement import Judgement
+from saeffect.comparison.wording import interval, joined, number, percent, whole
 
 __all__ = [
     "calibration_sentence",
     "cross_sentence",
     "fate_sentences",
+    "over_all_saes",
     "power_sentence",
     "short_name",
     "too_many_alarms",
@@ -68,7 +71,12 @@ def _excess(gone: dict[str, Any], new: dict[str, Any]) -> str:
             f"{number(float(row['n_treatment']), 0)} {words} against {number(float(row['n_placebo']), 0)} in an SAE of "
             f"another seed (excess {number(float(row['excess']), 0, signed=True)}, 95 % interval {low} to {high})"
         )
-    return f"By similarity alone there are {joined(parts)}." if parts else ""
+    if not parts:
+        return ""
+    remark = ""
+    if ONE_PLACEBO in (str(gone["reason"]), str(new["reason"])):
+        remark = " With one other seed that interval does not hold the noise of SAE training."
+    return f"By similarity alone there are {joined(parts)}.{remark}"
 
 
 def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
@@ -95,6 +103,25 @@ def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
     return f"{text}. Any further training changes a little everywhere, so read the sizes."
 
 
+def over_all_saes(judged: Judgement, *, short: bool = False) -> str:
+    """The difference over all SAEs of both models, and whether its interval leaves zero out; "" without one."""
+    if judged.seeds is None:
+        return ""
+    difference = interval(judged.seeds, short=short)
+    ends = "excludes" if judged.seeds.sign else "includes"
+    n_a, n_b = judged.n_saes
+    if min(n_a, n_b) == 1:
+        one, others, model = (judged.seeds.b, n_a, "control") if n_b == 1 else (judged.seeds.a, n_b, "treatment")
+        return (
+            f"Taking {one}'s SAE to scatter as the {others} SAEs of the {model}'s model do, it is {difference}; that "
+            f"holds the noise of SAE training and {ends} zero."
+        )
+    return (
+        f"Over all SAEs of both models ({judged.n_saes[1]} against {judged.n_saes[0]}) it is {difference}; that holds "
+        f"the noise of SAE training and {ends} zero."
+    )
+
+
 def calibration_sentence(calibration: pd.DataFrame) -> str:
     """What the comparison finds where there is nothing to find."""
     if calibration.empty:
@@ -117,7 +144,7 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
     bad = judged[judged["verdict"] != WITHIN]
     if bad.empty:
         few = int(shown["tests"].min())
-        often = f", though with {few} tests only frequent alarms would show" if few < 20 else ""
+        often = f", though with {few} test{'' if few == 1 else 's'} only frequent alarms would show" if few < 20 else ""
         return f"{text} No test raised more alarms than its nominal rate allows{often}."
     named = joined(
         [

@@ -12,17 +12,19 @@ from saeffect.comparison.resampling import LEVEL, Resampling, undefined
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.estimate import Estimate
 
-__all__ = ["excess_paired", "excess_unpaired"]
+__all__ = ["ONE_PLACEBO", "excess_paired", "excess_unpaired"]
 
 BoolArray = npt.NDArray[np.bool_]
+ONE_PLACEBO = "one placebo: the interval does not hold the noise of SAE training"
+"""The reason beside an interval that another seed could leave."""
 
 
 def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
     """By how many more features something holds for the treatment than for the placebo, same features.
 
-    Features are resampled with what all SAEs show for them. With several placebos their seeds are resampled
-    too, and the treatment's own seed is given the noise of a placebo's; with one, the interval knows nothing
-    of differences between whole SAEs.
+    Features are resampled with what all SAEs show for them. With several placebos the scatter of their counts is
+    added, once for the treatment's own seed and once for their mean, and Student's t knows how few they are; with
+    one, the interval knows nothing of differences between whole SAEs, and `reason` says so.
 
     Args:
         own: bool [n], whether it holds for each feature in the treatment.
@@ -31,7 +33,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
         name: Names this number; gives it a random stream of its own.
 
     Returns:
-        Count in the treatment minus the mean count in the placebos, with a 95 % percentile interval.
+        Count in the treatment minus the mean count in the placebos, with a 95 % interval.
 
     Example:
         >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
@@ -47,7 +49,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
         return undefined("every feature shows the same in every SAE, so there is no spread", n, value)
     rng = np.random.default_rng(resampling.seed_for("fates", name))
     drawn = rng.multinomial(n, counts / n, size=resampling.n_boot).astype(np.float64) @ patterns.T
-    return _estimate(value, drawn[:, 0], drawn[:, 1:], n, rng)
+    return _estimate(value, drawn[:, 0] - drawn[:, 1:].mean(axis=1), placebos.sum(axis=1).astype(np.float64), n)
 
 
 def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
@@ -76,19 +78,22 @@ def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: R
     rng = np.random.default_rng(resampling.seed_for("fates", name))
     mine = rng.binomial(n, own.mean(), size=resampling.n_boot).astype(np.float64)
     theirs = n * rng.binomial(sizes, shares, size=(resampling.n_boot, len(sizes))) / sizes
-    return _estimate(value, mine, theirs, n, rng)
+    return _estimate(value, mine - theirs.mean(axis=1), n * shares, n)
 
 
-def _estimate(value: float, own: FloatArray, placebos: FloatArray, n: int, rng: np.random.Generator) -> Estimate:
-    """Interval from resampled counts [n_boot] and [n_boot, n_placebos]."""
-    n_boot, n_placebos = placebos.shape
-    mean = placebos.mean(axis=1)
-    replicates = own - mean
-    if n_placebos > 1:
-        # A mean of few seeds, resampled, spreads too little by this factor.
-        widen = math.sqrt(n_placebos / (n_placebos - 1))
-        weights = rng.multinomial(n_placebos, np.full(n_placebos, 1 / n_placebos), size=n_boot) / n_placebos
-        own_seed = placebos[np.arange(n_boot), rng.integers(0, n_placebos, size=n_boot)] - mean
-        replicates += widen * (own_seed - ((placebos * weights).sum(axis=1) - mean))
-    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value, float(low), float(high), n)
+def _estimate(value: float, replicates: FloatArray, placebos: FloatArray, n: int) -> Estimate:
+    """Interval from resampled differences [n_boot] and the counts of the placebos [n_placebos]."""
+    from scipy.special import ndtri, stdtrit
+
+    n_placebos = len(placebos)
+    if n_placebos == 1:
+        low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Estimate(value, float(low), float(high), n, ONE_PLACEBO)
+    of_features = float(replicates.var())
+    of_seeds = float(placebos.var(ddof=1)) * (1 + 1 / n_placebos)
+    # Two independent kinds of luck, each with a reach of its own: the features are many, the seeds few.
+    reach = math.hypot(
+        float(ndtri((1 + LEVEL) / 2)) * math.sqrt(of_features),
+        float(stdtrit(n_placebos - 1, (1 + LEVEL) / 2)) * math.sqrt(of_seeds),
+    )
+    return Estimate(value, value - reach, value + reach, n)

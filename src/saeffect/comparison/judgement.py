@@ -1,4 +1,9 @@
-"""When may a difference be credited to fine-tuning? One rule, for three quantities fixed in advance."""
+"""When may a difference be credited to fine-tuning? One rule, for the quantities that were fixed in advance.
+
+SAEs of one model differ by their seed alone, and by how much only several of them can show. A quantity of a whole
+SAE (a share, a mean) is therefore one number, and the question is whether the treatment's SAEs lie where another SAE
+of the control's model would. `noise_p` answers it; `judge` turns it into one of five readings.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 
-__all__ = ["PRIMARY", "Gap", "Judgement", "Status", "exceeds_noise", "judge"]
+from saeffect.stats.multiplicity import holm
+from saeffect.stats.student import cautious_difference_test
+
+__all__ = [
+    "ALL_SEEDS",
+    "ALPHA",
+    "PRIMARY",
+    "Gap",
+    "Judgement",
+    "Status",
+    "exceeds_noise",
+    "judge",
+    "noise_p",
+    "settled",
+]
 
 PRIMARY = ("domain_share", "pass_rate", "coherence_mean")
 """The quantities of the headline, fixed before seeing data; all else in the contrasts is exploration."""
 
-_MARGIN = 3.0
+ALL_SEEDS = "all seeds"
+"""The comparison of every SAE of the treatment's model with every SAE of the control's, placebos included."""
+
+ALPHA = 0.05
+"""How often a study in which fine-tuning did nothing may credit it with something."""
 
 Status = Literal["undefined", "unclear", "unseparated", "noise", "beyond"]
 
@@ -50,15 +74,18 @@ class Judgement:
 
     Attributes:
         quantity: Its name in the contrasts.
-        status: "undefined": no interval. "unclear": the interval of treatment minus control includes zero.
-            "unseparated": it does not, but no placebo can tell fine-tuning from SAE noise. "noise": a placebo
-            moves as far, or is not clearly apart from the treatment, or the interval over SAE seeds includes zero.
-            "beyond": more than SAE noise.
-        change: Treatment minus control.
+        status: "undefined": no interval. "unseparated": the interval of treatment minus control excludes zero, but no
+            second SAE of the control's model can tell fine-tuning from SAE noise. "beyond": more than SAE noise.
+            "noise": not clearly more than that, though an interval (one SAE each, or all SAEs) excludes zero.
+            "unclear": none does.
+        change: Treatment minus control, one SAE each.
         retraining: Placebo minus control, each placebo.
         beyond: Treatment minus placebo, each placebo.
-        seeds: All SAEs of the treatment's model minus all of the control's, with an interval that holds the noise
-            of SAE training; None unless both models have several.
+        seeds: All SAEs of the treatment's model minus all of the control's, with an interval that holds the noise of
+            SAE training; None where there is none.
+        n_saes: SAEs of the control's and of the treatment's model behind it.
+        p: How likely SAE noise alone would set the treatment this far apart; for declared quantities after Holm's
+            correction for their number. NaN where nobody knows.
     """
 
     quantity: str
@@ -67,64 +94,138 @@ class Judgement:
     retraining: tuple[Gap, ...]
     beyond: tuple[Gap, ...]
     seeds: Gap | None = None
+    n_saes: tuple[int, int] = (1, 1)
+    p: float = math.nan
+
+    @property
+    def by_seeds(self) -> bool:
+        """Whether both models have several SAEs, so that these alone decide."""
+        return self.seeds is not None and min(self.n_saes) > 1
+
+    @property
+    def told(self) -> Gap:
+        """The difference that the reading speaks of: over all SAEs where these decide, else treatment minus control."""
+        return self.seeds if self.seeds is not None and self.by_seeds else self.change
 
 
-def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap]) -> bool:
-    """Whether treatment minus control is more than SAE noise.
+def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap], *, p: float | None = None) -> bool:
+    """Whether one SAE of the treatment's model differs from the control's by more than SAE noise.
 
-    For every placebo arm three things must hold. The interval of treatment minus control excludes zero; that
-    of treatment minus placebo does so on the same side; and the change is larger than the placebo's, or three
-    times as large if the placebo's own interval excludes zero: then SAEs of different seeds differ by more
-    than the intervals know, and the placebo is the only measure of how much.
+    The interval of treatment minus control excludes zero, and that of treatment minus each placebo on the same side:
+    then it is more than the luck of the features. And the treatment lies outside of where one more SAE of the
+    control's model is to be expected, as its SAEs so far show: then it is more than the luck of the seed.
 
-    If fine-tuning did nothing, a quantity passes in 0.9 % of studies with one placebo, as long as seeds add
-    nothing to the noise between features. It gets worse the more they add: up to 19 % with one placebo, 7 %
-    with two and 4 % with three (simulated with normal arms, over all ratios of the two kinds of noise).
+    With one placebo that takes a change eleven times as large as the placebo's: two SAEs hardly tell how much SAEs
+    differ. Two placebos ask for about five standard deviations, three for 3.6.
+
+    If fine-tuning did nothing, a quantity passes in at most 5 % of studies, however much seeds matter, and in far
+    fewer where they do not (tests/comparison/test_judgement.py).
 
     Args:
         change: Treatment minus control.
         retraining: Placebo minus control, each placebo.
         beyond: Treatment minus placebo, in the same order.
+        p: As `noise_p` gives it, if that is known from elsewhere; NaN if SAEs show no noise.
     """
-    return change.sign != 0 and all(
-        apart.sign == change.sign and abs(change.estimate) > (_MARGIN if noise.sign else 1.0) * abs(noise.estimate)
-        for noise, apart in zip(retraining, beyond, strict=True)
-    )
+    p = noise_p(change, retraining) if p is None else p
+    sides = [apart.sign for apart in beyond]
+    return change.sign != 0 and all(side == change.sign for side in sides) and not p > ALPHA
+
+
+def noise_p(change: Gap, retraining: Sequence[Gap]) -> float:
+    """How likely one more SAE of the control's model would lie as far off as the treatment's, from the gaps alone.
+
+    Args:
+        change: Treatment minus control.
+        retraining: Placebo minus control, each placebo.
+
+    Returns:
+        Two-sided p of Student's t for one value more; NaN without a placebo, or where all of them equal the control.
+
+    Example:
+        >>> apart, noise = Gap("c", "t", 0.5, 0.4, 0.6, ""), Gap("c", "p", 0.1, -0.1, 0.3, "")
+        >>> round(noise_p(apart, [noise]), 3)  # Student's t with one degree of freedom
+        0.121
+    """
+    control = np.array([0.0, *(gap.estimate for gap in retraining)])
+    if not np.isfinite([*control, change.estimate]).all():
+        return math.nan
+    return cautious_difference_test(control, np.array([change.estimate])).p
+
+
+def settled(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """The contrasts with `p_noise` and `p_noise_holm`, on the rows of "fine-tuning" alone.
+
+    The former says how likely SAE noise alone would set control and treatment this far apart: p over all SAEs where
+    there is such a row, else `noise_p`. The latter is Holm's correction over the declared quantities, so that a study
+    in which fine-tuning did nothing credits it with anything at all in at most 5 %.
+    """
+    tuned = contrasts["comparison"] == "fine-tuning"
+    quantities = contrasts["quantity"]
+    rows = np.flatnonzero(tuned & ~quantities.str.endswith(("_seeds", "_ratio")))
+    p = np.full(len(contrasts), np.nan)
+    p[rows] = [_noise_p_of(contrasts, str(quantities.iloc[row])) for row in rows]
+    adjusted = np.full(len(contrasts), np.nan)
+    declared = rows[contrasts["declared"].to_numpy(dtype=bool)[rows]]
+    adjusted[declared] = holm(p[declared])
+    return contrasts.assign(p_noise=p, p_noise_holm=adjusted)
 
 
 def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
-    """Judge one quantity by the contrasts, as `exceeds_noise` rules.
+    """Judge one quantity.
 
-    Where both models have several SAEs, the interval over these must exclude zero on the same side, too; it also
-    stands in for a placebo arm where there is none.
+    Where both models have several SAEs these alone decide: the change is more than SAE noise if p over SAEs is at
+    most 5 %. With one SAE of the treatment's model `exceeds_noise` decides. Declared quantities are corrected for
+    their number (`settled`).
 
     Args:
-        contrasts: The table of `saeffect.comparison.contrasts`.
+        contrasts: The table of `saeffect.comparison.contrasts`, with the rows of `seed_contrasts` if there are any.
         quantity: A value of its column `quantity`.
     """
     rows = contrasts[contrasts["quantity"] == quantity]
     change = _gaps(rows, "fine-tuning")[0]
     retraining, beyond = _gaps(rows, "retraining"), _gaps(rows, "beyond retraining")
-    seeds = _over_seeds(contrasts, quantity)
+    seeds, n_saes = _over_seeds(contrasts, quantity)
+    p = _p_of(contrasts, rows, quantity)
+    several = seeds is not None and min(n_saes) > 1
     status: Status
-    if not change.defined:
+    if several and p <= ALPHA:
+        status = "beyond"
+    elif not change.defined:
         status = "undefined"
+    elif several:
+        status = "noise" if change.sign or (seeds is not None and seeds.sign) else "unclear"
     elif change.sign == 0:
         status = "unclear"
-    elif (not retraining and seeds is None) or not all(gap.defined for gap in (*retraining, *beyond)):
+    elif not (retraining or seeds) or not all(gap.defined for gap in (*retraining, *beyond)):
         status = "unseparated"
-    elif exceeds_noise(change, retraining, beyond) and (seeds is None or seeds.sign == change.sign):
-        status = "beyond"
     else:
-        status = "noise"
-    return Judgement(quantity, status, change, retraining, beyond, seeds)
+        status = "beyond" if exceeds_noise(change, retraining, beyond, p=p) else "noise"
+    return Judgement(quantity, status, change, retraining, beyond, seeds, n_saes, p)
 
 
-def _over_seeds(contrasts: pd.DataFrame, quantity: str) -> Gap | None:
-    rows = contrasts[contrasts["quantity"] == f"{quantity}_seeds"]
-    found = _gaps(rows, "all seeds")
-    several = found and bool((rows.loc[rows["comparison"] == "all seeds", ["saes_a", "saes_b"]] > 1).all(axis=None))
-    return found[0] if several and found[0].defined else None
+def _p_of(contrasts: pd.DataFrame, rows: pd.DataFrame, quantity: str) -> float:
+    """After Holm where that was worked out, else as it is."""
+    if "p_noise" not in contrasts:
+        return _noise_p_of(contrasts, quantity)
+    row = rows[rows["comparison"] == "fine-tuning"].iloc[0]
+    return float(row["p_noise_holm"] if bool(row["declared"]) else row["p_noise"])
+
+
+def _noise_p_of(contrasts: pd.DataFrame, quantity: str) -> float:
+    over = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
+    if len(over):
+        return float(over["p"].iloc[0])
+    rows = contrasts[contrasts["quantity"] == quantity]
+    return noise_p(_gaps(rows, "fine-tuning")[0], _gaps(rows, "retraining"))
+
+
+def _over_seeds(contrasts: pd.DataFrame, quantity: str) -> tuple[Gap | None, tuple[int, int]]:
+    rows = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
+    if rows.empty:
+        return None, (1, 1)
+    gap = _gaps(rows, ALL_SEEDS)[0]
+    return (gap if gap.defined else None), (int(rows["saes_a"].iloc[0]), int(rows["saes_b"].iloc[0]))
 
 
 def _gaps(rows: pd.DataFrame, comparison: str) -> tuple[Gap, ...]:

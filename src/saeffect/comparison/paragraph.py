@@ -17,7 +17,7 @@ import pandas as pd
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import short_name
 from saeffect.comparison.findings import Findings
-from saeffect.comparison.judgement import Gap, Judgement, judge
+from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge
 from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.comparison.wording import bracketed, joined, number, percent, whole
 from saeffect.text.tokens import printable_token
@@ -91,52 +91,70 @@ def paragraph(
 
 def _quantities(text: Paragraph, found: Findings, judged: Mapping[str, Judgement], roles: Roles, control: str) -> None:
     """The first quantity beside its placebo, the others in a sentence each."""
-    rows = found.contrasts[found.contrasts["comparison"] == "fine-tuning"].set_index("quantity")
-    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in rows.index}
+    compared = set(found.contrasts.loc[found.contrasts["comparison"] == "fine-tuning", "quantity"])
+    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in compared}
     if not known:
         why = "; ".join(dict.fromkeys(one.change.reason for one in judged.values() if one.change.reason))
         text.say(f"None of the declared quantities can be compared ({why or 'no interval'}).")
-    for place, (name, one) in enumerate(known.items()):
+    for place, one in enumerate(known.values()):
         if place == 0:
-            _first(text, name, one, rows.loc[name], roles, control)
+            _first(text, one, _told(found.contrasts, one), roles, control)
         else:
-            _other(text, name, one, rows.loc[name], control)
-    if "pass_rate" not in judged and "pass_rate" in rows.index:  # steering has its say in any case
+            _other(text, one, _told(found.contrasts, one), control)
+    if "pass_rate" not in judged and "pass_rate" in compared:  # steering has its say in any case
         steered = judge(found.contrasts, "pass_rate")
         if steered.status != "undefined":
-            _other(text, "pass_rate", steered, rows.loc["pass_rate"], control, ", not declared beforehand")
+            _other(text, steered, _told(found.contrasts, steered), control, ", not declared beforehand")
 
 
-def _first(text: Paragraph, name: str, one: Judgement, row: pd.Series[Any], roles: Roles, control: str) -> None:
-    write = _writer(one)
+def _told(contrasts: pd.DataFrame, one: Judgement) -> pd.Series[Any]:
+    """The row of the difference that is told: that over all SAEs where these decide."""
+    quantity, comparison = (f"{one.quantity}_seeds", ALL_SEEDS) if one.by_seeds else (one.quantity, "fine-tuning")
+    return contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == comparison)].iloc[0]
+
+
+def _first(text: Paragraph, one: Judgement, row: pd.Series[Any], roles: Roles, control: str) -> None:
+    write, name = _writer(one), one.quantity
     before, between = _SUBJECTS.get(name, (f"The {short_name(name)} is ", ""))
     text.say(before)
-    text.cite(write(float(row["value_a"])), "contrasts", quantity=name, comparison="fine-tuning")
+    _cite(text, write(float(row["value_a"])), row)
     text.say(between.format(control=control) + " before fine-tuning and ")
-    text.cite(write(float(row["value_b"])), "contrasts", quantity=name, comparison="fine-tuning")
+    _cite(text, write(float(row["value_b"])), row)
     text.say(" after: ")
-    text.cite(bracketed(one.change, full=True), "contrasts", quantity=name, comparison="fine-tuning")
-    gaps = [gap for gap in one.retraining if gap.defined]
-    for place, gap in enumerate(gaps):
+    _cite(text, bracketed(one.told, full=True), row)
+    text.say(_over(one))
+    if one.seeds is not None and not one.by_seeds:
+        text.say("; SAE noise included ")
+        _cite_gap(text, one.seeds, f"{name}_seeds", ALL_SEEDS)
+    for place, gap in enumerate(gap for gap in one.retraining if gap.defined):
         text.say("; retraining the unchanged model's SAE gives " if place == 0 else ", ")
         _cite_gap(text, gap, name, "retraining")
         text.say(f" ({gap.b})")
-    if not roles.placebos:
+    if not roles.placebos and one.seeds is None:
         text.say("; there is no placebo arm to show what retraining the SAE alone gives")
     text.say(".")
 
 
-def _other(text: Paragraph, name: str, one: Judgement, row: pd.Series[Any], control: str, remark: str = "") -> None:
+def _other(text: Paragraph, one: Judgement, row: pd.Series[Any], control: str, remark: str = "") -> None:
     write = _writer(one)
-    words = _OTHERS.get(name, ("The " + short_name(name) + " goes from ", " to ", ""))
+    words = _OTHERS.get(one.quantity, ("The " + short_name(one.quantity) + " goes from ", " to ", ""))
     before, between, after = (word.format(control=control) for word in words)
     text.say(" " + before)
-    text.cite(write(float(row["value_a"])), "contrasts", quantity=name, comparison="fine-tuning")
+    _cite(text, write(float(row["value_a"])), row)
     text.say(between)
-    text.cite(write(float(row["value_b"])), "contrasts", quantity=name, comparison="fine-tuning")
+    _cite(text, write(float(row["value_b"])), row)
     text.say(after + " (")
-    _cite_gap(text, one.change, name, "fine-tuning")
-    text.say(f"{remark}).")
+    _cite_gap(text, one.told, str(row["quantity"]), str(row["comparison"]))
+    text.say(f"{_over(one)}{remark}).")
+
+
+def _over(one: Judgement) -> str:
+    """Whose difference it is, where it is not that of one SAE from one other."""
+    return f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
+
+
+def _cite(text: Paragraph, words: str, row: pd.Series[Any]) -> None:
+    text.cite(words, "contrasts", quantity=str(row["quantity"]), comparison=str(row["comparison"]))
 
 
 def _cite_gap(text: Paragraph, gap: Gap, name: str, comparison: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
 from saeffect.comparison.measures import (
     FloatArray,
     activity_of,
@@ -18,13 +19,15 @@ from saeffect.comparison.measures import (
     effect_of,
     match_counts_of,
     pass_counts,
+    sae_value,
     scale_count,
     steered_minus_placebo,
 )
-from saeffect.comparison.seeds import ALL_SEEDS, control_saes
+from saeffect.comparison.seeds import control_saes
 from saeffect.stats import independent_values
 from saeffect.stats.power import (
     Detectable,
+    detectable_few_means,
     detectable_mean_difference,
     detectable_paired_mean,
     detectable_proportion_difference,
@@ -33,7 +36,6 @@ from saeffect.stats.power import (
 __all__ = ["POWER", "power_table"]
 
 POWER = 0.8
-ALPHA = 0.05  # of the 95 % intervals of the contrasts
 # The test of a feature flips signs: every pattern up to so many pairs, above that so many at random.
 _EXACT, _FLIPS = 14, 10_000
 _COLUMNS = ("test", "unit", "n_a", "n_b", "spread", "alpha", "power", "detectable", "detectable_below", "observed")
@@ -62,12 +64,14 @@ def power_table(
         One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test
         of a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features
         or SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
-        control's share); `alpha`; `power`; `detectable`, the smallest difference; `detectable_below`, the same
+        control's share); `alpha`, for SAEs as units that of the only one of the declared quantities that differs, after
+        Holm's correction; `power`; `detectable`, the smallest difference; `detectable_below`, the same
         downwards where it is not the same; `observed`; `method`; `reason`. A single feature has two rows: alone at
         alpha, and where it is the only one of its arm's features to be found (alpha / number of features, as
         Benjamini-Hochberg then asks).
     """
     rows: list[dict[str, Any]] = []
+    n_declared = max(1, sum(bool((contrasts["quantity"] == quantity).any()) for quantity in tests))
     for quantity in tests:
         observed = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
         if observed.empty:
@@ -76,7 +80,9 @@ def power_table(
         rows.append(_between_features(quantity, one, arms[roles.control], arms[roles.treatment], min_matches))
         over = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
         if not over.empty:
-            rows.append(_between_saes(quantity, over.iloc[0], arms, roles))
+            rows.append(
+                _between_saes(quantity, over.iloc[0], _sae_values(quantity, arms, roles, min_matches), n_declared)
+            )
     for name in roles.ordered:
         rows += _single_features(name, arms[name], alpha)
     return pd.DataFrame(rows, columns=[*_COLUMNS, "method", "reason"])
@@ -103,15 +109,30 @@ def _between_features(
     )
 
 
-def _between_saes(quantity: str, row: pd.Series[Any], arms: Mapping[str, ArmTables], roles: Roles) -> dict[str, Any]:
-    means = []
-    for saes in (control_saes(arms, roles), arms[roles.treatment].saes):
-        found = [_mean_of(quantity, sae) for sae in saes]
-        means.append(np.array([one for one in found if not math.isnan(one)]))
-    spreads, (n_a, n_b) = [_sd(one) for one in means], (len(means[0]), len(means[1]))
-    found_power = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
-    spread = _pooled(spreads[0], spreads[1], n_a, n_b)
-    return _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found_power, float(row["estimate"]))
+def _sae_values(
+    quantity: str, arms: Mapping[str, ArmTables], roles: Roles, min_matches: int
+) -> tuple[FloatArray, FloatArray]:
+    """One number an SAE, of the control's model and of the treatment's."""
+    sides = control_saes(arms, roles), arms[roles.treatment].saes
+    found = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in sides]
+    return found[0][~np.isnan(found[0])], found[1][~np.isnan(found[1])]
+
+
+def _between_saes(
+    quantity: str, row: pd.Series[Any], values: tuple[FloatArray, FloatArray], n_declared: int
+) -> dict[str, Any]:
+    """SAEs as units, at the level that Holm's correction asks of the only quantity that differs."""
+    n_a, n_b = len(values[0]), len(values[1])
+    freedom = n_a + n_b - 2
+    squares = sum(float(((one - one.mean()) ** 2).sum()) for one in values if len(one))
+    spread = math.sqrt(squares / freedom) if freedom > 0 else math.nan
+    at = ALPHA / n_declared
+    found = detectable_few_means(spread, n_a, n_b, alpha=at, power=POWER)
+    if row["unit"] == "share" and found.difference > 1:
+        why = "even a difference of 100 percentage points would not be found: too few SAEs show how much SAEs differ"
+        found = Detectable(math.nan, math.nan, found.n, found.method, why)
+    row = _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"]))
+    return row | {"alpha": at}
 
 
 def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, Any]]:
@@ -176,13 +197,6 @@ def _values(quantity: str, arm: ArmTables) -> FloatArray | None:
         "matches_mean": lambda one: match_counts_of(one).astype(np.float64),
     }.get(quantity)
     return None if read is None else read(arm)
-
-
-def _mean_of(quantity: str, arm: ArmTables) -> float:
-    if quantity == "domain_share":
-        return len(arm.domain) / arm.n_features if arm.n_features else math.nan
-    values = _values(quantity, arm)
-    return float(values.mean()) if values is not None and len(values) else math.nan
 
 
 def _sd(values: FloatArray) -> float:

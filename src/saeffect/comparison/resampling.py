@@ -6,11 +6,13 @@ features allows, not the number of weights. It all runs on sums per feature: a r
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr, stdtrit
 
 from saeffect.stats.estimate import Estimate
 
@@ -115,7 +117,7 @@ def compare_moment(
         name: Names this number; gives it a random stream of its own.
 
     Returns:
-        Percentile intervals from resampling whole clusters within each arm; p from permuting whole
+        Expanded percentile intervals from resampling whole clusters within each arm; p from permuting whole
         clusters between the arms. For the variance both arms are centred on their own mean first, so that
         a difference in means alone does not count. Intervals and p are NaN, with a reason, when an arm has
         fewer than two clusters.
@@ -139,8 +141,9 @@ def compare_moment(
     else:
         shift, raw_b = value_b - value_a, sums_b
     p = _permute(sums_a, raw_b, moment, shift, resampling, name)
-    difference = _difference_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b)
-    return TwoSample(value_a, value_b, difference, _change_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b), p)
+    values, boots, sizes = (value_a, value_b), (boot_a, boot_b), (n_a, n_b)
+    difference, change = _difference_estimate(values, boots, sizes), _change_estimate(values, boots, sizes)
+    return TwoSample(value_a, value_b, difference, change, p)
 
 
 def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) -> TwoSample:
@@ -173,14 +176,14 @@ def compare_counts(a: IntArray, b: IntArray, resampling: Resampling, name: str) 
     return TwoSample(
         value_a,
         value_b,
-        _difference_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b),
-        _change_estimate(value_a, value_b, boot_a, boot_b, n_a + n_b),
+        _difference_estimate((value_a, value_b), (boot_a, boot_b), (n_a, n_b)),
+        _change_estimate((value_a, value_b), (boot_a, boot_b), (n_a, n_b)),
         _two_sided_p(shuffled, value_b - value_a),
     )
 
 
 def cliffs_delta_interval(a: FloatArray, b: FloatArray, value: float, resampling: Resampling, name: str) -> Estimate:
-    """Percentile bootstrap interval around Cliff's delta `value` of b against a, independent samples."""
+    """Expanded percentile bootstrap interval around Cliff's delta `value` of b against a, independent samples."""
     if min(len(a), len(b)) < 2:
         return undefined(f"fewer than two features in an arm ({len(a)} and {len(b)})", len(a) + len(b), value)
     signs = np.sign(b[None, :] - a[:, None])
@@ -191,7 +194,7 @@ def cliffs_delta_interval(a: FloatArray, b: FloatArray, value: float, resampling
             for size in _chunks(resampling.n_boot)
         ]
     ) / (len(a) * len(b))
-    low, high = _percentiles(deltas)
+    low, high = _percentiles(deltas, min(len(a), len(b)))
     return Estimate(value, low, high, len(a) + len(b))
 
 
@@ -226,15 +229,26 @@ def _two_sided_p(shuffled: FloatArray, observed: float) -> float:
     return (extreme + 1) / (len(shuffled) + 1)
 
 
-def _percentiles(values: FloatArray) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _percentiles(values: FloatArray, n_drawn: int) -> tuple[float, float]:
+    """Percentiles a little outside the nominal ones, as of `cluster_bootstrap`: few units spread too little.
+
+    Args:
+        values: Replicates, [n_boot].
+        n_drawn: Units resampled in the smaller arm.
+    """
+    reach = float(stdtrit(n_drawn - 1, (1 + LEVEL) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
+    upper = float(ndtr(reach))
+    low, high = np.quantile(values, [1 - upper, upper])
     return float(low), float(high)
 
 
-def _difference_estimate(value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int) -> Estimate:
-    if np.ptp(boot_a) == 0 and np.ptp(boot_b) == 0:
-        return undefined("no spread between features in either arm", n, value_b - value_a)
-    return Estimate(value_b - value_a, *_percentiles(boot_b - boot_a), n)
+def _difference_estimate(
+    values: tuple[float, float], boots: tuple[FloatArray, FloatArray], sizes: tuple[int, int]
+) -> Estimate:
+    difference, n = values[1] - values[0], sum(sizes)
+    if np.ptp(boots[0]) == 0 and np.ptp(boots[1]) == 0:
+        return undefined("no spread between features in either arm", n, difference)
+    return Estimate(difference, *_percentiles(boots[1] - boots[0], min(sizes)), n)
 
 
 def _variance(values: FloatArray) -> float:
@@ -245,15 +259,17 @@ def _change(value_a: float, value_b: float) -> float:
     return 100.0 * (value_b / value_a - 1.0) if value_a > 0 else float("nan")
 
 
-def _change_estimate(value_a: float, value_b: float, boot_a: FloatArray, boot_b: FloatArray, n: int) -> Estimate:
+def _change_estimate(
+    values: tuple[float, float], boots: tuple[FloatArray, FloatArray], sizes: tuple[int, int]
+) -> Estimate:
     """Percentage change; undefined when the first arm's value, or many of its resamples, are not above 0."""
-    value = _change(value_a, value_b)
+    value, n = _change(values[0], values[1]), sum(sizes)
     if np.isnan(value):
         return undefined("the value of the first arm is not above 0", n)
-    if np.ptp(boot_a) == 0 and np.ptp(boot_b) == 0:
+    if np.ptp(boots[0]) == 0 and np.ptp(boots[1]) == 0:
         return undefined("no spread between features in either arm", n, value)
-    positive = boot_a > 0
+    positive = boots[0] > 0
     if positive.mean() < LEVEL:
         return undefined("the value of the first arm is too near 0", n, value)
-    low, high = _percentiles(100.0 * (boot_b[positive] / boot_a[positive] - 1.0))
+    low, high = _percentiles(100.0 * (boots[1][positive] / boots[0][positive] - 1.0), min(sizes))
     return Estimate(value, low, high, n)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from scipy.special import stdtrit
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import short_name, too_many_alarms
 from saeffect.comparison.findings import Findings
+from saeffect.comparison.judgement import ALPHA, judge
 from saeffect.comparison.steering_threats import steering_threats
 from saeffect.comparison.threat import SEVERITIES, Threat
 from saeffect.comparison.wording import joined, number, percent, whole
@@ -18,6 +21,8 @@ __all__ = ["threats"]
 # Below these an SAE leaves so much of its model out that its features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
+# With as many SAEs in all, a change of some two standard deviations can be told from noise.
+_ENOUGH_SAES = 5
 _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 
@@ -40,8 +45,9 @@ def threats(
     first, second = found.table1.set_index("arm"), found.table2.set_index("arm")
     listed = [
         *_of_alarms(found.calibration),
-        *_of_design(roles, found.design),
+        *_of_design(found.design),
         *_of_gate(arms, roles),
+        *_of_noise(found.contrasts, tests),
         *_of_seeds(arms, roles),
         *steering_threats(arms, roles, first),
         *_of_coherence(roles, second),
@@ -81,7 +87,7 @@ def _of_alarms(calibration: pd.DataFrame) -> list[Threat]:
     return []
 
 
-def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
+def _of_design(design: pd.DataFrame) -> list[Threat]:
     found = [
         Threat(
             f"Design flaw ({field}). {matters}",
@@ -91,27 +97,6 @@ def _of_design(roles: Roles, design: pd.DataFrame) -> list[Threat]:
         )
         for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False)
     ]
-    if not roles.placebos:
-        found.append(
-            Threat(
-                "There is no placebo arm (the control's model with an SAE of another seed), "
-                "so SAE noise is unknown and no difference can be credited to fine-tuning.",
-                "serious",
-                "Train an SAE of the control's model from another seed and add it as an arm with role: placebo.",
-                "comparison/design.parquet: role",
-            )
-        )
-    elif len(roles.placebos) == 1:
-        found.append(
-            Threat(
-                "One placebo arm is one draw of SAE noise. Where SAE seeds matter more than the intervals know, "
-                "such a comparison credits fine-tuning wrongly in up to one study of five; with three placebo "
-                "arms, in one of 25.",
-                "moderate",
-                "Add placebo arms of other seeds.",
-                "comparison/design.parquet: role",
-            )
-        )
     unknown = list(design.loc[design["status"] == "unknown", "field"])
     if unknown:
         found.append(
@@ -158,6 +143,44 @@ def _of_gate(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
             )
         )
     return found
+
+
+def _of_noise(contrasts: pd.DataFrame, tests: Sequence[str]) -> list[Threat]:
+    """Declared quantities for which few SAEs, or none, show how much SAEs of one model differ."""
+    judged = [judge(contrasts, name) for name in tests if name in set(contrasts["quantity"])]
+    unknown = [one for one in judged if not one.retraining and one.seeds is None]
+    found = []
+    if judged and len(unknown) == len(judged):
+        found.append(
+            Threat(
+                "There is no placebo arm (the control's model with an SAE of another seed), "
+                "so SAE noise is unknown and no difference can be credited to fine-tuning.",
+                "serious",
+                "Train an SAE of the control's model from another seed and add it as an arm with role: placebo.",
+                "comparison/design.parquet: role",
+            )
+        )
+    sizes = {one.quantity: one.n_saes for one in judged if one.seeds is not None and sum(one.n_saes) < _ENOUGH_SAES}
+    for n_a, n_b in sorted(set(sizes.values())):
+        names = joined([short_name(name) for name, size in sizes.items() if size == (n_a, n_b)])
+        reach = float(stdtrit(n_a + n_b - 2, 1 - ALPHA / 2)) * math.sqrt(1 / n_a + 1 / n_b)
+        found.append(
+            Threat(
+                f"Few SAEs show how much SAEs of one model differ ({_of_saes(n_a)} of the control's model, "
+                f"{_of_saes(n_b)} of the treatment's): a change of the {names} is credited to fine-tuning only if it "
+                f"is more than {number(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one "
+                "in twenty such studies still credits fine-tuning wrongly.",
+                "moderate",
+                "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering "
+                "(the pass rate, effects) needs placebo arms.",
+                "comparison/contrasts.parquet: p_noise, saes_a, saes_b",
+            )
+        )
+    return found
+
+
+def _of_saes(n: int) -> str:
+    return "one SAE" if n == 1 else f"{n} SAEs"
 
 
 def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:

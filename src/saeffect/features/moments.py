@@ -46,8 +46,7 @@ class TileMoments:
         self._kept = None if valid is None else valid.to(tiles.tokens.device).nonzero().flatten()
         device = tiles.tokens.device
         width = tiles.tiles.shape[1]
-        self._product = torch.empty(n_rows, width, device=device)
-        self._square = torch.empty(n_rows, width, device=device)
+        self._powers = torch.empty(n_rows, 2, width, device=device)  # of the products: first and second
         self._sums = torch.zeros(3, n_rows, dtype=torch.float64, device=device)
         self._covariance = None if tiles.covariance is None else tiles.covariance.float()
         self._average = tiles.spread / len(tiles.mean)  # variance along the average direction
@@ -59,16 +58,14 @@ class TileMoments:
     def add(self, products: Tensor, maxima: Tensor) -> None:
         """One tile's products [r, width]; puts the largest of each block into `maxima` [r, n_blocks]."""
         n = len(products)
-        product, square = self._product[:n], self._square[:n]
-        if products.dtype == torch.float32:
-            product = products
-        else:
-            product.copy_(products)
+        powers = self._powers[:n]
+        product, square = powers[:, 0], powers[:, 1]
+        product.copy_(products)
         torch.amax(product.view(n, -1, self._tiles.block), dim=2, out=maxima)
         torch.mul(product, product, out=square)
-        self._sums[0, :n] += torch.linalg.vecdot(product, product)
-        self._sums[1, :n] += torch.linalg.vecdot(product, square)
-        self._sums[2, :n] += torch.linalg.vecdot(square, square)
+        # Products of each row's powers with each other: sums of squares, cubes and fourth powers in one pass.
+        second, third, _, fourth = torch.bmm(powers, powers.transpose(1, 2)).flatten(1).unbind(1)
+        self._sums[:, :n] += torch.stack([second, third, fourth])
 
     def result(self, rows: Rows, change: Tensor) -> Tensor:
         """Mean, std, skewness and kurtosis of the rows whose tiles were added: float64 [4, r].

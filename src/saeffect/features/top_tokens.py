@@ -19,7 +19,7 @@ from saeffect.features.unembedding_tiles import Rows, UnembeddingTiles
 __all__ = ["TopTokens", "exact_products"]
 
 _MARGIN = 2.0**-19  # for the rounding of sums and quotients of float32 numbers
-_PAIRS = 512  # evaluated at a time: stays in the cache
+_PAIRS = 128  # evaluated at a time: stays in the cache
 _DENSE_SHARE = 0.125  # rows with more of their blocks alive are evaluated whole
 _DENSE_BLOCKS = 64  # with fewer blocks in all the question does not arise
 _DENSE_ROWS = 32
@@ -73,7 +73,7 @@ class TopTokens:
         self._tiles, self._top_k = tiles, top_k
         d_in, device = tiles.tokens.shape[1], tiles.tokens.device
         self._gathered = torch.empty(_PAIRS, d_in, device=device)
-        self._left, self._right = torch.empty(2, _PAIRS, d_in, dtype=torch.float64, device=device)
+        self._factors = torch.empty(_PAIRS, d_in, dtype=torch.float64, device=device)
         # Without a divisor z itself is ranked, so the divisor is 1 over the tiles' scale.
         ones = torch.ones_like(tiles.norms)
         self._plain = {name for name, (divisor, _) in scales.items() if divisor is None}
@@ -207,10 +207,10 @@ class TopTokens:
         for start in range(0, len(row), _PAIRS):
             here = slice(start, start + _PAIRS)
             n = len(row[here])
-            gathered, left, right = self._gathered[:n], self._left[:n], self._right[:n]
-            right.copy_(torch.index_select(self._tiles.tokens, 0, token[here], out=gathered))
-            torch.index_select(rows, 0, row[here], out=left)
-            values[here] = torch.linalg.vecdot(left, right)
+            gathered, factors = self._gathered[:n], self._factors[:n]
+            torch.index_select(self._tiles.tokens, 0, token[here], out=gathered)
+            torch.index_select(rows, 0, row[here], out=factors)
+            torch.sum(factors.mul_(gathered), dim=1, out=values[here])
         return values
 
     def _ordered(self, name: str, scale: _Scale, row: Tensor, token: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

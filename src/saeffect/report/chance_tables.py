@@ -254,7 +254,7 @@ def _power_note(tests: Sequence[str]) -> str:
         parts.append("Feature in an arm: one steered feature tested alone, at its own p.")
     if any(test.startswith("only feature") for test in tests):
         parts.append(
-            "Only feature of several: as if it were the single one that works, so that its p must hold against all."
+            "Only feature of several: as if it were the single one that works: its p must hold against them all."
         )
     return " ".join(parts)
 

@@ -23,6 +23,7 @@ from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training_config import SaeTrainingConfig
 from saeffect.sae.training_log import TrainingLog
 from saeffect.sae.training_run import Evaluation, Position, SaeJob, SaeRun, is_finished, refuse_unwritable
+from saeffect.sole_writer import sole_writer
 
 __all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
 
@@ -77,6 +78,7 @@ def train_saes(
         EmptySelection: Fewer activations than one batch.
         BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
             read; a folder cannot be written.
+        InUse: Another process trains into one of the folders.
         Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
     """
     say = say if is_first() else lambda _: None
@@ -98,11 +100,11 @@ def _train(
     source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, say: Say
 ) -> None:
     plan = _plan(source, jobs)
-    _make_ready([job.out for job in jobs])
-    scale = _input_scale(source, jobs[0].config)
-    runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
-    start = _restore(runs, say)
     with ExitStack() as stack:
+        _make_ready([job.out for job in jobs], stack)
+        scale = _input_scale(source, jobs[0].config)
+        runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
+        start = _restore(runs, say)
         interruption = stack.enter_context(Interruption())
         logs = [stack.enter_context(log) for log in _logs(runs, start.step, logger, say)]
         for position, x in _batches(source, plan, start):
@@ -239,11 +241,12 @@ def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
     return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
 
 
-def _make_ready(folders: Sequence[Path]) -> None:
+def _make_ready(folders: Sequence[Path], stack: ExitStack) -> None:
     """Refuse what cannot be written before anything heavy starts; clear away what a kill left half-written."""
     if is_first():
         for folder in folders:
             refuse_unwritable(folder)
+            stack.enter_context(sole_writer(folder))
             remove_leftovers(folder)
             remove_leftovers(folder / "checkpoint")
     barrier()

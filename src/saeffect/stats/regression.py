@@ -37,14 +37,18 @@ def ols_robust(
     Returns:
         One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided,
         for "no association"), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t is used
-        with n - n_terms degrees of freedom, or n_clusters - 1. Fewer than about 20 clusters give too small p.
+        with n - n_terms degrees of freedom, or n_clusters - 1. With clusters a term that a single one of them
+        determines has no error.
 
     Raises:
         ShapeMismatch: `y`, `X` and `clusters` differ in length.
         ConfigError: A column is not numeric, is called "intercept", or occurs twice.
 
     Source:
-        MacKinnon & White (1985) for HC3; Liang & Zeger (1986) for clusters; both through statsmodels.
+        MacKinnon & White (1985) for HC3, through statsmodels. For clusters the jackknife that leaves out one after
+        the other (CV3: MacKinnon, Nielsen & Webb 2023, Cluster-robust inference: a guide to empirical practice):
+        Liang & Zeger's errors are too small for fewer than some 20 clusters (7 to 8 false findings in a hundred
+        with 6 to 12 of them, where the jackknife gives 3 to 5).
 
     Example:
         >>> ols_robust([1, 3, 5, 8], pd.DataFrame({"dose": [0, 1, 2, 3]}))[["term", "estimate"]].round(2)
@@ -71,8 +75,9 @@ def ols_robust(
     estimate = np.asarray(model.fit().params)
     if reason := _no_interval(outcome, design, estimate, codes):
         return _table(terms, estimate, nothing, nothing, nothing, n=n, reason=reason)
-    kind, groups = ("HC3", None) if codes is None else ("cluster", {"groups": codes})
-    fit = model.fit(cov_type=kind, cov_kwds=groups, use_t=True)
+    if codes is not None:
+        return _clustered(terms, (outcome, design), estimate, codes, level)
+    fit = model.fit(cov_type="HC3", use_t=True)
     interval = np.asarray(fit.conf_int(alpha=1 - level))
     return _table(terms, estimate, interval[:, 0], interval[:, 1], np.asarray(fit.pvalues), n=n, reason="")
 
@@ -133,6 +138,37 @@ def _no_interval(
     if leverage.max() > 1 - 1e-10:
         return f"row {int(leverage.argmax())} alone determines a coefficient, so its error is undefined"
     return ""
+
+
+def _clustered(
+    terms: list[str],
+    data: tuple[FloatArray, FloatArray],
+    estimate: FloatArray,
+    codes: npt.NDArray[np.intp],
+    level: float,
+) -> pd.DataFrame:
+    """The table with errors from leaving out one cluster after the other."""
+    from scipy.special import stdtr, stdtrit
+
+    outcome, design = data
+    scale = np.abs(design).max(axis=0)
+    n_clusters = int(codes.max()) + 1
+    deviations = np.empty((n_clusters, len(estimate)))
+    determined = np.ones(len(estimate), dtype=bool)
+    for code in range(n_clusters):
+        kept = design[codes != code] / scale
+        inverse = np.linalg.pinv(kept, rcond=1e-12)
+        # Where a term is left undetermined, so is what it was estimated from.
+        determined &= np.abs(inverse @ kept - np.eye(len(estimate))).max(axis=1) < 1e-6
+        deviations[code] = inverse @ outcome[codes != code] / scale - estimate
+    error = np.sqrt((n_clusters - 1) / n_clusters * (deviations**2).sum(axis=0))
+    error = np.where(determined & (error > 0), error, np.nan)
+    freedom = n_clusters - 1
+    reach = float(stdtrit(freedom, (1 + level) / 2)) * error
+    p = 2 * stdtr(freedom, -np.abs(estimate) / error)
+    table = _table(terms, estimate, estimate - reach, estimate + reach, p, n=len(outcome), reason="")
+    alone = "one cluster alone determines it, so its error is undefined"
+    return table.assign(reason=np.where(np.isfinite(error), "", alone))
 
 
 def _table(

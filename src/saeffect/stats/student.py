@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.stats.arguments import FloatArray, check_level, fault, sample
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.estimate import Estimate, TestResult
 
-__all__ = ["mean_difference_interval", "mean_interval"]
+__all__ = ["cautious_difference", "cautious_difference_test", "mean_difference_interval", "mean_interval"]
 
 
 def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
@@ -92,6 +92,97 @@ def mean_difference_interval(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float
     total = sum(errors)
     freedom = total**2 / (errors[0] ** 2 / (len(data_a) - 1) + errors[1] ** 2 / (len(data_b) - 1))
     return _interval(value, total, freedom, n, level)
+
+
+def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
+    """How much larger the mean is in `b` than in `a` where there are very few values of unequal number.
+
+    The wider of two intervals: Student's, which is exact if nothing sets the two sides apart, and Welch's, for sides
+    of unlike spread. Welch's alone misses the truth too often for few values of unequal number: with two values
+    against six in 7.5 of a hundred studies, with two against ten in 10. A side of one value is taken to spread as
+    the other does.
+
+    Args:
+        a: Shape [n_a], the reference sample.
+        b: Shape [n_b], the other sample, independent of `a`.
+        level: Confidence, between 0 and 1.
+
+    Returns:
+        mean(b) - mean(a) with n the values of the smaller side. All NaN when a sample is empty or holds NaN; no
+        interval for fewer than three values, or when neither side varies.
+
+    Raises:
+        ShapeMismatch: A sample is not one-dimensional.
+        ConfigError: `level` is out of range.
+
+    Source:
+        Student (1908), The probable error of a mean; Welch (1947), The generalization of 'Student's' problem.
+
+    Example:
+        >>> print(cautious_difference([1.0, 3.0], [9.0]))
+        7 [-15.01, 29.01] (n = 1)
+    """
+    data_a, data_b = sample(a, "a"), sample(b, "b")
+    check_level(level)
+    value, n, reason, errors = _few(data_a, data_b)
+    if reason:
+        return Estimate(value, math.nan, math.nan, n, reason)
+    from scipy.special import stdtrit
+
+    reach = max(float(stdtrit(freedom, (1 + level) / 2)) * error for error, freedom in errors)
+    return Estimate(value, value - reach, value + reach, n)
+
+
+def cautious_difference_test(a: npt.ArrayLike, b: npt.ArrayLike) -> TestResult:
+    """Two-sided p for equal means, by the same caution: the larger of Student's and Welch's.
+
+    Args:
+        a: Shape [n_a], the reference sample.
+        b: Shape [n_b], the other sample, independent of `a`.
+
+    Returns:
+        mean(b) - mean(a) and its p, below 0.05 exactly where the 95 % interval of `cautious_difference` leaves 0 out;
+        NaN with a reason where there is no interval.
+
+    Raises:
+        ShapeMismatch: A sample is not one-dimensional.
+
+    Source:
+        As `cautious_difference`.
+
+    Example:
+        >>> round(cautious_difference_test([1.0, 3.0], [9.0]).p, 4)
+        0.1544
+    """
+    data_a, data_b = sample(a, "a"), sample(b, "b")
+    value, n, reason, errors = _few(data_a, data_b)
+    method = "the larger p of Student's and Welch's t tests"
+    if reason:
+        return TestResult(value, math.nan, n, method, reason)
+    from scipy.special import stdtr
+
+    p = max(2 * float(stdtr(freedom, -abs(value) / error)) for error, freedom in errors)
+    return TestResult(value, p, n, method)
+
+
+def _few(a: FloatArray, b: FloatArray) -> tuple[float, int, str, list[tuple[float, float]]]:
+    """Difference, values of the smaller side, why there is no interval, and (standard error, degrees of freedom)."""
+    n_a, n_b = len(a), len(b)
+    if reason := fault(a, "a") or fault(b, "b"):
+        return math.nan, min(n_a, n_b), reason, []
+    value = float(b.mean() - a.mean())
+    if n_a + n_b < 3:
+        return value, min(n_a, n_b), "one value on either side shows no spread", []
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return value, min(n_a, n_b), "the values of a side are all alike, so they show no spread", []
+    freedom = n_a + n_b - 2
+    pooled = (float(((a - a.mean()) ** 2).sum()) + float(((b - b.mean()) ** 2).sum())) / freedom
+    errors = [(math.sqrt(pooled * (1 / n_a + 1 / n_b)), float(freedom))]
+    if min(n_a, n_b) > 1:
+        squared = _squared_error(a), _squared_error(b)
+        welch = sum(squared) ** 2 / (squared[0] ** 2 / (n_a - 1) + squared[1] ** 2 / (n_b - 1))
+        errors.append((math.sqrt(sum(squared)), welch))
+    return value, min(n_a, n_b), "", errors
 
 
 def _no_spread(data: FloatArray, name: str) -> str:

@@ -17,7 +17,7 @@ from saeffect.study.run_folder import RunFolder
 
 __all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
 
-VERSION = 4  # 2: seeds, calibration, power, regression, matching; 3: by chance, threats, paragraph; 4: traces
+VERSION = 5  # 2: seeds, calibration, power, regression, matching; 3: by chance, threats; 4: SAEs decide; 5: traces
 _TABLES = Comparison.table_names()
 
 

@@ -17,7 +17,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["extract_features", "features_inputs", "run_features"]
 
-VERSION = 2  # 2: rotary frequencies stay in float32
+VERSION = 3  # 2: rotary frequencies stay in float32; 3: passes as in harvests
 
 
 def features_inputs(study: Study, arm: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["matching_inputs", "read_matches", "run_matching"]
 
-VERSION = 1
+VERSION = 2  # 2: passes as in harvests
 BoolArray = npt.NDArray[np.bool_]
 
 

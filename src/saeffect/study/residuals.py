@@ -1,4 +1,4 @@
-"""What stands at the hook on the study's text: captured once for all arms that share model and hook."""
+"""What stands at the hook on the study's text: captured once for all arms and stages that ask for the same."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 from torch import Tensor
 
 from saeffect.activations.harvest import TokenRows
+from saeffect.models.fused import fused
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import LanguageModel
 
 __all__ = ["Residuals"]
 
 _BATCH = 8
-_MOST_BYTES = 400_000_000  # a control and its placebo share a capture only if it fits into so much memory
+_MOST_BYTES = 400_000_000  # of all captures that are kept: control, which the placebo shares, and treatment
 
 
 class Residuals:
-    """Captures activations batch by batch and remembers those of the latest model and hook."""
+    """Captures activations batch by batch, and keeps the latest captures for as long as they fit into memory."""
 
     def __init__(self) -> None:
-        self._key: tuple[str, str, str] | None = None
-        self._kept: list[Tensor] = []
+        self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
+        self._bytes: dict[tuple[str, ...], int] = {}
 
     def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Pieces of the text in order.
@@ -31,18 +32,27 @@ class Residuals:
             Index of the first row; token ids, int64 `[batch, sequence]`; activations `[batch, sequence, d_model]` in
             the model's dtype, on the CPU.
         """
-        key = (lm.identity, str(lm.dtype), hook)
-        starts = range(0, len(rows), _BATCH)
-        known = self._kept if key == self._key and lm.identity and len(self._kept) == len(starts) else None
-        if known is None:
-            self._key, self._kept = key, []
-        remember = rows.ids.size * lm.d_model * lm.dtype.itemsize <= _MOST_BYTES
-        for index, start in enumerate(starts):
+        key = (lm.identity, str(lm.dtype), hook, rows.digest())
+        known = self._kept.get(key)
+        size = rows.ids.size * lm.d_model * lm.dtype.itemsize
+        remember = known is None and bool(lm.identity) and size <= _MOST_BYTES
+        captured: list[Tensor] = []
+        for index, start in enumerate(range(0, len(rows), _BATCH)):
             ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype("int64"))
             if known is not None:
                 yield start, ids, known[index]
                 continue
-            x = capture(lm, hook, ids).cpu()
+            with fused(lm):
+                x = capture(lm, hook, ids).cpu()
             if remember:
-                self._kept.append(x)
+                captured.append(x)
             yield start, ids, x
+        if remember:  # only what was captured to its end
+            self._make_room(size)
+            self._kept[key], self._bytes[key] = captured, size
+
+    def _make_room(self, size: int) -> None:
+        """Forget the oldest captures until there is room for one more."""
+        while self._kept and sum(self._bytes.values()) + size > _MOST_BYTES:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest], self._bytes[oldest]

@@ -19,6 +19,7 @@ from typing import Any
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.processes import from_first, is_first, join
 from saeffect.provenance import fingerprint
+from saeffect.sole_writer import sole_writer
 from saeffect.study.check import check_study
 from saeffect.study.coherence import coherence_inputs, run_coherence
 from saeffect.study.comparison import comparison_inputs, run_comparison
@@ -65,6 +66,7 @@ def run_study(
     Raises:
         UnknownName: A stage that does not exist.
         ConfigError: An earlier stage has not been run with this study as it now stands; or a process sees other files.
+        InUse: Another run is writing to the directory.
         Interrupted: Another process of the same run is gone.
         SaeffectError: What is wrong with the study; nothing was changed in the directory by the failing stage.
     """
@@ -75,8 +77,15 @@ def run_study(
     if not is_first():
         return _help(study, out)
     check_study(study, out, say)
-    run = RunFolder(out, study)
-    _open_new_arms(run, stages, say)
+    with sole_writer(out):
+        run = RunFolder(out, study)
+        _open_new_arms(run, stages, say)
+        _lead(run, stages, redo, say)
+    return run
+
+
+def _lead(run: RunFolder, stages: Sequence[str], redo: bool, say: Say) -> None:
+    """In the first process: the stages in order, calling the others to those that can be shared."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
     for step in _method(run, say):
         if step.stage in stages:
@@ -90,7 +99,6 @@ def run_study(
                 fix=f"run saeffect {step.stage} first, or saeffect run for all of it.",
             )
     from_first(_NOTHING_MORE)
-    return run
 
 
 @dataclass(frozen=True)

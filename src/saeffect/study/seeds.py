@@ -31,7 +31,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
 
-VERSION = 1
+VERSION = 2  # 2: passes as in harvests
 
 
 @dataclass(frozen=True, eq=False)

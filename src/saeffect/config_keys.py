@@ -1,0 +1,67 @@
+"""Keys of a YAML file as tables of Markdown, from the descriptions that stand beside the fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+__all__ = ["keys_table"]
+
+
+def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str] = lambda _: "") -> str:
+    """A section of Markdown: a row for each key of a mapping, with its default and its meaning.
+
+    A default that follows from other keys is described by the field's `json_schema_extra`, {"default": ...}.
+
+    Args:
+        title: Heading of the section.
+        model: Whose fields are the keys.
+        more: For a key, what to add to its meaning.
+
+    Example:
+        >>> from saeffect.config import CoherenceConfig
+        >>> print(keys_table("`coherence`", CoherenceConfig).splitlines()[-1])
+        | `embeddings` | `glove-wiki-gigaword-100` | Bundled name or a vectors file. |
+    """
+    rows = [_row(name, field, more(name)) for name, field in model.model_fields.items()]
+    return "\n".join([f"## {title}", "", "| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def _row(name: str, field: FieldInfo, more: str) -> str:
+    choices, several = _choices(field.annotation), get_origin(field.annotation) is tuple
+    among = f"{'Any' if several else 'One'} of {', '.join(map(str, choices))}." if choices else ""
+    meaning = " ".join(part for part in (field.description or "", more, among) if part)
+    return f"| `{name}` | {_default(field)} | {meaning} |"
+
+
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """What a Literal, an optional one, or each of a list of them may be."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return arguments
+    return next((found for found in map(_choices, arguments) if found), ())
+
+
+def _default(field: FieldInfo) -> str:
+    if isinstance(field.json_schema_extra, dict) and "default" in field.json_schema_extra:
+        return str(field.json_schema_extra["default"])
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        return "its defaults"
+    if isinstance(value, tuple | list):
+        return ", ".join(map(_plain, value)) or "none"
+    return "none" if value is None or value == {} else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return f"`{value}`" if value else "empty"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).lower()

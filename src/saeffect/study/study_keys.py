@@ -1,0 +1,49 @@
+"""The keys of a study file as a page of Markdown, from the descriptions that stand beside the fields."""
+
+from __future__ import annotations
+
+from saeffect.config import (
+    ArmConfig,
+    CoherenceConfig,
+    ComparisonConfig,
+    FeaturesConfig,
+    GateConfig,
+    ModelConfig,
+    SelectionConfig,
+    SteeringConfig,
+    StudyConfig,
+    TextConfig,
+    TextSource,
+)
+from saeffect.config_keys import keys_table
+
+__all__ = ["study_keys"]
+
+_HEAD = """# The keys of a study file
+
+What `saeffect run`, `saeffect check` and the commands of single stages read from a YAML file. Keys that are not here
+are refused; paths are relative to the file. What steering does and measures is explained in [steering.md](steering.md),
+how things are tested in [statistics.md](statistics.md). This page is what `saeffect check --keys` prints.
+"""
+
+_SECTIONS = (
+    ("The file", StudyConfig),
+    ("each of `arms`", ArmConfig),
+    ("`model`: a name, or a mapping", ModelConfig),
+    ("`text`", TextConfig),
+    ("each of `text.sources`", TextSource),
+    ("`gate`", GateConfig),
+    ("`features`", FeaturesConfig),
+    ("`coherence`", CoherenceConfig),
+    ("`selection`", SelectionConfig),
+    ("`steering`: a mapping, or `null` for a study without it", SteeringConfig),
+    ("`comparison`", ComparisonConfig),
+)
+
+
+def study_keys() -> str:
+    """A table for the file and one for each kind of mapping in it."""
+    sections = [keys_table(title, model) for title, model in _SECTIONS]
+    return "\n".join(
+        [_HEAD, *sections, "`training` has the keys of a [recipe](recipe.md), without `model` and `hook`.\n"]
+    )

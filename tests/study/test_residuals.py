@@ -1,0 +1,113 @@
+"""Captures are made once for everybody who asks for the same, and never for anybody who asks for something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from saeffect.activations.harvest import TokenRows
+from saeffect.models.hooks import capture
+from saeffect.models.language_model import LanguageModel
+from saeffect.study import residuals as module
+from saeffect.study.residuals import Residuals
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture
+def rows() -> TokenRows:
+    ids = np.random.default_rng(0).integers(5, 50, (20, 16)).astype(np.int32)
+    return TokenRows(ids, np.zeros(20, dtype=np.int64), ("general",))
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many passes of the model were made since it was last asked."""
+    made: list[int] = []
+
+    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+        made.append(1)
+        return capture(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "capture", counted)
+
+    def since() -> int:
+        n = len(made)
+        made.clear()
+        return n
+
+    return since
+
+
+def everything(residuals: Residuals, lm: LanguageModel, rows: TokenRows, hook: str = HOOK) -> torch.Tensor:
+    pieces = list(residuals.batches(lm, hook, rows))
+    assert [start for start, _, _ in pieces] == [0, 8, 16]
+    assert torch.equal(torch.cat([ids for _, ids, _ in pieces]), torch.from_numpy(rows.ids.astype("int64")))
+    return torch.cat([x for _, _, x in pieces])
+
+
+def test_they_are_what_the_plain_model_gives(tiny_llama: LanguageModel, rows: TokenRows) -> None:
+    plain = capture(tiny_llama, HOOK, torch.from_numpy(rows.ids.astype("int64")))
+    torch.testing.assert_close(everything(Residuals(), tiny_llama, rows), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_is_captured_once(
+    tiny_llama: LanguageModel, tiny_gpt2: LanguageModel, rows: TokenRows, passes: Callable[[], int]
+) -> None:
+    residuals = Residuals()
+    llama, gpt2 = (replace(lm, identity=name) for lm, name in ((tiny_llama, "a"), (tiny_gpt2, "b")))
+    first, second = everything(residuals, llama, rows), everything(residuals, gpt2, rows)
+    assert passes() == 6
+    assert torch.equal(everything(residuals, llama, rows), first)
+    assert torch.equal(everything(residuals, gpt2, rows), second)
+    assert passes() == 0
+
+
+def test_another_hook_or_text_or_a_model_without_identity_is_captured_anew(
+    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
+) -> None:
+    residuals, llama = Residuals(), replace(tiny_llama, identity="a")
+    everything(residuals, llama, rows)
+    other_text = everything(residuals, llama, replace(rows, ids=rows.ids[::-1].copy()))
+    other_hook = everything(residuals, llama, rows, "blocks.0.hook_resid_pre")
+    assert passes() == 9
+    assert not torch.equal(other_text, other_hook)
+    nobody = replace(tiny_llama, identity="")
+    everything(residuals, nobody, rows)
+    everything(residuals, nobody, rows)
+    assert passes() == 6
+
+
+def test_what_was_not_captured_to_its_end_is_not_kept(
+    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
+) -> None:
+    residuals, llama = Residuals(), replace(tiny_llama, identity="a")
+    next(residuals.batches(llama, HOOK, rows))
+    assert passes() == 1
+    everything(residuals, llama, rows)
+    assert passes() == 3
+
+
+def test_the_oldest_makes_room(
+    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = rows.ids.size * tiny_llama.d_model * tiny_llama.dtype.itemsize
+    monkeypatch.setattr(module, "_MOST_BYTES", 2 * size)
+    residuals, models = Residuals(), [replace(tiny_llama, identity=name) for name in "abc"]
+    for lm in models:
+        everything(residuals, lm, rows)
+    assert passes() == 9
+    everything(residuals, models[2], rows)
+    everything(residuals, models[1], rows)
+    assert passes() == 0
+    everything(residuals, models[0], rows)
+    assert passes() == 3
+    monkeypatch.setattr(module, "_MOST_BYTES", size - 1)
+    small = Residuals()
+    everything(small, models[0], rows)
+    everything(small, models[0], rows)
+    assert passes() == 6
