@@ -32,7 +32,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
     for row in table.to_dict("records"):
         term = str(row["term"])
         label, sub = TERM_NAMES.get(term, (f"Arm {term.removeprefix('arm ')}", "against control"))
-        reason = str(row["reason"])
+        reason = str(row["reason"]).replace(term, label.lower())
         if not is_defined(row["estimate"]):
             cells = [Cell(undefined(reason), tone="muted", is_text=True), Cell("–", tone="muted")]
         else:

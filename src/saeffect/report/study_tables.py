@@ -8,6 +8,7 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
+from saeffect.report.numerals import fixed, percent
 from saeffect.report.outcome_words import dose_axis
 from saeffect.report.table_view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
 from saeffect.steering.placebo import STEERED
@@ -17,6 +18,7 @@ __all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_e
 
 _RESERVED = {"field", "differs", "status", "matters"}
 _RANKS = {"flaw": 0, "unknown": 1, "intended": 2, "small": 3, "same": 4}
+_ROUNDED = frozenset({"dead_share", "explained_variance", "ce_loss_score"})
 _FIELDS = {
     "d_sae": "features (d_sae)",
     "k": "active per token (k)",
@@ -42,7 +44,7 @@ def design_table(comparison: Comparison) -> TableView:
                     tone="warn" if row["status"] in ("flaw", "unknown") else "",
                     is_text=True,
                 ),
-                *(Cell(short_fact(row[name]), is_text=True) for name in names),
+                *(Cell(_fact(str(row["field"]), row[name]), is_text=True) for name in names),
                 Cell(str(row["matters"]), is_text=True, tone="muted"),
             ),
             strong=row["status"] == "flaw",
@@ -68,8 +70,21 @@ def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     table = _with_status(comparison.design)
     names = [column for column in table.columns if column not in _RESERVED]
     same = table[table["status"] == "same"]
-    pairs = [(field_label(row["field"]), short_fact(row[names[0]])) for _, row in same.iterrows()]
+    pairs = [(field_label(row["field"]), _fact(str(row["field"]), row[names[0]])) for _, row in same.iterrows()]
     return tuple(pair for pair in pairs if pair[1] != "unknown")
+
+
+def _fact(field: str, value: object) -> str:
+    """A fact with no more digits than it deserves.
+
+    Example:
+        >>> _fact("dead_share", "0.000217"), _fact("explained_variance", "0.78231"), _fact("seed", "0")
+        ('0.02\u202f%', '0.782', '0')
+    """
+    text = short_fact(value)
+    if field not in _ROUNDED or text == "unknown":
+        return text
+    return percent(float(text), 2) if field == "dead_share" else fixed(float(text), 3)
 
 
 def _with_status(table: pd.DataFrame) -> pd.DataFrame:
