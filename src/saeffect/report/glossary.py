@@ -37,8 +37,10 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     "sae_noise": ("SAE noise", "what changes merely because an SAE is trained again."),
     "verdict": (
         "reading",
-        "“more than SAE noise” needs three things: the interval of treatment − control excludes zero, that of "
-        "treatment − placebo does so on the same side, and the change is larger than the placebo's.",
+        "“more than SAE noise”: where both models have several SAEs, they differ by more than SAEs of one model do "
+        "(p ≤ 0.05 over SAEs). With one SAE of the fine-tuned model, the intervals of treatment "
+        "− control and treatment − placebo exclude zero on the same side, and it lies outside of where one more SAE of "
+        "the control model is to be expected. Corrected for the number of declared quantities (Holm).",
     ),
     "pp": ("pp", "percentage points: the plain difference of two percentages."),
     "similarity": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -124,19 +124,23 @@ def at_a_glance(comparison: Comparison) -> TableView:
         Column("Fine-tuning", "treatment − control"),
     ]
     columns += [Column("SAE noise", f"{name} − control", role="placebo") for name in placebos]
+    seen = set(comparison.contrasts["quantity"])
+    readings = {name: judge(comparison.contrasts, name) for name in (*PRIMARY, "effect") if name in seen}
+    with_seeds = any(one.seeds is not None for one in readings.values())
+    if with_seeds:
+        columns.append(Column("All SAEs", "with the noise of SAE training"))
     columns.append(Column("False alarms", "where there is nothing to find"))
     columns.append(Column("Reading", is_text=True))
     rows = []
-    for quantity in (*PRIMARY, "effect"):
+    for quantity, judged in readings.items():
         found = comparison.contrasts[comparison.contrasts["quantity"] == quantity]
-        if found.empty or not (found["comparison"] == "fine-tuning").any():
-            continue
         one = found[found["comparison"] == "fine-tuning"].iloc[0]
-        judged = judge(comparison.contrasts, quantity)
         unit = str(one["unit"])
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
         cells.append(_gap_cell(judged.change))
         cells += [_gap_cell(gap) for gap in judged.retraining]
+        if with_seeds:
+            cells.append(_seeds_cell(judged))
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
         rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
@@ -148,7 +152,7 @@ def at_a_glance(comparison: Comparison) -> TableView:
         corner="Quantity",
         stacks=True,
         source=(
-            "comparison/contrasts.parquet, columns value_a, value_b, estimate, low, high; "
+            "comparison/contrasts.parquet, columns value_a, value_b, estimate, low, high, p_noise_holm; "
             "comparison/calibration.parquet, columns findings, tests, nominal"
         ),
         note="" if placebos else "There is no placebo arm, so nothing here separates fine-tuning from SAE noise.",
@@ -268,6 +272,16 @@ def _gap_cell(gap: Gap) -> Cell:
         return Cell(undefined(gap.reason), tone="muted", is_text=True)
     ends = amount_interval(gap.low, gap.high, unit) if gap.defined else f"interval {undefined(gap.reason)}"
     return Cell(amount(gap.estimate, unit, sign=True), sub=ends)
+
+
+def _seeds_cell(judged: Judgement) -> Cell:
+    """The difference over all SAEs of both models, and how many these are."""
+    if judged.seeds is None:
+        return Cell("not known", tone="muted", is_text=True)
+    cell = _gap_cell(judged.seeds)
+    n_control, n_treatment = judged.n_saes
+    saes = f"{count(n_treatment)} SAE{'s' if n_treatment > 1 else ''} against {count(n_control)}"
+    return replace(cell, sub=f"{cell.sub}; {saes}")
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:

@@ -13,6 +13,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from saeffect.comparison import Comparison
+from saeffect.comparison.fate_counts import ONE_PLACEBO
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, arm_styles, new_figure, safe_text
@@ -24,6 +25,7 @@ _LEFT, _RIGHT, _BAR = 0.27, 0.73, 0.03
 _GAP, _LEAST_APART = 0.03, 0.19
 _KEPT, _MOVED = "#b6c0ca", "#e69f00"
 _LOOKS = arm_styles([("control", "control"), ("treatment", "treatment"), ("placebo", "placebo")])
+_EXCESSES = (("control", "gone"), ("treatment", "new"))
 _WORDS = {
     "decoder cosine": ("fates_by_decoder", "by what they write"),
     "activation correlation": ("fates_by_activation", "by when they fire"),
@@ -87,8 +89,8 @@ def _name(styles: Mapping[str, ArmStyle], role: str) -> str:
 
 def _below(found: Mapping[tuple[str, str], Mapping[Any, Any]]) -> str:
     parts = []
-    for key, word in ((("control", "gone"), "gone"), (("treatment", "new"), "new")):
-        row = found[key]
+    for key in _EXCESSES:
+        row, word = found[key], key[1]
         if is_defined(row["low"]) and is_defined(row["high"]):
             parts.append(f"{word} {signed(row['excess'], 0)} [{fixed(row['low'], 0)}, {fixed(row['high'], 0)}]")
     return f"beyond SAE noise: {', '.join(parts)}" if parts else "excess over SAE noise: no interval"
@@ -96,8 +98,8 @@ def _below(found: Mapping[tuple[str, str], Mapping[Any, Any]]) -> str:
 
 def _excess_words(found: Mapping[tuple[str, str], Mapping[Any, Any]]) -> str:
     parts = []
-    for key, word in ((("control", "gone"), "gone"), (("treatment", "new"), "new")):
-        row = found[key]
+    for key in _EXCESSES:
+        row, word = found[key], key[1]
         if not (is_defined(row["low"]) and is_defined(row["high"])):
             parts.append(f"no interval for {word} ones ({row['reason'] or 'no reason was recorded'})")
             continue
@@ -106,7 +108,8 @@ def _excess_words(found: Mapping[tuple[str, str], Mapping[Any, Any]]) -> str:
             f"{signed(row['excess'], 0)} {word} (95 % interval {fixed(row['low'], 0)} to {fixed(row['high'], 0)}, "
             f"which {'excludes' if apart else 'includes'} zero)"
         )
-    return " and ".join(parts)
+    remark = f" ({ONE_PLACEBO})" if any(found[key]["reason"] == ONE_PLACEBO for key in _EXCESSES) else ""
+    return " and ".join(parts) + remark
 
 
 def _called_words(rows: pd.DataFrame, context: ReportContext) -> str:
