@@ -37,8 +37,9 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     "sae_noise": ("SAE noise", "what changes merely because an SAE is trained again."),
     "verdict": (
         "reading",
-        "“more than SAE noise” needs three things: the interval of treatment − control excludes zero, that of "
-        "treatment − placebo does so on the same side, and the change is larger than the placebo's.",
+        "“more than SAE noise” needs the intervals of treatment − control and of treatment − placebo to exclude zero "
+        "on the same side, and a change larger than one more SAE of the control's model would bring. Where both models "
+        "have several SAEs, the interval over all of them decides.",
     ),
     "pp": ("pp", "percentage points: the plain difference of two percentages."),
     "similarity": (

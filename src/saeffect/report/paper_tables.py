@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
+from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
 from saeffect.report.outcome_words import outcome_words
@@ -132,14 +133,19 @@ def at_a_glance(comparison: Comparison) -> TableView:
         if found.empty or not (found["comparison"] == "fine-tuning").any():
             continue
         one = found[found["comparison"] == "fine-tuning"].iloc[0]
+        label = str(one["label"])
         judged = judge(comparison.contrasts, quantity)
-        unit = str(one["unit"])
+        unit, sub = str(one["unit"]), ""
+        told = comparison.contrasts[comparison.contrasts["quantity"] == f"{quantity}_seeds"]
+        told = told[told["comparison"] == ALL_SEEDS]
+        if judged.by_seeds and len(told):  # then these decide, and the answer speaks of them
+            one, sub = told.iloc[0], f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
-        cells.append(_gap_cell(judged.change))
+        cells.append(_gap_cell(judged.told))
         cells += [_gap_cell(gap) for gap in judged.retraining]
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
-        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
+        rows.append(Row(label, tuple(cells), sub=sub, strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="glance",
         caption="The result at a glance",
