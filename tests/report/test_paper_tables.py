@@ -10,24 +10,26 @@ from synthetic_study import synthetic_arms
 SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100, "seed": 0}
 
 
-def test_where_saes_decide_their_difference_stands_beside_that_of_one_sae():
+def test_where_saes_decide_the_row_is_about_them():
     comparison = compare(synthetic_seeds(synthetic_arms(seed=2)), **SMALL)
     table = at_a_glance(comparison)
-    place = [column.label for column in table.columns].index("All SAEs")
-    cell = next(row for row in table.rows if row.key == "domain_share").cells[place]
+    place = [column.label for column in table.columns].index("Fine-tuning")
+    row = next(row for row in table.rows if row.key == "domain_share")
     seeds = judge(comparison.contrasts, "domain_share").seeds
-    assert cell.text == f"+{100 * seeds.estimate:.1f}\N{NARROW NO-BREAK SPACE}pp"
-    assert cell.sub.endswith("; 3 SAEs against 4")
+    assert row.sub == "over 4 and 3 SAEs"
+    assert row.cells[place].text == f"+{100 * seeds.estimate:.1f}\N{NARROW NO-BREAK SPACE}pp"
+    assert "SAE noise included" not in row.cells[place].sub
 
 
 def test_without_further_saes_the_placebos_say_how_much_they_scatter():
     comparison = compare(synthetic_arms(seed=2), **SMALL)
     row = next(row for row in at_a_glance(comparison).rows if row.key == "domain_share")
-    assert any(cell.sub.endswith("; 1 SAE against 2") for cell in row.cells)
+    assert row.sub == ""
+    assert any("; SAE noise included [" in cell.sub for cell in row.cells)
 
 
-def test_without_any_second_sae_there_is_no_such_column():
+def test_without_any_second_sae_nothing_is_said_of_their_noise():
     arms = {name: arm for name, arm in synthetic_arms(seed=2).items() if name != "placebo"}
     table = at_a_glance(compare(arms, **SMALL))
-    assert "All SAEs" not in [column.label for column in table.columns]
+    assert not any("SAE noise included" in cell.sub for row in table.rows for cell in row.cells)
     assert "no placebo arm" in table.note

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
+from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
 from saeffect.report.outcome_words import outcome_words
@@ -126,24 +127,24 @@ def at_a_glance(comparison: Comparison) -> TableView:
     columns += [Column("SAE noise", f"{name} − control", role="placebo") for name in placebos]
     seen = set(comparison.contrasts["quantity"])
     readings = {name: judge(comparison.contrasts, name) for name in (*PRIMARY, "effect") if name in seen}
-    with_seeds = any(one.seeds is not None for one in readings.values())
-    if with_seeds:
-        columns.append(Column("All SAEs", "with the noise of SAE training"))
     columns.append(Column("False alarms", "where there is nothing to find"))
     columns.append(Column("Reading", is_text=True))
     rows = []
     for quantity, judged in readings.items():
         found = comparison.contrasts[comparison.contrasts["quantity"] == quantity]
         one = found[found["comparison"] == "fine-tuning"].iloc[0]
-        unit = str(one["unit"])
+        label = str(one["label"])
+        unit, sub = str(one["unit"]), ""
+        told = comparison.contrasts[comparison.contrasts["quantity"] == f"{quantity}_seeds"]
+        told = told[told["comparison"] == ALL_SEEDS]
+        if judged.by_seeds and len(told):  # then these decide, and the answer speaks of them
+            one, sub = told.iloc[0], f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
-        cells.append(_gap_cell(judged.change))
+        cells.append(_told_cell(judged))
         cells += [_gap_cell(gap) for gap in judged.retraining]
-        if with_seeds:
-            cells.append(_seeds_cell(judged))
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
-        rows.append(Row(str(one["label"]), tuple(cells), strong=quantity in PRIMARY, key=quantity))
+        rows.append(Row(label, tuple(cells), sub=sub, strong=quantity in PRIMARY, key=quantity))
     return TableView(
         name="glance",
         caption="The result at a glance",
@@ -274,14 +275,14 @@ def _gap_cell(gap: Gap) -> Cell:
     return Cell(amount(gap.estimate, unit, sign=True), sub=ends)
 
 
-def _seeds_cell(judged: Judgement) -> Cell:
-    """The difference over all SAEs of both models, and how many these are."""
-    if judged.seeds is None:
-        return Cell("not known", tone="muted", is_text=True)
-    cell = _gap_cell(judged.seeds)
-    n_control, n_treatment = judged.n_saes
-    saes = f"{count(n_treatment)} SAE{'s' if n_treatment > 1 else ''} against {count(n_control)}"
-    return replace(cell, sub=f"{cell.sub}; {saes}")
+def _told_cell(judged: Judgement) -> Cell:
+    """The change, and where the treatment has one SAE alone how far it reaches with the noise of SAE training."""
+    cell, unit = _gap_cell(judged.told), difference_unit(judged.told.unit)
+    if judged.seeds is None or judged.by_seeds or not is_defined(judged.told.estimate):
+        return cell
+    return replace(
+        cell, sub=f"{cell.sub}; SAE noise included {amount_interval(judged.seeds.low, judged.seeds.high, unit)}"
+    )
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:

@@ -46,8 +46,8 @@ def _candidates(trace: Trace) -> tuple[str, ...]:
     """Ids that show the number, the best first."""
     row = trace["row"]
     if trace["table"] == "contrasts":
-        quantity = row["quantity"]
-        return f"row-glance-{quantity}", f"row-contrasts-{quantity}", "table-contrasts"
+        quantity = str(row["quantity"])
+        return f"row-glance-{quantity.removesuffix('_seeds')}", f"row-contrasts-{quantity}", "table-contrasts"
     if trace["table"] == "cross_activity":
         if "feature" in row:
             return f"row-cross-{row['feature']}", "table-cross", "activity-summary"

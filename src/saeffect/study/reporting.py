@@ -19,9 +19,7 @@ from saeffect.study.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = (
-    4  # 2: outcomes, baselines and doses of steering; 3: chance, fates, activity, threats; 4: numbered in page order
-)
+VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -54,12 +52,8 @@ def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
 
 
 def _drawn(folder: Path, names: set[str]) -> list[Path]:
-    """The pictures of this report; those that only an earlier one had are taken away, lest they be believed."""
-    pictures = [path for path in folder.iterdir() if path.suffix in {".svg", ".png"}]
-    for path in pictures:
-        if path.stem not in names:
-            path.unlink()
-    return [path for path in pictures if path.stem in names]
+    """The pictures of this report."""
+    return [path for path in folder.iterdir() if path.suffix in {".svg", ".png"} and path.stem in names]
 
 
 def _context(run: RunFolder) -> ReportContext:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,9 @@ class RunFolder:
     ) -> bool:
         """Do a stage's work, unless it was done with the same inputs and its files are whole.
 
+        Files that an earlier time left and this one does not are removed, lest they be believed; not if somebody
+        changed them.
+
         Args:
             key: Name of the stage, with the arm for per-arm stages.
             inputs: JSON-able: everything that the stage's numbers depend on.
@@ -113,12 +116,20 @@ class RunFolder:
         started = time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
         seconds = round(time.monotonic() - started, 1)
+        self._remove_outdated(key, outputs)
         note: dict[str, Any] = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds}
         note["versions"] = versions()
         self._manifest["stages"][key] = note
         self._save()
         say(f"  {key}: {seconds:.1f} s")
         return True
+
+    def _remove_outdated(self, key: str, outputs: Mapping[str, str]) -> None:
+        before = self._manifest["stages"].get(key, {}).get("outputs", {})
+        for name in before.keys() - outputs.keys():
+            path = self.folder / name
+            if path.is_file() and hash_file(path) == before[name]:
+                path.unlink()
 
     def is_done(self, key: str, inputs: Any) -> bool:
         """Whether a stage was finished with these inputs, and its files are whole."""
