@@ -143,7 +143,7 @@ def test_a_card_has_the_features_other_outcomes(page: str, context: ReportContex
             "An ablation has one dose, so there is no dose-response curve.",
         ),
         ({"operator": "ablate"}, "Features were steered by switching them off"),
-        ({"operator": "ablate"}, "had been bringing its concept in"),
+        ({"operator": "ablate"}, "passes for an effect below zero: it had been bringing its concept in"),
         ({"operator": "clamp", "dose": 5.0}, "by setting their activation to 5 × its maximum"),
         ({"operator": "clamp"}, "what the feature&#39;s activation is set to, in multiples of its maximum"),
         ({"unit": "coefficient", "dose": 20.0}, "as long as 20 × the decoder row"),

@@ -287,3 +287,32 @@ def test_bad_names():
         outcome_effects(trials, direct, declared=("similar",))
     with pytest.raises(UnknownName, match="off_list"):
         effects(trials, outcome="of_list")
+
+
+ABLATED = OUTCOMES["similarity"].under("ablate")
+
+
+def test_an_ablation_is_tested_for_what_it_takes_away() -> None:
+    """Everything mirrored: what a feature adds when it is pushed it should take away when it is switched off."""
+    rng = np.random.default_rng(0)
+    unsteered, steered, random = (rng.normal(0.3, 0.1, 16).tolist() for _ in range(3))
+    lower = [value - 0.2 for value in steered]
+    added = effects(trials_of(3, *([-v for v in some] for some in (unsteered, lower, random)))).iloc[0]
+    taken = effects(trials_of(3, unsteered, lower, random), outcome=ABLATED).iloc[0]
+    assert taken["effect"] < 0
+    assert taken["effect"] == pytest.approx(-added["effect"])
+    assert (taken["p"], taken["passed"], taken["paper_pass"]) == (added["p"], True, added["paper_pass"])
+    assert taken["reversed_share"] == added["reversed_share"]
+    assert effects(trials_of(3, unsteered, lower, random)).iloc[0]["p"] > 0.9, "the other side"
+
+
+def test_side_effects_of_an_ablation_may_go_either_way() -> None:
+    trials = trials_of(3, [0.1] * 12, [0.2, 0.3] * 6, [0.1] * 12).assign(distinct2=0.5, keyword_score=0.1)
+    sides = outcome_effects(trials, operator="ablate", placebos=("random",)).set_index("outcome")["alternative"]
+    assert sides[["similarity", "keyword_score", "distinct2"]].tolist() == ["less", "less", "two-sided"]
+
+
+def test_texts_that_stay_as_they_were_do_not_pass_by_the_papers_rule() -> None:
+    same = trials_of(3, [0.1] * 12, [0.1] * 12, [0.1] * 12)
+    assert not effects(same, outcome=ABLATED).iloc[0]["paper_pass"]
+    assert not effects(same).iloc[0]["paper_pass"]

@@ -72,6 +72,8 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
     assert [list(some) for some in joint["members"]] == [[1, 2], [4, 7, 9]]
     assert set(table(run, "together")["feature"]) == {0, 1}
     assert not (run / "arms" / "treatment" / "together.parquet").exists()
+    sides = table(run, "outcome_effects").set_index("outcome")["alternative"]
+    assert sides.loc[["similarity"]].eq("less" if change.get("operator") == "ablate" else "greater").all()
     if change.get("operator") == "ablate":
         baselines = table(run, "baselines")
         said = baselines.loc[baselines["condition"] == "mean_difference", "reason"]
@@ -130,6 +132,12 @@ def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path,
     check_study(opened(prepared, positions="prompt"))
     with complains(ConfigError, "has no tokens", at="steering.prompts"):
         check_study(opened(prepared, prompts=["The river", ""]))
+
+
+def test_texts_that_would_run_out_of_positions(prepared: Path, complains: Any) -> None:
+    check_study(opened(prepared, prompts=["The river"], max_new_tokens=100))  # of 128
+    with complains(ConfigError, "but the model takes 128", "fewer max_new_tokens", at="steering.prompts"):
+        check_study(opened(prepared, prompts=["The river"], max_new_tokens=127))
 
 
 def test_bad_requests(prepared: Path) -> None:

@@ -100,7 +100,7 @@ def answer(
         *fate_sentences(found.matches.fate_counts, roles),
         cross_sentence(found.matches.cross_activity, roles, alpha),
         calibration_sentence(found.calibration),
-        power_sentence(found.power, roles),
+        power_sentence(found.power, roles, _outcome(arms)),
     ]
     short = paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha)
     return Answer(

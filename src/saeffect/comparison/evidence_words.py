@@ -163,8 +163,8 @@ def too_many_alarms(calibration: pd.DataFrame, quantities: list[str]) -> list[st
     return [name for name in quantities if name in bad]
 
 
-def power_sentence(power: pd.DataFrame, roles: Roles) -> str:
-    """The smallest differences that would probably have been found."""
+def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str = "similarity") -> str:
+    """The smallest differences that would probably have been found; `outcome` is what steering was to move."""
     if power.empty:
         return ""
     known = power[power["detectable"].notna() & ~power["test"].str.startswith(("feature in", "only feature"))]
@@ -175,7 +175,7 @@ def power_sentence(power: pd.DataFrame, roles: Roles) -> str:
     singles = power[power["test"] == f"feature in {roles.treatment}"]
     if len(singles) and math.isfinite(float(singles["detectable"].iloc[0])):
         size = number(float(singles["detectable"].iloc[0]), 3)
-        text += f" A single steered feature had to move the similarity by {size} to be found on its own."
+        text += f" A single steered feature had to move the {outcome} by {size} to be found on its own."
     only = power[power["test"].str.startswith("only feature") & power["test"].str.endswith(f" in {roles.treatment}")]
     if len(only) and str(only["reason"].iloc[0]).startswith("with "):
         text += f" Were it the only one to work, it could not be found: {only['reason'].iloc[0]}."

@@ -88,7 +88,7 @@ def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> lis
     if any(len(found_doses) > 1 for found_doses in doses.values()):
         found.append(
             Threat(
-                "Table 1 pools the trials of several doses.",
+                "The paper's Table 1 pools the trials of several doses.",
                 "moderate",
                 "Read effects dose by dose.",
                 "arms/*/interventions.parquet: dose",

@@ -163,10 +163,11 @@ def load_language_model(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width of the residual stream, and number of blocks."""
+    """Width of the residual stream, number of blocks, and of positions (None where config.json names none)."""
 
     d_model: int
     n_layers: int
+    n_positions: int | None = None
 
 
 def model_shape(place: Path | str) -> ModelShape | None:
@@ -181,7 +182,8 @@ def model_shape(place: Path | str) -> ModelShape | None:
     raw = raw.get("text_config") or raw
     width = raw.get("hidden_size") or raw.get("n_embd")
     layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-    return ModelShape(int(width), int(layers)) if width and layers else None
+    positions = raw.get("max_position_embeddings") or raw.get("n_positions")
+    return ModelShape(int(width), int(layers), int(positions) if positions else None) if width and layers else None
 
 
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:

@@ -54,12 +54,12 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     ),
     "pass": (
         "pass",
-        "steering with the feature raises {outcome} more than its placebo does, at q ≤ {alpha:g}: of the features that "
-        "pass, about {percent} do so by luck (one-sided sign-flip test over prompts and samples).",
+        "steering with the feature {raises} {outcome} more than its placebo does, at q ≤ {alpha:g}: of the features "
+        "that pass, at most {percent} do so by luck (one-sided sign-flip test over prompts).",
     ),
     "paper_rule": (
         "paper's rule",
-        "one steered sample scores above one unsteered sample; half of all features pass it by luck.",
+        "one steered sample scores {above} one unsteered sample; half of all features pass it by luck.",
     ),
     "p": ("p", "how often chance alone would give a difference at least as large."),
     "q": (

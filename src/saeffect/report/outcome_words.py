@@ -153,16 +153,22 @@ _OPERATORS: Mapping[str, Mapping[str, str]] = {
     "add": {
         "placebo_texts": "texts steered as hard along a placebo",
         "random_push": "and pushed along as hard",
+        "raises": "raises",
+        "above": "above",
         "together": "as one push along the sum of their directions, as long as the dose says",
     },
     "clamp": {
         "placebo_texts": "texts with a placebo clamped instead",
         "random_push": _PUSHED,
+        "raises": "raises",
+        "above": "above",
         "together": "each clamped to the dose's multiple of its own maximum",
     },
     "ablate": {
         "placebo_texts": "texts with a placebo switched off instead",
         "random_push": _PUSHED,
+        "raises": "lowers",
+        "above": "below",
         "together": "all switched off",
     },
 }

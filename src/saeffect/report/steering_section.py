@@ -100,7 +100,7 @@ def _lead(results: SteeringResults) -> str:
     others = [outcome_words(name).title for name in results.outcomes[1:]]
     also = f" Declared beside it: {', '.join(others)}." if others else ""
     reading = (
-        " An effect below zero says that the feature had been bringing its concept in." if _against(results) else ""
+        " A feature passes for an effect below zero: it had been bringing its concept in." if _below(results) else ""
     )
     return (
         f"Features were steered {dose_words(results)}{texts}. What decides is the "
@@ -109,18 +109,18 @@ def _lead(results: SteeringResults) -> str:
     )
 
 
-def _against(results: SteeringResults) -> bool:
-    """Whether the test looks for effects above zero while the operator, where it works, brings them below."""
+def _below(results: SteeringResults) -> bool:
+    """Whether the test looks for effects below zero."""
     return results.operator == "ablate" and results.deciding not in _TWO_SIDED
 
 
 def _caveat(results: SteeringResults | None) -> str:
-    if results is None or not _against(results):
+    if results is None or not _below(results):
         return ""
     return (
-        "Features were switched off, which takes their concept away: where that works the effect is below zero. A "
-        "feature passes for an effect above zero, so a pass rate near 0 does not say that features do nothing: read "
-        "the effects and their intervals."
+        "Features were switched off, which takes their concept away: a feature passes for an effect below zero. One "
+        "that is off on these prompts changes no text and cannot pass, so a pass rate near 0 does not say that "
+        "features do nothing where they fire."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.steering.measures import OUTCOMES, outcome_named
+from saeffect.steering.measures import OUTCOMES, OutcomeMeasure, outcome_named
 from saeffect.steering.paired import SHUFFLED, Obstacles, paired_values, summarise_pairs, tested_dose
 from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
 
@@ -41,7 +41,7 @@ def effects(
     seed: int = 0,
     dose: float | None = None,
     placebo: str = "random",
-    outcome: str = "similarity",
+    outcome: str | OutcomeMeasure = "similarity",
     obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
     """Effect of each feature on the primary outcome.
@@ -58,21 +58,22 @@ def effects(
         seed: For random sign patterns.
         dose: Which dose is tested; not needed when the trials hold one.
         placebo: The condition to compare with.
-        outcome: A name in `OUTCOMES`.
+        outcome: A name in `OUTCOMES`, or a measure under another operator than "add": an ablation takes a concept
+            away, so `outcome_named("similarity").under("ablate")` is looked for below 0.
         obstacles: Why features were not steered, see `saeffect.steering.obstacles`: their `reason`.
 
     Returns:
-        One row a feature, by number: feature; n_pairs; n_independent (prompts, or pairs with fewer than six
-        prompts: what the test and the interval count); unsteered_mean, steered_mean, placebo_mean (over the
-        pairs); effect with its 95 % interval (Student's t) effect_low, effect_high; p (sign-flip test that the
-        effect is above 0, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
-        features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar
-        than the first unsteered one); direct_effect, direct_placebo (nats, means over prompts); kl (nats,
-        steered); reversed_share (share of prompts whose mean effect is below 0; for outcomes without a
-        direction, against the overall effect); shuffled_effect with shuffled_low, shuffled_high, shuffled_p
-        (how much more steering raised the similarity to the feature's own top tokens than to those of another
-        feature; NaN without the column similarity_shuffled, see `score_texts`); outcome; placebo; reason (""
-        when all is defined). Fewer than two pairs: NaN.
+        One row a feature, by number: feature; n_pairs; n_independent (prompts, or pairs with fewer than six prompts:
+        what the test and the interval count); unsteered_mean, steered_mean, placebo_mean (over the pairs); effect
+        with its 95 % interval (Student's t) effect_low, effect_high; p (sign-flip test that the effect is above 0,
+        for an ablation below it, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
+        features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar than the
+        first unsteered one; after an ablation less similar); direct_effect, direct_placebo (nats, means over
+        prompts); kl (nats, steered); reversed_share (share of prompts whose mean effect is on the other side of 0
+        than the test looks for; for outcomes without a direction, against the overall effect); shuffled_effect with
+        shuffled_low, shuffled_high, shuffled_p (how much more steering raised the similarity to the feature's own top
+        tokens than to those of another feature; NaN without the column similarity_shuffled, see `score_texts`);
+        outcome; placebo; reason ("" when all is defined). Fewer than two pairs: NaN.
 
     Raises:
         ConfigError: The trials hold several doses and `dose` is not given, or not the one given; `alpha` is
@@ -83,7 +84,8 @@ def effects(
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must be between 0 and 1. Got {alpha}.", at="alpha")
-    measure, similar = outcome_named(outcome), OUTCOMES["similarity"]
+    measure = outcome_named(outcome) if isinstance(outcome, str) else outcome
+    similar = OUTCOMES["similarity"].under(measure.operator)
     _check_columns(trials)
     dose = tested_dose(trials, dose)
     wide = paired_values(trials, direct, measure, dose=dose, placebo=placebo)
@@ -92,12 +94,13 @@ def effects(
     texts = paired_values(trials, direct, similar, dose=dose, placebo=SHUFFLED)
     # Prompt 0, sample 0: the paper looks at one text of each kind.
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
-    table["paper_pass"] = table["feature"].map(first[STEERED] > first[UNSTEERED]).astype(bool)
+    ends = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
+    table["paper_pass"] = table["feature"].map(first[ends[0]] > first[ends[1]]).astype(bool)
     shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
     beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
     for name, values in beside.items():
         table[name] = math.nan if values is None else table["feature"].map(values)
-    return table.assign(outcome=outcome, placebo=placebo)[list(_ORDER)]
+    return table.assign(outcome=measure.name, placebo=placebo)[list(_ORDER)]
 
 
 def outcome_effects(
@@ -108,6 +111,7 @@ def outcome_effects(
     placebos: Sequence[str] = PLACEBOS,
     seed: int = 0,
     dose: float | None = None,
+    operator: str = "add",
     obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
     """Effect of each feature on every outcome that was measured, against every control.
@@ -120,12 +124,13 @@ def outcome_effects(
             also compared with "shuffled": the same texts against another feature's top tokens.
         seed: For random sign patterns.
         dose: Which dose is tested; not needed when the trials hold one.
+        operator: What was done: "add", "clamp" or "ablate".
         obstacles: As in `effects`.
 
     Returns:
         One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs, n_independent; effect with its
         95 % interval low, high (Student's t); p, q (over the features of one outcome and placebo), reversed_share,
-        unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater" or "two-sided");
+        unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater", "less" or "two-sided");
         unit; declared (whether the outcome was declared before the run; all others are exploratory); primary
         (whether it is the one test that decides what passes); reason.
 
@@ -138,7 +143,7 @@ def outcome_effects(
     _check_columns(trials)
     dose = tested_dose(trials, dose)
     frames = []
-    for name, measure in OUTCOMES.items():
+    for name, measure in ((name, plain.under(operator)) for name, plain in OUTCOMES.items()):
         if direct is None if measure.table == "direct" else measure.column not in trials:
             continue
         controls = [*placebos, *([SHUFFLED] if f"{measure.column}_shuffled" in trials else [])]

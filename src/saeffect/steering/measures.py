@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from saeffect.errors import unknown_name
@@ -18,21 +18,33 @@ class OutcomeMeasure:
         name: What study files and tables call it.
         column: Where its numbers stand.
         table: "trials", one number a text; or "direct", one a prompt, relative to the unsteered model.
-        alternative: "greater": steering with a feature should raise it, and the test is one-sided.
-            "two-sided": a side effect, which may go either way.
+        alternative: "greater": steering with a feature should raise it, and the test is one-sided. "less": it
+            should fall, see `under`. "two-sided": a side effect, which may go either way.
         unit: Of effects.
         title: In words.
         logarithm: Whether effects are of the natural logarithm: ratios of perplexities, whose plain mean
             would be that of the worst texts.
+        operator: Under which operator it is tested, see `under`.
     """
 
     name: str
     column: str
     table: Literal["trials", "direct"]
-    alternative: Literal["greater", "two-sided"]
+    alternative: Literal["greater", "less", "two-sided"]
     unit: str
     title: str
     logarithm: bool = False
+    operator: str = "add"
+
+    def under(self, operator: str) -> OutcomeMeasure:
+        """The same under an operator: an ablation takes the concept away, so what should rise should fall.
+
+        Example:
+            >>> outcome_named("similarity").under("ablate").alternative
+            'less'
+        """
+        turned = operator == "ablate" and self.alternative == "greater"
+        return replace(self, alternative="less" if turned else self.alternative, operator=operator)
 
 
 OUTCOMES = {

@@ -169,10 +169,11 @@ def _one_feature(
 
 
 def _reversed_share(differences: pd.Series[float], measure: OutcomeMeasure) -> float:
-    """Share of prompts whose mean difference goes the wrong way: down, or against the overall effect."""
+    """Share of prompts whose mean difference goes the other way than expected, or against the overall effect."""
     by_prompt = differences.groupby(level="prompt").mean()
-    down = measure.alternative == "greater" or float(differences.mean()) > 0
-    if not down and float(differences.mean()) == 0:
+    two_sided = measure.alternative == "two-sided"
+    down = float(differences.mean()) > 0 if two_sided else measure.alternative == "greater"
+    if two_sided and float(differences.mean()) == 0:
         return math.nan  # an effect of nothing has no way to go against
     # The mean of equal numbers can miss zero by a rounding error, which is no reversal.
     tie = 1e-12 * float(differences.abs().max())

@@ -108,9 +108,11 @@ def _check_steering(study: Study, encode: Callable[[str], list[int]]) -> list[st
     steering = study.config.steering
     if steering is None:
         return []
+    shapes = [model_shape(locate_model(arm.model)) for arm in study.config.arms.values()]
+    positions = min((shape.n_positions for shape in shapes if shape and shape.n_positions), default=None)
     for key in ("prompts", "search_prompts"):
         for prompt in getattr(steering, key):
-            _check_prompt(study, key, prompt, len(encode(prompt)))
+            _check_prompt(study, key, prompt, len(encode(prompt)), positions)
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
         beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
@@ -125,8 +127,8 @@ def _check_steering(study: Study, encode: Callable[[str], list[int]]) -> list[st
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
-def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int) -> None:
-    """Whether there is a position to steer at: the steer stage would find out only after all the others."""
+def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int, positions: int | None) -> None:
+    """Whether there are positions to steer and to write at: the steer stage would find out after all the others."""
     if n_tokens == 0:
         raise ConfigError(
             f"the prompt {prompt!r} has no tokens; expected at least one.",
@@ -139,6 +141,13 @@ def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int) -> None:
             " expected at least two tokens.",
             at=study.at("steering", key),
             fix="use a longer prompt, or positions: all or generated.",
+        )
+    longest = n_tokens + (study.config.steering.max_new_tokens if study.config.steering is not None else 0)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"the prompt {prompt[:40]!r} and its text come to {longest:,} tokens, but the model takes {positions:,}.",
+            at=study.at("steering", key),
+            fix="use a shorter prompt, or fewer max_new_tokens.",
         )
 
 

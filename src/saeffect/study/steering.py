@@ -20,6 +20,7 @@ from saeffect.steering import (
     features_together,
     obstacles,
     outcome_effects,
+    outcome_named,
     run_trials_shared,
     score_texts,
 )
@@ -42,7 +43,8 @@ __all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 # 4: samples of a prompt are averaged before anything is tested.
 # 5: unsteered texts in the batch of the steered ones; what is longer than the SAE ever saw is not clamped or ablated.
-VERSION = 5
+# 6: ablations are tested for effects below zero.
+VERSION = 6
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
     *("matched_placebos", "baselines", "baseline_effects", "together", "together_effects"),
@@ -182,10 +184,12 @@ class _Test:
             direct,
             alpha=self._run.study.config.comparison.alpha,
             placebo=placebo,
-            outcome=config.outcomes[0],
+            outcome=outcome_named(config.outcomes[0]).under(config.operator),
             **same,
         )
-        every = outcome_effects(trials, direct, declared=config.outcomes, placebos=controls, **same)
+        every = outcome_effects(
+            trials, direct, declared=config.outcomes, placebos=controls, operator=config.operator, **same
+        )
         return {
             "interventions": trials,
             "direct_effects": direct,

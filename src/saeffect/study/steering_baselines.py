@@ -84,6 +84,12 @@ def baseline_effects(
     why = baselines[baselines["reason"] != ""].drop_duplicates(["feature", "condition"])
     reasons = {(int(r.feature), str(r.condition)): str(r.reason) for r in why.itertuples()}
     table = outcome_effects(
-        both, declared=config.outcomes, placebos=config.baselines, seed=seed, dose=dose, obstacles=reasons
+        both,
+        declared=config.outcomes,
+        placebos=config.baselines,
+        seed=seed,
+        dose=dose,
+        operator=config.operator,
+        obstacles=reasons,
     )
     return table.rename(columns={"placebo": "baseline", "placebo_mean": "baseline_mean"}).drop(columns="primary")
