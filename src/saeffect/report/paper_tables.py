@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -134,13 +134,13 @@ def at_a_glance(comparison: Comparison) -> TableView:
         found = comparison.contrasts[comparison.contrasts["quantity"] == quantity]
         one = found[found["comparison"] == "fine-tuning"].iloc[0]
         label = str(one["label"])
-        unit, sub = str(one["unit"]), ""
+        unit, sub = str(one["unit"]), "" if judged.by_seeds else _with_noise(judged)
         told = comparison.contrasts[comparison.contrasts["quantity"] == f"{quantity}_seeds"]
         told = told[told["comparison"] == ALL_SEEDS]
         if judged.by_seeds and len(told):  # then these decide, and the answer speaks of them
             one, sub = told.iloc[0], f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
-        cells.append(_told_cell(judged))
+        cells.append(_gap_cell(judged.told))
         cells += [_gap_cell(gap) for gap in judged.retraining]
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
@@ -275,14 +275,11 @@ def _gap_cell(gap: Gap) -> Cell:
     return Cell(amount(gap.estimate, unit, sign=True), sub=ends)
 
 
-def _told_cell(judged: Judgement) -> Cell:
-    """The change, and where the treatment has one SAE alone how far it reaches with the noise of SAE training."""
-    cell, unit = _gap_cell(judged.told), difference_unit(judged.told.unit)
-    if judged.seeds is None or judged.by_seeds or not is_defined(judged.told.estimate):
-        return cell
-    return replace(
-        cell, sub=f"{cell.sub}; SAE noise included {amount_interval(judged.seeds.low, judged.seeds.high, unit)}"
-    )
+def _with_noise(judged: Judgement) -> str:
+    """Where the treatment has one SAE alone: how far the change reaches with the noise of SAE training."""
+    if judged.seeds is None:
+        return ""
+    return f"with SAE noise {amount_interval(judged.seeds.low, judged.seeds.high, difference_unit(judged.seeds.unit))}"
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
