@@ -57,8 +57,9 @@ def test_a_phone_needs_no_sideways_scrolling(at_width: Any) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth") == 360
 
 
-def test_no_table_needs_scrolling_on_a_phone(at_width: Any) -> None:
-    tab, _ = at_width(390)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_table_needs_scrolling_on_a_phone_or_a_desk(at_width: Any, width: int) -> None:
+    tab, _ = at_width(width)
     tab.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
     wide = (
         "[...document.querySelectorAll('.table-scroll')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.id)"
