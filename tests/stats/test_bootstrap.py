@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import Estimate, bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats import Estimate, bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
 from saeffect.stats.bootstrap import _bca_shares, _leave_one_out
 
 SKEWED = np.random.default_rng(11).gamma(1.5, size=40)
@@ -274,3 +274,36 @@ def test_few_clusters_give_an_interval_as_wide_as_students() -> None:
         ratios.append((found.high - found.low) / 2 / (scipy.stats.t.ppf(0.975, 5) * scipy.stats.sem(values)))
     # Not quite, since the tails of resamples of so few end early; without making up for it the ratio is 0.87.
     assert np.mean(ratios) == pytest.approx(0.94, abs=0.03)
+
+
+def test_means_of_many_rows_agree_with_scipy() -> None:
+    rows = np.random.default_rng(3).gamma(2.0, size=(3, 12))
+    low, high = bootstrap_means(rows, n_boot=40_000, seed=1)
+    # The expanded percentiles of 12 values, from scipy's plain ones at the level that is as wide.
+    reach = scipy.stats.t.ppf(0.975, 11) * math.sqrt(12 / 11)
+    level = 2 * scipy.stats.norm.cdf(reach) - 1
+    for i, row in enumerate(rows):
+        found = scipy.stats.bootstrap(
+            (row,), np.mean, confidence_level=level, n_resamples=40_000, method="percentile", rng=2
+        ).confidence_interval
+        assert [low[i], high[i]] == pytest.approx([found.low, found.high], abs=0.05 * row.std())
+
+
+def test_an_interval_of_means_does_not_depend_on_the_other_rows() -> None:
+    rows = np.random.default_rng(4).normal(size=(5, 8))
+    together, alone = bootstrap_means(rows, seed=7), bootstrap_means(rows[2:3], seed=7)
+    assert (together[0][2], together[1][2]) == (alone[0][0], alone[1][0])
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(6, 0.91, 0.95), (12, 0.93, 0.97)])
+def test_intervals_of_means_cover_what_is_said_of_them(n: int, least: float, most: float) -> None:
+    low, high = bootstrap_means(np.random.default_rng(n).normal(size=(2_000, n)), n_boot=2_000, seed=0)
+    assert least < np.mean((low < 0) & (high > 0)) < most
+
+
+def test_rows_that_show_no_spread_have_no_interval() -> None:
+    low, high = bootstrap_means([[1.0, 1.0, 1.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0], [1.0, 2.0, 3.0]])
+    assert np.isnan(low).tolist() == np.isnan(high).tolist() == [True, True, True, False]
+    assert np.isnan(bootstrap_means([[1.0], [2.0]])).all()
+    with pytest.raises(ShapeMismatch):
+        bootstrap_means([1.0, 2.0])

@@ -9,12 +9,12 @@ import pytest
 import scipy.stats
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch, UnknownName
-from saeffect.stats import benjamini_hochberg
+from saeffect.stats import benjamini_hochberg, bootstrap_means
 from saeffect.steering import OUTCOMES, effects, outcome_effects
 
 COLUMNS = [
     "feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean",
-    "effect", "effect_low", "effect_high", "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl",
+    "effect", "effect_low", "effect_high", "bootstrap_low", "bootstrap_high", "p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl",
     "reversed_share", "shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason",
 ]  # fmt: skip
 
@@ -316,3 +316,14 @@ def test_texts_that_stay_as_they_were_do_not_pass_by_the_papers_rule() -> None:
     same = trials_of(3, [0.1] * 12, [0.1] * 12, [0.1] * 12)
     assert not effects(same, outcome=ABLATED).iloc[0]["paper_pass"]
     assert not effects(same).iloc[0]["paper_pass"]
+
+
+def test_the_bootstrap_interval_stands_beside_students() -> None:
+    by_prompt = np.array([0.3, 0.1, 0.2, -0.1, 0.4, 0.25, 0.15, 0.05])
+    steered = np.repeat(by_prompt, 2) + np.tile([0.01, -0.01], 8)
+    row = effects(trials_of(3, [0.5] * 16, (0.5 + steered).tolist(), [0.5] * 16), seed=5).iloc[0]
+    low, high = bootstrap_means(by_prompt[None], seed=5)
+    assert [row["bootstrap_low"], row["bootstrap_high"]] == pytest.approx([low[0], high[0]])
+    one = effects(trials_of(3, [0.5], [0.6], [0.5], n_samples=1)).iloc[0]
+    assert np.isnan(one["bootstrap_low"])
+    assert one["reason"] == "fewer than two pairs"

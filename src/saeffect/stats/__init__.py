@@ -7,7 +7,7 @@ Wherever two groups are compared, `a` is the reference and positive means that `
 from __future__ import annotations
 
 from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
-from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, cluster_bootstrap
+from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
 from saeffect.stats.clusters import independent_values
 from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
 from saeffect.stats.estimate import Estimate, TestResult
@@ -33,6 +33,7 @@ __all__ = [
     "benjamini_hochberg",
     "bootstrap",
     "bootstrap_difference",
+    "bootstrap_means",
     "cautious_difference",
     "cautious_difference_test",
     "cliffs_delta",

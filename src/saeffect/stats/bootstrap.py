@@ -1,7 +1,8 @@
 """Intervals by resampling: draw from the data as if they were the world, and see how much the answer moves.
 
-`bootstrap` for one sample, `bootstrap_difference` for two independent ones, `cluster_bootstrap` where values
-come in groups that are not independent (many samples of one prompt, many features of one SAE).
+`bootstrap` for one sample, `bootstrap_means` for the means of many, `bootstrap_difference` for two independent ones,
+`cluster_bootstrap` where values come in groups that are not independent (many samples of one prompt, many features
+of one SAE).
 Resamples are drawn in blocks, so that memory does not grow with `n_boot * n`.
 """
 
@@ -23,7 +24,7 @@ from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, Seed, Statistic, check_resamples, fault, generator, sample
 from saeffect.stats.estimate import Estimate
 
-__all__ = ["bootstrap", "bootstrap_difference", "cluster_bootstrap"]
+__all__ = ["bootstrap", "bootstrap_difference", "bootstrap_means", "cluster_bootstrap"]
 
 # Values in one block of resamples: 16 MB of indices and 16 MB of values, whatever n and n_boot are.
 _BLOCK = 2_000_000
@@ -83,6 +84,52 @@ def bootstrap(
     shares = _bca_shares(value, replicates, _leave_one_out(data, statistic), level)
     low, high = np.quantile(replicates, shares)
     return Estimate(value, float(low), float(high), n)
+
+
+def bootstrap_means(
+    rows: npt.ArrayLike, *, n_boot: int = 2000, level: float = 0.95, seed: Seed = 0
+) -> tuple[FloatArray, FloatArray]:
+    """Intervals of the mean of every row, the expanded percentile one of `bootstrap_difference`.
+
+    All rows are resampled alike, so a row's interval does not depend on which other rows are there. From six values of
+    normal data it covers 93 % in place of 95, from twelve what it promises.
+
+    Args:
+        rows: Shape [n_rows, n], independent draws along a row.
+        n_boot: Resamples; at least 2 / (1 - level).
+        level: Confidence, between 0 and 1.
+        seed: Integer or numpy Generator.
+
+    Returns:
+        Ends of the intervals, low and high, float64 [n_rows]. NaN for fewer than two values a row, for rows with NaN or
+        infinity, and for rows of equal values (resampling cannot see a spread then).
+
+    Raises:
+        ShapeMismatch: `rows` is not two-dimensional.
+        ConfigError: `n_boot`, `level` or `seed` is out of range.
+
+    Source:
+        Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
+
+    Example:
+        >>> low, high = bootstrap_means([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
+        >>> bool(low[0] < 2.5 < high[0]), bool(np.isnan(low[1]))
+        (True, True)
+    """
+    data = sample(rows, "rows", ndim=2)
+    check_resamples(n_boot, level)
+    rng = generator(seed)
+    n_rows, n = data.shape
+    low, high = np.full(n_rows, math.nan), np.full(n_rows, math.nan)
+    if n < 2:
+        return low, high
+    known = np.isfinite(data).all(axis=1) & (data.max(axis=1) > data.min(axis=1))
+    # How often each value is drawn is all that a mean needs to know.
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
+    ends = _expanded(level, n)
+    for i in np.flatnonzero(known):
+        low[i], high[i] = np.quantile(weights @ data[i], ends)
+    return low, high
 
 
 def bootstrap_difference(
@@ -291,10 +338,15 @@ def _percentile_estimate(value: float, replicates: FloatArray, level: float, n: 
     """
     if reason := _undefined_replicates(replicates):
         return Estimate(value, math.nan, math.nan, n, reason)
+    low, high = np.quantile(replicates, _expanded(level, n_drawn))
+    return Estimate(value, float(low), float(high), n)
+
+
+def _expanded(level: float, n_drawn: int) -> list[float]:
+    """The shares of replicates below either end."""
     reach = float(stdtrit(n_drawn - 1, (1 + level) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
     upper = float(ndtr(reach))
-    low, high = np.quantile(replicates, [1 - upper, upper])
-    return Estimate(value, float(low), float(high), n)
+    return [1 - upper, upper]
 
 
 def _leave_one_out(data: FloatArray, statistic: Statistic) -> FloatArray:

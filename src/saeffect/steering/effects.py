@@ -16,7 +16,7 @@ __all__ = ["effects", "outcome_effects"]
 
 _ORDER = (
     *("feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean"),
-    *("effect", "effect_low", "effect_high"),
+    *("effect", "effect_low", "effect_high", "bootstrap_low", "bootstrap_high"),
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
@@ -65,15 +65,17 @@ def effects(
     Returns:
         One row a feature, by number: feature; n_pairs; n_independent (prompts, or pairs with fewer than six prompts:
         what the test and the interval count); unsteered_mean, steered_mean, placebo_mean (over the pairs); effect
-        with its 95 % interval (Student's t) effect_low, effect_high; p (sign-flip test that the effect is above 0,
-        for an ablation below it, two-sided for outcomes without a direction); q (Benjamini-Hochberg over these
-        features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar than the
-        first unsteered one; after an ablation less similar); direct_effect, direct_placebo (nats, means over
-        prompts); kl (nats, steered); reversed_share (share of prompts whose mean effect is on the other side of 0
-        than the test looks for; for outcomes without a direction, against the overall effect); shuffled_effect with
-        shuffled_low, shuffled_high, shuffled_p (how much more steering raised the similarity to the feature's own top
-        tokens than to those of another feature; NaN without the column similarity_shuffled, see `score_texts`);
-        outcome; placebo; reason ("" when all is defined). Fewer than two pairs: NaN.
+        with its 95 % interval (Student's t) effect_low, effect_high; bootstrap_low, bootstrap_high (the same
+        resampled, without assuming a normal distribution: expanded percentiles, 2,000 resamples); p (sign-flip test
+        that the effect is above 0, for an ablation below it, two-sided for outcomes without a direction); q
+        (Benjamini-Hochberg over these features); passed (q <= alpha); paper_pass (the paper's rule: the first steered
+        text is more similar than the first unsteered one; after an ablation less similar); direct_effect,
+        direct_placebo (nats, means over prompts); kl (nats, steered); reversed_share (share of prompts whose mean
+        effect is on the other side of 0 than the test looks for; for outcomes without a direction, against the
+        overall effect); shuffled_effect with shuffled_low, shuffled_high, shuffled_p (how much more steering raised
+        the similarity to the feature's own top tokens than to those of another feature; NaN without the column
+        similarity_shuffled, see `score_texts`); outcome; placebo; reason ("" when all is defined). Fewer than two
+        pairs: NaN.
 
     Raises:
         ConfigError: The trials hold several doses and `dose` is not given, or not the one given; `alpha` is

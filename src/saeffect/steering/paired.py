@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
-from saeffect.stats import benjamini_hochberg, independent_values, sign_flip_many
+from saeffect.stats import benjamini_hochberg, bootstrap_means, independent_values, sign_flip_many
 from saeffect.stats.student import mean_interval
 from saeffect.steering.measures import OutcomeMeasure
 from saeffect.steering.placebo import STEERED, UNSTEERED
@@ -124,7 +124,8 @@ def summarise_pairs(
 
     Returns:
         feature, n_pairs, n_independent, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high,
-        p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than two complete pairs.
+        bootstrap_low, bootstrap_high, p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than
+        two complete pairs.
     """
     placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
@@ -137,6 +138,7 @@ def summarise_pairs(
         records.append({"feature": int(feature), **record})
         kept.append(differences)
     table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
+    table["bootstrap_low"], table["bootstrap_high"] = _bootstrapped(kept, seed)
     table["p"] = _p_values(kept, measure.alternative, seed)
     table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
     return table
@@ -199,11 +201,24 @@ def _reason(group: pd.DataFrame, placebo: str, n_complete: int, measure: Outcome
     return "" if n_complete >= 2 else "fewer than two pairs"
 
 
-def _p_values(kept: list[npt.NDArray[np.float64]], alternative: str, seed: int) -> npt.NDArray[np.float64]:
-    """Sign-flip p of each feature; features with equally many pairs are tested together."""
-    p = np.full(len(kept), math.nan)
+def _bootstrapped(kept: list[npt.NDArray[np.float64]], seed: int) -> npt.NDArray[np.float64]:
+    """Ends of each feature's bootstrap interval, [2, n_features]."""
+    ends = np.full((2, len(kept)), math.nan)
+    for where in _of_one_size(kept):
+        ends[:, where] = bootstrap_means(np.stack([kept[i] for i in where]), seed=seed)
+    return ends
+
+
+def _of_one_size(kept: list[npt.NDArray[np.float64]]) -> Iterator[npt.NDArray[np.intp]]:
+    """Features with equally many differences, two or more, are resampled and tested together."""
     sizes = np.array([len(differences) for differences in kept])
     for size in np.unique(sizes[sizes >= 2]):
-        where = np.flatnonzero(sizes == size)
+        yield np.flatnonzero(sizes == size)
+
+
+def _p_values(kept: list[npt.NDArray[np.float64]], alternative: str, seed: int) -> npt.NDArray[np.float64]:
+    """Sign-flip p of each feature."""
+    p = np.full(len(kept), math.nan)
+    for where in _of_one_size(kept):
         p[where] = sign_flip_many(np.stack([kept[i] for i in where]), alternative=alternative, seed=seed)
     return p
