@@ -59,12 +59,12 @@ class TestFormats:
             ("v.txt", GLOVE.replace("\n", "\r\n")),
             ("v.txt", WORD2VEC.replace("\n", " \n")),
             ("v.tsv.txt", GLOVE.replace(" ", "\t")),
-            ("v.txt.gz", gzip.compress(GLOVE.encode())),
-            ("v.gz", gzip.compress(WORD2VEC.encode())),
+            ("v.txt.gz", gzip.compress(GLOVE.encode(), mtime=0)),
+            ("v.gz", gzip.compress(WORD2VEC.encode(), mtime=0)),
             ("exported.kv", WORD2VEC),
             ("v.bin", binary()),
             ("v.bin", binary(end=b"")),
-            ("v.bin.gz", gzip.compress(binary())),
+            ("v.bin.gz", gzip.compress(binary(), mtime=0)),
             ("v.npz", npz(words=np.array(WORDS), vectors=ROWS)),
             ("v.npz", npz(words=np.char.encode(np.array(WORDS), "utf-8"), vectors=ROWS.astype(np.float64))),
         ],
@@ -121,8 +121,8 @@ class TestBadFiles:
             ("v.txt", "5 0\n", "line 1", "0 numbers a word"),
             ("v.txt", "2 99999999999\ncat 1\n", "line 1", "not word vectors"),
             ("v.txt", binary(), "line 2", "are numbers"),
-            ("v.txt.gz", gzip.compress(GLOVE.encode() * 50)[:-12], "v.txt.gz", "truncated"),
-            ("v.gz", gzip.compress(b""), "line 1", "empty line"),
+            ("v.txt.gz", gzip.compress(GLOVE.encode() * 50, mtime=0)[:-12], "v.txt.gz", "truncated"),
+            ("v.gz", gzip.compress(b"", mtime=0), "line 1", "empty line"),
             ("v.bin", binary()[:-3], "word 3", "ends"),
             ("v.bin", binary(header="4 2\n"), "word 3", "holds 3 words; 4"),
             ("v.bin", GLOVE, "line 1", "count dim"),
@@ -177,7 +177,7 @@ class TestBadFiles:
             with pytest.raises(BadFile, match="pickle"):
                 load_embeddings(write(tmp_path, name, pickle.dumps(Trap(trap))))
         with pytest.raises(BadFile, match="pickle"):
-            load_embeddings(write(tmp_path, "v.gz", gzip.compress(pickle.dumps(Trap(trap)))))
+            load_embeddings(write(tmp_path, "v.gz", gzip.compress(pickle.dumps(Trap(trap)), mtime=0)))
         assert not trap.exists()
 
 

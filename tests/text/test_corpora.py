@@ -23,7 +23,7 @@ TEXTS = ["one\ntwo", "Müller", "last"]
 def test_json_lines(tmp_path: Path, packed: bool, mark: str) -> None:
     path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
     data = (mark + LINES + "\n\n").encode()
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert list(read_corpus(str(path))) == TEXTS
 
 
@@ -31,7 +31,7 @@ def test_json_lines(tmp_path: Path, packed: bool, mark: str) -> None:
 def test_paragraphs(tmp_path: Path, packed: bool) -> None:
     path = tmp_path / ("a.txt.gz" if packed else "a.txt")
     data = b"one\ntwo\n\n \n\nthree\r\n\r\nfour"
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     assert list(read_corpus(str(path))) == ["one\ntwo\n", "three\n", "four"]
 
 
@@ -61,7 +61,7 @@ def test_bad_rows_name_their_line(
 
 def test_truncated_and_false_gzip(tmp_path: Path, complains: Callable[..., Any]) -> None:
     path = tmp_path / "a.jsonl.gz"
-    whole = gzip.compress(LINES.encode() * 2000)
+    whole = gzip.compress(LINES.encode() * 2000, mtime=0)
     for content in (whole[: len(whole) // 2], whole[:-6] + b"\0\0\0\0\0\0", b"no gzip at all"):
         path.write_bytes(content)
         with complains(BadFile, "cannot be read to its end", at=str(path)):
