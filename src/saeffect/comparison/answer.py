@@ -14,6 +14,7 @@ from saeffect.comparison.evidence_words import (
     cross_sentence,
     fate_sentences,
     over_all_saes,
+    over_saes,
     power_sentence,
     short_name,
     too_many_alarms,
@@ -86,6 +87,7 @@ def answer(
     known = set(found.contrasts["quantity"])
     declared = [name for name in tests if name in known]
     judged = {quantity: judge(found.contrasts, quantity) for quantity in (*PRIMARY, "effect", *declared)}
+    outcome = _outcome(arms)
     tested = any(int(first.loc[name, "tested"]) for name in roles.ordered)
     sentences = [
         _domain_counts(first, roles),
@@ -95,12 +97,12 @@ def answer(
         _coherence(second, judged["coherence_mean"], roles),
     ]
     if tested:
-        sentences.append(_effects(first, judged["effect"], roles, _outcome(arms)))
+        sentences.append(_effects(first, judged["effect"], roles, outcome))
     sentences += [
         *fate_sentences(found.matches.fate_counts, roles),
         cross_sentence(found.matches.cross_activity, roles, alpha),
         calibration_sentence(found.calibration),
-        power_sentence(found.power, roles, _outcome(arms)),
+        power_sentence(found.power, roles, outcome),
     ]
     short = paragraph(arms, roles, found, {name: judged[name] for name in declared}, alpha=alpha)
     return Answer(
@@ -163,16 +165,11 @@ def _changed(one: Judgement) -> str:
         "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
         "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
     }.get(one.quantity, f"the {short_name(one.quantity)} is {more}")
-    return f"{words} ({interval(one.told)}{_over(one)})"
+    return f"{words} ({interval(one.told)}{over_saes(one)})"
 
 
 def _named(judged: list[Judgement]) -> str:
     return joined([short_name(one.quantity) for one in judged])
-
-
-def _over(one: Judgement) -> str:
-    """Whose difference it is, where it is not that of one SAE from one other."""
-    return f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
 
 
 def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "cross_sentence",
     "fate_sentences",
     "over_all_saes",
+    "over_saes",
     "power_sentence",
     "short_name",
     "too_many_alarms",
@@ -101,6 +102,11 @@ def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
         n_domain = whole(int(domain.sum()))
         text += f"; of the {n_domain} domain features among them {whole(n_more)} more and {whole(n_less)} less"
     return f"{text}. Any further training changes a little everywhere, so read the sizes."
+
+
+def over_saes(one: Judgement) -> str:
+    """Whose difference it is, where it is not that of one SAE from one other."""
+    return f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
 
 
 def over_all_saes(judged: Judgement, *, short: bool = False) -> str:

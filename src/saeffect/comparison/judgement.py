@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ __all__ = [
     "judge",
     "noise_p",
     "settled",
+    "told_row",
 ]
 
 PRIMARY = ("domain_share", "pass_rate", "coherence_mean")
@@ -202,6 +203,12 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
     else:
         status = "beyond" if exceeds_noise(change, retraining, beyond, p=p) else "noise"
     return Judgement(quantity, status, change, retraining, beyond, seeds, n_saes, p)
+
+
+def told_row(contrasts: pd.DataFrame, judged: Judgement) -> pd.Series[Any]:
+    """The row of the contrasts behind `Judgement.told`: that over all SAEs where these decide."""
+    name, comparison = (f"{judged.quantity}_seeds", ALL_SEEDS) if judged.by_seeds else (judged.quantity, "fine-tuning")
+    return contrasts[(contrasts["quantity"] == name) & (contrasts["comparison"] == comparison)].iloc[0]
 
 
 def _p_of(contrasts: pd.DataFrame, rows: pd.DataFrame, quantity: str) -> float:

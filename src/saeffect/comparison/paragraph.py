@@ -15,9 +15,9 @@ from typing import Any, TypedDict
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import short_name
+from saeffect.comparison.evidence_words import over_saes, short_name
 from saeffect.comparison.findings import Findings
-from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge
+from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
 from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.comparison.wording import bracketed, joined, number, percent, whole
 from saeffect.text.tokens import printable_token
@@ -98,19 +98,13 @@ def _quantities(text: Paragraph, found: Findings, judged: Mapping[str, Judgement
         text.say(f"None of the declared quantities can be compared ({why or 'no interval'}).")
     for place, one in enumerate(known.values()):
         if place == 0:
-            _first(text, one, _told(found.contrasts, one), roles, control)
+            _first(text, one, told_row(found.contrasts, one), roles, control)
         else:
-            _other(text, one, _told(found.contrasts, one), control)
+            _other(text, one, told_row(found.contrasts, one), control)
     if "pass_rate" not in judged and "pass_rate" in compared:  # steering has its say in any case
         steered = judge(found.contrasts, "pass_rate")
         if steered.status != "undefined":
-            _other(text, steered, _told(found.contrasts, steered), control, ", not declared beforehand")
-
-
-def _told(contrasts: pd.DataFrame, one: Judgement) -> pd.Series[Any]:
-    """The row of the difference that is told: that over all SAEs where these decide."""
-    quantity, comparison = (f"{one.quantity}_seeds", ALL_SEEDS) if one.by_seeds else (one.quantity, "fine-tuning")
-    return contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == comparison)].iloc[0]
+            _other(text, steered, told_row(found.contrasts, steered), control, ", not declared beforehand")
 
 
 def _first(text: Paragraph, one: Judgement, row: pd.Series[Any], roles: Roles, control: str) -> None:
@@ -122,7 +116,7 @@ def _first(text: Paragraph, one: Judgement, row: pd.Series[Any], roles: Roles, c
     _cite(text, write(float(row["value_b"])), row)
     text.say(" after: ")
     _cite(text, bracketed(one.told, full=True), row)
-    text.say(_over(one))
+    text.say(over_saes(one))
     if one.seeds is not None and not one.by_seeds:
         text.say("; SAE noise included ")
         _cite_gap(text, one.seeds, f"{name}_seeds", ALL_SEEDS)
@@ -145,12 +139,7 @@ def _other(text: Paragraph, one: Judgement, row: pd.Series[Any], control: str, r
     _cite(text, write(float(row["value_b"])), row)
     text.say(after + " (")
     _cite_gap(text, one.told, str(row["quantity"]), str(row["comparison"]))
-    text.say(f"{_over(one)}{remark}).")
-
-
-def _over(one: Judgement) -> str:
-    """Whose difference it is, where it is not that of one SAE from one other."""
-    return f", {one.n_saes[1]} SAEs against {one.n_saes[0]}" if one.by_seeds else ""
+    text.say(f"{over_saes(one)}{remark}).")
 
 
 def _cite(text: Paragraph, words: str, row: pd.Series[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
-from saeffect.comparison.judgement import ALL_SEEDS
+from saeffect.comparison.judgement import told_row
 from saeffect.report.context import ReportContext
 from saeffect.report.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
 from saeffect.report.outcome_words import outcome_words
@@ -127,18 +127,15 @@ def at_a_glance(comparison: Comparison) -> TableView:
     columns += [Column("SAE noise", f"{name} − control", role="placebo") for name in placebos]
     seen = set(comparison.contrasts["quantity"])
     readings = {name: judge(comparison.contrasts, name) for name in (*PRIMARY, "effect") if name in seen}
+    labels = dict(zip(comparison.contrasts["quantity"], comparison.contrasts["label"], strict=True))
     columns.append(Column("False alarms", "where there is nothing to find"))
     columns.append(Column("Reading", is_text=True))
     rows = []
     for quantity, judged in readings.items():
-        found = comparison.contrasts[comparison.contrasts["quantity"] == quantity]
-        one = found[found["comparison"] == "fine-tuning"].iloc[0]
-        label = str(one["label"])
-        unit, sub = str(one["unit"]), "" if judged.by_seeds else _with_noise(judged)
-        told = comparison.contrasts[comparison.contrasts["quantity"] == f"{quantity}_seeds"]
-        told = told[told["comparison"] == ALL_SEEDS]
-        if judged.by_seeds and len(told):  # then these decide, and the answer speaks of them
-            one, sub = told.iloc[0], f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
+        one = told_row(comparison.contrasts, judged)
+        unit, label = str(one["unit"]), labels[quantity]
+        counts = f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
+        sub = counts if judged.by_seeds else _with_noise(judged)
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
         cells.append(_gap_cell(judged.told))
         cells += [_gap_cell(gap) for gap in judged.retraining]

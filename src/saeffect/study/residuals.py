@@ -23,7 +23,6 @@ class Residuals:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
-        self._bytes: dict[tuple[str, ...], int] = {}
 
     def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Pieces of the text in order.
@@ -49,10 +48,9 @@ class Residuals:
             yield start, ids, x
         if remember:  # only what was captured to its end
             self._make_room(size)
-            self._kept[key], self._bytes[key] = captured, size
+            self._kept[key] = captured
 
     def _make_room(self, size: int) -> None:
         """Forget the oldest captures until there is room for one more."""
-        while self._kept and sum(self._bytes.values()) + size > _MOST_BYTES:
-            oldest = next(iter(self._kept))
-            del self._kept[oldest], self._bytes[oldest]
+        while self._kept and sum(x.nbytes for some in self._kept.values() for x in some) + size > _MOST_BYTES:
+            del self._kept[next(iter(self._kept))]
