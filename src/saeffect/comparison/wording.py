@@ -59,15 +59,11 @@ def interval(gap: Gap, *, short: bool = False) -> str:
         >>> interval(Gap("base", "tuned", -0.02, -0.05, 0.01, "coherence"), short=True)
         '\N{MINUS SIGN}0.020, \N{MINUS SIGN}0.050 to 0.010'
     """
-    points = gap.unit == "share"
-    scale, fewest, unit = (100.0, 1, " percentage points") if points else (1.0, 3, "")
+    middle, low, high = _numbers(gap)
+    unit = " percentage points" if gap.unit == "share" and not short else ""
     if not gap.defined:
-        middle = number(scale * gap.estimate, fewest, signed=True)
-        return f"{middle}{'' if short else unit}, without an interval"
-    digits = _digits(scale * (gap.high - gap.low), fewest)
-    middle = number(scale * gap.estimate, digits, signed=True)
-    ends = f"{number(scale * gap.low, digits)} to {number(scale * gap.high, digits)}"
-    return f"{middle}, {ends}" if short else f"{middle}{unit}, 95 % interval {ends}"
+        return f"{middle}{unit}, without an interval"
+    return f"{middle}, {low} to {high}" if short else f"{middle}{unit}, 95 % interval {low} to {high}"
 
 
 def bracketed(gap: Gap, *, full: bool = False) -> str:
@@ -83,15 +79,22 @@ def bracketed(gap: Gap, *, full: bool = False) -> str:
         >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"), full=True)
         '+3.1 percentage points, 95 % interval [1.2, 5.0]'
     """
-    points = gap.unit == "share"
-    scale, fewest = (100.0, 1) if points else (1.0, 3)
-    unit = " percentage points" if points and full else ""
+    middle, low, high = _numbers(gap)
+    unit = " percentage points" if gap.unit == "share" and full else ""
     if not gap.defined:
-        return f"{number(scale * gap.estimate, fewest, signed=True)}{unit}, without an interval"
-    digits = _digits(scale * (gap.high - gap.low), fewest)
-    middle = number(scale * gap.estimate, digits, signed=True)
-    ends = f"[{number(scale * gap.low, digits)}, {number(scale * gap.high, digits)}]"
-    return f"{middle}{unit}{', 95 % interval' if full else ''} {ends}"
+        return f"{middle}{unit}, without an interval"
+    return f"{middle}{unit}{', 95 % interval' if full else ''} [{low}, {high}]"
+
+
+def _numbers(gap: Gap) -> tuple[str, str, str]:
+    """The difference and the ends of its interval, with the digits that its width deserves; shares in points."""
+    scale, fewest = (100.0, 1) if gap.unit == "share" else (1.0, 3)
+    digits = _digits(scale * (gap.high - gap.low), fewest) if gap.defined else fewest
+    return (
+        number(scale * gap.estimate, digits, signed=True),
+        number(scale * gap.low, digits),
+        number(scale * gap.high, digits),
+    )
 
 
 def joined(parts: list[str]) -> str:
