@@ -141,9 +141,19 @@ def test_a_full_disk_leaves_the_one_before(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
-    for name in ("step-old.safetensors", ".step-00000009.abcdefgh.safetensors", "notes.txt"):
+def test_other_files_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    mine = ("step-old.safetensors", "notes.txt", ".env.yaml")
+    for name in mine:
         (tmp_path / name).write_bytes(b"x")
-    assert Checkpoint(tmp_path, "me").steps() == []
-    Checkpoint(tmp_path, "me").drop_all()
+    checkpoint = Checkpoint(tmp_path, "me")
+    assert (checkpoint.steps(), checkpoint.owner()) == ([], None)
+    checkpoint.begin()
+    Run().steps(1).save(checkpoint, 1)
+    assert checkpoint.owner() == "me"
+    checkpoint.drop_all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+    for name in mine:
+        (tmp_path / name).unlink()
+    checkpoint.begin()
+    checkpoint.drop_all()
     assert not tmp_path.exists()

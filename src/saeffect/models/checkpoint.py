@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError
-from saeffect.provenance import atomic_path
+from saeffect.errors import BadFile, ConfigError, SaeffectError
+from saeffect.provenance import atomic_path, read_json, remove_leftovers, write_json
 
 __all__ = ["Checkpoint"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PATTERN = "step-*.safetensors"
+_MARK = "run.json"
 
 
 class Checkpoint:
@@ -30,6 +31,20 @@ class Checkpoint:
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
         self.folder = folder
         self._made_by, self._keep = made_by, keep
+
+    def owner(self) -> str | None:
+        """Fingerprint of the run that marked this folder as its own; None where no run did."""
+        with contextlib.suppress(SaeffectError, OSError):
+            mark = read_json(self.folder / _MARK)
+            if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
+                return str(mark["made_by"])
+        return None
+
+    def begin(self) -> None:
+        """Mark the folder as this run's; clear away what a kill left half-written."""
+        remove_leftovers(self.folder)
+        if self.owner() != self._made_by:
+            write_json(self.folder / _MARK, {"made_by": self._made_by})
 
     def steps(self) -> list[int]:
         """Numbers of finished steps that there is a checkpoint of, rising."""
@@ -91,8 +106,22 @@ class Checkpoint:
             self._file(step).unlink(missing_ok=True)
 
     def drop_all(self) -> None:
-        """Delete the folder: the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all checkpoints, and the folder unless it holds something else: the run is finished."""
+        for step in self.steps():
+            self._file(step).unlink(missing_ok=True)
+        remove_leftovers(self.folder)
+        (self.folder / _MARK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.folder.rmdir()
+
+    def of_another_run(self) -> ConfigError:
+        """The error for a folder that another run marked as its own."""
+        return ConfigError(
+            "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
+            " were exchanged.",
+            at=str(self.folder),
+            fix="delete it, or choose another output folder.",
+        )
 
     def restore(
         self,
@@ -124,11 +153,7 @@ class Checkpoint:
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():
                 if (file.metadata() or {}).get("made_by") != self._made_by:
-                    raise ConfigError(
-                        "this folder holds a checkpoint of another run.",
-                        at=str(self.folder),
-                        fix="delete it, or choose another output folder.",
-                    )
+                    raise self.of_another_run()
                 for name, tensor in (others or {}).items():
                     tensor.copy_(file.get_tensor(f"other.{name}"))
                 for name, p in weights.items():

@@ -159,6 +159,8 @@ class Study:
         """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
+        if Path(sae).is_file():
+            read_sae_config(sae, at=where)  # which says what kind of file it is
         if not Path(sae).is_dir():
             train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
