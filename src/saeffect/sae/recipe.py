@@ -36,6 +36,7 @@ from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.splice import spliced_losses
 from saeffect.sae.training import SaeJob, train_saes
 from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training_run import refuse_strangers
 from saeffect.text.corpora import is_held_out, read_corpus
 from saeffect.text.packing import interleave, pack, separator_id
 
@@ -76,8 +77,8 @@ def train_from_recipe(
     folders = recipe.folders(out)
     refuse_unwritable_folders({"--out": out, "--work": work})
     trainings = recipe.trainings().items()
-    for name, config in trainings:
-        SaeJob(config, folders[name]).folder("").refuse_strangers()
+    for folder in folders.values():
+        refuse_strangers(folder)
     refuse_before_loading(recipe, logger)
     lm = _load(recipe, say)
 

@@ -223,7 +223,7 @@ def _what_lies_in(folder: Path) -> str:
             return f", but folders with one, such as {path.name!r}"
         kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
         if kind and path.name not in ("cfg.json", SPARSITY):
-            return f"; {path.name!r} in it is {kind}"
+            return f"; {path.name!r} there is {kind}"
     return ""
 
 

@@ -24,10 +24,11 @@ from saeffect.sae.training_figure import FIGURES, save_training_figure
 from saeffect.sae.training_log import METRICS_FILE, TrainingLog
 from saeffect.sae.training_step import StepReport, TrainingStep, new_sae
 
-__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "complete"]
+__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "complete", "refuse_strangers"]
 
 Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
 
+_MOST_LINES = 200  # of metrics, unless the recipe says how often: a curve is drawn from no more
 _CFG = "cfg.json"
 _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "README.md")
 
@@ -71,6 +72,16 @@ class Position:
     index: int
 
 
+def refuse_strangers(out: Path) -> None:
+    """Refuse a folder for an SAE that holds files under its names which no training put there.
+
+    Raises:
+        ConfigError: It does.
+        BadFile: The note of a finished training is damaged.
+    """
+    TrainingFolder(out, "", _LEAVES).refuse_strangers()
+
+
 def complete(folder: TrainingFolder) -> None:
     """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
 
@@ -79,7 +90,7 @@ def complete(folder: TrainingFolder) -> None:
         BadFile: It cannot be written.
     """
     cfg = (folder.note() or {}).get("cfg")
-    damaged = cfg is not None and not _says(folder.path / _CFG, cfg)
+    damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(folder.path / _CFG, cfg)
     undrawn = any(not path.is_file() or not path.stat().st_size for path in (folder.path / name for name in FIGURES))
     if damaged or undrawn or folder.checkpoint.owner() is not None:
         with folder.held():
@@ -120,6 +131,7 @@ class SaeRun:
 
             copy_weights(Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae, config, total_steps)
+        self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MOST_LINES))
         self.step = self.trainer.__call__
         self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
         self.checkpoint = self.folder.checkpoint
@@ -170,7 +182,7 @@ class SaeRun:
         config, last = self.job.config, step + 1 == self.trainer.total_steps
         if report.n_resampled:
             log.event(step, "resampled", n_features=report.n_resampled)
-        if last or (step + 1) % config.metrics_every == 0:
+        if last or (step + 1) % self._metrics_every == 0:
             log.metrics(step, self._row(report, x))
         if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
             with log.pause():
