@@ -106,7 +106,7 @@ def test_another_runs_checkpoint(tmp_path: Path, complains: Callable[..., Any]) 
         Run().restore(Checkpoint(tmp_path, "somebody else"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "a tensor is missing"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "a tensor is missing", "a bit"])
 def test_unreadable(tmp_path: Path, complains: Callable[..., Any], damage: str) -> None:
     checkpoint = Checkpoint(tmp_path, "me")
     Run().steps(1).save(checkpoint, 1)
@@ -115,7 +115,14 @@ def test_unreadable(tmp_path: Path, complains: Callable[..., Any], damage: str) 
     if damage == "a tensor is missing":
         path.write_bytes(data.replace(b"exp_avg_sq.b", b"exp_avg_sq.c"))
     else:
-        path.write_bytes({"truncated": data[:-10], "empty": b"", "noise": b"\xff" * 300}[damage])
+        path.write_bytes(
+            {
+                "a bit": data[:-10] + bytes([data[-10] ^ 1]) + data[-9:],
+                "truncated": data[:-10],
+                "empty": b"",
+                "noise": b"\xff" * 300,
+            }[damage]
+        )
     with complains(BadFile, "cannot be read", "from the one before", at="step-00000001"):
         Run().restore(checkpoint)
 
@@ -142,7 +149,7 @@ def test_a_full_disk_leaves_the_one_before(
 
 
 def test_other_files_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
-    mine = ("step-old.safetensors", "notes.txt", ".env.yaml")
+    mine = ("step-old.safetensors", "notes.txt", ".env.abcdefgh.yaml")
     for name in mine:
         (tmp_path / name).write_bytes(b"x")
     checkpoint = Checkpoint(tmp_path, "me")

@@ -318,7 +318,7 @@ def test_a_folder_with_somebody_elses_files_is_refused(
 def test_somebody_elses_files_stay_where_they_are_not_in_the_way(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
         train_sae(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, say=_stop_at(2))
-    mine = [tmp_path / "notes.md", tmp_path / ".draft.txt", tmp_path / "checkpoint" / "mine.pt"]
+    mine = [tmp_path / "notes.md", tmp_path / ".draft.abcdefgh.txt", tmp_path / "checkpoint" / "mine.pt"]
     for path in mine:
         path.write_text("mine")
     train_sae(store, SHORT, tmp_path, metadata={})

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, SaeffectError
-from saeffect.provenance import atomic_path, read_json, remove_leftovers, write_json
+from saeffect.provenance import read_json, remove_leftovers, write_json
 
 __all__ = ["Checkpoint"]
 
@@ -79,27 +80,18 @@ class Checkpoint:
         Raises:
             BadFile: The disk is full, or cannot be written; older checkpoints stay.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         tensors = {f"other.{name}": t for name, t in (others or {}).items()}
         for name, p in weights.items():
             tensors[f"weight.{name}"] = p.detach()
             tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _MOMENTS}
         try:
-            with atomic_path(self._file(step)) as temporary:
-                save_file(
-                    {name: t.contiguous() for name, t in tensors.items()},
-                    temporary,
-                    metadata={"step": str(step), "made_by": self._made_by},
-                )
-        except (OSError, SafetensorError) as error:
+            save_tensors(self._file(step), tensors, {"step": str(step), "made_by": self._made_by})
+        except BadFile as error:
             last = self.steps()
             raise BadFile(
-                f"the checkpoint after step {step:,} cannot be written: {error}.",
+                f"the checkpoint after step {step:,} cannot be written: {error.message}",
                 at=str(self.folder),
-                fix="free some space and run the same command again"
-                + (f"; it goes on from step {last[-1]:,}." if last else "."),
+                fix=f"{error.fix}" + (f" It goes on from step {last[-1]:,}." if last else ""),
             ) from error
         if drop_old:
             self.drop_old(step)
@@ -147,32 +139,28 @@ class Checkpoint:
 
         Raises:
             ConfigError: The checkpoint is another run's.
-            BadFile: It cannot be read; some tensors may be filled already.
+            BadFile: It cannot be read, or some bits in it have changed.
         """
-        from safetensors import SafetensorError, safe_open
-
         if step is None:
             step = max(self.steps(), default=0)
         if not step:
             return 0
         path = self._file(step)
+        fix = "delete it; the run goes on from the one before, or starts anew if there is none."
+        tensors, metadata = read_tensors(path, what="checkpoint", fix=fix)
+        if metadata.get("made_by") != self._made_by:
+            raise self.of_another_run()
         try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                if (file.metadata() or {}).get("made_by") != self._made_by:
-                    raise self.of_another_run()
+            with torch.no_grad():
                 for name, tensor in (others or {}).items():
-                    tensor.copy_(file.get_tensor(f"other.{name}"))
+                    tensor.copy_(tensors[f"other.{name}"])
                 for name, p in weights.items():
-                    p.copy_(file.get_tensor(f"weight.{name}"))
-                    # Copies: what get_tensor gives may be the file itself, mapped into memory.
-                    moments = {key: torch.empty_like(p).copy_(file.get_tensor(f"{key}.{name}")) for key in _MOMENTS}
+                    p.copy_(tensors[f"weight.{name}"])
+                    # Copies: what is read may be the file itself, mapped into memory.
+                    moments = {key: torch.empty_like(p).copy_(tensors[f"{key}.{name}"]) for key in _MOMENTS}
                     optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-        except (SafetensorError, OSError) as error:
-            raise BadFile(
-                f"the checkpoint cannot be read: {error}.",
-                at=str(path),
-                fix="delete it; the run goes on from the one before, or starts anew if there is none.",
-            ) from error
+        except KeyError as error:
+            raise BadFile(f"this checkpoint cannot be read: it has no {error}.", at=str(path), fix=fix) from error
         return step
 
     def _file(self, step: int) -> Path:

@@ -195,20 +195,11 @@ class SaeRun:
         Raises:
             BadFile: The weights are not finite, or the disk is full.
         """
-        from safetensors import SafetensorError
-
         self._refuse_broken(self.trainer.total_steps - 1)
         out = self.job.out
-        try:
-            save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
-            save_training_figure(out)
-            self.folder.finish((WEIGHTS, SPARSITY, METRICS_FILE), cfg=read_json(out / _CFG))
-        except (OSError, SafetensorError) as error:
-            raise BadFile(
-                f"the SAE cannot be written: {error}.",
-                at=str(out),
-                fix=f"free some space and run the same command again{self._goes_on()}.",
-            ) from error
+        save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
+        save_training_figure(out)
+        self.folder.finish((WEIGHTS, SPARSITY, METRICS_FILE), cfg=read_json(out / _CFG))
 
     def _state(self) -> dict[str, Tensor]:
         return self.trainer.state() | {"next_batch": self.next_batch}
