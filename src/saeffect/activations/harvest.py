@@ -313,7 +313,7 @@ def norm_limit_of(note: Mapping[str, Any], *, at: str) -> NormLimit:
     Raises:
         BadFile: The note does not say it.
     """
-    found = note.get("norm_limit")
+    found: Any = note.get("norm_limit")
     try:
         limit = NormLimit(**{name: float(value) for name, value in found.items()})
     except (AttributeError, TypeError, ValueError, OverflowError):

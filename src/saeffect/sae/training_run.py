@@ -101,7 +101,7 @@ def complete(folder: TrainingFolder) -> None:
             folder.checkpoint.drop_all()
 
 
-def _says(path: Path, cfg: Mapping[str, Any]) -> bool:
+def _says(path: Path, cfg: dict[str, Any]) -> bool:
     """Whether a cfg.json says all that training wrote into it; its metadata may say more by now."""
     found = None
     with contextlib.suppress(SaeffectError):
