@@ -386,7 +386,7 @@ def test_a_folder_that_cannot_be(
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" if place == "a file" else tmp_path / "file" / "sae"
     monkeypatch.setattr(ActivationStore, "sample", None)  # nothing heavy before that
-    with complains(BadFile, "this folder cannot be written", "choose another", at=str(out)):
+    with complains(BadFile, "cannot be written", "choose another", at=str(out)):
         train_sae(store, SMALL, out, metadata={})
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -218,7 +218,8 @@ def _read_cfg(folder: Path, where: str) -> Any:
 
 def _what_lies_in(folder: Path) -> str:
     """Words about what a folder that is no SAE's holds instead, if that is known."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
+    for path in there:
         if path.is_dir() and (path / "cfg.json").is_file():
             return f", but folders with one, such as {path.name!r}"
         kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)

@@ -45,7 +45,7 @@ def read_weights(
                 raise BadFile(
                     f"{path.name} has no {missing[0]}; it has: {', '.join(names[:20]) or 'nothing'}.", at=where
                 )
-            for name in set(names) & set(shapes):
+            for name in (name for name in shapes if name in names):
                 part = file.get_slice(name)
                 if tuple(part.get_shape()) != shapes[name]:
                     raise IncompatibleSae(
