@@ -21,6 +21,7 @@ from saeffect.models.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
 from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header
 from saeffect.models.language_model import LanguageModel
+from saeffect.paths import user_path
 from saeffect.provenance import fingerprint, hash_file, read_json
 
 __all__ = [
@@ -91,7 +92,7 @@ def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = Non
         if name != EMBEDDED_NAME:
             raise unknown_name("bundled model", config.path, [BUNDLED + EMBEDDED_NAME], at=where)
         return embedded_model(say)
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, at=where)
     if path.suffix == ".gguf" and path.is_file():
         return path
     if path.is_dir():
@@ -132,7 +133,7 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
         return None
     if config.adapter.startswith(BUNDLED):
         return bundled_path("adapters", config.adapter.removeprefix(BUNDLED), at=where)
-    path = Path(config.adapter).expanduser()
+    path = user_path(config.adapter, at=where)
     if path.is_dir():
         if not (path / ADAPTER_CONFIG).is_file():
             raise NotFound(f"the folder {config.adapter!r} holds no adapter_config.json.", at=where)
