@@ -160,7 +160,7 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line; its kind if it says nothing.
 
     Example:
-        >>> first_line(KeyError()), first_line(OSError("no such file\nand more"))
+        >>> first_line(KeyError()), first_line(OSError("no such file\\nand more"))
         ('KeyError', 'no such file')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -29,6 +29,7 @@ __all__ = [
     "bundled_path",
     "locate_adapter",
     "locate_model",
+    "load_config",
     "load_language_model",
     "ModelShape",
     "model_identity",
