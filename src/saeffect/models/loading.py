@@ -17,6 +17,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError, unknown_name
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
 from saeffect.models.language_model import LanguageModel
+from saeffect.models.tokenizers import tokenizer_remedy
 from saeffect.provenance import fingerprint, hash_file, read_json
 
 __all__ = [
@@ -148,7 +149,7 @@ def load_language_model(
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     with quiet_transformers(), _explained(config, at):
-        model, tokenizer = _load_base(base, config, dtype)
+        model, tokenizer = _load_base(base, config, dtype, at)
     if adapter is not None:
         with quiet_transformers(), _explained(config, at):
             model = _merge(model, adapter, at=at)
@@ -163,11 +164,12 @@ def load_language_model(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width of the residual stream, number of blocks, and of positions (None where config.json names none)."""
+    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
 
     d_model: int
     n_layers: int
     n_positions: int | None = None
+    d_vocab: int | None = None
 
 
 def model_shape(place: Path | str) -> ModelShape | None:
@@ -183,7 +185,9 @@ def model_shape(place: Path | str) -> ModelShape | None:
     width = raw.get("hidden_size") or raw.get("n_embd")
     layers = raw.get("num_hidden_layers") or raw.get("n_layer")
     positions = raw.get("max_position_embeddings") or raw.get("n_positions")
-    return ModelShape(int(width), int(layers), int(positions) if positions else None) if width and layers else None
+    if not width or not layers:
+        return None
+    return ModelShape(int(width), int(layers), *(int(n) if n else None for n in (positions, raw.get("vocab_size"))))
 
 
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
@@ -199,22 +203,34 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     return fingerprint(parts)
 
 
-def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, at: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     folder, options = _source(base, config)
     # A pickle can run code while it is read.
     weights = {} if "gguf_file" in options else {"use_safetensors": True}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **weights, **options)
-    return model, load_tokenizer(base, config)
+    return model, load_tokenizer(base, config, at=at)
 
 
-def load_tokenizer(base: Path | str, config: ModelConfig) -> Any:
-    """The tokenizer of a located model, loaded with the model's own options."""
+def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
+    """The tokenizer of a located model, loaded with the model's own options.
+
+    Raises:
+        NotFound: There is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     folder, options = _source(base, config)
-    return AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # of many kinds
+        raise NotFound(
+            f"the tokenizer of {config.path!r} cannot be loaded: {_first_line(error)}",
+            at=at or config.path,
+            fix=tokenizer_remedy(folder, str(error)),
+        ) from error
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
