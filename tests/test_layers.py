@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
 FLOORS = (
-    ("errors", "config", "config_keys", "provenance", "processes", "allocation", "sole_writer"),
+    ("errors", "config", "config_keys", "provenance", "checksums", "processes", "allocation", "sole_writer"),
     ("stats",),
     ("models", "text"),
     ("activations",),
