@@ -90,8 +90,7 @@ def test_few_top_tokens_in_the_word_vectors_are_a_threat(arms):
         known = {name: (10 * share * (arm.coherence["n_known"] > -1)).astype(int) for name, arm in arms.items()}
         return {name: replace(arm, coherence=arm.coherence.assign(n_known=known[name])) for name, arm in arms.items()}
 
-    assert severity_of(found(knowing(0.4)), "know few of the features' top tokens (40.0 % in control, ") == "moderate"
-    table = found(knowing(0.2))
-    assert severity_of(table, "know few of the features' top tokens (20.0 % in control, ") == "serious"
+    table = found(knowing(0.4))
+    assert severity_of(table, "know few of the features' top tokens (40.0 % in control, ") == "serious"
     assert table["remedy"].str.contains("features.tokens: latin", regex=False).any()
     assert not found(knowing(0.6))["threat"].str.contains("know few").any()

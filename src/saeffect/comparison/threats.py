@@ -23,7 +23,7 @@ __all__ = ["threats"]
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
 # Share of top tokens that the word vectors know, below which coherence speaks for the lesser part of them.
-_LITTLE_KNOWN = (0.25, 0.5)
+_LITTLE_KNOWN = 0.5
 # With as many SAEs in all, a change of some two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
 _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
@@ -205,7 +205,7 @@ def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
 def _of_coverage(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
     """Word vectors that know few of the top tokens, as those of one language do in a vocabulary of many."""
     shares = {name: top_token_coverage(arms[name]) for name in roles.ordered}
-    low = {name: share for name, share in shares.items() if share < _LITTLE_KNOWN[1]}
+    low = {name: share for name, share in shares.items() if share < _LITTLE_KNOWN}
     if not low:
         return []
     listed = joined([f"{percent(share)} in {name}" for name, share in low.items()])
@@ -213,7 +213,7 @@ def _of_coverage(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
         Threat(
             f"The word vectors know few of the features' top tokens ({listed}): they and the vocabulary judge features "
             "by the lesser part of what these promote, so coherence and the number of domain features are too low.",
-            "serious" if min(low.values()) < _LITTLE_KNOWN[0] else "moderate",
+            "serious",
             "If the model writes many languages, rank only tokens of the vectors' script (features.tokens: latin) or "
             "those that they know (features.tokens: embeddings); otherwise give vectors and a vocabulary of the "
             "model's language.",

@@ -88,9 +88,10 @@ class LanguageModel:
         low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         n_embedded = min(self.d_vocab, int(self.model.get_input_embeddings().weight.shape[0]))
         if low < 0 or high >= n_embedded:
-            token = known_tokens(self.tokenizer).get(high, "unknown to the tokenizer")
+            named = known_tokens(self.tokenizer).get(high) if high >= n_embedded else None
+            token = "" if named is None else f" ({named})"
             raise ConfigError(
-                f"the text has token ids from {low} to {high} ({token}), but {self.name} knows 0 to {n_embedded - 1}.",
+                f"the text has token ids from {low} to {high}{token}, but {self.name} knows 0 to {n_embedded - 1}.",
                 fix="make the rows with the tokenizer that was saved with this model, or resize the model's embedding.",
             )
 
