@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,10 @@ from saeffect.models.tokenizers import (
     tokenizer_identity,
 )
 
-__all__ = ["LanguageModel"]
+if TYPE_CHECKING:
+    from saeffect.models.adapters import MergedAdapter
+
+__all__ = ["LanguageModel", "probe_logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,7 @@ class LanguageModel:
         tokenizer: The transformers tokenizer.
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
+        adapter: What merging its adapter was seen to do; None without one.
         shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
     """
 
@@ -40,7 +44,13 @@ class LanguageModel:
     tokenizer: Any
     name: str
     identity: str = ""
+    adapter: MergedAdapter | None = None
     shared: frozenset[int] | None = None
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<LanguageModel {self.name}: {type(self.model).__name__}, {size:,} parameters in {dtype}>"
 
     @property
     def device(self) -> torch.device:
@@ -127,3 +137,15 @@ class LanguageModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the tokens, their ids and the rules: equal when two models cut every text alike."""
         return tokenizer_identity(self.tokenizer)
+
+
+@torch.no_grad()
+def probe_logits(model: Any) -> torch.Tensor:
+    """A model's logits on 16 fixed tokens, spread over its vocabulary: what it does, for comparisons.
+
+    Returns:
+        float32 `[16, d_vocab]`, on the CPU.
+    """
+    weight = model.get_input_embeddings().weight
+    ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
+    return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()
