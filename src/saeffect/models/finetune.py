@@ -98,6 +98,8 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, say=say, at="model")
     train, held_out = _rows(config, lm)
+    for rows in (train, *held_out.values()):
+        lm.refuse_rows(rows)
     folder = TrainingFolder(out, _made_by(config, lm, train, held_out), _LEAVES)
     if (damaged := folder.damaged()) is None or damaged:
         if damaged:
