@@ -17,6 +17,7 @@ from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
+from saeffect.study.texts import shortage
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
@@ -39,6 +40,9 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
+        short = shortage(run.study.config.text, rows)
+        if short and arm == run.study.ordered_arms()[0]:
+            say(f"  warning: the text has only {short}")
         measured = measure_gate(opened, rows, run.study.config.gate)
         complaint = _complaint(measured, run.study.config.gate)
         if complaint and run.study.config.gate.on_failure == "stop":
@@ -50,7 +54,7 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
-        write_json(path, measured | {"warning": complaint})
+        write_json(path, measured | {"warning": complaint, "text_shortage": short})
         return [path]
 
     return work
