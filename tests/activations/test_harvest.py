@@ -190,9 +190,9 @@ def test_text_that_the_model_cannot_read(
 
     with complains(EmptySelection, "no rows"):
         harvest(tiny_llama, HOOK, rows.head(0), out)
-    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 2 to 128", at="context_size"):
+    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 128", at="context_size"):
         harvest(tiny_llama, HOOK, of(np.ones((2, 129))), out)
-    with complains(ConfigError, "rows have 1 tokens", at="context_size"):
+    with complains(ConfigError, "rows have 1 token;", at="context_size"):
         harvest(tiny_llama, HOOK, of(np.ones((2, 1))), out)
     for bad in (320, -1):
         with complains(ConfigError, f"{bad}", "knows 0 to 319"):

@@ -205,21 +205,11 @@ def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
         raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
-    context = rows.context_size
-    config = lm.model.config
-    positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
-    if context < 2 or (positions is not None and context > positions):
+    if rows.context_size < 2:
         raise ConfigError(
-            f"rows have {context} tokens; {lm.name} takes 2 to {positions or 'any number of'}.",
-            at="context_size",
-            fix="choose a context_size in that range.",
+            f"rows have {rows.context_size} token; expected at least 2.", at="context_size", fix="use longer rows."
         )
-    low, high = int(rows.ids.min()), int(rows.ids.max())
-    if low < 0 or high >= lm.d_vocab:
-        raise ConfigError(
-            f"the text has token ids from {low} to {high}, but {lm.name} knows 0 to {lm.d_vocab - 1}.",
-            fix="make the rows with this model's tokenizer.",
-        )
+    lm.refuse_rows(rows.ids)
 
 
 def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:

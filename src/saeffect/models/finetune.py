@@ -92,6 +92,8 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     out = Path(out)
     lm = load_language_model(config.model, say=say, at="model")
     train, held_out = _rows(config, lm)
+    for rows in (train, *held_out.values()):
+        lm.refuse_rows(rows)
     before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
     say("held-out perplexity before: " + _show(before))
 
