@@ -14,7 +14,8 @@ import torch
 
 from saeffect.errors import BadFile, Unreachable
 from saeffect.models import embedded
-from saeffect.models.embedded import EMBEDDED_NAME, cache_folder, embedded_model
+from saeffect.models.cached_folder import cache_folder
+from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import LanguageModel
 

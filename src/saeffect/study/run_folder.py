@@ -167,7 +167,7 @@ class RunFolder:
             foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
         if foreign:
             raise ConfigError(
-                f"here is a {foreign[0].name} that is not as a run of a study left it, and a run would overwrite it.",
+                f"{foreign[0].name!r} is not as a run of a study left it, and a run would write over it.",
                 at=str(foreign[0]),
                 fix="choose another --out, or move it elsewhere.",
             )
