@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,37 @@ import pandas as pd
 
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
-from saeffect.errors import ConfigError, NotFound, SaeffectError
+from saeffect.config import ModelConfig
+from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
-from saeffect.features.vocabulary import load_vocabulary
+from saeffect.features.vocabulary import Vocabulary, load_vocabulary
+from saeffect.models.accounting import explained
+from saeffect.models.adapters import read_adapter, require_fit
 from saeffect.models.hooks import parse_hook
+from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import (
-    bundled_path,
+    load_config,
     locate_adapter,
     locate_model,
     model_shape,
+    quiet_transformers,
 )
+from saeffect.models.tokenizers import known_tokens, token_texts
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
+from saeffect.study.texts import shortage, study_rows
 from saeffect.study.training import check_training
+from saeffect.text.corpora import read_corpus
 
 __all__ = ["CheckResult", "check_study"]
+
+_COUNTED = 2_000_000  # tokens of text; more take minutes, and are hardly too few
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +75,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     if training is not None:
         lines.append(training)
     for name in study.config.arms:
-        lines.append(_check_arm(study, name, say))
+        lines += _check_arm(study, name, say)
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
@@ -71,25 +84,26 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
     vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
-    lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
+    lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
-    lines.append(_check_text(study))
+    lines.append(f"text: {_check_text(study)}")
     if out is not None:
+        RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
     design = design_check({name: arm_facts(study, name) for name in config.arms})
     return CheckResult(tuple(lines), design)
 
 
-def _check_arm(study: Study, name: str, say: Say) -> str:
+def _check_arm(study: Study, name: str, say: Say) -> list[str]:
     arm = study.config.arms[name]
     at = study.at("arms", name)
     model = locate_model(arm.model, say=say, at=f"{at}.model")
-    locate_adapter(arm.model, at=f"{at}.model")
+    adapter = _check_adapter(arm.model, model, f"{at}.model")
     sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
     hook = study.hook(name)
     parse_hook(hook, at=f"{at}.hook")
@@ -97,7 +111,41 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
     if shape is not None:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
-    return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+    first = f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+    return [first, *(f"warning: arm {name}: {line}" for line in (adapter, _same_files(study, name, model)) if line)]
+
+
+def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | None:
+    """Open an adapter, and compare it with a base model that is on this machine; a line if it names another one."""
+    place, where = locate_adapter(config, at=at), f"{at}.adapter"
+    if place is None:
+        return None
+    adapter = read_adapter(place, where)
+    if isinstance(model, Path) and (model / "config.json").is_file() and not config.trust_remote_code:
+        with quiet_transformers(), explained(config, at, model):
+            require_fit(adapter, load_config(model, config), where)
+    return adapter.other_base(config.path)
+
+
+def _same_files(study: Study, name: str, model: Path | str) -> str | None:
+    """A line if the treatment's weights are, byte by byte, those of the control."""
+    arms = study.config.arms
+    control = arms[study.by_role("control")[0]].model
+    if arms[name].role != "treatment" or control.adapter or arms[name].model.adapter:
+        return None
+    other = locate_model(control)
+    if not isinstance(model, Path) or not isinstance(other, Path):
+        return None
+    ours, theirs = _weight_files(model), _weight_files(other)
+    if not ours or len(ours) != len(theirs):
+        return None
+    if not all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)):
+        return None
+    return "its weights are those of the control, so nothing can come from fine-tuning"
+
+
+def _weight_files(model: Path) -> list[Path]:
+    return [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
 
 
 def _check_steering(study: Study) -> list[str]:
@@ -122,16 +170,39 @@ def _check_steering(study: Study) -> list[str]:
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
+def _matchable(study: Study, vocabulary: Vocabulary) -> str:
+    """How many of the words can be found: a feature's top tokens are single tokens.
+
+    Raises:
+        EmptySelection: Not one can.
+    """
+    known = known_tokens(study.tokens.tokenizer)
+    never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
+    some = f"such as {', '.join(never[:3])}" if never else ""
+    if len(never) == len(vocabulary):
+        raise EmptySelection(
+            f"not one of the {len(never):,} words is a token of these models, {some}; no feature could match.",
+            at=study.at("selection", "vocabulary"),
+            fix="use words as they stand in texts, one a line; most tokenizers have only common words whole.",
+        )
+    said = f"{len(vocabulary):,} words"
+    return f"{said}, of which {len(never):,} can never match, no token being one of them, {some}" if never else said
+
+
 def _check_text(study: Study) -> str:
+    """Open every source, and count the tokens of those on this machine."""
     text = study.config.text
-    if text.bundled is not None:
-        bundled_path("texts", text.bundled, at=study.at("text", "bundled"))
-        return f"text: bundled {text.bundled}"
     for index, source in enumerate(text.sources):
-        path = Path(source.path)
-        if (path.suffix or path.is_absolute() or source.path.count("/") != 1) and not path.is_file():
-            raise NotFound(f"there is no text file {source.path!r}.", at=study.at("text", "sources", str(index)))
-    return f"text: {', '.join(s.name for s in text.sources)}"
+        documents = read_corpus(source.path, field=source.field)
+        _placed(study, ("text", "sources", str(index)), partial(next, documents))
+    called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
+    if not all(Path(source.path).exists() for source in text.sources):
+        return f"{called}; not counted, since it is on the hub"
+    some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
+    tokens = LanguageModel(None, study.tokens.tokenizer, "control")
+    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: tokens))
+    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
+    return f"{called}; only {short}" if short else called
 
 
 def _check_disk(study: Study, out: Path) -> str:
