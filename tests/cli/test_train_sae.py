@@ -193,7 +193,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saef
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said and "same command" in said
-    assert any((tmp_path / "sae").glob("checkpoint/step-*")) and not (tmp_path / "sae" / "sae_weights.safetensors").exists()
+    assert (
+        any((tmp_path / "sae").glob("checkpoint/step-*"))
+        and not (tmp_path / "sae" / "sae_weights.safetensors").exists()
+    )
 
     again = saeffect(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
