@@ -16,6 +16,7 @@ import yaml
 
 from saeffect.cli.app import main
 from saeffect.provenance import hash_file
+from saeffect.sae import training_run
 from saeffect.sae.recipe_keys import recipe_keys
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training_log import read_metrics
@@ -105,6 +106,13 @@ def test_from_a_recipe_to_an_sae_and_again(workshop: Path, tmp_path: Path, saeff
     assert {p.name: hash_file(p) for p in (tmp_path / "sae").iterdir() if p.is_file()} == before
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are not about the curve of a training, which takes as long to draw as a tiny SAE to train."""
+    monkeypatch.setattr(training_run, "save_training_figure", lambda folder: None)
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path)
     found = saeffect("harvest", str(recipe), "--work", "work", cwd=tmp_path)
@@ -116,6 +124,7 @@ def test_harvest_first_and_train_from_it(workshop: Path, tmp_path: Path, saeffec
     assert {p: p.stat().st_mtime_ns for f in folders for p in f.iterdir()} == dated
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_several_seeds_go_to_folders_of_their_names(
     workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]
 ) -> None:

@@ -132,14 +132,13 @@ def test_planted_features_are_found(
         "gated": {"l1_coefficient": 1.0},
         "jumprelu": {"l0_coefficient": 0.3, "bandwidth": 0.5, "threshold_at_start": 0.3},
     }
-    of_k = {"k": 2, "dead_after": 5_000, "auxiliary_k": 8}
+    of_k = {"k": 2, "dead_after": 5_000, "auxiliary_k": 8, "epochs": 4}
     config = SaeTrainingConfig(
         architecture=architecture,
         d_sae=48,
-        epochs=10,
         batch_size=256,
         learning_rate=5e-3,
-        **own.get(architecture, of_k),
+        **({"epochs": 10} | own.get(architecture, of_k)),
     )
     sae = train_sae(store, config, tmp_path / "sae", metadata={}, dtype="float32")
     rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
