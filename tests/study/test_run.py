@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -241,3 +242,30 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     assert set(search.loc[search["chosen"], "condition"]) == {"steered"}
     own = search[search["condition"] == "steered"].groupby("dose")["score"].mean()
     assert dose["dose"] == own.idxmax()
+
+
+def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = finished
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    monkeypatch.setattr("saeffect.study.dose_search.best_dose", lambda table: None)
+    lines: list[str] = []
+    run_study(Study.open(path), run, stages=["steer"], redo=True, say=lines.append)
+    run_study(Study.open(path), run, say=lines.append)
+    dose = read_json(run / "steering" / "dose.json")
+    assert dose["dose"] is None
+    assert dose["note"].startswith("no dose of the search made texts more similar to the features' top tokens")
+    assert f"  warning: no feature is steered: {dose['note']}" in lines
+    assert len(pd.read_parquet(run / "steering" / "dose_search.parquet").query("not chosen")) == 8
+    assert not list(run.glob("arms/*/interventions.parquet")) + list(run.glob("arms/*/effects.parquet"))
+    contrasts = pd.read_parquet(run / "comparison" / "contrasts.parquet").set_index(["quantity", "comparison"])
+    assert contrasts.loc[("pass_rate", "fine-tuning"), "reason"].tolist() == [dose["note"]]
+    assert contrasts.loc[("domain_share", "fine-tuning"), "estimate"].notna().all()  # the rest of the study stands
+    answer = read_json(run / "comparison" / "answer.json")
+    assert any(f"No feature was tested by steering ({dose['note']})" in one for one in answer["sentences"])
+    assert any(dose["note"] in one for one in answer["caveats"])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "No dose was chosen" in page
+    assert "none: the search found no gain, so no feature was steered" in page

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +20,9 @@ from saeffect.comparison.coactivity import FiringLog
 from saeffect.comparison.correspondence import Correspondence, SaeView, correspond
 from saeffect.comparison.cross_activity import CrossActivity, PairedOptions
 from saeffect.comparison.fates import FateRules
+from saeffect.comparison.matching import Matching, Neighbours
 from saeffect.comparison.stagewise import stagewise
-from saeffect.provenance import read_json
+from saeffect.provenance import atomic_path, fingerprint, read_json
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import SeedSae, open_seeds, seed_identities
@@ -48,10 +52,14 @@ def matching_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
-    """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`."""
+    """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`.
+
+    Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
+    """
 
     def work() -> Iterable[Path]:
-        found = _match(run, say)
+        kept = _KeptPairs(run.path("comparison", f"partial-{fingerprint(matching_inputs(run))[:16]}"))
+        found = _match(run, say, kept)
         paths = []
         for name in MatchTables.names():
             path, table = run.path("comparison", f"{name}.parquet"), getattr(found, name)
@@ -60,6 +68,7 @@ def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
                 paths.append(path)
             else:  # of an earlier run that had some
                 path.unlink(missing_ok=True)
+        kept.remove()
         return paths
 
     return work
@@ -71,7 +80,7 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**{name: table for name, table in tables.items() if table is not None})
 
 
-def _match(run: RunFolder, say: Say) -> MatchTables:
+def _match(run: RunFolder, say: Say, keep: _KeptPairs) -> MatchTables:
     study, config = run.study, run.study.config
     control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
@@ -97,6 +106,7 @@ def _match(run: RunFolder, say: Say) -> MatchTables:
         rules=FateRules(alpha=config.comparison.alpha),
         resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
         say=say,
+        keep=keep,
     )
     options = PairedOptions(n_permutations=config.comparison.n_permutations, seed=config.seed)
     activity = cross.result(options)
@@ -115,6 +125,45 @@ def _tables(found: Correspondence, cross: pd.DataFrame, turned: pd.DataFrame) ->
         absorption=found.absorption,
         stagewise=turned,
     )
+
+
+class _KeptPairs:
+    """Matchings of pairs of SAEs, a file each, until the stage is through. A file that cannot be read is made anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, *names: str) -> Path:
+        return self._folder / f"{fingerprint(names)[:32]}.npz"
+
+    def read(self, measure: str, a: str, b: str) -> Matching | None:
+        try:
+            with np.load(self._path(measure, a, b), allow_pickle=False) as file:
+                sides = [
+                    Neighbours(
+                        *(file[f"{side}_{name}"] for name in ("indices", "similarity")),
+                        tuple(file[f"{side}_reason"].tolist()),
+                        file[f"{side}_alone"],
+                    )
+                    for side in ("forward", "backward")
+                ]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+            return None
+        return Matching(measure, *sides)
+
+    def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
+        arrays = {}
+        for side in ("forward", "backward"):
+            found = getattr(matching, side)
+            arrays |= {f"{side}_{name}": getattr(found, name) for name in ("indices", "similarity", "alone")}
+            arrays[f"{side}_reason"] = np.array(found.reason, dtype=np.str_)
+        with atomic_path(self._path(measure, a, b)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def remove(self) -> None:
+        """All that was kept, with other settings too."""
+        for folder in self._folder.parent.glob("partial-" + 16 * "[0-9a-f]"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Logs:
