@@ -85,7 +85,7 @@ def test_further_saes_stand_in_for_a_placebo_arm(arms):
     assert not found(without)["threat"].str.contains("There is no placebo arm").any()
 
 
-@pytest.mark.parametrize(("share", "severity"), [(0.025, "minor"), (0.15, "moderate"), (0.5, "serious")])
+@pytest.mark.parametrize(("share", "severity"), [(0.05, "minor"), (0.15, "moderate"), (0.5, "serious")])
 def test_texts_without_a_similarity_are_a_threat(arms, share, severity):
     assert not found(arms)["threat"].str.contains("undefined in").any()
     trials = arms["control"].interventions.copy()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
@@ -261,8 +262,8 @@ def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
     assert len(pd.read_parquet(run / "steering" / "dose_search.parquet").query("not chosen")) == 8
     assert not list(run.glob("arms/*/interventions.parquet")) + list(run.glob("arms/*/effects.parquet"))
     contrasts = pd.read_parquet(run / "comparison" / "contrasts.parquet").set_index(["quantity", "comparison"])
-    assert contrasts.loc[("pass_rate", "fine-tuning"), "reason"].tolist() == [dose["note"]]
-    assert contrasts.loc[("domain_share", "fine-tuning"), "estimate"].notna().all()  # the rest of the study stands
+    assert contrasts.loc[("pass_rate", "fine-tuning"), "reason"] == dose["note"]
+    assert math.isfinite(contrasts.loc[("domain_share", "fine-tuning"), "estimate"])  # the rest of the study stands
     answer = read_json(run / "comparison" / "answer.json")
     assert any(f"No feature was tested by steering ({dose['note']})" in one for one in answer["sentences"])
     assert any(dose["note"] in one for one in answer["caveats"])
