@@ -141,7 +141,8 @@ class _KeptPairs:
             with np.load(self._path(measure, a, b), allow_pickle=False) as file:
                 sides = [
                     Neighbours(
-                        *(file[f"{side}_{name}"] for name in ("indices", "similarity")),
+                        file[f"{side}_indices"],
+                        file[f"{side}_similarity"],
                         tuple(file[f"{side}_reason"].tolist()),
                         file[f"{side}_alone"],
                     )
@@ -152,7 +153,7 @@ class _KeptPairs:
         return Matching(measure, *sides)
 
     def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for side in ("forward", "backward"):
             found = getattr(matching, side)
             arrays |= {f"{side}_{name}": getattr(found, name) for name in ("indices", "similarity", "alone")}
