@@ -111,3 +111,14 @@ def test_an_untested_arm_says_why(arms):
 def test_an_undefined_fit_is_as_bad_as_the_worst(arms):
     table = found({**arms, "control": with_facts(arms["control"], explained_variance=float("nan"))})
     assert severity_of(table, "control's SAE reproduces an undefined share of the variance") == "serious"
+
+
+def test_few_top_tokens_in_the_word_vectors_are_a_threat(arms):
+    def knowing(share):
+        known = {name: (10 * share * (arm.coherence["n_known"] > -1)).astype(int) for name, arm in arms.items()}
+        return {name: replace(arm, coherence=arm.coherence.assign(n_known=known[name])) for name, arm in arms.items()}
+
+    table = found(knowing(0.4))
+    assert severity_of(table, "know few of the features' top tokens (40.0 % in control, ") == "serious"
+    assert table["remedy"].str.contains("features.tokens: latin", regex=False).any()
+    assert not found(knowing(0.6))["threat"].str.contains("know few").any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from saeffect.provenance import read_json
 from saeffect.text.corpora import read_corpus
 from saeffect.text.packing import interleave, pack, separator_id
 
-__all__ = ["study_rows"]
+__all__ = ["first_texts", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRows:
@@ -30,6 +32,15 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRow
         SaeffectError: A source cannot be read, or has less than one row of text.
     """
     return _bundled(text) if text.bundled is not None else _packed(text, model())
+
+
+def first_texts(text: TextConfig) -> list[str]:
+    """The beginnings of a few documents of each source; none of one that cannot be read, which is told elsewhere."""
+    found: list[str] = []
+    for source in text.sources:
+        with contextlib.suppress(SaeffectError):
+            found += [document[:2_000] for document in islice(read_corpus(source.path, field=source.field), 20)]
+    return found
 
 
 def _bundled(text: TextConfig) -> TokenRows:
