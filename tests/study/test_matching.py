@@ -289,11 +289,11 @@ def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypat
     monkeypatch.setattr(correspondence._Pairs, "_matched", counted)
     with pytest.raises(KeyboardInterrupt):
         run_study(study, folder, stages=["match"], redo=True)
-    kept = sorted(folder.glob("comparison/partial-*/*.npz"))
+    kept = sorted(folder.glob("partial/match/*.parquet"))
     assert len(kept) == 3
     kept[0].write_bytes(kept[0].read_bytes()[:-40])  # what is damaged is made anew
     run_study(study, folder, stages=["match"], redo=True)
     assert len(set(made)) == len(made) - 2  # the one that was under way, and the damaged one
-    assert not list(folder.glob("comparison/partial-*"))
+    assert not (folder / "partial").exists()
     for name, table in before.items():
         pd.testing.assert_frame_equal(pd.read_parquet(folder / "comparison" / f"{name}.parquet"), table)

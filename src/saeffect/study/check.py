@@ -30,6 +30,7 @@ from saeffect.models.loading import (
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
@@ -86,6 +87,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
     lines.append(_check_text(study))
     if out is not None:
+        RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
     design = design_check({name: arm_facts(study, name) for name in config.arms})
     return CheckResult(tuple(lines), design)

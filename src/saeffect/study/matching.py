@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +19,9 @@ from saeffect.comparison.cross_activity import CrossActivity, PairedOptions
 from saeffect.comparison.fates import FateRules
 from saeffect.comparison.matching import Matching, Neighbours
 from saeffect.comparison.stagewise import stagewise
-from saeffect.provenance import atomic_path, fingerprint, read_json
+from saeffect.provenance import read_json
 from saeffect.sae.base import SparseAutoencoder
+from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Say, Study
@@ -58,8 +56,7 @@ def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
     """
 
     def work() -> Iterable[Path]:
-        kept = _KeptPairs(run.path("comparison", f"partial-{fingerprint(matching_inputs(run))[:16]}"))
-        found = _match(run, say, kept)
+        found = _match(run, say, _KeptPairs(run.kept("match", matching_inputs(run)), say))
         paths = []
         for name in MatchTables.names():
             path, table = run.path("comparison", f"{name}.parquet"), getattr(found, name)
@@ -68,7 +65,6 @@ def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
                 paths.append(path)
             else:  # of an earlier run that had some
                 path.unlink(missing_ok=True)
-        kept.remove()
         return paths
 
     return work
@@ -128,43 +124,37 @@ def _tables(found: Correspondence, cross: pd.DataFrame, turned: pd.DataFrame) ->
 
 
 class _KeptPairs:
-    """Matchings of pairs of SAEs, a file each, until the stage is through. A file that cannot be read is made anew."""
+    """Matchings of pairs of SAEs, a piece each, until the manifest knows the tables."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def _path(self, *names: str) -> Path:
-        return self._folder / f"{fingerprint(names)[:32]}.npz"
+    def __init__(self, kept: KeptRows, say: Say) -> None:
+        self._kept = kept
+        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(say)}
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
-        try:
-            with np.load(self._path(measure, a, b), allow_pickle=False) as file:
-                sides = [
-                    Neighbours(
-                        file[f"{side}_indices"],
-                        file[f"{side}_similarity"],
-                        tuple(file[f"{side}_reason"].tolist()),
-                        file[f"{side}_alone"],
-                    )
-                    for side in ("forward", "backward")
-                ]
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
-            return None
-        return Matching(measure, *sides)
+        return self._found.get((measure, a, b))
 
     def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
-        arrays: dict[str, Any] = {}
-        for side in ("forward", "backward"):
-            found = getattr(matching, side)
-            arrays |= {f"{side}_{name}": getattr(found, name) for name in ("indices", "similarity", "alone")}
-            arrays[f"{side}_reason"] = np.array(found.reason, dtype=np.str_)
-        with atomic_path(self._path(measure, a, b)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        sides = []
+        for name, side in (("forward", matching.forward), ("backward", matching.backward)):
+            columns: dict[str, Any] = dict(zip((*_PAIR, "side"), (measure, a, b, name), strict=True))
+            columns |= {"reason": list(side.reason), "alone": side.alone}
+            columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
+            columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
+            sides.append(pd.DataFrame(columns))
+        self._kept.add(pd.concat(sides, ignore_index=True))
 
-    def remove(self) -> None:
-        """All that was kept, with other settings too."""
-        for folder in self._folder.parent.glob("partial-" + 16 * "[0-9a-f]"):
-            shutil.rmtree(folder, ignore_errors=True)
+
+_PAIR = ["measure", "a", "b"]
+
+
+def _matching_of(piece: pd.DataFrame) -> Matching:
+    sides = []
+    for _, rows in piece.groupby("side", sort=False):
+        indices, similarity = (
+            rows[[name for name in rows if name.startswith(f"{kind}_")]].to_numpy() for kind in ("index", "similarity")
+        )
+        sides.append(Neighbours(indices, similarity, tuple(rows["reason"]), rows["alone"].to_numpy()))
+    return Matching(str(piece.loc[0, "measure"]), *sides)
 
 
 class _Logs:
