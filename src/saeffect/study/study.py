@@ -182,7 +182,9 @@ class Study:
         """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
-        if not user_path(sae, at=where).is_dir():
+        if user_path(sae, at=where).is_file():
+            read_sae_config(sae, at=where)  # which says what kind of file it is
+        if not Path(sae).is_dir():
             train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
             as_written = os.path.relpath(sae, self.source.absolute().parent)
