@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from saeffect.activations.harvest import TokenRows, kept_positions
 from saeffect.config import GateConfig
 from saeffect.errors import IncompatibleSae
 from saeffect.models.hooks import capture
-from saeffect.provenance import write_json
+from saeffect.models.language_model import probe_logits
+from saeffect.provenance import read_json, write_json
 from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
 from saeffect.study.run_folder import RunFolder
@@ -20,7 +22,7 @@ from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
-VERSION = 2  # 2: rotary frequencies stay in float32
+VERSION = 3  # 2: rotary frequencies stay in float32; 3: what the model and its adapter do
 
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
@@ -40,6 +42,9 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
         measured = measure_gate(opened, rows, run.study.config.gate)
+        measured |= _of_model(run, opened)
+        for line in _remarks(measured):
+            say(f"  arm {arm}: {line}")
         complaint = _complaint(measured, run.study.config.gate)
         if complaint and run.study.config.gate.on_failure == "stop":
             raise IncompatibleSae(
@@ -54,6 +59,31 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         return [path]
 
     return work
+
+
+def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
+    """What the model does on a few fixed tokens, what merging its adapter did, and whether it is as the control's."""
+    logprobs = probe_logits(arm.lm.model).log_softmax(-1).max(-1).values
+    control = run.arm(run.study.by_role("control")[0], "gate.json")
+    same = None
+    if arm.role == "treatment" and control.is_file():
+        other = torch.tensor(read_json(control).get("probe_logprobs") or [])
+        same = other.shape == logprobs.shape and bool(torch.allclose(other, logprobs, rtol=0, atol=2e-5))
+    adapter = None if arm.lm.adapter is None else dataclasses.asdict(arm.lm.adapter)
+    rounded = [round(value, 5) for value in logprobs.tolist()]
+    return {"probe_logprobs": rounded, "same_as_control": same, "adapter": adapter}
+
+
+def _remarks(measured: dict[str, Any]) -> list[str]:
+    """Lines about the model and its adapter."""
+    lines, adapter = [], measured["adapter"]
+    if adapter is not None:
+        lines.append(f"its adapter changes logits by up to {adapter['effect']:.3g}, merging by {adapter['error']:.1e}")
+        lines += [f"warning: {adapter['other_base']}"] if adapter["other_base"] else []
+        lines += ["warning: the adapter changes nothing"] if adapter["effect"] == 0 else []
+    if measured["same_as_control"]:
+        lines.append("warning: it gives the control's probabilities, so nothing can come from fine-tuning")
+    return lines
 
 
 @torch.inference_mode()
