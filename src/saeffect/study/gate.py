@@ -19,6 +19,7 @@ from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
+from saeffect.study.texts import shortage
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
@@ -41,6 +42,9 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
+        short = shortage(run.study.config.text, rows)
+        if short and arm == run.study.ordered_arms()[0]:
+            say(f"  warning: the text has only {short}")
         measured = measure_gate(opened, rows, run.study.config.gate)
         measured |= _of_model(run, opened)
         for line in _remarks(measured):
@@ -55,7 +59,7 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
-        write_json(path, measured | {"warning": complaint})
+        write_json(path, measured | {"warning": complaint, "text_shortage": short})
         return [path]
 
     return work

@@ -18,7 +18,7 @@ from saeffect.provenance import read_json
 from saeffect.text.corpora import read_corpus
 from saeffect.text.packing import interleave, pack, separator_id
 
-__all__ = ["first_texts", "study_rows"]
+__all__ = ["first_texts", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRows:
@@ -32,6 +32,23 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRow
         SaeffectError: A source cannot be read, or has less than one row of text.
     """
     return _bundled(text) if text.bundled is not None else _packed(text, model())
+
+
+def shortage(text: TextConfig, rows: TokenRows) -> str:
+    """How much of the text that a study asks for there is, in words; "" if all of it.
+
+    Args:
+        text: Which text, and how much of it.
+        rows: As `study_rows` gives them.
+    """
+    if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
+        return ""
+    said = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    if len(rows.names) == 1 or text.bundled is not None:
+        return said
+    return (
+        f"{said}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+    )
 
 
 def first_texts(text: TextConfig) -> list[str]:
