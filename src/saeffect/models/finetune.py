@@ -6,6 +6,7 @@ held-out perplexities before and after that go into the model card.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -22,14 +23,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from saeffect.config import ModelConfig, StrictModel
+from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.models.checkpoint import Checkpoint
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_language_model, quiet_transformers
 from saeffect.provenance import atomic_path, fingerprint, versions, write_json
+from saeffect.text.bos import prepends
 from saeffect.text.corpora import is_held_out, read_corpus
-from saeffect.text.packing import pack, separator_id
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
 
@@ -43,6 +44,7 @@ class FinetuneConfig(StrictModel):
     text: str = Field(description="Training text: .jsonl[.gz], .txt, or a dataset id.")
     control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
     field: str = "text"
+    bos: BosRule = Field("auto", description="Whether rows begin with the tokenizer's BOS token. auto: as it does.")
     licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
     rank: int = Field(16, ge=1)
@@ -66,11 +68,13 @@ class FinetuneResult:
         folder: The adapter, in PEFT's layout, with README.md and training.json.
         perplexity: Per text ("training", "control"): (before, after), on held-out rows.
         tokens: Training tokens seen.
+        prepend_bos: Whether each row began with the tokenizer's BOS token.
     """
 
     folder: Path
     perplexity: Mapping[str, tuple[float, float]]
     tokens: int
+    prepend_bos: bool = False
 
 
 def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None) -> FinetuneResult:
@@ -91,6 +95,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     """
     out = Path(out)
     lm = load_language_model(config.model, say=say, at="model")
+    lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
     train, held_out = _rows(config, lm)
     before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
     say("held-out perplexity before: " + _show(before))
@@ -101,7 +106,8 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     after = {name: perplexity(model, rows) for name, rows in held_out.items()}
     say("held-out perplexity after:  " + _show(after))
     measured = {name: (before[name], after[name]) for name in before}
-    result = FinetuneResult(out, measured, config.steps * config.batch_size * config.context_size)
+    tokens = config.steps * config.batch_size * config.context_size
+    result = FinetuneResult(out, measured, tokens, prepend_bos=lm.bos_id is not None)
     _save(model, config, result, final_loss=loss)
     shutil.rmtree(out / "checkpoint")
     return result
@@ -148,7 +154,7 @@ def _train(
 
 @torch.inference_mode()
 def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross-entropy over all rows.
+    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
 
     Args:
         model: A causal language model of transformers.
@@ -189,14 +195,12 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
 
 def _rows(config: FinetuneConfig, lm: LanguageModel) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
     """Training rows in a seeded order, and held-out rows of each text."""
-    separator = separator_id(lm.tokenizer)
 
     def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
         texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
         # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
         order = np.random.default_rng(config.seed).permutation(len(texts))
-        rows = pack((texts[i] for i in order), lm.encode, context_size=config.context_size, separator=separator)
-        return np.stack(list(islice(rows, limit)))
+        return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
 
     try:
         train = packed(config.text, False, config.steps * config.batch_size)
@@ -260,6 +264,7 @@ def _save(model: Any, config: FinetuneConfig, result: FinetuneResult, *, final_l
         {
             "recipe": recipe,
             "tokens": result.tokens,
+            "prepend_bos": result.prepend_bos,
             "final_loss": final_loss,
             "perplexity": {name: {"before": b, "after": a} for name, (b, a) in result.perplexity.items()},
             "versions": versions(),
@@ -281,7 +286,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
             f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
-            f" {recipe['seed']}.",
+            f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),
             "Perplexity on held-out documents:",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from saeffect.text.bos import begun, bos_of
+from saeffect.text.packing import pack, separator_id
 
 __all__ = ["LanguageModel"]
 
@@ -22,12 +27,14 @@ class LanguageModel:
         tokenizer: The transformers tokenizer.
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
+        prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
     """
 
     model: Any
     tokenizer: Any
     name: str
     identity: str = ""
+    prepend_bos: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -52,9 +59,38 @@ class LanguageModel:
         """How many token ids the model scores (rows of its unembedding, padding rows included)."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The token that every row of text and every prompt begins with; None for none.
+
+        Nothing is measured at it and no intervention touches it; what comes after is predicted from it.
+
+        Raises:
+            ConfigError: There is to be one and the tokenizer has none, or it puts several before a text.
+        """
+        return bos_of(self.tokenizer, self.prepend_bos)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of a piece of text, without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that the model is to go on from: as `encode`, after the BOS token if there is one."""
+        return begun(self.encode(text), self.bos_id)
+
+    def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
+        """How many tokens at the beginning of a row or a prompt are BOS, 0 or 1: they are no text."""
+        return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
+
+    def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
+        """Documents as rows of equal length for this model, see `saeffect.text.packing.pack`.
+
+        Raises:
+            ConfigError: The tokenizer has no token to put between documents.
+            EmptySelection: The whole text is shorter than one row.
+        """
+        separator = separator_id(self.tokenizer)
+        return pack(texts, self.encode, context_size=context_size, separator=separator, bos=self.bos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out, spaces as they are."""

@@ -30,6 +30,7 @@ from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
+from saeffect.study.texts import beginning
 from saeffect.study.training import check_training
 
 __all__ = ["CheckResult", "check_study"]
@@ -68,8 +69,10 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
-    encode = _check_tokenizers(study)
+    tokenizer = _check_tokenizers(study)
     lines.append("every arm has the same tokens")
+    begins, others = _placed(study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, tokenizer))
+    lines.append(f"{begins}; otherwise: {others}" if others else begins)
     config = study.config
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
@@ -77,7 +80,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
-    lines += _check_steering(study, encode)
+    lines += _check_steering(study, lambda text: list(tokenizer.encode(text, add_special_tokens=False)))
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
@@ -151,8 +154,8 @@ def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int, positions:
         )
 
 
-def _check_tokenizers(study: Study) -> Callable[[str], list[int]]:
-    """How prompts become token ids, after a check that they are the same in every arm."""
+def _check_tokenizers(study: Study) -> Any:
+    """The tokenizer, after a check that it is the same in every arm."""
     seen: dict[tuple[str, str | None], tuple[str, dict[str, int]]] = {}
     tokenizer: Any = None
     for name, arm in study.config.arms.items():
@@ -179,7 +182,7 @@ def _check_tokenizers(study: Study) -> Callable[[str], list[int]]:
                 at=study.at("arms", name, "model"),
                 fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
             )
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+    return tokenizer
 
 
 def _check_text(study: Study) -> str:

@@ -10,17 +10,19 @@ import torch
 
 from saeffect.activations.harvest import TokenRows, kept_positions
 from saeffect.config import GateConfig
-from saeffect.errors import IncompatibleSae
+from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.models.hooks import capture
 from saeffect.provenance import write_json
 from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
+from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
+from saeffect.study.texts import beginning
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
-VERSION = 2  # 2: rotary frequencies stay in float32
+VERSION = 3  # 2: rotary frequencies stay in float32; 3: the model's own perplexity, with and without BOS
 
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
@@ -39,11 +41,21 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
+        begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
         measured = measure_gate(opened, rows, run.study.config.gate)
-        complaint = _complaint(measured, run.study.config.gate)
-        if complaint and run.study.config.gate.on_failure == "stop":
+        say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
+        of_model = complaint_about_model(measured)
+        of_sae = _complaint(measured, run.study.config.gate)
+        complaint = "; ".join(filter(None, (of_model, of_sae)))
+        if of_model and run.study.config.gate.on_failure == "stop":
+            raise ConfigError(
+                f"the model does not know this text: {of_model}.",
+                at=run.study.at("arms", arm, "model"),
+                fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
+            )
+        if of_sae and run.study.config.gate.on_failure == "stop":
             raise IncompatibleSae(
-                f"the SAE does not fit the model: {complaint}.",
+                f"the SAE does not fit the model: {of_sae}.",
                 at=run.study.at("arms", arm, "sae"),
                 fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
             )
@@ -66,7 +78,8 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         config: How many tokens.
 
     Returns:
-        The measures, the hook's mean residual norm (unit of doses) and the norm limit for outliers.
+        The measures, the hook's mean residual norm (unit of doses), the norm limit for outliers, and what
+        `model_on_text` gives.
     """
     head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
     limit = arm.norm_limit(rows)
@@ -94,6 +107,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         "mean_norm": norm / sums.n_tokens,
         "norm_limit": limit.limit,
         "dtype": str(arm.lm.dtype).removeprefix("torch."),
+        **model_on_text(arm.lm, head, losses.clean_by_row, rows),
     }
 
 
