@@ -17,9 +17,9 @@ TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
 FLOORS = (
-    ("errors", "config", "config_keys", "provenance", "processes", "allocation", "sole_writer"),
+    ("errors", "config", "config_keys", "paths", "provenance", "checksums", "processes", "allocation", "sole_writer"),
     ("stats",),
-    ("models", "text"),
+    ("models", "text", "config_file"),
     ("activations",),
     ("sae",),
     ("features",),

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from saeffect.provenance import (
     hash_file,
     hash_folder,
     read_json,
+    remove_leftovers,
     versions,
     write_json,
 )
@@ -54,6 +59,50 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(target)], env=_env(), check=False)
     assert done.returncode == -9
     assert target.read_text() == "old"
+
+
+def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    mine = [".a.12345678.json", ".notes", ".env.abcdefgh.txt", "a.json", ".saeffect-writing-link.abcdefgh"]
+    for name in mine[:-1]:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / mine[-1]).symlink_to(tmp_path / "a.json")
+    with atomic_path(tmp_path / "a.json") as temporary:
+        left = temporary.name
+    (tmp_path / left).write_text("half")
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["tempfile.mkstemp", "pathlib.Path.write_text", "os.fsync", "pathlib.Path.mkdir"])
+def test_a_full_disk_is_told_with_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any], code: int, call: str
+) -> None:
+    (tmp_path / "a.json").write_text("old")
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(call, refused)
+    with complains(BadFile, os.strerror(code), "free some space", at=str(tmp_path / "a.json")):
+        write_json(tmp_path / "a.json", 1)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_full_disk_is_told_where_safetensors_writes(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    from safetensors import SafetensorError
+
+    with complains(BadFile, "No space left on device", "free some space"), atomic_path(tmp_path / "a"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), atomic_path(tmp_path / "a"):
+        raise SafetensorError("Error while serializing: some tensors share memory")
+
+
+def test_what_is_read_while_writing_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "copy" / "a") as temporary:
+        temporary.write_bytes((tmp_path / "elsewhere" / "b").read_bytes())
 
 
 def test_json_round_trip_is_sorted_and_nan_is_null(tmp_path: Path) -> None:
@@ -108,6 +157,4 @@ def test_versions_name_what_makes_the_numbers() -> None:
 
 
 def _env() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}

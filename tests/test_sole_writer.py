@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -45,10 +47,10 @@ def test_a_second_process_is_refused_and_changes_nothing(holder: subprocess.Pope
 def test_what_a_killed_process_leaves_keeps_nobody_out(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (tmp_path / "run" / ".lock").is_file()
+    assert (tmp_path / "run" / ".saeffect-lock").is_file()
     with sole_writer(tmp_path / "run"):
         pass
-    assert not (tmp_path / "run" / ".lock").exists()
+    assert not (tmp_path / "run" / ".saeffect-lock").exists()
 
 
 def test_a_folder_in_which_nothing_was_written_is_gone_again(tmp_path: Path) -> None:
@@ -74,5 +76,36 @@ def test_a_folder_can_be_held_one_after_the_other(tmp_path: Path) -> None:
 
 def test_where_a_file_stands_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BadFile, match="cannot be written to"), sole_writer(tmp_path / "file" / "run"):
+    with pytest.raises(BadFile, match="cannot be written"), sole_writer(tmp_path / "file" / "run"):
         pytest.fail("held a file")
+
+
+def test_a_lock_file_that_is_deleted_before_it_is_locked_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening and locking, the holder before deletes the file: the lock would be on a file without a name."""
+    fcntl = pytest.importorskip("fcntl")
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        (tmp_path / ".saeffect-lock").unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InUse), sole_writer(tmp_path):
+        pytest.fail("held a deleted file")
+    with sole_writer(tmp_path):
+        assert (tmp_path / ".saeffect-lock").is_file()
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    with pytest.raises(BadFile, match="No space left") as told, sole_writer(tmp_path / "run"):
+        pytest.fail("held")
+    assert "free some space" in (told.value.fix or "")
+    assert told.value.at == str(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -62,9 +62,13 @@ class StrictModel(BaseModel):
                 valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
                 raise unknown_name(kind, first["input"], valid, at=place) from error
             whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
-            got = "" if whole else f" Got {first['input']!r}."
+            got = "" if whole else f" Got {_shortened(repr(first['input']))}."
             message = first["msg"].removeprefix("Value error, ").rstrip(".")
             raise ConfigError(f"{message}.{got}", at=place) from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:

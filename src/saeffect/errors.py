@@ -37,6 +37,7 @@ __all__ = [
     "Undefined",
     "UnknownName",
     "Unreachable",
+    "first_line",
     "unknown_name",
 ]
 
@@ -153,3 +154,13 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | Non
     near = difflib.get_close_matches(str(name), names, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(names) or '(none)'}."
     return UnknownName(f"there is no {kind} {str(name)!r}; valid: {', '.join(names) or '(none)'}.", at=at, fix=fix)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind if it says nothing.
+
+    Example:
+        >>> first_line(KeyError()), first_line(OSError("no such file\\nand more"))
+        ('KeyError', 'no such file')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

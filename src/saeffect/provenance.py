@@ -7,6 +7,7 @@ the hash of those is unchanged.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -30,6 +31,7 @@ __all__ = [
     "remove_leftovers",
     "versions",
     "write_json",
+    "writing",
 ]
 
 _TRACKED = (
@@ -45,7 +47,53 @@ _TRACKED = (
 )
 
 
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}(\.[a-z]+)?")  # as mkstemp names what atomic_path asks for
+# Nobody else names a file so: what a killed process leaves can be told from what a user keeps.
+_WRITING = ".saeffect-writing-"
+_LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """While inside, a file or folder is written: what the disk says against it becomes one error.
+
+    Raises:
+        BadFile: The disk is full, has no room for one more file, or does not let itself be written to.
+
+    Example:
+        >>> with writing("numbers.csv"):
+        ...     raise OSError(errno.ENOSPC, "No space left on device")
+        Traceback (most recent call last):
+        saeffect.errors.BadFile: BadFile: this cannot be written: No space left on device.
+          at:  numbers.csv
+          fix: free some space (or remove files, if there are too many); then run the same command again.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = _said_by_disk(error, Path(path))
+        if said is None:
+            raise
+        full = said in {os.strerror(code) for code in _FULL}
+        raise BadFile(
+            f"this cannot be written: {said}.",
+            at=str(path),
+            fix="free some space (or remove files, if there are too many); then run the same command again."
+            if full
+            else "change the permissions or choose another folder; then run the same command again.",
+        ) from error
+
+
+def _said_by_disk(error: Exception, path: Path) -> str | None:
+    """Why a path cannot be written; None if the error is about something else, as a file that is read meanwhile."""
+    if isinstance(error, OSError) and error.errno is not None:
+        named = path if error.filename is None else Path(os.fsdecode(error.filename))
+        about = named.parent == path.parent or named in (path, *path.parents) or path in named.parents
+        return os.strerror(error.errno) if about else None
+    # safetensors tells what the system said in the text of an error of its own.
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return os.strerror(int(found[1])) if found else None
 
 
 @contextlib.contextmanager
@@ -53,6 +101,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
 
     The data are flushed to disk before the rename, so a reader sees the old file or the whole new one.
+
+    Raises:
+        BadFile: As `writing`; the old file is as it was.
 
     Example:
         >>> import tempfile; folder = Path(tempfile.mkdtemp())
@@ -62,25 +113,27 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = _WRITING + path.stem[:40]
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path | str) -> None:
     """Delete what `atomic_path` was writing in a folder when its process was killed. Nobody may be writing now."""
     folder = Path(folder)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if _LEFTOVER.fullmatch(path.name) and path.is_file():
+    for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+        if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saeffect.errors import BadFile, InUse
+from saeffect.provenance import writing
 
 __all__ = ["sole_writer"]
 
-_LOCK = ".lock"
+_LOCK = ".saeffect-lock"
 
 
 @contextlib.contextmanager
@@ -38,21 +39,18 @@ def sole_writer(folder: Path | str) -> Iterator[None]:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise InUse(
             "another process is writing to this folder.",
             at=str(folder),
             fix="wait until it has ended or stop it, or choose another folder.",
         ) from None
-    except OSError as error:
+    except BadFile:
         _remove_empty(missing)
-        raise BadFile(
-            f"this folder cannot be written to: {error.strerror}.",
-            at=str(folder),
-            fix="choose another folder, or change the permissions.",
-        ) from error
+        raise
     try:
         yield
     finally:

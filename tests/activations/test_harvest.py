@@ -271,7 +271,7 @@ def test_a_write_that_fails_leaves_whole_shards(tiny_llama_folder: Path, tmp_pat
     """The system refuses bytes in the middle of the third shard, as a full disk does."""
     command = [sys.executable, "-c", FILLS_UP, str(tiny_llama_folder), str(tmp_path / "out"), "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("BadFile: this shard cannot be written"), done
+    assert done.stdout.startswith("BadFile: this cannot be written: File too large"), done
     assert "shard-00002.safetensors" in done.stdout
     assert "run the same command" in done.stdout
     names = sorted(p.name for p in (tmp_path / "out").iterdir())

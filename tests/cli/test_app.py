@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer
 
 from saeffect.cli import app as command_line
+from saeffect.cli.console import Narrator, show, show_error
+from saeffect.errors import BadFile
+from saeffect.models.finetune_keys import finetune_keys
+from saeffect.sae.recipe_keys import recipe_keys
+from saeffect.study.study_keys import study_keys
+
+ROOT = Path(__file__).parents[2]
+ACTING = "\x1b[2J\u202egnp.exe\x9b31m\x07\ud83d"
+SHOWN = "U+001B[2JU+202Egnp.exeU+009B31mU+0007U+D83D"
 
 
 @pytest.fixture
@@ -54,3 +65,81 @@ def test_other_ends(ends: list[BaseException | None]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command_line.main()
     assert stopped.value.code == 3
+
+
+def _typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["saeffect", *arguments])
+    try:
+        command_line.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_alone_it_shows_its_help_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _typed(monkeypatch) == 0
+    told = capsys.readouterr()
+    assert told.out.count("Usage:") == 1 and "train-sae" in told.out and told.err == ""
+    assert _typed(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("saeffect 0.")
+    assert _typed(monkeypatch, "nothing") == 2
+    assert capsys.readouterr().err.count("Usage:") == 1
+
+
+def test_a_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_SAEFFECT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "saeffect fine")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert _typed(monkeypatch) == 0
+    assert capsys.readouterr().out.split() == ["finetune"]
+
+
+@pytest.mark.parametrize(
+    ("command", "page", "keys"),
+    [
+        ("check", "study.md", study_keys),
+        ("train-sae", "recipe.md", recipe_keys),
+        ("harvest", "recipe.md", recipe_keys),
+        ("finetune", "finetune.md", finetune_keys),
+    ],
+)
+def test_keys_are_shown_and_are_those_of_the_page(
+    command: str, page: str, keys: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _typed(monkeypatch, command, "--keys") == 0
+    shown = capsys.readouterr().out
+    assert shown == keys()  # type: ignore[operator]
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == shown, f"saeffect {command} --keys > docs/{page}"
+    assert "|  |" not in shown, "a key without a description"
+
+
+def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["check", "a" * 5000],
+        ["train-sae", "~nobody-of-that-name"],
+        ["run", "s.yaml", "--out", "a" * 5000],
+    ):
+        assert _typed(monkeypatch, *arguments) == 2
+        assert "can be no path" in capsys.readouterr().err
+
+
+def test_nothing_that_is_shown_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show(f"{ACTING}\nמשפט\t👨‍👩‍👧")
+    with Narrator() as say:
+        say(ACTING)
+        say(f"progress {ACTING} whom 1 2 rows")
+    show_error(BadFile(ACTING, at=ACTING, fix=ACTING))
+    out, err = capsys.readouterr()
+    assert out == f"{SHOWN}\nמשפט\t👨‍👩‍👧\n"
+    assert err.count(SHOWN) == 4
+    assert not {"\x1b", "\x9b", "\u202e", "\x07"} & set(out + err)
+
+
+def test_commands_print_through_the_console_alone() -> None:
+    folder = Path(command_line.__file__).parent
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and path.name != "console.py":
+                assert ast.unparse(node.func) not in ("typer.echo", "typer.secho", "print"), f"{path}:{node.lineno}"

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import SaeffectError
+from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
+from saeffect.models.gguf_files import choose_gguf, gguf_header
 from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import load_language_model
+from saeffect.models.loading import ModelShape, load_language_model, model_shape
 
 _NAMES = {
     "input_layernorm": "attn_norm",
@@ -76,6 +77,22 @@ def _write(lm: LanguageModel, path: Path) -> None:
     writer.close()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAEFFECT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def _bare(path: Path, kind: str) -> None:
+    """A GGUF file without tensors that says what it is."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type(kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
 @pytest.mark.parametrize("whole_folder", [False, True], ids=["file", "folder"])
 def test_gguf(tiny_llama: LanguageModel, tmp_path: Path, whole_folder: bool) -> None:
     path = tmp_path / "tiny.gguf"
@@ -96,3 +113,43 @@ def test_truncated_gguf(tiny_llama: LanguageModel, tmp_path: Path, complains: Ca
     with pytest.raises(SaeffectError) as caught:
         load_language_model(ModelConfig(path=str(path), dtype="float32"), at="model")
     assert caught.value.at == "model"
+
+
+def test_converted_once(tiny_llama: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.gguf"
+    _write(tiny_llama, path)
+    lines: list[str] = []
+    first, again = (load_language_model(ModelConfig(path=str(path), dtype="float32"), say=lines.append) for _ in "12")
+    assert len(lines) == 1
+    assert lines[0].startswith("converting tiny.gguf to float32 (once, kept in ")
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+    assert first.encode("The patient had") == again.encode("The patient had")
+    load_language_model(ModelConfig(path=str(path), dtype="bfloat16"), say=lines.append)
+    assert len(lines) == 2
+    with path.open("ab") as file:  # other bytes are another model
+        file.write(b"\0")
+    load_language_model(ModelConfig(path=str(path), dtype="float32"), say=lines.append)
+    assert len(lines) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_the_model_among_several_files(
+    tiny_llama: LanguageModel, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    _bare(tmp_path / "a-lora.gguf", "adapter")
+    with complains(NotFound, "a-lora.gguf (adapter)", at="here"):
+        choose_gguf(tmp_path, at="here")
+    _write(tiny_llama, tmp_path / "model.gguf")
+    assert choose_gguf(tmp_path) == tmp_path / "model.gguf"
+    assert model_shape(tmp_path) == ModelShape(32, 3, 128)
+    _bare(tmp_path / "other.gguf", "model")
+    with complains(ConfigError, "holds 2 models: model.gguf, other.gguf", at="model"):
+        load_language_model(ModelConfig(path=str(tmp_path)), at="model")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"PK\3\4" * 9, b"GGUF\3\0\0\0" + b"\xff" * 40])
+def test_headers_that_are_none(tmp_path: Path, complains: Callable[..., Any], content: bytes) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    with complains(BadFile, "a.gguf is no GGUF file that can be read", at="here"):
+        gguf_header(tmp_path / "a.gguf", at="here")

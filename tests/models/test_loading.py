@@ -20,6 +20,7 @@ from saeffect.models.loading import (
     locate_adapter,
     locate_model,
     model_identity,
+    model_shape,
     resolve_dtype,
 )
 
@@ -138,6 +139,59 @@ def test_truncated_weights(folder: Path, complains: Callable[..., Any], keep: in
     (folder / "model.safetensors").write_bytes(data[:keep])
     with complains(BadFile, "cannot be read", at=PLACE):
         _load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}, "lacks 30 of the 30 tensors"),
+        (lambda t: {n: x for n, x in t.items() if "layers.2." not in n}, "lacks 9 of the 30 tensors"),
+        (lambda t: t | {"model.layers.3.input_layernorm.weight": torch.ones(32)}, "holds 1 tensors that the model"),
+        (lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "self_attn.q_proj.bias"),
+    ],
+    ids=["wrapped", "a layer less", "a layer more", "a bias more"],
+)
+def test_every_tensor_is_accounted_for(
+    folder: Path, complains: Callable[..., Any], change: Callable[[Any], Any], part: str
+) -> None:
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    with complains(BadFile, part, at=PLACE):
+        _load(folder)
+
+
+def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.summary.weight": torch.ones(1, 32)}
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+    lines: list[str] = []
+    load_language_model(ModelConfig(path=str(folder), dtype="float32"), say=lines.append)
+    assert lines == ["not part of the language model, left out: 1 tensors, such as v_head.summary.weight"]
+
+
+def test_a_model_and_an_adapter_in_one_folder(
+    folder: Path, tiny_llama: LanguageModel, complains: Callable[..., Any]
+) -> None:
+    _adapter(tiny_llama.model, folder)
+    with complains(ConfigError, "both a model and an adapter", at=PLACE):
+        _load(folder)
+    (folder / "config.json").unlink()
+    with complains(ConfigError, "is an adapter, which needs its base model", "adapter: ", at=PLACE):
+        _load(folder)
+
+
+def test_code_is_not_advised_unless_asked_for(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(BadFile) as caught:
+        _load(folder)
+    assert "trust_remote_code" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["large", -3, 1.5, [32], True])
+def test_sizes_that_are_no_numbers(folder: Path, complains: Callable[..., Any], size: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": size}
+    (folder / "config.json").write_text(json.dumps(config))
+    with complains(BadFile, "expected a positive whole number", at="config.json"):
+        model_shape(folder)
 
 
 def test_pickled_weights_are_never_read(

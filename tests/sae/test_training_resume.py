@@ -107,7 +107,11 @@ def test_killed_before_the_first_checkpoint_and_while_one_is_written(
     assert _kill_after(spec, 1, 0.0)
     # What a kill leaves of a file that is being written: part of it, under atomic_path's name.
     (tmp_path / "checkpoint").mkdir(exist_ok=True)
-    for name in ("checkpoint/.step-00000007.ab12_xyz.safetensors", ".metrics.ab12_xyz.jsonl", ".cfg.ab12_xyz.json"):
+    for name in (
+        "checkpoint/.saeffect-writing-step-00000007.ab12_xyz.safetensors",
+        ".saeffect-writing-metrics.ab12_xyz.jsonl",
+        ".saeffect-writing-cfg.ab12_xyz.json",
+    ):
         (tmp_path / name).write_bytes(b"half a file")
     (tmp_path / ".keep.me").write_text("the user's")
     assert train(spec)[0] == [0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,10 +13,13 @@ import torch
 from torch import Tensor
 
 from saeffect.activations.pool import Pool, cut, read_ahead, shuffled
+from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.provenance import atomic_path, fingerprint, read_json
+from saeffect.provenance import fingerprint, read_json
 
 __all__ = ["ActivationStore", "read_shard", "save_shard", "shard_name"]
+
+_MAKE_AGAIN = "delete it and harvest again; the others stay."
 
 
 def shard_name(index: int) -> str:
@@ -31,44 +33,16 @@ def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         BadFile: It cannot be written, as when the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        with atomic_path(path) as temporary:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"this shard cannot be written: {error}.",
-            at=str(path),
-            fix="make room on the disk, and run the same command to go on; whole shards stay.",
-        ) from error
+    save_tensors(path, tensors)
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
     """Read one shard.
 
     Raises:
-        BadFile: It is truncated or no safetensors file.
+        BadFile: It is truncated, no safetensors file, or holds other bits than were written.
     """
-    from safetensors.torch import load_file
-
-    with _readable(path):
-        return load_file(path)
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"this shard cannot be read: {error}.",
-            at=str(path),
-            fix="delete it and harvest again; the others stay.",
-        ) from error
+    return read_tensors(path, what="shard", fix=_MAKE_AGAIN)[0]
 
 
 @dataclass(frozen=True)
@@ -175,10 +149,13 @@ class ActivationStore:
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with _readable(path), safe_open(path, framework="pt") as file:
-        rows, width = file.get_slice("activations").get_shape()
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows, width = file.get_slice("activations").get_shape()
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"this shard cannot be read: {error}.", at=str(path), fix=_MAKE_AGAIN) from error
     return int(rows), int(width)
 
 

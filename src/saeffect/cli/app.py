@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli import artifacts, stages
-from saeffect.cli.console import show_error
+from saeffect.cli.console import show, show_error
 from saeffect.cli.processes import let_others_speak
 from saeffect.errors import SaeffectError
 
@@ -20,13 +21,32 @@ _STOPPED = 130  # the exit code after Ctrl-C
 app = typer.Typer(
     name="saeffect",
     help="What did fine-tuning do to the features inside this language model, and is the difference real?",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 stages.register(app)
 artifacts.register(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        show(f"saeffect {version('saeffect')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _all_commands(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
+    if context.invoked_subcommand is None:
+        show(context.get_help())
 
 
 def main() -> None:

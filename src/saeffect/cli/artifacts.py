@@ -7,18 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from saeffect.cli.console import Narrator
+from saeffect.cli.console import Narrator, show
 from saeffect.cli.processes import processes
-from saeffect.errors import BadFile, ConfigError, NotFound
+from saeffect.config_file import read_config_file
+from saeffect.errors import ConfigError
+from saeffect.paths import user_path
 
 __all__ = ["finetune", "harvest", "register", "train_sae"]
 
-_File = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; its keys are described in the docs.")]
+_File = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file (see --keys).", parser=user_path)]
 _Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="YAML file (see --keys), or a study, or bundled:<study>, with --arm.")
 ]
 _Arm = Annotated[str | None, typer.Option(help="RECIPE is a study: which of its arms.")]
-_Work = Annotated[Path, typer.Option(help="Folder for activations; SAEs of the same model share them.")]
+_Work = Annotated[
+    Path, typer.Option(help="Folder for activations; SAEs of the same model share them.", parser=user_path)
+]
 
 _BUNDLED = "bundled:"
 
@@ -34,36 +38,53 @@ def register(app: typer.Typer) -> None:
     app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 
-def finetune(recipe: _File, out: Annotated[Path, typer.Option(help="Folder for the adapter.")]) -> None:
-    """Train a LoRA adapter by a recipe file."""
-    from saeffect.models.finetune import FinetuneConfig
-    from saeffect.models.finetune import finetune as train
+def _finetune_keys(wanted: bool) -> None:
+    if wanted:
+        from saeffect.models.finetune_keys import finetune_keys
 
-    config = FinetuneConfig.read(_yaml(recipe), at=str(recipe))
-    with Narrator() as say:
-        train(config, out, say=say)
-    typer.echo(f"adapter: {out.resolve()}")
+        show(finetune_keys().rstrip("\n"))
+        raise typer.Exit
 
 
-def _show_keys(wanted: bool) -> None:
+def _recipe_keys(wanted: bool) -> None:
     if wanted:
         from saeffect.sae.recipe_keys import recipe_keys
 
-        typer.echo(recipe_keys(), nl=False)
+        show(recipe_keys().rstrip("\n"))
         raise typer.Exit
+
+
+_Keys = Annotated[bool, typer.Option("--keys", help="Show the keys of a recipe.", callback=_recipe_keys, is_eager=True)]
+
+
+def finetune(
+    recipe: _File,
+    out: Annotated[Path, typer.Option(help="Folder for the adapter.", parser=user_path)],
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Show the keys of a recipe.", callback=_finetune_keys, is_eager=True)
+    ] = False,
+) -> None:
+    """Train a LoRA adapter by a recipe file."""
+    del keys
+    from saeffect.models.finetune import FinetuneConfig
+    from saeffect.models.finetune import finetune as train
+
+    config = FinetuneConfig.read(read_config_file(recipe, "recipe"), at=str(recipe))
+    with Narrator() as say:
+        train(config, out, say=say)
+    show(f"adapter: {out.resolve()}")
 
 
 def train_sae(
     recipe: _Recipe,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the SAE; with --arm, by default where the study looks for it.")
+        Path | None,
+        typer.Option(help="Folder for the SAE; with --arm, by default where the study looks for it.", parser=user_path),
     ] = None,
     work: _Work = Path("work"),
     arm: _Arm = None,
     logger: Annotated[str, typer.Option(help="none, wandb or tensorboard, beside metrics.jsonl.")] = "none",
-    keys: Annotated[
-        bool, typer.Option("--keys", help="Show the keys of a recipe.", callback=_show_keys, is_eager=True)
-    ] = False,
+    keys: _Keys = False,
 ) -> None:
     """Train the SAEs of a recipe, or of a study's arm."""
     del keys
@@ -80,11 +101,12 @@ def train_sae(
         train_from_recipe(config, folder, work=work, logger=logger, say=say)  # type: ignore[arg-type]
         if is_first():
             for place in config.folders(folder).values():
-                typer.echo(f"SAE: {place.resolve()}")
+                show(f"SAE: {place.resolve()}")
 
 
-def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None) -> None:
+def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None, keys: _Keys = False) -> None:
     """Harvest the activations that a recipe, or a study's arm, trains on."""
+    del keys
     from saeffect.processes import is_first
     from saeffect.sae.recipe import harvest_from_recipe
 
@@ -93,7 +115,7 @@ def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None) -> No
         folders = harvest_from_recipe(config, work=work, say=say)
         if is_first():
             for place in folders:
-                typer.echo(f"activations: {place.resolve()}")
+                show(f"activations: {place.resolve()}")
 
 
 def _read(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
@@ -106,20 +128,9 @@ def _read(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
 
         study = Study.open(recipe)
         return arm_recipe(study, arm), arm_folder(study, arm)
-    raw = {"arms": {}} if recipe.startswith(_BUNDLED) else _yaml(Path(recipe))
+    raw = {"arms": {}} if recipe.startswith(_BUNDLED) else read_config_file(recipe, "recipe")
     if isinstance(raw, dict) and "arms" in raw:
         raise ConfigError(
             "this is a study, which has several arms.", at=recipe, fix="name the one whose SAE to train: --arm control."
         )
     return SaeRecipe.read(raw, at=recipe), None
-
-
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    if not path.is_file():
-        raise NotFound(f"there is no recipe file {str(path)!r}.", at=str(path), fix="check the path.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadFile(f"this is not YAML in UTF-8: {error}.", at=str(path)) from error

@@ -1,4 +1,7 @@
-"""What the command line shows: progress bars on a terminal, plain lines elsewhere, errors in one form."""
+"""What the command line shows: progress bars on a terminal, plain lines elsewhere, errors in one form.
+
+All that reaches a terminal goes through here: names in files, and the files' own names, may hold escape sequences.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -21,7 +25,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["Narrator", "show_error"]
+from saeffect.text.tokens import printable_text
+
+__all__ = ["Narrator", "show", "show_error"]
 
 _LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
 
@@ -66,12 +72,12 @@ class Narrator:
         self._progress.stop()
 
     def __call__(self, line: str) -> None:
-        words = line.split(" ")
+        words = printable_text(line).split(" ")
         if words[0] == "progress" and len(words) == 6:
             self._move(f"{words[1]} {words[2]}", int(words[3]), int(words[4]), words[5])
             return
         self._finish()
-        self.console.print(escape(line), soft_wrap=True)
+        self.console.print(escape(" ".join(words)), soft_wrap=True)
 
     def _move(self, name: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
@@ -94,7 +100,12 @@ class Narrator:
         self._task, self._name = None, ""
 
 
+def show(line: str = "") -> None:
+    """Print a line of the outcome to standard output. Nothing in it can act on the terminal."""
+    typer.echo(printable_text(line))
+
+
 def show_error(error: BaseException) -> None:
     """Print an error to standard error, without a traceback and without reading its text as markup."""
     console = Console(file=sys.stderr, stderr=False, highlight=False)
-    console.print(Text(str(error)), style="red" if console.is_terminal else None, soft_wrap=True)
+    console.print(Text(printable_text(str(error))), style="red" if console.is_terminal else None, soft_wrap=True)

@@ -8,13 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from saeffect.cli.console import Narrator
+from saeffect.cli.console import Narrator, show
 from saeffect.cli.processes import processes
+from saeffect.paths import user_path
 
 __all__ = ["check", "register", "run"]
 
 _Study = Annotated[str, typer.Argument(metavar="STUDY", help="A study file, or bundled:smollm2-medical.")]
-_Out = Annotated[Path | None, typer.Option(help="Run directory; by default runs/<name of the study>.")]
+_Out = Annotated[
+    Path | None, typer.Option(help="Run directory; by default runs/<name of the study>.", parser=user_path)
+]
 _Redo = Annotated[bool, typer.Option("--redo", help="Do it even if it was done with the same inputs.")]
 
 _STAGES = {
@@ -52,7 +55,7 @@ def _show_keys(wanted: bool) -> None:
     if wanted:
         from saeffect.study.study_keys import study_keys
 
-        typer.echo(study_keys(), nl=False)
+        show(study_keys().rstrip("\n"))
         raise typer.Exit
 
 
@@ -72,21 +75,21 @@ def check(
         opened = Study.open(study)
         result = check_study(opened, out or Path("runs") / opened.config.name, say)
     for line in result.lines:
-        typer.echo(f"ok  {line}")
+        show(f"ok  {line}")
     _show_design(result.design)
 
 
 def _show_design(design: Any) -> None:
     notable = design[design["status"].isin(["flaw", "unknown", "intended"])]
     marks = {"flaw": "!! ", "unknown": "?  ", "intended": "-- "}
-    typer.echo("design check: in what the arms differ besides the model")
+    show("design check: in what the arms differ besides the model")
     if notable.empty:
-        typer.echo("    in nothing")
+        show("    in nothing")
     arms = [c for c in design.columns if c not in ("field", "differs", "status", "matters")]
     for row in notable.to_dict("records"):
         values = ", ".join(f"{arm}: {row[arm] or 'not recorded'}" for arm in arms)
-        typer.echo(f"{marks[row['status']]} {row['field']} ({values})")
-        typer.echo(f"    {row['matters']}")
+        show(f"{marks[row['status']]} {row['field']} ({values})")
+        show(f"    {row['matters']}")
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -114,7 +117,7 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
 def _conclude(answer: Path, report: Path) -> None:
     from saeffect.provenance import read_json
 
-    typer.echo("")
-    typer.echo(read_json(answer)["headline"])
-    typer.echo("")
-    typer.echo(f"report: {report.resolve()}")
+    show("")
+    show(read_json(answer)["headline"])
+    show("")
+    show(f"report: {report.resolve()}")

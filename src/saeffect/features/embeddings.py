@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from saeffect.errors import NotFound, ShapeMismatch, unknown_name
 from saeffect.features.vector_files import VECTOR_SUFFIXES, read_vectors
+from saeffect.paths import user_path
 
 __all__ = [
     "BUNDLED_EMBEDDINGS",
@@ -155,7 +156,7 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     if text in BUNDLED_EMBEDDINGS:
         path = _BUNDLED_FOLDER / f"{text}.safetensors"
         return _cached(path, text, *_stamp(path))
-    path = Path(name_or_path)
+    path = user_path(name_or_path)
     if not path.exists():
         looks_like_path = (
             isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES

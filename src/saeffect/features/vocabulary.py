@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
+from saeffect.paths import user_path
 from saeffect.text.tokens import normalise_token
 from saeffect.text.utf8 import decode_utf8, read_bytes
 
@@ -105,7 +106,7 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     if name in bundled:
         data = (_bundled_folder() / f"{name}.txt").read_bytes()
     else:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if len(path.parts) < 2 and not path.suffix and not path.is_file():
             raise unknown_name("vocabulary", name, bundled)
         data = read_bytes(path, "vocabulary")

@@ -58,7 +58,6 @@ class Checkpoint:
         Raises:
             BadFile: The disk is full, or cannot be written; older checkpoints stay.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"other.{name}": t for name, t in (others or {}).items()}
@@ -72,13 +71,12 @@ class Checkpoint:
                     temporary,
                     metadata={"step": str(step), "made_by": self._made_by},
                 )
-        except (OSError, SafetensorError) as error:
+        except BadFile as error:
             last = self.steps()
             raise BadFile(
-                f"the checkpoint after step {step:,} cannot be written: {error}.",
+                f"the checkpoint after step {step:,} cannot be written: {error.message}",
                 at=str(self.folder),
-                fix="free some space and run the same command again"
-                + (f"; it goes on from step {last[-1]:,}." if last else "."),
+                fix=f"{error.fix}" + (f" It goes on from step {last[-1]:,}." if last else ""),
             ) from error
         if drop_old:
             self.drop_old(step)

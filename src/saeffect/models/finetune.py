@@ -40,24 +40,24 @@ _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 class FinetuneConfig(StrictModel):
     """Everything that decides the adapter."""
 
-    model: ModelConfig
-    text: str = Field(description="Training text: .jsonl[.gz], .txt, or a dataset id.")
+    model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, dtype, ...")
+    text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
     control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
-    field: str = "text"
+    field: str = Field("text", description="Which field of a row holds the text.")
     bos: BosRule = Field("auto", description="Whether rows begin with the tokenizer's BOS token. auto: as it does.")
     licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(16, ge=1, description="Of the LoRA matrices.")
+    alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
     modules: tuple[str, ...] = Field(_MODULES, description="Names of the linear layers to adapt.")
-    steps: int = Field(160, ge=1)
+    steps: int = Field(160, ge=1, description="Training steps.")
     batch_size: int = Field(8, ge=1, description="Rows a step.")
     context_size: int = Field(256, ge=8, description="Tokens a row.")
-    learning_rate: float = Field(4e-4, gt=0)
-    warmup_steps: int = Field(10, ge=0)
+    learning_rate: float = Field(4e-4, gt=0, description="At its highest.")
+    warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises.")
     evaluation_rows: int = Field(64, ge=1, description="Held-out rows of each text for the perplexities.")
-    checkpoint_every: int = Field(20, ge=1)
-    seed: int = 0
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Everything random follows from it.")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from saeffect.text.bos import begun, bos_of
 from saeffect.text.packing import pack, separator_id
 
-__all__ = ["LanguageModel"]
+if TYPE_CHECKING:
+    from saeffect.models.adapters import MergedAdapter
+
+__all__ = ["LanguageModel", "probe_logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,7 @@ class LanguageModel:
         tokenizer: The transformers tokenizer.
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
+        adapter: What merging its adapter was seen to do; None without one.
         prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
     """
 
@@ -34,7 +38,13 @@ class LanguageModel:
     tokenizer: Any
     name: str
     identity: str = ""
+    adapter: MergedAdapter | None = None
     prepend_bos: bool | None = None
+
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"<LanguageModel {self.name}: {type(self.model).__name__}, {size:,} parameters in {dtype}>"
 
     @property
     def device(self) -> torch.device:
@@ -123,3 +133,15 @@ class LanguageModel:
         for token, index in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
             digest.update(f"{index}\0{token}\0".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
+
+
+@torch.no_grad()
+def probe_logits(model: Any) -> torch.Tensor:
+    """A model's logits on 16 fixed tokens, spread over its vocabulary: what it does, for comparisons.
+
+    Returns:
+        float32 `[16, d_vocab]`, on the CPU.
+    """
+    weight = model.get_input_embeddings().weight
+    ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
+    return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.resources
 import re
 import warnings
@@ -14,9 +15,13 @@ from typing import Any
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, SaeffectError, unknown_name
+from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
+from saeffect.models.accounting import BOTH, account_for, explained, refuse_nan
+from saeffect.models.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
+from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header
 from saeffect.models.language_model import LanguageModel
+from saeffect.paths import user_path
 from saeffect.provenance import fingerprint, hash_file, read_json
 
 __all__ = [
@@ -24,6 +29,7 @@ __all__ = [
     "bundled_path",
     "locate_adapter",
     "locate_model",
+    "load_config",
     "load_language_model",
     "ModelShape",
     "model_identity",
@@ -37,10 +43,9 @@ __all__ = [
 BUNDLED = "bundled:"
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # What decides a model: weights, configuration, tokenizer files, code of its own.
 _COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
+Say = Callable[[str], None]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -88,11 +93,22 @@ def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = Non
         if name != EMBEDDED_NAME:
             raise unknown_name("bundled model", config.path, [BUNDLED + EMBEDDED_NAME], at=where)
         return embedded_model(say)
-    path = Path(config.path).expanduser()
+    path = user_path(config.path, at=where)
     if path.suffix == ".gguf" and path.is_file():
         return path
     if path.is_dir():
+        adapter = (path / ADAPTER_CONFIG).is_file()
+        if (path / "config.json").is_file() and adapter:
+            raise ConfigError(BOTH[0], at=where, fix=BOTH[1])
         if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+            if adapter:
+                raw = read_json(path / ADAPTER_CONFIG)
+                named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+                raise ConfigError(
+                    f"the folder {config.path!r} is an adapter, which needs its base model.",
+                    at=where,
+                    fix=f"write model: {{path: {named or '<base model>'}, adapter: {config.path}}}.",
+                )
             raise NotFound(
                 f"the folder {config.path!r} holds no config.json, so it is no transformers model.",
                 at=where,
@@ -118,9 +134,9 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
         return None
     if config.adapter.startswith(BUNDLED):
         return bundled_path("adapters", config.adapter.removeprefix(BUNDLED), at=where)
-    path = Path(config.adapter).expanduser()
+    path = user_path(config.adapter, at=where)
     if path.is_dir():
-        if not (path / _ADAPTER_CONFIG).is_file():
+        if not (path / ADAPTER_CONFIG).is_file():
             raise NotFound(f"the folder {config.adapter!r} holds no adapter_config.json.", at=where)
         return path
     if path.is_absolute() or config.adapter.startswith((".", "~")) or config.adapter.count("/") != 1:
@@ -140,25 +156,33 @@ def load_language_model(
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated or hold NaN, or an adapter that is pickled.
+        BadFile: Weights that are truncated, hold NaN or are not the model's, or an adapter that is pickled.
         IncompatibleModels: An adapter that does not fit the base model.
+        ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
     base = locate_model(config, say=say, at=at)
-    adapter = locate_adapter(config, at=at)
+    place = locate_adapter(config, at=at)
+    adapter_at = f"{at}.adapter" if at else str(place)
+    adapter = None if place is None else read_adapter(place, adapter_at)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    with quiet_transformers(), _explained(config, at):
-        model, tokenizer = _load_base(base, config, dtype)
-    if adapter is not None:
-        with quiet_transformers(), _explained(config, at):
-            model = _merge(model, adapter, at=at)
+    merged = None
+    with quiet_transformers(), explained(config, at, base):
+        if adapter is not None and not config.trust_remote_code:
+            require_fit(adapter, load_config(base, config), adapter_at)
+        model, tokenizer = _load_base(base, config, dtype, say or (lambda _: None), at)
+        refuse_nan(model, at or config.path)
+        if adapter is not None:
+            own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
+            model, merged = merge_adapter(model, adapter, adapter_at)
+            merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
     # Parameters alone: the rotary frequencies are buffers, and rounded to bfloat16 they turn far positions wrong.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = model.to(device).eval().requires_grad_(False)
-    _refuse_nan(model, at or config.path)
+    refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
-    return LanguageModel(model, tokenizer, name, model_identity(config, at=at))
+    return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
 
 
 @dataclass(frozen=True)
@@ -174,16 +198,30 @@ def model_shape(place: Path | str) -> ModelShape | None:
     """The shape that a located model's config.json names; None where only loading would tell.
 
     Raises:
-        BadFile: config.json is not JSON.
+        BadFile: config.json is not JSON, or names a size that is no number.
     """
-    if not isinstance(place, Path) or not (place / "config.json").is_file():
+    if not isinstance(place, Path):
         return None
-    raw = read_json(place / "config.json")
-    raw = raw.get("text_config") or raw
-    width = raw.get("hidden_size") or raw.get("n_embd")
-    layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-    positions = raw.get("max_position_embeddings") or raw.get("n_positions")
-    return ModelShape(int(width), int(layers), int(positions) if positions else None) if width and layers else None
+    if _gguf_of(place, None) is not None:
+        header = gguf_header(choose_gguf(place))
+        names = [
+            f"{header['general.architecture']}.{key}" for key in ("embedding_length", "block_count", "context_length")
+        ]
+        width, layers, positions = (header.get(name) for name in names)
+    else:
+        raw = read_json(place / "config.json")
+        raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
+        width = raw.get("hidden_size") or raw.get("n_embd")
+        layers = raw.get("num_hidden_layers") or raw.get("n_layer")
+        positions = raw.get("max_position_embeddings") or raw.get("n_positions")
+    for size in (width, layers, positions):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise BadFile(
+                f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
+                at=str(place / "config.json"),
+                fix="restore the config.json that was saved with the model.",
+            )
+    return ModelShape(width, layers, positions) if width and layers else None
 
 
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
@@ -199,151 +237,89 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     return fingerprint(parts)
 
 
-def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, say: Say, at: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    folder, options = _source(base, config)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    gguf = _gguf_of(base, at)
+    folder = base
+    if gguf is not None:
+        folder = converted_folder(gguf, dtype, lambda out: _convert(gguf, dtype, out, at), say=say)
     # A pickle can run code while it is read.
-    weights = {} if "gguf_file" in options else {"use_safetensors": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **weights, **options)
-    return model, load_tokenizer(base, config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    account_for(model, info, at or config.path, say)
+    return model, load_tokenizer(folder, config)
+
+
+def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
+    """Write a GGUF file's weights and tokenizer as a transformers folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    account_for(model, info, at or gguf.name, None)
+    # transformers refuses to save what it believes to be quantised; the weights are plain tensors by now.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def load_config(base: Path | str, config: ModelConfig) -> Any:
+    """The configuration of a located model, as transformers reads it."""
+    from transformers import AutoConfig
+
+    place, options = _source(base, config)
+    return AutoConfig.from_pretrained(place, **options)
 
 
 def load_tokenizer(base: Path | str, config: ModelConfig) -> Any:
     """The tokenizer of a located model, loaded with the model's own options."""
     from transformers import AutoTokenizer
 
-    folder, options = _source(base, config)
-    return AutoTokenizer.from_pretrained(folder, **options)
+    place, options = _source(base, config)
+    return AutoTokenizer.from_pretrained(place, **options)
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
     """What to hand to `from_pretrained`."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if isinstance(base, Path):
-        ggufs = [base] if base.is_file() else sorted(base.glob("*.gguf"))
-        if ggufs and (base.is_file() or not (base / "config.json").is_file()):
-            return ggufs[0].parent, options | {"gguf_file": ggufs[0].name}
-    return base, options
+    gguf = _gguf_of(base, None)
+    return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
 
 
-def _merge(model: Any, adapter: Path | str, *, at: str | None) -> Any:
-    from peft import PeftModel
-
-    where = f"{at}.adapter" if at else str(adapter)
-    folder = _adapter_folder(adapter, where)
-    wanted = _lora_tensors(folder, where)
-    try:
-        # Merged in float32: in bfloat16 the sum would round away small updates.
-        adapted = PeftModel.from_pretrained(model.float(), str(folder))
-        found = sum("lora_" in name for name, _ in adapted.named_parameters())
-        if wanted != found:  # PEFT would pass over what has no counterpart
-            raise ValueError(f"it has {wanted} LoRA tensors, of which the model has room for another number, {found}")
-        return adapted.merge_and_unload()
-    except (RuntimeError, ValueError) as error:
-        raise IncompatibleModels(
-            f"the adapter does not fit the base model: {str(error).strip().splitlines()[0].rstrip('.')}.",
-            at=where,
-            fix="use the base model named in its adapter_config.json.",
-        ) from error
-
-
-def _adapter_folder(adapter: Path | str, where: str) -> Path:
-    """The adapter on this machine; of one on the hub only configuration and safetensors are fetched."""
-    if isinstance(adapter, Path):
-        return adapter
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(adapter, allow_patterns=[_ADAPTER_CONFIG, _ADAPTER_WEIGHTS]))
-    except Exception as error:
-        raise NotFound(
-            f"cannot fetch the adapter {adapter!r}: {_first_line(error)}",
-            at=where,
-            fix="check the name and your connection, or give the path of a local folder.",
-        ) from error
-
-
-def _lora_tensors(folder: Path, where: str) -> int:
-    """How many LoRA tensors an adapter holds, from the header of its weights."""
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise BadFile(
-            f"the adapter has no {_ADAPTER_WEIGHTS}; pickled adapters (.bin) are never loaded.",
-            at=where,
-            fix="save it again with safe_serialization=True.",
-        )
-    read_json(folder / _ADAPTER_CONFIG)
-    try:
-        with safe_open(folder / _ADAPTER_WEIGHTS, framework="pt") as file:
-            return sum("lora_" in name for name in file.keys())  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"{_ADAPTER_WEIGHTS} cannot be read: {_first_line(error)}.",
-            at=where,
-            fix="copy or download it again.",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def _explained(config: ModelConfig, at: str | None) -> Iterator[None]:
-    """Turn what transformers, safetensors and the hub raise into our errors."""
-    try:
-        yield
-    except SaeffectError:
-        raise
-    except Exception as error:
-        text = _first_line(error)
-        kind = type(error).__name__
-        where = at or config.path
-        if kind == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
-            raise BadFile(
-                f"the weights of {config.path!r} cannot be read: {text}",
-                at=where,
-                fix="copy or download it again, or convert it to safetensors; pickles are never loaded.",
-            ) from error
-        if isinstance(error, OSError) or kind in {"RepositoryNotFoundError", "HFValidationError"}:
-            raise NotFound(
-                f"cannot load {config.path!r}: {text}",
-                at=where,
-                fix="check the name and your connection, or give a local folder with safetensors weights.",
-            ) from error
-        raise BadFile(
-            f"transformers cannot load {config.path!r}: {text}",
-            at=where,
-            fix="check that the folder is whole, or set trust_remote_code if you trust its code.",
-        ) from error
-
-
-def _refuse_nan(model: Any, at: str) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise BadFile(
-                f"the weights hold NaN or infinite values (first in {name}).",
-                at=at,
-                fix="load in float32 or bfloat16 if they were saved so; otherwise the checkpoint is broken.",
-            )
+def _gguf_of(base: Path | str, at: str | None) -> Path | None:
+    """The GGUF file of a located model, if it is one."""
+    if not isinstance(base, Path) or (base / "config.json").is_file():
+        return None
+    return choose_gguf(base, at=at)
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' own progress bars and notices for a while; ours say what matters."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    own_bar = of_gguf.tqdm  # which does not ask whether bars are wanted
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    of_gguf.tqdm = lambda tensors, **_: tensors
     try:
         with warnings.catch_warnings():
             # Deprecations between transformers and peft are theirs to mend.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        of_gguf.tqdm = own_bar
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

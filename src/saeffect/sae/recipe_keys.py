@@ -12,8 +12,8 @@ __all__ = ["recipe_keys"]
 _HEAD = """# The keys of a recipe
 
 What `saeffect train-sae` and `saeffect harvest` read from a YAML file, and a [study](study.md) from its section
-`training` (there without `model` and `hook`, which each arm has). Keys that are not here are refused. This page is what
-`saeffect train-sae --keys` prints.
+`training` (there without `model` and `hook`, which each arm has). Keys that are not here are refused; paths are
+relative to the file, as [in a study](study.md). This page is what `saeffect train-sae --keys` prints.
 """
 
 

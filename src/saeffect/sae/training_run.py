@@ -158,20 +158,11 @@ class SaeRun:
         Raises:
             BadFile: The weights are not finite, or the disk is full.
         """
-        from safetensors import SafetensorError
-
         self._refuse_broken(self.trainer.total_steps - 1)
         out = self.job.out
-        try:
-            save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
-            save_training_figure(out)
-            write_json(out / _FINISHED, {"made_by": self._made_by, "weights_sha256": hash_file(out / WEIGHTS)})
-        except (OSError, SafetensorError) as error:
-            raise BadFile(
-                f"the SAE cannot be written: {error}.",
-                at=str(out),
-                fix=f"free some space and run the same command again{self._goes_on()}.",
-            ) from error
+        save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
+        save_training_figure(out)
+        write_json(out / _FINISHED, {"made_by": self._made_by, "weights_sha256": hash_file(out / WEIGHTS)})
 
     def _state(self) -> dict[str, Tensor]:
         return self.trainer.state() | {"next_batch": self.next_batch}

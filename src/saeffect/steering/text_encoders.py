@@ -11,6 +11,7 @@ import torch
 
 from saeffect.errors import BadFile, NotFound, UnknownName
 from saeffect.features.embeddings import load_embeddings
+from saeffect.paths import user_path
 from saeffect.steering.outcomes import TextVectors
 
 __all__ = ["MeanPooledEncoder", "load_text_vectors"]
@@ -76,7 +77,7 @@ def load_text_vectors(name: str) -> TextVectors:
     Raises:
         SaeffectError: As `load_embeddings` and `MeanPooledEncoder`.
     """
-    if Path(name).is_dir():
+    if user_path(name, at="embeddings").is_dir():
         return MeanPooledEncoder(name)
     try:
         return load_embeddings(name)

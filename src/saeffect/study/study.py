@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from torch import Tensor
 
 from saeffect.activations.harvest import NormLimit, TokenRows, first_limit
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
+from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
 from saeffect.models.hooks import parse_hook
 from saeffect.models.language_model import LanguageModel
@@ -26,6 +27,7 @@ from saeffect.models.loading import (
     resolve_device,
     resolve_dtype,
 )
+from saeffect.paths import user_path
 from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae, read_sae_config, weights_file
@@ -74,7 +76,7 @@ class Study:
     """A study file, read and validated, with its paths resolved.
 
     Attributes:
-        config: The configuration; relative paths in it are made absolute where the file's folder has them.
+        config: The configuration; paths in it are absolute, see `saeffect.paths.resolve_paths`.
         source: The study file.
     """
 
@@ -85,25 +87,23 @@ class Study:
     def open(cls, path: str | Path) -> Self:
         """Read a study file, or a bundled study (`bundled:smollm2-medical`).
 
-        Paths in the file are relative to the file's own folder.
+        Paths in the file are relative to the file's own folder, those in a bundled study to the current one.
 
         Raises:
-            NotFound: No such file.
+            NotFound: No such file, or a path in it that is there only as seen from the current folder.
             UnknownName: No such bundled study, or an unknown key in the file.
             BadFile: Not YAML, or not a mapping.
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, a key stands twice, or a path can be none.
         """
-        source = _bundled_study(str(path)) if str(path).startswith(BUNDLED) else Path(path).expanduser()
-        if not source.is_file():
-            names = ", ".join(BUNDLED + name for name in bundled_studies())
-            raise NotFound(f"there is no study file {str(path)!r}.", at=str(path), fix=f"bundled studies: {names}.")
-        try:
-            raw = yaml.safe_load(source.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadFile(f"this is not YAML in UTF-8: {error}.", at=str(source)) from error
+        bundled = str(path).startswith(BUNDLED)
+        source = _bundled_study(str(path)) if bundled else user_path(path)
+        names = ", ".join(BUNDLED + name for name in bundled_studies())
+        # What a bundled study names is the user's, and nothing is ever written into the package.
+        folder = Path() if bundled else None
+        raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
-        config = StudyConfig.read(_resolved(raw, source.resolve().parent), at=str(source))
+        config = StudyConfig.read(raw, at=str(source))
         return cls(config, source)
 
     @functools.cached_property
@@ -158,9 +158,12 @@ class Study:
         """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
-        if not Path(sae).is_dir():
+        if not user_path(sae, at=where).is_dir():
             train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
+            as_written = os.path.relpath(sae, self.source.absolute().parent)
+            if Path(as_written).is_dir():
+                fix = f"paths are relative to the study file; the current folder does have {as_written!r}."
             raise NotFound(f"there is no SAE folder {sae!r}.", at=where, fix=fix)
         return Path(sae)
 
@@ -321,20 +324,3 @@ def _bundled_study(name: str) -> Path:
     if stem not in bundled_studies():
         raise unknown_name("bundled study", name, [BUNDLED + s for s in bundled_studies()])
     return _bundled_folder() / f"{stem}.yaml"
-
-
-_PATH_KEYS = {"path", "adapter", "sae", "model", "vocabulary", "embeddings", "verdicts", "init_from"}
-_PATH_KEYS |= {"outcome_encoder", "more_saes"}
-
-
-def _resolved(value: Any, folder: Path, key: str = "") -> Any:
-    """Make relative paths absolute where the study file's folder has something there, or they start with a dot."""
-    if isinstance(value, dict):
-        return {k: _resolved(v, folder, str(k)) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolved(v, folder, key) for v in value]
-    if key in _PATH_KEYS and isinstance(value, str) and not value.startswith(BUNDLED):
-        place = folder / Path(value).expanduser()
-        if value.startswith(".") or (place.exists() and ("/" in value or place.suffix)):
-            return str(place.resolve())
-    return value

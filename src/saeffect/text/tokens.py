@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-__all__ = ["normalise_token", "printable_token"]
+__all__ = ["normalise_token", "printable_text", "printable_token"]
 
 # The leading space, as byte-level BPE (GPT-2, SmolLM2, Llama 3) and SentencePiece (Gemma, Llama 2) write it.
 _SPACE_MARKS = "Ġ▁"
@@ -54,6 +54,27 @@ def printable_token(token: str) -> str:
     """
     marks = len(token) - len(token.lstrip(_SPACE_MARKS))
     return " " * marks + "".join(_shown(character) for character in token[marks:])
+
+
+# Controls but line feed and tab, soft hyphens and zero-width spaces, bidirectional marks, line and paragraph
+# separators, byte order marks, annotations, surrogates, tags. Joiners stay: Persian, Indic scripts, emoji need them.
+_ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable_text(text: str) -> str:
+    """The text without anything that acts on a terminal or on the page around it; it may have several lines.
+
+    Controls other than line feeds and tabs, bidirectional marks and what else is not seen show as `U+` and their
+    number. All else stays as it is, letters of any script among it.
+
+    Example:
+        >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
+        U+001B[31mred U+202Etxt.exe
+    """
+    return _ACTING.sub(lambda found: f"U+{ord(found[0]):04X}", text)
 
 
 def _shown(character: str) -> str:

@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from saeffect.errors import BadFile, NotFound
+from saeffect.paths import refuse_special, user_path
 
 __all__ = ["decode_utf8", "read_bytes"]
 
@@ -21,9 +22,11 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
 
     Raises:
         NotFound: There is no such file.
-        BadFile: It is a folder, or may not be read.
+        BadFile: It is a folder or a pipe, or may not be read.
+        ConfigError: It can be no path.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
+    refuse_special(file, f"{kind} file")
     try:
         return file.read_bytes()
     except FileNotFoundError as error:

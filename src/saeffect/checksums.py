@@ -1,0 +1,115 @@
+"""Damage that shows: files that hold the checksum of their own content, in their name or in their metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeffect.errors import BadFile
+from saeffect.provenance import atomic_path, hash_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["add_sealed", "is_sealed", "read_tensors", "require_whole", "save_tensors"]
+
+_CHECKSUM = "saeffect_crc32"
+
+
+def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """Add a file to a folder, atomically, under a name that holds the hash of its content.
+
+    Args:
+        folder: Where it goes.
+        stem: How its name begins.
+        suffix: How its name ends, with the dot.
+        content: What it holds; the same stem and content are the same file.
+
+    Raises:
+        BadFile: It cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = add_sealed(Path(tempfile.mkdtemp()), "part", ".txt", b"whole")
+        >>> is_sealed(path), path.write_text("holed"), is_sealed(path)
+        (True, 5, False)
+    """
+    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file that `add_sealed` made is there as it was made."""
+    return not path.is_symlink() and path.is_file() and hash_file(path)[:32] == path.stem.rpartition("-")[2]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically, with a checksum in its metadata that `read_tensors` looks at.
+
+    Raises:
+        BadFile: It cannot be written, as when the disk is full.
+    """
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    noted = dict(metadata or {})
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata=noted | {_CHECKSUM: _checksum(whole, noted)})
+
+
+def read_tensors(path: Path, *, what: str = "file", fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file whole; on the CPU.
+
+    Args:
+        path: The file, of `save_tensors` or of any other program.
+        what: It is, for the message.
+        fix: What to do about a damaged one.
+
+    Raises:
+        BadFile: It is truncated, no safetensors file, or not what was written: some bits in it have changed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"this {what} cannot be read: {error}.", at=str(path), fix=fix) from error
+    require_whole(path, tensors, metadata, what=what, fix=fix)
+    return tensors, {name: value for name, value in metadata.items() if name != _CHECKSUM}
+
+
+def require_whole(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, what: str = "file", fix: str
+) -> None:
+    """Refuse tensors that are not those that `save_tensors` wrote. What has no checksum passes.
+
+    Raises:
+        BadFile: Some bits have changed.
+    """
+    noted = dict(metadata)
+    wanted = noted.pop(_CHECKSUM, None)
+    if wanted is not None and wanted != _checksum(tensors, noted):
+        raise BadFile(
+            f"this {what} cannot be read: its content does not have the checksum that it was written with.",
+            at=str(path),
+            fix=fix,
+        )
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 over names, types, shapes and bytes; it costs a tenth of SHA-256, and shards are read again and again."""
+    import torch
+
+    total = zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"

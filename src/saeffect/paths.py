@@ -1,0 +1,145 @@
+"""Paths that people write: what they are relative to, and an error for what can be no path or no file."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saeffect.errors import BadFile, ConfigError, NotFound
+
+__all__ = ["refuse_special", "resolve_paths", "user_path"]
+
+_BUNDLED = "bundled:"
+_BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+
+
+def user_path(text: Path | str, *, at: str | None = None) -> Path:
+    """A path as a person wrote it; `~` stands for the home folder. Nothing need be there.
+
+    Raises:
+        ConfigError: No file could have this name: a null character in it, half a character, too many letters, the
+            home folder of nobody, a folder on the way that may not be entered.
+
+    Example:
+        >>> user_path("saes/control").as_posix()
+        'saes/control'
+        >>> user_path("a\\0b")
+        Traceback (most recent call last):
+        saeffect.errors.ConfigError: ConfigError: 'a\\x00b' can be no path: embedded null byte.
+          fix: write the path of a file or folder.
+    """
+    try:
+        path = Path(text).expanduser()
+        path.stat()
+    except (RuntimeError, ValueError) as error:
+        reason = "half a character" if isinstance(error, UnicodeError) else str(error).rstrip(".")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return path
+        reason = (error.strerror or type(error).__name__).lower()
+    else:
+        return path
+    shown = repr(str(text)[:80])[1:-1]
+    raise ConfigError(f"'{shown}' can be no path: {reason}.", at=at, fix="write the path of a file or folder.")
+
+
+def refuse_special(path: Path, kind: str) -> None:
+    """Refuse what is there but neither a file nor a folder: reading a pipe would wait for ever.
+
+    Raises:
+        BadFile: A pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise BadFile(
+            f"the {kind} is a pipe or a device, not a file.", at=str(path), fix="write what it gives to a file first."
+        )
+
+
+class _Kind(NamedTuple):
+    """A kind of path key.
+
+    Attributes:
+        name: What may be meant instead of a path, where nothing of that name lies beside the file.
+        bundled: Folder of artifacts that come with the package and go by their bare names.
+        to_be_made: What is not there yet may still be made, so nothing is refused.
+    """
+
+    name: re.Pattern[str] | None = None
+    bundled: str = ""
+    to_be_made: bool = False
+
+
+_HUB_ID = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DATASET = re.compile(r"(?!.*\.(gz|zst|jsonl?|txt|csv|tsv|parquet)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ENCODER = re.compile(r"(?!.*\.(txt|vec|gz|bin|zip|npz|safetensors)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_WORD = re.compile(r"[\w-]+")
+_MODEL, _TEXT, _SAE = _Kind(_HUB_ID), _Kind(_DATASET), _Kind(to_be_made=True)
+_KINDS = {
+    "model": _MODEL,
+    "adapter": _MODEL,
+    "text": _TEXT,
+    "control_text": _TEXT,
+    "sae": _SAE,
+    "more_saes": _SAE,
+    "init_from": _SAE,
+    "vocabulary": _Kind(_WORD, "vocabularies"),
+    "embeddings": _Kind(_WORD, "embeddings"),
+    "outcome_encoder": _Kind(_ENCODER, "embeddings"),
+    "verdicts": _Kind(),
+}
+
+
+def resolve_paths(values: Any, folder: Path, *, at: str) -> Any:
+    """The contents of a study or recipe file, with every path in it made absolute.
+
+    A path is relative to the file's own folder, whatever the current folder is. What has the form of a name (a hub
+    id, a bundled word list) stays one, unless something of that name lies beside the file; bundled names always win.
+
+    Args:
+        values: Mappings, lists and plain values, as read from the file.
+        folder: The file's folder.
+        at: The file, for errors.
+
+    Raises:
+        ConfigError: A value under a path's key that can be no path.
+        NotFound: Nothing lies beside the file, but something of that name does in the current folder.
+    """
+    return _resolved(values, folder.resolve(), at, ())
+
+
+def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolved(item, folder, at, (*keys, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
+    kind = _kind(keys)
+    if kind is None or not isinstance(value, str) or not value or value.startswith(_BUNDLED):
+        return value
+    return _absolute(value, kind, folder, f"{at}, {'.'.join(keys)}")
+
+
+def _kind(keys: tuple[str, ...]) -> _Kind | None:
+    named = [key for key in keys if not key.isdigit()]
+    if named[-1:] == ["path"]:
+        return _MODEL if named[-2:-1] == ["model"] else _TEXT
+    return _KINDS.get(named[-1]) if named else None
+
+
+def _absolute(value: str, kind: _Kind, folder: Path, at: str) -> str:
+    path = user_path(value, at=at)
+    if kind.bundled and any(p.name.partition(".")[0] == value for p in (_BUNDLED_FOLDER / kind.bundled).iterdir()):
+        return value
+    beside = user_path(folder / path, at=at)
+    place = str(beside.resolve() if beside.name in ("", "..") else beside.parent.resolve() / beside.name)
+    if beside.exists() or kind.to_be_made:
+        return place
+    if path.exists():
+        raise NotFound(
+            f"there is no {value!r} beside the file ({place}). There is one in the current folder, but paths are"
+            " relative to the file that names them.",
+            at=at,
+            fix=f"write {str(path.resolve())!r}, or where it lies as seen from the file.",
+        )
+    return value if kind.name is not None and kind.name.fullmatch(value) else place
