@@ -37,8 +37,8 @@ class Vocabulary:
         self.eos_token_id = self.bos_token_id = self.pad_token_id = size - 1
         self.all_special_ids = (size - 1,)
 
-    def __len__(self) -> int:
-        return self.size
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self.size)}
 
 
 class Task:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1] / "src" / "saeffect"
 TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
+GROUND = ("errors", "config", "config_keys", "paths", "provenance", "checksums", "processes", "allocation")
 FLOORS = (
-    ("errors", "config", "config_keys", "paths", "provenance", "checksums", "processes", "allocation", "sole_writer"),
+    (*GROUND, "interruption", "sole_writer"),
     ("stats",),
     ("models", "text", "config_file"),
     ("activations",),

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from saeffect.errors import ConfigError, SaeffectError, unknown_name
 
@@ -21,10 +21,12 @@ __all__ = [
     "FeaturesConfig",
     "GateConfig",
     "ModelConfig",
+    "SCRIPTS",
     "SelectionConfig",
     "SteeringConfig",
     "StrictModel",
     "StudyConfig",
+    "TOKEN_CHOICES",
     "TextConfig",
     "TextSource",
 ]
@@ -32,6 +34,12 @@ __all__ = [
 
 BosRule = Literal["auto", "always", "never"]
 """Whether texts begin with the tokenizer's BOS token, see `saeffect.text.bos`."""
+TOKEN_CHOICES = ("all", "embeddings")
+SCRIPTS = (
+    *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic", "ethiopic", "mongolian", "cherokee"),
+    *("devanagari", "bengali", "gurmukhi", "gujarati", "oriya", "tamil", "telugu", "kannada", "malayalam", "sinhala"),
+    *("thai", "lao", "tibetan", "myanmar", "khmer", "han", "hiragana", "katakana", "hangul", "bopomofo"),
+)
 
 
 class StrictModel(BaseModel):
@@ -174,8 +182,24 @@ class FeaturesConfig(StrictModel):
 
     top_k: int = Field(10, ge=2, le=100, description="Top tokens a feature.")
     projection: Literal["cosine", "dot"] = Field("cosine", description="dot is the paper's.")
+    tokens: tuple[str, ...] = Field(
+        ("all",),
+        min_length=1,
+        description="Which can be top tokens: all; embeddings: those that the word vectors know; or scripts, such as"
+        " latin or [latin, greek]: those without a letter of another one.",
+    )
     examples: int = Field(6, ge=1, le=50, description="Max-activating contexts a feature.")
     window: int = Field(24, ge=4, le=256, description="Tokens before the peak in a context.")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _known_tokens(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        for name in names if isinstance(names, list | tuple) else ():
+            valid = (*TOKEN_CHOICES, *SCRIPTS) if len(names) == 1 else SCRIPTS
+            if name not in valid:
+                raise unknown_name("choice of tokens", str(name), valid, at="features.tokens")
+        return names
 
 
 class CoherenceConfig(StrictModel):

@@ -156,7 +156,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path.name!r}.", at=str(path)) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # among them 5,000 digits, and 100,000 brackets
         raise BadFile(f"this is not JSON: {error}.", at=str(path), fix="restore the file, or make it again.") from error
 
 

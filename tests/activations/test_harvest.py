@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from saeffect.activations.harvest import NormLimit, TokenRows, harvest, kept_positions, measure_norm_limit
 from saeffect.activations.shards import ActivationStore, read_shard
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
 from saeffect.models.hooks import capture, edited
 from saeffect.models.language_model import LanguageModel
+from saeffect.provenance import atomic_path, read_json, write_json
+from saeffect.sole_writer import sole_writer
 
 HOOK = "blocks.1.hook_resid_pre"
 SIZES = {"rows_per_shard": 4, "batch_size": 3}
@@ -79,8 +83,42 @@ def test_a_resumed_harvest_has_the_same_bytes(tiny_llama: LanguageModel, rows: T
     with pytest.raises(Interrupted, match="run the same command"):
         harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES, say=stop)
     assert len(_bytes(tmp_path / "b")) == 3  # the note and two shards
+    with contextlib.suppress(_Killed), atomic_path(tmp_path / "b" / "shard-00002.safetensors") as half:
+        half.write_bytes(b"half")
+        os.link(half, tmp_path / "kept")  # the block's end removes it, which a kill does not
+        name = half.name
+        raise _Killed
+    os.link(tmp_path / "kept", tmp_path / "b" / name)
     harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES)
-    assert _bytes(tmp_path / "b") == whole
+    assert _bytes(tmp_path / "b") == whole, "and nothing is left of the shard that was being written"
+
+
+class _Killed(BaseException):
+    """Stands in for a process that ends here."""
+
+
+def test_one_writer_a_harvest(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    with sole_writer(tmp_path), complains(InUse, "another process", at=str(tmp_path)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    with sole_writer(tmp_path):  # what is complete is read, by as many as like to
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+
+
+@pytest.mark.parametrize("limit", [None, [1], {"median_norm": 1.0}, {"median_norm": "1 m", "limit": 3.0}, {"a": 1}])
+def test_a_damaged_note_is_refused(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any], limit: Any
+) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    note = tmp_path / "harvest.json"
+    write_json(note, read_json(note) | {"norm_limit": limit})
+    with complains(BadFile, "norm_limit is", "two finite numbers", at=str(note)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    note.unlink()
+    with complains(ConfigError, "holds shards, but no harvest.json says of what", at=str(tmp_path)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
 
 
 def test_outliers_and_first_positions_are_left_out(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
@@ -190,9 +228,9 @@ def test_text_that_the_model_cannot_read(
 
     with complains(EmptySelection, "no rows"):
         harvest(tiny_llama, HOOK, rows.head(0), out)
-    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 2 to 128", at="context_size"):
+    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 128", at="context_size"):
         harvest(tiny_llama, HOOK, of(np.ones((2, 129))), out)
-    with complains(ConfigError, "rows have 1 tokens", at="context_size"):
+    with complains(ConfigError, "rows have 1 token;", at="context_size"):
         harvest(tiny_llama, HOOK, of(np.ones((2, 1))), out)
     for bad in (320, -1):
         with complains(ConfigError, f"{bad}", "knows 0 to 319"):

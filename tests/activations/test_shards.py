@@ -104,7 +104,11 @@ def test_files_half_written_are_not_shards(store: ActivationStore) -> None:
 def test_no_harvest(tmp_path: Path, complains: Callable[..., Any]) -> None:
     with complains(NotFound, "no harvest.json", at=str(tmp_path)):
         ActivationStore.open(tmp_path)
-    write_json(tmp_path / "harvest.json", {})
+    for other in ([], {}, {"made_by": "me"}, 3):
+        write_json(tmp_path / "harvest.json", other)
+        with complains(BadFile, "is not what a harvest writes", at=str(tmp_path)):
+            ActivationStore.open(tmp_path)
+    write_json(tmp_path / "harvest.json", {"made_by": {}})
     with complains(EmptySelection, "no shards", at=str(tmp_path)):
         ActivationStore.open(tmp_path)
 

@@ -83,3 +83,14 @@ def test_with_several_saes_a_side_only_what_was_steered_lacks_seeds(arms):
 def test_further_saes_stand_in_for_a_placebo_arm(arms):
     without = {name: arm for name, arm in synthetic_seeds(arms, n_features=120).items() if name != "placebo"}
     assert not found(without)["threat"].str.contains("There is no placebo arm").any()
+
+
+def test_few_top_tokens_in_the_word_vectors_are_a_threat(arms):
+    def knowing(share):
+        known = {name: (10 * share * (arm.coherence["n_known"] > -1)).astype(int) for name, arm in arms.items()}
+        return {name: replace(arm, coherence=arm.coherence.assign(n_known=known[name])) for name, arm in arms.items()}
+
+    table = found(knowing(0.4))
+    assert severity_of(table, "know few of the features' top tokens (40.0 % in control, ") == "serious"
+    assert table["remedy"].str.contains("features.tokens: latin", regex=False).any()
+    assert not found(knowing(0.6))["threat"].str.contains("know few").any()

@@ -106,7 +106,7 @@ def test_another_runs_checkpoint(tmp_path: Path, complains: Callable[..., Any]) 
         Run().restore(Checkpoint(tmp_path, "somebody else"))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "a tensor is missing"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "noise", "a tensor is missing", "a bit"])
 def test_unreadable(tmp_path: Path, complains: Callable[..., Any], damage: str) -> None:
     checkpoint = Checkpoint(tmp_path, "me")
     Run().steps(1).save(checkpoint, 1)
@@ -115,7 +115,14 @@ def test_unreadable(tmp_path: Path, complains: Callable[..., Any], damage: str) 
     if damage == "a tensor is missing":
         path.write_bytes(data.replace(b"exp_avg_sq.b", b"exp_avg_sq.c"))
     else:
-        path.write_bytes({"truncated": data[:-10], "empty": b"", "noise": b"\xff" * 300}[damage])
+        path.write_bytes(
+            {
+                "a bit": data[:-10] + bytes([data[-10] ^ 1]) + data[-9:],
+                "truncated": data[:-10],
+                "empty": b"",
+                "noise": b"\xff" * 300,
+            }[damage]
+        )
     with complains(BadFile, "cannot be read", "from the one before", at="step-00000001"):
         Run().restore(checkpoint)
 
@@ -141,9 +148,19 @@ def test_a_full_disk_leaves_the_one_before(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
-    for name in ("step-old.safetensors", ".step-00000009.abcdefgh.safetensors", "notes.txt"):
+def test_other_files_are_no_checkpoints_and_stay(tmp_path: Path) -> None:
+    mine = ("step-old.safetensors", "notes.txt", ".env.abcdefgh.yaml")
+    for name in mine:
         (tmp_path / name).write_bytes(b"x")
-    assert Checkpoint(tmp_path, "me").steps() == []
-    Checkpoint(tmp_path, "me").drop_all()
+    checkpoint = Checkpoint(tmp_path, "me")
+    assert (checkpoint.steps(), checkpoint.owner()) == ([], None)
+    checkpoint.begin()
+    Run().steps(1).save(checkpoint, 1)
+    assert checkpoint.owner() == "me"
+    checkpoint.drop_all()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(mine)
+    for name in mine:
+        (tmp_path / name).unlink()
+    checkpoint.begin()
+    checkpoint.drop_all()
     assert not tmp_path.exists()

@@ -17,7 +17,7 @@ def test_quality_by_hand(tmp_path: Path) -> None:
     with torch.no_grad():
         sae.W_enc[0, 0] = 1.0
         sae.W_dec[0, 0] = 1.0
-    (tmp_path / "harvest.json").write_text("{}")
+    (tmp_path / "harvest.json").write_text('{"made_by": {}}')
     save_shard(tmp_path / shard_name(0), {"activations": torch.tensor([[3.0, 4.0], [0.0, 2.0]])})
     quality = training_quality(sae, ActivationStore.open(tmp_path))
     assert quality.explained_variance == pytest.approx(1 - 20 / (2 * 1.5**2 + 2 * 1.0**2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,50 @@ def test_what_is_done_is_not_done_again(
     # A kill between weights and card: the card is made up for.
     (folder / "sae" / "training.json").unlink()
     assert train_from_recipe(recipe, folder / "sae", work=folder / "work", say=said.append) == measured
+
+
+def test_a_card_is_made_again_and_a_changed_one_stays(
+    recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path
+) -> None:
+    folder, measured, _ = trained
+    out = Path(shutil.copytree(folder / "sae", tmp_path / "sae"))
+    said: list[str] = []
+
+    def again(**changes: Any) -> str:
+        said.clear()
+        train_from_recipe(recipe.model_copy(update=changes), out, work=folder / "work", say=said.append)
+        assert "finished before; nothing to do" in said
+        return (out / "README.md").read_text()
+
+    whole = (out / "README.md").read_text()
+    (out / "README.md").write_text("")
+    assert again() == whole
+    (out / "training.json").write_text("[3]")
+    assert again() == whole
+    (out / "cfg.json").write_text("torn")
+    assert again() == whole
+    assert load_sae(out).cfg.metadata["held_out"] == measured
+    assert again(ce_rows=3) != whole, "it is ours, so it is written anew"
+    (out / "README.md").write_text("With notes of my own.")
+    assert again(ce_rows=2) == "With notes of my own."
+    assert any("README.md is not as it was written here, so it stays" in line for line in said)
+
+
+def test_another_recipes_sae_is_refused_before_anything_is_computed(
+    recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    folder, _, _ = trained
+    before = {path: path.read_bytes() for path in (folder / "sae").iterdir()}
+    for change in ({"text_seed": 1}, {"sae": recipe.sae.model_copy(update={"k": 3})}, {"dtype": "float32"}):
+        other = recipe.model_copy(update=change)
+        with complains(ConfigError, "another recipe", at=str(folder / "sae")):
+            train_from_recipe(other, folder / "sae", work=tmp_path / "work")
+    (tmp_path / "README.md").write_text("mine")
+    with complains(ConfigError, "holds README.md", at=str(tmp_path)):
+        never = recipe.model_copy(update={"model": ModelConfig(path="never/loaded")})
+        train_from_recipe(never, tmp_path, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    assert {path: path.read_bytes() for path in (folder / "sae").iterdir()} == before
 
 
 def test_several_side_by_side(recipe: SaeRecipe, trained: tuple[Path, Any, list[str]], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,13 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
         ({"normalize_activations": "constant_norm_rescale"}, IncompatibleSae, "constant_norm_rescale"),
         ({"reshape_activations": "hook_z"}, IncompatibleSae, "hook_z"),
         ({"metadata": "hook"}, BadFile, "metadata"),
+        ({"k": True}, BadFile, "Got True."),
+        ({"d_in": 1e30}, BadFile, "Got d_in=1e+30."),
+        ({"d_sae": float("inf")}, BadFile, "Got d_sae=inf."),
+        ({"apply_b_dec_to_input": "false"}, BadFile, "apply_b_dec_to_input in cfg.json is 'false'; expected true or"),
+        ({"activation_fn": "tanh-relu"}, IncompatibleSae, "activation_fn='tanh-relu'; supported: relu, topk."),
+        # Compared with the file before anything is allocated: this many would take terabytes.
+        ({"d_sae": 40_000_000_000, "k": 2}, IncompatibleSae, "but cfg.json asks for (40000000000,)"),
     ],
 )
 def test_bad_configurations(
@@ -303,7 +311,43 @@ def test_missing_files(tmp_path: Path, folder: Path, complains: Callable[..., An
         load_sae(tmp_path)
     (folder / "sae_weights.safetensors").unlink()
     torch.save({}, folder / "sae_weights.pt")
-    with complains(NotFound, "no sae_weights.safetensors", "pickled SAEs (.pt) are never loaded"):
+    with complains(NotFound, "no sae_weights.safetensors", "'sae_weights.pt' there is a pickled file"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("ae.pt", ("a pickled file, which can run anybody's code and is never loaded",)),
+        ("params.npz", ("an archive of NumPy arrays",)),
+        ("weights.safetensors", ("a file of tensors alone, without the cfg.json",)),
+        ("notes", ("'notes' is a file; an SAE is a folder",)),
+    ],
+)
+def test_a_file_in_place_of_a_folder_says_what_it_is(
+    tmp_path: Path, folder: Path, complains: Callable[..., Any], name: str, parts: tuple[str, ...]
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with complains(BadFile, *parts, at="arms.a.sae"):
+        load_sae(tmp_path / name, at="arms.a.sae")
+    if "." in name:
+        with complains(NotFound, "holds no cfg.json", f"{name!r} there is {parts[0]}"):
+            load_sae(tmp_path)
+    (folder / name).write_bytes(b"x")
+    with complains(BadFile, f"give the folder itself: {str(folder)!r}"):
+        load_sae(folder / name)
+
+
+def test_a_folder_of_saes_names_one(tmp_path: Path, folder: Path, complains: Callable[..., Any]) -> None:
+    shutil.copytree(folder, tmp_path / "all" / "layer_3")
+    with complains(NotFound, "holds no cfg.json, but folders with one, such as 'layer_3'"):
+        load_sae(tmp_path / "all")
+
+
+def test_tensors_of_other_kinds_of_numbers(folder: Path, complains: Callable[..., Any]) -> None:
+    path = folder / "sae_weights.safetensors"
+    save_file(load_file(path) | {"W_dec": load_file(path)["W_dec"].to(torch.float8_e4m3fn)}, path)
+    with complains(BadFile, "W_dec holds F8_E4M3; expected F64 or F32 or F16 or BF16", at=str(folder)):
         load_sae(folder)
 
 

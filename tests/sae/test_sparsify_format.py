@@ -176,7 +176,7 @@ def test_broken_files(tmp_path: Path, complains: Callable[..., Any]) -> None:
     with complains(BadFile, "b_dec holds NaN"):
         load_sae(folder)
     _folder(folder, num_latents=23)
-    with complains(IncompatibleSae, "W_enc has shape (6, 24), but cfg.json asks for (6, 23)"):
+    with complains(IncompatibleSae, "encoder.weight has shape (24, 6), but cfg.json asks for (23, 6)"):
         load_sae(folder)
     path = folder / "sae.safetensors"
     path.write_bytes(path.read_bytes()[:300])

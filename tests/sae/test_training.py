@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from planted import planted_store, true_features
 
 from saeffect.activations.shards import ActivationStore
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
+from saeffect.models.checkpoint import Checkpoint
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training import SaeJob, train_sae, train_saes
@@ -48,6 +50,17 @@ def _but(config: SaeTrainingConfig, **changes: Any) -> SaeTrainingConfig:
 def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     """960 planted tokens: 15 steps an epoch of `SMALL`."""
     return planted_store(tmp_path_factory.mktemp("store"), 960)
+
+
+SHORT = SMALL.model_copy(update={"steps": 4, "metrics_every": 1})
+
+
+@pytest.fixture(scope="module")
+def short(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished SAE of four steps."""
+    folder = tmp_path_factory.mktemp("short")
+    train_saes(store, [SaeJob(SHORT, folder, METADATA)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -214,24 +227,103 @@ def test_jobs_that_cannot_go_together(
 
 
 def test_what_is_finished_is_not_repeated(store: ActivationStore, tmp_path: Path) -> None:
-    job = SaeJob(SMALL, tmp_path / "a", METADATA, "float16")
+    job = SaeJob(SHORT, tmp_path / "a", METADATA, "float16")
     (first,) = train_saes(store, [job])
-    written = (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns
+    written = _times(job.out)
     said: list[str] = []
     (again,) = train_saes(store, [job], say=said.append)
     assert said == ["finished before; nothing to do"]
     assert torch.equal(first.W_dec, again.W_dec), (
         "what is given back is what was saved, also by the run that trained it"
     )
-    assert (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns == written
-    # How often metrics are written decides nothing; other settings do, and so do damaged weights.
-    train_saes(store, [replace(job, config=_but(SMALL, metrics_every=3))])
-    assert (tmp_path / "a" / WEIGHTS).stat().st_mtime_ns == written
-    (tmp_path / "a" / WEIGHTS).write_bytes(b"damaged")
-    train_saes(store, [job])
-    assert torch.equal(load_sae(tmp_path / "a").W_dec, first.W_dec)
-    train_saes(store, [replace(job, config=_but(SMALL, seed=5))])
-    assert not torch.equal(load_sae(tmp_path / "a").W_dec, first.W_dec)
+    # How often metrics are written decides nothing.
+    train_saes(store, [replace(job, config=_but(SHORT, metrics_every=3))])
+    assert _times(job.out) == written
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [(WEIGHTS, b"damaged"), ("sparsity.safetensors", None), ("metrics.jsonl", b"")]
+)
+def test_what_only_training_can_make_is_trained_again(
+    short: Path, tmp_path: Path, store: ActivationStore, name: str, damage: bytes | None
+) -> None:
+    out = Path(shutil.copytree(short, tmp_path / "a"))
+    if damage is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(damage)
+    said: list[str] = []
+    train_saes(store, [SaeJob(SHORT, out, METADATA)], say=said.append)
+    assert f"{name} changed or vanished" in said[0]
+    for path in short.iterdir():
+        if path.name not in ("metrics.jsonl", "finished.json"):  # they hold seconds
+            assert (out / path.name).read_bytes() == path.read_bytes()
+    assert len(_rows(out)) == len(_rows(short))
+
+
+def test_what_needs_no_training_is_made_again_without(short: Path, tmp_path: Path, store: ActivationStore) -> None:
+    out = Path(shutil.copytree(short, tmp_path / "a"))
+    (out / "cfg.json").write_text('{"d_in": "many"}')
+    (out / "training.png").write_bytes(b"")
+    (out / "training.svg").unlink()
+    Checkpoint(out / "checkpoint", SaeJob(SHORT, out).folder(store.identity()).note()["made_by"]).begin()
+    said: list[str] = []
+    train_saes(store, [SaeJob(SHORT, out, METADATA)], say=said.append)
+    assert said == ["finished before; nothing to do"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in short.iterdir()
+    }
+    # What was added to the metadata since is no damage.
+    cfg = json.loads((out / "cfg.json").read_text())
+    cfg["metadata"]["held_out"] = {"l0": 2.0}
+    (out / "cfg.json").write_text(json.dumps(cfg))
+    train_saes(store, [SaeJob(SHORT, out, METADATA)])
+    assert load_sae(out).cfg.metadata["held_out"] == {"l0": 2.0}
+
+
+def test_another_recipes_sae_stays(
+    short: Path, tmp_path: Path, store: ActivationStore, complains: Callable[..., Any]
+) -> None:
+    out = Path(shutil.copytree(short, tmp_path / "a"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with complains(ConfigError, "another recipe", "choose another output folder", at=str(out)):
+        train_saes(store, [SaeJob(_but(SHORT, seed=5), out, METADATA)])
+    with complains(ConfigError, "another recipe", at=str(out)):
+        train_saes(_Scaled(store, 1.0), [SaeJob(SHORT, out, METADATA)])
+    for note in ("", "[]", '{"made_by": 3}', '{"made_by": "x", "files": ["a"]}'):
+        (out / "finished.json").write_text(note)
+        with complains(BadFile, "finished.json is damaged", at=str(out)):
+            train_saes(store, [SaeJob(SHORT, out, METADATA)])
+    (out / "finished.json").write_bytes(before["finished.json"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["README.md", "cfg.json", "metrics.jsonl", "checkpoint/epoch-3.pt"])
+def test_a_folder_with_somebody_elses_files_is_refused(
+    store: ActivationStore, tmp_path: Path, complains: Callable[..., Any], name: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with complains(ConfigError, f"holds {path.relative_to(tmp_path).parts[0]}", at=str(tmp_path)):
+        train_sae(store, SHORT, tmp_path, metadata={})
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == "mine"
+
+
+def test_somebody_elses_files_stay_where_they_are_not_in_the_way(store: ActivationStore, tmp_path: Path) -> None:
+    with pytest.raises(_Stop):
+        train_sae(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, say=_stop_at(2))
+    mine = [tmp_path / "notes.md", tmp_path / ".draft.abcdefgh.txt", tmp_path / "checkpoint" / "mine.pt"]
+    for path in mine:
+        path.write_text("mine")
+    train_sae(store, SHORT, tmp_path, metadata={})
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert list((tmp_path / "checkpoint").iterdir()) == mine[2:]
 
 
 class _Stop(BaseException):
@@ -273,7 +365,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     monkeypatch.setattr(TopKSae, "after_step", breaks)
     with complains(BadFile, "W_dec became NaN or infinite at step 13.", "from the checkpoint after step 7"):
         train_sae(store, SMALL, tmp_path, metadata={})
-    assert [p.name for p in (tmp_path / "checkpoint").iterdir()] == ["step-00000007.safetensors"]
+    assert [p.name for p in (tmp_path / "checkpoint").glob("*.safetensors")] == ["step-00000007.safetensors"]
 
 
 def test_losses_that_overflow(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
@@ -294,7 +386,7 @@ def test_a_folder_that_cannot_be(
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "file" if place == "a file" else tmp_path / "file" / "sae"
     monkeypatch.setattr(ActivationStore, "sample", None)  # nothing heavy before that
-    with complains(BadFile, "this folder cannot be written", "choose another", at=str(out)):
+    with complains(BadFile, "cannot be written", "choose another", at=str(out)):
         train_sae(store, SMALL, out, metadata={})
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -189,7 +189,9 @@ def test_killed_between_two_checkpoints_and_between_two_endings(
     for out, config in spec.jobs:
         assert left_in(out) == whole(config)
     # Finished, but for the second's note: the first is not made again.
-    (second / "finished.json").unlink()
+    (second / "finished.json").rename(tmp_path / "note")
+    made_by = json.loads((tmp_path / "note").read_text())["made_by"]
+    Checkpoint(second / "checkpoint", made_by).begin()
     before = (first / WEIGHTS).stat().st_mtime_ns
     codes, (said,) = train(spec)
     assert codes == [0]

@@ -23,8 +23,8 @@ class WordTokenizer:
     all_special_ids = (0, 1, END)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
-    def __len__(self) -> int:
-        return D_VOCAB - 2  # the last two rows of the unembedding are padding
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(D_VOCAB - 2)}  # the last two rows of the unembedding are padding
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return [3 + (sum(word.encode()) % (D_VOCAB - 5)) for word in text.split()]

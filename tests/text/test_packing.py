@@ -66,6 +66,10 @@ def test_separator(vocabulary: dict[str, int], end: int, expected: int) -> None:
     assert separator_id(SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=end)) == expected
 
 
+def test_models_with_a_vocabulary_of_bert_are_separated_by_sep() -> None:
+    assert separator_id(SimpleNamespace(get_vocab=dict, eos_token_id=None, sep_token_id=102)) == 102
+
+
 def test_a_tokenizer_without_an_end() -> None:
     with pytest.raises(ConfigError, match="no end-of-text token"):
         separator_id(SimpleNamespace(get_vocab=dict, eos_token_id=None))

@@ -6,10 +6,13 @@ Every SAE of the same model trains from the same shards.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.activations.room import refuse_without_room
-from saeffect.activations.shards import save_shard, shard_name
+from saeffect.activations.shards import NOTE, SHARDS, read_note, save_shard, shard_name
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.models.fused import fused
 from saeffect.models.hooks import capture, parse_hook
 from saeffect.models.language_model import LanguageModel
 from saeffect.processes import barrier, is_first, rank_and_world
-from saeffect.provenance import fingerprint, read_json, write_json
+from saeffect.provenance import fingerprint, remove_leftovers, write_json
+from saeffect.sole_writer import sole_writer
 
 __all__ = [
     "NormLimit",
@@ -31,8 +35,10 @@ __all__ = [
     "first_limit",
     "harvest",
     "harvest_bytes",
+    "harvest_made_by",
     "kept_positions",
     "measure_norm_limit",
+    "norm_limit_of",
     "refuse_unfit",
     "run_pass",
 ]
@@ -153,12 +159,45 @@ def harvest(
         ConfigError: The folder holds the harvest of something else; the shards would not fit; the model has no
             such hook, or no such positions or tokens.
         EmptySelection: No rows.
-        BadFile: The model gives NaN or infinite activations, or a shard cannot be written; whole shards stay.
+        BadFile: The model gives NaN or infinite activations, or a shard cannot be written; whole shards stay. Or
+            `harvest.json` is damaged.
+        InUse: Another process harvests into this folder.
         Interrupted: Ctrl-C; whole shards stay.
     """
     out = Path(out)
     refuse_unfit(lm, hook, rows)
-    made_by = {
+    made_by = harvest_made_by(lm, hook, rows, rows_per_shard)
+    rank, world = rank_and_world()
+    starts = range(0, len(rows), rows_per_shard)
+    with contextlib.ExitStack() as stack:
+        if is_first() and (_missing(out, starts) or not (out / NOTE).is_file()):
+            stack.enter_context(sole_writer(out))
+            remove_leftovers(out)
+        limit = _begin(lm, hook, rows, out, made_by=made_by, batch_size=batch_size, max_bytes=max_bytes)
+        missing = _missing(out, starts)
+        todo = [start for start in missing if start // rows_per_shard % world == rank]
+        began = time.monotonic()
+        try:
+            with fused(lm):
+                for done, start in enumerate(todo, start=1):
+                    span = slice(start, start + rows_per_shard)
+                    _shard(lm, hook, rows, out, span, limit=limit, batch_size=batch_size)
+                    all_done = min(done * world, len(missing))
+                    pace = all_done / (time.monotonic() - began)
+                    say(
+                        f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
+                        f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
+                        f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
+                    )
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
+        barrier()
+    return out
+
+
+def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shard: int = 128) -> dict[str, object]:
+    """What decides the activations of a harvest; its fingerprint is the store's identity."""
+    return {
         "model": lm.name,
         "model_identity": lm.identity,
         "hook": hook,
@@ -168,27 +207,6 @@ def harvest(
         # What was harvested before this was known had none, and stays valid.
         **({} if lm.bos_id is None else {"bos": lm.bos_id}),
     }
-    rank, world = rank_and_world()
-    limit = _begin(lm, hook, rows, out, made_by=made_by, batch_size=batch_size, max_bytes=max_bytes)
-    starts = range(0, len(rows), rows_per_shard)
-    missing = [start for start in starts if not (out / shard_name(start // rows_per_shard)).is_file()]
-    todo = [start for start in missing if start // rows_per_shard % world == rank]
-    began = time.monotonic()
-    try:
-        with fused(lm):
-            for done, start in enumerate(todo, start=1):
-                _shard(lm, hook, rows, out, slice(start, start + rows_per_shard), limit=limit, batch_size=batch_size)
-                all_done = min(done * world, len(missing))
-                pace = all_done / (time.monotonic() - began)
-                say(
-                    f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
-                    f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
-                    f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
-                )
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
-    barrier()
-    return out
 
 
 def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
@@ -207,21 +225,11 @@ def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
         raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
-    context = rows.context_size
-    config = lm.model.config
-    positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
-    if context < 2 or (positions is not None and context > positions):
+    if rows.context_size < 2:
         raise ConfigError(
-            f"rows have {context} tokens; {lm.name} takes 2 to {positions or 'any number of'}.",
-            at="context_size",
-            fix="choose a context_size in that range.",
+            f"rows have {rows.context_size} token; expected at least 2.", at="context_size", fix="use longer rows."
         )
-    low, high = int(rows.ids.min()), int(rows.ids.max())
-    if low < 0 or high >= lm.d_vocab:
-        raise ConfigError(
-            f"the text has token ids from {low} to {high}, but {lm.name} knows 0 to {lm.d_vocab - 1}.",
-            fix="make the rows with this model's tokenizer.",
-        )
+    lm.refuse_rows(rows.ids)
     if lm.bos_id is not None and (rows.ids[:, 0] != lm.bos_id).any():
         raise ConfigError(
             f"texts of {lm.name} begin with the token {lm.bos_id} (BOS), but not every row does.",
@@ -277,21 +285,52 @@ def _begin(
     max_bytes: int | None,
 ) -> NormLimit:
     """Read the note of an earlier, partial run, or write a new one; the first process does, the others wait."""
-    note = out / "harvest.json"
+    note = out / NOTE
     if is_first():
         if note.is_file():
-            _refuse_another(read_json(note), made_by, out)
+            _refuse_another(read_note(out), made_by, out)
+        elif any(out.glob(SHARDS)):
+            raise ConfigError(
+                f"this folder holds shards, but no {NOTE} says of what.",
+                at=str(out),
+                fix="choose another folder, or delete this one.",
+            )
         refuse_without_room(out, harvest_bytes(lm, rows), max_bytes)
         if not note.is_file():
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
             write_json(note, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     barrier()
-    found = read_json(note)
+    found = read_note(out)
     _refuse_another(found, made_by, out)
-    return NormLimit(**found["norm_limit"])
+    return norm_limit_of(found, at=str(note))
 
 
-def _refuse_another(found: dict[str, dict[str, object]], made_by: dict[str, object], out: Path) -> None:
+def norm_limit_of(note: Mapping[str, Any], *, at: str) -> NormLimit:
+    """Which positions a harvest kept, by its note.
+
+    Raises:
+        BadFile: The note does not say it.
+    """
+    found: Any = note.get("norm_limit")
+    try:
+        limit = NormLimit(**{name: float(value) for name, value in found.items()})
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        limit = NormLimit(math.nan, math.nan)
+    if not (math.isfinite(limit.median_norm) and math.isfinite(limit.limit)):
+        raise BadFile(
+            f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
+            at=at,
+            fix="delete the folder and harvest again.",
+        )
+    return limit
+
+
+def _missing(out: Path, starts: range) -> list[int]:
+    """First rows of the shards that are not there."""
+    return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
+
+
+def _refuse_another(found: Mapping[str, Any], made_by: dict[str, object], out: Path) -> None:
     if found["made_by"] != made_by:
         differs = [key for key in made_by if found["made_by"].get(key) != made_by[key]]
         raise ConfigError(

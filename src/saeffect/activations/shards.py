@@ -17,7 +17,9 @@ from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.provenance import fingerprint, read_json
 
-__all__ = ["ActivationStore", "read_shard", "save_shard", "shard_name"]
+__all__ = ["NOTE", "SHARDS", "ActivationStore", "read_note", "read_shard", "save_shard", "shard_name"]
+
+NOTE, SHARDS = "harvest.json", "shard-*.safetensors"
 
 _MAKE_AGAIN = "delete it and harvest again; the others stay."
 
@@ -25,6 +27,25 @@ _MAKE_AGAIN = "delete it and harvest again; the others stay."
 def shard_name(index: int) -> str:
     """File name of the shard with this index."""
     return f"shard-{index:05d}.safetensors"
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """What `harvest.json` says.
+
+    Raises:
+        NotFound: There is none.
+        BadFile: It is damaged.
+    """
+    if not (folder / NOTE).is_file():
+        raise NotFound(f"there is no {NOTE} here.", at=str(folder), fix="run a harvest first.")
+    note = read_json(folder / NOTE)
+    if isinstance(note, dict) and isinstance(note.get("made_by"), dict):
+        return note
+    raise BadFile(
+        f"{NOTE} is not what a harvest writes, so nothing says what made the shards.",
+        at=str(folder / NOTE),
+        fix="delete this folder and harvest again.",
+    )
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -63,19 +84,18 @@ class ActivationStore:
 
         Raises:
             NotFound: No `harvest.json`.
+            BadFile: It is damaged.
             EmptySelection: No shards.
         """
         folder = Path(folder)
-        if not (folder / "harvest.json").is_file():
-            raise NotFound("there is no harvest.json here.", at=str(folder), fix="run a harvest first.")
-        store = cls(folder, read_json(folder / "harvest.json"))
+        store = cls(folder, read_note(folder))
         if not store.shards():
             raise EmptySelection("the harvest has no shards.", at=str(folder))
         return store
 
     def shards(self) -> list[Path]:
         """Shard files in order."""
-        return sorted(self.folder.glob("shard-*.safetensors"))
+        return sorted(self.folder.glob(SHARDS))
 
     def lengths(self) -> list[int]:
         """Tokens in each shard, from the headers.

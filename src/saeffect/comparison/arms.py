@@ -33,6 +33,7 @@ class ArmFacts:
     Attributes:
         role: "control", "treatment" or "placebo".
         model: Name of the language model.
+        tokenizer: "the control's", and in what the model's own differs.
         hook: Where the SAE reads, for instance "blocks.26.hook_resid_pre".
         architecture: Kind of SAE ("topk", "standard", ...).
         d_sae: Number of features.
@@ -52,6 +53,7 @@ class ArmFacts:
 
     role: str
     model: str | None = None
+    tokenizer: str | None = None
     hook: str | None = None
     architecture: str | None = None
     d_sae: int | None = None

@@ -17,6 +17,7 @@ RESERVED = ("field", "differs", "status", "matters")
 
 # Settings that should be equal in every arm, and what goes wrong when they are not.
 _WHY = {
+    "tokenizer": "all models read text as the control's cuts it, and a model with another one learnt from other pieces",
     "hook": "features of two places in a network do different work, so their counts are not comparable",
     "architecture": "each kind of SAE makes its own kind of features, so it may be the SAE that differs",
     "d_sae": "a wider SAE splits features, so counts and shares are not comparable",
@@ -79,8 +80,8 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
 def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     if field == "role":
         return "intended", "The roles say what each arm is for."
-    if field in ("k", "bos") and not any(_known(value) for value in values.values()):
-        return "same", ""  # only TopK has a k, and of a BOS most files say nothing
+    if field in ("k", "tokenizer", "bos") and not any(_known(value) for value in values.values()):
+        return "same", ""  # only TopK has a k; nobody looked at the tokenizers, or says anything of a BOS
     unknown = [name for name, value in values.items() if not _known(value)]
     if unknown:
         if len(unknown) == len(values):
@@ -94,6 +95,8 @@ def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str,
         return "flaw", f"The text does not begin as in the SAE's training: {_WHY[field]}."
     if len({str(value) for value in values.values()}) == 1:
         return "same", ""
+    if field == "tokenizer" and not any(" cuts " in str(value) for value in values.values()):
+        return "intended", "Tokens that not every model has are never top tokens; all others are the same."
     if field in _MEASURED:
         margin, relative, why = _MEASURED[field]
         numbers = [float(str(value)) for value in values.values()]

@@ -27,6 +27,7 @@ __all__ = [
     "sae_value",
     "scale_count",
     "steered_minus_placebo",
+    "top_token_coverage",
     "weights_of",
 ]
 
@@ -93,6 +94,12 @@ def known_share(arm: ArmTables) -> TokenCoverage:
     known = int(arm.of_domain(arm.coherence)["n_known"].sum())
     total = sum(len(tokens) for tokens in arm.of_domain(arm.features)["top_tokens"])
     return TokenCoverage(known, total)
+
+
+def top_token_coverage(arm: ArmTables) -> float:
+    """Share of all features' top tokens that the word vectors have, repeats counted; NaN without tokens."""
+    total = int(arm.features["top_tokens"].map(len).sum())
+    return int(arm.coherence["n_known"].sum()) / total if total else float("nan")
 
 
 def weights_of(arm: ArmTables) -> Weights:

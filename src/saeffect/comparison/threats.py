@@ -12,6 +12,7 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import short_name, too_many_alarms
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import ALPHA, judge
+from saeffect.comparison.measures import top_token_coverage
 from saeffect.comparison.steering_threats import steering_threats
 from saeffect.comparison.threat import SEVERITIES, Threat
 from saeffect.comparison.wording import joined, number, percent, whole
@@ -21,6 +22,8 @@ __all__ = ["threats"]
 # Below these an SAE leaves so much of its model out that its features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
+# Share of top tokens that the word vectors know, below which coherence speaks for the lesser part of them.
+_LITTLE_KNOWN = 0.5
 # With as many SAEs in all, a change of some two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
 _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
@@ -50,6 +53,7 @@ def threats(
         *_of_noise(found.contrasts, tests),
         *_of_seeds(arms, roles),
         *steering_threats(arms, roles, first),
+        *_of_coverage(arms, roles),
         *_of_coherence(roles, second),
         *_of_selection(arms, roles),
         *_of_scope(found, tests),
@@ -194,6 +198,26 @@ def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
             "moderate",
             "Train further SAEs from other seeds and name them under more_saes.",
             "comparison/contrasts.parquet: saes_a, saes_b",
+        )
+    ]
+
+
+def _of_coverage(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
+    """Word vectors that know few of the top tokens, as those of one language do in a vocabulary of many."""
+    shares = {name: top_token_coverage(arms[name]) for name in roles.ordered}
+    low = {name: share for name, share in shares.items() if share < _LITTLE_KNOWN}
+    if not low:
+        return []
+    listed = joined([f"{percent(share)} in {name}" for name, share in low.items()])
+    return [
+        Threat(
+            f"The word vectors know few of the features' top tokens ({listed}): they and the vocabulary judge features "
+            "by the lesser part of what these promote, so coherence and the number of domain features are too low.",
+            "serious",
+            "If the model writes many languages, rank only tokens of the vectors' script (features.tokens: latin) or "
+            "those that they know (features.tokens: embeddings); otherwise give vectors and a vocabulary of the "
+            "model's language.",
+            "arms/*/coherence.parquet: n_known; arms/*/features.parquet: top_tokens",
         )
     ]
 

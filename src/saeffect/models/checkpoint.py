@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError
-from saeffect.provenance import atomic_path
+from saeffect.checksums import read_tensors, save_tensors
+from saeffect.errors import BadFile, ConfigError, SaeffectError
+from saeffect.provenance import read_json, remove_leftovers, write_json
 
 __all__ = ["Checkpoint"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PATTERN = "step-*.safetensors"
+_MARK = "run.json"
 
 
 class Checkpoint:
@@ -30,6 +32,26 @@ class Checkpoint:
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
         self.folder = folder
         self._made_by, self._keep = made_by, keep
+
+    def owner(self) -> str | None:
+        """Fingerprint of the run that marked this folder, or a checkpoint in it, as its own; None where no run did."""
+        from safetensors import SafetensorError, safe_open
+
+        with contextlib.suppress(SaeffectError):
+            mark = read_json(self.folder / _MARK)
+            if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
+                return str(mark["made_by"])
+        for step in reversed(self.steps()):
+            with contextlib.suppress(SafetensorError, OSError), safe_open(self._file(step), framework="pt") as file:
+                if made_by := (file.metadata() or {}).get("made_by"):
+                    return str(made_by)
+        return None
+
+    def begin(self) -> None:
+        """Mark the folder as this run's; clear away what a kill left half-written."""
+        remove_leftovers(self.folder)
+        if self.owner() != self._made_by:
+            write_json(self.folder / _MARK, {"made_by": self._made_by})
 
     def steps(self) -> list[int]:
         """Numbers of finished steps that there is a checkpoint of, rising."""
@@ -58,19 +80,12 @@ class Checkpoint:
         Raises:
             BadFile: The disk is full, or cannot be written; older checkpoints stay.
         """
-        from safetensors.torch import save_file
-
         tensors = {f"other.{name}": t for name, t in (others or {}).items()}
         for name, p in weights.items():
             tensors[f"weight.{name}"] = p.detach()
             tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _MOMENTS}
         try:
-            with atomic_path(self._file(step)) as temporary:
-                save_file(
-                    {name: t.contiguous() for name, t in tensors.items()},
-                    temporary,
-                    metadata={"step": str(step), "made_by": self._made_by},
-                )
+            save_tensors(self._file(step), tensors, {"step": str(step), "made_by": self._made_by})
         except BadFile as error:
             last = self.steps()
             raise BadFile(
@@ -89,8 +104,22 @@ class Checkpoint:
             self._file(step).unlink(missing_ok=True)
 
     def drop_all(self) -> None:
-        """Delete the folder: the run is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all checkpoints, and the folder unless it holds something else: the run is finished."""
+        for step in self.steps():
+            self._file(step).unlink(missing_ok=True)
+        remove_leftovers(self.folder)
+        (self.folder / _MARK).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.folder.rmdir()
+
+    def of_another_run(self) -> ConfigError:
+        """The error for a folder that another run marked as its own."""
+        return ConfigError(
+            "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
+            " were exchanged.",
+            at=str(self.folder),
+            fix="delete it, or choose another output folder.",
+        )
 
     def restore(
         self,
@@ -110,36 +139,28 @@ class Checkpoint:
 
         Raises:
             ConfigError: The checkpoint is another run's.
-            BadFile: It cannot be read; some tensors may be filled already.
+            BadFile: It cannot be read, or some bits in it have changed.
         """
-        from safetensors import SafetensorError, safe_open
-
         if step is None:
             step = max(self.steps(), default=0)
         if not step:
             return 0
         path = self._file(step)
+        fix = "delete it; the run goes on from the one before, or starts anew if there is none."
+        tensors, metadata = read_tensors(path, what="checkpoint", fix=fix)
+        if metadata.get("made_by") != self._made_by:
+            raise self.of_another_run()
         try:
-            with safe_open(path, framework="pt") as file, torch.no_grad():
-                if (file.metadata() or {}).get("made_by") != self._made_by:
-                    raise ConfigError(
-                        "this folder holds a checkpoint of another run.",
-                        at=str(self.folder),
-                        fix="delete it, or choose another output folder.",
-                    )
+            with torch.no_grad():
                 for name, tensor in (others or {}).items():
-                    tensor.copy_(file.get_tensor(f"other.{name}"))
+                    tensor.copy_(tensors[f"other.{name}"])
                 for name, p in weights.items():
-                    p.copy_(file.get_tensor(f"weight.{name}"))
-                    # Copies: what get_tensor gives may be the file itself, mapped into memory.
-                    moments = {key: torch.empty_like(p).copy_(file.get_tensor(f"{key}.{name}")) for key in _MOMENTS}
+                    p.copy_(tensors[f"weight.{name}"])
+                    # Copies: what is read may be the file itself, mapped into memory.
+                    moments = {key: torch.empty_like(p).copy_(tensors[f"{key}.{name}"]) for key in _MOMENTS}
                     optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-        except (SafetensorError, OSError) as error:
-            raise BadFile(
-                f"the checkpoint cannot be read: {error}.",
-                at=str(path),
-                fix="delete it; the run goes on from the one before, or starts anew if there is none.",
-            ) from error
+        except KeyError as error:
+            raise BadFile(f"this checkpoint cannot be read: it has no {error}.", at=str(path), fix=fix) from error
         return step
 
     def _file(self, step: int) -> Path:

@@ -6,12 +6,11 @@ held-out perplexities before and after that go into the model card.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,15 +24,19 @@ from torch import Tensor
 
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
+from saeffect.interruption import Interruption
 from saeffect.models.checkpoint import Checkpoint
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_language_model, quiet_transformers
-from saeffect.provenance import atomic_path, fingerprint, versions, write_json
+from saeffect.models.training_folder import TrainingFolder
+from saeffect.provenance import atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.text.bos import prepends
 from saeffect.text.corpora import is_held_out, read_corpus
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
 
+_WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
+_LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +47,11 @@ class FinetuneConfig(StrictModel):
     text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
     control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
     field: str = Field("text", description="Which field of a row holds the text.")
-    bos: BosRule = Field("auto", description="Whether rows begin with the tokenizer's BOS token. auto: as it does.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
+        " does.",
+    )
     licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
     rank: int = Field(16, ge=1, description="Of the LoRA matrices.")
@@ -81,7 +88,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     """Train a LoRA adapter and write it to `out`.
 
     A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
-    ends with the same weights.
+    ends with the same weights; one that is finished is not repeated.
 
     Args:
         config: What to train on what.
@@ -89,67 +96,131 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
         say: Receives lines of progress.
 
     Raises:
-        Interrupted: Ctrl-C; the message says how to go on.
-        BadFile: The loss is not finite.
-        ConfigError: `out` holds a checkpoint of another configuration, or the model has none of the modules.
+        Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
+        BadFile: The loss is not finite; or something cannot be written.
+        ConfigError: `out` holds what another configuration, another model or text, or somebody else made; or the
+            model has none of the modules.
+        InUse: Another process trains into `out`.
     """
     out = Path(out)
+    TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, say=say, at="model")
     lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
     train, held_out = _rows(config, lm)
-    before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
-    say("held-out perplexity before: " + _show(before))
-
-    model = _with_adapter(lm, config)
-    loss = _train(model, train, config, out / "checkpoint", say)
-
-    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
-    say("held-out perplexity after:  " + _show(after))
-    measured = {name: (before[name], after[name]) for name in before}
-    tokens = config.steps * config.batch_size * config.context_size
-    result = FinetuneResult(out, measured, tokens, prepend_bos=lm.bos_id is not None)
-    _save(model, config, result, final_loss=loss)
-    shutil.rmtree(out / "checkpoint")
+    for rows in (train, *held_out.values()):
+        lm.refuse_rows(rows)
+    folder = TrainingFolder(out, _made_by(config, lm, train, held_out), _LEAVES)
+    if (damaged := folder.damaged()) is None or damaged:
+        if damaged:
+            say(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
+        with folder.held():
+            _make(config, lm, train, held_out, folder, say)
+    else:
+        say("finished before; nothing to do")
+    note = read_json(out / _NOTE)
+    measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
+    result = FinetuneResult(out, measured, note["tokens"], bool(note.get("prepend_bos")))
+    folder.checkpoint.drop_all()
+    if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
+        with atomic_path(out / _CARD) as temporary:
+            temporary.write_text(_card(note["recipe"], result), encoding="utf-8")
     return result
 
 
+def _made_by(
+    config: FinetuneConfig, lm: LanguageModel, train: NDArray[np.int32], held_out: Mapping[str, NDArray[np.int32]]
+) -> str:
+    """Fingerprint of everything that decides the adapter: of texts and model the contents, wherever they lie."""
+    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
+    rows = {name: rows.tobytes().hex() for name, rows in {"": train, **held_out}.items()}
+    return fingerprint([recipe, lm.identity, rows])
+
+
+def _make(
+    config: FinetuneConfig,
+    lm: LanguageModel,
+    train: NDArray[np.int32],
+    held_out: Mapping[str, NDArray[np.int32]],
+    folder: TrainingFolder,
+    say: Callable[[str], None],
+) -> None:
+    """Measure, train, measure again, and write what came out."""
+    before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity before: " + _show(before))
+    model = _with_adapter(lm, config)
+    folder.checkpoint.begin()
+    loss = _train(model, train, config, folder.checkpoint, say)
+    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity after:  " + _show(after))
+    _save_adapter(model, config, folder.path)
+    recipe = config.model_dump(mode="json")
+    for key in ("text", "control_text"):
+        recipe[key] = Path(recipe[key]).name if recipe[key] else None
+    note = {
+        "recipe": recipe,
+        "tokens": config.steps * config.batch_size * config.context_size,
+        "prepend_bos": lm.bos_id is not None,
+        "final_loss": loss,
+        "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
+        "versions": versions(),
+    }
+    write_json(folder.path / _NOTE, note)
+    folder.finish((_WEIGHTS, _ADAPTER, _NOTE))
+
+
 def _train(
-    model: Any, train: NDArray[np.int32], config: FinetuneConfig, folder: Path, say: Callable[[str], None]
+    model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, say: Callable[[str], None]
 ) -> float:
-    """Train from the last checkpoint in `folder` to the end, where there is one too; the last loss, in nats."""
+    """Train from the last checkpoint to the end, where there is one too; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
-    checkpoint = Checkpoint(folder, fingerprint(config.model_dump(mode="json")))
-    first = checkpoint.restore(trained, optimizer)
+    others = {"loss": torch.full((), math.nan, dtype=torch.float64)}
+    first = checkpoint.restore(trained, optimizer, others)
+    if first:
+        say(f"going on from step {first:,}")
 
     # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
-    started, loss = time.monotonic(), float("nan")
-    try:
+    started = time.monotonic()
+    with _stoppable(checkpoint) as interruption:
         for step in range(first, config.steps):
-            rows = _batch(train, step, config)
             optimizer.param_groups[0]["lr"] = _rate(step, config)
-            loss = _step(model, optimizer, rows)
+            loss = _step(model, optimizer, _batch(train, step, config))
             if not math.isfinite(loss):
                 raise BadFile(
                     f"the loss became {loss} at step {step}.",
-                    at=str(folder.parent),
+                    at=str(checkpoint.folder.parent),
                     fix="lower learning_rate; the last checkpoint is from before.",
                 )
+            others["loss"].fill_(loss)
             done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                checkpoint.save(done, trained, optimizer)
+            say(f"progress fine-tuning adapter {done} {config.steps} steps")
+            if interruption.asked or done % config.checkpoint_every == 0 or done == config.steps:
+                checkpoint.save(done, trained, optimizer, others)
                 pace = (done - first) / (time.monotonic() - started)
                 rate = pace * config.batch_size * config.context_size
                 say(
                     f"step {done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
                     f"  {(config.steps - done) / pace / 60:.1f} min left"
                 )
+            if interruption.asked:
+                raise Interrupted(
+                    f"stopped after step {done:,} of {config.steps:,}; the state is saved in {checkpoint.folder}.",
+                    fix="run the same command again to go on from there.",
+                )
+    return float(others["loss"])
+
+
+@contextlib.contextmanager
+def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
+    """The first Ctrl-C or SIGTERM is put off to the end of a step; a second one is an error with a way to go on."""
+    try:
+        with Interruption() as interruption:
+            yield interruption
     except KeyboardInterrupt:
         raise Interrupted(
-            f"stopped; {checkpoint.folder} holds the last checkpoint.",
+            f"stopped at once; {checkpoint.folder} holds the last checkpoint.",
             fix="run the same command again to go on.",
         ) from None
-    return loss
 
 
 @torch.inference_mode()
@@ -243,35 +314,22 @@ def _show(measured: Mapping[str, float]) -> str:
     return ", ".join(f"{name} text {value:.2f}" for name, value in measured.items())
 
 
-def _save(model: Any, config: FinetuneConfig, result: FinetuneResult, *, final_loss: float) -> None:
-    """Half-precision adapter in PEFT's layout, the recipe, and a model card."""
-    out = result.folder
-    out.mkdir(parents=True, exist_ok=True)
+def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
+    """The adapter in half precision, in PEFT's layout, each file whole or absent."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.half()
-    model.save_pretrained(out, safe_serialization=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(model).items()}
+    with atomic_path(out / _WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    adapter = model.peft_config["default"].to_dict()
+    adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
     # PEFT records where the base model lay on this machine; others can use the user's own name for it.
-    adapter = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
-    adapter["base_model_name_or_path"] = config.model.path
-    write_json(out / "adapter_config.json", adapter)
-    recipe = config.model_dump(mode="json")
-    for key in ("text", "control_text"):
-        recipe[key] = Path(recipe[key]).name if recipe[key] else None
-    write_json(
-        out / "training.json",
-        {
-            "recipe": recipe,
-            "tokens": result.tokens,
-            "prepend_bos": result.prepend_bos,
-            "final_loss": final_loss,
-            "perplexity": {name: {"before": b, "after": a} for name, (b, a) in result.perplexity.items()},
-            "versions": versions(),
-        },
-    )
-    with atomic_path(out / "README.md") as temporary:
-        temporary.write_text(_card(recipe, result), encoding="utf-8")
+    write_json(out / _ADAPTER, adapter | {"inference_mode": True, "base_model_name_or_path": config.model.path})
 
 
 def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saeffect.errors import ConfigError
+from saeffect.models.tokenizers import (
+    continued,
+    known_tokens,
+    ordinary_token,
+    special_tokens,
+    token_texts,
+    tokenizer_identity,
+)
 from saeffect.text.bos import begun, bos_of
 from saeffect.text.packing import pack, separator_id
 
@@ -31,6 +39,7 @@ class LanguageModel:
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
         adapter: What merging its adapter was seen to do; None without one.
+        shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
         prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
     """
 
@@ -39,6 +48,7 @@ class LanguageModel:
     name: str
     identity: str = ""
     adapter: MergedAdapter | None = None
+    shared: frozenset[int] | None = None
     prepend_bos: bool | None = None
 
     def __repr__(self) -> str:
@@ -68,6 +78,36 @@ class LanguageModel:
     def d_vocab(self) -> int:
         """How many token ids the model scores (rows of its unembedding, padding rows included)."""
         return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def n_positions(self) -> int | None:
+        """The longest sequence that the model takes, in tokens; None where its configuration names none."""
+        config = self.model.config
+        found = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+    def refuse_rows(self, ids: NDArray[np.int32]) -> None:
+        """Refuse rows of tokens `[n_rows, context_size]` that the model cannot read.
+
+        Raises:
+            ConfigError: They are longer than its positions, or hold an id without an embedding.
+        """
+        context, most = ids.shape[1], self.n_positions
+        if most is not None and context > most:
+            raise ConfigError(
+                f"rows have {context:,} tokens; {self.name} takes {most:,}.",
+                at="context_size",
+                fix=f"set context_size to {most} or less.",
+            )
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+        n_embedded = min(self.d_vocab, int(self.model.get_input_embeddings().weight.shape[0]))
+        if low < 0 or high >= n_embedded:
+            named = known_tokens(self.tokenizer).get(high) if high >= n_embedded else None
+            token = "" if named is None else f" ({named})"
+            raise ConfigError(
+                f"the text has token ids from {low} to {high}{token}, but {self.name} knows 0 to {n_embedded - 1}.",
+                fix="make the rows with the tokenizer that was saved with this model, or resize the model's embedding.",
+            )
 
     @functools.cached_property
     def bos_id(self) -> int | None:
@@ -103,36 +143,33 @@ class LanguageModel:
         return pack(texts, self.encode, context_size=context_size, separator=separator, bos=self.bos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out, spaces as they are."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """What token ids add to the text before them, special tokens left out, spaces as they are."""
+        return continued(self.tokenizer, [ids], self._before, skip_special_tokens=True)[0]
+
+    @functools.cached_property
+    def _before(self) -> int | None:
+        return ordinary_token(self.tokenizer)
 
     @functools.cached_property
     def _token_strings(self) -> tuple[str, ...]:
-        known = len(self.tokenizer)
-        decode = self.tokenizer.decode
-        strings = [decode([i], clean_up_tokenization_spaces=False) for i in range(min(known, self.d_vocab))]
-        return tuple(strings + [f"<unused {i}>" for i in range(len(strings), self.d_vocab)])
+        return tuple(token_texts(self.tokenizer, self.d_vocab))
 
     def token_strings(self) -> list[str]:
         """One decoded string per id, `d_vocab` of them: a leading space stays; half a character is U+FFFD."""
         return list(self._token_strings)
 
     def plain_tokens(self) -> torch.Tensor:
-        """Which ids may appear among top tokens, bool `[d_vocab]`: known to the tokenizer and not special."""
+        """Which ids may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
+        known = known_tokens(self.tokenizer).keys() - special_tokens(self.tokenizer)
+        if self.shared is not None:
+            known &= self.shared
         plain = torch.zeros(self.d_vocab, dtype=torch.bool)
-        plain[: min(len(self.tokenizer), self.d_vocab)] = True
-        special = [i for i in self.tokenizer.all_special_ids if i < self.d_vocab]
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})
-        special += [i for i, token in added.items() if token.special and i < self.d_vocab]
-        plain[special] = False
+        plain[[i for i in known if i < self.d_vocab]] = True
         return plain
 
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of the vocabulary (token to id): equal when two models speak the same tokens."""
-        digest = hashlib.sha256()
-        for token, index in sorted(self.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-            digest.update(f"{index}\0{token}\0".encode("utf-8", "surrogatepass"))
-        return digest.hexdigest()
+        """SHA-256 of the tokens, their ids and the rules: equal when two models cut every text alike."""
+        return tokenizer_identity(self.tokenizer)
 
 
 @torch.no_grad()

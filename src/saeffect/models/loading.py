@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
+from saeffect.errors import BadFile, ConfigError, NotFound, first_line, unknown_name
 from saeffect.models.accounting import BOTH, account_for, explained, refuse_nan
 from saeffect.models.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
 from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header
 from saeffect.models.language_model import LanguageModel
+from saeffect.models.tokenizers import tokenizer_remedy
 from saeffect.paths import user_path
 from saeffect.provenance import fingerprint, hash_file, read_json
 
@@ -187,11 +188,12 @@ def load_language_model(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width of the residual stream, number of blocks, and of positions (None where config.json names none)."""
+    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
 
     d_model: int
     n_layers: int
     n_positions: int | None = None
+    d_vocab: int | None = None
 
 
 def model_shape(place: Path | str) -> ModelShape | None:
@@ -208,20 +210,21 @@ def model_shape(place: Path | str) -> ModelShape | None:
             f"{header['general.architecture']}.{key}" for key in ("embedding_length", "block_count", "context_length")
         ]
         width, layers, positions = (header.get(name) for name in names)
+        d_vocab = None
     else:
         raw = read_json(place / "config.json")
         raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
         width = raw.get("hidden_size") or raw.get("n_embd")
         layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-        positions = raw.get("max_position_embeddings") or raw.get("n_positions")
-    for size in (width, layers, positions):
+        positions, d_vocab = raw.get("max_position_embeddings") or raw.get("n_positions"), raw.get("vocab_size")
+    for size in (width, layers, positions, d_vocab):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise BadFile(
                 f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
                 at=str(place / "config.json"),
                 fix="restore the config.json that was saved with the model.",
             )
-    return ModelShape(width, layers, positions) if width and layers else None
+    return ModelShape(width, layers, positions, d_vocab) if width and layers else None
 
 
 def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
@@ -251,7 +254,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, say: S
     )
     model, info = loaded
     account_for(model, info, at or config.path, say)
-    return model, load_tokenizer(folder, config)
+    return model, load_tokenizer(folder, config, at=at)
 
 
 def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
@@ -280,12 +283,24 @@ def load_config(base: Path | str, config: ModelConfig) -> Any:
     return AutoConfig.from_pretrained(place, **options)
 
 
-def load_tokenizer(base: Path | str, config: ModelConfig) -> Any:
-    """The tokenizer of a located model, loaded with the model's own options."""
+def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
+    """The tokenizer of a located model, loaded with the model's own options.
+
+    Raises:
+        NotFound: There is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     place, options = _source(base, config)
-    return AutoTokenizer.from_pretrained(place, **options)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # of many kinds
+        raise NotFound(
+            f"the tokenizer of {config.path!r} cannot be loaded: {first_line(error)}",
+            at=at or config.path,
+            fix=tokenizer_remedy(place, str(error)),
+        ) from error
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:

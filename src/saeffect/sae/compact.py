@@ -24,10 +24,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, IncompatibleSae, NotFound, ShapeMismatch
+from saeffect.errors import BadFile, NotFound, ShapeMismatch
 from saeffect.provenance import atomic_path, read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.saelens_format import read_sae_config
+from saeffect.sae.weights_file import read_weights
 
 __all__ = ["COMPACT_WEIGHTS", "STATISTICS", "CompactSae", "is_compact", "load_compact", "save_compact"]
 
@@ -119,30 +120,16 @@ def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
         BadFile: Truncated or malformed tensors, or numbers that are not finite.
         IncompatibleSae: Tensors whose shapes contradict cfg.json.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     where = at or str(folder)
     cfg = read_sae_config(folder, at=at)
     path = folder / COMPACT_WEIGHTS
     if not path.is_file():
         raise NotFound(f"there is no {COMPACT_WEIGHTS} beside cfg.json.", at=where, fix="is it a whole SAE?")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path.name} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
-    expected = {"W_dec": (cfg.d_sae, cfg.d_in), "scale": (cfg.d_sae,), "b_dec": (cfg.d_in,)}
-    expected |= dict.fromkeys(STATISTICS, (cfg.d_sae,))
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise BadFile(f"{path.name} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
-        if tuple(tensors[name].shape) != shape:
-            raise IncompatibleSae(
-                f"{name} has shape {tuple(tensors[name].shape)}, but cfg.json asks for {shape}.",
-                at=where,
-                fix="cfg.json and the decoder belong to different SAEs; find the pair.",
-            )
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (cfg.d_sae, cfg.d_in), "scale": (cfg.d_sae,), "b_dec": (cfg.d_in,)}
+    shapes |= dict.fromkeys(STATISTICS, (cfg.d_sae,))
+    tensors = read_weights(path, where, shapes=shapes, required=tuple(shapes), dtypes={"W_dec": ("I8",)})
+    for name in shapes:
         # A feature that never fired has no mean activation; everything else is a number.
         if name != "mean_activation" and not bool(torch.isfinite(tensors[name].float()).all()):
             raise BadFile(f"{name} holds NaN or infinite values.", at=where)

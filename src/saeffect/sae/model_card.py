@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from saeffect.errors import SaeffectError
 from saeffect.provenance import atomic_path, hash_file, read_json, versions, write_json
 from saeffect.sae.recipe_config import SaeRecipe
 from saeffect.sae.saelens_format import WEIGHTS, read_sparsity
@@ -16,6 +19,7 @@ __all__ = ["is_carded", "measured_before", "write_card"]
 _NOTE = "training.json"
 _CARD = "README.md"
 _FIGURE = "training.png"
+_EMPTY = hashlib.sha256(b"").hexdigest()
 _CALLED = {
     "standard": "L1",
     "topk": "TopK",
@@ -30,10 +34,11 @@ _NEVER = -9.9
 
 def is_carded(recipe: SaeRecipe, folder: Path) -> bool:
     """Whether the folder has its card, and it is this recipe's and these weights'."""
-    if not ((folder / _NOTE).is_file() and (folder / _CARD).is_file()):
+    note, card = _noted(folder), folder / _CARD
+    if note.get("recipe") != _plain(recipe) or not (card.is_file() and card.stat().st_size):
         return False
-    note = read_json(folder / _NOTE)
-    return bool(note.get("weights_sha256") == hash_file(folder / WEIGHTS) and note.get("recipe") == _plain(recipe))
+    held_out = read_json(folder / "cfg.json")["metadata"].get("held_out")
+    return bool(note.get("weights_sha256") == hash_file(folder / WEIGHTS) and note.get("held_out") == held_out)
 
 
 def measured_before(folder: Path) -> Mapping[str, Any]:
@@ -42,10 +47,20 @@ def measured_before(folder: Path) -> Mapping[str, Any]:
     return found
 
 
+def _noted(folder: Path) -> Mapping[str, Any]:
+    """What lies beside a card; nothing where it is missing or damaged."""
+    note = None
+    with contextlib.suppress(SaeffectError):
+        note = read_json(folder / _NOTE)
+    return note if isinstance(note, dict) else {}
+
+
 def write_card(
     recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, say: Callable[[str], None] = lambda _: None
 ) -> None:
     """Write README.md and training.json beside the SAE, and the measurements into its cfg.json.
+
+    A README.md that somebody else wrote, or changed, stays.
 
     Args:
         recipe: Of this one SAE.
@@ -70,8 +85,15 @@ def write_card(
     ]
     if (folder / _FIGURE).is_file():
         lines += [f"![Loss, explained variance, l0 and dead features during training]({_FIGURE})", ""]
-    with atomic_path(folder / _CARD) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+    text = "\n".join(lines)
+    if not (folder / _CARD).is_file() or hash_file(folder / _CARD) in (
+        *(_EMPTY, hashlib.sha256(text.encode()).hexdigest()),
+        _noted(folder).get("card_sha256"),
+    ):
+        with atomic_path(folder / _CARD) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    else:
+        say(f"{folder / _CARD} is not as it was written here, so it stays")
     # Last: a card without this note is written again.
     write_json(
         folder / _NOTE,
@@ -80,6 +102,7 @@ def write_card(
             "held_out": dict(measured),
             "versions": versions(),
             "weights_sha256": hash_file(folder / WEIGHTS),
+            "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
         },
     )
     say(

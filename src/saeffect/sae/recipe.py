@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saeffect.activations.harvest import NormLimit, TokenRows, harvest
+from saeffect.activations.harvest import NormLimit, TokenRows, harvest, harvest_made_by, norm_limit_of
 from saeffect.activations.shards import ActivationStore
 from saeffect.activations.source import ActivationSource
 from saeffect.activations.stream import StreamedActivations
@@ -36,6 +36,7 @@ from saeffect.sae.saelens_format import load_sae, read_sae_config
 from saeffect.sae.splice import spliced_losses
 from saeffect.sae.training import SaeJob, train_saes
 from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training_run import refuse_strangers
 from saeffect.text.bos import prepends
 from saeffect.text.corpora import is_held_out, read_corpus
 from saeffect.text.packing import interleave
@@ -76,20 +77,26 @@ def train_from_recipe(
     say = say if is_first() else lambda _: None
     folders = recipe.folders(out)
     refuse_unwritable_folders({"--out": out, "--work": work})
+    trainings = recipe.trainings().items()
+    for folder in folders.values():
+        refuse_strangers(folder)
     refuse_before_loading(recipe, logger)
     lm = _load(recipe, say)
-    data = _activations(recipe, lm, work, say)
-    jobs = [
-        SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
-        for name, config in recipe.trainings().items()
-    ]
+
+    def refuse_others(activations: str) -> None:
+        for name, config in trainings:
+            SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
+
+    data = _activations(recipe, lm, work, say, refuse=refuse_others)
+    jobs = [SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype) for name, config in trainings]
     train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, say=say)
     if is_first():
-        for name, folder in folders.items():
+        for name, job in zip(folders, jobs, strict=True):
             one = recipe.of_one(name)
-            if not is_carded(one, folder):
-                # Measured on what was saved, rounding to half precision included.
-                write_card(one, folder, data.at_the_end(load_sae(folder)), say=say)
+            if not is_carded(one, job.out):
+                with job.folder(data.source.identity()).held():
+                    # Measured on what was saved, rounding to half precision included.
+                    write_card(one, job.out, data.at_the_end(load_sae(job.out)), say=say)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
     return measured if recipe.saes else measured[""]
@@ -216,8 +223,10 @@ class _Data:
         }
 
 
-def _activations(recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say) -> _Data:
-    """All text first, then whatever else can be refused, then the model's work."""
+def _activations(
+    recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say, *, refuse: Callable[[str], None] = lambda _: None
+) -> _Data:
+    """All text first, then whatever else can be refused (given the activations' identity), then the model's work."""
     streamed = recipe.activations == "streamed"
     rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
     rows["held-out"] = text_rows(recipe, lm, held_out=True)
@@ -226,6 +235,7 @@ def _activations(recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say) -> 
     source: ActivationSource | None = None
     if streamed:
         source = StreamedActivations.open(lm, recipe.hook, text, pool_rows=recipe.pool_rows)
+    refuse(source.identity() if source else fingerprint(harvest_made_by(lm, recipe.hook, rows["train"])))
     stores = {}
     for part, ids in rows.items():
         folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.digest()])[:16]}"
@@ -234,7 +244,8 @@ def _activations(recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say) -> 
         limit, digest = source.limit, text.identity()
     else:
         source = stores["train"]
-        limit, digest = NormLimit(**stores["train"].note["norm_limit"]), rows["train"].digest()
+        limit = norm_limit_of(stores["train"].note, at=str(stores["train"].folder))
+        digest = rows["train"].digest()
     return _Data(recipe, lm, source, limit, stores["held-out"], rows["held-out"], digest)
 
 

@@ -40,6 +40,12 @@ def refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> Non
     shape = model_shape(model)
     if shape is not None:
         parse_hook(recipe.hook, shape.n_layers, at="hook")
+        if shape.n_positions and recipe.context_size > shape.n_positions:
+            raise ConfigError(
+                f"rows have {recipe.context_size:,} tokens; {recipe.model.path} takes {shape.n_positions:,}.",
+                at="context_size",
+                fix=f"set context_size to {shape.n_positions} or less.",
+            )
     for place, config in _places(recipe):
         if config.init_from is None:
             continue

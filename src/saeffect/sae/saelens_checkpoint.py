@@ -71,7 +71,7 @@ def _unscaled(folder: Path, tensors: dict[str, Tensor], where: str) -> dict[str,
     scale = kept.get("scaling_factor") if isinstance(kept, dict) else None
     if scale is None:  # no scaling, or folded already
         return tensors
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
         raise BadFile(f"activation_scaler.json gives scaling_factor={scale!r}; expected a positive number.", at=where)
     # As SAELens folds it: activations keep the scaled size.
     powers = {"W_enc": 1, "W_dec": -1, "b_dec": -1}

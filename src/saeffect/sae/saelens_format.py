@@ -20,10 +20,11 @@ from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.saelens_checkpoint import TRAINING_FORMS, for_inference
-from saeffect.sae.sparsify_format import SPARSIFY_WEIGHTS, is_sparsify, sparsify_config, sparsify_tensors
+from saeffect.sae.sparsify_format import SPARSIFY_WEIGHTS, is_count, is_sparsify, sparsify_config, sparsify_tensors
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import TrainableSae
+from saeffect.sae.weights_file import read_weights
 
 __all__ = [
     "ARCHITECTURES",
@@ -59,6 +60,15 @@ _TOP_LEVEL_METADATA = (
     "dataset_path",
     "prepend_bos",
 )
+_MATRICES = ("W_enc", "W_dec", "b_dec")
+# What people give for an SAE, by the end of its name.
+_PICKLED = "a pickled file, which can run anybody's code and is never loaded"
+_FILES: Mapping[str, str] = {
+    ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
+    ".npz": "an archive of NumPy arrays, which is not read",
+    ".json": "a file of settings alone",
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLED),
+}
 # Folded into the weights before saving, so nothing is left to do at inference. Older files say true or false.
 _FOLDED = ("none", "expected_average_only_in", None, False, True)
 
@@ -92,15 +102,14 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     raw = _read_cfg(folder, where)
     cfg, path = read_sae_config(folder, at=at), weights_file(folder)
     if not path.is_file():
-        fix = "pickled SAEs (.pt) are never loaded."
-        if raw.get("metadata", {}).get("decoder_only"):
+        fix = "give the folder that holds both."
+        if cfg.metadata.get("decoder_only"):
             fix = "this is a compact SAE, its decoder alone: list it under more_saes, beside a whole one."
-        raise NotFound(f"there is no {path.name} beside cfg.json.", at=where, fix=fix)
-    tensors = _read_tensors(path, where)
+        raise NotFound(f"there is no {path.name} beside cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
     if path.name == SPARSIFY_WEIGHTS:
-        tensors = sparsify_tensors(tensors, where)
+        tensors = sparsify_tensors(path, cfg, where)
     else:
-        tensors = for_inference(folder, raw, tensors, where)
+        tensors = for_inference(folder, raw, read_weights(path, where, shapes=_shapes(cfg), required=_MATRICES), where)
     sae = ARCHITECTURES[cfg.architecture](cfg)
     _fill(sae, tensors, path.name, where)
     return sae.eval().requires_grad_(False)
@@ -160,7 +169,7 @@ def read_sparsity(folder: Path | str, *, at: str | None = None) -> Tensor | None
     where = at or str(folder)
     if not path.is_file():
         return None
-    tensors = _read_tensors(path, where)
+    tensors = read_weights(path, where, shapes={})
     if "sparsity" not in tensors or tensors["sparsity"].ndim != 1:
         raise BadFile(f"{SPARSITY} holds no one-dimensional tensor named sparsity.", at=where)
     return tensors["sparsity"].float()
@@ -179,29 +188,52 @@ def weights_file(folder: Path | str) -> Path:
 
 def saved_dtype(folder: Path | str) -> str:
     """The dtype that cfg.json names; else that of the weights."""
-    named = read_json(Path(folder) / "cfg.json").get("dtype")
+    raw = _read_cfg(Path(folder), str(folder))
+    named = raw.get("dtype") if isinstance(raw, dict) else None
     if named is None:
-        named = _read_tensors(weights_file(folder), str(folder))["W_dec"].dtype
+        named = read_weights(weights_file(folder), str(folder), shapes={}, required=("W_dec",))["W_dec"].dtype
     return str(named).removeprefix("torch.")
 
 
 def _read_cfg(folder: Path, where: str) -> Any:
+    fix = "give a folder with cfg.json and sae_weights.safetensors."
+    if folder.is_file():
+        kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")
+        beside = (folder.parent / "cfg.json").is_file()
+        raise BadFile(
+            f"{folder.name!r} is {kind}; an SAE is a folder.",
+            at=where,
+            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else fix,
+        )
     if not (folder / "cfg.json").is_file():
         raise NotFound(
-            f"the folder {folder.name!r} holds no cfg.json."
+            f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}."
             if folder.is_dir()
             else f"there is no folder {str(folder)!r}.",
             at=where,
-            fix="point to a folder with cfg.json and sae_weights.safetensors.",
+            fix=fix,
         )
     return read_json(folder / "cfg.json")
 
 
+def _what_lies_in(folder: Path) -> str:
+    """Words about what a folder that is no SAE's holds instead, if that is known."""
+    there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
+    for path in there:
+        if path.is_dir() and (path / "cfg.json").is_file():
+            return f", but folders with one, such as {path.name!r}"
+        kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
+        if kind and path.name not in ("cfg.json", SPARSITY):
+            return f"; {path.name!r} there is {kind}"
+    return ""
+
+
 def _saelens_config(raw: Any, where: str) -> SaeConfig:
-    sizes = [raw.get(key) for key in ("d_in", "d_sae")] if isinstance(raw, dict) else [None]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
+    if not (sizes and all(is_count(size) for size in sizes.values())):
+        said = "".join(f" Got {key}={_shown(size)}." for key, size in sizes.items() if not is_count(size))
         raise BadFile(
-            "cfg.json gives no positive whole numbers d_in and d_sae.",
+            f"cfg.json gives no positive whole numbers d_in and d_sae.{said}",
             at=where,
             fix="check that it is an SAE's.",
         )
@@ -215,6 +247,7 @@ def _saelens_config(raw: Any, where: str) -> SaeConfig:
             fix="fold the normalisation into the weights before saving.",
         )
     architecture, k = _architecture(raw, where)
+    rescaled = _flag(raw, "rescale_acts_by_decoder_norm", False, where) and architecture == "topk"
     metadata = _metadata(raw, where)
     loaded_with = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
@@ -222,9 +255,9 @@ def _saelens_config(raw: Any, where: str) -> SaeConfig:
         d_in=raw["d_in"],
         d_sae=raw["d_sae"],
         k=k,
-        apply_b_dec_to_input=bool(raw.get("apply_b_dec_to_input", True)),
+        apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
         normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
-        rescale_acts_by_decoder_norm=architecture == "topk" and bool(raw.get("rescale_acts_by_decoder_norm", False)),
+        rescale_acts_by_decoder_norm=rescaled,
         centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
         metadata=metadata,
     )
@@ -233,17 +266,40 @@ def _saelens_config(raw: Any, where: str) -> SaeConfig:
 def _architecture(raw: Mapping[str, Any], where: str) -> tuple[str, int | None]:
     """(a key of `ARCHITECTURES`, k if it has one)"""
     architecture = raw.get("architecture", "standard")
-    if architecture == "standard" and raw.get("activation_fn", raw.get("activation_fn_str")) == "topk":
+    activation = raw.get("activation_fn", raw.get("activation_fn_str"))
+    if architecture == "standard" and activation == "topk":
         architecture = "topk"
     architecture = TRAINING_FORMS.get(str(architecture), architecture)
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise unknown_name("SAE architecture", architecture, ARCHITECTURES, at=where)
+    if activation not in (None, "relu", architecture):
+        raise IncompatibleSae(
+            f"this {architecture} SAE has activation_fn={_shown(activation)}; supported: relu, topk.",
+            at=where,
+            fix="use an SAE with one of these.",
+        )
     if architecture != "topk":
         return architecture, None
-    k = raw.get("k", (raw.get("activation_fn_kwargs") or {}).get("k"))
-    if not (isinstance(k, int) and 0 < k <= raw["d_sae"]):
-        raise BadFile(f"a topk SAE needs 0 < k <= d_sae={raw['d_sae']}. Got {k!r}.", at=where)
+    options = raw.get("activation_fn_kwargs")
+    k = raw.get("k", options.get("k") if isinstance(options, dict) else None)
+    if not (is_count(k) and k <= raw["d_sae"]):
+        raise BadFile(
+            f"a topk SAE needs a whole number k with 0 < k <= d_sae={raw['d_sae']}. Got {_shown(k)}.", at=where
+        )
     return architecture, k
+
+
+def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
+    value = raw.get(key, default)
+    if not isinstance(value, bool):
+        raise BadFile(f"{key} in cfg.json is {_shown(value)}; expected true or false.", at=where)
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value of somebody's file, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -273,14 +329,12 @@ def _cfg_json(cfg: SaeConfig, dtype: str) -> dict[str, Any]:
     return raw
 
 
-def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"{path.name} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
+def _shapes(cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
+    """What a file of this SAE may hold; a running threshold of training forms is one number."""
+    vectors = ("b_enc", "b_mag", "b_gate", "r_mag", "threshold", "log_threshold", "scaling_factor")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(vectors, (cfg.d_sae,))
+    matrices = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in)}
+    return shapes | matrices | {"b_dec": (cfg.d_in,), "topk_threshold": ()}
 
 
 def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], file: str, where: str) -> None:
@@ -288,12 +342,6 @@ def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], file: str, wher
         if name not in tensors:
             raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
         tensor = tensors[name]
-        if tensor.shape != parameter.shape:
-            raise IncompatibleSae(
-                f"{name} has shape {tuple(tensor.shape)}, but cfg.json asks for {tuple(parameter.shape)}.",
-                at=where,
-                fix="cfg.json and the weights belong to different SAEs; find the pair.",
-            )
         if not torch.isfinite(tensor).all():
             raise BadFile(
                 f"{name} holds NaN or infinite values.",

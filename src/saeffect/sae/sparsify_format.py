@@ -15,8 +15,9 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae
 from saeffect.sae.base import SaeConfig
+from saeffect.sae.weights_file import read_weights
 
-__all__ = ["SPARSIFY_WEIGHTS", "is_sparsify", "sparsify_config", "sparsify_tensors"]
+__all__ = ["SPARSIFY_WEIGHTS", "is_count", "is_sparsify", "sparsify_config", "sparsify_tensors"]
 
 SPARSIFY_WEIGHTS = "sae.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
@@ -53,7 +54,7 @@ def sparsify_config(folder: Path, raw: Mapping[str, Any], where: str) -> SaeConf
         )
     d_in, k = raw.get("d_in"), raw.get("k", 32)
     d_sae = raw.get("num_latents") or _product(d_in, raw.get("expansion_factor", 32))
-    if not (_positive(d_in) and _positive(d_sae) and _positive(k) and k <= d_sae):
+    if not (is_count(d_in) and is_count(d_sae) and is_count(k) and k <= d_sae):
         raise BadFile(
             f"sparsify's cfg.json gives d_in={d_in!r}, num_latents={raw.get('num_latents')!r},"
             f" expansion_factor={raw.get('expansion_factor')!r}, k={k!r};"
@@ -66,18 +67,18 @@ def sparsify_config(folder: Path, raw: Mapping[str, Any], where: str) -> SaeConf
     return SaeConfig("topk", d_in, d_sae, k=k, metadata=metadata | ({"hook_name": hook_name} if hook_name else {}))
 
 
-def sparsify_tensors(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The same tensors under our names, the encoder `[d_in, d_sae]`.
+def sparsify_tensors(path: Path, cfg: SaeConfig, where: str) -> dict[str, Tensor]:
+    """The tensors of `sae.safetensors` under our names, the encoder `[d_in, d_sae]`.
 
     Raises:
-        BadFile: One is missing.
-        IncompatibleSae: There is a skip connection.
+        BadFile: The file cannot be read, or one is missing.
+        IncompatibleSae: There is a skip connection, or a shape contradicts cfg.json.
     """
+    shapes = {"encoder.weight": (cfg.d_sae, cfg.d_in), "encoder.bias": (cfg.d_sae,)}
+    shapes |= {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    tensors = read_weights(path, where, shapes=shapes, required=tuple(_NAMES))
     if "W_skip" in tensors:
         raise IncompatibleSae(f"{SPARSIFY_WEIGHTS} holds W_skip: {_REFUSED['skip_connection']}.", at=where)
-    missing = [name for name in _NAMES if name not in tensors]
-    if missing:
-        raise BadFile(f"{SPARSIFY_WEIGHTS} has no {missing[0]}; it has: {', '.join(sorted(tensors))}.", at=where)
     found = {ours: tensors[theirs] for theirs, ours in _NAMES.items()}
     return found | {"W_enc": found["W_enc"].T}
 
@@ -88,9 +89,10 @@ def _hook_name(hookpoint: str) -> str | None:
     return match and f"blocks.{match[1]}.{'hook_mlp_out' if match[2] else 'hook_resid_post'}"
 
 
-def _positive(value: Any) -> TypeGuard[int]:
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number above 0; true is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _product(d_in: Any, factor: Any) -> Any:
-    return d_in * factor if _positive(d_in) and _positive(factor) else None
+    return d_in * factor if is_count(d_in) and is_count(factor) else None

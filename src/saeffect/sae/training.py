@@ -14,16 +14,15 @@ from torch import Tensor
 
 from saeffect.activations.source import ActivationSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
+from saeffect.interruption import Interruption
+from saeffect.models.training_folder import TrainingFolder
 from saeffect.processes import barrier, device_of_process, gathered, is_first, rank_and_world
-from saeffect.provenance import remove_leftovers
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.interruption import Interruption
 from saeffect.sae.metrics_loggers import LoggerName
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training_config import SaeTrainingConfig
 from saeffect.sae.training_log import TrainingLog
-from saeffect.sae.training_run import Evaluation, Position, SaeJob, SaeRun, is_finished, refuse_unwritable
-from saeffect.sole_writer import sole_writer
+from saeffect.sae.training_run import Evaluation, Position, SaeJob, SaeRun, complete
 
 __all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
 
@@ -73,8 +72,8 @@ def train_saes(
         The SAEs as they were saved, in the order of the jobs.
 
     Raises:
-        ConfigError: `out` holds a checkpoint of another run, or is not shared by all processes; or jobs that
-            cannot share batches or folders.
+        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or
+            jobs that cannot share batches or folders.
         EmptySelection: Fewer activations than one batch.
         BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
             read; a folder cannot be written.
@@ -82,7 +81,12 @@ def train_saes(
         Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
     """
     say = say if is_first() else lambda _: None
-    todo = [job for job in jobs if not is_finished(job, source)]
+    todo = [job for job in jobs if not _is_finished(job, source, say)]
+    barrier()  # all have looked before the first one changes anything
+    if is_first():
+        for job in jobs:
+            if job not in todo:
+                complete(job.folder(source.identity()))
     if todo:
         try:
             _train(source, todo, evaluate=evaluate, logger=logger, say=say)
@@ -96,12 +100,20 @@ def train_saes(
     return [load_sae(job.out) for job in jobs]
 
 
+def _is_finished(job: SaeJob, source: ActivationSource, say: Say) -> bool:
+    """Whether the job's folder holds the SAE that the job would make, as it was when it was finished."""
+    damaged = job.folder(source.identity()).damaged()
+    if damaged:
+        say(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
+    return damaged == []
+
+
 def _train(
     source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, say: Say
 ) -> None:
     plan = _plan(source, jobs)
     with ExitStack() as stack:
-        _make_ready([job.out for job in jobs], stack)
+        _make_ready([job.folder(source.identity()) for job in jobs], stack)
         scale = _input_scale(source, jobs[0].config)
         runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
         start = _restore(runs, say)
@@ -241,14 +253,13 @@ def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
     return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
 
 
-def _make_ready(folders: Sequence[Path], stack: ExitStack) -> None:
-    """Refuse what cannot be written before anything heavy starts; clear away what a kill left half-written."""
+def _make_ready(folders: Sequence[TrainingFolder], stack: ExitStack) -> None:
+    """Take hold of all folders before anything heavy starts, or of none."""
     if is_first():
         for folder in folders:
-            refuse_unwritable(folder)
-            stack.enter_context(sole_writer(folder))
-            remove_leftovers(folder)
-            remove_leftovers(folder / "checkpoint")
+            stack.enter_context(folder.held())
+        for folder in folders:
+            folder.checkpoint.begin()
     barrier()
 
 

@@ -108,7 +108,12 @@ class SaeTrainingConfig(StrictModel):
     )
     chunk: int = Field(1024, ge=1, description="Tokens an encoder product; bounds the memory.")
 
-    metrics_every: int = Field(30, ge=1, description="Steps between lines of metrics.jsonl.")
+    metrics_every: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between lines of metrics.jsonl, and of progress. None: 30, or what makes 200 lines of a long"
+        " training.",
+    )
     evaluate_every: int = Field(600, ge=1, description="Steps between measurements on held-out text.")
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="How many of the newest stay.")

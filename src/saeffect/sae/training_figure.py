@@ -13,7 +13,9 @@ from saeffect.provenance import atomic_path
 from saeffect.sae.training_log import METRICS_FILE, loss_parts, read_metrics
 from saeffect.text.tokens import printable_token
 
-__all__ = ["save_training_figure"]
+__all__ = ["FIGURES", "save_training_figure"]
+
+FIGURES = ("training.svg", "training.png")
 
 # The look of the report's figures, which live above this floor.
 _INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
@@ -143,8 +145,8 @@ def save_training_figure(folders: Path | str | Sequence[Path | str], out: Path |
             "png": {"Software": None},
         }
         try:
-            for ending in ("svg", "png"):
-                with atomic_path(target / f"training.{ending}") as temporary:
+            for name, ending in zip(FIGURES, ("svg", "png"), strict=True):
+                with atomic_path(target / name) as temporary:
                     figure.savefig(temporary, format=ending, metadata=metadata[ending])
         except OSError as error:
             raise BadFile(f"the figure cannot be written: {error.strerror or error}.", at=str(target)) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 from saeffect.activations.source import ActivationSource
-from saeffect.errors import BadFile
-from saeffect.models.checkpoint import Checkpoint
-from saeffect.provenance import fingerprint, hash_file, hash_folder, read_json, write_json
+from saeffect.errors import BadFile, SaeffectError
+from saeffect.models.training_folder import TrainingFolder
+from saeffect.provenance import fingerprint, hash_folder, read_json, write_json
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.saelens_format import WEIGHTS, save_sae
+from saeffect.sae.saelens_format import SPARSITY, WEIGHTS, save_sae
 from saeffect.sae.training_config import SaeTrainingConfig
-from saeffect.sae.training_figure import save_training_figure
-from saeffect.sae.training_log import TrainingLog
+from saeffect.sae.training_figure import FIGURES, save_training_figure
+from saeffect.sae.training_log import METRICS_FILE, TrainingLog
 from saeffect.sae.training_step import StepReport, TrainingStep, new_sae
 
-__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "is_finished", "refuse_unwritable"]
+__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "complete", "refuse_strangers"]
 
 Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
 
-_FINISHED = "finished.json"
+_MOST_LINES = 200  # of metrics, unless the recipe says how often: a curve is drawn from no more
+_CFG = "cfg.json"
+_LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "README.md")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,18 @@ class SaeJob:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = "float16"
 
-    def made_by(self, source: ActivationSource) -> str:
+    def folder(self, activations: str) -> TrainingFolder:
+        """The job's folder, if it trains on activations of this identity."""
+        return TrainingFolder(self.out, self._made_by(activations), _LEAVES, keep=self.config.keep_checkpoints)
+
+    def _made_by(self, activations: str) -> str:
         """Fingerprint of everything that decides the weights; how often things are written does not."""
         config = self.config.model_dump(
             mode="json",
             exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
         )
         start = None if self.config.init_from is None else hash_folder(self.config.init_from)
-        return fingerprint([config, start, source.identity(), self.dtype])
+        return fingerprint([config, start, activations, self.dtype])
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,43 @@ class Position:
     index: int
 
 
-def is_finished(job: SaeJob, source: ActivationSource) -> bool:
-    """Whether the job's folder holds the SAE that the job would make."""
-    note, weights = job.out / _FINISHED, job.out / WEIGHTS
-    if not (note.is_file() and weights.is_file()):
+def refuse_strangers(out: Path) -> None:
+    """Refuse a folder for an SAE that holds files under its names which no training put there.
+
+    Raises:
+        ConfigError: It does.
+        BadFile: The note of a finished training is damaged.
+    """
+    TrainingFolder(out, "", _LEAVES).refuse_strangers()
+
+
+def complete(folder: TrainingFolder) -> None:
+    """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
+
+    Raises:
+        InUse: Something is to be done, and another process is at work there.
+        BadFile: It cannot be written.
+    """
+    cfg = (folder.note() or {}).get("cfg")
+    damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(folder.path / _CFG, cfg)
+    undrawn = any(not path.is_file() or not path.stat().st_size for path in (folder.path / name for name in FIGURES))
+    if damaged or undrawn or folder.checkpoint.owner() is not None:
+        with folder.held():
+            if damaged:
+                write_json(folder.path / _CFG, cfg)
+            if undrawn:
+                save_training_figure(folder.path)
+            folder.checkpoint.drop_all()
+
+
+def _says(path: Path, cfg: dict[str, Any]) -> bool:
+    """Whether a cfg.json says all that training wrote into it; its metadata may say more by now."""
+    found = None
+    with contextlib.suppress(SaeffectError):
+        found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("metadata"), dict):
         return False
-    found = read_json(note)
-    return bool(found.get("made_by") == job.made_by(source) and found.get("weights_sha256") == hash_file(weights))
+    return found | cfg | {"metadata": found["metadata"] | cfg["metadata"]} == found
 
 
 class SaeRun:
@@ -87,7 +123,7 @@ class SaeRun:
 
     def __init__(self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float) -> None:
         config = job.config
-        self.job, self.scale, self._made_by = job, scale, job.made_by(source)
+        self.job, self.scale, self.folder = job, scale, job.folder(source.identity())
         sae = new_sae(config, source.d_in)
         sae.initialise(source.sample(20_000) * scale, config)
         if config.init_from is not None:
@@ -95,9 +131,10 @@ class SaeRun:
 
             copy_weights(Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae, config, total_steps)
+        self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MOST_LINES))
         self.step = self.trainer.__call__
         self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
-        self.checkpoint = Checkpoint(job.out / "checkpoint", self._made_by, keep=config.keep_checkpoints)
+        self.checkpoint = self.folder.checkpoint
 
     def restore(self, step: int) -> None:
         """Go back to a checkpoint; 0 for none.
@@ -145,7 +182,7 @@ class SaeRun:
         config, last = self.job.config, step + 1 == self.trainer.total_steps
         if report.n_resampled:
             log.event(step, "resampled", n_features=report.n_resampled)
-        if last or (step + 1) % config.metrics_every == 0:
+        if last or (step + 1) % self._metrics_every == 0:
             log.metrics(step, self._row(report, x))
         if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
             with log.pause():
@@ -162,7 +199,7 @@ class SaeRun:
         out = self.job.out
         save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
         save_training_figure(out)
-        write_json(out / _FINISHED, {"made_by": self._made_by, "weights_sha256": hash_file(out / WEIGHTS)})
+        self.folder.finish((WEIGHTS, SPARSITY, METRICS_FILE), cfg=read_json(out / _CFG))
 
     def _state(self) -> dict[str, Tensor]:
         return self.trainer.state() | {"next_batch": self.next_batch}
@@ -209,21 +246,3 @@ class SaeRun:
     def _goes_on(self) -> str:
         last = self.checkpoint.steps()
         return f"; it goes on from the checkpoint after step {last[-1]:,}" if last else ""
-
-
-def refuse_unwritable(out: Path) -> None:
-    """Refuse a folder that cannot be made or written, before anything heavy starts.
-
-    Raises:
-        BadFile: It cannot.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise BadFile(
-            f"this folder cannot be written: {error.strerror or error}.",
-            at=str(out),
-            fix="choose another output folder, or free some space.",
-        ) from error

@@ -70,6 +70,12 @@ def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
     return run.read_table(run.arm(name, "seeds.parquet"))
 
 
+def _tokenizer(study: Study, name: str) -> str:
+    """The same for every arm whose own tokenizer does what the control's does."""
+    own = study.differences.get(name)
+    return "the control's" if own is None else f"the control's; its own {own.words()}"
+
+
 def _bos(read: bool | None, trained: Any) -> str | None:
     """How the arm's text begins and how that of its SAE's training did, where both are known."""
     if not isinstance(trained, bool):
@@ -98,6 +104,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
     return ArmFacts(
         role=arm.role,
         model=arm.model.path + (f" + {arm.model.adapter}" if arm.model.adapter else ""),
+        tokenizer=_tokenizer(study, name),
         hook=study.hook(name),
         architecture=sae.architecture,
         d_sae=sae.d_sae,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,19 @@ import pandas as pd
 
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
-from saeffect.errors import ConfigError, IncompatibleModels, NotFound, SaeffectError
+from saeffect.errors import ConfigError, NotFound, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.models.hooks import parse_hook
 from saeffect.models.loading import (
     bundled_path,
-    load_tokenizer,
     locate_adapter,
     locate_model,
     model_shape,
-    quiet_transformers,
 )
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
+from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
 from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
@@ -69,9 +67,10 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
-    tokenizer = _check_tokenizers(study)
-    lines.append("every arm has the same tokens")
-    begins, others = _placed(study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, tokenizer))
+    lines += check_tokenizers(study)
+    begins, others = _placed(
+        study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
+    )
     lines.append(f"{begins}; otherwise: {others}" if others else begins)
     config = study.config
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
@@ -80,7 +79,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
-    lines += _check_steering(study, lambda text: list(tokenizer.encode(text, add_special_tokens=False)))
+    lines += _check_steering(study)
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
@@ -106,16 +105,14 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
     return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
 
 
-def _check_steering(study: Study, encode: Callable[[str], list[int]]) -> list[str]:
+def _check_steering(study: Study) -> list[str]:
     """What is declared, the prompts, the encoder of texts, and whether the features to steer together are there."""
     steering = study.config.steering
     if steering is None:
         return []
-    shapes = [model_shape(locate_model(arm.model)) for arm in study.config.arms.values()]
-    positions = min((shape.n_positions for shape in shapes if shape and shape.n_positions), default=None)
     for key in ("prompts", "search_prompts"):
         for prompt in getattr(steering, key):
-            _check_prompt(study, key, prompt, len(encode(prompt)), positions)
+            check_prompt(study, key, prompt, study.tokens.tokenizer.encode(prompt, add_special_tokens=False))
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
         beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
@@ -128,61 +125,6 @@ def _check_steering(study: Study, encode: Callable[[str], list[int]]) -> list[st
         _placed(study, ("steering", "outcome_encoder"), lambda: outcome_vectors(study))
     placebos = " and ".join(steering.placebos) or "nothing"
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
-
-
-def _check_prompt(study: Study, key: str, prompt: str, n_tokens: int, positions: int | None) -> None:
-    """Whether there are positions to steer and to write at: the steer stage would find out after all the others."""
-    if n_tokens == 0:
-        raise ConfigError(
-            f"the prompt {prompt!r} has no tokens; expected at least one.",
-            at=study.at("steering", key),
-            fix="write something, or leave it out.",
-        )
-    if n_tokens == 1 and study.config.steering is not None and study.config.steering.positions == "prompt":
-        raise ConfigError(
-            f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
-            " expected at least two tokens.",
-            at=study.at("steering", key),
-            fix="use a longer prompt, or positions: all or generated.",
-        )
-    longest = n_tokens + (study.config.steering.max_new_tokens if study.config.steering is not None else 0)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"the prompt {prompt[:40]!r} and its text come to {longest:,} tokens, but the model takes {positions:,}.",
-            at=study.at("steering", key),
-            fix="use a shorter prompt, or fewer max_new_tokens.",
-        )
-
-
-def _check_tokenizers(study: Study) -> Any:
-    """The tokenizer, after a check that it is the same in every arm."""
-    seen: dict[tuple[str, str | None], tuple[str, dict[str, int]]] = {}
-    tokenizer: Any = None
-    for name, arm in study.config.arms.items():
-        place = locate_model(arm.model)
-        key = (str(place), arm.model.revision)
-        if key not in seen:
-            try:
-                with quiet_transformers():
-                    tokenizer = load_tokenizer(place, arm.model)
-            except Exception as error:
-                raise NotFound(
-                    f"the tokenizer of {arm.model.path!r} cannot be loaded: {str(error).splitlines()[0]}",
-                    at=study.at("arms", name, "model"),
-                    fix="check the name and your connection, or save the tokenizer beside the model.",
-                ) from error
-            seen[key] = (name, tokenizer.get_vocab())
-    (first, vocabulary), *others = seen.values()
-    for name, other in others:
-        if other != vocabulary:
-            wrong = sum(other.get(token) != index for token, index in vocabulary.items())
-            raise IncompatibleModels(
-                f"the models of {first!r} and {name!r} have different tokenizers ({wrong:,} of"
-                f" {len(vocabulary):,} tokens have another id or are missing).",
-                at=study.at("arms", name, "model"),
-                fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
-            )
-    return tokenizer
 
 
 def _check_text(study: Study) -> str:

@@ -82,6 +82,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         `model_on_text` gives.
     """
     head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
+    arm.lm.refuse_rows(rows.ids)
     limit = arm.norm_limit(rows)
     sums = ReconstructionSums(arm.sae.cfg.d_in)
     fired = torch.zeros(arm.sae.cfg.d_sae, dtype=torch.bool)

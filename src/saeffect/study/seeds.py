@@ -20,18 +20,18 @@ from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.features.vocabulary import load_vocabulary, select
-from saeffect.models.unembedding import unembedding
 from saeffect.provenance import fingerprint, hash_file
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.compact import COMPACT_WEIGHTS, is_compact, load_compact
 from saeffect.sae.saelens_format import load_sae, weights_file
 from saeffect.study.coherence import embeddings_identity
+from saeffect.study.features import features_settings, ranked_tokens, shared_unembedding
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
 
 __all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
 
-VERSION = 2  # 2: passes as in harvests
+VERSION = 3  # 2: passes as in harvests; 3: tokens as in features
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
         "arm": study.identities[arm],
         "saes": seed_identities(study)[arm],
         "text": study.text_identity,
-        "features": study.config.features.model_dump(),
+        "features": features_settings(study),
         "embeddings": embeddings_identity(study),
         "vocabulary": load_vocabulary(study.config.selection.vocabulary).sha256,
         "min_matches": study.config.selection.min_matches,
@@ -169,10 +169,10 @@ def _features(study: Study, arm: Arm, one: SeedSae, say: Say) -> pd.DataFrame:
     config = study.config.features
     table = feature_table(
         one,
-        unembedding(arm.lm),
+        shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         options=FeatureOptions(config.top_k, config.projection, rows.names),
-        valid=arm.lm.plain_tokens(),
+        valid=ranked_tokens(study, arm.lm),
     )
     if one.sae is None:
         recorded = one.statistics if one.statistics is not None else pd.DataFrame({"feature": table["feature"]})

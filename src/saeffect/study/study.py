@@ -32,7 +32,8 @@ from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae, read_sae_config, weights_file
 from saeffect.study.residuals import Residuals
-from saeffect.study.texts import study_rows
+from saeffect.study.texts import first_texts, study_rows
+from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 from saeffect.text.bos import prepends
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
@@ -116,6 +117,28 @@ class Study:
         """Activations on the study's text, shared by arms of the same model."""
         return Residuals()
 
+    @functools.cached_property
+    def tokens(self) -> StudyTokens:
+        """The tokenizer that all models of the study use: the control's."""
+        models = {name: arm.model for name, arm in self.config.arms.items()}
+        control, steering = self.by_role("control")[0], self.config.steering
+        prompts = (*steering.prompts, *steering.search_prompts) if steering is not None else ()
+        return study_tokens(
+            models,
+            control,
+            lambda: [*prompts, *first_texts(self.config.text)],
+            lambda arm: self.at("arms", arm, "model"),
+        )
+
+    @property
+    def differences(self) -> Mapping[str, TokenizerDifference]:
+        """By arm, in what a model's own tokenizer differs from the control's."""
+        return {} if self._one_tokenizer else self.tokens.differences
+
+    @property
+    def _one_tokenizer(self) -> bool:
+        return len({(arm.model.path, arm.model.revision) for arm in self.config.arms.values()}) == 1
+
     @property
     def called(self) -> str:
         """What to open it with: its path, or bundled:<name>."""
@@ -158,7 +181,9 @@ class Study:
         """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
-        if not user_path(sae, at=where).is_dir():
+        if user_path(sae, at=where).is_file():
+            read_sae_config(sae, at=where)  # which says what kind of file it is
+        if not Path(sae).is_dir():
             train = f"train it: saeffect train-sae {shlex.quote(self.called)} --arm {name}"
             fix = "paths are relative to the study file." if self.config.training is None else train
             as_written = os.path.relpath(sae, self.source.absolute().parent)
@@ -245,6 +270,8 @@ class Study:
                 "sae": fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))]),
                 "hook": self.hook(name),
             }
+            if not self._one_tokenizer:
+                found[name]["tokens"] = str(self.tokens.identity)
         return found
 
     @functools.cached_property
@@ -276,6 +303,7 @@ class Study:
             # One model at a time: two would not fit on a small machine.
             self.__dict__["_held"] = None
             lm = load_language_model(model, at=self.at("arms", name, "model"), say=say)
+            lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
             held = (model, dataclasses.replace(lm, prepend_bos=self.prepend_bos))
             self.__dict__["_held"] = held
         return held[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from saeffect.text.bos import added_before, bos_of
 from saeffect.text.corpora import read_corpus
 from saeffect.text.packing import interleave
 
-__all__ = ["beginning", "study_rows"]
+__all__ = ["beginning", "first_texts", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -35,6 +37,15 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
     if text.bundled is None:
         return _packed(text, model())
     return _bundled(text, None if prepend_bos is False else model().bos_id)
+
+
+def first_texts(text: TextConfig) -> list[str]:
+    """The beginnings of a few documents of each source; none of one that cannot be read, which is told elsewhere."""
+    found: list[str] = []
+    for source in text.sources:
+        with contextlib.suppress(SaeffectError):
+            found += [document[:2_000] for document in islice(read_corpus(source.path, field=source.field), 20)]
+    return found
 
 
 def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:

@@ -17,12 +17,19 @@ __all__ = ["interleave", "pack", "separator_id"]
 def separator_id(tokenizer: Any) -> int:
     """The id that stands between documents: `<|endoftext|>` if the vocabulary has it, else end of sequence.
 
+    Models with a vocabulary of BERT have no end of a sequence; [SEP] does its work.
+
     Raises:
-        ConfigError: The tokenizer has neither.
+        ConfigError: The tokenizer has none of these.
     """
-    found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id)
+    named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
+    found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
     if found is None:
-        raise ConfigError("the tokenizer has no end-of-text token to put between documents.", at="tokenizer.eos_token")
+        raise ConfigError(
+            "the tokenizer has no end-of-text token to put between documents.",
+            at="tokenizer.eos_token",
+            fix="name one of its tokens as eos_token in the tokenizer_config.json beside the model.",
+        )
     return int(found)
 
 

@@ -1,0 +1,173 @@
+"""The tokens of a study: every model reads, names and writes text with the control's tokenizer.
+
+Models of one study must see the same ids, or a difference between them may come from how their text was cut. So all
+of them use the control's tokenizer, and top tokens are ranked over the tokens that every model has: a fine-tune that
+added tokens of its own for a chat is compared on all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from saeffect.config import ModelConfig
+from saeffect.errors import IncompatibleModels
+from saeffect.models.language_model import LanguageModel
+from saeffect.models.loading import load_tokenizer, locate_model
+from saeffect.models.tokenizers import known_tokens, tokenizer_identity
+from saeffect.provenance import fingerprint
+
+__all__ = ["StudyTokens", "TokenizerDifference", "study_tokens"]
+
+# What tokenizers of one vocabulary have been seen to cut in different ways.
+_PROBES = ("Two  spaces, a\ttab\nand a line.", " Don't", "naïve café ½ №", "1234567 3.14", "你好", "🩺")
+_SHOWN = 8  # tokens
+
+
+@dataclass(frozen=True)
+class TokenizerDifference:
+    """In what an arm's own tokenizer differs from the control's.
+
+    Attributes:
+        added: Tokens that only the arm has.
+        missing: Tokens that only the control has.
+        renamed: Ids that are another token in the arm: (the control's, the arm's).
+        cut: A text that it cuts in another way, the control's pieces, and its own; None if none was found.
+    """
+
+    added: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    cut: tuple[str, list[str], list[str]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.missing or self.renamed or self.cut)
+
+    def words(self) -> str:
+        """All of it, to go on after the arm's name."""
+        said = []
+        if self.added:
+            said.append(f"adds {_counted(self.added)}")
+        if self.missing:
+            said.append(f"lacks {_counted(self.missing)}")
+        if self.renamed:
+            said.append(f"renames {_counted([f'{old} to {new}' for old, new in self.renamed])}")
+        if self.cut is not None:
+            text, ours, theirs = self.cut
+            said.append(f"cuts {text[:40]!r} into {'|'.join(theirs)[:60]!r} where control has {'|'.join(ours)[:60]!r}")
+        return "; ".join(said)
+
+
+@dataclass(frozen=True, eq=False)
+class StudyTokens:
+    """The control's tokenizer, and which of its tokens all models share.
+
+    Attributes:
+        tokenizer: The control's.
+        shared: Ids that are the same token in every model; None where all have the same tokens.
+        differences: By arm, for those whose own tokenizer differs.
+        identity: SHA-256 of all tokenizers; None where all arms have one and the same files.
+    """
+
+    tokenizer: Any
+    shared: frozenset[int] | None = None
+    differences: Mapping[str, TokenizerDifference] = field(default_factory=dict)
+    identity: str | None = None
+
+    def used_by(self, lm: LanguageModel) -> LanguageModel:
+        """The model with the study's tokens instead of its own."""
+        if self.identity is None:
+            return lm
+        return dataclasses.replace(lm, tokenizer=self.tokenizer, shared=self.shared)
+
+
+def study_tokens(
+    models: Mapping[str, ModelConfig], control: str, texts: Callable[[], Iterable[str]], at: Callable[[str], str]
+) -> StudyTokens:
+    """Load the tokenizer of every model and compare it with the control's.
+
+    Args:
+        models: By arm.
+        control: Which arm is the control.
+        texts: Gives texts of the study that all tokenizers should cut alike; asked for where rules differ.
+        at: Where an arm's model is named, for error messages.
+
+    Raises:
+        SaeffectError: A tokenizer cannot be loaded.
+        IncompatibleModels: Two models have different tokens, beyond some that were added.
+    """
+    loaded: dict[tuple[str, str | None], Any] = {}
+    of_arm = {}
+    for arm in (control, *models):
+        place = locate_model(models[arm], at=at(arm))
+        key = (str(place), models[arm].revision)
+        if key not in loaded:
+            loaded[key] = load_tokenizer(place, models[arm], at=at(arm))
+        of_arm[arm] = loaded[key]
+    ours = of_arm[control]
+    if len(loaded) == 1:
+        return StudyTokens(ours)
+    identities = [tokenizer_identity(tokenizer) for tokenizer in loaded.values()]
+    known = known_tokens(ours)
+    shared, differences = set(known), {}
+    for arm, theirs in of_arm.items():
+        if theirs is ours or tokenizer_identity(theirs) == identities[0]:
+            continue
+        found = _difference(ours, theirs, texts)
+        if found.renamed:
+            _refuse_another_vocabulary(ours, theirs, (control, arm), at(arm))
+        own = known_tokens(theirs)
+        shared &= {i for i, token in known.items() if own.get(i) == token}
+        if found:
+            differences[arm] = found
+    everywhere = len(shared) == len(known) and not any(one.added for one in differences.values())
+    return StudyTokens(ours, None if everywhere else frozenset(shared), differences, fingerprint(identities))
+
+
+def _difference(ours: Any, theirs: Any, texts: Callable[[], Iterable[str]]) -> TokenizerDifference:
+    mine, own = known_tokens(ours), known_tokens(theirs)
+    return TokenizerDifference(
+        added=tuple(token for i, token in own.items() if i not in mine),
+        missing=tuple(token for i, token in mine.items() if i not in own),
+        renamed=tuple((token, own[i]) for i, token in mine.items() if i in own and own[i] != token),
+        cut=_cut(ours, theirs, [*texts(), *_PROBES]),
+    )
+
+
+def _cut(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], list[str]] | None:
+    """The first text that they cut in different ways, from where it begins to differ: a text may be long."""
+    for text in texts:
+        a, b = (list(one.encode(text, add_special_tokens=False)) for one in (ours, theirs))
+        if a != b:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+            a, b = a[same:][:_SHOWN], b[same:][:_SHOWN]
+            return str(ours.decode(a)), ours.convert_ids_to_tokens(a), theirs.convert_ids_to_tokens(b)
+    return None
+
+
+def _refuse_another_vocabulary(ours: Any, theirs: Any, names: tuple[str, str], at: str) -> None:
+    """Refuse ids that are other tokens, unless a placeholder or special token merely got another name.
+
+    Raises:
+        IncompatibleModels: They are.
+    """
+    mine, own = known_tokens(ours), known_tokens(theirs)
+    added = {*getattr(ours, "added_tokens_decoder", {}), *getattr(theirs, "added_tokens_decoder", {})}
+    other = [i for i, token in mine.items() if i in own and own[i] != token and i not in added]
+    if other:
+        i = other[0]
+        raise IncompatibleModels(
+            f"the models of {names[0]!r} and {names[1]!r} have different tokenizers: {len(other):,} of {len(mine):,}"
+            f" ids are another token, such as {i}, which is {mine[i]!r} in one and {own[i]!r} in the other.",
+            at=at,
+            fix="compare a base model with its own fine-tune; features are named by tokens, so these must agree.",
+        )
+
+
+def _counted(tokens: Iterable[str]) -> str:
+    some = list(tokens)
+    shown = ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
+    return f"{len(some):,} token{'s' if len(some) != 1 else ''} ({shown})"
