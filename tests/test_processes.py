@@ -74,3 +74,26 @@ def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="do not fit"):
         rank_and_world()
+
+
+CHILD = """
+import sys, time
+from saeffect.processes import end_with_launcher
+end_with_launcher()
+print("started", flush=True)
+time.sleep(3 if "TORCHELASTIC_RUN_ID" not in __import__("os").environ else 60)
+print("still there", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.parametrize(("by_torchrun", "said"), [(True, ""), (False, "still there\n")])
+def test_processes_end_with_a_killed_torchrun(by_torchrun: bool, said: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    env |= {"TORCHELASTIC_RUN_ID": "x"} if by_torchrun else {}
+    command = [sys.executable, "-c", LAUNCHER, CHILD]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "started\n"
+        launcher.kill()
+        assert launcher.stdout.read() == said  # comes when the child has ended

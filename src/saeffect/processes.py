@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ __all__ = [
     "add_up",
     "barrier",
     "device_of_process",
+    "end_with_launcher",
     "from_first",
     "gathered",
     "is_first",
@@ -68,6 +71,8 @@ def join() -> int:
     import torch.distributed as dist
 
     _, world = rank_and_world()
+    if world > 1:
+        end_with_launcher()
     if world > 1 and not dist.is_initialized():
         device = device_of_process()
         if device != "cpu":
@@ -76,6 +81,24 @@ def join() -> int:
     if world > 1:
         _patient(dist.group.WORLD)  # made by all at once, so here
     return world
+
+
+@functools.cache
+def end_with_launcher() -> None:
+    """See to it that this process ends when the `torchrun` that started it is gone, if one did.
+
+    A `torchrun` that is killed can end nobody: its processes would go on for hours, and hold their folder.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by other means, whose end need not be that of the work
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
 
 
 def leave() -> None:

@@ -47,6 +47,14 @@ def test_a_clean_design_has_no_flaw():
     assert "share a seed" in table.loc["seed", "matters"]
 
 
+def test_a_treatment_that_does_what_the_control_does_is_a_flaw():
+    status, matters = checked(same_as_control=True)
+    assert status["model"] == "flaw"
+    assert "the same model" in matters["model"]
+    assert checked(same_as_control=False)[0]["model"] == "intended"
+    assert "same_as_control" not in status
+
+
 @pytest.mark.parametrize(
     ("field", "value", "word"),
     [

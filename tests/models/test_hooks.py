@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
-from saeffect.models.hooks import HOOK_KINDS, blocks, capture, edited, parse_hook
+from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, UnknownName
+from saeffect.models.hooks import HOOK_KINDS, blocks, capture, edited, parse_hook, require_module_output
 from saeffect.models.language_model import LanguageModel
 
 SIZES = {
@@ -28,6 +28,7 @@ FAMILIES = {
     "gemma3": transformers.Gemma3TextConfig(**SIZES, **GROUPED),
     "olmo2": transformers.Olmo2Config(**SIZES, num_key_value_heads=1, pad_token_id=0),
     "glm4": transformers.Glm4Config(**SIZES, **GROUPED),
+    "granite": transformers.GraniteConfig(**SIZES, num_key_value_heads=1, residual_multiplier=0.22, pad_token_id=0),
     "gpt2": transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32),
     "neox": transformers.GPTNeoXConfig(**SIZES, use_parallel_residual=False),
 }
@@ -124,6 +125,64 @@ def test_halves_that_add_the_stream_themselves_are_refused(
             capture(lm, f"blocks.0.{kind}", ids)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.1])
+def test_halves_that_do_not_add_up_are_refused(
+    family: Callable[[Any], LanguageModel], token_ids: Tensor, complains: Callable[..., Any], factor: float
+) -> None:
+    """A block that scales what its MLP gives, by a number that its configuration does not name."""
+    config = transformers.GraniteConfig(**SIZES, num_key_value_heads=1, residual_multiplier=factor, pad_token_id=0)
+    lm = family(config)
+    ids = token_ids % 64
+    config.residual_multiplier = 1.0
+    for kind in ("hook_attn_out", "hook_resid_mid", "hook_mlp_out"):
+        with complains(ConfigError, f"GraniteDecoderLayer does not add up by its {kind}", at=f"blocks.1.{kind}"):
+            capture(lm, f"blocks.1.{kind}", ids)
+    assert capture(lm, "blocks.1.hook_resid_post", ids).shape == (2, 9, 16)
+    assert _hooks(lm) == 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_precision_adds_up(family: Callable[[Any], LanguageModel], token_ids: Tensor, name: str) -> None:
+    lm = family(FAMILIES[name])
+    lm.model.to(torch.bfloat16)
+    for kind in HOOK_KINDS:
+        assert capture(lm, f"blocks.1.{kind}", token_ids % 64).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("path", "hook"),
+    [
+        ("model.layers.1", "blocks.1.hook_resid_post"),
+        ("transformer.h.0.mlp", "blocks.0.hook_mlp_out"),
+        ("layers.1.self_attn", "blocks.1.hook_attn_out"),
+    ],
+)
+def test_modules_of_transformers_are_understood(lm: LanguageModel, token_ids: Tensor, path: str, hook: str) -> None:
+    assert torch.equal(capture(lm, path, token_ids), capture(lm, hook, token_ids))
+
+
+def test_a_modules_output_that_is_changed_before_it_is_added(
+    family: Callable[[Any], LanguageModel], complains: Callable[..., Any]
+) -> None:
+    for name in ("llama", "gpt2"):
+        require_module_output(family(FAMILIES[name]), "layers.1.mlp", at="here")
+    for name in ("gemma2", "gemma3", "olmo2", "granite"):
+        lm = family(FAMILIES[name])
+        require_module_output(lm, "layers.1", at="here")
+        with complains(IncompatibleSae, "the SAE reads what layers.1.mlp gives", at="here"):
+            require_module_output(lm, "layers.1.mlp", at="here")
+
+
+def test_activations_that_overflow(family: Callable[[Any], LanguageModel], complains: Callable[..., Any]) -> None:
+    lm = family(FAMILIES["llama"])
+    lm.model.get_input_embeddings().weight.data *= 1e6
+    ids = torch.arange(9)[None]
+    assert capture(lm, "blocks.0.hook_resid_pre", ids).isfinite().all()
+    lm.model.to(torch.float16)
+    with complains(ConfigError, "not finite", "float16", "bfloat16 or float32"):
+        capture(lm, "blocks.0.hook_resid_pre", ids)
+
+
 @pytest.mark.parametrize("kind", HOOK_KINDS)
 def test_an_edit_that_changes_nothing_changes_nothing(lm: LanguageModel, token_ids: Tensor, kind: str) -> None:
     clean = _logits(lm, token_ids)
@@ -184,7 +243,11 @@ def test_capture_runs_no_further_than_the_hook(lm: LanguageModel, token_ids: Ten
         ("blocks.3.hook_resid_pre", ConfigError, "needs block 3, but the model has 3 (0 to 2)"),
         ("blocks.1.hook_resid", UnknownName, "valid: hook_attn_out, hook_mlp_out"),
         ("blocks.-1.hook_resid_pre", ConfigError, "is not a hook name"),
-        ("model.layers.1", ConfigError, "is not a hook name"),
+        ("model.layers.1.mlp.up_proj", ConfigError, "is not a hook name"),
+        ("blocks.1.attn.hook_z", ConfigError, "TransformerLens' hook 'blocks.1.attn.hook_z' is not supported"),
+        ("blocks.1.ln1.hook_normalized", ConfigError, "is not supported"),
+        ("hook_embed", ConfigError, "is not supported"),
+        ("model.layers.3", ConfigError, "needs block 3"),
         ("", ConfigError, "is not a hook name"),
     ],
 )

@@ -63,6 +63,42 @@ def test_the_models_own_weights_stay(tiny_llama: LanguageModel) -> None:
     assert torch.equal(tiny_llama.model.get_output_embeddings().weight, before)
 
 
+def test_a_norm_that_centres_by_another_name(random_model: Callable[..., Any]) -> None:
+    """OLMo's norm is a LayerNorm without weights that is no torch LayerNorm: W_U gives the odd part of the logits."""
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    model = random_model(transformers.OlmoConfig(**sizes))
+    x = torch.randn(6, 16, generator=torch.Generator().manual_seed(2)) + 0.7
+    logits = [model.lm_head(model.model.norm(sign * x[None]))[0] for sign in (1, -1)]
+    true = (logits[0] - logits[1]) / 2
+    centred = x - x.mean(1, keepdim=True)
+    ours = (centred / centred.std(1, keepdim=True, correction=0)) @ unembedding(LanguageModel(model, None, "olmo"))
+    torch.testing.assert_close(
+        ours - ours.mean(1, keepdim=True), true - true.mean(1, keepdim=True), rtol=1e-3, atol=1e-3
+    )
+    assert unembedding(LanguageModel(model, None, "olmo")).mean(0).abs().max() < 1e-6
+
+
+def test_a_norm_that_is_neither(
+    random_model: Callable[..., Any], complains: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(transformers.LlamaConfig(**SIZES))
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: torch.tanh(x) * self.weight)
+    with complains(ConfigError, "LlamaRMSNorm, neither scales nor centres"):
+        unembedding(LanguageModel(model, None, "tanh"))
+
+
+def test_an_adapter_on_the_unembedding_that_is_not_merged(
+    random_model: Callable[..., Any], complains: Callable[..., Any]
+) -> None:
+    import peft
+
+    model = random_model(transformers.LlamaConfig(**SIZES))
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config).get_base_model()
+    with complains(ConfigError, "does more than multiply by its weight", "merge the adapter"):
+        unembedding(LanguageModel(adapted, None, "adapted"))
+
+
 def test_no_known_norm(complains: Callable[..., Any]) -> None:
     with complains(ConfigError, "Linear keeps its final norm in none of"):
         final_norm(nn.Linear(2, 2))

@@ -97,7 +97,7 @@ def test_the_number_of_features(tmp_path: Path) -> None:
         ("h.11", "blocks.11.hook_resid_post"),
         ("model.layers.3", "blocks.3.hook_resid_post"),
         ("layers.0.mlp", "blocks.0.hook_mlp_out"),
-        ("layers.0.self_attn", None),
+        ("layers.0.self_attn", "blocks.0.hook_attn_out"),
         ("embed_tokens", None),
         ("sae", None),
     ],

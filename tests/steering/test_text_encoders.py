@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_word_vectors_by_name_still_work():
     vector = load_text_vectors("glove-wiki-gigaword-100").mean_vector("a doctor")
     assert vector is not None
     assert vector.shape == (100,)
+
+
+def test_pickled_weights_are_never_read(folder, tmp_path):
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": torch.ones(12, 16)}, pickled / "pytorch_model.bin")
+    with pytest.raises(BadFile, match="pickles are never loaded"):
+        load_text_vectors(str(pickled))
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):

@@ -49,6 +49,7 @@ class ArmFacts:
         ce_loss_score: Share of the loss that it recovers, at most 1.
         l0: Mean number of features active per token.
         dead_share: Share of features that never fired on the held-out tokens.
+        same_as_control: Whether the model was seen to do what the control's does.
     """
 
     role: str
@@ -69,6 +70,7 @@ class ArmFacts:
     ce_loss_score: float | None = None
     l0: float | None = None
     dead_share: float | None = None
+    same_as_control: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)

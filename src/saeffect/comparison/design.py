@@ -62,9 +62,11 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
     if clash:
         raise ConfigError(f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm.")
     rows = []
-    for field in (entry.name for entry in fields(ArmFacts)):
+    for field in (entry.name for entry in fields(ArmFacts) if entry.name != "same_as_control"):
         values = {name: getattr(arms[name], field) for name in roles.ordered}
-        status, matters = _judge(field, values, roles)
+        seen_same = field == "model" and arms[roles.treatment].same_as_control
+        judged = values | {roles.treatment: values[roles.control]} if seen_same else values
+        status, matters = _judge(field, judged, roles)
         rows.append(
             {
                 "field": field,

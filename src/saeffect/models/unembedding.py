@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -43,36 +44,65 @@ def final_norm(model: nn.Module) -> nn.Module:
 def unembedding(lm: LanguageModel) -> Tensor:
     """`W_U` with the final norm's weight folded in, centred over the vocabulary.
 
-    For LayerNorm models the columns are also centred over `d_model`, since LayerNorm feeds the unembedding
-    centred vectors only; RMSNorm does not, so there nothing is centred.
+    Where the final norm centres its input, the columns are also centred over `d_model`, since it feeds the
+    unembedding centred vectors only. What norm and head do is measured, not read off their classes.
 
     Returns:
         float32 `[d_model, d_vocab]`, on the CPU.
 
+    Raises:
+        ConfigError: The final norm or the head does something that no such matrix stands for.
+
     Source:
         TransformerLens `fold_layer_norm` and `center_unembed`.
     """
-    norm = final_norm(lm.model)
-    W_U = lm.model.get_output_embeddings().weight.detach().float().cpu().T.clone()
-    scale = _norm_scale(norm)
+    head = lm.model.get_output_embeddings()
+    scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])
+    _require_plain(head)
+    W_U = head.weight.detach().float().cpu().T.clone()
     if scale is not None:
         W_U *= scale[:, None]
-    if isinstance(norm, nn.LayerNorm):
+    if centres:
         W_U -= W_U.mean(dim=0, keepdim=True)
     W_U -= W_U.mean(dim=1, keepdim=True)
     return W_U
 
 
-def _norm_scale(norm: nn.Module) -> Tensor | None:
-    """What the norm multiplies by, float32 `[d_model]`; None if it has no weight."""
+def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
+    """What a norm multiplies each dimension by, float32 `[d_model]` (None for 1), and whether it centres first."""
+    norm = copy.deepcopy(norm).float().cpu()
+    x = 100.0 * torch.randn(4, d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 50.0
+
+    def odd(vectors: Tensor) -> Tensor:
+        """Without the norm's bias."""
+        return (norm(vectors[None]) - norm(-vectors[None]))[0] / 2
+
     weight = getattr(norm, "weight", None)
-    if weight is None:
-        return None
-    scale = weight.detach().float().cpu()
-    if isinstance(norm, nn.LayerNorm):
-        return scale
-    # Gemma and its kin store the scale less one. A vector of ones is normalised already, so it comes out as
-    # the scale itself, which tells the two ways apart without a list of families.
-    out = norm(torch.ones_like(weight)[None, None]).flatten().float().cpu()
-    offset = (out - scale - 1.0).abs().mean() < (out - scale).abs().mean()
-    return scale + 1.0 if offset else scale
+    ones = torch.ones(d_model)
+    # Gemma and its kin store the scale less one.
+    scales = [ones] if weight is None else [weight.detach(), weight.detach() + 1.0, ones]
+    for centres in (False, True):
+        plain = x - x.mean(1, keepdim=True) if centres else x
+        plain = plain / plain.square().mean(1, keepdim=True).sqrt()
+        for scale in scales:
+            if torch.allclose(odd(x), plain * scale, rtol=1e-3, atol=1e-3 * float(scale.abs().max())):
+                return (None if scale is ones else scale), centres
+    raise ConfigError(
+        f"the final norm, {type(norm).__name__}, neither scales nor centres and scales its input, so no matrix stands"
+        " for the way from the residual stream to the logits.",
+        fix="use a model whose final norm is a LayerNorm or RMSNorm.",
+    )
+
+
+def _require_plain(head: nn.Module) -> None:
+    """The head multiplies by its weight and adds a constant; an adapter that is not merged adds more."""
+    weight: Any = head.weight
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    found = (head(x) - head(torch.zeros_like(x))).float()
+    expected = x.float() @ weight.float().T
+    rounding = 16 * torch.finfo(weight.dtype).eps
+    if not torch.allclose(found, expected, rtol=rounding, atol=rounding * float(expected.abs().max())):
+        raise ConfigError(
+            f"the unembedding, {type(head).__name__}, does more than multiply by its weight.",
+            fix="merge the adapter into the model (merge_and_unload).",
+        )

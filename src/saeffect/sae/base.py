@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saeffect.errors import ShapeMismatch
+from saeffect.models.hooks import hook_of_module
 
 __all__ = ["SaeConfig", "SparseAutoencoder"]
 
@@ -45,9 +46,15 @@ class SaeConfig:
 
     @property
     def hook_name(self) -> str | None:
-        """The hook that the metadata name, if any."""
+        """The hook that the metadata name, if any, in TransformerLens' words."""
         found = self.metadata.get("hook_name")
-        return str(found) if found else None
+        return (hook_of_module(str(found)) or str(found)) if found else None
+
+    @property
+    def module_path(self) -> str | None:
+        """The module of transformers whose output the SAE reads, if the metadata name it so."""
+        named = (self.metadata.get(key) for key in ("hookpoint", "hook_name"))
+        return next((str(name) for name in named if name and hook_of_module(str(name))), None)
 
 
 class SparseAutoencoder(nn.Module, ABC):

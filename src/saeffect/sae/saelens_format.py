@@ -237,12 +237,17 @@ def _saelens_config(raw: Any, where: str) -> SaeConfig:
             at=where,
             fix="check that it is an SAE's.",
         )
-    normalisation = raw.get("normalize_activations", "none")
-    if normalisation not in (*_FOLDED, "layer_norm") or raw.get("reshape_activations", "none") != "none":
+    reshaping = raw.get("reshape_activations", "none")
+    if reshaping != "none":
         raise IncompatibleSae(
-            f"this SAE needs normalize_activations={normalisation!r},"
-            f" reshape_activations={raw.get('reshape_activations', 'none')!r};"
-            " supported: none and layer_norm, no reshaping.",
+            f"this SAE reads attention heads (reshape_activations={str(reshaping)!r}), which is not supported.",
+            at=where,
+            fix="use an SAE of the residual stream.",
+        )
+    normalisation = raw.get("normalize_activations", "none")
+    if normalisation not in (*_FOLDED, "layer_norm"):
+        raise IncompatibleSae(
+            f"this SAE needs normalize_activations={normalisation!r}; supported: none and layer_norm.",
             at=where,
             fix="fold the normalisation into the weights before saving.",
         )

@@ -6,7 +6,6 @@ activation functions are refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,6 +13,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.models.hooks import hook_of_module
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.weights_file import read_weights
 
@@ -63,7 +63,7 @@ def sparsify_config(folder: Path, raw: Mapping[str, Any], where: str) -> SaeConf
             fix="check that it is an SAE's.",
         )
     metadata: dict[str, Any] = {"trained_by": "sparsify", "hookpoint": folder.resolve().name}
-    hook_name = _hook_name(metadata["hookpoint"])
+    hook_name = hook_of_module(metadata["hookpoint"])
     return SaeConfig("topk", d_in, d_sae, k=k, metadata=metadata | ({"hook_name": hook_name} if hook_name else {}))
 
 
@@ -81,12 +81,6 @@ def sparsify_tensors(path: Path, cfg: SaeConfig, where: str) -> dict[str, Tensor
         raise IncompatibleSae(f"{SPARSIFY_WEIGHTS} holds W_skip: {_REFUSED['skip_connection']}.", at=where)
     found = {ours: tensors[theirs] for theirs, ours in _NAMES.items()}
     return found | {"W_enc": found["W_enc"].T}
-
-
-def _hook_name(hookpoint: str) -> str | None:
-    """What a module gives, in TransformerLens' words; None for modules other than whole blocks and their MLPs."""
-    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(\.mlp)?", hookpoint)
-    return match and f"blocks.{match[1]}.{'hook_mlp_out' if match[2] else 'hook_resid_post'}"
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -39,7 +39,7 @@ class MeanPooledEncoder:
         self.name = name
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            self._model: Any = AutoModel.from_pretrained(name).eval().to(device)
+            self._model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval().to(device)
         except (OSError, ValueError, KeyError) as error:
             missing = not Path(name).exists()
             kind = NotFound if missing else BadFile
@@ -48,7 +48,7 @@ class MeanPooledEncoder:
                 at="embeddings",
                 fix="give a hub id that can be reached, or a folder with model and tokenizer."
                 if missing
-                else "the folder needs config.json, weights and tokenizer files.",
+                else "the folder needs config.json, a tokenizer, and safetensors weights (pickles are never loaded).",
             ) from error
 
     @torch.inference_mode()

@@ -120,4 +120,5 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         ce_loss_score=quality.get("ce_loss_score"),
         l0=quality.get("l0"),
         dead_share=quality.get("dead_share"),
+        same_as_control=quality.get("same_as_control"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,19 +12,25 @@ import pandas as pd
 
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
+from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, NotFound, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import load_vocabulary
+from saeffect.models.accounting import explained
+from saeffect.models.adapters import read_adapter, require_fit
 from saeffect.models.hooks import parse_hook
 from saeffect.models.loading import (
     bundled_path,
+    load_config,
     locate_adapter,
     locate_model,
     model_shape,
+    quiet_transformers,
 )
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
@@ -63,7 +70,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     if training is not None:
         lines.append(training)
     for name in study.config.arms:
-        lines.append(_check_arm(study, name, say))
+        lines += _check_arm(study, name, say)
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
@@ -85,16 +92,17 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
     lines.append(_check_text(study))
     if out is not None:
+        RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
     design = design_check({name: arm_facts(study, name) for name in config.arms})
     return CheckResult(tuple(lines), design)
 
 
-def _check_arm(study: Study, name: str, say: Say) -> str:
+def _check_arm(study: Study, name: str, say: Say) -> list[str]:
     arm = study.config.arms[name]
     at = study.at("arms", name)
     model = locate_model(arm.model, say=say, at=f"{at}.model")
-    locate_adapter(arm.model, at=f"{at}.model")
+    adapter = _check_adapter(arm.model, model, f"{at}.model")
     sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
     hook = study.hook(name)
     parse_hook(hook, at=f"{at}.hook")
@@ -102,7 +110,41 @@ def _check_arm(study: Study, name: str, say: Say) -> str:
     if shape is not None:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
-    return f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+    first = f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+    return [first, *(f"warning: arm {name}: {line}" for line in (adapter, _same_files(study, name, model)) if line)]
+
+
+def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | None:
+    """Open an adapter, and compare it with a base model that is on this machine; a line if it names another one."""
+    place, where = locate_adapter(config, at=at), f"{at}.adapter"
+    if place is None:
+        return None
+    adapter = read_adapter(place, where)
+    if isinstance(model, Path) and (model / "config.json").is_file() and not config.trust_remote_code:
+        with quiet_transformers(), explained(config, at, model):
+            require_fit(adapter, load_config(model, config), where)
+    return adapter.other_base(config.path)
+
+
+def _same_files(study: Study, name: str, model: Path | str) -> str | None:
+    """A line if the treatment's weights are, byte by byte, those of the control."""
+    arms = study.config.arms
+    control = arms[study.by_role("control")[0]].model
+    if arms[name].role != "treatment" or control.adapter or arms[name].model.adapter:
+        return None
+    other = locate_model(control)
+    if not isinstance(model, Path) or not isinstance(other, Path):
+        return None
+    ours, theirs = _weight_files(model), _weight_files(other)
+    if not ours or len(ours) != len(theirs):
+        return None
+    if not all(filecmp.cmp(a, b, shallow=False) for a, b in zip(ours, theirs, strict=True)):
+        return None
+    return "its weights are those of the control, so nothing can come from fine-tuning"
+
+
+def _weight_files(model: Path) -> list[Path]:
+    return [model] if model.is_file() else sorted(p for p in model.iterdir() if p.suffix in (".safetensors", ".gguf"))
 
 
 def _check_steering(study: Study) -> list[str]:

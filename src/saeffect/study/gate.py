@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from saeffect.activations.harvest import TokenRows, kept_positions
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.models.hooks import capture
-from saeffect.provenance import write_json
+from saeffect.models.language_model import probe_logits
+from saeffect.provenance import read_json, write_json
 from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
 from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
@@ -22,7 +24,8 @@ from saeffect.study.texts import beginning
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
-VERSION = 3  # 2: rotary frequencies stay in float32; 3: the model's own perplexity, with and without BOS
+# 2: rotary frequencies stay in float32; 3: what the model and its adapter do; 4: its perplexity, with and without BOS
+VERSION = 4
 
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
@@ -41,24 +44,15 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
+        measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
         begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
-        measured = measure_gate(opened, rows, run.study.config.gate)
         say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
-        of_model = complaint_about_model(measured)
-        of_sae = _complaint(measured, run.study.config.gate)
+        for line in _remarks(measured):
+            say(f"  arm {arm}: {line}")
+        of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
+        if run.study.config.gate.on_failure == "stop":
+            _refuse(run.study, arm, of_model, of_sae)
         complaint = "; ".join(filter(None, (of_model, of_sae)))
-        if of_model and run.study.config.gate.on_failure == "stop":
-            raise ConfigError(
-                f"the model does not know this text: {of_model}.",
-                at=run.study.at("arms", arm, "model"),
-                fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
-            )
-        if of_sae and run.study.config.gate.on_failure == "stop":
-            raise IncompatibleSae(
-                f"the SAE does not fit the model: {of_sae}.",
-                at=run.study.at("arms", arm, "sae"),
-                fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
-            )
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
@@ -66,6 +60,46 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         return [path]
 
     return work
+
+
+def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
+    if of_model:
+        raise ConfigError(
+            f"the model does not know this text: {of_model}.",
+            at=study.at("arms", arm, "model"),
+            fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
+        )
+    if of_sae:
+        raise IncompatibleSae(
+            f"the SAE does not fit the model: {of_sae}.",
+            at=study.at("arms", arm, "sae"),
+            fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
+        )
+
+
+def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
+    """What the model does on a few fixed tokens, what merging its adapter did, and whether it is as the control's."""
+    logprobs = probe_logits(arm.lm.model).log_softmax(-1).max(-1).values
+    control = run.arm(run.study.by_role("control")[0], "gate.json")
+    same = None
+    if arm.role == "treatment" and control.is_file():
+        other = torch.tensor(read_json(control).get("probe_logprobs") or [])
+        same = other.shape == logprobs.shape and bool(torch.allclose(other, logprobs, rtol=0, atol=2e-5))
+    adapter = None if arm.lm.adapter is None else dataclasses.asdict(arm.lm.adapter)
+    rounded = [round(value, 5) for value in logprobs.tolist()]
+    return {"probe_logprobs": rounded, "same_as_control": same, "adapter": adapter}
+
+
+def _remarks(measured: dict[str, Any]) -> list[str]:
+    """Lines about the model and its adapter."""
+    lines, adapter = [], measured["adapter"]
+    if adapter is not None:
+        lines.append(f"its adapter changes logits by up to {adapter['effect']:.3g}, merging by {adapter['error']:.1e}")
+        lines += [f"warning: {adapter['other_base']}"] if adapter["other_base"] else []
+        lines += ["warning: the adapter changes nothing"] if adapter["effect"] == 0 else []
+    if measured["same_as_control"]:
+        lines.append("warning: it gives the control's probabilities, so nothing can come from fine-tuning")
+    return lines
 
 
 @torch.inference_mode()

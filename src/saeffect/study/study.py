@@ -17,7 +17,7 @@ from saeffect.activations.harvest import NormLimit, TokenRows, first_limit
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
-from saeffect.models.hooks import parse_hook
+from saeffect.models.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import (
     BUNDLED,
@@ -161,6 +161,8 @@ class Study:
         lm = self._load(arm.model, name, say)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
         require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
+        if sae.cfg.module_path is not None:
+            require_module_output(lm, sae.cfg.module_path, at=self.at("arms", name, "sae"))
         return Arm(name, arm.role, lm, sae, hook)
 
     def sae_folder(self, name: str) -> Path:
@@ -204,6 +206,7 @@ class Study:
             IncompatibleSae: They contradict each other.
         """
         said, own = self.arm(name).hook, self.sae_config(name).hook_name
+        said = said and (hook_of_module(said) or said)
         where = self.at("arms", name, "hook")
         if said is None and own is None:
             raise ConfigError(
