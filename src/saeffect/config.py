@@ -113,7 +113,11 @@ class TextSource(StrictModel):
     """One kind of text."""
 
     name: str = Field(min_length=1, description="What to call it: general, domain, ...")
-    path: str = Field(min_length=1, description=".jsonl[.gz], .txt, or a dataset id.")
+    path: str = Field(
+        min_length=1,
+        description="A file (.jsonl, .txt, .csv, .tsv, each also .gz or .zst; .parquet), a folder that `save_to_disk`"
+        " of datasets wrote, or a dataset id on the hub.",
+    )
     field: str = Field("text", description="Which field of a row holds the text.")
     licence: str = Field("", description="For model cards.")
 

@@ -20,7 +20,7 @@ from saeffect.sae.splice import spliced_losses
 from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
-from saeffect.study.texts import beginning
+from saeffect.study.texts import beginning, shortage
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
@@ -44,6 +44,9 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
+        short = shortage(run.study.config.text, rows)
+        if short and arm == run.study.ordered_arms()[0]:
+            say(f"  warning: the text has only {short}")
         measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
         begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
         say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
@@ -56,7 +59,7 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
-        write_json(path, measured | {"warning": complaint})
+        write_json(path, measured | {"warning": complaint, "text_shortage": short})
         return [path]
 
     return work

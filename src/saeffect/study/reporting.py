@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.config import SteeringConfig
+from saeffect.config import SteeringConfig, TextConfig
 from saeffect.provenance import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
 from saeffect.report.outcome_words import control_words, outcome_words
@@ -109,7 +109,7 @@ def _facts(
         ("Base model", _model(run, control)),
         ("Fine-tuned model", _model(run, treatment)),
         ("Hook", run.study.hook(control)),
-        ("Text", config.text.bundled or ", ".join(s.name for s in config.text.sources)),
+        ("Text", _text(config.text, gates[control].get("text_shortage"))),
     ]
     if config.steering is not None and dose is not None:
         steering = config.steering
@@ -119,6 +119,11 @@ def _facts(
         facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
+
+
+def _text(text: TextConfig, short: str | None) -> str:
+    called = text.bundled or ", ".join(source.name for source in text.sources)
+    return f"{called} (only {short})" if short else called
 
 
 def _number(n: int, noun: str) -> str:

@@ -286,7 +286,7 @@ class Study:
         else:
             # A file counts by its content, so that a study may move to another folder.
             content = [
-                (s.name, s.field, hash_folder(s.path) if Path(s.path).is_file() else s.path) for s in text.sources
+                (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
             ]
         return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
 

@@ -20,7 +20,7 @@ from saeffect.text.bos import added_before, bos_of
 from saeffect.text.corpora import read_corpus
 from saeffect.text.packing import interleave
 
-__all__ = ["beginning", "first_texts", "study_rows"]
+__all__ = ["beginning", "first_texts", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -37,6 +37,23 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
     if text.bundled is None:
         return _packed(text, model())
     return _bundled(text, None if prepend_bos is False else model().bos_id)
+
+
+def shortage(text: TextConfig, rows: TokenRows) -> str:
+    """How much of the text that a study asks for there is, in words; "" if all of it.
+
+    Args:
+        text: Which text, and how much of it.
+        rows: As `study_rows` gives them.
+    """
+    if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
+        return ""
+    said = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    if len(rows.names) == 1 or text.bundled is not None:
+        return said
+    return (
+        f"{said}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+    )
 
 
 def first_texts(text: TextConfig) -> list[str]:
