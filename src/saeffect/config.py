@@ -271,7 +271,12 @@ class SteeringConfig(StrictModel):
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
     top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
     frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
-    batch_size: int = Field(64, ge=1, description="Texts generated at once, each with a vector of its own.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
+        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+    )
 
     @property
     def unit(self) -> Literal["residual_norm", "coefficient"]:

@@ -10,6 +10,7 @@ from saeffect.models.loading import ModelShape, locate_model, model_shape
 from saeffect.models.tokenizers import known_tokens
 from saeffect.study.study import Study
 from saeffect.study.texts import study_rows
+from saeffect.study.training import arm_recipe
 from saeffect.text.packing import separator_id
 
 __all__ = ["check_prompt", "check_tokenizers"]
@@ -89,16 +90,18 @@ def _shapes(study: Study) -> dict[str, ModelShape]:
 
 
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
-    wanted = study.config.text.context_size
-    if study.config.text.bundled is not None:
-        return
+    """Refuse rows, of the study's text or of the SAEs' training, that are longer than a model's positions."""
     for arm, shape in shapes.items():
-        if shape.n_positions and wanted > shape.n_positions:
-            raise ConfigError(
-                f"rows of text have {wanted:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
-                at=study.at("text", "context_size"),
-                fix=f"set context_size to {shape.n_positions} or less.",
-            )
+        wanted = {"text": study.config.text.context_size} if study.config.text.sources else {}
+        if study.config.training is not None:
+            wanted["training"] = arm_recipe(study, arm).context_size
+        for section, size in wanted.items():
+            if shape.n_positions and size > shape.n_positions:
+                raise ConfigError(
+                    f"rows of text have {size:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
+                    at=study.at(section, "context_size"),
+                    fix=f"set context_size to {shape.n_positions} or less.",
+                )
 
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
