@@ -111,6 +111,9 @@ def _facts(
         ("Hook", run.study.hook(control)),
         ("Text", _text(config.text, gates[control].get("text_shortage"))),
     ]
+    if config.features.tokens != ("all",):
+        scripts = f"of the scripts {', '.join(config.features.tokens)}"
+        facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
     if config.steering is not None and dose is not None:
         steering = config.steering
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
@@ -136,7 +139,9 @@ def _tested_against(steering: SteeringConfig) -> str:
     return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
 
 
-def _dose_words(steering: SteeringConfig, dose: float, mean_norm: float) -> str:
+def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
+    if dose is None:
+        return "none: the search found no gain, so no feature was steered"
     if steering.operator == "ablate":
         return "features switched off"
     if steering.operator == "clamp":
