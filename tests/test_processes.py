@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from saeffect.errors import ConfigError
-from saeffect.processes import barrier, from_first, rank_and_world
+from saeffect.errors import ConfigError, Interrupted
+from saeffect.processes import _others_there, barrier, from_first, rank_and_world
 
 # PyTorch's own group gives up after two seconds. The first process takes four.
 SCRIPT = """
@@ -74,6 +75,33 @@ def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="do not fit"):
         rank_and_world()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:61234",
+        "Application timeout caused pair closure: Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error in: ../ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2.21.5",
+    ],
+)
+def test_a_lost_connection_is_another_process_that_stopped(said):
+    with pytest.raises(Interrupted, match="another one of the same run"), _others_there():
+        raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
+    ],
+)
+def test_an_error_of_ones_own_stays_what_it_is(error):
+    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _others_there():
+        raise error
+    assert caught.value is error
 
 
 CHILD = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ __all__ = [
 # However long one process works alone, the others wait: gloo gives up after half an hour, NCCL after ten minutes. A
 # process that ends is noticed by its closed connection, whatever the limit.
 _PATIENCE = timedelta(days=365)
+
+# Both have no class of error for it, only words: gloo's "Connection closed by peer", "Connection reset by peer", "Read
+# error", "Timed out waiting"; NCCL's "remote process exited or there was a network error", "ncclRemoteError".
+_GONE = re.compile(
+    r"connection (was likely )?(closed|reset|refused|aborted)|broken pipe|(read|write|socket) (error|closed|timeout)"
+    r"|timed? ?out|remote ?(process|error)|network error|no route to host",
+    re.IGNORECASE,
+)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -178,10 +187,12 @@ def _patient(everyone: Any) -> Any:
 
 @contextlib.contextmanager
 def _others_there() -> Iterator[None]:
-    """What gloo and NCCL say when the other end of a connection is gone, in words."""
+    """What gloo and NCCL say when the other end of a connection is gone, in words; other errors are one's own."""
     try:
         yield
     except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
         raise Interrupted(
             f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
             fix="see what the other one said; the same command goes on from the last checkpoint.",

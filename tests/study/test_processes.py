@@ -23,7 +23,7 @@ BEFORE = ("gate", "features", "coherence", "select", "match")
 # One feature a batch, so that each process has several; long enough to be killed in the middle.
 STEERING = {
     "prompts": ["The river", "My doctor said"],
-    "search_prompts": ["A window"],
+    "search_prompts": ["My heart"],
     "doses": [0.5, 1.0],
     "search_features": 2,
     "max_features": 6,

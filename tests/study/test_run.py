@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
     (tmp_path / "run" / "arms" / "placebo" / "effects.parquet").unlink()
     lines: list[str] = []
     again(say=lines.append)
-    assert sum("is damaged, so its texts are made again" in line for line in lines) == 1
+    assert sum("is damaged, so what it holds is made again" in line for line in lines) == 1
     first, second = tree(run), tree(tmp_path / "run")
     del first["manifest.json"], second["manifest.json"]
     assert first == second
@@ -274,3 +275,30 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     assert set(search.loc[search["chosen"], "condition"]) == {"steered"}
     own = search[search["condition"] == "steered"].groupby("dose")["score"].mean()
     assert dose["dose"] == own.idxmax()
+
+
+def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = finished
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    monkeypatch.setattr("saeffect.study.dose_search.best_dose", lambda table: None)
+    lines: list[str] = []
+    run_study(Study.open(path), run, stages=["steer"], redo=True, say=lines.append)
+    run_study(Study.open(path), run, say=lines.append)
+    dose = read_json(run / "steering" / "dose.json")
+    assert dose["dose"] is None
+    assert dose["note"].startswith("no dose of the search made texts more similar to the features' top tokens")
+    assert f"  warning: no feature is steered: {dose['note']}" in lines
+    assert len(pd.read_parquet(run / "steering" / "dose_search.parquet").query("not chosen")) == 8
+    assert not list(run.glob("arms/*/interventions.parquet")) + list(run.glob("arms/*/effects.parquet"))
+    contrasts = pd.read_parquet(run / "comparison" / "contrasts.parquet").set_index(["quantity", "comparison"])
+    assert contrasts.loc[("pass_rate", "fine-tuning"), "reason"] == dose["note"]
+    assert math.isfinite(contrasts.loc[("domain_share", "fine-tuning"), "estimate"])  # the rest of the study stands
+    answer = read_json(run / "comparison" / "answer.json")
+    assert any(f"No feature was tested by steering ({dose['note']})" in one for one in answer["sentences"])
+    assert any(dose["note"] in one for one in answer["caveats"])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "No dose was chosen" in page
+    assert "none: the search found no gain, so no feature was steered" in page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -32,13 +32,16 @@ class KeptRows:
 
     def read(self, say: Callable[[str], None] = lambda line: None) -> pd.DataFrame | None:
         """All pieces that are as they were written; None if there are none. A damaged one is as good as none."""
-        found = []
+        found = list(self.pieces(say))
+        return pd.concat(found, ignore_index=True) if found else None
+
+    def pieces(self, say: Callable[[str], None] = lambda line: None) -> Iterator[pd.DataFrame]:
+        """The same one by one, where they are not of one table."""
         for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
             if is_sealed(file):
-                found.append(pd.read_parquet(file))
+                yield pd.read_parquet(file)
             else:
-                say(f"  {file.name} is damaged, so its texts are made again")
-        return pd.concat(found, ignore_index=True) if found else None
+                say(f"  {file.name} is damaged, so what it holds is made again")
 
     def add(self, rows: pd.DataFrame) -> None:
         """Keep a piece.

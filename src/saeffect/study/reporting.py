@@ -139,7 +139,9 @@ def _tested_against(steering: SteeringConfig) -> str:
     return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
 
 
-def _dose_words(steering: SteeringConfig, dose: float, mean_norm: float) -> str:
+def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
+    if dose is None:
+        return "none: the search found no gain, so no feature was steered"
     if steering.operator == "ablate":
         return "features switched off"
     if steering.operator == "clamp":

@@ -10,7 +10,6 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.provenance import read_json
 from saeffect.steering import (
     RememberedVectors,
     SteeringPlan,
@@ -27,6 +26,7 @@ from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.steering_baselines import baseline_effects, baseline_features, baseline_texts
 from saeffect.study.steering_plan import (
+    chosen_dose,
     encoder_identity,
     matched_lists_of,
     matched_placebos,
@@ -77,10 +77,10 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
     """
 
     def work() -> Iterable[Path]:
-        chosen = tested_features(run, arm, config.max_features)
-        sets = config.together.get(arm, ())
+        chosen, sets = _steered(run, arm, config)
         if chosen.empty:
-            say(f"  arm {arm} has no domain features, so none is tested")
+            dose, note = chosen_dose(run)
+            say(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
         tables: dict[str, pd.DataFrame] = {}
         kept = run.kept(f"steer {arm}", steering_inputs(run, arm, config))
         if len(chosen) or sets:
@@ -107,8 +107,7 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
 
 def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
     """What every other process does of the stage: the texts of its features, in the order of the first process."""
-    chosen = tested_features(run, arm, config.max_features)
-    sets = config.together.get(arm, ())
+    chosen, sets = _steered(run, arm, config)
     if len(chosen) or sets:
         test = _Test(run, run.study.open_arm(arm), config, lambda line: None)
         if len(chosen):
@@ -117,13 +116,21 @@ def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
             test.texts(test.joined(sets))
 
 
+def _steered(run: RunFolder, arm: str, config: SteeringConfig) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
+    """An arm's features and sets of features that are steered: none without a dose."""
+    chosen = tested_features(run, arm, config.max_features)
+    return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
+
+
 class _Test:
     """The test of one arm, with its model in memory."""
 
     def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, say: Say) -> None:
         self._run, self._arm, self._config, self._say = run, arm, config, say
         self._seed = run.study.config.seed
-        self._dose = float(read_json(run.path("steering", "dose.json"))["dose"])
+        dose, _ = chosen_dose(run)
+        assert dose is not None  # else nothing is steered
+        self._dose = dose
         self._plan: SteeringPlan = plan_of_test(config, self._seed, self._dose)
         self._site, self._W_dec = site_of(run, arm)
         self._vectors = RememberedVectors.of(outcome_vectors(run.study))
