@@ -15,6 +15,7 @@ from saeffect.errors import ConfigError, SaeffectError, unknown_name
 
 __all__ = [
     "ArmConfig",
+    "BosRule",
     "CoherenceConfig",
     "ComparisonConfig",
     "FeaturesConfig",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 
+BosRule = Literal["auto", "always", "never"]
+"""Whether texts begin with the tokenizer's BOS token, see `saeffect.text.bos`."""
 TOKEN_CHOICES = ("all", "embeddings")
 SCRIPTS = (
     *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic", "ethiopic", "mongolian", "cherokee"),
@@ -151,6 +154,11 @@ class TextConfig(StrictModel):
     sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
     tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
     context_size: int = Field(256, ge=8, description="Tokens a row, for files.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"
+        " as the SAEs' cfg.json says (prepend_bos); where they say nothing, as the tokenizer does.",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:

@@ -41,6 +41,7 @@ class ArmFacts:
         training_tokens: Tokens that the SAE was trained on.
         training_text: Name of that text.
         training_text_sha256: Its hash: two texts of one name need not be equal.
+        bos: Whether texts begin with a BOS token; and those of the SAE's training, if they did otherwise.
         seed: Seed of the SAE's training.
         normalisation: How activations were scaled before the SAE.
         dtype: Number format of the SAE's weights.
@@ -61,6 +62,7 @@ class ArmFacts:
     training_tokens: int | None = None
     training_text: str | None = None
     training_text_sha256: str | None = None
+    bos: str | None = None
     seed: int | None = None
     normalisation: str | None = None
     dtype: str | None = None

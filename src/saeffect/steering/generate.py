@@ -46,7 +46,7 @@ def generate(
     Args:
         lm: The model.
         hook: Where to intervene, a TransformerLens name.
-        prompt_ids: Token ids of the prompt, at least one.
+        prompt_ids: Token ids of the prompt, at least one, see `LanguageModel.encode_prompt`.
         cells: One a row: the noise that the row is sampled with.
         sampling: How tokens are chosen, and how many.
         intervention: With one operator row per cell; None leaves the model as it is.
@@ -75,7 +75,7 @@ def generate(
             some = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids))
+                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
             done = _Tokens(progress, len(cells), sampling.max_new_tokens, first)
             outputs += _continue(lm, hook, prompt_ids, some, sampling, edit=edit, forbidden=forbidden, done=done)
     return outputs

@@ -19,7 +19,7 @@ from torch import Tensor
 from saeffect.models.hooks import edited, parse_hook
 from saeffect.models.language_model import LanguageModel
 from saeffect.steering.key_value_memory import can_spread, spread, with_room
-from saeffect.steering.operators import PositionedEdit, span
+from saeffect.steering.operators import PositionedEdit
 
 __all__ = ["last_logits", "read_prompt"]
 
@@ -83,7 +83,8 @@ def _read_once(
         _check(cache)
         return logits.repeat(n_rows, 1), cache
     point = parse_hook(hook, lm.n_layers)
-    n_alike = span(edit.positions, 0, ids.shape[1], edit.prompt_length).start
+    edit.start = 0
+    n_alike = edit.where(ids.shape[1]).start
     cache = None
     if n_alike:
         _, cache = last_logits(lm, ids[:, :n_alike])

@@ -152,7 +152,7 @@ class _Run:
         return generate(
             self.site.lm,
             self.site.hook,
-            self.site.lm.encode(text),
+            self.site.lm.encode_prompt(text),
             [NoiseCell(plan.seed, text, sample) for _, sample in (row.draw for row in rows)],
             plan.sampling,
             intervention=Intervention(self.actions.operator(rows), plan.positions),

@@ -79,6 +79,14 @@ def _tokenizer(study: Study, name: str) -> str:
     return "the control's" if own is None else f"the control's; its own {own.words()}"
 
 
+def _bos(read: bool | None, trained: Any) -> str | None:
+    """How the arm's text begins and how that of its SAE's training did, where both are known."""
+    if not isinstance(trained, bool):
+        return None
+    words = {True: "with BOS", False: "without BOS"}
+    return words[trained] if read == trained else f"{words[bool(read)]}, SAE trained {words[trained]}"
+
+
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
     """What is recorded of how an arm was made; None where nobody recorded it.
 
@@ -107,6 +115,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         training_tokens=integer("training_tokens"),
         training_text=meta.get("training_text") or meta.get("dataset_path"),
         training_text_sha256=meta.get("training_text_sha256"),
+        bos=_bos(study.prepend_bos, meta.get("prepend_bos")),
         seed=integer("seed"),
         normalisation=meta.get("training_normalisation") or sae.normalize_activations,
         dtype=saved_dtype(study.sae_folder(name)),

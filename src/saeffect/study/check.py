@@ -37,7 +37,7 @@ from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
-from saeffect.study.texts import shortage, study_rows
+from saeffect.study.texts import beginning, shortage, study_rows
 from saeffect.study.training import check_training
 from saeffect.text.corpora import read_corpus
 
@@ -80,6 +80,10 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
     lines += check_tokenizers(study)
+    begins, others = _placed(
+        study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
+    )
+    lines.append(f"{begins}; otherwise: {others}" if others else begins)
     config = study.config
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
@@ -199,8 +203,8 @@ def _check_text(study: Study) -> str:
     if not all(Path(source.path).exists() for source in text.sources):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
-    tokens = LanguageModel(None, study.tokens.tokenizer, "control")
-    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: tokens))
+    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos))
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
     return f"{called}; only {short}" if short else called
 

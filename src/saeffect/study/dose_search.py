@@ -51,6 +51,7 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
         "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
         "encoder": encoder_identity(study),
         "seed": study.config.seed,
+        "prepend_bos": study.prepend_bos,
         "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
         "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
     }
