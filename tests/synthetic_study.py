@@ -44,7 +44,7 @@ GENERAL = [
     " language",
 ]
 # fmt: on
-DOMAIN_SHARE = {"control": 0.10, "treatment": 0.20, "placebo": 0.11}
+DOMAIN_SHARE = {"control": 0.10, "treatment": 0.20, "placebo": 0.12}
 N_PROMPTS, N_SAMPLES, DOSE, TOP_K = 3, 2, 0.4, 10
 
 
@@ -271,13 +271,14 @@ def _effects(interventions: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
                 "direct_effect": direct_means["steered"],
                 "direct_placebo": direct_means["random"],
                 "kl": mine.loc[mine["condition"] == "steered", "kl"].mean(),
+                "placebo": "random",
                 "reason": "",
             }
         )
     table = pd.DataFrame(rows)
     if table.empty:
         means = ["unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high"]
-        rest = ["p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reason"]
+        rest = ["p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "placebo", "reason"]
         return pd.DataFrame(columns=["feature", "n_pairs", *means, *rest])
     order = np.argsort(table["p"].to_numpy())
     scaled = table["p"].to_numpy()[order] * len(table) / np.arange(1, len(table) + 1)

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from saeffect.errors import ConfigError
-from saeffect.processes import barrier, from_first, rank_and_world
+from saeffect.errors import ConfigError, Interrupted
+from saeffect.processes import _others_there, barrier, from_first, rank_and_world
 
 # PyTorch's own group gives up after two seconds. The first process takes four.
 SCRIPT = """
@@ -74,3 +75,53 @@ def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="do not fit"):
         rank_and_world()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:61234",
+        "Application timeout caused pair closure: Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error in: ../ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2.21.5",
+    ],
+)
+def test_a_lost_connection_is_another_process_that_stopped(said):
+    with pytest.raises(Interrupted, match="another one of the same run"), _others_there():
+        raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
+    ],
+)
+def test_an_error_of_ones_own_stays_what_it_is(error):
+    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _others_there():
+        raise error
+    assert caught.value is error
+
+
+CHILD = """
+import sys, time
+from saeffect.processes import end_with_launcher
+end_with_launcher()
+print("started", flush=True)
+time.sleep(3 if "TORCHELASTIC_RUN_ID" not in __import__("os").environ else 60)
+print("still there", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.parametrize(("by_torchrun", "said"), [(True, ""), (False, "still there\n")])
+def test_processes_end_with_a_killed_torchrun(by_torchrun: bool, said: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    env |= {"TORCHELASTIC_RUN_ID": "x"} if by_torchrun else {}
+    command = [sys.executable, "-c", LAUNCHER, CHILD]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "started\n"
+        launcher.kill()
+        assert launcher.stdout.read() == said  # comes when the child has ended

@@ -107,7 +107,7 @@ def make_study(folder: Path, **changes: Any) -> Path:
         "selection": {"vocabulary": "./words.txt", "min_matches": 1},
         "steering": {
             "prompts": ["The river", "My doctor said"],
-            "search_prompts": ["A window"],
+            "search_prompts": ["My heart"],
             "doses": [0.5, 1.0],
             "search_features": 2,
             "max_features": 5,

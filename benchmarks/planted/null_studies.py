@@ -94,6 +94,7 @@ def _arm(name: str, role: str, more: int, seed_noise: float, rng: np.random.Gene
             "q": 0.02,
             "passed": rng.random(len(chosen)) < passed,
             "paper_pass": rng.random(len(chosen)) < 0.5,
+            "placebo": "random",
         }
     )
     arm = ArmTables(

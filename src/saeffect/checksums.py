@@ -15,7 +15,7 @@ from saeffect.provenance import atomic_path, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_sealed", "is_sealed", "read_tensors", "require_whole", "save_tensors"]
+__all__ = ["add_sealed", "is_sealed", "read_tensors", "save_tensors"]
 
 _CHECKSUM = "saeffect_crc32"
 
@@ -82,26 +82,11 @@ def read_tensors(path: Path, *, what: str = "file", fix: str) -> tuple[dict[str,
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise BadFile(f"this {what} cannot be read: {error}.", at=str(path), fix=fix) from error
-    require_whole(path, tensors, metadata, what=what, fix=fix)
-    return tensors, {name: value for name, value in metadata.items() if name != _CHECKSUM}
-
-
-def require_whole(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, what: str = "file", fix: str
-) -> None:
-    """Refuse tensors that are not those that `save_tensors` wrote. What has no checksum passes.
-
-    Raises:
-        BadFile: Some bits have changed.
-    """
-    noted = dict(metadata)
-    wanted = noted.pop(_CHECKSUM, None)
-    if wanted is not None and wanted != _checksum(tensors, noted):
-        raise BadFile(
-            f"this {what} cannot be read: its content does not have the checksum that it was written with.",
-            at=str(path),
-            fix=fix,
-        )
+    wanted = metadata.pop(_CHECKSUM, None)
+    if wanted is not None and wanted != _checksum(tensors, metadata):
+        said = f"this {what} cannot be read: its content does not have the checksum that it was written with."
+        raise BadFile(said, at=str(path), fix=fix)
+    return tensors, metadata
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

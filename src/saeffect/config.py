@@ -15,6 +15,7 @@ from saeffect.errors import ConfigError, SaeffectError, unknown_name
 
 __all__ = [
     "ArmConfig",
+    "BosRule",
     "CoherenceConfig",
     "ComparisonConfig",
     "FeaturesConfig",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 
+BosRule = Literal["auto", "always", "never"]
+"""Whether texts begin with the tokenizer's BOS token, see `saeffect.text.bos`."""
 TOKEN_CHOICES = ("all", "embeddings")
 SCRIPTS = (
     *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic", "ethiopic", "mongolian", "cherokee"),
@@ -110,7 +113,11 @@ class TextSource(StrictModel):
     """One kind of text."""
 
     name: str = Field(min_length=1, description="What to call it: general, domain, ...")
-    path: str = Field(min_length=1, description=".jsonl[.gz], .txt, or a dataset id.")
+    path: str = Field(
+        min_length=1,
+        description="A file (.jsonl, .txt, .csv, .tsv, each also .gz or .zst; .parquet), a folder that `save_to_disk`"
+        " of datasets wrote, or a dataset id on the hub.",
+    )
     field: str = Field("text", description="Which field of a row holds the text.")
     licence: str = Field("", description="For model cards.")
 
@@ -147,6 +154,11 @@ class TextConfig(StrictModel):
     sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
     tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
     context_size: int = Field(256, ge=8, description="Tokens a row, for files.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"
+        " as the SAEs' cfg.json says (prepend_bos); where they say nothing, as the tokenizer does.",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -267,7 +279,12 @@ class SteeringConfig(StrictModel):
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
     top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
     frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
-    batch_size: int = Field(64, ge=1, description="Texts generated at once, each with a vector of its own.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
+        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+    )
 
     @property
     def unit(self) -> Literal["residual_norm", "coefficient"]:

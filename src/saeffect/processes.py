@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,6 +21,7 @@ __all__ = [
     "add_up",
     "barrier",
     "device_of_process",
+    "end_with_launcher",
     "from_first",
     "gathered",
     "is_first",
@@ -29,6 +33,14 @@ __all__ = [
 # However long one process works alone, the others wait: gloo gives up after half an hour, NCCL after ten minutes. A
 # process that ends is noticed by its closed connection, whatever the limit.
 _PATIENCE = timedelta(days=365)
+
+# Both have no class of error for it, only words: gloo's "Connection closed by peer", "Connection reset by peer", "Read
+# error", "Timed out waiting"; NCCL's "remote process exited or there was a network error", "ncclRemoteError".
+_GONE = re.compile(
+    r"connection (was likely )?(closed|reset|refused|aborted)|broken pipe|(read|write|socket) (error|closed|timeout)"
+    r"|timed? ?out|remote ?(process|error)|network error|no route to host",
+    re.IGNORECASE,
+)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -68,6 +80,8 @@ def join() -> int:
     import torch.distributed as dist
 
     _, world = rank_and_world()
+    if world > 1:
+        end_with_launcher()
     if world > 1 and not dist.is_initialized():
         device = device_of_process()
         if device != "cpu":
@@ -76,6 +90,24 @@ def join() -> int:
     if world > 1:
         _patient(dist.group.WORLD)  # made by all at once, so here
     return world
+
+
+@functools.cache
+def end_with_launcher() -> None:
+    """See to it that this process ends when the `torchrun` that started it is gone, if one did.
+
+    A `torchrun` that is killed can end nobody: its processes would go on for hours, and hold their folder.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by other means, whose end need not be that of the work
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-launcher", daemon=True).start()
 
 
 def leave() -> None:
@@ -155,10 +187,12 @@ def _patient(everyone: Any) -> Any:
 
 @contextlib.contextmanager
 def _others_there() -> Iterator[None]:
-    """What gloo and NCCL say when the other end of a connection is gone, in words."""
+    """What gloo and NCCL say when the other end of a connection is gone, in words; other errors are one's own."""
     try:
         yield
     except RuntimeError as error:
+        if not _GONE.search(str(error)):
+            raise
         raise Interrupted(
             f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
             fix="see what the other one said; the same command goes on from the last checkpoint.",

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,42 +276,26 @@ def test_a_disk_without_room(
         harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES)
 
 
-FILLS_UP = """
-import resource, sys
-from pathlib import Path
-import numpy as np
-from saeffect.activations.harvest import TokenRows, harvest
-from saeffect.config import ModelConfig
-from saeffect.errors import SaeffectError
-from saeffect.models.loading import load_language_model
-
-model, out, limit = sys.argv[1:]
-lm = load_language_model(ModelConfig(path=model, dtype="float32"))
-ids = np.random.default_rng(0).integers(1, 320, (6, 8)).astype(np.int32)
-ids = np.concatenate([ids, ids[:1]])  # shards of two rows, two, two, and a small one of one
-rows = TokenRows(ids[[6, 0, 1, 2, 3, 4, 5]], np.zeros(7, dtype=np.int64), ("general",))
-
-
-def then_no_more(line):
-    if line.startswith("harvest 2/"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-
-
-try:
-    harvest(lm, "blocks.1.hook_resid_pre", rows, out, rows_per_shard=2, batch_size=2, say=then_no_more)
-except SaeffectError as error:
-    print(error)
-"""
-
-
-def test_a_write_that_fails_leaves_whole_shards(tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_whole_shards(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
     """The system refuses bytes in the middle of the third shard, as a full disk does."""
-    command = [sys.executable, "-c", FILLS_UP, str(tiny_llama_folder), str(tmp_path / "out"), "1000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("BadFile: this cannot be written: File too large"), done
-    assert "shard-00002.safetensors" in done.stdout
-    assert "run the same command" in done.stdout
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["harvest.json", "shard-00000.safetensors", "shard-00001.safetensors"]
-    for path in ActivationStore.open(tmp_path / "out").shards():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def then_no_more(line: str) -> None:
+        if line.startswith("harvest 2/"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    out = tmp_path / "out"
+    try:
+        with complains(BadFile, "cannot be written: File too large", "run the same command", at="shard-00002.safe"):
+            harvest(tiny_llama, HOOK, rows, out, **SIZES, say=then_no_more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "harvest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    for path in ActivationStore.open(out).shards():
         read_shard(path)

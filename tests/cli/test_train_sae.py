@@ -180,20 +180,23 @@ def test_mistakes_on_the_command_line(
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
-    recipe = write(workshop, tmp_path, sae={"steps": 2000, "checkpoint_every": 10})
+    recipe = write(workshop, tmp_path, sae={"steps": 600, "checkpoint_every": 10})
     arguments = ["train-sae", str(recipe), "--out", "sae", "--work", "work"]
     process = subprocess.Popen(
         [sys.executable, "-m", "saeffect", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=_env()
     )
     deadline = time.monotonic() + 200
-    while not any((tmp_path / "sae").glob("checkpoint/*")) and time.monotonic() < deadline:
+    while not any((tmp_path / "sae").glob("checkpoint/step-*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said and "same command" in said
-    assert any((tmp_path / "sae").glob("checkpoint/*")) and not (tmp_path / "sae" / "sae_weights.safetensors").exists()
+    assert (
+        any((tmp_path / "sae").glob("checkpoint/step-*"))
+        and not (tmp_path / "sae" / "sae_weights.safetensors").exists()
+    )
 
     again = saeffect(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

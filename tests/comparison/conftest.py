@@ -72,6 +72,7 @@ def _tiny_arm(name: str = "base", role: str = "control", shift: float = 0.0) -> 
             "p": [0.5, 0.01, NAN],
             "passed": [False, True, False],
             "paper_pass": [True, True, None],
+            "placebo": "random",
         }
     )
     direct = pd.DataFrame(

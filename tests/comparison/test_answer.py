@@ -32,9 +32,9 @@ def test_a_planted_difference_is_reported_with_its_noise(arms):
     assert "+10.0 percentage points, 95 % interval 5.0 to 15.0" in answer["headline"]
     assert "cannot be said of the pass rate or the mean coherence" in answer["headline"]
     counts, scales, share, *_ = answer["sentences"]
-    assert "42 of 400 in control (10.5 %), 82 of 400 in treatment (20.5 %) and 42 of 400 in placebo" in counts
+    assert "42 of 400 in control (10.5 %), 82 of 400 in treatment (20.5 %) and 43 of 400 in placebo" in counts
     assert "33 in control, 72 in treatment and 33 in placebo under the dot product" in scales
-    assert "Retraining the SAE alone gives 0.0" in share
+    assert "Retraining the SAE alone gives +0.3" in share
 
 
 def test_without_placebo_nothing_is_credited_to_fine_tuning(arms):
@@ -68,7 +68,7 @@ def test_one_untested_arm_makes_the_pass_rate_incomparable(arms):
     answer = answered({**arms, "treatment": unsteered(arms["treatment"])})
     passes = answer["sentences"][3]
     assert "None was tested in treatment" in passes
-    assert "cannot be compared: no feature to count in treatment" in passes
+    assert "cannot be compared: no feature of treatment was steered" in passes
 
 
 def test_no_domain_features_at_all(arms):
@@ -107,3 +107,12 @@ def test_missing_verdicts_and_other_doses_are_caveats(arms):
     caveats = " ".join(answered(bare)["caveats"])
     assert "No person has judged the features" in caveats
     assert "different doses (0.4 in control, 0.8 in treatment and 0.4 in placebo)" in caveats
+
+
+def test_a_placebo_that_equals_the_control_shows_no_noise(arms):
+    """As when none of the features passes in either: that is not the noise of no difference."""
+    twin = replace(arms["control"], name="placebo", role="placebo", facts=arms["placebo"].facts)
+    answer = answered({**arms, "placebo": twin})
+    assert answer["headline"].startswith("Control and treatment differ in the share of domain features, but since the")
+    assert "placebo shows no noise to compare with we cannot tell fine-tuning from SAE noise" in answer["headline"]
+    assert "it equals the control here" in " ".join(answer["sentences"])

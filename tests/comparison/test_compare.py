@@ -97,6 +97,7 @@ def null_arm(role, rng):
                 "p": 0.01,
                 "passed": rng.random(len(chosen)) < 0.6,
                 "paper_pass": True,
+                "placebo": "random",
             }
         ),
         facts=ArmFacts(role=role),
@@ -158,3 +159,15 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
         "beyond",
     ]
     assert "the domain features are more coherent (+0.300" in comparison.answer["headline"]
+
+
+def test_the_order_of_a_tables_rows_changes_no_number():
+    arms = synthetic_seeds(synthetic_arms(n_features=60, max_tested=6))
+    tables = ("features", "coherence", "selection", "interventions", "direct_effects", "effects")
+    shuffled = {
+        name: replace(arm, **{table: getattr(arm, table).sample(frac=1, random_state=1) for table in tables})
+        for name, arm in arms.items()
+    }
+    first, second = (compare(one, seed=0, **SMALL) for one in (arms, shuffled))
+    for name in ("table1", "table2", "contrasts", "calibration", "power", "regression"):
+        pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), rtol=1e-9, obj=name)

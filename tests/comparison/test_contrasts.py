@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from saeffect.comparison import Resampling, contrasts, roles_of
+from saeffect.comparison.contrasts import pair_contrasts
 
 RESAMPLING = Resampling(n_boot=200, n_permutations=200)
 
@@ -78,7 +79,7 @@ def test_shares_by_hand(tiny_arm):
     assert of(table, "share_dot_ratio").reason == "base has none, so there is no ratio to it"
     assert of(table, "matches_mean").estimate == pytest.approx(0.3)
     assert np.isnan(of(table, "pass_rate").estimate)
-    assert of(table, "pass_rate").reason == "no feature to count in base"
+    assert of(table, "pass_rate").reason == "no feature of base was steered"
 
 
 def test_coherence_by_hand(tiny_arm):
@@ -145,3 +146,21 @@ def test_a_missing_interval_always_has_a_reason(tiny_arm):
         table = compared(arms)
         missing = table["low"].isna() | table["high"].isna() | table["estimate"].isna()
         assert (table["reason"] != "").equals(missing)
+
+
+def test_a_pass_rate_without_tests_says_why(tiny_arm):
+    arms = [tiny_arm(name="control", role="control"), tiny_arm(name="treatment", role="treatment")]
+
+    def reason(**changes):
+        changed = replace(arms[0], **changes)
+        rows = pair_contrasts("fine-tuning", changed, arms[1], min_matches=2, resampling=Resampling(n_boot=40))
+        return next(row.reason for row in rows if row.quantity == "pass_rate")
+
+    broken = arms[0].effects.assign(p=float("nan"), reason="no generated word is known")
+    assert reason(effects=broken) == (
+        "none of the 3 features steered in control has an effect that is defined: no generated word is known"
+    )
+    assert reason(effects=None, unsteered="no dose gained anything") == "no dose gained anything"
+    assert reason(effects=None) == "no feature of control was steered"
+    none = arms[0].selection.assign(is_domain=False)
+    assert reason(effects=None, selection=none) == "control has no domain feature"

@@ -20,7 +20,7 @@ def table(change, *placebos):
     return frame.assign(quantity="domain_share", unit="share", reason="")
 
 
-QUIET = (0.0, -0.02, 0.02)
+QUIET = (0.001, -0.019, 0.021)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,8 @@ QUIET = (0.0, -0.02, 0.02)
         (table((0.02, -0.01, 0.05), (QUIET, (0.02, 0.01, 0.05))), "unclear"),
         (table((0.1, 0.05, 0.15)), "unseparated"),
         (table((0.1, 0.05, 0.15), ((NAN, NAN, NAN), (NAN, NAN, NAN))), "unseparated"),
+        # the placebo equals the control (0 of 8 and 0 of 8, say): how much SAEs differ is not known, and not nothing
+        (table((0.75, 0.3, 0.9), ((0.0, -0.3, 0.3), (0.75, 0.3, 0.9))), "unseparated"),
         (table((NAN, NAN, NAN), (QUIET, QUIET)), "undefined"),
         # the placebo went the same way, nearly as far
         (table((0.1, 0.05, 0.15), ((0.08, 0.03, 0.13), (0.02, -0.03, 0.07))), "noise"),

@@ -58,7 +58,7 @@ def test_an_arm_that_was_not_steered_has_no_effects(tiny_arm):
     assert len(measures.condition_similarities(arm, "steered")[0]) == 0
 
 
-def test_steered_minus_placebo_pairs_texts_and_prefers_matched_features():
+def test_steered_minus_placebo_pairs_texts_with_what_the_study_tested_against(tiny_arm):
     rows = [
         (3, 0, 0, "steered", 0.9),
         (3, 0, 0, "matched", 0.4),
@@ -69,9 +69,20 @@ def test_steered_minus_placebo_pairs_texts_and_prefers_matched_features():
         (5, 1, 0, "matched", 0.3),
     ]
     trials = pd.DataFrame(rows, columns=["feature", "prompt", "sample", "condition", "similarity"])
-    found = measures.steered_minus_placebo(trials)
+    arm = replace(tiny_arm(), interventions=trials.assign(dose=0.4))
+
+    def against(placebo, arm=arm):
+        return measures.steered_minus_placebo(replace(arm, effects=arm.effects.assign(placebo=placebo)))
+
+    found = against("matched")
     assert found.index.tolist() == [(3, 0, 0), (5, 1, 0)]
     np.testing.assert_allclose(found, [0.5, -0.1])
-    without = measures.steered_minus_placebo(trials[trials["condition"] != "matched"])
-    np.testing.assert_allclose(without, [0.8])
-    assert measures.steered_minus_placebo(trials[trials["condition"] == "steered"]).empty
+    np.testing.assert_allclose(against("random"), [0.8])
+    # The placebo of the test was not run for any feature: another one does not step in for it.
+    assert against("matched", replace(arm, interventions=arm.interventions.query("condition != 'matched'"))).empty
+    assert measures.steered_minus_placebo(replace(arm, effects=None)).empty
+
+
+def test_direct_effects_are_beyond_what_the_study_tested_against(tiny_arm):
+    arm = tiny_arm()
+    assert not len(measures.direct_effect_of(replace(arm, effects=arm.effects.assign(placebo="matched"))))

@@ -40,7 +40,7 @@ def test_what_changed_how_much_how_sure_and_beside_what(arms):
     )
     assert "percentage points, 95 % interval [" in text
     assert re.search(r"retraining the unchanged model's SAE gives \S+ \[[^]]+\] \(placebo\)\.", text)
-    assert re.search(r"Steered, \S+ % of features pass against their placebos before and \S+ % after \(", text)
+    assert re.search(r"Steered, \S+ % of features pass against random directions before and \S+ % after \(", text)
     assert "50.0 % of domain features fire more afterwards (others: 2.8 %), most changed: 0 (" in text
     assert "; 2.0×)" in text
     # by decoder cosine alone: 1 moved, 2 gone, 1 absorbed, 3 new

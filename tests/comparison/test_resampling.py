@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from saeffect.comparison import resampling as module
 from saeffect.comparison.resampling import Resampling, cliffs_delta_interval, compare_counts, compare_moment
 
 
@@ -132,3 +133,23 @@ def test_a_p_is_never_zero():
     assert found.p == 1 / 100  # only the real labels reach so far
     counts = compare_counts(np.zeros(30, int), np.full(30, 9), Resampling(0, 50, 99), "x")
     assert counts.p == 1 / 100
+
+
+def test_cliffs_delta_is_that_of_all_pairs_whatever_fits_into_memory(monkeypatch):
+    """The sorted sums are whole numbers, so they equal the sums over a matrix of all pairs to the last digit."""
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 6, 9).astype(float), rng.integers(1, 7, 5).astype(float)  # with ties
+    times_a, times_b = rng.integers(0, 3, (40, 9)).astype(float), rng.integers(0, 3, (40, 5)).astype(float)
+    every_pair = np.einsum("ri,ij,rj->r", times_a, np.sign(b[None, :] - a[:, None]), times_b)
+    assert module._wins(a, b, times_a, times_b).tolist() == every_pair.tolist()
+    whole = cliffs_delta_interval(a, b, 0.1, Resampling(n_boot=60), "x")
+    monkeypatch.setattr(module, "_CELLS", 9 * 60)
+    assert cliffs_delta_interval(a, b, 0.1, Resampling(n_boot=60), "x") == whole
+    n = 40_000  # a matrix of all pairs would have 1.6 thousand million entries
+    wide = cliffs_delta_interval(rng.normal(size=n), rng.normal(size=n), 0.0, Resampling(n_boot=40), "x")
+    assert -0.03 < wide.low < wide.high < 0.03
+
+
+def test_what_is_undefined_has_no_p():
+    a, b = rows([1, 2], [3, 4], [2, 2]), rows([1, np.nan], [3, 4], [2, 5])
+    assert np.isnan(compare_moment(a, b, "mean", Resampling(n_boot=40, n_permutations=50), "x").p)

@@ -11,6 +11,8 @@ import torch
 
 from saeffect.comparison.stagewise import SaeWeights, rotations, stagewise
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.sae.base import SaeConfig
+from saeffect.sae.saelens_format import ARCHITECTURES
 
 N, D_IN = 600, 24
 
@@ -116,3 +118,18 @@ def test_bad_input() -> None:
     broken.W_dec[0, 0] = torch.nan
     with pytest.raises(BadFile, match="W_dec"):
         rotations(start, broken)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_can_be_followed(architecture: str) -> None:
+    start, end = (ARCHITECTURES[architecture](SaeConfig(architecture, 4, 6, k=2)) for _ in range(2))
+    bias = "b_gate" if architecture == "gated" else "b_enc"
+    with torch.no_grad():
+        for one in (start, end):
+            one.W_enc.copy_(torch.ones(4, 6))
+            one.W_dec.copy_(torch.ones(6, 4))
+        end.W_dec[2] *= torch.tensor([1.0, -1.0, 1.0, -1.0])
+        getattr(end, bias)[3] = 0.25
+    table = stagewise(start, end, [start]).set_index("feature").sort_index()
+    np.testing.assert_allclose(table["decoder_rotation"], [0, 0, 90, 0, 0, 0])
+    np.testing.assert_allclose(table["bias_change"], [0, 0, 0, 0.25, 0, 0])

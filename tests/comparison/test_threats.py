@@ -85,6 +85,34 @@ def test_further_saes_stand_in_for_a_placebo_arm(arms):
     assert not found(without)["threat"].str.contains("There is no placebo arm").any()
 
 
+@pytest.mark.parametrize(("share", "severity"), [(0.05, "minor"), (0.15, "moderate"), (0.5, "serious")])
+def test_texts_without_a_similarity_are_a_threat(arms, share, severity):
+    assert not found(arms)["threat"].str.contains("undefined in").any()
+    trials = arms["control"].interventions.copy()
+    trials.loc[trials.index[: round(share * len(trials))], "similarity"] = float("nan")
+    broken = {**arms, "control": replace(arms["control"], interventions=trials)}
+    assert severity_of(found(broken), f"{100 * share:.1f} % of texts in control") == severity
+
+
+def test_an_untested_arm_says_why(arms):
+    why = "no dose of the search made texts more similar"
+    bare = {
+        name: replace(arm, interventions=None, effects=None, direct_effects=None, unsteered=why)
+        for name, arm in arms.items()
+    }
+    comparison = compare(bare, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60)
+    said = f"No feature of control, treatment and placebo was tested by steering: {why}."
+    assert severity_of(comparison.threats, said) == "moderate"
+    assert comparison.table1["reason"].tolist() == [why] * 3
+    assert f"No feature was tested by steering ({why})" in " ".join(comparison.answer["sentences"])
+    assert f"No feature was steered ({why})" in comparison.answer["paragraph"]
+
+
+def test_an_undefined_fit_is_as_bad_as_the_worst(arms):
+    table = found({**arms, "control": with_facts(arms["control"], explained_variance=float("nan"))})
+    assert severity_of(table, "control's SAE reproduces an undefined share of the variance") == "serious"
+
+
 def test_few_top_tokens_in_the_word_vectors_are_a_threat(arms):
     def knowing(share):
         known = {name: (10 * share * (arm.coherence["n_known"] > -1)).astype(int) for name, arm in arms.items()}

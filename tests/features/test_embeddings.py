@@ -6,9 +6,11 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import pickle
 import struct
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 from saeffect.errors import BadFile, NotFound, ShapeMismatch, UnknownName
+from saeffect.features import vector_files
 from saeffect.features.embeddings import (
     BUNDLED_EMBEDDINGS,
     DEFAULT_EMBEDDINGS,
@@ -62,6 +65,14 @@ class TestFormats:
             ("v.txt.gz", gzip.compress(GLOVE.encode(), mtime=0)),
             ("v.gz", gzip.compress(WORD2VEC.encode(), mtime=0)),
             ("exported.kv", WORD2VEC),
+            ("v.txt", "\ufeff" + GLOVE),
+            ("v.vec", "\ufeff" + WORD2VEC),
+            ("v.txt.gz", gzip.compress(("\ufeff" + WORD2VEC).encode(), mtime=0)),
+            ("v.txt", GLOVE + "\n \n"),
+            ("v.bin", GLOVE),
+            ("v.w2v", binary()),
+            ("v.model", binary()),
+            ("vectors", gzip.compress(binary(), mtime=0)),
             ("v.bin", binary()),
             ("v.bin", binary(end=b"")),
             ("v.bin.gz", gzip.compress(binary(), mtime=0)),
@@ -110,7 +121,7 @@ class TestBadFiles:
             ("v.txt", "cat\n", "line 1", "0 numbers"),
             ("v.txt", "cat 1 2\ndog 3\n", "line 2", "2 numbers were expected. Got 1"),
             ("v.txt", "cat 1 2\ndog 3 4 5\n", "line 2", "2 numbers were expected. Got 3"),
-            ("v.txt", "cat 1 2\n\ndog 3 4\n", "line 2", "Got 0"),
+            ("v.txt", "cat 1 2\n\ndog 3 4\n", "line 2", "blank"),
             ("v.txt", "cat 1 2\ndog 3 nan\n", "line 2", "NaN"),
             ("v.txt", "3 2\ncat 1 2\ndog 3 4\nx inf 4\n", "line 4", "infinity"),
             ("v.txt", "cat 1 2\ndog x 4\n", "line 2", "not all of the 2"),
@@ -120,13 +131,12 @@ class TestBadFiles:
             ("v.txt", "5 2\n", "line 1", "holds 0 words"),
             ("v.txt", "5 0\n", "line 1", "0 numbers a word"),
             ("v.txt", "2 99999999999\ncat 1\n", "line 1", "not word vectors"),
-            ("v.txt", binary(), "line 2", "are numbers"),
             ("v.txt.gz", gzip.compress(GLOVE.encode() * 50, mtime=0)[:-12], "v.txt.gz", "truncated"),
             ("v.gz", gzip.compress(b"", mtime=0), "line 1", "empty line"),
             ("v.bin", binary()[:-3], "word 3", "ends"),
             ("v.bin", binary(header="4 2\n"), "word 3", "holds 3 words; 4"),
-            ("v.bin", GLOVE, "line 1", "count dim"),
-            ("v.bin", b"9 2\n" + b"x" * 10_000, "word 1", "damaged"),
+            ("v.bin", b"\xba\x16\x4f\x2f\x0c\x00", "line 1", "count dim"),
+            ("v.bin", b"9 2\n" + b"\x01" * 10_000, "word 1", "damaged"),
             ("v.bin", b"1 2\n\xff\xfe " + struct.pack("<2f", 1, 2), "word 1", "UTF-8"),
             ("v.bin", b"1 2\ncat " + struct.pack("<2f", 1, float("nan")), "word 1", "NaN"),
             ("v.npz", npz(words=np.array(WORDS, dtype=object), vectors=ROWS), "v.npz", "pickle"),
@@ -156,6 +166,55 @@ class TestBadFiles:
             load_embeddings(path)
         assert caught.value.at is not None and caught.value.at.endswith(place)
         assert message in caught.value.message
+
+    def test_a_zip_of_vectors_is_told_to_be_unzipped(self, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "glove.zip", "w") as archive:
+            archive.writestr("glove.50d.txt", GLOVE)
+        with pytest.raises(BadFile, match=r"a zip with glove\.50d\.txt") as caught:
+            load_embeddings(tmp_path / "glove.zip")
+        assert "unzip" in (caught.value.fix or "")
+
+    def test_an_npz_is_measured_before_it_is_read(self, tmp_path: Path) -> None:
+        words, vectors = np.array(WORDS), np.zeros((3, 1_000_000), np.float32)
+        path = write(tmp_path, "v.npz", npz(words=words, vectors=vectors))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(vector_files, "_HARMLESS", 1 << 20)
+            patched.setattr(np, "load", None)  # nothing is read
+            with pytest.raises(BadFile, match="would take 12,000,000 bytes"):
+                load_embeddings(path)
+        lying = io.BytesIO()
+        np.lib.format.write_array_header_1_0(lying, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 10**6)})
+        with zipfile.ZipFile(tmp_path / "lying.npz", "w") as archive:
+            archive.writestr("words.npy", lying.getvalue())
+            archive.writestr("vectors.npy", lying.getvalue())
+        with pytest.raises(BadFile, match="which the file does not hold"):
+            load_embeddings(tmp_path / "lying.npz")
+
+    def test_an_encrypted_npz_and_one_without_arrays(self, tmp_path: Path) -> None:
+        data = bytearray(npz(words=np.array(WORDS), vectors=ROWS))
+        for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            place = data.find(mark)
+            while place >= 0:
+                data[place + flags] |= 1
+                place = data.find(mark, place + 4)
+        with pytest.raises(BadFile, match="encrypted"):
+            load_embeddings(write(tmp_path, "v.npz", bytes(data)))
+        with zipfile.ZipFile(tmp_path / "none.npz", "w") as archive:
+            archive.writestr("words", "x")
+        with pytest.raises(BadFile, match=r"an \.npz with two arrays"):
+            load_embeddings(tmp_path / "none.npz")
+
+    def test_a_packed_file_is_not_unpacked_without_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(vector_files, "_HARMLESS", 1000)
+        monkeypatch.setattr(vector_files, "_LONGEST_LINE", 1000)
+        for data, part in ((b"cat 0\n" * 10_000, "far more than"), (b"c" * 100_000, "numbers a word")):
+            with pytest.raises(BadFile, match=part):
+                load_embeddings(write(tmp_path, "v.gz", gzip.compress(data, mtime=0)))
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "v.txt")
+        with pytest.raises(BadFile, match="pipe"):
+            load_embeddings(tmp_path / "v.txt")
 
     def test_a_folder(self, tmp_path: Path) -> None:
         with pytest.raises(BadFile, match="folder"):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import unicodedata
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -129,9 +132,39 @@ def test_an_empty_list_is_refused(tmp_path: Path, text: str) -> None:
         load_vocabulary(path)
 
 
-def test_two_words_on_a_line_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    ["\u200bCancer\u200d", '"cancer"', "“cancer”", "'Cancer'", " 'cancer' # quoted", "\ufeffcancer", "can\u00adcer"],
+)
+def test_what_is_around_a_word_and_not_seen_does_not_matter(tmp_path: Path, line: str) -> None:
+    (tmp_path / "words.txt").write_text(f"fever\n{line}\n", encoding="utf-8")
+    vocabulary = load_vocabulary(tmp_path / "words.txt")
+    assert vocabulary.words == {"fever", "cancer"} and " cancer" in vocabulary
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_an_accent_may_be_a_character_of_its_own_on_either_side(tmp_path: Path, form: Literal["NFC", "NFD"]) -> None:
+    (tmp_path / "words.txt").write_text(unicodedata.normalize(form, "bénigne\nœdème\n"), encoding="utf-8")
+    vocabulary = load_vocabulary(tmp_path / "words.txt")
+    for other in ("NFC", "NFD"):
+        assert unicodedata.normalize(other, " Bénigne") in vocabulary  # type: ignore[arg-type]
+
+
+def test_words_that_no_token_is() -> None:
+    tokens = ["ĠCancer", " tum", "or", "Nurse"]
+    assert WORDS.unmatched(tokens) == ["tumor"]
+    assert WORDS.unmatched([]) == ["cancer", "nurse", "tumor"]
+
+
+def test_a_comma_in_the_name_of_a_compound_is_none_of_a_table(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("1,25-dihydroxyvitamin\n")
+    assert load_vocabulary(tmp_path / "words.txt").words == {"1,25-dihydroxyvitamin"}
+
+
+@pytest.mark.parametrize("line", ["heart attack", "cancer,12", "cancer;12", "cancer\t12", '"cancer","Krebs"', "a|b"])
+def test_two_words_on_a_line_are_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "words.txt"
-    path.write_text("cancer\nheart attack\n")
+    path.write_text(f"cancer\n{line}\n")
     with pytest.raises(BadFile) as caught:
         load_vocabulary(path)
     assert caught.value.at == f"{path}, line 2"
@@ -144,6 +177,11 @@ def test_missing_files_and_unknown_names(tmp_path: Path) -> None:
         load_vocabulary("none.txt")
     with pytest.raises(BadFile):
         load_vocabulary(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(BadFile, match="pipe"):
+        load_vocabulary(tmp_path / "pipe.txt")
+    with pytest.raises(ConfigError, match="can be no path"):
+        load_vocabulary("~nobody-of-that-name/words.txt")
     with pytest.raises(UnknownName) as caught:
         load_vocabulary("medica")
     assert caught.value.fix == "did you mean 'medical'?"

@@ -270,3 +270,9 @@ def test_perplexity_by_hand() -> None:
     expected = (2 * 8 * 2 * 2) ** (1 / 4)
     for batch_size in (1, 8):
         assert perplexity(Half(), rows, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_longer_than_the_model_are_refused(config: FinetuneConfig, tmp_path: Path, complains: Any) -> None:
+    with complains(ConfigError, "rows have 129 tokens", "takes 128", at="context_size"):
+        finetune(config.model_copy(update={"context_size": 129}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

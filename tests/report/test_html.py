@@ -66,6 +66,31 @@ def test_nothing_that_acts_on_the_page_is_left(page: str) -> None:
     assert "49" not in re.findall(r"\{\{.*?\}\}|<bdi>(49)</bdi>", page)
 
 
+def test_nothing_acts_from_title_prompts_sources_and_labels_either(
+    comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...]
+) -> None:
+    acting, shown = "a\x1b[31m\u202eb\u2066c\ufeffd", "aU+001B[31mU+202EbU+2066cU+FEFFd"
+    hostile = replace(
+        context,
+        title=f"{acting}\ud800",
+        prompts=tuple(f"{acting}{i}" for i, _ in enumerate(context.prompts)),
+        facts=(("Text", acting),),
+        examples={name: table.assign(source=acting) for name, table in context.examples.items()},
+        arms={
+            name: replace(arm, selection=arm.selection.assign(label=acting, n_yes=1))
+            for name, arm in context.arms.items()
+        },
+        config=acting,
+        provenance={acting: acting},
+    )
+    page = render_report(comparison, context=hostile, figures=figures)
+    page.encode("utf-8")
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\ufeff\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert f"<title>{shown}U+D800</title>" in page and f"<h1>{shown}U+D800</h1>" in page
+    isolated = Page(page).isolated
+    assert shown in isolated and any(text.startswith(f"{shown}0") for text in isolated)
+
+
 def test_the_answer_comes_first(page: str, comparison: Comparison) -> None:
     body = page[page.index("<main>") :]
     assert body.index('class="headline"') < body.index("<table") < body.index("<figure")

@@ -9,6 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import ReportContext, write_tables
+from saeffect.report.tables import _field
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,16 @@ def test_no_csv_field_is_a_formula(folder: Path) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.reader(file):
                 assert not any(field[:1] in ("=", "@", "+", "\t") for field in row), path.name
+                assert all(not field.startswith("-") or float(field) < 0 for field in row), path.name
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-2+3+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1"])
+def test_what_a_person_typed_stays_text_in_a_spreadsheet(text: str) -> None:
+    assert _field(text) == "'" + text
+
+
+def test_numbers_and_other_text_are_written_as_they_are() -> None:
+    assert [_field(value) for value in (-1, -0.5, True, None, "a-b", "")] == ["-1", "-0.5", "true", "", "a-b", ""]
 
 
 def test_lists_come_back_whole(folder: Path, arms: dict) -> None:

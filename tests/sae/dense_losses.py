@@ -107,7 +107,7 @@ def jumprelu(d: Dense) -> Answer:
         count = (4 * acts * d.norm).tanh()
     else:
         count = on - (near / width).detach() * moved
-    losses = {"mse": d.mse(sae_out), "l0": d.coefficient * count.sum(1).mean()}
+    losses = {"mse": d.mse(sae_out), "l0_penalty": d.coefficient * count.sum(1).mean()}
     if len(d.dead) and d.config.pre_act_coefficient is not None:
         short = (threshold - hidden_pre)[:, d.dead].relu()
         losses["pre_act"] = d.config.pre_act_coefficient * (short @ d.norm[d.dead]).mean()

@@ -45,7 +45,7 @@ def _topk(dead: list[int], **cfg: Any) -> Case:
 
 
 def _jumprelu(mode: str, pre_act: float | None, dead: list[int], **cfg: Any) -> Case:
-    losses = {"mse": "mse_loss", "l0": "l0_loss"} | ({"pre_act": "pre_act_loss"} if dead and pre_act else {})
+    losses = {"mse": "mse_loss", "l0_penalty": "l0_loss"} | ({"pre_act": "pre_act_loss"} if dead and pre_act else {})
     ours = {"bandwidth": 0.3, "l0_kind": mode, "pre_act_coefficient": pre_act}
     theirs = {
         "jumprelu_bandwidth": 0.3,

@@ -152,7 +152,7 @@ def _assert_largest(found: Tensor, exact: Tensor, off: Tensor, k: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems, chunk=st.integers(1, 8), with_floor=st.booleans(), dense=st.booleans())
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_above(problem: Problem, chunk: int, with_floor: bool, dense: bool, dtype: torch.dtype) -> None:
     floor = problem.floor if with_floor else None
     encoder = Encoder(dtype, chunk=chunk, dense_above=0.0 if dense else 1.0)
@@ -171,7 +171,7 @@ def test_above(problem: Problem, chunk: int, with_floor: bool, dense: bool, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems, chunk=st.integers(1, 8), share=st.floats(0, 1), weighted=st.booleans())
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_top(problem: Problem, chunk: int, share: float, weighted: bool, dtype: torch.dtype) -> None:
     k = max(1, round(share * len(problem.W) / 4))
     weight = problem.weight if weighted else None
@@ -182,7 +182,7 @@ def test_top(problem: Problem, chunk: int, share: float, weighted: bool, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(problem=problems, chunk=st.integers(1, 8), k=st.integers(1, 6), weighted=st.booleans())
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_batch_top(problem: Problem, chunk: int, k: int, weighted: bool, dtype: torch.dtype) -> None:
     weight = problem.weight if weighted else None
     n_kept = min(k, len(problem.W)) * len(problem.x)
@@ -193,7 +193,7 @@ def test_batch_top(problem: Problem, chunk: int, k: int, weighted: bool, dtype: 
 
 
 @given(problem=problems, with_floor=st.booleans())
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_the_bfloat16_product_is_an_upper_bound_and_not_by_more_than_it_says(
     problem: Problem, with_floor: bool
 ) -> None:

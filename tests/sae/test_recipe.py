@@ -351,6 +351,7 @@ def _broken(folder: Path) -> dict[str, Any]:
 
 # Whether the model's weights may be loaded before it is found.
 BAD_SURROUNDINGS: dict[str, tuple[Callable[[Path], dict[str, Any]], type, str, str, bool]] = {
+    "rows longer than the model": (lambda f: {"context_size": 129}, ConfigError, "takes 128", "context_size", False),
     "block beyond the model": (lambda f: {"hook": "blocks.3.hook_resid_pre"}, ConfigError, "(0 to 2)", "hook", False),
     "no such text": (lambda f: {"text": [{"name": "a", "path": "no.jsonl"}]}, NotFound, "no.jsonl", "text.0", False),
     "no such model": (lambda f: {"model": "./none"}, NotFound, "none", "model", False),

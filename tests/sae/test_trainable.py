@@ -19,6 +19,7 @@ from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
 from saeffect.sae.training_config import Architecture, SaeTrainingConfig
+from saeffect.sae.training_log import loss_parts
 from saeffect.sae.training_step import TRAINABLE
 
 from .dense_losses import LOSSES, Answer, Dense
@@ -130,6 +131,9 @@ def test_losses_and_gradients_are_autograds(
     result = sae.accumulate_gradients(X, _inputs(config, dead=dead, dense_above=dense_above))
     _assert_is(result, sae, expected)
     assert 0 < int(result.fired.sum()) < N * D_SAE
+    # What is shown of the loss is all of it, under names that nothing else of a row has.
+    assert set(loss_parts(result.losses)) == set(result.losses)
+    assert not set(result.losses) & {"loss", "l0", "explained_variance", "dead", "gradient_norm", "learning_rate"}
     assert ("auxiliary" in result.losses) == (config.has_k and len(dead) > 0)
     assert ("pre_act" in result.losses) == (architecture == "jumprelu" and len(dead) > 0)
 

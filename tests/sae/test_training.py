@@ -19,10 +19,12 @@ from planted import planted_store, true_features
 from saeffect.activations.shards import ActivationStore
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
 from saeffect.models.checkpoint import Checkpoint
+from saeffect.sae import training_run
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.saelens_format import load_sae
 from saeffect.sae.training import SaeJob, train_sae, train_saes
 from saeffect.sae.training_config import Architecture, SaeTrainingConfig
+from saeffect.sae.training_figure import save_training_figure
 from saeffect.sae.training_step import TRAINABLE
 from saeffect.sole_writer import sole_writer
 
@@ -83,6 +85,13 @@ def test_what_is_left(whole: Path) -> None:
     assert (sae.cfg.d_sae, sae.cfg.k) == (32, 2)
 
 
+def test_the_curve_is_drawn(store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_run, "save_training_figure", save_training_figure)
+    train_saes(store, [SaeJob(SHORT, tmp_path, METADATA)])
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (tmp_path / "training.svg").read_bytes()
+
+
 def test_the_log(whole: Path) -> None:
     rows = _rows(whole)
     trained = [row for row in rows if row["kind"] == "train"]
@@ -106,9 +115,18 @@ def test_explained_variance_is_of_the_whole_batch(store: ActivationStore, tmp_pa
     assert row["l0"] == pytest.approx(float((sae.encode(x) > 0).sum() / 64))
 
 
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStore, Tensor]:
+    """(activations to train on, others to measure on)"""
+    folder = tmp_path_factory.mktemp("planted")
+    return planted_store(folder / "store", 16_384), planted_store(folder / "held_out", 2_000, seed=5).sample(2_000)
+
+
 @pytest.mark.parametrize("architecture", TRAINABLE)
-def test_planted_features_are_found(tmp_path: Path, architecture: Architecture) -> None:
-    store = planted_store(tmp_path / "store", 16_384)
+def test_planted_features_are_found(
+    planted: tuple[ActivationStore, Tensor], tmp_path: Path, architecture: Architecture
+) -> None:
+    store, x = planted
     own: dict[str, dict[str, Any]] = {
         "standard": {"l1_coefficient": 1.0},
         "gated": {"l1_coefficient": 1.0},
@@ -127,7 +145,6 @@ def test_planted_features_are_found(tmp_path: Path, architecture: Architecture) 
     rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     cosines = (true_features() @ rows.T).max(dim=1).values
     assert (cosines > 0.9).float().mean() > 0.8, cosines
-    x = planted_store(tmp_path / "held_out", 2_000, seed=5).sample(2_000)
     error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert 1 - error > 0.9
     assert (sae.encode(x) > 0).sum() / 2_000 < 6

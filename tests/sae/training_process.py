@@ -25,6 +25,7 @@ from saeffect.activations.shards import ActivationStore
 from saeffect.activations.source import ActivationSource
 from saeffect.errors import SaeffectError
 from saeffect.provenance import hash_file
+from saeffect.sae import training_run
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.training import SaeJob, train_saes
 from saeffect.sae.training_config import SaeTrainingConfig
@@ -73,6 +74,7 @@ class Spec:
         torch.set_num_threads(1)
         if self.most_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.most_bytes, self.most_bytes))
+        training_run.save_training_figure = lambda folder: None  # type: ignore[assignment,return-value]
         jobs = [SaeJob(SaeTrainingConfig(**config), out, METADATA, "float32") for out, config in self.jobs]
         slow = self.jobs[0][0] / "slow"
 

@@ -100,7 +100,7 @@ def test_zero_vectors_equal_no_intervention_exactly(lm):
 def test_batches_make_no_difference(dtype):
     lm = tiny_model(dtype)
     intervention = Intervention(AddVectors(vectors(7)))
-    seen = []
+    seen: list[tuple[int, int]] = []
     whole = generate(lm, HOOK, PROMPT, cells(7), SAMPLING, intervention=intervention)
     for batch_size in (1, 3):
         parts = generate(
@@ -114,7 +114,11 @@ def test_batches_make_no_difference(dtype):
             progress=lambda done, total: seen.append((done, total)),
         )
         assert parts == whole
-    assert seen == [(i, 7) for i in range(1, 8)] + [(3, 7), (6, 7), (7, 7)]
+    # Every token counts, over all rows, so that a batch of hours is seen to go on.
+    n = SAMPLING.max_new_tokens
+    one_by_one = [(i, 7 * n) for i in range(1, 7 * n + 1)]
+    threes = [(3 * n * batch + rows * i, 7 * n) for batch, rows in enumerate((3, 3, 1)) for i in range(1, n + 1)]
+    assert seen == one_by_one + threes
 
 
 def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):

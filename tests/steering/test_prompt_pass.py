@@ -9,10 +9,10 @@ import transformers
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.models.hooks import HOOK_KINDS, blocks, edited
 from saeffect.models.language_model import LanguageModel
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate, prompt_pass
 from saeffect.steering.key_value_memory import can_spread
 from saeffect.steering.prompt_pass import last_logits, read_prompt
-from steering.tiny_model import D_VOCAB, WordTokenizer
+from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]
 WIDTH = 32
@@ -157,3 +157,19 @@ def test_a_wrong_operator_is_told_and_no_hook_stays(any_lm):
     with pytest.raises(ShapeMismatch), torch.inference_mode():
         read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_lm.model.modules())
+
+
+def test_what_is_not_about_shapes_is_not_read_row_by_row(monkeypatch):
+    """Bloom's bias does not fit, which is said with sizes; a full memory is another matter and must be heard of."""
+    lm = tiny_model()
+    edit = Intervention(AddVectors(torch.ones(3, D_MODEL))).edit(2)
+    for error in (torch.OutOfMemoryError("CUDA out of memory: max_split_size_mb"), RuntimeError("can't allocate")):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr(prompt_pass, "_read_once", fail)
+        with pytest.raises(type(error), match=str(error)):
+            read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
+    misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")
+    assert prompt_pass._is_about_shapes(misfit)

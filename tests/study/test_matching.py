@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from saeffect.comparison import MatchTables
+from saeffect.comparison import MatchTables, correspondence
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
 from saeffect.provenance import write_json
@@ -267,3 +268,32 @@ def test_a_seed_twice_and_an_unknown_test_are_refused(tmp_path) -> None:
     with pytest.raises(UnknownName, match="domain_shard") as caught:
         check_study(Study.open(path))
     assert "domain_share" in str(caught.value)
+
+
+def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, whole, _ = seeded
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    before = {
+        name: pd.read_parquet(folder / "comparison" / f"{name}.parquet") for name in ("fates_control", "fates_null")
+    }
+    made: list[str] = []
+    make = correspondence._Pairs._matched
+
+    def counted(pairs, a, b):
+        made.append(f"{pairs.measure} {a.name} {b.name}")
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return make(pairs, a, b)
+
+    monkeypatch.setattr(correspondence._Pairs, "_matched", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, folder, stages=["match"], redo=True)
+    kept = sorted(folder.glob("partial/match/*.parquet"))
+    assert len(kept) == 3
+    kept[0].write_bytes(kept[0].read_bytes()[:-40])  # what is damaged is made anew
+    run_study(study, folder, stages=["match"], redo=True)
+    assert len(set(made)) == len(made) - 2  # the one that was under way, and the damaged one
+    assert not (folder / "partial").exists()
+    for name, table in before.items():
+        pd.testing.assert_frame_equal(pd.read_parquet(folder / "comparison" / f"{name}.parquet"), table)

@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from saeffect.study.run import run_study
-from saeffect.study.steering import _Chunks
 from saeffect.study.study import Study
 from study.test_run import tree
 from tiny_study import make_study
@@ -25,7 +23,7 @@ BEFORE = ("gate", "features", "coherence", "select", "match")
 # One feature a batch, so that each process has several; long enough to be killed in the middle.
 STEERING = {
     "prompts": ["The river", "My doctor said"],
-    "search_prompts": ["A window"],
+    "search_prompts": ["My heart"],
     "doses": [0.5, 1.0],
     "search_features": 2,
     "max_features": 6,
@@ -113,35 +111,18 @@ def test_a_killed_run_is_ended_by_another_number_of_processes(prepared: Path, tm
     arguments = ("steer", prepared / "study.yaml", "--out", run)
     processes = side_by_side(arguments, arguments)
 
-    def both_have_some() -> bool:
-        return all(any(run.glob(f"arms/treatment/partial-*/chunk-{rank:03d}-*")) for rank in (0, 1))
-
-    wait_until(both_have_some, processes)
+    wait_until(lambda: len(list(run.glob("partial/steer-treatment/*"))) >= 2, processes)
     for process in processes:
         process.kill()
         process.communicate()
     assert not (run / "arms/treatment/interventions.parquet").exists()
-    kept = {p: p.stat().st_mtime_ns for p in run.glob("arms/treatment/partial-*/chunk-*")}
+    kept = list(run.glob("partial/steer-treatment/*"))
     last = torchrun(3, *arguments)
     _, said = last.communicate()
     assert last.returncode == 0, said
     assert kept
+    assert not any(piece.exists() for piece in kept)
     assert steered(run) == steered(prepared / "alone")
-
-
-def test_chunks_of_all_processes_are_read_by_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank, number in ((0, 7), (1, 8), (1, 9), (0, 10)):
-        monkeypatch.setenv("RANK", str(rank))
-        _Chunks(tmp_path / "partial").add(pd.DataFrame({"feature": [number]}))
-    monkeypatch.setenv("RANK", "2")
-    chunks = _Chunks(tmp_path / "partial")
-    found = chunks.read()
-    assert found is not None
-    assert sorted(found["feature"]) == [7, 8, 9, 10]
-    chunks.remove()
-    assert not (tmp_path / "partial").exists()
-    assert chunks.read() is None
 
 
 def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> None:
@@ -179,7 +160,7 @@ def test_ctrl_c_stops_all_and_what_is_finished_is_kept(prepared: Path, tmp_path:
     shutil.copytree(prepared / "before", run)
     arguments = ("steer", prepared / "study.yaml", "--out", run)
     process = torchrun(2, *arguments)
-    wait_until(lambda: any(run.glob("arms/placebo/partial-*/chunk-*")), [process])
+    wait_until(lambda: any(run.glob("partial/steer-placebo/*.parquet")), [process])
     process.send_signal(signal.SIGINT)  # torchrun passes it on
     _, said = process.communicate()
     assert process.returncode != 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from saeffect.activations.harvest import TokenRows
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import LanguageModel
 from saeffect.study import residuals as module
-from saeffect.study.residuals import Residuals
+from saeffect.study.residuals import Residuals, machine_memory
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -92,12 +93,9 @@ def test_what_was_not_captured_to_its_end_is_not_kept(
     assert passes() == 3
 
 
-def test_the_oldest_makes_room(
-    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_oldest_makes_room(tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]) -> None:
     size = rows.ids.size * tiny_llama.d_model * tiny_llama.dtype.itemsize
-    monkeypatch.setattr(module, "_MOST_BYTES", 2 * size)
-    residuals, models = Residuals(), [replace(tiny_llama, identity=name) for name in "abc"]
+    residuals, models = Residuals(2 * size), [replace(tiny_llama, identity=name) for name in "abc"]
     for lm in models:
         everything(residuals, lm, rows)
     assert passes() == 9
@@ -106,8 +104,21 @@ def test_the_oldest_makes_room(
     assert passes() == 0
     everything(residuals, models[0], rows)
     assert passes() == 3
-    monkeypatch.setattr(module, "_MOST_BYTES", size - 1)
-    small = Residuals()
+    small = Residuals(size - 1)
     everything(small, models[0], rows)
     everything(small, models[0], rows)
     assert passes() == 6
+
+
+def test_an_eighth_of_the_memory_is_for_captures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pages = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(module.os, "sysconf", pages.__getitem__)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(module, "_CONTAINER_LIMITS", (str(limit),))
+    assert Residuals()._most_bytes == 512_000
+    limit.write_text("max\n")
+    assert machine_memory() == 4_096_000
+    limit.write_text("800000\n")  # a container with less
+    assert Residuals()._most_bytes == 100_000
+    monkeypatch.delattr(module.os, "sysconf")
+    assert machine_memory() == 800_000

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import shutil
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +13,7 @@ from saeffect.errors import ConfigError, InUse
 from saeffect.provenance import read_json
 from saeffect.sole_writer import sole_writer
 from saeffect.study.run import run_study
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -52,7 +56,7 @@ def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path]) -> N
     assert {"tables/table1.csv", "tables/table1.json", "tables/table2.csv"} <= names
     assert any(n.startswith("figures/") and n.endswith(".svg") for n in names)
     assert any(n.startswith("figures/") and n.endswith(".png") for n in names)
-    assert not any("partial-" in n or n.split("/")[-1].startswith(".") for n in names)
+    assert not any(n.startswith("partial/") or n.split("/")[-1].startswith(".") for n in names)
 
 
 def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
@@ -91,6 +95,36 @@ def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], t
         with pytest.raises(Killed):
             run_study(Study.open(path), tmp_path / "run", say=killer(when))
     run_study(Study.open(path), tmp_path / "run")
+    first, second = tree(run), tree(tmp_path / "run")
+    del first["manifest.json"], second["manifest.json"]
+    assert first == second
+
+
+def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = finished
+    shutil.copytree(run, tmp_path / "run")
+    again = partial(run_study, Study.open(path), tmp_path / "run", stages=("steer",))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_save", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again(redo=True)
+    # The dose search came first, so it was the one that was stopped; now an arm.
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "_remove_outdated", lambda self, key, outputs: key == "steer placebo" and 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again(redo=True)
+    kept = sorted((tmp_path / "run" / "partial" / "steer-placebo").iterdir())
+    assert kept
+    # One of them is damaged: it alone is made again.
+    damaged = bytearray(kept[0].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    kept[0].write_bytes(damaged)
+    (tmp_path / "run" / "arms" / "placebo" / "effects.parquet").unlink()
+    lines: list[str] = []
+    again(say=lines.append)
+    assert sum("is damaged, so what it holds is made again" in line for line in lines) == 1
     first, second = tree(run), tree(tmp_path / "run")
     del first["manifest.json"], second["manifest.json"]
     assert first == second
@@ -241,3 +275,30 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     assert set(search.loc[search["chosen"], "condition"]) == {"steered"}
     own = search[search["condition"] == "steered"].groupby("dose")["score"].mean()
     assert dose["dose"] == own.idxmax()
+
+
+def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = finished
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    monkeypatch.setattr("saeffect.study.dose_search.best_dose", lambda table: None)
+    lines: list[str] = []
+    run_study(Study.open(path), run, stages=["steer"], redo=True, say=lines.append)
+    run_study(Study.open(path), run, say=lines.append)
+    dose = read_json(run / "steering" / "dose.json")
+    assert dose["dose"] is None
+    assert dose["note"].startswith("no dose of the search made texts more similar to the features' top tokens")
+    assert f"  warning: no feature is steered: {dose['note']}" in lines
+    assert len(pd.read_parquet(run / "steering" / "dose_search.parquet").query("not chosen")) == 8
+    assert not list(run.glob("arms/*/interventions.parquet")) + list(run.glob("arms/*/effects.parquet"))
+    contrasts = pd.read_parquet(run / "comparison" / "contrasts.parquet").set_index(["quantity", "comparison"])
+    assert contrasts.loc[("pass_rate", "fine-tuning"), "reason"] == dose["note"]
+    assert math.isfinite(contrasts.loc[("domain_share", "fine-tuning"), "estimate"])  # the rest of the study stands
+    answer = read_json(run / "comparison" / "answer.json")
+    assert any(f"No feature was tested by steering ({dose['note']})" in one for one in answer["sentences"])
+    assert any(dose["note"] in one for one in answer["caveats"])
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "No dose was chosen" in page
+    assert "none: the search found no gain, so no feature was steered" in page

@@ -110,7 +110,7 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
 def test_the_search_runs_the_placebo_that_the_test_is_against(
     prepared: Path, tmp_path: Path, placebos: list[str]
 ) -> None:
-    several = {"doses": [0.5, 1.0], "search_prompts": ["A window"], "search_features": 1, "max_features": 1}
+    several = {"doses": [0.5, 1.0], "search_prompts": ["My heart"], "search_features": 1, "max_features": 1}
     folder = steered(prepared, tmp_path, placebos=placebos, baselines=[], **several)
     response = pd.read_parquet(folder / "steering" / "dose_response.parquet")
     assert set(response["condition"]) == {"steered", *placebos}

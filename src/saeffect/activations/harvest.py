@@ -119,8 +119,8 @@ def measure_norm_limit(activations: Tensor) -> NormLimit:
 def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
     """Bool `[batch, sequence]`: true where the residual is no outlier. The first position never counts.
 
-    The first token is the attention sink of most models: its residual is some 40 times as long as the others
-    and says nothing about the text.
+    The first token, BOS where rows begin with one, is the attention sink of most models: its residual is some 40 times
+    as long as the others and says nothing about the text.
     """
     kept = activations.float().norm(dim=-1) <= limit.limit
     kept[:, 0] = False
@@ -204,6 +204,8 @@ def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shar
         "dtype": str(lm.dtype).removeprefix("torch."),
         "text": rows.digest(),
         "rows_per_shard": rows_per_shard,
+        # What was harvested before this was known had none, and stays valid.
+        **({} if lm.bos_id is None else {"bos": lm.bos_id}),
     }
 
 
@@ -216,8 +218,8 @@ def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
     """Refuse what cannot be harvested, before anything heavy starts.
 
     Raises:
-        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; or a row has
-            fewer than two tokens (the first never counts).
+        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; a row has fewer
+            than two tokens (the first never counts); or rows lack the BOS token that this model's texts begin with.
         EmptySelection: No rows.
     """
     parse_hook(hook, lm.n_layers)
@@ -228,6 +230,12 @@ def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
             f"rows have {rows.context_size} token; expected at least 2.", at="context_size", fix="use longer rows."
         )
     lm.refuse_rows(rows.ids)
+    if lm.bos_id is not None and (rows.ids[:, 0] != lm.bos_id).any():
+        raise ConfigError(
+            f"texts of {lm.name} begin with the token {lm.bos_id} (BOS), but not every row does.",
+            at="bos",
+            fix="make the rows with LanguageModel.pack, or open the model with prepend_bos=False.",
+        )
 
 
 def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
@@ -255,12 +263,12 @@ def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLi
 
 
 def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLimit:
-    """The norm limit, measured on these rows.
+    """The norm limit, measured on these rows; a BOS in front does not count.
 
     Raises:
         BadFile: The model gives NaN or infinity.
     """
-    limit = measure_norm_limit(capture(lm, hook, _ids(ids)))
+    limit = measure_norm_limit(capture(lm, hook, _ids(ids))[:, lm.n_bos(ids[0]) :])
     if not np.isfinite(limit.median_norm):
         raise BadFile("the model's activations are not finite.", at=hook, fix="try dtype: float32.")
     return limit

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from saeffect.config import TextSource
 from saeffect.errors import EmptySelection, SaeffectError
 from saeffect.models.language_model import LanguageModel
-from saeffect.provenance import fingerprint, hash_file
+from saeffect.paths import user_path
+from saeffect.provenance import fingerprint, hash_folder
 from saeffect.text.corpora import is_held_out, read_corpus
-from saeffect.text.packing import interleave, pack, separator_id
+from saeffect.text.packing import interleave
 
 __all__ = ["RowSource", "StreamedText"]
 
@@ -72,11 +72,12 @@ class StreamedText:
 
     def identity(self) -> str:
         """SHA-256 of the files (of a dataset on the hub: its name), the tokenizer, and how they are packed."""
-        places = [Path(source.path).expanduser() for source in self.sources]
-        files = [hash_file(p) if p.is_file() else s.path for p, s in zip(places, self.sources, strict=True)]
+        places = [user_path(source.path) for source in self.sources]
+        files = [hash_folder(p) if p.exists() else s.path for p, s in zip(places, self.sources, strict=True)]
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
-        return fingerprint([files, fields, self.lm.tokenizer_fingerprint(), how])
+        bos = self.lm.bos_id
+        return fingerprint([files, fields, self.lm.tokenizer_fingerprint(), how, *([] if bos is None else [bos])])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
@@ -103,8 +104,7 @@ class StreamedText:
         try:
             texts = (t for t in read_corpus(source.path, field=source.field) if not is_held_out(t, self.held_out))
             mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
-            separator = separator_id(self.lm.tokenizer)
-            yield from pack(mixed, self.lm.encode, context_size=self.context_size, separator=separator)
+            yield from self.lm.pack(mixed, self.context_size)
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
 

@@ -29,7 +29,9 @@ from saeffect.text.tokens import printable_text
 
 __all__ = ["Narrator", "show", "show_error"]
 
-_LINE_EVERY = 10.0  # seconds between lines of progress where there is no terminal
+# Between lines of progress where there is no terminal: so many seconds at least, and a tenth of the work or half as
+# much time again. So there is a rate early on, and a day of work does not fill a log.
+_LINE_EVERY, _WORK, _TIME = 10.0, 0.1, 1.5
 
 
 class _Rate(ProgressColumn):
@@ -59,7 +61,7 @@ class Narrator:
         self._task: TaskID | None = None
         self._name = ""
         self._started = self._last = 0.0
-        self._first = 0
+        self._first = self._told = 0
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -69,7 +71,8 @@ class Narrator:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._bars:  # else it ends with an empty line
+            self._progress.stop()
 
     def __call__(self, line: str) -> None:
         words = printable_text(line).split(" ")
@@ -83,16 +86,22 @@ class Narrator:
         now = time.monotonic()
         if name != self._name:
             self._finish()
-            self._name, self._started, self._last, self._first = name, now, now, done
+            self._name, self._started, self._last = name, now, now
+            self._first = self._told = done
             if self._bars:
                 self._task = self._progress.add_task(name, total=total, completed=done, unit=unit)
         if self._task is not None:
             self._progress.update(self._task, completed=done, total=total)
-        elif now - self._last >= _LINE_EVERY and done > self._first:
-            self._last = now
+        elif done > self._told and self._is_due(now, (done - self._told) / total):
+            self._last, self._told = now, done
             rate = (done - self._first) / (now - self._started)
             left = (total - done) / rate
             self.console.print(f"  {name}: {done}/{total} {unit}, {rate:,.1f}/s, {left:.0f} s left")
+
+    def _is_due(self, now: float, share: float) -> bool:
+        """Whether a line is worth it, `share` of the work after the last one."""
+        much = share >= _WORK or now - self._started >= _TIME * (self._last - self._started)
+        return much and now - self._last >= _LINE_EVERY
 
     def _finish(self) -> None:
         if self._task is not None:

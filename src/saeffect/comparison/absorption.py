@@ -155,11 +155,11 @@ def _parents(
     fires = np.diff(here[:, parents].indptr) > 0
     union = float(fires.mean())
     reasons = [
-        (union < rules.min_recall, f"they fire on {100 * union:.0f} % of its tokens only"),
-        (cosine < rules.min_cosine, f"their sum has a cosine of only {cosine:.2f} with it"),
-        (cosine_p > rules.alpha, "their sum fits other features as well"),
+        (union >= rules.min_recall, f"they fire on {100 * union:.0f} % of its tokens only"),
+        (cosine >= rules.min_cosine, f"their sum has a cosine of only {cosine:.2f} with it"),
+        (cosine_p <= rules.alpha, "their sum fits other features as well"),
     ]
-    reason = next((text for fails, text in reasons if fails), "")
+    reason = next((text for holds, text in reasons if not holds), "")
     return {
         "absorbed": not reason,
         "absorbed_by": parents.tolist(),

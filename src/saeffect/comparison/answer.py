@@ -126,7 +126,7 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
     if beyond := having("beyond"):
         return _headline_beyond(beyond, [one for one in judged if one not in beyond], found)
     if unseparated := having("unseparated"):
-        why = "since the placebo has no interval here" if roles.placebos else "without a placebo arm"
+        why = "since the placebo shows no noise to compare with" if roles.placebos else "without a placebo arm"
         return (
             f"Control and treatment differ in the {_named(unseparated)}, but {why} "
             "we cannot tell fine-tuning from SAE noise."
@@ -196,7 +196,9 @@ def _scale_counts(table1: pd.DataFrame, roles: Roles, min_matches: int) -> str:
 def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float) -> str:
     counted = [name for name in roles.ordered if int(table1.loc[name, "tested"])]
     if not counted:
-        return "No feature was tested by steering, so nothing can be said about what the features cause."
+        reasons = list(dict.fromkeys(str(reason) for reason in table1["reason"]))
+        why = f" ({'; '.join(reasons)})"
+        return f"No feature was tested by steering{why}, so nothing can be said about what the features cause."
     ours, papers = [], []
     for name in counted:
         row = table1.loc[name]
@@ -281,6 +283,8 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
         if roles.placebos:
             reasons = [gap.reason for gap in (*judged.retraining, *judged.beyond) if gap.reason]
             why = reasons[0] if reasons else "no interval"
+            if all(gap.defined for gap in (*judged.retraining, *judged.beyond)):
+                why = "it equals the control here, which does not show how much SAEs of one model differ"
             return f"The placebo cannot be compared ({why}), so this may be SAE noise."
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
     apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])

@@ -18,7 +18,7 @@ _NEEDED = {
     "selection": ("feature", "matches", "matches_dot", "matches_cosine", "in_vocabulary", "is_domain"),
     "interventions": ("feature", "prompt", "sample", "condition", "dose", "similarity"),
     "direct_effects": ("feature", "prompt", "condition", "delta_logprob"),
-    "effects": ("feature", "n_pairs", "effect", "p", "passed", "paper_pass"),
+    "effects": ("feature", "n_pairs", "effect", "p", "passed", "paper_pass", "placebo"),
     "seeds": (
         *("sae", "feature", "top_tokens", "top_weights", "density", "mean_activation", "max_activation"),
         *("coherence", "n_known", "reason", "matches", "matches_dot", "matches_cosine", "in_vocabulary", "is_domain"),
@@ -41,6 +41,7 @@ class ArmFacts:
         training_tokens: Tokens that the SAE was trained on.
         training_text: Name of that text.
         training_text_sha256: Its hash: two texts of one name need not be equal.
+        bos: Whether texts begin with a BOS token; and those of the SAE's training, if they did otherwise.
         seed: Seed of the SAE's training.
         normalisation: How activations were scaled before the SAE.
         dtype: Number format of the SAE's weights.
@@ -61,6 +62,7 @@ class ArmFacts:
     training_tokens: int | None = None
     training_text: str | None = None
     training_text_sha256: str | None = None
+    bos: str | None = None
     seed: int | None = None
     normalisation: str | None = None
     dtype: str | None = None
@@ -87,6 +89,7 @@ class ArmTables:
         facts: How the arm was made.
         coverage_unique: Share of the distinct top tokens of domain features that the word vectors have,
             0 to 1; NaN if not measured.
+        unsteered: Why no feature was steered; "" where some were, or nobody asked for it.
         seeds: One row per further SAE of the same model (column `sae`) and feature, with the columns of features,
             coherence and selection; None without further SAEs.
     """
@@ -101,6 +104,7 @@ class ArmTables:
     effects: pd.DataFrame | None
     facts: ArmFacts
     coverage_unique: float = float("nan")
+    unsteered: str = ""
     seeds: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:

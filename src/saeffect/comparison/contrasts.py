@@ -27,6 +27,7 @@ from saeffect.comparison.measures import (
     match_counts_of,
     pass_counts,
     scale_count,
+    untested_reason,
     weights_of,
 )
 from saeffect.comparison.resampling import (
@@ -231,8 +232,9 @@ def _two_rows(pair: _Pair, quantity: str, label: str, a: tuple[int, int], b: tup
     values = tuple(k / n if n else _NAN for k, n in (a, b))
     pair_values = (values[0], values[1])
     if not (a[1] and b[1]):
-        arm = pair.b.name if a[1] else pair.a.name
-        difference = ratio = undefined(f"no feature to count in {arm}")
+        arm = pair.b if a[1] else pair.a
+        untested = untested_reason(arm) if quantity.endswith("pass_rate") else ""
+        difference = ratio = undefined(untested or f"no feature to count in {arm.name}")
         p = _NAN
     else:
         difference = newcombe_difference(*a, *b, level=LEVEL)

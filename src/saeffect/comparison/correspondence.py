@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from saeffect.comparison.matching_graph import assign
 from saeffect.comparison.resampling import Resampling
 from saeffect.errors import ConfigError
 
-__all__ = ["MEASURES", "Correspondence", "SaeView", "correspond"]
+__all__ = ["MEASURES", "Correspondence", "Keep", "SaeView", "correspond"]
 
 MEASURES = ("decoder cosine", "activation correlation")
 Say = Callable[[str], None]
@@ -76,6 +77,16 @@ class Correspondence:
     absorption: pd.DataFrame
 
 
+class Keep(Protocol):
+    """Where matchings are kept, so that a stopped comparison need not make them again."""
+
+    def read(self, measure: str, a: str, b: str) -> Matching | None:
+        """What was kept for these SAEs, by name; None for nothing."""
+
+    def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
+        """Keep it."""
+
+
 def correspond(
     control: SaeView,
     treatment: SaeView,
@@ -85,6 +96,7 @@ def correspond(
     rules: FateRules | None = None,
     resampling: Resampling | None = None,
     say: Say = lambda line: None,
+    keep: Keep | None = None,
 ) -> Correspondence:
     """Match the control's SAE with the treatment's, relative to other SAEs of the control's model.
 
@@ -96,6 +108,7 @@ def correspond(
         rules: The defaults if None.
         resampling: Seed and number of resamples.
         say: Receives `progress match <measure> <done> <total> pairs`.
+        keep: Where matchings are looked for and kept; nowhere if None.
 
     Raises:
         ConfigError: Two SAEs of one name.
@@ -110,7 +123,7 @@ def correspond(
         usable = [view for view in others if measure == MEASURES[0] or view.log is not None]
         if measure == MEASURES[1] and (control.log is None or treatment.log is None):
             continue
-        pairs = _Pairs(measure, 1 + len(usable) + len(usable) * (len(usable) + 1) // 2, say)
+        pairs = _Pairs(measure, 1 + len(usable) + len(usable) * (len(usable) + 1) // 2, say, keep)
         found = _fates_of(pairs, control, treatment, usable, rules, resampling)
         pieces.append(_measured(pairs, control, treatment, treatment_seeds, found))
         pieces[-1]["null"] = _nulls(pairs, [control, *usable], (control, treatment, found), rules, resampling)
@@ -128,10 +141,10 @@ def correspond(
 class _Pairs:
     """Matchings between SAEs by one measure, each made once and read either way."""
 
-    def __init__(self, measure: str, total: int, say: Say) -> None:
+    def __init__(self, measure: str, total: int, say: Say, keep: Keep | None) -> None:
         self.measure = measure
         self._kept: dict[tuple[str, str], Matching] = {}
-        self._total, self._say = total, say
+        self._total, self._say, self._keep = total, say, keep
 
     def of(self, a: SaeView, b: SaeView) -> Matching:
         if (b.name, a.name) in self._kept:
@@ -143,6 +156,14 @@ class _Pairs:
         return self._kept[a.name, b.name]
 
     def _made(self, a: SaeView, b: SaeView) -> Matching:
+        found = None if self._keep is None else self._keep.read(self.measure, a.name, b.name)
+        if found is None:
+            found = self._matched(a, b)
+            if self._keep is not None:
+                self._keep.write(self.measure, a.name, b.name, found)
+        return found
+
+    def _matched(self, a: SaeView, b: SaeView) -> Matching:
         if self.measure == MEASURES[0]:
             return match_decoders(a.W_dec, b.W_dec, n=_NEIGHBOURS, use_a=a.fires, use_b=b.fires)
         if a.log is None or b.log is None:

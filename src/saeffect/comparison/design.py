@@ -25,6 +25,7 @@ _WHY = {
     "training_tokens": "an SAE trained for longer has sharper features, whatever the model",
     "training_text": "an SAE learns what its text shows, so another text gives other domain features",
     "training_text_sha256": "texts of one name with different content give different features",
+    "bos": "many models are other, far worse ones without the token that they were trained to begin with",
     "normalisation": "activations on another scale change weights, doses and activations",
     "dtype": "another number format rounds weights differently; small, but not nothing",
 }
@@ -81,8 +82,8 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
 def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     if field == "role":
         return "intended", "The roles say what each arm is for."
-    if field in ("k", "tokenizer") and not any(_known(value) for value in values.values()):
-        return "same", ""  # only TopK has a k; nobody looked at the tokenizers
+    if field in ("k", "tokenizer", "bos") and not any(_known(value) for value in values.values()):
+        return "same", ""  # only TopK has a k; nobody looked at the tokenizers, or says anything of a BOS
     unknown = [name for name, value in values.items() if not _known(value)]
     if unknown:
         if len(unknown) == len(values):
@@ -92,6 +93,8 @@ def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str,
         return _judge_model(values, roles)
     if field == "seed":
         return _judge_seed(values, roles)
+    if field == "bos" and any("trained" in str(value) for value in values.values()):
+        return "flaw", f"The text does not begin as in the SAE's training: {_WHY[field]}."
     if len({str(value) for value in values.values()}) == 1:
         return "same", ""
     if field == "tokenizer" and not any(" cuts " in str(value) for value in values.values()):

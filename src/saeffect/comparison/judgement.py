@@ -76,7 +76,8 @@ class Judgement:
     Attributes:
         quantity: Its name in the contrasts.
         status: "undefined": no interval. "unseparated": the interval of treatment minus control excludes zero, but no
-            second SAE of the control's model can tell fine-tuning from SAE noise. "beyond": more than SAE noise.
+            second SAE of the control's model can tell fine-tuning from SAE noise: there is none, or none that differs
+            from the control's, which says nothing about how much others would. "beyond": more than SAE noise.
             "noise": not clearly more than that, though an interval (one SAE each, or all SAEs) excludes zero.
             "unclear": none does.
         change: Treatment minus control, one SAE each.
@@ -126,11 +127,11 @@ def exceeds_noise(change: Gap, retraining: Sequence[Gap], beyond: Sequence[Gap],
         change: Treatment minus control.
         retraining: Placebo minus control, each placebo.
         beyond: Treatment minus placebo, in the same order.
-        p: As `noise_p` gives it, if that is known from elsewhere; NaN if SAEs show no noise.
+        p: As `noise_p` gives it, if that is known from elsewhere; NaN, where SAEs show no noise, exceeds nothing.
     """
     p = noise_p(change, retraining) if p is None else p
     sides = [apart.sign for apart in beyond]
-    return change.sign != 0 and all(side == change.sign for side in sides) and not p > ALPHA
+    return change.sign != 0 and all(side == change.sign for side in sides) and p <= ALPHA
 
 
 def noise_p(change: Gap, retraining: Sequence[Gap]) -> float:
@@ -198,7 +199,7 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
         status = "noise" if change.sign or (seeds is not None and seeds.sign) else "unclear"
     elif change.sign == 0:
         status = "unclear"
-    elif not (retraining or seeds) or not all(gap.defined for gap in (*retraining, *beyond)):
+    elif not (retraining or seeds) or not all(gap.defined for gap in (*retraining, *beyond)) or math.isnan(p):
         status = "unseparated"
     else:
         status = "beyond" if exceeds_noise(change, retraining, beyond, p=p) else "noise"

@@ -23,11 +23,12 @@ __all__ = [
     "known_share",
     "match_counts_of",
     "pass_counts",
-    "placebo_among",
+    "placebo_of",
     "sae_value",
     "scale_count",
     "steered_minus_placebo",
     "top_token_coverage",
+    "untested_reason",
     "weights_of",
 ]
 
@@ -84,6 +85,21 @@ def pass_counts(arm: ArmTables) -> PassCounts:
     )
 
 
+def untested_reason(arm: ArmTables) -> str:
+    """Why no effect of steering could be tested in an arm; "" where one was."""
+    if pass_counts(arm).tested:
+        return ""
+    if not len(arm.domain):
+        return f"{arm.name} has no domain feature"
+    if arm.effects is None or arm.effects.empty:
+        return arm.unsteered or f"no feature of {arm.name} was steered"
+    reasons = arm.effects["reason"].replace("", pd.NA).dropna() if "reason" in arm.effects else pd.Series(dtype=str)
+    n = len(arm.effects)
+    said = f"{'the one feature' if n == 1 else f'none of the {n} features'} steered in {arm.name} has "
+    said += "no effect that is defined" if n == 1 else "an effect that is defined"
+    return said + (f": {reasons.mode().iloc[0]}" if len(reasons) else "")
+
+
 def coherence_of(arm: ArmTables) -> FloatArray:
     """Defined coherences of the domain features, in feature order; float64 [n_defined]."""
     return _finite(arm.of_domain(arm.coherence)["coherence"])
@@ -122,7 +138,7 @@ def weights_of(arm: ArmTables) -> Weights:
 
 def match_counts_of(arm: ArmTables) -> IntArray:
     """Top tokens in the vocabulary, every feature of the arm: int64 [n_features]."""
-    counts: IntArray = arm.selection["matches"].to_numpy(dtype=np.int64)
+    counts: IntArray = arm.selection.sort_values("feature")["matches"].to_numpy(dtype=np.int64)
     return counts
 
 
@@ -146,35 +162,30 @@ def direct_effect_of(arm: ArmTables) -> FloatArray:
     means = arm.direct_effects.pivot_table(
         index="feature", columns="condition", values="delta_logprob", aggfunc="mean", sort=True
     )
-    placebo = placebo_among(arm.direct_effects)
+    placebo = placebo_of(arm)
     if not {"steered", placebo} <= set(means.columns):
         return np.empty(0)
     return _finite(means["steered"] - means[placebo])
 
 
-def placebo_among(trials: pd.DataFrame) -> str:
-    """The condition that steering is compared with: features that resemble the steered one, where they were run.
-
-    Args:
-        trials: A table with a column condition.
-
-    Returns:
-        "matched" if there are such trials, else "random".
-    """
-    return "matched" if bool((trials["condition"] == "matched").any()) else "random"
+def placebo_of(arm: ArmTables) -> str:
+    """The condition that steering was tested against, as the arm's effects say; "" where nothing was steered."""
+    return "" if arm.effects is None or arm.effects.empty else str(arm.effects["placebo"].iloc[0])
 
 
-def steered_minus_placebo(trials: pd.DataFrame) -> pd.Series[Any]:
+def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
     """How much more similar a steered text is than its placebo, which shares prompt and sampling noise with it.
 
     Args:
-        trials: As `run_trials` gives them.
+        arm: Its interventions, and in its effects what the test was against.
 
     Returns:
         Difference in cosine similarity, indexed by feature, prompt and sample (its mean over doses); only where both
-        are defined, so possibly empty.
+        are defined, so empty where nothing was steered or that placebo was not run.
     """
-    placebo = placebo_among(trials)
+    placebo, trials = placebo_of(arm), arm.interventions
+    if trials is None:
+        return pd.Series(dtype=np.float64)
     wide = trials[trials["condition"].isin(["steered", placebo])].pivot_table(
         index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
     )

@@ -81,8 +81,9 @@ def paragraph(
     _quantities(text, found, judged, roles, _steering_control(arms))
     if not int(found.table1["tested"].sum()):
         steered = any(arm.effects is not None and len(arm.effects) for arm in arms.values())
-        why = "No steered feature could be tested" if steered else "No feature was steered"
-        text.say(f" {why}, so what the features cause is not known.")
+        said = "No steered feature could be tested" if steered else "No feature was steered"
+        why = next((f" ({arm.unsteered})" for arm in arms.values() if arm.unsteered), "")
+        text.say(f" {said}{why}, so what the features cause is not known.")
     _activity(text, arms, roles, found.matches.cross_activity, alpha)
     _fates(text, found.matches.fate_counts)
     _threats(text, found)
@@ -172,7 +173,7 @@ _CONTROLS = {
 def _steering_control(arms: Mapping[str, ArmTables]) -> str:
     """What the steered features had to beat."""
     for arm in arms.values():
-        if arm.effects is not None and len(arm.effects) and "placebo" in arm.effects:
+        if arm.effects is not None and len(arm.effects):
             return _CONTROLS.get(str(arm.effects["placebo"].iloc[0]), "their placebos")
     return "their placebos"
 

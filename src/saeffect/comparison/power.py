@@ -140,7 +140,7 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     if arm.interventions is None or arm.effects is None:
         return []
     tested = arm.effects[arm.effects["p"].notna()]
-    pairs = steered_minus_placebo(arm.interventions).dropna()
+    pairs = steered_minus_placebo(arm)
     groups = pairs.groupby(level="feature")
     units = [independent_values(one, one.index.get_level_values("prompt")) for _, one in groups]
     spreads = np.array([_sd(one) for one in units if len(one) > 1])

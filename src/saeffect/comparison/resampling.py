@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 LEVEL = 0.95
-_CHUNK = 500
+_CHUNK, _CELLS = 500, 10_000_000
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
@@ -186,16 +186,32 @@ def cliffs_delta_interval(a: FloatArray, b: FloatArray, value: float, resampling
     """Expanded percentile bootstrap interval around Cliff's delta `value` of b against a, independent samples."""
     if min(len(a), len(b)) < 2:
         return undefined(f"fewer than two features in an arm ({len(a)} and {len(b)})", len(a) + len(b), value)
-    signs = np.sign(b[None, :] - a[:, None])
     rng = np.random.default_rng(resampling.seed_for(name))
-    deltas = np.concatenate(
-        [
-            np.einsum("ij,ij->i", _draw(len(a), size, rng) @ signs, _draw(len(b), size, rng))
-            for size in _chunks(resampling.n_boot)
-        ]
-    ) / (len(a) * len(b))
-    low, high = _percentiles(deltas, min(len(a), len(b)))
+    sizes = _chunks(resampling.n_boot, max(len(a), len(b)))
+    margins = [_wins(a, b, _draw(len(a), size, rng), _draw(len(b), size, rng)) for size in sizes]
+    low, high = _percentiles(np.concatenate(margins) / (len(a) * len(b)), min(len(a), len(b)))
     return Estimate(value, low, high, len(a) + len(b))
+
+
+def _wins(a: FloatArray, b: FloatArray, times_a: FloatArray, times_b: FloatArray) -> FloatArray:
+    """Pairs in which b is larger minus those in which a is, with each value taken so many times: [n_resamples].
+
+    Sums over sorted values: a matrix of all pairs would not fit into memory where arms have many features. The sums are
+    of whole numbers, so they are exact.
+
+    Args:
+        a: Values, [n_a].
+        b: Values, [n_b].
+        times_a: How often each of a is taken, [n_resamples, n_a].
+        times_b: The same of b, [n_resamples, n_b].
+    """
+    order = np.argsort(a, kind="stable")
+    below = np.zeros((len(times_a), len(a) + 1))
+    np.cumsum(times_a[:, order], axis=1, out=below[:, 1:])
+    first, last = (np.searchsorted(a[order], b, side=side) for side in ("left", "right"))
+    # Below b lie `first` of a; above it all but `last`.
+    margins = below[:, first] + below[:, last] - below[:, -1:]
+    return np.asarray((times_b * margins).sum(axis=1))
 
 
 def _draw(n: int, size: int, rng: np.random.Generator) -> FloatArray:
@@ -204,12 +220,16 @@ def _draw(n: int, size: int, rng: np.random.Generator) -> FloatArray:
     return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
-def _chunks(total: int) -> list[int]:
-    return [min(_CHUNK, total - start) for start in range(0, total, _CHUNK)]
+def _chunks(total: int, n_units: int) -> list[int]:
+    """Resamples of `n_units` units at a time: where units are many they are fewer, so that memory stays bounded."""
+    some = max(1, min(_CHUNK, _CELLS // n_units))
+    return [min(some, total - start) for start in range(0, total, some)]
 
 
 def _bootstrap(sums: _Sums, moment: str, n_boot: int, rng: np.random.Generator) -> FloatArray:
-    return np.concatenate([sums.statistic(_draw(len(sums.n), size, rng), moment) for size in _chunks(n_boot)])
+    return np.concatenate(
+        [sums.statistic(_draw(len(sums.n), size, rng), moment) for size in _chunks(n_boot, len(sums.n))]
+    )
 
 
 def _permute(a: _Sums, b: _Sums, moment: str, observed: float, resampling: Resampling, name: str) -> float:
@@ -217,15 +237,17 @@ def _permute(a: _Sums, b: _Sums, moment: str, observed: float, resampling: Resam
     rng = np.random.default_rng(resampling.seed_for(name, "permutation"))
     both, n_a, n = a.joined(b), len(a.n), len(a.n) + len(b.n)
     shuffled = []
-    for size in _chunks(resampling.n_permutations):
+    for size in _chunks(resampling.n_permutations, n):
         in_a = (rng.random((size, n)).argsort(axis=1) < n_a).astype(np.float64)
         shuffled.append(both.statistic(1.0 - in_a, moment) - both.statistic(in_a, moment))
     return _two_sided_p(np.concatenate(shuffled), observed)
 
 
 def _two_sided_p(shuffled: FloatArray, observed: float) -> float:
-    # The slack keeps ties counted as ties when sums are added up in another order.
-    extreme = int(np.sum(np.abs(shuffled) >= abs(observed) * (1 - 1e-9) - 1e-12))
+    if not math.isfinite(observed):
+        return math.nan
+    # The slack keeps ties counted as ties when sums are added up in another order; what is undefined may be anything.
+    extreme = int(np.sum(~(np.abs(shuffled) < abs(observed) * (1 - 1e-9) - 1e-12)))
     return (extreme + 1) / (len(shuffled) + 1)
 
 

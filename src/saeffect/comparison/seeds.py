@@ -40,7 +40,8 @@ _OF_AN_SAE = tuple(name for name in QUANTITIES if not name.endswith(("_ratio", "
 
 
 def _shares(arm: ArmTables) -> FloatArray:
-    return arm.selection["is_domain"].to_numpy(dtype=np.float64)
+    # In the order of the numbers, as all that is resampled: the order of a table's rows must not change an interval.
+    return arm.selection.sort_values("feature")["is_domain"].to_numpy(dtype=np.float64)
 
 
 def _matches(arm: ArmTables) -> FloatArray:
@@ -222,7 +223,7 @@ def _effects(saes: Sequence[ArmTables], resampling: Resampling) -> _Side:
     for sae in saes:
         if sae.interventions is None:
             continue
-        effect = steered_minus_placebo(sae.interventions).groupby(level=["feature", "prompt"]).mean()
+        effect = steered_minus_placebo(sae).groupby(level=["feature", "prompt"]).mean()
         values.append(effect.to_numpy(dtype=np.float64))
         levels.append(effect.index.to_frame(index=False)[["feature"]])
         steered.append(sae)

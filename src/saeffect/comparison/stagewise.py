@@ -30,15 +30,11 @@ _TRAITS = ("density", "decoder_norm")
 
 
 class HasWeights(Protocol):
-    """Any SAE; `SparseAutoencoder` is one."""
+    """Any SAE; `SparseAutoencoder` is one. Its `b_enc` [d_sae] is looked for, or a gated one's `b_gate`."""
 
     @property
     def W_enc(self) -> Tensor:
         """[d_in, d_sae]."""
-
-    @property
-    def b_enc(self) -> Tensor | None:
-        """[d_sae], or None for an SAE without."""
 
     @property
     def W_dec(self) -> Tensor:
@@ -59,8 +55,9 @@ def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
 
     Returns:
         One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to
-        180) between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc
-        (NaN where there is none); `norm_ratio` of the decoder rows, end over start. NaN where a vector is 0.
+        180) between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a
+        gated SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start.
+        NaN where a vector is 0.
 
     Raises:
         ShapeMismatch: The SAEs differ in shape.
@@ -75,8 +72,9 @@ def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
         >>> rotations(a, b)[["decoder_rotation", "norm_ratio"]].to_numpy().tolist()
         [[90.0, 3.0], [0.0, 1.0]]
     """
-    for name in ("W_dec", "W_enc", "b_enc"):
-        first, second = getattr(start, name, None), getattr(end, name, None)
+    biases = _bias(start), _bias(end)
+    pairs = {"W_dec": (start.W_dec, end.W_dec), "W_enc": (start.W_enc, end.W_enc), "b_enc": biases}
+    for name, (first, second) in pairs.items():
         shapes = [None if one is None else list(one.shape) for one in (first, second)]
         if shapes[0] != shapes[1]:
             raise ShapeMismatch(
@@ -89,8 +87,8 @@ def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
     n = len(start.W_dec)
     norms = [_array(torch.linalg.vector_norm(one.W_dec.detach().double(), dim=1)) for one in (start, end)]
     bias = np.full(n, np.nan)
-    if start.b_enc is not None and end.b_enc is not None:
-        bias = _array(end.b_enc.detach().double() - start.b_enc.detach().double())
+    if biases[0] is not None and biases[1] is not None:
+        bias = _array(biases[1].detach().double() - biases[0].detach().double())
     return pd.DataFrame(
         {
             "feature": np.arange(n),
@@ -163,6 +161,12 @@ def stagewise(
     table["q"] = benjamini_hochberg(columns["p"])
     table["reason"] = pd.Series(reason, dtype="str")
     return table.sort_values("decoder_rotation", ascending=False, kind="stable", na_position="last", ignore_index=True)
+
+
+def _bias(sae: HasWeights) -> Tensor | None:
+    """What is added to the pre-activations, [d_sae]."""
+    found: Tensor | None = getattr(sae, "b_enc", None)
+    return getattr(sae, "b_gate", None) if found is None else found
 
 
 def _angle(first: Tensor, second: Tensor, chunk: int = 4096) -> FloatArray:

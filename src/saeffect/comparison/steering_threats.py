@@ -7,12 +7,15 @@ from collections.abc import Mapping
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.measures import untested_reason
 from saeffect.comparison.threat import Threat
-from saeffect.comparison.wording import joined, whole
+from saeffect.comparison.wording import joined, percent, whole
 
 __all__ = ["steering_threats"]
 
 _FEW = 20
+# Shares of texts without a similarity: from the first on effects are less sure, above the second they may be wrong.
+_SOME, _BROKEN = 0.05, 0.2
 
 
 def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.DataFrame) -> list[Threat]:
@@ -28,9 +31,10 @@ def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.Dat
     source = "comparison/table1.parquet: tested, domain_features"
     untested = [name for name, n in tested.items() if not n]
     if untested:
+        reasons = "; ".join(dict.fromkeys(untested_reason(arms[name]) for name in untested))
         found.append(
             Threat(
-                f"No feature of {joined(untested)} was tested by steering.",
+                f"No feature of {joined(untested)} was tested by steering: {reasons}.",
                 "moderate",
                 "Steer features of every arm, or make no claim about what features cause.",
                 source,
@@ -61,7 +65,28 @@ def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.Dat
                 source,
             )
         )
-    return found + _of_trials(arms, roles, any(tested.values()))
+    return found + _of_undefined(arms, roles) + _of_trials(arms, roles, any(tested.values()))
+
+
+def _of_undefined(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
+    """Texts without a similarity: they are left out of the test, and what broke them is left out with them."""
+    texts = {name: arms[name].interventions for name in roles.ordered}
+    undefined = {name: some["similarity"].isna() for name, some in texts.items() if some is not None and len(some)}
+    shares = {name: float(of_texts.mean()) for name, of_texts in undefined.items()}
+    worst = max(shares.values(), default=0.0)
+    if not worst:
+        return []
+    listed = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
+    return [
+        Threat(
+            f"Similarity was undefined in {listed}: no word of the text, or of the feature's top tokens, has a vector. "
+            "Such pairs are left out, so effects speak for the others.",
+            "serious" if worst > _BROKEN else "moderate" if worst > _SOME else "minor",
+            "Read the texts. Where steering breaks them, use a smaller dose; where they are of another language, use "
+            "word vectors that know it, or declare another outcome.",
+            "arms/*/interventions.parquet: similarity",
+        )
+    ]
 
 
 def _of_trials(arms: Mapping[str, ArmTables], roles: Roles, tested: bool) -> list[Threat]:

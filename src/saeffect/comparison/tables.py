@@ -18,8 +18,9 @@ from saeffect.comparison.measures import (
     known_share,
     match_counts_of,
     pass_counts,
-    placebo_among,
+    placebo_of,
     scale_count,
+    untested_reason,
     weights_of,
 )
 from saeffect.comparison.resampling import LEVEL, Resampling, undefined
@@ -44,7 +45,8 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
         Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`,
         `passed`, `paper_passed`), shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`), and
         means: cosine similarity of steered, unsteered and placebo trials, and effect of tested features.
-        Their 95 % intervals resample whole features, with all their trials. NaN if nothing was tested.
+        Their 95 % intervals resample whole features, with all their trials. NaN if nothing was tested; `reason` says
+        why not.
     """
     rows = []
     for name, arm in arms.items():
@@ -66,7 +68,7 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
             "paper_passed": counts.paper_passed,
             "paper_rate": _rate(counts.paper_passed, counts.paper_tested).value,
         }
-        placebo = "random" if arm.interventions is None else placebo_among(arm.interventions)
+        placebo = placebo_of(arm)
         for column, condition in (("steered", "steered"), ("unsteered", "unsteered"), ("placebo", placebo)):
             values, features = condition_similarities(arm, condition)
             mean = _clustered_mean(values, features, resampling, f"table1|{name}|{condition}")
@@ -74,6 +76,7 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
         effects = effect_of(arm)
         effect = _clustered_mean(effects, np.arange(len(effects)), resampling, f"table1|{name}|effect")
         row |= {"effect_mean": effect.value, "effect_low": effect.low, "effect_high": effect.high}
+        row["reason"] = untested_reason(arm)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -123,13 +123,20 @@ def _of_gate(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
     }
     for field, (worst, poor) in _POOR.items():
         values = {name: getattr(arms[name].facts, field) for name in roles.ordered}
-        low = {name: float(value) for name, value in values.items() if value is not None and float(value) < poor}
+        # An undefined value is as bad as the worst: nothing says that the SAE fits.
+        low = {name: float(value) for name, value in values.items() if value is not None and not float(value) >= poor}
         if low:
-            parts = joined([f"{name}'s SAE {words[field].format(share=percent(share))}" for name, share in low.items()])
+            parts = joined(
+                [
+                    f"{name}'s SAE "
+                    + words[field].format(share="an undefined share" if math.isnan(share) else percent(share))
+                    for name, share in low.items()
+                ]
+            )
             found.append(
                 Threat(
                     f"{parts}: what it leaves out cannot show as a feature.",
-                    "serious" if min(low.values()) < worst else "moderate",
+                    "moderate" if all(share >= worst for share in low.values()) else "serious",
                     "Train the SAE longer or wider, at a hook where it fits.",
                     f"comparison/design.parquet: {field}",
                 )

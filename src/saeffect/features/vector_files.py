@@ -10,10 +10,12 @@ import gzip
 import hashlib
 import io
 import itertools
+import math
 import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeffect.errors import BadFile, NotFound
+from saeffect.paths import refuse_special
 
 __all__ = ["VECTOR_SUFFIXES", "read_vectors"]
 
@@ -30,6 +33,12 @@ VECTOR_SUFFIXES = frozenset({".txt", ".vec", ".gz", ".bin", ".npz", ".safetensor
 _PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
 _LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
 _LARGEST_DIM = 100_000
+_LONGEST_LINE = 1 << 22  # bytes
+# Numbers of real vectors shrink to a third or so. What shrinks more than this, beyond a size that does no harm, holds
+# next to nothing and would fill the memory.
+_MOST_SHRUNK = 50
+_HARMLESS = 1 << 28  # bytes
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
@@ -42,6 +51,7 @@ def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
         NotFound: The list of words beside a `.safetensors` is missing.
         BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
     """
+    refuse_special(path, "file of word vectors")
     if path.is_dir():
         raise BadFile("this is a folder; a file of word vectors was expected.", at=str(path))
     if path.stat().st_size == 0:
@@ -63,17 +73,35 @@ def _read(path: Path) -> tuple[list[str], FloatArray]:
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
+        most = max(_HARMLESS, _MOST_SHRUNK * path.stat().st_size) if packed else path.stat().st_size
         stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if packed else raw
-        start = stream.peek(8)[:8]
+        if stream.peek(3).startswith(_BYTE_ORDER_MARK):
+            stream.read(3)
+        start = stream.peek(_LONGEST_WORD)
         if start.startswith(b"\x80"):  # every pickle since protocol 2; no UTF-8 text starts so
             raise _pickle(path)
         if start.startswith((b"PK", b"\x93NUMPY")):
             return _read_npz(path)
-        if ".bin" in suffixes[-2:]:
-            return _read_binary(stream, path)
         if suffixes and suffixes[-1] in _PICKLE_SUFFIXES and not re.match(rb"\d+[ \t]\d", start):
             raise _pickle(path)
-        return _read_text(stream, path)
+        if _is_binary(start):
+            return _read_binary(stream, path, most)
+        return _read_text(stream, path, most)
+
+
+def _is_binary(start: bytes) -> bool:
+    """Whether a file begins as word2vec's binary format does, or at any rate not as text.
+
+    Example:
+        >>> _is_binary(b"2 1\\ncat " + bytes(4)), _is_binary(b"2 1\\ncat 0.5\\n"), _is_binary("œ 0.5".encode())
+        (True, False, False)
+    """
+    if re.search(rb"[\x00-\x08\x0e-\x1f]", start):
+        return True
+    # Numbers without such bytes are rare: after a header, what follows a word of text is a number in letters.
+    header, _, row = start.partition(b"\n")
+    numbers = row.partition(b" ")[2][:4]
+    return _counts(header) is not None and re.match(rb"[-+.\dInin \t]", numbers or b"0") is None
 
 
 def _pickle(path: Path) -> BadFile:
@@ -93,9 +121,9 @@ def _counts(line: bytes) -> tuple[int, int] | None:
     return int(fields[0]), int(fields[1])
 
 
-def _read_text(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
+def _read_text(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], FloatArray]:
     """GloVe text, or word2vec text where the first line is `count dim`."""
-    first = stream.readline()
+    first = stream.readline(_LONGEST_LINE)
     if not first.strip():
         raise BadFile("the file starts with an empty line; `word x1 ... xd` was expected.", at=f"{path}, line 1")
     header = _counts(first)
@@ -108,9 +136,15 @@ def _read_text(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
         )
     words: list[str] = []
     numbers = bytearray()  # grows with the rows that are there, not with what a header promises
-    line_number = 1 if header else 0
-    for line in stream if header else itertools.chain([first], stream):
-        line_number += 1
+    line_number, length, blank = 1 if header else 0, 0, 0
+    for line in itertools.chain([] if header else [first], iter(partial(stream.readline, _LONGEST_LINE), b"")):
+        line_number, length = line_number + 1, length + len(line)
+        _check_length(length, most, path)
+        if not line.strip() and blank in (0, line_number - 1):  # at the end they do no harm
+            blank = line_number
+            continue
+        if blank:
+            raise BadFile("this line is blank; a word and its numbers were expected.", at=f"{path}, line {blank}")
         word, row = _parse_line(line, dim, f"{path}, line {line_number}")
         words.append(word)
         numbers += row.tobytes()
@@ -135,7 +169,7 @@ def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
         raise BadFile(
             f"the word is not UTF-8: {fields[0][:40]!r}.",
             at=at,
-            fix="convert the file to UTF-8; a word2vec binary file must be called .bin.",
+            fix="convert the file to UTF-8.",
         ) from error
     try:
         row = np.array(fields[1:], dtype=np.float32)
@@ -172,14 +206,23 @@ def _check_count(found: int, promised: int | None, at: str) -> None:
         )
 
 
-def _read_binary(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
+def _check_length(found: int, most: int, path: Path) -> None:
+    if found > most:
+        raise BadFile(
+            f"unpacked, this file has more than {most:,} bytes, far more than word vectors could have.",
+            at=str(path),
+            fix="unpack it, if it is what you meant.",
+        )
+
+
+def _read_binary(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], FloatArray]:
     """word2vec binary: `count dim`, then for each word its bytes, a space, and dim little-endian float32."""
     header = _counts(stream.readline(256))
     if header is None or not 1 <= header[1] <= _LARGEST_DIM:
         raise BadFile(
-            "the first line of a word2vec binary file is `count dim`; this one is not.",
+            "this is no text, and the first line of a word2vec binary file is `count dim`; this one is not.",
             at=f"{path}, line 1",
-            fix="a text file must not be called .bin; fastText's own .bin is not supported, its .vec is.",
+            fix="give GloVe or word2vec vectors; fastText's own .bin is not supported, its .vec is.",
         )
     count, dim = header
     words: list[str] = []
@@ -187,6 +230,7 @@ def _read_binary(stream: BinaryIO, path: Path) -> tuple[list[str], FloatArray]:
     for word, row in _binary_records(stream, dim, path):
         words.append(word)
         numbers += row
+        _check_length(len(numbers), most, path)
         if len(words) == count:
             break
     _check_count(len(words), count, f"{path}, word {len(words)}")
@@ -215,9 +259,41 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
         yield word, row
 
 
+def _check_npz(path: Path) -> None:
+    """Compare what the two arrays of an .npz say of themselves with each other and with the file, before reading.
+
+    Raises:
+        BadFile: A zip of other files, or arrays that no word vectors have.
+        ValueError, KeyError, RuntimeError, zipfile.BadZipFile: It is no .npz.
+    """
+    sizes = {}
+    with zipfile.ZipFile(path) as archive:
+        texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
+        if texts:
+            raise BadFile(
+                f"this is a zip with {', '.join(texts[:5])}.", at=str(path), fix="unzip it and give one of these files."
+            )
+        for name in ("words", "vectors"):
+            member = archive.getinfo(f"{name}.npy")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                sizes[name], _, dtype = read(file)
+            if dtype.hasobject:
+                raise ValueError(f"{name} is an array of objects, which is a pickle, and pickles are never loaded")
+            taken = math.prod(sizes[name]) * dtype.itemsize
+            room = max(_HARMLESS, _MOST_SHRUNK * member.compress_size)
+            if taken > room or taken > member.file_size:
+                raise ValueError(f"{name} would take {taken:,} bytes of memory, which the file does not hold")
+    (n, *_), (rows, *_) = (*sizes["words"], 0), (*sizes["vectors"], 0)
+    if n != rows:
+        raise BadFile(f"{n} words do not fit vectors of shape {list(sizes['vectors'])}.", at=str(path))
+
+
 def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
     shape = "two arrays, `words` (text, [n]) and `vectors` (numbers, [n, dim])"
     try:
+        _check_npz(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]
     except (
@@ -226,11 +302,15 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
         TypeError,
         AttributeError,
         EOFError,
+        OverflowError,
+        MemoryError,
+        RuntimeError,  # encrypted
+        NotImplementedError,  # packed in a way that zipfile does not know
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
         raise BadFile(
-            f"an .npz with {shape} was expected ({error}).",
+            f"an .npz with {shape} was expected ({str(error) or type(error).__name__}).",
             at=str(path),
             fix='np.savez("vectors.npz", words=np.array(words), vectors=vectors) makes one.',
         ) from error
@@ -253,6 +333,7 @@ def _read_safetensors(path: Path) -> tuple[list[str], FloatArray]:
     from safetensors import SafetensorError, safe_open
 
     words_path = path.with_suffix(".words.txt")
+    refuse_special(words_path, "list of words")
     try:
         data = words_path.read_bytes()
     except FileNotFoundError as error:

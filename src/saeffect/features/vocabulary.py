@@ -9,6 +9,8 @@ must match.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -34,6 +36,9 @@ __all__ = [
     "select",
 ]
 
+# What separates the columns of a table; a comma between two digits is a name's ("1,25-dihydroxyvitamin").
+_OF_A_TABLE = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
+_QUOTES = frozenset("\"'“”„‘’«»")
 _TOKEN_COLUMNS = ("top_tokens", "top_tokens_dot", "top_tokens_cosine")
 _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
 
@@ -54,10 +59,19 @@ class Vocabulary:
 
     def __contains__(self, token: object) -> bool:
         """Whether the word of a token is in the list; `token` may still have its space mark and its case."""
-        return isinstance(token, str) and normalise_token(token) in self.words
+        return isinstance(token, str) and unicodedata.normalize("NFC", normalise_token(token)) in self.words
 
     def __len__(self) -> int:
         return len(self.words)
+
+    def unmatched(self, tokens: Iterable[str]) -> list[str]:
+        """The words that none of these tokens is: they can never be found among top tokens. Sorted.
+
+        Example:
+            >>> Vocabulary("two", frozenset({"cancer", "spirochaete"}), sha256="").unmatched(["Ġcancer", "Ġspir"])
+            ['spirochaete']
+        """
+        return sorted(self.words - {unicodedata.normalize("NFC", normalise_token(token)) for token in tokens})
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,14 +101,16 @@ def bundled_vocabularies() -> list[str]:
 def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """Read a word list: a bundled one by its name, or a text file.
 
-    A file holds one word a line, in UTF-8; `#` starts a comment; case and leading space marks do not matter.
+    A file holds one word a line, in UTF-8; `#` starts a comment; case, leading space marks, quotation marks around a
+    word and characters that are not seen do not matter.
     The name of a bundled list wins over a file of that name in the current folder: write
     `./medical` for the file.
 
     Raises:
         UnknownName: Neither the name of a bundled list nor a path (no folder, no suffix, no such file).
         NotFound: A path at which there is no file.
-        BadFile: Not UTF-8, or more than one word on a line; the message gives the place.
+        BadFile: Not UTF-8, or a line with several words or columns; the message gives the place.
+        ConfigError: It can be no path.
         EmptySelection: Not one word.
 
     Example:
@@ -283,16 +299,34 @@ def _require_columns(table: pd.DataFrame, columns: Sequence[str], what: str, arm
 def _words(text: str, *, at: str) -> list[str]:
     words = []
     for number, line in enumerate(text.splitlines(), start=1):
-        entry = normalise_token(line.split("#", 1)[0])
-        if len(entry.split()) > 1:
+        entry = _word(line.split("#", 1)[0])
+        if len(entry.split()) > 1 or _OF_A_TABLE.search(entry):
             raise BadFile(
                 f"a line holds one word, as a top token is one word at most. Got {entry[:60]!r} instead.",
                 at=f"{at}, line {number}",
-                fix="put each word on a line of its own.",
+                fix="put each word on a line of its own; of a table, keep the column of words alone.",
             )
         if entry:
             words.append(entry)
     return words
+
+
+def _word(entry: str) -> str:
+    """The form in which the words of lists and of tokens are compared.
+
+    Letters and their accents are one code point where Unicode has it, as in nearly all tokenizers; macOS and PDFs
+    take them apart. What is not seen (zero-width characters, soft hyphens, byte order marks) and quotation marks
+    around the word go.
+
+    Example:
+        >>> [_word(entry) for entry in ("Cancer\\u200b", '"cancer"', "be\\u0301nigne")]
+        ['cancer', 'cancer', 'bénigne']
+    """
+    seen = "".join(c for c in unicodedata.normalize("NFC", entry) if c.isascii() or unicodedata.category(c) != "Cf")
+    word = normalise_token(seen)
+    if len(word) > 2 and word[0] in _QUOTES and word[-1] in _QUOTES:
+        word = normalise_token(word[1:-1])
+    return word
 
 
 def _bundled_folder() -> Traversable:

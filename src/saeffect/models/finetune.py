@@ -7,6 +7,7 @@ held-out perplexities before and after that go into the model card.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from saeffect.config import ModelConfig, StrictModel
+from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.interruption import Interruption
 from saeffect.models.checkpoint import Checkpoint
@@ -29,8 +30,8 @@ from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_language_model, quiet_transformers
 from saeffect.models.training_folder import TrainingFolder
 from saeffect.provenance import atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.text.bos import prepends
 from saeffect.text.corpora import is_held_out, read_corpus
-from saeffect.text.packing import pack, separator_id
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
 
@@ -46,6 +47,11 @@ class FinetuneConfig(StrictModel):
     text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
     control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
     field: str = Field("text", description="Which field of a row holds the text.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
+        " does.",
+    )
     licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
     held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
     rank: int = Field(16, ge=1, description="Of the LoRA matrices.")
@@ -69,11 +75,13 @@ class FinetuneResult:
         folder: The adapter, in PEFT's layout, with README.md and training.json.
         perplexity: Per text ("training", "control"): (before, after), on held-out rows.
         tokens: Training tokens seen.
+        prepend_bos: Whether each row began with the tokenizer's BOS token.
     """
 
     folder: Path
     perplexity: Mapping[str, tuple[float, float]]
     tokens: int
+    prepend_bos: bool = False
 
 
 def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None) -> FinetuneResult:
@@ -97,6 +105,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, say=say, at="model")
+    lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
     train, held_out = _rows(config, lm)
     for rows in (train, *held_out.values()):
         lm.refuse_rows(rows)
@@ -110,7 +119,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
         say("finished before; nothing to do")
     note = read_json(out / _NOTE)
     measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
-    result = FinetuneResult(out, measured, note["tokens"])
+    result = FinetuneResult(out, measured, note["tokens"], bool(note.get("prepend_bos")))
     folder.checkpoint.drop_all()
     if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
         with atomic_path(out / _CARD) as temporary:
@@ -122,7 +131,7 @@ def _made_by(
     config: FinetuneConfig, lm: LanguageModel, train: NDArray[np.int32], held_out: Mapping[str, NDArray[np.int32]]
 ) -> str:
     """Fingerprint of everything that decides the adapter: of texts and model the contents, wherever they lie."""
-    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "checkpoint_every"})
+    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
     rows = {name: rows.tobytes().hex() for name, rows in {"": train, **held_out}.items()}
     return fingerprint([recipe, lm.identity, rows])
 
@@ -150,6 +159,7 @@ def _make(
     note = {
         "recipe": recipe,
         "tokens": config.steps * config.batch_size * config.context_size,
+        "prepend_bos": lm.bos_id is not None,
         "final_loss": loss,
         "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
         "versions": versions(),
@@ -215,7 +225,7 @@ def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
 
 @torch.inference_mode()
 def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross-entropy over all rows.
+    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
 
     Args:
         model: A causal language model of transformers.
@@ -256,14 +266,12 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
 
 def _rows(config: FinetuneConfig, lm: LanguageModel) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
     """Training rows in a seeded order, and held-out rows of each text."""
-    separator = separator_id(lm.tokenizer)
 
     def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
         texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
         # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
         order = np.random.default_rng(config.seed).permutation(len(texts))
-        rows = pack((texts[i] for i in order), lm.encode, context_size=config.context_size, separator=separator)
-        return np.stack(list(islice(rows, limit)))
+        return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
 
     try:
         train = packed(config.text, False, config.steps * config.batch_size)
@@ -336,7 +344,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
             f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
-            f" {recipe['seed']}.",
+            f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),
             "Perplexity on held-out documents:",

@@ -6,27 +6,22 @@ transformers folder, under the hash of the file, the number format and the versi
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from saeffect.errors import BadFile, ConfigError, NotFound, first_line
-from saeffect.models.embedded import cache_folder
-from saeffect.provenance import fingerprint, hash_file, write_json
+from saeffect.models.cached_folder import cache_folder, cached
+from saeffect.provenance import fingerprint, hash_file
 
 __all__ = ["choose_gguf", "converted_folder", "gguf_header"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Written last: its presence says that the folder is whole.
-_NOTE = "saeffect.json"
 
 
 def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
@@ -94,42 +89,18 @@ def converted_folder(
     Raises:
         BadFile: The cache cannot be written to, or has no room.
     """
-    from filelock import FileLock
-
     number_format = str(dtype).removeprefix("torch.")
     made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
     source = hash_file(path)
     home = cache_folder() / "converted"
-    folder = home / fingerprint([source, number_format, made_by])[:32]
-    if (folder / _NOTE).is_file():
-        return folder
-    with _room_for(home):
-        home.mkdir(parents=True, exist_ok=True)
-        # Others wait for the one that converts, and find the folder when it is done.
-        with FileLock(home / f".{folder.name}.lock"):
-            if (folder / _NOTE).is_file():
-                return folder
-            if say is not None:
-                say(f"converting {path.name} to {number_format} (once, kept in {home})")
-            with tempfile.TemporaryDirectory(dir=home, prefix=".converting-") as scratch:
-                made = Path(scratch) / "model"
-                convert(made)
-                write_json(made / _NOTE, {"source": path.name, "sha256": source, "dtype": number_format, **made_by})
-                shutil.rmtree(folder, ignore_errors=True)
-                made.replace(folder)
-    return folder
 
+    def make(target: Path) -> None:
+        if say is not None:
+            say(f"converting {path.name} to {number_format} (once, kept in {home})")
+        convert(target)
 
-@contextlib.contextmanager
-def _room_for(home: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise BadFile(
-            f"converted weights cannot be kept: {error.strerror or first_line(error)}.",
-            at=str(home),
-            fix="make room or permit writing there, or set SAEFFECT_CACHE to another folder.",
-        ) from error
+    note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
+    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, say=say)
 
 
 def _is_model(header: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from saeffect.models.tokenizers import (
     token_texts,
     tokenizer_identity,
 )
+from saeffect.text.bos import begun, bos_of
+from saeffect.text.packing import pack, separator_id
 
 if TYPE_CHECKING:
     from saeffect.models.adapters import MergedAdapter
@@ -38,6 +40,7 @@ class LanguageModel:
         identity: SHA-256 of the files it came from, for fingerprints.
         adapter: What merging its adapter was seen to do; None without one.
         shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
+        prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
     """
 
     model: Any
@@ -46,6 +49,7 @@ class LanguageModel:
     identity: str = ""
     adapter: MergedAdapter | None = None
     shared: frozenset[int] | None = None
+    prepend_bos: bool | None = None
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.model.parameters())
@@ -105,9 +109,38 @@ class LanguageModel:
                 fix="make the rows with the tokenizer that was saved with this model, or resize the model's embedding.",
             )
 
+    @functools.cached_property
+    def bos_id(self) -> int | None:
+        """The token that every row of text and every prompt begins with; None for none.
+
+        Nothing is measured at it and no intervention touches it; what comes after is predicted from it.
+
+        Raises:
+            ConfigError: There is to be one and the tokenizer has none, or it puts several before a text.
+        """
+        return bos_of(self.tokenizer, self.prepend_bos)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
+        """Token ids of a piece of text, without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that the model is to go on from: as `encode`, after the BOS token if there is one."""
+        return begun(self.encode(text), self.bos_id)
+
+    def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
+        """How many tokens at the beginning of a row or a prompt are BOS, 0 or 1: they are no text."""
+        return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
+
+    def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
+        """Documents as rows of equal length for this model, see `saeffect.text.packing.pack`.
+
+        Raises:
+            ConfigError: The tokenizer has no token to put between documents.
+            EmptySelection: The whole text is shorter than one row.
+        """
+        separator = separator_id(self.tokenizer)
+        return pack(texts, self.encode, context_size=context_size, separator=separator, bos=self.bos_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """What token ids add to the text before them, special tokens left out, spaces as they are."""

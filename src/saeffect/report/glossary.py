@@ -94,7 +94,8 @@ _MEANINGS: Mapping[str, tuple[str, str]] = {
     "dose": ("dose", "{dose}"),
     "dose_score": (
         "score",
-        "gain × fluency, averaged over texts; it is highest where steering works and the text still reads well.",
+        "gain × fluency, averaged over texts, where a loss counts whole; it is highest where steering works and the "
+        "text still reads well.",
     ),
     "explained_variance": (
         "explained variance",

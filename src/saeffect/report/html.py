@@ -28,6 +28,7 @@ from saeffect.report.steering_section import SteeringSection, steering_section, 
 from saeffect.report.study_tables import design_table, field_label, gate_table, same_in_every_arm
 from saeffect.report.table_view import TableView
 from saeffect.report.traced import traced_paragraph
+from saeffect.text.tokens import printable_text
 
 __all__ = ["render_report", "write_report"]
 
@@ -120,6 +121,7 @@ def _environment(numbers: Numbering) -> Environment:
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
         autoescape=True,
+        finalize=_seen,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -128,6 +130,13 @@ def _environment(numbers: Numbering) -> Environment:
     environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment
+
+
+def _seen(value: Any) -> Any:
+    """What a template writes, without anything that acts on the page around it; markup stays markup."""
+    if isinstance(value, str):
+        return type(value)(printable_text(value))
+    return value
 
 
 def _read(name: str) -> str:

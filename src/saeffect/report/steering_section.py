@@ -127,7 +127,8 @@ def _caveat(results: SteeringResults | None) -> str:
 def _limits(results: SteeringResults | None, tested: Mapping[str, int]) -> tuple[str, ...]:
     """What cannot be concluded, one sentence each."""
     if not any(tested.values()) and (results is None or not _tables(results)):
-        return ("No feature was steered, so nothing can be said about what the features cause.",)
+        why = f" ({results.dose_note})" if results is not None and results.dose is None and results.dose_note else ""
+        return (f"No feature was steered{why}, so nothing can be said about what the features cause.",)
     found = []
     if results is not None and not results.placebos:
         found.append(
@@ -147,8 +148,10 @@ def _limits(results: SteeringResults | None, tested: Mapping[str, int]) -> tuple
 
 
 def _doses(results: SteeringResults | None, context: ReportContext) -> tuple[str, ...]:
-    if results is None or results.dose is None:
+    if results is None:
         return ()
+    if results.dose is None:
+        return (f"No dose was chosen: {results.dose_note}.",) if results.dose_note else ()
     if results.operator == "ablate":
         return ("An ablation has one dose, so there is no dose-response curve.",)
     if context.doses is None and results.dose_response is None:

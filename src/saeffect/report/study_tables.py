@@ -23,6 +23,7 @@ _FIELDS = {
     "d_sae": "features (d_sae)",
     "k": "active per token (k)",
     "training_text_sha256": "training text, SHA-256",
+    "bos": "beginning of texts (BOS)",
     "ce_loss_score": "CE loss score",
     "l0": "L0",
     "dead_share": "share of dead features",

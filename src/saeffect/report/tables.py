@@ -117,7 +117,7 @@ def _field(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float):
+    if isinstance(value, float | int):
         return repr(value)
-    text = str(value)
-    return "'" + text if text[:1] in ("=", "+", "@", "\t", "\r") else text
+    text = str(value)  # which is a formula to a spreadsheet if it begins so
+    return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

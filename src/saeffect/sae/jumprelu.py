@@ -65,7 +65,8 @@ class JumpReluSae(TrainableSae):
         self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
         pull = None if d_norm is None else self.pull_on_norms(d_norm, W_dec.norm(dim=1))
         self.backward(entries, d_acts.mul_(on), d_out, centred, pull)
-        losses = {"mse": mse, "l0": l0}
+        # "l0" is what the log calls the number of active features.
+        losses = {"mse": mse, "l0_penalty": l0}
         if len(step.dead) and step.config.pre_act_coefficient is not None:
             losses["pre_act"] = self._pre_act_loss(centred, step, step.config.pre_act_coefficient)
         return StepResult(losses, entries.counts(), sae_out)

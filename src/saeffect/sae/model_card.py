@@ -115,7 +115,7 @@ def _plain(recipe: SaeRecipe) -> dict[str, Any]:
     """The recipe without this machine's folders."""
     plain: dict[str, Any] = recipe.model_dump(mode="json")
     for source in plain["text"]:
-        if Path(source["path"]).expanduser().is_file():
+        if Path(source["path"]).expanduser().exists():
             source["path"] = Path(source["path"]).name
     if plain["sae"]["init_from"] is not None:
         plain["sae"]["init_from"] = Path(plain["sae"]["init_from"]).name

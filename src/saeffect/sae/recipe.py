@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ from saeffect.sae.recipe_check import (
     refuse_unwritable_folders,
 )
 from saeffect.sae.recipe_config import SaeRecipe
-from saeffect.sae.saelens_format import load_sae
+from saeffect.sae.saelens_format import load_sae, read_sae_config
 from saeffect.sae.splice import spliced_losses
 from saeffect.sae.training import SaeJob, train_saes
 from saeffect.sae.training_config import SaeTrainingConfig
 from saeffect.sae.training_run import refuse_strangers
+from saeffect.text.bos import prepends
 from saeffect.text.corpora import is_held_out, read_corpus
-from saeffect.text.packing import interleave, pack, separator_id
+from saeffect.text.packing import interleave
 
 __all__ = ["SaeRecipe", "TextSource", "harvest_from_recipe", "text_rows", "train_from_recipe"]
 
@@ -161,7 +162,7 @@ def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool)
             everything = list(texts)
             order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
             texts = (everything[i] for i in order)
-        yield from pack(texts, lm.encode, context_size=recipe.context_size, separator=separator_id(lm.tokenizer))
+        yield from lm.pack(texts, recipe.context_size)
     except SaeffectError as error:
         raise error.placed(f"text.{index}") from None
 
@@ -170,7 +171,10 @@ def _load(recipe: SaeRecipe, say: Say) -> LanguageModel:
     if is_first():
         locate_model(recipe.model, say=say, at="model")  # one process fetches what is to be fetched
     barrier()
+    starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
+    words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
     lm = load_language_model(recipe.model, say=say, at="model")
+    lm = replace(lm, prepend_bos=prepends(recipe.bos, words))
     refuse_unfit_model(recipe, lm)
     return lm
 
@@ -254,7 +258,7 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
         "context_size": recipe.context_size,
-        "prepend_bos": False,
+        "prepend_bos": data.lm.bos_id is not None,
         "training_tokens": seen,
         "unique_tokens": None if a_pass is None else min(a_pass, seen),
         "training_text": "+".join(s.name for s in recipe.text),

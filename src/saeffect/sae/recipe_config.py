@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from saeffect.config import ModelConfig, StrictModel, TextSource
+from saeffect.config import BosRule, ModelConfig, StrictModel, TextSource
 from saeffect.errors import ConfigError
 from saeffect.models.hooks import parse_hook
 from saeffect.sae.training_config import SaeTrainingConfig
@@ -36,6 +36,11 @@ class SaeRecipe(StrictModel):
     held_out_tokens: int = Field(81_920, ge=1, description="Tokens to measure on, from other documents.")
     held_out: float = Field(0.06, gt=0, lt=0.5, description="Share of documents kept for measuring.")
     context_size: int = Field(256, ge=8, description="Tokens a row.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the SAE of"
+        " `init_from` says (prepend_bos); else as the tokenizer does.",
+    )
     text_seed: int = Field(0, description="Order of the documents.")
     activations: Literal["shards", "streamed"] = Field(
         "shards",

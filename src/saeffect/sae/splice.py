@@ -17,7 +17,7 @@ from saeffect.models.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.metrics import ce_loss_score
 
-__all__ = ["SplicedLosses", "spliced_losses"]
+__all__ = ["SplicedLosses", "row_losses", "spliced_losses"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class SplicedLosses:
         sae: The SAE's reconstruction at the hook.
         zero: Zeros at the hook.
         n_tokens: Predictions averaged over.
+        clean_by_row: `clean` of each row, float64 `[n_rows]`.
     """
 
     clean: float
     sae: float
     zero: float
     n_tokens: int
+    clean_by_row: NDArray[np.float64]
 
     @property
     def ce_loss_score(self) -> float:
@@ -54,7 +56,8 @@ def spliced_losses(
 ) -> SplicedLosses:
     """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
 
-    Positions that SAEs are not trained on (the first, and outliers of the norm) stay as they are each time.
+    Positions that SAEs are not trained on (the first, and outliers of the norm) stay as they are each time. A BOS in
+    front is never predicted.
 
     Args:
         lm: The model.
@@ -78,7 +81,7 @@ def spliced_losses(
         "zero": lambda: replacing(torch.zeros_like),
     }
     totals = dict.fromkeys(ways, 0.0)
-    count = 0
+    count, by_row = 0, []
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         for name, way in ways.items():
@@ -86,5 +89,20 @@ def spliced_losses(
                 logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             totals[name] += float(loss)
+            if name == "clean":
+                by_row.append(row_losses(logits, ids))
         count += ids[:, 1:].numel()
-    return SplicedLosses(totals["clean"] / count, totals["sae"] / count, totals["zero"] / count, count)
+    clean, spliced, zero = (totals[name] / count for name in ways)
+    return SplicedLosses(clean, spliced, zero, count, np.concatenate(by_row))
+
+
+def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
+    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`.
+
+    Args:
+        logits: Float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
+        ids: Token ids, int64 `[n_rows, n]`.
+    """
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    means: NDArray[np.float64] = losses.view(len(ids), -1).double().mean(dim=1).cpu().numpy()
+    return means

@@ -29,14 +29,18 @@ __all__ = [
 
 METRICS_FILE = "metrics.jsonl"
 
-#: Parts of the loss and what a reader calls them; any other key that ends with "_loss" is a part too.
+#: Parts of the loss, which add up to it, and what a reader calls them. So is what a nested SAE adds, and any other key
+#: that ends with "_loss".
 LOSS_PARTS: Mapping[str, str] = {
     "mse": "mse",
     "l1": "l1",
     "l0_penalty": "l0 penalty",
     "sparsity": "sparsity",
     "auxiliary": "auxiliary",
+    "mse_by_gate": "mse by gate",
+    "pre_act": "dead pre-activations",
 }
+_NESTED = "inner_mse_"
 
 _RESERVED = frozenset({"step", "tokens", "kind", "seconds", "event"})
 
@@ -227,11 +231,13 @@ def loss_parts(names: Iterable[str]) -> dict[str, str]:
     """Those of the names that are parts of the loss, and what a reader calls each.
 
     Example:
-        >>> loss_parts(["l0", "gate_loss", "mse", "loss"])
-        {'mse': 'mse', 'gate_loss': 'gate'}
+        >>> loss_parts(["l0", "gate_loss", "mse", "loss", "inner_mse_64"])
+        {'mse': 'mse', 'inner_mse_64': 'mse of 64', 'gate_loss': 'gate'}
     """
     names = list(names)
     known = {name: label for name, label in LOSS_PARTS.items() if name in names}
+    nested = [name for name in names if name.startswith(_NESTED)]
+    known |= {name: f"mse of {name.removeprefix(_NESTED)}" for name in nested}
     others = [name for name in names if name.endswith("_loss") and name not in known and not name.startswith("ce_")]
     return known | {name: name.removesuffix("_loss").replace("_", " ") for name in others}
 

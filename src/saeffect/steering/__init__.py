@@ -2,7 +2,7 @@
 
 `run_trials` generates texts, `score_texts` reads more outcomes off them, and `effects` turns them into one line a
 feature, `outcome_effects` into one a feature, outcome and control; `direct_effects` needs no sampling;
-`choose_dose` finds how strongly to steer; `run_baselines` makes what steering must beat.
+`best_dose` chooses how strongly to steer, from `score_doses`; `run_baselines` makes what steering must beat.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from saeffect.steering.actions import ActionRow, Actions, actions_of, obstacles
 from saeffect.steering.baselines import BASELINE_COLUMNS, BASELINES, naming_prompt, run_baselines
 from saeffect.steering.different_prompts import continue_prompts
 from saeffect.steering.direct_effect import direct_effects, kl_divergence, next_log_probabilities
-from saeffect.steering.dose import RESPONSE_COLUMNS, DoseChoice, choose_dose, dose_response, score_doses
+from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
 from saeffect.steering.feature_operators import SetFeatures, ablate, add_features, clamp
 from saeffect.steering.generate import generate
@@ -56,7 +56,6 @@ __all__ = [
     "Actions",
     "AddVectors",
     "Directions",
-    "DoseChoice",
     "Intervention",
     "MeanDifferences",
     "MeanPooledEncoder",
@@ -75,7 +74,7 @@ __all__ = [
     "ablate",
     "actions_of",
     "add_features",
-    "choose_dose",
+    "best_dose",
     "clamp",
     "continue_prompts",
     "direct_effects",

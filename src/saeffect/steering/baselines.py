@@ -124,7 +124,7 @@ class _Baselines:
         rows = [(*place, sample) for place in possible for sample in range(plan.samples)]
         outputs = continue_prompts(
             lm,
-            [lm.encode(naming[feature, prompt]) for feature, prompt, _ in rows],
+            [lm.encode_prompt(naming[feature, prompt]) for feature, prompt, _ in rows],
             [NoiseCell(plan.seed, plan.prompts[prompt], sample) for _, prompt, sample in rows],
             plan.sampling,
             batch_size=plan.batch_size,
@@ -173,7 +173,7 @@ class _Baselines:
         return generate(
             lm,
             self.site.hook,
-            lm.encode(text),
+            lm.encode_prompt(text),
             cells * len(vectors),
             plan.sampling,
             intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),

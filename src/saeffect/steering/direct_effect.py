@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pandas as pd
@@ -61,7 +61,7 @@ def direct_effects(
     n_at_once = max(1, plan.batch_size - 1)
     records: list[dict[str, Any]] = []
     for prompt, text in enumerate(plan.prompts):
-        prompt_ids = site.lm.encode(text)
+        prompt_ids = site.lm.encode_prompt(text)
         for first in range(0, len(layout), n_at_once):
             some = layout[first : first + n_at_once]
             rows = [ActionRow(some[0][0], UNSTEERED, 0.0, (prompt, 0))]
@@ -94,7 +94,9 @@ def next_log_probabilities(
     """
     n_rows = 1 if intervention is None else intervention.operator.n_rows
     input_ids = torch.tensor([list(prompt_ids)], device=lm.device).expand(n_rows, -1).contiguous()
-    editing = nullcontext() if intervention is None else edited(lm, hook, intervention.edit(len(prompt_ids)))
+    editing: AbstractContextManager[None] = nullcontext()
+    if intervention is not None:
+        editing = edited(lm, hook, intervention.edit(len(prompt_ids), lm.n_bos(prompt_ids)))
     with editing:
         logits, _ = last_logits(lm, input_ids)
     return logits.log_softmax(dim=-1)

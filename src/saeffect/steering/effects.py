@@ -97,7 +97,7 @@ def effects(
     # Prompt 0, sample 0: the paper looks at one text of each kind.
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
     ends = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
-    table["paper_pass"] = table["feature"].map(first[ends[0]] > first[ends[1]]).astype(bool)
+    table["paper_pass"] = table["feature"].map(first[ends[0]] > first[ends[1]]).eq(True)
     shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
     beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
     for name, values in beside.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalis
 __all__ = ["Progress", "end_tokens", "forbidden_tokens", "generate", "until_end"]
 
 Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
+"""Called with (how much is done, how much there is in all), in rows if nothing else is said."""
 
 
 @torch.inference_mode()
@@ -45,12 +46,13 @@ def generate(
     Args:
         lm: The model.
         hook: Where to intervene, a TransformerLens name.
-        prompt_ids: Token ids of the prompt, at least one.
+        prompt_ids: Token ids of the prompt, at least one, see `LanguageModel.encode_prompt`.
         cells: One a row: the noise that the row is sampled with.
         sampling: How tokens are chosen, and how many.
         intervention: With one operator row per cell; None leaves the model as it is.
         batch_size: Rows at once. 64 rows of a 135M model take about 0.2 GB beside the weights.
-        progress: Called after each batch.
+        progress: Called after every token, with tokens done and in all, over all rows; what an ended row leaves out
+            is done.
 
     Returns:
         New token ids, one list a row, without the prompt. With `sampling.allow_end` a row stops before its
@@ -73,11 +75,32 @@ def generate(
             some = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids))
-            outputs += _continue(lm, hook, prompt_ids, some, sampling, edit=edit, forbidden=forbidden)
-            if progress is not None:
-                progress(len(outputs), len(cells))
+                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
+            done = _Tokens(progress, len(cells), sampling.max_new_tokens, first)
+            outputs += _continue(lm, hook, prompt_ids, some, sampling, edit=edit, forbidden=forbidden, done=done)
     return outputs
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tells how far a batch is, counting the rows before it.
+
+    Attributes:
+        progress: Called with tokens done and in all; None for nobody.
+        n_rows: Of all batches.
+        each: Tokens a row.
+        before: Rows of earlier batches.
+    """
+
+    progress: Progress | None
+    n_rows: int
+    each: int
+    before: int
+
+    def __call__(self, rows: int, tokens: int) -> None:
+        """`rows` rows of this batch have `tokens` tokens each."""
+        if self.progress is not None:
+            self.progress(self.before * self.each + rows * tokens, self.n_rows * self.each)
 
 
 def end_tokens(lm: LanguageModel) -> list[int]:
@@ -98,6 +121,7 @@ def _continue(
     *,
     edit: PositionedEdit | None,
     forbidden: Tensor,
+    done: _Tokens,
 ) -> list[list[int]]:
     """One batch: the prompt once, then a token of every row a pass."""
     n_rows, n_steps = len(cells), sampling.max_new_tokens
@@ -118,7 +142,9 @@ def _continue(
                 ended |= torch.isin(generated[:, step], ends)
                 if bool(ended.all()):
                     generated = generated[:, : step + 1]
+                    done(n_rows, n_steps)
                     break
+            done(n_rows, step + 1)
     final = set(ends.tolist())
     return [until_end(row, final) for row in generated.tolist()]
 

@@ -79,7 +79,7 @@ class AddVectors:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """An operator and the positions at which it acts.
+    """An operator and the positions at which it acts. A BOS token in front of a prompt is never acted at.
 
     Attributes:
         operator: What is done to each row.
@@ -99,19 +99,27 @@ class Intervention:
         """The same intervention for a slice of the rows."""
         return Intervention(self.operator.take(first, last), self.positions)
 
-    def edit(self, prompt_length: int) -> PositionedEdit:
-        """The callable for `saeffect.models.edited`, for rows that share a prompt of so many tokens.
+    def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
+        """The callable for `saeffect.models.edited`, for rows that share a prompt.
+
+        Args:
+            prompt_length: Its tokens, BOS included.
+            n_bos: How many of them are BOS, see `LanguageModel.n_bos`.
 
         Raises:
-            ConfigError: There is no position to act at: `positions` is "prompt" and the prompt is one token.
+            ConfigError: There is no position to act at: the prompt is BOS alone, or one token and `positions` is
+                "prompt".
         """
-        if self.positions == "prompt" and prompt_length < 2:
+        own = prompt_length - n_bos
+        if own < 1 or (self.positions == "prompt" and own < 2):
+            left_out = "BOS" if own < 1 else "the prompt's last token"
             raise ConfigError(
-                f"positions 'prompt' leaves out the prompt's last token, and the prompt has {prompt_length}.",
+                f"positions {self.positions!r} leaves out {left_out}, and the prompt has {own}"
+                + (" beside BOS." if n_bos else "."),
                 at="positions",
                 fix="use a longer prompt, or positions 'all' or 'generated'.",
             )
-        return PositionedEdit(self.operator, self.positions, prompt_length)
+        return PositionedEdit(self.operator, self.positions, prompt_length, n_bos)
 
 
 class PositionedEdit:
@@ -124,14 +132,15 @@ class PositionedEdit:
         start: Absolute position of the first activation of the next pass.
     """
 
-    def __init__(self, operator: Operator, positions: Positions, prompt_length: int) -> None:
+    def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:
         self.operator = operator
         self.positions: Positions = positions
         self.prompt_length = prompt_length
+        self.n_bos = n_bos
         self.start = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        where = span(self.positions, self.start, x.shape[1], self.prompt_length)
+        where = self.where(x.shape[1])
         if where.start >= where.stop:
             return x
         if where == slice(0, x.shape[1]):
@@ -139,6 +148,11 @@ class PositionedEdit:
         changed = x.clone()
         changed[:, where] = self.operator.apply(x[:, where])
         return changed
+
+    def where(self, length: int) -> slice:
+        """Which of the next `length` positions are acted at."""
+        found = span(self.positions, self.start, length, self.prompt_length)
+        return slice(max(found.start, min(self.n_bos - self.start, length)), found.stop)
 
 
 def span(positions: Positions, start: int, length: int, prompt_length: int) -> slice:

@@ -194,7 +194,7 @@ def measure_texts(
     if with_perplexity:
         # Features share the unsteered texts: score each different text once.
         different = list(dict.fromkeys(tuple(ids) for ids in outputs))
-        scores = dict(zip(different, perplexity(lm, lm.encode(prompt), different).tolist(), strict=True))
+        scores = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
         for record, ids in zip(records, outputs, strict=True):
             record["perplexity"] = scores[tuple(ids)]
     return records

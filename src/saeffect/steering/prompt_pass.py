@@ -9,6 +9,7 @@ before the hook (a mask, or the residual stream that half a block adds to).
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from saeffect.models.hooks import edited, parse_hook
 from saeffect.models.language_model import LanguageModel
 from saeffect.steering.key_value_memory import can_spread, spread, with_room
-from saeffect.steering.operators import PositionedEdit, span
+from saeffect.steering.operators import PositionedEdit
 
 __all__ = ["last_logits", "read_prompt"]
+
+_SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 
 def read_prompt(
@@ -42,9 +45,11 @@ def read_prompt(
     ids = torch.tensor([list(prompt_ids)], device=lm.device)
     try:
         logits, cache = _read_once(lm, hook, ids, n_rows, edit)
-    except (_NotKeysAndValues, RuntimeError):
+    except (_NotKeysAndValues, RuntimeError) as error:
         # What keeps more than keys and values, or wants the same number of rows in all its parts (Bloom's position
         # bias), reads the prompt once a row.
+        if not isinstance(error, _NotKeysAndValues) and not _is_about_shapes(error):
+            raise
         logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
     return logits, with_room(cache, n_rows, room) if can_spread(cache) else cache
 
@@ -78,7 +83,8 @@ def _read_once(
         _check(cache)
         return logits.repeat(n_rows, 1), cache
     point = parse_hook(hook, lm.n_layers)
-    n_alike = span(edit.positions, 0, ids.shape[1], edit.prompt_length).start
+    edit.start = 0
+    n_alike = edit.where(ids.shape[1]).start
     cache = None
     if n_alike:
         _, cache = last_logits(lm, ids[:, :n_alike])
@@ -103,6 +109,11 @@ def _read_in_every_row(
     edit.start = 0
     with edited(lm, hook, edit):
         return last_logits(lm, rows)
+
+
+def _is_about_shapes(error: RuntimeError) -> bool:
+    """Whether torch refused tensors that do not fit each other. It has no class of error for that, only words."""
+    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
 
 
 def _check(cache: Any) -> None:

@@ -62,7 +62,8 @@ def run_trials(
         vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`.
         on_chunk: Called with the rows of each chunk of features as soon as they are there.
-        progress: Called with rows done and in all, resumed ones included.
+        progress: Called with rows done and in all, resumed ones included, after every token: rows that are under way
+            count by their share of tokens.
 
     Returns:
         One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`, and
@@ -80,18 +81,33 @@ def run_trials(
     n_features = plan.features_at_once
     finished = _finished(done, run, set(table["feature"].tolist()))
     rows_each = len(plan.prompts) * (per_feature + plan.samples)
+    total = len(table) * rows_each
     frames: list[pd.DataFrame] = []
     for first in range(0, len(table), n_features):
         chunk = table.iloc[first : first + n_features]
         if done is not None and set(chunk["feature"]) <= finished:
             frames.append(done[done["feature"].isin(chunk["feature"])])
         else:
-            frames.append(run.chunk(chunk))
+            frames.append(run.chunk(chunk, _Share(progress, first * rows_each, len(chunk) * rows_each, total)))
             if on_chunk is not None:
                 on_chunk(frames[-1])
         if progress is not None:
-            progress((first + len(chunk)) * rows_each, len(table) * rows_each)
+            progress((first + len(chunk)) * rows_each, total)
     return run.ordered(pd.concat(frames, ignore_index=True))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Tells how far a chunk of features is, `before` rows being done and `rows` its own."""
+
+    progress: Progress | None
+    before: int
+    rows: int
+    total: int
+
+    def __call__(self, share: float) -> None:
+        if self.progress is not None:
+            self.progress(self.before + int(share * self.rows), self.total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,9 +117,13 @@ class _Run:
     plan: SteeringPlan
     vectors: TextVectors
 
-    def chunk(self, features: pd.DataFrame) -> pd.DataFrame:
+    def chunk(self, features: pd.DataFrame, done: _Share) -> pd.DataFrame:
         """All rows of some features."""
         plan = self.plan
+
+        def so_far(tokens: int, of: int) -> None:
+            done((prompt + tokens / of) / len(plan.prompts))
+
         references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
         layout = [
             (feature, sample, condition, float(dose))
@@ -117,7 +137,7 @@ class _Run:
         generated = twins[: plan.samples] + layout
         records: list[dict[str, Any]] = []
         for prompt in range(len(plan.prompts)):
-            outputs = self._generate(prompt, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated])
+            outputs = self._generate(prompt, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], so_far)
             unsteered = outputs[: plan.samples] * len(references)
             records += self._measure(prompt, twins + layout, unsteered + outputs[plan.samples :], references)
         return self.ordered(pd.DataFrame(records))
@@ -126,17 +146,18 @@ class _Run:
         """The planned conditions that are possible for a feature."""
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
-    def _generate(self, prompt: int, rows: list[ActionRow]) -> list[list[int]]:
+    def _generate(self, prompt: int, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
         plan = self.plan
         text = plan.prompts[prompt]
         return generate(
             self.site.lm,
             self.site.hook,
-            self.site.lm.encode(text),
+            self.site.lm.encode_prompt(text),
             [NoiseCell(plan.seed, text, sample) for _, sample in (row.draw for row in rows)],
             plan.sampling,
             intervention=Intervention(self.actions.operator(rows), plan.positions),
             batch_size=plan.batch_size,
+            progress=progress,
         )
 
     def _measure(

@@ -12,6 +12,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.provenance import read_json
 from saeffect.sae.saelens_format import saved_dtype
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_plan import chosen_dose
 from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables"]
@@ -39,6 +40,8 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
         NotFound: A stage before this one has not run.
     """
     vectors = load_embeddings(run.study.config.coherence.embeddings)
+    steered = run.study.config.steering is not None
+    dose, note = chosen_dose(run) if steered else (None, "")
     found = {}
     for name, arm in run.study.config.arms.items():
         features = run.read_table(run.arm(name, "features.parquet"))
@@ -46,7 +49,6 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
         domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
         measured = read_json(run.arm(name, "gate.json")) | {"dead_share": float((features["n_active"] == 0).mean())}
         facts = arm_facts(run.study, name, measured)
-        steered = run.study.config.steering is not None
         found[name] = ArmTables(
             name=name,
             role=arm.role,
@@ -58,6 +60,7 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
             effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
             facts=facts,
             coverage_unique=coverage(domain, embeddings=vectors).unique,
+            unsteered=note if dose is None else "",
             seeds=_seeds(run, name),
         )
     return found
@@ -74,6 +77,14 @@ def _tokenizer(study: Study, name: str) -> str:
     """The same for every arm whose own tokenizer does what the control's does."""
     own = study.differences.get(name)
     return "the control's" if own is None else f"the control's; its own {own.words()}"
+
+
+def _bos(read: bool | None, trained: Any) -> str | None:
+    """How the arm's text begins and how that of its SAE's training did, where both are known."""
+    if not isinstance(trained, bool):
+        return None
+    words = {True: "with BOS", False: "without BOS"}
+    return words[trained] if read == trained else f"{words[bool(read)]}, SAE trained {words[trained]}"
 
 
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
@@ -104,6 +115,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         training_tokens=integer("training_tokens"),
         training_text=meta.get("training_text") or meta.get("dataset_path"),
         training_text_sha256=meta.get("training_text_sha256"),
+        bos=_bos(study.prepend_bos, meta.get("prepend_bos")),
         seed=integer("seed"),
         normalisation=meta.get("training_normalisation") or sae.normalize_activations,
         dtype=saved_dtype(study.sae_folder(name)),

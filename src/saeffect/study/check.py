@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,36 @@ import pandas as pd
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
-from saeffect.errors import ConfigError, NotFound, SaeffectError
+from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
-from saeffect.features.vocabulary import load_vocabulary
+from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.models.accounting import explained
 from saeffect.models.adapters import read_adapter, require_fit
 from saeffect.models.hooks import parse_hook
+from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import (
-    bundled_path,
     load_config,
     locate_adapter,
     locate_model,
     model_shape,
     quiet_transformers,
 )
+from saeffect.models.tokenizers import known_tokens, token_texts
 from saeffect.sae.saelens_format import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import open_seeds
 from saeffect.study.selection import study_verdicts
 from saeffect.study.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
+from saeffect.study.texts import beginning, shortage, study_rows
 from saeffect.study.training import check_training
+from saeffect.text.corpora import read_corpus
 
 __all__ = ["CheckResult", "check_study"]
+
+_COUNTED = 2_000_000  # tokens of text; more take minutes, and are hardly too few
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +80,24 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
     lines += check_tokenizers(study)
+    begins, others = _placed(
+        study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
+    )
+    lines.append(f"{begins}; otherwise: {others}" if others else begins)
     config = study.config
     _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
     vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
-    lines.append(f"vocabulary {vocabulary.name}: {len(vocabulary):,} words")
+    lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
     vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
     verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
-    lines.append(_check_text(study))
+    lines.append(f"text: {_check_text(study)}")
     if out is not None:
+        RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
     design = design_check({name: arm_facts(study, name) for name in config.arms})
     return CheckResult(tuple(lines), design)
@@ -162,16 +174,39 @@ def _check_steering(study: Study) -> list[str]:
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
+def _matchable(study: Study, vocabulary: Vocabulary) -> str:
+    """How many of the words can be found: a feature's top tokens are single tokens.
+
+    Raises:
+        EmptySelection: Not one can.
+    """
+    known = known_tokens(study.tokens.tokenizer)
+    never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
+    some = f"such as {', '.join(never[:3])}" if never else ""
+    if len(never) == len(vocabulary):
+        raise EmptySelection(
+            f"not one of the {len(never):,} words is a token of these models, {some}; no feature could match.",
+            at=study.at("selection", "vocabulary"),
+            fix="use words as they stand in texts, one a line; most tokenizers have only common words whole.",
+        )
+    said = f"{len(vocabulary):,} words"
+    return f"{said}, of which {len(never):,} can never match, no token being one of them, {some}" if never else said
+
+
 def _check_text(study: Study) -> str:
+    """Open every source, and count the tokens of those on this machine."""
     text = study.config.text
-    if text.bundled is not None:
-        bundled_path("texts", text.bundled, at=study.at("text", "bundled"))
-        return f"text: bundled {text.bundled}"
     for index, source in enumerate(text.sources):
-        path = Path(source.path)
-        if (path.suffix or path.is_absolute() or source.path.count("/") != 1) and not path.is_file():
-            raise NotFound(f"there is no text file {source.path!r}.", at=study.at("text", "sources", str(index)))
-    return f"text: {', '.join(s.name for s in text.sources)}"
+        documents = read_corpus(source.path, field=source.field)
+        _placed(study, ("text", "sources", str(index)), partial(next, documents))
+    called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
+    if not all(Path(source.path).exists() for source in text.sources):
+        return f"{called}; not counted, since it is on the hub"
+    some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
+    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos))
+    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
+    return f"{called}; only {short}" if short else called
 
 
 def _check_disk(study: Study, out: Path) -> str:

@@ -10,6 +10,8 @@ from saeffect.models.loading import ModelShape, locate_model, model_shape
 from saeffect.models.tokenizers import known_tokens
 from saeffect.study.study import Study
 from saeffect.study.texts import study_rows
+from saeffect.study.training import arm_recipe
+from saeffect.text.bos import begun, bos_of
 from saeffect.text.packing import separator_id
 
 __all__ = ["check_prompt", "check_tokenizers"]
@@ -50,19 +52,22 @@ def check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> Non
         study: The study.
         key: "prompts" or "search_prompts".
         prompt: One of them.
-        ids: What the models read of it.
+        ids: Its tokens; a BOS in front of them is neither steered nor enough of a prompt.
 
     Raises:
         ConfigError: There are none, or not enough, or a token has no embedding.
     """
     steering, at = study.config.steering, study.at("steering", key)
-    if len(ids) == 0:
+    bos = bos_of(study.tokens.tokenizer, study.prepend_bos)
+    ids = begun(ids, bos)
+    n_own = len(ids) - (bos is not None)
+    if n_own == 0:
         raise ConfigError(
             f"the prompt {prompt!r} has no tokens; expected at least one.",
             at=at,
             fix="write something, or leave it out.",
         )
-    if len(ids) == 1 and steering is not None and steering.positions == "prompt":
+    if n_own == 1 and steering is not None and steering.positions == "prompt":
         raise ConfigError(
             f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
             " expected at least two tokens.",
@@ -89,16 +94,18 @@ def _shapes(study: Study) -> dict[str, ModelShape]:
 
 
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
-    wanted = study.config.text.context_size
-    if study.config.text.bundled is not None:
-        return
+    """Refuse rows, of the study's text or of the SAEs' training, that are longer than a model's positions."""
     for arm, shape in shapes.items():
-        if shape.n_positions and wanted > shape.n_positions:
-            raise ConfigError(
-                f"rows of text have {wanted:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
-                at=study.at("text", "context_size"),
-                fix=f"set context_size to {shape.n_positions} or less.",
-            )
+        wanted = {"text": study.config.text.context_size} if study.config.text.sources else {}
+        if study.config.training is not None:
+            wanted["training"] = arm_recipe(study, arm).context_size
+        for section, size in wanted.items():
+            if shape.n_positions and size > shape.n_positions:
+                raise ConfigError(
+                    f"rows of text have {size:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
+                    at=study.at(section, "context_size"),
+                    fix=f"set context_size to {shape.n_positions} or less.",
+                )
 
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
@@ -107,8 +114,8 @@ def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
     short = {arm: one for arm, one in shapes.items() if one.d_vocab and max(known) >= one.d_vocab}
     if not short:
         return []
-    lm = LanguageModel(None, study.tokens.tokenizer, "control")
-    rows = study_rows(study.config.text, lambda: lm)
+    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    rows = study_rows(study.config.text, lambda: lm, prepend_bos=study.prepend_bos)
     for arm, shape in short.items():
         _refuse_unembedded(study, arm, shape, rows.ids.flatten().tolist(), "the text", study.at("text"))
     arm, shape = next(iter(short.items()))

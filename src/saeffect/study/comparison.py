@@ -17,7 +17,9 @@ from saeffect.study.run_folder import RunFolder
 
 __all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
 
-VERSION = 5  # 2: seeds, calibration, power, regression, matching; 3: by chance, threats; 4: SAEs decide; 5: traces
+# 2: seeds, calibration, power, regression, matching. 3: by chance, threats. 4: SAEs decide. 5: traces.
+# 6: a placebo that equals the control shows no noise; why nothing was tested; texts without a similarity.
+VERSION = 6
 _TABLES = Comparison.table_names()
 
 
@@ -28,7 +30,9 @@ def comparison_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
         "identities": dict(run.study.identities),
-        "tables": run.digest(*(run.arm(name, file) for name in config.arms for file in ARM_FILES)),
+        "tables": run.digest(
+            *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
+        ),
         "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in MatchTables.names())),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,

@@ -10,7 +10,14 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.provenance import write_json
-from saeffect.steering import RESPONSE_COLUMNS, direct_effects, dose_response, run_trials_shared, score_doses
+from saeffect.steering import (
+    RESPONSE_COLUMNS,
+    best_dose,
+    direct_effects,
+    dose_response,
+    run_trials_shared,
+    score_doses,
+)
 from saeffect.steering.placebo import STEERED
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.steering_plan import (
@@ -27,7 +34,8 @@ from saeffect.study.study import Say
 __all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
 # 3: a dose-response table for every arm. 4: a placebo at every dose.
-VERSION = 4
+# 5: fluency is not credited to losses, what is undefined is no gain, and without a gain no dose is chosen.
+VERSION = 5
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features"}
 
@@ -43,6 +51,7 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
         "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
         "encoder": encoder_identity(study),
         "seed": study.config.seed,
+        "prepend_bos": study.prepend_bos,
         "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
         "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
     }
@@ -54,6 +63,9 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
     Control and treatment are searched alike and one dose serves every arm: arms steered at different
     strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose, and so
     do the placebo interventions that stand beside every feature at every dose: see `saeffect.steering.dose`.
+
+    Where no dose gains anything, the dose is null and the note says why. Then no arm is steered: a test of hours would
+    measure what the search has shown already.
     """
 
     def work() -> Iterable[Path]:
@@ -70,8 +82,10 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
             table = pd.concat(scores, ignore_index=True) if scores else table
             curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
             response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
-            best = {name: _best_dose(means) for name, (means, _) in found.items()}
+            best = {name: best_dose(means) for name, (means, _) in found.items()}
         chosen, note = _choose(table, config)
+        if chosen is None:
+            say(f"  warning: no feature is steered: {note}")
         is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
         run.write_table(paths[0], table.assign(chosen=is_chosen))
         run.write_table(paths[1], response)
@@ -95,28 +109,27 @@ def dose_unit(config: SteeringConfig) -> str:
     return "maximum activations" if config.operator == "clamp" else "ablations"
 
 
-def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float, str]:
-    """The dose for all arms, and what speaks against trusting the choice."""
+def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float | None, str]:
+    """The dose for all arms, and what speaks against trusting the choice; None, and why there is none."""
     if len(config.doses) == 1:
         return config.doses[0], "set in the study file" if config.operator != "ablate" else "an ablation has no dose"
-    table = table[table["condition"] == STEERED]
-    mean = table.groupby("dose")["score"].mean().dropna() if "score" in table else pd.Series(dtype=float)
-    if mean.empty:
-        middle = float(sorted(config.doses)[len(config.doses) // 2])
-        return middle, "no text of the search had a similarity, so the middle dose was taken"
-    chosen = float(mean.idxmax())
-    if mean.max() <= 0:
-        return chosen, "no dose made texts more similar to the features' top tokens"
+    chosen = best_dose(table)
+    if chosen is None:
+        return None, _why_no_dose(table[table["condition"] == STEERED])
     edge = chosen in (min(config.doses), max(config.doses))
     return chosen, "the best dose is at the edge of those tried" if edge else ""
 
 
-def _best_dose(means: pd.DataFrame) -> float | None:
-    """An arm's dose of best mean score, None where no text has a score."""
-    if "score" not in means:
-        return None
-    scores = means[means["condition"] == STEERED].set_index("dose")["score"].dropna()
-    return float(scores.idxmax()) if len(scores) else None
+def _why_no_dose(steered: pd.DataFrame) -> str:
+    if steered.empty:
+        return "neither control nor treatment has a domain feature to search the dose on"
+    if steered["score"].isna().all():
+        return "no text of the dose search has a similarity to its feature's top tokens"
+    share = steered["n_undefined"].sum() / steered["n"].sum()
+    gained = steered.groupby("dose")["gain"].mean().max() > 0
+    why = "no dose of the search made texts more similar to the features' top tokens"
+    why += " without breaking them or making others less similar" if gained else ""
+    return why + (f" (similarity was undefined in {100 * share:.0f} % of them)" if share > 0 else "")
 
 
 def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -135,6 +148,6 @@ def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> t
         progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
     )
     scores = score_doses(trials)
-    if "score" not in scores or scores["score"].isna().all():
+    if scores["score"].isna().all():
         say(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
     return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))

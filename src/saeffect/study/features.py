@@ -126,5 +126,7 @@ def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, say: Say) -> Itera
     limit = arm.norm_limit(rows)
     for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
         sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
-        yield ActivationBatch(ids, arm.sae.encode(x), sources, kept_positions(x, limit))
+        # BOS is no text: it stands in no context either.
+        n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit)
+        yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
         say(f"progress features {arm.name} {start + len(ids)} {len(rows)} rows")

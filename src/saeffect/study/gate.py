@@ -11,18 +11,21 @@ import torch
 
 from saeffect.activations.harvest import TokenRows, kept_positions
 from saeffect.config import GateConfig
-from saeffect.errors import IncompatibleSae
+from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.models.hooks import capture
 from saeffect.models.language_model import probe_logits
 from saeffect.provenance import read_json, write_json
 from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
+from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Say, Study
+from saeffect.study.texts import beginning, shortage
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 
-VERSION = 3  # 2: rotary frequencies stay in float32; 3: what the model and its adapter do
+# 2: rotary frequencies stay in float32; 3: what the model and its adapter do; 4: its perplexity, with and without BOS
+VERSION = 4
 
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
@@ -41,24 +44,40 @@ def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]
     def work() -> Iterable[Path]:
         opened = run.study.open_arm(arm, say)
         rows = run.study.rows()
-        measured = measure_gate(opened, rows, run.study.config.gate)
-        measured |= _of_model(run, opened)
+        short = shortage(run.study.config.text, rows)
+        if short and arm == run.study.ordered_arms()[0]:
+            say(f"  warning: the text has only {short}")
+        measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
+        begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
+        say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
         for line in _remarks(measured):
             say(f"  arm {arm}: {line}")
-        complaint = _complaint(measured, run.study.config.gate)
-        if complaint and run.study.config.gate.on_failure == "stop":
-            raise IncompatibleSae(
-                f"the SAE does not fit the model: {complaint}.",
-                at=run.study.at("arms", arm, "sae"),
-                fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
-            )
+        of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
+        if run.study.config.gate.on_failure == "stop":
+            _refuse(run.study, arm, of_model, of_sae)
+        complaint = "; ".join(filter(None, (of_model, of_sae)))
         if complaint:
             say(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
-        write_json(path, measured | {"warning": complaint})
+        write_json(path, measured | {"warning": complaint, "text_shortage": short})
         return [path]
 
     return work
+
+
+def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
+    if of_model:
+        raise ConfigError(
+            f"the model does not know this text: {of_model}.",
+            at=study.at("arms", arm, "model"),
+            fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
+        )
+    if of_sae:
+        raise IncompatibleSae(
+            f"the SAE does not fit the model: {of_sae}.",
+            at=study.at("arms", arm, "sae"),
+            fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
+        )
 
 
 def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
@@ -96,7 +115,8 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         config: How many tokens.
 
     Returns:
-        The measures, the hook's mean residual norm (unit of doses) and the norm limit for outliers.
+        The measures, the hook's mean residual norm (unit of doses), the norm limit for outliers, and what
+        `model_on_text` gives.
     """
     head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
     arm.lm.refuse_rows(rows.ids)
@@ -125,6 +145,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         "mean_norm": norm / sums.n_tokens,
         "norm_limit": limit.limit,
         "dtype": str(arm.lm.dtype).removeprefix("torch."),
+        **model_on_text(arm.lm, head, losses.clean_by_row, rows),
     }
 
 

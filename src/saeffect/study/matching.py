@@ -17,9 +17,11 @@ from saeffect.comparison.coactivity import FiringLog
 from saeffect.comparison.correspondence import Correspondence, SaeView, correspond
 from saeffect.comparison.cross_activity import CrossActivity, PairedOptions
 from saeffect.comparison.fates import FateRules
+from saeffect.comparison.matching import Matching, Neighbours
 from saeffect.comparison.stagewise import stagewise
 from saeffect.provenance import read_json
 from saeffect.sae.base import SparseAutoencoder
+from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Say, Study
@@ -48,10 +50,13 @@ def matching_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
-    """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`."""
+    """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`.
+
+    Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
+    """
 
     def work() -> Iterable[Path]:
-        found = _match(run, say)
+        found = _match(run, say, _KeptPairs(run.kept("match", matching_inputs(run)), say))
         paths = []
         for name in MatchTables.names():
             path, table = run.path("comparison", f"{name}.parquet"), getattr(found, name)
@@ -71,7 +76,7 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**{name: table for name, table in tables.items() if table is not None})
 
 
-def _match(run: RunFolder, say: Say) -> MatchTables:
+def _match(run: RunFolder, say: Say, keep: _KeptPairs) -> MatchTables:
     study, config = run.study, run.study.config
     control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
@@ -97,6 +102,7 @@ def _match(run: RunFolder, say: Say) -> MatchTables:
         rules=FateRules(alpha=config.comparison.alpha),
         resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
         say=say,
+        keep=keep,
     )
     options = PairedOptions(n_permutations=config.comparison.n_permutations, seed=config.seed)
     activity = cross.result(options)
@@ -115,6 +121,40 @@ def _tables(found: Correspondence, cross: pd.DataFrame, turned: pd.DataFrame) ->
         absorption=found.absorption,
         stagewise=turned,
     )
+
+
+class _KeptPairs:
+    """Matchings of pairs of SAEs, a piece each, until the manifest knows the tables."""
+
+    def __init__(self, kept: KeptRows, say: Say) -> None:
+        self._kept = kept
+        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(say)}
+
+    def read(self, measure: str, a: str, b: str) -> Matching | None:
+        return self._found.get((measure, a, b))
+
+    def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
+        sides = []
+        for name, side in (("forward", matching.forward), ("backward", matching.backward)):
+            columns: dict[str, Any] = dict(zip((*_PAIR, "side"), (measure, a, b, name), strict=True))
+            columns |= {"reason": list(side.reason), "alone": side.alone}
+            columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
+            columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
+            sides.append(pd.DataFrame(columns))
+        self._kept.add(pd.concat(sides, ignore_index=True))
+
+
+_PAIR = ["measure", "a", "b"]
+
+
+def _matching_of(piece: pd.DataFrame) -> Matching:
+    sides = []
+    for _, rows in piece.groupby("side", sort=False):
+        indices, similarity = (
+            rows[[name for name in rows if name.startswith(f"{kind}_")]].to_numpy() for kind in ("index", "similarity")
+        )
+        sides.append(Neighbours(indices, similarity, tuple(rows["reason"]), rows["alone"].to_numpy()))
+    return Matching(str(piece.loc[0, "measure"]), *sides)
 
 
 class _Logs:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.config import SteeringConfig
+from saeffect.config import SteeringConfig, TextConfig
 from saeffect.provenance import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
 from saeffect.report.outcome_words import control_words, outcome_words
@@ -109,8 +109,11 @@ def _facts(
         ("Base model", _model(run, control)),
         ("Fine-tuned model", _model(run, treatment)),
         ("Hook", run.study.hook(control)),
-        ("Text", config.text.bundled or ", ".join(s.name for s in config.text.sources)),
+        ("Text", _text(config.text, gates[control].get("text_shortage"))),
     ]
+    if config.features.tokens != ("all",):
+        scripts = f"of the scripts {', '.join(config.features.tokens)}"
+        facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
     if config.steering is not None and dose is not None:
         steering = config.steering
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
@@ -119,6 +122,11 @@ def _facts(
         facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
+
+
+def _text(text: TextConfig, short: str | None) -> str:
+    called = text.bundled or ", ".join(source.name for source in text.sources)
+    return f"{called} (only {short})" if short else called
 
 
 def _number(n: int, noun: str) -> str:
@@ -131,7 +139,9 @@ def _tested_against(steering: SteeringConfig) -> str:
     return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
 
 
-def _dose_words(steering: SteeringConfig, dose: float, mean_norm: float) -> str:
+def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
+    if dose is None:
+        return "none: the search found no gain, so no feature was steered"
     if steering.operator == "ablate":
         return "features switched off"
     if steering.operator == "clamp":

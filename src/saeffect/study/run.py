@@ -65,7 +65,8 @@ def run_study(
 
     Raises:
         UnknownName: A stage that does not exist.
-        ConfigError: An earlier stage has not been run with this study as it now stands; or a process sees other files.
+        ConfigError: An earlier stage has not been run with this study as it now stands; or a process sees other files;
+            or something stands in the directory that no run wrote.
         InUse: Another run is writing to the directory.
         Interrupted: Another process of the same run is gone.
         SaeffectError: What is wrong with the study; nothing was changed in the directory by the failing stage.
@@ -79,6 +80,9 @@ def run_study(
     check_study(study, out, say)
     with sole_writer(out):
         run = RunFolder(out, study)
+        run.remove_leftovers()
+        for line in run.damage:
+            say(f"  {line}")
         _open_new_arms(run, stages, say)
         _lead(run, stages, redo, say)
     return run
@@ -98,6 +102,8 @@ def _lead(run: RunFolder, stages: Sequence[str], redo: bool, say: Say) -> None:
                 at=str(run.folder),
                 fix=f"run saeffect {step.stage} first, or saeffect run for all of it.",
             )
+    if "report" in stages:
+        run.drop_kept()
     from_first(_NOTHING_MORE)
 
 

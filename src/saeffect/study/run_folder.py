@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,10 +13,24 @@ import pandas as pd
 import yaml
 
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.provenance import atomic_path, fingerprint, hash_file, read_json, versions, write_json
+from saeffect.provenance import (
+    atomic_path,
+    fingerprint,
+    hash_file,
+    read_json,
+    remove_leftovers,
+    versions,
+    write_json,
+)
+from saeffect.study.kept_rows import KeptRows, drop_kept_rows
 from saeffect.study.study import Study
 
 __all__ = ["RunFolder"]
+
+_FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
+# What a run has written only if it has written its manifest and its study, too.
+_WITH_MANIFEST = ("manifest.json", "comparison", "figures", "report.html", "steering", "tables")
+_HEAD = "# The study as saeffect ran it. SHA-256 of the lines below: "
 
 
 class RunFolder:
@@ -32,16 +47,16 @@ class RunFolder:
     def __init__(self, folder: Path | str, study: Study) -> None:
         self.folder = Path(folder)
         self.study = study
-        self._manifest: dict[str, Any] = {"stages": {}}
-        if (self.folder / "manifest.json").is_file():
-            self._manifest = read_json(self.folder / "manifest.json")
-            found = self._manifest.get("study")
-            if found != study.config.name:
-                raise ConfigError(
-                    f"this directory holds the run of another study, {found!r}.",
-                    at=str(self.folder),
-                    fix="choose another --out.",
-                )
+        self.damage: tuple[str, ...] = ()
+        """What in the manifest cannot be used, a line each."""
+        self._manifest = self._read_manifest()
+        found = self._manifest.get("study", study.config.name)
+        if found != study.config.name:
+            raise ConfigError(
+                f"this directory holds the run of another study, {found!r}.",
+                at=str(self.folder),
+                fix="choose another --out.",
+            )
 
     def path(self, *parts: str) -> Path:
         """A path inside the directory."""
@@ -74,6 +89,10 @@ class RunFolder:
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
         """A table, or None where the stage had nothing to write."""
         return self.read_table(path) if path.is_file() else None
+
+    def kept(self, key: str, inputs: Any) -> KeptRows:
+        """Where a stage keeps finished pieces of its work; they go when the manifest knows its files."""
+        return KeptRows(self._kept_folder(key), fingerprint(inputs))
 
     @staticmethod
     def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -111,6 +130,7 @@ class RunFolder:
         """
         wanted = fingerprint(inputs)
         if not redo and self.is_done(key, inputs):
+            drop_kept_rows(self._kept_folder(key))
             say(f"  {key}: finished before, skipped")
             return False
         started = time.monotonic()
@@ -121,23 +141,92 @@ class RunFolder:
         note["versions"] = versions()
         self._manifest["stages"][key] = note
         self._save()
+        # Only now: killed before, the stage begins again, and must find them.
+        drop_kept_rows(self._kept_folder(key))
         say(f"  {key}: {seconds:.1f} s")
         return True
+
+    def refuse_foreign(self) -> None:
+        """Refuse to write where something stands that no run wrote, or out of the directory.
+
+        Raises:
+            ConfigError: A `study.yaml` that is not as a run left it; results without the manifest and the study
+                that a run writes with them; a link in the place of a folder.
+        """
+        for folder in self._folders():
+            if folder.is_symlink():
+                raise ConfigError(
+                    "this is a link, so the run would write and delete in another folder; expected a folder.",
+                    at=str(folder),
+                    fix="remove the link, or choose another --out.",
+                )
+        note = self.path("study.yaml")
+        is_ours = self._is_as_written(note)
+        foreign = [] if is_ours or not _is_there(note) else [note]
+        if not is_ours and "study" not in self._manifest:
+            foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
+        if foreign:
+            raise ConfigError(
+                f"{foreign[0].name!r} is not as a run of a study left it, and a run would write over it.",
+                at=str(foreign[0]),
+                fix="choose another --out, or move it elsewhere.",
+            )
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing. Only for who alone writes here."""
+        for folder in (self.folder, *self._folders()):
+            remove_leftovers(folder)
+
+    def drop_kept(self) -> None:
+        """Delete the pieces of work of all stages: every one is done, or not part of this study any more."""
+        folder = self.path("partial")
+        for stage in folder.iterdir() if folder.is_dir() else ():
+            drop_kept_rows(stage)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+    def _folders(self) -> list[Path]:
+        """Where a run writes, outer ones first."""
+        outer = [self.path(name) for name in _FOLDERS]
+        inner = [
+            place
+            for folder in outer
+            if folder.name in {"arms", "partial"} and folder.is_dir()
+            for place in folder.iterdir()
+        ]
+        return outer + [place for place in inner if place.is_dir()]
+
+    def _kept_folder(self, key: str) -> Path:
+        return self.path("partial", key.replace(" ", "-"))
 
     def _remove_outdated(self, key: str, outputs: Mapping[str, str]) -> None:
         before = self._manifest["stages"].get(key, {}).get("outputs", {})
         for name in before.keys() - outputs.keys():
-            path = self.folder / name
-            if path.is_file() and hash_file(path) == before[name]:
+            path = self._file(name)
+            if path is not None and hash_file(path) == before[name]:
                 path.unlink()
+
+    def _file(self, name: str) -> Path | None:
+        """The file of this name; None if there is none, or it is not inside the directory, or behind a link.
+
+        Run directories travel: what a manifest says may be anybody's.
+        """
+        path = self.folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return None
+        places = [path, *(place for place in path.parents if self.folder in place.parents)]
+        try:
+            return path if path.is_file() and not any(place.is_symlink() for place in places) else None
+        except (OSError, ValueError):  # a name that cannot be one
+            return None
 
     def is_done(self, key: str, inputs: Any) -> bool:
         """Whether a stage was finished with these inputs, and its files are whole."""
         note = self._manifest["stages"].get(key)
         if not note or note["fingerprint"] != fingerprint(inputs):
             return False
-        files = ((self.folder / name, digest) for name, digest in note["outputs"].items())
-        return all(path.is_file() and hash_file(path) == digest for path, digest in files)
+        files = [(self._file(name), digest) for name, digest in note["outputs"].items()]
+        return all(path is not None and hash_file(path) == digest for path, digest in files)
 
     def provenance(self) -> dict[str, Any]:
         """Versions, seed and input hashes: what made the numbers."""
@@ -165,6 +254,50 @@ class RunFolder:
 
     def _save(self) -> None:
         self._manifest |= {"study": self.study.config.name} | self.provenance()
+        config = self.config_yaml()
         with atomic_path(self.folder / "study.yaml") as temporary:
-            temporary.write_text(self.config_yaml(), encoding="utf-8")
+            temporary.write_text(_HEAD + hashlib.sha256(config.encode()).hexdigest() + "\n" + config, encoding="utf-8")
         write_json(self.folder / "manifest.json", self._manifest)
+
+    def _is_as_written(self, path: Path) -> bool:
+        """Whether a `study.yaml` is one that `_save` wrote and nobody changed."""
+        if path.is_symlink() or not path.is_file():
+            return False
+        head, _, rest = path.read_bytes().partition(b"\n")
+        digest = hashlib.sha256(rest).hexdigest()
+        whole = hash_file(path)
+        now = hashlib.sha256(self.config_yaml().encode()).hexdigest()
+        # The first versions wrote no head.
+        return head == f"{_HEAD}{digest}".encode() or whole in {now, self._manifest.get("study_sha256")}
+
+    def _read_manifest(self) -> dict[str, Any]:
+        """What can be used of the manifest. A stage that it does not tell of is done again."""
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {"stages": {}}
+        try:
+            found = read_json(path)
+        except BadFile:
+            found = None
+        if not (
+            isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
+        ):
+            self.damage = ("manifest.json is damaged, so it is not known which stages are done: all are done again",)
+            return {"stages": {}}
+        stages = found["stages"]
+        whole = {key: note for key, note in stages.items() if _is_note(note)}
+        lost = [key for key in stages if key not in whole]
+        self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in lost)
+        return {key: found[key] for key in ("study", "study_sha256") if key in found} | {"stages": whole}
+
+
+def _is_note(note: Any) -> bool:
+    """Whether this is what `stage` notes about a stage."""
+    if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
+        return False
+    tables = (note.get("outputs"), note.get("versions", {}))
+    return all(isinstance(some, dict) and all(isinstance(v, str) for v in some.values()) for some in tables)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()

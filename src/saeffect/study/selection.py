@@ -17,7 +17,7 @@ from saeffect.study.study import Study
 
 __all__ = ["run_selection", "selection_inputs", "study_verdicts"]
 
-VERSION = 1
+VERSION = 2  # 2: words of the vocabulary without quotation marks and what is not seen, accents composed
 
 
 def selection_inputs(run: RunFolder) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.processes import rank_and_world
-from saeffect.provenance import atomic_path, fingerprint, read_json
 from saeffect.steering import (
     RememberedVectors,
     SteeringPlan,
@@ -24,9 +22,11 @@ from saeffect.steering import (
     run_trials_shared,
     score_texts,
 )
+from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.steering_baselines import baseline_effects, baseline_features, baseline_texts
 from saeffect.study.steering_plan import (
+    chosen_dose,
     encoder_identity,
     matched_lists_of,
     matched_placebos,
@@ -77,12 +77,12 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
     """
 
     def work() -> Iterable[Path]:
-        chosen = tested_features(run, arm, config.max_features)
-        sets = config.together.get(arm, ())
+        chosen, sets = _steered(run, arm, config)
         if chosen.empty:
-            say(f"  arm {arm} has no domain features, so none is tested")
+            dose, note = chosen_dose(run)
+            say(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
         tables: dict[str, pd.DataFrame] = {}
-        kept = _Chunks.of(run, arm, config)
+        kept = run.kept(f"steer {arm}", steering_inputs(run, arm, config))
         if len(chosen) or sets:
             test = _Test(run, run.study.open_arm(arm, say), config, say)
             if len(chosen):
@@ -100,7 +100,6 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
                 paths.append(path)
             else:  # of an earlier run that had some
                 path.unlink(missing_ok=True)
-        kept.remove()
         return paths
 
     return work
@@ -108,14 +107,19 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
 
 def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
     """What every other process does of the stage: the texts of its features, in the order of the first process."""
-    chosen = tested_features(run, arm, config.max_features)
-    sets = config.together.get(arm, ())
+    chosen, sets = _steered(run, arm, config)
     if len(chosen) or sets:
         test = _Test(run, run.study.open_arm(arm), config, lambda line: None)
         if len(chosen):
-            test.texts(chosen, _Chunks.of(run, arm, config))
+            test.texts(chosen, run.kept(f"steer {arm}", steering_inputs(run, arm, config)))
         if sets:
             test.texts(test.joined(sets))
+
+
+def _steered(run: RunFolder, arm: str, config: SteeringConfig) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
+    """An arm's features and sets of features that are steered: none without a dose."""
+    chosen = tested_features(run, arm, config.max_features)
+    return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
 
 
 class _Test:
@@ -124,13 +128,15 @@ class _Test:
     def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, say: Say) -> None:
         self._run, self._arm, self._config, self._say = run, arm, config, say
         self._seed = run.study.config.seed
-        self._dose = float(read_json(run.path("steering", "dose.json"))["dose"])
+        dose, _ = chosen_dose(run)
+        assert dose is not None  # else nothing is steered
+        self._dose = dose
         self._plan: SteeringPlan = plan_of_test(config, self._seed, self._dose)
         self._site, self._W_dec = site_of(run, arm)
         self._vectors = RememberedVectors.of(outcome_vectors(run.study))
         self._words = load_vocabulary(run.study.config.selection.vocabulary).words
 
-    def features(self, chosen: pd.DataFrame, kept: _Chunks) -> dict[str, pd.DataFrame]:
+    def features(self, chosen: pd.DataFrame, kept: KeptRows) -> dict[str, pd.DataFrame]:
         """Each feature by itself, beside its placebos, and for some the baselines."""
         tables = self._tested(chosen, kept)
         config = self._config
@@ -157,7 +163,7 @@ class _Test:
         placebos = matched_lists_of(matched_placebos(self._run, self._arm.name, set_members(self._run, self._arm.name)))
         return features_together(features, sets, placebos)
 
-    def texts(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> pd.DataFrame:
+    def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
         """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
         say, name = self._say, self._arm.name
         return run_trials_shared(
@@ -166,12 +172,12 @@ class _Test:
             chosen,
             self._plan,
             vectors=self._vectors,
-            done=kept.read() if kept else None,
+            done=kept.read(say) if kept else None,
             on_chunk=kept.add if kept else None,
             progress=lambda done, total: say(f"progress steer {name} {done} {total} texts"),
         )
 
-    def _tested(self, chosen: pd.DataFrame, kept: _Chunks | None = None) -> dict[str, pd.DataFrame]:
+    def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:
         trials = self._scored(self.texts(chosen, kept), chosen)
         direct = direct_effects(self._site, self._W_dec, chosen, self._plan)
         why = obstacles(self._site, self._W_dec, chosen, self._plan)
@@ -199,35 +205,3 @@ class _Test:
 
     def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
         return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
-
-
-class _Chunks:
-    """Finished pieces of an arm's interventions, one file each, until the whole is written.
-
-    Every process reads the files of all, so that a run may go on with another number of processes, and writes
-    files that bear its own number.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._mine = f"chunk-{rank_and_world()[0]:03d}-"
-
-    @classmethod
-    def of(cls, run: RunFolder, arm: str, config: SteeringConfig) -> _Chunks:
-        """Of the stage as it is configured now: what was made with other inputs lies elsewhere."""
-        return cls(run.arm(arm, f"partial-{fingerprint(steering_inputs(run, arm, config))[:16]}"))
-
-    def read(self) -> pd.DataFrame | None:
-        files = sorted(self._folder.glob("chunk-*.parquet"))
-        return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else None
-
-    def add(self, rows: pd.DataFrame) -> None:
-        index = len(list(self._folder.glob(f"{self._mine}*.parquet"))) if self._folder.is_dir() else 0
-        with atomic_path(self._folder / f"{self._mine}{index:05d}.parquet") as temporary:
-            rows.to_parquet(temporary, index=False)
-
-    def remove(self) -> None:
-        for file in self._folder.glob("*") if self._folder.is_dir() else ():
-            file.unlink()
-        if self._folder.is_dir():
-            self._folder.rmdir()

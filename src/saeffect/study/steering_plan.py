@@ -19,6 +19,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 
 __all__ = [
+    "chosen_dose",
     "encoder_identity",
     "matched_lists_of",
     "matched_placebos",
@@ -68,6 +69,12 @@ def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "perplexity": True,
     }
+
+
+def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
+    """The dose that the search chose, and what speaks against trusting it; None, and why no feature is steered."""
+    found = read_json(run.path("steering", "dose.json"))
+    return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
 
 
 def site_of(run: RunFolder, arm: Arm) -> tuple[Site, Tensor]:

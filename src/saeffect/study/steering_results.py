@@ -9,6 +9,7 @@ import pandas as pd
 from saeffect.provenance import read_json
 from saeffect.report import SteeringResults
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.steering_plan import chosen_dose
 
 __all__ = ["steering_results"]
 
@@ -22,14 +23,15 @@ def steering_results(run: RunFolder) -> SteeringResults | None:
     config = run.study.config.steering
     if config is None:
         return None
-    dose = read_json(run.path("steering", "dose.json"))
+    found = read_json(run.path("steering", "dose.json"))
+    dose, note = chosen_dose(run)
     response = run.table_or_none(run.path("steering", "dose_response.parquet"))
     return SteeringResults(
         operator=config.operator,
         unit=config.unit,
-        dose=float(dose["dose"]),
-        dose_note=str(dose.get("note") or ""),
-        best_doses=dose.get("best") or {},
+        dose=dose,
+        dose_note=note,
+        best_doses=found.get("best") or {},
         outcomes=config.outcomes,
         placebo=config.primary_placebo,
         placebos=config.placebos,

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
-from saeffect.activations.harvest import NormLimit, TokenRows, measure_norm_limit
+from saeffect.activations.harvest import NormLimit, TokenRows, first_limit
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
-from saeffect.models.hooks import capture, hook_of_module, parse_hook, require_module_output
+from saeffect.models.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import (
     BUNDLED,
@@ -35,6 +34,7 @@ from saeffect.sae.saelens_format import load_sae, read_sae_config, weights_file
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
+from saeffect.text.bos import prepends
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
@@ -69,8 +69,7 @@ class Arm:
         meta = self.sae.cfg.metadata
         if meta.get("norm_limit") and meta.get("mean_norm"):
             return NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
-        ids = torch.from_numpy(rows.ids[:8].astype("int64"))
-        return measure_norm_limit(capture(self.lm, self.hook, ids))
+        return first_limit(self.lm, self.hook, rows.ids[:8])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -221,6 +220,23 @@ class Study:
             )
         return str(said or own)
 
+    @functools.cached_property
+    def prepend_bos(self) -> bool | None:
+        """Whether rows and prompts begin with BOS: the study file's word, else the SAEs'; None: as the tokenizer does.
+
+        Raises:
+            ConfigError: The SAEs contradict each other.
+        """
+        try:
+            return prepends(self.config.text.bos, self.bos_words)
+        except SaeffectError as error:
+            raise error.placed(self.at("text")) from None
+
+    @functools.cached_property
+    def bos_words(self) -> Mapping[str, Any]:
+        """`prepend_bos` of the cfg.json of each arm's SAE."""
+        return {name: self.sae_config(name).metadata.get("prepend_bos") for name in self.config.arms}
+
     def rows(self) -> TokenRows:
         """The study's text as token rows; cached."""
         return self._rows
@@ -229,7 +245,7 @@ class Study:
     def _rows(self) -> TokenRows:
         control = self.by_role("control")[0]
         try:
-            return study_rows(self.config.text, lambda: self.arms[control].lm)
+            return study_rows(self.config.text, lambda: self.arms[control].lm, prepend_bos=self.prepend_bos)
         except SaeffectError as error:
             raise error.placed(self.at("text")) from None
 
@@ -270,9 +286,9 @@ class Study:
         else:
             # A file counts by its content, so that a study may move to another folder.
             content = [
-                (s.name, s.field, hash_folder(s.path) if Path(s.path).is_file() else s.path) for s in text.sources
+                (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
             ]
-        return fingerprint([text.tokens, text.context_size, content])
+        return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
 
     def arm(self, name: str) -> ArmConfig:
         """What the study file says about an arm.
@@ -290,7 +306,8 @@ class Study:
             # One model at a time: two would not fit on a small machine.
             self.__dict__["_held"] = None
             lm = load_language_model(model, at=self.at("arms", name, "model"), say=say)
-            held = (model, lm if self._one_tokenizer else self.tokens.used_by(lm))
+            lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
+            held = (model, dataclasses.replace(lm, prepend_bos=self.prepend_bos))
             self.__dict__["_held"] = held
         return held[1]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +16,44 @@ from saeffect.errors import BadFile, EmptySelection, SaeffectError
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import bundled_path
 from saeffect.provenance import read_json
+from saeffect.text.bos import added_before, bos_of
 from saeffect.text.corpora import read_corpus
-from saeffect.text.packing import interleave, pack, separator_id
+from saeffect.text.packing import interleave
 
-__all__ = ["first_texts", "study_rows"]
+__all__ = ["beginning", "first_texts", "shortage", "study_rows"]
 
 
-def study_rows(text: TextConfig, model: Callable[[], LanguageModel]) -> TokenRows:
-    """Rows of text, sources in turn, at most `text.tokens` tokens.
+def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
+    """Rows of text, sources in turn, at most `text.tokens` tokens, each with the model's BOS token in front, if any.
 
     Args:
         text: Which text.
-        model: Gives the model whose tokenizer cuts files into tokens; not called for bundled ids.
+        model: Gives the model whose tokenizer cuts files into tokens.
+        prepend_bos: As `LanguageModel.prepend_bos` of that model; bundled ids without BOS need no model.
 
     Raises:
         SaeffectError: A source cannot be read, or has less than one row of text.
     """
-    return _bundled(text) if text.bundled is not None else _packed(text, model())
+    if text.bundled is None:
+        return _packed(text, model())
+    return _bundled(text, None if prepend_bos is False else model().bos_id)
+
+
+def shortage(text: TextConfig, rows: TokenRows) -> str:
+    """How much of the text that a study asks for there is, in words; "" if all of it.
+
+    Args:
+        text: Which text, and how much of it.
+        rows: As `study_rows` gives them.
+    """
+    if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
+        return ""
+    said = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    if len(rows.names) == 1 or text.bundled is not None:
+        return said
+    return (
+        f"{said}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+    )
 
 
 def first_texts(text: TextConfig) -> list[str]:
@@ -43,7 +65,34 @@ def first_texts(text: TextConfig) -> list[str]:
     return found
 
 
-def _bundled(text: TextConfig) -> TokenRows:
+def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+    """How rows and prompts begin, in words, and who would have it otherwise ("" for nobody).
+
+    Args:
+        study_prepends: As `LanguageModel.prepend_bos`.
+        words: `prepend_bos` of each arm's SAE, where it says so.
+        tokenizer: The model's.
+
+    Raises:
+        ConfigError: As `bos_of`.
+    """
+    bos, own = bos_of(tokenizer, study_prepends), added_before(tokenizer)
+    against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
+    others = []
+    if against:
+        trained = "without" if bos is not None else "with"
+        others.append(f"SAEs trained on texts {trained} BOS (prepend_bos): {', '.join(against)}")
+    if bool(own) != (bos is not None):
+        others.append(
+            f"the tokenizer by itself begins a text with {tokenizer.decode(own)!r}"
+            if own
+            else "the tokenizer by itself puts no BOS there"
+        )
+    begins = "without a BOS token" if bos is None else f"with {tokenizer.decode([bos])!r}"
+    return f"every row and prompt begins {begins}", "; ".join(others)
+
+
+def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -53,18 +102,18 @@ def _bundled(text: TextConfig) -> TokenRows:
     except (SafetensorError, OSError) as error:
         raise BadFile(f"the bundled text cannot be read: {error}.", at=str(folder), fix="install again.") from error
     names = tuple(read_json(folder / "sources.json")["names"])
-    rows = TokenRows(tensors["ids"].astype(np.int32), tensors["sources"].astype(np.int64), names)
+    ids = tensors["ids"].astype(np.int32)
+    if bos is not None:
+        ids = np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
+    rows = TokenRows(ids, tensors["sources"].astype(np.int64), names)
     return rows.head(max(1, text.tokens // rows.ids.shape[1]))
 
 
 def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
-    separator = separator_id(lm.tokenizer)
     streams: list[Iterator[NDArray[np.int32]]] = []
     for source in text.sources:
         documents = read_corpus(source.path, field=source.field)
-        streams.append(
-            _named(source.name, pack(documents, lm.encode, context_size=text.context_size, separator=separator))
-        )
+        streams.append(_named(source.name, lm.pack(documents, text.context_size)))
     wanted = max(1, text.tokens // text.context_size)
     ids: list[NDArray[np.int32]] = []
     sources: list[int] = []

@@ -1,40 +1,63 @@
-"""Text from files: JSON lines (plain or gzip), plain text, or a dataset on the Hugging Face hub."""
+"""Text from wherever people have it: JSON lines, plain text, CSV, Parquet, saved datasets, or one on the hub."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
+import math
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any, cast
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
+from saeffect.paths import refuse_special, user_path
 
 __all__ = ["is_held_out", "read_corpus"]
 
+_FORMATS = (
+    ".jsonl, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; a folder that save_to_disk of datasets wrote;"
+    " or a dataset id on the hub"
+)
+_READ = f"what is read: {_FORMATS}."
 # Of files; ids of datasets may hold dots too.
-_SUFFIXES = (".gz", ".json", ".jsonl", ".txt")
+_SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
+_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+# Characters of one line or paragraph. Compressed, a few megabytes could stand for a line that fills the memory.
+_LONGEST = 2**27
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_corpus(source: str, *, field: str = "text", split: str = "train") -> Iterator[str]:
-    """Documents, one string each, in file order.
+    """Documents, one string each, in the order of the file.
+
+    Half a character, as cut-off JSON has it, becomes U+FFFD.
 
     Args:
-        source: A `.jsonl` file with one object a line; a `.txt` file with one document a paragraph (blank
-            lines between them); either of them with `.gz` behind; or a dataset id on the hub (streamed).
-        field: Which field of each row holds the text.
-        split: Split of a hub dataset.
+        source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph (blank lines between them);
+            `.csv` or `.tsv` with a line of column names; each plain, with gzip or with zstd, whatever it is called;
+            `.parquet`. Or a folder that `save_to_disk` of the library datasets wrote, or a dataset id on the hub
+            (streamed).
+        field: Which field of a row, or column, holds the text.
+        split: Split of a dataset.
 
     Raises:
         NotFound: No such file, and no such dataset.
-        BadFile: Not UTF-8, not gzip, not JSON, or a row without the field; the message gives the line.
+        BadFile: Not UTF-8, damaged, of another format, a line of tens of millions of letters, or a row without text
+            in the field; the message gives the line.
+        ConfigError: It can be no path.
         EmptySelection: Not one document.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        plain = path.name.removesuffix(".gz").endswith(".txt")
-        rows = _paragraphs(path) if plain else _json_rows(path, field)
+    path = user_path(source)
+    refuse_special(path, "text")
+    if path.is_dir():
+        rows = _saved_dataset(path, field, split)
+    elif path.is_file():
+        rows = _file(path, field)
     elif path.suffix in _SUFFIXES or path.is_absolute() or source.count("/") != 1:
         raise NotFound(f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id.")
     else:
@@ -43,7 +66,7 @@ def read_corpus(source: str, *, field: str = "text", split: str = "train") -> It
     for text in rows:
         if text.strip():
             count += 1
-            yield text
+            yield _LONE_SURROGATE.sub("\ufffd", text)
     if not count:
         raise EmptySelection("the corpus holds not one document with text in it.", at=source)
 
@@ -59,72 +82,206 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(head, "big") < share * 2**32
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
+def _file(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file; packed and Parquet files are known by their first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise BadFile(f"the file cannot be read: {error.strerror}.", at=str(path)) from error
+    if start == _PARQUET:
+        return _parquet_rows(path, field)
+    packed = path.suffix if path.suffix in (".gz", ".zst") else ""
+    kind = path.with_suffix("").suffix if packed else path.suffix
+    if start.startswith(_GZIP):
+        packed = ".gz"
+    elif start == _ZSTD:
+        packed = ".zst"
+    lines = _lines(path, packed)
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, lines, field, "," if kind == ".csv" else "\t")
+    return _paragraphs(path, lines) if kind == ".txt" else _json_rows(path, lines, field)
+
+
+def _lines(path: Path, packed: str) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as raw, io.TextIOWrapper(_unpacked(raw, packed), encoding="utf-8-sig") as file:
+            while line := file.readline(_LONGEST):
+                number += 1
+                if len(line) == _LONGEST:
+                    raise _too_long(f"{path}, line {number}")
                 yield number, line
     except UnicodeDecodeError as error:
         raise BadFile(
             f"the text is not UTF-8: {error.reason}.",
             at=f"{path}, after line {number}",
-            fix="save it as UTF-8.",
+            fix=f"save it as UTF-8; {_READ}",
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadFile(
             f"the file cannot be read to its end: {error}.",
             at=f"{path}, after line {number}",
-            fix="copy it again.",
+            fix=f"copy it again; {_READ}",
         ) from error
 
 
-def _json_rows(path: Path, field: str) -> Iterator[str]:
-    for number, line in _lines(path):
+def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
+    if packed == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if packed == ".zst":
+        import pyarrow as pa
+
+        return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
+    return raw
+
+
+def _too_long(at: str) -> BadFile:
+    return BadFile(
+        f"here stand more than {_LONGEST:,} characters without an end; a document was expected.",
+        at=at,
+        fix="put one document on a line (.jsonl), or blank lines between documents (.txt).",
+    )
+
+
+def _json_rows(path: Path, lines: Iterator[tuple[int, str]], field: str) -> Iterator[str]:
+    for number, line in lines:
         if not line.strip():
             continue
+        at = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadFile(f"this line is not JSON: {error.msg}.", at=f"{path}, line {number}") from error
-        value = row.get(field) if isinstance(row, dict) else None
-        if not isinstance(value, str):
-            have = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-            raise BadFile(f"this row has no text field {field!r}; it has: {have}.", at=f"{path}, line {number}")
-        yield value
+        except RecursionError as error:
+            raise BadFile("lists and objects stand too deep in each other on this line.", at=at) from error
+        except ValueError as error:  # not JSON, or a number of thousands of digits
+            message = getattr(error, "msg", "it holds a number that is too long")
+            raise BadFile(f"this line is not JSON: {message}.", at=at, fix=_READ) from error
+        if not isinstance(row, dict):
+            raise BadFile(f"this line holds {_kind(row)}; it has to be an object with the field {field!r}.", at=at)
+        yield _text_of(row, field, at)
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
-    held: list[str] = []
-    for _, line in _lines(path):
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: str, delimiter: str) -> Iterator[str]:
+    csv.field_size_limit(_LONGEST)  # of the whole process; Python's own is too small for documents
+    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            at = f"{path}, line {reader.line_num}"
+            if not names:
+                names = cells
+            elif cells and len(cells) != len(names):
+                raise BadFile(f"this row has {len(cells)} cells where the first line has {len(names)}.", at=at)
+            elif cells:
+                yield _text_of(dict(zip(names, cells, strict=True)), field, at)
+    except csv.Error as error:
+        at = f"{path}, line {reader.line_num}"
+        raise BadFile(f"this is not CSV: {error}.", at=at, fix="check the quotation marks.") from error
+
+
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
+    held = io.StringIO()
+    for number, line in lines:
         if line.strip():
-            held.append(line)
-        elif held:
-            yield "".join(held)
-            held = []
-    if held:
-        yield "".join(held)
+            if held.tell() + held.write(line) > _LONGEST:
+                raise _too_long(f"{path}, line {number}")
+        elif held.tell():
+            yield held.getvalue()
+            held = io.StringIO()
+    if held.tell():
+        yield held.getvalue()
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            _text_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
+        number = 0
+        for batch in file.iter_batches(64, columns=[field]):
+            for value in batch.column(0):
+                number += 1
+                yield _text_of({field: value.as_py()}, field, f"{path}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"this Parquet file cannot be read: {_first_line(error)}.", at=str(path)) from error
+
+
+def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        raise BadFile(
+            "this is a folder, and not one that save_to_disk of datasets wrote.",
+            at=str(path),
+            fix=f"name the file in it; {_READ}",
+        )
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found: Any = load_from_disk(str(path))
+    except Exception as error:  # of many kinds
+        raise BadFile(f"this saved dataset cannot be read: {_first_line(error)}.", at=str(path)) from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise BadFile(
+                f"this saved dataset has no split {split!r}; it has: {', '.join(sorted(found))}.",
+                at=str(path),
+                fix="name the folder of one of them.",
+            )
+        found = found[split]
+    yield from _dataset_rows(lambda: found, field, str(path))
 
 
 def _hub_rows(source: str, field: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source, split=split, streaming=True)
-        for row in rows:
-            if field not in row:
-                raise BadFile(f"the dataset has no column {field!r}; it has: {', '.join(sorted(row))}.", at=source)
-            if not isinstance(row[field], str):
-                kind = type(row[field]).__name__
-                raise BadFile(f"the column {field!r} holds {kind}, not text.", at=source, fix="name another field.")
-            yield row[field]
+        yield from _dataset_rows(lambda: load_dataset(source, split=split, streaming=True), field, source)
     except BadFile:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotFound(
-            f"cannot read the dataset {source!r}: {reason}",
+            f"cannot read the dataset {source!r}: {_first_line(error)}",
             at=source,
-            fix="check the name and your connection, or give a .jsonl file.",
+            fix=f"check the name and your connection; {_READ}",
         ) from error
+
+
+def _dataset_rows(rows: Callable[[], Any], field: str, source: str) -> Iterator[str]:
+    for number, row in enumerate(rows(), start=1):
+        yield _text_of(row, field, f"{source}, row {number}")
+
+
+def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
+    """The text of a row.
+
+    Raises:
+        BadFile: There is none; the message says what there is.
+    """
+    if field not in row:
+        names = [str(name)[:40] for name in sorted(map(str, row))]
+        have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
+        raise BadFile(f"there is no field {field!r} here; it has: {have}.", at=at, fix="name the one that holds text.")
+    value = row[field]
+    if not isinstance(value, str):
+        raise BadFile(
+            f"the field {field!r} holds {_kind(value)}, not text.",
+            at=at,
+            fix="leave out such rows, or name the field that holds text.",
+        )
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a value is, as JSON would call it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeffect.errors import ConfigError, EmptySelection
+from saeffect.text.bos import begun
 
 __all__ = ["interleave", "pack", "separator_id"]
 
@@ -33,7 +34,12 @@ def separator_id(tokenizer: Any) -> int:
 
 
 def pack(
-    texts: Iterable[str], encode: Callable[[str], Sequence[int]], *, context_size: int, separator: int
+    texts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    context_size: int,
+    separator: int,
+    bos: int | None = None,
 ) -> Iterator[NDArray[np.int32]]:
     """Join documents with a separator and cut the stream into rows; the last, short piece is dropped.
 
@@ -42,6 +48,7 @@ def pack(
         encode: Text to token ids.
         context_size: Tokens a row.
         separator: Id put after each document.
+        bos: Id that each row begins with, as the first of its tokens; None for none.
 
     Yields:
         Token ids, int32 `[context_size]`.
@@ -53,16 +60,18 @@ def pack(
         >>> letters = lambda text: [ord(letter) for letter in text]
         >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0)]
         [[97, 98], [0, 99]]
+        >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0, bos=1)]
+        [[1, 97], [1, 98], [1, 0], [1, 99], [1, 0]]
     """
     held: list[int] = []
     rows = 0
     for text in texts:
         held.extend(encode(text))
         held.append(separator)
-        while len(held) >= context_size:
-            yield np.asarray(held[:context_size], dtype=np.int32)
+        while len(row := begun(held[:context_size], bos)[:context_size]) == context_size:
+            yield np.asarray(row, dtype=np.int32)
             rows += 1
-            del held[:context_size]
+            del held[: context_size - (row[0] != held[0])]  # a BOS put in front is none of the text
     if not rows:
         raise EmptySelection(
             f"the text has {len(held)} tokens, fewer than one context of {context_size}.",

@@ -18,7 +18,7 @@ from saeffect.report.figures.fates import fates_by_activation, fates_by_decoder
 from saeffect.report.figures.forest import forests
 from saeffect.report.figures.match_counts import match_counts
 from saeffect.report.figures.partial_residuals import partial_residuals
-from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle, svg_text
+from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle
 
 __all__ = ["DrawnFigure", "draw_figures", "write_figures"]
 
@@ -77,7 +77,7 @@ def write_figures(
         if figure.figure is None:
             continue
         with atomic_path(Path(folder) / f"{figure.name}.svg") as temporary:
-            temporary.write_text(svg_text(figure), encoding="utf-8")
+            temporary.write_text(figure.svg, encoding="utf-8")
         with atomic_path(Path(folder) / f"{figure.name}.png") as temporary:
             temporary.write_bytes(png_bytes(figure))
     return figures

@@ -80,13 +80,11 @@ def doses(comparison: Comparison, styles: Mapping[str, ArmStyle], context: Repor
         if placebos
         else " No placebo was run at these doses, so what any push of that size does is not shown."
     )
+    choice = "No dose was chosen." if chosen is None else "The dashed line is the dose that was chosen."
     return DrawnFigure(
         name="doses",
         title="What more of a dose does",
-        caption=(
-            "The dose search, on prompts that the test does not use. The dashed line is the dose that was chosen."
-            f"{bars}{beside}"
-        ),
+        caption=(f"The dose search, on prompts that the test does not use. {choice}{bars}{beside}"),
         alt=_alt(table, panels[0], chosen),
         figure=figure,
         source=source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Mapping
@@ -129,6 +130,11 @@ class DrawnFigure:
     group: str = ""
     paper: str = ""
 
+    @functools.cached_property
+    def svg(self) -> str:
+        """As a standalone SVG, "" without a drawing: drawn once, for the file and for the page."""
+        return svg_text(self)
+
 
 def arm_styles(arms: Iterable[tuple[str, str]]) -> dict[str, ArmStyle]:
     """The look of each arm.
@@ -226,7 +232,7 @@ def inline_svg(drawn: DrawnFigure) -> str:
 
     What the figure holds of other people's strings was escaped when the SVG was written and stays so.
     """
-    text = svg_text(drawn)
+    text = drawn.svg
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
