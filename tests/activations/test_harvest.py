@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import resource
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeffect.activations.harvest import NormLimit, TokenRows, harvest, kept_positions, measure_norm_limit
+from saeffect.activations.harvest import NormLimit, TokenRows, first_limit, harvest, kept_positions, measure_norm_limit
 from saeffect.activations.shards import ActivationStore, read_shard
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
 from saeffect.models.hooks import capture, edited
@@ -299,3 +300,21 @@ def test_a_write_that_fails_leaves_whole_shards(
     ]
     for path in ActivationStore.open(out).shards():
         read_shard(path)
+
+
+def test_a_bos_in_front_is_no_part_of_what_is_measured(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    lm = dataclasses.replace(tiny_llama, prepend_bos=True)
+    with complains(ConfigError, "begin with the token 0 (BOS), but not every row does", "prepend_bos=False"):
+        harvest(lm, HOOK, rows, tmp_path, **SIZES)
+    ids = rows.ids.copy()
+    ids[:, 0] = 0
+    begun = TokenRows(ids, rows.sources, rows.names)
+    harvest(lm, HOOK, begun, tmp_path, **SIZES)
+    store = ActivationStore.open(tmp_path)
+    assert store.note["made_by"]["bos"] == 0
+    x = capture(lm, HOOK, torch.from_numpy(ids[:4].astype(np.int64)))
+    assert first_limit(lm, HOOK, ids[:4]).median_norm == pytest.approx(float(x[:, 1:].norm(dim=-1).median()))
+    with complains(ConfigError, "another harvest", "bos"):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)

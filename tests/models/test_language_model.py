@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import torch
@@ -43,3 +44,16 @@ def test_rows_beyond_the_tokenizer_are_unused_and_not_plain(tiny_llama: Language
     assert not plain[-2:].any()
     assert not plain[0]  # <|endoftext|>
     assert plain[1:-2].all()
+
+
+def test_rows_and_prompts_begin_with_bos_once(tiny_llama: LanguageModel) -> None:
+    assert tiny_llama.bos_id is None, "its tokenizer has the name and does not use it"
+    lm = dataclasses.replace(tiny_llama, prepend_bos=True)
+    plain = lm.encode("The patient")
+    assert lm.encode_prompt("The patient") == [0, *plain]
+    assert lm.encode_prompt("<|endoftext|>The patient") == [0, *plain]
+    assert tiny_llama.encode_prompt("The patient") == plain
+    assert [lm.n_bos(ids) for ids in ([0, 5], [5, 0], [])] == [1, 0, 0]
+    assert tiny_llama.n_bos([0, 5]) == 0
+    rows = list(lm.pack(["The patient had a fever."] * 4, 8))
+    assert all(row[0] == 0 and len(row) == 8 for row in rows)

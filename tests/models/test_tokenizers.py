@@ -15,7 +15,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, NotFound
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.loading import load_tokenizer
-from saeffect.models.tokenizers import known_tokens, token_texts, tokenizer_identity, tokenizer_remedy
+from saeffect.models.tokenizers import known_tokens, token_texts, tokenizer_identity, tokenizer_trouble
 
 
 def as_sentencepiece() -> PreTrainedTokenizerFast:
@@ -121,14 +121,15 @@ def test_sentencepiece_that_is_not_installed_is_named(
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with complains(NotFound, "pip install 'saeffect[sentencepiece]'", at="arms.control.model"):
+    with complains(NotFound, "sentencepiece", "pip install 'saeffect[sentencepiece]'", at="arms.control.model"):
         load_tokenizer(tmp_path, ModelConfig(path=str(tmp_path)), at="arms.control.model")
 
 
 def test_remote_code_is_advised_only_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert "trust_remote_code" not in tokenizer_remedy(tmp_path, "Couldn't instantiate the backend tokenizer")
-    assert "save_pretrained" in tokenizer_remedy(tmp_path, "Couldn't instantiate the backend tokenizer")
-    assert "connection" in tokenizer_remedy("org/name", "not a local folder")
+    said = "Couldn't instantiate the backend tokenizer"
+    assert tokenizer_trouble(tmp_path, said) == (said, tokenizer_trouble(tmp_path, "x")[1])
+    assert "save_pretrained" in tokenizer_trouble(tmp_path, said)[1]
+    assert "connection" in tokenizer_trouble("org/name", "not a local folder")[1]
     asked = "contains custom code which must be executed. Please pass the argument `trust_remote_code=True`"
-    assert "trust_remote_code: true" in tokenizer_remedy(tmp_path, asked)
+    assert "trust_remote_code: true" in tokenizer_trouble(tmp_path, asked)[1]

@@ -11,7 +11,8 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, write_figures
-from saeffect.report.figures.style import arm_styles, inline_svg, png_bytes, safe_text, svg_text
+from saeffect.report.figures import style
+from saeffect.report.figures.style import arm_styles, inline_svg, new_figure, png_bytes, safe_text, svg_text
 
 Compare = Callable[[dict], Comparison]
 NAMES = (
@@ -132,3 +133,17 @@ def test_densities_are_drawn_to_scale(figures: tuple[DrawnFigure, ...], comparis
     density = next(figure for figure in figures if figure.name == "density")
     values = comparison.activity.query("arm == 'control' and density > 0")["density"]
     assert f"control has median {100 * np.median(values):.3f}" in density.alt
+
+
+def test_an_svg_is_drawn_once_for_the_file_and_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = DrawnFigure("x", "", "", "", new_figure(1))
+    text, made = svg_text(drawn), []
+
+    def counted(figure: DrawnFigure) -> str:
+        made.append(figure)
+        return text
+
+    monkeypatch.setattr(style, "svg_text", counted)
+    assert drawn.svg == text
+    assert inline_svg(drawn).startswith("<svg")
+    assert made == [drawn]

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.models.hooks import edited
 from saeffect.steering import AddVectors, Intervention
+from saeffect.steering.direct_effect import next_log_probabilities
 from saeffect.steering.operators import span
-from steering.tiny_model import D_MODEL, HOOK, n_hooks
+from saeffect.steering.prompt_pass import read_prompt
+from steering.tiny_model import D_MODEL, HOOK, n_hooks, tiny_model
 
 
 def changed_positions(positions: str, start: int, length: int, prompt_length: int) -> list[int]:
@@ -92,3 +96,29 @@ def test_hook_is_gone_after_an_exception(lm):
         lm.model(input_ids=ids)
     assert n_hooks(lm) == 0
     assert torch.equal(lm.model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(("positions", "expected"), [("all", [1, 2, 3]), ("prompt", [1, 2]), ("generated", [3])])
+def test_bos_is_never_steered(positions, expected):
+    """Neither at its place, nor in what the model computes from there on, prompt read at once or in pieces."""
+    lm = tiny_model(torch.float64)
+    tokenizer = type("Tokenizer", (type(lm.tokenizer),), {"bos_token_id": 1})()
+    lm = dataclasses.replace(lm, tokenizer=tokenizer, prepend_bos=True)
+    prompt, vectors = [1, 9, 40, 12], torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(0))
+
+    def by_hand(x):
+        out = x.clone()
+        out[:, expected] += vectors.double()
+        return out
+
+    with torch.no_grad(), edited(lm, HOOK, by_hand):
+        wanted = lm.model(input_ids=torch.tensor([prompt])).logits[:, -1].float()
+    intervention = Intervention(AddVectors(vectors), positions)
+    found = next_log_probabilities(lm, HOOK, prompt, intervention)
+    torch.testing.assert_close(found, wanted.log_softmax(-1))
+    edit = intervention.edit(4, lm.n_bos(prompt))
+    torch.testing.assert_close(read_prompt(lm, HOOK, prompt, 1, edit, room=1)[0], wanted)
+    edit.start = 4
+    assert bool(edit(torch.zeros(1, 1, D_MODEL)).any()) == (positions != "prompt"), "what is generated"
+    with pytest.raises(ConfigError, match="leaves out BOS"):
+        intervention.edit(1, 1)

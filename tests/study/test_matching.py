@@ -294,6 +294,6 @@ def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypat
     kept[0].write_bytes(kept[0].read_bytes()[:-40])  # what is damaged is made anew
     run_study(study, folder, stages=["match"], redo=True)
     assert len(set(made)) == len(made) - 2  # the one that was under way, and the damaged one
-    assert not (folder / "partial").exists()
+    assert not (folder / "partial" / "match").exists()
     for name, table in before.items():
         pd.testing.assert_frame_equal(pd.read_parquet(folder / "comparison" / f"{name}.parquet"), table)

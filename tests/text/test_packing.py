@@ -73,3 +73,13 @@ def test_models_with_a_vocabulary_of_bert_are_separated_by_sep() -> None:
 def test_a_tokenizer_without_an_end() -> None:
     with pytest.raises(ConfigError, match="no end-of-text token"):
         separator_id(SimpleNamespace(get_vocab=dict, eos_token_id=None))
+
+
+def test_every_row_begins_with_bos_and_no_token_of_text_is_lost() -> None:
+    rows = [r.tolist() for r in pack(["abcd", "ef"], _letters, context_size=3, separator=0, bos=1)]
+    assert rows == [[1, 97, 98], [1, 99, 100], [1, 0, 101], [1, 102, 0]]
+
+
+def test_a_text_that_brings_its_own_bos_gets_no_second_one() -> None:
+    rows = [r.tolist() for r in pack(["\x01abcd"], _letters, context_size=3, separator=0, bos=1)]
+    assert rows == [[1, 97, 98], [1, 99, 100]]

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, first_line, unknown_name
+from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
 from saeffect.models.accounting import BOTH, account_for, explained, refuse_nan
 from saeffect.models.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
 from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header
 from saeffect.models.language_model import LanguageModel
-from saeffect.models.tokenizers import tokenizer_remedy
+from saeffect.models.tokenizers import tokenizer_trouble
 from saeffect.paths import user_path
 from saeffect.provenance import fingerprint, hash_file, read_json
 
@@ -301,10 +301,9 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:  # of many kinds
+        why, fix = tokenizer_trouble(place, str(error))
         raise NotFound(
-            f"the tokenizer of {config.path!r} cannot be loaded: {first_line(error)}",
-            at=at or config.path,
-            fix=tokenizer_remedy(place, str(error)),
+            f"the tokenizer of {config.path!r} cannot be loaded: {why}", at=at or config.path, fix=fix
         ) from error
 
 

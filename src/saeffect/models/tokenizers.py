@@ -16,7 +16,7 @@ __all__ = [
     "special_tokens",
     "token_texts",
     "tokenizer_identity",
-    "tokenizer_remedy",
+    "tokenizer_trouble",
 ]
 
 _SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # packages that read a tokenizer.model
@@ -89,24 +89,26 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_remedy(place: Path | str, said: str) -> str:
-    """What to do about a tokenizer that transformers cannot load.
+def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
+    """Why transformers cannot load a tokenizer, and what to do about it.
 
     Args:
         place: The folder, or a hub id.
-        said: What transformers says.
+        said: What transformers says; it names the last of several things that it tried.
     """
+    why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
     if "trust_remote_code" in said:
-        return "set trust_remote_code: true if you trust the code that comes with the model."
+        return why, "set trust_remote_code: true if you trust the code that comes with the model."
     there = {file.name for file in place.iterdir()} if isinstance(place, Path) and place.is_dir() else set()
     alone = any(name.endswith(".model") for name in there) and "tokenizer.json" not in there
     if alone or any(name in said.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
         if not all(map(_installed, _SENTENCEPIECE)):
-            return "install sentencepiece, which reads tokenizer.model: pip install 'saeffect[sentencepiece]'."
-        return "tokenizer.model is no SentencePiece model; put the tokenizer.json of the base model beside it."
+            why = "it is a tokenizer.model alone, and sentencepiece or protobuf, which read it, are not installed"
+            return why, "pip install 'saeffect[sentencepiece]', or put the base model's tokenizer.json into the folder."
+        return why, "tokenizer.model is no SentencePiece model; put the base model's tokenizer.json into the folder."
     if isinstance(place, Path):
-        return "save the tokenizer beside the model: tokenizer.save_pretrained(folder)."
-    return "check the name and your connection, or save the tokenizer beside the model."
+        return why, "save the tokenizer beside the model: tokenizer.save_pretrained(folder)."
+    return why, "check the name and your connection, or save the tokenizer beside the model."
 
 
 def _installed(package: str) -> bool:
