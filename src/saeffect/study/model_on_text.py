@@ -2,7 +2,7 @@
 
 One is the perplexity of the text's own token frequencies: who predicts worse than these has learnt nothing of such
 text, or reads other tokens than it was trained on. The other is its own perplexity on the same tokens where rows begin
-the other way, with the tokenizer's BOS token or without: Gemma 3 270M without has seven times the perplexity.
+the other way, with the tokenizer's BOS token or without: Gemma 3 270M without has six times the perplexity.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from saeffect.text.bos import bos_of
 
 __all__ = ["complaint_about_model", "model_on_text", "words_of_perplexity"]
 
-# Nats a token by which the other beginning may be better. What models without need of a BOS gain or lose by one is a
-# tenth of that, what Gemma loses without it four times as much.
+# Nats a token by which the other beginning may be better. Gemma 3 270M loses 1.8 without its BOS.
 _MARGIN = 0.5
 _BATCH = 4
 

@@ -43,7 +43,7 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
             at=study.at("arms", arm, "hook"),
             fix="set hook: blocks.<layer>.hook_resid_pre.",
         )
-    values = {**section, "model": config.model, "hook": config.hook}
+    values = {"bos": study.config.text.bos, **section, "model": config.model, "hook": config.hook}
     recipe = SaeRecipe.read(values, at=study.at("training"))
     if not config.training:
         return recipe
