@@ -159,6 +159,13 @@ def test_every_tensor_is_accounted_for(
         _load(folder)
 
 
+def test_sizes_of_another_model(folder: Path, complains: Callable[..., Any]) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    with complains(BadFile, "other shapes than its config.json asks for", at=PLACE):
+        _load(folder)
+
+
 def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.summary.weight": torch.ones(1, 32)}
     weights = load_file(folder / "model.safetensors")
@@ -240,6 +247,7 @@ def test_no_adapter_there(tiny_llama_folder: Path, tmp_path: Path, complains: Ca
         ("./none", NotFound, "there is no adapter"),
         ("none", NotFound, "there is no adapter"),
         (str(tmp_path), NotFound, "holds no adapter_config.json"),
+        (str(tiny_llama_folder), NotFound, "this is a whole model: give it as path"),
         ("bundled:none", UnknownName, "there is no bundled adapter"),
         ("no-such-org/no-such-adapter", NotFound, "cannot fetch the adapter"),
     ):

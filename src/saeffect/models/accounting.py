@@ -89,6 +89,12 @@ def explained(config: ModelConfig, at: str | None, base: Path | str) -> Iterator
                 at=where,
                 fix="check the name and your connection, or give a local folder with safetensors weights.",
             ) from error
+        if "ignore_mismatched_sizes" in text:
+            raise BadFile(
+                f"the tensors of {config.path!r} have other shapes than its config.json asks for.",
+                at=where,
+                fix="restore the config.json that was saved with these weights.",
+            ) from error
         own_code = not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error))
         raise BadFile(
             f"transformers cannot load {config.path!r}: {text}",

@@ -138,7 +138,12 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
     path = user_path(config.adapter, at=where)
     if path.is_dir():
         if not (path / ADAPTER_CONFIG).is_file():
-            raise NotFound(f"the folder {config.adapter!r} holds no adapter_config.json.", at=where)
+            whole = (path / "config.json").is_file()
+            raise NotFound(
+                f"the folder {config.adapter!r} holds no {ADAPTER_CONFIG}.",
+                at=where,
+                fix="this is a whole model: give it as path." if whole else "point to what save_pretrained wrote.",
+            )
         return path
     if path.is_absolute() or config.adapter.startswith((".", "~")) or config.adapter.count("/") != 1:
         raise NotFound(f"there is no adapter at {config.adapter!r}.", at=where, fix="check the path, or give a hub id.")
