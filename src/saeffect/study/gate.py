@@ -30,9 +30,11 @@ VERSION = 4
 
 def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
     """What the gate's numbers depend on."""
+    control = study.by_role("control")[0]
     return {
         "version": VERSION,
         "arm": study.identities[arm],
+        "control": study.identities[control]["model"] if study.config.arms[arm].role == "treatment" else None,
         "text": study.text_identity,
         "gate": study.config.gate.model_dump(),
     }
