@@ -107,5 +107,7 @@ def _differences(ax: Any, curves: dict[str, Any], title: str) -> None:
     ax.set_xlabel("steps (dotted: 0.5 %)")
     ax.set_title(f"{title}: how far two losses are apart", loc="left", fontweight="bold")
     # Below the axes and beside the layout: long names would squeeze the panels to nothing.
-    legend = ax.legend(frameon=False, fontsize=6.2, ncols=2, columnspacing=0.8, loc="upper right", bbox_to_anchor=(1, -0.3))
+    legend = ax.legend(
+        frameon=False, fontsize=6.2, ncols=2, columnspacing=0.8, loc="upper right", bbox_to_anchor=(1, -0.3)
+    )
     legend.set_in_layout(False)

@@ -67,7 +67,9 @@ class Task:
         names = {dtype: f"saeffect_{str(dtype).removeprefix('torch.')}" for dtype in dtypes}
         self.default = names[resolve_dtype("auto", torch.device("cpu"))]
         self.ours = {
-            names[dtype]: LanguageModel(copy.deepcopy(model).to(dtype), Vocabulary(self.config.vocab_size), "gpt2")
+            names[dtype]: LanguageModel(
+                copy.deepcopy(model).to(dtype), Vocabulary(self.config.vocab_size), "gpt2", prepend_bos=False
+            )
             for dtype in sorted(dtypes, key=lambda d: d != torch.float32)
         }
         self.peer = hooked_gpt2(model, processed=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 import saeffect.activations.stream as stream_module
 from saeffect.activations.harvest import NormLimit, TokenRows, kept_positions
 from saeffect.activations.stream import StreamedActivations
-from saeffect.errors import BadFile, ConfigError, EmptySelection
+from saeffect.errors import ConfigError, EmptySelection
 from saeffect.models.hooks import capture, edited
 from saeffect.models.language_model import LanguageModel
 
@@ -155,10 +155,10 @@ def test_activations_that_are_no_numbers(
     def broken(rows_of_pass: int) -> Any:
         return edited(tiny_llama, HOOK, lambda x: x / 0 if len(x) == rows_of_pass else x)
 
-    with broken(6), complains(BadFile, "not finite", at=HOOK):
+    with broken(6), complains(ConfigError, "not finite", at=HOOK):
         StreamedActivations.open(tiny_llama, HOOK, rows, rows_a_pass=3)
     source = StreamedActivations.open(tiny_llama, HOOK, rows, pool_rows=4, rows_a_pass=3)
-    with broken(1), complains(BadFile, "NaN or infinity", at=HOOK):
+    with broken(1), complains(ConfigError, "not finite", at=HOOK):
         next(source.batches(10, seed=0, epoch=0))
 
 

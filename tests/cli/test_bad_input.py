@@ -162,11 +162,12 @@ CASES: dict[str, tuple[Change, str, str]] = {
         "EmptySelection",
         "v.txt",
     ),
-    "no domain features": (
+    "no word that is a token": (
         _file("v.txt", b"xylophone\n", "selection", "vocabulary"),
         "EmptySelection",
-        "min_matches",
+        "xylophone",
     ),
+    "no domain features": (_set("selection", "min_matches", to=10), "EmptySelection", "min_matches"),
     "another tokenizer": (_other_tokenizer, "IncompatibleModels", "tokenizer"),
     "verdict of no kind": (_no_answer, "", "perhaps"),
     "unknown key": (_set("selection", "min_match", to=3), "UnknownName", "min_matches"),

@@ -21,7 +21,7 @@ def arm_of(tiny_arm, name, role, rng, n=40, shift=0.0):
     features = features.assign(feature=ids, density=density, decoder_norm=norm)
     effects = pd.DataFrame(
         {"feature": ids, "n_pairs": 4, "effect": effect, "p": 0.5, "passed": False, "paper_pass": False}
-    )
+    ).assign(placebo="matched")
     scores = pd.DataFrame({"feature": ids, "coherence": coherence, "n_known": 2, "reason": ""})
     return replace(arm, features=features, effects=effects, coherence=scores)
 

@@ -88,7 +88,7 @@ def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
 
     batches = []
 
-    def watched(lm, hook, prompt_ids, cells, sampling, *, intervention, batch_size):
+    def watched(lm, hook, prompt_ids, cells, sampling, *, intervention, batch_size, progress):
         rows = intervention.operator.vectors
         batches.append((len(cells), int((rows == 0).all(dim=1).sum())))
         assert len(cells) <= batch_size
