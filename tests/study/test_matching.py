@@ -47,8 +47,11 @@ def stages(lines: list[str]) -> dict[str, bool]:
     return {line.split(":")[0]: line.endswith("skipped") for line in said}
 
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
 @pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, RunFolder, list[str]]:
+def seeded(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Study, RunFolder, list[str]]:
     """Control with a whole and a compact further SAE, treatment with a whole one."""
     folder = tmp_path_factory.mktemp("seeded")
     path = make_study(folder)

@@ -12,6 +12,7 @@ def test_only_the_pictures_of_this_report_are_its_own(tmp_path: Path) -> None:
     for name in ("doses.svg", "doses.png", "figure_6_doses.svg", "notes.txt"):
         (tmp_path / name).write_text("")
     assert sorted(path.name for path in _drawn(tmp_path, {"doses"})) == ["doses.png", "doses.svg"]
+    assert _drawn(tmp_path / "nothing drawn", set()) == []
 
 
 @pytest.mark.parametrize(

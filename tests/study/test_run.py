@@ -26,16 +26,21 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("study")
     path = make_study(folder)
     run_study(Study.open(path), folder / "run")
     return path, folder / "run"
 
 
-def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path]) -> None:
-    run = finished[1]
+def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path], tmp_path: Path, with_figures: None) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    run_study(Study.open(finished[0]), run, stages=["report"], redo=True)
     names = set(tree(run))
     for arm in ("control", "treatment", "placebo"):
         for file in (
@@ -278,7 +283,7 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
 
 
 def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
-    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_figures: None
 ) -> None:
     path, done = finished
     run = tmp_path / "run"

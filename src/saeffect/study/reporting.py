@@ -52,8 +52,9 @@ def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
 
 
 def _drawn(folder: Path, names: set[str]) -> list[Path]:
-    """The pictures of this report."""
-    return [path for path in folder.iterdir() if path.suffix in {".svg", ".png"} and path.stem in names]
+    """The pictures of this report; none where nothing could be drawn, and so no folder was made."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
 
 
 def _context(run: RunFolder) -> ReportContext:

@@ -175,7 +175,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 def settle(figure: Figure) -> None:
     """Lay the figure out once and for all; left to itself it does so at each saving, a little differently."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # "none" would leave one in place that has each saving draw twice
 
 
 def clean_axes(ax: Axes, *, grid: str | None = None) -> None:
