@@ -289,7 +289,7 @@ def _coherence(pair: _Pair) -> list[Contrast]:
     else:
         delta, p = undefined(_too_few(pair, a, b), len(a) + len(b)), _NAN
     method = "bootstrap over features, Mann-Whitney test"
-    rows.append(pair.row("coherence_delta", "Cliff's delta of coherence", values, delta, p, method, "-1 to 1"))
+    rows.append(pair.row("coherence_delta", "Cliff's delta of coherence", values, delta, p, method, "from -1 to 1"))
     return rows
 
 
