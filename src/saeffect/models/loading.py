@@ -19,7 +19,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
 from saeffect.models.accounting import BOTH, account_for, explained, refuse_nan
 from saeffect.models.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.models.embedded import EMBEDDED_NAME, embedded_model
-from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header
+from saeffect.models.gguf_files import choose_gguf, converted_folder, gguf_header, make_savable
 from saeffect.models.language_model import LanguageModel
 from saeffect.models.tokenizers import tokenizer_trouble
 from saeffect.paths import user_path
@@ -271,11 +271,7 @@ def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
     )
     model, info = loaded
     account_for(model, info, at or gguf.name, None)
-    # transformers refuses to save what it believes to be quantised; the weights are plain tensors by now.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    make_savable(model)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
