@@ -256,11 +256,14 @@ def test_a_compact_seed_brings_its_decoder_and_statistics(tmp_path) -> None:
 
 def test_a_seed_that_is_another_kind_of_sae_is_refused(tmp_path) -> None:
     path = make_study(tmp_path)
+    make_sae(tmp_path / "saes" / "control", 0, prepend_bos=False)
     make_sae(tmp_path / "saes" / "wide", 3, d_sae=128)
-    change_arms(path, control={"more_saes": ["./saes/wide"]})
-    with pytest.raises(IncompatibleSae, match="d_sae=128, but the arm's own has 96") as caught:
-        check_study(Study.open(path))
-    assert "arms.control.more_saes.0" in str(caught.value.at)
+    make_sae(tmp_path / "saes" / "begun", 3, prepend_bos=True)
+    for name, said in (("wide", "d_sae=128, but the arm's own has 96"), ("begun", "prepend_bos=True, but the arm's")):
+        change_arms(path, control={"more_saes": [f"./saes/{name}"]})
+        with pytest.raises(IncompatibleSae, match=said) as caught:
+            check_study(Study.open(path))
+        assert "arms.control.more_saes.0" in str(caught.value.at)
 
 
 def test_a_seed_twice_and_an_unknown_test_are_refused(tmp_path) -> None:

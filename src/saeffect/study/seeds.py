@@ -101,9 +101,10 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
         at = study.at("arms", arm, "more_saes", str(index))
         one = open_seed(name, folder, at=at)
-        for key in ("architecture", "d_in", "d_sae", "k", "hook_name"):
-            mine, theirs = getattr(own, key), getattr(one.cfg, key)
-            if mine != theirs and not (key == "hook_name" and theirs is None):
+        for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
+            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, one.cfg))
+            unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
+            if mine != theirs and not unsaid:
                 raise IncompatibleSae(
                     f"the SAE {name} has {key}={theirs}, but the arm's own has {mine}.",
                     at=at,
