@@ -144,8 +144,8 @@ def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> 
 
 
 def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    path = make_study(tmp_path)
-    run_study(Study.open(path), tmp_path / "run")
+    shutil.copytree(finished[0].parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / finished[0].name
     path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
     lines: list[str] = []
     run_study(Study.open(path), tmp_path / "run", say=lines.append)
