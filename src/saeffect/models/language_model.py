@@ -160,6 +160,11 @@ class LanguageModel:
 
     def plain_tokens(self) -> torch.Tensor:
         """Which ids may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
+        return self._plain_tokens.clone()
+
+    @functools.cached_property
+    def _plain_tokens(self) -> torch.Tensor:
+        # Kept: reading a vocabulary takes most of a second, and every batch of texts asks.
         known = known_tokens(self.tokenizer).keys() - special_tokens(self.tokenizer)
         if self.shared is not None:
             known &= self.shared
