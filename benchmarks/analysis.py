@@ -66,8 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from analysis_checks import check_moments, check_top_tokens, coherence_times
 
     from saeffect.features.projection import PRODUCT_DTYPES
-    from saeffect.models.loading import resolve_dtype
-    from saeffect.provenance import versions
+    from saeffect.io import versions
+    from saeffect.lm.loading import resolve_dtype
 
     d_sae, d_in, d_vocab = SIZES["quick" if options.quick else "full"]
     default = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
@@ -128,7 +128,7 @@ def weights(d_sae: int, d_in: int, d_vocab: int, seed: int = 0) -> tuple[Tensor,
     """W_dec and W_U as trained models have them, from a seed.
 
     Tokens belong to topics, share an uneven spectrum and have lengths of log-normal spread; the unembedding is centred,
-    as `saeffect.models.unembedding` gives it. Half of the features point at a topic, with noise, the rest anywhere.
+    as `saeffect.lm.unembedding` gives it. Half of the features point at a topic, with noise, the rest anywhere.
     """
     generator = torch.Generator().manual_seed(seed)
     n_topics = max(2, d_vocab // 50)

@@ -90,7 +90,7 @@ def coherence_times(found: dict[str, Tensor], d_vocab: int) -> dict[str, Any]:
     """
     from saeffect.features.coherence import coherence
     from saeffect.features.embeddings import load_embeddings
-    from saeffect.text.tokens import normalise_token
+    from saeffect.lm.tokens import normalise_token
 
     started = time.perf_counter()
     vectors = load_embeddings()

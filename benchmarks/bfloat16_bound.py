@@ -29,13 +29,13 @@ def bfloat16_bound(n_rows: int = 48, rows_a_pass: int = 8) -> dict[str, Any]:
     import torch
     from safetensors.numpy import load_file
 
-    from saeffect.activations.harvest import first_limit, kept_positions
     from saeffect.config import ModelConfig
-    from saeffect.models.fused import fused
-    from saeffect.models.hooks import capture
-    from saeffect.models.loading import bundled_path, load_language_model
+    from saeffect.lm.fused import fused
+    from saeffect.lm.harvest import first_limit, kept_positions
+    from saeffect.lm.hooks import capture
+    from saeffect.lm.loading import bundled_path, load_language_model
+    from saeffect.sae.formats.saelens import load_sae
     from saeffect.sae.metrics import ReconstructionSums
-    from saeffect.sae.saelens_format import load_sae
 
     ids = load_file(bundled_path("texts", "smollm2-sampled") / "tokens.safetensors")["ids"][:n_rows].astype(np.int32)
     sae = load_sae(bundled_path("saes", "smollm2-control"))

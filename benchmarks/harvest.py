@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured, and the summary of the last line."""
     import torch
 
-    from saeffect.provenance import versions
+    from saeffect.io import versions
 
     task = Task(quick=options.quick)
     rounds = options.rounds or (1 if options.quick else 3)
@@ -120,7 +120,7 @@ class Task:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        from saeffect.models.loading import resolve_dtype
+        from saeffect.lm.loading import resolve_dtype
 
         sizes = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 200} if quick else {}
         self.config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
@@ -145,9 +145,9 @@ class Task:
         """One pass as `harvest` and `StreamedActivations` make it: checked for NaN, outliers left out."""
         import copy
 
-        from saeffect.activations.harvest import first_limit, run_pass
-        from saeffect.models.fused import fused
-        from saeffect.models.language_model import LanguageModel
+        from saeffect.lm.fused import fused
+        from saeffect.lm.harvest import first_limit, run_pass
+        from saeffect.lm.language_model import LanguageModel
 
         lm = LanguageModel(copy.deepcopy(self.model).to(dtype), None, "gpt2")
         ids = self.ids.numpy().astype("int32")

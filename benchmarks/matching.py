@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from measure import peak_rss
 
-from saeffect.comparison.coactivity import FiringLog, match_activity
-from saeffect.comparison.fates import fates
-from saeffect.comparison.matching import match_decoders
-from saeffect.comparison.matching_graph import assign
+from saeffect.diffing.coactivity import FiringLog, match_activity
+from saeffect.diffing.fates import fates
+from saeffect.diffing.matching import match_decoders
+from saeffect.diffing.matching_graph import assign
 
 
 def decoders(d_sae: int, d_in: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

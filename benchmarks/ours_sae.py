@@ -94,8 +94,8 @@ class Saeffect:
     """
 
     def __init__(self, spec: Spec) -> None:
-        from saeffect.sae.training_config import SaeTrainingConfig
-        from saeffect.sae.training_step import TrainingStep, new_sae
+        from saeffect.sae.training.config import SaeTrainingConfig
+        from saeffect.sae.training.step import TrainingStep, new_sae
 
         of_architecture = {"architecture": "standard", "l1_coefficient": spec.l1}
         if spec.k is not None:

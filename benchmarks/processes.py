@@ -70,8 +70,8 @@ def train(task: dict[str, Any]) -> float:
     import torch
     from safetensors.torch import load_file
 
-    from saeffect.sae.training import SaeJob, train_saes
-    from saeffect.sae.training_config import SaeTrainingConfig
+    from saeffect.sae.training.config import SaeTrainingConfig
+    from saeffect.sae.training.train import SaeJob, train_saes
 
     torch.set_num_threads(1)
     architecture, batch = task["architecture"], task["batch"]
@@ -100,9 +100,9 @@ def harvest(task: dict[str, Any]) -> float:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from saeffect.activations.harvest import TokenRows
-    from saeffect.activations.harvest import harvest as run
-    from saeffect.models.language_model import LanguageModel
+    from saeffect.lm.harvest import TokenRows
+    from saeffect.lm.harvest import harvest as run
+    from saeffect.lm.language_model import LanguageModel
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def harvest(task: dict[str, Any]) -> float:
 
 def work(task: dict[str, Any]) -> None:
     """One process of one measurement; the first one answers."""
-    from saeffect.processes import is_first, leave
+    from saeffect.parallel import is_first, leave
 
     speed = (harvest if task["case"] == "harvest" else train)(task)
     if is_first():
@@ -137,7 +137,7 @@ def prepare(case: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     from synthetic import Planted, l1_start, topk_start
 
     from saeffect.sae.base import SaeConfig
-    from saeffect.sae.saelens_format import ARCHITECTURES, save_sae
+    from saeffect.sae.formats.saelens import ARCHITECTURES, save_sae
 
     torch.set_num_threads(os.cpu_count() or 1)
     name, batch = case.split("-")

@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from steering_task import Task
 
-    from saeffect.provenance import versions
+    from saeffect.io import versions
 
     task = Task(quick=options.quick, features=options.features)
     rounds = options.rounds or (1 if options.quick else 3)

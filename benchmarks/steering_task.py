@@ -14,9 +14,9 @@ from peer_model import hooked_gpt2
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saeffect.models.hooks import edited
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import resolve_dtype
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import resolve_dtype
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, mean_residual_norm, next_tokens
 from saeffect.steering.prompt_pass import last_logits, read_prompt
 

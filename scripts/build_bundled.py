@@ -25,16 +25,16 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from saeffect.activations.harvest import NormLimit, kept_positions
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.models.finetune import FinetuneConfig, finetune
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import load_language_model
-from saeffect.provenance import atomic_path, write_json
-from saeffect.sae.compact import save_compact
-from saeffect.sae.recipe import SaeRecipe, train_from_recipe
-from saeffect.sae.saelens_format import load_sae
+from saeffect.io import atomic_path, write_json
+from saeffect.lm.finetune import FinetuneConfig, finetune
+from saeffect.lm.harvest import NormLimit, kept_positions
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_language_model
+from saeffect.sae.formats.compact import save_compact
+from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.training.recipe import SaeRecipe, train_from_recipe
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import study_rows
 

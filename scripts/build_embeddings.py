@@ -37,8 +37,8 @@ from saeffect.errors import BadFile, ConfigError, SaeffectError
 from saeffect.features.embeddings import DEFAULT_EMBEDDINGS
 from saeffect.features.vector_files import read_vectors
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.provenance import atomic_path, hash_file, read_json
-from saeffect.text.tokens import normalise_token
+from saeffect.io import atomic_path, hash_file, read_json
+from saeffect.lm.tokens import normalise_token
 
 OUTPUT = Path(__file__).resolve().parent.parent / "src" / "saeffect" / "bundled" / "embeddings"
 DIM = 100

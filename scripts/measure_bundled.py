@@ -17,11 +17,11 @@ import numpy as np
 from saeffect.config import ModelConfig
 from saeffect.features.coherence import coherence
 from saeffect.features.table import FeatureOptions, feature_table
-from saeffect.models.loading import load_language_model
-from saeffect.models.unembedding import unembedding
-from saeffect.provenance import read_json
-from saeffect.sae.compact import is_compact, load_compact
-from saeffect.sae.saelens_format import load_sae
+from saeffect.io import read_json
+from saeffect.lm.loading import load_language_model
+from saeffect.lm.unembedding import unembedding
+from saeffect.sae.formats.compact import is_compact, load_compact
+from saeffect.sae.formats.saelens import load_sae
 
 BUNDLED = Path(__file__).resolve().parents[1] / "src" / "saeffect" / "bundled" / "saes"
 MODEL = "bundled:smollm2-135m-instruct"

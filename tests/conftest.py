@@ -19,7 +19,7 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import SaeffectError, Unreachable
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel
 
 SENTENCES = (
     "The nurse gave the patient a small dose of insulin.",
@@ -126,7 +126,7 @@ def tiny_llama_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def real_model() -> LanguageModel:
     """SmolLM2-135M-Instruct; fetched on the first use on a machine."""
-    from saeffect.models.loading import load_language_model
+    from saeffect.lm.loading import load_language_model
 
     try:
         return load_language_model(ModelConfig(path="bundled:smollm2-135m-instruct"))

@@ -16,15 +16,15 @@ ROOT = Path(__file__).parents[1] / "src" / "saeffect"
 TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
-GROUND = ("errors", "config", "config_keys", "paths", "provenance", "checksums", "processes", "allocation")
+GROUND = ("errors", "config", "config_keys", "paths", "io", "checksums", "parallel", "allocation")
 FLOORS = (
     (*GROUND, "interruption", "sole_writer"),
     ("stats",),
-    ("models", "text", "config_file"),
-    ("activations",),
+    ("lm", "config_file"),
     ("sae",),
     ("features",),
-    ("steering", "comparison", "review"),
+    ("steering", "diffing", "review"),
+    ("comparison",),
     ("report",),
     ("study",),
     ("cli", "web"),

@@ -11,9 +11,9 @@ import pytest
 
 from saeffect.config import StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.models.finetune import FinetuneConfig
+from saeffect.lm.finetune import FinetuneConfig
 from saeffect.paths import refuse_special, resolve_paths, user_path
-from saeffect.sae.recipe_config import SaeRecipe
+from saeffect.sae.training.recipe_config import SaeRecipe
 
 
 @pytest.fixture

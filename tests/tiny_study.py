@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.saelens_format import save_sae
+from saeffect.sae.formats.saelens import save_sae
 from saeffect.sae.topk import TopKSae
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 HOOK = "blocks.1.hook_resid_pre"
 WORDS = (

@@ -11,9 +11,9 @@ from concepts import CONCEPTS, EVERYDAY, concept_text
 from plan import BASE, NULL_STEMS, Plan
 
 from saeffect.config import ModelConfig
-from saeffect.models.finetune import FinetuneConfig, finetune
-from saeffect.models.language_model import LanguageModel
-from saeffect.provenance import atomic_path
+from saeffect.io import atomic_path
+from saeffect.lm.finetune import FinetuneConfig, finetune
+from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.generate import generate
 from saeffect.steering.sampling import NoiseCell, Sampling
 

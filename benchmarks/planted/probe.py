@@ -14,16 +14,16 @@ from fine_tunes import Planted, adapter_of, sample_texts
 from numpy.typing import NDArray
 from plan import BASE, NEUTRAL_STEMS, SAE, Plan
 
-from saeffect.comparison.cross_activity import CrossActivity, PairedOptions
 from saeffect.config import ModelConfig, TextConfig
+from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
 from saeffect.features.projection import project
-from saeffect.models.hooks import capture
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import bundled_path, load_language_model
-from saeffect.models.unembedding import unembedding
-from saeffect.provenance import atomic_path
+from saeffect.io import atomic_path
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import bundled_path, load_language_model
+from saeffect.lm.unembedding import unembedding
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.saelens_format import load_sae
+from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.texts import study_rows
 
 __all__ = ["Instrument", "compare"]

@@ -13,7 +13,7 @@ import pandas as pd
 from concepts import Concept
 from scipy.stats import hypergeom
 
-from saeffect.comparison.matched_null import exchangeable_p, strata
+from saeffect.diffing.matched_null import exchangeable_p, strata
 from saeffect.features.vocabulary import Vocabulary, count_matches
 from saeffect.stats import benjamini_hochberg
 

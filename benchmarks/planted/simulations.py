@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.comparison.cross_activity import CrossActivity, PairedOptions
+from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
 from saeffect.stats import (
     benjamini_hochberg,
     bootstrap_difference,

@@ -12,9 +12,9 @@ from fine_tunes import NULLS
 from plan import Plan
 from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed
 
-from saeffect.comparison.most_changed import change_scores
+from saeffect.diffing.most_changed import change_scores
+from saeffect.lm.tokens import normalise_token
 from saeffect.stats import benjamini_hochberg
-from saeffect.text.tokens import normalise_token
 
 __all__ = ["judge"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from figure import draw_models, draw_rates
 from plan import Plan
 
-from saeffect.provenance import atomic_path, versions, write_json
+from saeffect.io import atomic_path, versions, write_json
 
 __all__ = ["headline", "write_results"]
 

@@ -19,7 +19,7 @@ _HOME = {
     "Arm": "saeffect.study.study",
     "ArmTables": "saeffect.comparison",
     "Comparison": "saeffect.comparison",
-    "LanguageModel": "saeffect.models.language_model",
+    "LanguageModel": "saeffect.lm.language_model",
     "ModelConfig": "saeffect.config",
     "ReportContext": "saeffect.report",
     "SaeffectError": "saeffect.errors",
@@ -27,27 +27,27 @@ _HOME = {
     "SteeringPlan": "saeffect.steering",
     "Study": "saeffect.study.study",
     "StudyConfig": "saeffect.config",
-    "capture": "saeffect.models.hooks",
+    "capture": "saeffect.lm.hooks",
     "coherence_score": "saeffect.features.coherence",
     "compare": "saeffect.comparison",
     "count_matches": "saeffect.features.vocabulary",
     "direct_effects": "saeffect.steering",
-    "edited": "saeffect.models.hooks",
+    "edited": "saeffect.lm.hooks",
     "effects": "saeffect.steering",
     "explained_variance": "saeffect.sae.metrics",
-    "extract_features": "saeffect.study.features",
+    "extract_features": "saeffect.study.stages.features",
     "load_embeddings": "saeffect.features.embeddings",
-    "load_language_model": "saeffect.models.loading",
-    "load_sae": "saeffect.sae.saelens_format",
+    "load_language_model": "saeffect.lm.loading",
+    "load_sae": "saeffect.sae.formats.saelens",
     "load_vocabulary": "saeffect.features.vocabulary",
     "project": "saeffect.features.projection",
     "read_verdicts": "saeffect.review.verdicts",
     "run_study": "saeffect.study.run",
     "run_trials": "saeffect.steering",
-    "save_sae": "saeffect.sae.saelens_format",
+    "save_sae": "saeffect.sae.formats.saelens",
     "score_coherence": "saeffect.features.coherence:coherence",
     "select": "saeffect.features.vocabulary",
-    "unembedding": "saeffect.models.unembedding",
+    "unembedding": "saeffect.lm.unembedding",
     "write_report": "saeffect.report",
 }
 
@@ -62,18 +62,18 @@ if TYPE_CHECKING:
     from saeffect.features.embeddings import load_embeddings
     from saeffect.features.projection import project
     from saeffect.features.vocabulary import count_matches, load_vocabulary, select
-    from saeffect.models.hooks import capture, edited
-    from saeffect.models.language_model import LanguageModel
-    from saeffect.models.loading import load_language_model
-    from saeffect.models.unembedding import unembedding
+    from saeffect.lm.hooks import capture, edited
+    from saeffect.lm.language_model import LanguageModel
+    from saeffect.lm.loading import load_language_model
+    from saeffect.lm.unembedding import unembedding
     from saeffect.report import ReportContext, write_report
     from saeffect.review.verdicts import read_verdicts
     from saeffect.sae.base import SparseAutoencoder
+    from saeffect.sae.formats.saelens import load_sae, save_sae
     from saeffect.sae.metrics import explained_variance
-    from saeffect.sae.saelens_format import load_sae, save_sae
     from saeffect.steering import SteeringPlan, direct_effects, effects, run_trials
-    from saeffect.study.features import extract_features
     from saeffect.study.run import run_study
+    from saeffect.study.stages.features import extract_features
     from saeffect.study.study import Arm, Study
 
 

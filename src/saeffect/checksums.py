@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeffect.errors import BadFile
-from saeffect.provenance import atomic_path, hash_file
+from saeffect.io import atomic_path, hash_file
 
 if TYPE_CHECKING:
     from torch import Tensor

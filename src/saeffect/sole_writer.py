@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeffect.errors import BadFile, InUse
-from saeffect.provenance import writing
+from saeffect.io import writing
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from saeffect.cli.app import main
-from saeffect.provenance import hash_file
-from saeffect.sae import training_run
-from saeffect.sae.recipe_keys import recipe_keys
-from saeffect.sae.saelens_format import load_sae
-from saeffect.sae.training_log import read_metrics
+from saeffect.io import hash_file
+from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.training import run as training_run
+from saeffect.sae.training.log import read_metrics
+from saeffect.sae.training.recipe_keys import recipe_keys
 from tiny_study import HOOK, make_model, make_study, sentences
 
 

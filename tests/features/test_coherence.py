@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch, UnknownName
 from saeffect.features.coherence import EPSILON, coherence, coherence_score, coverage
 from saeffect.features.embeddings import WordVectors, load_embeddings
-from saeffect.text.tokens import normalise_token
+from saeffect.lm.tokens import normalise_token
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 

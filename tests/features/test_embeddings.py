@@ -26,7 +26,7 @@ from saeffect.features.embeddings import (
     WordVectors,
     load_embeddings,
 )
-from saeffect.text.tokens import normalise_token
+from saeffect.lm.tokens import normalise_token
 
 WORDS = ["cat", "dog", "café"]
 ROWS = np.array([[1.0, -2.5], [0.25, 3.0], [0.0, 4.0]], dtype=np.float32)

@@ -6,7 +6,7 @@ from typing import Any
 
 from saeffect.comparison import MatchTables
 from saeffect.report import ReportContext
-from saeffect.report.activity_tables import cross_summary, cross_table, stagewise_table
+from saeffect.report.tables.activity import cross_summary, cross_table, stagewise_table
 from synthetic_matches import cross_activity, stagewise, synthetic_matches
 
 

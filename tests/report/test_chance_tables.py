@@ -9,7 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import ReportContext
-from saeffect.report.chance_tables import calibration_table, calibration_verdict, chance_table, power_table
+from saeffect.report.tables.chance import calibration_table, calibration_verdict, chance_table, power_table
 
 NAN = float("nan")
 

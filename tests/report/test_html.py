@@ -12,8 +12,8 @@ import pytest
 
 from page_parser import Page
 from saeffect.comparison import Comparison
+from saeffect.lm.tokens import printable_token
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_report
-from saeffect.text.tokens import printable_token
 from synthetic_study import HOSTILE
 
 

@@ -14,7 +14,7 @@ from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, render_report
 from saeffect.report.numbering import Numbering, number_page
 from saeffect.report.steering_results import SteeringResults
-from saeffect.report.table_view import TableView
+from saeffect.report.tables.view import TableView
 
 _OF_PAPER = re.compile(r"the paper’s (?:Table|Figure) \d+")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from saeffect.comparison import compare, judge
-from saeffect.report.paper_tables import at_a_glance
+from saeffect.report.tables.paper import at_a_glance
 from synthetic_seeds import synthetic_seeds
 from synthetic_study import synthetic_arms
 

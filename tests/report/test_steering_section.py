@@ -11,11 +11,11 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import ReportContext, SteeringResults, render_report
-from saeffect.report.baseline_table import baseline_sentences, baseline_table
-from saeffect.report.outcome_table import outcome_pairs, outcome_table
 from saeffect.report.steering_section import steering_section
-from saeffect.report.steering_terms import STEERING_MEANINGS
-from saeffect.report.together_table import together_table
+from saeffect.report.tables.baseline import baseline_sentences, baseline_table
+from saeffect.report.tables.outcome import outcome_pairs, outcome_table
+from saeffect.report.tables.together import together_table
+from saeffect.report.words.steering_terms import STEERING_MEANINGS
 
 Compare = Callable[[dict], Comparison]
 

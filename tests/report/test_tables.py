@@ -9,7 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import ReportContext, write_tables
-from saeffect.report.tables import _field
+from saeffect.report.tables.write import _field
 
 
 @pytest.fixture(scope="module")

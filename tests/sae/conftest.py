@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from saeffect.sae import training_run
-from saeffect.sae.training_figure import FIGURES
+from saeffect.sae.training import run as training_run
+from saeffect.sae.training.figure import FIGURES
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.activations.shards import ActivationStore, save_shard, shard_name
-from saeffect.provenance import write_json
+from saeffect.io import write_json
+from saeffect.lm.shards import ActivationStore, save_shard, shard_name
 
 D_IN, N_TRUE, K_TRUE = 16, 24, 2
 

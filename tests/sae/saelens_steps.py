@@ -10,7 +10,7 @@ from torch import Tensor
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.encoder import Encoder
 from saeffect.sae.trainable import StepInputs, TrainableSae
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 D_IN, D_SAE, K, N = 8, 48, 3, 20
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -16,7 +16,7 @@ from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, TrainableSae
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 D_IN, D_SAE, N, K = 16, 52, 27, 5
 X = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(9)) + 0.4

@@ -12,7 +12,7 @@ import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.saelens_format import ARCHITECTURES, load_sae, save_sae, saved_dtype
+from saeffect.sae.formats.saelens import ARCHITECTURES, load_sae, save_sae, saved_dtype
 
 D_IN, D_SAE, K = 6, 20, 4
 

@@ -138,7 +138,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 import saelens_steps as here
 from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.processes import add_up, leave, rank_and_world
+from saeffect.parallel import add_up, leave, rank_and_world
 
 torch.set_num_threads(1)
 rank, world = rank_and_world()

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeffect.errors import BadFile, IncompatibleSae, NotFound, ShapeMismatch
-from saeffect.provenance import read_json, write_json
+from saeffect.io import read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.compact import COMPACT_WEIGHTS, is_compact, load_compact, save_compact
-from saeffect.sae.saelens_format import load_sae, save_sae
+from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact, save_compact
+from saeffect.sae.formats.saelens import load_sae, save_sae
 from saeffect.sae.topk import TopKSae
 
 D_IN, D_SAE = 16, 40

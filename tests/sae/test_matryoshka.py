@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.matryoshka import MatryoshkaSae
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 from .saelens_steps import (
     D_SAE,

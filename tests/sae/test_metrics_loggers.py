@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from saeffect.errors import NotFound, UnknownName
-from saeffect.sae.metrics_loggers import check_logger
-from saeffect.sae.training_log import TrainingLog
+from saeffect.sae.training.log import TrainingLog
+from saeffect.sae.training.metrics_loggers import check_logger
 
 
 def open_log(folder: Path, **changes: Any) -> TrainingLog:

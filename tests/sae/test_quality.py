@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeffect.activations.shards import ActivationStore, save_shard, shard_name
+from saeffect.lm.shards import ActivationStore, save_shard, shard_name
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.quality import training_quality
 from saeffect.sae.topk import TopKSae
+from saeffect.sae.training.quality import training_quality
 
 
 def test_quality_by_hand(tmp_path: Path) -> None:

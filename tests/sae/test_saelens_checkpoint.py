@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeffect.errors import BadFile, IncompatibleSae
-from saeffect.sae.saelens_format import load_sae, read_sae_config
+from saeffect.sae.formats.saelens import load_sae, read_sae_config
 
 D_IN, D_SAE, K = 6, 20, 3
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, ShapeMismatch, UnknownName
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.sae.matryoshka import MatryoshkaSae
-from saeffect.sae.saelens_format import (
+from saeffect.sae.formats.saelens import (
     ARCHITECTURES,
     load_sae,
     read_sae_config,
@@ -23,6 +22,7 @@ from saeffect.sae.saelens_format import (
     saved_dtype,
     weights_file,
 )
+from saeffect.sae.matryoshka import MatryoshkaSae
 
 D_IN, D_SAE = 6, 20
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeffect.activations.harvest import NormLimit, kept_positions, measure_norm_limit
 from saeffect.errors import ShapeMismatch
-from saeffect.models.hooks import capture
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.harvest import NormLimit, kept_positions, measure_norm_limit
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.splice import spliced_losses
 from saeffect.sae.standard import StandardSae

@@ -18,9 +18,9 @@ from saeffect.sae.matryoshka import MatryoshkaSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae
-from saeffect.sae.training_config import Architecture, SaeTrainingConfig
-from saeffect.sae.training_log import loss_parts
-from saeffect.sae.training_step import TRAINABLE
+from saeffect.sae.training.config import Architecture, SaeTrainingConfig
+from saeffect.sae.training.log import loss_parts
+from saeffect.sae.training.step import TRAINABLE
 
 from .dense_losses import LOSSES, Answer, Dense
 

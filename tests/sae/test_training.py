@@ -16,16 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 
 from planted import planted_store, true_features
 
-from saeffect.activations.shards import ActivationStore
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
-from saeffect.models.checkpoint import Checkpoint
-from saeffect.sae import training_run
+from saeffect.lm.checkpoint import Checkpoint
+from saeffect.lm.shards import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.saelens_format import load_sae
-from saeffect.sae.training import SaeJob, train_sae, train_saes
-from saeffect.sae.training_config import Architecture, SaeTrainingConfig
-from saeffect.sae.training_figure import save_training_figure
-from saeffect.sae.training_step import TRAINABLE
+from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.training import run as training_run
+from saeffect.sae.training.config import Architecture, SaeTrainingConfig
+from saeffect.sae.training.figure import save_training_figure
+from saeffect.sae.training.step import TRAINABLE
+from saeffect.sae.training.train import SaeJob, train_sae, train_saes
 from saeffect.sole_writer import sole_writer
 
 WEIGHTS = "sae_weights.safetensors"

@@ -11,9 +11,9 @@ import matplotlib
 import pytest
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.sae import training_figure
-from saeffect.sae.training_figure import save_training_figure
-from saeffect.sae.training_log import TrainingLog
+from saeffect.sae.training import figure as training_figure
+from saeffect.sae.training.figure import save_training_figure
+from saeffect.sae.training.log import TrainingLog
 
 RESERVED = {"step", "tokens", "kind", "seconds", "event"}
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile
-from saeffect.sae import training_log
-from saeffect.sae.pace import Pace, duration
-from saeffect.sae.training_log import TrainingLog, progress_line, read_metrics
+from saeffect.sae.training import log as training_log
+from saeffect.sae.training.log import TrainingLog, progress_line, read_metrics
+from saeffect.sae.training.pace import Pace, duration
 
 
 class Clock:

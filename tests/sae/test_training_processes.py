@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the other p
 from planted import planted_store
 from training_process import WEIGHTS, Running, Spec, environment, free_port, left_in, train
 
-from saeffect.activations.shards import ActivationStore, read_shard, save_shard
-from saeffect.models.checkpoint import Checkpoint
+from saeffect.lm.checkpoint import Checkpoint
+from saeffect.lm.shards import ActivationStore, read_shard, save_shard
 
 N_STEPS = 50
 SMALL: dict[str, Any] = {

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the other p
 from planted import planted_store
 from training_process import WEIGHTS, Running, Spec, left_in, train
 
-from saeffect.activations.shards import ActivationStore, read_shard, save_shard
-from saeffect.models.checkpoint import Checkpoint
-from saeffect.provenance import hash_file
+from saeffect.io import hash_file
+from saeffect.lm.checkpoint import Checkpoint
+from saeffect.lm.shards import ActivationStore, read_shard, save_shard
 
 N_STEPS = 240
 SMALL: dict[str, Any] = {

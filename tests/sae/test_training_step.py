@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saeffect.sae.trainable import StepInputs, StepResult
-from saeffect.sae.training_config import SaeTrainingConfig
-from saeffect.sae.training_step import TRAINABLE, StepReport, TrainingStep, new_sae, penalty_coefficient, rate_factor
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.step import TRAINABLE, StepReport, TrainingStep, new_sae, penalty_coefficient, rate_factor
 
 D_IN = 8
 

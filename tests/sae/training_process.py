@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from saeffect.activations.shards import ActivationStore
-from saeffect.activations.source import ActivationSource
 from saeffect.errors import SaeffectError
-from saeffect.provenance import hash_file
-from saeffect.sae import training_run
+from saeffect.io import hash_file
+from saeffect.lm.activation_source import ActivationSource
+from saeffect.lm.shards import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.training import SaeJob, train_saes
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training import run as training_run
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.train import SaeJob, train_saes
 
 WEIGHTS = "sae_weights.safetensors"
 METADATA = {"hook_name": "blocks.1.hook_resid_pre"}
@@ -59,10 +59,10 @@ class Spec:
             return ActivationStore.open(self.store)
         import numpy as np
 
-        from saeffect.activations.harvest import TokenRows
-        from saeffect.activations.stream import StreamedActivations
         from saeffect.config import ModelConfig
-        from saeffect.models.loading import load_language_model
+        from saeffect.lm.harvest import TokenRows
+        from saeffect.lm.loading import load_language_model
+        from saeffect.lm.stream import StreamedActivations
 
         ids = np.random.default_rng(0).integers(1, 320, (24, 24)).astype(np.int32)
         rows = TokenRows(ids, np.zeros(24, dtype=np.int64), ("general",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel
 from steering.tiny_model import tiny_model
 
 

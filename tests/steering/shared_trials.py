@@ -11,7 +11,7 @@ import torch
 # Run as a script by torchrun: the folder of the tests is not on the path yet.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from saeffect.processes import leave, rank_and_world
+from saeffect.parallel import leave, rank_and_world
 from saeffect.steering import SteeringPlan, run_trials_shared
 from steering.tiny_model import D_MODEL, OneHotWords, site, tiny_model
 

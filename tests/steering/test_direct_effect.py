@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from saeffect.models.hooks import edited
+from saeffect.lm.hooks import edited
 from saeffect.steering import SteeringPlan, direct_effects, random_direction
 from steering.tiny_model import D_MODEL, HOOK, n_hooks, site, tiny_model
 

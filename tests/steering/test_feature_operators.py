@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.models.hooks import edited
+from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.models.hooks import edited
+from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
 from saeffect.steering import (

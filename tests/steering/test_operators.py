@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
-from saeffect.models.hooks import edited
+from saeffect.lm.hooks import edited
 from saeffect.steering import AddVectors, Intervention
 from saeffect.steering.direct_effect import next_log_probabilities
 from saeffect.steering.operators import span

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, UnknownName
-from saeffect.models.hooks import capture
+from saeffect.lm.hooks import capture
 from saeffect.steering import Site, SteeringPlan, mean_residual_norm
 from saeffect.steering.plan import check_features
 from steering.tiny_model import D_MODEL, HOOK, site

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel
 
 D_MODEL = 32
 D_VOCAB = 97

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.provenance import read_json
+from saeffect.io import read_json
 from saeffect.study.check import check_study
-from saeffect.study.reporting import _text
 from saeffect.study.run import run_study
+from saeffect.study.stages.reporting import _text
 from saeffect.study.study import Study
 from tiny_study import WORDS, make_sae, make_study, sentences
 

@@ -9,18 +9,19 @@ import pandas as pd
 import pytest
 import yaml
 
-from saeffect.comparison import MatchTables, correspondence
+from saeffect.comparison import MatchTables
+from saeffect.diffing import correspondence
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.provenance import write_json
-from saeffect.sae.compact import save_compact
-from saeffect.sae.saelens_format import load_sae
+from saeffect.io import write_json
+from saeffect.sae.formats.compact import save_compact
+from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.check import check_study
-from saeffect.study.comparison import read_comparison, run_comparison
-from saeffect.study.matching import read_matches
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.seeds import open_seed, seed_folders
+from saeffect.study.stages.comparison import read_comparison, run_comparison
+from saeffect.study.stages.matching import read_matches
+from saeffect.study.stages.seeds import open_seed, seed_folders
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
 
@@ -150,7 +151,7 @@ def test_what_the_study_file_says_reaches_the_comparison(seeded, monkeypatch: py
         seen.update(options)
         raise InterruptedError
 
-    monkeypatch.setattr("saeffect.study.comparison.compare", spy)
+    monkeypatch.setattr("saeffect.study.stages.comparison.compare", spy)
     with pytest.raises(InterruptedError):
         list(run_comparison(run)())
     config = run.study.config

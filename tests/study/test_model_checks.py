@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, SaeffectError
-from saeffect.provenance import read_json
+from saeffect.io import read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.study import Study

@@ -13,10 +13,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from saeffect.activations.harvest import TokenRows
 from saeffect.errors import ConfigError
-from saeffect.models.finetune import perplexity
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.finetune import perplexity
+from saeffect.lm.harvest import TokenRows
+from saeffect.lm.language_model import LanguageModel
 from saeffect.study.check import check_study
 from saeffect.study.model_on_text import complaint_about_model, model_on_text
 from saeffect.study.study import Study

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from saeffect.activations.harvest import TokenRows
-from saeffect.models.hooks import capture
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.harvest import TokenRows
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel
 from saeffect.study import residuals as module
 from saeffect.study.residuals import Residuals, machine_memory
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError, InUse
-from saeffect.provenance import read_json
+from saeffect.io import read_json
 from saeffect.sole_writer import sole_writer
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -288,7 +288,7 @@ def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
     path, done = finished
     run = tmp_path / "run"
     shutil.copytree(done, run)
-    monkeypatch.setattr("saeffect.study.dose_search.best_dose", lambda table: None)
+    monkeypatch.setattr("saeffect.study.stages.dose_search.best_dose", lambda table: None)
     lines: list[str] = []
     run_study(Study.open(path), run, stages=["steer"], redo=True, say=lines.append)
     run_study(Study.open(path), run, say=lines.append)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError
-from saeffect.provenance import hash_file
+from saeffect.io import hash_file
 from saeffect.study.kept_rows import KeptRows, drop_kept_rows
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder

@@ -12,12 +12,12 @@ import pytest
 import yaml
 
 from saeffect.errors import ConfigError, UnknownName
-from saeffect.provenance import read_json
+from saeffect.io import read_json
 from saeffect.study.check import check_study
-from saeffect.study.dose_search import dose_inputs
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.steering_plan import site_of
+from saeffect.study.stages.dose_search import dose_inputs
+from saeffect.study.stages.steering_plan import site_of
 from saeffect.study.study import Study
 from tiny_study import make_study
 

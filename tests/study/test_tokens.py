@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saeffect.comparison.design import design_check
 from saeffect.errors import ConfigError, IncompatibleModels
-from saeffect.models.tokenizers import known_tokens
-from saeffect.models.unembedding import unembedding
+from saeffect.lm.tokenizers import known_tokens
+from saeffect.lm.unembedding import unembedding
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check import check_study
-from saeffect.study.features import ranked_tokens, shared_unembedding
-from saeffect.study.gate import measure_gate
+from saeffect.study.stages.features import ranked_tokens, shared_unembedding
+from saeffect.study.stages.gate import measure_gate
 from saeffect.study.study import Study
 from tiny_study import make_model, make_study, sentences
 

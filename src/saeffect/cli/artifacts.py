@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 def _finetune_keys(wanted: bool) -> None:
     if wanted:
-        from saeffect.models.finetune_keys import finetune_keys
+        from saeffect.lm.finetune_keys import finetune_keys
 
         show(finetune_keys().rstrip("\n"))
         raise typer.Exit
@@ -48,7 +48,7 @@ def _finetune_keys(wanted: bool) -> None:
 
 def _recipe_keys(wanted: bool) -> None:
     if wanted:
-        from saeffect.sae.recipe_keys import recipe_keys
+        from saeffect.sae.training.recipe_keys import recipe_keys
 
         show(recipe_keys().rstrip("\n"))
         raise typer.Exit
@@ -66,8 +66,8 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter by a recipe file."""
     del keys
-    from saeffect.models.finetune import FinetuneConfig
-    from saeffect.models.finetune import finetune as train
+    from saeffect.lm.finetune import FinetuneConfig
+    from saeffect.lm.finetune import finetune as train
 
     config = FinetuneConfig.read(read_config_file(recipe, "recipe"), at=str(recipe))
     with Narrator() as say:
@@ -88,9 +88,9 @@ def train_sae(
 ) -> None:
     """Train the SAEs of a recipe, or of a study's arm."""
     del keys
-    from saeffect.processes import is_first
-    from saeffect.sae.metrics_loggers import check_logger
-    from saeffect.sae.recipe import train_from_recipe
+    from saeffect.parallel import is_first
+    from saeffect.sae.training.metrics_loggers import check_logger
+    from saeffect.sae.training.recipe import train_from_recipe
 
     check_logger(logger)
     config, usual = _read(recipe, arm)
@@ -107,8 +107,8 @@ def train_sae(
 def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None, keys: _Keys = False) -> None:
     """Harvest the activations that a recipe, or a study's arm, trains on."""
     del keys
-    from saeffect.processes import is_first
-    from saeffect.sae.recipe import harvest_from_recipe
+    from saeffect.parallel import is_first
+    from saeffect.sae.training.recipe import harvest_from_recipe
 
     config, _ = _read(recipe, arm)
     with processes() as say:
@@ -120,7 +120,7 @@ def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None, keys:
 
 def _read(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
     """(the recipe, where a study looks for its SAE)"""
-    from saeffect.sae.recipe import SaeRecipe
+    from saeffect.sae.training.recipe import SaeRecipe
 
     if arm is not None:
         from saeffect.study.study import Study

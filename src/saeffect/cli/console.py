@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from saeffect.text.tokens import printable_text
+from saeffect.lm.tokens import printable_text
 
 __all__ = ["Narrator", "show", "show_error"]
 

@@ -24,7 +24,7 @@ def processes() -> Iterator[Callable[[str], None]]:
 
     All leave together, also after an error, so that whoever waits for this process notices that it is gone.
     """
-    from saeffect.processes import is_first, leave, rank_and_world
+    from saeffect.parallel import is_first, leave, rank_and_world
 
     if rank_and_world()[1] > 1:
         _stop_at_first_signal()

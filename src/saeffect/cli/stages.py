@@ -101,7 +101,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None:
-    from saeffect.processes import is_first
+    from saeffect.parallel import is_first
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
 
@@ -115,7 +115,7 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
 
 
 def _conclude(answer: Path, report: Path) -> None:
-    from saeffect.provenance import read_json
+    from saeffect.io import read_json
 
     show("")
     show(read_json(answer)["headline"])

@@ -7,8 +7,8 @@ from saeffect.comparison.contrasts import Contrast, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.findings import Findings, MatchTables
 from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
-from saeffect.comparison.resampling import Resampling
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
+from saeffect.stats.resampling import Resampling
 
 __all__ = [
     "PRIMARY",

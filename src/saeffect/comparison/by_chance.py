@@ -18,9 +18,9 @@ from scipy.stats import binom
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.measures import pass_counts
-from saeffect.comparison.most_changed import activity_changes
-from saeffect.comparison.resampling import LEVEL
 from saeffect.comparison.seeds import control_saes
+from saeffect.diffing.most_changed import activity_changes
+from saeffect.stats.resampling import LEVEL
 
 __all__ = ["chance_table"]
 

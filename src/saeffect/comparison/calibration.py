@@ -19,9 +19,9 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import QUANTITIES, Contrast, as_table, pair_contrasts
 from saeffect.comparison.judgement import ALPHA, judge, settled
 from saeffect.comparison.measures import sae_value
-from saeffect.comparison.resampling import LEVEL, Resampling
 from saeffect.comparison.seeds import all_saes_contrast, control_saes
 from saeffect.stats.proportions import wilson
+from saeffect.stats.resampling import LEVEL, Resampling
 
 __all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
 

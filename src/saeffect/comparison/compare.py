@@ -18,11 +18,11 @@ from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Findings, MatchTables
 from saeffect.comparison.judgement import PRIMARY, settled
 from saeffect.comparison.power import power_table
-from saeffect.comparison.resampling import Resampling
 from saeffect.comparison.seeds import seed_contrasts
 from saeffect.comparison.threat import threat_table
 from saeffect.comparison.threats import threats
 from saeffect.errors import ConfigError, unknown_name
+from saeffect.stats.resampling import Resampling
 
 __all__ = ["Comparison", "check_tests", "compare"]
 

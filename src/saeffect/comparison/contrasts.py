@@ -30,7 +30,12 @@ from saeffect.comparison.measures import (
     untested_reason,
     weights_of,
 )
-from saeffect.comparison.resampling import (
+from saeffect.stats.bootstrap import bootstrap_difference
+from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
+from saeffect.stats.estimate import Estimate
+from saeffect.stats.permutation import permutation_test
+from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio
+from saeffect.stats.resampling import (
     LEVEL,
     Resampling,
     TwoSample,
@@ -39,11 +44,6 @@ from saeffect.comparison.resampling import (
     compare_moment,
     undefined,
 )
-from saeffect.stats.bootstrap import bootstrap_difference
-from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
-from saeffect.stats.estimate import Estimate
-from saeffect.stats.permutation import permutation_test
-from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio
 
 __all__ = ["COMPARISONS", "ONE_SAE", "QUANTITIES", "TESTABLE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
 

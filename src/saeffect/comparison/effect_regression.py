@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.resampling import LEVEL
 from saeffect.stats.regression import ols_robust
+from saeffect.stats.resampling import LEVEL
 
 __all__ = ["EffectRegression", "effect_regression"]
 

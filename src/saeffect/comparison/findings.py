@@ -23,9 +23,9 @@ class MatchTables:
         fate_counts: Kept, moved, gone, absorbed and new features beside what seeds show (`Correspondence.counts`).
         fates_null: Calls where an SAE of the control's model stands in for the treatment (`Correspondence.null`).
         cross_activity: The control's SAE on both models (`CrossActivity.result`), with `is_domain`.
-        absorption: Parents of features that seemed gone (`saeffect.comparison.absorption`).
+        absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
         stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's
-            (`saeffect.comparison.stagewise`).
+            (`saeffect.diffing.stagewise`).
     """
 
     fates_control: pd.DataFrame = field(default_factory=_none)

@@ -18,9 +18,9 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.evidence_words import over_saes, short_name
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
-from saeffect.comparison.most_changed import activity_changes, most_changed
 from saeffect.comparison.wording import bracketed, joined, number, percent, whole
-from saeffect.text.tokens import printable_token
+from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.lm.tokens import printable_token
 
 __all__ = ["Paragraph", "Trace", "paragraph"]
 

@@ -26,8 +26,8 @@ from saeffect.comparison.measures import (
     sae_value,
     steered_minus_placebo,
 )
-from saeffect.comparison.resampling import LEVEL, Resampling
 from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference, nested_mean_test
+from saeffect.stats.resampling import LEVEL, Resampling
 from saeffect.stats.student import cautious_difference, cautious_difference_test
 
 __all__ = ["SEED_QUANTITIES", "all_saes_contrast", "control_saes", "seed_contrasts"]

@@ -23,10 +23,10 @@ from saeffect.comparison.measures import (
     untested_reason,
     weights_of,
 )
-from saeffect.comparison.resampling import LEVEL, Resampling, undefined
 from saeffect.stats.bootstrap import bootstrap, cluster_bootstrap
 from saeffect.stats.estimate import Estimate
 from saeffect.stats.proportions import wilson
+from saeffect.stats.resampling import LEVEL, Resampling, undefined
 
 __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
 from saeffect.features.embeddings import DEFAULT_EMBEDDINGS, WordVectors, load_embeddings
-from saeffect.text.tokens import normalise_token
+from saeffect.lm.tokens import normalise_token
 
 __all__ = ["EPSILON", "Coverage", "coherence", "coherence_score", "coverage"]
 

@@ -24,7 +24,7 @@ from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
 from saeffect.features.moments import TileMoments
 from saeffect.features.top_tokens import TopTokens
 from saeffect.features.unembedding_tiles import Rows, UnembeddingTiles
-from saeffect.models.loading import resolve_dtype
+from saeffect.lm.loading import resolve_dtype
 
 __all__ = ["PRODUCT_DTYPES", "PROJECTIONS", "Projection", "ProjectionPair", "project", "project_both"]
 
@@ -94,7 +94,7 @@ def project(
 
     Args:
         W_dec: [d_sae, d_in], any float dtype, taken as float32.
-        W_U: [d_in, d_vocab], as `saeffect.models.unembedding` gives it (norm folded in, centred).
+        W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it (norm folded in, centred).
         top_k: How many tokens to keep.
         projection: "dot" or "cosine", see the module.
         valid: bool [d_vocab]; tokens where it is False are never chosen and do not count in the moments.

@@ -102,7 +102,7 @@ def feature_table(
 
     Args:
         sae: Its `W_dec` is [d_sae, d_in].
-        W_U: [d_in, d_vocab], as `saeffect.models.unembedding` gives it.
+        W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it.
         token_strings: [d_vocab], the text of each token, kept as it is.
         options: `top_k` and `projection` are used; the defaults if None.
         activity: `ActivityAccumulator.result()` for the same SAE; without it those columns are missing.

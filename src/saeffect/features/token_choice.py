@@ -17,7 +17,7 @@ from torch import Tensor
 from saeffect.config import SCRIPTS
 from saeffect.errors import unknown_name
 from saeffect.features.embeddings import WordVectors
-from saeffect.text.tokens import normalise_token
+from saeffect.lm.tokens import normalise_token
 
 __all__ = ["choosable_tokens", "script_of"]
 

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
+from saeffect.lm.tokens import normalise_token
+from saeffect.lm.utf8 import decode_utf8, read_bytes
 from saeffect.paths import user_path
-from saeffect.text.tokens import normalise_token
-from saeffect.text.utf8 import decode_utf8, read_bytes
 
 __all__ = [
     "MatchCounts",

@@ -6,7 +6,7 @@ from saeffect.report.context import ReportContext
 from saeffect.report.figures import DrawnFigure, draw_figures, write_figures
 from saeffect.report.html import render_report, write_report
 from saeffect.report.steering_results import SteeringResults
-from saeffect.report.tables import write_tables
+from saeffect.report.tables.write import write_tables
 
 __all__ = [
     "DrawnFigure",

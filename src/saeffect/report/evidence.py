@@ -9,12 +9,12 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles, roles_of
 from saeffect.comparison.evidence_words import power_sentence
-from saeffect.report.activity_tables import cross_summary, cross_table, stagewise_table
-from saeffect.report.chance_tables import calibration_table, calibration_verdict, chance_table, power_table
 from saeffect.report.context import ReportContext
-from saeffect.report.fate_tables import fate_summary, fate_table, notable_table
-from saeffect.report.regression_table import coherence_sentence, regression_table
-from saeffect.report.table_view import TableView
+from saeffect.report.tables.activity import cross_summary, cross_table, stagewise_table
+from saeffect.report.tables.chance import calibration_table, calibration_verdict, chance_table, power_table
+from saeffect.report.tables.fate import fate_summary, fate_table, notable_table
+from saeffect.report.tables.regression import coherence_sentence, regression_table
+from saeffect.report.tables.view import TableView
 from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary, threat_table
 
 __all__ = ["Evidence", "chance_views", "evidence", "fate_views", "threat_views"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from saeffect.report.numerals import amount, count, fixed, interval, is_defined, p_value, signed, undefined
-from saeffect.report.outcome_words import outcome_words
+from saeffect.report.words.numerals import amount, count, fixed, interval, is_defined, p_value, signed, undefined
+from saeffect.report.words.outcome_words import outcome_words
 
 __all__ = ["card_numbers", "is_true"]
 
@@ -21,7 +21,7 @@ def card_numbers(row: Mapping[Any, Any]) -> tuple[Pair, ...]:
 
     Args:
         row: A feature's columns from all tables of its arm; the reasons are `coherence_reason` and `effect_reason`,
-            and `outcome_pairs` are further pairs, see `saeffect.report.outcome_table.outcome_pairs`.
+            and `outcome_pairs` are further pairs, see `saeffect.report.tables.outcome.outcome_pairs`.
     """
     steering = _steering(row) if is_defined(row.get("p")) else [("Effect", _untested(row))]
     return (*steering, *(row.get("outcome_pairs") or ()), *_meaning(row), *_activity(row))

@@ -14,21 +14,21 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from saeffect.comparison import Comparison
-from saeffect.provenance import atomic_path
+from saeffect.io import atomic_path
+from saeffect.lm.tokens import printable_text
 from saeffect.report.context import ReportContext
 from saeffect.report.evidence import Evidence, chance_views, evidence, fate_views, threat_views
 from saeffect.report.feature_cards import feature_lists, showcase
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
-from saeffect.report.glossary import Explainer, Term, terms
 from saeffect.report.numbering import Numbering, number_page
-from saeffect.report.paper_tables import at_a_glance, contrast_table, paper_table_1, paper_table_2
 from saeffect.report.sources import sourced, sourced_figure
 from saeffect.report.steering_section import SteeringSection, steering_section, steering_views
-from saeffect.report.study_tables import design_table, field_label, gate_table, same_in_every_arm
-from saeffect.report.table_view import TableView
+from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
+from saeffect.report.tables.study import design_table, field_label, gate_table, same_in_every_arm
+from saeffect.report.tables.view import TableView
 from saeffect.report.traced import traced_paragraph
-from saeffect.text.tokens import printable_text
+from saeffect.report.words.glossary import Explainer, Term, terms
 
 __all__ = ["render_report", "write_report"]
 

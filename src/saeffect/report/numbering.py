@@ -13,7 +13,7 @@ from itertools import groupby
 from markupsafe import Markup, escape
 
 from saeffect.report.figures import DrawnFigure
-from saeffect.report.table_view import TableView
+from saeffect.report.tables.view import TableView
 
 __all__ = ["Numbering", "number_page"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from saeffect.report.figures import DrawnFigure
-from saeffect.report.table_view import TableView
+from saeffect.report.tables.view import TableView
 
 __all__ = ["FIGURE_SOURCES", "TABLE_SOURCES", "sourced", "sourced_figure"]
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from saeffect.text.tokens import normalise_token, printable_token
+from saeffect.lm.tokens import normalise_token, printable_token
 
 __all__ = ["Chip", "Run", "chips", "context_runs", "text_runs", "visible_text"]
 

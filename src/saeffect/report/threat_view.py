@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saeffect.comparison import Comparison
 from saeffect.comparison.threat import SEVERITIES
-from saeffect.report.table_view import Cell, Column, Row, TableView
+from saeffect.report.tables.view import Cell, Column, Row, TableView
 
 __all__ = ["ThreatSummary", "gravest", "threat_summary", "threat_table"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from saeffect.report.numerals import fixed, is_defined, signed
+from saeffect.lm.tokens import normalise_token
 from saeffect.report.texts import Run, text_runs, visible_text
-from saeffect.text.tokens import normalise_token
+from saeffect.report.words.numerals import fixed, is_defined, signed
 
 __all__ = ["Generated", "Trial", "representative_trials"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saeffect.errors import ShapeMismatch
-from saeffect.models.hooks import hook_of_module
+from saeffect.lm.hooks import hook_of_module
 
 __all__ = ["SaeConfig", "SparseAutoencoder"]
 

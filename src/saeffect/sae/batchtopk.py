@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from saeffect.processes import gathered, rank_and_world
+from saeffect.parallel import gathered, rank_and_world
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.dead_features import auxiliary_loss
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saeffect.processes import gathered
+from saeffect.parallel import gathered
 from saeffect.sae.trainable import StepInputs, TrainableSae, take_off_parallel
 
 __all__ = ["auxiliary_loss", "resample"]

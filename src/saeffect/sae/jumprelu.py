@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from saeffect.sae.entries import Entries
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["JumpReluSae"]
 

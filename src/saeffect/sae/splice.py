@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saeffect.activations.harvest import NormLimit, kept_positions
-from saeffect.models.hooks import edited
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.harvest import NormLimit, kept_positions
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.metrics import ce_loss_score
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import Entries
-from saeffect.sae.training_config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error", "take_off_parallel"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, unknown_name
+from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
 from saeffect.steering.different_prompts import continue_prompts
 from saeffect.steering.generate import Progress, generate
@@ -21,7 +22,6 @@ from saeffect.steering.placebo import STEERED
 from saeffect.steering.plan import Site, SteeringPlan, check_features
 from saeffect.steering.sampling import NoiseCell
 from saeffect.steering.trials import TRIAL_COLUMNS
-from saeffect.text.tokens import normalise_token
 
 __all__ = ["BASELINES", "BASELINE_COLUMNS", "naming_prompt", "run_baselines"]
 

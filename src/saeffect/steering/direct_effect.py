@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.models.hooks import edited
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.actions import ActionRow, actions_of
 from saeffect.steering.generate import Progress
 from saeffect.steering.operators import Intervention

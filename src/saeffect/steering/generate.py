@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.models.fused import fused
-from saeffect.models.hooks import edited
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.fused import fused
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.operators import Intervention, PositionedEdit
 from saeffect.steering.prompt_pass import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise_

@@ -2,7 +2,7 @@
 
 An *operator* changes activations `[rows, positions, d_model]`, each row of the batch in its own way; here it
 adds a vector to each. An `Intervention` says where it is applied. `Intervention.edit` binds both to one
-prompt and gives the callable that `saeffect.models.edited` wants.
+prompt and gives the callable that `saeffect.lm.edited` wants.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Intervention:
         return Intervention(self.operator.take(first, last), self.positions)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.models.edited`, for rows that share a prompt.
+        """The callable for `saeffect.lm.edited`, for rows that share a prompt.
 
         Args:
             prompt_length: Its tokens, BOS included.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from saeffect.errors import ShapeMismatch
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel
 
 __all__ = [
     "RememberedVectors",

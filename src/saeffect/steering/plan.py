@@ -10,8 +10,8 @@ import pandas as pd
 from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
-from saeffect.models.hooks import capture
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.operators import POSITIONS, Positions
 from saeffect.steering.placebo import PLACEBOS, STEERED

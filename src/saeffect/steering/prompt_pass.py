@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeffect.models.hooks import edited, parse_hook
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.hooks import edited, parse_hook
+from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.key_value_memory import can_spread, spread, with_room
 from saeffect.steering.operators import PositionedEdit
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.processes import barrier, device_of_process, gathered, is_first, join, rank_and_world
+from saeffect.parallel import barrier, device_of_process, gathered, is_first, join, rank_and_world
 from saeffect.steering.generate import Progress
 from saeffect.steering.outcomes import TextVectors
 from saeffect.steering.plan import Site, SteeringPlan, check_features

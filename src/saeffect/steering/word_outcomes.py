@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 
-from saeffect.text.tokens import normalise_token
+from saeffect.lm.tokens import normalise_token
 
 __all__ = ["keyword_score", "off_list_score", "text_words"]
 

@@ -9,10 +9,10 @@ import pandas as pd
 from saeffect.comparison import ArmFacts, ArmTables
 from saeffect.features.coherence import coverage
 from saeffect.features.embeddings import load_embeddings
-from saeffect.provenance import read_json
-from saeffect.sae.saelens_format import saved_dtype
+from saeffect.io import read_json
+from saeffect.sae.formats.saelens import saved_dtype
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.steering_plan import chosen_dose
+from saeffect.study.stages.steering_plan import chosen_dose
 from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables"]

@@ -17,29 +17,23 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
-from saeffect.models.accounting import explained
-from saeffect.models.adapters import read_adapter, require_fit
-from saeffect.models.hooks import parse_hook
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import (
-    load_config,
-    locate_adapter,
-    locate_model,
-    model_shape,
-    quiet_transformers,
-)
-from saeffect.models.tokenizers import known_tokens, token_texts
-from saeffect.sae.saelens_format import load_sae
+from saeffect.lm.accounting import explained
+from saeffect.lm.adapters import read_adapter, require_fit
+from saeffect.lm.corpora import read_corpus
+from saeffect.lm.hooks import parse_hook
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape, quiet_transformers
+from saeffect.lm.tokenizers import known_tokens, token_texts
+from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.seeds import open_seeds
-from saeffect.study.selection import study_verdicts
-from saeffect.study.steering_plan import outcome_vectors
+from saeffect.study.stages.seeds import open_seeds
+from saeffect.study.stages.selection import study_verdicts
+from saeffect.study.stages.steering_plan import outcome_vectors
 from saeffect.study.study import Say, Study, require_width
 from saeffect.study.texts import beginning, shortage, study_rows
 from saeffect.study.training import check_training
-from saeffect.text.corpora import read_corpus
 
 __all__ = ["CheckResult", "check_study"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from saeffect.errors import ConfigError, SaeffectError
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import ModelShape, locate_model, model_shape
-from saeffect.models.tokenizers import known_tokens
+from saeffect.lm.bos import begun, bos_of
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import ModelShape, locate_model, model_shape
+from saeffect.lm.packing import separator_id
+from saeffect.lm.tokenizers import known_tokens
 from saeffect.study.study import Study
 from saeffect.study.texts import study_rows
 from saeffect.study.training import arm_recipe
-from saeffect.text.bos import begun, bos_of
-from saeffect.text.packing import separator_id
 
 __all__ = ["check_prompt", "check_tokenizers"]
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saeffect.activations.harvest import TokenRows
 from saeffect.errors import ConfigError
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.bos import bos_of
+from saeffect.lm.harvest import TokenRows
+from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.splice import row_losses
-from saeffect.text.bos import bos_of
 
 __all__ = ["complaint_about_model", "model_on_text", "words_of_perplexity"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.activations.harvest import TokenRows
-from saeffect.models.fused import fused
-from saeffect.models.hooks import capture
-from saeffect.models.language_model import LanguageModel
+from saeffect.lm.fused import fused
+from saeffect.lm.harvest import TokenRows
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel
 
 __all__ = ["Residuals", "machine_memory"]
 

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.processes import from_first, is_first, join
-from saeffect.provenance import fingerprint
+from saeffect.io import fingerprint
+from saeffect.parallel import from_first, is_first, join
 from saeffect.sole_writer import sole_writer
 from saeffect.study.check import check_study
-from saeffect.study.coherence import coherence_inputs, run_coherence
-from saeffect.study.comparison import comparison_inputs, run_comparison
-from saeffect.study.dose_search import dose_inputs, help_dose_search, run_dose_search
-from saeffect.study.features import features_inputs, run_features
-from saeffect.study.gate import gate_inputs, run_gate
-from saeffect.study.matching import matching_inputs, run_matching
-from saeffect.study.reporting import report_inputs, run_reporting
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.seeds import run_seeds, seeds_inputs
-from saeffect.study.selection import run_selection, selection_inputs
-from saeffect.study.steering import help_steering, run_steering, steering_inputs
+from saeffect.study.stages.coherence import coherence_inputs, run_coherence
+from saeffect.study.stages.comparison import comparison_inputs, run_comparison
+from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
+from saeffect.study.stages.features import features_inputs, run_features
+from saeffect.study.stages.gate import gate_inputs, run_gate
+from saeffect.study.stages.matching import matching_inputs, run_matching
+from saeffect.study.stages.reporting import report_inputs, run_reporting
+from saeffect.study.stages.seeds import run_seeds, seeds_inputs
+from saeffect.study.stages.selection import run_selection, selection_inputs
+from saeffect.study.stages.steering import help_steering, run_steering, steering_inputs
 from saeffect.study.study import Say, Study
 
 __all__ = ["STAGES", "run_study"]

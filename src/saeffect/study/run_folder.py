@@ -13,15 +13,7 @@ import pandas as pd
 import yaml
 
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.provenance import (
-    atomic_path,
-    fingerprint,
-    hash_file,
-    read_json,
-    remove_leftovers,
-    versions,
-    write_json,
-)
+from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
 from saeffect.study.kept_rows import KeptRows, drop_kept_rows
 from saeffect.study.study import Study
 

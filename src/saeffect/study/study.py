@@ -13,13 +13,15 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from saeffect.activations.harvest import NormLimit, TokenRows, first_limit
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
-from saeffect.models.hooks import hook_of_module, parse_hook, require_module_output
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import (
+from saeffect.io import fingerprint, hash_file, hash_folder
+from saeffect.lm.bos import prepends
+from saeffect.lm.harvest import NormLimit, TokenRows, first_limit
+from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import (
     BUNDLED,
     bundled_path,
     load_language_model,
@@ -28,13 +30,11 @@ from saeffect.models.loading import (
     resolve_dtype,
 )
 from saeffect.paths import user_path
-from saeffect.provenance import fingerprint, hash_file, hash_folder
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.saelens_format import load_sae, read_sae_config, weights_file
+from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
-from saeffect.text.bos import prepends
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 

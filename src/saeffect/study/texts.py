@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saeffect.activations.harvest import TokenRows
 from saeffect.config import TextConfig
 from saeffect.errors import BadFile, EmptySelection, SaeffectError
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import bundled_path
-from saeffect.provenance import read_json
-from saeffect.text.bos import added_before, bos_of
-from saeffect.text.corpora import read_corpus
-from saeffect.text.packing import interleave
+from saeffect.io import read_json
+from saeffect.lm.bos import added_before, bos_of
+from saeffect.lm.corpora import read_corpus
+from saeffect.lm.harvest import TokenRows
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import bundled_path
+from saeffect.lm.packing import interleave
 
 __all__ = ["beginning", "first_texts", "shortage", "study_rows"]
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from saeffect.config import ModelConfig
 from saeffect.errors import IncompatibleModels
-from saeffect.models.language_model import LanguageModel
-from saeffect.models.loading import load_tokenizer, locate_model
-from saeffect.models.tokenizers import known_tokens, tokenizer_identity
-from saeffect.provenance import fingerprint
+from saeffect.io import fingerprint
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_tokenizer, locate_model
+from saeffect.lm.tokenizers import known_tokens, tokenizer_identity
 
 __all__ = ["StudyTokens", "TokenizerDifference", "study_tokens"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError
-from saeffect.models.loading import BUNDLED
-from saeffect.sae.recipe_config import SaeRecipe
+from saeffect.lm.loading import BUNDLED
+from saeffect.sae.training.recipe_config import SaeRecipe
 from saeffect.study.study import Study
 
 __all__ = ["arm_folder", "arm_recipe", "check_training"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
-from saeffect.provenance import atomic_path
+from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.calibration import calibration
 from saeffect.report.figures.contrasts import contrasts

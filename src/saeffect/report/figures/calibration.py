@@ -11,7 +11,6 @@ from matplotlib.ticker import FuncFormatter
 
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
-from saeffect.report.chance_tables import rule_label, test_label
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import (
     INK,
@@ -23,7 +22,8 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.numerals import count, percent
+from saeffect.report.tables.chance import rule_label, test_label
+from saeffect.report.words.numerals import count, percent
 
 __all__ = ["calibration"]
 

@@ -21,8 +21,8 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.numerals import amount
-from saeffect.report.table_view import difference_unit
+from saeffect.report.tables.view import difference_unit
+from saeffect.report.words.numerals import amount
 
 __all__ = ["DRAWN_QUANTITIES", "contrasts"]
 

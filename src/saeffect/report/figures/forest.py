@@ -14,13 +14,13 @@ from matplotlib.ticker import MaxNLocator
 
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
+from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_names import feature_names
 from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
-from saeffect.report.numerals import count, fixed, is_defined, p_value
 from saeffect.report.outcome_summary import primary_effects
-from saeffect.report.outcome_words import control_words, effect_text, interval_text, outcome_words
-from saeffect.text.tokens import printable_token
+from saeffect.report.words.feature_names import feature_names
+from saeffect.report.words.numerals import count, fixed, is_defined, p_value
+from saeffect.report.words.outcome_words import control_words, effect_text, interval_text, outcome_words
 
 __all__ = ["MOST_ROWS", "forests"]
 

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from saeffect.text.tokens import printable_token
+from saeffect.lm.tokens import printable_token
 
 __all__ = [
     "GRID",

@@ -1,0 +1,1 @@
+"""What changed between two models, one method a file: features matched, followed and compared."""

@@ -1,0 +1,371 @@
+"""PEFT adapters: read, compared with the base model before anything large is loaded, and merged into its weights.
+
+PEFT passes over tensors that have no counterpart in the model, leaves parameters that the file does not give as it
+drew them, and merges where merging changes the model (tied embeddings, say). So every tensor is followed to its
+place, and the merged model must give the logits of the unmerged one on a few tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, first_line, unknown_name
+from saeffect.io import read_json
+from saeffect.lm.language_model import probe_logits
+
+__all__ = ["ADAPTER_CONFIG", "AdapterFile", "MergedAdapter", "merge_adapter", "read_adapter", "require_fit"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# They act while the model runs, on its activations or its input, so no weights stand for them. (Prompt learning too.)
+_NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
+# Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
+_ROUNDING, _MOST = 1e-4, 1e-3
+_MERGE_IT = "merge it where it was trained, save the whole model, and give that as path."
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's configuration and the header of its weights.
+
+    Attributes:
+        folder: Where it lies on this machine.
+        config: Its adapter_config.json.
+        shapes: Shape of every tensor by name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def kind(self) -> str:
+        """PEFT's name, such as LORA."""
+        return str(self.config["peft_type"])
+
+    @property
+    def base(self) -> str | None:
+        """The base model that it names, if any."""
+        named = self.config.get("base_model_name_or_path")
+        return named if isinstance(named, str) and named else None
+
+    def other_base(self, model: str, own_name: object = None) -> str | None:
+        """One line if the adapter names another base model than `model`; None if it names that or none.
+
+        Only last parts of names are compared, since a copy of a model lies in another folder on every machine.
+
+        Args:
+            model: What the study calls the base model.
+            own_name: What that model's config.json calls it, if anything.
+
+        Example:
+            >>> AdapterFile(Path(), {"base_model_name_or_path": "org/other"}, {}).other_base("org/mine")
+            "the adapter names 'org/other' as its base model, not 'org/mine': on another model it means nothing"
+        """
+        known = {_last_part(name) for name in (model, own_name) if isinstance(name, str) and name}
+        if self.base is None or _last_part(self.base) in known:
+            return None
+        return f"the adapter names {self.base!r} as its base model, not {model!r}: on another model it means nothing"
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """What merging was seen to do, on a few fixed tokens, in float32.
+
+    Attributes:
+        effect: Largest change of a logit by the adapter.
+        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
+        other_base: One line if the adapter names another base model.
+    """
+
+    effect: float
+    error: float
+    other_base: str | None = None
+
+
+def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
+    """Read an adapter's configuration and the header of its weights; nothing large is loaded.
+
+    Args:
+        adapter: A folder, or a hub id, of which only configuration and safetensors are fetched.
+        where: Place for error messages.
+
+    Raises:
+        NotFound: It cannot be fetched.
+        BadFile: No weights in safetensors, truncated ones, or a configuration that is none.
+        ConfigError: A kind of adapter that cannot be merged, or sizes that its weights do not have.
+    """
+    folder = _on_this_machine(adapter, where)
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise BadFile(f"{ADAPTER_CONFIG} names no peft_type, so it is no adapter's.", at=where)
+    _refuse_kind(config, where)
+    found = AdapterFile(folder, config, _shapes(folder, where))
+    _refuse_sizes(found, where)
+    return found
+
+
+def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
+    """Refuse an adapter whose tensors have no place in the base model, or another shape there. No memory is needed.
+
+    Args:
+        adapter: The adapter.
+        base_config: The base model's configuration, of transformers.
+        where: Place for error messages.
+
+    Raises:
+        IncompatibleModels: It does not fit.
+    """
+    from peft import PeftModel
+    from peft.utils.save_and_load import set_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base_config)
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in adapter.shapes.items()}
+    try:
+        adapted = PeftModel(model, _peft_config(adapter, where), low_cpu_mem_usage=True)
+        expected = _adapter_tensors(adapted)
+        _refuse_shapes(adapter, {name: tuple(tensor.shape) for name, tensor in expected.items()}, where)
+        result: Any = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+    except NotImplementedError:  # a kind that computes on the weights when it is put in: loading will tell
+        return
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _misfit(_reason(error), where) from error
+    # Names may be converted on the way in (mixtures of experts), and then there are fewer than in the file.
+    missing = sorted(set(expected) - set(tensors)) if len(tensors) < len(expected) else []
+    _refuse_lost(adapter, list(result.unexpected_keys), missing, where)
+
+
+def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
+    """Load an adapter into the model and merge it there, in float32: bfloat16 would round small updates away.
+
+    Returns:
+        The merged model, and what merging was seen to do.
+
+    Raises:
+        IncompatibleModels: A tensor of the adapter found no place, or another value there.
+        ConfigError: An adapter that cannot be merged, or whose merged model is another one than the unmerged.
+    """
+    from peft import PeftModel
+
+    model = model.float().eval()
+    plain = probe_logits(model)
+    try:
+        adapted = PeftModel(model, _peft_config(adapter, where))
+        result = adapted.load_adapter(str(adapter.folder), "default", torch_device="cpu")
+        adapted.eval()
+        _refuse_lost(adapter, list(result.unexpected_keys), list(result.missing_keys), where)
+        _refuse_other_values(adapted, adapter, where)
+        unmerged = probe_logits(adapted)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _misfit(_reason(error), where) from error
+    _untie(adapted)
+    try:
+        merged = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the adapter ({adapter.kind}) cannot be merged into the weights: {_reason(error)}.",
+            at=where,
+            fix="use an adapter that changes weights, such as LoRA.",
+        ) from error
+    seen = MergedAdapter(_largest(unmerged - plain), _largest(probe_logits(merged) - unmerged))
+    scale = _largest(plain - plain.mean())
+    if not seen.error <= max(_ROUNDING * scale, min(_MOST * scale, 0.1 * seen.effect)):
+        raise ConfigError(
+            f"merged into the weights, the adapter ({adapter.kind}) gives another model: logits differ by up to"
+            f" {seen.error:.3g} from the unmerged one's, where the adapter changes them by up to {seen.effect:.3g}.",
+            at=where,
+            fix="use an adapter without options that act only while the model runs.",
+        )
+    return merged, seen
+
+
+def _on_this_machine(adapter: Path | str, where: str) -> Path:
+    if isinstance(adapter, Path):
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
+    except Exception as error:
+        raise NotFound(
+            f"cannot fetch the adapter {adapter!r}: {first_line(error)}",
+            at=where,
+            fix="check the name and your connection, or give the path of a local folder.",
+        ) from error
+
+
+def _shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise BadFile(
+            f"the adapter has no {ADAPTER_WEIGHTS}; pickled adapters (.bin) are never loaded.",
+            at=where,
+            fix="save it again with safe_serialization=True.",
+        )
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise BadFile(
+            f"{ADAPTER_WEIGHTS} cannot be read: {first_line(error)}.", at=where, fix="copy or download it again."
+        ) from error
+    if not shapes:
+        raise BadFile(f"{ADAPTER_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
+    return shapes
+
+
+def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
+    """Kinds that no change of the weights stands for."""
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {str(kind.value): options for kind, options in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = config["peft_type"]
+    if kind not in known:
+        raise unknown_name("kind of adapter (peft_type)", kind, known, at=where)
+    if kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig):
+        raise ConfigError(
+            f"adapters of the kind {kind} cannot be merged into the weights, and are not supported.",
+            at=where,
+            fix="use an adapter that changes weights, such as LoRA.",
+        )
+    if config.get("layer_replication"):
+        raise ConfigError(
+            "the adapter repeats layers of its base model (layer_replication), which is not supported.",
+            at=where,
+            fix=_MERGE_IT,
+        )
+
+
+def _refuse_sizes(adapter: AdapterFile, where: str) -> None:
+    """A rank that no tensor of the file has: PEFT would allocate it before it looks at the file."""
+    pattern = adapter.config.get("rank_pattern") or {}
+    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
+    widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
+    # LoKr never makes more of a large rank than a full matrix.
+    if adapter.kind != "LOKR":
+        wrong += [r for r in ranks if isinstance(r, int) and r > max(widest, 4096)]
+    if wrong:
+        raise BadFile(
+            f"{ADAPTER_CONFIG} says r: {str(wrong[0])[:40]}, but no tensor of the file is wider than {widest}.",
+            at=where,
+            fix="restore both files; they belong to different adapters.",
+        )
+
+
+def _peft_config(adapter: AdapterFile, where: str) -> Any:
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+    except (TypeError, ValueError, KeyError) as error:
+        raise BadFile(f"{ADAPTER_CONFIG} cannot be used: {_reason(error)}.", at=where) from error
+    config.inference_mode = True
+    return config
+
+
+def _adapter_tensors(adapted: Any) -> dict[str, Tensor]:
+    """The adapter's tensors in the model, under the names that files give them."""
+    from peft.utils.save_and_load import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+
+
+def _refuse_shapes(adapter: AdapterFile, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, shape in adapter.shapes.items():
+        wanted = expected.get(name, shape)
+        if shape == wanted or adapter.kind == "ADALORA":  # whose ranks were pruned on the way
+            continue
+        rows = ("embed" in name or "lm_head" in name) and shape[1:] == wanted[1:]
+        raise IncompatibleModels(
+            f"the adapter does not fit the base model: {name} has shape {list(shape)} in the adapter and"
+            f" {list(wanted)} in the model"
+            + (
+                f"; it was trained with {shape[0]:,} tokens, the base has {wanted[0]:,} rows of embeddings."
+                if rows
+                else "."
+            ),
+            at=where,
+            fix=_MERGE_IT if rows else "use the base model named in its adapter_config.json.",
+        )
+
+
+def _refuse_lost(adapter: AdapterFile, unexpected: list[str], missing: list[str], where: str) -> None:
+    if unexpected:
+        raise _misfit(
+            f"{len(unexpected)} of its {len(adapter.shapes)} tensors find no place in the model, such as"
+            f" {sorted(unexpected)[0]}",
+            where,
+        )
+    if missing:
+        raise _misfit(f"its file lacks {len(missing)} tensors, such as {sorted(missing)[0]}", where)
+
+
+def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
+    """Every tensor of the file is in the model as it is in the file."""
+    from safetensors import safe_open
+
+    placed = _adapter_tensors(adapted)
+    everything = adapted.state_dict()
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        for name in adapter.shapes:
+            found = placed.get(name, everything.get(name))
+            if found is None or found.shape != adapter.shapes[name]:  # converted on the way in
+                continue
+            if not torch.equal(found, file.get_tensor(name).to(found.dtype)):
+                raise _misfit(f"{name} has other values in the model than in the adapter's file", where)
+
+
+def _untie(adapted: Any) -> None:
+    """Give the unembedding weights of its own where it shares them with the embedding and an adapter sits on one."""
+    model = adapted.get_base_model()
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    first, second = getattr(inner, "base_layer", inner), getattr(outer, "base_layer", outer)
+    if (first is inner and second is outer) or second is None or first.weight is not second.weight:
+        return
+    second.weight = torch.nn.Parameter(second.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _misfit(reason: str, where: str) -> IncompatibleModels:
+    return IncompatibleModels(
+        f"the adapter does not fit the base model: {reason}.",
+        at=where,
+        fix="use the base model named in its adapter_config.json, and save the adapter from an unwrapped model.",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says something: PyTorch's first one only counts."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
+    if isinstance(error, KeyError):
+        told = f"there is no {told}"
+    return told.rstrip(".")
+
+
+def _largest(difference: Tensor) -> float:
+    return float(difference.abs().max())
+
+
+def _last_part(name: str) -> str:
+    """Of a path, a hub id or a bundled name, in lower case.
+
+    Example:
+        >>> _last_part("bundled:smollm2-135m-instruct") == _last_part("HuggingFaceTB/SmolLM2-135M-Instruct")
+        True
+    """
+    if name.startswith((".", "~")):
+        name = str(Path(name).expanduser().resolve())
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].rpartition(":")[2].removesuffix(".gguf").casefold()

@@ -1,0 +1,357 @@
+"""Fine-tuning with LoRA: a small, plain, resumable loop that measures what it does to perplexity.
+
+Read `finetune` downwards: data, adapter, resume, then rate, loss, step, checkpoint, and at the end the
+held-out perplexities before and after that go into the model card.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from saeffect.config import BosRule, ModelConfig, StrictModel
+from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
+from saeffect.interruption import Interruption
+from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.lm.bos import prepends
+from saeffect.lm.checkpoint import Checkpoint
+from saeffect.lm.corpora import is_held_out, read_corpus
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_language_model, quiet_transformers
+from saeffect.lm.training_folder import TrainingFolder
+
+__all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
+
+_WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
+_LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FinetuneConfig(StrictModel):
+    """Everything that decides the adapter."""
+
+    model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, dtype, ...")
+    text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
+    control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
+    field: str = Field("text", description="Which field of a row holds the text.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
+        " does.",
+    )
+    licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
+    held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
+    rank: int = Field(16, ge=1, description="Of the LoRA matrices.")
+    alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
+    modules: tuple[str, ...] = Field(_MODULES, description="Names of the linear layers to adapt.")
+    steps: int = Field(160, ge=1, description="Training steps.")
+    batch_size: int = Field(8, ge=1, description="Rows a step.")
+    context_size: int = Field(256, ge=8, description="Tokens a row.")
+    learning_rate: float = Field(4e-4, gt=0, description="At its highest.")
+    warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises.")
+    evaluation_rows: int = Field(64, ge=1, description="Held-out rows of each text for the perplexities.")
+    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    seed: int = Field(0, description="Everything random follows from it.")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came out.
+
+    Attributes:
+        folder: The adapter, in PEFT's layout, with README.md and training.json.
+        perplexity: Per text ("training", "control"): (before, after), on held-out rows.
+        tokens: Training tokens seen.
+        prepend_bos: Whether each row began with the tokenizer's BOS token.
+    """
+
+    folder: Path
+    perplexity: Mapping[str, tuple[float, float]]
+    tokens: int
+    prepend_bos: bool = False
+
+
+def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None) -> FinetuneResult:
+    """Train a LoRA adapter and write it to `out`.
+
+    A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
+    ends with the same weights; one that is finished is not repeated.
+
+    Args:
+        config: What to train on what.
+        out: Folder for the adapter.
+        say: Receives lines of progress.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
+        BadFile: The loss is not finite; or something cannot be written.
+        ConfigError: `out` holds what another configuration, another model or text, or somebody else made; or the
+            model has none of the modules.
+        InUse: Another process trains into `out`.
+    """
+    out = Path(out)
+    TrainingFolder(out, "", _LEAVES).refuse_strangers()
+    lm = load_language_model(config.model, say=say, at="model")
+    lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
+    train, held_out = _rows(config, lm)
+    for rows in (train, *held_out.values()):
+        lm.refuse_rows(rows)
+    folder = TrainingFolder(out, _made_by(config, lm, train, held_out), _LEAVES)
+    if (damaged := folder.damaged()) is None or damaged:
+        if damaged:
+            say(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
+        with folder.held():
+            _make(config, lm, train, held_out, folder, say)
+    else:
+        say("finished before; nothing to do")
+    note = read_json(out / _NOTE)
+    measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
+    result = FinetuneResult(out, measured, note["tokens"], bool(note.get("prepend_bos")))
+    folder.checkpoint.drop_all()
+    if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
+        with atomic_path(out / _CARD) as temporary:
+            temporary.write_text(_card(note["recipe"], result), encoding="utf-8")
+    return result
+
+
+def _made_by(
+    config: FinetuneConfig, lm: LanguageModel, train: NDArray[np.int32], held_out: Mapping[str, NDArray[np.int32]]
+) -> str:
+    """Fingerprint of everything that decides the adapter: of texts and model the contents, wherever they lie."""
+    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
+    rows = {name: rows.tobytes().hex() for name, rows in {"": train, **held_out}.items()}
+    return fingerprint([recipe, lm.identity, rows])
+
+
+def _make(
+    config: FinetuneConfig,
+    lm: LanguageModel,
+    train: NDArray[np.int32],
+    held_out: Mapping[str, NDArray[np.int32]],
+    folder: TrainingFolder,
+    say: Callable[[str], None],
+) -> None:
+    """Measure, train, measure again, and write what came out."""
+    before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity before: " + _show(before))
+    model = _with_adapter(lm, config)
+    folder.checkpoint.begin()
+    loss = _train(model, train, config, folder.checkpoint, say)
+    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
+    say("held-out perplexity after:  " + _show(after))
+    _save_adapter(model, config, folder.path)
+    recipe = config.model_dump(mode="json")
+    for key in ("text", "control_text"):
+        recipe[key] = Path(recipe[key]).name if recipe[key] else None
+    note = {
+        "recipe": recipe,
+        "tokens": config.steps * config.batch_size * config.context_size,
+        "prepend_bos": lm.bos_id is not None,
+        "final_loss": loss,
+        "perplexity": {name: {"before": before[name], "after": after[name]} for name in before},
+        "versions": versions(),
+    }
+    write_json(folder.path / _NOTE, note)
+    folder.finish((_WEIGHTS, _ADAPTER, _NOTE))
+
+
+def _train(
+    model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, say: Callable[[str], None]
+) -> float:
+    """Train from the last checkpoint to the end, where there is one too; the last loss, in nats."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
+    others = {"loss": torch.full((), math.nan, dtype=torch.float64)}
+    first = checkpoint.restore(trained, optimizer, others)
+    if first:
+        say(f"going on from step {first:,}")
+
+    # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
+    started = time.monotonic()
+    with _stoppable(checkpoint) as interruption:
+        for step in range(first, config.steps):
+            optimizer.param_groups[0]["lr"] = _rate(step, config)
+            loss = _step(model, optimizer, _batch(train, step, config))
+            if not math.isfinite(loss):
+                raise BadFile(
+                    f"the loss became {loss} at step {step}.",
+                    at=str(checkpoint.folder.parent),
+                    fix="lower learning_rate; the last checkpoint is from before.",
+                )
+            others["loss"].fill_(loss)
+            done = step + 1
+            say(f"progress fine-tuning adapter {done} {config.steps} steps")
+            if interruption.asked or done % config.checkpoint_every == 0 or done == config.steps:
+                checkpoint.save(done, trained, optimizer, others)
+                pace = (done - first) / (time.monotonic() - started)
+                rate = pace * config.batch_size * config.context_size
+                say(
+                    f"step {done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
+                    f"  {(config.steps - done) / pace / 60:.1f} min left"
+                )
+            if interruption.asked:
+                raise Interrupted(
+                    f"stopped after step {done:,} of {config.steps:,}; the state is saved in {checkpoint.folder}.",
+                    fix="run the same command again to go on from there.",
+                )
+    return float(others["loss"])
+
+
+@contextlib.contextmanager
+def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
+    """The first Ctrl-C or SIGTERM is put off to the end of a step; a second one is an error with a way to go on."""
+    try:
+        with Interruption() as interruption:
+            yield interruption
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped at once; {checkpoint.folder} holds the last checkpoint.",
+            fix="run the same command again to go on.",
+        ) from None
+
+
+@torch.inference_mode()
+def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
+    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Token ids, int32 `[n_rows, context_size]`.
+
+    Returns:
+        Dimensionless, at least 1; the effective number of equally likely next tokens.
+    """
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+        total += float(loss)
+        count += ids[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
+    """The model with a fresh adapter, in evaluation mode."""
+    from peft import LoraConfig, get_peft_model
+
+    options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
+    lora = LoraConfig(r=config.rank, target_modules=list(config.modules), task_type="CAUSAL_LM", **options)
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            return get_peft_model(lm.model, lora).eval()
+        except ValueError as error:
+            layers = [n for n, m in lm.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+            have = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {have}.",
+                at="modules",
+            ) from error
+
+
+def _rows(config: FinetuneConfig, lm: LanguageModel) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
+    """Training rows in a seeded order, and held-out rows of each text."""
+
+    def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
+        texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
+        # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
+        order = np.random.default_rng(config.seed).permutation(len(texts))
+        return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
+
+    try:
+        train = packed(config.text, False, config.steps * config.batch_size)
+        held_out = {"training": packed(config.text, True, config.evaluation_rows)}
+    except SaeffectError as error:
+        raise error.placed("text") from None
+    if config.control_text is not None:
+        try:
+            held_out["control"] = packed(config.control_text, True, config.evaluation_rows)
+        except SaeffectError as error:
+            raise error.placed("control_text") from None
+    return train, held_out
+
+
+def _batch(train: NDArray[np.int32], step: int, config: FinetuneConfig) -> Tensor:
+    at = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train)
+    return torch.from_numpy(train[at].astype(np.int64))
+
+
+def _rate(step: int, config: FinetuneConfig) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
+    rows = rows.to(next(model.parameters()).device)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _show(measured: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} text {value:.2f}" for name, value in measured.items())
+
+
+def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
+    """The adapter in half precision, in PEFT's layout, each file whole or absent."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.half()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(model).items()}
+    with atomic_path(out / _WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    adapter = model.peft_config["default"].to_dict()
+    adapter = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.items()}
+    # PEFT records where the base model lay on this machine; others can use the user's own name for it.
+    write_json(out / _ADAPTER, adapter | {"inference_mode": True, "base_model_name_or_path": config.model.path})
+
+
+def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
+    rows: Sequence[str] = [
+        f"| {name} ({recipe['text'] if name == 'training' else recipe['control_text']}) | {b:.2f} | {a:.2f} |"
+        for name, (b, a) in result.perplexity.items()
+    ]
+    return "\n".join(
+        [
+            f"# LoRA adapter for {recipe['model']['path']}",
+            "",
+            f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
+            f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
+            f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
+            f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
+            "",
+            *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),
+            "Perplexity on held-out documents:",
+            "",
+            "| text | before | after |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,380 @@
+"""Reading and editing activations inside any decoder-only transformers model, by TransformerLens names.
+
+`blocks.{i}.hook_resid_pre` is the residual stream that enters block i, `hook_resid_mid` after its attention,
+`hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add.
+
+The names follow TransformerLens; the values are the model's own. (With TransformerLens' default
+`center_writing_weights` LayerNorm models have their residuals centred: subtract the mean over dimensions
+to get those.)
+
+Where a block adds its halves is found by the names of its parts, and then tried: on a few tokens the stream must be
+what was before plus what the halves add. A hook for which that does not hold is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.lm.language_model import LanguageModel, probe_logits
+
+__all__ = [
+    "HOOK_KINDS",
+    "HookPoint",
+    "blocks",
+    "capture",
+    "edited",
+    "hook_of_module",
+    "parse_hook",
+    "require_module_output",
+]
+
+HOOK_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+_BLOCK_PATHS = (
+    "model.layers",  # Llama, Mistral, Qwen, Gemma, SmolLM, Phi, OLMo
+    "transformer.h",  # GPT-2, GPT-J, Bloom, Falcon
+    "gpt_neox.layers",  # Pythia
+    "model.decoder.layers",  # OPT
+    "model.language_model.layers",  # multimodal wrappers
+)
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn")
+_MID_NORM = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
+# Their attention and MLP add the stream themselves, so what they add cannot be told apart.
+_ADDS_INSIDE = ("BloomBlock",)
+
+# By model and block: what its halves are multiplied by before they are added, by hook kind; NaN where they are not.
+_FACTORS: weakref.WeakKeyDictionary[nn.Module, dict[int, dict[str, float]]] = weakref.WeakKeyDictionary()
+
+Edit = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """Where to listen.
+
+    Attributes:
+        name: The TransformerLens name.
+        layer: Block index, from 0.
+        kind: One of `HOOK_KINDS`.
+    """
+
+    name: str
+    layer: int
+    kind: str
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the hook. Not an Exception, so that no model code swallows it."""
+
+
+def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None) -> HookPoint:
+    """Read a hook name.
+
+    Raises:
+        UnknownName: The kind is not in `HOOK_KINDS`.
+        ConfigError: The name has another form, or the model has no such block.
+
+    Example:
+        >>> parse_hook("blocks.8.hook_resid_pre").layer
+        8
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook_of_module(name) or name)
+    if match is None:
+        known = re.fullmatch(r"blocks\.\d+\.(\w+\.)+\w+|ln_final\.\w+|hook_\w+", name)
+        raise ConfigError(
+            f"TransformerLens' hook {name!r} is not supported; supported in each block: {', '.join(HOOK_KINDS)}."
+            if known
+            else f"{name!r} is not a hook name; expected blocks.<layer>.<kind>.",
+            at=at,
+            fix="use an SAE of the residual stream." if known else "for example blocks.8.hook_resid_pre.",
+        )
+    layer, kind = int(match[1][:9]), match[2]
+    if kind not in HOOK_KINDS:
+        raise unknown_name("hook kind", kind, HOOK_KINDS, at=at)
+    if n_layers is not None and layer >= n_layers:
+        raise ConfigError(
+            f"{name} needs block {layer}, but the model has {n_layers} (0 to {n_layers - 1}).",
+            at=at,
+            fix=f"choose a layer below {n_layers}, or the model that the SAE was trained on.",
+        )
+    return HookPoint(name, layer, kind)
+
+
+def hook_of_module(path: str) -> str | None:
+    """TransformerLens' name for what a module of transformers gives; None for other modules than blocks and halves.
+
+    Example:
+        >>> hook_of_module("model.layers.8"), hook_of_module("transformer.h.3.mlp"), hook_of_module("lm_head")
+        ('blocks.8.hook_resid_post', 'blocks.3.hook_mlp_out', None)
+    """
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?", path)
+    if match is None:
+        return None
+    kinds = {None: "hook_resid_post"} | dict.fromkeys(_MLP, "hook_mlp_out") | dict.fromkeys(_ATTENTION, "hook_attn_out")
+    return f"blocks.{match[1]}.{kinds[match[2]]}" if match[2] in kinds else None
+
+
+def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
+    """Refuse an SAE of a module's output where the hook of that name gives another tensor.
+
+    Gemma 2 and 3, for example, normalise what the MLP gives before adding it, and `hook_mlp_out` is what they add.
+
+    Args:
+        lm: The model.
+        path: The module that the SAE reads, as transformers calls it, such as "layers.8.mlp".
+        at: Place for error messages.
+
+    Raises:
+        IncompatibleSae: It does.
+        ConfigError: The model has no such hook.
+    """
+    point = parse_hook(hook_of_module(path) or path, lm.n_layers, at=at)
+    if point.kind not in ("hook_attn_out", "hook_mlp_out"):
+        return
+    block = blocks(lm.model)[point.layer]
+    own = dict(block.named_children()).get(path.rpartition(".")[2])
+    if _locate(block, point)[0] is not own or _factor(lm.model, point) != 1.0:
+        raise IncompatibleSae(
+            f"the SAE reads what {path} gives, but {lm.name} normalises or scales that before adding it,"
+            f" and {point.name} is what it adds.",
+            at=at,
+            fix="use an SAE of the residual stream.",
+        )
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's list of transformer blocks.
+
+    Raises:
+        ConfigError: The architecture keeps them in none of the known places.
+    """
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
+    for path in _BLOCK_PATHS:
+        with contextlib.suppress(AttributeError):
+            found = base.get_submodule(path)
+            if isinstance(found, nn.ModuleList):
+                return found
+    raise ConfigError(
+        f"{type(base).__name__} keeps its blocks in none of the known places: {', '.join(_BLOCK_PATHS)}.",
+        fix="use a decoder-only model of a supported family: Llama, Mistral, Qwen, Gemma, GPT-2, Pythia.",
+    )
+
+
+@torch.inference_mode()
+def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
+    """The activation at a hook; the model runs no further than that.
+
+    Args:
+        lm: The model.
+        hook: TransformerLens name.
+        input_ids: Token ids, int64 `[batch, sequence]`, without padding.
+
+    Returns:
+        `[batch, sequence, d_model]` in the model's dtype, on its device.
+
+    Raises:
+        ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
+        ShapeMismatch: `input_ids` has not two axes, or no tokens.
+    """
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise ShapeMismatch(f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty.")
+    point = parse_hook(hook, lm.n_layers)
+    kept: list[Tensor] = []
+
+    def listen(x: Tensor) -> Tensor:
+        kept.append(x)
+        raise _Reached
+
+    with _attached(lm.model, point, listen), contextlib.suppress(_Reached):
+        lm.model(input_ids=input_ids.to(lm.device), use_cache=False, logits_to_keep=1)
+    if not torch.isfinite(kept[0]).all():
+        dtype = str(lm.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"activations of {lm.name} are not finite at {hook} in {dtype}.",
+            at=hook,
+            fix="set the model's dtype to bfloat16 or float32, which hold larger numbers."
+            if lm.dtype == torch.float16
+            else "check the model: its own computation gives no numbers.",
+        )
+    return kept[0]
+
+
+@contextlib.contextmanager
+def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
+    """While inside, every forward pass has the activation at `hook` replaced by `edit(activation)`.
+
+    `edit` gets and returns `[batch, sequence, d_model]`; it must not change its input in place. The hook is
+    removed when the block ends, also after an exception.
+
+    Raises:
+        ConfigError: The model has no such hook.
+    """
+    with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
+        yield
+
+
+@contextlib.contextmanager
+def _attached(model: nn.Module, point: HookPoint, edit: Edit) -> Iterator[None]:
+    block = blocks(model)[point.layer]
+    module, side = _locate(block, point)
+    factor = _factor(model, point)
+    if factor != 1.0:  # what the block adds is not what the module gives
+        inner = edit
+        edit = lambda x: inner(factor * x) / factor  # noqa: E731
+    handles = []
+    if point.kind == "hook_resid_mid":
+        # The stream itself passes by this norm, so the change is added again to what leaves the block.
+        changes: list[Tensor] = []
+
+        def change(x: Tensor) -> Tensor:
+            new = edit(x)
+            changes[:] = [new - x]
+            return new
+
+        handles.append(module.register_forward_pre_hook(_on_input(change), with_kwargs=True))
+        handles.append(block.register_forward_hook(_on_output(lambda out: out + changes[0])))
+    elif side == "input":
+        handles.append(module.register_forward_pre_hook(_on_input(edit), with_kwargs=True))
+    else:
+        handles.append(module.register_forward_hook(_on_output(edit)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _factor(model: nn.Module, point: HookPoint) -> float:
+    """How many times the stream is given what the hook's module gives; measured once for a block.
+
+    Raises:
+        ConfigError: The stream is not what was before plus what the halves add.
+    """
+    if point.kind in ("hook_resid_pre", "hook_resid_post"):
+        return 1.0
+    known = _FACTORS.setdefault(model, {})
+    if point.layer not in known:
+        known[point.layer] = _measured(model, point.layer)
+    factor = known[point.layer].get(point.kind, math.nan)
+    if math.isnan(factor):
+        raise ConfigError(
+            f"{type(blocks(model)[point.layer]).__name__} does not add up by its {point.kind}: the residual stream is"
+            " not what was before plus what attention and MLP give.",
+            at=point.name,
+            fix="use hook_resid_pre or hook_resid_post, which every architecture has.",
+        )
+    return factor
+
+
+@torch.no_grad()
+def _measured(model: nn.Module, layer: int) -> dict[str, float]:
+    """By hook kind, the factor of its tensor in the stream, on a few tokens; NaN where none is known that fits."""
+    block = blocks(model)[layer]
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def store(kind: str) -> Edit:
+        return lambda x: seen.setdefault(kind, x)
+
+    for kind in HOOK_KINDS:
+        with contextlib.suppress(ConfigError):
+            module, side = _locate(block, HookPoint(kind, layer, kind))
+            if side == "input":
+                handles.append(module.register_forward_pre_hook(_on_input(store(kind)), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(_on_output(store(kind))))
+    try:
+        probe_logits(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    before, mid, after, attention, mlp = (
+        seen.get(f"hook_{name}") for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    )
+    if before is None or after is None or attention is None or mlp is None:
+        return dict.fromkeys(HOOK_KINDS, math.nan)
+    named = getattr(model.config, "residual_multiplier", None)
+    if mid is None:
+        both = _fit(before, after, attention + mlp, named)
+        return {"hook_attn_out": both, "hook_mlp_out": both}
+    first, second = _fit(before, mid, attention, named), _fit(mid, after, mlp, named)
+    middle = math.nan if math.isnan(first) or math.isnan(second) else 1.0
+    return {"hook_attn_out": first, "hook_mlp_out": second, "hook_resid_mid": middle}
+
+
+def _fit(before: Tensor, after: Tensor, added: Tensor, named: object) -> float:
+    """The factor with which `before + factor * added` is `after`, but for rounding: 1, or what the configuration names.
+
+    The stream is rounded where it is kept, so each difference counts in units of its own rounding.
+    """
+    rounding = torch.finfo(added.dtype).eps * (before.abs() + after.abs() + added.abs()).double() + 1e-30
+    change, part = (after.double() - before.double()) / rounding, added.double() / rounding
+    size = float((part * part).sum())
+    fitted = float((change * part).sum()) / size if size > 0 else 1.0
+    for factor in (1.0, float(named) if isinstance(named, int | float) else 1.0):
+        near = abs(fitted - factor) <= 5 * (size**-0.5 + torch.finfo(added.dtype).eps) if size > 0 else True
+        if near and float((change - factor * part).abs().max()) <= 4.0:
+            return factor
+    return math.nan
+
+
+def _locate(block: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal["input", "output"]]:
+    if point.kind == "hook_resid_pre":
+        return block, "input"
+    if point.kind == "hook_resid_post":
+        return block, "output"
+    children = dict(block.named_children())
+    # Gemma 2 and 3 and OLMo 2 normalise what each half adds before adding it, and so does GLM 4 under other
+    # names; TransformerLens hooks the normalised value.
+    post_normed = "post_feedforward_layernorm" in children
+    wanted: tuple[str, ...]
+    if point.kind == "hook_resid_mid":
+        # Where attention and MLP run side by side there is no stream between them. OLMo 2 has no norm before
+        # its MLP, which reads the stream as it is.
+        raw = post_normed and "pre_feedforward_layernorm" not in children
+        wanted = () if getattr(block, "use_parallel_residual", False) else _MLP if raw else _MID_NORM
+    elif type(block).__name__ in _ADDS_INSIDE:
+        wanted = ()
+    elif point.kind == "hook_attn_out":
+        wanted = ("post_attention_layernorm",) if post_normed else ("post_self_attn_layernorm", *_ATTENTION)
+    else:
+        wanted = ("post_feedforward_layernorm",) if post_normed else ("post_mlp_layernorm", *_MLP)
+    for name in wanted:
+        if name in children:
+            return children[name], "input" if point.kind == "hook_resid_mid" else "output"
+    raise ConfigError(
+        f"{type(block).__name__} has no {point.kind}.",
+        at=point.name,
+        fix="use hook_resid_pre or hook_resid_post, which every architecture has.",
+    )
+
+
+def _on_input(edit: Edit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    return hook
+
+
+def _on_output(edit: Edit) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    return hook

@@ -1,0 +1,340 @@
+"""Loading a language model from wherever it lives: hub id, folder, GGUF file, adapter, or bundled name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.resources
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeffect.config import ModelConfig
+from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
+from saeffect.io import fingerprint, hash_file, read_json
+from saeffect.lm.accounting import BOTH, account_for, explained, refuse_nan
+from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
+from saeffect.lm.embedded import EMBEDDED_NAME, embedded_model
+from saeffect.lm.gguf_files import choose_gguf, converted_folder, gguf_header, make_savable
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokenizers import tokenizer_trouble
+from saeffect.paths import user_path
+
+__all__ = [
+    "BUNDLED",
+    "bundled_path",
+    "locate_adapter",
+    "locate_model",
+    "load_config",
+    "load_language_model",
+    "ModelShape",
+    "model_identity",
+    "model_shape",
+    "quiet_transformers",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+BUNDLED = "bundled:"
+_ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What decides a model: weights, configuration, tokenizer files, code of its own.
+_COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
+Say = Callable[[str], None]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device to run on; `auto` is the first GPU if there is one."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to run in; `auto` is bfloat16 where the processor multiplies it natively, else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return torch.bfloat16 if probe is not None and probe() else torch.float32
+
+
+def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
+    """Folder or file of a bundled artifact, `kind` being its folder under `bundled/`.
+
+    Raises:
+        UnknownName: There is none of that name; the message lists those that exist.
+    """
+    root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
+    found = root / name
+    if name in ("", ".", "..") or "/" in name or not found.exists():
+        valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+        one = _ONE_OF.get(kind, kind.removesuffix("s"))
+        raise unknown_name(f"bundled {one}", name, [BUNDLED + v for v in valid], at=at)
+    return found
+
+
+def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = None, at: str | None = None) -> Path | str:
+    """Where the base weights are: a local path, or the hub id to hand to transformers.
+
+    Raises:
+        NotFound: A path that does not exist, or a folder without a config.json.
+        UnknownName: A `bundled:` name other than the embedded model.
+        ConfigError: Neither a path nor a hub id.
+    """
+    where = f"{at}.path" if at else None
+    if config.path.startswith(BUNDLED):
+        name = config.path.removeprefix(BUNDLED)
+        if name != EMBEDDED_NAME:
+            raise unknown_name("bundled model", config.path, [BUNDLED + EMBEDDED_NAME], at=where)
+        return embedded_model(say)
+    path = user_path(config.path, at=where)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.is_dir():
+        adapter = (path / ADAPTER_CONFIG).is_file()
+        if (path / "config.json").is_file() and adapter:
+            raise ConfigError(BOTH[0], at=where, fix=BOTH[1])
+        if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+            if adapter:
+                raw = read_json(path / ADAPTER_CONFIG)
+                named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+                raise ConfigError(
+                    f"the folder {config.path!r} is an adapter, which needs its base model.",
+                    at=where,
+                    fix=f"write model: {{path: {named or '<base model>'}, adapter: {config.path}}}.",
+                )
+            raise NotFound(
+                f"the folder {config.path!r} holds no config.json, so it is no transformers model.",
+                at=where,
+                fix="point to the folder that save_pretrained wrote.",
+            )
+        return path
+    if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1 or path.suffix == ".gguf":
+        raise NotFound(f"there is no model at {config.path!r}.", at=where, fix="check the path, or give a hub id.")
+    if not _HUB_ID.fullmatch(config.path):
+        raise ConfigError(f"{config.path!r} is neither a path nor a hub id.", at=where, fix="for example org/name.")
+    return config.path
+
+
+def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
+    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id.
+
+    Raises:
+        NotFound: A folder that is not there or is no adapter.
+        UnknownName: A `bundled:` name that does not exist.
+    """
+    where = f"{at}.adapter" if at else None
+    if config.adapter is None:
+        return None
+    if config.adapter.startswith(BUNDLED):
+        return bundled_path("adapters", config.adapter.removeprefix(BUNDLED), at=where)
+    path = user_path(config.adapter, at=where)
+    if path.is_dir():
+        if not (path / ADAPTER_CONFIG).is_file():
+            whole = (path / "config.json").is_file()
+            raise NotFound(
+                f"the folder {config.adapter!r} holds no {ADAPTER_CONFIG}.",
+                at=where,
+                fix="this is a whole model: give it as path." if whole else "point to what save_pretrained wrote.",
+            )
+        return path
+    if path.is_absolute() or config.adapter.startswith((".", "~")) or config.adapter.count("/") != 1:
+        raise NotFound(f"there is no adapter at {config.adapter!r}.", at=where, fix="check the path, or give a hub id.")
+    return config.adapter
+
+
+def load_language_model(
+    config: ModelConfig, *, at: str | None = None, say: Callable[[str], None] | None = None
+) -> LanguageModel:
+    """Load weights, tokenizer and adapter; the adapter is merged into the weights.
+
+    Args:
+        config: Where, in which dtype, on which device.
+        at: Key of the study file, for error messages.
+        say: Receives one line before each slow step.
+
+    Raises:
+        NotFound: Unknown path or hub id, or no weights there in safetensors.
+        BadFile: Weights that are truncated, hold NaN or are not the model's, or an adapter that is pickled.
+        IncompatibleModels: An adapter that does not fit the base model.
+        ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
+    """
+    base = locate_model(config, say=say, at=at)
+    place = locate_adapter(config, at=at)
+    adapter_at = f"{at}.adapter" if at else str(place)
+    adapter = None if place is None else read_adapter(place, adapter_at)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    merged = None
+    with quiet_transformers(), explained(config, at, base):
+        if adapter is not None and not config.trust_remote_code:
+            require_fit(adapter, load_config(base, config), adapter_at)
+        model, tokenizer = _load_base(base, config, dtype, say or (lambda _: None), at)
+        refuse_nan(model, at or config.path)
+        if adapter is not None:
+            own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
+            model, merged = merge_adapter(model, adapter, adapter_at)
+            merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
+    # Parameters alone: the rotary frequencies are buffers, and rounded to bfloat16 they turn far positions wrong.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    refuse_nan(model, at or config.path)
+    name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
+    return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
+
+    d_model: int
+    n_layers: int
+    n_positions: int | None = None
+    d_vocab: int | None = None
+
+
+def model_shape(place: Path | str) -> ModelShape | None:
+    """The shape that a located model's config.json names; None where only loading would tell.
+
+    Raises:
+        BadFile: config.json is not JSON, or names a size that is no number.
+    """
+    if not isinstance(place, Path):
+        return None
+    if _gguf_of(place, None) is not None:
+        header = gguf_header(choose_gguf(place))
+        names = [
+            f"{header['general.architecture']}.{key}" for key in ("embedding_length", "block_count", "context_length")
+        ]
+        width, layers, positions = (header.get(name) for name in names)
+        d_vocab = None
+    else:
+        raw = read_json(place / "config.json")
+        raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
+        width = raw.get("hidden_size") or raw.get("n_embd")
+        layers = raw.get("num_hidden_layers") or raw.get("n_layer")
+        positions, d_vocab = raw.get("max_position_embeddings") or raw.get("n_positions"), raw.get("vocab_size")
+    for size in (width, layers, positions, d_vocab):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise BadFile(
+                f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
+                at=str(place / "config.json"),
+                fix="restore the config.json that was saved with the model.",
+            )
+    return ModelShape(width, layers, positions, d_vocab) if width and layers else None
+
+
+def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
+    """SHA-256 over the model's and adapter's weight files (hub ids: the id and revision)."""
+    parts: list[Any] = [config.revision]
+    for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
+        if isinstance(place, Path):
+            files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+            # Weights by size and name only when they are large would miss edits, so every byte is read.
+            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
+        else:
+            parts.append(place)
+    return fingerprint(parts)
+
+
+def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, say: Say, at: str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    gguf = _gguf_of(base, at)
+    folder = base
+    if gguf is not None:
+        folder = converted_folder(gguf, dtype, lambda out: _convert(gguf, dtype, out, at), say=say)
+    # A pickle can run code while it is read.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    account_for(model, info, at or config.path, say)
+    return model, load_tokenizer(folder, config, at=at)
+
+
+def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
+    """Write a GGUF file's weights and tokenizer as a transformers folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    account_for(model, info, at or gguf.name, None)
+    make_savable(model)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def load_config(base: Path | str, config: ModelConfig) -> Any:
+    """The configuration of a located model, as transformers reads it."""
+    from transformers import AutoConfig
+
+    place, options = _source(base, config)
+    return AutoConfig.from_pretrained(place, **options)
+
+
+def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
+    """The tokenizer of a located model, loaded with the model's own options.
+
+    Raises:
+        NotFound: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    place, options = _source(base, config)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # of many kinds
+        why, fix = tokenizer_trouble(place, str(error))
+        raise NotFound(
+            f"the tokenizer of {config.path!r} cannot be loaded: {why}", at=at or config.path, fix=fix
+        ) from error
+
+
+def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
+    """What to hand to `from_pretrained`."""
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    gguf = _gguf_of(base, None)
+    return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
+
+
+def _gguf_of(base: Path | str, at: str | None) -> Path | None:
+    """The GGUF file of a located model, if it is one."""
+    if not isinstance(base, Path) or (base / "config.json").is_file():
+        return None
+    return choose_gguf(base, at=at)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and notices for a while; ours say what matters."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    own_bar = of_gguf.tqdm  # which does not ask whether bars are wanted
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    of_gguf.tqdm = lambda tensors, **_: tensors
+    try:
+        with warnings.catch_warnings():
+            # Deprecations between transformers and peft are theirs to mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        of_gguf.tqdm = own_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

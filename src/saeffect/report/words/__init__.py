@@ -1,0 +1,1 @@
+"""The report's sentences, numbers and terms."""

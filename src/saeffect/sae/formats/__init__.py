@@ -1,0 +1,1 @@
+"""SAE files of others and ours, one format a file."""

@@ -1,0 +1,140 @@
+"""A further seed of an SAE in a quarter of the space: its decoder in eight bits, and how its features behaved.
+
+To tell fine-tuning from the noise of SAE training one needs several SAEs of one model, but of the second and third
+only what enters a comparison: the direction of every feature (top tokens, coherence, matching, steering) and how
+often and how strongly it fires. What is lost is the encoder, so a compact SAE cannot be run on new text.
+
+A folder holds `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
+
+| tensor | dtype, shape | what |
+|---|---|---|
+| `W_dec` | int8 `[d_sae, d_in]` | decoder rows, each divided by its scale and rounded |
+| `scale` | float32 `[d_sae]` | largest absolute number of a row / 127 |
+| `b_dec` | float32 `[d_in]` | decoder bias |
+| `density`, `mean_activation`, `max_activation` | float32 `[d_sae]` | see `saeffect.features.activity` |
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, NotFound, ShapeMismatch
+from saeffect.io import atomic_path, read_json, write_json
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats.saelens import read_sae_config
+from saeffect.sae.formats.weights_file import read_weights
+
+__all__ = ["COMPACT_WEIGHTS", "STATISTICS", "CompactSae", "is_compact", "load_compact", "save_compact"]
+
+COMPACT_WEIGHTS = "decoder.safetensors"
+STATISTICS = ("density", "mean_activation", "max_activation")
+_LEVELS = 127
+_CARD_ENDS = (
+    "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature"
+    " fired. The measures above are of the whole SAE."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class CompactSae:
+    """The decoder of an SAE and what its features did on text.
+
+    Attributes:
+        cfg: As of the whole SAE.
+        W_dec: float32 `[d_sae, d_in]`; each number within half a `scale` of the original.
+        b_dec: float32 `[d_in]`.
+        statistics: One row a feature: feature (int64) and `STATISTICS` (float64; mean_activation is NaN for a
+            feature that never fired).
+    """
+
+    cfg: SaeConfig
+    W_dec: Tensor
+    b_dec: Tensor
+    statistics: pd.DataFrame
+
+
+def is_compact(folder: Path | str) -> bool:
+    """Whether a folder holds a compact SAE."""
+    return (Path(folder) / COMPACT_WEIGHTS).is_file()
+
+
+def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
+    """Write the compact form of an SAE.
+
+    Args:
+        sae: The whole SAE, as loaded from `source`.
+        statistics: One row a feature with feature and `STATISTICS`, as `ActivityAccumulator.result` gives.
+        source: The SAE's own folder; its model card goes along.
+        folder: Where to write.
+
+    Raises:
+        ShapeMismatch: `statistics` lacks a column, or is not one row a feature in their order.
+        BadFile: The decoder holds NaN or infinity.
+    """
+    from safetensors.torch import save_file
+
+    source, folder = Path(source), Path(folder)
+    missing = [name for name in ("feature", *STATISTICS) if name not in statistics]
+    if missing or statistics["feature"].tolist() != list(range(sae.cfg.d_sae)):
+        said = f"lack {', '.join(missing)}" if missing else "are not one row a feature, in order"
+        raise ShapeMismatch(f"the statistics {said}; the SAE has {sae.cfg.d_sae} features.", at="statistics")
+    W_dec = sae.W_dec.detach().float().cpu()
+    if not bool(torch.isfinite(W_dec).all()):
+        raise BadFile("the decoder holds NaN or infinity.", at=str(source))
+    scale = W_dec.abs().amax(dim=1) / _LEVELS
+    # A row of zeros has no scale: any will do.
+    steps = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
+    tensors = {"W_dec": steps, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
+    for name in STATISTICS:
+        tensors[name] = torch.tensor(statistics[name].to_numpy(dtype="float32", copy=True))
+    with atomic_path(folder / COMPACT_WEIGHTS) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    cfg = read_json(source / "cfg.json")
+    cfg["metadata"] = {**(cfg.get("metadata") or {}), "decoder_only": True}
+    write_json(folder / "cfg.json", cfg)
+    if (source / "training.json").is_file():
+        with atomic_path(folder / "training.json") as temporary:
+            shutil.copyfile(source / "training.json", temporary)
+    if (source / "README.md").is_file():
+        card = [
+            line
+            for line in (source / "README.md").read_text(encoding="utf-8").splitlines()
+            if not line.startswith("![")  # the figure stays with the whole SAE
+        ]
+        with atomic_path(folder / "README.md") as temporary:
+            temporary.write_text("\n".join([*card, _CARD_ENDS, ""]), encoding="utf-8")
+    return folder
+
+
+def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
+    """Read a compact SAE.
+
+    Raises:
+        NotFound: A missing file.
+        BadFile: Truncated or malformed tensors, or numbers that are not finite.
+        IncompatibleSae: Tensors whose shapes contradict cfg.json.
+    """
+    folder = Path(folder)
+    where = at or str(folder)
+    cfg = read_sae_config(folder, at=at)
+    path = folder / COMPACT_WEIGHTS
+    if not path.is_file():
+        raise NotFound(f"there is no {COMPACT_WEIGHTS} beside cfg.json.", at=where, fix="is it a whole SAE?")
+    shapes: dict[str, tuple[int, ...]] = {"W_dec": (cfg.d_sae, cfg.d_in), "scale": (cfg.d_sae,), "b_dec": (cfg.d_in,)}
+    shapes |= dict.fromkeys(STATISTICS, (cfg.d_sae,))
+    tensors = read_weights(path, where, shapes=shapes, required=tuple(shapes), dtypes={"W_dec": ("I8",)})
+    for name in shapes:
+        # A feature that never fired has no mean activation; everything else is a number.
+        if name != "mean_activation" and not bool(torch.isfinite(tensors[name].float()).all()):
+            raise BadFile(f"{name} holds NaN or infinite values.", at=where)
+    statistics = pd.DataFrame({"feature": range(cfg.d_sae)}, dtype="int64")
+    for name in STATISTICS:
+        statistics[name] = tensors[name].double().numpy()
+    W_dec = tensors["W_dec"].float() * tensors["scale"].float()[:, None]
+    return CompactSae(cfg, W_dec, tensors["b_dec"].float(), statistics)

@@ -1,0 +1,321 @@
+"""What a training says while it runs: a line that a person can read, and one of metrics.jsonl."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from saeffect.errors import BadFile, NotFound
+from saeffect.io import atomic_path
+from saeffect.sae.training.metrics_loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
+from saeffect.sae.training.pace import Pace, duration
+
+__all__ = [
+    "LOSS_PARTS",
+    "METRICS_FILE",
+    "TrainingLog",
+    "loss_parts",
+    "progress_line",
+    "read_metrics",
+]
+
+METRICS_FILE = "metrics.jsonl"
+
+#: Parts of the loss, which add up to it, and what a reader calls them. So is what a nested SAE adds, and any other key
+#: that ends with "_loss".
+LOSS_PARTS: Mapping[str, str] = {
+    "mse": "mse",
+    "l1": "l1",
+    "l0_penalty": "l0 penalty",
+    "sparsity": "sparsity",
+    "auxiliary": "auxiliary",
+    "mse_by_gate": "mse by gate",
+    "pre_act": "dead pre-activations",
+}
+_NESTED = "inner_mse_"
+
+_RESERVED = frozenset({"step", "tokens", "kind", "seconds", "event"})
+
+
+class TrainingLog:
+    """metrics.jsonl, progress and, if wanted, Weights & Biases or TensorBoard. A context manager.
+
+    Each line of metrics.jsonl is an object: "step" (the step that is done, from 0), "tokens" (seen by then),
+    "kind" ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and
+    the metrics; a metric that is not finite is null. Lines are on disk (not in a buffer of this process) when
+    a method returns.
+
+    Args:
+        folder: The SAE's folder; made if need be.
+        total_steps: Steps of the whole training.
+        batch_size: Tokens a step, over all processes.
+        first_step: The step to begin with; rows from it on, left by a run that was stopped, are dropped.
+        config: Hyperparameters, for the logger.
+        say: Receives lines of progress.
+        logger: "none", "wandb" or "tensorboard".
+        run_name: What the logger calls the run; the folder's name by default.
+
+    Raises:
+        UnknownName: There is no such logger.
+        NotFound: The logger's package is not installed.
+
+    Example:
+        >>> import tempfile; folder = Path(tempfile.mkdtemp())
+        >>> with TrainingLog(folder, total_steps=2, batch_size=8, first_step=0, config={}, say=lambda _: None) as log:
+        ...     log.metrics(0, {"mse": 2.5})
+        >>> read_metrics(folder)[0]["tokens"]
+        8
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        total_steps: int,
+        batch_size: int,
+        first_step: int,
+        config: Mapping[str, Any],
+        say: Callable[[str], None],
+        logger: LoggerName = "none",
+        run_name: str = "",
+    ) -> None:
+        check_logger(logger)
+        self._folder = Path(folder)
+        self._total, self._batch_size, self._first, self._say = total_steps, batch_size, first_step, say
+        self._config, self._logger_name = config, logger
+        self._run_name = run_name or self._folder.resolve().name
+        self._logger: MetricsLogger | None = None
+        self._file: io.FileIO | None = None
+        self._pace = Pace(total_steps, first_step)
+        self._seconds_before = 0.0
+
+    def __enter__(self) -> TrainingLog:
+        """Open the file, and the logger.
+
+        Raises:
+            BadFile: The folder cannot be written, or its metrics.jsonl is damaged before its last line.
+            ConfigError: The logger refuses.
+        """
+        path = self._folder / METRICS_FILE
+        kept: list[dict[str, Any]] = []
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if self._first and path.exists():
+                kept = [row for row in read_metrics(path) if row["step"] < self._first]
+            run = TrainingRun(self._folder, self._run_name, self._config, self._first, kept)
+            self._logger = open_logger(self._logger_name, run, self._say)
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            self._file = io.FileIO(path, "a")
+        except OSError as error:
+            self._close_logger(failed=True)
+            raise self._unwritable(error) from error
+        except BaseException:
+            self._close_logger(failed=True)
+            raise
+        self._seconds_before = max((row.get("seconds") or 0.0 for row in kept), default=0.0)
+        self._pace.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close both; a logger's trouble at the end is said, not raised."""
+        if self._file is not None:
+            self._file.close()
+        self._close_logger(failed=kind is not None)
+
+    def metrics(self, step: int, row: Mapping[str, float], *, kind: Literal["train", "evaluation"] = "train") -> None:
+        """Record what was measured after a step, and say it.
+
+        Args:
+            step: The step that is done, from 0.
+            row: Numbers by name. "loss" (the total), its parts (see `LOSS_PARTS`), "l0", "explained_variance",
+                "dead", "ce_loss_score", "l2_ratio" and "mean_log10_density" are known to the line of progress
+                and the figure.
+            kind: On the batch just trained on, or on held-out text.
+
+        Raises:
+            BadFile: The disk is full, or the file cannot be written any more.
+            ValueError: A name in `row` is one of the log's own.
+        """
+        if kind == "train":
+            self._pace.mark(step + 1)
+        seconds = self._record(step, kind, row)
+        head = f"step {step + 1:,}/{self._total:,}"
+        if kind == "evaluation":
+            self._say(progress_line(f"held-out text after {head}", row))
+        else:
+            self._say(progress_line(head, row, self._time_words(step + 1, seconds)))
+
+    def event(self, step: int, event: str, **numbers: float) -> None:
+        """Record something that happened after a step, for instance `event(999, "resampled", n_features=12)`.
+
+        Raises:
+            BadFile: The disk is full, or the file cannot be written any more.
+        """
+        self._record(step, "event", numbers, event=event)
+        said = [
+            f"{_short(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_short(value)}"
+            for name, value in numbers.items()
+        ]
+        self._say(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(said)}".rstrip())
+
+    def pause(self) -> AbstractContextManager[None]:
+        """While the block lasts, time does not count for tokens/s: `with log.pause(): evaluate()`."""
+        return self._pace.pause()
+
+    def _record(self, step: int, kind: str, numbers: Mapping[str, Any], **more: str) -> float:
+        clash = _RESERVED & set(numbers)
+        if clash:
+            raise ValueError(f"{sorted(clash)} are the log's own names, no metrics")
+        seconds = self._seconds_before + self._pace.seconds()
+        row: dict[str, Any] = {"step": step, "tokens": (step + 1) * self._batch_size, "kind": kind}
+        row |= {"seconds": round(seconds, 3), **more} | {name: _plain(value) for name, value in numbers.items()}
+        self._write(json.dumps(row, allow_nan=False) + "\n")
+        if self._logger is not None:
+            try:
+                self._logger.log(row)
+            except Exception as error:  # days of training are worth more than a copy of the curve
+                self._say(f"{self._logger_name} takes no more metrics ({error}); {METRICS_FILE} goes on")
+                self._close_logger(failed=True)
+        return seconds
+
+    def _write(self, line: str) -> None:
+        if self._file is None:
+            raise RuntimeError("the log is not open: use it as `with TrainingLog(…) as log:`")
+        data = line.encode()
+        try:
+            # One unbuffered write, so that a kill or a full disk can tear no line but the last.
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> BadFile:
+        return BadFile(
+            f"{METRICS_FILE} cannot be written: {error.strerror or error}.",
+            at=str(self._folder),
+            fix="free some space, or choose a folder that can be written; then run the same command again.",
+        )
+
+    def _time_words(self, done: int, seconds: float) -> list[str]:
+        rate = self._pace.steps_per_second() * self._batch_size
+        words = [f"{rate:,.0f} tokens/s"] if math.isfinite(rate) else []
+        left = self._pace.seconds_left()
+        if done >= self._total:
+            words.append(f"done in {duration(seconds)}")
+        elif math.isfinite(left):
+            words.append(f"{duration(left)} left")
+        return words
+
+    def _close_logger(self, *, failed: bool) -> None:
+        logger, self._logger = self._logger, None
+        if logger is None:
+            return
+        try:
+            logger.close(failed=failed)
+        except Exception as error:
+            self._say(f"{self._logger_name} did not close well: {error}")
+
+
+def loss_parts(names: Iterable[str]) -> dict[str, str]:
+    """Those of the names that are parts of the loss, and what a reader calls each.
+
+    Example:
+        >>> loss_parts(["l0", "gate_loss", "mse", "loss", "inner_mse_64"])
+        {'mse': 'mse', 'inner_mse_64': 'mse of 64', 'gate_loss': 'gate'}
+    """
+    names = list(names)
+    known = {name: label for name, label in LOSS_PARTS.items() if name in names}
+    nested = [name for name in names if name.startswith(_NESTED)]
+    known |= {name: f"mse of {name.removeprefix(_NESTED)}" for name in nested}
+    others = [name for name in names if name.endswith("_loss") and name not in known and not name.startswith("ce_")]
+    return known | {name: name.removesuffix("_loss").replace("_", " ") for name in others}
+
+
+def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ()) -> str:
+    """One line of progress, of what the row holds.
+
+    Example:
+        >>> progress_line("step 30/90", {"loss": 12.3, "mse": 10.1, "l1": 2.2, "l0": 54.31, "dead": 12}, ["9 s left"])
+        'step 30/90  loss 12.3 (mse 10.1, l1 2.2)  l0 54.3  dead 12  9 s left'
+    """
+    pieces = [head]
+    parts = [f"{label} {_short(row[name])}" for name, label in loss_parts(row).items()]
+    if "loss" in row:
+        pieces.append(f"loss {_short(row['loss'])}" + (f" ({', '.join(parts)})" if parts else ""))
+    else:
+        pieces += parts
+    for name, label, spec in (
+        ("l0", "l0", ",.1f"),
+        ("explained_variance", "explained variance", ".3f"),
+        ("ce_loss_score", "CE loss score", ".3f"),
+        ("l2_ratio", "l2 ratio", ".3f"),
+        ("mean_log10_density", "mean log10 density", ".2f"),
+        ("dead", "dead", ",.0f"),
+    ):
+        if name in row:
+            pieces.append(f"{label} {float(row[name]):{spec}}")
+    return "  ".join([*pieces, *tail])
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, or of the one in a folder; a torn last line, left by a kill, is no row.
+
+    Raises:
+        NotFound: There is no such file.
+        BadFile: It cannot be read, or a line before the last is no row of metrics.
+    """
+    path = Path(path)
+    path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise NotFound(f"there is no {METRICS_FILE}.", at=str(path), fix="train an SAE into this folder.") from error
+    except OSError as error:
+        raise BadFile(f"this file cannot be read: {error.strerror}.", at=str(path)) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+            if not isinstance(row["step"], int):
+                raise TypeError
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise BadFile(
+                f"line {number} is no row of metrics.",
+                at=str(path),
+                fix="delete the line; weights and checkpoints do not depend on it.",
+            ) from error
+        row.setdefault("kind", "train")
+        rows.append(row)
+    return rows
+
+
+def _plain(value: Any) -> float | int | None:
+    """A number of any library as Python's own; None for what JSON cannot say."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if math.isfinite(value) else None
+
+
+def _short(value: float) -> str:
+    """Three digits that matter.
+
+    Example:
+        >>> [_short(v) for v in (12345.6, 12.34, 0.00123, 0.0, 1e-7)]
+        ['12,346', '12.3', '0.00123', '0', '1e-07']
+    """
+    value = float(value)
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,278 @@
+"""From text and a model to SAEs with their model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeffect.config import TextSource
+from saeffect.errors import ConfigError, EmptySelection, SaeffectError
+from saeffect.io import fingerprint
+from saeffect.lm.activation_source import ActivationSource
+from saeffect.lm.bos import prepends
+from saeffect.lm.corpora import is_held_out, read_corpus
+from saeffect.lm.harvest import NormLimit, TokenRows, harvest, harvest_made_by, norm_limit_of
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_language_model, locate_model
+from saeffect.lm.packing import interleave
+from saeffect.lm.shards import ActivationStore
+from saeffect.lm.stream import StreamedActivations
+from saeffect.lm.streamed_text import StreamedText
+from saeffect.parallel import barrier, is_first
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.formats.saelens import load_sae, read_sae_config
+from saeffect.sae.splice import spliced_losses
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.metrics_loggers import LoggerName
+from saeffect.sae.training.model_card import is_carded, measured_before, write_card
+from saeffect.sae.training.quality import training_quality
+from saeffect.sae.training.recipe_check import (
+    refuse_before_harvest,
+    refuse_before_loading,
+    refuse_unfit_model,
+    refuse_unwritable_folders,
+)
+from saeffect.sae.training.recipe_config import SaeRecipe
+from saeffect.sae.training.run import refuse_strangers
+from saeffect.sae.training.train import SaeJob, train_saes
+
+__all__ = ["SaeRecipe", "TextSource", "harvest_from_recipe", "text_rows", "train_from_recipe"]
+
+Say = Callable[[str], None]
+
+
+def train_from_recipe(
+    recipe: SaeRecipe,
+    out: Path | str,
+    *,
+    work: Path | str,
+    logger: LoggerName = "none",
+    say: Say = lambda _: None,
+) -> Mapping[str, Any]:
+    """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
+
+    Stopped at any moment, the same call goes on from there. Under `torchrun` every process calls it; the first
+    one speaks, measures and writes.
+
+    Args:
+        recipe: What to train.
+        out: Folder for the SAE; for several, of their folders.
+        work: Folder for activations; arms with the same model share them.
+        logger: "none", "wandb" or "tensorboard".
+        say: Receives lines of progress.
+
+    Returns:
+        The measurements that the model card shows; of several SAEs, one such mapping by name.
+
+    Raises:
+        SaeffectError: What is wrong; nothing was written if it could be known before the harvest.
+        Interrupted: Ctrl-C; the message says how to go on.
+    """
+    out, work = Path(out), Path(work)
+    say = say if is_first() else lambda _: None
+    folders = recipe.folders(out)
+    refuse_unwritable_folders({"--out": out, "--work": work})
+    trainings = recipe.trainings().items()
+    for folder in folders.values():
+        refuse_strangers(folder)
+    refuse_before_loading(recipe, logger)
+    lm = _load(recipe, say)
+
+    def refuse_others(activations: str) -> None:
+        for name, config in trainings:
+            SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
+
+    data = _activations(recipe, lm, work, say, refuse=refuse_others)
+    jobs = [SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype) for name, config in trainings]
+    train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, say=say)
+    if is_first():
+        for name, job in zip(folders, jobs, strict=True):
+            one = recipe.of_one(name)
+            if not is_carded(one, job.out):
+                with job.folder(data.source.identity()).held():
+                    # Measured on what was saved, rounding to half precision included.
+                    write_card(one, job.out, data.at_the_end(load_sae(job.out)), say=say)
+    barrier()
+    measured = {name: measured_before(folder) for name, folder in folders.items()}
+    return measured if recipe.saes else measured[""]
+
+
+def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, say: Say = lambda _: None) -> list[Path]:
+    """Harvest alone: every SAE of this model, hook and text then trains from these shards.
+
+    Returns:
+        The folders of training and held-out activations.
+
+    Raises:
+        ConfigError: The recipe streams its activations.
+        SaeffectError: As `train_from_recipe`.
+    """
+    if recipe.activations == "streamed":
+        raise ConfigError(
+            "this recipe streams its activations, so there is nothing to harvest.",
+            at="activations",
+            fix="set activations: shards.",
+        )
+    say = say if is_first() else lambda _: None
+    refuse_unwritable_folders({"--work": Path(work)})
+    refuse_before_loading(recipe)
+    data = _activations(recipe, _load(recipe, say), Path(work), say)
+    assert isinstance(data.source, ActivationStore)
+    return [data.source.folder, data.held_out.folder]
+
+
+def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
+    """Packed rows from each source in turn: training rows, or those of the held-out documents.
+
+    The documents are shuffled, unless the activations are streamed: the text may then be larger than memory, and
+    held-out documents are taken in the order in which they come.
+
+    Raises:
+        SaeffectError: A source cannot be read, or has too little text.
+    """
+    wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
+    if wanted is None:
+        raise ConfigError("rows of all the text there is would not fit into memory.", at="tokens", fix="give tokens.")
+    n_rows = max(1, wanted // recipe.context_size)
+    ids: list[NDArray[np.int32]] = []
+    sources: list[int] = []
+    for index, row in interleave(*(_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
+        ids.append(row)
+        sources.append(index)
+        if len(ids) == n_rows:
+            return TokenRows(np.stack(ids), np.asarray(sources), tuple(s.name for s in recipe.text))
+    raise EmptySelection(
+        f"the text gives {len(ids) * recipe.context_size:,} tokens in equal parts from each source;"
+        f" {wanted:,} are wanted.",
+        at="held_out_tokens" if held_out else "tokens",
+        fix="give more text, or ask for fewer tokens.",
+    )
+
+
+def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[NDArray[np.int32]]:
+    source = recipe.text[index]
+    try:
+        texts = (t for t in read_corpus(source.path, field=source.field) if is_held_out(t, recipe.held_out) == held_out)
+        if recipe.activations == "shards":
+            everything = list(texts)
+            order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
+            texts = (everything[i] for i in order)
+        yield from lm.pack(texts, recipe.context_size)
+    except SaeffectError as error:
+        raise error.placed(f"text.{index}") from None
+
+
+def _load(recipe: SaeRecipe, say: Say) -> LanguageModel:
+    if is_first():
+        locate_model(recipe.model, say=say, at="model")  # one process fetches what is to be fetched
+    barrier()
+    starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
+    words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
+    lm = load_language_model(recipe.model, say=say, at="model")
+    lm = replace(lm, prepend_bos=prepends(recipe.bos, words))
+    refuse_unfit_model(recipe, lm)
+    return lm
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """Activations to train on, and what SAEs are measured on.
+
+    Attributes:
+        recipe: Where it comes from.
+        lm: The model.
+        source: Activations to train on.
+        limit: Which positions count.
+        held_out: Activations to measure on.
+        rows: Their text.
+        text: SHA-256 of the training text.
+    """
+
+    recipe: SaeRecipe
+    lm: LanguageModel
+    source: ActivationSource
+    limit: NormLimit
+    held_out: ActivationStore
+    rows: TokenRows
+    text: str
+
+    def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """The measures that are followed during training, on a part of the held-out text."""
+        found = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
+        names = ("explained_variance", "l2_ratio", "l0", "mean_log10_density", "ce_loss_score")
+        return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
+
+    def at_the_end(self, sae: SparseAutoencoder) -> dict[str, float]:
+        """All measures, on all of it."""
+        return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
+
+    def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
+        quality = training_quality(sae, self.held_out, max_tokens=n_tokens)
+        losses = spliced_losses(self.lm, sae, self.recipe.hook, self.rows.ids[:n_rows], self.limit)
+        return asdict(quality) | {
+            "ce_loss_score": losses.ce_loss_score,
+            "ce_clean": losses.clean,
+            "ce_sae": losses.sae,
+            "ce_zero": losses.zero,
+            "ce_tokens": losses.n_tokens,
+        }
+
+
+def _activations(
+    recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say, *, refuse: Callable[[str], None] = lambda _: None
+) -> _Data:
+    """All text first, then whatever else can be refused (given the activations' identity), then the model's work."""
+    streamed = recipe.activations == "streamed"
+    rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
+    rows["held-out"] = text_rows(recipe, lm, held_out=True)
+    text = StreamedText(lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed)
+    refuse_before_harvest(recipe, lm, rows.values(), work, n_training_rows=text.n_rows)
+    source: ActivationSource | None = None
+    if streamed:
+        source = StreamedActivations.open(lm, recipe.hook, text, pool_rows=recipe.pool_rows)
+    refuse(source.identity() if source else fingerprint(harvest_made_by(lm, recipe.hook, rows["train"])))
+    stores = {}
+    for part, ids in rows.items():
+        folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.digest()])[:16]}"
+        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, say=say))
+    if isinstance(source, StreamedActivations):
+        limit, digest = source.limit, text.identity()
+    else:
+        source = stores["train"]
+        limit = norm_limit_of(stores["train"].note, at=str(stores["train"].folder))
+        digest = rows["train"].digest()
+    return _Data(recipe, lm, source, limit, stores["held-out"], rows["held-out"], digest)
+
+
+def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
+    """What cfg.json says about where the SAE comes from."""
+    a_pass = recipe.tokens_a_pass
+    seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
+    found = {
+        "model_name": recipe.model.path,
+        "adapter": recipe.model.adapter,
+        "hook_name": recipe.hook,
+        "context_size": recipe.context_size,
+        "prepend_bos": data.lm.bos_id is not None,
+        "training_tokens": seen,
+        "unique_tokens": None if a_pass is None else min(a_pass, seen),
+        "training_text": "+".join(s.name for s in recipe.text),
+        "training_text_sha256": data.text,
+        "held_out_text_sha256": data.rows.digest(),
+        "seed": config.seed,
+        "trained_by": "saeffect",
+        "training_architecture": config.architecture,
+        "mean_norm": data.limit.median_norm,
+        "norm_limit": data.limit.limit,
+        "training_normalisation": f"{config.normalise_inputs}"
+        + (" (folded)" if config.normalise_inputs != "none" else ""),
+        "activation_dtype": str(data.lm.dtype).removeprefix("torch."),
+    }
+    if config.steps is None:
+        found["epochs"] = config.epochs
+    return found

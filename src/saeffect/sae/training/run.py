@@ -1,0 +1,248 @@
+"""One SAE under way: its state, its checkpoints, what is measured on the way, and what is saved at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, SaeffectError
+from saeffect.io import fingerprint, hash_folder, read_json, write_json
+from saeffect.lm.activation_source import ActivationSource
+from saeffect.lm.training_folder import TrainingFolder
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, save_sae
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.figure import FIGURES, save_training_figure
+from saeffect.sae.training.log import METRICS_FILE, TrainingLog
+from saeffect.sae.training.step import StepReport, TrainingStep, new_sae
+
+__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "complete", "refuse_strangers"]
+
+Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
+
+_MOST_LINES = 200  # of metrics, unless the recipe says how often: a curve is drawn from no more
+_CFG = "cfg.json"
+_LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "README.md")
+
+
+@dataclass(frozen=True)
+class SaeJob:
+    """One SAE to train.
+
+    Attributes:
+        config: The recipe.
+        out: Folder for the SAE.
+        metadata: Where the activations come from; kept in cfg.json.
+        dtype: Of the saved weights.
+    """
+
+    config: SaeTrainingConfig
+    out: Path
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float16"
+
+    def folder(self, activations: str) -> TrainingFolder:
+        """The job's folder, if it trains on activations of this identity."""
+        return TrainingFolder(self.out, self._made_by(activations), _LEAVES, keep=self.config.keep_checkpoints)
+
+    def _made_by(self, activations: str) -> str:
+        """Fingerprint of everything that decides the weights; how often things are written does not."""
+        config = self.config.model_dump(
+            mode="json",
+            exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
+        )
+        start = None if self.config.init_from is None else hash_folder(self.config.init_from)
+        return fingerprint([config, start, activations, self.dtype])
+
+
+@dataclass(frozen=True)
+class Position:
+    """The next batch, or the one just taken: its step, its pass over the data, its number within the pass."""
+
+    step: int
+    epoch: int
+    index: int
+
+
+def refuse_strangers(out: Path) -> None:
+    """Refuse a folder for an SAE that holds files under its names which no training put there.
+
+    Raises:
+        ConfigError: It does.
+        BadFile: The note of a finished training is damaged.
+    """
+    TrainingFolder(out, "", _LEAVES).refuse_strangers()
+
+
+def complete(folder: TrainingFolder) -> None:
+    """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
+
+    Raises:
+        InUse: Something is to be done, and another process is at work there.
+        BadFile: It cannot be written.
+    """
+    cfg = (folder.note() or {}).get("cfg")
+    damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(folder.path / _CFG, cfg)
+    undrawn = any(not path.is_file() or not path.stat().st_size for path in (folder.path / name for name in FIGURES))
+    if damaged or undrawn or folder.checkpoint.owner() is not None:
+        with folder.held():
+            if damaged:
+                write_json(folder.path / _CFG, cfg)
+            if undrawn:
+                save_training_figure(folder.path)
+            folder.checkpoint.drop_all()
+
+
+def _says(path: Path, cfg: dict[str, Any]) -> bool:
+    """Whether a cfg.json says all that training wrote into it; its metadata may say more by now."""
+    found = None
+    with contextlib.suppress(SaeffectError):
+        found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("metadata"), dict):
+        return False
+    return found | cfg | {"metadata": found["metadata"] | cfg["metadata"]} == found
+
+
+class SaeRun:
+    """One job under way.
+
+    Args:
+        job: What to train.
+        source: Activations.
+        total_steps: Of the whole run.
+        scale: What inputs are multiplied by.
+    """
+
+    def __init__(self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float) -> None:
+        config = job.config
+        self.job, self.scale, self.folder = job, scale, job.folder(source.identity())
+        sae = new_sae(config, source.d_in)
+        sae.initialise(source.sample(20_000) * scale, config)
+        if config.init_from is not None:
+            from saeffect.sae.training.warm_start import copy_weights
+
+            copy_weights(Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from")
+        self.trainer = TrainingStep(sae, config, total_steps)
+        self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MOST_LINES))
+        self.step = self.trainer.__call__
+        self.next_batch = torch.zeros(2, dtype=torch.int64)  # its pass over the data, its number within the pass
+        self.checkpoint = self.folder.checkpoint
+
+    def restore(self, step: int) -> None:
+        """Go back to a checkpoint; 0 for none.
+
+        Raises:
+            ConfigError: It is another run's.
+            BadFile: It cannot be read.
+        """
+        self.checkpoint.restore(self.trainer.leaves, self.trainer.optimizer, self._state(), step=step)
+
+    def save_checkpoint(self, position: Position) -> None:
+        """Keep the state after the step at `position`; older ones stay.
+
+        Raises:
+            BadFile: The weights are not finite, or the disk is full.
+        """
+        self._refuse_broken(position.step)
+        self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
+        self.checkpoint.save(
+            position.step + 1, self.trainer.leaves, self.trainer.optimizer, self._state(), drop_old=False
+        )
+
+    def check(self, report: StepReport, step: int) -> None:
+        """Refuse to go on from numbers that are none.
+
+        Raises:
+            BadFile: The loss, or the gradient's norm, is not finite.
+        """
+        clipped = self.job.config.clip_gradient_norm is not None
+        if not math.isfinite(report.loss):
+            raise self._diverged(f"the loss became {report.loss}", step)
+        if clipped and not math.isfinite(report.gradient_norm):
+            raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
+
+    def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
+        """A line of metrics, a measurement on held-out text, a note of resampled features, when they are due.
+
+        Args:
+            log: Open.
+            step: The step that is done, from 0.
+            report: What it did.
+            x: The whole batch, in any scale.
+            evaluate: Measures an SAE in unscaled units.
+        """
+        config, last = self.job.config, step + 1 == self.trainer.total_steps
+        if report.n_resampled:
+            log.event(step, "resampled", n_features=report.n_resampled)
+        if last or (step + 1) % self._metrics_every == 0:
+            log.metrics(step, self._row(report, x))
+        if evaluate is not None and (last or (step + 1) % config.evaluate_every == 0):
+            with log.pause():
+                measured = evaluate(self._folded())
+            log.metrics(step, measured, kind="evaluation")
+
+    def finish(self) -> None:
+        """Save the SAE, draw the curve, and note that this is done; the checkpoints stay.
+
+        Raises:
+            BadFile: The weights are not finite, or the disk is full.
+        """
+        self._refuse_broken(self.trainer.total_steps - 1)
+        out = self.job.out
+        save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
+        save_training_figure(out)
+        self.folder.finish((WEIGHTS, SPARSITY, METRICS_FILE), cfg=read_json(out / _CFG))
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.trainer.state() | {"next_batch": self.next_batch}
+
+    def _folded(self) -> SparseAutoencoder:
+        """A copy in unscaled units, in the form that is saved."""
+        trained = self.trainer.sae
+        twin = new_sae(self.job.config, trained.cfg.d_in)
+        twin.cfg = copy.copy(trained.cfg)
+        twin.load_state_dict(trained.state_dict())
+        for name, tensor in twin.running_state().items():
+            tensor.copy_(trained.running_state()[name])
+        twin.fold_scale(self.scale)
+        sae = twin.for_inference()
+        sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, **self.job.metadata})
+        return sae.eval().requires_grad_(False)
+
+    def _row(self, report: StepReport, x: Tensor) -> dict[str, float]:
+        x = x * self.scale
+        variance = float((x - x.mean(0)).square().sum() / len(x))
+        row = {"loss": report.loss, **report.losses}
+        row |= {
+            "explained_variance": 1 - report.losses["mse"] / variance if variance else math.nan,
+            "l0": report.l0,
+            "dead": int((self.trainer.since_fired >= self.job.config.dead_after).sum()),
+            "gradient_norm": report.gradient_norm,
+            "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
+        }
+        return row
+
+    def _refuse_broken(self, step: int) -> None:
+        """A checkpoint of weights that are not finite would be of no use, and push a good one out."""
+        for name, leaf in self.trainer.leaves.items():
+            if not math.isfinite(float(leaf.detach().sum())) and not torch.isfinite(leaf).all():
+                raise self._diverged(f"{name} became NaN or infinite", step)
+
+    def _diverged(self, what: str, step: int) -> BadFile:
+        return BadFile(
+            f"{what} at step {step:,}.",
+            at=str(self.job.out),
+            fix=f"look for NaN in the activations, lower learning_rate or clip gradients{self._goes_on()}.",
+        )
+
+    def _goes_on(self) -> str:
+        last = self.checkpoint.steps()
+        return f"; it goes on from the checkpoint after step {last[-1]:,}" if last else ""

@@ -1,0 +1,319 @@
+"""Training SAEs on activations, as many at once as share a model and a hook. Read `train_saes` downwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
+from saeffect.interruption import Interruption
+from saeffect.lm.activation_source import ActivationSource
+from saeffect.lm.training_folder import TrainingFolder
+from saeffect.parallel import barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.log import TrainingLog
+from saeffect.sae.training.metrics_loggers import LoggerName
+from saeffect.sae.training.run import Evaluation, Position, SaeJob, SaeRun, complete
+
+__all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
+
+Say = Callable[[str], None]
+
+
+def train_sae(
+    source: ActivationSource,
+    config: SaeTrainingConfig,
+    out: Path | str,
+    *,
+    metadata: Mapping[str, Any],
+    dtype: str = "float16",
+    evaluate: Evaluation | None = None,
+    logger: LoggerName = "none",
+    say: Say = lambda _: None,
+) -> SparseAutoencoder:
+    """Train one SAE: `train_saes` with one job."""
+    job = SaeJob(config, Path(out), metadata, dtype)
+    return train_saes(source, [job], evaluate=evaluate, logger=logger, say=say)[0]
+
+
+def train_saes(
+    source: ActivationSource,
+    jobs: Sequence[SaeJob],
+    *,
+    evaluate: Evaluation | None = None,
+    logger: LoggerName = "none",
+    say: Say = lambda _: None,
+) -> list[SparseAutoencoder]:
+    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
+
+    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of
+    the training beside them. A run that was stopped, also with `kill -9`, continues from its last checkpoint
+    and ends with the same weights; one that is finished is not repeated. Under `torchrun` each process takes
+    its share of every batch, and the first one measures and writes, to folders that all of them see.
+
+    Args:
+        source: Activations.
+        jobs: They share batch size, number of steps and order of the data.
+        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
+            the first process alone.
+        logger: "none", "wandb" or "tensorboard".
+        say: Receives lines of progress, in the first process.
+
+    Returns:
+        The SAEs as they were saved, in the order of the jobs.
+
+    Raises:
+        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or
+            jobs that cannot share batches or folders.
+        EmptySelection: Fewer activations than one batch.
+        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
+            read; a folder cannot be written.
+        InUse: Another process trains into one of the folders.
+        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
+    """
+    say = say if is_first() else lambda _: None
+    todo = [job for job in jobs if not _is_finished(job, source, say)]
+    barrier()  # all have looked before the first one changes anything
+    if is_first():
+        for job in jobs:
+            if job not in todo:
+                complete(job.folder(source.identity()))
+    if todo:
+        try:
+            _train(source, todo, evaluate=evaluate, logger=logger, say=say)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped at once; {', '.join(str(job.out) for job in todo)} keep their last checkpoints.",
+                fix="run the same command again to go on from there.",
+            ) from None
+    else:
+        say("finished before; nothing to do")
+    return [load_sae(job.out) for job in jobs]
+
+
+def _is_finished(job: SaeJob, source: ActivationSource, say: Say) -> bool:
+    """Whether the job's folder holds the SAE that the job would make, as it was when it was finished."""
+    damaged = job.folder(source.identity()).damaged()
+    if damaged:
+        say(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
+    return damaged == []
+
+
+def _train(
+    source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, say: Say
+) -> None:
+    plan = _plan(source, jobs)
+    with ExitStack() as stack:
+        _make_ready([job.folder(source.identity()) for job in jobs], stack)
+        scale = _input_scale(source, jobs[0].config)
+        runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
+        start = _restore(runs, say)
+        interruption = stack.enter_context(Interruption())
+        logs = [stack.enter_context(log) for log in _logs(runs, start.step, logger, say)]
+        for position, x in _batches(source, plan, start):
+            mine, asked = _share(x) * scale, interruption.asked
+            reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
+            for run, report in zip(runs, reports, strict=True):
+                run.check(report, position.step)
+            for run, log, report in zip(runs, logs, reports, strict=False):
+                run.record(log, position.step, report, x, evaluate)
+            done = position.step + 1
+            stop = any(report.stop for report in reports)
+            if stop or (done % plan.checkpoint_every == 0 and done < plan.total):
+                _save_checkpoints(runs, position)
+            if stop:
+                raise Interrupted(
+                    f"stopped after step {done:,} of {plan.total:,}; the state is saved in"
+                    f" {', '.join(str(job.out) for job in jobs)}.",
+                    fix="run the same command again to go on from there.",
+                )
+    _finish(runs)
+
+
+def _finish(runs: Sequence[SaeRun]) -> None:
+    """Save every SAE before the first checkpoint goes: a kill in between repeats what is missing, no more."""
+    if is_first():
+        for run in runs:
+            run.finish()
+        for run in runs:
+            run.checkpoint.drop_all()
+    barrier()
+
+
+def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
+    """Checkpoints of all runs, and only then no more of the old ones: there is always a step that all have."""
+    if is_first():
+        for run in runs:
+            run.save_checkpoint(position)
+        for run in runs:
+            run.checkpoint.drop_old(position.step + 1)
+    barrier()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What jobs that train side by side have in common."""
+
+    batch_size: int
+    data_seed: int
+    epochs: int | None  # None: as many as the steps need
+    total: int
+    checkpoint_every: int
+
+
+def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
+    config = jobs[0].config
+    seed = _data_seed(config)
+    _refuse_unlike(jobs)
+    world = rank_and_world()[1]
+    if config.batch_size < world:
+        raise ConfigError(
+            f"a batch of {config.batch_size:,} tokens cannot be shared by {world:,} processes.",
+            at="batch_size",
+            fix="use fewer processes, or a larger batch_size.",
+        )
+    per_epoch = source.n_batches(config.batch_size, seed=seed, epoch=0)
+    if per_epoch == 0:
+        raise _too_few(config.batch_size)
+    if config.steps is not None:
+        return _Plan(config.batch_size, seed, None, config.steps, config.checkpoint_every)
+    if per_epoch is None:
+        raise ConfigError(
+            "the length of streamed text is not known beforehand, so the number of steps must be given.",
+            at="sae.steps",
+            fix="set steps; the text is read again from the start if it is too short.",
+        )
+    return _Plan(config.batch_size, seed, config.epochs, per_epoch * config.epochs, config.checkpoint_every)
+
+
+def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
+    """Refuse jobs that cannot be trained side by side."""
+    config = jobs[0].config
+    for job in jobs[1:]:
+        mine, first = {"data_seed": _data_seed(job.config)}, {"data_seed": _data_seed(config)}
+        for name in ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs"):
+            mine[name], first[name] = getattr(job.config, name), getattr(config, name)
+        for name, value in mine.items():
+            if value != first[name]:
+                raise ConfigError(
+                    f"SAEs that are trained side by side must share {name}; got {first[name]} and {value}.",
+                    at=name,
+                    fix="give them the same (for several seeds: one data_seed), or train them one after the other.",
+                )
+    folders = [job.out.resolve() for job in jobs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ConfigError("two SAEs cannot be trained into one folder.", at=str(folder))
+
+
+def _data_seed(config: SaeTrainingConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def _too_few(batch_size: int) -> EmptySelection:
+    return EmptySelection(
+        f"the activations hold fewer tokens than one batch of {batch_size:,}.",
+        at="batch_size",
+        fix="give more text, or a smaller batch_size.",
+    )
+
+
+def _batches(source: ActivationSource, plan: _Plan, start: Position) -> Iterator[tuple[Position, Tensor]]:
+    """Batches from a position on, until the steps are done."""
+    step, epoch, index = start.step, start.epoch, start.index
+    while step < plan.total:
+        before = step
+        for x in source.batches(plan.batch_size, seed=plan.data_seed, epoch=epoch, start=index):
+            yield Position(step, epoch, index), x
+            step, index = step + 1, index + 1
+            if step == plan.total:
+                return
+        if step == before and index == 0:
+            raise _too_few(plan.batch_size)
+        epoch, index = epoch + 1, 0
+
+
+def _share(x: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    rank, world = rank_and_world()
+    return x.tensor_split(world)[rank]
+
+
+def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
+    """Factor that gives inputs a mean norm of sqrt(d_in) (SAELens' expected_average_only_in), or 1."""
+    return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
+
+
+def _make_ready(folders: Sequence[TrainingFolder], stack: ExitStack) -> None:
+    """Take hold of all folders before anything heavy starts, or of none."""
+    if is_first():
+        for folder in folders:
+            stack.enter_context(folder.held())
+        for folder in folders:
+            folder.checkpoint.begin()
+    barrier()
+
+
+def _restore(runs: Sequence[SaeRun], say: Say) -> Position:
+    """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
+    steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
+    _refuse_unshared(steps, [run.job.out for run in runs])
+    for step in steps:
+        unreadable = _restored(runs, step)
+        if unreadable is None:
+            say(f"going on from step {step:,}")
+            epoch, index = runs[0].next_batch.tolist()
+            return Position(step, epoch, index)
+        if step == steps[-1]:
+            raise unreadable
+        say(f"the checkpoint after step {step:,} cannot be read ({unreadable.at}): the one before is taken")
+    return Position(0, 0, 0)
+
+
+def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
+    """Restore all runs; the error if any process could not."""
+    mine = None
+    try:
+        for run in runs:
+            run.restore(step)
+    except BadFile as error:
+        mine = error
+    failed = gathered(torch.tensor([int(mine is not None)], device=device_of_process()))
+    if not failed.any():
+        return None
+    return mine or BadFile("another process cannot read the checkpoint.", at=str(runs[0].checkpoint.folder))
+
+
+def _refuse_unshared(steps: Sequence[int], folders: Sequence[Path]) -> None:
+    """Each process reads the checkpoints that the first one wrote."""
+    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
+    if (seen != seen[0]).any():
+        raise ConfigError(
+            "the processes see different checkpoints.",
+            at=", ".join(map(str, folders)),
+            fix="let the output be in a folder that all machines share.",
+        )
+
+
+def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, say: Say) -> Iterator[TrainingLog]:
+    """One log a run in the process that writes; none in the others."""
+    for run in runs if is_first() else ():
+        name = run.job.out.resolve().name
+        yield TrainingLog(
+            run.job.out,
+            total_steps=run.trainer.total_steps,
+            batch_size=run.job.config.batch_size,
+            first_step=first_step,
+            config=run.job.config.model_dump(mode="json"),
+            say=say if len(runs) == 1 else lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+            logger=logger,
+        )

@@ -1,0 +1,153 @@
+"""Stage 5a, the dose search: how strongly to steer, found on prompts that the test does not use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.config import SteeringConfig
+from saeffect.io import write_json
+from saeffect.steering import (
+    RESPONSE_COLUMNS,
+    best_dose,
+    direct_effects,
+    dose_response,
+    run_trials_shared,
+    score_doses,
+)
+from saeffect.steering.placebo import STEERED
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.steering_plan import (
+    encoder_identity,
+    outcome_vectors,
+    plan_of_search,
+    search_placebos,
+    set_members,
+    site_of,
+    tested_features,
+)
+from saeffect.study.study import Say
+
+__all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
+
+# 3: a dose-response table for every arm. 4: a placebo at every dose.
+# 5: fluency is not credited to losses, what is undefined is no gain, and without a gain no dose is chosen.
+VERSION = 5
+_NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
+_NOT_SEARCHED |= {"baselines", "baseline_features"}
+
+
+def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
+    """What the chosen dose depends on."""
+    study = run.study
+    arms = study.ordered_arms()
+    return {
+        "version": VERSION,
+        "arms": {name: study.identities[name] for name in arms},
+        "tables": run.digest(*(run.arm(n, f) for n in arms for f in ("features.parquet", "selection.parquet"))),
+        "gates": run.digest(*(run.arm(name, "gate.json") for name in arms)),
+        "encoder": encoder_identity(study),
+        "seed": study.config.seed,
+        "prepend_bos": study.prepend_bos,
+        "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
+        "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
+    }
+
+
+def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
+    """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
+
+    Control and treatment are searched alike and one dose serves every arm: arms steered at different
+    strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose, and so
+    do the placebo interventions that stand beside every feature at every dose: see `saeffect.steering.dose`.
+
+    Where no dose gains anything, the dose is null and the note says why. Then no arm is steered: a test of hours would
+    measure what the search has shown already.
+    """
+
+    def work() -> Iterable[Path]:
+        paths = [run.path("steering", name) for name in ("dose_search.parquet", "dose_response.parquet", "dose.json")]
+        table = pd.DataFrame(
+            {name: pd.Series(dtype=str) for name in ("arm", "condition")} | {"dose": pd.Series(dtype=float)}
+        )
+        response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
+        best: dict[str, float | None] = {}
+        if len(config.doses) > 1:
+            found = {name: _search_arm(run, name, config, say) for name in run.study.ordered_arms()}
+            searched = run.study.by_role("control") + run.study.by_role("treatment")
+            scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
+            table = pd.concat(scores, ignore_index=True) if scores else table
+            curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
+            response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
+            best = {name: best_dose(means) for name, (means, _) in found.items()}
+        chosen, note = _choose(table, config)
+        if chosen is None:
+            say(f"  warning: no feature is steered: {note}")
+        is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
+        run.write_table(paths[0], table.assign(chosen=is_chosen))
+        run.write_table(paths[1], response)
+        write_json(paths[2], {"dose": chosen, "unit": dose_unit(config), "note": note, "best": best})
+        return paths
+
+    return work
+
+
+def help_dose_search(run: RunFolder, config: SteeringConfig) -> None:
+    """What every other process does of the search: the texts of its features. The scores take a moment."""
+    if len(config.doses) > 1:
+        for name in run.study.ordered_arms():
+            _search_arm(run, name, config, lambda line: None)
+
+
+def dose_unit(config: SteeringConfig) -> str:
+    """What a dose counts, in words."""
+    if config.operator == "add":
+        return "mean residual norms" if config.unit == "residual_norm" else "decoder rows"
+    return "maximum activations" if config.operator == "clamp" else "ablations"
+
+
+def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float | None, str]:
+    """The dose for all arms, and what speaks against trusting the choice; None, and why there is none."""
+    if len(config.doses) == 1:
+        return config.doses[0], "set in the study file" if config.operator != "ablate" else "an ablation has no dose"
+    chosen = best_dose(table)
+    if chosen is None:
+        return None, _why_no_dose(table[table["condition"] == STEERED])
+    edge = chosen in (min(config.doses), max(config.doses))
+    return chosen, "the best dose is at the edge of those tried" if edge else ""
+
+
+def _why_no_dose(steered: pd.DataFrame) -> str:
+    if steered.empty:
+        return "neither control nor treatment has a domain feature to search the dose on"
+    if steered["score"].isna().all():
+        return "no text of the dose search has a similarity to its feature's top tokens"
+    share = steered["n_undefined"].sum() / steered["n"].sum()
+    gained = steered.groupby("dose")["gain"].mean().max() > 0
+    why = "no dose of the search made texts more similar to the features' top tokens"
+    why += " without breaking them or making others less similar" if gained else ""
+    return why + (f" (similarity was undefined in {100 * share:.0f} % of them)" if share > 0 else "")
+
+
+def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores by condition and dose, and by feature, condition and dose."""
+    chosen = tested_features(run, arm, config.search_features, draw=1)
+    if chosen.empty:
+        return pd.DataFrame(), pd.DataFrame()
+    site, W_dec = site_of(run, run.study.open_arm(arm, say))
+    plan = plan_of_search(config, run.study.config.seed)
+    trials = run_trials_shared(
+        site,
+        W_dec,
+        chosen,
+        plan,
+        vectors=outcome_vectors(run.study),
+        progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
+    )
+    scores = score_doses(trials)
+    if scores["score"].isna().all():
+        say(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
+    return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))

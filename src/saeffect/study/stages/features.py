@@ -1,0 +1,132 @@
+"""Stage 2, the feature table: top tokens, projection moments, decoder norm, activity, contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import EmptySelection
+from saeffect.features.embeddings import load_embeddings
+from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
+from saeffect.features.token_choice import choosable_tokens
+from saeffect.lm.harvest import TokenRows, kept_positions
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.unembedding import unembedding
+from saeffect.study.residuals import Residuals
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.study import Arm, Say, Study
+
+__all__ = [
+    "extract_features",
+    "features_inputs",
+    "features_settings",
+    "ranked_tokens",
+    "run_features",
+    "shared_unembedding",
+]
+
+# 2: rotary frequencies stay in float32; 3: passes as in harvests; 4: spaces of SentencePiece, ids behind holes.
+VERSION = 4
+
+
+def features_inputs(study: Study, arm: str) -> dict[str, Any]:
+    """What the feature table depends on."""
+    return {
+        "version": VERSION,
+        "arm": study.identities[arm],
+        "text": study.text_identity,
+        "features": features_settings(study),
+    }
+
+
+def features_settings(study: Study) -> dict[str, Any]:
+    """What the study file says of top tokens and contexts, with the word vectors where these choose tokens."""
+    config = study.config.features
+    chooses = config.tokens == ("embeddings",)
+    return config.model_dump() | ({"embeddings": embeddings_identity(study)} if chooses else {})
+
+
+def ranked_tokens(study: Study, lm: LanguageModel) -> Tensor:
+    """Bool [d_vocab]: the tokens that can be top tokens of the study's features."""
+    choice = study.config.features.tokens
+    vectors = load_embeddings(study.config.coherence.embeddings) if choice == ("embeddings",) else None
+    ranked: Tensor = lm.plain_tokens() & choosable_tokens(lm.token_strings(), choice, vectors)
+    if not bool(ranked.any()):
+        raise EmptySelection(
+            f"none of the tokens of {lm.name} can be a top token.",
+            at=study.at("features", "tokens"),
+            fix="choose scripts that the model writes, or all.",
+        )
+    return ranked
+
+
+def shared_unembedding(lm: LanguageModel) -> Tensor:
+    """`unembedding`, centred over the tokens that all models of the study have: an added one changes no other."""
+    W_U = unembedding(lm)
+    if lm.shared is None:
+        return W_U
+    return W_U - W_U[:, sorted(lm.shared)].mean(dim=1, keepdim=True)
+
+
+def run_features(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+    """Write `features.parquet` and `examples.parquet`."""
+
+    def work() -> Iterable[Path]:
+        opened = run.study.open_arm(arm, say)
+        rows = run.study.rows()
+        config = run.study.config.features
+        options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
+        ranked = ranked_tokens(run.study, opened.lm)
+        residuals = run.study.residuals
+        tables = extract_features(opened, rows, options, ranked=ranked, residuals=residuals, say=say)
+        paths = run.arm(arm, "features.parquet"), run.arm(arm, "examples.parquet")
+        run.write_table(paths[0], tables.features)
+        run.write_table(paths[1], tables.examples)
+        return paths
+
+    return work
+
+
+@torch.inference_mode()
+def extract_features(
+    arm: Arm,
+    rows: TokenRows,
+    options: FeatureOptions | None = None,
+    *,
+    ranked: Tensor | None = None,
+    residuals: Residuals | None = None,
+    say: Say = lambda line: None,
+) -> FeatureTables:
+    """The feature table of an arm and its max-activating contexts.
+
+    Args:
+        arm: Model and SAE.
+        rows: Text on which activity is measured.
+        options: How many top tokens, on which scale, and so on.
+        ranked: Bool [d_vocab], the tokens that can be top tokens; all plain ones if None.
+        residuals: Remembers activations between arms that share a model.
+        say: Receives lines of progress.
+    """
+    return extract_tables(
+        arm.sae,
+        shared_unembedding(arm.lm),
+        arm.lm.token_strings(),
+        _batches(arm, rows, residuals or Residuals(), say),
+        options=options or FeatureOptions(sources=rows.names),
+        valid=arm.lm.plain_tokens() if ranked is None else ranked,
+    )
+
+
+def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, say: Say) -> Iterator[ActivationBatch]:
+    limit = arm.norm_limit(rows)
+    for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
+        sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
+        # BOS is no text: it stands in no context either.
+        n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit)
+        yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
+        say(f"progress features {arm.name} {start + len(ids)} {len(rows)} rows")

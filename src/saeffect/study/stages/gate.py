@@ -1,0 +1,162 @@
+"""Stage 1, the compatibility gate: does this SAE reconstruct this model at this hook?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saeffect.config import GateConfig
+from saeffect.errors import ConfigError, IncompatibleSae
+from saeffect.io import read_json, write_json
+from saeffect.lm.harvest import TokenRows, kept_positions
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import probe_logits
+from saeffect.sae.metrics import ReconstructionSums
+from saeffect.sae.splice import spliced_losses
+from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.study import Arm, Say, Study
+from saeffect.study.texts import beginning, shortage
+
+__all__ = ["gate_inputs", "measure_gate", "run_gate"]
+
+# 2: rotary frequencies stay in float32; 3: what the model and its adapter do; 4: its perplexity, with and without BOS
+VERSION = 4
+
+
+def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
+    """What the gate's numbers depend on."""
+    control = study.by_role("control")[0]
+    return {
+        "version": VERSION,
+        "arm": study.identities[arm],
+        "control": study.identities[control]["model"] if study.config.arms[arm].role == "treatment" else None,
+        "text": study.text_identity,
+        "gate": study.config.gate.model_dump(),
+    }
+
+
+def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+    """Measure, refuse or warn, and write `gate.json`."""
+
+    def work() -> Iterable[Path]:
+        opened = run.study.open_arm(arm, say)
+        rows = run.study.rows()
+        short = shortage(run.study.config.text, rows)
+        if short and arm == run.study.ordered_arms()[0]:
+            say(f"  warning: the text has only {short}")
+        measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
+        begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
+        say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
+        for line in _remarks(measured):
+            say(f"  arm {arm}: {line}")
+        of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
+        if run.study.config.gate.on_failure == "stop":
+            _refuse(run.study, arm, of_model, of_sae)
+        complaint = "; ".join(filter(None, (of_model, of_sae)))
+        if complaint:
+            say(f"  warning: arm {arm}: {complaint}")
+        path = run.arm(arm, "gate.json")
+        write_json(path, measured | {"warning": complaint, "text_shortage": short})
+        return [path]
+
+    return work
+
+
+def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
+    if of_model:
+        raise ConfigError(
+            f"the model does not know this text: {of_model}.",
+            at=study.at("arms", arm, "model"),
+            fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
+        )
+    if of_sae:
+        raise IncompatibleSae(
+            f"the SAE does not fit the model: {of_sae}.",
+            at=study.at("arms", arm, "sae"),
+            fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
+        )
+
+
+def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
+    """What the model does on a few fixed tokens, what merging its adapter did, and whether it is as the control's."""
+    logprobs = probe_logits(arm.lm.model).log_softmax(-1).max(-1).values
+    control = run.arm(run.study.by_role("control")[0], "gate.json")
+    same = None
+    if arm.role == "treatment" and control.is_file():
+        other = torch.tensor(read_json(control).get("probe_logprobs") or [])
+        same = other.shape == logprobs.shape and bool(torch.allclose(other, logprobs, rtol=0, atol=2e-5))
+    adapter = None if arm.lm.adapter is None else dataclasses.asdict(arm.lm.adapter)
+    rounded = [round(value, 5) for value in logprobs.tolist()]
+    return {"probe_logprobs": rounded, "same_as_control": same, "adapter": adapter}
+
+
+def _remarks(measured: dict[str, Any]) -> list[str]:
+    """Lines about the model and its adapter."""
+    lines, adapter = [], measured["adapter"]
+    if adapter is not None:
+        lines.append(f"its adapter changes logits by up to {adapter['effect']:.3g}, merging by {adapter['error']:.1e}")
+        lines += [f"warning: {adapter['other_base']}"] if adapter["other_base"] else []
+        lines += ["warning: the adapter changes nothing"] if adapter["effect"] == 0 else []
+    if measured["same_as_control"]:
+        lines.append("warning: it gives the control's probabilities, so nothing can come from fine-tuning")
+    return lines
+
+
+@torch.inference_mode()
+def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any]:
+    """Explained variance, CE loss score, l0 and l2 ratio on the study's text.
+
+    Args:
+        arm: Model and SAE.
+        rows: The study's text; as many rows as make `config.tokens` are used.
+        config: How many tokens.
+
+    Returns:
+        The measures, the hook's mean residual norm (unit of doses), the norm limit for outliers, and what
+        `model_on_text` gives.
+    """
+    head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
+    arm.lm.refuse_rows(rows.ids)
+    limit = arm.norm_limit(rows)
+    sums = ReconstructionSums(arm.sae.cfg.d_in)
+    fired = torch.zeros(arm.sae.cfg.d_sae, dtype=torch.bool)
+    norm = 0.0
+    for ids in torch.from_numpy(head.ids.astype("int64")).split(8):
+        x = capture(arm.lm, arm.hook, ids).cpu()
+        x = x[kept_positions(x, limit)].float()
+        feature_acts = arm.sae.encode(x)
+        sums.add(x, arm.sae(x), feature_acts)
+        fired |= (feature_acts > 0).any(0)
+        norm += float(x.norm(dim=1).sum())
+    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit)
+    return {
+        "explained_variance": sums.explained_variance(),
+        "ce_loss_score": losses.ce_loss_score,
+        "ce_clean": losses.clean,
+        "ce_sae": losses.sae,
+        "ce_zero": losses.zero,
+        "l0": sums.l0(),
+        "l2_ratio": sums.l2_ratio(),
+        "features_fired": int(fired.sum()),
+        "tokens": sums.n_tokens,
+        "mean_norm": norm / sums.n_tokens,
+        "norm_limit": limit.limit,
+        "dtype": str(arm.lm.dtype).removeprefix("torch."),
+        **model_on_text(arm.lm, head, losses.clean_by_row, rows),
+    }
+
+
+def _complaint(measured: dict[str, Any], config: GateConfig) -> str:
+    parts = []
+    for name, least in (
+        ("explained_variance", config.min_explained_variance),
+        ("ce_loss_score", config.min_ce_loss_score),
+    ):
+        if not measured[name] >= least:
+            parts.append(f"{name} is {measured[name]:.3f}, below {least:g}")
+    return "; ".join(parts)

@@ -1,0 +1,157 @@
+"""Stage 8, the report: tables, figures and one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.config import SteeringConfig, TextConfig
+from saeffect.io import read_json
+from saeffect.report import ReportContext, write_figures, write_report, write_tables
+from saeffect.report.words.outcome_words import control_words, outcome_words
+from saeffect.study.arm_tables import ARM_FILES, arm_tables
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.comparison import comparison_inputs, read_comparison
+from saeffect.study.stages.steering_results import steering_results
+
+__all__ = ["report_inputs", "run_reporting"]
+
+VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
+
+
+def report_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the report depends on."""
+    files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
+    files += [run.path("steering", "dose.json")]
+    files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
+    return {
+        "version": VERSION,
+        "comparison": comparison_inputs(run),
+        "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
+        "config": run.config_yaml(),
+        "provenance": run.provenance(),
+    }
+
+
+def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
+    """Write `tables/`, `figures/` and `report.html`."""
+
+    def work() -> Iterable[Path]:
+        comparison = read_comparison(run)
+        context = _context(run)
+        tables = write_tables(comparison, run.path("tables"), context=context)
+        figures = write_figures(comparison, run.path("figures"), context=context)
+        page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
+        drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
+        return [*tables, *sorted(drawn), page]
+
+    return work
+
+
+def _drawn(folder: Path, names: set[str]) -> list[Path]:
+    """The pictures of this report; none where nothing could be drawn, and so no folder was made."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
+
+
+def _context(run: RunFolder) -> ReportContext:
+    config = run.study.config
+    gates = {name: read_json(run.arm(name, "gate.json")) for name in config.arms}
+    dose = read_json(run.path("steering", "dose.json")) if config.steering else None
+    doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
+    return ReportContext(
+        study=config.name,
+        title=config.title,
+        facts=_facts(run, gates, dose),
+        arms=arm_tables(run),
+        examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
+        prompts=config.steering.prompts if config.steering else (),
+        gate=_gate_table(run, gates),
+        steering=steering_results(run),
+        doses=doses if doses is not None and len(doses) else None,
+        config=run.config_yaml(),
+        provenance=run.provenance(),
+        domain=config.selection.domain or Path(config.selection.vocabulary).stem,
+        min_matches=config.selection.min_matches,
+        top_k=config.features.top_k,
+        alpha=config.comparison.alpha,
+        projection=config.features.projection,
+        max_features=500,
+    )
+
+
+def _gate_table(run: RunFolder, gates: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    rows = []
+    for name, gate in gates.items():
+        features = run.read_table(run.arm(name, "features.parquet"))
+        rows.append(
+            {
+                "arm": name,
+                "explained_variance": gate["explained_variance"],
+                "ce_loss_score": gate["ce_loss_score"],
+                "l0": gate["l0"],
+                "l2_ratio": gate["l2_ratio"],
+                "dead_share": float((features["n_active"] == 0).mean()),
+                "n_tokens": gate["tokens"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _facts(
+    run: RunFolder, gates: dict[str, dict[str, Any]], dose: dict[str, Any] | None
+) -> tuple[tuple[str, str], ...]:
+    config = run.study.config
+    control, treatment = run.study.by_role("control")[0], run.study.by_role("treatment")[0]
+    facts = [
+        ("Base model", _model(run, control)),
+        ("Fine-tuned model", _model(run, treatment)),
+        ("Hook", run.study.hook(control)),
+        ("Text", _text(config.text, gates[control].get("text_shortage"))),
+    ]
+    if config.features.tokens != ("all",):
+        scripts = f"of the scripts {', '.join(config.features.tokens)}"
+        facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
+    if config.steering is not None and dose is not None:
+        steering = config.steering
+        facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
+        facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
+        facts.append(("Tested against", _tested_against(steering)))
+        facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
+    facts.append(("Seed", str(config.seed)))
+    return tuple(facts)
+
+
+def _text(text: TextConfig, short: str | None) -> str:
+    called = text.bundled or ", ".join(source.name for source in text.sources)
+    return f"{called} (only {short})" if short else called
+
+
+def _number(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _tested_against(steering: SteeringConfig) -> str:
+    """The placebo that decides first."""
+    names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
+    return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
+
+
+def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
+    if dose is None:
+        return "none: the search found no gain, so no feature was steered"
+    if steering.operator == "ablate":
+        return "features switched off"
+    if steering.operator == "clamp":
+        return f"features clamped to {dose:g} × their maximum"
+    if steering.unit == "coefficient":
+        return f"{dose:g} × the decoder row"
+    return f"{dose:g} × the mean residual norm ({mean_norm:.0f})"
+
+
+def _model(run: RunFolder, arm: str) -> str:
+    model = run.study.config.arms[arm].model
+    return model.path + (f" + {model.adapter}" if model.adapter else "")

@@ -1,0 +1,192 @@
+"""Further SAEs of an arm's model, from other seeds: what they show is the noise of SAE training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.errors import IncompatibleSae
+from saeffect.features.activity import ActivityAccumulator
+from saeffect.features.coherence import coherence
+from saeffect.features.embeddings import load_embeddings
+from saeffect.features.table import FeatureOptions, feature_table
+from saeffect.features.vocabulary import load_vocabulary, select
+from saeffect.io import fingerprint, hash_file
+from saeffect.lm.harvest import kept_positions
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact
+from saeffect.sae.formats.saelens import load_sae, weights_file
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
+from saeffect.study.study import Arm, Say, Study
+
+__all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
+
+VERSION = 3  # 2: passes as in harvests; 3: tokens as in features
+
+
+@dataclass(frozen=True, eq=False)
+class SeedSae:
+    """A further SAE of an arm's model: whole, or its decoder with what its features were seen to do.
+
+    Attributes:
+        name: What the tables call it.
+        cfg: Its configuration.
+        W_dec: float32 [d_sae, d_in].
+        sae: The SAE itself; None for a compact one.
+        statistics: One row a feature (feature, density, mean_activation, max_activation) recorded by whoever made a
+            compact SAE; None for a whole one, which is run on the study's text.
+    """
+
+    name: str
+    cfg: SaeConfig
+    W_dec: Tensor
+    sae: SparseAutoencoder | None = None
+    statistics: pd.DataFrame | None = None
+
+
+def seed_folders(study: Study, arm: str) -> dict[str, Path]:
+    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's.
+
+    Raises:
+        NotFound: No such folder.
+        UnknownName: No such bundled SAE.
+    """
+    wanted = {
+        name: [
+            study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
+            for index, sae in enumerate(config.more_saes)
+        ]
+        for name, config in study.config.arms.items()
+    }
+    taken = Counter(folder.name for folders in wanted.values() for folder in folders) + Counter(list(wanted))
+    found: dict[str, Path] = {}
+    for index, folder in enumerate(wanted[arm]):
+        name = folder.name if taken[folder.name] == 1 else f"{arm}/{folder.name}"
+        found[f"{name} ({index + 1})" if name in found else name] = folder
+    return found
+
+
+def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
+    """Load a further SAE, whole or compact.
+
+    Raises:
+        SaeffectError: It cannot be loaded.
+    """
+    if is_compact(folder):
+        compact = load_compact(folder, at=at)
+        return SeedSae(name, compact.cfg, compact.W_dec, statistics=compact.statistics)
+    sae = load_sae(folder, at=at)
+    return SeedSae(name, sae.cfg, sae.W_dec.detach(), sae)
+
+
+def open_seeds(study: Study, arm: str) -> list[SeedSae]:
+    """Load all further SAEs of an arm.
+
+    Raises:
+        IncompatibleSae: One differs from the arm's own in more than the seed.
+        SaeffectError: One cannot be loaded.
+    """
+    own = study.sae_config(arm)
+    found = []
+    for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
+        at = study.at("arms", arm, "more_saes", str(index))
+        one = open_seed(name, folder, at=at)
+        for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
+            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, one.cfg))
+            unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
+            if mine != theirs and not unsaid:
+                raise IncompatibleSae(
+                    f"the SAE {name} has {key}={theirs}, but the arm's own has {mine}.",
+                    at=at,
+                    fix="further SAEs of an arm differ in their seed alone.",
+                )
+        found.append(one)
+    return found
+
+
+def seed_identities(study: Study) -> dict[str, dict[str, str]]:
+    """Hashes of the files of every arm's further SAEs, by name."""
+    found = {}
+    for arm in study.config.arms:
+        found[arm] = {
+            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(_weights(folder))])
+            for name, folder in seed_folders(study, arm).items()
+        }
+    return found
+
+
+def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
+    """What the tables of an arm's further SAEs depend on."""
+    study = run.study
+    return {
+        "version": VERSION,
+        "arm": study.identities[arm],
+        "saes": seed_identities(study)[arm],
+        "text": study.text_identity,
+        "features": features_settings(study),
+        "embeddings": embeddings_identity(study),
+        "vocabulary": load_vocabulary(study.config.selection.vocabulary).sha256,
+        "min_matches": study.config.selection.min_matches,
+    }
+
+
+def run_seeds(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+    """Write an arm's `seeds.parquet`: features, coherence and selection of its further SAEs."""
+
+    def work() -> Iterable[Path]:
+        study = run.study
+        opened = study.open_arm(arm, say)
+        vectors = load_embeddings(study.config.coherence.embeddings)
+        vocabulary = load_vocabulary(study.config.selection.vocabulary)
+        frames = []
+        for one in open_seeds(study, arm):
+            features = _features(study, opened, one, say)
+            chosen = select(
+                features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
+            )
+            table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
+            table.insert(0, "sae", pd.Series([one.name] * len(table), dtype="str"))
+            frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
+        path = run.arm(arm, "seeds.parquet")
+        run.write_table(path, pd.concat(frames, ignore_index=True))
+        return [path]
+
+    return work
+
+
+@torch.inference_mode()
+def _features(study: Study, arm: Arm, one: SeedSae, say: Say) -> pd.DataFrame:
+    rows = study.rows()
+    config = study.config.features
+    table = feature_table(
+        one,
+        shared_unembedding(arm.lm),
+        arm.lm.token_strings(),
+        options=FeatureOptions(config.top_k, config.projection, rows.names),
+        valid=ranked_tokens(study, arm.lm),
+    )
+    if one.sae is None:
+        recorded = one.statistics if one.statistics is not None else pd.DataFrame({"feature": table["feature"]})
+        return table.merge(recorded, on="feature")
+    activity = ActivityAccumulator(len(table), rows.names)
+    limit = arm.norm_limit(rows)
+    for start, ids, x in study.residuals.batches(arm.lm, arm.hook, rows):
+        kept = kept_positions(x, limit)
+        sources = np.repeat([rows.names[i] for i in rows.sources[start : start + len(ids)]], ids.shape[1])
+        activity.update(one.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
+        say(f"progress seeds {one.name.replace(' ', '_')} {start + len(ids)} {len(rows)} rows")
+    return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")
+
+
+def _weights(folder: Path) -> Path:
+    return folder / COMPACT_WEIGHTS if is_compact(folder) else weights_file(folder)

@@ -1,0 +1,151 @@
+"""What the dose search and the test share: the plan, the site, the features, and what texts are measured with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.config import SteeringConfig
+from saeffect.features.embeddings import load_embeddings
+from saeffect.io import hash_folder, read_json
+from saeffect.steering import Site, SteeringPlan, TextVectors, load_text_vectors, matched_features
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.study import Arm, Study
+
+__all__ = [
+    "chosen_dose",
+    "encoder_identity",
+    "matched_lists_of",
+    "matched_placebos",
+    "outcome_vectors",
+    "plan_of_search",
+    "plan_of_test",
+    "search_placebos",
+    "set_members",
+    "site_of",
+    "tested_features",
+]
+
+
+def plan_of_test(config: SteeringConfig, seed: int, dose: float) -> SteeringPlan:
+    """The plan of the test: the chosen dose on the test prompts, with placebos."""
+    return SteeringPlan(
+        prompts=config.prompts, doses=(dose,), samples=config.samples, placebos=config.placebos, **_same(config, seed)
+    )
+
+
+def plan_of_search(config: SteeringConfig, seed: int) -> SteeringPlan:
+    """The plan of the dose search: every dose on the search prompts, one text each, beside the placebo that decides."""
+    return SteeringPlan(
+        prompts=config.search_prompts,
+        doses=config.doses,
+        samples=1,
+        placebos=search_placebos(config),
+        **_same(config, seed),
+    )
+
+
+def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
+    """What the search runs at every dose beside the features: the placebo that the test is against, if there is any."""
+    return (config.primary_placebo,) if config.placebos else ()
+
+
+def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
+    return {
+        "operator": config.operator,
+        "unit": config.unit,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "frequency_penalty": config.frequency_penalty,
+        "positions": config.positions,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "perplexity": True,
+    }
+
+
+def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
+    """The dose that the search chose, and what speaks against trusting it; None, and why no feature is steered."""
+    found = read_json(run.path("steering", "dose.json"))
+    return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
+
+
+def site_of(run: RunFolder, arm: Arm) -> tuple[Site, Tensor]:
+    """Where an arm is steered, and its decoder."""
+    gate = read_json(run.arm(arm.name, "gate.json"))
+    features = run.read_table(run.arm(arm.name, "features.parquet")).sort_values("feature")
+    maxima = torch.from_numpy(features["max_activation"].to_numpy(dtype=np.float32, na_value=0.0).copy())
+    site = Site(
+        *(arm.lm, arm.hook, float(gate["mean_norm"])),
+        sae=arm.sae,
+        max_acts=maxima,
+        norm_limit=float(gate["norm_limit"]),
+    )
+    return site, arm.W_dec
+
+
+def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
+    """The domain features that are steered: all of them, or a random sample that depends on the seed alone.
+
+    Returns:
+        Their rows of the feature table, and matched: their placebo features, see `matched_placebos`.
+    """
+    selection = run.read_table(run.arm(arm, "selection.parquet"))
+    chosen = selection.loc[selection["is_domain"], "feature"].to_numpy(dtype=np.int64)
+    if limit is not None and len(chosen) > limit:
+        generator = np.random.default_rng([run.study.config.seed, draw])
+        chosen = np.sort(generator.choice(chosen, size=limit, replace=False))
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    rows = features[features["feature"].isin(chosen)].reset_index(drop=True)
+    placebos = matched_lists_of(matched_placebos(run, arm, rows["feature"].tolist()))
+    return rows.assign(matched=[placebos.get(f, []) for f in rows["feature"]])
+
+
+def matched_placebos(run: RunFolder, arm: str, chosen: list[int]) -> pd.DataFrame:
+    """Placebo features of some features; none where no feature outside the domain resembles it.
+
+    Returns:
+        As `matched_features`: feature, rank, placebo, distance; and what the placebo's top tokens are. The text of
+        prompt p and sample s is steered along the placebo of rank (p + s) modulo the feature's number of placebos.
+    """
+    selection = run.read_table(run.arm(arm, "selection.parquet"))
+    # What the vocabulary says and people denied is no clean placebo either, nor is a member of a set that is steered.
+    domain = selection.loc[selection["is_domain"] | selection["in_vocabulary"], "feature"].tolist()
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    table = matched_features(features, chosen, {*domain, *chosen, *set_members(run, arm)}, fewer=True)
+    names = features.set_index("feature")["top_tokens"]
+    return table.assign(placebo_top_tokens=[list(names[placebo]) for placebo in table["placebo"]])
+
+
+def set_members(run: RunFolder, arm: str) -> list[int]:
+    """The features of an arm that the study steers together with others, by number."""
+    config = run.study.config.steering
+    return sorted({feature for some in (config.together.get(arm, ()) if config else ()) for feature in some})
+
+
+def matched_lists_of(placebos: pd.DataFrame) -> dict[int, list[int]]:
+    """The placebo features by feature, nearest first; features without any are missing."""
+    return {int(feature): rows["placebo"].tolist() for feature, rows in placebos.groupby("feature")}  # type: ignore[call-overload]
+
+
+def outcome_vectors(study: Study) -> TextVectors:
+    """What texts are turned into vectors with."""
+    steering = study.config.steering
+    if steering is None or steering.outcome_encoder is None:
+        return load_embeddings(study.config.coherence.embeddings)
+    return load_text_vectors(steering.outcome_encoder)
+
+
+def encoder_identity(study: Study) -> str:
+    """Hash of those vectors' file or folder; the name of what lies elsewhere."""
+    name = study.config.steering.outcome_encoder if study.config.steering else None
+    if name is None:
+        return embeddings_identity(study)
+    return hash_folder(name) if Path(name).exists() else name

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
+from saeffect.io import atomic_path, read_json, write_json
+from saeffect.lm.harvest import NormLimit, TokenRows, first_limit, harvest, kept_positions, measure_norm_limit
+from saeffect.lm.hooks import capture, edited
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.shards import ActivationStore, read_shard
+from saeffect.sole_writer import sole_writer
+
+HOOK = "blocks.1.hook_resid_pre"
+SIZES = {"rows_per_shard": 4, "batch_size": 3}
+
+
+@pytest.fixture
+def rows() -> TokenRows:
+    """Ten rows of eight tokens, by turns from two sources."""
+    ids = np.random.default_rng(0).integers(1, 320, (10, 8)).astype(np.int32)
+    return TokenRows(ids, np.arange(10) % 2, ("general", "medical"))
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def _grown(places: list[tuple[int, int]], factor: float) -> Callable[[Tensor], Tensor]:
+    """Makes the residual at (row of the pass, position) longer."""
+
+    def edit(x: Tensor) -> Tensor:
+        x = x.clone()
+        for row, position in places:
+            x[row, position] *= factor
+        return x
+
+    return edit
+
+
+def test_what_is_stored_is_what_stands_at_the_hook(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    store = ActivationStore.open(tmp_path)
+    assert [p.name for p in store.shards()] == [f"shard-0000{i}.safetensors" for i in range(3)]
+    shards = [read_shard(path) for path in store.shards()]
+    whole = {name: torch.cat([s[name] for s in shards]) for name in shards[0]}
+    expected = capture(tiny_llama, HOOK, torch.from_numpy(rows.ids.astype(np.int64)))
+    row, position = whole["row"].long(), whole["position"].long()
+    torch.testing.assert_close(whole["activations"], expected[row, position])
+    assert torch.equal(whole["source"].long(), row % 2)
+    limit = NormLimit(**store.note["norm_limit"])
+    assert len(row) == int(kept_positions(expected, limit).sum())
+    assert position.min() == 1
+    assert store.note["sources"] == ["general", "medical"]
+
+
+def test_a_resumed_harvest_has_the_same_bytes(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
+    said: list[str] = []
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, say=said.append)
+    whole = _bytes(tmp_path / "a")
+    assert len(said) == 3
+
+    (tmp_path / "a" / "shard-00001.safetensors").unlink()
+    said.clear()
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, say=said.append)
+    assert _bytes(tmp_path / "a") == whole
+    assert len(said) == 1, "whole shards are not made again"
+
+    def stop(line: str) -> None:
+        if line.startswith("harvest 2/3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="run the same command"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES, say=stop)
+    assert len(_bytes(tmp_path / "b")) == 3  # the note and two shards
+    with contextlib.suppress(_Killed), atomic_path(tmp_path / "b" / "shard-00002.safetensors") as half:
+        half.write_bytes(b"half")
+        os.link(half, tmp_path / "kept")  # the block's end removes it, which a kill does not
+        name = half.name
+        raise _Killed
+    os.link(tmp_path / "kept", tmp_path / "b" / name)
+    harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES)
+    assert _bytes(tmp_path / "b") == whole, "and nothing is left of the shard that was being written"
+
+
+class _Killed(BaseException):
+    """Stands in for a process that ends here."""
+
+
+def test_one_writer_a_harvest(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    with sole_writer(tmp_path), complains(InUse, "another process", at=str(tmp_path)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    with sole_writer(tmp_path):  # what is complete is read, by as many as like to
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+
+
+@pytest.mark.parametrize("limit", [None, [1], {"median_norm": 1.0}, {"median_norm": "1 m", "limit": 3.0}, {"a": 1}])
+def test_a_damaged_note_is_refused(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any], limit: Any
+) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    note = tmp_path / "harvest.json"
+    write_json(note, read_json(note) | {"norm_limit": limit})
+    with complains(BadFile, "norm_limit is", "two finite numbers", at=str(note)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    note.unlink()
+    with complains(ConfigError, "holds shards, but no harvest.json says of what", at=str(tmp_path)):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+
+
+def test_outliers_and_first_positions_are_left_out(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
+    with edited(tiny_llama, HOOK, _grown([(1, 3), (2, 7)], 100.0)):
+        harvest(tiny_llama, HOOK, rows.head(3), tmp_path, **SIZES)
+    shard = read_shard(tmp_path / "shard-00000.safetensors")
+    kept = set(zip(shard["row"].tolist(), shard["position"].tolist(), strict=True))
+    assert {(1, 3), (2, 7)}.isdisjoint(kept)
+    assert all(position > 0 for _, position in kept)
+    assert len(kept) >= 3 * 7 - 2 - 3
+    limit = ActivationStore.open(tmp_path).note["norm_limit"]
+    assert limit["limit"] == pytest.approx(3 * limit["median_norm"])
+
+
+def test_the_limit_by_hand() -> None:
+    x = torch.zeros(1, 5, 4)
+    x[0, :, 0] = torch.tensor([400.0, 1.0, 2.0, 4.0, 6.1])  # median 4
+    limit = measure_norm_limit(x[:, 1:].bfloat16())  # median of four is the lower of the middle two
+    assert limit == NormLimit(2.0, 6.0)
+    assert kept_positions(x, limit).tolist() == [[False, True, True, True, False]]
+    assert kept_positions(x[:, 1:], NormLimit(2.0, 100.0)).tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda lm, rows: (lm, HOOK, rows.head(9)), "it differs in text"),
+        (lambda lm, rows: (lm, "blocks.2.hook_resid_pre", rows), "it differs in hook"),
+        (
+            lambda lm, rows: (LanguageModel(lm.model, lm.tokenizer, lm.name, "x"), HOOK, rows),
+            "in model_identity",
+        ),
+    ],
+)
+def test_a_folder_holds_one_harvest(
+    tiny_llama: LanguageModel,
+    rows: TokenRows,
+    tmp_path: Path,
+    complains: Callable[..., Any],
+    change: Callable[..., Any],
+    part: str,
+) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    before = _bytes(tmp_path)
+    lm, hook, others = change(tiny_llama, rows)
+    with complains(ConfigError, "holds another harvest", part, at=str(tmp_path)):
+        harvest(lm, hook, others, tmp_path, **SIZES)
+    assert _bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "rows_of_pass"),
+    [(float("nan"), 6), (float("nan"), 1), (float("inf"), 1)],
+    ids=["where the limit is measured", "later", "later, infinite"],
+)
+def test_activations_that_are_no_numbers(
+    tiny_llama: LanguageModel,
+    rows: TokenRows,
+    tmp_path: Path,
+    complains: Callable[..., Any],
+    bad: float,
+    rows_of_pass: int,
+) -> None:
+    """They are no outliers to be left out in silence: the model is broken."""
+    grow = _grown([(0, 5)], bad)
+
+    def edit(x: Tensor) -> Tensor:
+        # The limit is measured on six rows; a shard of four is made of three rows and one.
+        return grow(x) if len(x) == rows_of_pass else x
+
+    with edited(tiny_llama, HOOK, edit), complains(ConfigError, "not finite", at=HOOK):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_bad_hook_before_anything_is_written(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        harvest(tiny_llama, "blocks.9.hook_resid_pre", rows, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_digest_is_that_of_the_text(rows: TokenRows) -> None:
+    same = TokenRows(rows.ids.copy(), rows.sources.copy(), rows.names)
+    other = rows.ids.copy()
+    other[3, 3] += 1
+    assert same.digest() == rows.digest()
+    digests = {
+        rows.digest(),
+        TokenRows(other, rows.sources, rows.names).digest(),
+        TokenRows(rows.ids, 1 - rows.sources, rows.names).digest(),
+        TokenRows(rows.ids, rows.sources, ("a", "b")).digest(),
+        rows.head(9).digest(),
+    }
+    assert len(digests) == 5
+    assert len(rows.head(4)) == 4
+    assert len(rows.head(99)) == 10
+
+
+def test_text_that_the_model_cannot_read(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    """Refused before anything is written."""
+    out = tmp_path / "a"
+
+    def of(ids: Any) -> TokenRows:
+        return TokenRows(np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.int64), ("general",))
+
+    with complains(EmptySelection, "no rows"):
+        harvest(tiny_llama, HOOK, rows.head(0), out)
+    with complains(ConfigError, "rows have 129 tokens; tiny-llama takes 128", at="context_size"):
+        harvest(tiny_llama, HOOK, of(np.ones((2, 129))), out)
+    with complains(ConfigError, "rows have 1 token;", at="context_size"):
+        harvest(tiny_llama, HOOK, of(np.ones((2, 1))), out)
+    for bad in (320, -1):
+        with complains(ConfigError, f"{bad}", "knows 0 to 319"):
+            harvest(tiny_llama, HOOK, of([[1, 2, bad]]), out)
+    assert not out.exists()
+
+
+def test_a_cap_on_the_disk(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    # Ten rows of seven tokens that count, 32 floats and three int32 each.
+    most = 10 * 7 * (32 * 4 + 12)
+    with complains(ConfigError, "take 9,800 bytes; the cap is 9,799 bytes", at="max_bytes"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "a", max_bytes=most - 1)
+    assert not (tmp_path / "a").exists()
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, max_bytes=most)
+    tensors = [t for p in ActivationStore.open(tmp_path / "a").shards() for t in read_shard(p).values()]
+    assert 0.9 * most < sum(t.nbytes for t in tensors) <= most
+
+
+def test_a_disk_without_room(
+    tiny_llama: LanguageModel,
+    rows: TokenRows,
+    tmp_path: Path,
+    complains: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    (tmp_path / "a" / "shard-00001.safetensors").unlink()
+    free = 2_000  # half a shard
+
+    def usage(_: Any) -> Any:
+        return type("Usage", (), {"free": free})
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    with complains(ConfigError, "more; the disk has 2,000 bytes free", at=str(tmp_path / "a")):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    with complains(ConfigError, "the disk has", at="b"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b" / "c", **SIZES)
+    assert not (tmp_path / "b").exists()
+    free = 5_000  # what is there counts: only one shard is missing
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
+    with complains(ConfigError, "the disk has"):
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES)
+
+
+def test_a_write_that_fails_leaves_whole_shards(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    """The system refuses bytes in the middle of the third shard, as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def then_no_more(line: str) -> None:
+        if line.startswith("harvest 2/"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    out = tmp_path / "out"
+    try:
+        with complains(BadFile, "cannot be written: File too large", "run the same command", at="shard-00002.safe"):
+            harvest(tiny_llama, HOOK, rows, out, **SIZES, say=then_no_more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in out.iterdir()) == [
+        "harvest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    for path in ActivationStore.open(out).shards():
+        read_shard(path)
+
+
+def test_a_bos_in_front_is_no_part_of_what_is_measured(
+    tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    lm = dataclasses.replace(tiny_llama, prepend_bos=True)
+    with complains(ConfigError, "begin with the token 0 (BOS), but not every row does", "prepend_bos=False"):
+        harvest(lm, HOOK, rows, tmp_path, **SIZES)
+    ids = rows.ids.copy()
+    ids[:, 0] = 0
+    begun = TokenRows(ids, rows.sources, rows.names)
+    harvest(lm, HOOK, begun, tmp_path, **SIZES)
+    store = ActivationStore.open(tmp_path)
+    assert store.note["made_by"]["bos"] == 0
+    x = capture(lm, HOOK, torch.from_numpy(ids[:4].astype(np.int64)))
+    assert first_limit(lm, HOOK, ids[:4]).median_norm == pytest.approx(float(x[:, 1:].norm(dim=-1).median()))
+    with complains(ConfigError, "another harvest", "bos"):
+        harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)

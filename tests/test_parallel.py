@@ -1,0 +1,127 @@
+"""How processes wait for each other, with two real ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from saeffect.errors import ConfigError, Interrupted
+from saeffect.parallel import _others_there, barrier, from_first, rank_and_world
+
+# PyTorch's own group gives up after two seconds. The first process takes four.
+SCRIPT = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from saeffect.parallel import barrier, from_first, is_first, leave
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+barrier()
+if is_first():
+    time.sleep(4)
+    if sys.argv[1] == "gone":
+        sys.exit(7)
+print(from_first("steer é\\n1" if is_first() else "no"))
+barrier()
+print(repr(from_first("")))
+leave()
+"""
+
+
+def start(how: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
+    path = {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "PYTHONUTF8": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, how],
+            env={**os.environ, **place, **path, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_they_wait_longer_than_pytorch_would_and_hear_the_first() -> None:
+    for process in start("well"):
+        heard, said = process.communicate()
+        assert process.returncode == 0, said
+        assert heard == "steer é\n1\n''\n"
+
+
+def test_who_waits_for_a_process_that_ended_is_told() -> None:
+    first, second = start("gone")
+    _, said = second.communicate()
+    assert second.returncode != 0
+    assert "this process stops because another one of the same run did" in said
+    assert first.wait() == 7
+
+
+def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    barrier()
+    assert from_first("steer") == "steer"
+    assert from_first() == ""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="do not fit"):
+        rank_and_world()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:61234",
+        "Application timeout caused pair closure: Timed out waiting 1800000ms for recv operation to complete",
+        "NCCL error in: ../ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2.21.5",
+    ],
+)
+def test_a_lost_connection_is_another_process_that_stopped(said):
+    with pytest.raises(Interrupted, match="another one of the same run"), _others_there():
+        raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
+    ],
+)
+def test_an_error_of_ones_own_stays_what_it_is(error):
+    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _others_there():
+        raise error
+    assert caught.value is error
+
+
+CHILD = """
+import sys, time
+from saeffect.parallel import end_with_launcher
+end_with_launcher()
+print("started", flush=True)
+time.sleep(3 if "TORCHELASTIC_RUN_ID" not in __import__("os").environ else 60)
+print("still there", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.parametrize(("by_torchrun", "said"), [(True, ""), (False, "still there\n")])
+def test_processes_end_with_a_killed_torchrun(by_torchrun: bool, said: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    env |= {"TORCHELASTIC_RUN_ID": "x"} if by_torchrun else {}
+    command = [sys.executable, "-c", LAUNCHER, CHILD]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "started\n"
+        launcher.kill()
+        assert launcher.stdout.read() == said  # comes when the child has ended
