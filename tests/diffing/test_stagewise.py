@@ -11,8 +11,8 @@ import torch
 
 from saeffect.diffing.stagewise import SaeWeights, rotations, stagewise
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.formats.saelens import ARCHITECTURES
 
 N, D_IN = 600, 24
 
