@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from saeffect.diffing.fate_counts import ONE_PLACEBO, excess_paired, excess_unpaired
+
 from saeffect.stats.resampling import Resampling
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from saeffect.diffing.matching_graph import assign, edges
 from scipy.optimize import linear_sum_assignment
 
 from saeffect.diffing.matching import NOBODY, match_decoders
-from saeffect.diffing.matching_graph import assign, edges
 from saeffect.errors import ConfigError
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from saeffect.diffing.most_changed import change_scores, most_changed
+
 from synthetic_matches import cross_activity
 
 

@@ -11,7 +11,7 @@ from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.judgement import Judgement
 from saeffect.comparison.wording import interval, joined, number, percent, whole
-from saeffect.diffing.fate_counts import ONE_PLACEBO
+from saeffect.diffing.matched_null import ONE_PLACEBO
 
 __all__ = [
     "calibration_sentence",

@@ -19,7 +19,7 @@ from saeffect.comparison.evidence_words import over_saes, short_name
 from saeffect.comparison.findings import Findings
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
 from saeffect.comparison.wording import bracketed, joined, number, percent, whole
-from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.lm.tokens import printable_token
 
 __all__ = ["Paragraph", "Trace", "paragraph"]
