@@ -52,7 +52,7 @@ def absorption(
 
     Args:
         features: Control features without a counterpart.
-        control: The control's SAE, with its log.
+        control: The control's SAE, with its firing log.
         treatment: The treatment's, with a log of the same tokens.
         seed: Of the draw of features to compare with.
 
@@ -71,15 +71,15 @@ def absorption(
     Source:
         The idea of absorption: Chanin et al. (2024), A is for Absorption. The check is this package's own.
     """
-    if control.log is None or treatment.log is None or control.log.n_tokens != treatment.log.n_tokens:
+    if control.firing is None or treatment.firing is None or control.firing.n_tokens != treatment.firing.n_tokens:
         raise ShapeMismatch("both SAEs' logs are needed, and they must be of the same text.", at="treatment")
     if control.W_dec.shape[1] != treatment.W_dec.shape[1]:
         raise ShapeMismatch(
             f"the decoders are {control.W_dec.shape[1]} and {treatment.W_dec.shape[1]} wide.", at="treatment"
         )
-    fired_before, fires_now = control.log.matrix().tocsc(), treatment.log.matrix().tocsr()
-    density = np.bincount(fires_now.indices, minlength=treatment.log.d_sae) / max(1, treatment.log.n_tokens)
-    others = np.random.default_rng(seed).permutation(control.log.d_sae)[: _NULL_FEATURES + 1]
+    fired_before, fires_now = control.firing.matrix().tocsc(), treatment.firing.matrix().tocsr()
+    density = np.bincount(fires_now.indices, minlength=treatment.firing.d_sae) / max(1, treatment.firing.n_tokens)
+    others = np.random.default_rng(seed).permutation(control.firing.d_sae)[: _NULL_FEATURES + 1]
     before, now = _unit(control.W_dec), _unit(treatment.W_dec)
     rows = []
     for feature in np.asarray(features, dtype=np.int64).tolist():

@@ -48,7 +48,7 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
     names = [view.name for view in (pair.control, pair.treatment, *pair.others, *pair.treatment_seeds)]
     if len(set(names)) < len(names):
         raise ConfigError(f"every SAE needs a name of its own. Got {', '.join(names)}.", at="name")
-    with_logs = pair.control.log is not None and pair.treatment.log is not None
+    with_logs = pair.control.firing is not None and pair.treatment.firing is not None
     pieces = [_by_measure(name, pair) for name in (MEASURES if with_logs else MEASURES[:1])]
     tables = {name: pd.concat([piece[name] for piece in pieces], ignore_index=True) for name in pieces[0]}
     absorbed = _absorbed(tables["fates_control"], pair)
@@ -77,15 +77,15 @@ class _Pairs:
                     keep.write(self.measure, a.name, b.name, found)
             self._made[a.name, b.name] = found
             done = len(self._made)
-            self._pair.say(f"progress match {self.measure.replace(' ', '-')} {done} {max(done, self._total)} pairs")
+            self._pair.log.progress(f"match {self.measure}", done, max(done, self._total), "pairs")
         return self._made[a.name, b.name]
 
     def _matched(self, a: SaeView, b: SaeView) -> Matching:
         if self.measure == MEASURES[0]:
             return match_decoders(a.W_dec, b.W_dec, use_a=a.fires, use_b=b.fires)
-        if a.log is None or b.log is None:
-            raise ConfigError("to correlate activations, both SAEs' are needed.", at="log")
-        return match_activity(a.log, b.log)
+        if a.firing is None or b.firing is None:
+            raise ConfigError("to correlate activations, both SAEs' are needed.", at="firing")
+        return match_activity(a.firing, b.firing)
 
     def fates(self, reference: SaeView, other: SaeView, rest: Sequence[SaeView]) -> Fates:
         """What became of the features of `reference` in `other`, beside the `rest`."""
@@ -103,7 +103,7 @@ class _Pairs:
 def _by_measure(name: str, pair: ModelPair) -> dict[str, pd.DataFrame]:
     """The tables of one measure, with mutual neighbours and the best pairing."""
     others, seeds = (
-        [view for view in views if name == MEASURES[0] or view.log is not None]
+        [view for view in views if name == MEASURES[0] or view.firing is not None]
         for views in (pair.others, pair.treatment_seeds)
     )
     pairs = _Pairs(name, pair, 1 + len(others) + len(others) * (len(others) + 1) // 2)
@@ -166,11 +166,11 @@ def _calls(
 def _absorbed(control_table: pd.DataFrame, pair: ModelPair) -> pd.DataFrame:
     gone = control_table[control_table["fate"] == "gone"]
     measures = gone.groupby("feature")["measure"].agg(" and ".join)
-    if pair.control.log is None or pair.treatment.log is None:
+    if pair.control.firing is None or pair.treatment.firing is None:
         columns = ["feature", "measures", "absorbed", "absorbed_by", "cosine", "recall", "reason"]
         return pd.DataFrame(columns=columns).astype({"feature": "int64", "absorbed": "bool"})
     if len(measures):
-        pair.say(f"  looking for parents of {len(measures)} features without a counterpart")
+        pair.log(f"  looking for parents of {len(measures)} features without a counterpart")
     found = absorption(measures.index.to_numpy(dtype=np.int64), pair.control, pair.treatment, seed=pair.resampling.seed)
     found.insert(1, "measures", pd.Series(measures.to_list(), dtype="str"))
     return found

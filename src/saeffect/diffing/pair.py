@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from saeffect.io import SILENT, Log
 from saeffect.stats.resampling import Resampling
 
 if TYPE_CHECKING:  # torch takes a second to import, and who reads finished tables does without it
@@ -30,7 +31,7 @@ class SaeView:
         name: What to call it; that of its arm for an arm's own SAE.
         W_dec: [d_sae, d_in].
         features: One row a feature in order, with `density` and `decoder_norm`.
-        log: Its activations on the text, the same tokens for every SAE; None where only the decoder is known.
+        firing: Its activations on the text, the same tokens for every SAE; None where only the decoder is known.
         sae: The SAE itself; None where only the decoder is known.
         warm_started: Training went on from the control's SAE, so feature i is still feature i.
     """
@@ -38,7 +39,7 @@ class SaeView:
     name: str
     W_dec: Tensor
     features: pd.DataFrame
-    log: FiringLog | None = None
+    firing: FiringLog | None = None
     sae: SparseAutoencoder | None = None
     warm_started: bool = False
 
@@ -89,7 +90,7 @@ class ModelPair:
             arm's model is loaded for it; only one model is in memory at a time.
         alpha: Highest q of a finding.
         resampling: Seed and numbers of resamples and permutations.
-        say: Receives lines of progress: `progress <what> <of what> <done> <total> <unit>`.
+        log: Receives progress.
         keep: Where matchings are kept; nowhere if None.
     """
 
@@ -102,5 +103,5 @@ class ModelPair:
     residuals: Callable[[str], Iterator[ResidualBatch]] = lambda arm: iter(())
     alpha: float = 0.05
     resampling: Resampling = field(default_factory=Resampling)
-    say: Callable[[str], None] = lambda line: None
+    log: Log = SILENT
     keep: Keep | None = None
