@@ -12,12 +12,13 @@ from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
 from saeffect.comparison.by_chance import chance_table
 from saeffect.comparison.calibration import calibration_table
-from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
+from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Findings, MatchTables
-from saeffect.comparison.judgement import PRIMARY, settled
+from saeffect.comparison.judgement import PRIMARY, judgement_table, settled
 from saeffect.comparison.power import power_table
+from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts
 from saeffect.comparison.threat import threat_table
 from saeffect.comparison.threats import threats
@@ -60,7 +61,7 @@ def compare(
         seed: Seed of every resample.
         n_boot: Resamples of an interval.
         n_permutations: Permutations of a test.
-        tests: What was declared before the run (`contrasts.TESTABLE`); all else is exploration.
+        tests: What was declared before the run (`quantities.declarable`); all else is exploration.
         matches: Which feature became which, if that was looked at.
 
     Raises:
@@ -90,8 +91,8 @@ def check_tests(tests: Sequence[str]) -> None:
         UnknownName: The message lists those that do.
     """
     for name in tests:
-        if name not in TESTABLE:
-            raise unknown_name("test", name, TESTABLE, at="comparison.tests")
+        if name not in declarable():
+            raise unknown_name("test", name, declarable(), at="comparison.tests")
 
 
 def _tables(
@@ -109,11 +110,13 @@ def _tables(
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
     differences = settled(differences)
+    judgements = judgement_table(differences)
     regression = effect_regression(arms, roles)
     return Findings(
         table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
         table2=tables.table2(arms, resampling=resampling),
         contrasts=differences,
+        judgements=judgements,
         match_counts=tables.match_counts(arms),
         weights=tables.weights(arms),
         activity=tables.activity(arms),
@@ -122,6 +125,7 @@ def _tables(
             arms,
             roles,
             differences,
+            judgements,
             tests=tests,
             alpha=alpha,
             min_matches=min_matches,

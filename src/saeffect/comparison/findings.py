@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 import pandas as pd
 
+from saeffect.comparison.judgement import Judgement, judgements_of
+
 __all__ = ["Findings", "MatchTables"]
 
 
@@ -50,6 +52,7 @@ class Findings:
         table1: One row an arm: domain features, passing, similarities (`tables.table1`).
         table2: One row an arm: coherence of domain features (`tables.table2`).
         contrasts: One row per quantity and pair of arms (`contrasts.contrasts`, `seeds.seed_contrasts`).
+        judgements: What may be credited to fine-tuning, one row a quantity (`judgement.judgement_table`).
         match_counts: Features by number of top tokens in the vocabulary (Figure 1).
         weights: Top-token weights of domain features (Figure 2).
         activity: Density and activation of domain features.
@@ -66,6 +69,7 @@ class Findings:
     table1: pd.DataFrame
     table2: pd.DataFrame
     contrasts: pd.DataFrame
+    judgements: pd.DataFrame
     match_counts: pd.DataFrame
     weights: pd.DataFrame
     activity: pd.DataFrame
@@ -77,6 +81,11 @@ class Findings:
     regression: pd.DataFrame = field(default_factory=_none)
     partial_residuals: pd.DataFrame = field(default_factory=_none)
     matches: MatchTables = field(default_factory=MatchTables)
+
+    @property
+    def judged(self) -> dict[str, Judgement]:
+        """The judgements with the differences behind them, by quantity."""
+        return judgements_of(self.judgements, self.contrasts)
 
     @classmethod
     def table_names(cls) -> tuple[str, ...]:
