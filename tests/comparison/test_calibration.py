@@ -20,17 +20,8 @@ SMALL = Resampling(0, 100, 100)
 def calibrated(arms, evidence=None, tests=PRIMARY):
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     table = contrasts(arms, roles, min_matches=2, resampling=SMALL)
-    found = calibration_table(
-        arms,
-        roles,
-        table,
-        judgement_table(table),
-        tests=tests,
-        alpha=0.05,
-        min_matches=2,
-        resampling=SMALL,
-        evidence=evidence,
-    )
+    tables = {"contrasts": table, "judgements": judgement_table(table), **(evidence or {})}
+    found = calibration_table(arms, roles, tables, tests=tests, alpha=0.05, min_matches=2, resampling=SMALL)
     return found.set_index(["test", "rule"])
 
 

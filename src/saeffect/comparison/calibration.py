@@ -51,27 +51,24 @@ class _Count:
 def calibration_table(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    contrasts: pd.DataFrame,
-    judgements: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
     *,
     tests: Sequence[str],
     alpha: float,
     min_matches: int,
     resampling: Resampling,
-    evidence: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Alarms of every test where a SAE of the control's model stands in for the treatment.
 
     Args:
         arms: The arms by name.
         roles: Who is control, treatment and placebo.
-        contrasts: The real ones, with the rows over seeds.
-        judgements: What was made of these (`judgement.judgement_table`).
+        tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
+            "regression", and "fates_null" and "cross_activity" where there are such.
         tests: Declared quantities; those of `CALIBRATED` are added.
         alpha: Highest q of a finding about a feature.
         min_matches: As of the contrasts.
         resampling: As of the contrasts.
-        evidence: The tables "fates_null", "cross_activity" and "regression", where there are such.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -85,11 +82,10 @@ def calibration_table(
     saes = control_saes(arms, roles)
     pairs = _pairs(saes, min_matches, resampling)
     rows = []
-    beyond = _beyond_rows(tests, pairs, saes, judgements, min_matches)
+    beyond = _beyond_rows(tests, pairs, saes, tables["judgements"], min_matches)
     for quantity in (name for name in beyond if name != _ANY):
-        rows += [_interval_row(quantity, quantity in tests, pairs, saes, contrasts), beyond[quantity]]
+        rows += [_interval_row(quantity, quantity in tests, pairs, saes, tables["contrasts"]), beyond[quantity]]
     rows += [beyond[_ANY]] if _ANY in beyond else []
-    tables = evidence or {}
     if "fates_null" in tables and len(tables["fates_null"]):
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
     if "cross_activity" in tables and len(tables["cross_activity"]):
