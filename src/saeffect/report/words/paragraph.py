@@ -10,37 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import over_saes, short_name
-from saeffect.comparison.findings import Findings
+from saeffect.comparison.findings import Comparison, Trace
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
-from saeffect.comparison.wording import bracketed, joined, number, percent, whole
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.lm.tokens import printable_token
+from saeffect.report.words.evidence import over_saes, short_name
+from saeffect.report.words.wording import bracketed, joined, number, percent, whole
 
-__all__ = ["Paragraph", "Trace", "paragraph"]
+__all__ = ["Paragraph", "paragraph"]
 
 _EXAMPLES, _TOKENS = 2, 2
-
-
-class Trace(TypedDict):
-    """Where a number of the paragraph comes from.
-
-    Attributes:
-        start: Index of its first character in the paragraph.
-        text: The characters themselves.
-        table: Name of the table: a file `comparison/<table>.parquet`.
-        row: What picks the row or rows, by column.
-    """
-
-    start: int
-    text: str
-    table: str
-    row: dict[str, Any]
 
 
 @dataclass
@@ -63,7 +47,7 @@ class Paragraph:
 def paragraph(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    found: Findings,
+    found: Comparison,
     judged: Mapping[str, Judgement],
     *,
     alpha: float,
@@ -90,7 +74,9 @@ def paragraph(
     return text
 
 
-def _quantities(text: Paragraph, found: Findings, judged: Mapping[str, Judgement], roles: Roles, control: str) -> None:
+def _quantities(
+    text: Paragraph, found: Comparison, judged: Mapping[str, Judgement], roles: Roles, control: str
+) -> None:
     """The first quantity beside its placebo, the others in a sentence each."""
     compared = set(found.contrasts.loc[found.contrasts["comparison"] == "fine-tuning", "quantity"])
     known = {name: one for name, one in judged.items() if one.status != "undefined" and name in compared}
@@ -229,7 +215,7 @@ def _fates(text: Paragraph, counts: pd.DataFrame) -> None:
     text.say(" gone, moved or new beyond SAE noise.")
 
 
-def _threats(text: Paragraph, found: Findings) -> None:
+def _threats(text: Paragraph, found: Comparison) -> None:
     flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     if flaws:
         text.say(f" The arms also differ in {joined(flaws)}, so fine-tuning need not be the cause.")

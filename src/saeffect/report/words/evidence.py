@@ -10,8 +10,8 @@ import pandas as pd
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.judgement import Judgement
-from saeffect.comparison.wording import interval, joined, number, percent, whole
 from saeffect.diffing.fate_counts import ONE_PLACEBO
+from saeffect.report.words.wording import interval, joined, number, percent, whole
 
 __all__ = [
     "calibration_sentence",

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from saeffect.comparison.judgement import Gap
-from saeffect.comparison.wording import bracketed, interval, number
+from saeffect.report.words.wording import bracketed, interval, number
 
 NAN = float("nan")
 

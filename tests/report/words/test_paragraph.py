@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.comparison import compare
 from synthetic_matches import synthetic_matches
-from synthetic_study import synthetic_arms
+from synthetic_study import compared, synthetic_arms
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def arms():
 
 
 def answered(arms, **more):
-    comparison = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100, **more)
+    comparison = compared(arms, n_boot=100, n_permutations=100, **more)
     answer = comparison.answer
     text = answer["paragraph"]
     assert "nan" not in text

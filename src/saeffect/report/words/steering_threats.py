@@ -8,8 +8,8 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.measures import untested_reason
-from saeffect.comparison.threat import Threat
-from saeffect.comparison.wording import joined, percent, whole
+from saeffect.report.words.threat import Threat
+from saeffect.report.words.wording import joined, percent, whole
 
 __all__ = ["steering_threats"]
 

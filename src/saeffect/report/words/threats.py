@@ -9,13 +9,13 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import short_name, too_many_alarms
-from saeffect.comparison.findings import Findings
+from saeffect.comparison.findings import Comparison
 from saeffect.comparison.judgement import ALPHA, judge
 from saeffect.comparison.measures import top_token_coverage
-from saeffect.comparison.steering_threats import steering_threats
-from saeffect.comparison.threat import SEVERITIES, Threat
-from saeffect.comparison.wording import joined, number, percent, whole
+from saeffect.report.words.evidence import short_name, too_many_alarms
+from saeffect.report.words.steering_threats import steering_threats
+from saeffect.report.words.threat import SEVERITIES, Threat
+from saeffect.report.words.wording import joined, number, percent, whole
 
 __all__ = ["threats"]
 
@@ -32,7 +32,7 @@ _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 def threats(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    found: Findings,
+    found: Comparison,
     tests: Sequence[str],
 ) -> list[Threat]:
     """Limits of this very comparison and then those of every comparison of its kind, the gravest first.
@@ -258,7 +258,7 @@ def _of_selection(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
     ]
 
 
-def _of_scope(found: Findings, tests: Sequence[str]) -> list[Threat]:
+def _of_scope(found: Comparison, tests: Sequence[str]) -> list[Threat]:
     """What no comparison of this kind can escape."""
     contrasts = found.contrasts
     n = int(((contrasts["comparison"] == "fine-tuning") & contrasts["low"].notna()).sum())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from dataclasses import replace
 
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import (
+from saeffect.comparison.arms import ArmTables, Roles, roles_of
+from saeffect.comparison.findings import Answer, Comparison
+from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
+from saeffect.report.words.evidence import (
     calibration_sentence,
     cross_sentence,
     fate_sentences,
@@ -19,12 +21,12 @@ from saeffect.comparison.evidence_words import (
     short_name,
     too_many_alarms,
 )
-from saeffect.comparison.findings import Findings
-from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
-from saeffect.comparison.paragraph import Trace, paragraph
-from saeffect.comparison.wording import interval, joined, number, percent, whole
+from saeffect.report.words.paragraph import paragraph
+from saeffect.report.words.threat import threat_table
+from saeffect.report.words.threats import threats
+from saeffect.report.words.wording import interval, joined, number, percent, whole
 
-__all__ = ["Answer", "answer"]
+__all__ = ["answer", "with_answer"]
 
 _NAMES = {
     "domain_share": "the share of domain features",
@@ -42,28 +44,29 @@ _OUTCOMES = {
 }
 
 
-class Answer(TypedDict):
-    """Plain text, a sentence or a few each; nothing in it is markup.
+def with_answer(
+    found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
+) -> Comparison:
+    """The comparison with its threats and its answer.
 
-    Attributes:
-        headline: The answer in a sentence.
-        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
-        traces: Where each number of the paragraph comes from, in its order.
-        sentences: What was found, one thing a sentence.
-        caveats: The threats to it, gravest first (column `threat` of `Findings.threats`).
+    Args:
+        found: What `saeffect.comparison.compare` gave for these arms.
+        arms: The arms by name.
+        tests: As they were handed to `compare`, like the others.
+        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
+        alpha: Highest q at which a feature passed, and of findings about single features.
     """
-
-    headline: str
-    paragraph: str
-    traces: list[Trace]
-    sentences: list[str]
-    caveats: list[str]
+    roles = roles_of({name: arm.role for name, arm in arms.items()})
+    ordered = {name: arms[name] for name in roles.ordered}
+    found = replace(found, threats=threat_table(threats(ordered, roles, found, tests)))
+    words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
+    return replace(found, answer=words)
 
 
 def answer(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    found: Findings,
+    found: Comparison,
     *,
     tests: Sequence[str],
     min_matches: int,
@@ -114,7 +117,7 @@ def answer(
     )
 
 
-def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Findings) -> str:
+def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Comparison) -> str:
     def having(status: Status) -> list[Judgement]:
         return [one for one in judged if one.status == status]
 
@@ -142,7 +145,7 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
-def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Findings) -> str:
+def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Comparison) -> str:
     flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     text = f"{subject} by more than retraining the SAE does: {joined([_changed(one) for one in beyond])}."
