@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import ShapeMismatch, Undefined
-from saeffect.lm.harvest import NormLimit, kept_positions
+from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
