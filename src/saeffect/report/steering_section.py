@@ -17,7 +17,7 @@ from saeffect.report.tables.together import together_table
 from saeffect.report.tables.view import TableView
 from saeffect.report.words.numerals import count, is_defined
 from saeffect.report.words.outcome_words import control_words, dose_words, outcome_words
-from saeffect.steering.measures import OUTCOMES
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["SteeringSection", "steering_section", "steering_views"]
 
