@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 
 import pandas as pd
 
 from saeffect.comparison import tables
-from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
 from saeffect.comparison.by_chance import chance_table
 from saeffect.comparison.calibration import calibration_table
-from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
+from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
-from saeffect.comparison.findings import Findings, MatchTables
-from saeffect.comparison.judgement import PRIMARY, settled
+from saeffect.comparison.findings import Comparison, MatchTables
+from saeffect.comparison.judgement import PRIMARY, judgement_table, settled
 from saeffect.comparison.power import power_table
+from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts
-from saeffect.comparison.threat import threat_table
-from saeffect.comparison.threats import threats
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.stats.resampling import Resampling
 
-__all__ = ["Comparison", "check_tests", "compare"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Comparison(Findings):
-    """Everything that the comparison found, in tables (see `Findings`) and in words.
-
-    Attributes:
-        answer: The same in plain sentences.
-    """
-
-    answer: Answer
+__all__ = ["check_tests", "compare"]
 
 
 def compare(
@@ -49,7 +35,7 @@ def compare(
     tests: Sequence[str] = PRIMARY,
     matches: MatchTables | None = None,
 ) -> Comparison:
-    """Compare the arms of a study.
+    """Compare the arms of a study: all tables but the threats, and no words, which `saeffect.report.with_answer` adds.
 
     The same input and seed give the same tables to the last digit. Intervals are at 95 % whatever `alpha` is.
 
@@ -60,7 +46,7 @@ def compare(
         seed: Seed of every resample.
         n_boot: Resamples of an interval.
         n_permutations: Permutations of a test.
-        tests: What was declared before the run (`contrasts.TESTABLE`); all else is exploration.
+        tests: What was declared before the run (`quantities.declarable`); all else is exploration.
         matches: Which feature became which, if that was looked at.
 
     Raises:
@@ -77,10 +63,7 @@ def compare(
     check_tests(tests)
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     ordered = {name: arms[name] for name in roles.ordered}
-    found = _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
-    found = replace(found, threats=threat_table(threats(ordered, roles, found, tests)))
-    words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
-    return Comparison(**{one.name: getattr(found, one.name) for one in fields(found)}, answer=words)
+    return _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
 
 
 def check_tests(tests: Sequence[str]) -> None:
@@ -90,8 +73,8 @@ def check_tests(tests: Sequence[str]) -> None:
         UnknownName: The message lists those that do.
     """
     for name in tests:
-        if name not in TESTABLE:
-            raise unknown_name("test", name, TESTABLE, at="comparison.tests")
+        if name not in declarable():
+            raise unknown_name("test", name, declarable(), at="comparison.tests")
 
 
 def _tables(
@@ -101,7 +84,7 @@ def _tables(
     thresholds: tuple[int, float],
     resampling: Resampling,
     matches: MatchTables | None,
-) -> Findings:
+) -> Comparison:
     min_matches, alpha = thresholds
     matches = matches or MatchTables()
     differences = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
@@ -109,11 +92,13 @@ def _tables(
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
     differences = settled(differences)
+    judgements = judgement_table(differences)
     regression = effect_regression(arms, roles)
-    return Findings(
+    return Comparison(
         table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
         table2=tables.table2(arms, resampling=resampling),
         contrasts=differences,
+        judgements=judgements,
         match_counts=tables.match_counts(arms),
         weights=tables.weights(arms),
         activity=tables.activity(arms),
@@ -121,16 +106,17 @@ def _tables(
         calibration=calibration_table(
             arms,
             roles,
-            differences,
-            tests=tests,
-            alpha=alpha,
-            min_matches=min_matches,
-            resampling=resampling,
-            evidence={
+            {
+                "contrasts": differences,
+                "judgements": judgements,
                 "fates_null": matches.fates_null,
                 "cross_activity": matches.cross_activity,
                 "regression": regression.terms,
             },
+            tests=tests,
+            alpha=alpha,
+            min_matches=min_matches,
+            resampling=resampling,
         ),
         power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
         by_chance=chance_table(arms, roles, matches, alpha=alpha),

@@ -8,7 +8,6 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles, roles_of
-from saeffect.comparison.evidence_words import power_sentence
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.activity import cross_summary, cross_table, stagewise_table
 from saeffect.report.tables.chance import calibration_table, calibration_verdict, chance_table, power_table
@@ -16,6 +15,7 @@ from saeffect.report.tables.fate import fate_summary, fate_table, notable_table
 from saeffect.report.tables.regression import coherence_sentence, regression_table
 from saeffect.report.tables.view import TableView
 from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary, threat_table
+from saeffect.report.words.evidence import power_sentence
 
 __all__ = ["Evidence", "chance_views", "evidence", "fate_views", "threat_views"]
 

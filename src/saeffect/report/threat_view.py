@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saeffect.comparison import Comparison
-from saeffect.comparison.threat import SEVERITIES
 from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.words.threat import SEVERITIES
 
 __all__ = ["ThreatSummary", "gravest", "threat_summary", "threat_table"]
 

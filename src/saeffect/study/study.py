@@ -7,7 +7,7 @@ import functools
 import importlib.resources
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
-from saeffect.io import fingerprint, hash_file, hash_folder
-from saeffect.lm.bos import prepends
-from saeffect.lm.harvest import NormLimit, TokenRows, first_limit
+from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -29,6 +28,7 @@ from saeffect.lm.loading import (
     resolve_device,
     resolve_dtype,
 )
+from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
@@ -38,8 +38,6 @@ from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +152,7 @@ class Study:
         """A place in the study file, for error messages."""
         return f"{self.source.name}, {'.'.join(keys)}"
 
-    def open_arm(self, name: str, say: Say = lambda line: None) -> Arm:
+    def open_arm(self, name: str, log: Log = SILENT) -> Arm:
         """Load one arm's model and SAE.
 
         Raises:
@@ -164,7 +162,7 @@ class Study:
         arm = self.arm(name)
         sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
         hook = self.hook(name)
-        lm = self._load(arm.model, name, say)
+        lm = self._load(arm.model, name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
         require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
         if sae.cfg.module_path is not None:
@@ -234,7 +232,7 @@ class Study:
             ConfigError: The SAEs contradict each other.
         """
         try:
-            return prepends(self.config.text.bos, self.bos_words)
+            return resolve_prepend_bos(self.config.text.bos, self.bos_words)
         except SaeffectError as error:
             raise error.placed(self.at("text")) from None
 
@@ -306,12 +304,12 @@ class Study:
             raise unknown_name("arm", name, self.config.arms, at=str(self.source))
         return self.config.arms[name]
 
-    def _load(self, model: ModelConfig, name: str, say: Say) -> LanguageModel:
+    def _load(self, model: ModelConfig, name: str, log: Log) -> LanguageModel:
         held = self.__dict__.get("_held")
         if held is None or held[0] != model:
             # One model at a time: two would not fit on a small machine.
             self.__dict__["_held"] = None
-            lm = load_language_model(model, at=self.at("arms", name, "model"), say=say)
+            lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
             held = (model, dataclasses.replace(lm, prepend_bos=self.prepend_bos))
             self.__dict__["_held"] = held

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from saeffect.config import (
     ArmConfig,
     CoherenceConfig,
@@ -49,7 +51,7 @@ _SECTIONS = (
 
 
 # Keys whose names are registered, not listed in the model.
-_REGISTERED = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
+_REGISTERED: Mapping[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
 
 
 def study_keys() -> str:
