@@ -217,8 +217,9 @@ class TrainingFolder:
         self.refuse_strangers()
         note, owner = self.note(), self.checkpoint.owner()
         if note is not None and note["made_by"] != self._made_by:
+            earlier = "" if note["files"] else ", or an earlier version of saeffect"
             raise ConfigError(
-                "this folder holds what another recipe made, or this one from another model or text.",
+                f"this folder holds what another recipe made, or this one from another model or text{earlier}.",
                 at=str(self.path),
                 fix=_ANOTHER_FOLDER,
             )
@@ -227,6 +228,8 @@ class TrainingFolder:
 
     def damaged(self) -> list[str] | None:
         """Names of files that are not as this training left them; None where it did not finish.
+
+        A note of an earlier version may hold no hashes: then nothing is verified.
 
         Raises:
             BadFile: The note of a finished training is damaged.
@@ -271,8 +274,8 @@ class TrainingFolder:
             return None
         with contextlib.suppress(SaeffectError):
             note = read_json(path)
-            if isinstance(note, dict) and isinstance(note.get("made_by"), str) and _are_hashes(note.get("files")):
-                return note
+            if isinstance(note, dict) and isinstance(note.get("made_by"), str) and _are_hashes(note.get("files", {})):
+                return {"files": {}, **note}
         raise BadFile(
             f"{FINISHED} is damaged, so nothing says which recipe made the files beside it.",
             at=str(self.path),
