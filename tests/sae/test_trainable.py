@@ -290,7 +290,8 @@ def test_leaves_are_the_parameters(architecture: str) -> None:
 def test_constraints_hold_after_every_step(architecture: str) -> None:
     config = _config(architecture, decoder_rows="unit")
     sae, step = _sae(config), _inputs(config)
-    sae.normalise_decoder()
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
     sae.accumulate_gradients(X, step)
     sae.before_step(step)
     along = (sae.gradient("W_dec") * sae.W_dec.data).sum(1)

@@ -79,11 +79,6 @@ def test_numbers_of_any_library_and_those_that_json_lacks(tmp_path: Path) -> Non
     assert "mse nan" in said[0]
 
 
-def test_names_of_the_log_are_no_metrics(tmp_path: Path) -> None:
-    with open_log(tmp_path) as log, pytest.raises(ValueError, match="tokens"):
-        log.metrics(0, {"tokens": 5})
-
-
 def test_a_new_training_begins_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff garbage\nmore\n")
     with open_log(tmp_path):

@@ -74,7 +74,7 @@ class BatchTopKSae(TopKSae):
         mse = squared_error(error) / step.n_tokens
         d_out = error.mul_(2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec).mul_(entries.values > 0)
-        self.backward(entries, d_acts, d_out, centred, self.pull_off_rows(entries, d_acts, step))
+        self.backward(entries, d_acts, d_out, centred, self.row_parallel_part(entries, d_acts, step))
         return {"mse": mse}, sae_out
 
     @torch.no_grad()

@@ -81,12 +81,7 @@ class Encoder:
 
         The values are those of `x @ W.T + bias`.
 
-        Args:
-            x: Float32 `[n, d_in]`.
-            W: Encoder, one row a feature, float32 `[d_sae, d_in]`.
-            bias: Float32 `[d_sae]`.
-            k: How many a token.
-            weight: Positive, float32 `[d_sae]`; 1 without it.
+        Shapes are those of `above`; `weight` is positive, float32 `[d_sae]`, and 1 without it.
         """
         W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []
@@ -250,19 +245,12 @@ class _Product:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some tokens by some features.
+    """Some tokens by some features."""
 
-    Attributes:
-        hidden: `[n, width]`.
-        maxima: Largest entry of each block, `[n, n_blocks]`; block b holds the features b, b + n_blocks, ...
-        start: First token.
-        first: First feature.
-    """
-
-    hidden: Tensor
-    maxima: Tensor
-    start: int
-    first: int
+    hidden: Tensor  # [n, width]
+    maxima: Tensor  # [n, n_blocks]: largest entry of each block; block b holds the features b, b + n_blocks, ...
+    start: int  # first token
+    first: int  # first feature
 
 
 @dataclass(frozen=True)
@@ -275,11 +263,7 @@ class _Found:
 def _slack(x: Tensor, rounded: Tensor, length: Tensor, added: Tensor) -> Tensor:
     """How far the sum over bfloat16 products may be below the float32 value; see the head of this file.
 
-    Args:
-        x: Float32 `[n, d_in]`.
-        rounded: The same in bfloat16.
-        length: Of each row of the weights, float32 `[d_sae]`.
-        added: Sum of the sizes of what is added to each feature's product, float32 `[d_sae]`.
+    `length` is that of each row of the weights, `added` the sum of the sizes of what is added to each product.
     """
     d_in = x.shape[1]
     longest = torch.linalg.vector_norm(x, dim=1).max()

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries", "sparse_entries"]
+__all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
@@ -33,10 +33,6 @@ class Entries(ABC):
     @abstractmethod
     def per_feature(self, of_feature: Tensor) -> Tensor:
         """From `[d_sae]` to something that broadcasts with `values`."""
-
-    @abstractmethod
-    def per_token(self, of_token: Tensor) -> Tensor:
-        """From `[n_tokens]` to something that broadcasts with `values`."""
 
     @abstractmethod
     def where(self, kept: Tensor) -> Entries:
@@ -73,21 +69,13 @@ class Entries(ABC):
 
 
 class SparseEntries(Entries):
-    """Entries listed one by one, ordered by token, then by feature.
-
-    Attributes:
-        token: Int64 `[nnz]`.
-        feature: Int64 `[nnz]`.
-    """
+    """Entries listed one by one, ordered by token, then by feature; both are int64 `[nnz]`."""
 
     def __init__(self, token: Tensor, feature: Tensor, values: Tensor, shape: tuple[int, int]) -> None:
         self.token, self.feature, self.values, self.shape = token, feature, values, shape
 
     def per_feature(self, of_feature: Tensor) -> Tensor:
         return of_feature[self.feature]
-
-    def per_token(self, of_token: Tensor) -> Tensor:
-        return of_token[self.token]
 
     def where(self, kept: Tensor) -> SparseEntries:
         if bool(kept.all()):
@@ -155,12 +143,7 @@ class SparseEntries(Entries):
 
 
 class DenseEntries(Entries):
-    """All entries; `values` is zero where a feature is off.
-
-    Args:
-        values: Float32 `[n_tokens, d_sae]`.
-        scratch: A buffer of the same shape that `inner` may write its result to.
-    """
+    """All entries; `values` is zero where a feature is off, and `inner` may write its result to `scratch`."""
 
     def __init__(self, values: Tensor, scratch: Tensor | None = None) -> None:
         self.values, self._scratch = values, scratch
@@ -168,9 +151,6 @@ class DenseEntries(Entries):
 
     def per_feature(self, of_feature: Tensor) -> Tensor:
         return of_feature
-
-    def per_token(self, of_token: Tensor) -> Tensor:
-        return of_token[:, None]
 
     def where(self, kept: Tensor) -> DenseEntries:
         return DenseEntries(self.values * kept)
@@ -200,11 +180,7 @@ class DenseEntries(Entries):
 class ListedByFeature:
     """Entries ordered by feature, then by token: how they are evaluated and chosen before they become `SparseEntries`.
 
-    Attributes:
-        token: Int64 `[nnz]`.
-        feature: Int64 `[nnz]`.
-        values: Float32 `[nnz]`.
-        shape: (n_tokens, d_sae).
+    Token and feature are int64 `[nnz]`, values float32; the shape is (n_tokens, d_sae).
     """
 
     token: Tensor
@@ -242,12 +218,6 @@ class ListedByFeature:
         return _starts(self.feature, self.shape[1])
 
 
-def sparse_entries(dense: Tensor) -> SparseEntries:
-    """The positive entries of a matrix `[n_tokens, d_sae]`."""
-    token, feature = (dense > 0).nonzero(as_tuple=True)
-    return SparseEntries(token, feature, dense[token, feature], (dense.shape[0], dense.shape[1]))
-
-
 def _starts(of_entry: Tensor, n: int) -> Tensor:
     starts = torch.zeros(n + 1, dtype=torch.int32, device=of_entry.device)
     starts[1:] = torch.bincount(of_entry, minlength=n).cumsum(0)
@@ -260,12 +230,12 @@ def _products(pattern: Tensor, left: Tensor, W: Tensor) -> Tensor:
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-    _tell_torch_that_we_know()
+    _silence_csr_beta_warning()
     return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 @cache
-def _tell_torch_that_we_know() -> None:
+def _silence_csr_beta_warning() -> None:
     """torch says once a process that its CSR layout is beta; let it say so where nobody hears."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")

@@ -164,21 +164,13 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
 
 @dataclass(frozen=True)
 class SplicedLosses:
-    """Mean next-token cross-entropies, in nats a token.
+    """Mean next-token cross-entropies, in nats a token."""
 
-    Attributes:
-        clean: The model as it is.
-        sae: The SAE's reconstruction at the hook.
-        zero: Zeros at the hook.
-        n_tokens: Predictions averaged over.
-        clean_by_row: `clean` of each row, float64 `[n_rows]`.
-    """
-
-    clean: float
-    sae: float
-    zero: float
-    n_tokens: int
-    clean_by_row: NDArray[np.float64]
+    clean: float  # the model as it is
+    sae: float  # the SAE's reconstruction at the hook
+    zero: float  # zeros at the hook
+    n_tokens: int  # predictions averaged over
+    clean_by_row: NDArray[np.float64]  # `clean` of each row, [n_rows]
 
     @property
     def ce_loss_score(self) -> float:

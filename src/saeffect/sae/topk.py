@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error, take_off_parallel
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, project_out_rows, squared_error
 from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["TopKSae", "auxiliary_loss"]
@@ -50,7 +50,7 @@ class TopKSae(TrainableSae):
         losses = {"mse": squared_error(error) / step.n_tokens}
         d_out = error * (2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec)
-        self.backward(entries, d_acts, d_out, centred, self.pull_off_rows(entries, d_acts, step))
+        self.backward(entries, d_acts, d_out, centred, self.row_parallel_part(entries, d_acts, step))
         if len(step.dead) and step.config.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(self, centred, -error, step, weight=weight)
         return StepResult(losses, entries.counts(), sae_out)
@@ -71,9 +71,6 @@ def auxiliary_loss(
         residual: `x - sae_out`, float32 `[n, d_in]`.
         step: `dead`, `n_tokens` and the recipe.
         weight: Features are ranked by pre-activation times this, float32 `[d_sae]`.
-
-    Returns:
-        The loss, weighted, 0-dim.
 
     Source:
         Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
@@ -96,7 +93,7 @@ def auxiliary_loss(
     sums = d_hidden.sum(0)
     d_rows = acts.T @ d_out
     if step.tangent:
-        take_off_parallel(d_rows, decoder)
+        project_out_rows(d_rows, decoder)
     sae.gradient("W_dec").index_add_(0, dead, d_rows)
     sae.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
     sae.gradient("b_enc").index_add_(0, dead, sums)

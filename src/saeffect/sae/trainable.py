@@ -20,7 +20,7 @@ from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import Entries
 from saeffect.sae.training.config import SaeTrainingConfig
 
-__all__ = ["StepInputs", "StepResult", "TrainableSae", "squared_error", "take_off_parallel"]
+__all__ = ["StepInputs", "StepResult", "TrainableSae", "project_out_rows", "squared_error"]
 
 _ROWS = 4096  # features whose gradients are worked on at a time: they then stay in the cache
 
@@ -114,9 +114,7 @@ class TrainableSae(SparseAutoencoder):
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
         """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose.
 
-        Args:
-            sample: Scaled inputs, float32 `[n, d_in]`, for the decoder's bias.
-            config: `seed`, and what it says about decoder and bias.
+        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`.
 
         Source:
             SAELens' heuristic initialisation, after Anthropic's April 2024 update.
@@ -139,15 +137,20 @@ class TrainableSae(SparseAutoencoder):
         del config
         return []
 
+    @torch.no_grad()
     def after_step(self, step: StepInputs) -> None:
         """Put constraints back after the optimizer's step."""
         if step.config.unit_decoder:
-            self.normalise_decoder()
+            for rows in self.W_dec.data.split(_ROWS):
+                rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
+    @torch.no_grad()
     def before_step(self, step: StepInputs) -> None:
         """Change gradients before the optimizer's step."""
         if step.config.unit_decoder and not step.tangent:
-            self.remove_parallel_gradient()
+            # A few rows at a time: the products then stay in the cache instead of filling fresh memory.
+            for grad, rows in zip(self.gradient("W_dec").split(1024), self.W_dec.data.split(1024), strict=True):
+                project_out_rows(grad, rows)
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
@@ -208,10 +211,10 @@ class TrainableSae(SparseAutoencoder):
     def backward(
         self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor, pull: Tensor | None = None
     ) -> None:
-        """From gradients at the entries to gradients of the weights, overwriting what was there.
+        """From gradients at the entries (whose values are the activations) to those of the weights, made anew.
 
         Args:
-            entries: Active features, `values` being the feature activations.
+            entries: Active features.
             d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
             d_out: Loss by `sae_out`, float32 `[n, d_in]`.
             centred: What the encoder was given, float32 `[n, d_in]`.
@@ -234,7 +237,7 @@ class TrainableSae(SparseAutoencoder):
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
 
     @staticmethod
-    def pull_off_rows(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
+    def row_parallel_part(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
         """What takes the part along each row off the decoder's gradient, in multiples of the row; None to leave it.
 
         The gradient of a row is a sum of `d_out` weighted by activations, so its product with the row (of length 1) is
@@ -246,27 +249,12 @@ class TrainableSae(SparseAutoencoder):
     def pull_on_norms(d_norm: Tensor, norm: Tensor) -> Tensor:
         """The part of W_dec's gradient that comes through the lengths of its rows, in multiples of each row.
 
-        Args:
-            d_norm: Loss by length, float32 `[d_sae]`.
-            norm: The lengths, float32 `[d_sae]`.
+        `d_norm` is the loss by length, `norm` the lengths, both float32 `[d_sae]`.
         """
         return d_norm / norm.clamp_min(1e-12)
 
-    @torch.no_grad()
-    def remove_parallel_gradient(self) -> None:
-        """Take off the decoder gradient's part along each row: lengths are fixed."""
-        # A few rows at a time: the products then stay in the cache instead of filling fresh memory.
-        for grad, rows in zip(self.gradient("W_dec").split(1024), self.W_dec.data.split(1024), strict=True):
-            take_off_parallel(grad, rows)
 
-    @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Put every decoder row back on the unit sphere."""
-        for rows in self.W_dec.data.split(_ROWS):
-            rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-8))
-
-
-def take_off_parallel(gradient: Tensor, rows: Tensor) -> None:
+def project_out_rows(gradient: Tensor, rows: Tensor) -> None:
     """Take off the part along each row, in place; both are float32 `[n, d_in]`, the rows of length 1."""
     gradient.addcmul_(rows, (gradient * rows).sum(1, keepdim=True), value=-1)
 

@@ -88,12 +88,12 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
-    """Write the compact form of an SAE.
+    """Write the compact form of an SAE, with its model card, to a folder.
 
     Args:
         sae: The whole SAE, as loaded from `source`.
         statistics: One row a feature with feature and the statistics, as `ActivityAccumulator.result` gives.
-        source: The SAE's own folder; its model card goes along.
+        source: The SAE's own folder.
         folder: Where to write.
 
     Raises:

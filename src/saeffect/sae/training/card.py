@@ -55,7 +55,7 @@ def _noted(folder: Path) -> Mapping[str, Any]:
 
 
 def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, log: Log = SILENT) -> None:
-    """Write README.md and training.json beside the SAE, and the measurements into its cfg.json.
+    """Write README.md and training.json beside an SAE, and the measurements into its cfg.json.
 
     A README.md that somebody else wrote, or changed, stays.
 
@@ -73,7 +73,9 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
         "",
         _how(recipe, cfg["metadata"]),
         "",
-        *_positions(cfg["metadata"]),
+        "The first position of each context and outliers of the norm (above"
+        f" {cfg['metadata']['norm_limit']:.3g}; median {cfg['metadata']['mean_norm']:.3g}) were left out.",
+        "",
         "| text | file | licence |",
         "|---|---|---|",
         *(f"| {t.name} | {Path(t.path).name} | {t.licence} |" for t in recipe.text),
@@ -138,10 +140,9 @@ def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
     rows = "decoder rows of unit length" if s.unit_decoder else "decoder rows free"
     start = f"; weights started from {Path(s.init_from).name}" if s.init_from is not None else ""
     how = "streamed" if recipe.activations == "streamed" else "from shards"
-    return (
-        f"{', '.join(parts)}; {rows}{start}; activations {how}; saved in {recipe.dtype}, in SAELens' layout"
-        f"{_saved_as(s)}."
-    )
+    label = ARCHITECTURES[s.kind.saved_as].label if s.kind.saved_as else ""
+    form = f" as {label} with the threshold found in training" if label else ""
+    return f"{', '.join(parts)}; {rows}{start}; activations {how}; saved in {recipe.dtype}, in SAELens' layout{form}."
 
 
 def _architecture_words(s: SaeTrainingConfig) -> list[str]:
@@ -153,19 +154,6 @@ def _architecture_words(s: SaeTrainingConfig) -> list[str]:
             f" every {s.resample_every:,} steps"
         )
     return words
-
-
-def _saved_as(s: SaeTrainingConfig) -> str:
-    saved_as = s.kind.saved_as
-    return f" as {ARCHITECTURES[saved_as].label} with the threshold found in training" if saved_as else ""
-
-
-def _positions(metadata: Mapping[str, Any]) -> list[str]:
-    return [
-        "The first position of each context and outliers of the norm (above"
-        f" {metadata['norm_limit']:.3g}; median {metadata['mean_norm']:.3g}) were left out.",
-        "",
-    ]
 
 
 def _quality(recipe: SaeRecipe, folder: Path, m: Mapping[str, float]) -> list[str]:

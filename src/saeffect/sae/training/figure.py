@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeffect.errors import BadFile, EmptySelection
 from saeffect.io import atomic_path
@@ -48,8 +47,7 @@ _RC: Mapping[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class _Panel:
+class _Panel(NamedTuple):
     """One metric against tokens. `ideal`: a value to draw a line at; `logarithmic`: where the values span much."""
 
     metric: str
@@ -114,8 +112,7 @@ class _Run:
 def save_training_figure(folder: Path) -> Path:
     """Draw the curves of a training, beside its metrics.jsonl, as training.svg and training.png; the latter's path.
 
-    Panels: loss and its parts, explained variance, l0, dead features, and, where they were measured, CE loss score,
-    l2 ratio and mean log10 density, all against tokens. Lines are training batches, dots are held-out text.
+    A panel for each metric that was measured. Lines are training batches, dots are held-out text.
 
     Raises:
         NotFound: The folder has no metrics.jsonl.
@@ -198,12 +195,10 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
 
 def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> list[float]:
     """Draw a curve (a dot where there is but one value); the finite values."""
-    tokens, values = series
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in series[1] if math.isfinite(value)]
     if finite:
-        if len(finite) == 1:
-            look = {"marker": "o", "markersize": 3.5, **look}
-        ax.plot(tokens, values, **{"linewidth": 1.4, "zorder": 3, **look})
+        dot = {"marker": "o", "markersize": 3.5} if len(finite) == 1 else {}
+        ax.plot(*series, **{"linewidth": 1.4, "zorder": 3, **dot, **look})
     return finite
 
 

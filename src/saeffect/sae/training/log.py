@@ -27,7 +27,6 @@ __all__ = ["METRICS_FILE", "Pace", "TrainingLog", "duration", "loss_parts", "pro
 
 METRICS_FILE = "metrics.jsonl"
 
-_RESERVED = frozenset({"step", "tokens", "kind", "seconds", "event"})  # of the log itself
 # What a line of progress shows beside the loss: name in metrics.jsonl, words, format.
 _SHOWN = (
     ("l0", "l0", ",.1f"),
@@ -44,25 +43,17 @@ _STALL = 10.0  # so many times slower than the median interval: the machine slep
 
 
 class TrainingLog:
-    """metrics.jsonl, progress and, if wanted, Weights & Biases or TensorBoard. A context manager.
+    """metrics.jsonl, lines of progress and, if wanted, Weights & Biases or TensorBoard. A context manager.
 
     Each line of metrics.jsonl is an object: "step" (the step that is done, from 0), "tokens" (seen by then),
     "kind" ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and
-    the metrics; a metric that is not finite is null. Lines are on disk (not in a buffer of this process) when
-    a method returns.
-
-    Args:
-        folder: The SAE's folder; made if need be.
-        total_steps: Steps of the whole training.
-        batch_size: Tokens a step, over all processes.
-        first_step: The step to begin with; rows from it on, left by a run that was stopped, are dropped.
-        config: Hyperparameters, for the logger.
-        log: Receives lines of progress.
-        logger: "none", "wandb" or "tensorboard".
+    the metrics; a metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step`
+    on, left by a run that was stopped, are dropped; `batch_size` is over all processes.
 
     Raises:
-        UnknownName: There is no such logger.
-        NotFound: The logger's package is not installed.
+        UnknownName, NotFound: There is no such logger, or its package is not installed.
+        BadFile: The folder cannot be written (any more), or its metrics.jsonl is damaged before its last line.
+        ConfigError: The logger refuses.
 
     Example:
         >>> import tempfile; from saeffect.io import SILENT; folder = Path(tempfile.mkdtemp())
@@ -93,12 +84,6 @@ class TrainingLog:
         self._seconds_before = 0.0
 
     def __enter__(self) -> TrainingLog:
-        """Open the file, and the logger.
-
-        Raises:
-            BadFile: The folder cannot be written, or its metrics.jsonl is damaged before its last line.
-            ConfigError: The logger refuses.
-        """
         path = self._folder / METRICS_FILE
         kept: list[dict[str, Any]] = []
         try:
@@ -129,18 +114,9 @@ class TrainingLog:
         self._close_logger(failed=kind is not None)
 
     def metrics(self, step: int, row: Mapping[str, float], *, kind: Literal["train", "evaluation"] = "train") -> None:
-        """Record what was measured after a step, and say it.
+        """Record and say what was measured after a step, on the batch just trained on or on held-out text.
 
-        Args:
-            step: The step that is done, from 0.
-            row: Numbers by name. "loss" (the total), its parts (see `LOSS_PARTS`), "l0", "explained_variance",
-                "dead", "ce_loss_score", "l2_ratio" and "mean_log10_density" are known to the line of progress
-                and the figure.
-            kind: On the batch just trained on, or on held-out text.
-
-        Raises:
-            BadFile: The disk is full, or the file cannot be written any more.
-            ValueError: A name in `row` is one of the log's own.
+        The line of progress and the figure know "loss" (the total), its parts, and the names in `_SHOWN`.
         """
         if kind == "train":
             self._pace.mark(step + 1)
@@ -152,11 +128,7 @@ class TrainingLog:
             self._log(progress_line(head, row, self._time_words(step + 1, seconds)))
 
     def event(self, step: int, event: str, **numbers: float) -> None:
-        """Record something that happened after a step, for instance `event(999, "resampled", n_features=12)`.
-
-        Raises:
-            BadFile: The disk is full, or the file cannot be written any more.
-        """
+        """Record and say something that happened after a step: `event(999, "resampled", n_features=12)`."""
         self._record(step, "event", numbers, event=event)
         said = [
             f"{_short(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_short(value)}"
@@ -169,9 +141,6 @@ class TrainingLog:
         return self._pace.pause()
 
     def _record(self, step: int, kind: str, numbers: Mapping[str, Any], **more: str) -> float:
-        clash = _RESERVED & set(numbers)
-        if clash:
-            raise ValueError(f"{sorted(clash)} are the log's own names, no metrics")
         seconds = self._seconds_before + self._pace.seconds()
         row: dict[str, Any] = {"step": step, "tokens": (step + 1) * self._batch_size, "kind": kind}
         row |= {"seconds": round(seconds, 3), **more} | {name: _plain(value) for name, value in numbers.items()}
@@ -185,8 +154,7 @@ class TrainingLog:
         return seconds
 
     def _write(self, line: str) -> None:
-        if self._file is None:
-            raise RuntimeError("the log is not open: use it as `with TrainingLog(…) as log:`")
+        assert self._file is not None
         data = line.encode()
         try:
             # One unbuffered write, so that a kill or a full disk can tear no line but the last.
@@ -313,15 +281,10 @@ def _short(value: float) -> str:
 
 
 class Pace:
-    """How fast steps go, lately, and how long the rest takes.
+    """How fast steps go, lately, and how long the rest of `total` takes, `first` of which were done before.
 
     The rate leaves out pauses that are announced, and intervals in which the machine plainly stood still. The
     time that is left counts announced pauses in the share they had so far, since there are more to come.
-
-    Args:
-        total: Steps of the whole training.
-        first: Steps that were done before.
-        now: A clock in seconds.
 
     Example:
         >>> clock = iter([0.0, 10.0]); pace = Pace(100, 0, now=lambda: next(clock)); pace.mark(20)

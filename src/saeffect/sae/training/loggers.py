@@ -36,19 +36,12 @@ class MetricsLogger(Protocol):
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a logger is told about the training.
-
-    Attributes:
-        folder: Where the SAE goes; a logger keeps its files below it.
-        config: The hyperparameters.
-        first_step: Steps done before this process; more than 0 when a stopped run goes on.
-        earlier: Rows of metrics.jsonl from before; told again to a logger that was not there then.
-    """
+    """What a logger is told about the training. It keeps its files below the SAE's folder."""
 
     folder: Path
     config: Mapping[str, Any]
-    first_step: int = 0
-    earlier: Iterable[Mapping[str, Any]] = field(default=())
+    first_step: int = 0  # steps done before this process; more than 0 when a stopped run goes on
+    earlier: Iterable[Mapping[str, Any]] = field(default=())  # told again to a logger that was not there then
 
     @property
     def name(self) -> str:
@@ -64,8 +57,7 @@ def check_logger(name: str) -> None:
     """Refuse a logger that cannot be used, before anything heavy starts.
 
     Raises:
-        UnknownName: There is no such logger; the valid ones are listed.
-        NotFound: Its package is not installed; the error says what to install.
+        UnknownName, NotFound: There is no such logger, or its package is not installed.
     """
     if name not in get_args(LoggerName):
         raise unknown_name("logger", name, get_args(LoggerName), at="logger")
@@ -85,12 +77,9 @@ def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
     """The logger of that name, ready for rows; None for "none".
 
     Raises:
-        UnknownName: There is no such logger.
-        NotFound: Its package is not installed.
         ConfigError: Weights & Biases does not let the run begin.
         BadFile: The folder's record of the run to continue is damaged, or nothing can be written there.
     """
-    check_logger(name)
     try:
         if name == "wandb":
             return _WeightsAndBiases(run, log)

@@ -51,7 +51,7 @@ def train_from_recipe(
         recipe: What to train.
         out: Folder for the SAE; for several, of their folders.
         work: Folder for activations; arms with the same model share them.
-        logger: "none", "wandb" or "tensorboard".
+        logger: Where metrics go besides metrics.jsonl.
         log: Receives lines of progress.
 
     Returns:
@@ -170,25 +170,15 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Activations to train on, and what SAEs are measured on.
-
-    Attributes:
-        recipe: Where it comes from.
-        lm: The model.
-        source: Activations to train on.
-        limit: Which positions count.
-        held_out: Activations to measure on.
-        rows: Their text.
-        text: SHA-256 of the training text.
-    """
+    """Activations to train on, and what SAEs are measured on."""
 
     recipe: SaeRecipe
     lm: LanguageModel
-    source: ActivationSource
-    limit: NormLimit
-    held_out: ActivationStore
-    rows: TokenRows
-    text: str
+    source: ActivationSource  # to train on
+    limit: NormLimit  # which positions count
+    held_out: ActivationStore  # to measure on
+    rows: TokenRows  # their text
+    text: str  # SHA-256 of the training text
 
     def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
         """The measures that are followed during training, on a part of the held-out text."""

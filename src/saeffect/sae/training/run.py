@@ -36,40 +36,23 @@ _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "RE
 
 @dataclass(frozen=True)
 class SaeJob:
-    """One SAE to train.
-
-    Attributes:
-        config: The recipe.
-        out: Folder for the SAE.
-        metadata: Where the activations come from; kept in cfg.json.
-        dtype: Of the saved weights.
-    """
+    """One SAE to train, and its folder."""
 
     config: SaeTrainingConfig
     out: Path
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = "float16"
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # where the activations come from; kept in cfg.json
+    dtype: str = "float16"  # of the saved weights
 
     def folder(self, activations: str) -> TrainingFolder:
         """The job's folder, if it trains on activations of this identity."""
         return TrainingFolder(self.out, self._made_by(activations), _LEAVES, keep=self.config.keep_checkpoints)
 
     def refuse_strangers(self) -> None:
-        """Refuse a folder that holds files under an SAE's names which no training put there.
-
-        Raises:
-            ConfigError: It does.
-            BadFile: The note of a finished training is damaged.
-        """
+        """As `TrainingFolder.refuse_strangers`, before the activations are known."""
         TrainingFolder(self.out, "", _LEAVES).refuse_strangers()
 
     def complete(self, activations: str) -> None:
-        """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
-
-        Raises:
-            InUse: Something is to be done, and another process is at work there.
-            BadFile: It cannot be written.
-        """
+        """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left."""
         folder = self.folder(activations)
         cfg = (folder.note() or {}).get("cfg")
         damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(self.out / _CFG, cfg)
@@ -113,14 +96,7 @@ def _says(path: Path, cfg: dict[str, Any]) -> bool:
 
 
 class SaeRun:
-    """One job under way.
-
-    Args:
-        job: What to train.
-        source: Activations.
-        total_steps: Of the whole run.
-        scale: What inputs are multiplied by.
-    """
+    """One job under way; inputs are multiplied by `scale`."""
 
     def __init__(self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float) -> None:
         config = job.config
@@ -136,20 +112,11 @@ class SaeRun:
         self.checkpoint = self.folder.checkpoint
 
     def restore(self, step: int) -> None:
-        """Go back to a checkpoint; 0 for none.
-
-        Raises:
-            ConfigError: It is another run's.
-            BadFile: It cannot be read.
-        """
+        """Go back to a checkpoint; as `Checkpoint.restore` raises."""
         self.checkpoint.restore(self.trainer.leaves, self.trainer.optimizer, self._state(), step=step)
 
     def save_checkpoint(self, position: Position) -> None:
-        """Keep the state after the step at `position`; older ones stay.
-
-        Raises:
-            BadFile: The weights are not finite, or the disk is full.
-        """
+        """Keep the state after the step at `position`; older ones stay. BadFile: weights not finite, disk full."""
         self._refuse_broken(position.step)
         self.next_batch.copy_(torch.tensor([position.epoch, position.index + 1]))
         self.checkpoint.save(
@@ -157,11 +124,7 @@ class SaeRun:
         )
 
     def check(self, report: StepReport, step: int) -> None:
-        """Refuse to go on from numbers that are none.
-
-        Raises:
-            BadFile: The loss, or the gradient's norm, is not finite.
-        """
+        """Refuse to go on from a loss or a gradient's norm that is not finite."""
         clipped = self.job.config.clip_gradient_norm is not None
         if not math.isfinite(report.loss):
             raise self._diverged(f"the loss became {report.loss}", step)
@@ -169,14 +132,9 @@ class SaeRun:
             raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
 
     def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
-        """A line of metrics, a measurement on held-out text, a note of resampled features, when they are due.
+        """What is due after a step: a line of metrics, a measurement on held-out text, a note of resampled features.
 
-        Args:
-            log: Open.
-            step: The step that is done, from 0.
-            report: What it did.
-            x: The whole batch, in any scale.
-            evaluate: Measures an SAE in unscaled units.
+        `x` is the whole batch, unscaled; `evaluate` measures an SAE in unscaled units.
         """
         config, last = self.job.config, step + 1 == self.trainer.total_steps
         if report.n_resampled:
@@ -189,11 +147,7 @@ class SaeRun:
             log.metrics(step, measured, kind="evaluation")
 
     def finish(self) -> None:
-        """Save the SAE, draw the curve, and note that this is done; the checkpoints stay.
-
-        Raises:
-            BadFile: The weights are not finite, or the disk is full.
-        """
+        """Save the SAE, draw the curve, and note that this is done; the checkpoints stay."""
         self._refuse_broken(self.trainer.total_steps - 1)
         out = self.job.out
         save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())

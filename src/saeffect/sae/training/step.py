@@ -39,21 +39,13 @@ def new_sae(config: SaeTrainingConfig, d_in: int) -> TrainableSae:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did, over all processes.
+    """What a step did, over all processes."""
 
-    Attributes:
-        losses: Terms by name; "mse" is always there.
-        l0: Mean active features a token.
-        n_resampled: Features that were started anew after the step.
-        gradient_norm: Before clipping; NaN if gradients are not clipped.
-        stop: Whether any process asked to stop.
-    """
-
-    losses: dict[str, float]
-    l0: float
-    n_resampled: int
-    gradient_norm: float
-    stop: bool = False
+    losses: dict[str, float]  # terms by name; "mse" is always there
+    l0: float  # mean active features a token
+    n_resampled: int  # features that were started anew after the step
+    gradient_norm: float  # before clipping; NaN if gradients are not clipped
+    stop: bool = False  # whether any process asked to stop
 
     @property
     def loss(self) -> float:
@@ -62,13 +54,7 @@ class StepReport:
 
 
 class TrainingStep:
-    """An SAE with its optimizer and its counters; call it with a batch of scaled inputs to move one step.
-
-    Args:
-        sae: Its weights set.
-        config: The recipe.
-        total_steps: Of the whole run, for the schedules.
-    """
+    """An SAE, its weights set, with optimizer and counters; call it with a batch of scaled inputs to move one step."""
 
     def __init__(self, sae: TrainableSae, config: SaeTrainingConfig, total_steps: int) -> None:
         self.sae, self.config, self.total_steps = sae, config, total_steps
@@ -231,7 +217,7 @@ def resample(
     Args:
         sae: Changed in place.
         optimizer: Over the SAE's leaves.
-        dead: Indices, int64 `[n_dead]`; nothing happens without any.
+        dead: Indices, int64 `[n_dead]`.
         x: Scaled inputs of this process, float32 `[n, d_in]`.
         sae_out: Their reconstructions.
         seed: Of the draw; the same on every process, as is the outcome.
@@ -239,8 +225,6 @@ def resample(
     Source:
         Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
-    if not len(dead):
-        return
     inputs, losses = gathered(x), gathered((x - sae_out).square().sum(1))
     chance = losses.double().square()
     generator = torch.Generator().manual_seed(seed)

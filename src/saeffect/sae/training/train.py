@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import ActivationSource
-from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.parallel import barrier, device_of_process, gathered, is_first, rank_and_world
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import WEIGHTS, load_sae
@@ -64,7 +62,7 @@ def train_saes(
         jobs: They share batch size, number of steps and order of the data.
         evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
             the first process alone.
-        logger: "none", "wandb" or "tensorboard".
+        logger: Where metrics go besides metrics.jsonl.
         log: Receives lines of progress, in the first process.
 
     Returns:
@@ -114,16 +112,26 @@ def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
 def _train(
     source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, log: Log
 ) -> None:
-    plan = _plan(source, jobs)
+    config = jobs[0].config  # batches, steps and order of the data are the same for all
+    _refuse_unlike(jobs)
+    rank, world = rank_and_world()
+    total = _total_steps(source, config, world)
     with ExitStack() as stack:
-        _make_ready([job.folder(source.identity()) for job in jobs], stack)
-        scale = _input_scale(source, jobs[0].config)
-        runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
+        if is_first():  # take hold of all folders before anything heavy starts, or of none
+            folders = [job.folder(source.identity()) for job in jobs]
+            for folder in folders:
+                stack.enter_context(folder.held())
+            for folder in folders:
+                folder.checkpoint.begin()
+        barrier()
+        # SAELens' expected_average_only_in: inputs get a mean norm of sqrt(d_in).
+        scale = 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
+        runs = [SaeRun(job, source, total, scale) for job in jobs]
         start = _restore(runs, log)
         interruption = stack.enter_context(Interruption())
         logs = [stack.enter_context(opened) for opened in _logs(runs, start.step, logger, log)]
-        for position, x in _batches(source, plan, start):
-            mine, asked = _share(x) * scale, interruption.asked
+        for position, x in _batches(source, config, total, start):
+            mine, asked = x.tensor_split(world)[rank] * scale, interruption.asked
             reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
             for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)
@@ -131,11 +139,11 @@ def _train(
                 run.record(training_log, position.step, report, x, evaluate)
             done = position.step + 1
             stop = any(report.stop for report in reports)
-            if stop or (done % plan.checkpoint_every == 0 and done < plan.total):
+            if stop or (done % config.checkpoint_every == 0 and done < total):
                 _save_checkpoints(runs, position)
             if stop:
                 raise Interrupted(
-                    f"stopped after step {done:,} of {plan.total:,}; the state is saved in"
+                    f"stopped after step {done:,} of {total:,}; the state is saved in"
                     f" {', '.join(str(job.out) for job in jobs)}.",
                     fix="run the same command again to go on from there.",
                 )
@@ -162,22 +170,7 @@ def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
     barrier()
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What jobs that train side by side have in common."""
-
-    batch_size: int
-    data_seed: int
-    epochs: int | None  # None: as many as the steps need
-    total: int
-    checkpoint_every: int
-
-
-def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
-    config = jobs[0].config
-    seed = config.order_seed
-    _refuse_unlike(jobs)
-    world = rank_and_world()[1]
+def _total_steps(source: ActivationSource, config: SaeTrainingConfig, world: int) -> int:
     if config.batch_size < world:
         raise ConfigError(
             f"a batch of {config.batch_size:,} tokens cannot be shared by {world:,} processes.",
@@ -188,14 +181,14 @@ def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
     if per_epoch == 0:
         raise _too_few(config.batch_size)
     if config.steps is not None:
-        return _Plan(config.batch_size, seed, None, config.steps, config.checkpoint_every)
+        return config.steps
     if per_epoch is None:
         raise ConfigError(
             "the length of streamed text is not known beforehand, so the number of steps must be given.",
             at="sae.steps",
             fix="set steps; the text is read again from the start if it is too short.",
         )
-    return _Plan(config.batch_size, seed, config.epochs, per_epoch * config.epochs, config.checkpoint_every)
+    return per_epoch * config.epochs
 
 
 def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
@@ -222,46 +215,34 @@ def _too_few(batch_size: int) -> EmptySelection:
     )
 
 
-def _batches(source: ActivationSource, plan: _Plan, start: Position) -> Iterator[tuple[Position, Tensor]]:
+def _batches(
+    source: ActivationSource, config: SaeTrainingConfig, total: int, start: Position
+) -> Iterator[tuple[Position, Tensor]]:
     """Batches from a position on, until the steps are done."""
     step, epoch, index = start.step, start.epoch, start.index
-    while step < plan.total:
+    while step < total:
         before = step
-        for x in source.batches(plan.batch_size, seed=plan.data_seed, epoch=epoch, start=index):
+        for x in source.batches(config.batch_size, seed=config.order_seed, epoch=epoch, start=index):
             yield Position(step, epoch, index), x
             step, index = step + 1, index + 1
-            if step == plan.total:
+            if step == total:
                 return
         if step == before and index == 0:
-            raise _too_few(plan.batch_size)
+            raise _too_few(config.batch_size)
         epoch, index = epoch + 1, 0
-
-
-def _share(x: Tensor) -> Tensor:
-    """This process's part of a batch."""
-    rank, world = rank_and_world()
-    return x.tensor_split(world)[rank]
-
-
-def _input_scale(source: ActivationSource, config: SaeTrainingConfig) -> float:
-    """Factor that gives inputs a mean norm of sqrt(d_in) (SAELens' expected_average_only_in), or 1."""
-    return 1.0 if config.normalise_inputs == "none" else math.sqrt(source.d_in) / source.mean_norm
-
-
-def _make_ready(folders: Sequence[TrainingFolder], stack: ExitStack) -> None:
-    """Take hold of all folders before anything heavy starts, or of none."""
-    if is_first():
-        for folder in folders:
-            stack.enter_context(folder.held())
-        for folder in folders:
-            folder.checkpoint.begin()
-    barrier()
 
 
 def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
     """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
-    _refuse_unshared(steps, [run.job.out for run in runs])
+    # Each process reads the checkpoints that the first one wrote.
+    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
+    if (seen != seen[0]).any():
+        raise ConfigError(
+            "the processes see different checkpoints.",
+            at=", ".join(str(run.job.out) for run in runs),
+            fix="let the output be in a folder that all machines share.",
+        )
     for step in steps:
         unreadable = _restored(runs, step)
         if unreadable is None:
@@ -286,17 +267,6 @@ def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
     if not failed.any():
         return None
     return mine or BadFile("another process cannot read the checkpoint.", at=str(runs[0].checkpoint.folder))
-
-
-def _refuse_unshared(steps: Sequence[int], folders: Sequence[Path]) -> None:
-    """Each process reads the checkpoints that the first one wrote."""
-    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
-    if (seen != seen[0]).any():
-        raise ConfigError(
-            "the processes see different checkpoints.",
-            at=", ".join(map(str, folders)),
-            fix="let the output be in a folder that all machines share.",
-        )
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
