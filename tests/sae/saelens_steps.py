@@ -87,10 +87,3 @@ OPTIONS = [
     {"apply_b_dec_to_input": False},
     {"rescale_acts_by_decoder_norm": True},
 ]
-
-
-def loud() -> Tensor:
-    """The batch, its first tokens three times as long."""
-    x = X.clone()
-    x[:6] *= 3
-    return x

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,60 +124,3 @@ def test_the_threshold_is_running_state_but_no_leaf() -> None:
     assert float(state["topk_threshold"]) == pytest.approx(acts[acts > 0].min().item(), rel=1e-6)
     state["topk_threshold"].fill_(2.0)
     assert (sae.for_inference().threshold == 2.0).all()
-
-
-PROCESS = """
-import json, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-import saelens_steps as here
-from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.parallel import add_up, leave, rank_and_world
-
-torch.set_num_threads(1)
-rank, world = rank_and_world()
-# The first process has little of the batch, and loud tokens: it must keep more than its share.
-mine = (here.loud()[:6], here.loud()[6:])[rank] if world == 2 else here.loud()
-sae = here.random_sae(BatchTopKSae, rescale_acts_by_decoder_norm=True)
-result = sae.accumulate_gradients(mine, here.step_inputs(sae, dead=here.DEAD, threshold_rate=0.5))
-local = int(result.fired.sum())
-gradients = [sae.gradient(name) for name in here.WEIGHTS]
-measured = torch.stack(list(result.losses.values()))
-add_up(measured, result.fired, *gradients)
-print(json.dumps({
-    "local": local,
-    "losses": measured.tolist(),
-    "fired": result.fired.tolist(),
-    "threshold": float(sae.topk_threshold),
-    "gradients": torch.cat([g.flatten() for g in gradients]).tolist(),
-}))
-leave()
-"""
-
-
-def _run(world: int) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent)]
-    started = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * world
-    return [json.loads(output) for output in outputs]
-
-
-def test_two_processes_select_as_one() -> None:
-    (alone,), both = _run(1), _run(2)
-    assert sum(one["local"] for one in both) == alone["local"] == N * K
-    assert both[0]["local"] > 6 * K, "the selection is over the whole batch, not a quota for each process"
-    for one in both:
-        assert one["fired"] == alone["fired"]
-        assert one["threshold"] == pytest.approx(alone["threshold"], rel=1e-6)
-        assert one["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-        torch.testing.assert_close(
-            torch.tensor(one["gradients"]), torch.tensor(alone["gradients"]), rtol=1e-5, atol=1e-5
-        )

@@ -82,17 +82,17 @@ def _kill_after(spec: Spec, n_lines: int, delay: float) -> bool:
     return running.process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("config", [STANDARD, TOPK, BATCHTOPK], ids=lambda c: c["architecture"])
+@pytest.mark.parametrize("config", [STANDARD, BATCHTOPK], ids=lambda c: c["architecture"])
 def test_killed_at_random_moments(
     store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path, config: dict[str, Any]
 ) -> None:
     moments = random.Random(config["architecture"])
     spec = Spec(((tmp_path, config),), store.folder)
     kills = 0
-    for _ in range(7):
+    for _ in range(4):
         kills += _kill_after(spec, moments.randint(1, 25), moments.uniform(0, 0.01))
         assert not (tmp_path / WEIGHTS).exists()
-    assert kills == 7
+    assert kills == 4
     codes, said = train(spec)
     assert codes == [0], said
     assert said[0][0].startswith("going on from step")
@@ -149,14 +149,13 @@ def test_no_readable_checkpoint_is_an_error_and_no_new_start(store: ActivationSt
     assert len(_checkpoints(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("kept", [1, 2])
 def test_several_saes_killed_together(
-    store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path, kept: int
+    store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """Also between two SAEs' checkpoints: each ends as it does alone."""
-    configs = [c | {"keep_checkpoints": kept} for c in (STANDARD, TOPK)]
+    configs = [c | {"keep_checkpoints": 1} for c in (STANDARD, TOPK)]
     spec = Spec(tuple((tmp_path / c["architecture"], c) for c in configs), store.folder)
-    moments = random.Random(kept)
+    moments = random.Random(1)
     for _ in range(3):
         assert _kill_after(spec, moments.randint(2, 60), moments.uniform(0, 0.01))
     first, second = (Checkpoint(out, "").steps() for out in (spec.jobs[i][0] / "checkpoint" for i in range(2)))
@@ -214,16 +213,15 @@ def test_streamed_activations(tiny_llama_folder: Path, tmp_path: Path) -> None:
     assert left_in(out["killed"]) == left_in(out["whole"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_end_of_the_step(
-    store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path, number: signal.Signals
+    store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     config = TOPK | {"checkpoint_every": 10_000}
     spec = Spec(((tmp_path, config),), store.folder)
     running = Running(spec)
     running.line(25)
     assert running.process.pid is not None
-    os.kill(running.process.pid, number)
+    os.kill(running.process.pid, signal.SIGTERM)
     code, said = running.end()
     assert code == 130, said
     (step,) = Checkpoint(tmp_path / "checkpoint", "").steps()
@@ -349,12 +347,9 @@ def test_a_shard_that_goes_bad(copied: Path, whole: Callable[..., dict[str, Any]
     assert left_in(out) == whole(TOPK)
 
 
-@pytest.mark.parametrize("config", [STANDARD, TOPK, BATCHTOPK], ids=lambda c: c["architecture"])
-def test_nan_in_a_shard(
-    copied: Path, whole: Callable[..., dict[str, Any]], tmp_path: Path, config: dict[str, Any]
-) -> None:
+def test_nan_in_a_shard(copied: Path, whole: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """A token of the tenth batch: the error names that step, and the checkpoint is from before."""
-    config = config | {"normalise_inputs": "none", "b_dec_init": "zeros", "learning_rate": 1e-3}
+    config = TOPK | {"normalise_inputs": "none", "b_dec_init": "zeros", "learning_rate": 1e-3}
     batches = ActivationStore.open(copied).batches(64, seed=0, epoch=0, start=9)
     token = next(batches)[0]
     (shard,) = (s for s in ActivationStore.open(copied).shards() if _rows_like(s, token).any())

@@ -155,11 +155,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def directions(self, features: Tensor) -> Tensor:
         """What one unit of each feature's activation adds to a reconstruction of normalised inputs.
 
-        Args:
-            features: Int64, any shape.
-
-        Returns:
-            Float32 `[*features.shape, d_in]`.
+        Features are int64 of any shape; float32 `[*features.shape, d_in]`.
         """
         rows = self.W_dec[features]
         return rows / rows.norm(dim=-1, keepdim=True) if self.cfg.rescale_acts_by_decoder_norm else rows

@@ -78,17 +78,7 @@ def ce_loss_score(clean: float, sae: float, zero: float) -> float:
 
 
 class ReconstructionSums:
-    """Explained variance, l2 ratio and l0 over any number of batches, exactly as over one.
-
-    Args:
-        d_in: Width of the activations.
-
-    Example:
-        >>> sums = ReconstructionSums(2)
-        >>> sums.add(torch.tensor([[2., 0.], [0., 4.]]), torch.tensor([[2., 1.], [0., 3.]]))
-        >>> sums.explained_variance()
-        0.8
-    """
+    """Explained variance, l2 ratio and l0 over any number of batches, exactly as over one."""
 
     def __init__(self, d_in: int) -> None:
         self.n_tokens = 0
@@ -96,11 +86,7 @@ class ReconstructionSums:
         self._total = torch.zeros(d_in, dtype=torch.float64)
 
     def add(self, sae_in: Tensor, sae_out: Tensor, feature_acts: Tensor | None = None) -> None:
-        """Take in a batch `[n_tokens, d_in]` (and its feature activations `[n_tokens, d_sae]`, for l0).
-
-        Raises:
-            ShapeMismatch: The shapes differ.
-        """
+        """Take in a batch `[n_tokens, d_in]` (and its feature activations `[n_tokens, d_sae]`, for l0)."""
         if sae_in.shape != sae_out.shape or sae_in.ndim != 2:
             raise ShapeMismatch(
                 f"activations have shape {tuple(sae_in.shape)} and reconstructions {tuple(sae_out.shape)};"
@@ -116,11 +102,7 @@ class ReconstructionSums:
             self._active += float((feature_acts > 0).sum())
 
     def explained_variance(self) -> float:
-        """See `explained_variance`.
-
-        Raises:
-            Undefined: No tokens, or all of them equal.
-        """
+        """See `explained_variance`."""
         n = self.n_tokens
         about_mean = self._squared_in - float(self._total.square().sum()) / n if n else 0.0
         if about_mean <= 1e-12 * self._squared_in or not n:
@@ -190,16 +172,8 @@ def spliced_losses(
 ) -> SplicedLosses:
     """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
 
-    Positions that SAEs are not trained on (the first, and outliers of the norm) stay as they are each time. A BOS in
-    front is never predicted.
-
-    Args:
-        lm: The model.
-        sae: The SAE of this hook.
-        hook: TransformerLens name.
-        rows: Token ids, int32 `[n_rows, context_size]`.
-        limit: Which positions count.
-        batch_size: Rows a forward pass.
+    `rows` are token ids, int32 `[n_rows, context_size]`. Positions that SAEs do not train on (the first, and outliers
+    of the norm) stay as they are each time. A BOS in front is never predicted.
     """
 
     def replacing(new: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
@@ -233,9 +207,7 @@ def spliced_losses(
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
     """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`.
 
-    Args:
-        logits: Float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
-        ids: Token ids, int64 `[n_rows, n]`.
+    `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last; token ids are int64 `[n_rows, n]`.
     """
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     means: NDArray[np.float64] = losses.view(len(ids), -1).double().mean(dim=1).cpu().numpy()

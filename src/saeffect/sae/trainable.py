@@ -30,15 +30,12 @@ class StepInputs:
     """What a step knows besides its batch.
 
     Attributes:
-        config: The recipe.
-        encoder: Finds active entries; its buffers are reused from step to step.
         n_tokens: Tokens of the whole batch, over all processes: every loss is a sum over this process's tokens
             divided by it, so that losses and gradients add up over processes.
         coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
         dead: Indices of features that have not fired for long, int64 `[n_dead]`.
-        tangent: What of the decoder's gradient is parallel to its rows is to be left out at once, for rows that keep
-            their length; architectures say whether they can (`leaves_out_parallel`), and `before_step` does it for the
-            others.
+        tangent: For rows that keep their length, the part of the decoder's gradient that is parallel to them is to be
+            left out at once; for architectures that cannot (`leaves_out_parallel`), `before_step` takes it off.
     """
 
     config: SaeTrainingConfig
@@ -53,16 +50,13 @@ class StepInputs:
 class StepResult:
     """What a step measured on this process's tokens.
 
-    Attributes:
-        losses: Terms by name, 0-dim float32, each already divided by `StepInputs.n_tokens`; "mse" (sum over
-            dimensions of the squared error) is always there, and what is minimised is the sum of all of them.
-        fired: Tokens on which each feature was active, int64 `[d_sae]`.
-        sae_out: The reconstruction, float32 `[n, d_in]`.
+    Losses are 0-dim float32, each already divided by `StepInputs.n_tokens`; "mse" (sum over dimensions of the squared
+    error) is always there, and what is minimised is the sum of all of them.
     """
 
     losses: Mapping[str, Tensor]
-    fired: Tensor
-    sae_out: Tensor
+    fired: Tensor  # tokens on which each feature was active, int64 [d_sae]
+    sae_out: Tensor  # float32 [n, d_in]
 
 
 class TrainableSae(SparseAutoencoder):

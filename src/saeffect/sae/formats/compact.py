@@ -46,19 +46,12 @@ _CARD_ENDS = (
 
 @dataclass(frozen=True, eq=False)
 class CompactSae:
-    """The decoder of an SAE and what its features did on text.
+    """The decoder of an SAE and what its features did on text."""
 
-    Attributes:
-        cfg: As of the whole SAE.
-        W_dec: float32 `[d_sae, d_in]`; each number within half a `scale` of the original.
-        b_dec: float32 `[d_in]`.
-        statistics: One row a feature: feature (int64) and the statistics (float64; mean_activation is NaN for a
-            feature that never fired).
-    """
-
-    cfg: SaeConfig
-    W_dec: Tensor
-    b_dec: Tensor
+    cfg: SaeConfig  # as of the whole SAE
+    W_dec: Tensor  # float32 [d_sae, d_in]; each number within half a `scale` of the original
+    b_dec: Tensor  # float32 [d_in]
+    # One row a feature: feature (int64), density, mean_activation (NaN where it never fired), max_activation (float64).
     statistics: pd.DataFrame
 
 
@@ -74,11 +67,7 @@ def matches(folder: Path, raw: Any) -> bool:
 
 
 def load(folder: Path, raw: Any, where: str) -> NoReturn:
-    """Refuse: there is no encoder.
-
-    Raises:
-        NotFound: Always.
-    """
+    """Refuse: there is no encoder."""
     config(folder, raw, where)
     raise NotFound(
         f"there is no {WEIGHTS} beside cfg.json: this is a compact SAE, its decoder alone.",

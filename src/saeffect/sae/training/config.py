@@ -246,8 +246,7 @@ class SaeRecipe(StrictModel):
         """How each SAE is trained, by name; one alone is called "".
 
         Raises:
-            ConfigError: A name that is no folder, or SAEs that cannot share batches.
-            UnknownName: A change of a key that does not exist.
+            ConfigError: A name that is no folder, SAEs that cannot share batches, or a key that does not exist.
         """
         if self.saes is None:
             return {"": self.sae}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -161,10 +160,7 @@ class SaeRun:
         """A copy in unscaled units, in the form that is saved."""
         trained = self.trainer.sae
         twin = new_sae(self.job.config, trained.cfg.d_in)
-        twin.cfg = copy.copy(trained.cfg)
         twin.load_state_dict(trained.state_dict())
-        for name, tensor in twin.running_state().items():
-            tensor.copy_(trained.running_state()[name])
         twin.fold_scale(self.scale)
         sae = twin.for_inference()
         sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, **self.job.metadata})
@@ -173,15 +169,15 @@ class SaeRun:
     def _row(self, report: StepReport, x: Tensor) -> dict[str, float]:
         x = x * self.scale
         variance = float((x - x.mean(0)).square().sum() / len(x))
-        row = {"loss": report.loss, **report.losses}
-        row |= {
+        return {
+            "loss": report.loss,
+            **report.losses,
             "explained_variance": 1 - report.losses["mse"] / variance if variance else math.nan,
             "l0": report.l0,
             "dead": int((self.trainer.since_fired >= self.job.config.dead_after).sum()),
             "gradient_norm": report.gradient_norm,
             "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
         }
-        return row
 
     def _refuse_broken(self, step: int) -> None:
         """A checkpoint of weights that are not finite would be of no use, and push a good one out."""
@@ -190,15 +186,10 @@ class SaeRun:
                 raise self._diverged(f"{name} became NaN or infinite", step)
 
     def _diverged(self, what: str, step: int) -> BadFile:
-        return BadFile(
-            f"{what} at step {step:,}.",
-            at=str(self.job.out),
-            fix=f"look for NaN in the activations, lower learning_rate or clip gradients{self._goes_on()}.",
-        )
-
-    def _goes_on(self) -> str:
-        last = self.checkpoint.steps()
-        return f"; it goes on from the checkpoint after step {last[-1]:,}" if last else ""
+        kept = self.checkpoint.steps()
+        goes_on = f"; it goes on from the checkpoint after step {kept[-1]:,}" if kept else ""
+        fix = f"look for NaN in the activations, lower learning_rate or clip gradients{goes_on}."
+        return BadFile(f"{what} at step {step:,}.", at=str(self.job.out), fix=fix)
 
 
 @torch.no_grad()

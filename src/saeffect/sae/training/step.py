@@ -83,10 +83,10 @@ class TrainingStep:
 
     @torch.no_grad()
     def __call__(self, step: int, x: Tensor, n_tokens: int | None = None, *, stop: bool = False) -> StepReport:
-        """Move one step.
+        """Move step number `step`, from 0.
 
         Args:
-            step: Its number, from 0.
+            step: Its number.
             x: This process's part of the batch, scaled, float32 `[n, d_in]`.
             n_tokens: Tokens of the whole batch; `n` without other processes.
             stop: This process was asked to stop; the report says whether any was.
@@ -143,7 +143,7 @@ class TrainingStep:
         self.tokens_counted[0] += n_tokens
 
     def _resample(self, step: int, x: Tensor, sae_out: Tensor) -> int:
-        """Close the window of counts if it is full, and start dead features anew if it is time."""
+        """Close the window of counts if it is full, and start dead features anew if it is time; how many."""
         config, n_resampled = self.config, 0
         if (step + 1) % config.dead_window:
             return 0
