@@ -122,9 +122,6 @@ def fates(
 
     Raises:
         ShapeMismatch: A table or matching is of another SAE, or measures differ.
-
-    Source:
-        This package's own; the statistics are in `matched_null`.
     """
     _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:

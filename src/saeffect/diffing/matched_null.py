@@ -51,7 +51,7 @@ _TIE = 1e-12
 
 
 def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
-    """Cut features into groups of similar traits.
+    """Cut features into groups of similar traits: int64 [n], numbers from 0.
 
     Groups are halved at the median of one trait after the other while both halves keep `min_size` features.
     Only the order of a trait's values matters, so a logarithm changes nothing.
@@ -59,9 +59,6 @@ def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
     Args:
         traits: [n, n_traits]; features with a NaN among theirs get `NO_STRATUM`.
         min_size: Fewest features in a group (unless there are fewer in all).
-
-    Returns:
-        int64 [n], group numbers from 0.
 
     Example:
         >>> strata([[1.0], [9.0], [2.0], [8.0], [float("nan")]], min_size=2).tolist()
@@ -219,7 +216,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
         own: bool [n], whether it holds for each feature in the treatment.
         placebos: bool [n_placebos, n].
         resampling: Seed and number of resamples.
-        name: Names this number; gives it a random stream of its own.
+        name: Gives this number a random stream of its own.
 
     Returns:
         Count in the treatment minus the mean count in the placebos, with a 95 % interval.
@@ -244,11 +241,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
 def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
     """`excess_paired` where each SAE has features of its own, as for new ones: they are resampled in each on its own.
 
-    Args:
-        own: bool [n], whether it holds for each feature of the treatment.
-        placebos: One such array a placebo, of any length; counts are scaled to n features.
-        resampling: Seed and number of resamples.
-        name: Names this number.
+    `placebos` are arrays of any length; their counts are scaled to the n features of `own`.
 
     Example:
         >>> excess_unpaired(np.array([True, True]), [np.array([True, False, False, False])], Resampling(), "new").value

@@ -76,12 +76,10 @@ class Matching:
 
     @property
     def n_a(self) -> int:
-        """Features of `a`."""
         return len(self.forward.indices)
 
     @property
     def n_b(self) -> int:
-        """Features of `b`."""
         return len(self.backward.indices)
 
     @property
@@ -100,12 +98,8 @@ class Matching:
 class TopPairs:
     """Keeps the best entries of each row and of each column of a matrix that arrives in blocks of rows.
 
-    Equal entries are ranked by their number, so the result does not depend on how the rows were cut.
-
-    Args:
-        n_a: Rows of the whole matrix.
-        n_b: Columns.
-        n: Entries to keep.
+    Equal entries are ranked by their number, so the result does not depend on how the rows were cut. The whole matrix is
+    [n_a, n_b], and n entries are kept.
 
     Attributes:
         forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
@@ -201,15 +195,10 @@ def match_decoders(
 def neighbours_of(
     indices: Tensor, values: Tensor, reason: list[str], n: int, none: str, *, absent: float
 ) -> Neighbours:
-    """The first `n` of ranked candidates.
+    """The first `n` of ranked candidates, [n_features, at least n].
 
-    Args:
-        indices: int64 [n_features, at least n], `NO_MATCH` for none.
-        values: Their similarities.
-        reason: Why a feature cannot be compared at all; "" if it can.
-        n: How many to keep.
-        none: The reason of features that could be compared and found no neighbour.
-        absent: Their similarity.
+    `reason` says why a feature cannot be compared at all; those that could and found no neighbour get `none` for a
+    reason and `absent` for a similarity.
     """
     kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
     comparable = np.array([not why for why in reason], dtype=bool)
