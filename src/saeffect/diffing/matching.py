@@ -98,8 +98,8 @@ class Matching:
 class TopPairs:
     """Keeps the best entries of each row and of each column of a matrix that arrives in blocks of rows.
 
-    Equal entries are ranked by their number, so the result does not depend on how the rows were cut. The whole matrix is
-    [n_a, n_b], and n entries are kept.
+    Equal entries are ranked by their number, so the result does not depend on how the rows were cut. The whole matrix
+    is [n_a, n_b], and n entries are kept.
 
     Attributes:
         forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.

@@ -142,7 +142,7 @@ def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -
     for row, tokens in enumerate(top_tokens):
         if isinstance(tokens, str):
             raise ConfigError(
-                f"top_tokens must be one list of tokens a feature. Got the string {tokens!r} at position {row} instead.",
+                f"top_tokens must be one list of tokens a feature. Got the string {tokens!r} at position {row}.",
                 fix="put the tokens of each feature in a list.",
             )
         matched.append([token for token in tokens if token in vocabulary])
