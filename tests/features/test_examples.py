@@ -163,6 +163,6 @@ def test_bad_input():
     collector.update(torch.ones(1, 3, 2), ids + 26)
     with pytest.raises(ShapeMismatch, match="token id 26 occurs, but there are only 26"):
         collector.result(LETTERS)
-    for wrong in ({"d_sae": 0}, {"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
+    for wrong in ({"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
         with pytest.raises(ConfigError):
             ExampleCollector(**wrong)

@@ -104,12 +104,11 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
     Args:
         values: [n_saes, n], first the SAE in question, then at least one placebo; NaN where undefined.
         groups: int64 [n], as `strata` gives them.
-        margin: A drop below the mean of the others that counts for nothing, in units of `values`: two SAEs
-            may differ a little as a whole.
+        margin: A drop that counts for nothing, in units of `values`: two SAEs may differ a little as a whole.
 
     Returns:
-        p [n] and the drop (mean of the others minus the first's) [n]; both NaN where a value is undefined, p
-        also where there is no stratum.
+        p [n] and the drop (mean of the others minus the first's) [n]; NaN where a value or, for p, the stratum is
+        undefined.
 
     Raises:
         ShapeMismatch: Fewer than two SAEs, or `groups` does not fit.
@@ -155,10 +154,10 @@ def conformal_p(
     and the null's are one of a kind in every stratum, whatever its shape.
 
     Args:
-        values: [n], NaN where undefined.
-        groups: int64 [n].
-        null: [n_null], the same number for features that nothing was done to.
-        null_groups: int64 [n_null].
+        values: [n], NaN where undefined, of strata `groups`, int64 [n].
+        groups: See there.
+        null: [n_null], the same number for features that nothing was done to, of strata `null_groups`.
+        null_groups: See there.
         margin: Added to the values before they are ranked: a lack that counts for nothing.
 
     Returns:
@@ -191,12 +190,7 @@ def conformal_p(
 
 
 def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, asked: IntArray) -> FloatArray:
-    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `asked`; NaN where none.
-
-    Example:
-        >>> quantile_per_stratum([1.0, 3.0, 5.0], np.array([0, 0, 1]), 0.5, np.array([1, 0, 2])).tolist()
-        [5.0, 2.0, nan]
-    """
+    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `asked`; else NaN."""
     data = np.asarray(values, dtype=np.float64)
     result = np.full(len(asked), np.nan)
     usable = ~np.isnan(data) & (groups != NO_STRATUM)

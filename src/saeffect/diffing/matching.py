@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray
 
 __all__ = ["NO_MATCH", "Assignment", "Matching", "Neighbours", "TopPairs", "assign", "match_decoders", "neighbours_of"]
@@ -156,7 +156,6 @@ def match_decoders(
 
     Raises:
         ShapeMismatch: Widths differ, or a mask does not fit.
-        ConfigError: `n` is below 1.
         BadFile: A weight is NaN or infinite.
 
     Example:
@@ -164,8 +163,6 @@ def match_decoders(
         >>> found.forward.match.tolist(), found.forward.best.tolist()
         ([1, 0], [1.0, 1.0])
     """
-    if n < 1:
-        raise ConfigError(f"n must be at least 1. Got {n} instead.", at="n")
     shapes_fit = W_dec_a.ndim == W_dec_b.ndim == 2 and W_dec_a.shape[1] == W_dec_b.shape[1]
     if not (shapes_fit and len(W_dec_a) and len(W_dec_b)):
         raise ShapeMismatch(
@@ -210,12 +207,9 @@ def neighbours_of(
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """A one-to-one pairing of features; not every feature has a partner.
+    """The partner in `b` of each feature of `a`, int64 [n_a], and the other way round, `NO_MATCH` for none.
 
-    Attributes:
-        b_of_a: int64 [n_a], the partner in `b` of each feature of `a`; `NO_MATCH` for none.
-        a_of_b: int64 [n_b], the same seen from `b`.
-        similarity: float64 [n_a], of each feature of `a` with its partner; NaN for none.
+    `similarity`, float64 [n_a], is that of a feature of `a` with its partner; NaN for none.
     """
 
     b_of_a: IntArray

@@ -35,9 +35,6 @@ class ActivityAccumulator:
         d_sae: Number of features.
         sources: Names of the text sources that tokens may come from; each gets a density of its own.
 
-    Raises:
-        ConfigError: `d_sae` is below 1, or a source is named twice.
-
     Example:
         >>> activity = ActivityAccumulator(d_sae=2, sources=("general", "domain"))
         >>> activity.update(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), ["general", "domain"])
@@ -47,8 +44,6 @@ class ActivityAccumulator:
     """
 
     def __init__(self, d_sae: int, sources: Sequence[str] = ("general", "domain")) -> None:
-        if d_sae < 1:
-            raise ConfigError(f"d_sae must be at least 1. Got {d_sae} instead.", at="d_sae")
         if len(set(sources)) != len(sources):
             raise ConfigError(f"sources must differ. Got {list(sources)} instead.", at="sources")
         self.d_sae = d_sae
@@ -132,7 +127,7 @@ class ExampleCollector:
         window: Tokens of context before the peak; `window // 3` follow it. Both stop at the sequence's ends.
 
     Raises:
-        ConfigError: `d_sae` or `n_examples` is below 1, or `window` below 0.
+        ConfigError: `n_examples` is below 1, or `window` below 0.
 
     Example:
         >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
@@ -143,7 +138,7 @@ class ExampleCollector:
     """
 
     def __init__(self, d_sae: int, n_examples: int = 6, window: int = 24) -> None:
-        for name, value, least in (("d_sae", d_sae, 1), ("n_examples", n_examples, 1), ("window", window, 0)):
+        for name, value, least in (("n_examples", n_examples, 1), ("window", window, 0)):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=name)
         self.d_sae, self.n_examples, self.window = d_sae, n_examples, window

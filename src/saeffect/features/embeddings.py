@@ -36,9 +36,6 @@ class WordVectors:
         vectors: float32 [n, dim], finite, read-only.
         name: A bundled name, or the file they came from.
 
-    Raises:
-        ShapeMismatch: `vectors` is not [n, dim] with one row a word.
-
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
         >>> len(toy), toy.dim, "cat" in toy, "Cat" in toy

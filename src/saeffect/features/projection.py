@@ -90,10 +90,9 @@ def project(
             chosen either, since they have no direction; they do count in the moments.
         chunk: Features per matrix product, at most. Changes memory, and the moments by float32 rounding at most.
         dtype: Of the products among which the top tokens are looked for: "float32", "bfloat16", or "auto" for the
-            faster one, which is bfloat16 where the processor multiplies it and there is much to multiply. Top tokens
-            and weights are the same in all: every token that could be among them, by a proven bound of the rounding,
-            is evaluated in float64 and rounded to float32. So are mean and std, but for the rounding of float32;
-            skewness and kurtosis from bfloat16 are typically off by 1e-4 (see `TileMoments`).
+            faster one, bfloat16 where the processor multiplies it and there is much to multiply. Top tokens and weights
+            are the same in all (see `top_tokens`), and so are mean and std, but for the rounding of float32; skewness
+            and kurtosis from bfloat16 are typically off by 1e-4 (see `TileMoments`).
 
     Raises:
         UnknownName: `projection` is neither "dot" nor "cosine", or `dtype` is unknown.

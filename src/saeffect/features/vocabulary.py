@@ -53,13 +53,7 @@ _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A reference list of the words of a domain.
-
-    Attributes:
-        name: Name of the bundled list, or the path it was read from.
-        words: Lower-case words.
-        sha256: Of the bytes of the file, in hexadecimal.
-    """
+    """A reference list of a domain's words, in lower case; by its bundled name or path; and the hash of the file."""
 
     name: str
     words: frozenset[str]
@@ -163,9 +157,8 @@ def select(
         features: One row a feature: feature, top_tokens, top_tokens_dot, top_tokens_cosine.
         vocabulary: A bundled list's name, a path, or a loaded list.
         min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
-        verdicts: One row a reviewed feature: feature, n_yes, n_no, n_unsure, label, majority (bool), as
-            `saeffect.review.summarise_verdicts` gives it. With it, a domain feature also needs a majority of
-            yes; one that nobody reviewed is none.
+        verdicts: As `saeffect.review.summarise_verdicts` gives them. With them, a domain feature also needs a majority
+            of yes; one that nobody reviewed is none.
         arm: Name of the arm, for error messages.
 
     Returns:

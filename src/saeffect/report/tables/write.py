@@ -62,6 +62,7 @@ def _evidence_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
     """Tables that not every comparison makes: those without columns are left out."""
     tables = {name: getattr(comparison, name) for name in _EVIDENCE_TABLES}
     tables |= {name: getattr(comparison.matches, name) for name in MatchTables.names()}
+    tables |= dict(comparison.matches.further)
     return {name: table for name, table in tables.items() if len(table.columns)}
 
 
