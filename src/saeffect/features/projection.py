@@ -24,7 +24,7 @@ from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
 from saeffect.features.top_tokens import Rows, TopTokens, UnembeddingTiles, exact_products
 from saeffect.lm.loading import resolve_dtype
 
-__all__ = ["PRODUCT_DTYPES", "PROJECTIONS", "Projection", "project", "project_both"]
+__all__ = ["PRODUCT_DTYPES", "PROJECTIONS", "Projection", "TileMoments", "project", "project_both"]
 
 PROJECTIONS = ("dot", "cosine")
 PRODUCT_DTYPES = ("auto", "float32", "bfloat16")
