@@ -12,10 +12,10 @@ import pandas as pd
 from saeffect.comparison import ArmTables
 from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.outcome import outcome_pairs
-from saeffect.report.tables.view import capitalised
+from saeffect.report.tables.steering import outcome_pairs
+from saeffect.report.tables.write import domain_features
 from saeffect.report.texts import Chip, Run, Trial, chips, context_runs, representative_trials
-from saeffect.report.words.names import outcome_words
+from saeffect.report.words.names import capital, outcome_words
 from saeffect.report.words.numbers import (
     THIN_SPACE,
     amount,
@@ -121,13 +121,9 @@ def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCar
 
 def _all_columns(arm: ArmTables) -> pd.DataFrame:
     """Domain features with coherence, selection and effects beside them, in the order of the list."""
-    rows = arm.of_domain(arm.features)
-    for table, source in ((arm.coherence, "coherence"), (arm.selection, "selection"), (arm.effects, "effect")):
-        if table is not None and not table.empty:
-            fresh = [column for column in table.columns if column == "feature" or column not in rows.columns]
-            rows = rows.merge(table[fresh].rename(columns={"reason": f"{source}_reason"}), on="feature", how="left")
-    effect = rows["effect"] if "effect" in rows.columns else pd.Series(np.nan, index=rows.index)
-    rows["effect"] = pd.to_numeric(effect, errors="coerce")
+    rows = domain_features(arm)
+    if "effect" not in rows.columns:
+        rows["effect"] = np.nan
     return rows.sort_values(
         ["effect", "matches", "feature"], ascending=[False, False, True], na_position="last", kind="stable"
     ).reset_index(drop=True)
@@ -216,7 +212,7 @@ def _steering(row: _Row) -> list[Pair]:
     if is_defined(row.get("direct_placebo")):
         direct += f" (placebo {_text(row, 'direct_placebo')})"
     q = row.get("q")
-    outcome = capitalised(outcome_words(str(row.get("outcome") or "similarity")).title)
+    outcome = capital(outcome_words(str(row.get("outcome") or "similarity")).title)
     return [
         (
             "Effect: steered − placebo",

@@ -23,24 +23,9 @@ from saeffect.report.cards import feature_lists, showcase
 from saeffect.report.context import ReportContext
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
-from saeffect.report.sections import (
-    Evidence,
-    SteeringSection,
-    evidence,
-    steering_section,
-    threat_table,
-    traced_paragraph,
-)
-from saeffect.report.tables.activity import cross_table, stagewise_table
-from saeffect.report.tables.baseline import baseline_table
-from saeffect.report.tables.chance import calibration_table, chance_table, power_table
-from saeffect.report.tables.fate import fate_table, notable_table
-from saeffect.report.tables.outcome import outcome_table
-from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
-from saeffect.report.tables.regression import regression_table
-from saeffect.report.tables.study import design_table, dose_table, field_label, gate_table, same_in_every_arm
-from saeffect.report.tables.together import together_table
-from saeffect.report.tables.view import TableView
+from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
+from saeffect.report.tables import TABLES, TableView
+from saeffect.report.tables.study import field_label, same_in_every_arm
 from saeffect.report.words.numbers import THIN_SPACE
 from saeffect.report.words.terms import Explainer, Term, terms
 
@@ -163,41 +148,24 @@ def _read(name: str) -> str:
 def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
     """Every table in page order, each with the terms that it is the first to use.
 
-    Sections that use terms and have no table of their own stand among them with their terms.
+    Sections that use terms and have no table of their own stand before the table that follows them.
     """
     steered = bool((comparison.table1["tested"] > 0).any())
-    forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ())) if steered else ()
-    shown: dict[str, TableView | tuple[str, ...] | None] = {
-        "glance": at_a_glance(comparison),
-        "calibration": calibration_table(comparison, context),
-        "by_chance": chance_table(comparison),
-        "power": power_table(comparison),
-        "forest": forest,
-        "outcomes": outcome_table(comparison, context),
-        "baselines": baseline_table(comparison, context),
-        "together": together_table(comparison, context),
-        "doses": dose_table(context),
-        "showcase": ("feature", "top_tokens", "effect", "similarity", "pass"),
-        "table1": paper_table_1(comparison, context),
-        "table2": paper_table_2(comparison, context),
-        "contrasts": contrast_table(comparison),
-        "features": ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"),
-        "fates": fate_table(comparison, context),
-        "notable": notable_table(comparison, context),
-        "cross": cross_table(comparison, context),
-        "stagewise": stagewise_table(comparison, context),
-        "regression": regression_table(comparison, context),
-        "threats": threat_table(comparison.threats),
-        "design": design_table(comparison),
-        "gate": gate_table(comparison, context),
+    forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ()))
+    sections = {
+        "outcomes": ("forest", forest if steered else ()),
+        "table1": ("showcase", ("feature", "top_tokens", "effect", "similarity", "pass")),
+        "fates": ("features", ("coherence", "density", "activation", "direct_effect", "kl", "p", "q")),
     }
     explain = Explainer(terms(context))
-    return {
-        name: _Explained(None, explain.first(view))
-        if isinstance(view, tuple)
-        else _Explained(view, explain.first(view.terms) if view is not None else ())
-        for name, view in shown.items()
-    }
+    found = {}
+    for name, view_of in TABLES.items():
+        if name in sections:
+            section, keys = sections[name]
+            found[section] = _Explained(None, explain.first(keys))
+        view = view_of(comparison, context)
+        found[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
+    return found
 
 
 def _pictures(

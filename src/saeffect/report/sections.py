@@ -10,12 +10,9 @@ import pandas as pd
 from saeffect.comparison import Answer, Comparison, Trace
 from saeffect.comparison.arms import roles_of
 from saeffect.report.context import ReportContext, SteeringResults
-from saeffect.report.tables.activity import cross_summary
-from saeffect.report.tables.baseline import baseline_sentences
-from saeffect.report.tables.chance import calibration_verdict
-from saeffect.report.tables.fate import fate_summary
-from saeffect.report.tables.regression import coherence_sentence
-from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.tables.evidence import calibration_verdict, coherence_sentence
+from saeffect.report.tables.matching import cross_summary, fate_summary
+from saeffect.report.tables.steering import baseline_sentences
 from saeffect.report.words.evidence import power_sentence
 from saeffect.report.words.names import control_words, dose_words, outcome_words
 from saeffect.report.words.numbers import is_defined, joined, plural
@@ -30,7 +27,6 @@ __all__ = [
     "gravest",
     "steering_section",
     "threat_summary",
-    "threat_table",
     "traced_paragraph",
 ]
 
@@ -102,35 +98,6 @@ def _limits(comparison: Comparison) -> dict[str, str]:
     if comparison.regression.empty or not comparison.regression["estimate"].notna().any():
         limits["regression"] = coherence_sentence(comparison)
     return limits
-
-
-_SEVERITY_MEANS = {
-    "serious": "the answer may be wrong for it",
-    "moderate": "the answer is less sure than its intervals say",
-    "minor": "the answer speaks for less than it seems to",
-}
-
-
-def threat_table(threats: pd.DataFrame) -> TableView:
-    """Every threat, how serious, what to do."""
-    rows = [
-        Row(
-            capitalised(row.severity),
-            (Cell(str(row.threat), is_text=True), Cell(str(row.remedy), sub=f"seen in {row.source}", is_text=True)),
-            strong=row.severity == "serious",
-        )
-        for row in threats.itertuples()
-    ]
-    return TableView(
-        name="threats",
-        caption="Threats to validity",
-        source="comparison/threats.parquet, every row; its column source names the table behind each",
-        columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
-        rows=tuple(rows),
-        corner="How serious",
-        stacks=True,
-        note="; ".join(f"{name}: {means}" for name, means in _SEVERITY_MEANS.items()) + ".",
-    )
 
 
 def threat_summary(threats: pd.DataFrame) -> str:

@@ -111,7 +111,7 @@ def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Co
     subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     changes = []
     for judgement in beyond:
-        words, change = wording(judgement.quantity), judgement.headline
+        words, change = wording(judgement.quantity), judgement.told
         clause = words.larger if change.estimate > 0 else words.smaller
         changes.append(f"{clause} ({difference(change)}{over_saes(judgement)})")
     text = f"{subject} by more than retraining the SAE does: {joined(changes)}."

@@ -42,8 +42,8 @@ def _fates(how: str, rows: pd.DataFrame, roles: Roles) -> str:
     if ("control", "absorbed") in called:
         words.append(f"{called['control', 'absorbed']} absorbed by others")
     text = (
-        f"Of {count(gone['n_features'])} features of {roles.control} that can be judged {how}, {joined(words)}; of those "
-        f"of {roles.treatment}, {called['treatment', 'new']} are new."
+        f"Of {count(gone['n_features'])} features of {roles.control} that can be judged {how}, {joined(words)}; of "
+        f"those of {roles.treatment}, {called['treatment', 'new']} are new."
     )
     # Without a counterpart by similarity alone, beside what other seeds show: the same rule for both.
     parts = [

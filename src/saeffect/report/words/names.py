@@ -12,6 +12,7 @@ from saeffect.report.words.numbers import amount, amount_interval, fixed, is_def
 
 __all__ = [
     "OutcomeWords",
+    "capital",
     "control_words",
     "dose_axis",
     "dose_meaning",
@@ -27,6 +28,16 @@ __all__ = [
     "outcome_words",
     "short_name",
 ]
+
+
+def capital(text: str) -> str:
+    """With a capital at its start, all else as it is.
+
+    Example:
+        >>> capital("share of SAEs")
+        'Share of SAEs'
+    """
+    return text[:1].upper() + text[1:]
 
 
 def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison, Trace
-from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, headline_row
+from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, told_row
 from saeffect.comparison.quantities import wording
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.report.words.names import first_tokens
@@ -91,13 +91,13 @@ def _quantities(
         reasons = dict.fromkeys(judged[name].change.reason for name in declared if judged[name].change.reason)
         text.say(f"None of the declared quantities can be compared ({'; '.join(reasons) or 'no interval'}).")
     for place, name in enumerate(known):
-        row = headline_row(found.contrasts, judged[name])
+        row = told_row(found.contrasts, judged[name])
         if place == 0:
             _first(text, judged[name], row, roles, control)
         else:
             _other(text, judged[name], row, control)
     if "pass_rate" not in declared and judged["pass_rate"].status != "undefined":
-        row = headline_row(found.contrasts, judged["pass_rate"])
+        row = told_row(found.contrasts, judged["pass_rate"])
         _other(text, judged["pass_rate"], row, control, ", not declared beforehand")
 
 
@@ -106,7 +106,7 @@ def _first(text: Paragraph, judgement: Judgement, row: pd.Series[Any], roles: Ro
     before, between = wording(name).first
     _cite(text, before, row, "value_a", between.format(control=control) + " before fine-tuning and ")
     _cite(text, "", row, "value_b", " after: ")
-    text.cite(bracketed(judgement.headline, full=True), "contrasts", **_place(row))
+    text.cite(bracketed(judgement.told, full=True), "contrasts", **_place(row))
     text.say(over_saes(judgement))
     if judgement.seeds is not None and not judgement.by_seeds:
         text.say("; SAE noise included ")
@@ -124,7 +124,7 @@ def _other(text: Paragraph, judgement: Judgement, row: pd.Series[Any], control: 
     before, between, after = (words.format(control=control) for words in wording(judgement.quantity).goes)
     _cite(text, " " + before, row, "value_a", between)
     _cite(text, "", row, "value_b", after + " (")
-    _cite_gap(text, judgement.headline, **_place(row))
+    _cite_gap(text, judgement.told, **_place(row))
     text.say(f"{over_saes(judgement)}{remark}).")
 
 

@@ -107,7 +107,8 @@ def _of_alarms(calibration: pd.DataFrame) -> Iterator[Threat]:
             "Nobody knows how often these tests find something where there is nothing to find: no two SAEs of the "
             "control's model could stand in for control and treatment.",
             "moderate",
-            "Train two more SAEs of the control's model from other seeds, one as a placebo arm and one under more_saes.",
+            "Train two more SAEs of the control's model from other seeds, one as a placebo arm and one under "
+            "more_saes.",
             source,
         )
 
@@ -199,8 +200,8 @@ def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
             f"{fixed(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one in twenty such "
             "studies still credits fine-tuning wrongly.",
             "moderate",
-            "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering (the "
-            "pass rate, effects) needs placebo arms.",
+            "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering "
+            "(the pass rate, effects) needs placebo arms.",
             "comparison/contrasts.parquet: p_noise, saes_a, saes_b",
         )
 
@@ -242,7 +243,8 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
     partly = [f"{count(n)} of {count(domain[name])} in {name}" for name, n in tested.items() if 0 < n < domain[name]]
     if partly:
         yield Threat(
-            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects speak for the tested ones.",
+            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects speak for the tested "
+            "ones.",
             "minor",
             "Raise steering.max_features.",
             source,
