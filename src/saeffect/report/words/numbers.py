@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import SupportsFloat, TypeGuard
 
 import numpy as np
+import pandas as pd
 
 from saeffect.comparison.judgement import Gap
 
@@ -35,27 +36,17 @@ LEVEL = f"95{THIN_SPACE}% interval"
 
 
 def is_defined(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number (None, NaN, NA and infinities are not).
+    """Whether `value` is a finite number (None, NaN, NA, text and infinities are not).
 
     Example:
         >>> is_defined(0), is_defined(float("nan")), is_defined(None)
         (True, False, False)
     """
-    if value is None or isinstance(value, str) or not isinstance(value, SupportsFloat):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
+    return isinstance(value, SupportsFloat) and value is not pd.NA and math.isfinite(value)
 
 
 def is_true(value: object) -> bool:
-    """Whether a cell holds True: missing ones do not.
-
-    Example:
-        >>> is_true(np.True_), is_true(float("nan")), is_true(None)
-        (True, False, False)
-    """
+    """Whether a cell holds True: missing ones do not."""
     return isinstance(value, bool | np.bool_) and bool(value)
 
 
