@@ -15,7 +15,7 @@ __all__ = ["ReportContext", "SteeringResults"]
 
 @dataclass(frozen=True, eq=False)
 class SteeringResults:
-    """The tables of the steer stage, and how it steered. Every table may be missing.
+    """The tables of the steer stage, and how it steered; an arm without rows may be missing from them.
 
     Attributes:
         operator: "add", "clamp" or "ablate".
@@ -82,7 +82,7 @@ class ReportContext:
         examples: Each arm's max-activating contexts, by name: feature, rank, activation, position, tokens,
             activations, source.
         prompts: The prompts that were steered on, in the order of the interventions' `prompt` column.
-        gate: Quality of each arm's SAE, one row an arm, with a column `arm`; read off the arms' facts when missing.
+        gate: Quality of each arm's SAE and model, one row an arm, with a column `arm`; None when it is not known.
         steering: What the steer stage found besides the arms' own tables; None when it is not known.
         doses: The dose search: `arm` (optional), `dose`, any numeric columns, and `chosen` (bool).
         config: The resolved study file, YAML text.
@@ -93,7 +93,6 @@ class ReportContext:
         alpha: Highest q at which a feature passed.
         projection: Scale of the top tokens, "cosine" or "dot".
         max_features: Features listed for each arm; the rest are in the tables.
-        max_contexts: Contexts shown a feature.
     """
 
     study: str = "study"
@@ -113,7 +112,6 @@ class ReportContext:
     alpha: float = 0.05
     projection: str = "cosine"
     max_features: int = 200
-    max_contexts: int = 4
 
     def arm_of(self, role: str) -> ArmTables | None:
         """The first arm of a role; None where the report knows none."""
