@@ -6,7 +6,10 @@ OUT ?= runs/smollm2-medical
 # Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
 TEST_JOBS ?= 2
 
-.PHONY: demo test check lint types layers doctests unit real browser format clean benchmark-env
+# How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
+SAMPLE ?= 1
+
+.PHONY: demo test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -29,7 +32,7 @@ doctests: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser" \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation" \
 		--ignore=tests/test_layers.py tests/study tests/sae tests # the longest files first
 
 real: .venv/.installed-test
@@ -37,6 +40,15 @@ real: .venv/.installed-test
 
 browser: .venv/.installed-test
 	$(BIN)/pytest -m browser
+
+# The error rates and coverages, each over many simulated studies. `make test` leaves them out.
+simulations: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) -m simulation --sample $(SAMPLE)
+
+# Branch coverage of src/ by the unit layer.
+coverage: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not browser and not simulation" \
+		--cov=saeffect --cov-branch --cov-report=term:skip-covered tests
 
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix src tests scripts

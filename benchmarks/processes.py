@@ -100,6 +100,7 @@ def harvest(task: dict[str, Any]) -> float:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from saeffect.io import Log
     from saeffect.lm.harvest import TokenRows
     from saeffect.lm.harvest import harvest as run
     from saeffect.lm.language_model import LanguageModel
@@ -112,7 +113,7 @@ def harvest(task: dict[str, Any]) -> float:
     ids = np.random.default_rng(0).integers(1, 320, (task["rows"], 128)).astype(np.int32)
     rows = TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ("random",))
     said: list[str] = []
-    run(lm, HOOK, rows, task["out"], rows_per_shard=4, batch_size=4, say=said.append)
+    run(lm, HOOK, rows, task["out"], rows_per_shard=4, batch_size=4, log=Log(said.append))
     found = re.search(r"([\d,]+) tokens/s", said[-1])
     assert found is not None
     return float(found[1].replace(",", ""))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.io import atomic_path, write_json
+from saeffect.io import Log, atomic_path, write_json
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.harvest import NormLimit, kept_positions
 from saeffect.lm.language_model import LanguageModel
@@ -90,7 +90,7 @@ def main() -> None:
 
 def build_adapter(medical: Path, general: Path, work: Path) -> None:
     recipe = _recipe("medical-lora") | {"text": str(medical), "control_text": str(general)}
-    finetune(FinetuneConfig.read(recipe, at="recipes/medical-lora.yaml"), work / "medical-lora", say=print)
+    finetune(FinetuneConfig.read(recipe, at="recipes/medical-lora.yaml"), work / "medical-lora", log=Log(print))
     _install(work / "medical-lora", BUNDLED / "adapters" / "medical-lora")
 
 
@@ -105,7 +105,7 @@ def build_saes(medical: Path, general: Path, work: Path) -> None:
         config = SaeRecipe.read(recipe, at="recipes/smollm2-sae.yaml")
         trained[name] = work / name
         print(f"== {name}", flush=True)
-        train_from_recipe(config, trained[name], work=work, say=partial(print, flush=True))
+        train_from_recipe(config, trained[name], work=work, log=Log(partial(print, flush=True)))
     for name, (adapter, _) in SAES.items():
         target = BUNDLED / "saes" / name
         if name in WHOLE:
@@ -119,7 +119,7 @@ def build_saes(medical: Path, general: Path, work: Path) -> None:
 def _activity(folder: Path, adapter: str | None) -> pd.DataFrame:
     """What the features did on the bundled text: what a study records of a whole SAE's."""
     sae = load_sae(folder)
-    lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), say=print)
+    lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), log=Log(print))
     rows = study_rows(TextConfig(bundled="smollm2-sampled", tokens=ROWS * LENGTH), lambda: lm)
     meta = sae.cfg.metadata
     limit = NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
@@ -136,7 +136,7 @@ def build_text() -> None:
     blocks: list[NDArray[np.int32]] = []
     sources: list[int] = []
     for number, adapter in enumerate((None, ADAPTER)):
-        lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), say=print)
+        lm = load_language_model(ModelConfig(path=BASE, adapter=adapter), log=Log(print))
         for source, stems in enumerate((GENERAL, MEDICAL)):
             lines = [stem for line in stems.splitlines() for stem in line.split("|")]
             print(f"sampling from {lm.name}: {('general', 'domain')[source]}")

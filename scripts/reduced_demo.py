@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import yaml
 
+from saeffect.io import Log
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
 
@@ -26,15 +28,10 @@ def main(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
-        run = run_study(Study.open(path), out, say=_say)
+        run = run_study(Study.open(path), out, log=Log(partial(print, flush=True)))
     report = run.path("report.html")
     assert report.stat().st_size > 100_000, "the report is too small to be one"
     print(f"report: {report}")
-
-
-def _say(line: str) -> None:
-    if not line.startswith("progress"):
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ SENTENCES = (
     "The patient had a fever, a cough and some pain.",
     "She wrote a letter to the old doctor in the town.",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", default="1", metavar="N[:KEY]", help="run one in N simulations; KEY chooses which")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the simulations that are not in the sample: each is in it for one key in N, the same key always."""
+    share, _, key = config.getoption("--sample").partition(":")
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("simulation") and zlib.crc32(f"{key}{item.nodeid}".encode()) % int(share)
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,10 +6,14 @@ treatment, steering works on most but not all, some coherence is undefined.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from saeffect.comparison import PRIMARY, Comparison, compare
 from saeffect.comparison.arms import ArmFacts, ArmTables
+from saeffect.report import with_answer
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -46,6 +50,13 @@ GENERAL = [
 # fmt: on
 DOMAIN_SHARE = {"control": 0.10, "treatment": 0.20, "placebo": 0.12}
 N_PROMPTS, N_SAMPLES, DOSE, TOP_K = 3, 2, 0.4, 10
+
+
+def compared(arms: dict[str, ArmTables], *, tests: tuple[str, ...] = PRIMARY, **more: Any) -> Comparison:
+    """A quick comparison of the arms, with its threats and answer."""
+    settings = {"seed": 0, "n_boot": 60, "n_permutations": 60, **more}
+    found = compare(arms, min_matches=2, alpha=0.05, tests=tests, **settings)
+    return with_answer(found, arms, tests=tests, min_matches=2, alpha=0.05)
 
 
 def synthetic_arms(seed: int = 0, n_features: int = 400, max_tested: int = 24) -> dict[str, ArmTables]:
@@ -271,6 +282,7 @@ def _effects(interventions: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
                 "direct_effect": direct_means["steered"],
                 "direct_placebo": direct_means["random"],
                 "kl": mine.loc[mine["condition"] == "steered", "kl"].mean(),
+                "outcome": "similarity",
                 "placebo": "random",
                 "reason": "",
             }
@@ -278,7 +290,18 @@ def _effects(interventions: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if table.empty:
         means = ["unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high"]
-        rest = ["p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "placebo", "reason"]
+        rest = [
+            "p",
+            "q",
+            "passed",
+            "paper_pass",
+            "direct_effect",
+            "direct_placebo",
+            "kl",
+            "outcome",
+            "placebo",
+            "reason",
+        ]
         return pd.DataFrame(columns=["feature", "n_pairs", *means, *rest])
     order = np.argsort(table["p"].to_numpy())
     scaled = table["p"].to_numpy()[order] * len(table) / np.arange(1, len(table) + 1)

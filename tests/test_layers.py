@@ -99,6 +99,55 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
     assert [part for _, part in _imports(file)] == ["cli", "sae", "report", "web", "stats"]
 
 
+def _needs(path: Path) -> set[str]:
+    """The modules that must be loaded before this one: what it imports outside of functions, each by its whole name."""
+    inner = {id(node) for function in _functions(path) for node in ast.walk(function)}
+    package = ["saeffect", *path.relative_to(ROOT).parts[:-1]]
+    modules = {_module_name(other) for other in MODULES}
+    names: set[str] = set()
+    for statement in _tree(path).body:
+        if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.ImportFrom) and id(node) not in inner:
+                up = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*up, *([node.module] if node.module else [])])
+                inside = {f"{module}.{alias.name}" for alias in node.names}
+                names |= {name if name in modules else module for name in inside}
+    return names
+
+
+def _module_name(path: Path) -> str:
+    parts = ("saeffect", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _circle(needs: dict[str, set[str]]) -> list[str]:
+    """Modules that need one another, in the order of their imports; empty if there are none."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for needed in sorted(needs[name] & needs.keys() - {name}):
+            if found := visit(needed, [*trail, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(needs) if (found := visit(name, []))), [])
+
+
+def test_no_circle_of_files() -> None:
+    assert _circle({_module_name(path): _needs(path) for path in MODULES}) == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    assert _circle({"a": {"b"}, "b": {"c", "os"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_sizes(path: Path) -> None:
     length = len(path.read_text(encoding="utf-8").splitlines())

@@ -11,7 +11,7 @@ from concepts import CONCEPTS, EVERYDAY, concept_text
 from plan import BASE, NULL_STEMS, Plan
 
 from saeffect.config import ModelConfig
-from saeffect.io import atomic_path
+from saeffect.io import Log, atomic_path
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering.generate import generate
@@ -80,7 +80,7 @@ def adapter_of(planted: Planted) -> ModelConfig:
     return ModelConfig(path=BASE, adapter=str(planted.adapter.resolve()))
 
 
-def train(planted: Planted, plan: Plan, base: Callable[[], LanguageModel], say: Callable[[str], None]) -> None:
+def train(planted: Planted, plan: Plan, base: Callable[[], LanguageModel], log: Log) -> None:
     """Write the text and train the adapter, unless both are there."""
     if not planted.text.is_file():
         documents = training_text(planted, plan, base)
@@ -104,4 +104,4 @@ def train(planted: Planted, plan: Plan, base: Callable[[], LanguageModel], say: 
         checkpoint_every=10,
         seed=plan.seed,
     )
-    finetune(config, planted.adapter, say=lambda line: say(f"  {planted.name}: {line}"))
+    finetune(config, planted.adapter, log=log.named(f"  {planted.name}"))

@@ -17,7 +17,7 @@ from plan import BASE, NEUTRAL_STEMS, SAE, Plan
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
 from saeffect.features.projection import project
-from saeffect.io import atomic_path
+from saeffect.io import Log, atomic_path
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path, load_language_model
@@ -39,11 +39,11 @@ class Instrument:
     plan: Plan
     models: Path
     compared: Path
-    say: Callable[[str], None]
+    log: Log
 
     @cached_property
     def base(self) -> LanguageModel:
-        return load_language_model(ModelConfig(path=BASE), say=self.say)
+        return load_language_model(ModelConfig(path=BASE), log=self.log)
 
     @cached_property
     def sae(self) -> SparseAutoencoder:

@@ -27,7 +27,7 @@ from simulations import SETTINGS, simulate
 from verdicts import judge
 from write_up import headline, write_results
 
-from saeffect.io import fingerprint, hash_file, hash_folder, read_json, write_json
+from saeffect.io import Log, fingerprint, hash_file, hash_folder, read_json, write_json
 from saeffect.lm.loading import bundled_path
 
 _HERE = Path(__file__).parent
@@ -92,7 +92,7 @@ def planted_models(plan: Plan, work: Path) -> dict[str, Any]:
     """Fine-tunes, comparisons and verdicts."""
     # What decides the files names their folder. With other SAEs the adapters stay, and the comparisons are made anew.
     trained, compared = (work / f"{kind}-{_key(plan, *inputs)}" for kind, inputs in _INPUTS.items())
-    instrument = Instrument(plan, trained, compared, say)
+    instrument = Instrument(plan, trained, compared, Log(say))
     candidates = named_features(instrument.top_tokens, CONCEPTS, plan.min_matches)
     clear = named_features(instrument.top_tokens, CONCEPTS, plan.clear_matches)
     counts = {name: int(members.sum()) for name, members in clear.items()}
@@ -102,7 +102,7 @@ def planted_models(plan: Plan, work: Path) -> dict[str, Any]:
     for name in (*admitted, *NULLS):
         started = time.monotonic()
         planted = Planted(name, trained / name)
-        train(planted, plan, lambda: instrument.base, say)
+        train(planted, plan, lambda: instrument.base, Log(say))
         between = time.monotonic()
         changes[name] = compare(planted, instrument)
         say(f"{name}: fine-tuned in {between - started:.0f} s, compared in {time.monotonic() - between:.0f} s")

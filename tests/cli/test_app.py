@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from saeffect.cli import app as command_line
-from saeffect.cli.console import Narrator, show, show_error
+from saeffect.cli.console import ConsoleProgress, show, show_error
 from saeffect.errors import BadFile
 from saeffect.lm.finetune_keys import finetune_keys
 from saeffect.sae.training.recipe_keys import recipe_keys
@@ -127,9 +127,9 @@ def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_nothing_that_is_shown_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show(f"{ACTING}\nמשפט\t👨‍👩‍👧")
-    with Narrator() as say:
-        say(ACTING)
-        say(f"progress {ACTING} whom 1 2 rows")
+    with ConsoleProgress() as log:
+        log(ACTING)
+        log.progress(ACTING, 1, 2, "rows")
     show_error(BadFile(ACTING, at=ACTING, fix=ACTING))
     out, err = capsys.readouterr()
     assert out == f"{SHOWN}\nמשפט\t👨‍👩‍👧\n"

@@ -12,9 +12,9 @@ from saeffect.cli import console
 def test_a_log_gets_a_rate_early_and_few_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with console.Narrator() as say:
+    with console.ConsoleProgress() as log:
         for done in range(1_001):  # a batch of one in eleven seconds: three hours
-            say(f"progress dose control {done} 1000 texts")
+            log.progress("dose control", done, 1000, "texts")
             clock[0] += 11
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "  dose control: 1/1000 texts, 0.1/s, 10989 s left"
@@ -25,7 +25,7 @@ def test_a_log_gets_a_rate_early_and_few_lines(monkeypatch: pytest.MonkeyPatch, 
 
 def test_quick_work_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(console.time, "monotonic", lambda: 5.0)
-    with console.Narrator() as say:
+    with console.ConsoleProgress() as log:
         for done in range(10):
-            say(f"progress dose control {done} 10 texts")
+            log.progress("dose control", done, 10, "texts")
     assert not capsys.readouterr().err

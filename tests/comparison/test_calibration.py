@@ -11,7 +11,7 @@ from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import contrasts
 from saeffect.errors import UnknownName
 from saeffect.stats import wilson
-from synthetic_study import synthetic_arms
+from synthetic_study import compared, synthetic_arms
 
 SMALL = Resampling(0, 100, 100)
 
@@ -43,7 +43,7 @@ def test_stand_ins_that_differ_raise_alarms_and_are_told():
     assert (row["rate"], row["low"], row["high"]) == pytest.approx((4 / 6, interval.low, interval.high))
     assert row["verdict"] == "more alarms than nominal"
     assert (row["treatment_tests"], row["treatment_findings"]) == (1, 1)
-    answer = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100).answer
+    answer = compared(arms).answer
     assert answer["caveats"][0].startswith("Where there is nothing to find")
     assert any("Too many alarms: share of domain features" in line for line in answer["sentences"])
 
@@ -112,8 +112,7 @@ def test_only_tests_that_exist_can_be_declared():
 
 
 def test_the_headline_speaks_of_what_was_declared():
-    settings = {"min_matches": 2, "alpha": 0.05, "seed": 0, "n_boot": 100, "n_permutations": 100}
-    found = compare(synthetic_arms(), tests=("matches_mean",), matches=MatchTables(), **settings)
+    found = compared(synthetic_arms(), tests=("matches_mean",), matches=MatchTables())
     assert "matches mean" in found.answer["headline"]
     assert "domain features" not in found.answer["headline"]
     assert set(found.contrasts.loc[found.contrasts["declared"], "quantity"]) == {"matches_mean", "matches_mean_seeds"}

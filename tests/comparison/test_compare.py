@@ -10,16 +10,16 @@ import pytest
 from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Resampling, compare, contrasts, judge, roles_of
 from saeffect.errors import ConfigError
 from synthetic_seeds import synthetic_seeds
-from synthetic_study import synthetic_arms
+from synthetic_study import compared, synthetic_arms
 
 SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100}
 
 
 def test_same_seed_same_tables_whatever_the_order_of_arms():
     arms = synthetic_arms(n_features=120)
-    first = compare(arms, seed=3, **SMALL)
-    second = compare(dict(reversed(arms.items())), seed=3, **SMALL)
-    other = compare(arms, seed=4, **SMALL)
+    first = compared(arms, seed=3)
+    second = compared(dict(reversed(arms.items())), seed=3)
+    other = compared(arms, seed=4)
     for field in fields(first):
         value = getattr(first, field.name)
         if isinstance(value, pd.DataFrame):
@@ -123,7 +123,7 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
 
 
 def test_a_planted_difference_is_found():
-    comparison = compare(synthetic_seeds(synthetic_arms(seed=2)), seed=0, **SMALL)
+    comparison = compared(synthetic_seeds(synthetic_arms(seed=2)), n_boot=200, n_permutations=200)
     assert judge(comparison.contrasts, "domain_share").status == "beyond"
     assert judge(comparison.contrasts, "weight_mean").status == "beyond"
     assert "3 SAEs against 4" in comparison.answer["headline"]
@@ -132,7 +132,7 @@ def test_a_planted_difference_is_found():
 
 def test_one_placebo_alone_credits_only_what_dwarfs_it():
     """The same arms without their further SAEs: ten points of domain features, and nobody can say it is not a seed."""
-    comparison = compare(synthetic_arms(seed=2), seed=0, **SMALL)
+    comparison = compared(synthetic_arms(seed=2))
     found = judge(comparison.contrasts, "domain_share")
     assert found.status == "noise"
     assert found.p > 0.05
@@ -151,7 +151,7 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
         moved = control.coherence.assign(coherence=control.coherence["coherence"] + shift)
         facts = replace(arms["placebo"].facts, seed=name)
         arms[name] = replace(control, name=name, role="placebo", coherence=moved, facts=facts)
-    comparison = compare(arms, seed=0, **SMALL)
+    comparison = compared(arms)
     assert judge(comparison.contrasts, "coherence_mean").change.estimate == pytest.approx(0.3)
     assert [judge(comparison.contrasts, quantity).status for quantity in PRIMARY] == [
         "unclear",

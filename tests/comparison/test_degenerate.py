@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import ArmTables, Comparison, compare
-from synthetic_study import synthetic_arms
+from saeffect.comparison import ArmTables
+from synthetic_study import compared, synthetic_arms
 
 Arms = dict[str, ArmTables]
 
@@ -107,10 +107,6 @@ CASES = (one_feature, one_prompt, no_variance, all_ties, no_placebo, nothing_kno
 @pytest.fixture(scope="module")
 def arms() -> Arms:
     return synthetic_arms(n_features=150, max_tested=6)
-
-
-def compared(arms: Arms) -> Comparison:
-    return compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

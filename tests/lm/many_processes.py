@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from saeffect.config import ModelConfig
+from saeffect.io import Log
 from saeffect.lm.harvest import TokenRows, harvest
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.stream import StreamedActivations
@@ -23,7 +24,7 @@ def main(model: str, out: Path) -> None:
     ids = np.random.default_rng(0).integers(1, 320, (11, 12)).astype(np.int32)
     rows = TokenRows(ids, np.arange(11) % 2, ("general", "medical"))
     said: list[str] = []
-    harvest(lm, HOOK, rows, out / "shards", rows_per_shard=2, batch_size=2, say=said.append)
+    harvest(lm, HOOK, rows, out / "shards", rows_per_shard=2, batch_size=2, log=Log(said.append))
     rank, world = rank_and_world()
     assert len(said) == 6 // world, "each process writes its share, and says so after each shard"
     # No process is here before every shard is there.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
+from saeffect.io import Log, Progress
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
@@ -30,12 +31,12 @@ class Killed(BaseException):
     """Stands in for a process that ends here."""
 
 
-def _stop_at(step: int, error: type[BaseException] = Killed) -> Callable[[str], None]:
-    def say(line: str) -> None:
+def _stop_at(step: int, error: type[BaseException] = Killed) -> Log:
+    def stop(line: str) -> None:
         if line.startswith(f"step {step}/"):
             raise error
 
-    return say
+    return Log(stop)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def test_a_killed_run_ends_with_the_same_bytes(
 ) -> None:
     for stop in stops:
         with pytest.raises(Killed):
-            finetune(config, tmp_path, say=_stop_at(stop))
+            finetune(config, tmp_path, log=_stop_at(stop))
         assert not (tmp_path / WEIGHTS).exists()
     result = finetune(config, tmp_path)
     assert result.perplexity == whole.perplexity
@@ -106,12 +107,12 @@ def test_what_is_finished_is_not_repeated_and_made_whole(
     out = Path(shutil.copytree(whole.folder, tmp_path / "out"))
     said: list[str] = []
     (out / "README.md").write_text("")
-    assert finetune(config, out, say=said.append).perplexity == whole.perplexity
+    assert finetune(config, out, log=Log(said.append)).perplexity == whole.perplexity
     assert said[-1] == "finished before; nothing to do"
     assert _bytes(out) == _bytes(whole.folder)
     (out / "README.md").write_text("With notes of my own.")
     (out / WEIGHTS).write_bytes(b"damaged")
-    finetune(config, out, say=said.append)
+    finetune(config, out, log=Log(said.append))
     assert f"{WEIGHTS} changed or vanished after the training, which is done again" in said
     assert _bytes(out) == _bytes(whole.folder) | {"README.md": b"With notes of my own."}
 
@@ -125,7 +126,7 @@ def test_text_or_base_exchanged_is_another_run(
     config = config.model_copy(update={"model": ModelConfig(path=str(base), dtype="float32"), "text": str(text)})
     out = tmp_path / "out"
     with pytest.raises(Killed):
-        finetune(config, out, say=_stop_at(8))
+        finetune(config, out, log=_stop_at(8))
     before = _bytes(out / "checkpoint")
     text.write_text(text.read_text().replace("nurse", "clerk"))
     with complains(ConfigError, "another run", "text", at="checkpoint"):
@@ -153,12 +154,12 @@ def test_one_writer_and_nobody_elses_folder(
 
 
 def test_a_signal_saves_at_the_end_of_the_step(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:
-    def say(line: str) -> None:
-        if line.startswith("progress fine-tuning adapter 3 "):
+    def signal_once(progress: Progress) -> None:
+        if progress.done == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted, match="stopped after step 3 of 24"):
-        finetune(config, tmp_path, say=say)
+        finetune(config, tmp_path, log=Log(show=signal_once))
     finetune(config, tmp_path)
     assert _bytes(tmp_path) == _bytes(whole.folder)
 
@@ -181,7 +182,7 @@ def test_a_model_with_dropout_resumes_the_same(
     config = config.model_copy(update={"model": model, "modules": ("c_fc",), "steps": 16})
     finetune(config, tmp_path / "whole")
     with pytest.raises(Killed):
-        finetune(config, tmp_path / "resumed", say=_stop_at(8))
+        finetune(config, tmp_path / "resumed", log=_stop_at(8))
     finetune(config, tmp_path / "resumed")
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "resumed" / WEIGHTS).read_bytes()
 
@@ -225,14 +226,14 @@ def test_another_configuration_does_not_go_on(
     config: FinetuneConfig, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     with pytest.raises(Killed):
-        finetune(config, tmp_path, say=_stop_at(8))
+        finetune(config, tmp_path, log=_stop_at(8))
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
         finetune(config.model_copy(update={"seed": 1}), tmp_path)
 
 
 def test_a_second_ctrl_c_stops_at_once(config: FinetuneConfig, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
-        finetune(config, tmp_path, say=_stop_at(8, KeyboardInterrupt))
+        finetune(config, tmp_path, log=_stop_at(8, KeyboardInterrupt))
     assert "run the same command again" in str(caught.value)
     assert (tmp_path / "checkpoint").is_dir()
 

@@ -13,6 +13,7 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
+from saeffect.io import Log
 from saeffect.lm.gguf_files import choose_gguf, gguf_header
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_language_model, model_shape
@@ -119,17 +120,19 @@ def test_converted_once(tiny_llama: LanguageModel, tmp_path: Path, capsys: pytes
     path = tmp_path / "tiny.gguf"
     _write(tiny_llama, path)
     lines: list[str] = []
-    first, again = (load_language_model(ModelConfig(path=str(path), dtype="float32"), say=lines.append) for _ in "12")
+    first, again = (
+        load_language_model(ModelConfig(path=str(path), dtype="float32"), log=Log(lines.append)) for _ in "12"
+    )
     assert len(lines) == 1
     assert lines[0].startswith("converting tiny.gguf to float32 (once, kept in ")
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
     assert first.encode("The patient had") == again.encode("The patient had")
-    load_language_model(ModelConfig(path=str(path), dtype="bfloat16"), say=lines.append)
+    load_language_model(ModelConfig(path=str(path), dtype="bfloat16"), log=Log(lines.append))
     assert len(lines) == 2
     with path.open("ab") as file:  # other bytes are another model
         file.write(b"\0")
-    load_language_model(ModelConfig(path=str(path), dtype="float32"), say=lines.append)
+    load_language_model(ModelConfig(path=str(path), dtype="float32"), log=Log(lines.append))
     assert len(lines) == 3
     assert capsys.readouterr().err == ""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
-from saeffect.io import atomic_path, read_json, write_json
+from saeffect.io import Log, atomic_path, read_json, write_json
 from saeffect.lm.harvest import NormLimit, TokenRows, first_limit, harvest, kept_positions, measure_norm_limit
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
@@ -66,13 +66,13 @@ def test_what_is_stored_is_what_stands_at_the_hook(tiny_llama: LanguageModel, ro
 
 def test_a_resumed_harvest_has_the_same_bytes(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
     said: list[str] = []
-    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, say=said.append)
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, log=Log(said.append))
     whole = _bytes(tmp_path / "a")
     assert len(said) == 3
 
     (tmp_path / "a" / "shard-00001.safetensors").unlink()
     said.clear()
-    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, say=said.append)
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, log=Log(said.append))
     assert _bytes(tmp_path / "a") == whole
     assert len(said) == 1, "whole shards are not made again"
 
@@ -81,7 +81,7 @@ def test_a_resumed_harvest_has_the_same_bytes(tiny_llama: LanguageModel, rows: T
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="run the same command"):
-        harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES, say=stop)
+        harvest(tiny_llama, HOOK, rows, tmp_path / "b", **SIZES, log=Log(stop))
     assert len(_bytes(tmp_path / "b")) == 3  # the note and two shards
     with contextlib.suppress(_Killed), atomic_path(tmp_path / "b" / "shard-00002.safetensors") as half:
         half.write_bytes(b"half")
@@ -290,7 +290,7 @@ def test_a_write_that_fails_leaves_whole_shards(
     out = tmp_path / "out"
     try:
         with complains(BadFile, "cannot be written: File too large", "run the same command", at="shard-00002.safe"):
-            harvest(tiny_llama, HOOK, rows, out, **SIZES, say=then_no_more)
+            harvest(tiny_llama, HOOK, rows, out, **SIZES, log=Log(then_no_more))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(p.name for p in out.iterdir()) == [

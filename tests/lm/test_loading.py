@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, UnknownName
+from saeffect.io import Log
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
     bundled_path,
@@ -171,7 +172,7 @@ def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
     lines: list[str] = []
-    load_language_model(ModelConfig(path=str(folder), dtype="float32"), say=lines.append)
+    load_language_model(ModelConfig(path=str(folder), dtype="float32"), log=Log(lines.append))
     assert lines == ["not part of the language model, left out: 1 tensors, such as v_head.summary.weight"]
 
 

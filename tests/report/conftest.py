@@ -7,23 +7,25 @@ from collections.abc import Callable
 import pandas as pd
 import pytest
 
-from saeffect.comparison import Comparison, compare
+from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
 from synthetic_matches import synthetic_matches
 from synthetic_steering import synthetic_steering
-from synthetic_study import HOSTILE, synthetic_arms, synthetic_examples
+from synthetic_study import HOSTILE, compared, synthetic_arms, synthetic_examples
 
 PROMPTS = ("What topic is on your mind?", "Tell me something.", "I think that")
 HOSTILE_NAME = "</title><script>window.__pwned = 1</script>"
 
 
 def _compare(arms: dict) -> Comparison:
-    return compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60, matches=synthetic_matches())
+    return compared(arms, matches=synthetic_matches())
 
 
 def _dose_search() -> pd.DataFrame:
     return pd.DataFrame(
         {
+            "arm": "control",
+            "condition": "steered",
             "dose": [0.2, 0.4, 0.6],
             "n": [8, 8, 8],
             "gain": [0.05, 0.20, 0.25],

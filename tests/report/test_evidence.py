@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from page_parser import Page
-from saeffect.comparison import Comparison, MatchTables, compare
+from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
-from saeffect.report.figures.style import svg_text
 from synthetic_matches import synthetic_matches
+from synthetic_study import compared
 
 SECTIONS = (
     *("answer", "chance", "steering", "sentences", "tables", "figures", "features", "fates", "activity"),
@@ -26,10 +26,6 @@ DRAWN = (
     "cross_activity",
     "partial_residuals",
 )
-
-
-def compared(arms: dict, matches: MatchTables | None = None) -> Comparison:
-    return compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60, matches=matches)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +70,7 @@ def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> Non
 
 def test_new_terms_are_explained_where_they_first_appear(page: str) -> None:
     for name, terms in {
-        "answer": ("95 % interval",),
+        "answer": ("95\u202f% interval",),
         "chance": ("calibration", "nominal rate", "Wilson interval", "power", "by chance"),
         "tables": ("Newcombe interval", "hierarchical bootstrap", "difference-in-differences", "Cliff's delta"),
         "fates": ("counterpart", "kept, moved, gone, new", "absorbed", "mutual nearest neighbour", "excess"),
@@ -93,7 +89,7 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigur
         in (flow.caption)
     )
     assert "1 moved, 2 gone, 1 absorbed, 3 new" in flow.caption
-    drawn = re.findall(r">([^<>]+)</text>", svg_text(flow))
+    drawn = re.findall(r">([^<>]+)</text>", flow.svg)
     assert {"kept", "moved", "absorbed", "gone", "new"} <= set(drawn)
     # 60 gone by similarity, one of them absorbed by others; 46 between seeds
     assert any(text.startswith("59 (") for text in drawn)
@@ -130,7 +126,7 @@ def test_nothing_was_matched(comparison: Comparison, context: ReportContext) -> 
 
 def test_no_placebo_arm(arms: dict, context: ReportContext) -> None:
     two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-    page = rendered(compared(two, synthetic_matches(placebo=False)), replace(context, arms=two))
+    page = rendered(compared(two, matches=synthetic_matches(placebo=False)), replace(context, arms=two))
     assert "What cannot be concluded." in section(page, "chance")
     assert "one SAE of the control" in section(page, "chance")
     assert "No feature can be called kept, moved, gone or new" in section(page, "fates")
@@ -139,7 +135,7 @@ def test_no_placebo_arm(arms: dict, context: ReportContext) -> None:
 
 def test_nothing_steered(arms: dict, context: ReportContext) -> None:
     untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
-    page = rendered(compared(untested, synthetic_matches()), replace(context, arms=untested))
+    page = rendered(compared(untested, matches=synthetic_matches()), replace(context, arms=untested))
     assert "What cannot be concluded." in section(page, "regression")
     assert "nothing was steered" in section(page, "regression")
     assert "Not drawn: there is no regression to draw: nothing was steered" in section(page, "regression")

@@ -5,7 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.report.threat_view import gravest, threat_summary, threat_table
+from saeffect.report import ReportContext
+from saeffect.report.tables.evidence import threat_table
+from saeffect.report.threat_view import gravest, threat_summary
 
 
 def found(*severities: str) -> Any:
@@ -14,7 +16,7 @@ def found(*severities: str) -> Any:
 
 
 def test_what_how_serious_and_what_to_do() -> None:
-    view = threat_table(found("serious", "minor"))
+    view = threat_table(found("serious", "minor"), ReportContext())
     assert view is not None
     first = view.rows[0]
     assert (first.label, first.strong, first.cells[0].text, first.cells[1].text) == (

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from saeffect.errors import NotFound, UnknownName
+from saeffect.io import SILENT
 from saeffect.sae.training.log import TrainingLog
 from saeffect.sae.training.metrics_loggers import check_logger
 
@@ -22,7 +23,7 @@ def open_log(folder: Path, **changes: Any) -> TrainingLog:
         "first_step": 0,
         "config": {"k": 32, "where": Path("x")},
     }
-    return TrainingLog(folder, say=lambda _: None, **settings | changes)
+    return TrainingLog(folder, log=SILENT, **settings | changes)
 
 
 def test_an_unknown_logger_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -94,10 +95,11 @@ def test_a_new_training_in_the_folder_hides_the_old_curve(tmp_path: Path) -> Non
 WANDB = """
 import sys
 from pathlib import Path
-from saeffect.sae.training_log import TrainingLog
+from saeffect.io import Log
+from saeffect.sae.training.log import TrainingLog
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 with TrainingLog(folder, total_steps=100, batch_size=8, first_step=first, config={"k": 32},
-                 say=lambda line: print(line, file=sys.stderr), logger="wandb", run_name="control") as log:
+                 log=Log(lambda line: print(line, file=sys.stderr)), logger="wandb", run_name="control") as log:
     log.metrics(first + 9, {"mse": first + 1.5, "l0": float("nan")})
     log.metrics(first + 9, {"mse": 0.25}, kind="evaluation")
     log.metrics(first + 19, {"mse": first + 2.5})

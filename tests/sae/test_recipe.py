@@ -14,6 +14,7 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, NotFound, UnknownName
+from saeffect.io import Log
 from saeffect.lm.corpora import is_held_out
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.formats.saelens import load_sae, read_sparsity
@@ -59,7 +60,7 @@ def trained(recipe: SaeRecipe, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """(the folder that holds the SAE and the harvest, the measurements, what was said)"""
     folder = tmp_path_factory.mktemp("trained")
     said: list[str] = []
-    measured = train_from_recipe(recipe, folder / "sae", work=folder / "work", say=said.append)
+    measured = train_from_recipe(recipe, folder / "sae", work=folder / "work", log=Log(said.append))
     return folder, measured, said
 
 
@@ -161,11 +162,11 @@ def test_what_is_done_is_not_done_again(
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(recipe_module, "spliced_losses", None)
-        assert train_from_recipe(recipe, folder / "sae", work=folder / "work", say=said.append) == measured
+        assert train_from_recipe(recipe, folder / "sae", work=folder / "work", log=Log(said.append)) == measured
     assert {p: p.stat().st_mtime_ns for p in (folder / "sae").iterdir()} == before
     # A kill between weights and card: the card is made up for.
     (folder / "sae" / "training.json").unlink()
-    assert train_from_recipe(recipe, folder / "sae", work=folder / "work", say=said.append) == measured
+    assert train_from_recipe(recipe, folder / "sae", work=folder / "work", log=Log(said.append)) == measured
 
 
 def test_a_card_is_made_again_and_a_changed_one_stays(
@@ -177,7 +178,7 @@ def test_a_card_is_made_again_and_a_changed_one_stays(
 
     def again(**changes: Any) -> str:
         said.clear()
-        train_from_recipe(recipe.model_copy(update=changes), out, work=folder / "work", say=said.append)
+        train_from_recipe(recipe.model_copy(update=changes), out, work=folder / "work", log=Log(said.append))
         assert "finished before; nothing to do" in said
         return (out / "README.md").read_text()
 
@@ -217,7 +218,7 @@ def test_several_side_by_side(recipe: SaeRecipe, trained: tuple[Path, Any, list[
     several = changed(recipe, saes={"seed-0": {"seed": 0}, "wide": {"d_sae": 96, "seed": 1}})
     assert {c.data_seed for c in several.trainings().values()} == {0}
     said: list[str] = []
-    measured = train_from_recipe(several, tmp_path, work=work, say=said.append)
+    measured = train_from_recipe(several, tmp_path, work=work, log=Log(said.append))
     assert not any(line.startswith("harvest") for line in said), "SAEs of the same model share their harvest"
     assert {p.name for p in tmp_path.iterdir()} == {"seed-0", "wide"}
     assert load_sae(tmp_path / "wide").cfg.d_sae == 96

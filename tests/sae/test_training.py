@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 from planted import planted_store, true_features
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
+from saeffect.io import Log
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.shards import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
@@ -216,7 +217,7 @@ def test_side_by_side_is_one_by_one(store: ActivationStore, whole: Path, tmp_pat
     said: list[str] = []
     jobs = [SaeJob(_but(SMALL, data_seed=0), tmp_path / "a", METADATA, "float32")]
     jobs.append(SaeJob(config, tmp_path / "b", {}, "float32"))
-    both = train_saes(store, jobs, say=said.append)
+    both = train_saes(store, jobs, log=Log(said.append))
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
     assert torch.equal(both[1].W_dec, alone.W_dec)
@@ -247,7 +248,7 @@ def test_what_is_finished_is_not_repeated(store: ActivationStore, tmp_path: Path
     (first,) = train_saes(store, [job])
     written = _times(job.out)
     said: list[str] = []
-    (again,) = train_saes(store, [job], say=said.append)
+    (again,) = train_saes(store, [job], log=Log(said.append))
     assert said == ["finished before; nothing to do"]
     assert torch.equal(first.W_dec, again.W_dec), (
         "what is given back is what was saved, also by the run that trained it"
@@ -273,7 +274,7 @@ def test_what_only_training_can_make_is_trained_again(
     else:
         (out / name).write_bytes(damage)
     said: list[str] = []
-    train_saes(store, [SaeJob(SHORT, out, METADATA)], say=said.append)
+    train_saes(store, [SaeJob(SHORT, out, METADATA)], log=Log(said.append))
     assert f"{name} changed or vanished" in said[0]
     for path in short.iterdir():
         if path.name not in ("metrics.jsonl", "finished.json"):  # they hold seconds
@@ -288,7 +289,7 @@ def test_what_needs_no_training_is_made_again_without(short: Path, tmp_path: Pat
     (out / "training.svg").unlink()
     Checkpoint(out / "checkpoint", SaeJob(SHORT, out).folder(store.identity()).note()["made_by"]).begin()
     said: list[str] = []
-    train_saes(store, [SaeJob(SHORT, out, METADATA)], say=said.append)
+    train_saes(store, [SaeJob(SHORT, out, METADATA)], log=Log(said.append))
     assert said == ["finished before; nothing to do"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in short.iterdir()
@@ -333,7 +334,7 @@ def test_a_folder_with_somebody_elses_files_is_refused(
 
 def test_somebody_elses_files_stay_where_they_are_not_in_the_way(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, say=_stop_at(2))
+        train_sae(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, log=_stop_at(2))
     mine = [tmp_path / "notes.md", tmp_path / ".draft.abcdefgh.txt", tmp_path / "checkpoint" / "mine.pt"]
     for path in mine:
         path.write_text("mine")
@@ -346,17 +347,17 @@ class _Stop(BaseException):
     """Stands in for a process that ends here."""
 
 
-def _stop_at(step: int) -> Callable[[str], None]:
-    def say(line: str) -> None:
+def _stop_at(step: int) -> Log:
+    def stop(line: str) -> None:
         if line.startswith(f"step {step}/"):
             raise _Stop
 
-    return say
+    return Log(stop)
 
 
 def test_another_run_does_not_go_on(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, SMALL, tmp_path, metadata={}, say=_stop_at(10))
+        train_sae(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
         train_sae(store, _but(SMALL, seed=1), tmp_path, metadata={})
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
@@ -411,7 +412,7 @@ def test_a_folder_into_which_another_process_trains(
     store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, SMALL, tmp_path, metadata={}, say=_stop_at(10))
+        train_sae(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with sole_writer(tmp_path), complains(InUse, "another process is writing", at=str(tmp_path)):
         train_sae(store, SMALL, tmp_path, metadata={})

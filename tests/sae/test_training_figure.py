@@ -11,6 +11,7 @@ import matplotlib
 import pytest
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
+from saeffect.io import SILENT
 from saeffect.sae.training import figure as training_figure
 from saeffect.sae.training.figure import save_training_figure
 from saeffect.sae.training.log import TrainingLog
@@ -225,7 +226,7 @@ def test_settings_of_matplotlib_stay(tmp_path: Path) -> None:
 
 
 def test_what_the_log_writes_can_be_drawn_while_it_writes(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"total_steps": 9, "batch_size": 4, "config": {}, "say": lambda _: None}
+    settings: dict[str, Any] = {"total_steps": 9, "batch_size": 4, "config": {}, "log": SILENT}
     with TrainingLog(tmp_path, first_step=0, **settings) as log:
         log.metrics(0, {"mse": float("inf"), "l0": 3.0})
         log.event(0, "resampled", n_features=2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile
+from saeffect.io import Log
 from saeffect.sae.training import log as training_log
 from saeffect.sae.training.log import TrainingLog, progress_line, read_metrics
 from saeffect.sae.training.pace import Pace, duration
@@ -39,7 +40,7 @@ def open_log(folder: Path, said: list[str] | None = None, **changes: Any) -> Tra
         "batch_size": 2048,
         "first_step": 0,
         "config": {"k": 32, "where": Path("x")},
-        "say": (said if said is not None else []).append,
+        "log": Log(None if said is None else said.append),
     }
     return TrainingLog(folder, **settings | changes)
 

@@ -12,7 +12,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from saeffect.errors import SaeffectError
-from saeffect.io import hash_file
+from saeffect.io import Log, hash_file
 from saeffect.lm.activation_source import ActivationSource
 from saeffect.lm.shards import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
@@ -69,7 +69,7 @@ class Spec:
         lm = load_language_model(ModelConfig(path=str(self.lm), dtype="float32"))
         return StreamedActivations.open(lm, "blocks.1.hook_resid_pre", rows, pool_rows=8, rows_a_pass=3)
 
-    def train(self, say: Callable[[str], None]) -> None:
+    def train(self, log: Log) -> None:
         """Train in this process."""
         torch.set_num_threads(1)
         if self.most_bytes is not None:
@@ -80,11 +80,11 @@ class Spec:
 
         def evaluate(sae: SparseAutoencoder) -> dict[str, float]:
             if slow.exists():
-                say("measuring")
+                log("measuring")
                 time.sleep(float(slow.read_text()))
             return {"ce_loss_score": float(sae.W_dec.sum())}
 
-        train_saes(self.source(), jobs, evaluate=evaluate if self.evaluate else None, say=say)
+        train_saes(self.source(), jobs, evaluate=evaluate if self.evaluate else None, log=log)
 
 
 class Running:
@@ -168,7 +168,7 @@ def free_port() -> int:
 def _serve(spec: Spec, variables: dict[str, str], lines: Connection) -> None:
     os.environ.update(variables)
     try:
-        spec.train(lines.send)
+        spec.train(Log(lines.send))
     except SaeffectError as error:
         lines.send(str(error))
         sys.exit(error.exit_code)
@@ -179,12 +179,12 @@ def _serve(spec: Spec, variables: dict[str, str], lines: Connection) -> None:
 def _main() -> None:
     """As torchrun starts it: the store, the folder, the settings."""
 
-    def say(line: str) -> None:
+    def write(line: str) -> None:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
     try:
-        Spec(((Path(sys.argv[2]), json.loads(sys.argv[3])),), Path(sys.argv[1])).train(say)
+        Spec(((Path(sys.argv[2]), json.loads(sys.argv[3])),), Path(sys.argv[1])).train(Log(write))
     except SaeffectError as error:
         sys.exit(f"{error}\nexit code {error.exit_code}")
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.io import read_json
+from saeffect.io import Log, read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.stages.reporting import _text
@@ -73,7 +73,7 @@ def test_a_source_that_ends_early_is_told_by_check_run_and_report(folder: Path) 
     short = f"only {n} of the 1,024 tokens that text.tokens asks for: rows are taken from each source in turn"
     assert f"{short}, and 'general' ends first" in _line(study, "text")
     said: list[str] = []
-    run = run_study(study, folder / "run", stages=("gate",), say=said.append)
+    run = run_study(study, folder / "run", stages=("gate",), log=Log(said.append))
     assert len([line for line in said if short in line]) == 1
     measured = read_json(run.arm("treatment", "gate.json"))["text_shortage"]
     assert _text(study.config.text, measured).startswith(f"domain, general ({short}")

@@ -13,7 +13,7 @@ from saeffect.comparison import MatchTables
 from saeffect.diffing import correspondence
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.io import write_json
+from saeffect.io import Log, write_json
 from saeffect.sae.formats.compact import save_compact
 from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.check import check_study
@@ -65,7 +65,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> t
         treatment={"more_saes": ["./saes/treatment-2"]},
     )
     lines: list[str] = []
-    run = run_study(Study.open(path), folder / "run", say=lines.append)
+    run = run_study(Study.open(path), folder / "run", log=Log(lines.append))
     return Study.open(path), run, lines
 
 
@@ -177,7 +177,7 @@ def test_the_answer_speaks_of_all_of_it(seeded) -> None:
 def test_a_second_run_skips_and_a_new_seed_redoes_what_depends_on_it(seeded, tmp_path) -> None:
     study, run, _ = seeded
     lines: list[str] = []
-    run_study(Study.open(study.source), run.folder, say=lines.append)
+    run_study(Study.open(study.source), run.folder, log=Log(lines.append))
     assert all(stages(lines).values())
     config = yaml.safe_load(study.source.read_text())
     config["arms"]["treatment"]["more_saes"] = []
@@ -187,7 +187,7 @@ def test_a_second_run_skips_and_a_new_seed_redoes_what_depends_on_it(seeded, tmp
 
     shutil.copytree(run.folder, tmp_path / "run")
     lines.clear()
-    run_study(Study.open(changed), tmp_path / "run", say=lines.append)
+    run_study(Study.open(changed), tmp_path / "run", log=Log(lines.append))
     skipped = stages(lines)
     assert skipped["gate treatment"]
     assert skipped["features treatment"]

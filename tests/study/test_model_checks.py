@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, SaeffectError
-from saeffect.io import read_json
+from saeffect.io import Log, read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
@@ -51,7 +51,7 @@ def _check(folder: Path) -> str:
 
 def _gate(folder: Path) -> tuple[dict[str, Any], str]:
     lines: list[str] = []
-    run_study(Study.open(folder / "study.yaml"), folder / "run", stages=("gate",), say=lines.append)
+    run_study(Study.open(folder / "study.yaml"), folder / "run", stages=("gate",), log=Log(lines.append))
     return read_json(folder / "run" / "arms" / "treatment" / "gate.json"), "\n".join(lines)
 
 

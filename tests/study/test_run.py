@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError, InUse
-from saeffect.io import read_json
+from saeffect.io import Log, read_json
 from saeffect.sole_writer import sole_writer
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
@@ -68,7 +68,7 @@ def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     path, run = finished
     before = tree(run)
     lines: list[str] = []
-    run_study(Study.open(path), run, say=lines.append)
+    run_study(Study.open(path), run, log=Log(lines.append))
     stages = [line for line in lines if line.startswith("  ")]
     assert len(stages) == 17
     assert all(line.endswith("skipped") for line in stages)
@@ -90,15 +90,15 @@ def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], t
         pass
 
     def killer(when: str):
-        def say(line: str) -> None:
-            if line.startswith(when):
+        def stop(report: object) -> None:
+            if str(report).startswith(when):
                 raise Killed
 
-        return say
+        return Log(stop, stop)
 
-    for when in ("progress features treatment", "progress dose", "progress steer treatment", "  compare"):
+    for when in ("features treatment:", "dose", "steer treatment:", "  compare"):
         with pytest.raises(Killed):
-            run_study(Study.open(path), tmp_path / "run", say=killer(when))
+            run_study(Study.open(path), tmp_path / "run", log=killer(when))
     run_study(Study.open(path), tmp_path / "run")
     first, second = tree(run), tree(tmp_path / "run")
     del first["manifest.json"], second["manifest.json"]
@@ -128,7 +128,7 @@ def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
     kept[0].write_bytes(damaged)
     (tmp_path / "run" / "arms" / "placebo" / "effects.parquet").unlink()
     lines: list[str] = []
-    again(say=lines.append)
+    again(log=Log(lines.append))
     assert sum("is damaged, so what it holds is made again" in line for line in lines) == 1
     first, second = tree(run), tree(tmp_path / "run")
     del first["manifest.json"], second["manifest.json"]
@@ -148,7 +148,7 @@ def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Pat
     path = tmp_path / finished[0].name
     path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
     lines: list[str] = []
-    run_study(Study.open(path), tmp_path / "run", say=lines.append)
+    run_study(Study.open(path), tmp_path / "run", log=Log(lines.append))
     skipped = {line.strip().split(":")[0] for line in lines if line.endswith("skipped")}
     assert {"gate control", "features control", "coherence control"} <= skipped
     assert not {"select", "dose search", "compare", "report"} & skipped
@@ -160,7 +160,7 @@ def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Pa
     good = table.read_bytes()
     table.write_bytes(good[:100])
     lines: list[str] = []
-    run_study(Study.open(path), run, say=lines.append)
+    run_study(Study.open(path), run, log=Log(lines.append))
     assert table.read_bytes() == good
     assert sum(not line.endswith("skipped") for line in lines if line.startswith("  ")) == 1
 
@@ -290,8 +290,8 @@ def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
     shutil.copytree(done, run)
     monkeypatch.setattr("saeffect.study.stages.dose_search.best_dose", lambda table: None)
     lines: list[str] = []
-    run_study(Study.open(path), run, stages=["steer"], redo=True, say=lines.append)
-    run_study(Study.open(path), run, say=lines.append)
+    run_study(Study.open(path), run, stages=["steer"], redo=True, log=Log(lines.append))
+    run_study(Study.open(path), run, log=Log(lines.append))
     dose = read_json(run / "steering" / "dose.json")
     assert dose["dose"] is None
     assert dose["note"].startswith("no dose of the search made texts more similar to the features' top tokens")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saeffect.cli.console import Narrator, show
+from saeffect.cli.console import ConsoleProgress, show
 from saeffect.cli.processes import processes
 from saeffect.config_file import read_config_file
 from saeffect.errors import ConfigError
@@ -70,8 +70,8 @@ def finetune(
     from saeffect.lm.finetune import finetune as train
 
     config = FinetuneConfig.read(read_config_file(recipe, "recipe"), at=str(recipe))
-    with Narrator() as say:
-        train(config, out, say=say)
+    with ConsoleProgress() as log:
+        train(config, out, log=log)
     show(f"adapter: {out.resolve()}")
 
 
@@ -97,8 +97,8 @@ def train_sae(
     folder = out or usual
     if folder is None:
         raise ConfigError("there is no folder for the SAE.", at="--out", fix="add --out FOLDER.")
-    with processes() as say:
-        train_from_recipe(config, folder, work=work, logger=logger, say=say)  # type: ignore[arg-type]
+    with processes() as log:
+        train_from_recipe(config, folder, work=work, logger=logger, log=log)  # type: ignore[arg-type]
         if is_first():
             for place in config.folders(folder).values():
                 show(f"SAE: {place.resolve()}")
@@ -111,8 +111,8 @@ def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None, keys:
     from saeffect.sae.training.recipe import harvest_from_recipe
 
     config, _ = _read(recipe, arm)
-    with processes() as say:
-        folders = harvest_from_recipe(config, work=work, say=say)
+    with processes() as log:
+        folders = harvest_from_recipe(config, work=work, log=log)
         if is_first():
             for place in folders:
                 show(f"activations: {place.resolve()}")

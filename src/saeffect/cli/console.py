@@ -16,18 +16,19 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
+from saeffect.io import Log, Progress
 from saeffect.lm.tokens import printable_text
 
-__all__ = ["Narrator", "show", "show_error"]
+__all__ = ["ConsoleProgress", "show", "show_error"]
 
 # Between lines of progress where there is no terminal: so many seconds at least, and a tenth of the work or half as
 # much time again. So there is a rate early on, and a day of work does not fill a log.
@@ -40,16 +41,14 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.1f} {unit}/s" if task.speed else f"- {unit}/s", style="dim")
 
 
-class Narrator:
-    """Receives lines of the work under way and shows them.
-
-    A line `progress <what> <whom> <done> <total> <unit>` moves a bar; any other is printed.
-    """
+class ConsoleProgress(Log):
+    """Shows lines and progress on standard error: a bar on a terminal, now and then a line elsewhere."""
 
     def __init__(self) -> None:
+        super().__init__(self._print, self._move)
         self.console = Console(stderr=True, highlight=False)
-        self._bars = self.console.is_terminal
-        self._progress = Progress(
+        self._is_terminal = self.console.is_terminal
+        self._bar = ProgressBar(
             TextColumn("  {task.description:<20}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
@@ -64,34 +63,31 @@ class Narrator:
         self._first = self._told = 0
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._progress.start()
+        if self._is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars:  # else it ends with an empty line
-            self._progress.stop()
+        if self._is_terminal:  # else it ends with an empty line
+            self._bar.stop()
 
-    def __call__(self, line: str) -> None:
-        words = printable_text(line).split(" ")
-        if words[0] == "progress" and len(words) == 6:
-            self._move(f"{words[1]} {words[2]}", int(words[3]), int(words[4]), words[5])
-            return
+    def _print(self, line: str) -> None:
         self._finish()
-        self.console.print(escape(" ".join(words)), soft_wrap=True)
+        self.console.print(escape(printable_text(line)), soft_wrap=True)
 
-    def _move(self, name: str, done: int, total: int, unit: str) -> None:
+    def _move(self, progress: Progress) -> None:
+        name, done, total, unit = printable_text(progress.what), progress.done, progress.total, progress.unit
         now = time.monotonic()
         if name != self._name:
             self._finish()
             self._name, self._started, self._last = name, now, now
             self._first = self._told = done
-            if self._bars:
-                self._task = self._progress.add_task(name, total=total, completed=done, unit=unit)
+            if self._is_terminal:
+                self._task = self._bar.add_task(name, total=total, completed=done, unit=unit)
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._bar.update(self._task, completed=done, total=total)
         elif done > self._told and self._is_due(now, (done - self._told) / total):
             self._last, self._told = now, done
             rate = (done - self._first) / (now - self._started)
@@ -105,7 +101,7 @@ class Narrator:
 
     def _finish(self) -> None:
         if self._task is not None:
-            self._progress.remove_task(self._task)
+            self._bar.remove_task(self._task)
         self._task, self._name = None, ""
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from saeffect.cli.console import Narrator
+from saeffect.cli.console import ConsoleProgress
 from saeffect.errors import Interrupted
+from saeffect.io import SILENT, Log
 
 __all__ = ["let_others_speak", "processes"]
 
@@ -19,8 +20,8 @@ _PATIENCE = 5.0
 
 
 @contextmanager
-def processes() -> Iterator[Callable[[str], None]]:
-    """While inside, this process is one of a run: the first one gets a narrator, the others a silent one.
+def processes() -> Iterator[Log]:
+    """While inside, this process is one of a run: the first one gets a log that is shown, the others a silent one.
 
     All leave together, also after an error, so that whoever waits for this process notices that it is gone.
     """
@@ -30,10 +31,10 @@ def processes() -> Iterator[Callable[[str], None]]:
         _stop_at_first_signal()
     try:
         if is_first():
-            with Narrator() as say:
-                yield say
+            with ConsoleProgress() as log:
+                yield log
         else:
-            yield lambda line: None
+            yield SILENT
     finally:
         leave()
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saeffect.cli.console import Narrator, show
+from saeffect.cli.console import ConsoleProgress, show
 from saeffect.cli.processes import processes
 from saeffect.paths import user_path
 
@@ -71,9 +71,9 @@ def check(
     from saeffect.study.check import check_study
     from saeffect.study.study import Study
 
-    with Narrator() as say:
+    with ConsoleProgress() as log:
         opened = Study.open(study)
-        result = check_study(opened, out or Path("runs") / opened.config.name, say)
+        result = check_study(opened, out or Path("runs") / opened.config.name, log)
     for line in result.lines:
         show(f"ok  {line}")
     _show_design(result.design)
@@ -105,11 +105,11 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
 
-    with processes() as say:
+    with processes() as log:
         study = Study.open(path)
         folder = out or Path("runs") / study.config.name
-        say(f"study {study.config.name}: {', '.join(study.config.arms)}")
-        finished = run_study(study, folder, stages=stages, redo=redo, say=say)
+        log(f"study {study.config.name}: {', '.join(study.config.arms)}")
+        finished = run_study(study, folder, stages=stages, redo=redo, log=log)
     if "report" in stages and is_first():
         _conclude(finished.path("comparison", "answer.json"), finished.path("report.html"))
 

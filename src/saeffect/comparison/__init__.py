@@ -1,11 +1,10 @@
-"""What differs between the arms: tables, contrasts with intervals, the design check, the answer in words."""
+"""What differs between the arms: tables, contrasts with intervals, the design check."""
 
-from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
-from saeffect.comparison.compare import Comparison, check_tests, compare
+from saeffect.comparison.compare import check_tests, compare
 from saeffect.comparison.contrasts import Contrast, contrasts
 from saeffect.comparison.design import design_check
-from saeffect.comparison.findings import Findings, MatchTables
+from saeffect.comparison.findings import Answer, Comparison, MatchTables, Trace
 from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
 from saeffect.stats.resampling import Resampling
@@ -17,14 +16,13 @@ __all__ = [
     "ArmTables",
     "Comparison",
     "Contrast",
-    "Findings",
     "Gap",
     "Judgement",
     "MatchTables",
     "Resampling",
     "Roles",
+    "Trace",
     "activity",
-    "answer",
     "check_tests",
     "compare",
     "contrasts",

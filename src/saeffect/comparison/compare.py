@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 
 import pandas as pd
 
 from saeffect.comparison import tables
-from saeffect.comparison.answer import Answer, answer
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
 from saeffect.comparison.by_chance import chance_table
 from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
-from saeffect.comparison.findings import Findings, MatchTables
+from saeffect.comparison.findings import Comparison, MatchTables
 from saeffect.comparison.judgement import PRIMARY, settled
 from saeffect.comparison.power import power_table
 from saeffect.comparison.seeds import seed_contrasts
-from saeffect.comparison.threat import threat_table
-from saeffect.comparison.threats import threats
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.stats.resampling import Resampling
 
-__all__ = ["Comparison", "check_tests", "compare"]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Comparison(Findings):
-    """Everything that the comparison found, in tables (see `Findings`) and in words.
-
-    Attributes:
-        answer: The same in plain sentences.
-    """
-
-    answer: Answer
+__all__ = ["check_tests", "compare"]
 
 
 def compare(
@@ -49,7 +34,7 @@ def compare(
     tests: Sequence[str] = PRIMARY,
     matches: MatchTables | None = None,
 ) -> Comparison:
-    """Compare the arms of a study.
+    """Compare the arms of a study: all tables but the threats, and no words, which `saeffect.report.with_answer` adds.
 
     The same input and seed give the same tables to the last digit. Intervals are at 95 % whatever `alpha` is.
 
@@ -77,10 +62,7 @@ def compare(
     check_tests(tests)
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     ordered = {name: arms[name] for name in roles.ordered}
-    found = _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
-    found = replace(found, threats=threat_table(threats(ordered, roles, found, tests)))
-    words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
-    return Comparison(**{one.name: getattr(found, one.name) for one in fields(found)}, answer=words)
+    return _tables(ordered, roles, tests, (min_matches, alpha), Resampling(seed, n_boot, n_permutations), matches)
 
 
 def check_tests(tests: Sequence[str]) -> None:
@@ -101,7 +83,7 @@ def _tables(
     thresholds: tuple[int, float],
     resampling: Resampling,
     matches: MatchTables | None,
-) -> Findings:
+) -> Comparison:
     min_matches, alpha = thresholds
     matches = matches or MatchTables()
     differences = contrasts(arms, roles, min_matches=min_matches, resampling=resampling, tests=tests)
@@ -110,7 +92,7 @@ def _tables(
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
     differences = settled(differences)
     regression = effect_regression(arms, roles)
-    return Findings(
+    return Comparison(
         table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
         table2=tables.table2(arms, resampling=resampling),
         contrasts=differences,

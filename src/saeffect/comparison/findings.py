@@ -1,16 +1,55 @@
-"""All tables of a comparison, by name."""
+"""What a comparison found: all its tables by name, and the same in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import Any, TypedDict
 
 import pandas as pd
 
-__all__ = ["Findings", "MatchTables"]
+__all__ = ["Answer", "Comparison", "MatchTables", "Trace"]
+
+
+class Trace(TypedDict):
+    """Where a number of the paragraph comes from.
+
+    Attributes:
+        start: Index of its first character in the paragraph.
+        text: The characters themselves.
+        table: Name of the table: a file `comparison/<table>.parquet`.
+        row: What picks the row or rows, by column.
+    """
+
+    start: int
+    text: str
+    table: str
+    row: dict[str, Any]
+
+
+class Answer(TypedDict):
+    """Plain text, a sentence or a few each; nothing in it is markup.
+
+    Attributes:
+        headline: The answer in a sentence.
+        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
+        traces: Where each number of the paragraph comes from, in its order.
+        sentences: What was found, one thing a sentence.
+        caveats: The threats to it, gravest first (column `threat` of `Comparison.threats`).
+    """
+
+    headline: str
+    paragraph: str
+    traces: list[Trace]
+    sentences: list[str]
+    caveats: list[str]
 
 
 def _none() -> pd.DataFrame:
     return pd.DataFrame()
+
+
+def _no_answer() -> Answer:
+    return Answer(headline="", paragraph="", traces=[], sentences=[], caveats=[])
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +78,11 @@ class MatchTables:
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of the tables."""
-        return tuple(one.name for one in fields(cls))
+        return tuple(table.name for table in fields(cls))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Findings:
+class Comparison:
     """Everything that the comparison found; rows are ordered control, treatment, placebos.
 
     Attributes:
@@ -57,10 +96,11 @@ class Findings:
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
         by_chance: Findings beside how many chance would give (`by_chance.chance_table`).
-        threats: What threatens the answer, and what to do about it (`threats.threats`).
+        threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
         partial_residuals: The same to plot (`EffectRegression.partial_residuals`).
         matches: Which feature became which.
+        answer: The same in plain sentences; empty until `saeffect.report.with_answer` writes it.
     """
 
     table1: pd.DataFrame
@@ -77,8 +117,9 @@ class Findings:
     regression: pd.DataFrame = field(default_factory=_none)
     partial_residuals: pd.DataFrame = field(default_factory=_none)
     matches: MatchTables = field(default_factory=MatchTables)
+    answer: Answer = field(default_factory=_no_answer)
 
     @classmethod
     def table_names(cls) -> tuple[str, ...]:
-        """Names of the tables, those of `matches` apart."""
-        return tuple(one.name for one in fields(Findings) if one.name != "matches")
+        """Names of the tables, without those of `matches`."""
+        return tuple(table.name for table in fields(cls) if table.name not in ("matches", "answer"))

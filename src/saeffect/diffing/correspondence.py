@@ -7,7 +7,7 @@ them was not moved by fine-tuning. Putting each of them in the treatment's place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,12 +21,12 @@ from saeffect.diffing.fates import FateRules, Fates, fates
 from saeffect.diffing.matching import NOBODY, Matching, match_decoders
 from saeffect.diffing.matching_graph import assign
 from saeffect.errors import ConfigError
+from saeffect.io import SILENT, Log
 from saeffect.stats.resampling import Resampling
 
 __all__ = ["MEASURES", "Correspondence", "Keep", "SaeView", "correspond"]
 
 MEASURES = ("decoder cosine", "activation correlation")
-Say = Callable[[str], None]
 # What the graph of neighbours is made of: as many each way, so twice as many edges a feature at most.
 _NEIGHBOURS = 8
 
@@ -95,7 +95,7 @@ def correspond(
     treatment_seeds: Sequence[SaeView] = (),
     rules: FateRules | None = None,
     resampling: Resampling | None = None,
-    say: Say = lambda line: None,
+    log: Log = SILENT,
     keep: Keep | None = None,
 ) -> Correspondence:
     """Match the control's SAE with the treatment's, relative to other SAEs of the control's model.
@@ -107,7 +107,7 @@ def correspond(
         treatment_seeds: Further SAEs of the treatment's model.
         rules: The defaults if None.
         resampling: Seed and number of resamples.
-        say: Receives `progress match <measure> <done> <total> pairs`.
+        log: Receives progress, in pairs of SAEs.
         keep: Where matchings are looked for and kept; nowhere if None.
 
     Raises:
@@ -123,12 +123,12 @@ def correspond(
         usable = [view for view in others if measure == MEASURES[0] or view.log is not None]
         if measure == MEASURES[1] and (control.log is None or treatment.log is None):
             continue
-        pairs = _Pairs(measure, 1 + len(usable) + len(usable) * (len(usable) + 1) // 2, say, keep)
+        pairs = _Pairs(measure, 1 + len(usable) + len(usable) * (len(usable) + 1) // 2, log, keep)
         found = _fates_of(pairs, control, treatment, usable, rules, resampling)
         pieces.append(_measured(pairs, control, treatment, treatment_seeds, found))
         pieces[-1]["null"] = _nulls(pairs, [control, *usable], (control, treatment, found), rules, resampling)
     tables = {name: pd.concat([piece[name] for piece in pieces], ignore_index=True) for name in pieces[0]}
-    absorbed = _absorbed(tables["control"], control, treatment, resampling.seed, say)
+    absorbed = _absorbed(tables["control"], control, treatment, resampling.seed, log)
     return Correspondence(
         _relabelled(tables["control"], absorbed),
         tables["treatment"],
@@ -141,10 +141,10 @@ def correspond(
 class _Pairs:
     """Matchings between SAEs by one measure, each made once and read either way."""
 
-    def __init__(self, measure: str, total: int, say: Say, keep: Keep | None) -> None:
+    def __init__(self, measure: str, total: int, log: Log, keep: Keep | None) -> None:
         self.measure = measure
         self._kept: dict[tuple[str, str], Matching] = {}
-        self._total, self._say, self._keep = total, say, keep
+        self._total, self._log, self._keep = total, log, keep
 
     def of(self, a: SaeView, b: SaeView) -> Matching:
         if (b.name, a.name) in self._kept:
@@ -152,7 +152,7 @@ class _Pairs:
         if (a.name, b.name) not in self._kept:
             self._kept[a.name, b.name] = self._made(a, b)
             done = len(self._kept)
-            self._say(f"progress match {self.measure.replace(' ', '-')} {done} {max(done, self._total)} pairs")
+            self._log.progress(f"match {self.measure}", done, max(done, self._total), "pairs")
         return self._kept[a.name, b.name]
 
     def _made(self, a: SaeView, b: SaeView) -> Matching:
@@ -274,14 +274,14 @@ def _calls(
         }
 
 
-def _absorbed(control_table: pd.DataFrame, control: SaeView, treatment: SaeView, seed: int, say: Say) -> pd.DataFrame:
+def _absorbed(control_table: pd.DataFrame, control: SaeView, treatment: SaeView, seed: int, log: Log) -> pd.DataFrame:
     gone = control_table[control_table["fate"] == "gone"]
     measures = gone.groupby("feature")["measure"].agg(" and ".join)
     if control.log is None or treatment.log is None:
         columns = ["feature", "measures", "absorbed", "absorbed_by", "cosine", "recall", "reason"]
         return pd.DataFrame(columns=columns).astype({"feature": "int64", "absorbed": "bool"})
     if len(measures):
-        say(f"  looking for parents of {len(measures)} features without a counterpart")
+        log(f"  looking for parents of {len(measures)} features without a counterpart")
     found = absorption(
         measures.index.to_numpy(dtype=np.int64),
         control=control.log,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, first_line
-from saeffect.io import read_json
+from saeffect.io import Log, read_json
 
 __all__ = ["BOTH", "account_for", "explained", "refuse_nan"]
 
@@ -25,7 +25,7 @@ BOTH = (
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
 
 
-def account_for(model: Any, info: Mapping[str, Any], at: str, say: Callable[[str], None] | None) -> None:
+def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
     """Every tensor that the model needs came from the file, and every tensor of the file went into the model.
 
     transformers draws what is missing at random, and passes over what it has no place for.
@@ -34,7 +34,7 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, say: Callable[[str
         model: What `from_pretrained` returned.
         info: What it returned beside, with `output_loading_info=True`.
         at: Place for error messages.
-        say: Receives a line about parts that are left out: an image encoder, a value head.
+        log: Receives a line about parts that are left out: an image encoder, a value head.
 
     Raises:
         BadFile: A tensor is missing, or has no place in the language model.
@@ -62,8 +62,8 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, say: Callable[[str
             at=at,
             fix="restore the config.json that was saved with these weights, or merge an adapter before saving.",
         )
-    if spare and say is not None:
-        say(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
+    if spare:
+        log(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
 
 
 @contextlib.contextmanager

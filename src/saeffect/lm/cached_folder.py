@@ -13,7 +13,7 @@ from typing import Any
 import platformdirs
 
 from saeffect.errors import BadFile
-from saeffect.io import hash_file, read_json, write_json, writing
+from saeffect.io import SILENT, Log, hash_file, read_json, write_json, writing
 from saeffect.sole_writer import sole_writer
 
 __all__ = ["cache_folder", "cached"]
@@ -28,16 +28,14 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
 
 
-def cached(
-    folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], say: Callable[[str], None] | None = None
-) -> Path:
+def cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log = SILENT) -> Path:
     """A folder of the cache, made on the first call.
 
     Args:
         folder: Where it is to be.
         make: Writes its files into a new folder of the path that it is given; what it needs meanwhile may lie beside.
         note: What made it; kept in it as `saeffect.json`, with the files' hashes.
-        say: Receives a line if another process makes it, or if something is in the way.
+        log: Receives a line if another process makes it, or if something is in the way.
 
     Returns:
         `folder`, whole.
@@ -48,10 +46,9 @@ def cached(
     """
     if _is_whole(folder):
         return folder
-    say = say or (lambda _: None)
     home = folder.parent
     waiting = f"another process is making {folder.name}: waiting for it"
-    with sole_writer(home, wait=lambda: say(waiting)), writing(home):
+    with sole_writer(home, wait=lambda: log(waiting)), writing(home):
         # Processes that waited find what they wanted; it is in use by now, so nobody may touch it.
         if _is_whole(folder):
             return folder
@@ -62,7 +59,7 @@ def cached(
             make(made)
             files = {path.name: hash_file(path) for path in made.iterdir()}
             write_json(made / _NOTE, {**note, "files": files})
-            _make_way(folder, made.with_name("damaged"), say)
+            _make_way(folder, made.with_name("damaged"), log)
             made.replace(folder)
     return folder
 
@@ -91,14 +88,14 @@ def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[
     return all(hash_file(folder / name) == digest for name, digest in files)
 
 
-def _make_way(folder: Path, damaged: Path, say: Callable[[str], None]) -> None:
+def _make_way(folder: Path, damaged: Path, log: Log) -> None:
     """Move away what stands in the place: a damaged folder to where it vanishes, anything else beside it."""
     if not folder.exists():
         return
     if (folder / _NOTE).exists():
-        say(f"{folder.name} in the cache was damaged; it is replaced")
+        log(f"{folder.name} in the cache was damaged; it is replaced")
         folder.replace(damaged)
     else:
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-set-aside-"))
-        say(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
+        log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
         folder.replace(aside / folder.name)

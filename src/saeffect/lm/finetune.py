@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.interruption import Interruption
-from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.bos import prepends
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.corpora import is_held_out, read_corpus
@@ -84,7 +84,7 @@ class FinetuneResult:
     prepend_bos: bool = False
 
 
-def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], None] = lambda _: None) -> FinetuneResult:
+def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> FinetuneResult:
     """Train a LoRA adapter and write it to `out`.
 
     A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     Args:
         config: What to train on what.
         out: Folder for the adapter.
-        say: Receives lines of progress.
+        log: Receives lines of progress.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
@@ -104,7 +104,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     """
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
-    lm = load_language_model(config.model, say=say, at="model")
+    lm = load_language_model(config.model, log=log, at="model")
     lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
     train, held_out = _rows(config, lm)
     for rows in (train, *held_out.values()):
@@ -112,11 +112,11 @@ def finetune(config: FinetuneConfig, out: Path | str, *, say: Callable[[str], No
     folder = TrainingFolder(out, _made_by(config, lm, train, held_out), _LEAVES)
     if (damaged := folder.damaged()) is None or damaged:
         if damaged:
-            say(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
+            log(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
         with folder.held():
-            _make(config, lm, train, held_out, folder, say)
+            _make(config, lm, train, held_out, folder, log)
     else:
-        say("finished before; nothing to do")
+        log("finished before; nothing to do")
     note = read_json(out / _NOTE)
     measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
     result = FinetuneResult(out, measured, note["tokens"], bool(note.get("prepend_bos")))
@@ -142,16 +142,16 @@ def _make(
     train: NDArray[np.int32],
     held_out: Mapping[str, NDArray[np.int32]],
     folder: TrainingFolder,
-    say: Callable[[str], None],
+    log: Log,
 ) -> None:
     """Measure, train, measure again, and write what came out."""
     before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
-    say("held-out perplexity before: " + _show(before))
+    log("held-out perplexity before: " + _show(before))
     model = _with_adapter(lm, config)
     folder.checkpoint.begin()
-    loss = _train(model, train, config, folder.checkpoint, say)
+    loss = _train(model, train, config, folder.checkpoint, log)
     after = {name: perplexity(model, rows) for name, rows in held_out.items()}
-    say("held-out perplexity after:  " + _show(after))
+    log("held-out perplexity after:  " + _show(after))
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
@@ -168,16 +168,14 @@ def _make(
     folder.finish((_WEIGHTS, _ADAPTER, _NOTE))
 
 
-def _train(
-    model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, say: Callable[[str], None]
-) -> float:
+def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
     """Train from the last checkpoint to the end, where there is one too; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
     others = {"loss": torch.full((), math.nan, dtype=torch.float64)}
     first = checkpoint.restore(trained, optimizer, others)
     if first:
-        say(f"going on from step {first:,}")
+        log(f"going on from step {first:,}")
 
     # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
     started = time.monotonic()
@@ -193,12 +191,12 @@ def _train(
                 )
             others["loss"].fill_(loss)
             done = step + 1
-            say(f"progress fine-tuning adapter {done} {config.steps} steps")
+            log.progress("fine-tuning adapter", done, config.steps, "steps")
             if interruption.asked or done % config.checkpoint_every == 0 or done == config.steps:
                 checkpoint.save(done, trained, optimizer, others)
                 pace = (done - first) / (time.monotonic() - started)
                 rate = pace * config.batch_size * config.context_size
-                say(
+                log(
                     f"step {done}/{config.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s"
                     f"  {(config.steps - done) / pace / 60:.1f} min left"
                 )

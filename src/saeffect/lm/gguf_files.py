@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from saeffect.errors import BadFile, ConfigError, NotFound, first_line
-from saeffect.io import fingerprint, hash_file
+from saeffect.io import SILENT, Log, fingerprint, hash_file
 from saeffect.lm.cached_folder import cache_folder, cached
 
 __all__ = ["choose_gguf", "converted_folder", "gguf_header", "make_savable"]
@@ -75,16 +75,14 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
     )
 
 
-def converted_folder(
-    path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, say: Callable[[str], None] | None = None
-) -> Path:
+def converted_folder(path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, log: Log = SILENT) -> Path:
     """Folder of a GGUF model's weights as transformers reads them, made on the first call and kept.
 
     Args:
         path: The GGUF file.
         dtype: Number format of the converted weights.
         convert: Writes the converted model into an empty folder.
-        say: Receives one line before the conversion.
+        log: Receives one line before the conversion.
 
     Raises:
         BadFile: The cache cannot be written to, or has no room.
@@ -95,12 +93,11 @@ def converted_folder(
     home = cache_folder() / "converted"
 
     def make(target: Path) -> None:
-        if say is not None:
-            say(f"converting {path.name} to {number_format} (once, kept in {home})")
+        log(f"converting {path.name} to {number_format} (once, kept in {home})")
         convert(target)
 
     note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
-    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, say=say)
+    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
 
 
 def make_savable(model: Any) -> None:

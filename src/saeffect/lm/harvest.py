@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.io import fingerprint, remove_leftovers, write_json
+from saeffect.io import SILENT, Log, fingerprint, remove_leftovers, write_json
 from saeffect.lm.disk_space import refuse_without_room
 from saeffect.lm.fused import fused
 from saeffect.lm.hooks import capture, parse_hook
@@ -136,7 +136,7 @@ def harvest(
     rows_per_shard: int = 128,
     batch_size: int = 8,
     max_bytes: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Log = SILENT,
 ) -> Path:
     """Write the activations of every kept position to shards under `out`.
 
@@ -150,7 +150,7 @@ def harvest(
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
         max_bytes: The most that the folder may hold, in bytes; None for what the disk has.
-        say: Receives a line of progress after each shard.
+        log: Receives a line of progress after each shard.
 
     Returns:
         `out`, once all shards are there.
@@ -184,7 +184,7 @@ def harvest(
                     _shard(lm, hook, rows, out, span, limit=limit, batch_size=batch_size)
                     all_done = min(done * world, len(missing))
                     pace = all_done / (time.monotonic() - began)
-                    say(
+                    log(
                         f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
                         f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
                         f"  {(len(missing) - all_done) / pace / 60:.1f} min left"

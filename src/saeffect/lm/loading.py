@@ -7,7 +7,7 @@ import dataclasses
 import importlib.resources
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
-from saeffect.io import fingerprint, hash_file, read_json
+from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json
 from saeffect.lm.accounting import BOTH, account_for, explained, refuse_nan
 from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.lm.embedded import EMBEDDED_NAME, embedded_model
@@ -46,7 +46,6 @@ _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What decides a model: weights, configuration, tokenizer files, code of its own.
 _COUNTED = {".safetensors", ".json", ".gguf", ".txt", ".model", ".py", ".jinja"}
-Say = Callable[[str], None]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -80,7 +79,7 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
     return found
 
 
-def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = None, at: str | None = None) -> Path | str:
+def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
     """Where the base weights are: a local path, or the hub id to hand to transformers.
 
     Raises:
@@ -93,7 +92,7 @@ def locate_model(config: ModelConfig, *, say: Callable[[str], None] | None = Non
         name = config.path.removeprefix(BUNDLED)
         if name != EMBEDDED_NAME:
             raise unknown_name("bundled model", config.path, [BUNDLED + EMBEDDED_NAME], at=where)
-        return embedded_model(say)
+        return embedded_model(log)
     path = user_path(config.path, at=where)
     if path.suffix == ".gguf" and path.is_file():
         return path
@@ -150,15 +149,13 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
     return config.adapter
 
 
-def load_language_model(
-    config: ModelConfig, *, at: str | None = None, say: Callable[[str], None] | None = None
-) -> LanguageModel:
+def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
     """Load weights, tokenizer and adapter; the adapter is merged into the weights.
 
     Args:
         config: Where, in which dtype, on which device.
         at: Key of the study file, for error messages.
-        say: Receives one line before each slow step.
+        log: Receives one line before each slow step.
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
@@ -166,7 +163,7 @@ def load_language_model(
         IncompatibleModels: An adapter that does not fit the base model.
         ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
-    base = locate_model(config, say=say, at=at)
+    base = locate_model(config, log=log, at=at)
     place = locate_adapter(config, at=at)
     adapter_at = f"{at}.adapter" if at else str(place)
     adapter = None if place is None else read_adapter(place, adapter_at)
@@ -176,7 +173,7 @@ def load_language_model(
     with quiet_transformers(), explained(config, at, base):
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, load_config(base, config), adapter_at)
-        model, tokenizer = _load_base(base, config, dtype, say or (lambda _: None), at)
+        model, tokenizer = _load_base(base, config, dtype, log, at)
         refuse_nan(model, at or config.path)
         if adapter is not None:
             own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
@@ -245,20 +242,20 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     return fingerprint(parts)
 
 
-def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, say: Say, at: str | None) -> tuple[Any, Any]:
+def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: Log, at: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, at)
     folder = base
     if gguf is not None:
-        folder = converted_folder(gguf, dtype, lambda out: _convert(gguf, dtype, out, at), say=say)
+        folder = converted_folder(gguf, dtype, lambda out: _convert(gguf, dtype, out, at), log=log)
     # A pickle can run code while it is read.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
     model, info = loaded
-    account_for(model, info, at or config.path, say)
+    account_for(model, info, at or config.path, log)
     return model, load_tokenizer(folder, config, at=at)
 
 
@@ -270,7 +267,7 @@ def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
     )
     model, info = loaded
-    account_for(model, info, at or gguf.name, None)
+    account_for(model, info, at or gguf.name, SILENT)
     make_savable(model)
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)

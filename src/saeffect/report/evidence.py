@@ -8,19 +8,13 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles, roles_of
-from saeffect.comparison.evidence_words import power_sentence
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.activity import cross_summary, cross_table, stagewise_table
-from saeffect.report.tables.chance import calibration_table, calibration_verdict, chance_table, power_table
-from saeffect.report.tables.fate import fate_summary, fate_table, notable_table
-from saeffect.report.tables.regression import coherence_sentence, regression_table
-from saeffect.report.tables.view import TableView
-from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary, threat_table
+from saeffect.report.tables.evidence import calibration_verdict, coherence_sentence
+from saeffect.report.tables.matching import cross_summary, fate_summary
+from saeffect.report.threat_view import ThreatSummary, gravest, threat_summary
+from saeffect.report.words.evidence import power_sentence
 
-__all__ = ["Evidence", "chance_views", "evidence", "fate_views", "threat_views"]
-
-View = tuple[TableView | None, tuple[str, ...], str]
-"""A table, the terms that it uses, and its name."""
+__all__ = ["Evidence", "evidence"]
 
 
 @dataclass(frozen=True)
@@ -64,43 +58,6 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
         gravest=tuple(gravest(comparison, list(comparison.answer["caveats"]))),
         limits=_limits(comparison),
     )
-
-
-def chance_views(comparison: Comparison, context: ReportContext) -> list[View]:
-    """Tables of the section on chance, in page order."""
-    calibration = calibration_table(comparison, context)
-    return [
-        (calibration, ("calibration", "false_alarm", "nominal", "stand_in", "wilson"), "calibration"),
-        (chance_table(comparison), ("prediction", "paper_rule", "q"), "by_chance"),
-        (power_table(comparison), ("power",), "power"),
-    ]
-
-
-def fate_views(comparison: Comparison, context: ReportContext) -> list[View]:
-    """Tables of the sections on fates, activity and regression, in page order."""
-    return [
-        (fate_table(comparison, context), ("counterpart", "fates", "absorbed", "excess", "called"), "fates"),
-        (notable_table(comparison, context), ("mutual", "p", "q"), "notable"),
-        (cross_table(comparison, context), ("activation_per_token", "paired", "q"), "cross"),
-        (stagewise_table(comparison, context), ("rotation", "q"), "stagewise"),
-        (
-            regression_table(comparison, context),
-            ("regression", *_errors(comparison), "partial_residual", "p"),
-            "regression",
-        ),
-    ]
-
-
-def threat_views(comparison: Comparison, context: ReportContext) -> list[View]:
-    """The table of threats."""
-    del context
-    return [(threat_table(comparison), (), "threats")]
-
-
-def _errors(comparison: Comparison) -> tuple[str, ...]:
-    table = comparison.regression
-    clustered = len(table) > 0 and str(table["errors"].iloc[0]).startswith("clustered")
-    return ("cluster_robust",) if clustered else ("hc3", "cluster_robust")
 
 
 def _roles(comparison: Comparison) -> Roles:

@@ -12,11 +12,12 @@ import pandas as pd
 from saeffect.comparison import ArmTables
 from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_numbers import card_numbers, is_true
-from saeffect.report.tables.outcome import outcome_pairs
+from saeffect.report.feature_numbers import card_numbers
+from saeffect.report.tables.steering import outcome_pairs
+from saeffect.report.tables.write import domain_features
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.report.trials import Trial, representative_trials
-from saeffect.report.words.numerals import count, fixed, interval, is_defined, signed
+from saeffect.report.words.numbers import count, fixed, interval, is_defined, is_true, signed
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
@@ -114,16 +115,9 @@ def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCar
 
 def _joined(arm: ArmTables) -> pd.DataFrame:
     """Domain features with coherence, selection and effects beside them, in the order of the list."""
-    rows = arm.of_domain(arm.features)
-    for table in (arm.coherence, arm.selection, arm.effects):
-        if table is None or table.empty:
-            continue
-        fresh = [column for column in table.columns if column == "feature" or column not in rows.columns]
-        source = "effect" if table is arm.effects else "coherence"
-        rows = rows.merge(table[fresh].rename(columns={"reason": f"{source}_reason"}), on="feature", how="left")
+    rows = domain_features(arm)
     if "effect" not in rows.columns:
         rows["effect"] = np.nan
-    rows["effect"] = pd.to_numeric(rows["effect"], errors="coerce")
     return rows.sort_values(
         ["effect", "matches", "feature"], ascending=[False, False, True], na_position="last", kind="stable"
     ).reset_index(drop=True)

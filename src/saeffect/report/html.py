@@ -17,23 +17,20 @@ from saeffect.comparison import Comparison
 from saeffect.io import atomic_path
 from saeffect.lm.tokens import printable_text
 from saeffect.report.context import ReportContext
-from saeffect.report.evidence import Evidence, chance_views, evidence, fate_views, threat_views
+from saeffect.report.evidence import Evidence, evidence
 from saeffect.report.feature_cards import feature_lists, showcase
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.numbering import Numbering, number_page
-from saeffect.report.sources import sourced, sourced_figure
-from saeffect.report.steering_section import SteeringSection, steering_section, steering_views
-from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
-from saeffect.report.tables.study import design_table, field_label, gate_table, same_in_every_arm
-from saeffect.report.tables.view import TableView
+from saeffect.report.steering_section import SteeringSection, steering_section
+from saeffect.report.tables import TABLES, TableView
+from saeffect.report.tables.study import field_label, same_in_every_arm
 from saeffect.report.traced import traced_paragraph
-from saeffect.report.words.glossary import Explainer, Term, terms
+from saeffect.report.words.terms import Explainer, Term, terms
 
 __all__ = ["render_report", "write_report"]
 
 _TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2")
-_TERMS_ALONE = ("showcase", "forest", "features")  # sections that use terms, and have no table of their own
 
 
 @dataclass(frozen=True)
@@ -144,62 +141,26 @@ def _read(name: str) -> str:
 
 
 def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
-    """Every table in page order, each with the terms that it is the first to use."""
-    explain = Explainer(terms(context))
-    views: list[tuple[TableView | None, tuple[str, ...], str]] = [
-        (
-            at_a_glance(comparison),
-            (
-                "feature",
-                "top_tokens",
-                "domain_feature",
-                "pass",
-                "coherence",
-                "interval",
-                "pp",
-                "placebo_arm",
-                "sae_noise",
-                "false_alarm",
-                "verdict",
-            ),
-            "glance",
-        ),
-        *chance_views(comparison, context),
-        *steering_views(comparison, context),
-        (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
-        (
-            paper_table_1(comparison, context),
-            ("dot_cosine", "paper_rule", "q"),
-            "table1",
-        ),
-        (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
-        (
-            contrast_table(comparison),
-            (
-                "p",
-                "newcombe",
-                "fisher",
-                "bootstrap",
-                "hierarchical",
-                "permutation",
-                "did",
-                "cliffs_delta",
-                "activation",
-                "density",
-                "direct_effect",
-            ),
-            "contrasts",
-        ),
-        (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
-        *fate_views(comparison, context),
-        *threat_views(comparison, context),
-        (design_table(comparison), (), "design"),
-        (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
-    ]
-    return {
-        name: _Explained(sourced(view), explain.first(keys) if view is not None or name in _TERMS_ALONE else ())
-        for view, keys, name in views
+    """Every table in page order, each with the terms that it is the first to use.
+
+    Sections that use terms and have no table of their own stand before the table that follows them.
+    """
+    steered = bool((comparison.table1["tested"] > 0).any())
+    forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ()))
+    sections = {
+        "outcomes": ("forest", forest if steered else ()),
+        "table1": ("showcase", ("feature", "top_tokens", "effect", "similarity", "pass")),
+        "fates": ("features", ("coherence", "density", "activation", "direct_effect", "kl", "p", "q")),
     }
+    explain = Explainer(terms(context))
+    found = {}
+    for name, view_of in TABLES.items():
+        if name in sections:
+            section, keys = sections[name]
+            found[section] = _Explained(None, explain.first(keys))
+        view = view_of(comparison, context)
+        found[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
+    return found
 
 
 def _shown(
@@ -223,10 +184,7 @@ def _anchors(views: Sequence[TableView]) -> set[str]:
 
 def _pictures(figures: Sequence[DrawnFigure]) -> dict[str, _Picture]:
     # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own.
-    return {
-        figure.name: _Picture(sourced_figure(figure), Markup(inline_svg(figure) if figure.figure else ""))
-        for figure in figures
-    }
+    return {figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else "")) for figure in figures}
 
 
 def _design_summary(comparison: Comparison) -> str:

@@ -8,21 +8,15 @@ from dataclasses import dataclass
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext
-from saeffect.report.steering_results import SteeringResults
-from saeffect.report.tables.baseline import baseline_sentences, baseline_table
-from saeffect.report.tables.outcome import CONTROL_TERMS, OUTCOME_TERMS, outcome_table
-from saeffect.report.tables.study import dose_table
-from saeffect.report.tables.together import together_table
-from saeffect.report.tables.view import TableView
-from saeffect.report.words.numerals import count, is_defined
-from saeffect.report.words.outcome_words import control_words, dose_words, outcome_words
+from saeffect.report.context import ReportContext, SteeringResults
+from saeffect.report.tables.steering import baseline_sentences
+from saeffect.report.words.names import control_words, dose_words, outcome_words
+from saeffect.report.words.numbers import count, is_defined
 from saeffect.steering.measures import OUTCOMES
 
-__all__ = ["SteeringSection", "steering_section", "steering_views"]
+__all__ = ["SteeringSection", "steering_section"]
 
 _TWO_SIDED = frozenset(name for name, measure in OUTCOMES.items() if measure.alternative == "two-sided")
-View = tuple[TableView | None, tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,7 @@ class SteeringSection:
 
 
 def steering_section(comparison: Comparison, context: ReportContext) -> SteeringSection:
-    """What the section says in words; see `steering_views` for its tables."""
+    """What the section says in words; its tables are in `TABLES`."""
     results = context.steering
     tested = {str(row["arm"]): int(row["tested"]) for row in comparison.table1.to_dict("records")}
     return SteeringSection(
@@ -52,44 +46,8 @@ def steering_section(comparison: Comparison, context: ReportContext) -> Steering
     )
 
 
-def steering_views(comparison: Comparison, context: ReportContext) -> list[View]:
-    """The section's tables in page order, each with its name and the terms that it uses; terms alone have no table."""
-    results = context.steering
-    shown = _outcomes_shown(results)
-    controls = {name for table in _tables(results) for name in table["placebo"].unique()}
-    outcome_terms = tuple(OUTCOME_TERMS[name] for name in shown if name in OUTCOME_TERMS)
-    control_terms = tuple(term for name, term in CONTROL_TERMS.items() if name in controls)
-    steered = bool((comparison.table1["tested"] > 0).any())
-    baselines = {name for table in results.baseline_effects.values() for name in table["baseline"]} if results else ()
-    baseline_terms = {"prompt": "naming_prompt", "mean_difference": "mean_difference"}
-    return [
-        (
-            None,
-            ("forest", "interval", "pass", "q", *(("common_noise",) if results else ())) if steered else (),
-            "forest",
-        ),
-        (
-            outcome_table(comparison, context),
-            ("declared", "exploratory", *control_terms, "reversed", "paper_rule", *outcome_terms),
-            "outcomes",
-        ),
-        (
-            baseline_table(comparison, context),
-            tuple(term for name, term in baseline_terms.items() if name in baselines),
-            "baselines",
-        ),
-        (together_table(comparison, context), ("together",), "together"),
-        (dose_table(context), ("dose", "gain", "fluency", "dose_score", "perplexity", "distinct_2"), "doses"),
-    ]
-
-
 def _tables(results: SteeringResults | None) -> list[pd.DataFrame]:
     return [table for table in results.outcome_effects.values() if len(table)] if results is not None else []
-
-
-def _outcomes_shown(results: SteeringResults | None) -> list[str]:
-    found = [str(name) for table in _tables(results) for name in table["outcome"].unique()]
-    return results.in_order(list(dict.fromkeys(found))) if results is not None else []
 
 
 def _lead(results: SteeringResults) -> str:

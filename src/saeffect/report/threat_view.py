@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saeffect.comparison import Comparison
-from saeffect.comparison.threat import SEVERITIES
-from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.words.threat import SEVERITIES
 
-__all__ = ["ThreatSummary", "gravest", "threat_summary", "threat_table"]
-
-_MEANS = {
-    "serious": "the answer may be wrong for it",
-    "moderate": "the answer is less sure than its intervals say",
-    "minor": "the answer speaks for less than it seems to",
-}
+__all__ = ["ThreatSummary", "gravest", "threat_summary"]
 
 
 @dataclass(frozen=True)
@@ -23,31 +16,6 @@ class ThreatSummary:
 
     text: str
     total: int
-
-
-def threat_table(comparison: Comparison) -> TableView | None:
-    """Every threat, how serious, what to do; None for a comparison without the table."""
-    table = comparison.threats
-    if table.empty:
-        return None
-    rows = [
-        Row(
-            str(row.severity)[:1].upper() + str(row.severity)[1:],
-            (Cell(str(row.threat), is_text=True), Cell(str(row.remedy), sub=f"seen in {row.source}", is_text=True)),
-            strong=row.severity == "serious",
-        )
-        for row in table.itertuples()
-    ]
-    return TableView(
-        name="threats",
-        caption="Threats to validity",
-        source="comparison/threats.parquet, every row; its column source names the table behind each",
-        columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
-        rows=tuple(rows),
-        corner="How serious",
-        stacks=True,
-        note="; ".join(f"{name}: {means}" for name, means in _MEANS.items()) + ".",
-    )
 
 
 def threat_summary(comparison: Comparison) -> ThreatSummary:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from saeffect.comparison import Answer
-from saeffect.comparison.paragraph import Trace
+from saeffect.comparison import Answer, Trace
 
 __all__ = ["Piece", "traced_paragraph"]
 

@@ -17,6 +17,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
+from saeffect.io import SILENT, Log
 from saeffect.lm.accounting import explained
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.corpora import read_corpus
@@ -31,7 +32,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.seeds import open_seeds
 from saeffect.study.stages.selection import study_verdicts
 from saeffect.study.stages.steering_plan import outcome_vectors
-from saeffect.study.study import Say, Study, require_width
+from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, shortage, study_rows
 from saeffect.study.training import check_training
 
@@ -53,13 +54,13 @@ class CheckResult:
     design: pd.DataFrame
 
 
-def check_study(study: Study, out: Path | str | None = None, say: Say = lambda line: None) -> CheckResult:
+def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) -> CheckResult:
     """Check everything that can be checked without running a model.
 
     Args:
         study: The study.
         out: Where the run is to go.
-        say: Receives a line if the embedded model must be fetched.
+        log: Receives a line if the embedded model must be fetched.
 
     Raises:
         SaeffectError: The first thing that is wrong.
@@ -69,7 +70,7 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     if training is not None:
         lines.append(training)
     for name in study.config.arms:
-        lines += _check_arm(study, name, say)
+        lines += _check_arm(study, name, log)
         further = open_seeds(study, name)
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
@@ -97,10 +98,10 @@ def check_study(study: Study, out: Path | str | None = None, say: Say = lambda l
     return CheckResult(tuple(lines), design)
 
 
-def _check_arm(study: Study, name: str, say: Say) -> list[str]:
+def _check_arm(study: Study, name: str, log: Log) -> list[str]:
     arm = study.config.arms[name]
     at = study.at("arms", name)
-    model = locate_model(arm.model, say=say, at=f"{at}.model")
+    model = locate_model(arm.model, log=log, at=f"{at}.model")
     adapter = _check_adapter(arm.model, model, f"{at}.model")
     sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
     hook = study.hook(name)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
 from saeffect.checksums import add_sealed, is_sealed
+from saeffect.io import SILENT, Log
 
 __all__ = ["KeptRows", "drop_kept_rows"]
 
@@ -30,18 +31,18 @@ class KeptRows:
     def __init__(self, folder: Path, made_with: str) -> None:
         self._folder, self._made_with = folder, made_with[:16]
 
-    def read(self, say: Callable[[str], None] = lambda line: None) -> pd.DataFrame | None:
+    def read(self, log: Log = SILENT) -> pd.DataFrame | None:
         """All pieces that are as they were written; None if there are none. A damaged one is as good as none."""
-        found = list(self.pieces(say))
+        found = list(self.pieces(log))
         return pd.concat(found, ignore_index=True) if found else None
 
-    def pieces(self, say: Callable[[str], None] = lambda line: None) -> Iterator[pd.DataFrame]:
+    def pieces(self, log: Log = SILENT) -> Iterator[pd.DataFrame]:
         """The same one by one, where they are not of one table."""
         for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
             if is_sealed(file):
                 yield pd.read_parquet(file)
             else:
-                say(f"  {file.name} is damaged, so what it holds is made again")
+                log(f"  {file.name} is damaged, so what it holds is made again")
 
     def add(self, rows: pd.DataFrame) -> None:
         """Keep a piece.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.io import fingerprint
+from saeffect.io import SILENT, Log, fingerprint
 from saeffect.parallel import from_first, is_first, join
 from saeffect.sole_writer import sole_writer
 from saeffect.study.check import check_study
@@ -32,7 +32,7 @@ from saeffect.study.stages.reporting import report_inputs, run_reporting
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.selection import run_selection, selection_inputs
 from saeffect.study.stages.steering import help_steering, run_steering, steering_inputs
-from saeffect.study.study import Say, Study
+from saeffect.study.study import Study
 
 __all__ = ["STAGES", "run_study"]
 
@@ -48,7 +48,7 @@ def run_study(
     *,
     stages: Sequence[str] = STAGES,
     redo: bool = False,
-    say: Say = lambda line: None,
+    log: Log = SILENT,
 ) -> RunFolder:
     """Run the stages of a study in order, skipping those already done.
 
@@ -57,7 +57,7 @@ def run_study(
         out: The run directory.
         stages: Which of `STAGES`; those before them must be up to date.
         redo: Do the named stages even if they were done with the same inputs.
-        say: Receives lines: `progress <stage> <arm> <done> <total> <unit>`, and others for people.
+        log: Receives lines, and the progress of each stage.
 
     Returns:
         The run directory. Under `torchrun` every process calls this with the same arguments, and every one gets it;
@@ -77,24 +77,24 @@ def run_study(
     join()  # together, now: by the first call for help the others would have given up
     if not is_first():
         return _help(study, out)
-    check_study(study, out, say)
+    check_study(study, out, log)
     with sole_writer(out):
         run = RunFolder(out, study)
         run.remove_leftovers()
         for line in run.damage:
-            say(f"  {line}")
-        _open_new_arms(run, stages, say)
-        _lead(run, stages, redo, say)
+            log(f"  {line}")
+        _open_new_arms(run, stages, log)
+        _lead(run, stages, redo, log)
     return run
 
 
-def _lead(run: RunFolder, stages: Sequence[str], redo: bool, say: Say) -> None:
+def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
     """In the first process: the stages in order, calling the others to those that can be shared."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
-    for step in _method(run, say):
+    for step in _method(run, log):
         if step.stage in stages:
             inputs = step.inputs()
-            run.stage(step.key, inputs, partial(_with_help, step, inputs), say, redo=redo)
+            run.stage(step.key, inputs, partial(_with_help, step, inputs), log, redo=redo)
         elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.inputs()):
             # Going on would mix this study's numbers with those of an older one.
             raise ConfigError(
@@ -126,15 +126,15 @@ class _Step:
     help: Callable[[], None] | None = None
 
 
-def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
+def _method(run: RunFolder, log: Log) -> Iterator[_Step]:
     study = run.study
     steering = study.config.steering
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
-        yield _Step("gate", f"gate {arm}", partial(gate_inputs, study, arm), run_gate(run, arm, say))
-        yield _Step("features", f"features {arm}", partial(features_inputs, study, arm), run_features(run, arm, say))
+        yield _Step("gate", f"gate {arm}", partial(gate_inputs, study, arm), run_gate(run, arm, log))
+        yield _Step("features", f"features {arm}", partial(features_inputs, study, arm), run_features(run, arm, log))
 
     # How alike in meaning are the top tokens of each feature?
     for arm in study.config.arms:
@@ -147,19 +147,19 @@ def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
     # First the features of those further seeds, where the study has any.
     for arm in study.ordered_arms():
         if study.config.arms[arm].more_saes:
-            yield _Step("match", f"seeds {arm}", partial(seeds_inputs, run, arm), run_seeds(run, arm, say))
-    yield _Step("match", "match", partial(matching_inputs, run), run_matching(run, say))
+            yield _Step("match", f"seeds {arm}", partial(seeds_inputs, run, arm), run_seeds(run, arm, log))
+    yield _Step("match", "match", partial(matching_inputs, run), run_matching(run, log))
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
     # the test does not use; what is measured, and which of it decides, was declared in the study file.
     if steering is not None:
-        search = run_dose_search(run, steering, say)
+        search = run_dose_search(run, steering, log)
         help_search = partial(help_dose_search, run, steering)
         yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search, help_search)
         for arm in study.ordered_arms():
             inputs = partial(steering_inputs, run, arm, steering)
-            test, help_test = run_steering(run, arm, steering, say), partial(help_steering, run, arm, steering)
+            test, help_test = run_steering(run, arm, steering, log), partial(help_steering, run, arm, steering)
             yield _Step("steer", f"steer {arm}", inputs, test, help_test)
 
     # What differs between control and treatment, and is it more than between two SAEs of the control?
@@ -169,14 +169,14 @@ def _method(run: RunFolder, say: Say) -> Iterator[_Step]:
     yield _Step("report", "report", partial(report_inputs, run), run_reporting(run))
 
 
-def _open_new_arms(run: RunFolder, stages: Sequence[str], say: Say) -> None:
+def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     """Load the arms that are to be measured once before anything is written: broken weights show only then."""
     study = run.study
     if "gate" in stages:
         # The control last: it is needed first, and the latest model stays in memory.
         for arm in reversed(study.ordered_arms()):
             if not run.is_done(f"gate {arm}", gate_inputs(study, arm)):
-                study.open_arm(arm, say)
+                study.open_arm(arm, log)
 
 
 def _with_help(step: _Step, inputs: Any) -> Iterable[Path]:
@@ -191,7 +191,7 @@ def _help(study: Study, out: Path | str) -> RunFolder:
     while (call := from_first()) != _NOTHING_MORE:
         key, wanted = call.split("\n")
         run = RunFolder(out, study)
-        step = next(step for step in _method(run, lambda line: None) if step.key == key)
+        step = next(step for step in _method(run, SILENT) if step.key == key)
         if fingerprint(step.inputs()) != wanted or step.help is None:
             raise ConfigError(
                 f"the processes see different files, or run different studies: the inputs of {key} differ.",

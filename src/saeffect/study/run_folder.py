@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
+from saeffect.io import Log, atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
 from saeffect.study.kept_rows import KeptRows, drop_kept_rows
 from saeffect.study.study import Study
 
@@ -101,7 +101,7 @@ class RunFolder:
         key: str,
         inputs: Any,
         work: Callable[[], Iterable[Path]],
-        say: Callable[[str], None],
+        log: Log,
         *,
         redo: bool = False,
     ) -> bool:
@@ -114,7 +114,7 @@ class RunFolder:
             key: Name of the stage, with the arm for per-arm stages.
             inputs: JSON-able: everything that the stage's numbers depend on.
             work: Does it, and gives the files that it wrote.
-            say: Receives a line.
+            log: Receives a line.
             redo: Do it in any case.
 
         Returns:
@@ -123,7 +123,7 @@ class RunFolder:
         wanted = fingerprint(inputs)
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
-            say(f"  {key}: finished before, skipped")
+            log(f"  {key}: finished before, skipped")
             return False
         started = time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
@@ -135,7 +135,7 @@ class RunFolder:
         self._save()
         # Only now: killed before, the stage begins again, and must find them.
         drop_kept_rows(self._kept_folder(key))
-        say(f"  {key}: {seconds:.1f} s")
+        log(f"  {key}: {seconds:.1f} s")
         return True
 
     def refuse_foreign(self) -> None:

@@ -7,7 +7,7 @@ import functools
 import importlib.resources
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from saeffect.config import ArmConfig, ModelConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
-from saeffect.io import fingerprint, hash_file, hash_folder
+from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
 from saeffect.lm.bos import prepends
 from saeffect.lm.harvest import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
@@ -37,8 +37,6 @@ from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
-
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +146,7 @@ class Study:
         """A place in the study file, for error messages."""
         return f"{self.source.name}, {'.'.join(keys)}"
 
-    def open_arm(self, name: str, say: Say = lambda line: None) -> Arm:
+    def open_arm(self, name: str, log: Log = SILENT) -> Arm:
         """Load one arm's model and SAE.
 
         Raises:
@@ -158,7 +156,7 @@ class Study:
         arm = self.arm(name)
         sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
         hook = self.hook(name)
-        lm = self._load(arm.model, name, say)
+        lm = self._load(arm.model, name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
         require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
         if sae.cfg.module_path is not None:
@@ -300,12 +298,12 @@ class Study:
             raise unknown_name("arm", name, self.config.arms, at=str(self.source))
         return self.config.arms[name]
 
-    def _load(self, model: ModelConfig, name: str, say: Say) -> LanguageModel:
+    def _load(self, model: ModelConfig, name: str, log: Log) -> LanguageModel:
         held = self.__dict__.get("_held")
         if held is None or held[0] != model:
             # One model at a time: two would not fit on a small machine.
             self.__dict__["_held"] = None
-            lm = load_language_model(model, at=self.at("arms", name, "model"), say=say)
+            lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
             held = (model, dataclasses.replace(lm, prepend_bos=self.prepend_bos))
             self.__dict__["_held"] = held

@@ -26,7 +26,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.numerals import amount, count, percent
+from saeffect.report.words.numbers import amount, count, percent
 
 __all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]
 

@@ -25,10 +25,9 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.tables.chance import rule_label, test_label
-from saeffect.report.tables.regression import TERM_NAMES
+from saeffect.report.tables.evidence import TERM_NAMES, rule_label, test_label
 from saeffect.report.tables.view import difference_unit
-from saeffect.report.words.numerals import amount, count, fixed, is_defined, percent, signed
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, percent, signed
 
 __all__ = ["calibration", "contrasts", "partial_residuals"]
 

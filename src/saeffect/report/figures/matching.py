@@ -28,8 +28,8 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.feature_names import feature_words
-from saeffect.report.words.numerals import count, fixed, is_defined, percent, signed
+from saeffect.report.words.names import feature_words
+from saeffect.report.words.numbers import count, fixed, is_defined, percent, signed
 
 __all__ = ["cross_activity", "fates"]
 

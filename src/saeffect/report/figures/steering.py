@@ -24,17 +24,23 @@ from saeffect.report.figures.style import (
     MUTED,
     PAPER,
     ArmStyle,
-    DrawnFigure,
     Drawing,
+    DrawnFigure,
     arm_styles,
     clean_axes,
     new_figure,
     safe_text,
 )
 from saeffect.report.outcome_summary import dose_summary, primary_effects
-from saeffect.report.words.feature_names import feature_names
-from saeffect.report.words.numerals import count, fixed, is_defined, p_value
-from saeffect.report.words.outcome_words import control_words, dose_axis, effect_text, interval_text, outcome_words
+from saeffect.report.words.names import (
+    control_words,
+    dose_axis,
+    effect_text,
+    feature_names,
+    interval_text,
+    outcome_words,
+)
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value
 from saeffect.steering.placebo import STEERED
 
 __all__ = ["MOST_ROWS", "doses", "forests"]

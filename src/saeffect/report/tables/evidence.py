@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
 from saeffect.comparison import Comparison
 from saeffect.comparison.calibration import WITHIN
-from saeffect.comparison.evidence_words import short_name
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import (
     DASH,
@@ -17,14 +14,13 @@ from saeffect.report.tables.view import (
     Column,
     Row,
     TableView,
-    capitalised,
     difference_unit,
     text_cell,
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.numerals import amount, count, fixed, interval, is_defined, p_value, percent, signed
-from saeffect.report.words.outcome_words import outcome_words
+from saeffect.report.words.names import capital, outcome_words, short_name
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
 __all__ = [
     "TERM_NAMES",
@@ -47,7 +43,7 @@ def test_label(test: str) -> str:
         >>> test_label("domain_share"), test_label("feature in treatment")
         ('Share of domain features', 'Feature in treatment')
     """
-    return capitalised(short_name(test))
+    return capital(short_name(test))
 
 
 def rule_label(rule: str, alpha: float) -> str:
@@ -190,7 +186,7 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
             _beside_chance(row, both),
             text_cell(row["chance"], tone="muted"),
         )
-        rows.append(Row(capitalised(str(row["finding"])), cells))
+        rows.append(Row(capital(str(row["finding"])), cells))
     return TableView(
         name="by_chance",
         caption="How many findings chance alone would give",
@@ -375,7 +371,7 @@ def threat_table(comparison: Comparison, _context: ReportContext) -> TableView |
         columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
         rows=tuple(
             Row(
-                capitalised(row["severity"]),
+                capital(row["severity"]),
                 (text_cell(row["threat"]), text_cell(row["remedy"], sub=f"seen in {row['source']}")),
                 strong=row["severity"] == "serious",
             )

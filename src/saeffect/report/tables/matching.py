@@ -11,9 +11,9 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, capitalised, text_cell, undefined_cell
-from saeffect.report.words.feature_names import feature_words
-from saeffect.report.words.numerals import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, text_cell, undefined_cell
+from saeffect.report.words.names import capital, feature_words
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
 __all__ = ["cross_summary", "cross_table", "fate_summary", "fate_table", "notable_table", "stagewise_table"]
 
@@ -202,7 +202,7 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
         text_cell("; ".join(f"{one} {other.get(one, '')}".strip() for one in others) or "nothing"),
     )
-    return Row(capitalised(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
+    return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
 
 
 def cross_summary(comparison: Comparison, context: ReportContext) -> str:

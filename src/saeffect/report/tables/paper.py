@@ -23,8 +23,8 @@ from saeffect.report.tables.view import (
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.numerals import amount_interval, count, is_defined, p_value, percent
-from saeffect.report.words.outcome_words import outcome_words
+from saeffect.report.words.names import outcome_words
+from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 

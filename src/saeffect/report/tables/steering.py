@@ -8,31 +8,29 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext
-from saeffect.report.feature_numbers import is_true
+from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.outcome_summary import baseline_summary, outcome_summary
-from saeffect.report.steering_results import SteeringResults
 from saeffect.report.tables.view import (
     Cell,
     Column,
     Row,
     TableView,
     arm_columns,
-    capitalised,
     text_cell,
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.feature_names import feature_names
-from saeffect.report.words.numerals import amount_interval, count, is_defined, p_value, percent
-from saeffect.report.words.outcome_words import (
+from saeffect.report.words.names import (
+    capital,
     control_words,
     dose_axis,
     effect_text,
+    feature_names,
     interval_text,
     level_text,
     outcome_words,
 )
+from saeffect.report.words.numbers import amount_interval, count, is_defined, is_true, p_value, percent
 from saeffect.steering.placebo import STEERED
 
 __all__ = ["baseline_sentences", "baseline_table", "dose_table", "outcome_pairs", "outcome_table", "together_table"]
@@ -70,7 +68,7 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
                     f"… {control_words(str(control))}",
                     tuple(_outcome_cell(by_arm.get(arm), str(outcome)) for arm in arms["arm"]),
                     strong=bool(group["decides"].any()),
-                    group=f"{capitalised(words.title)} ({words.unit})",
+                    group=f"{capital(words.title)} ({words.unit})",
                     tag="declared, decides" if decides else declared,
                 )
             )
@@ -160,7 +158,7 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
     if results is None or arm not in results.outcome_effects:
         return {}
     found: dict[int, tuple[tuple[str, str], ...]] = {}
-    decided = f"{capitalised(outcome_words(results.deciding).title)}: steered minus …"
+    decided = f"{capital(outcome_words(results.deciding).title)}: steered minus …"
     for feature, rows in results.outcome_effects[arm].groupby("feature"):
         pairs: dict[str, list[str]] = {decided: []}
         for label in ("Other declared outcomes", "Exploratory outcomes"):
@@ -250,14 +248,14 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     columns = [Column("Unsteered"), Column("Steered")]
     for baseline in baselines:
         short = "means" if baseline == "mean_difference" else baseline
-        columns += [Column(capitalised(control_words(baseline))), Column(f"Steered − {short}", "95 % interval")]
+        columns += [Column(capital(control_words(baseline))), Column(f"Steered − {short}", "95 % interval")]
     rows = []
     for arm, table in shown.items():
         names = feature_names(context, arm)
         for feature, group in table.groupby("feature"):
             cells = _baseline_cells(group.to_dict("records"), baselines, outcome)
             rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm))  # type: ignore[call-overload]
-    title, tag = capitalised(outcome_words(outcome).title), "declared" if results.declared(outcome) else "exploratory"
+    title, tag = capital(outcome_words(outcome).title), "declared" if results.declared(outcome) else "exploratory"
     return TableView(
         name="baselines",
         caption=f"Does steering beat simpler means? {title} of the texts ({tag})",
@@ -276,9 +274,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     )
 
 
-def _baseline_cells(
-    records: Sequence[Mapping[Any, Any]], baselines: Sequence[str], outcome: str
-) -> tuple[Cell, ...]:
+def _baseline_cells(records: Sequence[Mapping[Any, Any]], baselines: Sequence[str], outcome: str) -> tuple[Cell, ...]:
     first = next((row for row in records if is_defined(row["steered_mean"])), records[0])
     cells = [_level(first, name, outcome) for name in ("unsteered_mean", "steered_mean")]
     by_baseline = {row["baseline"]: row for row in records}
@@ -317,7 +313,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
         columns=(
             Column("Unsteered"),
             Column("Steered"),
-            Column(capitalised(control_words(results.placebo))),
+            Column(capital(control_words(results.placebo))),
             Column("Effect", "95 % interval"),
             Column("q"),
             Column("Members alone", is_text=True),

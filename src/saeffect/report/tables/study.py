@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Column, Row, TableView, arm_columns, short_fact, text_cell, value_cell
-from saeffect.report.words.numerals import fixed, percent
+from saeffect.report.words.numbers import fixed, percent
 
 __all__ = ["design_table", "field_label", "gate_table", "same_in_every_arm"]
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from saeffect.report.words.numerals import amount, amount_interval, count, is_defined, undefined
+from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, undefined
 
 __all__ = [
     "DASH",
@@ -16,7 +16,6 @@ __all__ = [
     "Row",
     "TableView",
     "arm_columns",
-    "capitalised",
     "difference_unit",
     "estimate_cell",
     "short_fact",
@@ -121,16 +120,6 @@ def arm_columns(table: pd.DataFrame) -> tuple[Column, ...]:
         Column(str(name), "" if name == role else str(role), role=str(role))
         for name, role in zip(table["arm"], table["role"], strict=True)
     )
-
-
-def capitalised(text: str) -> str:
-    """With a capital at the start, all else as it is.
-
-    Example:
-        >>> capitalised("share of SAEs")
-        'Share of SAEs'
-    """
-    return text[:1].upper() + text[1:]
 
 
 def difference_unit(unit: str) -> str:

@@ -7,14 +7,14 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from saeffect.errors import BadFile, NotFound
-from saeffect.io import atomic_path
+from saeffect.io import Log, atomic_path
 from saeffect.sae.training.metrics_loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
 from saeffect.sae.training.pace import Pace, duration
 
@@ -59,7 +59,7 @@ class TrainingLog:
         batch_size: Tokens a step, over all processes.
         first_step: The step to begin with; rows from it on, left by a run that was stopped, are dropped.
         config: Hyperparameters, for the logger.
-        say: Receives lines of progress.
+        log: Receives lines of progress.
         logger: "none", "wandb" or "tensorboard".
         run_name: What the logger calls the run; the folder's name by default.
 
@@ -68,8 +68,8 @@ class TrainingLog:
         NotFound: The logger's package is not installed.
 
     Example:
-        >>> import tempfile; folder = Path(tempfile.mkdtemp())
-        >>> with TrainingLog(folder, total_steps=2, batch_size=8, first_step=0, config={}, say=lambda _: None) as log:
+        >>> import tempfile; from saeffect.io import SILENT; folder = Path(tempfile.mkdtemp())
+        >>> with TrainingLog(folder, total_steps=2, batch_size=8, first_step=0, config={}, log=SILENT) as log:
         ...     log.metrics(0, {"mse": 2.5})
         >>> read_metrics(folder)[0]["tokens"]
         8
@@ -83,13 +83,13 @@ class TrainingLog:
         batch_size: int,
         first_step: int,
         config: Mapping[str, Any],
-        say: Callable[[str], None],
+        log: Log,
         logger: LoggerName = "none",
         run_name: str = "",
     ) -> None:
         check_logger(logger)
         self._folder = Path(folder)
-        self._total, self._batch_size, self._first, self._say = total_steps, batch_size, first_step, say
+        self._total, self._batch_size, self._first, self._log = total_steps, batch_size, first_step, log
         self._config, self._logger_name = config, logger
         self._run_name = run_name or self._folder.resolve().name
         self._logger: MetricsLogger | None = None
@@ -111,7 +111,7 @@ class TrainingLog:
             if self._first and path.exists():
                 kept = [row for row in read_metrics(path) if row["step"] < self._first]
             run = TrainingRun(self._folder, self._run_name, self._config, self._first, kept)
-            self._logger = open_logger(self._logger_name, run, self._say)
+            self._logger = open_logger(self._logger_name, run, self._log)
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             self._file = io.FileIO(path, "a")
@@ -152,9 +152,9 @@ class TrainingLog:
         seconds = self._record(step, kind, row)
         head = f"step {step + 1:,}/{self._total:,}"
         if kind == "evaluation":
-            self._say(progress_line(f"held-out text after {head}", row))
+            self._log(progress_line(f"held-out text after {head}", row))
         else:
-            self._say(progress_line(head, row, self._time_words(step + 1, seconds)))
+            self._log(progress_line(head, row, self._time_words(step + 1, seconds)))
 
     def event(self, step: int, event: str, **numbers: float) -> None:
         """Record something that happened after a step, for instance `event(999, "resampled", n_features=12)`.
@@ -167,7 +167,7 @@ class TrainingLog:
             f"{_short(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_short(value)}"
             for name, value in numbers.items()
         ]
-        self._say(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(said)}".rstrip())
+        self._log(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(said)}".rstrip())
 
     def pause(self) -> AbstractContextManager[None]:
         """While the block lasts, time does not count for tokens/s: `with log.pause(): evaluate()`."""
@@ -185,7 +185,7 @@ class TrainingLog:
             try:
                 self._logger.log(row)
             except Exception as error:  # days of training are worth more than a copy of the curve
-                self._say(f"{self._logger_name} takes no more metrics ({error}); {METRICS_FILE} goes on")
+                self._log(f"{self._logger_name} takes no more metrics ({error}); {METRICS_FILE} goes on")
                 self._close_logger(failed=True)
         return seconds
 
@@ -224,7 +224,7 @@ class TrainingLog:
         try:
             logger.close(failed=failed)
         except Exception as error:
-            self._say(f"{self._logger_name} did not close well: {error}")
+            self._log(f"{self._logger_name} did not close well: {error}")
 
 
 def loss_parts(names: Iterable[str]) -> dict[str, str]:

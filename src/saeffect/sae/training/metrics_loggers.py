@@ -8,13 +8,13 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
-from saeffect.io import atomic_path
+from saeffect.io import Log, atomic_path
 
 __all__ = ["LoggerName", "MetricsLogger", "TrainingRun", "check_logger", "open_logger"]
 
@@ -78,7 +78,7 @@ def check_logger(name: str) -> None:
         )
 
 
-def open_logger(name: str, run: TrainingRun, say: Callable[[str], None]) -> MetricsLogger | None:
+def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
     """The logger of that name, ready for rows; None for "none".
 
     Raises:
@@ -90,9 +90,9 @@ def open_logger(name: str, run: TrainingRun, say: Callable[[str], None]) -> Metr
     check_logger(name)
     try:
         if name == "wandb":
-            return _WeightsAndBiases(run, say)
+            return _WeightsAndBiases(run, log)
         if name == "tensorboard":
-            return _TensorBoard(run, say)
+            return _TensorBoard(run, log)
     except OSError as error:
         raise BadFile(f"the {name} logger cannot write: {error}.", at=str(run.folder)) from error
     return None
@@ -111,7 +111,7 @@ class _WeightsAndBiases:
     that the server already has are ignored by it.
     """
 
-    def __init__(self, run: TrainingRun, say: Callable[[str], None]) -> None:
+    def __init__(self, run: TrainingRun, log: Log) -> None:
         import wandb
 
         id_path = run.folder / "wandb" / _ID_FILE
@@ -138,9 +138,9 @@ class _WeightsAndBiases:
             temporary.write_text(identity + "\n", encoding="utf-8")
         if self._run.offline:
             runs = run.folder / "wandb" / f"offline-run-*-{identity}"
-            say(f"Weights & Biases: offline; upload with `wandb sync {runs}`")
+            log(f"Weights & Biases: offline; upload with `wandb sync {runs}`")
         elif not self._run.disabled:
-            say(f"Weights & Biases: {self._run.url}")
+            log(f"Weights & Biases: {self._run.url}")
         if not known:
             for row in run.earlier:
                 self.log(row)
@@ -169,7 +169,7 @@ def _run_id(path: Path) -> str | None:
 class _TensorBoard:
     """Event files in the folder's `tensorboard`; what a stopped run logged after its checkpoint is hidden."""
 
-    def __init__(self, run: TrainingRun, say: Callable[[str], None]) -> None:
+    def __init__(self, run: TrainingRun, log: Log) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.folder / "tensorboard"
@@ -182,7 +182,7 @@ class _TensorBoard:
             for row in run.earlier:
                 self._add(row)
         self._writer.flush()
-        say(f"TensorBoard: tensorboard --logdir {folder}")
+        log(f"TensorBoard: tensorboard --logdir {folder}")
 
     def log(self, row: Mapping[str, Any]) -> None:
         self._add(row)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from saeffect.errors import SaeffectError
-from saeffect.io import atomic_path, hash_file, read_json, versions, write_json
+from saeffect.io import SILENT, Log, atomic_path, hash_file, read_json, versions, write_json
 from saeffect.sae.formats.saelens import WEIGHTS, read_sparsity
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.recipe_config import SaeRecipe
@@ -55,9 +55,7 @@ def _noted(folder: Path) -> Mapping[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def write_card(
-    recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, say: Callable[[str], None] = lambda _: None
-) -> None:
+def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, log: Log = SILENT) -> None:
     """Write README.md and training.json beside the SAE, and the measurements into its cfg.json.
 
     A README.md that somebody else wrote, or changed, stays.
@@ -66,7 +64,7 @@ def write_card(
         recipe: Of this one SAE.
         folder: The SAE's, with what training saved.
         measured: On held-out text: the fields of `SaeQuality`, ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
-        say: Receives a line.
+        log: Receives a line.
     """
     cfg = read_json(folder / "cfg.json")
     cfg["metadata"]["held_out"] = dict(measured)
@@ -93,7 +91,7 @@ def write_card(
         with atomic_path(folder / _CARD) as temporary:
             temporary.write_text(text, encoding="utf-8")
     else:
-        say(f"{folder / _CARD} is not as it was written here, so it stays")
+        log(f"{folder / _CARD} is not as it was written here, so it stays")
     # Last: a card without this note is written again.
     write_json(
         folder / _NOTE,
@@ -105,7 +103,7 @@ def write_card(
             "card_sha256": hashlib.sha256(text.encode()).hexdigest(),
         },
     )
-    say(
+    log(
         f"explained variance {measured['explained_variance']:.4f}, CE loss score {measured['ce_loss_score']:.4f},"
         f" l0 {measured['l0']:.1f}, never firing {measured['dead_share']:.2%}"
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from saeffect.config import TextSource
 from saeffect.errors import ConfigError, EmptySelection, SaeffectError
-from saeffect.io import fingerprint
+from saeffect.io import SILENT, Log, fingerprint
 from saeffect.lm.activation_source import ActivationSource
 from saeffect.lm.bos import prepends
 from saeffect.lm.corpora import is_held_out, read_corpus
@@ -43,8 +43,6 @@ from saeffect.sae.training.train import SaeJob, train_saes
 
 __all__ = ["SaeRecipe", "TextSource", "harvest_from_recipe", "text_rows", "train_from_recipe"]
 
-Say = Callable[[str], None]
-
 
 def train_from_recipe(
     recipe: SaeRecipe,
@@ -52,7 +50,7 @@ def train_from_recipe(
     *,
     work: Path | str,
     logger: LoggerName = "none",
-    say: Say = lambda _: None,
+    log: Log = SILENT,
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
@@ -64,7 +62,7 @@ def train_from_recipe(
         out: Folder for the SAE; for several, of their folders.
         work: Folder for activations; arms with the same model share them.
         logger: "none", "wandb" or "tensorboard".
-        say: Receives lines of progress.
+        log: Receives lines of progress.
 
     Returns:
         The measurements that the model card shows; of several SAEs, one such mapping by name.
@@ -74,35 +72,35 @@ def train_from_recipe(
         Interrupted: Ctrl-C; the message says how to go on.
     """
     out, work = Path(out), Path(work)
-    say = say if is_first() else lambda _: None
+    log = log if is_first() else SILENT
     folders = recipe.folders(out)
     refuse_unwritable_folders({"--out": out, "--work": work})
     trainings = recipe.trainings().items()
     for folder in folders.values():
         refuse_strangers(folder)
     refuse_before_loading(recipe, logger)
-    lm = _load(recipe, say)
+    lm = _load(recipe, log)
 
     def refuse_others(activations: str) -> None:
         for name, config in trainings:
             SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
 
-    data = _activations(recipe, lm, work, say, refuse=refuse_others)
+    data = _activations(recipe, lm, work, log, refuse=refuse_others)
     jobs = [SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype) for name, config in trainings]
-    train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, say=say)
+    train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, log=log)
     if is_first():
         for name, job in zip(folders, jobs, strict=True):
             one = recipe.of_one(name)
             if not is_carded(one, job.out):
                 with job.folder(data.source.identity()).held():
                     # Measured on what was saved, rounding to half precision included.
-                    write_card(one, job.out, data.at_the_end(load_sae(job.out)), say=say)
+                    write_card(one, job.out, data.at_the_end(load_sae(job.out)), log=log)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
     return measured if recipe.saes else measured[""]
 
 
-def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, say: Say = lambda _: None) -> list[Path]:
+def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
     """Harvest alone: every SAE of this model, hook and text then trains from these shards.
 
     Returns:
@@ -118,10 +116,10 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, say: Say = lambd
             at="activations",
             fix="set activations: shards.",
         )
-    say = say if is_first() else lambda _: None
+    log = log if is_first() else SILENT
     refuse_unwritable_folders({"--work": Path(work)})
     refuse_before_loading(recipe)
-    data = _activations(recipe, _load(recipe, say), Path(work), say)
+    data = _activations(recipe, _load(recipe, log), Path(work), log)
     assert isinstance(data.source, ActivationStore)
     return [data.source.folder, data.held_out.folder]
 
@@ -167,13 +165,13 @@ def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool)
         raise error.placed(f"text.{index}") from None
 
 
-def _load(recipe: SaeRecipe, say: Say) -> LanguageModel:
+def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
     if is_first():
-        locate_model(recipe.model, say=say, at="model")  # one process fetches what is to be fetched
+        locate_model(recipe.model, log=log, at="model")  # one process fetches what is to be fetched
     barrier()
     starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
     words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
-    lm = load_language_model(recipe.model, say=say, at="model")
+    lm = load_language_model(recipe.model, log=log, at="model")
     lm = replace(lm, prepend_bos=prepends(recipe.bos, words))
     refuse_unfit_model(recipe, lm)
     return lm
@@ -224,7 +222,7 @@ class _Data:
 
 
 def _activations(
-    recipe: SaeRecipe, lm: LanguageModel, work: Path, say: Say, *, refuse: Callable[[str], None] = lambda _: None
+    recipe: SaeRecipe, lm: LanguageModel, work: Path, log: Log, *, refuse: Callable[[str], None] = lambda _: None
 ) -> _Data:
     """All text first, then whatever else can be refused (given the activations' identity), then the model's work."""
     streamed = recipe.activations == "streamed"
@@ -239,7 +237,7 @@ def _activations(
     stores = {}
     for part, ids in rows.items():
         folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.digest()])[:16]}"
-        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, say=say))
+        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, log=log))
     if isinstance(source, StreamedActivations):
         limit, digest = source.limit, text.identity()
     else:

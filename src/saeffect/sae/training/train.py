@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.interruption import Interruption
+from saeffect.io import SILENT, Log
 from saeffect.lm.activation_source import ActivationSource
 from saeffect.lm.training_folder import TrainingFolder
 from saeffect.parallel import barrier, device_of_process, gathered, is_first, rank_and_world
@@ -26,8 +27,6 @@ from saeffect.sae.training.run import Evaluation, Position, SaeJob, SaeRun, comp
 
 __all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
 
-Say = Callable[[str], None]
-
 
 def train_sae(
     source: ActivationSource,
@@ -38,11 +37,11 @@ def train_sae(
     dtype: str = "float16",
     evaluate: Evaluation | None = None,
     logger: LoggerName = "none",
-    say: Say = lambda _: None,
+    log: Log = SILENT,
 ) -> SparseAutoencoder:
     """Train one SAE: `train_saes` with one job."""
     job = SaeJob(config, Path(out), metadata, dtype)
-    return train_saes(source, [job], evaluate=evaluate, logger=logger, say=say)[0]
+    return train_saes(source, [job], evaluate=evaluate, logger=logger, log=log)[0]
 
 
 def train_saes(
@@ -51,7 +50,7 @@ def train_saes(
     *,
     evaluate: Evaluation | None = None,
     logger: LoggerName = "none",
-    say: Say = lambda _: None,
+    log: Log = SILENT,
 ) -> list[SparseAutoencoder]:
     """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
 
@@ -66,7 +65,7 @@ def train_saes(
         evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
             the first process alone.
         logger: "none", "wandb" or "tensorboard".
-        say: Receives lines of progress, in the first process.
+        log: Receives lines of progress, in the first process.
 
     Returns:
         The SAEs as they were saved, in the order of the jobs.
@@ -80,8 +79,8 @@ def train_saes(
         InUse: Another process trains into one of the folders.
         Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
     """
-    say = say if is_first() else lambda _: None
-    todo = [job for job in jobs if not _is_finished(job, source, say)]
+    log = log if is_first() else SILENT
+    todo = [job for job in jobs if not _is_finished(job, source, log)]
     barrier()  # all have looked before the first one changes anything
     if is_first():
         for job in jobs:
@@ -89,43 +88,43 @@ def train_saes(
                 complete(job.folder(source.identity()))
     if todo:
         try:
-            _train(source, todo, evaluate=evaluate, logger=logger, say=say)
+            _train(source, todo, evaluate=evaluate, logger=logger, log=log)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped at once; {', '.join(str(job.out) for job in todo)} keep their last checkpoints.",
                 fix="run the same command again to go on from there.",
             ) from None
     else:
-        say("finished before; nothing to do")
+        log("finished before; nothing to do")
     return [load_sae(job.out) for job in jobs]
 
 
-def _is_finished(job: SaeJob, source: ActivationSource, say: Say) -> bool:
+def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
     """Whether the job's folder holds the SAE that the job would make, as it was when it was finished."""
     damaged = job.folder(source.identity()).damaged()
     if damaged:
-        say(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
+        log(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
     return damaged == []
 
 
 def _train(
-    source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, say: Say
+    source: ActivationSource, jobs: Sequence[SaeJob], *, evaluate: Evaluation | None, logger: LoggerName, log: Log
 ) -> None:
     plan = _plan(source, jobs)
     with ExitStack() as stack:
         _make_ready([job.folder(source.identity()) for job in jobs], stack)
         scale = _input_scale(source, jobs[0].config)
         runs = [SaeRun(job, source, plan.total, scale) for job in jobs]
-        start = _restore(runs, say)
+        start = _restore(runs, log)
         interruption = stack.enter_context(Interruption())
-        logs = [stack.enter_context(log) for log in _logs(runs, start.step, logger, say)]
+        logs = [stack.enter_context(opened) for opened in _logs(runs, start.step, logger, log)]
         for position, x in _batches(source, plan, start):
             mine, asked = _share(x) * scale, interruption.asked
             reports = [run.step(position.step, mine, len(x), stop=asked) for run in runs]
             for run, report in zip(runs, reports, strict=True):
                 run.check(report, position.step)
-            for run, log, report in zip(runs, logs, reports, strict=False):
-                run.record(log, position.step, report, x, evaluate)
+            for run, training_log, report in zip(runs, logs, reports, strict=False):
+                run.record(training_log, position.step, report, x, evaluate)
             done = position.step + 1
             stop = any(report.stop for report in reports)
             if stop or (done % plan.checkpoint_every == 0 and done < plan.total):
@@ -263,19 +262,19 @@ def _make_ready(folders: Sequence[TrainingFolder], stack: ExitStack) -> None:
     barrier()
 
 
-def _restore(runs: Sequence[SaeRun], say: Say) -> Position:
+def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
     """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
     _refuse_unshared(steps, [run.job.out for run in runs])
     for step in steps:
         unreadable = _restored(runs, step)
         if unreadable is None:
-            say(f"going on from step {step:,}")
+            log(f"going on from step {step:,}")
             epoch, index = runs[0].next_batch.tolist()
             return Position(step, epoch, index)
         if step == steps[-1]:
             raise unreadable
-        say(f"the checkpoint after step {step:,} cannot be read ({unreadable.at}): the one before is taken")
+        log(f"the checkpoint after step {step:,} cannot be read ({unreadable.at}): the one before is taken")
     return Position(0, 0, 0)
 
 
@@ -304,7 +303,7 @@ def _refuse_unshared(steps: Sequence[int], folders: Sequence[Path]) -> None:
         )
 
 
-def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, say: Say) -> Iterator[TrainingLog]:
+def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
     """One log a run in the process that writes; none in the others."""
     for run in runs if is_first() else ():
         name = run.job.out.resolve().name
@@ -314,6 +313,6 @@ def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, say: Say)
             batch_size=run.job.config.batch_size,
             first_step=first_step,
             config=run.job.config.model_dump(mode="json"),
-            say=say if len(runs) == 1 else lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+            log=log if len(runs) == 1 else log.named(name),
             logger=logger,
         )

@@ -10,6 +10,7 @@ import pandas as pd
 
 from saeffect.comparison import Comparison, MatchTables, compare
 from saeffect.io import read_json, write_json
+from saeffect.report import with_answer
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
@@ -47,17 +48,19 @@ def run_comparison(run: RunFolder) -> Callable[[], Iterable[Path]]:
     """Write `comparison/*.parquet` and `comparison/answer.json`."""
 
     def work() -> Iterable[Path]:
-        config = run.study.config
+        config, arms = run.study.config, arm_tables(run)
+        min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
         found = compare(
-            arm_tables(run),
-            min_matches=config.selection.min_matches,
-            alpha=config.comparison.alpha,
+            arms,
+            min_matches=min_matches,
+            alpha=alpha,
             seed=config.seed,
             n_boot=config.comparison.n_boot,
             n_permutations=config.comparison.n_permutations,
-            tests=config.comparison.tests,
+            tests=tests,
             matches=read_matches(run),
         )
+        found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
         paths = []
         for name in _TABLES:
             paths.append(run.path("comparison", f"{name}.parquet"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from saeffect.config import SteeringConfig
-from saeffect.io import write_json
+from saeffect.io import SILENT, Log, write_json
 from saeffect.steering import (
     RESPONSE_COLUMNS,
     best_dose,
@@ -29,7 +30,6 @@ from saeffect.study.stages.steering_plan import (
     site_of,
     tested_features,
 )
-from saeffect.study.study import Say
 
 __all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
@@ -57,7 +57,7 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
     }
 
 
-def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
+def run_dose_search(run: RunFolder, config: SteeringConfig, log: Log) -> Callable[[], Iterable[Path]]:
     """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
 
     Control and treatment are searched alike and one dose serves every arm: arms steered at different
@@ -76,7 +76,7 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
         response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
         best: dict[str, float | None] = {}
         if len(config.doses) > 1:
-            found = {name: _search_arm(run, name, config, say) for name in run.study.ordered_arms()}
+            found = {name: _search_arm(run, name, config, log) for name in run.study.ordered_arms()}
             searched = run.study.by_role("control") + run.study.by_role("treatment")
             scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
             table = pd.concat(scores, ignore_index=True) if scores else table
@@ -85,7 +85,7 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, say: Say) -> Callabl
             best = {name: best_dose(means) for name, (means, _) in found.items()}
         chosen, note = _choose(table, config)
         if chosen is None:
-            say(f"  warning: no feature is steered: {note}")
+            log(f"  warning: no feature is steered: {note}")
         is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
         run.write_table(paths[0], table.assign(chosen=is_chosen))
         run.write_table(paths[1], response)
@@ -99,7 +99,7 @@ def help_dose_search(run: RunFolder, config: SteeringConfig) -> None:
     """What every other process does of the search: the texts of its features. The scores take a moment."""
     if len(config.doses) > 1:
         for name in run.study.ordered_arms():
-            _search_arm(run, name, config, lambda line: None)
+            _search_arm(run, name, config, SILENT)
 
 
 def dose_unit(config: SteeringConfig) -> str:
@@ -132,12 +132,12 @@ def _why_no_dose(steered: pd.DataFrame) -> str:
     return why + (f" (similarity was undefined in {100 * share:.0f} % of them)" if share > 0 else "")
 
 
-def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, log: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores by condition and dose, and by feature, condition and dose."""
     chosen = tested_features(run, arm, config.search_features, draw=1)
     if chosen.empty:
         return pd.DataFrame(), pd.DataFrame()
-    site, W_dec = site_of(run, run.study.open_arm(arm, say))
+    site, W_dec = site_of(run, run.study.open_arm(arm, log))
     plan = plan_of_search(config, run.study.config.seed)
     trials = run_trials_shared(
         site,
@@ -145,9 +145,9 @@ def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> t
         chosen,
         plan,
         vectors=outcome_vectors(run.study),
-        progress=lambda done, total: say(f"progress dose {arm} {done} {total} texts"),
+        progress=partial(log.progress, f"dose {arm}", unit="texts"),
     )
     scores = score_doses(trials)
     if scores["score"].isna().all():
-        say(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
+        log(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
     return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))

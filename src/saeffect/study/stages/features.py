@@ -13,13 +13,14 @@ from saeffect.errors import EmptySelection
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
 from saeffect.features.token_choice import choosable_tokens
+from saeffect.io import SILENT, Log
 from saeffect.lm.harvest import TokenRows, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.unembedding import unembedding
 from saeffect.study.residuals import Residuals
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
-from saeffect.study.study import Arm, Say, Study
+from saeffect.study.study import Arm, Study
 
 __all__ = [
     "extract_features",
@@ -73,17 +74,17 @@ def shared_unembedding(lm: LanguageModel) -> Tensor:
     return W_U - W_U[:, sorted(lm.shared)].mean(dim=1, keepdim=True)
 
 
-def run_features(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+def run_features(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
     """Write `features.parquet` and `examples.parquet`."""
 
     def work() -> Iterable[Path]:
-        opened = run.study.open_arm(arm, say)
+        opened = run.study.open_arm(arm, log)
         rows = run.study.rows()
         config = run.study.config.features
         options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
         ranked = ranked_tokens(run.study, opened.lm)
         residuals = run.study.residuals
-        tables = extract_features(opened, rows, options, ranked=ranked, residuals=residuals, say=say)
+        tables = extract_features(opened, rows, options, ranked=ranked, residuals=residuals, log=log)
         paths = run.arm(arm, "features.parquet"), run.arm(arm, "examples.parquet")
         run.write_table(paths[0], tables.features)
         run.write_table(paths[1], tables.examples)
@@ -100,7 +101,7 @@ def extract_features(
     *,
     ranked: Tensor | None = None,
     residuals: Residuals | None = None,
-    say: Say = lambda line: None,
+    log: Log = SILENT,
 ) -> FeatureTables:
     """The feature table of an arm and its max-activating contexts.
 
@@ -110,23 +111,23 @@ def extract_features(
         options: How many top tokens, on which scale, and so on.
         ranked: Bool [d_vocab], the tokens that can be top tokens; all plain ones if None.
         residuals: Remembers activations between arms that share a model.
-        say: Receives lines of progress.
+        log: Receives lines of progress.
     """
     return extract_tables(
         arm.sae,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
-        _batches(arm, rows, residuals or Residuals(), say),
+        _batches(arm, rows, residuals or Residuals(), log),
         options=options or FeatureOptions(sources=rows.names),
         valid=arm.lm.plain_tokens() if ranked is None else ranked,
     )
 
 
-def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, say: Say) -> Iterator[ActivationBatch]:
+def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Iterator[ActivationBatch]:
     limit = arm.norm_limit(rows)
     for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
         sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
         # BOS is no text: it stands in no context either.
         n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit)
         yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
-        say(f"progress features {arm.name} {start + len(ids)} {len(rows)} rows")
+        log.progress(f"features {arm.name}", start + len(ids), len(rows), "rows")

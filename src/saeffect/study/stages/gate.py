@@ -11,7 +11,7 @@ import torch
 
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
-from saeffect.io import read_json, write_json
+from saeffect.io import Log, read_json, write_json
 from saeffect.lm.harvest import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import probe_logits
@@ -19,7 +19,7 @@ from saeffect.sae.metrics import ReconstructionSums
 from saeffect.sae.splice import spliced_losses
 from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.study import Arm, Say, Study
+from saeffect.study.study import Arm, Study
 from saeffect.study.texts import beginning, shortage
 
 __all__ = ["gate_inputs", "measure_gate", "run_gate"]
@@ -40,26 +40,26 @@ def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
     }
 
 
-def run_gate(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+def run_gate(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
     """Measure, refuse or warn, and write `gate.json`."""
 
     def work() -> Iterable[Path]:
-        opened = run.study.open_arm(arm, say)
+        opened = run.study.open_arm(arm, log)
         rows = run.study.rows()
         short = shortage(run.study.config.text, rows)
         if short and arm == run.study.ordered_arms()[0]:
-            say(f"  warning: the text has only {short}")
+            log(f"  warning: the text has only {short}")
         measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
         begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
-        say(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
+        log(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
         for line in _remarks(measured):
-            say(f"  arm {arm}: {line}")
+            log(f"  arm {arm}: {line}")
         of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
         if run.study.config.gate.on_failure == "stop":
             _refuse(run.study, arm, of_model, of_sae)
         complaint = "; ".join(filter(None, (of_model, of_sae)))
         if complaint:
-            say(f"  warning: arm {arm}: {complaint}")
+            log(f"  warning: arm {arm}: {complaint}")
         path = run.arm(arm, "gate.json")
         write_json(path, measured | {"warning": complaint, "text_shortage": short})
         return [path]

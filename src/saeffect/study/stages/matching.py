@@ -18,13 +18,13 @@ from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
 from saeffect.diffing.fates import FateRules
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.diffing.stagewise import stagewise
-from saeffect.io import read_json
+from saeffect.io import Log, read_json
 from saeffect.lm.harvest import TokenRows, kept_positions
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
-from saeffect.study.study import Arm, Say, Study
+from saeffect.study.study import Arm, Study
 
 __all__ = ["matching_inputs", "read_matches", "run_matching"]
 
@@ -49,14 +49,14 @@ def matching_inputs(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def run_matching(run: RunFolder, say: Say) -> Callable[[], Iterable[Path]]:
+def run_matching(run: RunFolder, log: Log) -> Callable[[], Iterable[Path]]:
     """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`.
 
     Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
     """
 
     def work() -> Iterable[Path]:
-        found = _match(run, say, _KeptPairs(run.kept("match", matching_inputs(run)), say))
+        found = _match(run, log, _KeptPairs(run.kept("match", matching_inputs(run)), log))
         paths = []
         for name in MatchTables.names():
             path, table = run.path("comparison", f"{name}.parquet"), getattr(found, name)
@@ -76,15 +76,15 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**{name: table for name, table in tables.items() if table is not None})
 
 
-def _match(run: RunFolder, say: Say, keep: _KeptPairs) -> MatchTables:
+def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> MatchTables:
     study, config = run.study, run.study.config
     control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
-        say("  the arms' models differ in width, so no feature of one can be compared with one of the other")
+        log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
         return MatchTables()
-    logs, kept, seeds, saes = _Logs(study, say), {}, {}, {}
+    logs, kept, seeds, saes = _Logs(study, log), {}, {}, {}
     for name in study.ordered_arms():
-        opened = study.open_arm(name, say)
+        opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
         whole = {one.name: one.sae for one in seeds[name] if one.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
@@ -101,7 +101,7 @@ def _match(run: RunFolder, say: Say, keep: _KeptPairs) -> MatchTables:
         treatment_seeds=views[treatment][1:],
         rules=FateRules(alpha=config.comparison.alpha),
         resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
-        say=say,
+        log=log,
         keep=keep,
     )
     options = PairedOptions(n_permutations=config.comparison.n_permutations, seed=config.seed)
@@ -126,9 +126,9 @@ def _tables(found: Correspondence, cross: pd.DataFrame, turned: pd.DataFrame) ->
 class _KeptPairs:
     """Matchings of pairs of SAEs, a piece each, until the manifest knows the tables."""
 
-    def __init__(self, kept: KeptRows, say: Say) -> None:
+    def __init__(self, kept: KeptRows, log: Log) -> None:
         self._kept = kept
-        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(say)}
+        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(log)}
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
         return self._found.get((measure, a, b))
@@ -160,8 +160,8 @@ def _matching_of(piece: pd.DataFrame) -> Matching:
 class _Logs:
     """Activations of SAEs on the study's text, one token after the other, kept sparse."""
 
-    def __init__(self, study: Study, say: Say) -> None:
-        self._study, self._say = study, say
+    def __init__(self, study: Study, log: Log) -> None:
+        self._study, self._log = study, log
         self.of: dict[str, FiringLog] = {}
 
     @torch.inference_mode()
@@ -174,7 +174,7 @@ class _Logs:
             kept.append(kept_positions(x, limit).flatten().numpy())
             for name, sae in saes.items():
                 self.of[name].update(sae.encode(x).flatten(0, 1))
-            self._say(f"progress activations {arm.name} {start + len(ids)} {len(rows)} rows")
+            self._log.progress(f"activations {arm.name}", start + len(ids), len(rows), "rows")
         return np.concatenate(kept)
 
     @torch.inference_mode()
@@ -189,7 +189,7 @@ class _Logs:
             acts = torch.from_numpy(before[tokens].toarray()).view(len(ids), width, -1)
             counts = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
             cross.update(acts, sae.encode(x), counts)
-            self._say(f"progress cross-activity {treatment.name} {start + len(ids)} {len(rows)} rows")
+            self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
         return cross
 
 

@@ -19,7 +19,7 @@ from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.features.vocabulary import load_vocabulary, select
-from saeffect.io import fingerprint, hash_file
+from saeffect.io import Log, fingerprint, hash_file
 from saeffect.lm.harvest import kept_positions
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact
@@ -27,7 +27,7 @@ from saeffect.sae.formats.saelens import load_sae, weights_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
-from saeffect.study.study import Arm, Say, Study
+from saeffect.study.study import Arm, Study
 
 __all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
 
@@ -140,17 +140,17 @@ def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     }
 
 
-def run_seeds(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]]:
+def run_seeds(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
     """Write an arm's `seeds.parquet`: features, coherence and selection of its further SAEs."""
 
     def work() -> Iterable[Path]:
         study = run.study
-        opened = study.open_arm(arm, say)
+        opened = study.open_arm(arm, log)
         vectors = load_embeddings(study.config.coherence.embeddings)
         vocabulary = load_vocabulary(study.config.selection.vocabulary)
         frames = []
         for one in open_seeds(study, arm):
-            features = _features(study, opened, one, say)
+            features = _features(study, opened, one, log)
             chosen = select(
                 features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
             )
@@ -165,7 +165,7 @@ def run_seeds(run: RunFolder, arm: str, say: Say) -> Callable[[], Iterable[Path]
 
 
 @torch.inference_mode()
-def _features(study: Study, arm: Arm, one: SeedSae, say: Say) -> pd.DataFrame:
+def _features(study: Study, arm: Arm, one: SeedSae, log: Log) -> pd.DataFrame:
     rows = study.rows()
     config = study.config.features
     table = feature_table(
@@ -184,7 +184,7 @@ def _features(study: Study, arm: Arm, one: SeedSae, say: Say) -> pd.DataFrame:
         kept = kept_positions(x, limit)
         sources = np.repeat([rows.names[i] for i in rows.sources[start : start + len(ids)]], ids.shape[1])
         activity.update(one.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
-        say(f"progress seeds {one.name.replace(' ', '_')} {start + len(ids)} {len(rows)} rows")
+        log.progress(f"seeds {one.name}", start + len(ids), len(rows), "rows")
     return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")
 
 

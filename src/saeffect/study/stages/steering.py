@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 
 from saeffect.config import SteeringConfig
 from saeffect.features.vocabulary import load_vocabulary
+from saeffect.io import SILENT, Log
 from saeffect.steering import (
     RememberedVectors,
     SteeringPlan,
@@ -36,7 +38,7 @@ from saeffect.study.stages.steering_plan import (
     site_of,
     tested_features,
 )
-from saeffect.study.study import Arm, Say
+from saeffect.study.study import Arm
 
 __all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
 
@@ -70,7 +72,7 @@ def steering_inputs(run: RunFolder, arm: str, config: SteeringConfig) -> dict[st
     }
 
 
-def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> Callable[[], Iterable[Path]]:
+def run_steering(run: RunFolder, arm: str, config: SteeringConfig, log: Log) -> Callable[[], Iterable[Path]]:
     """Write the `STEERING_FILES` of an arm.
 
     Texts are kept chunk by chunk while they are generated, so a killed run goes on where it was.
@@ -80,11 +82,11 @@ def run_steering(run: RunFolder, arm: str, config: SteeringConfig, say: Say) -> 
         chosen, sets = _steered(run, arm, config)
         if chosen.empty:
             dose, note = chosen_dose(run)
-            say(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
+            log(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
         tables: dict[str, pd.DataFrame] = {}
         kept = run.kept(f"steer {arm}", steering_inputs(run, arm, config))
         if len(chosen) or sets:
-            test = _Test(run, run.study.open_arm(arm, say), config, say)
+            test = _Test(run, run.study.open_arm(arm, log), config, log)
             if len(chosen):
                 tables |= test.features(chosen, kept)
             if sets:
@@ -109,7 +111,7 @@ def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
     """What every other process does of the stage: the texts of its features, in the order of the first process."""
     chosen, sets = _steered(run, arm, config)
     if len(chosen) or sets:
-        test = _Test(run, run.study.open_arm(arm), config, lambda line: None)
+        test = _Test(run, run.study.open_arm(arm), config, SILENT)
         if len(chosen):
             test.texts(chosen, run.kept(f"steer {arm}", steering_inputs(run, arm, config)))
         if sets:
@@ -125,8 +127,8 @@ def _steered(run: RunFolder, arm: str, config: SteeringConfig) -> tuple[pd.DataF
 class _Test:
     """The test of one arm, with its model in memory."""
 
-    def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, say: Say) -> None:
-        self._run, self._arm, self._config, self._say = run, arm, config, say
+    def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, log: Log) -> None:
+        self._run, self._arm, self._config, self._log = run, arm, config, log
         self._seed = run.study.config.seed
         dose, _ = chosen_dose(run)
         assert dose is not None  # else nothing is steered
@@ -142,7 +144,7 @@ class _Test:
         config = self._config
         some = baseline_features(chosen, config.baseline_features, self._seed)
         if config.baselines and len(some):
-            texts = baseline_texts(self._run, self._arm, some, self._plan, vectors=self._vectors, say=self._say)
+            texts = baseline_texts(self._run, self._arm, some, self._plan, vectors=self._vectors, log=self._log)
             scored = self._scored(texts, chosen)
             tables["baselines"] = scored
             tables["baseline_effects"] = baseline_effects(
@@ -165,16 +167,16 @@ class _Test:
 
     def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
         """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
-        say, name = self._say, self._arm.name
+        log, name = self._log, self._arm.name
         return run_trials_shared(
             self._site,
             self._W_dec,
             chosen,
             self._plan,
             vectors=self._vectors,
-            done=kept.read(say) if kept else None,
+            done=kept.read(log) if kept else None,
             on_chunk=kept.add if kept else None,
-            progress=lambda done, total: say(f"progress steer {name} {done} {total} texts"),
+            progress=partial(log.progress, f"steer {name}", unit="texts"),
         )
 
     def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:

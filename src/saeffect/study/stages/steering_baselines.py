@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from saeffect.config import SteeringConfig
+from saeffect.io import Log
 from saeffect.lm.harvest import kept_positions
 from saeffect.steering import MeanDifferences, SteeringPlan, TextVectors, outcome_effects, run_baselines
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import site_of
-from saeffect.study.study import Arm, Say
+from saeffect.study.study import Arm
 
 __all__ = ["baseline_effects", "baseline_features", "baseline_texts", "mean_differences"]
 
@@ -28,7 +31,7 @@ def baseline_features(tested: pd.DataFrame, limit: int, seed: int) -> pd.DataFra
 
 
 def baseline_texts(
-    run: RunFolder, arm: Arm, chosen: pd.DataFrame, plan: SteeringPlan, *, vectors: TextVectors, say: Say
+    run: RunFolder, arm: Arm, chosen: pd.DataFrame, plan: SteeringPlan, *, vectors: TextVectors, log: Log
 ) -> pd.DataFrame:
     """As `run_baselines`, with vectors measured on the study's text."""
     config = run.study.config.steering
@@ -43,7 +46,7 @@ def baseline_texts(
         vectors=vectors,
         mean_differences=differences,
         baselines=wanted,
-        progress=lambda done, total: say(f"progress baselines {arm.name} {done} {total} texts"),
+        progress=partial(log.progress, f"baselines {arm.name}", unit="texts"),
     )
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.comparison import compare
 from synthetic_matches import synthetic_matches
-from synthetic_study import synthetic_arms
+from synthetic_study import compared, synthetic_arms
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def arms():
 
 
 def answered(arms, **more):
-    comparison = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100, **more)
+    comparison = compared(arms, n_boot=100, n_permutations=100, **more)
     answer = comparison.answer
     text = answer["paragraph"]
     assert "nan" not in text
@@ -29,7 +28,7 @@ def answered(arms, **more):
 
 
 def paragraph(arms, **more):
-    return answered(arms, **more).answer["paragraph"]
+    return answered(arms, **more).answer["paragraph"].replace("\u202f", " ")
 
 
 def test_what_changed_how_much_how_sure_and_beside_what(arms):
@@ -62,8 +61,8 @@ def test_every_number_names_the_row_it_was_read_off(arms):
     rows = comparison.contrasts.set_index(["quantity", "comparison"])
     row = rows.loc[("domain_share", "fine-tuning")]
     shown = [trace["text"] for trace in traces if trace["row"].get("quantity") == "domain_share"]
-    assert shown[0] == f"{100 * row['value_a']:.1f} %"
-    assert shown[1] == f"{100 * row['value_b']:.1f} %"
+    assert shown[0] == f"{100 * row['value_a']:.1f}\u202f%"
+    assert shown[1] == f"{100 * row['value_b']:.1f}\u202f%"
     assert {trace["table"] for trace in traces} == {"contrasts", "cross_activity", "fate_counts"}
     features = {trace["row"]["feature"] for trace in traces if "feature" in trace["row"]}
     assert features <= set(comparison.matches.cross_activity["feature"])

@@ -10,37 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import over_saes, short_name
-from saeffect.comparison.findings import Findings
+from saeffect.comparison.findings import Comparison, Trace
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
-from saeffect.comparison.wording import bracketed, joined, number, percent, whole
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.lm.tokens import printable_token
+from saeffect.report.words.evidence import over_saes
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import bracketed, count, fixed, joined, percent
 
-__all__ = ["Paragraph", "Trace", "paragraph"]
+__all__ = ["Paragraph", "paragraph"]
 
 _EXAMPLES, _TOKENS = 2, 2
-
-
-class Trace(TypedDict):
-    """Where a number of the paragraph comes from.
-
-    Attributes:
-        start: Index of its first character in the paragraph.
-        text: The characters themselves.
-        table: Name of the table: a file `comparison/<table>.parquet`.
-        row: What picks the row or rows, by column.
-    """
-
-    start: int
-    text: str
-    table: str
-    row: dict[str, Any]
 
 
 @dataclass
@@ -63,7 +48,7 @@ class Paragraph:
 def paragraph(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    found: Findings,
+    found: Comparison,
     judged: Mapping[str, Judgement],
     *,
     alpha: float,
@@ -90,7 +75,9 @@ def paragraph(
     return text
 
 
-def _quantities(text: Paragraph, found: Findings, judged: Mapping[str, Judgement], roles: Roles, control: str) -> None:
+def _quantities(
+    text: Paragraph, found: Comparison, judged: Mapping[str, Judgement], roles: Roles, control: str
+) -> None:
     """The first quantity beside its placebo, the others in a sentence each."""
     compared = set(found.contrasts.loc[found.contrasts["comparison"] == "fine-tuning", "quantity"])
     known = {name: one for name, one in judged.items() if one.status != "undefined" and name in compared}
@@ -179,7 +166,7 @@ def _steering_control(arms: Mapping[str, ArmTables]) -> str:
 
 
 def _writer(one: Judgement) -> Callable[[float], str]:
-    return percent if one.change.unit == "share" else (lambda value: number(value, 3))
+    return percent if one.change.unit == "share" else (lambda value: fixed(value, 3))
 
 
 def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float) -> None:
@@ -209,7 +196,7 @@ def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cros
 def _named(row: Mapping[Any, Any], tokens: list[str]) -> str:
     shown = [printable_token(str(token)).strip() for token in tokens]
     words = ", ".join(list({word.lower(): word for word in reversed(shown)}.values())[::-1][:_TOKENS])
-    size = f"{number(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
+    size = f"{fixed(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
     return f"{row['feature']} ({words}; {size})"
 
 
@@ -224,12 +211,12 @@ def _fates(text: Paragraph, counts: pd.DataFrame) -> None:
         return
     called = int(rows.loc[rows["fate"].isin(["moved", "gone", "new", "absorbed"]), "called"].fillna(0).sum())
     text.say(" ")
-    words = "No single feature is" if not called else "1 feature is" if called == 1 else f"{whole(called)} features are"
+    words = "No single feature is" if not called else "1 feature is" if called == 1 else f"{count(called)} features are"
     text.cite(words, "fate_counts", measure=measure)
     text.say(" gone, moved or new beyond SAE noise.")
 
 
-def _threats(text: Paragraph, found: Findings) -> None:
+def _threats(text: Paragraph, found: Comparison) -> None:
     flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     if flaws:
         text.say(f" The arms also differ in {joined(flaws)}, so fine-tuning need not be the cause.")
@@ -237,5 +224,5 @@ def _threats(text: Paragraph, found: Findings) -> None:
     serious = 0 if found.threats.empty else int((found.threats["severity"] == "serious").sum())
     if serious:
         text.say(" ")
-        text.cite(whole(serious), "threats", severity="serious")
+        text.cite(count(serious), "threats", severity="serious")
         text.say(f" serious threat{'s' if serious > 1 else ''} to this answer {'are' if serious > 1 else 'is'} known.")

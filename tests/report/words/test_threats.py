@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.comparison import compare
-from saeffect.comparison.threat import SEVERITIES
+from saeffect.report.words.threat import SEVERITIES
 from synthetic_matches import synthetic_matches
 from synthetic_seeds import synthetic_seeds
-from synthetic_study import synthetic_arms
+from synthetic_study import compared, synthetic_arms
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +16,13 @@ def arms():
 
 
 def found(arms, **more):
-    comparison = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60, **more)
+    comparison = compared(arms, **more)
     table = comparison.threats
     assert comparison.answer["caveats"] == table["threat"].tolist()
     ranks = [SEVERITIES.index(one) for one in table["severity"]]
     assert ranks == sorted(ranks)
     assert (table[["threat", "remedy", "source"]].map(len) > 0).all(axis=None)
-    return table
+    return table.assign(threat=table["threat"].str.replace("\u202f", " "))
 
 
 def severity_of(table, words):
@@ -100,7 +99,7 @@ def test_an_untested_arm_says_why(arms):
         name: replace(arm, interventions=None, effects=None, direct_effects=None, unsteered=why)
         for name, arm in arms.items()
     }
-    comparison = compare(bare, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=60)
+    comparison = compared(bare)
     said = f"No feature of control, treatment and placebo was tested by steering: {why}."
     assert severity_of(comparison.threats, said) == "moderate"
     assert comparison.table1["reason"].tolist() == [why] * 3

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from dataclasses import replace
 
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.evidence_words import (
+from saeffect.comparison.arms import ArmTables, Roles, roles_of
+from saeffect.comparison.findings import Answer, Comparison
+from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
+from saeffect.report.words.evidence import (
     calibration_sentence,
     cross_sentence,
     fate_sentences,
     over_all_saes,
     over_saes,
     power_sentence,
-    short_name,
     too_many_alarms,
 )
-from saeffect.comparison.findings import Findings
-from saeffect.comparison.judgement import PRIMARY, Judgement, Status, judge
-from saeffect.comparison.paragraph import Trace, paragraph
-from saeffect.comparison.wording import interval, joined, number, percent, whole
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, signed
+from saeffect.report.words.paragraph import paragraph
+from saeffect.report.words.threat import threat_table
+from saeffect.report.words.threats import threats
 
-__all__ = ["Answer", "answer"]
+__all__ = ["answer", "with_answer"]
 
 _NAMES = {
     "domain_share": "the share of domain features",
@@ -42,28 +44,29 @@ _OUTCOMES = {
 }
 
 
-class Answer(TypedDict):
-    """Plain text, a sentence or a few each; nothing in it is markup.
+def with_answer(
+    found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
+) -> Comparison:
+    """The comparison with its threats and its answer.
 
-    Attributes:
-        headline: The answer in a sentence.
-        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
-        traces: Where each number of the paragraph comes from, in its order.
-        sentences: What was found, one thing a sentence.
-        caveats: The threats to it, gravest first (column `threat` of `Findings.threats`).
+    Args:
+        found: What `saeffect.comparison.compare` gave for these arms.
+        arms: The arms by name.
+        tests: As they were handed to `compare`, like the others.
+        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
+        alpha: Highest q at which a feature passed, and of findings about single features.
     """
-
-    headline: str
-    paragraph: str
-    traces: list[Trace]
-    sentences: list[str]
-    caveats: list[str]
+    roles = roles_of({name: arm.role for name, arm in arms.items()})
+    ordered = {name: arms[name] for name in roles.ordered}
+    found = replace(found, threats=threat_table(threats(ordered, roles, found, tests)))
+    words = answer(ordered, roles, found, tests=tests, min_matches=min_matches, alpha=alpha)
+    return replace(found, answer=words)
 
 
 def answer(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    found: Findings,
+    found: Comparison,
     *,
     tests: Sequence[str],
     min_matches: int,
@@ -114,7 +117,7 @@ def answer(
     )
 
 
-def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Findings) -> str:
+def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Comparison) -> str:
     def having(status: Status) -> list[Judgement]:
         return [one for one in judged if one.status == status]
 
@@ -137,12 +140,12 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
             "but not clearly by more than retraining the SAE gives."
         )
     if unclear := having("unclear"):
-        verb = "95 % interval of the change includes" if len(unclear) == 1 else "95 % intervals of the changes include"
+        verb = f"{LEVEL} of the change includes" if len(unclear) == 1 else f"{LEVEL}s of the changes include"
         return f"We cannot tell whether fine-tuning changed the {_named(unclear)}: the {verb} zero."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
 
-def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Findings) -> str:
+def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Comparison) -> str:
     flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     text = f"{subject} by more than retraining the SAE does: {joined([_changed(one) for one in beyond])}."
@@ -165,7 +168,7 @@ def _changed(one: Judgement) -> str:
         "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
         "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
     }.get(one.quantity, f"the {short_name(one.quantity)} is {more}")
-    return f"{words} ({interval(one.told)}{over_saes(one)})"
+    return f"{words} ({difference(one.told)}{over_saes(one)})"
 
 
 def _named(judged: list[Judgement]) -> str:
@@ -177,13 +180,13 @@ def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:
     for name in roles.ordered:
         found, total = int(table1.loc[name, "domain_features"]), int(table1.loc[name, "n_features"])
         share = f" ({percent(found / total)})" if total else ""
-        parts.append(f"{whole(found)} of {whole(total)} in {name}{share}")
+        parts.append(f"{count(found)} of {count(total)} in {name}{share}")
     return f"Domain features: {joined(parts)}."
 
 
 def _scale_counts(table1: pd.DataFrame, roles: Roles, min_matches: int) -> str:
     dot, cosine = (
-        joined([f"{whole(int(table1.loc[name, column]))} in {name}" for name in roles.ordered])
+        joined([f"{count(int(table1.loc[name, column]))} in {name}" for name in roles.ordered])
         for column in ("matches_dot", "matches_cosine")
     )
     tokens = f"{min_matches} top token{'s' if min_matches != 1 else ''}"
@@ -203,9 +206,9 @@ def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float)
     for name in counted:
         row = table1.loc[name]
         ours.append(
-            f"{whole(int(row['passed']))} of {whole(int(row['tested']))} in {name} ({percent(float(row['pass_rate']))})"
+            f"{count(int(row['passed']))} of {count(int(row['tested']))} in {name} ({percent(float(row['pass_rate']))})"
         )
-        papers.append(f"{whole(int(row['paper_passed']))} in {name}")
+        papers.append(f"{count(int(row['paper_passed']))} in {name}")
     text = (
         "Tested against placebos, these features passed at "
         f"q \N{LESS-THAN OR EQUAL TO} {alpha:g}: {joined(ours)}; "
@@ -225,13 +228,13 @@ def _coherence(table2: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
         if math.isnan(middle):
             parts.append(f"undefined in {name}")
             continue
-        parts.append(f"{number(middle, 3)} in {name}{_ends(row['mean_low'], row['mean_high'])}")
+        parts.append(f"{fixed(middle, 3)} in {name}{_ends(row['mean_low'], row['mean_high'])}")
     return f"Mean coherence of the domain features: {joined(parts)}. {_difference(judged, roles)}"
 
 
 def _ends(low: float, high: float) -> str:
     """An interval in brackets; nothing where there is none."""
-    return "" if math.isnan(low) else f" ({number(low, 3)} to {number(high, 3)})"
+    return "" if math.isnan(low) else f" ({fixed(low, 3)} to {fixed(high, 3)})"
 
 
 def _outcome(arms: Mapping[str, ArmTables]) -> str:
@@ -250,7 +253,7 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str
         if math.isnan(float(row["effect_mean"])):
             continue
         ends = _ends(row["effect_low"], row["effect_high"])
-        parts.append(f"{number(row['effect_mean'], 3, signed=True)} in {name}{ends}")
+        parts.append(f"{signed(row['effect_mean'], 3)} in {name}{ends}")
     if not parts:
         return "The effect of steering is undefined in every arm."
     return (
@@ -265,10 +268,10 @@ def _difference(judged: Judgement, roles: Roles) -> str:
     change = judged.change
     if judged.status == "undefined":
         return f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
-    text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
+    text = f"From {change.a} to {change.b}, {name} differs by {difference(change)}."
     if judged.seeds is not None:
         text += f" {over_all_saes(judged, short=True)}"
-    noise = [f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
+    noise = [f"{difference(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
     return f"{text} {_verdict(judged, roles)}"
@@ -287,7 +290,7 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
                 why = "it equals the control here, which does not show how much SAEs of one model differ"
             return f"The placebo cannot be compared ({why}), so this may be SAE noise."
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
-    apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])
+    apart = joined([f"{gap.b} minus {gap.a}: {difference(gap, short=True)}" for gap in judged.beyond])
     apart = f" ({apart})" if judged.beyond else ""
     if judged.status == "beyond":
         return f"The difference is more than that noise{apart}."
@@ -313,4 +316,4 @@ def _chance_of_noise(judged: Judgement) -> str:
     """How often seeds alone would set the SAEs so far apart."""
     if math.isnan(judged.p):
         return "how much SAEs of one model differ is not known"
-    return f"noise alone would give as much with p = {number(judged.p, 3)}"
+    return f"noise alone would give as much with p = {fixed(judged.p, 3)}"
