@@ -243,8 +243,8 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
     partly = [f"{count(n)} of {count(domain[name])} in {name}" for name, n in tested.items() if 0 < n < domain[name]]
     if partly:
         yield Threat(
-            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects speak for the tested "
-            "ones.",
+            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects are those of the "
+            "tested ones.",
             "minor",
             "Raise steering.max_features.",
             source,
@@ -261,7 +261,7 @@ def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         listed = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
         yield Threat(
             f"Similarity was undefined in {listed}: no word of the text, or of the feature's top tokens, has a vector. "
-            "Such pairs are left out, so effects speak for the others.",
+            "Such pairs are left out, so effects are those of the others.",
             "serious" if worst > _MANY_UNDEFINED else "moderate" if worst > _SOME_UNDEFINED else "minor",
             "Read the texts. Where steering breaks them, use a smaller dose; where they are of another language, use "
             "word vectors that know it, or declare another outcome.",
