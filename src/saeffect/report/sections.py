@@ -33,18 +33,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the sections on evidence say.
+    """A sentence or two for each section on evidence; "" where there is nothing to say.
 
-    Attributes:
-        calibration: May the findings be believed?
-        power: What could have been found; "" if unknown.
-        fates: How many features have no counterpart beyond what seeds show; "" where that is unknown.
-        cross: Which features fire more.
-        stagewise: Why features were not followed through training on; "" if they were.
-        regression: Does coherence go with the effect?
-        threats: How many threats there are.
-        gravest: Those to be quoted beside the answer.
-        limits: What cannot be concluded and why, by section; "" where something can.
+    `stagewise` says why features were not followed through training on, `gravest` are the threats to be quoted beside
+    the answer, `limits` says by section what cannot be concluded and why.
     """
 
     calibration: str

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.report.words.threat import SEVERITIES
+from saeffect.report.words.threats import SEVERITIES
 from synthetic_matches import synthetic_matches
 from synthetic_seeds import synthetic_seeds
 from synthetic_study import compared, synthetic_arms

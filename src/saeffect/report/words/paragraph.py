@@ -54,16 +54,7 @@ def paragraph(
     *,
     alpha: float,
 ) -> Paragraph:
-    """The answer in a few sentences; nothing in it is markup.
-
-    Args:
-        arms: The arms by name, control first.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        judged: The judgement of every quantity.
-        declared: Names of the declared ones, in the order of the study.
-        alpha: Highest q of a finding about a single feature.
-    """
+    """The answer in a few sentences, of the declared quantities in this order; nothing in it is markup."""
     text = Paragraph()
     _quantities(text, found, judged, declared, (roles, _steering_control(arms)))
     if not found.table1["tested"].any():

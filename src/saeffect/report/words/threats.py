@@ -25,12 +25,12 @@ __all__ = ["SEVERITIES", "Severity", "Threat", "threat_table", "threats"]
 
 Severity = Literal["serious", "moderate", "minor"]
 SEVERITIES: tuple[Severity, ...] = ("serious", "moderate", "minor")
-"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it speaks for less."""
+"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it holds for less."""
 
 # Below these an SAE leaves so much of its model out that its features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
-# Share of top tokens that the word vectors know, below which coherence speaks for the lesser part of them.
+# Share of top tokens that the word vectors know, below which coherence is that of the lesser part of them.
 _LITTLE_KNOWN = 0.5
 # With as many SAEs in all, a change of some two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
@@ -63,14 +63,7 @@ def threat_table(found: Sequence[Threat]) -> pd.DataFrame:
 
 
 def threats(arms: Mapping[str, ArmTables], roles: Roles, found: Comparison, tests: Sequence[str]) -> list[Threat]:
-    """Limits of this very comparison and then those of every comparison of its kind, the gravest first.
-
-    Args:
-        arms: The arms by name, in the order of `roles`.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        tests: The declared quantities.
-    """
+    """Limits of this very comparison and then those of every comparison of its kind, the gravest first."""
     judged = found.judged
     declared = [judged[name] for name in tests if name in judged]
     listed = (
