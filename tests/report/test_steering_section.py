@@ -19,7 +19,7 @@ from saeffect.report.tables.steering import (
     outcome_table,
     together_table,
 )
-from saeffect.report.words.terms import terms
+from saeffect.report.words.names import terms
 
 Compare = Callable[[dict], Comparison]
 

@@ -15,7 +15,7 @@ from saeffect.report.context import ReportContext
 from saeffect.report.tables.steering import outcome_pairs
 from saeffect.report.tables.write import domain_features
 from saeffect.report.texts import Chip, Run, Trial, chips, context_runs, representative_trials
-from saeffect.report.words.names import capital, outcome_words
+from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import (
     THIN_SPACE,
     amount,
@@ -28,6 +28,7 @@ from saeffect.report.words.numbers import (
     signed,
     undefined,
 )
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
@@ -213,7 +214,7 @@ def _steering(row: _Row) -> list[Pair]:
     if is_defined(row.get("direct_placebo")):
         direct += f" (placebo {_text(row, 'direct_placebo')})"
     q = row.get("q")
-    outcome = capital(outcome_words(str(row.get("outcome") or "similarity")).title)
+    outcome = capital(OUTCOMES[str(row.get("outcome") or "similarity")].label)
     return [
         (
             "Effect: steered − placebo",

@@ -19,8 +19,9 @@ from saeffect.report.tables.view import (
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.names import capital, outcome_words, short_name
+from saeffect.report.words.names import capital, short_name
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
     "TERM_NAMES",
@@ -284,7 +285,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
     table = comparison.regression
     if table.empty:
         return None
-    outcome = outcome_words(context.steering.deciding if context.steering else "similarity")
+    outcome = OUTCOMES[context.steering.deciding if context.steering else "similarity"]
     first = table.iloc[0]
     clustered = str(first["errors"]).startswith("clustered")
     how = (
@@ -298,7 +299,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
         name="regression",
         caption="What goes with a strong effect of steering",
         source="comparison/regression.parquet, every row: term, estimate, low, high, p, n, errors",
-        columns=(Column("Adds to the effect", f"{outcome.title}, {outcome.unit}; 95 % interval"), Column("p")),
+        columns=(Column("Adds to the effect", f"{outcome.label}, {outcome.effect_unit}; 95 % interval"), Column("p")),
         rows=tuple(_regression_row(row) for row in table.to_dict("records")),
         corner="Property",
         stacks=False,

@@ -23,8 +23,8 @@ from saeffect.report.tables.view import (
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.names import outcome_words
 from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 
@@ -124,7 +124,7 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     table = comparison.table1
     matching = f"with {context.min_matches}+ {context.domain} top tokens"
     outcome = context.steering.deciding if context.steering else "similarity"
-    of_outcome = "" if outcome == "similarity" else f" ({outcome_words(outcome).title})"
+    of_outcome = "" if outcome == "similarity" else f" ({OUTCOMES[outcome].label})"
     selected = _Line("Selected by the vocabulary", "in_vocabulary", "count", of="n_features", sub="before verdicts")
     lines = (
         _Line("Features in the SAE", "n_features", "count"),
