@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.lm.tokens import printable_token
-from saeffect.report.context import ReportContext
+from saeffect.report.context import ReportContext, dose_summary, primary_effects
 from saeffect.report.figures.style import (
     DASHED,
     INK,
@@ -31,7 +31,6 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.outcome_summary import dose_summary, primary_effects
 from saeffect.report.words.names import (
     dose_axis,
     effect_text,
@@ -91,7 +90,7 @@ def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
             why = f"no feature of {arm} has an effect, so nothing can be said about what its features cause."
             drawn.append(replace(about, reason=why))
             continue
-        names = feature_names(context, name, 2)
+        names = feature_names(context.arms.get(name), 2)
         drawn.append(replace(about, **_forest(table, styles[name], scale, names, read_as or reading)._asdict()))
         read_as = read_as or f"Read as [[figure:{about.name}]]."  # the first one says how to read them all
     return tuple(drawn)

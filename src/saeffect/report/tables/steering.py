@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext, SteeringResults
-from saeffect.report.outcome_summary import baseline_summary, outcome_summary
+from saeffect.report.context import ReportContext, SteeringResults, baseline_summary, outcome_summary
 from saeffect.report.tables.view import (
     Cell,
     Column,
@@ -237,7 +236,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
         columns += [Column(capital(control_label(baseline))), Column(f"Steered − {short}", "95 % interval")]
     rows = []
     for arm, table in shown.items():
-        names = feature_names(context, arm)
+        names = feature_names(context.arms.get(arm))
         for feature, group in table.groupby("feature"):
             cells = _baseline_cells(group.to_dict("records"), baselines, outcome)
             rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm))  # type: ignore[call-overload]
@@ -288,7 +287,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     rows = []
     for arm in _arms(comparison):
         if arm in results.together_effects:
-            effects, names = context.arms[arm].effects, feature_names(context, arm, 2)
+            effects, names = context.arms[arm].effects, feature_names(context.arms.get(arm), 2)
             alone = {} if effects is None else dict(zip(effects["feature"], effects["effect"], strict=True))
             rows += [_set_row(arm, row, alone, names) for row in results.together_effects[arm].to_dict("records")]
     if not rows:

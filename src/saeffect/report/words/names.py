@@ -9,6 +9,7 @@ from importlib import resources
 
 import yaml
 
+from saeffect.comparison import ArmTables
 from saeffect.comparison.quantities import wording
 from saeffect.errors import ConfigError
 from saeffect.lm.tokens import printable_token
@@ -25,7 +26,6 @@ __all__ = [
     "dose_words",
     "effect_text",
     "feature_names",
-    "feature_words",
     "first_tokens",
     "interval_text",
     "level_text",
@@ -64,26 +64,16 @@ def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16
     )
 
 
-def feature_names(context: ReportContext, arm: str, limit: int = 3) -> Mapping[int, str]:
-    """By feature of an arm, its first top tokens; empty for an arm that the report does not know."""
-    if arm not in context.arms:
-        return {}
-    features = context.arms[arm].features
-    return {
-        int(feature): first_tokens(list(tokens), limit)
-        for feature, tokens in zip(features["feature"], features["top_tokens"], strict=True)
-    }
-
-
-def feature_words(context: ReportContext, role: str, wanted: Container[int], limit: int = 5) -> Mapping[int, str]:
-    """By number, the first top tokens, whole, of those features of a role's arm that are wanted."""
-    arm = context.arm_of(role)
+def feature_names(
+    arm: ArmTables | None, limit: int = 3, *, longest: int | None = 16, wanted: Container[int] | None = None
+) -> Mapping[int, str]:
+    """By feature of an arm (those that are wanted), its `first_tokens`; empty for an arm that is not known."""
     if arm is None:
         return {}
     return {
-        int(feature): first_tokens(list(tokens), limit, longest=None)
+        int(feature): first_tokens(list(tokens), limit, longest)
         for feature, tokens in zip(arm.features["feature"], arm.features["top_tokens"], strict=True)
-        if int(feature) in wanted
+        if wanted is None or int(feature) in wanted
     }
 
 

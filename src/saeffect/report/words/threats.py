@@ -42,14 +42,7 @@ _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 @dataclass(frozen=True)
 class Threat:
-    """One threat.
-
-    Attributes:
-        threat: What is the matter, in full sentences.
-        severity: One of `SEVERITIES`.
-        remedy: What to do about it.
-        source: The table that shows it, with its columns.
-    """
+    """What is the matter, in full sentences; how serious; what to do; and the table that shows it, with its columns."""
 
     threat: str
     severity: Severity
