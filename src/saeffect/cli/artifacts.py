@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 def _finetune_keys(wanted: bool) -> None:
     if wanted:
-        from saeffect.lm.finetune_keys import finetune_keys
+        from saeffect.lm.finetune import finetune_keys
 
         show(finetune_keys().rstrip("\n"))
         raise typer.Exit
