@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saeffect.diffing.fate_counts import ONE_PLACEBO, excess_paired, excess_unpaired
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 
 def test_values_by_hand() -> None:

@@ -11,7 +11,7 @@ from saeffect.diffing.coactivity import FiringLog, match_activity
 from saeffect.diffing.fates import FateRules, fates
 from saeffect.diffing.matching import Matching, Neighbours, match_decoders
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 N, D_IN = 1200, 48
 RULES = FateRules(min_stratum=100)

@@ -5,9 +5,9 @@ from saeffect.comparison.compare import check_tests, compare
 from saeffect.comparison.contrasts import Contrast, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.findings import Answer, Comparison, MatchTables, Trace
-from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
+from saeffect.comparison.judgement import PRIMARY, Judgement, judge
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 __all__ = [
     "PRIMARY",
@@ -16,7 +16,6 @@ __all__ = [
     "ArmTables",
     "Comparison",
     "Contrast",
-    "Gap",
     "Judgement",
     "MatchTables",
     "Resampling",
@@ -27,7 +26,6 @@ __all__ = [
     "compare",
     "contrasts",
     "design_check",
-    "exceeds_noise",
     "judge",
     "match_counts",
     "roles_of",

@@ -20,7 +20,7 @@ from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.measures import pass_counts
 from saeffect.comparison.seeds import control_saes
 from saeffect.diffing.most_changed import activity_changes
-from saeffect.stats.resampling import LEVEL
+from saeffect.stats.arguments import LEVEL
 
 __all__ = ["chance_table"]
 

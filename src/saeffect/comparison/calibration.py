@@ -17,11 +17,11 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
-from saeffect.comparison.judgement import ALPHA, judge, settled
+from saeffect.comparison.judgement import ALPHA, judge, add_noise_p
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import all_saes_contrast, control_saes
 from saeffect.stats.proportions import wilson
-from saeffect.stats.resampling import LEVEL, Resampling
+from saeffect.stats.arguments import LEVEL, Resampling
 
 __all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
 
@@ -159,7 +159,7 @@ def _beyond_rows(
                 for row in _stand_in(name, b, usable[name], pairs, min_matches)]  # fmt: skip
         if not rows:
             continue
-        alone, corrected = as_table(rows, ()), settled(as_table(rows, tests))
+        alone, corrected = as_table(rows, ()), add_noise_p(as_table(rows, tests))
         tried = [name for name in quantities if name in set(alone["quantity"])]
         for name in tried:
             found[name] = found[name].plus(judge(alone, name).status == "beyond")

@@ -15,7 +15,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.stats.regression import ols_robust
-from saeffect.stats.resampling import LEVEL
+from saeffect.stats.arguments import LEVEL
 
 __all__ = ["EffectRegression", "effect_regression"]
 

@@ -19,9 +19,9 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.contrasts import Contrast
 from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.comparison.quantities import QUANTITIES, Quantity, sae_value
-from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference, nested_mean_test
-from saeffect.stats.resampling import LEVEL, Resampling
-from saeffect.stats.student import cautious_difference, cautious_difference_test
+from saeffect.stats.arguments import LEVEL, Resampling
+from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference
+from saeffect.stats.student import cautious_difference
 
 __all__ = ["all_saes_contrast", "control_saes", "seed_contrasts"]
 
@@ -108,7 +108,7 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         estimate=estimate.value,
         low=estimate.low,
         high=estimate.high,
-        p=cautious_difference_test(known[0], known[1]).p,
+        p=estimate.p,
         method=_ALL_METHOD,
         unit=unit,
         reason=(remarks[0] if without and not min(map(len, known)) else estimate.reason),
@@ -123,7 +123,7 @@ def _nested(
 ) -> Contrast:
     sides = [_mean_over_seeds(quantity, saes, resampling) for saes in (a, b)]
     (first, saes_a, _), (second, saes_b, _) = sides
-    estimate, test = nested_mean_difference(first, second, level=LEVEL), nested_mean_test(first, second)
+    estimate = nested_mean_difference(first, second, level=LEVEL)
     single = [saes[0].name for (_, n_saes, _), saes in zip(sides, (a, b), strict=True) if n_saes == 1]
     remarks = [absent for _, _, absent in sides if absent]
     if single:
@@ -139,7 +139,7 @@ def _nested(
         estimate=estimate.value,
         low=estimate.low,
         high=estimate.high,
-        p=test.p,
+        p=estimate.p,
         method=_METHOD,
         unit=quantity.unit,
         reason="" if np.isfinite(estimate.low) else estimate.reason or "no spread",

@@ -24,9 +24,9 @@ from saeffect.comparison.measures import (
     weights_of,
 )
 from saeffect.stats.bootstrap import bootstrap, cluster_bootstrap
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.proportions import wilson
-from saeffect.stats.resampling import LEVEL, Resampling, undefined
+from saeffect.stats.arguments import LEVEL, Resampling
 
 __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
 

@@ -22,7 +22,7 @@ from saeffect.diffing.matching import NOBODY, Matching, match_decoders
 from saeffect.diffing.matching_graph import assign
 from saeffect.errors import ConfigError
 from saeffect.io import SILENT, Log
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 __all__ = ["MEASURES", "Correspondence", "Keep", "SaeView", "correspond"]
 

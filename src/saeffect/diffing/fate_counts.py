@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.estimate import Estimate
-from saeffect.stats.resampling import LEVEL, Resampling, undefined
+from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["ONE_PLACEBO", "excess_paired", "excess_unpaired"]
 
