@@ -11,23 +11,14 @@ import pandas as pd
 
 from saeffect.report.context import SteeringResults
 from saeffect.stats.student import mean_interval
-from saeffect.steering.placebo import STEERED
 
-__all__ = [
-    "BASELINE_COLUMNS",
-    "DOSE_MEASURES",
-    "OUTCOME_COLUMNS",
-    "baseline_summary",
-    "dose_summary",
-    "outcome_summary",
-    "primary_effects",
-]
+__all__ = ["DOSE_MEASURES", "baseline_summary", "dose_summary", "outcome_summary", "primary_effects"]
 
-OUTCOME_COLUMNS = (
+_OUTCOME_COLUMNS = (
     *("arm", "outcome", "control", "declared", "decides", "unit", "alternative", "n_features", "n_defined"),
     *("mean", "low", "high", "n_tested", "n_passed", "reversed_share", "reason"),
 )
-BASELINE_COLUMNS = (
+_BASELINE_COLUMNS = (
     *("arm", "outcome", "baseline", "declared", "unit", "n_features", "n_defined", "mean", "low", "high"),
     *("n_above", "n_clearly_above", "n_below", "n_clearly_below", "reason"),
 )
@@ -43,27 +34,27 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
         alpha: Highest q at which a feature passes.
 
     Returns:
-        One row per arm, outcome (declared ones first) and control (the deciding one first): `OUTCOME_COLUMNS`.
-        decides (whether this is the one test that decides what passes); n_features; n_defined (with an effect);
-        mean with its 95 % interval low, high over features (Student's t); n_tested (with a q) and n_passed
-        (q <= alpha; for two-sided outcomes it says that something changed, either way); reversed_share (mean over
-        features); reason ("" when the mean is defined).
+        One row per arm, outcome (declared ones first) and control (the deciding one first): arm, outcome, control,
+        declared, decides (whether this is the one test that decides what passes), unit, alternative, n_features,
+        n_defined (with an effect), mean with its 95 % interval low, high over features (Student's t), n_tested (with a
+        q), n_passed (q <= alpha; for two-sided outcomes it says that something changed, either way), reversed_share
+        (mean over features), reason ("" when the mean is defined).
     """
     rows = []
-    for shared, some in _groups(results, results.outcome_effects, order, "placebo"):
-        q = _numbers(some["q"])
+    for shared, features in _groups(results, results.outcome_effects, order, "placebo"):
+        q = _numbers(features["q"])
         rows.append(
             {
                 **shared,
-                "control": some["placebo"].iloc[0],
-                "decides": bool(some["primary"].any()),
-                "alternative": str(some["alternative"].iloc[0]),
+                "control": features["placebo"].iloc[0],
+                "decides": bool(features["primary"].any()),
+                "alternative": str(features["alternative"].iloc[0]),
                 "n_tested": int(np.isfinite(q).sum()),
                 "n_passed": int((q <= alpha).sum()),
-                "reversed_share": _nan_mean(_numbers(some["reversed_share"])),
+                "reversed_share": pd.to_numeric(features["reversed_share"], errors="coerce").mean(),
             }
         )
-    return pd.DataFrame(rows, columns=list(OUTCOME_COLUMNS))
+    return pd.DataFrame(rows, columns=list(_OUTCOME_COLUMNS))
 
 
 def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataFrame:
@@ -74,31 +65,31 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
         order: The arms, in the order of the rows.
 
     Returns:
-        One row per arm, outcome and baseline: `BASELINE_COLUMNS`. mean with low and high as in `outcome_summary`;
-        n_above and n_below count features on which steering does more, and less; the clear ones are those whose
-        own 95 % interval lies wholly on that side.
+        One row per arm, outcome and baseline: arm, outcome, baseline, declared, unit, n_features, n_defined, mean, low,
+        high as in `outcome_summary`; n_above and n_below count features on which steering does more, and less,
+        n_clearly_above and n_clearly_below those whose own 95 % interval lies wholly on that side; reason.
     """
     rows = []
-    for shared, some in _groups(results, results.baseline_effects, order, "baseline"):
-        effect, low, high = (_numbers(some[name]) for name in ("effect", "low", "high"))
+    for shared, features in _groups(results, results.baseline_effects, order, "baseline"):
+        effect, low, high = (_numbers(features[name]) for name in ("effect", "low", "high"))
         rows.append(
             {
                 **shared,
-                "baseline": some["baseline"].iloc[0],
+                "baseline": features["baseline"].iloc[0],
                 "n_above": int((effect > 0).sum()),
                 "n_clearly_above": int((low > 0).sum()),
                 "n_below": int((effect < 0).sum()),
                 "n_clearly_below": int((high < 0).sum()),
             }
         )
-    return pd.DataFrame(rows, columns=list(BASELINE_COLUMNS))
+    return pd.DataFrame(rows, columns=list(_BASELINE_COLUMNS))
 
 
 def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.DataFrame:
     """The dose search by arm, condition and dose: means over features.
 
     Args:
-        response: As `saeffect.steering.dose_response` gives, with a column arm.
+        response: As `saeffect.steering.dose_response` gives, with a column arm; None for none.
         order: The arms, in the order of the rows.
 
     Returns:
@@ -106,20 +97,20 @@ def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.Data
         of `DOSE_MEASURES` its mean with a 95 % interval `<measure>_low` and `<measure>_high` over features (Student's
         t; of perplexity the geometric mean), and n_best: features whose dose of best concept × fluency this is.
     """
-    numbers = (m + end for m in DOSE_MEASURES for end in ("", "_low", "_high"))
-    columns = ["arm", "condition", "dose", "n_features", *numbers]
+    numbers = (measure + end for measure in DOSE_MEASURES for end in ("", "_low", "_high"))
+    columns = ["arm", "condition", "dose", "n_features", *numbers, "n_best"]
+    if response is None:
+        return pd.DataFrame(columns=columns)
     rows = []
-    if response is not None and "condition" not in response.columns:  # a search of before placebos stood beside it
-        response = response.assign(condition=STEERED)
-    for arm in order if response is not None else ():
-        mine = response[response["arm"] == arm]  # type: ignore[index]
+    for arm in order:
+        mine = response[response["arm"] == arm]
         for condition in dict.fromkeys(mine["condition"]):
-            for dose, some in mine[mine["condition"] == condition].groupby("dose"):
-                row: dict[str, Any] = {"arm": arm, "condition": condition, "dose": dose, "n_features": len(some)}
+            for dose, features in mine[mine["condition"] == condition].groupby("dose"):
+                row: dict[str, Any] = {"arm": arm, "condition": condition, "dose": dose, "n_features": len(features)}
                 for measure in DOSE_MEASURES:
-                    row |= _interval_of(some, measure)
-                rows.append(row | {"n_best": int(some["best"].astype(bool).sum())})
-    return pd.DataFrame(rows, columns=[*columns, "n_best"])
+                    row |= _interval_of(features, measure)
+                rows.append(row | {"n_best": int(features["best"].astype(bool).sum())})
+    return pd.DataFrame(rows, columns=columns)
 
 
 def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
@@ -128,8 +119,7 @@ def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
     Returns:
         n_features, n_defined, mean, low, high, reason, as in `outcome_summary`.
     """
-    empty = pd.DataFrame({"effect": [], "reason": []})
-    return _mean(empty if effects is None or effects.empty else effects)
+    return _mean(pd.DataFrame({"effect": [], "reason": []}) if effects is None or effects.empty else effects)
 
 
 def _groups(
@@ -141,49 +131,37 @@ def _groups(
         if table is None or table.empty:
             continue
         for outcome in results.in_order(list(dict.fromkeys(table["outcome"]))):
-            mine = table[table["outcome"] == outcome]
-            for _, some in mine.groupby(against, sort=False):
+            for _, features in table[table["outcome"] == outcome].groupby(against, sort=False):
                 shared = {"arm": arm, "outcome": outcome, "declared": results.declared(outcome)}
-                yield shared | {"unit": str(some["unit"].iloc[0])} | _mean(some), some
+                yield shared | {"unit": str(features["unit"].iloc[0])} | _mean(features), features
 
 
-def _mean(some: pd.DataFrame) -> dict[str, Any]:
-    effect = _numbers(some["effect"])
+def _mean(features: pd.DataFrame) -> dict[str, Any]:
+    effect = _numbers(features["effect"])
     defined = effect[np.isfinite(effect)]
     estimate = mean_interval(defined)
-    reason = "" if len(defined) else _commonest(some) or "no feature was tested"
+    reasons = features["reason"].dropna().astype(str)
+    reasons = reasons[reasons != ""]
+    why_none = str(reasons.mode().iloc[0]) if len(reasons) else "no feature was tested"
     return {
-        "n_features": len(some),
+        "n_features": len(features),
         "n_defined": len(defined),
         "mean": estimate.value,
         "low": estimate.low,
         "high": estimate.high,
-        "reason": reason,
+        "reason": "" if len(defined) else why_none,
     }
 
 
-def _interval_of(some: pd.DataFrame, measure: str) -> Mapping[str, float]:
-    values = _numbers(some[measure]) if measure in some.columns else np.empty(0)
+def _interval_of(features: pd.DataFrame, measure: str) -> dict[str, float]:
+    values = _numbers(features[measure])
     values = values[np.isfinite(values)]
     is_ratio = measure == "perplexity"
     estimate = mean_interval(np.log(values[values > 0]) if is_ratio else values)
     ends = (estimate.value, estimate.low, estimate.high)
-    low_to_high = [math.exp(end) if is_ratio and math.isfinite(end) else end for end in ends]
-    return dict(zip((measure, f"{measure}_low", f"{measure}_high"), low_to_high, strict=True))
+    shown = [math.exp(end) if is_ratio and math.isfinite(end) else end for end in ends]
+    return dict(zip((measure, f"{measure}_low", f"{measure}_high"), shown, strict=True))
 
 
 def _numbers(column: pd.Series[Any]) -> np.ndarray:
     return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-
-
-def _nan_mean(values: np.ndarray) -> float:
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if len(defined) else math.nan
-
-
-def _commonest(some: pd.DataFrame) -> str:
-    if "reason" not in some.columns:
-        return ""
-    reasons = some["reason"].astype(str)
-    reasons = reasons[(reasons != "") & (reasons != "nan")]
-    return str(reasons.mode().iloc[0]) if len(reasons) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
+from saeffect.comparison.quantities import wording
 from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.words.numbers import amount, amount_interval, fixed, is_defined, percent
@@ -23,13 +24,19 @@ __all__ = [
     "interval_text",
     "level_text",
     "operator_words",
+    "outcome_phrase",
     "outcome_words",
     "short_name",
 ]
 
 
 def capital(text: str) -> str:
-    """The same with a capital at its beginning, and the rest as it is."""
+    """With a capital at its start, all else as it is.
+
+    Example:
+        >>> capital("share of SAEs")
+        'Share of SAEs'
+    """
     return text[:1].upper() + text[1:]
 
 
@@ -83,15 +90,8 @@ def short_name(quantity: str) -> str:
         >>> short_name("pass_rate"), short_name("coherence_mean_seeds")
         ('pass rate', 'mean coherence (SAEs as units)')
     """
-    words = {
-        "domain_share": "share of domain features",
-        "pass_rate": "pass rate",
-        "coherence_mean": "mean coherence",
-        "effect": "mean effect",
-    }
-    name = quantity.removesuffix("_seeds")
-    spoken = words.get(name, name.replace("_", " "))
-    return f"{spoken} (SAEs as units)" if quantity.endswith("_seeds") else spoken
+    short = wording(quantity.removesuffix("_seeds")).short
+    return f"{short} (SAEs as units)" if quantity.endswith("_seeds") else short
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,13 @@ _OUTCOMES: Mapping[str, OutcomeWords] = {
     "distinct2": OutcomeWords("distinct-2", "percentage points of pairs", "points"),
 }
 
+_PHRASES = {
+    "similarity": "similarity of the text to its top tokens",
+    "off_list": "share of off-list domain words in the text",
+    "keyword_score": "share of its top tokens among the text's words",
+    "direct_effect": "log-probability of its top tokens",
+}
+
 _CONTROLS: Mapping[str, str] = {
     "matched": "matched placebo",
     "random": "random direction",
@@ -130,6 +137,11 @@ def outcome_words(name: str) -> OutcomeWords:
         ('off-list words', 'my score')
     """
     return _OUTCOMES.get(name, OutcomeWords(name.replace("_", " "), "in its own unit"))
+
+
+def outcome_phrase(name: str) -> str:
+    """What an effect of steering is an effect on, in a sentence."""
+    return _PHRASES.get(name, outcome_words(name).title)
 
 
 def control_words(name: str) -> str:

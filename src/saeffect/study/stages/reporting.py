@@ -19,7 +19,8 @@ from saeffect.study.stages.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
+# 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order; 5: perplexities
+VERSION = 5
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -96,6 +97,7 @@ def _gate_table(run: RunFolder, gates: dict[str, dict[str, Any]]) -> pd.DataFram
                 "l2_ratio": gate["l2_ratio"],
                 "dead_share": float((features["n_active"] == 0).mean()),
                 "n_tokens": gate["tokens"],
+                **{f"perplexity_{source}": value for source, value in gate["perplexity"].items()},
             }
         )
     return pd.DataFrame(rows)
@@ -110,7 +112,7 @@ def _facts(
         ("Base model", _model(run, control)),
         ("Fine-tuned model", _model(run, treatment)),
         ("Hook", run.study.hook(control)),
-        ("Text", _text(config.text, gates[control].get("text_shortage"))),
+        ("Text", _text(config.text, gates[control]["text_shortage"])),
     ]
     if config.features.tokens != ("all",):
         scripts = f"of the scripts {', '.join(config.features.tokens)}"
