@@ -14,7 +14,7 @@ from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Comparison, MatchTables
-from saeffect.comparison.judgement import PRIMARY, judgement_table, add_noise_p
+from saeffect.comparison.judgement import PRIMARY, add_noise_p, judgement_table
 from saeffect.comparison.power import power_table
 from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts

@@ -9,13 +9,12 @@ both brackets share it, so they are not independent: treatment is compared with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import fisher_exact
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.judgement import PRIMARY
@@ -134,18 +133,24 @@ def contrasts(
     rows = [
         row
         for comparison, a, b in pairs
-        for row in pair_contrasts(comparison, a, b, min_matches=min_matches, resampling=resampling)
+        for row in pair_contrasts(comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling)
     ]
     return as_table(rows, tests)
 
 
 def pair_contrasts(
-    comparison: str, a: ArmTables, b: ArmTables, *, min_matches: int, resampling: Resampling
+    comparison: str,
+    a: ArmTables,
+    b: ArmTables,
+    quantities: Iterable[Quantity],
+    *,
+    min_matches: int,
+    resampling: Resampling,
 ) -> list[Contrast]:
-    """Every quantity of arm `b` against arm `a`, as rows of one comparison."""
+    """Quantities of arm `b` against arm `a`, as rows of one comparison."""
     return [
         row
-        for quantity in QUANTITIES.values()
+        for quantity in quantities
         for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling))
     ]
 
@@ -158,14 +163,14 @@ def as_table(rows: Sequence[Contrast], tests: Sequence[str]) -> pd.DataFrame:
 
 def _shares(pair: _Pair) -> list[Contrast]:
     """Difference and ratio of two proportions."""
-    (k_a, n_a), (k_b, n_b) = a, b = pair.read()
+    (k_a, n_a), (k_b, n_b) = pair.read()
     values = (k_a / n_a if n_a else math.nan, k_b / n_b if n_b else math.nan)
     if n_a and n_b:
-        difference, ratio = newcombe_difference(*a, *b, level=LEVEL), risk_ratio(*a, *b, level=LEVEL)
+        difference = newcombe_difference(k_a, n_a, k_b, n_b, level=LEVEL)
+        ratio = risk_ratio(k_a, n_a, k_b, n_b, level=LEVEL)
         if not k_a:  # said with the arm's name
             ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", n_a + n_b)
-        p = min(1.0, float(fisher_exact([[k_b, n_b - k_b], [k_a, n_a - k_a]]).pvalue))
-        difference, ratio = replace(difference, p=p), replace(ratio, p=p)
+        ratio = replace(ratio, p=difference.p)
     else:
         arm = pair.b if n_a else pair.a
         untested = untested_reason(arm) if pair.quantity.steered else ""
@@ -201,8 +206,8 @@ def _mean_range(pair: _Pair) -> list[Contrast]:
     mean = _averages(replace(pair, quantity=replace(pair.quantity, name=name, kind="mean")))[0]
     scale = (float(np.ptp(a)) + float(np.ptp(b))) / 2 if len(a) and len(b) else 0.0
     if scale > 0:
-        ends = (number / scale for number in (mean.estimate, mean.low, mean.high))
-        estimate = Estimate(*ends, len(a) + len(b), mean.reason, mean.p)
+        low, high = mean.low / scale, mean.high / scale
+        estimate = Estimate(mean.estimate / scale, low, high, len(a) + len(b), mean.reason, mean.p)
     else:
         estimate = undefined("no range of coherence to divide by", len(a) + len(b))
     method = "mean difference and interval divided by the mean of the two ranges; p of the mean difference"

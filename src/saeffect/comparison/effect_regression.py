@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.stats.regression import ols_robust
 from saeffect.stats.arguments import LEVEL
+from saeffect.stats.regression import ols_robust
 
 __all__ = ["EffectRegression", "effect_regression"]
 

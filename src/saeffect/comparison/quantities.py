@@ -125,7 +125,7 @@ def _effect_by_prompt(arm: ArmTables) -> pd.Series[Any]:
 
 def _weights(arm: ArmTables, _: int) -> Any:
     found = weights_of(arm)
-    return found.weight, found.feature
+    return found["weight"].to_numpy(), found["feature"].to_numpy()
 
 
 def _passed(arm: ArmTables, _: int) -> tuple[int, int]:

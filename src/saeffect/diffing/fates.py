@@ -19,8 +19,8 @@ from saeffect.diffing.fate_counts import excess_paired, excess_unpaired
 from saeffect.diffing.matched_null import NO_STRATUM, conformal_p, exchangeable_p, quantile_per_stratum, strata
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.stats.arguments import FloatArray, Resampling
+from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = ["FateRules", "Fates", "fates"]
 

@@ -1,4 +1,4 @@
-"""A number with its interval, its p and the reason why something of it is missing: what every statistic answers with."""
+"""A number with its interval, its p, and the reason why something of it is missing: what every statistic gives."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ control) and `b`; every comparison is of b against a.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from saeffect.errors import Undefined
@@ -62,7 +60,8 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
         level: Confidence, between 0 and 1.
 
     Returns:
-        p_b - p_a, between -1 and 1, with n = n_a + n_b. NaN when a group has no trials.
+        p_b - p_a, between -1 and 1, with n = n_a + n_b and the two-sided p of Fisher's exact test. NaN when a group has
+        no trials.
 
     Raises:
         Undefined: Counts are not whole numbers with 0 <= k <= n.
@@ -75,6 +74,7 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
         >>> print(newcombe_difference(48, 80, 56, 70))
         0.2 [0.05243, 0.3339] (n = 150)
     """
+    from scipy.stats import fisher_exact
     from statsmodels.stats.proportion import confint_proportions_2indep
 
     (k_a, n_a), (k_b, n_b) = _counts(k_a, n_a, "k_a", "n_a"), _counts(k_b, n_b, "k_b", "n_b")
@@ -82,7 +82,8 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
     if reason := _no_trials(n_a, n_b):
         return undefined(reason, n_a + n_b)
     low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="newcomb", compare="diff", alpha=1 - level)
-    return Estimate(k_b / n_b - k_a / n_a, float(low), float(high), n_a + n_b)
+    p = min(1.0, float(fisher_exact([[k_b, n_b - k_b], [k_a, n_a - k_a]]).pvalue))
+    return Estimate(k_b / n_b - k_a / n_a, float(low), float(high), n_a + n_b, p=p)
 
 
 def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
-from saeffect.comparison.judgement import told_row
+from saeffect.comparison import PRIMARY, Comparison, Judgement
+from saeffect.comparison.judgement import headline_row
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit, value_cell
 from saeffect.report.words.names import outcome_words
 from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, p_value, percent, undefined
+from saeffect.stats.estimate import Estimate
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 
@@ -126,19 +127,19 @@ def at_a_glance(comparison: Comparison) -> TableView:
     ]
     columns += [Column("SAE noise", f"{name} − control", role="placebo") for name in placebos]
     seen = set(comparison.contrasts["quantity"])
-    readings = {name: judge(comparison.contrasts, name) for name in (*PRIMARY, "effect") if name in seen}
+    readings = {name: comparison.judged[name] for name in (*PRIMARY, "effect") if name in seen}
     labels = dict(zip(comparison.contrasts["quantity"], comparison.contrasts["label"], strict=True))
     columns.append(Column("False alarms", "where there is nothing to find"))
     columns.append(Column("Reading", is_text=True))
     rows = []
     for quantity, judged in readings.items():
-        one = told_row(comparison.contrasts, judged)
+        one = headline_row(comparison.contrasts, judged)
         unit, label = str(one["unit"]), labels[quantity]
         counts = f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
         sub = counts if judged.by_seeds else _with_noise(judged)
         cells = [value_cell(one[side], unit, reason=str(one["reason"])) for side in ("value_a", "value_b")]
-        cells.append(_gap_cell(judged.told))
-        cells += [_gap_cell(gap) for gap in judged.retraining]
+        cells.append(_difference_cell(judged.headline, judged.unit))
+        cells += [_difference_cell(noise, judged.unit) for noise in judged.retraining.values()]
         cells.append(_alarms_cell(comparison.calibration, quantity))
         cells.append(_reading(judged))
         rows.append(Row(label, tuple(cells), sub=sub, strong=quantity in PRIMARY, key=quantity))
@@ -264,19 +265,19 @@ def _against_control(comparison: Comparison, quantity: str) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
-def _gap_cell(gap: Gap) -> Cell:
-    unit = difference_unit(gap.unit)
-    if not is_defined(gap.estimate):
-        return Cell(undefined(gap.reason), tone="muted", is_text=True)
-    ends = amount_interval(gap.low, gap.high, unit) if gap.defined else f"interval {undefined(gap.reason)}"
-    return Cell(amount(gap.estimate, unit, sign=True), sub=ends)
+def _difference_cell(estimate: Estimate, unit: str) -> Cell:
+    unit, reason = difference_unit(unit), undefined(estimate.reason)
+    if not is_defined(estimate.value):
+        return Cell(reason, tone="muted", is_text=True)
+    ends = amount_interval(estimate.low, estimate.high, unit) if estimate.defined else f"interval {reason}"
+    return Cell(amount(estimate.value, unit, sign=True), sub=ends)
 
 
 def _with_noise(judged: Judgement) -> str:
     """Where the treatment has one SAE alone: how far the change reaches with the noise of SAE training."""
     if judged.seeds is None:
         return ""
-    return f"with SAE noise {amount_interval(judged.seeds.low, judged.seeds.high, difference_unit(judged.seeds.unit))}"
+    return f"with SAE noise {amount_interval(judged.seeds.low, judged.seeds.high, difference_unit(judged.unit))}"
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
