@@ -12,7 +12,6 @@ import pytest
 from page_parser import Page
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
-from saeffect.report.figures.style import svg_text
 from synthetic_matches import synthetic_matches
 from synthetic_study import compared
 
@@ -90,7 +89,7 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigur
         in (flow.caption)
     )
     assert "1 moved, 2 gone, 1 absorbed, 3 new" in flow.caption
-    drawn = re.findall(r">([^<>]+)</text>", svg_text(flow))
+    drawn = re.findall(r">([^<>]+)</text>", flow.svg)
     assert {"kept", "moved", "absorbed", "gone", "new"} <= set(drawn)
     # 60 gone by similarity, one of them absorbed by others; 46 between seeds
     assert any(text.startswith("59 (") for text in drawn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from saeffect.report.context import ReportContext
 from saeffect.report.tables.steering import outcome_pairs
 from saeffect.report.tables.write import domain_features
 from saeffect.report.texts import Chip, Run, Trial, chips, context_runs, representative_trials
-from saeffect.report.words.names import capital, outcome_words
+from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import (
     THIN_SPACE,
     amount,
@@ -28,10 +28,12 @@ from saeffect.report.words.numbers import (
     signed,
     undefined,
 )
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
 _WIDTH, _EDGE = 100.0, 4.0  # of an interval mark, and what is kept free at its ends for the dot
+_MAX_CONTEXTS = 4
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
 
@@ -71,9 +73,9 @@ class FeatureCard:
     coherence: str
     keys: Mapping[str, str]
     numbers: tuple[Pair, ...]
-    contexts: tuple[Context, ...]
-    trials: tuple[Trial, ...]
     find: str
+    contexts: tuple[Context, ...] = ()
+    trials: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,15 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
         examples = _by_feature(context.examples.get(arm.name), shown["feature"])
         trials = _by_feature(arm.interventions, shown["feature"])
         outcomes = outcome_pairs(context, arm.name)
-        cards = [
-            _card(arm, row, outcomes.get(row["feature"], ()), scale)
-            | {
-                "contexts": _contexts(examples.get(row["feature"]), context.max_contexts),
-                "trials": representative_trials(trials.get(row["feature"]), context.prompts, list(row["top_tokens"])),
-            }
+        cards = tuple(
+            replace(
+                _card(arm, row, outcomes.get(row["feature"], ()), scale),
+                contexts=_contexts(examples.get(row["feature"])),
+                trials=representative_trials(trials.get(row["feature"]), context.prompts, list(row["top_tokens"])),
+            )
             for row in shown.to_dict("records")
-        ]
-        lists.append(FeatureList(arm.name, arm.role, tuple(FeatureCard(**card) for card in cards), len(rows)))
+        )
+        lists.append(FeatureList(arm.name, arm.role, cards, len(rows)))
     return tuple(lists)
 
 
@@ -158,7 +160,7 @@ def _mark(row: _Row, scale: tuple[float, float]) -> IntervalMark | None:
     return IntervalMark(place(row.get("effect_low")), place(row.get("effect_high")), place(effect), place(0.0))
 
 
-def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[float, float]) -> dict[str, Any]:
+def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[float, float]) -> FeatureCard:
     """All fields of a card but the texts."""
     matched = row.get("matched")
     matched = list(matched) if isinstance(matched, list | tuple | np.ndarray) else []
@@ -167,24 +169,24 @@ def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[floa
     label = str(row.get("label") or "")
     label = "" if label == "nan" else label
     names = ("effect", "coherence", "matches", "density", "q")
-    return {
-        "arm": arm.name,
-        "role": arm.role,
-        "feature": int(row["feature"]),
-        "label": printable_token(label),
-        "chips": top,
-        "state": ("passed" if is_true(row.get("passed")) else "not passed") if tested else "not tested",
-        "effect": signed(row["effect"]) if is_defined(row["effect"]) else "",
-        "effect_interval": _ends(row).strip(),
-        "mark": _mark(row, scale),
-        "coherence": fixed(row["coherence"], 2) if is_defined(row["coherence"]) else "",
-        "keys": {name: f"{float(row[name]):.6g}" if is_defined(row.get(name)) else "" for name in names},
-        "numbers": (*_steering(row), *outcomes, *_meaning(row), *_activity(row)),
-        "find": " ".join([str(int(row["feature"])), label, *(chip.text for chip in top)]).lower(),
-    }
+    return FeatureCard(
+        arm=arm.name,
+        role=arm.role,
+        feature=int(row["feature"]),
+        label=printable_token(label),
+        chips=top,
+        state=("passed" if is_true(row.get("passed")) else "not passed") if tested else "not tested",
+        effect=signed(row["effect"]) if is_defined(row["effect"]) else "",
+        effect_interval=_ends(row).strip(),
+        mark=_mark(row, scale),
+        coherence=fixed(row["coherence"], 2) if is_defined(row["coherence"]) else "",
+        keys={name: f"{float(row[name]):.6g}" if is_defined(row.get(name)) else "" for name in names},
+        numbers=(*_steering(row), *outcomes, *_meaning(row), *_activity(row)),
+        find=" ".join([str(int(row["feature"])), label, *(chip.text for chip in top)]).lower(),
+    )
 
 
-def _contexts(table: pd.DataFrame | None, limit: int) -> tuple[Context, ...]:
+def _contexts(table: pd.DataFrame | None) -> tuple[Context, ...]:
     if table is None:
         return ()
     return tuple(
@@ -193,7 +195,7 @@ def _contexts(table: pd.DataFrame | None, limit: int) -> tuple[Context, ...]:
             activation=f"{float(row['activation']):.2f}",
             runs=context_runs(list(row["tokens"]), list(row["activations"]), int(row["position"])),
         )
-        for row in table.sort_values("rank", kind="stable").head(limit).to_dict("records")
+        for row in table.sort_values("rank", kind="stable").head(_MAX_CONTEXTS).to_dict("records")
     )
 
 
@@ -212,7 +214,7 @@ def _steering(row: _Row) -> list[Pair]:
     if is_defined(row.get("direct_placebo")):
         direct += f" (placebo {_text(row, 'direct_placebo')})"
     q = row.get("q")
-    outcome = capital(outcome_words(str(row.get("outcome") or "similarity")).title)
+    outcome = capital(OUTCOMES[str(row.get("outcome") or "similarity")].label)
     return [
         (
             "Effect: steered − placebo",

@@ -26,8 +26,8 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
+from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
-from saeffect.report.words.terms import Explainer, Term, terms
 
 __all__ = ["Numbering", "number_page", "render_report", "write_report"]
 
@@ -68,9 +68,6 @@ def write_report(
         path: The file, for instance `runs/mine/report.html`.
         context: The study around the comparison; without it the report has no list of features.
         figures: What `write_figures` returned, to draw them once only.
-
-    Returns:
-        `path`, as a `Path`.
 
     Raises:
         ConfigError: The comparison has no answer yet.
@@ -216,10 +213,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Numbering:
-    """What each table and figure of a page is called; a text refers to one as `[[table:regression]]`.
+    """What each table and figure of a page is called: `labels["table:power"]` is "Table 4", say.
 
-    Attributes:
-        labels: By "table:<name>" or "figure:<name>", for instance "Table 3" or "Figure 2b".
+    A text refers to one as `[[table:power]]`.
     """
 
     labels: Mapping[str, str]
@@ -242,12 +238,7 @@ class Numbering:
 
 
 def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> Numbering:
-    """Number what stands on a page.
-
-    Args:
-        tables: In page order.
-        figures: In page order; neighbours of one group share a number and are told apart by letters.
-    """
+    """Number what stands on a page, in its order; figures of one group share a number, told apart by letters."""
     labels = {f"table:{view.name}": f"Table {n}" for n, view in enumerate(tables, start=1)}
     groups = groupby(enumerate(figures), key=lambda place: place[1].group or place[0])  # without one, each its own
     for n, (_, places) in enumerate(groups, start=1):
@@ -258,10 +249,5 @@ def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> 
 
 
 def _letter(place: int) -> str:
-    """a to z, then aa, ab, ...
-
-    Example:
-        >>> _letter(1), _letter(27)
-        ('b', 'ab')
-    """
+    """a to z, then aa, ab, ..."""
     return (_letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)

@@ -14,10 +14,11 @@ from saeffect.report.tables.evidence import calibration_verdict, coherence_sente
 from saeffect.report.tables.matching import cross_summary, fate_summary
 from saeffect.report.tables.steering import baseline_sentences
 from saeffect.report.words.evidence import power_sentence
-from saeffect.report.words.names import control_words, dose_words, outcome_words
+from saeffect.report.words.names import dose_words
 from saeffect.report.words.numbers import is_defined, joined, plural
 from saeffect.report.words.threats import SEVERITIES
-from saeffect.steering.measures import OUTCOMES
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
 
 __all__ = [
     "Evidence",
@@ -33,18 +34,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the sections on evidence say.
+    """A sentence or two for each section on evidence; "" where there is nothing to say.
 
-    Attributes:
-        calibration: May the findings be believed?
-        power: What could have been found; "" if unknown.
-        fates: How many features have no counterpart beyond what seeds show; "" where that is unknown.
-        cross: Which features fire more.
-        stagewise: Why features were not followed through training on; "" if they were.
-        regression: Does coherence go with the effect?
-        threats: How many threats there are.
-        gravest: Those to be quoted beside the answer.
-        limits: What cannot be concluded and why, by section; "" where something can.
+    `stagewise` says why features were not followed through training on, `gravest` are the threats to be quoted beside
+    the answer, `limits` says by section what cannot be concluded and why.
     """
 
     calibration: str
@@ -185,15 +178,15 @@ def _lead(results: SteeringResults) -> str:
     texts = ""
     if results.n_prompts and results.samples:
         texts = f", on {plural(results.n_prompts, 'prompt')} × {plural(results.samples, 'text')}"
-    others = [outcome_words(name).title for name in results.outcomes[1:]]
+    others = [OUTCOMES[name].label for name in results.outcomes[1:]]
     also = f" Declared beside it: {', '.join(others)}." if others else ""
     reading = (
         " A feature passes for an effect below zero: it had been bringing its concept in." if _below(results) else ""
     )
     return (
         f"Features were steered {dose_words(results)}{texts}. What decides is the "
-        f"{outcome_words(results.deciding).title} of steered texts minus that under the "
-        f"{control_words(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
+        f"{OUTCOMES[results.deciding].label} of steered texts minus that under the "
+        f"{control_label(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
     )
 
 

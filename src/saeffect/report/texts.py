@@ -109,12 +109,7 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
 
 
 def context_runs(tokens: Sequence[str], activations: Sequence[float], position: int) -> tuple[Run, ...]:
-    """A context around its strongest token, neighbours without activation merged.
-
-    Args:
-        tokens: The context's tokens.
-        activations: The feature's activation on each; what is not above zero is plain.
-        position: Index of the strongest token.
+    """A context around its strongest token (at `position`); neighbours that do not activate the feature are merged.
 
     Example:
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
@@ -154,11 +149,7 @@ def visible_text(text: str, limit: int = _LONGEST_TEXT) -> str:
 
 
 def text_runs(text: str, words: Collection[str]) -> tuple[Run, ...]:
-    """A generated text with the given words marked (level 1), whole words of three letters or more.
-
-    Args:
-        text: Any string.
-        words: Lower-case words, as `normalise_token` gives them.
+    """A generated text with the given words (as `normalise_token` gives them) marked, whole ones of three letters on.
 
     Example:
         >>> [(run.text, run.level) for run in text_runs("Take the drug.", {"drug"})]
@@ -181,8 +172,8 @@ def representative_trials(
 
     Args:
         table: The feature's rows of the interventions; of several doses, the one with most rows is shown.
-        prompts: The prompts, in the order of the column `prompt`.
-        top_tokens: The feature's top tokens; whole words of them are marked in the texts.
+        prompts: In the order of the column `prompt`.
+        top_tokens: The feature's; whole words of them are marked in the texts.
     """
     if table is None or not (table["condition"] == "steered").any():
         return ()

@@ -10,7 +10,7 @@ from saeffect.comparison import Comparison
 from saeffect.errors import ConfigError
 from saeffect.report import ReportContext, render_report
 from saeffect.report.tables import TABLES
-from saeffect.report.words.terms import Term, _registry, add_term, terms
+from saeffect.report.words.names import Term, _registry, add_term, terms
 
 
 def test_every_term_of_a_table_is_known(comparison: Comparison, context: ReportContext) -> None:

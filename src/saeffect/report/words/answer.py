@@ -19,10 +19,11 @@ from saeffect.report.words.evidence import (
     power_sentence,
     too_many_alarms,
 )
-from saeffect.report.words.names import outcome_phrase, short_name
+from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, plural, signed
 from saeffect.report.words.paragraph import over_saes, paragraph
 from saeffect.report.words.threats import threat_table, threats
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["with_answer"]
 
@@ -183,7 +184,7 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str
     if not parts:
         return "The effect of steering is undefined in every arm."
     return (
-        f"Beyond what placebos do, steering a feature moved the {outcome_phrase(outcome)} by {joined(parts)} on "
+        f"Beyond what placebos do, steering a feature moved the {OUTCOMES[outcome].measures} by {joined(parts)} on "
         f"average. {_difference(judged, roles)}"
     )
 

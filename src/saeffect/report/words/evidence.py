@@ -11,8 +11,9 @@ import pandas as pd
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.diffing.fate_counts import ONE_PLACEBO
-from saeffect.report.words.names import outcome_phrase, short_name
+from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import LEVEL, count, fixed, joined, percent, signed
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["calibration_sentence", "cross_sentence", "fate_sentences", "power_sentence", "size", "too_many_alarms"]
 
@@ -134,7 +135,7 @@ def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str) -> str:
     if len(single) and math.isfinite(single["detectable"].iloc[0]):
         least = fixed(single["detectable"].iloc[0])
         text += (
-            f" A single steered feature had to move the {outcome_phrase(outcome)} by {least} to be found on its own."
+            f" A single steered feature had to move the {OUTCOMES[outcome].measures} by {least} to be found on its own."
         )
     only = power[power["test"].str.startswith("only feature") & power["test"].str.endswith(f" in {roles.treatment}")]
     if len(only) and str(only["reason"].iloc[0]).startswith("with "):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import SupportsFloat, TypeGuard
 
 import numpy as np
+import pandas as pd
 
 from saeffect.stats.estimate import Estimate
 
@@ -35,37 +36,22 @@ LEVEL = f"95{THIN_SPACE}% interval"
 
 
 def is_defined(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number (None, NaN, NA and infinities are not).
+    """Whether `value` is a finite number (None, NaN, NA, text and infinities are not).
 
     Example:
         >>> is_defined(0), is_defined(float("nan")), is_defined(None)
         (True, False, False)
     """
-    if value is None or isinstance(value, str) or not isinstance(value, SupportsFloat):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
+    return isinstance(value, SupportsFloat) and value is not pd.NA and math.isfinite(value)
 
 
 def is_true(value: object) -> bool:
-    """Whether a cell holds True: missing ones do not.
-
-    Example:
-        >>> is_true(np.True_), is_true(float("nan")), is_true(None)
-        (True, False, False)
-    """
+    """Whether a cell holds True: missing ones do not."""
     return isinstance(value, bool | np.bool_) and bool(value)
 
 
 def undefined(reason: str = "") -> str:
-    """What stands where a number cannot: the word and the reason.
-
-    Example:
-        >>> undefined("no feature was tested")
-        'undefined: no feature was tested'
-    """
+    """What stands where a number cannot: the word and the reason."""
     return f"undefined: {reason or 'no reason was recorded'}"
 
 
@@ -88,33 +74,18 @@ def _is_zero(text: str) -> bool:
 
 
 def signed(value: SupportsFloat, digits: int = 3) -> str:
-    """As `fixed`, with a plus sign before what is above zero.
-
-    Example:
-        >>> signed(0.25, 2), signed(-0.25, 2), signed(0, 1)
-        ('+0.25', '−0.25', '0.0')
-    """
+    """As `fixed`, with a plus sign before what is above zero: "+0.25", "−0.25", "0.0"."""
     text = fixed(value, digits)
     return "+" + text if float(value) > 0 and not _is_zero(text) else text
 
 
 def count(value: SupportsFloat) -> str:
-    """A whole number with grouped thousands.
-
-    Example:
-        >>> count(24576)
-        '24,576'
-    """
+    """A whole number with grouped thousands."""
     return fixed(value, 0)
 
 
 def plural(n: int, noun: str) -> str:
-    """A number of things.
-
-    Example:
-        >>> plural(1, "prompt"), plural(1200, "text")
-        ('1 prompt', '1,200 texts')
-    """
+    """A number of things: "1 prompt", "1,200 texts"."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"
 
 
@@ -140,12 +111,7 @@ def p_value(p: SupportsFloat) -> str:
 
 
 def interval(low: SupportsFloat, high: SupportsFloat, digits: int = 3) -> str:
-    """Both ends of an interval in brackets.
-
-    Example:
-        >>> interval(-0.1, 0.25, 2)
-        '[−0.10, 0.25]'
-    """
+    """Both ends of an interval in brackets: "[−0.10, 0.25]"."""
     return f"[{fixed(low, digits)}, {fixed(high, digits)}]"
 
 
@@ -241,10 +207,5 @@ def _difference(estimate: Estimate, unit: str, *, short: bool) -> tuple[str, tup
 
 
 def joined(parts: Sequence[str]) -> str:
-    """A list in words.
-
-    Example:
-        >>> joined(["3", "4", "5"])
-        '3, 4 and 5'
-    """
+    """A list in words: "3, 4 and 5"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

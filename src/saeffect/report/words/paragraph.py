@@ -21,11 +21,11 @@ from saeffect.comparison.quantities import wording
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.report.words.names import first_tokens
 from saeffect.report.words.numbers import bracketed, count, fixed, joined, percent
+from saeffect.steering.placebos import control_label
 
 __all__ = ["Paragraph", "over_saes", "paragraph"]
 
 _EXAMPLES = 2
-_CONTROLS = {"matched": "matched placebos", "random": "random directions", "shuffled": "shuffled references"}
 
 
 @dataclass
@@ -54,16 +54,7 @@ def paragraph(
     *,
     alpha: float,
 ) -> Paragraph:
-    """The answer in a few sentences; nothing in it is markup.
-
-    Args:
-        arms: The arms by name, control first.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        judged: The judgement of every quantity.
-        declared: Names of the declared ones, in the order of the study.
-        alpha: Highest q of a finding about a single feature.
-    """
+    """The answer in a few sentences, of the declared quantities in this order; nothing in it is markup."""
     text = Paragraph()
     _quantities(text, found, judged, declared, (roles, _steering_control(arms)))
     if not found.table1["tested"].any():
@@ -152,7 +143,7 @@ def _cite(text: Paragraph, before: str, row: pd.Series[Any], column: str, after:
 def _steering_control(arms: Mapping[str, ArmTables]) -> str:
     """What the steered features had to beat."""
     placebos = (arm.effects["placebo"].iloc[0] for arm in arms.values() if arm.effects is not None and len(arm.effects))
-    return _CONTROLS.get(str(next(placebos, "")), "their placebos")
+    return next((f"{control_label(str(placebo))}s" for placebo in placebos), "their placebos")
 
 
 def _activity(text: Paragraph, control: ArmTables, cross: pd.DataFrame, alpha: float) -> None:

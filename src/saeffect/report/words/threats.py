@@ -25,12 +25,12 @@ __all__ = ["SEVERITIES", "Severity", "Threat", "threat_table", "threats"]
 
 Severity = Literal["serious", "moderate", "minor"]
 SEVERITIES: tuple[Severity, ...] = ("serious", "moderate", "minor")
-"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it speaks for less."""
+"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it holds for less."""
 
 # Below these an SAE leaves so much of its model out that its features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
-# Share of top tokens that the word vectors know, below which coherence speaks for the lesser part of them.
+# Share of top tokens that the word vectors know, below which coherence is that of the lesser part of them.
 _LITTLE_KNOWN = 0.5
 # With as many SAEs in all, a change of some two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
@@ -42,14 +42,7 @@ _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 @dataclass(frozen=True)
 class Threat:
-    """One threat.
-
-    Attributes:
-        threat: What is the matter, in full sentences.
-        severity: One of `SEVERITIES`.
-        remedy: What to do about it.
-        source: The table that shows it, with its columns.
-    """
+    """What is the matter, in full sentences; how serious; what to do; and the table that shows it, with its columns."""
 
     threat: str
     severity: Severity
@@ -63,14 +56,7 @@ def threat_table(found: Sequence[Threat]) -> pd.DataFrame:
 
 
 def threats(arms: Mapping[str, ArmTables], roles: Roles, found: Comparison, tests: Sequence[str]) -> list[Threat]:
-    """Limits of this very comparison and then those of every comparison of its kind, the gravest first.
-
-    Args:
-        arms: The arms by name, in the order of `roles`.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        tests: The declared quantities.
-    """
+    """Limits of this very comparison and then those of every comparison of its kind, the gravest first."""
     judged = found.judged
     declared = [judged[name] for name in tests if name in judged]
     listed = (
@@ -243,8 +229,8 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
     partly = [f"{count(n)} of {count(domain[name])} in {name}" for name, n in tested.items() if 0 < n < domain[name]]
     if partly:
         yield Threat(
-            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects speak for the tested "
-            "ones.",
+            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects are those of the "
+            "tested ones.",
             "minor",
             "Raise steering.max_features.",
             source,
@@ -261,7 +247,7 @@ def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
         listed = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
         yield Threat(
             f"Similarity was undefined in {listed}: no word of the text, or of the feature's top tokens, has a vector. "
-            "Such pairs are left out, so effects speak for the others.",
+            "Such pairs are left out, so effects are those of the others.",
             "serious" if worst > _MANY_UNDEFINED else "moderate" if worst > _SOME_UNDEFINED else "minor",
             "Read the texts. Where steering breaks them, use a smaller dose; where they are of another language, use "
             "word vectors that know it, or declare another outcome.",

@@ -11,7 +11,8 @@ import pandas as pd
 from saeffect.config import SteeringConfig, TextConfig
 from saeffect.io import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
-from saeffect.report.words.names import control_words, outcome_words
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.comparison import comparison_inputs, read_comparison
@@ -122,7 +123,7 @@ def _facts(
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
         facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
         facts.append(("Tested against", _tested_against(steering)))
-        facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
+        facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
 
@@ -139,7 +140,7 @@ def _number(n: int, noun: str) -> str:
 def _tested_against(steering: SteeringConfig) -> str:
     """The placebo that decides first."""
     names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
-    return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
+    return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
