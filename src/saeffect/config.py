@@ -240,7 +240,7 @@ class InterventionConfig(StrictModel):
             raise ValueError(f"a feature cannot be clamped below 0, so leave {min(self.doses)} out")
         if self.operator == "ablate" and self.doses != (1.0,):
             raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
-        _all_different("dose", self.doses)
+        _all_different("number in doses", self.doses)
         _all_different("prompt", _plain(self.prompts))
         _all_different("placebo", self.placebos)
         return self

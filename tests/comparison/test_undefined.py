@@ -11,8 +11,8 @@ import pytest
 from saeffect.comparison import judge
 from saeffect.comparison.contrasts import COMPARISONS
 from saeffect.comparison.judgement import ALL_SEEDS, add_noise_p, exceeds_noise, noise_p
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.diffing.matched_null import conformal_p, exchangeable_p
-from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.stats import Estimate, benjamini_hochberg, cautious_difference, holm, permutation_test, sign_flip_many
 from saeffect.steering import best_dose, effects
 

@@ -13,8 +13,8 @@ from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.fate_counts import ONE_PLACEBO
-from saeffect.diffing.most_changed import change_scores, most_changed
+from saeffect.diffing.cross_activity import change_scores, most_changed
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import (

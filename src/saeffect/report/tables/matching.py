@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, text_cell, undefined_cell
 from saeffect.report.words.names import capital, feature_names

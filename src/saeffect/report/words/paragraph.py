@@ -18,7 +18,7 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison, Trace
 from saeffect.comparison.judgement import ALL_SEEDS, Judgement, headline_row
 from saeffect.comparison.quantities import wording
-from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.words.names import first_tokens
 from saeffect.report.words.numbers import bracketed, count, fixed, joined, percent
 from saeffect.steering.placebos import control_label
