@@ -72,14 +72,10 @@ def detectable_mean_difference(
         >>> round(detectable_mean_difference(1.0, 64, 64).difference, 2)
         0.5
     """
-    _check(alpha, power)
     method, n = "two-sided t test", min(n_a, n_b)
-    if n < 2:
-        return _undefined(n, method, f"fewer than two units in a group ({n_a} and {n_b})")
-    if not (spread > 0 and math.isfinite(spread)):
-        return _undefined(n, method, "no spread to judge by")
-    effect = _solve(lambda d: _t_power(d * math.sqrt(n_a * n_b / (n_a + n_b)), n_a + n_b - 2, alpha, 2), power)
-    return Detectable(effect * spread, effect * spread, n, method)
+    few = f"fewer than two units in a group ({n_a} and {n_b})" if n < 2 else ""
+    units = math.sqrt(n_a * n_b / (n_a + n_b)) if n else 0.0
+    return _solved(spread, n, method, few, lambda d: _t_power(d * units, n_a + n_b - 2, alpha, 2), (alpha, power))
 
 
 def detectable_few_means(
@@ -106,12 +102,9 @@ def detectable_few_means(
     """
     from scipy.stats import t
 
-    _check(alpha, power)
     method, n = "two-sided t test, the larger p of Student's and Welch's (simulated)", min(n_a, n_b)
     if n < 1 or n_a + n_b < 3:
-        return _undefined(n, method, f"fewer than three values in all ({n_a} and {n_b})")
-    if not (spread > 0 and math.isfinite(spread)):
-        return _undefined(n, method, "no spread to judge by")
+        return Detectable(math.nan, math.nan, n, method, f"fewer than three values in all ({n_a} and {n_b})")
     draws = np.random.default_rng(seed).standard_normal((_STUDIES, n_a + n_b))
     sides = draws[:, :n_a], draws[:, n_a:]
     squares = [((side - side.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for side in sides]
@@ -123,8 +116,7 @@ def detectable_few_means(
         welch = (errors[0] + errors[1]) ** 2 / (errors[0] ** 2 / (n_a - 1) + errors[1] ** 2 / (n_b - 1))
         reach = np.maximum(reach, t.isf(alpha / 2, welch) * np.sqrt(errors[0] + errors[1]))
     chance = sides[1].mean(axis=1) - sides[0].mean(axis=1)
-    effect = _solve(lambda d: float((np.abs(chance + d) >= reach).mean()), power)
-    return Detectable(effect * spread, effect * spread, n, method)
+    return _solved(spread, n, method, "", lambda d: float((np.abs(chance + d) >= reach).mean()), (alpha, power))
 
 
 def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> Detectable:
@@ -146,14 +138,8 @@ def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power:
         >>> round(detectable_paired_mean(1.0, 27).difference, 2)
         0.49
     """
-    _check(alpha, power)
-    method = "one-sided t test of differences"
-    if n < 2:
-        return _undefined(n, method, f"{n} differences show no spread")
-    if not (spread > 0 and math.isfinite(spread)):
-        return _undefined(n, method, "no spread to judge by")
-    effect = _solve(lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, 1), power)
-    return Detectable(effect * spread, effect * spread, n, method)
+    method, few = "one-sided t test of differences", f"{n} differences show no spread" if n < 2 else ""
+    return _solved(spread, n, method, few, lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, 1), (alpha, power))
 
 
 def detectable_proportion_difference(
@@ -183,14 +169,13 @@ def detectable_proportion_difference(
     """
     from scipy.special import ndtr, ndtri
 
-    _check(alpha, power)
     method, n = "two-sided test of proportions, arcsine scale", min(n_a, n_b)
     if n < 1:
-        return _undefined(n, method, "nothing to count in a group")
+        return Detectable(math.nan, math.nan, n, method, "nothing to count in a group")
     if not 0 <= p_a <= 1:
         raise ConfigError(f"p_a must be from 0 to 1. Got {p_a} instead.", at="p_a")
     critical, error = float(ndtri(1 - alpha / 2)), math.sqrt(1 / n_a + 1 / n_b)
-    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), power)
+    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), alpha, power)
     angle = 2 * math.asin(math.sqrt(p_a))
     above = math.sin((angle + h) / 2) ** 2 - p_a if angle + h <= math.pi else math.nan
     below = p_a - math.sin((angle - h) / 2) ** 2 if angle >= h else math.nan
@@ -208,7 +193,18 @@ def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
     return found + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
 
 
-def _solve(power_at: Callable[[float], float], power: float) -> float:
+def _solved(
+    spread: float, n: int, method: str, few: str, power_at: Callable[[float], float], rates: tuple[float, float]
+) -> Detectable:
+    """The detectable effect in units of the data; undefined for too few values (`few` says so) or without spread."""
+    reason = few or ("" if spread > 0 and math.isfinite(spread) else "no spread to judge by")
+    if reason:
+        return Detectable(math.nan, math.nan, n, method, reason)
+    effect = _solve(power_at, *rates) * spread
+    return Detectable(effect, effect, n, method)
+
+
+def _solve(power_at: Callable[[float], float], alpha: float, power: float) -> float:
     """The effect at which the power is reached.
 
     The search of statsmodels' `solve_power` stops too near for two or three values at a small alpha, without a word:
@@ -216,19 +212,12 @@ def _solve(power_at: Callable[[float], float], power: float) -> float:
     """
     from scipy.optimize import brentq
 
-    high = 1e-3
-    while power_at(high) < power:
-        high *= 2
-    return float(brentq(lambda d: power_at(d) - power, 0.0, high, xtol=1e-10, rtol=1e-10))
-
-
-def _undefined(n: int, method: str, reason: str) -> Detectable:
-    return Detectable(math.nan, math.nan, n, method, reason)
-
-
-def _check(alpha: float, power: float) -> None:
     if not 0 < alpha < power < 1:
         raise ConfigError(
             f"alpha and power must lie between 0 and 1, power above alpha. Got {alpha} and {power} instead.",
             at="alpha, power",
         )
+    high = 1e-3
+    while power_at(high) < power:
+        high *= 2
+    return float(brentq(lambda d: power_at(d) - power, 0.0, high, xtol=1e-10, rtol=1e-10))
