@@ -62,6 +62,12 @@ class Contrast:
     saes_b: int = 1
     remark: str = ONE_SAE
 
+    @classmethod
+    def from_estimate(cls, estimate: Estimate, **others: Any) -> Contrast:
+        """The row of an estimate; `others` are the other fields."""
+        value, low, high, p = map(float, (estimate.value, estimate.low, estimate.high, estimate.p))
+        return cls(**{"estimate": value, "low": low, "high": high, "p": p, "reason": estimate.reason, **others})
+
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
@@ -87,7 +93,8 @@ class _Pair:
         return f"{self.quantity.name}|{self.a.name}|{self.b.name}"
 
     def row(self, values: tuple[float, float], estimate: Estimate, method: str) -> Contrast:
-        return Contrast(
+        return Contrast.from_estimate(
+            estimate,
             quantity=self.quantity.name,
             label=self.quantity.label.format(min_matches=self.min_matches),
             comparison=self.comparison,
@@ -95,13 +102,8 @@ class _Pair:
             b=self.b.name,
             value_a=float(values[0]),
             value_b=float(values[1]),
-            estimate=float(estimate.value),
-            low=float(estimate.low),
-            high=float(estimate.high),
-            p=float(estimate.p),
             method=method,
             unit=self.quantity.unit,
-            reason=estimate.reason,
         )
 
 

@@ -236,20 +236,19 @@ def headline_row(contrasts: pd.DataFrame, judged: Judgement) -> pd.Series[Any]:
 def _evidence(contrasts: pd.DataFrame, quantity: str, p: float) -> Judgement:
     """All differences behind a judgement, without the status."""
     rows = contrasts[contrasts["quantity"] == quantity]
-    first = rows[rows["comparison"] == "fine-tuning"].iloc[0]
-    over = _over_seeds(contrasts, quantity)
-    seeds = _estimates(over, "b") if len(over) else {}
-    difference = next(iter(seeds.values()), None)
+    tuned = rows[rows["comparison"] == "fine-tuning"]
+    first, over = tuned.iloc[0], _over_seeds(contrasts, quantity)
+    seeds = next(iter(_estimates(over, "b").values()), None)
     return Judgement(
         quantity=quantity,
         unit=str(first["unit"]),
         control=str(first["a"]),
         treatment=str(first["b"]),
         status="undefined",
-        change=_estimates(rows[rows["comparison"] == "fine-tuning"], "b")[str(first["b"])],
+        change=_estimates(tuned, "b")[str(first["b"])],
         retraining=_estimates(rows[rows["comparison"] == "retraining"], "b"),
         beyond=_estimates(rows[rows["comparison"] == "beyond retraining"], "a"),
-        seeds=difference if difference is not None and difference.defined else None,
+        seeds=seeds if seeds is not None and seeds.defined else None,
         n_saes=(int(over["saes_a"].iloc[0]), int(over["saes_b"].iloc[0])) if len(over) else (1, 1),
         p=p,
     )

@@ -63,7 +63,11 @@ def seed_contrasts(
         pairs.append(("fine-tuning", control, treatment))
         for name in roles.placebos:
             pairs += [("retraining", control, saes[name]), ("beyond retraining", saes[name], treatment)]
-    nested = [quantity for quantity in QUANTITIES.values() if quantity.seed_values is not None]
+    nested = [
+        replace(quantity, label=quantity.label.format(min_matches=min_matches))
+        for quantity in QUANTITIES.values()
+        if quantity.seed_values is not None
+    ]
     # Shares and means over all features or domain features first, then their activity.
     nested.sort(key=lambda quantity: quantity.name in ("density", "mean_activation", "effect"))
     rows = [_nested(comparison, quantity, a, b, resampling) for comparison, a, b in pairs for quantity in nested]
@@ -97,7 +101,8 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
     if len(single) == 1:
         remarks.append(f"one SAE in {single[0]}: it is taken to scatter as those of the other model do")
     means = [float(side.mean()) if len(side) else float("nan") for side in known]
-    return Contrast(
+    return Contrast.from_estimate(
+        estimate,
         quantity=f"{quantity}_seeds",
         label=f"{QUANTITIES[quantity].label.format(min_matches=min_matches)}, over SAE seeds",
         comparison=ALL_SEEDS,
@@ -105,10 +110,6 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         b=b[0].name,
         value_a=means[0],
         value_b=means[1],
-        estimate=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        p=estimate.p,
         method=_ALL_METHOD,
         unit=unit,
         reason=(remarks[0] if without and not min(map(len, known)) else estimate.reason),
@@ -128,7 +129,8 @@ def _nested(
     remarks = [absent for _, _, absent in sides if absent]
     if single:
         remarks.append(f"one SAE in {' and '.join(single)}: the interval does not hold the noise of its training")
-    return Contrast(
+    return Contrast.from_estimate(
+        estimate,
         quantity=f"{quantity.name}_seeds",
         label=f"{quantity.label}, over SAE seeds",
         comparison=comparison,
@@ -136,10 +138,6 @@ def _nested(
         b=b[0].name,
         value_a=first.value,
         value_b=second.value,
-        estimate=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        p=estimate.p,
         method=_METHOD,
         unit=quantity.unit,
         reason="" if np.isfinite(estimate.low) else estimate.reason or "no spread",
