@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison.judgement import Gap
 from saeffect.report.words.numbers import (
     amount,
     amount_interval,
@@ -16,6 +15,7 @@ from saeffect.report.words.numbers import (
     signed,
     undefined,
 )
+from saeffect.stats import Estimate
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), np.float64("nan"), pd.NA, "0.5"])
@@ -64,20 +64,21 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("gap", "text"),
+    ("estimate", "unit", "text"),
     [
-        (Gap("a", "b", 0.0312, 0.0118, 0.0501, "share"), "+3.1 percentage points, 95 % interval 1.2 to 5.0"),
+        (Estimate(0.0312, 0.0118, 0.0501), "share", "+3.1 percentage points, 95 % interval 1.2 to 5.0"),
         (
-            Gap("a", "b", 0.0031, 0.0012, 0.0050, "share"),
+            Estimate(0.0031, 0.0012, 0.0050),
+            "share",
             "+0.31 percentage points, 95 % interval 0.12 to 0.50",
         ),
-        (Gap("a", "b", 0.0, -0.01, 0.01, "share"), "0.0 percentage points, 95 % interval \u22121.0 to 1.0"),
-        (Gap("a", "b", 0.02, NAN, NAN, "share", "why"), "+2.0 percentage points, without an interval"),
-        (Gap("a", "b", 0.1234, 0.05, 0.2, "coherence"), "+0.123, 95 % interval 0.050 to 0.200"),
+        (Estimate(0.0, -0.01, 0.01), "share", "0.0 percentage points, 95 % interval \u22121.0 to 1.0"),
+        (Estimate(0.02, NAN, NAN), "share", "+2.0 percentage points, without an interval"),
+        (Estimate(0.1234, 0.05, 0.2), "coherence", "+0.123, 95 % interval 0.050 to 0.200"),
     ],
 )
-def test_difference(gap, text):
-    assert difference(gap) == text.replace(" %", "\u202f%")
+def test_difference(estimate, unit, text):
+    assert difference(estimate, unit) == text.replace(" %", "\u202f%")
 
 
 def test_number_never_shows_a_signed_zero():
@@ -86,6 +87,5 @@ def test_number_never_shows_a_signed_zero():
 
 
 def test_brackets_are_those_of_the_tables():
-    gap = Gap("a", "b", -0.018, -0.047, 0.010, "coherence")
-    assert bracketed(gap) == "\u22120.018 [\u22120.047, 0.010]"
-    assert bracketed(Gap("a", "b", 0.2, NAN, NAN, "share"), full=True) == "+20.0 percentage points, without an interval"
+    assert bracketed(Estimate(-0.018, -0.047, 0.010), "coherence") == "\u22120.018 [\u22120.047, 0.010]"
+    assert bracketed(Estimate(0.2, NAN, NAN), "share", full=True) == "+20.0 percentage points, without an interval"

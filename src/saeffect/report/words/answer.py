@@ -109,9 +109,9 @@ def _headline_beyond(beyond: list[Judgement], others: list[Judgement], found: Co
     subject = "The treatment's features differ from the control's" if flaws else "Fine-tuning changed the features"
     changes = []
     for judgement in beyond:
-        words, change = wording(judgement.quantity), judgement.told
-        clause = words.larger if change.estimate > 0 else words.smaller
-        changes.append(f"{clause} ({difference(change)}{over_saes(judgement)})")
+        words, change = wording(judgement.quantity), judgement.headline
+        clause = words.larger if change.value > 0 else words.smaller
+        changes.append(f"{clause} ({difference(change, judgement.unit)}{over_saes(judgement)})")
     text = f"{subject} by more than retraining the SAE does: {joined(changes)}."
     if others:
         names = " or the ".join(short_name(judgement.quantity) for judgement in others)
@@ -195,9 +195,15 @@ def _difference(judged: Judgement, roles: Roles) -> str:
     """Treatment against control, the same for SAE noise, and what follows."""
     phrase, change = wording(judged.quantity).phrase, judged.change
     if judged.status == "undefined":
-        return f"Between {change.a} and {change.b}, {phrase} cannot be compared: {change.reason or 'no interval'}."
-    text = f"From {change.a} to {change.b}, {phrase} differs by {difference(change)}.{_over_all_saes(judged)}"
-    noise = [f"{difference(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
+        why = change.reason or "no interval"
+        return f"Between {judged.control} and {judged.treatment}, {phrase} cannot be compared: {why}."
+    size = difference(change, judged.unit)
+    text = f"From {judged.control} to {judged.treatment}, {phrase} differs by {size}.{_over_all_saes(judged)}"
+    noise = [
+        f"{difference(by_seed, judged.unit, short=True)} ({placebo} minus {judged.control})"
+        for placebo, by_seed in judged.retraining.items()
+        if by_seed.defined
+    ]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
     return f"{text} {_verdict(judged, roles)}"
@@ -210,10 +216,10 @@ def _over_all_saes(judged: Judgement) -> str:
     n_a, n_b = judged.n_saes
     whose = f"Over all SAEs of both models ({n_b} against {n_a})"
     if min(n_a, n_b) == 1:
-        alone, others, model = (judged.seeds.b, n_a, "control") if n_b == 1 else (judged.seeds.a, n_b, "treatment")
+        alone, others, model = (judged.treatment, n_a, "control") if n_b == 1 else (judged.control, n_b, "treatment")
         whose = f"Taking {alone}'s SAE to scatter as the {others} SAEs of the {model}'s model do,"
     ends = "excludes" if judged.seeds.sign else "includes"
-    size = difference(judged.seeds, short=True)
+    size = difference(judged.seeds, judged.unit, short=True)
     return f" {whose} it is {size}; that holds the noise of SAE training and {ends} zero."
 
 
@@ -234,13 +240,14 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
         return "The interval of the difference includes zero: we cannot tell whether fine-tuning changed it."
     if judged.status == "unseparated" and not roles.placebos:
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
-    gaps = (*judged.retraining, *judged.beyond)
+    others = (*judged.retraining.values(), *judged.beyond.values())
     if judged.status == "unseparated":
-        why = next((gap.reason for gap in gaps if gap.reason), "no interval")
-        if all(gap.defined for gap in gaps):
+        why = next((other.reason for other in others if other.reason), "no interval")
+        if all(other.defined for other in others):
             why = "it equals the control here, which does not show how much SAEs of one model differ"
         return f"The placebo cannot be compared ({why}), so this may be SAE noise."
-    apart = joined([f"{gap.b} minus {gap.a}: {difference(gap, short=True)}" for gap in judged.beyond] or [""])
+    sizes = {placebo: difference(apart, judged.unit, short=True) for placebo, apart in judged.beyond.items()}
+    apart = joined([f"{judged.treatment} minus {placebo}: {size}" for placebo, size in sizes.items()] or [""])
     apart = f" ({apart})" if apart else ""
     if judged.status == "beyond":
         return f"The difference is more than that noise{apart}."

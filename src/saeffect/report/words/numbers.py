@@ -9,7 +9,7 @@ from typing import SupportsFloat, TypeGuard
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.judgement import Gap
+from saeffect.stats.estimate import Estimate
 
 __all__ = [
     "LEVEL",
@@ -161,47 +161,49 @@ def amount_interval(low: SupportsFloat, high: SupportsFloat, unit: str = "") -> 
     return f"[{', '.join(ends)}]"
 
 
-def difference(gap: Gap, *, short: bool = False) -> str:
+def difference(estimate: Estimate, unit: str, *, short: bool = False) -> str:
     """A difference with its interval, in words.
 
     Args:
-        gap: The difference; shares become percentage points, other units are left to the sentence around it.
+        estimate: The difference.
+        unit: Shares become percentage points, other units are left to the sentence around it.
         short: Leave out the unit and the words "95 % interval".
 
     Example:
-        >>> difference(Gap("base", "tuned", 0.031, 0.012, 0.05, "share")).replace(LEVEL, "LEVEL")
+        >>> difference(Estimate(0.031, 0.012, 0.05), "share").replace(LEVEL, "LEVEL")
         '+3.1 percentage points, LEVEL 1.2 to 5.0'
-        >>> difference(Gap("base", "tuned", -0.02, -0.05, 0.01, "coherence"), short=True)
+        >>> difference(Estimate(-0.02, -0.05, 0.01), "coherence", short=True)
         '−0.020, −0.050 to 0.010'
     """
-    middle, ends = _difference(gap, short=short)
+    middle, ends = _difference(estimate, unit, short=short)
     return f"{middle}, {'' if short else LEVEL + ' '}{' to '.join(ends)}" if ends else f"{middle}, without an interval"
 
 
-def bracketed(gap: Gap, *, full: bool = False) -> str:
+def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
     """A difference with its interval in brackets, as tables write it.
 
     Args:
-        gap: The difference; shares become percentage points.
+        estimate: The difference.
+        unit: Shares become percentage points.
         full: With the unit and the words "95 % interval", for its first mention.
 
     Example:
-        >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"))
+        >>> bracketed(Estimate(0.031, 0.012, 0.05), "share")
         '+3.1 [1.2, 5.0]'
     """
-    middle, ends = _difference(gap, short=not full)
+    middle, ends = _difference(estimate, unit, short=not full)
     return f"{middle}{', ' + LEVEL if full else ''} [{', '.join(ends)}]" if ends else f"{middle}, without an interval"
 
 
-def _difference(gap: Gap, *, short: bool) -> tuple[str, tuple[str, ...]]:
+def _difference(estimate: Estimate, unit: str, *, short: bool) -> tuple[str, tuple[str, ...]]:
     """The difference and the ends of its interval: decimals that give the interval's width two figures, at most 5."""
-    scale, digits = (100.0, 1) if gap.unit == "share" else (1.0, 3)
-    width = scale * (gap.high - gap.low) if gap.defined else 0.0
+    scale, digits = (100.0, 1) if unit == "share" else (1.0, 3)
+    width = scale * (estimate.high - estimate.low) if estimate.defined else 0.0
     if width > 0:
         digits = min(5, max(digits, 1 - math.floor(math.log10(width))))
-    unit = " percentage points" if gap.unit == "share" and not short else ""
-    ends = tuple(fixed(scale * end, digits) for end in (gap.low, gap.high)) if gap.defined else ()
-    return signed(scale * gap.estimate, digits) + unit, ends
+    points = " percentage points" if unit == "share" and not short else ""
+    ends = tuple(fixed(scale * end, digits) for end in (estimate.low, estimate.high)) if estimate.defined else ()
+    return signed(scale * estimate.value, digits) + points, ends
 
 
 def joined(parts: Sequence[str]) -> str:

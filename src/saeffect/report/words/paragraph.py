@@ -16,7 +16,7 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison, Trace
-from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, told_row
+from saeffect.comparison.judgement import ALL_SEEDS, Judgement, headline_row
 from saeffect.comparison.quantities import wording
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.words.names import first_tokens
@@ -82,13 +82,13 @@ def _quantities(
         reasons = dict.fromkeys(judged[name].change.reason for name in declared if judged[name].change.reason)
         text.say(f"None of the declared quantities can be compared ({'; '.join(reasons) or 'no interval'}).")
     for place, name in enumerate(known):
-        row = told_row(found.contrasts, judged[name])
+        row = headline_row(found.contrasts, judged[name])
         if place == 0:
             _first(text, judged[name], row, roles, control)
         else:
             _other(text, judged[name], row, control)
     if "pass_rate" not in declared and judged["pass_rate"].status != "undefined":
-        row = told_row(found.contrasts, judged["pass_rate"])
+        row = headline_row(found.contrasts, judged["pass_rate"])
         _other(text, judged["pass_rate"], row, control, ", not declared beforehand")
 
 
@@ -97,15 +97,18 @@ def _first(text: Paragraph, judgement: Judgement, row: pd.Series[Any], roles: Ro
     before, between = wording(name).first
     _cite(text, before, row, "value_a", between.format(control=control) + " before fine-tuning and ")
     _cite(text, "", row, "value_b", " after: ")
-    text.cite(bracketed(judgement.told, full=True), "contrasts", **_place(row))
+    text.cite(bracketed(judgement.headline, judgement.unit, full=True), "contrasts", **_place(row))
     text.say(over_saes(judgement))
     if judgement.seeds is not None and not judgement.by_seeds:
         text.say("; SAE noise included ")
-        _cite_gap(text, judgement.seeds, f"{name}_seeds", ALL_SEEDS)
-    for place, gap in enumerate(gap for gap in judgement.retraining if gap.defined):
+        over = {"quantity": f"{name}_seeds", "comparison": ALL_SEEDS, "a": judgement.control, "b": judgement.treatment}
+        text.cite(bracketed(judgement.seeds, judgement.unit), "contrasts", **over)
+    noise = {placebo: by_seed for placebo, by_seed in judgement.retraining.items() if by_seed.defined}
+    for place, (placebo, by_seed) in enumerate(noise.items()):
         text.say("; retraining the unchanged model's SAE gives " if place == 0 else ", ")
-        _cite_gap(text, gap, name, "retraining")
-        text.say(f" ({gap.b})")
+        where = {"quantity": name, "comparison": "retraining", "a": judgement.control, "b": placebo}
+        text.cite(bracketed(by_seed, judgement.unit), "contrasts", **where)
+        text.say(f" ({placebo})")
     if not roles.placebos and judgement.seeds is None:
         text.say("; there is no placebo arm to show what retraining the SAE alone gives")
     text.say(".")
@@ -115,7 +118,8 @@ def _other(text: Paragraph, judgement: Judgement, row: pd.Series[Any], control: 
     before, between, after = (words.format(control=control) for words in wording(judgement.quantity).goes)
     _cite(text, " " + before, row, "value_a", between)
     _cite(text, "", row, "value_b", after + " (")
-    _cite_gap(text, judgement.told, **_place(row))
+    size = bracketed(judgement.headline, judgement.unit)
+    text.cite(size, "contrasts", **_place(row), a=judgement.control, b=judgement.treatment)
     text.say(f"{over_saes(judgement)}{remark}).")
 
 
@@ -134,10 +138,6 @@ def _cite(text: Paragraph, before: str, row: pd.Series[Any], column: str, after:
     value = float(row[column])
     text.cite(percent(value) if row["unit"] == "share" else fixed(value), "contrasts", **_place(row))
     text.say(after)
-
-
-def _cite_gap(text: Paragraph, gap: Gap, quantity: str, comparison: str) -> None:
-    text.cite(bracketed(gap), "contrasts", quantity=quantity, comparison=comparison, a=gap.a, b=gap.b)
 
 
 def _steering_control(arms: Mapping[str, ArmTables]) -> str:
