@@ -163,7 +163,7 @@ def _mean_over_seeds(
     absent = f"nothing to average in {', '.join(missing)}" if missing else ""
     used = [name for name in names if name not in missing]
     if not used:
-        return NestedMean(float("nan"), np.empty(0), np.empty(0), "sae_seed", absent), len(names), absent
+        return NestedMean(float("nan"), np.empty(0), np.empty(0), absent), len(names), absent
     levels = [values[name].index.to_frame(index=False).assign(sae_seed=name) for name in used]
     # Whatever is below the SAE but the innermost level, which the values themselves are.
     outer = [level for level in values[used[0]].index.names[:-1] if level is not None]
