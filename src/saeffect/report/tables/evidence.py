@@ -162,7 +162,7 @@ def calibration_verdict(comparison: Comparison) -> str:
         if len(between_saes) and between_saes.max() < 60:
             text += (
                 f" Between whole SAEs there were at most {count(between_saes.max())} trials a test, so this would "
-                "show a test that is badly miscalibrated, not one that is so a little."
+                "show a test that is badly miscalibrated, not one that is slightly so."
             )
     unjudged = int((table["tests"] == 0).sum())
     if unjudged:

@@ -206,8 +206,8 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
         part = percent(value / row[line.of])
     if not line.interval:
         return value_cell(value, line.unit, reason=reason, sub=part)
-    ends = (row[f"{line.interval}_{end}"] for end in ("low", "high"))
-    cell = estimate_cell(value, *ends, line.unit, reason=reason, sign=False)
+    low, high = row[f"{line.interval}_low"], row[f"{line.interval}_high"]
+    cell = estimate_cell(value, low, high, line.unit, reason=reason, sign=False)
     return cell._replace(sub=f"{part} · {cell.sub}") if part and cell.sub else cell
 
 

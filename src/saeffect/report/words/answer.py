@@ -50,7 +50,8 @@ def with_answer(
     found = replace(found, threats=threat_table(threats(arms, roles, found, tests)))
     short = paragraph(arms, roles, found, judged, [judgement.quantity for judgement in declared], alpha=alpha)
     first, second = found.table1.set_index("arm"), found.table2.set_index("arm")
-    outcome = next((str(arm.effects["outcome"].iloc[0]) for arm in arms.values() if _has_outcome(arm)), "similarity")
+    steered = [arm.effects for arm in arms.values() if arm.effects is not None and len(arm.effects)]
+    outcome = next((str(effects["outcome"].iloc[0]) for effects in steered if "outcome" in effects), "similarity")
     sentences = [
         _domain_counts(first, roles),
         _scale_counts(first, roles, min_matches),
@@ -71,10 +72,6 @@ def with_answer(
         caveats=[str(threat) for threat in found.threats["threat"]],
     )
     return replace(found, answer=answer)
-
-
-def _has_outcome(arm: ArmTables) -> bool:
-    return arm.effects is not None and len(arm.effects) > 0 and "outcome" in arm.effects
 
 
 def _headline(declared: list[Judgement], table1: pd.DataFrame, roles: Roles, found: Comparison) -> str:
