@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison import measures
+from saeffect.comparison import arms as measures
 
 
 def test_pass_counts_leave_out_features_without_p(tiny_arm):

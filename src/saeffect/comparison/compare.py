@@ -8,8 +8,7 @@ import pandas as pd
 
 from saeffect.comparison import tables
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
-from saeffect.comparison.by_chance import chance_table
-from saeffect.comparison.calibration import calibration_table
+from saeffect.comparison.calibration import calibration_table, chance_table
 from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression

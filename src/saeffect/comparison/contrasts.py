@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, untested_reason
 from saeffect.comparison.judgement import PRIMARY
-from saeffect.comparison.measures import untested_reason
 from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity, sae_value
 from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
 from saeffect.stats.bootstrap import Average, bootstrap_difference

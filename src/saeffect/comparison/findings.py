@@ -99,7 +99,7 @@ class Comparison:
         design: How the arms differ besides the model (`design.design_check`).
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
-        by_chance: Findings beside how many chance would give (`by_chance.chance_table`).
+        by_chance: Findings beside how many chance would give (`calibration.chance_table`).
         threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
         partial_residuals: The same to plot (`EffectRegression.partial_residuals`).

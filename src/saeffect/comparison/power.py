@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, steered_minus_placebo
 from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
-from saeffect.comparison.measures import steered_minus_placebo
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import control_saes
 from saeffect.stats import independent_values

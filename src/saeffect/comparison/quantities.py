@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
+from saeffect.comparison.arms import (
+    ArmTables,
     activity_of,
     coherence_of,
     direct_effect_of,

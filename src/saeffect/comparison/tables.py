@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
+from saeffect.comparison.arms import (
+    ArmTables,
     coherence_of,
     condition_similarities,
     effect_of,
