@@ -23,7 +23,7 @@ from scipy.special import stdtrit
 from scipy.stats import binom
 
 from saeffect.comparison.arms import ArmTables, Roles, pass_counts
-from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
+from saeffect.comparison.contrasts import Contrast, as_table, compared, pair_contrasts
 from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.judgement import ALPHA, add_noise_p, judge
 from saeffect.comparison.quantities import QUANTITIES, sae_value
@@ -170,9 +170,7 @@ def _as_a_study(
 ) -> list[Contrast]:
     """The contrasts of a study whose treatment has the held-out SAE, and its control the others; none if undefined."""
     control, *placebos = [sae for sae in saes if sae is not held_out]
-    asked = [("fine-tuning", control, held_out)]
-    for placebo in placebos:
-        asked += [("retraining", control, placebo), ("beyond retraining", placebo, held_out)]
+    asked = compared(control, held_out, placebos)
     rows = [(comparison, pairs[a.name, b.name].get(quantity)) for comparison, a, b in asked]
     known = [replace(row, comparison=comparison) for comparison, row in rows if row and math.isfinite(row.low)]
     if len(known) < len(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -124,7 +125,7 @@ class Comparison:
     matches: MatchTables = field(default_factory=MatchTables)
     answer: Answer = field(default_factory=_no_answer)
 
-    @property
+    @cached_property
     def judged(self) -> dict[str, Judgement]:
         """The judgements with the differences behind them, by quantity."""
         return judgements_of(self.judgements, self.contrasts)

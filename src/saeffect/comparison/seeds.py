@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast
+from saeffect.comparison.contrasts import Contrast, compared
 from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.comparison.quantities import QUANTITIES, Quantity, sae_value
 from saeffect.stats.arguments import LEVEL, Resampling
@@ -58,11 +58,8 @@ def seed_contrasts(
     known = control_saes(arms, roles)
     if len(known) + len(treatment) < 3:
         return []
-    pairs = []
-    if any(len(found) > 1 for found in saes.values()):
-        pairs.append(("fine-tuning", control, treatment))
-        for name in roles.placebos:
-            pairs += [("retraining", control, saes[name]), ("beyond retraining", saes[name], treatment)]
+    several = any(len(found) > 1 for found in saes.values())
+    pairs = compared(control, treatment, [saes[name] for name in roles.placebos]) if several else []
     nested = [
         replace(quantity, label=quantity.label.format(min_matches=min_matches))
         for quantity in QUANTITIES.values()
