@@ -133,7 +133,7 @@ def test_a_planted_difference_is_found():
 
 def test_one_placebo_alone_credits_only_what_dwarfs_it():
     """The same arms without their further SAEs: ten points of domain features, and nobody can say it is not a seed."""
-    comparison = compared(synthetic_arms(seed=2, max_tested=8))
+    comparison = compared(synthetic_arms(seed=2))
     found = judge(comparison.contrasts, "domain_share")
     assert found.status == "noise"
     assert found.p > 0.05

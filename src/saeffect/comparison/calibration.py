@@ -56,14 +56,10 @@ def calibration_table(
     """Alarms of every test where an SAE of the control's model takes the treatment's place.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
             "regression", and "fates_null" and "cross_activity" where there are such.
         tests: Declared quantities; those of `CALIBRATED` are added.
         alpha: Highest q of a finding about a feature.
-        min_matches: As of the contrasts.
-        resampling: As of the contrasts.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -277,8 +273,6 @@ def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTabl
     """What was found in the treatment, and how many such findings chance would give.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         matches: Which feature became which.
         alpha: Highest q of a finding about a single feature.
 

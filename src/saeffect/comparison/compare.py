@@ -40,7 +40,6 @@ def compare(
 
     Args:
         arms: The arms by name: one control, one treatment, any number of placebos.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
         alpha: Highest q at which the tested features were said to pass, and of findings about single features.
         seed: Seed of every resample.
         n_boot: Resamples of an interval.

@@ -116,13 +116,6 @@ def contrasts(
 ) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        resampling: Seed and number of resamples.
-        tests: Quantities that were declared beforehand.
-
     Returns:
         One row per quantity and pair of arms, columns as the fields of `Contrast`.
         Shares and rates are from 0 to 1.

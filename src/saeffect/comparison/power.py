@@ -43,12 +43,8 @@ def power_table(
     """The smallest difference of treatment and control that each declared test would have found.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         contrasts: As `contrasts` gives it, with the rows over seeds; what was observed is read from there.
-        tests: Declared quantities.
         alpha: Highest q at which a steered feature passes.
-        min_matches: As of the contrasts.
 
     Returns:
         One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test

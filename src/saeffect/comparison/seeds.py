@@ -43,12 +43,6 @@ def seed_contrasts(
     the control cancels: "beyond retraining" is treatment against placebo. Where no arm has more than one SAE, only
     "all seeds" is left: the treatment's against the control's and the placebos'.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: As of `contrasts`.
-        resampling: Seed and number of resamples.
-
     Returns:
         Rows as of `contrasts`. Where a side has a single SAE the row's `remark` says what that means: its interval
         does not hold the noise of SAE training, or, for "all seeds", takes it to be that of the other side.
@@ -79,7 +73,6 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         quantity: As in the contrasts.
         a: SAEs of the one model, first the arm's own.
         b: SAEs of the other.
-        min_matches: As of `contrasts`.
 
     Returns:
         The row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have

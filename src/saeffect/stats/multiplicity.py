@@ -21,10 +21,6 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
     Returns:
         q, float64, shape [n], each between its p and 1. NaN stays NaN and does not count as a test.
 
-    Raises:
-        ShapeMismatch: `p` is not one-dimensional.
-        Undefined: A p-value is not between 0 and 1.
-
     Source:
         Benjamini & Hochberg (1995), Controlling the false discovery rate, through statsmodels.
 
@@ -46,10 +42,6 @@ def holm(p: npt.ArrayLike) -> FloatArray:
 
     Returns:
         Float64, shape [n], each between its p and 1. NaN stays NaN and does not count as a test.
-
-    Raises:
-        ShapeMismatch: `p` is not one-dimensional.
-        Undefined: A p-value is not between 0 and 1.
 
     Source:
         Holm (1979), A simple sequentially rejective multiple test procedure, through statsmodels.

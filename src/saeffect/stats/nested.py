@@ -72,12 +72,6 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
         levels: One column a level, outermost first (sae_seed, feature, prompt); n rows. Labels need only be
             unique within the group above. Levels with a single group show no spread and are passed over, with
             a remark: with one SAE seed the interval does not know the noise of SAE training.
-        n_boot: Resamples.
-        seed: Integer or numpy Generator.
-
-    Raises:
-        ShapeMismatch: `values` and `levels` differ in length, or there is no level.
-        ConfigError: `n_boot` or `seed` is out of range.
 
     Source:
         Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
@@ -122,7 +116,6 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
     Args:
         a: The reference.
         b: What is compared with it.
-        level: Of the interval.
 
     Returns:
         The difference with its two-sided p, n the groups of the smaller side; NaN with a reason where either side
