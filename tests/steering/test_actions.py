@@ -11,16 +11,9 @@ import torch
 from saeffect.errors import BadFile, ConfigError, EmptySelection, ShapeMismatch, Undefined
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    Site,
-    SteeringPlan,
-    direct_effects,
-    features_together,
-    obstacles,
-    random_direction,
-    run_trials,
-)
+from saeffect.steering import Site, SteeringPlan, direct_effects, features_together, obstacles, run_trials
 from saeffect.steering.actions import ActionRow, actions_of
+from saeffect.steering.placebos import random_direction
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, site
 
 D_SAE = 12

@@ -20,11 +20,10 @@ from saeffect.steering import (
     control_label,
     effects,
     matched_features,
-    random_direction,
     run_trials,
 )
 from saeffect.steering.actions import ActionRow, actions_of
-from saeffect.steering.placebos import turned
+from saeffect.steering.placebos import random_direction, turned
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords
 
 

@@ -171,8 +171,8 @@ def test_draws_follow_the_softmax_within_the_set():
     drawn = next_tokens(logits, cells, 0, Sampling(top_p=0.7)).bincount(minlength=4)
     assert drawn[2:].tolist() == [0, 0]
     assert abs(drawn[0].item() / 6000 - 2 / 3) < 0.025  # 4 standard errors
-    drawn = next_tokens(logits, cells, 1, Sampling(top_p=1.0)).bincount(minlength=4) / 6000
-    assert torch.allclose(drawn, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.026)
+    drawn = next_tokens(logits[:1500], cells[:1500], 1, Sampling(top_p=1.0)).bincount(minlength=4) / 1500
+    assert torch.allclose(drawn, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.052)
 
 
 def test_forbidden_tokens_are_never_drawn():

@@ -17,7 +17,6 @@ from pandas.testing import assert_frame_equal
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.steering import (
-    TRIAL_COLUMNS,
     AddVectors,
     Intervention,
     NoiseCell,
@@ -25,11 +24,11 @@ from saeffect.steering import (
     direct_effects,
     effects,
     generate,
-    random_direction,
     run_trials,
 )
 from saeffect.steering.outcomes import distinct_2, similarity
-from saeffect.steering.trials import features_of_process
+from saeffect.steering.placebos import random_direction
+from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process
 from steering import shared_trials
 from steering.shared_trials import FEATURES, PLAN, W_DEC
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, changed, n_hooks, site, tiny_model

@@ -85,12 +85,7 @@ class Actions:
         return self.length(feature, dose) / self.norm(feature)
 
     def norm(self, feature: int) -> float:
-        """Length of the feature's decoder row, or of the sum of its members' rows.
-
-        Raises:
-            BadFile: The row holds NaN or infinity.
-            Undefined: The row is zero: it has no direction.
-        """
+        """Length of the feature's decoder row, or of the sum of its members' rows; `Undefined` for zero."""
         return _length(self._row(self.members[feature]), feature)
 
     def unit(self, feature: int, condition: str, draw: Draw = ()) -> Tensor:
@@ -102,11 +97,7 @@ class Actions:
         return row.cpu() / _length(row, feature)
 
     def pushed(self, feature: int, condition: str, draw: Draw) -> tuple[int, ...]:
-        """The SAE's features that a trial pushes: the feature's members, or those of its placebo.
-
-        Raises:
-            EmptySelection: The feature has no placebo features.
-        """
+        """The SAE's features that a trial pushes: the feature's members, or those of its placebo."""
         if condition not in self.placebo_features:
             return self.members[feature]
         placebos = self.placebo_features[condition].get(feature, ())
@@ -196,8 +187,7 @@ def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: 
 
     Args:
         site: Model, hook, and what is there.
-        features: Columns feature; those of the planned placebos (`SteeringPlan.placebo_columns`); members (list of
-            int) where rows stand for several features at once.
+        features: As `check_features`, with the columns of the planned placebos.
         plan: What is to be run.
         columns: What else the table must hold.
 
@@ -227,11 +217,7 @@ def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: 
 
 
 def obstacles(site: Site, features: pd.DataFrame, plan: SteeringPlan) -> dict[tuple[int, str], str]:
-    """Which features cannot be steered under which condition, and why; `run_trials` leaves these out.
-
-    Returns:
-        Reason by (feature, condition).
-    """
+    """Why features cannot be steered, by (feature, condition); `run_trials` leaves these out."""
     made = actions_of(site, features, plan)
     found = {(feature, c): made.obstacle(feature, c) for feature in made.members for c in plan.conditions}
     return {key: reason for key, reason in found.items() if reason}

@@ -21,7 +21,7 @@ from saeffect.steering.outcomes import join_tokens, measure_texts
 from saeffect.steering.placebos import BASELINES, STEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
-from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.steering.trials import TRIAL_COLUMNS, in_order
 
 __all__ = ["BASELINE_COLUMNS", "MeanDifferences", "naming_prompt", "run_baselines"]
 
@@ -59,10 +59,8 @@ def run_baselines(
     vector (see `MeanDifferences`) the model is pushed as hard as along the feature, at the same positions.
 
     Args:
-        site: Model, hook, decoder and unit of doses.
-        features: Columns feature and top_tokens.
-        plan: One dose; prompts, samples, sampling, operator, unit, positions, seed and batch_size are used.
-        vectors: As in `run_trials`.
+        site: As `run_trials`, and so are features (placebos' columns apart) and vectors.
+        plan: One dose; placebos are not run.
         mean_differences: For each feature the vector, `[d_model]`, or why there is none.
         baselines: Which, of `BASELINES`.
         progress: Called with rows done and in all.
@@ -82,11 +80,10 @@ def run_baselines(
             raise unknown_name("baseline", name, BASELINES, at="baselines")
     if len(plan.doses) != 1:
         raise ConfigError(f"baselines are run at one dose. Got {list(plan.doses)}.", at="doses")
-    # Placebos are not run here, so the table need not have their columns.
     actions = actions_of(site, features, plan.model_copy(update={"placebos": ()}), ["top_tokens"])
     table = actions.table
     top = {int(f): list(tokens) for f, tokens in zip(table["feature"], table["top_tokens"], strict=True)}
-    run = _Baselines(site, actions, plan, RememberedVectors(vectors), mean_differences, top)
+    run = _Baselines(actions, RememberedVectors(vectors), mean_differences, top)
     each = len(table) * len(plan.prompts) * plan.samples
     records: list[dict[str, Any]] = []
     for number, name in enumerate(baselines):
@@ -97,66 +94,59 @@ def run_baselines(
 
         records += run.named(report) if name == "prompt" else run.pushed(report)
         report(1, 1)
-    result = pd.DataFrame(records, columns=list(BASELINE_COLUMNS))
-    order = result.assign(_order=result["condition"].map({name: i for i, name in enumerate(baselines)}))
-    order = order.sort_values(["feature", "prompt", "sample", "_order"], kind="stable")
-    return order.drop(columns="_order").reset_index(drop=True)
+    return in_order(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
 
 
 @dataclass(frozen=True, eq=False)
 class _Baselines:
-    site: Site
     actions: Actions
-    plan: SteeringPlan
-    vectors: RememberedVectors
+    vectors: TextVectors
     mean_differences: Mapping[int, Tensor | str]
     top_tokens: Mapping[int, Sequence[str]]
 
     def named(self, progress: Progress) -> list[dict[str, Any]]:
         """Rows of the baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
-        plan, lm, name = self.plan, self.site.lm, "prompt"
-        prompts = range(len(plan.prompts))
-        naming = {(f, p): naming_prompt(top, plan.prompts[p]) for f, top in self.top_tokens.items() for p in prompts}
-        possible = [place for place, given in naming.items() if given]
-        rows = [(*place, sample) for place in possible for sample in range(plan.samples)]
+        plan, lm = self.actions.plan, self.actions.site.lm
+        naming = {(f, text): naming_prompt(top, text) for f, top in self.top_tokens.items() for text in plan.prompts}
+        rows = [(*place, sample) for place, given in naming.items() if given for sample in range(plan.samples)]
         outputs = continue_prompts(
             lm,
-            [lm.encode_prompt(naming[feature, prompt]) for feature, prompt, _ in rows],
-            [NoiseCell(plan.seed, plan.prompts[prompt], sample) for _, prompt, sample in rows],
+            [lm.encode_prompt(naming[feature, text]) for feature, text, _ in rows],
+            [NoiseCell(plan.seed, text, sample) for _, text, sample in rows],
             plan,
             batch_size=plan.batch_size,
             progress=progress,
         )
-        of = dict(zip(rows, outputs, strict=True))
+        texts = dict(zip(rows, outputs, strict=True))
         records = []
-        for prompt in prompts:
-            features = [f for f, p in possible if p == prompt]
-            texts = [of[feature, prompt, sample] for feature in features for sample in range(plan.samples)]
-            records += self._measured(features, prompt, name, texts)
+        for prompt, text in enumerate(plan.prompts):
+            features = [f for f in self.top_tokens if naming[f, text]]
+            own = [texts[f, text, sample] for f in features for sample in range(plan.samples)]
+            records += self._measured(features, prompt, "prompt", own)
             for feature in self.top_tokens:
-                if not naming[feature, prompt]:
+                if not naming[feature, text]:
                     why = "no top token is a word that a prompt could name"
-                    records += self._missing(feature, prompt, name, why)
+                    records += self._missing(feature, prompt, "prompt", why)
         return records
 
     def pushed(self, progress: Progress) -> list[dict[str, Any]]:
         """Rows of the baseline "mean_difference", all features of a prompt in one batch."""
-        name = "mean_difference"
+        name, plan = "mean_difference", self.actions.plan
         vectors = {feature: self._vector(feature) for feature in self.top_tokens}
         known = {feature: vector for feature, vector in vectors.items() if isinstance(vector, Tensor)}
         records = []
-        for prompt, text in enumerate(self.plan.prompts):
+        for prompt, text in enumerate(plan.prompts):
             for feature, reason in vectors.items():
                 records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
             if known:
                 records += self._measured(list(known), prompt, name, self._pushed(text, list(known.values())))
-            progress(prompt + 1, len(self.plan.prompts))
+            progress(prompt + 1, len(plan.prompts))
         return records
 
     def _vector(self, feature: int) -> Tensor | str:
         if reason := self.actions.obstacle(feature, STEERED):
             return reason
-        length = self.actions.length(feature, float(self.plan.doses[0]))
+        length = self.actions.length(feature, self.actions.plan.doses[0])
         if not math.isfinite(length):
             return "an ablation takes away another length at each token, so no vector is its equal"
         found = self.mean_differences.get(feature, "no means were measured")
@@ -164,13 +154,13 @@ class _Baselines:
 
     def _pushed(self, text: str, vectors: list[Tensor]) -> list[list[int]]:
         """All samples of one prompt along each vector in turn."""
-        plan, lm = self.plan, self.site.lm
+        plan, site = self.actions.plan, self.actions.site
         cells = [NoiseCell(plan.seed, text, sample) for sample in range(plan.samples)]
         rows = [vector for vector in vectors for _ in cells]
         return generate(
-            lm,
-            self.site.hook,
-            lm.encode_prompt(text),
+            site.lm,
+            site.hook,
+            site.lm.encode_prompt(text),
             cells * len(vectors),
             plan,
             intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),
@@ -178,10 +168,10 @@ class _Baselines:
         )
 
     def _measured(self, features: list[int], prompt: int, name: str, outputs: list[list[int]]) -> list[dict[str, Any]]:
-        text = self.plan.prompts[prompt]
-        places = [(feature, sample) for feature in features for sample in range(self.plan.samples)]
+        plan = self.actions.plan
+        places = [(feature, sample) for feature in features for sample in range(plan.samples)]
         about = [join_tokens(self.top_tokens[feature]) for feature, _ in places]
-        measured = measure_texts(self.site.lm, text, outputs, about, self.vectors)
+        measured = measure_texts(self.actions.site.lm, plan.prompts[prompt], outputs, about, self.vectors)
         return [
             {**self._called(feature, prompt, name), "sample": sample, **found, "reason": ""}
             for (feature, sample), found in zip(places, measured, strict=True)
@@ -189,11 +179,11 @@ class _Baselines:
 
     def _missing(self, feature: int, prompt: int, name: str, reason: str) -> list[dict[str, Any]]:
         nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
-        called = self._called(feature, prompt, name)
-        return [{**called, "sample": s, **nothing, "reason": reason} for s in range(self.plan.samples)]
+        called = self._called(feature, prompt, name) | nothing | {"reason": reason}
+        return [{**called, "sample": sample} for sample in range(self.actions.plan.samples)]
 
     def _called(self, feature: int, prompt: int, name: str) -> dict[str, Any]:
-        dose = 0.0 if name == "prompt" else float(self.plan.doses[0])
+        dose = 0.0 if name == "prompt" else self.actions.plan.doses[0]
         return {"feature": feature, "prompt": prompt, "condition": name, "dose": dose, "coefficient": math.nan}
 
 
@@ -201,10 +191,6 @@ class MeanDifferences:
     """For each feature: mean activation of the model where the feature fires, minus that on general text.
 
     Wu et al. (2025, AxBench) found this vector, which needs no SAE, ahead of SAE features in steering.
-
-    Args:
-        features: Which features.
-        d_model: Width of the activations.
     """
 
     def __init__(self, features: Sequence[int], d_model: int) -> None:
@@ -221,9 +207,6 @@ class MeanDifferences:
             x: Activations of the model, `[n_tokens, d_model]`, any float dtype.
             feature_acts: Of the features in order, `[n_tokens, n_features]`.
             general: Which tokens are of the text to compare with, bool `[n_tokens]`.
-
-        Raises:
-            ShapeMismatch: The shapes do not fit.
         """
         if feature_acts.shape != (len(x), len(self.features)) or general.shape != (len(x),):
             raise ShapeMismatch(

@@ -63,14 +63,11 @@ class SteeringPlan(Sampling, InterventionConfig):
     """Which interventions are run: the steering section's own keys, and what a run of it adds.
 
     Attributes:
-        prompts: What the model continues.
         doses: How strongly, see `operator`; negative adds push away.
         samples: Repetitions of each prompt, each with noise of its own.
         operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the
             feature's activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
-        positions: See `Intervention`.
         placebos: Names in `PLACEBOS`; empty for none.
-        batch_size: Rows generated at once.
         unit: What a dose of "add" counts: "residual_norm", or "coefficient": multiples of the decoder row, as
             in the paper.
         seed: For sampling noise and random directions.
@@ -115,11 +112,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
 
 def check_names(section: SteeringConfig) -> None:
-    """Refuse placebos, baselines and outcomes of a steering section that are not registered.
-
-    Raises:
-        UnknownName: The message lists those that are.
-    """
+    """Refuse (`UnknownName`) placebos, baselines and outcomes of a steering section that are not registered."""
     registries: dict[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
     for key, registry in registries.items():
         _check(key, getattr(section, key), registry)
