@@ -114,7 +114,7 @@ def test_batches_make_no_difference(dtype):
     assert seen == each_row + threes
 
 
-def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
+def test_full_length_without_special_tokens(lm):
     outputs = generate(lm, HOOK, PROMPT, cells(3), Sampling(max_new_tokens=40, top_p=1.0, temperature=5.0))
     assert {len(ids) for ids in outputs} == {40}
     used = {i for ids in outputs for i in ids}
@@ -122,7 +122,7 @@ def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
     assert max(used) < D_VOCAB - 2
 
 
-def test_a_row_stops_at_the_end_of_its_text():
+def test_rows_stop_at_end_of_text():
     lm = tiny_model()
     sampling = Sampling(max_new_tokens=60, top_p=1.0, temperature=5.0, allow_end=True)
     many = [NoiseCell(0, "p", i) for i in range(20)]

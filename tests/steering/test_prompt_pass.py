@@ -153,14 +153,14 @@ def test_other_caches_are_left_alone():
     assert not _can_spread(transformers.DynamicCache())
 
 
-def test_a_wrong_operator_is_told_and_no_hook_stays(any_lm):
+def test_wrong_width_raises_and_removes_hooks(any_lm):
     edit = Intervention(AddVectors(torch.ones(3, WIDTH + 1))).edit(len(PROMPT))
     with pytest.raises(ShapeMismatch), torch.inference_mode():
         read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_lm.model.modules())
 
 
-def test_what_is_not_about_shapes_is_not_read_row_by_row(monkeypatch):
+def test_other_runtime_errors_are_raised(monkeypatch):
     """Bloom's bias does not fit, which is said with sizes; a full memory is another matter and must be heard of."""
     lm = tiny_model()
     edit = Intervention(AddVectors(torch.ones(3, D_MODEL))).edit(2)

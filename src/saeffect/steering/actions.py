@@ -55,11 +55,7 @@ class Actions:
     placebo_features: Mapping[str, Mapping[int, Sequence[Any]]]
 
     def operator(self, rows: Sequence[ActionRow]) -> Operator:
-        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit.
-
-        Raises:
-            SaeffectError: A row is impossible, see `obstacle`.
-        """
+        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit."""
         if self.plan.operator == "add":
             return AddVectors(torch.stack([self._vector(row) for row in rows]))
         return self._setting(rows)
@@ -183,13 +179,7 @@ def _length(row: Tensor, feature: int) -> float:
 
 
 def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
-    """The actions of a plan on a feature table.
-
-    Args:
-        site: Model, hook, and what is there.
-        features: As `check_features`, with the columns of the planned placebos.
-        plan: What is to be run.
-        columns: What else the table must hold.
+    """The actions of a plan on a feature table, which must hold `columns` and those of the planned placebos.
 
     Raises:
         ConfigError: The operator needs the SAE or the features' maxima, and the site has them not.

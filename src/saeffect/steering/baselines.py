@@ -92,9 +92,13 @@ def run_baselines(
             if progress is not None:
                 progress(before + round(each * done / total), len(baselines) * each)
 
-        records += run.named(report) if name == "prompt" else run.pushed(report)
+        records += run.records(name, run.named(report) if name == "prompt" else run.pushed(report))
         report(1, 1)
     return in_order(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
+
+
+Texts = dict[tuple[int, str, int], list[int] | str]
+"""Token ids by feature, prompt and sample; or why there are none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,44 +108,46 @@ class _Baselines:
     mean_differences: Mapping[int, Tensor | str]
     top_tokens: Mapping[int, Sequence[str]]
 
-    def named(self, progress: Progress) -> list[dict[str, Any]]:
-        """Rows of the baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
+    def named(self, progress: Progress) -> Texts:
+        """The baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
         plan, lm = self.actions.plan, self.actions.site.lm
-        naming = {(f, text): naming_prompt(top, text) for f, top in self.top_tokens.items() for text in plan.prompts}
-        rows = [(*place, sample) for place, given in naming.items() if given for sample in range(plan.samples)]
+        places = [(f, text, sample) for f in self.top_tokens for text in plan.prompts for sample in range(plan.samples)]
+        naming = {(f, text): naming_prompt(self.top_tokens[f], text) for f, text, _ in places}
+        possible = [(f, text, sample) for f, text, sample in places if naming[f, text]]
         outputs = continue_prompts(
             lm,
-            [lm.encode_prompt(naming[feature, text]) for feature, text, _ in rows],
-            [NoiseCell(plan.seed, text, sample) for _, text, sample in rows],
+            [lm.encode_prompt(naming[f, text]) for f, text, _ in possible],
+            [NoiseCell(plan.seed, text, sample) for _, text, sample in possible],
             plan,
             batch_size=plan.batch_size,
             progress=progress,
         )
-        texts = dict(zip(rows, outputs, strict=True))
-        records = []
-        for prompt, text in enumerate(plan.prompts):
-            features = [f for f in self.top_tokens if naming[f, text]]
-            own = [texts[f, text, sample] for f in features for sample in range(plan.samples)]
-            records += self._measured(features, prompt, "prompt", own)
-            for feature in self.top_tokens:
-                if not naming[feature, text]:
-                    why = "no top token is a word that a prompt could name"
-                    records += self._missing(feature, prompt, "prompt", why)
-        return records
+        reason = "no top token is a word that a prompt could name"
+        return dict.fromkeys(places, reason) | dict(zip(possible, outputs, strict=True))
 
-    def pushed(self, progress: Progress) -> list[dict[str, Any]]:
-        """Rows of the baseline "mean_difference", all features of a prompt in one batch."""
-        name, plan = "mean_difference", self.actions.plan
+    def pushed(self, progress: Progress) -> Texts:
+        """The baseline "mean_difference", all features of a prompt in one batch."""
+        plan, site = self.actions.plan, self.actions.site
         vectors = {feature: self._vector(feature) for feature in self.top_tokens}
-        known = {feature: vector for feature, vector in vectors.items() if isinstance(vector, Tensor)}
-        records = []
-        for prompt, text in enumerate(plan.prompts):
+        rows = [(f, sample, v) for f, v in vectors.items() if isinstance(v, Tensor) for sample in range(plan.samples)]
+        texts: Texts = {}
+        for done, text in enumerate(plan.prompts):
             for feature, reason in vectors.items():
-                records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
-            if known:
-                records += self._measured(list(known), prompt, name, self._pushed(text, list(known.values())))
-            progress(prompt + 1, len(plan.prompts))
-        return records
+                if isinstance(reason, str):
+                    texts |= {(feature, text, sample): reason for sample in range(plan.samples)}
+            if rows:
+                outputs = generate(
+                    site.lm,
+                    site.hook,
+                    site.lm.encode_prompt(text),
+                    [NoiseCell(plan.seed, text, sample) for _, sample, _ in rows],
+                    plan,
+                    intervention=Intervention(AddVectors(torch.stack([v for *_, v in rows])), plan.positions),
+                    batch_size=plan.batch_size,
+                )
+                texts |= {(f, text, sample): ids for (f, sample, _), ids in zip(rows, outputs, strict=True)}
+            progress(done + 1, len(plan.prompts))
+        return texts
 
     def _vector(self, feature: int) -> Tensor | str:
         if reason := self.actions.obstacle(feature, STEERED):
@@ -152,39 +158,24 @@ class _Baselines:
         found = self.mean_differences.get(feature, "no means were measured")
         return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
 
-    def _pushed(self, text: str, vectors: list[Tensor]) -> list[list[int]]:
-        """All samples of one prompt along each vector in turn."""
-        plan, site = self.actions.plan, self.actions.site
-        cells = [NoiseCell(plan.seed, text, sample) for sample in range(plan.samples)]
-        rows = [vector for vector in vectors for _ in cells]
-        return generate(
-            site.lm,
-            site.hook,
-            site.lm.encode_prompt(text),
-            cells * len(vectors),
-            plan,
-            intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),
-            batch_size=plan.batch_size,
-        )
-
-    def _measured(self, features: list[int], prompt: int, name: str, outputs: list[list[int]]) -> list[dict[str, Any]]:
+    def records(self, name: str, texts: Texts) -> list[dict[str, Any]]:
+        """A row for each text, or reason why there is none."""
         plan = self.actions.plan
-        places = [(feature, sample) for feature in features for sample in range(plan.samples)]
-        about = [join_tokens(self.top_tokens[feature]) for feature, _ in places]
-        measured = measure_texts(self.actions.site.lm, plan.prompts[prompt], outputs, about, self.vectors)
-        return [
-            {**self._called(feature, prompt, name), "sample": sample, **found, "reason": ""}
-            for (feature, sample), found in zip(places, measured, strict=True)
-        ]
-
-    def _missing(self, feature: int, prompt: int, name: str, reason: str) -> list[dict[str, Any]]:
+        called = {"condition": name, "dose": 0.0 if name == "prompt" else plan.doses[0], "coefficient": math.nan}
         nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
-        called = self._called(feature, prompt, name) | nothing | {"reason": reason}
-        return [{**called, "sample": sample} for sample in range(self.actions.plan.samples)]
-
-    def _called(self, feature: int, prompt: int, name: str) -> dict[str, Any]:
-        dose = 0.0 if name == "prompt" else self.actions.plan.doses[0]
-        return {"feature": feature, "prompt": prompt, "condition": name, "dose": dose, "coefficient": math.nan}
+        records = []
+        for prompt, text in enumerate(plan.prompts):
+            places = [(feature, sample) for feature in self.top_tokens for sample in range(plan.samples)]
+            outputs = {place: texts[place[0], text, place[1]] for place in places}
+            written = {place: ids for place, ids in outputs.items() if not isinstance(ids, str)}
+            about = [join_tokens(self.top_tokens[feature]) for feature, _ in written]
+            measured = measure_texts(self.actions.site.lm, text, list(written.values()), about, self.vectors)
+            found = dict(zip(written, measured, strict=True))
+            for (feature, sample), output in outputs.items():
+                row = {"feature": feature, "prompt": prompt, "sample": sample} | called
+                reason = output if isinstance(output, str) else ""
+                records.append(row | found.get((feature, sample), nothing) | {"reason": reason})
+        return records
 
 
 class MeanDifferences:

@@ -202,22 +202,25 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
 def _pairs(
     trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair and condition.
+    """An outcome by pair (feature, prompt, sample) and condition (unsteered, steered, placebo), NaN where there is none.
 
-    Returns:
-        Index feature, prompt, sample; columns unsteered, steered and the placebo's name, float64, NaN where there is
-        none. Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered. For "shuffled" the change of the
-        similarity to another feature's top tokens stands in the placebo's place.
+    Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered. For "shuffled" the change of the similarity
+    to another feature's top tokens stands in the placebo's place.
     """
-    if measure.direct:
-        return _direct_pairs(trials, direct, measure.column, dose, placebo)
-    _check_columns(trials, [measure.column])
     columns = [UNSTEERED, STEERED, placebo]
-    at_dose = (trials["dose"] == dose) | trials["condition"].isin([UNSTEERED, "prompt"])  # those have none
-    rows = trials[at_dose & trials["condition"].isin(columns)]
+    source = trials
+    if measure.direct:
+        source = trials.head(0).assign(**{measure.column: math.nan}) if direct is None else direct.assign(sample=0)
+    _check_columns(source, [measure.column])
+    at_dose = (source["dose"] == dose) | source["condition"].isin([UNSTEERED, "prompt"])  # those have none
+    rows = source[at_dose & source["condition"].isin(columns)]
     if rows.duplicated([*_KEYS, "condition"]).any():
         raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
     wide = _wide(rows, measure.column, columns)
+    if measure.direct:
+        pairs = trials[["feature", "prompt"]].drop_duplicates().assign(sample=0)
+        wide = wide.reindex(pd.MultiIndex.from_frame(pairs[_KEYS]).sort_values())
+        wide[UNSTEERED] = 0.0
     if measure.logarithm:
         wide = np.log(wide.where(wide > 0))
     other = f"{measure.column}_shuffled"
@@ -230,23 +233,6 @@ def _pairs(
 def _wide(rows: pd.DataFrame, column: str, conditions: list[str]) -> pd.DataFrame:
     wide = rows.set_index([*_KEYS, "condition"])[column].astype(np.float64).unstack("condition")
     return wide.reindex(columns=conditions).sort_index()
-
-
-def _direct_pairs(
-    trials: pd.DataFrame, direct: pd.DataFrame | None, column: str, dose: float, placebo: str
-) -> pd.DataFrame:
-    pairs = trials[["feature", "prompt"]].drop_duplicates()
-    index = pd.MultiIndex.from_frame(pairs.assign(sample=0)[_KEYS]).sort_values()
-    wide = pd.DataFrame(math.nan, index=index, columns=[UNSTEERED, STEERED, placebo])
-    if direct is None:
-        return wide
-    for condition in (STEERED, placebo):
-        rows = direct[(direct["condition"] == condition) & (direct["dose"] == dose)].assign(sample=0)
-        if rows.duplicated(_KEYS).any():
-            raise ShapeMismatch("a direct effect is there twice: same feature, prompt, condition and dose.")
-        wide[condition] = rows.set_index(_KEYS)[column].reindex(index)
-    wide[UNSTEERED] = 0.0
-    return wide
 
 
 def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:

@@ -130,8 +130,8 @@ def matched_features(
     """The features outside the domain that are nearest to each chosen one.
 
     Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its
-    standard deviation over all features; so a factor of two counts alike wherever it is. Features that never
-    fired have no mean activation and are matched with one another. One feature may be the placebo of several.
+    standard deviation over all features. Features that never fired have no mean activation and are matched with one
+    another. One feature may be the placebo of several.
 
     Args:
         features: The feature table of the arm: feature, decoder_norm, density, mean_activation.
@@ -147,11 +147,6 @@ def matched_features(
         ShapeMismatch: A column is missing, or a chosen feature is not in the table.
         ConfigError: `n` is below 1.
 
-    Example:
-        >>> table = pd.DataFrame({"feature": range(4), "decoder_norm": 1.0,
-        ...                       "density": [0.1, 0.2, 0.01, 0.1], "mean_activation": 2.0})
-        >>> matched_features(table, [0], domain=[0, 3], n=2)["placebo"].tolist()
-        [1, 2]
     """
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")

@@ -165,8 +165,7 @@ def features_together(
     Args:
         features: Columns feature, top_tokens and top_token_ids.
         sets: Which features belong together.
-        matched: Placebo features of each feature, nearest first, for the matched placebo of a set: one placebo
-            for each member, none twice.
+        matched: Placebo features of each feature, nearest first; a set gets one of each member's, none twice.
 
     Returns:
         feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members'
@@ -175,12 +174,6 @@ def features_together(
     Raises:
         EmptySelection: No sets, or an empty one.
         ShapeMismatch: A feature is not in the table.
-
-    Example:
-        >>> table = pd.DataFrame({"feature": [3, 8], "top_tokens": [["a", "b"], ["c", "a"]],
-        ...                       "top_token_ids": [[0, 1], [2, 0]]})
-        >>> features_together(table, [[3, 8]])["top_tokens"].tolist()
-        [['a', 'c', 'b']]
     """
     if not len(sets) or not all(len(members) for members in sets):
         raise EmptySelection("there is no set of features to steer together, or one of them is empty.", at="together")

@@ -71,7 +71,7 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
     Minus its logarithm is Gumbel noise; the logarithm is taken only where needed.
     """
     blocks = torch.arange((d_vocab + 3) // 4, device=device)
-    words = torch.stack(philox(*_counter(_names([cell], device), step, blocks[None])), dim=-1)
+    words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
     return _exponential(words.flatten()[:d_vocab])
 
 
@@ -86,7 +86,7 @@ def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> 
     if ids.ndim != 2 or len(ids) != len(cells):
         raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
     # One call gives the words of four neighbouring tokens.
-    words = philox(*_counter(_names(cells, ids.device), step, ids >> 2))
+    words = philox(*_counter(cells, step, ids >> 2))
     word = ids & 3
     low = torch.where(word == 0, words[0], words[1])
     high = torch.where(word == 2, words[2], words[3])
@@ -112,15 +112,11 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return a, b, c, d
 
 
-def _counter(names: Tensor, step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
-    """Counter and key for blocks of four tokens: `names` `[rows, 4]`, `blocks` `[rows, n]`."""
+def _counter(cells: Sequence[NoiseCell], step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
+    """Counter and key for blocks of four tokens, `[cells, n]`."""
+    names = torch.tensor([_name(cell) for cell in cells], device=blocks.device).view(-1, 4)
     k, l, c, d = names.unsqueeze(-1).unbind(1)  # noqa: E741
     return (blocks, torch.full_like(c, step), c, d), (k, l)
-
-
-def _names(cells: Sequence[NoiseCell], device: torch.device | str) -> Tensor:
-    """Four 32-bit words a cell, int64 `[cells, 4]`."""
-    return torch.tensor([_name(cell) for cell in cells], device=device).view(-1, 4)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -67,8 +67,8 @@ def run_trials(
     Args:
         site: Model, hook, decoder and unit of doses.
         features: Columns feature and top_tokens (list of str), and those of the planned placebos, such as matched
-            (list of int, see `matched_features`); with a column members (list of int) each row stands for several
-            features steered at once. The whole selection, also on a resume.
+            (list of int); with a column members (list of int) each row stands for several features steered at once.
+            The whole selection, also on a resume.
         plan: What to run.
         vectors: Where the texts' vectors come from.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`, in whichever process.
@@ -100,13 +100,7 @@ def run_trials(
 
 
 def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
-    """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk.
-
-    Example:
-        >>> plan = SteeringPlan(doses=(1.0,), samples=1, batch_size=5)  # steered and random: two features a batch
-        >>> features_of_process(7, plan, rank=0, world=2), features_of_process(7, plan, rank=1, world=2)
-        ([0, 1, 4, 5], [2, 3, 6])
-    """
+    """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk."""
     return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
 
 
