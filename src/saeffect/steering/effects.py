@@ -202,7 +202,7 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
 def _pairs(
     trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair (feature, prompt, sample) and condition (unsteered, steered, placebo), NaN where there is none.
+    """An outcome by pair (feature, prompt, sample) and condition (unsteered, steered, placebo); NaN where none is.
 
     Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered. For "shuffled" the change of the similarity
     to another feature's top tokens stands in the placebo's place.
