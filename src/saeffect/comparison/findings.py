@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -102,7 +103,7 @@ class Comparison:
         design: How the arms differ besides the model (`design.design_check`).
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
-        by_chance: Findings beside how many chance would give (`by_chance.chance_table`).
+        by_chance: Findings beside how many chance would give (`calibration.chance_table`).
         threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
         partial_residuals: The same to plot (`EffectRegression.partial_residuals`).
@@ -127,7 +128,7 @@ class Comparison:
     matches: MatchTables = field(default_factory=MatchTables)
     answer: Answer = field(default_factory=_no_answer)
 
-    @property
+    @cached_property
     def judged(self) -> dict[str, Judgement]:
         """The judgements with the differences behind them, by quantity."""
         return judgements_of(self.judgements, self.contrasts)
