@@ -225,6 +225,8 @@ def resample(
     Source:
         Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
+    if not len(dead):
+        return
     inputs, losses = gathered(x), gathered((x - sae_out).square().sum(1))
     chance = losses.double().square()
     generator = torch.Generator().manual_seed(seed)
