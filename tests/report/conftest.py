@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from saeffect.comparison import Comparison
-from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
+from saeffect.comparison import Comparison, MatchTables
+from saeffect.report import DrawnFigure, ReportContext, SteeringResults, draw_figures, render_report
 from synthetic_matches import synthetic_matches
 from synthetic_steering import synthetic_steering
 from synthetic_study import HOSTILE, compared, synthetic_arms, synthetic_examples
@@ -75,6 +76,33 @@ def context(arms: dict) -> ReportContext:
 @pytest.fixture(scope="session")
 def figures(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
     return draw_figures(comparison, context)
+
+
+@pytest.fixture(scope="session")
+def untested(arms: dict) -> dict:
+    """The same arms, none of them steered."""
+    return {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
+
+
+@pytest.fixture(scope="session")
+def unsteered(untested: dict) -> Comparison:
+    return _compare(untested)
+
+
+@pytest.fixture(scope="session")
+def unsteered_page(unsteered: Comparison, untested: dict, context: ReportContext) -> str:
+    return render_report(unsteered, context=replace(context, arms=untested, steering=SteeringResults(), doses=None))
+
+
+@pytest.fixture(scope="session")
+def page_without_placebo(arms: dict, context: ReportContext) -> str:
+    two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
+    return render_report(compared(two, matches=synthetic_matches(placebo=False)), context=replace(context, arms=two))
+
+
+@pytest.fixture(scope="session")
+def unmatched_page(comparison: Comparison, context: ReportContext) -> str:
+    return render_report(replace(comparison, matches=MatchTables()), context=context)
 
 
 @pytest.fixture(scope="session")
