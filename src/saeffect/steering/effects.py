@@ -65,7 +65,7 @@ def effects(
     Args:
         trials: As `run_trials` gives.
         direct: As `direct_effects` gives; None leaves its columns NaN.
-        alpha: Share of false findings among the passed features that is put up with.
+        alpha: FDR level of the features that pass (Benjamini–Hochberg).
         seed: For random sign patterns.
         dose: Which dose is tested; not needed when the trials hold one.
         placebo: The condition to compare with.
