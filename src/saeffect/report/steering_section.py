@@ -12,7 +12,7 @@ from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.tables.steering import baseline_sentences
 from saeffect.report.words.names import control_words, dose_words, outcome_words
 from saeffect.report.words.numbers import count, is_defined
-from saeffect.steering.measures import OUTCOMES
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["SteeringSection", "steering_section"]
 

@@ -41,7 +41,7 @@ from saeffect.report.words.names import (
     outcome_words,
 )
 from saeffect.report.words.numbers import count, fixed, is_defined, p_value
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 
 __all__ = ["MOST_ROWS", "doses", "forests"]
 

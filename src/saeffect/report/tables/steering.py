@@ -31,7 +31,7 @@ from saeffect.report.words.names import (
     outcome_words,
 )
 from saeffect.report.words.numbers import amount_interval, count, is_defined, is_true, p_value, percent
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 
 __all__ = ["baseline_sentences", "baseline_table", "dose_table", "outcome_pairs", "outcome_table", "together_table"]
 
