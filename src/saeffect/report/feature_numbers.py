@@ -29,7 +29,7 @@ def card_numbers(row: Mapping[Any, Any]) -> tuple[Pair, ...]:
 
     Args:
         row: A feature's columns from all tables of its arm; the reasons are `coherence_reason` and `effect_reason`,
-            and `outcome_pairs` are further pairs, see `saeffect.report.tables.outcome.outcome_pairs`.
+            and `outcome_pairs` are further pairs, see `saeffect.report.tables.steering.outcome_pairs`.
     """
     steering = _steering(row) if is_defined(row.get("p")) else [("Effect", _untested(row))]
     return (*steering, *(row.get("outcome_pairs") or ()), *_meaning(row), *_activity(row))
