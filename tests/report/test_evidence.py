@@ -141,19 +141,6 @@ def test_nothing_steered(arms: dict, context: ReportContext) -> None:
     assert "Not drawn: there is no regression to draw: nothing was steered" in section(page, "regression")
 
 
-def test_tables_of_an_older_comparison(comparison: Comparison, context: ReportContext) -> None:
-    """Without calibration, power, regression and threats the page says so, and goes on."""
-    nothing = pd.DataFrame()
-    bare = replace(
-        comparison, calibration=nothing, power=nothing, regression=nothing, partial_residuals=nothing,
-        by_chance=nothing, threats=nothing,
-    )  # fmt: skip
-    page = rendered(bare, context)
-    assert "was not measured" in section(page, "chance")
-    assert "No threats were looked for" in section(page, "threats")
-    assert comparison.answer["caveats"][0] in "".join(Page(page).texts)
-
-
 def test_empty_tables_with_columns(comparison: Comparison, context: ReportContext) -> None:
     emptied = MatchTables(**{name: getattr(comparison.matches, name).head(0) for name in MatchTables.names()})
     page = rendered(replace(comparison, matches=emptied, calibration=comparison.calibration.head(0)), context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saeffect.comparison import compare, judge
+from saeffect.comparison import compare
 from saeffect.report import ReportContext
 from saeffect.report.tables.paper import at_a_glance
 from synthetic_seeds import synthetic_seeds
@@ -16,9 +16,9 @@ def test_where_saes_decide_the_row_is_about_them():
     table = at_a_glance(comparison, ReportContext())
     place = [column.label for column in table.columns].index("Fine-tuning")
     row = next(row for row in table.rows if row.key == "domain_share")
-    seeds = judge(comparison.contrasts, "domain_share").seeds
+    seeds = comparison.judged["domain_share"].seeds
     assert row.sub == "over 4 and 3 SAEs"
-    assert row.cells[place].text == f"+{100 * seeds.estimate:.1f}\N{NARROW NO-BREAK SPACE}pp"
+    assert row.cells[place].text == f"+{100 * seeds.value:.1f}\N{NARROW NO-BREAK SPACE}pp"
 
 
 def test_without_further_saes_the_placebos_say_how_much_they_scatter():

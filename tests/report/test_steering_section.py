@@ -11,7 +11,7 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import ReportContext, SteeringResults, render_report
-from saeffect.report.steering_section import steering_section
+from saeffect.report.sections import steering_section
 from saeffect.report.tables.steering import (
     baseline_sentences,
     baseline_table,
@@ -19,7 +19,7 @@ from saeffect.report.tables.steering import (
     outcome_table,
     together_table,
 )
-from saeffect.report.words.terms import terms
+from saeffect.report.words.names import terms
 
 Compare = Callable[[dict], Comparison]
 

@@ -178,7 +178,7 @@ def _ridges(
     figure = new_figure(0.7 + 0.92 * len(groups))
     ax = figure.add_subplot()
     styles = arm_styles(comparison)
-    for row, name in enumerate(reversed(groups)):
+    for row, name in enumerate(reversed(list(groups))):
         shape, values = shapes[name], groups[name]
         _ridge(ax, row, positions[name], grid, None if shape is None else 0.5 * shape / tallest, styles[name])
         middle = f"median {amount(np.median(values), unit)}, " if len(values) else ""

@@ -28,7 +28,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.names import feature_words
+from saeffect.report.words.names import feature_names
 from saeffect.report.words.numbers import count, fixed, is_defined, percent, signed
 
 __all__ = ["cross_activity", "fates"]
@@ -269,7 +269,7 @@ def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float
 def _name_most_changed(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
     """Words beside the most changed domain features of either direction, none on top of another."""
     domain = rows[rows["domain"] & rows["found"]]
-    words = feature_words(context, "control", set(domain["feature"].astype(int)), 2)
+    words = feature_names(context.arm_of("control"), 2, longest=None, wanted=set(domain["feature"].astype(int)))
     taken: list[float] = []
     middle = float(rows["level"].median())
     for direction in (domain[domain["ratio"] > 0], domain[domain["ratio"] < 0]):

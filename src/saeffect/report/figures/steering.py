@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.lm.tokens import printable_token
-from saeffect.report.context import ReportContext
+from saeffect.report.context import ReportContext, dose_summary, primary_effects
 from saeffect.report.figures.style import (
     DASHED,
     INK,
@@ -31,17 +31,15 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.outcome_summary import dose_summary, primary_effects
 from saeffect.report.words.names import (
-    control_words,
     dose_axis,
     effect_text,
     feature_names,
     interval_text,
-    outcome_words,
 )
 from saeffect.report.words.numbers import count, fixed, is_defined, p_value
-from saeffect.steering.placebos import STEERED
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import STEERED, control_label
 
 __all__ = ["MOST_ROWS", "doses", "forests"]
 
@@ -73,7 +71,7 @@ def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
     if not any(len(table) for table in tables.values()):
         raise Undefined("no feature was tested by steering.")
     scale = _scale(pd.concat([table for table in tables.values() if len(table)], ignore_index=True))
-    outcome, control = outcome_words(scale.outcome).title, control_words(scale.control)
+    outcome, control = OUTCOMES[scale.outcome].label, control_label(scale.control)
     reading = (
         f"Each row is a feature with its first top tokens: {outcome} of steered texts minus that under the {control}. "
         f"Filled: passed (q ≤ {context.alpha:g}); hollow: not. Diamond: the arm's mean. Dashed: no effect. An arrow: "
@@ -92,7 +90,7 @@ def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
             why = f"no feature of {arm} has an effect, so nothing can be said about what its features cause."
             drawn.append(replace(about, reason=why))
             continue
-        names = feature_names(context, name, 2)
+        names = feature_names(context.arms.get(name), 2)
         drawn.append(replace(about, **_forest(table, styles[name], scale, names, read_as or reading)._asdict()))
         read_as = read_as or f"Read as [[figure:{about.name}]]."  # the first one says how to read them all
     return tuple(drawn)
@@ -115,7 +113,7 @@ def _scale(rows: pd.DataFrame) -> _Scale:
     low = max([low - _BEYOND * spread, min([low, *lows])]) - 0.06 * spread
     high = min([high + _BEYOND * spread, max([high, *highs])]) + 0.06 * spread
     outcome = str(rows["outcome"].iloc[0])
-    factor = 100.0 if outcome_words(outcome).amount_unit == "points" else 1.0
+    factor = 100.0 if OUTCOMES[outcome].is_share else 1.0
     return _Scale(factor * low, factor * high, factor, outcome, str(rows["placebo"].iloc[0]))
 
 
@@ -181,8 +179,10 @@ def _draw_forest(
     ax.set_yticks(ticks, texts, size=_LABEL)
     ax.get_yticklabels()[0].set_fontweight("bold")
     ax.set(xlim=(scale.low, scale.high), ylim=(y[-1] + 0.7, -0.8))
-    words = outcome_words(scale.outcome)
-    ax.set_xlabel(f"steered − {control_words(scale.control)}\n{words.title} ({words.unit.split(':')[0]})", size=8.5)
+    words = OUTCOMES[scale.outcome]
+    ax.set_xlabel(
+        f"steered − {control_label(scale.control)}\n{words.label} ({words.effect_unit.split(':')[0]})", size=8.5
+    )
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}".replace("-", "−"))
     ax.tick_params(axis="x", labelsize=8)
@@ -248,7 +248,7 @@ def doses(comparison: Comparison, context: ReportContext) -> Drawing:
                 _placebo_line(ax, mine[mine["condition"] == placebo], measure, styles[name], shift)
             _line(ax, mine[mine["condition"] == STEERED], measure, styles[name], shift)
         _finish_panel(ax, title, is_log=measure == "perplexity")
-    control = control_words(placebos[0]) if placebos else ""
+    control = control_label(placebos[0]) if placebos else ""
     _label_axes(axes, chosen, table, dose_axis(results), control)
     beside = (
         f" Dotted and hollow, in the colour of its arm: {control} at the same dose, on the same prompts and with the "

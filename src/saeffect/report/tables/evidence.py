@@ -19,8 +19,9 @@ from saeffect.report.tables.view import (
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.names import capital, outcome_words, short_name
+from saeffect.report.words.names import capital, short_name
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
     "TERM_NAMES",
@@ -161,7 +162,7 @@ def calibration_verdict(comparison: Comparison) -> str:
         if len(between_saes) and between_saes.max() < 60:
             text += (
                 f" Between whole SAEs there were at most {count(between_saes.max())} trials a test, so this would "
-                "show a test that often cries wolf, not one that does so a little too often."
+                "show a test that is badly miscalibrated, not one that is slightly so."
             )
     unjudged = int((table["tests"] == 0).sum())
     if unjudged:
@@ -284,7 +285,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
     table = comparison.regression
     if table.empty:
         return None
-    outcome = outcome_words(context.steering.deciding if context.steering else "similarity")
+    outcome = OUTCOMES[context.steering.deciding if context.steering else "similarity"]
     first = table.iloc[0]
     clustered = str(first["errors"]).startswith("clustered")
     how = (
@@ -298,7 +299,7 @@ def regression_table(comparison: Comparison, context: ReportContext) -> TableVie
         name="regression",
         caption="What goes with a strong effect of steering",
         source="comparison/regression.parquet, every row: term, estimate, low, high, p, n, errors",
-        columns=(Column("Adds to the effect", f"{outcome.title}, {outcome.unit}; 95 % interval"), Column("p")),
+        columns=(Column("Adds to the effect", f"{outcome.label}, {outcome.effect_unit}; 95 % interval"), Column("p")),
         rows=tuple(_regression_row(row) for row in table.to_dict("records")),
         corner="Property",
         stacks=False,
@@ -355,7 +356,7 @@ def coherence_sentence(comparison: Comparison) -> str:
 _SEVERITIES = {
     "serious": "the answer may be wrong for it",
     "moderate": "the answer is less sure than its intervals say",
-    "minor": "the answer speaks for less than it seems to",
+    "minor": "the answer holds for less than it seems to",
 }
 
 

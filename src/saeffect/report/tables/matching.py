@@ -12,7 +12,7 @@ from saeffect.comparison import Comparison
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, text_cell, undefined_cell
-from saeffect.report.words.names import capital, feature_words
+from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
 __all__ = ["cross_summary", "cross_table", "fate_summary", "fate_table", "notable_table", "stagewise_table"]
@@ -25,7 +25,7 @@ _FATES = {
     ("control", "kept"): "Kept: has a counterpart",
     ("control", "moved"): "Moved: its counterpart is further off",
     ("control", "gone"): "Gone: has no counterpart",
-    ("control", "absorbed"): "Absorbed: others speak for it",
+    ("control", "absorbed"): "Absorbed: others fire in its place",
     ("treatment", "kept"): "Kept: was there before",
     ("treatment", "moved"): "Moved: what it was is further off",
     ("treatment", "new"): "New: matches nothing before",
@@ -142,7 +142,7 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
             Column("Similarity", "to its nearest"),
             Column("Drop", "against other seeds"),
             Column("p, q"),
-            Column("Nearest, or who speaks for it", is_text=True),
+            Column("Nearest, or absorbing features", is_text=True),
         ),
         rows=tuple(_notable_row(row, words, context) for row in rows.to_dict("records")),
         corner="Fate",
@@ -184,7 +184,12 @@ def _words(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int
     """Top tokens of every feature that the table names in the SAE of this role."""
     is_own = rows["side"] == role
     parents = rows["parents"].explode().dropna() if role == "treatment" else []
-    return feature_words(context, role, {*rows.loc[is_own, "feature"], *rows.loc[~is_own, "match"], *parents})
+    return feature_names(
+        context.arm_of(role),
+        5,
+        longest=None,
+        wanted={*rows.loc[is_own, "feature"], *rows.loc[~is_own, "match"], *parents},
+    )
 
 
 def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]], context: ReportContext) -> Row:
@@ -236,7 +241,7 @@ def cross_table(comparison: Comparison, context: ReportContext) -> TableView | N
         return None
     more, less = found[found["difference"] > 0].head(_EACH_WAY), found[found["difference"] < 0].head(_EACH_WAY)
     shown = pd.concat([more, less], ignore_index=True)
-    words = feature_words(context, "control", set(shown["feature"]))
+    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
     return TableView(
         name="cross",
         caption="Features of the control's SAE that fire more or less after fine-tuning",
@@ -291,7 +296,7 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     if table.empty:
         return None
     shown = table[table["decoder_rotation"].notna()].head(_TURNED)
-    words = feature_words(context, "control", set(shown["feature"]))
+    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
     rows = []
     for row in shown.to_dict("records"):
         known, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
-from saeffect.comparison.judgement import told_row
+from saeffect.comparison import PRIMARY, Comparison, Judgement
+from saeffect.comparison.judgement import headline_row
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import (
     DASH,
@@ -23,8 +23,9 @@ from saeffect.report.tables.view import (
     undefined_cell,
     value_cell,
 )
-from saeffect.report.words.names import outcome_words
 from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
+from saeffect.stats.estimate import Estimate
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 
@@ -37,10 +38,12 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
     for quantity in (*PRIMARY, "effect"):
         if not (contrasts["quantity"] == quantity).any():
             continue
-        judged = judge(contrasts, quantity)
-        told = told_row(contrasts, judged)
-        cells = [value_cell(told[side], str(told["unit"]), reason=told["reason"]) for side in ("value_a", "value_b")]
-        cells += [_gap_cell(gap) for gap in (judged.told, *judged.retraining)]
+        judged = comparison.judged[quantity]
+        row = headline_row(contrasts, judged)
+        cells = [value_cell(row[side], judged.unit, reason=row["reason"]) for side in ("value_a", "value_b")]
+        cells += [
+            _difference_cell(estimate, judged.unit) for estimate in (judged.headline, *judged.retraining.values())
+        ]
         cells += [_alarms_cell(comparison.calibration, quantity), _reading(judged)]
         label = str(contrasts.loc[contrasts["quantity"] == quantity, "label"].iloc[-1])
         rows.append(Row(label, tuple(cells), sub=_saes_behind(judged), strong=quantity in PRIMARY, key=quantity))
@@ -66,8 +69,9 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
     )  # fmt: skip
 
 
-def _gap_cell(gap: Gap) -> Cell:
-    return estimate_cell(gap.estimate, gap.low, gap.high, difference_unit(gap.unit), reason=gap.reason)
+def _difference_cell(estimate: Estimate, unit: str) -> Cell:
+    unit = difference_unit(unit)
+    return estimate_cell(estimate.value, estimate.low, estimate.high, unit, reason=estimate.reason)
 
 
 def _saes_behind(judged: Judgement) -> str:
@@ -76,7 +80,7 @@ def _saes_behind(judged: Judgement) -> str:
         return f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
     if judged.seeds is None:
         return ""
-    unit = difference_unit(judged.seeds.unit)
+    unit = difference_unit(judged.unit)
     return f"with SAE noise {amount_interval(judged.seeds.low, judged.seeds.high, unit)}"
 
 
@@ -124,7 +128,7 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
     table = comparison.table1
     matching = f"with {context.min_matches}+ {context.domain} top tokens"
     outcome = context.steering.deciding if context.steering else "similarity"
-    of_outcome = "" if outcome == "similarity" else f" ({outcome_words(outcome).title})"
+    of_outcome = "" if outcome == "similarity" else f" ({OUTCOMES[outcome].label})"
     selected = _Line("Selected by the vocabulary", "in_vocabulary", "count", of="n_features", sub="before verdicts")
     lines = (
         _Line("Features in the SAE", "n_features", "count"),
@@ -202,8 +206,8 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
         part = percent(value / row[line.of])
     if not line.interval:
         return value_cell(value, line.unit, reason=reason, sub=part)
-    ends = (row[f"{line.interval}_{end}"] for end in ("low", "high"))
-    cell = estimate_cell(value, *ends, line.unit, reason=reason, sign=False)
+    low, high = row[f"{line.interval}_low"], row[f"{line.interval}_high"]
+    cell = estimate_cell(value, low, high, line.unit, reason=reason, sign=False)
     return cell._replace(sub=f"{part} · {cell.sub}") if part and cell.sub else cell
 
 

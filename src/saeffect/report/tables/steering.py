@@ -8,8 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext, SteeringResults
-from saeffect.report.outcome_summary import baseline_summary, outcome_summary
+from saeffect.report.context import ReportContext, SteeringResults, baseline_summary, outcome_summary
 from saeffect.report.tables.view import (
     Cell,
     Column,
@@ -22,30 +21,17 @@ from saeffect.report.tables.view import (
 )
 from saeffect.report.words.names import (
     capital,
-    control_words,
     dose_axis,
     effect_text,
     feature_names,
     interval_text,
     level_text,
-    outcome_words,
 )
 from saeffect.report.words.numbers import amount_interval, count, is_defined, is_true, p_value, percent
-from saeffect.steering.placebos import STEERED
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import BASELINES, PLACEBOS, SHUFFLED, STEERED, control_label
 
 __all__ = ["baseline_sentences", "baseline_table", "dose_table", "outcome_pairs", "outcome_table", "together_table"]
-
-
-# Which entries of the glossary explain outcomes and controls.
-_OUTCOME_TERMS = {
-    "keyword_score": "keyword_score",
-    "off_list": "off_list",
-    "direct_effect": "direct_effect",
-    "kl": "kl",
-    "perplexity": "perplexity",
-    "distinct2": "distinct_2",
-}
-_CONTROL_TERMS = ("matched", "random", "shuffled")
 
 
 def outcome_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -59,16 +45,16 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     controls = set(table["control"])
     rows = list(_pass_rows(arms, table))
     for outcome, of_outcome in table.groupby("outcome", sort=False):
-        words, decides = outcome_words(str(outcome)), bool(of_outcome["decides"].any())
+        words, decides = OUTCOMES[str(outcome)], bool(of_outcome["decides"].any())
         declared = "declared" if of_outcome["declared"].iloc[0] else "exploratory"
         for control, group in of_outcome.groupby("control", sort=False):
             by_arm = {row["arm"]: row for row in group.to_dict("records")}
             rows.append(
                 Row(
-                    f"… {control_words(str(control))}",
+                    f"… {control_label(str(control))}",
                     tuple(_outcome_cell(by_arm.get(arm), str(outcome)) for arm in arms["arm"]),
                     strong=bool(group["decides"].any()),
-                    group=f"{capital(words.title)} ({words.unit})",
+                    group=f"{capital(words.label)} ({words.effect_unit})",
                     tag="declared, decides" if decides else declared,
                 )
             )
@@ -95,9 +81,9 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
         ),
         terms=(
             *("declared", "exploratory"),
-            *(name for name in _CONTROL_TERMS if name in controls),
+            *(name for name in (*PLACEBOS, SHUFFLED) if name in controls),
             *("reversed", "paper_rule"),
-            *(_OUTCOME_TERMS[name] for name in dict.fromkeys(table["outcome"]) if name in _OUTCOME_TERMS),
+            *(name for name in dict.fromkeys(table["outcome"]) if name != "similarity"),
         ),
     )
 
@@ -158,21 +144,21 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
     if results is None or arm not in results.outcome_effects:
         return {}
     found: dict[int, tuple[tuple[str, str], ...]] = {}
-    decided = f"{capital(outcome_words(results.deciding).title)}: steered minus …"
+    decided = f"{capital(OUTCOMES[results.deciding].label)}: steered minus …"
     for feature, rows in results.outcome_effects[arm].groupby("feature"):
         pairs: dict[str, list[str]] = {decided: []}
         for label in ("Other declared outcomes", "Exploratory outcomes"):
-            pairs[f"{label}: steered − {control_words(results.placebo)}"] = []
+            pairs[f"{label}: steered − {control_label(results.placebo)}"] = []
         against, declared, exploratory = pairs.values()
         for row in rows.to_dict("records"):
-            outcome, words = str(row["outcome"]), outcome_words(str(row["outcome"]))
+            outcome, words = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
             text = effect_text(row["effect"], outcome)
             if outcome == results.deciding:
                 ends = f" {interval_text(row['low'], row['high'], outcome)}" if is_defined(row["low"]) else ""
-                against.append(f"{control_words(row['placebo'])} {text}{ends}")
+                against.append(f"{control_label(row['placebo'])} {text}{ends}")
             elif row["placebo"] == results.placebo:
-                unit = " nats" if "nats" in words.unit and is_defined(row["effect"]) else ""
-                (declared if results.declared(outcome) else exploratory).append(f"{words.title} {text}{unit}")
+                unit = " nats" if "nats" in words.effect_unit and is_defined(row["effect"]) else ""
+                (declared if results.declared(outcome) else exploratory).append(f"{words.label} {text}{unit}")
         separators = ("; ", ", ", ", ")
         found[int(feature)] = tuple(  # type: ignore[call-overload]
             (label, separator.join(texts))
@@ -186,7 +172,6 @@ _SIMPLER = {
     "prompt": "simply asking (a prompt that names the concept)",
     "mean_difference": "an equal push along a plain difference of means",
 }
-_BASELINE_TERMS = {"prompt": "naming_prompt", "mean_difference": "mean_difference"}
 
 
 def _compared_on(results: SteeringResults) -> str:
@@ -218,7 +203,7 @@ def _baseline_sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
     """The verdict first, then the counts on both sides: nobody sees only the flattering one."""
     n, above, below = (int(rows[name].sum()) for name in ("n_defined", "n_above", "n_below"))
     clear_above, clear_below = (int(rows[name].sum()) for name in ("n_clearly_above", "n_clearly_below"))
-    what = _SIMPLER.get(baseline, control_words(baseline))
+    what = _SIMPLER.get(baseline, control_label(baseline))
     if not n:
         reason = next((str(reason) for reason in rows["reason"] if reason), "no reason was recorded")
         return f"Whether steering does more than {what} cannot be said: {reason}."
@@ -230,7 +215,7 @@ def _baseline_sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
         verdict = f"Steering is neither clearly stronger nor clearly weaker than {what}"
     of = "the one feature compared" if n == 1 else f"{count(n)} features"
     return (
-        f"{verdict}: by {outcome_words(outcome).title}, of {of} it is stronger on {count(above)} (clearly on "
+        f"{verdict}: by {OUTCOMES[outcome].label}, of {of} it is stronger on {count(above)} (clearly on "
         f"{count(clear_above)}) and weaker on {count(below)} (clearly on {count(clear_below)}). Clearly: the 95 % "
         "interval excludes zero."
     )
@@ -248,14 +233,14 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     columns = [Column("Unsteered"), Column("Steered")]
     for baseline in baselines:
         short = "means" if baseline == "mean_difference" else baseline
-        columns += [Column(capital(control_words(baseline))), Column(f"Steered − {short}", "95 % interval")]
+        columns += [Column(capital(control_label(baseline))), Column(f"Steered − {short}", "95 % interval")]
     rows = []
     for arm, table in shown.items():
-        names = feature_names(context, arm)
+        names = feature_names(context.arms.get(arm))
         for feature, group in table.groupby("feature"):
             cells = _baseline_cells(group.to_dict("records"), baselines, outcome)
             rows.append(Row(f"{feature}", cells, sub=names.get(int(feature), ""), group=arm))  # type: ignore[call-overload]
-    title, tag = capital(outcome_words(outcome).title), "declared" if results.declared(outcome) else "exploratory"
+    title, tag = capital(OUTCOMES[outcome].label), "declared" if results.declared(outcome) else "exploratory"
     return TableView(
         name="baselines",
         caption=f"Does steering beat simpler means? {title} of the texts ({tag})",
@@ -270,7 +255,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
             f"arms/*/baseline_effects.parquet, rows with outcome = {outcome}, columns unsteered_mean, steered_mean, "
             "baseline_mean, effect, low, high; the other outcomes are in tables/steering_baselines.csv"
         ),
-        terms=tuple(term for name, term in _BASELINE_TERMS.items() if name in baselines),
+        terms=tuple(name for name in BASELINES if name in baselines),
     )
 
 
@@ -302,18 +287,18 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     rows = []
     for arm in _arms(comparison):
         if arm in results.together_effects:
-            effects, names = context.arms[arm].effects, feature_names(context, arm, 2)
+            effects, names = context.arms[arm].effects, feature_names(context.arms.get(arm), 2)
             alone = {} if effects is None else dict(zip(effects["feature"], effects["effect"], strict=True))
             rows += [_set_row(arm, row, alone, names) for row in results.together_effects[arm].to_dict("records")]
     if not rows:
         return None
     return TableView(
         name="together",
-        caption=f"Features steered at once: {outcome_words(results.deciding).title}",
+        caption=f"Features steered at once: {OUTCOMES[results.deciding].label}",
         columns=(
             Column("Unsteered"),
             Column("Steered"),
-            Column(capital(control_words(results.placebo))),
+            Column(capital(control_label(results.placebo))),
             Column("Effect", "95 % interval"),
             Column("q"),
             Column("Members alone", is_text=True),
@@ -388,5 +373,5 @@ def dose_table(_comparison: Comparison, context: ReportContext) -> TableView | N
             "them."
         ),
         source="steering/dose_search.parquet, one row per arm, condition and dose",
-        terms=("dose", "gain", "fluency", "dose_score", "perplexity", "distinct_2"),
+        terms=("dose", "gain", "fluency", "dose_score", "perplexity", "distinct2"),
     )

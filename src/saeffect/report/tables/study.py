@@ -97,9 +97,11 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         return None
     by_arm = context.gate.set_index("arm")
     lines = [(label, unit, by_arm[name]) for name, (label, unit) in _GATE_LINES.items()]
+    for name in by_arm.columns[by_arm.columns.str.startswith("perplexity_")]:
+        lines.append((f"The model's perplexity, {name.removeprefix('perplexity_')} text", "", by_arm[name]))
     return TableView(
         name="gate",
-        caption="How well each SAE reproduces its model, on the study's text",
+        caption="How well each SAE reproduces its model, and each model predicts the study's text",
         columns=arm_columns(comparison.table1),
         rows=tuple(
             Row(label, tuple(value_cell(values[arm], unit, reason="not measured") for arm in _arms(comparison)))
@@ -107,5 +109,5 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         ),
         stacks=False,
         source="arms/*/gate.json, and dead features from arms/*/features.parquet, column n_active",
-        terms=("explained_variance", "ce_loss_score", "l0", "dead"),
+        terms=("explained_variance", "ce_loss_score", "l0", "dead", "perplexity"),
     )

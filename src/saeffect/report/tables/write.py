@@ -13,8 +13,7 @@ import pandas as pd
 
 from saeffect.comparison import ArmTables, Comparison, MatchTables
 from saeffect.io import atomic_path, write_json
-from saeffect.report.context import ReportContext
-from saeffect.report.outcome_summary import baseline_summary, dose_summary, outcome_summary
+from saeffect.report.context import ReportContext, baseline_summary, dose_summary, outcome_summary
 
 __all__ = ["domain_features", "write_tables"]
 
