@@ -11,7 +11,7 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, text_cell, undefined_cell
+from saeffect.report.tables.view import Cell, Column, Row, TableView
 from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
@@ -100,12 +100,12 @@ def _number(row: Mapping[Any, Any], column: str) -> Cell:
     if is_defined(row[column]):
         share = percent(row[column] / row["n_features"]) if row["n_features"] else ""
         return Cell(count(round(row[column])), sub=share)
-    return DASH if row["fate"] == "absorbed" else undefined_cell(row["reason"])
+    return Cell.dash() if row["fate"] == "absorbed" else Cell.undefined(row["reason"])
 
 
 def _excess(row: Mapping[Any, Any]) -> Cell:
     if not is_defined(row["excess"]):
-        return DASH
+        return Cell.dash()
     text = amount(round(row["excess"]), "features", sign=True)
     if not _has_interval(row):
         return Cell(text, sub="no interval")
@@ -115,8 +115,8 @@ def _excess(row: Mapping[Any, Any]) -> Cell:
 
 def _called(row: Mapping[Any, Any]) -> Cell:
     if row["fate"] == "kept":
-        return DASH  # only what differs from seeds is called
-    return Cell(count(row["called"])) if is_defined(row["called"]) else undefined_cell(row["reason"])
+        return Cell.dash()  # only what differs from seeds is called
+    return Cell(count(row["called"])) if is_defined(row["called"]) else Cell.undefined(row["reason"])
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -199,13 +199,13 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
     arm = context.arm_of(side)
     is_domain = arm is not None and feature in arm.domain
     cells = (
-        text_cell(
+        Cell.words(
             f"{feature} {words[side].get(feature, '')}".strip(), sub=f"{context.domain} feature" if is_domain else ""
         ),
         Cell(fixed(row["similarity"], 2) if is_defined(row["similarity"]) else "–"),
         Cell(fixed(row["drop"], 2) if is_defined(row.get("drop")) else "–"),
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
-        text_cell("; ".join(f"{one} {other.get(one, '')}".strip() for one in others) or "nothing"),
+        Cell.words("; ".join(f"{one} {other.get(one, '')}".strip() for one in others) or "nothing"),
     )
     return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
 
@@ -274,7 +274,7 @@ def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) ->
     )
     ratio = f"{fixed(row['mean_treatment'] / row['mean_control'], 2)}×" if row["mean_control"] > 0 else "silent before"
     cells = (
-        text_cell(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
+        Cell.words(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
         Cell(_level(row["mean_control"])),
         Cell(_level(row["mean_treatment"])),
         Cell(("+" if is_more else "") + _level(row["difference"]), sub=ends),
@@ -301,9 +301,9 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     for row in shown.to_dict("records"):
         known, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]
         cells = (
-            text_cell(words.get(row["feature"], "–")),
+            Cell.words(words.get(row["feature"], "–")),
             Cell(f"{fixed(row['decoder_rotation'], 1)}°"),
-            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else undefined_cell(row["reason"]),
+            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else Cell.undefined(row["reason"]),
             Cell(f"{signed(excess, 1)}°" if is_defined(excess) else "–"),
             Cell(p_value(q) if is_defined(q) else "–"),
         )

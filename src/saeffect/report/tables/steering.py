@@ -9,16 +9,7 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext, SteeringResults, baseline_summary, outcome_summary
-from saeffect.report.tables.view import (
-    Cell,
-    Column,
-    Row,
-    TableView,
-    arm_columns,
-    text_cell,
-    undefined_cell,
-    value_cell,
-)
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns
 from saeffect.report.words.names import (
     capital,
     dose_axis,
@@ -108,7 +99,7 @@ def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
     for row in arms.to_dict("records"):
         ours.append(_rate(row["passed"], row["tested"], row["pass_low"], row["pass_high"]))
         papers.append(_rate(row["paper_passed"], row["tested"]))
-        reverses.append(value_cell(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
+        reverses.append(Cell.value(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
     group, tag = "Features that pass", "declared"
     return (
         Row("Our test", tuple(ours), sub="against the placebo, q corrected", strong=True, group=group, tag=tag),
@@ -119,16 +110,16 @@ def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
 
 def _rate(passed: int, tested: int, low: object = None, high: object = None) -> Cell:
     if not tested:
-        return undefined_cell("no feature was tested")
+        return Cell.undefined("no feature was tested")
     ends = f" {amount_interval(low, high, 'share')}" if is_defined(low) and is_defined(high) else ""
     return Cell(percent(passed / tested) + ends, sub=f"{count(passed)} of {count(tested)}")
 
 
 def _outcome_cell(row: Mapping[Any, Any] | None, outcome: str) -> Cell:
     if row is None:
-        return undefined_cell("no feature of this arm was tested")
+        return Cell.undefined("no feature of this arm was tested")
     if not is_defined(row["mean"]):
-        return undefined_cell(row["reason"])
+        return Cell.undefined(row["reason"])
     text = f"{effect_text(row['mean'], outcome)} {interval_text(row['low'], row['high'], outcome)}"
     passed = f"{count(row['n_passed'])} of {count(row['n_tested'])}" if row["n_tested"] else "none tested"
     return Cell(text, sub=passed)
@@ -266,9 +257,9 @@ def _baseline_cells(records: Sequence[Mapping[Any, Any]], baselines: Sequence[st
     for baseline in baselines:
         row = by_baseline.get(baseline)
         if row is None:
-            cells += [text_cell("not run", tone="muted")] * 2
+            cells += [Cell.words("not run", tone="muted")] * 2
         elif not is_defined(row["effect"]):
-            cells += [Cell("undefined", tone="muted"), undefined_cell(row["reason"])]
+            cells += [Cell("undefined", tone="muted"), Cell.undefined(row["reason"])]
         else:
             ends = interval_text(row["low"], row["high"], outcome)
             cells += [_level(row, "baseline_mean", outcome), Cell(effect_text(row["effect"], outcome), sub=ends)]
@@ -319,7 +310,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
 
 def _set_row(arm: str, row: Mapping[Any, Any], alone: Mapping[int, float], names: Mapping[int, str]) -> Row:
     outcome, members = str(row["outcome"]), [int(member) for member in row["members"]]
-    effect = undefined_cell(row["reason"])
+    effect = Cell.undefined(row["reason"])
     if is_defined(row["effect"]):
         ends = interval_text(row["effect_low"], row["effect_high"], outcome)
         effect = Cell(effect_text(row["effect"], outcome), sub=ends)
@@ -330,7 +321,7 @@ def _set_row(arm: str, row: Mapping[Any, Any], alone: Mapping[int, float], names
         *(_level(row, name, outcome) for name in ("unsteered_mean", "steered_mean", "placebo_mean")),
         effect,
         Cell(q),
-        text_cell(each) if tested else text_cell("none was tested alone", tone="muted"),
+        Cell.words(each) if tested else Cell.words("none was tested alone", tone="muted"),
     )
     label = f"Set {int(row['set']) + 1}: {' + '.join(map(str, members))}"
     return Row(label, cells, sub="; ".join(names[member] for member in members if member in names), group=arm)
@@ -359,7 +350,7 @@ def dose_table(_comparison: Comparison, context: ReportContext) -> TableView | N
     columns = [name for name in _DOSE_COLUMNS if name in table.columns]
     rows = []
     for row in table.to_dict("records"):
-        cells = (value_cell(row[name], "count" if name == "n" else "", reason="not measured") for name in columns)
+        cells = (Cell.value(row[name], "count" if name == "n" else "", reason="not measured") for name in columns)
         label = f"{row['dose']:g}" + (" (chosen)" if row["chosen"] else "")
         rows.append(Row(label, tuple(cells), strong=bool(row["chosen"]), group=row["arm"]))
     return TableView(
