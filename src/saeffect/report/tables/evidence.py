@@ -61,12 +61,7 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
     rows = [
         Row(
             test_label(str(row["test"])),
-            (
-                _alarms(row),
-                Cell(percent(row["nominal"], 0)),
-                _promise(row),
-                _findings(row),
-            ),
+            (_alarms(row), Cell(percent(row["nominal"], 0)), _promise(row), _findings(row)),
             sub=rule_label(str(row["rule"]), context.alpha),
             strong=bool(row["declared"]),
         )
@@ -252,11 +247,12 @@ def _power_row(row: Mapping[Any, Any]) -> Row:
     if is_defined(detectable) and is_defined(observed):
         limit = below if observed < 0 and is_defined(below) else detectable
         reading = Cell.words("too small to be found reliably" if abs(observed) < limit else "large enough to be found")
+    seen = Cell.dash()
+    if is_defined(observed):
+        seen = Cell.value(observed, unit, sub="median effect" if single else "", sign=True)
     cells = (
         Cell.value(detectable, unit, sub=f"{amount(below, unit)} downwards" if differs else "", reason=row["reason"]),
-        Cell.value(observed, unit, sub="median effect" if single else "", sign=True)
-        if is_defined(observed)
-        else Cell.dash(),
+        seen,
         Cell(sample, sub=noun),
         reading,
     )

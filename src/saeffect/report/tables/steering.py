@@ -10,14 +10,7 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext, SteeringResults, baseline_summary, outcome_summary
 from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns
-from saeffect.report.words.names import (
-    capital,
-    dose_axis,
-    effect_text,
-    feature_names,
-    interval_text,
-    level_text,
-)
+from saeffect.report.words.names import capital, dose_axis, effect_text, feature_names, interval_text, level_text
 from saeffect.report.words.numbers import amount_interval, count, is_defined, is_true, p_value, percent
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import BASELINES, PLACEBOS, SHUFFLED, STEERED, control_label
