@@ -8,7 +8,7 @@ from typing import Any
 from saeffect.comparison import Comparison
 from saeffect.comparison.calibration import WITHIN
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit
+from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit, has_interval
 from saeffect.report.words.names import capital, short_name
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 from saeffect.steering.outcomes import OUTCOMES
@@ -95,8 +95,7 @@ def _alarms(row: Mapping[Any, Any]) -> Cell:
         return Cell.undefined(row["reason"] or "it was not tested")
     sub = str(row["unit"])
     if is_defined(row["low"]):
-        share = percent(row["findings"] / row["tests"])
-        sub += f" · {share} [{fixed(100 * row['low'], 1)}, {fixed(100 * row['high'], 1)}]"
+        sub += f" · {percent(row['findings'] / row['tests'])} {interval(100 * row['low'], 100 * row['high'], 1)}"
     elif row["tests"] > 1:
         sub += f" · {percent(row['findings'] / row['tests'])}"
     return Cell(f"{count(row['findings'])} of {count(row['tests'])}", sub=sub)
@@ -161,7 +160,7 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
         return None
     rows = []
     for row in comparison.by_chance.to_dict("records"):
-        both = is_defined(row["low"]) and is_defined(row["high"])
+        both = has_interval(row)
         expected = Cell.undefined(row["reason"])
         if is_defined(row["expected"]):
             sub = f"[{_expected(row['low'])}, {_expected(row['high'])}]" if both else str(row["reason"])
@@ -302,7 +301,7 @@ def _regression_row(row: Mapping[Any, Any]) -> Row:
     reason = str(row["reason"]).replace(term, label.lower())
     cells = (Cell.undefined(reason), Cell.dash())
     if is_defined(row["estimate"]):
-        both = is_defined(row["low"]) and is_defined(row["high"])
+        both = has_interval(row)
         apart = both and (row["low"] > 0 or row["high"] < 0) and term != "intercept"
         ends = interval(row["low"], row["high"]) if both else f"no interval: {reason}"
         estimate = Cell(signed(row["estimate"]), sub=ends, tone="good" if apart else "")
@@ -318,7 +317,7 @@ def coherence_sentence(comparison: Comparison) -> str:
         why = row["reason"] if row and row["reason"] else "no feature was steered"
         return f"Whether coherent features have stronger effects cannot be said: {why}."
     step = 0.1 * float(row["estimate"])
-    if not (is_defined(row["low"]) and is_defined(row["high"])):
+    if not has_interval(row):
         return (
             f"A coherence higher by 0.1 goes with an effect of {signed(step)}, but this has no interval "
             f"({row['reason'] or 'no reason was recorded'}), so nothing follows from it."

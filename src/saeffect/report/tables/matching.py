@@ -11,11 +11,14 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.tables.view import Cell, Column, Row, TableView, has_interval
 from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
-__all__ = ["cross_summary", "cross_table", "fate_summary", "fate_table", "notable_table", "stagewise_table"]
+__all__ = [
+    *("called_features", "cross_summary", "fate_summary"),
+    *("cross_table", "fate_table", "notable_table", "stagewise_table"),
+]
 
 _MEASURES = {
     "decoder cosine": "Matched by what they write (decoder cosine)",
@@ -43,24 +46,25 @@ def fate_summary(comparison: Comparison, context: ReportContext) -> str:
     parts = []
     rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
     for row in rows[rows["n_placebo"].notna()].to_dict("records"):
-        ends = interval(row["low"], row["high"], 0) if _has_interval(row) else f"no interval: {row['reason']}"
+        ends = interval(row["low"], row["high"], 0) if has_interval(row) else f"no interval: {row['reason']}"
         parts.append(
             f"{_MEASURES[row['measure']]}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the "
             f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
             "the same model."
         )
-    called = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
-    found = [f"{count(n)} {fate}" for fate, n in called.items() if n]
+    called = called_features(counts)
     single = (
-        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {', '.join(found)}."
-        if found
+        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {called}."
+        if called
         else f"No single feature stands out as moved, gone or new (q ≤ {context.alpha:g})."
     )
     return " ".join([*parts, single])
 
 
-def _has_interval(row: Mapping[Any, Any]) -> bool:
-    return is_defined(row["low"]) and is_defined(row["high"])
+def called_features(counts: pd.DataFrame) -> str:
+    """How many single features are called moved, gone, absorbed and new, by rows of the fate counts; "" for none."""
+    sums = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
+    return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -107,7 +111,7 @@ def _excess(row: Mapping[Any, Any]) -> Cell:
     if not is_defined(row["excess"]):
         return Cell.dash()
     text = amount(round(row["excess"]), "features", sign=True)
-    if not _has_interval(row):
+    if not has_interval(row):
         return Cell(text, sub="no interval")
     apart = row["low"] > 0 or row["high"] < 0
     return Cell(text, sub=interval(row["low"], row["high"], 0), tone="good" if apart else "")

@@ -10,7 +10,7 @@ import pandas as pd
 from saeffect.comparison import PRIMARY, Comparison, Judgement
 from saeffect.comparison.judgement import headline_row
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit, has_interval
 from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
 from saeffect.stats.estimate import Estimate
 from saeffect.steering.outcomes import OUTCOMES
@@ -218,7 +218,7 @@ def _against_control(comparison: Comparison, quantity: str) -> tuple[Cell, ...]:
         if row is None:
             cells.append(Cell.dash())
             continue
-        sub = amount_interval(row["low"], row["high"]) if is_defined(row["low"]) and is_defined(row["high"]) else ""
+        sub = amount_interval(row["low"], row["high"]) if has_interval(row) else ""
         cells.append(Cell.value(row["estimate"], sub=sub, reason=row["reason"], sign=True))
     return tuple(cells)
 

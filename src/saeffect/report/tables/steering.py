@@ -23,7 +23,7 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     results, arms = context.steering, comparison.table1
     if results is None:
         return None
-    table = outcome_summary(results, _arms(comparison), alpha=context.alpha)
+    table = outcome_summary(results, list(comparison.table1["arm"]), alpha=context.alpha)
     if table.empty:
         return None
     controls = set(table["control"])
@@ -70,10 +70,6 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
             *(name for name in dict.fromkeys(table["outcome"]) if name != "similarity"),
         ),
     )
-
-
-def _arms(comparison: Comparison) -> list[str]:
-    return [str(name) for name in comparison.table1["arm"]]
 
 
 def _why_no_interval(table: pd.DataFrame) -> str:
@@ -178,7 +174,7 @@ def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[
             "An ablation takes a concept away and these baselines bring it up, so they are no yardstick for it; "
             "they show how much of the concept there could be.",
         )
-    table = baseline_summary(results, _arms(comparison))
+    table = baseline_summary(results, list(comparison.table1["arm"]))
     groups = table[table["outcome"] == outcome].groupby("baseline", sort=False)
     return tuple(_baseline_sentence(str(baseline), rows, outcome) for baseline, rows in groups)
 
@@ -211,7 +207,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     outcome = _compared_on(results) if results is not None else ""
     if results is None or not outcome:
         return None
-    tables = {arm: results.baseline_effects[arm] for arm in _arms(comparison) if arm in results.baseline_effects}
+    tables = {arm: results.baseline_effects[arm] for arm in comparison.table1["arm"] if arm in results.baseline_effects}
     shown = {arm: table[table["outcome"] == outcome] for arm, table in tables.items()}
     baselines = [str(name) for name in dict.fromkeys(pd.concat(list(shown.values()))["baseline"])]
     columns = [Column("Unsteered"), Column("Steered")]
@@ -269,7 +265,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     if results is None:
         return None
     rows = []
-    for arm in _arms(comparison):
+    for arm in comparison.table1["arm"]:
         if arm in results.together_effects:
             effects, names = context.arms[arm].effects, feature_names(context.arms.get(arm), 2)
             alone = {} if effects is None else dict(zip(effects["feature"], effects["effect"], strict=True))
