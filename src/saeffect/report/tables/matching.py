@@ -16,8 +16,13 @@ from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
 __all__ = [
-    *("called_features", "cross_summary", "fate_summary"),
-    *("cross_table", "fate_table", "notable_table", "stagewise_table"),
+    "called_features",
+    "cross_summary",
+    "cross_table",
+    "fate_summary",
+    "fate_table",
+    "notable_table",
+    "stagewise_table",
 ]
 
 _MEASURES = {
