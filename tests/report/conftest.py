@@ -78,6 +78,19 @@ def figures(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
     return draw_figures(comparison, context)
 
 
+@pytest.fixture
+def unsaved_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and captioned, but not saved as SVG, which takes most of a page's time."""
+    monkeypatch.setattr(DrawnFigure, "svg", '<svg viewBox="0 0 1 1"></svg>')
+
+
+def _page(comparison: Comparison, context: ReportContext) -> str:
+    """The page with unsaved figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrawnFigure, "svg", '<svg viewBox="0 0 1 1"></svg>')
+        return render_report(comparison, context=context)
+
+
 @pytest.fixture(scope="session")
 def untested(arms: dict) -> dict:
     """The same arms, none of them steered."""
@@ -91,18 +104,18 @@ def unsteered(untested: dict) -> Comparison:
 
 @pytest.fixture(scope="session")
 def unsteered_page(unsteered: Comparison, untested: dict, context: ReportContext) -> str:
-    return render_report(unsteered, context=replace(context, arms=untested, steering=SteeringResults(), doses=None))
+    return _page(unsteered, replace(context, arms=untested, steering=SteeringResults(), doses=None))
 
 
 @pytest.fixture(scope="session")
 def page_without_placebo(arms: dict, context: ReportContext) -> str:
     two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-    return render_report(compared(two, matches=synthetic_matches(placebo=False)), context=replace(context, arms=two))
+    return _page(compared(two, matches=synthetic_matches(placebo=False)), replace(context, arms=two))
 
 
 @pytest.fixture(scope="session")
 def unmatched_page(comparison: Comparison, context: ReportContext) -> str:
-    return render_report(replace(comparison, matches=MatchTables()), context=context)
+    return _page(replace(comparison, matches=MatchTables()), context)
 
 
 @pytest.fixture(scope="session")

@@ -174,6 +174,7 @@ def test_nothing_steered(unsteered: Comparison, unsteered_page: str, untested: d
     assert "Not drawn: no feature was tested by steering." in _section(unsteered_page)
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_an_empty_arm_and_an_arm_of_one_feature(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
     assert context.steering is not None
     few = dict(arms)
