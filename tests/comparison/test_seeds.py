@@ -86,6 +86,15 @@ def test_effects_average_prompts_within_features_within_saes(arms):
     assert "one SAE in tuned" in row["remark"]
 
 
+@pytest.mark.parametrize("unsteered", [("tuned",), ("base", "tuned", "again")])
+def test_without_steering_the_effect_over_seeds_is_undefined(arms, unsteered):
+    bare = {name: replace(arms[name], interventions=None, direct_effects=None, effects=None) for name in unsteered}
+    table, _ = rows_of({**arms, **bare})
+    row = table[(table["quantity"] == "effect_seeds") & (table["comparison"] == "fine-tuning")].iloc[0]
+    assert row[["value_b", "estimate", "low", "high"]].isna().all()
+    assert "tuned" in row["reason"] + row["remark"]
+
+
 def test_alike_saes_have_no_interval_and_say_so(tiny_arm):
     arms = {"base": further(tiny_arm(), 0.0), "tuned": further(tiny_arm("tuned", "treatment"), 0.0)}
     table, _ = rows_of(arms)

@@ -340,8 +340,9 @@ def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
         are defined, so empty where nothing was steered or that placebo was not run.
     """
     placebo, trials = placebo_of(arm), arm.interventions
-    if trials is None:
-        return pd.Series(dtype=np.float64)
+    if trials is None or trials.empty:
+        levels = ["feature", "prompt", "sample"]
+        return pd.Series(dtype=np.float64, index=pd.MultiIndex.from_arrays([[], [], []], names=levels))
     wide = trials[trials["condition"].isin(["steered", placebo])].pivot_table(
         index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
     )
