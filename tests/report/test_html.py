@@ -164,7 +164,7 @@ def test_without_a_context(comparison: Comparison) -> None:
 
 def test_with_nothing_tested(unsteered_page: str) -> None:
     page = unsteered_page
-    assert "undefined: no feature was tested" in page
+    assert "undefined: no feature of control was steered" in page
     assert "undefined: this feature was not tested" in page
     assert "Not drawn: no feature was tested by steering." in page
     assert "no feature was steered in this study" in page
