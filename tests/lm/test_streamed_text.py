@@ -14,7 +14,7 @@ from saeffect.config import TextSource
 from saeffect.errors import EmptySelection, NotFound
 from saeffect.lm.activations import StreamedActivations
 from saeffect.lm.corpora import StreamedText, is_held_out
-from saeffect.lm.language_model import LanguageModel, pack
+from saeffect.lm.language_model import LanguageModel
 
 WORDS = "the patient had a fever and some pain in old town river".split()
 
@@ -57,7 +57,7 @@ def test_a_buffer_of_one_keeps_the_order_of_the_file(text: StreamedText) -> None
     plain = replace(text, sources=text.sources[:1], buffer=1)
     lines = Path(text.sources[0].path).read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    expected = list(pack(texts, text.lm.encode, context_size=16, separator=0))
+    expected = list(text.lm.pack(texts, 16))
     assert np.array_equal(np.stack(list(plain.rows())), np.stack(expected))
 
 

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 from saeffect.errors import ConfigError
+from saeffect.lm.architectures import final_norm, unembedding
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import final_norm, unembedding
 
 SIZES = {
     "vocab_size": 40,

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import HOOK_KINDS, blocks, edited
+from saeffect.lm.architectures import blocks
+from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate, prompt_pass
 from saeffect.steering.key_value_memory import can_spread

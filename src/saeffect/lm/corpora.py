@@ -23,6 +23,7 @@ from saeffect.config import TextSource
 from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
 __all__ = ["interleave", "is_held_out", "read_corpus", "RowSource", "StreamedText"]
@@ -347,7 +348,7 @@ class StreamedText:
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
-        return fingerprint([files, fields, self.lm.tokenizer_fingerprint(), how, *([] if bos is None else [bos])])
+        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *([] if bos is None else [bos])])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.

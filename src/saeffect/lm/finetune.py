@@ -27,10 +27,11 @@ from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.lm.accounting import quiet_transformers
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_language_model, quiet_transformers
+from saeffect.lm.loading import load_language_model
 from saeffect.lm.tokens import resolve_prepend_bos
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
