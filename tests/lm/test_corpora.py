@@ -191,7 +191,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, Any]]:
         assert streaming
-        if (name, split) != ("org/dotted-1.0", "test"):
+        if (name, split) != ("org/dotted-1.0", "train"):
             raise RuntimeError  # without a message, as some of them come
         return rows
 
@@ -201,17 +201,17 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_a_hub_dataset_may_have_dots_in_its_name(hub: list[dict[str, Any]]) -> None:
     hub += [{"text": "a"}, {"text": ""}, {"text": "b"}]
-    assert list(read_corpus("org/dotted-1.0", split="test")) == ["a", "b"]
+    assert list(read_corpus("org/dotted-1.0")) == ["a", "b"]
 
 
 def test_bad_hub_datasets(hub: list[dict[str, Any]], complains: Callable[..., Any]) -> None:
     with complains(NotFound, "cannot read the dataset 'org/none': RuntimeError", at="org/none"):
-        list(read_corpus("org/none", split="test"))
+        list(read_corpus("org/none"))
     hub.append({"body": "a", "id": 1})
     with complains(BadFile, "it has: body, id", at="org/dotted-1.0"):
-        list(read_corpus("org/dotted-1.0", split="test"))
+        list(read_corpus("org/dotted-1.0"))
     with complains(BadFile, "'id' holds a number", at="org/dotted-1.0, row 1"):
-        list(read_corpus("org/dotted-1.0", field="id", split="test"))
+        list(read_corpus("org/dotted-1.0", field="id"))
 
 
 def test_held_out_is_decided_by_content_alone() -> None:

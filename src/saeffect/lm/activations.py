@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
-from saeffect.lm.corpora import RowSource
+from saeffect.lm.corpora import StreamedText
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import device_of_process, gathered, rank_and_world
@@ -272,14 +272,14 @@ class StreamedActivations(ActivationSource):
 
     lm: LanguageModel
     hook: str
-    text: RowSource
+    text: StreamedText | TokenRows
     limit: NormLimit
     pool_rows: int = 512
     rows_a_pass: int = 8
 
     @classmethod
     def open(
-        cls, lm: LanguageModel, hook: str, text: RowSource, *, pool_rows: int = 512, rows_a_pass: int = 8
+        cls, lm: LanguageModel, hook: str, text: StreamedText | TokenRows, *, pool_rows: int = 512, rows_a_pass: int = 8
     ) -> StreamedActivations:
         """Check that model, hook and text fit, and measure the norm limit on the first rows.
 
