@@ -32,6 +32,7 @@ from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
+from saeffect.steering import check_names
 from saeffect.study.residuals import Residuals
 from saeffect.study.texts import first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
@@ -103,6 +104,11 @@ class Study:
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
         config = StudyConfig.read(raw, at=str(source))
+        if config.steering is not None:
+            try:
+                check_names(config.steering)
+            except ConfigError as error:
+                raise error.placed(f"{source}, steering") from None
         return cls(config, source)
 
     @functools.cached_property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from saeffect.config import (
     ArmConfig,
     CoherenceConfig,
@@ -16,6 +18,7 @@ from saeffect.config import (
     TextSource,
 )
 from saeffect.config_keys import keys_table
+from saeffect.steering import BASELINES, OUTCOMES, PLACEBOS
 
 __all__ = ["study_keys"]
 
@@ -47,9 +50,17 @@ _SECTIONS = (
 )
 
 
+# Keys whose names are registered, not listed in the model.
+_REGISTERED: Mapping[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
+
+
 def study_keys() -> str:
     """A table for the file and one for each kind of mapping in it."""
-    sections = [keys_table(title, model) for title, model in _SECTIONS]
+
+    def names(key: str) -> str:
+        return f"Any of {', '.join(_REGISTERED[key])}." if key in _REGISTERED else ""
+
+    sections = [keys_table(title, model, more=names) for title, model in _SECTIONS]
     return "\n".join(
         [_HEAD, *sections, "`training` has the keys of a [recipe](recipe.md), without `model` and `hook`.\n"]
     )
