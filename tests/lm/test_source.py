@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saeffect.lm.activations import ActivationSource, StreamedActivations, TokenRows
-from saeffect.lm.harvest import ActivationStore, harvest
+from saeffect.lm.harvest import harvest
 from saeffect.lm.language_model import LanguageModel
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -28,7 +28,7 @@ def make(request: pytest.FixtureRequest, tiny_llama: LanguageModel, tmp_path: Pa
         if request.param == "stream":
             return StreamedActivations.open(tiny_llama, hook, rows, pool_rows=4, rows_a_pass=3)
         out = tmp_path / (rows.identity()[:8] + hook)
-        return ActivationStore.open(harvest(tiny_llama, hook, rows, out, rows_per_shard=2, batch_size=3))
+        return harvest(tiny_llama, hook, rows, out, rows_per_shard=2, batch_size=3)
 
     return build
 

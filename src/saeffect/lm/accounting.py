@@ -94,13 +94,9 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
     """Every tensor that the model needs came from the file, and every tensor of the file went into the model.
 
-    transformers draws what is missing at random, and passes over what it has no place for.
-
-    Args:
-        model: What `from_pretrained` returned.
-        info: What it returned beside, with `output_loading_info=True`.
-        at: Place for error messages.
-        log: Receives a line about parts that are left out: an image encoder, a value head.
+    transformers draws what is missing at random, and passes over what it has no place for. `info` is what
+    `from_pretrained` returned beside the model, with `output_loading_info=True`; `log` receives a line about parts that
+    are left out: an image encoder, a value head.
 
     Raises:
         BadFile: A tensor is missing, or has no place in the language model.

@@ -18,9 +18,9 @@ from torch import Tensor
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, first_line, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.accounting import tensor_shapes
-from saeffect.lm.language_model import probe_logits
+from saeffect.lm.language_model import MergedAdapter, probe_logits
 
-__all__ = ["ADAPTER_CONFIG", "AdapterFile", "MergedAdapter", "merge_adapter", "read_adapter", "require_fit"]
+__all__ = ["ADAPTER_CONFIG", "AdapterFile", "merge_adapter", "read_adapter", "require_fit"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -63,21 +63,6 @@ class AdapterFile:
         if not isinstance(named, str) or not named or _last_part(named) in known:
             return None
         return f"the adapter names {named!r} as its base model, not {model!r}: on another model it means nothing"
-
-
-@dataclass(frozen=True)
-class MergedAdapter:
-    """What merging was seen to do, on a few fixed tokens, in float32.
-
-    Attributes:
-        effect: Largest change of a logit by the adapter.
-        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
-        other_base: One line if the adapter names another base model.
-    """
-
-    effect: float
-    error: float
-    other_base: str | None = None
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:

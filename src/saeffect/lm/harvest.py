@@ -65,7 +65,7 @@ def harvest(
     rows_per_shard: int = 128,
     batch_size: int = 8,
     log: Log = SILENT,
-) -> Path:
+) -> ActivationStore:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
     Under `torchrun` each process writes its share of the shards; the files are those of one process.
@@ -78,9 +78,6 @@ def harvest(
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
         log: Receives a line of progress after each shard.
-
-    Returns:
-        `out`, once all shards are there.
 
     Raises:
         ConfigError: As `check_rows` and `capture`; the folder holds the harvest of something else; or the shards
@@ -117,7 +114,7 @@ def harvest(
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
         barrier()
-    return out
+    return ActivationStore.open(out)
 
 
 def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shard: int = 128) -> dict[str, object]:
@@ -186,7 +183,7 @@ class ActivationStore(ActivationSource):
 
     Attributes:
         folder: Where `harvest.json` and the shards lie.
-        note: What `harvest.json` says: who made it, the norm limit, names of sources.
+        note: What `harvest.json` says: what made it, the norm limit, names of sources.
     """
 
     folder: Path
@@ -208,12 +205,10 @@ class ActivationStore(ActivationSource):
         return store
 
     def shards(self) -> list[Path]:
-        """Shard files in order."""
         return sorted(self.folder.glob(_SHARDS))
 
     @property
     def d_in(self) -> int:
-        """Width of an activation."""
         return _shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
@@ -225,11 +220,9 @@ class ActivationStore(ActivationSource):
         return _norm_limit(self.note, self.folder)
 
     def identity(self) -> str:
-        """SHA-256 of what made the harvest: model, hook, text, dtype."""
         return fingerprint(self.note["made_by"])
 
     def sample(self, n_tokens: int) -> Tensor:
-        """See `ActivationSource`."""
         found: list[Tensor] = []
         for shard in self.shards():
             found.append(read_shard(shard)["activations"].float())
@@ -238,11 +231,6 @@ class ActivationStore(ActivationSource):
         return torch.cat(found)[:n_tokens]
 
     def n_batches(self, batch_size: int) -> int:
-        """See `ActivationSource`.
-
-        Raises:
-            BadFile: A shard is truncated or no safetensors file.
-        """
         return sum(_shape(shard)[0] for shard in self.shards()) // batch_size
 
     def batches(

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,30 +24,22 @@ from saeffect.lm.tokens import (
     with_bos,
 )
 
-if TYPE_CHECKING:
-    from saeffect.lm.adapters import MergedAdapter
-
-__all__ = ["LanguageModel", "causal_attention", "fused", "probe_logits"]
+__all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "probe_logits"]
 
 
-def _gelu_(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(x, approximate="tanh")
+@dataclass(frozen=True)
+class MergedAdapter:
+    """What merging an adapter was seen to do, on a few fixed tokens, in float32.
 
+    Attributes:
+        effect: Largest change of a logit by the adapter.
+        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
+        other_base: One line if the adapter names another base model.
+    """
 
-_silu_ = functools.partial(nn.functional.silu, inplace=True)
-# By transformers' names; the first two are tanh(sqrt(2/pi) (x + 0.044715 x^3)).
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "NewGELUActivation": _gelu_,
-    "FastGELUActivation": _gelu_,
-    "SiLU": _silu_,
-    "SiLUActivation": _silu_,
-}
-# Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
-_BLOCK = 128
-# What attention functions are given that changes nothing for one packed pass without a cache.
-_HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
-
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
+    effect: float
+    error: float
+    other_base: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +124,9 @@ class LanguageModel:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The token that every row of text and every prompt begins with; None for none.
+        """The token that every row of text and every prompt begins with; None for none, see `find_bos_id`.
 
         Nothing is measured at it and no intervention touches it; what comes after is predicted from it.
-
-        Raises:
-            ConfigError: There is to be one and the tokenizer has none, or it puts several before a text.
         """
         return find_bos_id(self.tokenizer, self.prepend_bos)
 
@@ -214,14 +203,28 @@ class LanguageModel:
 
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
-    """A model's logits on 16 fixed tokens, spread over its vocabulary: what it does, for comparisons.
-
-    Returns:
-        float32 `[16, d_vocab]`, on the CPU.
-    """
+    """A model's logits on 16 fixed tokens, spread over its vocabulary: float32 `[16, d_vocab]`, on the CPU."""
     weight = model.get_input_embeddings().weight
     ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
     return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()
+
+
+def _gelu_(x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+_silu_ = functools.partial(nn.functional.silu, inplace=True)
+# By transformers' names; the first two are tanh(sqrt(2/pi) (x + 0.044715 x^3)).
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "NewGELUActivation": _gelu_,
+    "FastGELUActivation": _gelu_,
+    "SiLU": _silu_,
+    "SiLUActivation": _silu_,
+}
+# Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
+_BLOCK = 128
+# What attention functions are given that changes nothing for one packed pass without a cache.
+_HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
 
 
 @contextlib.contextmanager
@@ -250,23 +253,13 @@ def fused(lm: LanguageModel) -> Iterator[None]:
 @contextlib.contextmanager
 def _attention(lm: LanguageModel) -> Iterator[None]:
     """Put `causal_attention` in the place of transformers' `sdpa`, where it is faster: bfloat16 on a CPU."""
-    name = "sdpa"
     chosen = getattr(lm.model.config, "_attn_implementation", None)
-    if chosen != name or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
+    if chosen != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
         yield
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = ALL_ATTENTION_FUNCTIONS[name]
-    ALL_ATTENTION_FUNCTIONS[name] = _where_it_applies(before)
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS[name] = before
-
-
-def _where_it_applies(usual: Attention) -> Attention:
-    """Ours for plain causal attention over whole sequences, the usual one for everything else."""
+    usual: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -283,11 +276,16 @@ def _where_it_applies(usual: Attention) -> Attention:
             and 1 < query.shape[2] == key.shape[2]
             and key.shape[1:] == value.shape[1:]
         )
-        if not plain:
-            return usual(module, query, key, value, attention_mask, **options)
-        return causal_attention(query, key, value, scaling=options.get("scaling")), None
+        if plain:
+            return causal_attention(query, key, value, scaling=options.get("scaling")), None
+        found: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **options)
+        return found
 
-    return attend
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:

@@ -172,12 +172,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
-    """Why transformers cannot load a tokenizer from a folder or hub id, and what to do about it.
-
-    Args:
-        place: The folder, or a hub id.
-        said: What transformers says; it names the last of several things that it tried.
-    """
+    """Why transformers cannot load the tokenizer of a folder or hub id, by what it `said`, and what to do about it."""
     why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
     if "trust_remote_code" in said:
         return why, "set trust_remote_code: true if you trust the code that comes with the model."
@@ -222,9 +217,7 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 
     What it puts behind the text (an end of sequence) does not count.
     """
-    if tokenizer is None:
-        return []
-    for probe in _PROBES:
+    for probe in _PROBES if tokenizer is not None else ():
         plain = list(tokenizer.encode(probe, add_special_tokens=False))
         if not plain:
             continue
@@ -241,9 +234,7 @@ def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
     Gemma, Llama and Mistral were trained on texts that all begin with one, and without it are other, far worse models;
     SmolLM2 and GPT-2 were not.
 
-    Args:
-        tokenizer: The transformers tokenizer.
-        prepend: Whether there is to be one; None for the tokenizer's own way.
+    `prepend` says whether there is to be one; None for the tokenizer's own way.
 
     Raises:
         ConfigError: There is to be one, and the tokenizer has none; or it puts several there.
