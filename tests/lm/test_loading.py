@@ -169,7 +169,7 @@ def test_sizes_of_another_model(folder: Path, complains: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize(("key", "size"), [("vocab_size", 10**9), ("num_hidden_layers", 10**6), ("hidden_size", 10**7)])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "in text_config"])
-def test_sizes_that_no_weights_have_are_refused_before_memory_is_taken(
+def test_sizes_beyond_the_weights_are_refused(
     folder: Path, complains: Callable[..., Any], key: str, size: int, nested: bool
 ) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -187,7 +187,7 @@ def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
     assert lines == ["not part of the language model, left out: 1 tensors, such as v_head.summary.weight"]
 
 
-def test_a_model_and_an_adapter_in_one_folder(
+def test_model_and_adapter_in_one_folder(
     folder: Path, tiny_llama: LanguageModel, complains: Callable[..., Any]
 ) -> None:
     _adapter(tiny_llama.model, folder)

@@ -35,19 +35,12 @@ BOTH = (
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
 # Sizes of which a tensor must be as wide, and numbers of which there must be as many tensors; last parts of names in
 # config.json and in headers of GGUF files.
-_WIDTHS = {"vocab_size", "hidden_size", "n_embd", "intermediate_size", "n_inner"} | {
-    "embedding_length",
-    "feed_forward_length",
-}
+_WIDTHS = {"vocab_size", "hidden_size", "n_embd", "n_inner", "intermediate_size", "embedding_length"}
 _COUNTS = {"num_hidden_layers", "n_layer", "num_layers", "block_count"}
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a safetensors file, from its header.
-
-    Raises:
-        SafetensorError: It is truncated, or no such file.
-    """
+    """Shape of each tensor in a safetensors file, from its header; safetensors' own error if it is none."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
@@ -57,11 +50,10 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def check_folder_sizes(folder: Path) -> None:
     """Refuse a model's folder whose config.json names sizes that its safetensors files do not have.
 
-    transformers would make room for such a model first, all the memory that there is.
+    transformers would first take memory for such a model.
 
     Raises:
         BadFile: As `check_sizes`.
-        SafetensorError: As `tensor_shapes`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
@@ -129,11 +121,7 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
 
 
 def refuse_nan(model: Any, at: str) -> None:
-    """Refuse weights that are not numbers, or too large for their format.
-
-    Raises:
-        BadFile: There are such.
-    """
+    """Raise BadFile for weights that are not numbers, or too large for their format."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise BadFile(
@@ -151,33 +139,23 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
     except SaeffectError:
         raise
     except Exception as error:
-        text, kind, where = first_line(error), type(error).__name__, at or config.path
-        if kind == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
-            raise BadFile(
-                f"the weights of {config.path!r} cannot be read: {text}",
-                at=where,
-                fix="copy or download it again, or convert it to safetensors; pickles are never loaded.",
-            ) from error
-        if isinstance(error, OSError) or kind in {"RepositoryNotFoundError", "HFValidationError"}:
-            raise NotFound(
-                f"cannot load {config.path!r}: {text}",
-                at=where,
-                fix="check the name and your connection, or give a local folder with safetensors weights.",
-            ) from error
-        if "ignore_mismatched_sizes" in text:
-            raise BadFile(
-                f"the tensors of {config.path!r} have other shapes than its config.json asks for.",
-                at=where,
-                fix="restore the config.json that was saved with these weights.",
-            ) from error
-        own_code = not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error))
-        raise BadFile(
-            f"transformers cannot load {config.path!r}: {text}",
-            at=where,
-            fix="this model brings code of its own; set trust_remote_code if you trust it."
-            if own_code
-            else "check that the folder is whole, and that your version of transformers knows this kind of model.",
-        ) from error
+        text, name = first_line(error), type(error).__name__
+        ours: type[SaeffectError] = BadFile
+        if name == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
+            message = f"the weights of {config.path!r} cannot be read: {text}"
+            fix = "copy or download it again, or convert it to safetensors; pickles are never loaded."
+        elif isinstance(error, OSError) or name in {"RepositoryNotFoundError", "HFValidationError"}:
+            ours, message = NotFound, f"cannot load {config.path!r}: {text}"
+            fix = "check the name and your connection, or give a local folder with safetensors weights."
+        elif "ignore_mismatched_sizes" in text:
+            message = f"the tensors of {config.path!r} have other shapes than its config.json asks for."
+            fix = "restore the config.json that was saved with these weights."
+        else:
+            message = f"transformers cannot load {config.path!r}: {text}"
+            fix = "check that the folder is whole, and that your version of transformers knows this kind of model."
+            if not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error)):
+                fix = "this model brings code of its own; set trust_remote_code if you trust it."
+        raise ours(message, at=at or config.path, fix=fix) from error
 
 
 def _asks_for_code(base: Path | str) -> bool:

@@ -293,14 +293,9 @@ def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDA
 class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
-    Attributes:
-        lm: Whose tokenizer reads it.
-        sources: Rows are taken from each in turn, until the first of them ends.
-        context_size: Tokens a row.
-        tokens: How much to take, in tokens, over all sources; None for all there is.
-        held_out: Share of the documents that is kept for measuring; they are left out.
-        seed: Of the order of the documents.
-        buffer: Documents of each source that are in memory, to be mixed; 1 leaves them in file order.
+    Rows of `context_size` tokens are taken from each source in turn, until the first of them ends or there are `tokens`
+    of them in all. The share `held_out` of the documents is left out. Of each source `buffer` documents are in memory,
+    to be mixed by the seed; 1 leaves them in file order.
     """
 
     lm: LanguageModel
@@ -313,7 +308,6 @@ class StreamedText:
 
     @property
     def n_rows(self) -> int | None:
-        """How many rows `tokens` makes; None without it."""
         return None if self.tokens is None else max(1, self.tokens // self.context_size)
 
     def identity(self) -> str:

@@ -100,9 +100,7 @@ def _string(file: BinaryIO) -> str:
 
 
 def choose_gguf(place: Path, *, at: str | None = None) -> Path:
-    """The model among the GGUF files of a folder, or the file itself.
-
-    Files that hold something else, such as an adapter or an image encoder, are passed over by what their header says.
+    """The model among the GGUF files of a folder (not an adapter, say, or an image encoder), or the file itself.
 
     Raises:
         NotFound: There is no model among them.
@@ -130,12 +128,6 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
 
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
     """Folder of a GGUF model's weights and tokenizer as transformers reads them, made on the first call and kept.
-
-    Args:
-        path: The GGUF file.
-        dtype: Number format of the converted weights.
-        at: Key of the study file, for error messages.
-        log: Receives one line before the conversion, and one about tensors that are left out.
 
     Raises:
         BadFile: Tensors are missing, or have no place in the model; or the cache cannot be written to.
@@ -180,11 +172,7 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
 
 
 def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, at: str, log: Log) -> None:
-    """Every tensor of the file went into the model: transformers passes over those whose name it does not know.
-
-    Raises:
-        BadFile: A weight of the language model is among them.
-    """
+    """Every tensor of the file went into the model: transformers passes over those whose name it does not know."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
@@ -261,10 +249,9 @@ def cache_folder() -> Path:
 
 
 def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log) -> Path:
-    """A folder of the cache, made on the first call: by one process, whole or not at all.
+    """A folder of the cache that `make` writes on the first call: by one process, whole or not at all.
 
-    `make` writes its files into the new folder that it is given; what it needs meanwhile may lie beside. `note` is
-    kept in it as `saeffect.json`, with the files' hashes; a folder that was damaged since is made again.
+    `note` is kept in it as `saeffect.json`, with the files' hashes; a folder that was damaged since is made again.
     """
     if _is_whole(folder):
         return folder

@@ -126,15 +126,12 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
 
 @torch.inference_mode()
 def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
-    """The activation at a hook; the model runs no further than that.
+    """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; it runs no further than that.
 
     Args:
         lm: The model.
         hook: TransformerLens name.
         input_ids: Token ids, int64 `[batch, sequence]`, without padding.
-
-    Returns:
-        `[batch, sequence, d_model]` in the model's dtype, on its device.
 
     Raises:
         ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
@@ -241,11 +238,7 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
 
 
 def _factor(model: nn.Module, point: HookPoint) -> float:
-    """How many times the stream is given what the hook's module gives; measured once for a block.
-
-    Raises:
-        ConfigError: The stream is not what was before plus what the halves add.
-    """
+    """How many times the stream is given what the hook's module gives; measured once for a block."""
     if point.kind in ("hook_resid_pre", "hook_resid_post"):
         return 1.0
     known = _FACTORS.setdefault(model, {})

@@ -274,9 +274,8 @@ def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
 def resolve_prepend_bos(rule: BosRule, words: Mapping[str, Any]) -> bool | None:
     """Whether texts are to begin with BOS; None for the tokenizer's own way.
 
-    Args:
-        rule: "always", "never", or "auto": what the SAEs say, and where they say nothing what the tokenizer does.
-        words: `prepend_bos` of each SAE's cfg.json by the SAE's name; what is neither true nor false says nothing.
+    The rule "auto" means what the SAEs say: `words` has `prepend_bos` of each SAE's cfg.json by the SAE's name; what is
+    neither true nor false says nothing.
 
     Raises:
         ConfigError: The SAEs contradict each other.
