@@ -155,7 +155,7 @@ def _model_type(base: Any) -> str:
 
 @torch.no_grad()
 def unembedding(lm: LanguageModel) -> Tensor:
-    """`W_U` with the final norm's weight folded in, centred over the vocabulary: float32 `[d_model, d_vocab]` on the CPU.
+    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
 
     Where the final norm centres its input, the columns are also centred over `d_model`, since it feeds the
     unembedding centred vectors only. What norm and head do is measured, not read off their classes.
