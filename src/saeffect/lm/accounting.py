@@ -33,10 +33,18 @@ BOTH = (
 )
 # Buffers that older versions of a model saved, which are computed anew.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
-# Sizes of which a tensor must be as wide, and numbers of which there must be as many tensors; last parts of names in
-# config.json and in headers of GGUF files.
-_WIDTHS = {"vocab_size", "hidden_size", "n_embd", "n_inner", "intermediate_size", "embedding_length"}
-_COUNTS = {"num_hidden_layers", "n_layer", "num_layers", "block_count"}
+# Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
+# experts name a width of dense layers that they need not have.
+_WIDTHS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "n_embd": 1,
+    "embedding_length": 1,
+    "intermediate_size": 64,
+    "n_inner": 64,
+}
+# Numbers of layers: each has at least one tensor.
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "block_count")
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -73,8 +81,8 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     widest = max((int(size) for shape in shapes.values() for size in shape), default=0)
     for name, size in sizes.items():
         key = name.rpartition(".")[2]
-        most = widest if key in _WIDTHS else len(shapes) if key in _COUNTS else None
-        if most is not None and isinstance(size, int) and size > most:
+        most = len(shapes) if key in _COUNTS else widest * _WIDTHS.get(key, 0)
+        if most and isinstance(size, int) and size > most:
             raise BadFile(
                 f"{at.name} says {name}: {size:,}, but the weights are {len(shapes):,} tensors of at most {widest:,}"
                 " rows or columns.",
