@@ -66,7 +66,9 @@ def check_folder_sizes(folder: Path) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         shapes |= tensor_shapes(file)
-    config = read_json(folder / "config.json")
+    config: Any = None
+    with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it
+        config = read_json(folder / "config.json")
     if shapes and isinstance(config, dict):
         inner = config.get("text_config")
         check_sizes(config | (inner if isinstance(inner, dict) else {}), shapes, folder / "config.json")
