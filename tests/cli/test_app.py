@@ -14,7 +14,7 @@ from saeffect.cli import app as command_line
 from saeffect.cli.console import ConsoleProgress, show, show_error
 from saeffect.errors import BadFile
 from saeffect.lm.finetune import finetune_keys
-from saeffect.sae.training.recipe_keys import recipe_keys
+from saeffect.sae.training.config import recipe_keys
 from saeffect.study.study_keys import study_keys
 
 ROOT = Path(__file__).parents[2]

@@ -48,7 +48,7 @@ def _finetune_keys(wanted: bool) -> None:
 
 def _recipe_keys(wanted: bool) -> None:
     if wanted:
-        from saeffect.sae.training.recipe_keys import recipe_keys
+        from saeffect.sae.training.config import recipe_keys
 
         show(recipe_keys().rstrip("\n"))
         raise typer.Exit
@@ -89,7 +89,7 @@ def train_sae(
     """Train the SAEs of a recipe, or of a study's arm."""
     del keys
     from saeffect.parallel import is_first
-    from saeffect.sae.training.metrics_loggers import check_logger
+    from saeffect.sae.training.loggers import check_logger
     from saeffect.sae.training.recipe import train_from_recipe
 
     check_logger(logger)
@@ -120,7 +120,7 @@ def harvest(recipe: _Recipe, work: _Work = Path("work"), arm: _Arm = None, keys:
 
 def _read(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
     """(the recipe, where a study looks for its SAE)"""
-    from saeffect.sae.training.recipe import SaeRecipe
+    from saeffect.sae.training.config import SaeRecipe
 
     if arm is not None:
         from saeffect.study.study import Study

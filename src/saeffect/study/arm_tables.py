@@ -10,7 +10,7 @@ from saeffect.comparison import ArmFacts, ArmTables
 from saeffect.features.coherence import coverage
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import read_json
-from saeffect.sae.formats.saelens import saved_dtype
+from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import chosen_dose
 from saeffect.study.study import Study

@@ -25,7 +25,7 @@ from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, token_texts
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
 from saeffect.study.run_folder import RunFolder

@@ -19,7 +19,7 @@ from saeffect.errors import ConfigError
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import find_bos_id
-from saeffect.sae.splice import row_losses
+from saeffect.sae.metrics import row_losses
 
 __all__ = ["complaint_about_model", "model_on_text", "words_of_perplexity"]
 

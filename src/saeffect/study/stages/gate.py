@@ -15,8 +15,7 @@ from saeffect.io import Log, read_json, write_json
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import probe_logits
-from saeffect.sae.metrics import ReconstructionSums
-from saeffect.sae.splice import spliced_losses
+from saeffect.sae.metrics import ReconstructionSums, spliced_losses
 from saeffect.study.model_on_text import complaint_about_model, model_on_text, words_of_perplexity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study

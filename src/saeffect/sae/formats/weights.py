@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["read_weights"]
+__all__ = ["fill", "is_count", "read_weights"]
+
+AnySae = TypeVar("AnySae", bound=SparseAutoencoder)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -59,3 +64,26 @@ def read_weights(
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BadFile(f"{path.name} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
+
+
+def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:
+    """Copy tensors into the parameters and buffers of the same names; the SAE.
+
+    Raises:
+        BadFile: One is missing, or holds NaN or infinity.
+    """
+    for name, own in (*sae.named_parameters(), *sae.named_buffers()):
+        if name not in tensors:
+            raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
+        if not torch.isfinite(tensors[name]).all():
+            raise BadFile(
+                f"{name} holds NaN or infinite values.", at=where, fix="the training run diverged; use another."
+            )
+        with torch.no_grad():
+            own.copy_(tensors[name].float())
+    return sae
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number above 0; true is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
