@@ -12,13 +12,8 @@ import pytest
 from saeffect.config import StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.lm.finetune import FinetuneConfig
-<<<<<<< HEAD
 from saeffect.paths import decode_utf8, read_bytes, refuse_special, resolve_paths, user_path
-from saeffect.sae.training.recipe_config import SaeRecipe
-=======
-from saeffect.paths import refuse_special, resolve_paths, user_path
 from saeffect.sae.training.config import SaeRecipe
->>>>>>> main
 
 
 @pytest.fixture
