@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from saeffect.errors import Undefined
 from saeffect.report import figures
 
-DRAWN = dict(figures._FIGURES)
+FIGURES = figures.FIGURES
 
 
 def _undrawn(*_: Any) -> None:
@@ -21,11 +22,11 @@ def _undrawn(*_: Any) -> None:
 def without_figures() -> Iterator[None]:
     """For a module's tests: each figure of a report has a reason in the place of a drawing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_FIGURES", {name: (title, _undrawn) for name, (title, _) in DRAWN.items()})
+        patch.setattr(figures, "FIGURES", [replace(kind, draw=_undrawn) for kind in FIGURES])
         yield
 
 
 @pytest.fixture
 def with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For one test of such a module: figures are drawn after all."""
-    monkeypatch.setattr(figures, "_FIGURES", DRAWN)
+    monkeypatch.setattr(figures, "FIGURES", FIGURES)

@@ -11,7 +11,8 @@ import pandas as pd
 from saeffect.config import SteeringConfig, TextConfig
 from saeffect.io import read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
-from saeffect.report.words.names import control_words, outcome_words
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.comparison import comparison_inputs, read_comparison
@@ -19,7 +20,8 @@ from saeffect.study.stages.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_reporting"]
 
-VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
+# 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order; 5: perplexities
+VERSION = 5
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -96,6 +98,7 @@ def _gate_table(run: RunFolder, gates: dict[str, dict[str, Any]]) -> pd.DataFram
                 "l2_ratio": gate["l2_ratio"],
                 "dead_share": float((features["n_active"] == 0).mean()),
                 "n_tokens": gate["tokens"],
+                **{f"perplexity_{source}": value for source, value in gate["perplexity"].items()},
             }
         )
     return pd.DataFrame(rows)
@@ -110,7 +113,7 @@ def _facts(
         ("Base model", _model(run, control)),
         ("Fine-tuned model", _model(run, treatment)),
         ("Hook", run.study.hook(control)),
-        ("Text", _text(config.text, gates[control].get("text_shortage"))),
+        ("Text", _text(config.text, gates[control]["text_shortage"])),
     ]
     if config.features.tokens != ("all",):
         scripts = f"of the scripts {', '.join(config.features.tokens)}"
@@ -120,7 +123,7 @@ def _facts(
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
         facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
         facts.append(("Tested against", _tested_against(steering)))
-        facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
+        facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
 
@@ -137,7 +140,7 @@ def _number(n: int, noun: str) -> str:
 def _tested_against(steering: SteeringConfig) -> str:
     """The placebo that decides first."""
     names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
-    return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
+    return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
