@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import unicodedata
 from collections.abc import Callable
@@ -183,7 +182,7 @@ def test_sentencepiece_that_is_not_installed_is_named(
         raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
     with complains(NotFound, "sentencepiece", "pip install 'saeffect[sentencepiece]'", at="arms.control.model"):
         load_tokenizer(tmp_path, ModelConfig(path=str(tmp_path)), at="arms.control.model")
 

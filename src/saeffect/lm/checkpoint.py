@@ -38,17 +38,11 @@ class Checkpoint:
         self._made_by, self._keep = made_by, keep
 
     def owner(self) -> str | None:
-        """Fingerprint of the run that marked this folder, or a checkpoint in it, as its own; None where no run did."""
-        from safetensors import SafetensorError, safe_open
-
+        """Fingerprint of the run that marked this folder as its own; None where no run did."""
         with contextlib.suppress(SaeffectError):
             mark = read_json(self.folder / _MARK)
             if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
                 return str(mark["made_by"])
-        for step in reversed(self.steps()):
-            with contextlib.suppress(SafetensorError, OSError), safe_open(self._file(step), framework="pt") as file:
-                if made_by := (file.metadata() or {}).get("made_by"):
-                    return str(made_by)
         return None
 
     def begin(self) -> None:

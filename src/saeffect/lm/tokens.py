@@ -8,7 +8,6 @@ that reverses the direction of the page. What a tokenizer does is measured, not 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import unicodedata
@@ -110,7 +109,6 @@ def _shown(character: str) -> str:
     return character
 
 
-_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # packages that read a tokenizer.model
 _PROBES = ("a", "the", "1")  # whichever the tokenizer has a token for
 
 
@@ -173,26 +171,21 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
     """Why transformers cannot load the tokenizer of a folder or hub id, by what it `said`, and what to do about it."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
     why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
     if "trust_remote_code" in said:
         return why, "set trust_remote_code: true if you trust the code that comes with the model."
     there = {file.name for file in place.iterdir()} if isinstance(place, Path) and place.is_dir() else set()
     alone = any(name.endswith(".model") for name in there) and "tokenizer.json" not in there
     if alone or any(name in said.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
-        if not all(map(_is_installed, _SENTENCEPIECE)):
+        if not (is_sentencepiece_available() and is_protobuf_available()):
             why = "it is a tokenizer.model alone, and sentencepiece or protobuf, which read it, are not installed"
             return why, "pip install 'saeffect[sentencepiece]', or put the base model's tokenizer.json into the folder."
         return why, "tokenizer.model is no SentencePiece model; put the base model's tokenizer.json into the folder."
     if isinstance(place, Path):
         return why, "save the tokenizer beside the model: tokenizer.save_pretrained(folder)."
     return why, "check the name and your connection, or save the tokenizer beside the model."
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a package around it
-        return False
 
 
 def separator_id(tokenizer: Any) -> int:
