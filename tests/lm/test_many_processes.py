@@ -18,14 +18,14 @@ from saeffect.errors import ConfigError
 from saeffect.io import Log
 from saeffect.lm.activations import StreamedActivations, TokenRows
 from saeffect.lm.harvest import harvest
+from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.parallel import barrier, gathered, is_first, join, leave, rank_and_world
 
 HOOK = "blocks.1.hook_resid_pre"
 
 
-def _harvest_and_stream(model: Path, out: Path) -> None:
-    lm = load_language_model(ModelConfig(path=str(model), dtype="bfloat16"))
+def _harvest_and_stream(lm: LanguageModel, out: Path) -> None:
     ids = np.random.default_rng(0).integers(1, 320, (11, 12)).astype(np.int32)
     rows = TokenRows(ids, np.arange(11) % 2, ("general", "medical"))
     said: list[str] = []
@@ -42,30 +42,30 @@ def _harvest_and_stream(model: Path, out: Path) -> None:
     leave()
 
 
-def _as_torchrun_would(rank: int, port: int, model: Path, out: Path) -> None:
+def _as_torchrun_would(rank: int, port: int, lm: LanguageModel, out: Path) -> None:
     """Started by fork: what takes seconds is imported already."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    _harvest_and_stream(model, out)
+    _harvest_and_stream(lm, out)
 
 
 def test_two_processes_make_what_one_makes(tiny_llama_folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    _harvest_and_stream(tiny_llama_folder, tmp_path / "one")
+    lm = load_language_model(ModelConfig(path=str(tiny_llama_folder), dtype="bfloat16"))
+    _harvest_and_stream(lm, tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        multiprocessing.get_context("fork").Process(
-            target=_as_torchrun_would, args=(rank, port, tiny_llama_folder, tmp_path / "two")
-        )
+        multiprocessing.get_context("fork").Process(target=_as_torchrun_would, args=(rank, port, lm, tmp_path / "two"))
         for rank in range(2)
     ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(60)
+        process.kill()  # one may wait for the other for ever
     assert [process.exitcode for process in processes] == [0, 0]
     files = [{p.name: p.read_bytes() for p in (tmp_path / n / "shards").iterdir()} for n in ("one", "two")]
     assert files[0] == files[1]
