@@ -216,7 +216,9 @@ class ActivationStore(ActivationSource):
             BadFile: The note does not say it.
         """
         found: Any = self.note.get("norm_limit")
-        values = [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
+        values: list[Any] = (
+            [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
+        )
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise BadFile(
                 f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
