@@ -145,8 +145,8 @@ def calibration_verdict(comparison: Comparison) -> str:
         between_saes = known.loc[known["unit"] != "features", "tests"]
         if len(between_saes) and between_saes.max() < 60:
             text += (
-                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this would "
-                "show a test that is badly miscalibrated, not one that is slightly so."
+                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
+                "would show a test that is badly miscalibrated, not one that is slightly so."
             )
     unjudged = int((table["tests"] == 0).sum())
     if unjudged:
