@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, Interrupted
-from saeffect.parallel import _others_there, barrier, from_first, rank_and_world
+from saeffect.parallel import _translate_peer_loss, barrier, from_first, rank_and_world
 
 # PyTorch's own group gives up after two seconds. The first process takes four.
 SCRIPT = """
@@ -86,7 +86,7 @@ def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_lost_connection_is_another_process_that_stopped(said):
-    with pytest.raises(Interrupted, match="another one of the same run"), _others_there():
+    with pytest.raises(Interrupted, match="another one of the same run"), _translate_peer_loss():
         raise RuntimeError(said)
 
 
@@ -99,7 +99,7 @@ def test_a_lost_connection_is_another_process_that_stopped(said):
     ],
 )
 def test_an_error_of_ones_own_stays_what_it_is(error):
-    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _others_there():
+    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _translate_peer_loss():
         raise error
     assert caught.value is error
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from saeffect.errors import BadFile, InUse
-from saeffect.sole_writer import sole_writer
+from saeffect.io import sole_writer
 
 HOLD = """
 import sys, time
-from saeffect.sole_writer import sole_writer
+from saeffect.io import sole_writer
 with sole_writer(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -11,11 +11,13 @@ import pytest
 import typer
 
 from saeffect.cli import app as command_line
+from saeffect.cli.check import study_keys
 from saeffect.cli.console import ConsoleProgress, show, show_error
+from saeffect.cli.run import STAGE_HELP
 from saeffect.errors import BadFile
 from saeffect.lm.finetune_keys import finetune_keys
 from saeffect.sae.training.recipe_keys import recipe_keys
-from saeffect.study.study_keys import study_keys
+from saeffect.study.run import STAGES
 
 ROOT = Path(__file__).parents[2]
 ACTING = "\x1b[2J\u202egnp.exe\x9b31m\x07\ud83d"
@@ -115,6 +117,10 @@ def test_keys_are_shown_and_are_those_of_the_page(
     assert "|  |" not in shown, "a key without a description"
 
 
+def test_every_stage_has_a_command() -> None:
+    assert tuple(STAGE_HELP) == STAGES
+
+
 def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["check", "a" * 5000],
@@ -130,11 +136,33 @@ def test_nothing_that_is_shown_acts_on_the_terminal(capsys: pytest.CaptureFixtur
     with ConsoleProgress() as log:
         log(ACTING)
         log.progress(ACTING, 1, 2, "rows")
-    show_error(BadFile(ACTING, at=ACTING, fix=ACTING))
+    show_error(str(BadFile(ACTING, at=ACTING, fix=ACTING)))
     out, err = capsys.readouterr()
     assert out == f"{SHOWN}\nמשפט\t👨‍👩‍👧\n"
     assert err.count(SHOWN) == 4
     assert not {"\x1b", "\x9b", "\u202e", "\x07"} & set(out + err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_full_disk_under_the_log_is_an_error(
+    stream: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        with ConsoleProgress() as log:
+            log("a line")
+        show("a result")
+
+    app = typer.Typer()
+    app.command("first")(command)
+    app.command("second")(command)
+    monkeypatch.setattr(command_line, "app", app)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, stream, full)
+        assert _typed(monkeypatch, "first") == 2
+    shown = capsys.readouterr()
+    assert ("standard output cannot be written: No space left on device." in shown.err) == (stream == "stdout")
+    assert "Traceback" not in shown.err and "a result" not in shown.out
 
 
 def test_commands_print_through_the_console_alone() -> None:

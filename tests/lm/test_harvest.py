@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
-from saeffect.io import Log, atomic_path, read_json, write_json
+from saeffect.io import Log, atomic_path, read_json, sole_writer, write_json
 from saeffect.lm.harvest import NormLimit, TokenRows, first_limit, harvest, kept_positions, measure_norm_limit
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.shards import ActivationStore, read_shard
-from saeffect.sole_writer import sole_writer
 
 HOOK = "blocks.1.hook_resid_pre"
 SIZES = {"rows_per_shard": 4, "batch_size": 3}

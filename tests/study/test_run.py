@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError, InUse
-from saeffect.io import Log, read_json
-from saeffect.sole_writer import sole_writer
+from saeffect.io import Log, read_json, sole_writer
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study

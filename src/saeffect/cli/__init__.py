@@ -1,1 +1,1 @@
-"""The command line: one file a command group, thin over functions of the same names."""
+"""The command line: one file a command, thin over a function of the package; `app.py` wires, `console.py` shows."""

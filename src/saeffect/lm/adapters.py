@@ -8,6 +8,7 @@ place, and the merged model must give the logits of the unmerged one on a few to
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, first_line, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.language_model import probe_logits
@@ -202,22 +204,19 @@ def _on_this_machine(adapter: Path | str, where: str) -> Path:
         ) from error
 
 
-def _shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
+def _opened(folder: Path, where: str) -> AbstractContextManager[Any]:
+    return open_tensors(folder / ADAPTER_WEIGHTS, ADAPTER_WEIGHTS, at=where, fix="copy or download it again.")
 
+
+def _shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise BadFile(
             f"the adapter has no {ADAPTER_WEIGHTS}; pickled adapters (.bin) are never loaded.",
             at=where,
             fix="save it again with safe_serialization=True.",
         )
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"{ADAPTER_WEIGHTS} cannot be read: {first_line(error)}.", at=where, fix="copy or download it again."
-        ) from error
+    with _opened(folder, where) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     if not shapes:
         raise BadFile(f"{ADAPTER_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
     return shapes
@@ -313,11 +312,9 @@ def _refuse_lost(adapter: AdapterFile, unexpected: list[str], missing: list[str]
 
 def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
     """Every tensor of the file is in the model as it is in the file."""
-    from safetensors import safe_open
-
     placed = _adapter_tensors(adapted)
     everything = adapted.state_dict()
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+    with _opened(adapter.folder, where) as file:
         for name in adapter.shapes:
             found = placed.get(name, everything.get(name))
             if found is None or found.shape != adapter.shapes[name]:  # converted on the way in

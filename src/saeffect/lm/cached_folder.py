@@ -13,8 +13,7 @@ from typing import Any
 import platformdirs
 
 from saeffect.errors import BadFile
-from saeffect.io import SILENT, Log, hash_file, read_json, write_json, writing
-from saeffect.sole_writer import sole_writer
+from saeffect.io import SILENT, Log, hash_file, read_json, sole_writer, write_json, writing
 
 __all__ = ["cache_folder", "cached"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.checksums import read_tensors, save_tensors
+from saeffect.checksums import open_tensors, read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, SaeffectError
 from saeffect.io import read_json, remove_leftovers, write_json
 
@@ -35,14 +35,12 @@ class Checkpoint:
 
     def owner(self) -> str | None:
         """Fingerprint of the run that marked this folder, or a checkpoint in it, as its own; None where no run did."""
-        from safetensors import SafetensorError, safe_open
-
         with contextlib.suppress(SaeffectError):
             mark = read_json(self.folder / _MARK)
             if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
                 return str(mark["made_by"])
         for step in reversed(self.steps()):
-            with contextlib.suppress(SafetensorError, OSError), safe_open(self._file(step), framework="pt") as file:
+            with contextlib.suppress(BadFile), open_tensors(self._file(step), "this checkpoint", fix="") as file:
                 if made_by := (file.metadata() or {}).get("made_by"):
                     return str(made_by)
         return None
@@ -147,7 +145,7 @@ class Checkpoint:
             return 0
         path = self._file(step)
         fix = "delete it; the run goes on from the one before, or starts anew if there is none."
-        tensors, metadata = read_tensors(path, what="checkpoint", fix=fix)
+        tensors, metadata = read_tensors(path, "this checkpoint", fix=fix)
         if metadata.get("made_by") != self._made_by:
             raise self.of_another_run()
         try:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
-from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.bos import prepends
 from saeffect.lm.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, quiet_transformers
 from saeffect.lm.training_folder import TrainingFolder
+from saeffect.parallel import Interruption
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
 

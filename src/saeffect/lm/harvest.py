@@ -20,14 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.io import SILENT, Log, fingerprint, remove_leftovers, write_json
-from saeffect.lm.disk_space import refuse_without_room
+from saeffect.io import SILENT, Log, check_disk_space, fingerprint, remove_leftovers, sole_writer, write_json
 from saeffect.lm.fused import fused
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.shards import NOTE, SHARDS, read_note, save_shard, shard_name
 from saeffect.parallel import barrier, is_first, rank_and_world
-from saeffect.sole_writer import sole_writer
 
 __all__ = [
     "NormLimit",
@@ -295,7 +293,7 @@ def _begin(
                 at=str(out),
                 fix="choose another folder, or delete this one.",
             )
-        refuse_without_room(out, harvest_bytes(lm, rows), max_bytes)
+        check_disk_space(out, harvest_bytes(lm, rows), max_bytes)
         if not note.is_file():
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
             write_json(note, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeffect.checksums import read_tensors, save_tensors
+from saeffect.checksums import open_tensors, read_tensors, save_tensors
 from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.io import fingerprint, read_json
 from saeffect.lm.pool import Pool, cut, read_ahead, shuffled
@@ -63,7 +63,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises:
         BadFile: It is truncated, no safetensors file, or holds other bits than were written.
     """
-    return read_tensors(path, what="shard", fix=_MAKE_AGAIN)[0]
+    return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
 @dataclass(frozen=True)
@@ -169,13 +169,8 @@ class ActivationStore:
 
 
 def _shape(path: Path) -> tuple[int, int]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            rows, width = file.get_slice("activations").get_shape()
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"this shard cannot be read: {error}.", at=str(path), fix=_MAKE_AGAIN) from error
+    with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as file:
+        rows, width = file.get_slice("activations").get_shape()
     return int(rows), int(width)
 
 

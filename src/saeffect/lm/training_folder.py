@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import BadFile, ConfigError, SaeffectError
-from saeffect.io import hash_file, read_json, remove_leftovers, write_json
+from saeffect.io import hash_file, read_json, remove_leftovers, sole_writer, write_json
 from saeffect.lm.checkpoint import Checkpoint
-from saeffect.sole_writer import sole_writer
 
 __all__ = ["FINISHED", "TrainingFolder"]
 

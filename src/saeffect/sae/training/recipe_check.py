@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
+from saeffect.io import check_disk_space
 from saeffect.lm.corpora import read_corpus
-from saeffect.lm.disk_space import refuse_without_room
 from saeffect.lm.harvest import TokenRows, harvest_bytes
 from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
@@ -108,7 +108,7 @@ def refuse_before_harvest(
         )
     total = sum(harvest_bytes(lm, part) for part in rows)
     try:
-        refuse_without_room(work, total, recipe.max_disk_bytes)
+        check_disk_space(work, total, recipe.max_disk_bytes)
     except ConfigError as error:
         error.at = "max_disk_gb" if error.at == "max_bytes" else error.at
         raise
