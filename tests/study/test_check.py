@@ -17,7 +17,7 @@ from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.io import Log, read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
-from saeffect.study.stages.reporting import _text
+from saeffect.study.stages.report import _text
 from saeffect.study.study import Study
 from tiny_study import WORDS, make_sae, make_study, sentences
 

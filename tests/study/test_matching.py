@@ -19,8 +19,8 @@ from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.comparison import read_comparison, run_comparison
-from saeffect.study.stages.matching import read_matches
+from saeffect.study.stages.compare import read_comparison, run_compare
+from saeffect.study.stages.match import read_matches
 from saeffect.study.stages.seeds import open_seed, seed_folders
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
@@ -151,9 +151,9 @@ def test_what_the_study_file_says_reaches_the_comparison(seeded, monkeypatch: py
         seen.update(options)
         raise InterruptedError
 
-    monkeypatch.setattr("saeffect.study.stages.comparison.compare", spy)
+    monkeypatch.setattr("saeffect.study.stages.compare.compare", spy)
     with pytest.raises(InterruptedError):
-        list(run_comparison(run)())
+        list(run_compare(run)())
     config = run.study.config
     wanted = config.comparison.model_dump(include={"tests", "alpha", "n_boot", "n_permutations"})
     wanted |= {"min_matches": config.selection.min_matches, "seed": config.seed}

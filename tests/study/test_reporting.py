@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from saeffect.config import SteeringConfig
-from saeffect.study.stages.reporting import _drawn, _tested_against
+from saeffect.study.stages.report import _drawn, _tested_against
 
 
 def test_only_the_pictures_of_this_report_are_its_own(tmp_path: Path) -> None:

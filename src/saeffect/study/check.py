@@ -30,7 +30,7 @@ from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.seeds import open_seeds
-from saeffect.study.stages.selection import study_verdicts
+from saeffect.study.stages.select import study_verdicts
 from saeffect.study.stages.steering_plan import outcome_vectors
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, shortage, study_rows

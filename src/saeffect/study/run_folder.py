@@ -79,18 +79,21 @@ class RunFolder:
             ) from error
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
-        """A table, or None where the stage had nothing to write."""
-        return self.read_table(path) if path.is_file() else None
+        """A table, or None where the stage had nothing to write: what else stands there is not of this run."""
+        name = str(path.relative_to(self.folder))
+        known = any(name in note["outputs"] for note in self._manifest["stages"].values())
+        return self.read_table(path) if known and path.is_file() else None
 
     def kept(self, key: str, inputs: Any) -> KeptRows:
         """Where a stage keeps finished pieces of its work; they go when the manifest knows its files."""
         return KeptRows(self._kept_folder(key), fingerprint(inputs))
 
     @staticmethod
-    def write_table(path: Path, table: pd.DataFrame) -> None:
-        """Write a table atomically, the same bytes for the same values."""
+    def write_table(path: Path, table: pd.DataFrame) -> Path:
+        """Write a table atomically, the same bytes for the same values, and give its path back."""
         with atomic_path(path) as temporary:
             table.to_parquet(temporary, index=False, compression="zstd")
+        return path
 
     def digest(self, *paths: Path) -> str:
         """One hash over files that a stage reads; missing ones count as such."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from saeffect.config import ArmConfig, ModelConfig, StudyConfig
+from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
@@ -127,6 +127,12 @@ class Study:
             lambda: [*prompts, *first_texts(self.config.text)],
             lambda arm: self.at("arms", arm, "model"),
         )
+
+    @property
+    def steering(self) -> SteeringConfig:
+        """The section `steering`, of a study that has one."""
+        assert self.config.steering is not None
+        return self.config.steering
 
     @property
     def differences(self) -> Mapping[str, TokenizerDifference]:

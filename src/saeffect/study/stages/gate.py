@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ __all__ = ["gate_inputs", "measure_gate", "run_gate"]
 VERSION = 4
 
 
-def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
+def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     """What the gate's numbers depend on."""
+    study = run.study
     control = study.by_role("control")[0]
     return {
         "version": VERSION,
@@ -40,31 +41,27 @@ def gate_inputs(study: Study, arm: str) -> dict[str, Any]:
     }
 
 
-def run_gate(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
+def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Measure, refuse or warn, and write `gate.json`."""
-
-    def work() -> Iterable[Path]:
-        opened = run.study.open_arm(arm, log)
-        rows = run.study.rows()
-        short = shortage(run.study.config.text, rows)
-        if short and arm == run.study.ordered_arms()[0]:
-            log(f"  warning: the text has only {short}")
-        measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
-        begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
-        log(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
-        for line in _remarks(measured):
-            log(f"  arm {arm}: {line}")
-        of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
-        if run.study.config.gate.on_failure == "stop":
-            _refuse(run.study, arm, of_model, of_sae)
-        complaint = "; ".join(filter(None, (of_model, of_sae)))
-        if complaint:
-            log(f"  warning: arm {arm}: {complaint}")
-        path = run.arm(arm, "gate.json")
-        write_json(path, measured | {"warning": complaint, "text_shortage": short})
-        return [path]
-
-    return work
+    opened = run.study.open_arm(arm, log)
+    rows = run.study.rows()
+    short = shortage(run.study.config.text, rows)
+    if short and arm == run.study.ordered_arms()[0]:
+        log(f"  warning: the text has only {short}")
+    measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
+    begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
+    log(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
+    for line in _remarks(measured):
+        log(f"  arm {arm}: {line}")
+    of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
+    if run.study.config.gate.on_failure == "stop":
+        _refuse(run.study, arm, of_model, of_sae)
+    complaint = "; ".join(filter(None, (of_model, of_sae)))
+    if complaint:
+        log(f"  warning: arm {arm}: {complaint}")
+    path = run.arm(arm, "gate.json")
+    write_json(path, measured | {"warning": complaint, "text_shortage": short})
+    return [path]
 
 
 def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:

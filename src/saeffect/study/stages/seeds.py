@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,28 +140,22 @@ def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     }
 
 
-def run_seeds(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
+def run_seeds(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Write an arm's `seeds.parquet`: features, coherence and selection of its further SAEs."""
-
-    def work() -> Iterable[Path]:
-        study = run.study
-        opened = study.open_arm(arm, log)
-        vectors = load_embeddings(study.config.coherence.embeddings)
-        vocabulary = load_vocabulary(study.config.selection.vocabulary)
-        frames = []
-        for one in open_seeds(study, arm):
-            features = _features(study, opened, one, log)
-            chosen = select(
-                features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
-            )
-            table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
-            table.insert(0, "sae", pd.Series([one.name] * len(table), dtype="str"))
-            frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
-        path = run.arm(arm, "seeds.parquet")
-        run.write_table(path, pd.concat(frames, ignore_index=True))
-        return [path]
-
-    return work
+    study = run.study
+    opened = study.open_arm(arm, log)
+    vectors = load_embeddings(study.config.coherence.embeddings)
+    vocabulary = load_vocabulary(study.config.selection.vocabulary)
+    frames = []
+    for one in open_seeds(study, arm):
+        features = _features(study, opened, one, log)
+        chosen = select(
+            features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
+        )
+        table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
+        table.insert(0, "sae", pd.Series([one.name] * len(table), dtype="str"))
+        frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
+    return [run.write_table(run.arm(arm, "seeds.parquet"), pd.concat(frames, ignore_index=True))]
 
 
 @torch.inference_mode()

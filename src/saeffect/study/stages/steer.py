@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from saeffect.config import SteeringConfig
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.io import SILENT, Log
 from saeffect.steering import (
@@ -40,7 +39,7 @@ from saeffect.study.stages.steering_plan import (
 )
 from saeffect.study.study import Arm
 
-__all__ = ["STEERING_FILES", "help_steering", "run_steering", "steering_inputs"]
+__all__ = ["STEERING_FILES", "help_steer", "run_steer", "steer_inputs"]
 
 # 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
 # 4: samples of a prompt are averaged before anything is tested.
@@ -54,9 +53,9 @@ STEERING_FILES = (
 """Tables of an arm; the last five only where the study asks for them."""
 
 
-def steering_inputs(run: RunFolder, arm: str, config: SteeringConfig) -> dict[str, Any]:
+def steer_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     """What an arm's interventions depend on."""
-    study = run.study
+    study, config = run.study, run.study.steering
     files = [run.arm(arm, name) for name in ("features.parquet", "selection.parquet", "gate.json")]
     declared = config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses", "together"})
     return {
@@ -72,62 +71,52 @@ def steering_inputs(run: RunFolder, arm: str, config: SteeringConfig) -> dict[st
     }
 
 
-def run_steering(run: RunFolder, arm: str, config: SteeringConfig, log: Log) -> Callable[[], Iterable[Path]]:
+def run_steer(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Write the `STEERING_FILES` of an arm.
 
     Texts are kept chunk by chunk while they are generated, so a killed run goes on where it was.
     """
-
-    def work() -> Iterable[Path]:
-        chosen, sets = _steered(run, arm, config)
-        if chosen.empty:
-            dose, note = chosen_dose(run)
-            log(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
-        tables: dict[str, pd.DataFrame] = {}
-        kept = run.kept(f"steer {arm}", steering_inputs(run, arm, config))
-        if len(chosen) or sets:
-            test = _Test(run, run.study.open_arm(arm, log), config, log)
-            if len(chosen):
-                tables |= test.features(chosen, kept)
-            if sets:
-                tables |= test.together(sets)
-        if "matched" in config.placebos and tables:
-            steered = sorted({*chosen["feature"].tolist(), *set_members(run, arm)})
-            tables["matched_placebos"] = matched_placebos(run, arm, steered)
-        paths = []
-        for name in STEERING_FILES:
-            path = run.arm(arm, f"{name}.parquet")
-            if name in tables:
-                run.write_table(path, tables[name])
-                paths.append(path)
-            else:  # of an earlier run that had some
-                path.unlink(missing_ok=True)
-        return paths
-
-    return work
-
-
-def help_steering(run: RunFolder, arm: str, config: SteeringConfig) -> None:
-    """What every other process does of the stage: the texts of its features, in the order of the first process."""
-    chosen, sets = _steered(run, arm, config)
+    chosen, sets = _steered(run, arm)
+    if chosen.empty:
+        dose, note = chosen_dose(run)
+        log(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
+    tables: dict[str, pd.DataFrame] = {}
+    kept = run.kept(f"steer {arm}", steer_inputs(run, arm))
     if len(chosen) or sets:
-        test = _Test(run, run.study.open_arm(arm), config, SILENT)
+        test = _SteeringTest(run, run.study.open_arm(arm, log), log)
         if len(chosen):
-            test.texts(chosen, run.kept(f"steer {arm}", steering_inputs(run, arm, config)))
+            tables |= test.features(chosen, kept)
+        if sets:
+            tables |= test.together(sets)
+    if "matched" in run.study.steering.placebos and tables:
+        steered = sorted({*chosen["feature"].tolist(), *set_members(run, arm)})
+        tables["matched_placebos"] = matched_placebos(run, arm, steered)
+    return [run.write_table(run.arm(arm, f"{name}.parquet"), tables[name]) for name in STEERING_FILES if name in tables]
+
+
+def help_steer(run: RunFolder, arm: str) -> None:
+    """What every other process does of the stage: the texts of its features, in the order of the first process."""
+    chosen, sets = _steered(run, arm)
+    if len(chosen) or sets:
+        test = _SteeringTest(run, run.study.open_arm(arm), SILENT)
+        if len(chosen):
+            test.texts(chosen, run.kept(f"steer {arm}", steer_inputs(run, arm)))
         if sets:
             test.texts(test.joined(sets))
 
 
-def _steered(run: RunFolder, arm: str, config: SteeringConfig) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
+def _steered(run: RunFolder, arm: str) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
     """An arm's features and sets of features that are steered: none without a dose."""
+    config = run.study.steering
     chosen = tested_features(run, arm, config.max_features)
     return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
 
 
-class _Test:
+class _SteeringTest:
     """The test of one arm, with its model in memory."""
 
-    def __init__(self, run: RunFolder, arm: Arm, config: SteeringConfig, log: Log) -> None:
+    def __init__(self, run: RunFolder, arm: Arm, log: Log) -> None:
+        config = run.study.steering
         self._run, self._arm, self._config, self._log = run, arm, config, log
         self._seed = run.study.config.seed
         dose, _ = chosen_dose(run)

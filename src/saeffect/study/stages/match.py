@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 
-__all__ = ["matching_inputs", "read_matches", "run_matching"]
+__all__ = ["match_inputs", "read_matches", "run_match"]
 
 VERSION = 3  # 2: passes as in harvests; 3: intervals of excess counts
 BoolArray = npt.NDArray[np.bool_]
 
 
-def matching_inputs(run: RunFolder) -> dict[str, Any]:
+def match_inputs(run: RunFolder) -> dict[str, Any]:
     """What the fates depend on."""
     study = run.study
     files = ("features.parquet", "selection.parquet", "seeds.parquet")
@@ -49,25 +49,14 @@ def matching_inputs(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def run_matching(run: RunFolder, log: Log) -> Callable[[], Iterable[Path]]:
+def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`.
 
     Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
     """
-
-    def work() -> Iterable[Path]:
-        found = _match(run, log, _KeptPairs(run.kept("match", matching_inputs(run)), log))
-        paths = []
-        for name in MatchTables.names():
-            path, table = run.path("comparison", f"{name}.parquet"), getattr(found, name)
-            if len(table.columns):
-                run.write_table(path, table)
-                paths.append(path)
-            else:  # of an earlier run that had some
-                path.unlink(missing_ok=True)
-        return paths
-
-    return work
+    found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    made = {name: getattr(found, name) for name in MatchTables.names() if len(getattr(found, name).columns)}
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in made.items()]
 
 
 def read_matches(run: RunFolder) -> MatchTables:

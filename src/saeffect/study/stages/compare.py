@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison import Comparison, MatchTables, compare
-from saeffect.io import read_json, write_json
+from saeffect.io import SILENT, Log, read_json, write_json
 from saeffect.report import with_answer
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
-from saeffect.study.stages.matching import read_matches
+from saeffect.study.stages.match import read_matches
 
-__all__ = ["comparison_inputs", "read_comparison", "run_comparison"]
+__all__ = ["compare_inputs", "read_comparison", "run_compare"]
 
 # 2: seeds, calibration, power, regression, matching. 3: by chance, threats. 4: SAEs decide. 5: traces.
 # 6: a placebo that equals the control shows no noise; why nothing was tested; texts without a similarity.
@@ -24,7 +24,7 @@ VERSION = 6
 _TABLES = Comparison.table_names()
 
 
-def comparison_inputs(run: RunFolder) -> dict[str, Any]:
+def compare_inputs(run: RunFolder) -> dict[str, Any]:
     """What the comparison depends on."""
     config = run.study.config
     return {
@@ -44,32 +44,25 @@ def comparison_inputs(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def run_comparison(run: RunFolder) -> Callable[[], Iterable[Path]]:
+def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `comparison/*.parquet` and `comparison/answer.json`."""
-
-    def work() -> Iterable[Path]:
-        config, arms = run.study.config, arm_tables(run)
-        min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
-        found = compare(
-            arms,
-            min_matches=min_matches,
-            alpha=alpha,
-            seed=config.seed,
-            n_boot=config.comparison.n_boot,
-            n_permutations=config.comparison.n_permutations,
-            tests=tests,
-            matches=read_matches(run),
-        )
-        found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
-        paths = []
-        for name in _TABLES:
-            paths.append(run.path("comparison", f"{name}.parquet"))
-            run.write_table(paths[-1], getattr(found, name))
-        paths.append(run.path("comparison", "answer.json"))
-        write_json(paths[-1], dict(found.answer))
-        return paths
-
-    return work
+    config, arms = run.study.config, arm_tables(run)
+    min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
+    found = compare(
+        arms,
+        min_matches=min_matches,
+        alpha=alpha,
+        seed=config.seed,
+        n_boot=config.comparison.n_boot,
+        n_permutations=config.comparison.n_permutations,
+        tests=tests,
+        matches=read_matches(run),
+    )
+    found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
+    answer = run.path("comparison", "answer.json")
+    write_json(answer, dict(found.answer))
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(found, name)) for name in _TABLES]
+    return [*tables, answer]
 
 
 def read_comparison(run: RunFolder) -> Comparison:

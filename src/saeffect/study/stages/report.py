@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from saeffect.config import SteeringConfig, TextConfig
-from saeffect.io import read_json
+from saeffect.io import SILENT, Log, read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
 from saeffect.report.words.outcome_words import control_words, outcome_words
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.comparison import comparison_inputs, read_comparison
+from saeffect.study.stages.compare import compare_inputs, read_comparison
 from saeffect.study.stages.steering_results import steering_results
 
-__all__ = ["report_inputs", "run_reporting"]
+__all__ = ["report_inputs", "run_report"]
 
 VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
 
@@ -29,26 +29,22 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
     files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
     return {
         "version": VERSION,
-        "comparison": comparison_inputs(run),
+        "comparison": compare_inputs(run),
         "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
         "config": run.config_yaml(),
         "provenance": run.provenance(),
     }
 
 
-def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
+def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `tables/`, `figures/` and `report.html`."""
-
-    def work() -> Iterable[Path]:
-        comparison = read_comparison(run)
-        context = _context(run)
-        tables = write_tables(comparison, run.path("tables"), context=context)
-        figures = write_figures(comparison, run.path("figures"), context=context)
-        page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
-        drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
-        return [*tables, *sorted(drawn), page]
-
-    return work
+    comparison = read_comparison(run)
+    context = _context(run)
+    tables = write_tables(comparison, run.path("tables"), context=context)
+    figures = write_figures(comparison, run.path("figures"), context=context)
+    page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
+    drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
+    return [*tables, *sorted(drawn), page]
 
 
 def _drawn(folder: Path, names: set[str]) -> list[Path]:
