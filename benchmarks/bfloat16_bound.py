@@ -30,9 +30,9 @@ def bfloat16_bound(n_rows: int = 48, rows_a_pass: int = 8) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
     from saeffect.config import ModelConfig
-    from saeffect.lm.fused import fused
-    from saeffect.lm.harvest import first_limit, kept_positions
+    from saeffect.lm.activations import first_limit, kept_positions
     from saeffect.lm.hooks import capture
+    from saeffect.lm.language_model import fused
     from saeffect.lm.loading import bundled_path, load_language_model
     from saeffect.sae.formats.saelens import load_sae
     from saeffect.sae.metrics import ReconstructionSums

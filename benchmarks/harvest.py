@@ -145,9 +145,8 @@ class Task:
         """One pass as `harvest` and `StreamedActivations` make it: checked for NaN, outliers left out."""
         import copy
 
-        from saeffect.lm.fused import fused
-        from saeffect.lm.harvest import first_limit, run_pass
-        from saeffect.lm.language_model import LanguageModel
+        from saeffect.lm.activations import first_limit, run_pass
+        from saeffect.lm.language_model import LanguageModel, fused
 
         lm = LanguageModel(copy.deepcopy(self.model).to(dtype), None, "gpt2")
         ids = self.ids.numpy().astype("int32")

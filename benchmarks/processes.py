@@ -55,7 +55,7 @@ class TimedBatches:
     def sample(self, n_tokens: int) -> Tensor:
         return self._pool[0][:n_tokens]
 
-    def n_batches(self, batch_size: int, *, seed: int, epoch: int) -> int:  # noqa: ARG002 - the interface's
+    def n_batches(self, batch_size: int) -> int:  # noqa: ARG002 - the interface's
         return len(self._pool)
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:  # noqa: ARG002
@@ -101,7 +101,7 @@ def harvest(task: dict[str, Any]) -> float:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from saeffect.io import Log
-    from saeffect.lm.harvest import TokenRows
+    from saeffect.lm.activations import TokenRows
     from saeffect.lm.harvest import harvest as run
     from saeffect.lm.language_model import LanguageModel
 

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.features.activity import ActivityAccumulator
 from saeffect.io import Log, atomic_path, write_json
+from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.finetune import FinetuneConfig, finetune
-from saeffect.lm.harvest import NormLimit, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.sae.formats.compact import save_compact

@@ -33,7 +33,7 @@ __all__ = [
 
 
 BosRule = Literal["auto", "always", "never"]
-"""Whether texts begin with the tokenizer's BOS token, see `saeffect.lm.bos`."""
+"""Whether texts begin with the tokenizer's BOS token, see `saeffect.lm.tokens`."""
 TOKEN_CHOICES = ("all", "embeddings")
 SCRIPTS = (
     *("latin", "greek", "cyrillic", "armenian", "georgian", "hebrew", "arabic", "ethiopic", "mongolian", "cherokee"),

@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.lm.utf8 import decode_utf8, read_bytes
-from saeffect.paths import resolve_paths, user_path
+from saeffect.paths import decode_utf8, read_bytes, resolve_paths, user_path
 
 __all__ = ["read_config_file"]
 

@@ -15,7 +15,7 @@ from saeffect.cli.check import study_keys
 from saeffect.cli.console import ConsoleProgress, show, show_error
 from saeffect.cli.run import STAGE_HELP
 from saeffect.errors import BadFile
-from saeffect.lm.finetune_keys import finetune_keys
+from saeffect.lm.finetune import finetune_keys
 from saeffect.sae.training.recipe_keys import recipe_keys
 from saeffect.study.run import STAGES
 

@@ -9,6 +9,7 @@ import pytest
 from saeffect.comparison import PRIMARY, MatchTables, Resampling, check_tests, compare, roles_of
 from saeffect.comparison.calibration import calibration_table
 from saeffect.comparison.contrasts import contrasts
+from saeffect.comparison.judgement import judgement_table
 from saeffect.errors import UnknownName
 from saeffect.stats import wilson
 from synthetic_study import compared, synthetic_arms
@@ -19,9 +20,8 @@ SMALL = Resampling(0, 100, 100)
 def calibrated(arms, evidence=None, tests=PRIMARY):
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     table = contrasts(arms, roles, min_matches=2, resampling=SMALL)
-    found = calibration_table(
-        arms, roles, table, tests=tests, alpha=0.05, min_matches=2, resampling=SMALL, evidence=evidence
-    )
+    tables = {"contrasts": table, "judgements": judgement_table(table), **(evidence or {})}
+    found = calibration_table(arms, roles, tables, tests=tests, alpha=0.05, min_matches=2, resampling=SMALL)
     return found.set_index(["test", "rule"])
 
 

@@ -10,9 +10,9 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.io import Log
-from saeffect.lm.harvest import TokenRows, harvest
+from saeffect.lm.activations import StreamedActivations, TokenRows
+from saeffect.lm.harvest import harvest
 from saeffect.lm.loading import load_language_model
-from saeffect.lm.stream import StreamedActivations
 from saeffect.parallel import barrier, leave, rank_and_world
 
 HOOK = "blocks.1.hook_resid_pre"

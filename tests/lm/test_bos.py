@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from saeffect.errors import ConfigError
-from saeffect.lm.bos import added_before, bos_of, prepends
+from saeffect.lm.tokens import find_bos_id, resolve_prepend_bos, tokens_added_before
 
 WORDS = {"a": 5, "the": 6, "1": 7}
 
@@ -34,28 +34,28 @@ def tokenizer(before: tuple[int, ...] = (), behind: tuple[int, ...] = (), named:
     ],
 )
 def test_what_a_tokenizer_puts_in_front_is_measured(made: Any, expected: int | None) -> None:
-    assert bos_of(made, None) == expected
-    assert added_before(made) == ([] if expected is None else [expected])
-    assert bos_of(made, False) is None
+    assert find_bos_id(made, None) == expected
+    assert tokens_added_before(made) == ([] if expected is None else [expected])
+    assert find_bos_id(made, False) is None
 
 
 def test_a_bos_that_the_tokenizer_does_not_use_by_itself_can_be_asked_for() -> None:
-    assert bos_of(tokenizer(named=0), True) == 0
-    assert bos_of(tokenizer((9,)), True) == 9
+    assert find_bos_id(tokenizer(named=0), True) == 0
+    assert find_bos_id(tokenizer((9,)), True) == 9
 
 
 def test_a_bos_that_is_not_there_or_is_several(complains: Callable[..., Any]) -> None:
     with complains(ConfigError, "the tokenizer has none", "bos: never"):
-        bos_of(tokenizer(), True)
+        find_bos_id(tokenizer(), True)
     with complains(ConfigError, "puts 2 tokens before a text", "bos: always"):
-        bos_of(tokenizer((3, 4)), None)
+        find_bos_id(tokenizer((3, 4)), None)
 
 
 def test_the_study_decides_then_the_saes_then_the_tokenizer(complains: Callable[..., Any]) -> None:
     words = {"control": True, "treatment": False, "placebo": None}
-    assert prepends("always", words) is True
-    assert prepends("never", words) is False
-    assert prepends("auto", {"control": False, "placebo": "true"}) is False
-    assert prepends("auto", {"control": None}) is None
+    assert resolve_prepend_bos("always", words) is True
+    assert resolve_prepend_bos("never", words) is False
+    assert resolve_prepend_bos("auto", {"control": False, "placebo": "true"}) is False
+    assert resolve_prepend_bos("auto", {"control": None}) is None
     with complains(ConfigError, "in front: control; these on texts without: treatment", "bos: always or bos: never"):
-        prepends("auto", words)
+        resolve_prepend_bos("auto", words)

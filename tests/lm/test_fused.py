@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from saeffect.lm import fused as fused_module
-from saeffect.lm.fused import causal_attention, fused
+from saeffect.lm import language_model as fused_module
 from saeffect.lm.hooks import capture
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel, causal_attention, fused
 
 HOOK = "blocks.2.hook_resid_post"
 

@@ -14,7 +14,7 @@ import torch
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
 from saeffect.io import Log
-from saeffect.lm.gguf_files import choose_gguf, gguf_header
+from saeffect.lm.gguf import choose_gguf, gguf_header
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_language_model, model_shape
 

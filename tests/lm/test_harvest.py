@@ -15,10 +15,10 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
 from saeffect.io import Log, atomic_path, read_json, sole_writer, write_json
-from saeffect.lm.harvest import NormLimit, TokenRows, first_limit, harvest, kept_positions, measure_norm_limit
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit, kept_positions, measure_norm_limit
+from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, read_shard
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.shards import ActivationStore, read_shard
 
 HOOK = "blocks.1.hook_resid_pre"
 SIZES = {"rows_per_shard": 4, "batch_size": 3}
@@ -203,13 +203,13 @@ def test_the_digest_is_that_of_the_text(rows: TokenRows) -> None:
     same = TokenRows(rows.ids.copy(), rows.sources.copy(), rows.names)
     other = rows.ids.copy()
     other[3, 3] += 1
-    assert same.digest() == rows.digest()
+    assert same.identity() == rows.identity()
     digests = {
-        rows.digest(),
-        TokenRows(other, rows.sources, rows.names).digest(),
-        TokenRows(rows.ids, 1 - rows.sources, rows.names).digest(),
-        TokenRows(rows.ids, rows.sources, ("a", "b")).digest(),
-        rows.head(9).digest(),
+        rows.identity(),
+        TokenRows(other, rows.sources, rows.names).identity(),
+        TokenRows(rows.ids, 1 - rows.sources, rows.names).identity(),
+        TokenRows(rows.ids, rows.sources, ("a", "b")).identity(),
+        rows.head(9).identity(),
     }
     assert len(digests) == 5
     assert len(rows.head(4)) == 4
@@ -237,15 +237,15 @@ def test_text_that_the_model_cannot_read(
     assert not out.exists()
 
 
-def test_a_cap_on_the_disk(
+def test_disk_cap_counts_every_byte_of_the_shards(
     tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
-    # Ten rows of seven tokens that count, 32 floats and three int32 each.
-    most = 10 * 7 * (32 * 4 + 12)
-    with complains(ConfigError, "take 9,800 bytes; the cap is 9,799 bytes", at="max_bytes"):
-        harvest(tiny_llama, HOOK, rows, tmp_path / "a", max_bytes=most - 1)
-    assert not (tmp_path / "a").exists()
-    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES, max_bytes=most)
+    most = harvest_bytes(tiny_llama, rows)
+    assert most == 10 * 7 * (32 * 4 + 12)  # ten rows of seven tokens that count, 32 floats and three int32 each
+    with complains(ConfigError, "take 9,800 bytes; the cap is 9,799 bytes", at="max_disk_gb"):
+        check_disk_space(tmp_path, most, most - 1)
+    check_disk_space(tmp_path, most, most)
+    harvest(tiny_llama, HOOK, rows, tmp_path / "a", **SIZES)
     tensors = [t for p in ActivationStore.open(tmp_path / "a").shards() for t in read_shard(p).values()]
     assert 0.9 * most < sum(t.nbytes for t in tensors) <= most
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from saeffect.errors import ConfigError, EmptySelection
-from saeffect.lm.packing import interleave, pack, separator_id
+from saeffect.lm.corpora import interleave
+from saeffect.lm.language_model import pack, separator_id
 
 
 def _letters(text: str) -> list[int]:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-import saeffect.lm.shards as shards_module
+import saeffect.lm.harvest as shards_module
+from saeffect.checksums import save_tensors
 from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.io import write_json
-from saeffect.lm.shards import ActivationStore, read_shard, save_shard, shard_name
+from saeffect.lm.harvest import ActivationStore, read_shard, shard_name
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def store(tmp_path: Path) -> ActivationStore:
     write_json(tmp_path / "harvest.json", {"made_by": {"model": "x"}})
     for i in range(5):
         x = torch.arange(10 * i, 10 * i + 10, dtype=torch.bfloat16)[:, None].expand(10, 2)
-        save_shard(tmp_path / shard_name(i), {"activations": x})
+        save_tensors(tmp_path / shard_name(i), {"activations": x})
     return ActivationStore.open(tmp_path)
 
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import saeffect.lm.stream as stream_module
+import saeffect.lm.activations as stream_module
 from saeffect.errors import ConfigError, EmptySelection
-from saeffect.lm.harvest import NormLimit, TokenRows, kept_positions
+from saeffect.lm.activations import NormLimit, StreamedActivations, TokenRows, kept_positions
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.stream import StreamedActivations
 
 HOOK = "blocks.1.hook_resid_pre"
 GIVEN_OUT = int(0.99 * 4 * 11)  # tokens of a whole pool of four rows
@@ -92,7 +91,7 @@ def test_text_is_read_as_it_is_needed(tiny_llama: LanguageModel) -> None:
     source = StreamedActivations.open(tiny_llama, HOOK, text, pool_rows=4, rows_a_pass=2)
     assert text.read == 4
     text.read = 0
-    assert source.n_batches(10, seed=0, epoch=0) is None
+    assert source.n_batches(10) is None
     batches = source.batches(10, seed=0, epoch=0)
     next(batches)
     assert text.read == 4

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import saeffect.lm.streamed_text as streamed_text
+import saeffect.lm.corpora as streamed_text
 from saeffect.config import TextSource
 from saeffect.errors import EmptySelection, NotFound
-from saeffect.lm.corpora import is_held_out
-from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.packing import pack
-from saeffect.lm.stream import StreamedActivations
-from saeffect.lm.streamed_text import StreamedText
+from saeffect.lm.activations import StreamedActivations
+from saeffect.lm.corpora import StreamedText, is_held_out
+from saeffect.lm.language_model import LanguageModel, pack
 
 WORDS = "the patient had a fever and some pain in old town river".split()
 

@@ -15,7 +15,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, NotFound
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer
-from saeffect.lm.tokenizers import known_tokens, token_texts, tokenizer_identity, tokenizer_trouble
+from saeffect.lm.tokens import known_tokens, token_texts, tokenizer_identity, tokenizer_trouble
 
 
 def as_sentencepiece() -> PreTrainedTokenizerFast:

@@ -71,7 +71,7 @@ def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> Non
 
 def test_new_terms_are_explained_where_they_first_appear(page: str) -> None:
     for name, terms in {
-        "answer": ("95 % interval",),
+        "answer": ("95\u202f% interval",),
         "chance": ("calibration", "nominal rate", "Wilson interval", "power", "by chance"),
         "tables": ("Newcombe interval", "hierarchical bootstrap", "difference-in-differences", "Cliff's delta"),
         "fates": ("counterpart", "kept, moved, gone, new", "absorbed", "mutual nearest neighbour", "excess"),

@@ -128,7 +128,7 @@ def test_each_term_is_explained_once_before_the_glossary(page: str) -> None:
         r"<dt>([^<]+)</dt><dd>", "".join(re.findall(r'<dl class="terms">.*?</dl>', before, re.DOTALL))
     )
     assert len(explained) == len(set(explained))
-    assert {"95 % interval", "placebo arm", "effect", "q", "coherence", "density", "dose"} <= set(explained)
+    assert {"95\u202f% interval", "placebo arm", "effect", "q", "coherence", "density", "dose"} <= set(explained)
 
 
 def test_same_bytes_twice(tmp_path: Path, page: str, comparison: Comparison, context: ReportContext) -> None:

@@ -12,8 +12,8 @@ import pytest
 from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, render_report
+from saeffect.report.context import SteeringResults
 from saeffect.report.numbering import Numbering, number_page
-from saeffect.report.steering_results import SteeringResults
 from saeffect.report.tables.view import TableView
 
 _OF_PAPER = re.compile(r"the paper’s (?:Table|Figure) \d+")

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saeffect.checksums import save_tensors
 from saeffect.io import write_json
-from saeffect.lm.shards import ActivationStore, save_shard, shard_name
+from saeffect.lm.harvest import ActivationStore, shard_name
 
 D_IN, N_TRUE, K_TRUE = 16, 24, 2
 
@@ -32,5 +33,5 @@ def planted_store(folder: Path, n_tokens: int, *, seed: int = 1, n_shards: int =
     """A harvest of planted tokens."""
     write_json(folder / "harvest.json", {"made_by": {"text": f"planted {n_tokens} {seed}"}})
     for i, part in enumerate(planted(n_tokens, seed).chunk(n_shards)):
-        save_shard(folder / shard_name(i), {"activations": part.clone()})
+        save_tensors(folder / shard_name(i), {"activations": part.clone()})
     return ActivationStore.open(folder)

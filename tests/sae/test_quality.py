@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeffect.lm.shards import ActivationStore, save_shard, shard_name
+from saeffect.checksums import save_tensors
+from saeffect.lm.harvest import ActivationStore, shard_name
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.training.quality import training_quality
@@ -18,7 +19,7 @@ def test_quality_by_hand(tmp_path: Path) -> None:
         sae.W_enc[0, 0] = 1.0
         sae.W_dec[0, 0] = 1.0
     (tmp_path / "harvest.json").write_text('{"made_by": {}}')
-    save_shard(tmp_path / shard_name(0), {"activations": torch.tensor([[3.0, 4.0], [0.0, 2.0]])})
+    save_tensors(tmp_path / shard_name(0), {"activations": torch.tensor([[3.0, 4.0], [0.0, 2.0]])})
     quality = training_quality(sae, ActivationStore.open(tmp_path))
     assert quality.explained_variance == pytest.approx(1 - 20 / (2 * 1.5**2 + 2 * 1.0**2))
     assert quality.l0 == 0.5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ShapeMismatch
-from saeffect.lm.harvest import NormLimit, kept_positions, measure_norm_limit
+from saeffect.lm.activations import NormLimit, kept_positions, measure_norm_limit
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SaeConfig

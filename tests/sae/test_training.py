@@ -19,7 +19,7 @@ from planted import planted_store, true_features
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
 from saeffect.io import Log, sole_writer
 from saeffect.lm.checkpoint import Checkpoint
-from saeffect.lm.shards import ActivationStore
+from saeffect.lm.harvest import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae
 from saeffect.sae.training import run as training_run
@@ -175,8 +175,8 @@ class _Scaled:
     def sample(self, n_tokens: int) -> Tensor:
         return self._store.sample(n_tokens) * self._factor
 
-    def n_batches(self, batch_size: int, *, seed: int = 0, epoch: int = 0) -> int | None:
-        return self._store.n_batches(batch_size, seed=seed, epoch=epoch)
+    def n_batches(self, batch_size: int) -> int | None:
+        return self._store.n_batches(batch_size)
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
         for x in self._store.batches(batch_size, seed=seed, epoch=epoch, start=start):
@@ -186,7 +186,7 @@ class _Scaled:
 class _Streamed(_Scaled):
     """Of unknown length, as streamed text is."""
 
-    def n_batches(self, batch_size: int, *, seed: int = 0, epoch: int = 0) -> int | None:
+    def n_batches(self, batch_size: int) -> int | None:
         return None
 
 

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the other p
 from planted import planted_store
 from training_process import WEIGHTS, Running, Spec, environment, free_port, left_in, train
 
+from saeffect.checksums import save_tensors
 from saeffect.lm.checkpoint import Checkpoint
-from saeffect.lm.shards import ActivationStore, read_shard, save_shard
+from saeffect.lm.harvest import ActivationStore, read_shard
 
 N_STEPS = 50
 SMALL: dict[str, Any] = {
@@ -152,7 +153,7 @@ def _damaged(store: ActivationStore, folder: Path, damage: str) -> Path:
         activations = read_shard(shard)["activations"]
         if shard == store.shards()[2] and damage == "NaN":
             activations[7, 3] = torch.nan
-        save_shard(folder / shard.name, {"activations": activations})
+        save_tensors(folder / shard.name, {"activations": activations})
     (folder / "harvest.json").write_bytes((store.folder / "harvest.json").read_bytes())
     return folder
 

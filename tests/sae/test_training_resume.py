@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the other p
 from planted import planted_store
 from training_process import WEIGHTS, Running, Spec, left_in, train
 
+from saeffect.checksums import save_tensors
 from saeffect.io import hash_file
 from saeffect.lm.checkpoint import Checkpoint
-from saeffect.lm.shards import ActivationStore, read_shard, save_shard
+from saeffect.lm.harvest import ActivationStore, read_shard
 
 N_STEPS = 240
 SMALL: dict[str, Any] = {
@@ -359,7 +360,7 @@ def test_nan_in_a_shard(
     (shard,) = (s for s in ActivationStore.open(copied).shards() if _rows_like(s, token).any())
     data, activations = shard.read_bytes(), read_shard(shard)["activations"]
     activations[_rows_like(shard, token), 3] = torch.nan
-    save_shard(shard, {"activations": activations})
+    save_tensors(shard, {"activations": activations})
     spec = Spec(((tmp_path / "sae", config),), copied)
     codes, (said,) = train(spec)
     assert codes == [2]

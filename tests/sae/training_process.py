@@ -23,8 +23,8 @@ import torch
 
 from saeffect.errors import SaeffectError
 from saeffect.io import Log, hash_file
-from saeffect.lm.activation_source import ActivationSource
-from saeffect.lm.shards import ActivationStore
+from saeffect.lm.activations import ActivationSource
+from saeffect.lm.harvest import ActivationStore
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.training import run as training_run
 from saeffect.sae.training.config import SaeTrainingConfig
@@ -60,9 +60,8 @@ class Spec:
         import numpy as np
 
         from saeffect.config import ModelConfig
-        from saeffect.lm.harvest import TokenRows
+        from saeffect.lm.activations import StreamedActivations, TokenRows
         from saeffect.lm.loading import load_language_model
-        from saeffect.lm.stream import StreamedActivations
 
         ids = np.random.default_rng(0).integers(1, 320, (24, 24)).astype(np.int32)
         rows = TokenRows(ids, np.zeros(24, dtype=np.int64), ("general",))

@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from saeffect.errors import ConfigError
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.finetune import perplexity
-from saeffect.lm.harvest import TokenRows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.check import check_study
 from saeffect.study.model_on_text import complaint_about_model, model_on_text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeffect.lm.harvest import TokenRows
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study import residuals as module

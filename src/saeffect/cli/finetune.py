@@ -15,7 +15,7 @@ __all__ = ["finetune"]
 
 
 def _keys() -> str:
-    from saeffect.lm.finetune_keys import finetune_keys
+    from saeffect.lm.finetune import finetune_keys
 
     return finetune_keys()
 

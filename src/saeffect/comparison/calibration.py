@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import QUANTITIES, Contrast, as_table, pair_contrasts
+from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
 from saeffect.comparison.judgement import ALPHA, judge, settled
-from saeffect.comparison.measures import sae_value
+from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import all_saes_contrast, control_saes
 from saeffect.stats.proportions import wilson
 from saeffect.stats.resampling import LEVEL, Resampling
@@ -51,25 +51,24 @@ class _Count:
 def calibration_table(
     arms: Mapping[str, ArmTables],
     roles: Roles,
-    contrasts: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
     *,
     tests: Sequence[str],
     alpha: float,
     min_matches: int,
     resampling: Resampling,
-    evidence: Mapping[str, pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Alarms of every test where a SAE of the control's model stands in for the treatment.
 
     Args:
         arms: The arms by name.
         roles: Who is control, treatment and placebo.
-        contrasts: The real ones, with the rows over seeds.
+        tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
+            "regression", and "fates_null" and "cross_activity" where there are such.
         tests: Declared quantities; those of `CALIBRATED` are added.
         alpha: Highest q of a finding about a feature.
         min_matches: As of the contrasts.
         resampling: As of the contrasts.
-        evidence: The tables "fates_null", "cross_activity" and "regression", where there are such.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -83,11 +82,10 @@ def calibration_table(
     saes = control_saes(arms, roles)
     pairs = _pairs(saes, min_matches, resampling)
     rows = []
-    beyond = _beyond_rows(tests, pairs, saes, contrasts, min_matches)
+    beyond = _beyond_rows(tests, pairs, saes, tables["judgements"], min_matches)
     for quantity in (name for name in beyond if name != _ANY):
-        rows += [_interval_row(quantity, quantity in tests, pairs, saes, contrasts), beyond[quantity]]
+        rows += [_interval_row(quantity, quantity in tests, pairs, saes, tables["contrasts"]), beyond[quantity]]
     rows += [beyond[_ANY]] if _ANY in beyond else []
-    tables = evidence or {}
     if "fates_null" in tables and len(tables["fates_null"]):
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
     if "cross_activity" in tables and len(tables["cross_activity"]):
@@ -145,13 +143,14 @@ def _interval_row(
 
 
 def _beyond_rows(
-    tests: Sequence[str], pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame, min_matches: int
+    tests: Sequence[str], pairs: _Rows, saes: Sequence[ArmTables], judgements: pd.DataFrame, min_matches: int
 ) -> dict[str, dict[str, Any]]:
     """The rule of the headline, quantity by quantity and for all that were declared together.
 
     Each SAE in turn is the treatment's, and all others are the control's and its placebos'.
     """
-    quantities = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in QUANTITIES]
+    compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
+    quantities = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
     usable = {name: _usable(name, saes, min_matches) for name in quantities}
     found = {name: _Count() for name in quantities}
     together = _Count()
@@ -169,7 +168,7 @@ def _beyond_rows(
             together = together.plus(any(judge(corrected, name).status == "beyond" for name in declared))
     unit = "SAEs, each in the treatment's place"
     reasons = {name: "" if found[name].tests else _too_few_saes(name, saes) for name in quantities}
-    real = {name: _real(contrasts, name) for name in quantities}
+    real = {name: _real(judgements, name) for name in quantities}
     table = {
         name: _row(name, _BEYOND, unit, name in tests, ALPHA, found[name], real[name], reasons[name])
         for name in quantities
@@ -185,7 +184,7 @@ def _beyond_rows(
 
 def _usable(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[ArmTables]:
     """SAEs that have the quantity; all for what only a pair has. None if they are fewer than three."""
-    of_a_pair = quantity in ("coherence_normalised", "coherence_delta")
+    of_a_pair = quantity in QUANTITIES and QUANTITIES[quantity].of_a_pair
     having = [sae for sae in saes if of_a_pair or math.isfinite(sae_value(quantity, sae, min_matches))]
     return having if len(having) > 2 else []
 
@@ -206,16 +205,15 @@ def _stand_in(quantity: str, b: ArmTables, saes: Sequence[ArmTables], pairs: _Ro
     return [*known, over] if over.saes_b else known
 
 
-def _real(contrasts: pd.DataFrame, quantity: str) -> _Count:
-    if quantity not in set(contrasts["quantity"]):
-        return _Count()
-    status = judge(contrasts, quantity).status
-    return _Count() if status in ("undefined", "unseparated") else _Count().plus(status == "beyond")
+def _real(judgements: pd.DataFrame, quantity: str) -> _Count:
+    status = judgements.loc[judgements["quantity"] == quantity, "status"]
+    judged = status[~status.isin(["undefined", "unseparated"])]
+    return _Count(len(judged), int((judged == "beyond").sum()))
 
 
 def _too_few_saes(quantity: str, saes: Sequence[ArmTables]) -> str:
     reason = "it needs three SAEs of the control's model: control, stand-in and placebo"
-    if len(saes) > 2 and quantity in ("pass_rate", "effect", "direct_effect", "paper_pass_rate"):
+    if len(saes) > 2 and quantity in QUANTITIES and QUANTITIES[quantity].steered:
         reason += ", all of them steered"
     return reason
 

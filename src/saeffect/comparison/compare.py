@@ -10,12 +10,13 @@ from saeffect.comparison import tables
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
 from saeffect.comparison.by_chance import chance_table
 from saeffect.comparison.calibration import calibration_table
-from saeffect.comparison.contrasts import TESTABLE, as_table, contrasts
+from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Comparison, MatchTables
-from saeffect.comparison.judgement import PRIMARY, settled
+from saeffect.comparison.judgement import PRIMARY, judgement_table, settled
 from saeffect.comparison.power import power_table
+from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts
 from saeffect.errors import ConfigError, unknown_name
 from saeffect.stats.resampling import Resampling
@@ -45,7 +46,7 @@ def compare(
         seed: Seed of every resample.
         n_boot: Resamples of an interval.
         n_permutations: Permutations of a test.
-        tests: What was declared before the run (`contrasts.TESTABLE`); all else is exploration.
+        tests: What was declared before the run (`quantities.declarable`); all else is exploration.
         matches: Which feature became which, if that was looked at.
 
     Raises:
@@ -72,8 +73,8 @@ def check_tests(tests: Sequence[str]) -> None:
         UnknownName: The message lists those that do.
     """
     for name in tests:
-        if name not in TESTABLE:
-            raise unknown_name("test", name, TESTABLE, at="comparison.tests")
+        if name not in declarable():
+            raise unknown_name("test", name, declarable(), at="comparison.tests")
 
 
 def _tables(
@@ -91,11 +92,13 @@ def _tables(
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
     differences = settled(differences)
+    judgements = judgement_table(differences)
     regression = effect_regression(arms, roles)
     return Comparison(
         table1=tables.table1(arms, min_matches=min_matches, resampling=resampling),
         table2=tables.table2(arms, resampling=resampling),
         contrasts=differences,
+        judgements=judgements,
         match_counts=tables.match_counts(arms),
         weights=tables.weights(arms),
         activity=tables.activity(arms),
@@ -103,16 +106,17 @@ def _tables(
         calibration=calibration_table(
             arms,
             roles,
-            differences,
-            tests=tests,
-            alpha=alpha,
-            min_matches=min_matches,
-            resampling=resampling,
-            evidence={
+            {
+                "contrasts": differences,
+                "judgements": judgements,
                 "fates_null": matches.fates_null,
                 "cross_activity": matches.cross_activity,
                 "regression": regression.terms,
             },
+            tests=tests,
+            alpha=alpha,
+            min_matches=min_matches,
+            resampling=resampling,
         ),
         power=power_table(arms, roles, differences, tests=tests, alpha=alpha, min_matches=min_matches),
         by_chance=chance_table(arms, roles, matches, alpha=alpha),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,18 +18,9 @@ from scipy.stats import mannwhitneyu
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.judgement import PRIMARY
-from saeffect.comparison.measures import (
-    FloatArray,
-    activity_of,
-    coherence_of,
-    direct_effect_of,
-    effect_of,
-    match_counts_of,
-    pass_counts,
-    scale_count,
-    untested_reason,
-    weights_of,
-)
+from saeffect.comparison.measures import untested_reason
+from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity
+from saeffect.stats.arguments import FloatArray
 from saeffect.stats.bootstrap import bootstrap_difference
 from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
 from saeffect.stats.estimate import Estimate
@@ -38,31 +29,18 @@ from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_r
 from saeffect.stats.resampling import (
     LEVEL,
     Resampling,
-    TwoSample,
     cliffs_delta_interval,
     compare_counts,
     compare_moment,
     undefined,
 )
 
-__all__ = ["COMPARISONS", "ONE_SAE", "QUANTITIES", "TESTABLE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
+__all__ = ["COMPARISONS", "ONE_SAE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
 
 COMPARISONS = ("fine-tuning", "retraining", "beyond retraining")
 ONE_SAE = "one SAE on either side: the interval does not hold the noise of SAE training"
-QUANTITIES = (
-    *("domain_share", "domain_share_ratio", "share_dot", "share_dot_ratio", "share_cosine", "share_cosine_ratio"),
-    *("pass_rate", "pass_rate_ratio", "paper_pass_rate", "paper_pass_rate_ratio"),
-    *("coherence_mean", "coherence_median", "coherence_normalised", "coherence_delta"),
-    *("weight_mean", "weight_mean_change", "weight_variance", "weight_variance_change"),
-    *("density", "mean_activation", "matches_mean", "effect", "direct_effect"),
-)
-"""Every quantity that is compared, in the order of the table; more SAEs add `<quantity>_seeds`."""
-
-TESTABLE = (*(name for name in QUANTITIES if not name.endswith("_ratio")), "fates", "cross_activity")
-"""What a study can declare as a test. A ratio says what its difference says, around 1 instead of 0."""
-
 _NAN = float("nan")
-_STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
+_BY_FEATURES = "bootstrap over features, permutation test"
 
 
 @dataclass(frozen=True)
@@ -96,30 +74,25 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two arms, and all that it takes to write one row about them."""
+    """Two arms and a quantity, and all that it takes to write its rows."""
 
     comparison: str
     a: ArmTables
     b: ArmTables
+    quantity: Quantity
     min_matches: int
     resampling: Resampling
 
-    def named(self, quantity: str) -> str:
-        return f"{quantity}|{self.a.name}|{self.b.name}"
+    def read(self) -> tuple[Any, Any]:
+        return self.quantity.read(self.a, self.min_matches), self.quantity.read(self.b, self.min_matches)
 
-    def row(
-        self,
-        quantity: str,
-        label: str,
-        values: tuple[float, float],
-        estimate: Estimate,
-        p: float,
-        method: str,
-        unit: str,
-    ) -> Contrast:
+    def seed(self, *what: str) -> int:
+        return self.resampling.seed_for(f"{self.quantity.name}|{self.a.name}|{self.b.name}", *what)
+
+    def row(self, values: tuple[float, float], estimate: Estimate, p: float, method: str) -> Contrast:
         return Contrast(
-            quantity=quantity,
-            label=label,
+            quantity=self.quantity.name,
+            label=self.quantity.label.format(min_matches=self.min_matches),
             comparison=self.comparison,
             a=self.a.name,
             b=self.b.name,
@@ -130,7 +103,7 @@ class _Pair:
             high=float(estimate.high),
             p=float(p),
             method=method,
-            unit=unit,
+            unit=self.quantity.unit,
             reason=estimate.reason,
         )
 
@@ -172,17 +145,11 @@ def pair_contrasts(
     comparison: str, a: ArmTables, b: ArmTables, *, min_matches: int, resampling: Resampling
 ) -> list[Contrast]:
     """Every quantity of arm `b` against arm `a`, as rows of one comparison."""
-    pair = _Pair(comparison, a, b, min_matches, resampling)
-    parts: tuple[Callable[[_Pair], list[Contrast]], ...] = (
-        _domain_shares,
-        _pass_rates,
-        _coherence,
-        _weights,
-        _activity,
-        _matches,
-        _steering,
-    )
-    return [row for part in parts for row in part(pair)]
+    return [
+        row
+        for quantity in QUANTITIES.values()
+        for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling))
+    ]
 
 
 def as_table(rows: Sequence[Contrast], tests: Sequence[str]) -> pd.DataFrame:
@@ -191,188 +158,101 @@ def as_table(rows: Sequence[Contrast], tests: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame([asdict(row) for row in marked], columns=[field.name for field in fields(Contrast)])
 
 
-def _domain_shares(pair: _Pair) -> list[Contrast]:
-    a, b = pair.a, pair.b
-    rows = _two_rows(
-        pair,
-        "domain_share",
-        "Share of features that are domain features",
-        (len(a.domain), a.n_features),
-        (len(b.domain), b.n_features),
-    )
-    scales: tuple[tuple[Literal["dot", "cosine"], str], ...] = (("dot", "dot product"), ("cosine", "cosine"))
-    for scale, words in scales:
-        counts = [(scale_count(arm, scale, pair.min_matches), arm.n_features) for arm in (a, b)]
-        label = f"Share of features with {pair.min_matches} or more vocabulary tokens, {words}"
-        rows += _two_rows(pair, f"share_{scale}", label, counts[0], counts[1])
-    return rows
-
-
-def _pass_rates(pair: _Pair) -> list[Contrast]:
-    a, b = pass_counts(pair.a), pass_counts(pair.b)
-    ours = _two_rows(
-        pair,
-        "pass_rate",
-        "Share of tested features that pass against placebo",
-        (a.passed, a.tested),
-        (b.passed, b.tested),
-    )
-    papers = _two_rows(
-        pair,
-        "paper_pass_rate",
-        "Share of tested features that pass by the paper's rule",
-        (a.paper_passed, a.paper_tested),
-        (b.paper_passed, b.paper_tested),
-    )
-    return ours + papers
-
-
-def _two_rows(pair: _Pair, quantity: str, label: str, a: tuple[int, int], b: tuple[int, int]) -> list[Contrast]:
-    """Difference and ratio of two proportions, each given as (successes, trials)."""
-    values = tuple(k / n if n else _NAN for k, n in (a, b))
-    pair_values = (values[0], values[1])
-    if not (a[1] and b[1]):
-        arm = pair.b if a[1] else pair.a
-        untested = untested_reason(arm) if quantity.endswith("pass_rate") else ""
-        difference = ratio = undefined(untested or f"no feature to count in {arm.name}")
-        p = _NAN
-    else:
-        difference = newcombe_difference(*a, *b, level=LEVEL)
-        ratio = risk_ratio(*a, *b, level=LEVEL)
+def _shares(pair: _Pair) -> list[Contrast]:
+    """Difference and ratio of two proportions."""
+    a, b = pair.read()
+    values = (a[0] / a[1] if a[1] else _NAN, b[0] / b[1] if b[1] else _NAN)
+    p = _NAN
+    if a[1] and b[1]:
+        difference, ratio = newcombe_difference(*a, *b, level=LEVEL), risk_ratio(*a, *b, level=LEVEL)
         if not a[0]:  # said with the arm's name
             ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", a[1] + b[1])
         p = fisher_exact(*a, *b).p
-    return [
-        pair.row(quantity, label, pair_values, difference, p, "Newcombe interval, Fisher's exact test", "share"),
-        pair.row(
-            f"{quantity}_ratio",
-            f"{label} (ratio)",
-            pair_values,
-            ratio,
-            p,
-            "log-ratio interval, Fisher's exact test",
-            "ratio",
-        ),
-    ]
+    else:
+        arm = pair.b if a[1] else pair.a
+        untested = untested_reason(arm) if pair.quantity.steered else ""
+        difference = ratio = undefined(untested or f"no feature to count in {arm.name}")
+    row = pair.row(values, difference, p, "Newcombe interval, Fisher's exact test")
+    ratio_row = pair.row(values, ratio, p, "log-ratio interval, Fisher's exact test")
+    return [row, _derived(ratio_row, "_ratio", f"{row.label} (ratio)", "ratio")]
 
 
-def _coherence(pair: _Pair) -> list[Contrast]:
-    a, b = coherence_of(pair.a), coherence_of(pair.b)
-    means = _difference_row(pair, "coherence_mean", "Mean coherence of domain features", a, b, "mean", "coherence")
-    medians = _difference_row(
-        pair, "coherence_median", "Median coherence of domain features", a, b, "median", "coherence"
-    )
-    values = (means.value_a, means.value_b)
-    ranges = (float(np.ptp(a)) if len(a) else 0.0, float(np.ptp(b)) if len(b) else 0.0)
-    scale = sum(ranges) / 2
-    if scale > 0 and len(a) and len(b):
-        value = float(normalised_mean_difference(a, b))
-        normalised = Estimate(value, means.low / scale, means.high / scale, len(a) + len(b), means.reason)
+def _averages(pair: _Pair) -> list[Contrast]:
+    """Difference of means or medians of one number a feature."""
+    a, b = pair.read()
+    statistic = pair.quantity.kind
+    values = [float(np.median(side) if statistic == "median" else np.mean(side)) if len(side) else _NAN
+              for side in (a, b)]  # fmt: skip
+    if min(len(a), len(b)) < 2:
+        estimate, p = undefined(_too_few(pair, a, b), len(a) + len(b), values[1] - values[0]), _NAN
+    else:
+        n_boot, n_permutations = pair.resampling.n_boot, pair.resampling.n_permutations
+        function = np.median if statistic == "median" else np.mean
+        estimate = bootstrap_difference(a, b, function, n_boot=n_boot, level=LEVEL, seed=pair.seed("bootstrap"))
+        p = permutation_test(a, b, statistic=statistic, n_permutations=n_permutations, seed=pair.seed("permutation")).p
+    return [pair.row((values[0], values[1]), estimate, p, _BY_FEATURES)]
+
+
+def _mean_range(pair: _Pair) -> list[Contrast]:
+    """The difference of the means, divided by the mean of the two ranges (Gupta & Sica 2024, Table 2)."""
+    a, b = pair.read()
+    # Under the name of the mean it gets the resamples of the mean, so that the two rows agree.
+    name = f"{pair.quantity.name.rpartition('_')[0]}_mean"
+    means = _averages(replace(pair, quantity=replace(pair.quantity, name=name, kind="mean")))[0]
+    scale = (float(np.ptp(a)) + float(np.ptp(b))) / 2 if len(a) and len(b) else 0.0
+    if scale > 0:
+        value = normalised_mean_difference(a, b)
+        estimate = Estimate(value, means.low / scale, means.high / scale, len(a) + len(b), means.reason)
         p = means.p
     else:
-        normalised, p = undefined("no range of coherence to divide by", len(a) + len(b)), _NAN
-    rows = [means, medians]
-    rows.append(
-        pair.row(
-            "coherence_normalised",
-            "Normalised mean difference of coherence (the paper's)",
-            values,
-            normalised,
-            p,
-            "mean difference and interval divided by the mean of the two ranges; p of the mean difference",
-            "mean range",
-        )
-    )
+        estimate, p = undefined("no range of coherence to divide by", len(a) + len(b)), _NAN
+    method = "mean difference and interval divided by the mean of the two ranges; p of the mean difference"
+    return [pair.row((means.value_a, means.value_b), estimate, p, method)]
+
+
+def _dominance(pair: _Pair) -> list[Contrast]:
+    a, b = pair.read()
+    values = (float(np.mean(a)) if len(a) else _NAN, float(np.mean(b)) if len(b) else _NAN)
     if min(len(a), len(b)) >= 2:
-        delta = cliffs_delta_interval(a, b, float(cliffs_delta(a, b)), pair.resampling, pair.named("coherence_delta"))
+        name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
+        estimate = cliffs_delta_interval(a, b, float(cliffs_delta(a, b)), pair.resampling, name)
         p = float(mannwhitneyu(a, b, alternative="two-sided").pvalue)
     else:
-        delta, p = undefined(_too_few(pair, a, b), len(a) + len(b)), _NAN
-    method = "bootstrap over features, Mann-Whitney test"
-    rows.append(pair.row("coherence_delta", "Cliff's delta of coherence", values, delta, p, method, "from -1 to 1"))
-    return rows
+        estimate, p = undefined(_too_few(pair, a, b), len(a) + len(b)), _NAN
+    return [pair.row(values, estimate, p, "bootstrap over features, Mann-Whitney test")]
 
 
-def _weights(pair: _Pair) -> list[Contrast]:
-    a, b = weights_of(pair.a), weights_of(pair.b)
-    rows: list[Contrast] = []
-    for moment in ("mean", "variance"):
-        quantity = f"weight_{moment}"
-        result = compare_moment(
-            (a.weight, a.feature), (b.weight, b.feature), moment, pair.resampling, pair.named(quantity)
-        )
-        label = f"{moment.capitalize()} of the top-token weights (the paper's activations)"
-        unit = "weight" if moment == "mean" else "weight squared"
-        rows += _moment_rows(pair, quantity, label, result, unit)
-    return rows
+def _token_moments(pair: _Pair) -> list[Contrast]:
+    """Mean or variance of several numbers a feature, and its change in %."""
+    a, b = pair.read()
+    moment = pair.quantity.kind.removeprefix("token ")
+    name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
+    found = compare_moment(a, b, moment, pair.resampling, name)
+    values, method = (found.value_a, found.value_b), "cluster bootstrap by feature, permutation of features"
+    row, change = pair.row(values, found.difference, found.p, method), pair.row(values, found.change, found.p, method)
+    return [row, _derived(change, "_change", f"{row.label}, percentage change", "%")]
 
 
-_ACTIVITY: tuple[tuple[Literal["density", "mean_activation"], str, str], ...] = (
-    ("density", "Mean density of domain features", "share of tokens"),
-    ("mean_activation", "Mean activation of domain features, where active", "activation"),
-)
+def _counts(pair: _Pair) -> list[Contrast]:
+    name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
+    found = compare_counts(*pair.read(), pair.resampling, name)
+    return [pair.row((found.value_a, found.value_b), found.difference, found.p, _BY_FEATURES)]
 
 
-def _activity(pair: _Pair) -> list[Contrast]:
-    return [
-        _difference_row(pair, column, label, activity_of(pair.a, column), activity_of(pair.b, column), "mean", unit)
-        for column, label, unit in _ACTIVITY
-    ]
+_COMPARE: dict[Kind, Callable[[_Pair], list[Contrast]]] = {
+    "share": _shares,
+    "mean": _averages,
+    "median": _averages,
+    "count mean": _counts,
+    "token mean": _token_moments,
+    "token variance": _token_moments,
+    "mean range": _mean_range,
+    "dominance": _dominance,
+}
 
 
-def _matches(pair: _Pair) -> list[Contrast]:
-    result = compare_counts(
-        match_counts_of(pair.a), match_counts_of(pair.b), pair.resampling, pair.named("matches_mean")
-    )
-    values = (result.value_a, result.value_b)
-    method = "bootstrap over features, permutation test"
-    label = "Mean number of top tokens in the vocabulary, all features"
-    return [pair.row("matches_mean", label, values, result.difference, result.p, method, "tokens")]
-
-
-def _steering(pair: _Pair) -> list[Contrast]:
-    label, direct = "Mean effect of steering beyond placebo", "Mean direct effect beyond placebo"
-    return [
-        _difference_row(pair, "effect", label, effect_of(pair.a), effect_of(pair.b), "mean", "cosine similarity"),
-        _difference_row(
-            pair, "direct_effect", direct, direct_effect_of(pair.a), direct_effect_of(pair.b), "mean", "nats"
-        ),
-    ]
-
-
-def _moment_rows(pair: _Pair, quantity: str, label: str, result: TwoSample, unit: str) -> list[Contrast]:
-    values = (result.value_a, result.value_b)
-    method = "cluster bootstrap by feature, permutation of features"
-    change = f"{label}, percentage change"
-    return [
-        pair.row(quantity, label, values, result.difference, result.p, method, unit),
-        pair.row(f"{quantity}_change", change, values, result.change, result.p, method, "%"),
-    ]
-
-
-def _difference_row(
-    pair: _Pair, quantity: str, label: str, a: FloatArray, b: FloatArray, statistic: str, unit: str
-) -> Contrast:
-    """Difference of means or medians of one number a feature."""
-    function = _STATISTICS[statistic]
-    value_a, value_b = (float(function(values)) if len(values) else _NAN for values in (a, b))
-    resampling, name = pair.resampling, pair.named(quantity)
-    if min(len(a), len(b)) < 2:
-        estimate, p = undefined(_too_few(pair, a, b), len(a) + len(b), value_b - value_a), _NAN
-    else:
-        estimate = bootstrap_difference(
-            a, b, function, n_boot=resampling.n_boot, level=LEVEL, seed=resampling.seed_for(name, "bootstrap")
-        )
-        p = permutation_test(
-            a,
-            b,
-            statistic="median" if statistic == "median" else "mean",
-            alternative="two-sided",
-            n_permutations=resampling.n_permutations,
-            seed=resampling.seed_for(name, "permutation"),
-        ).p
-    method = "bootstrap over features, permutation test"
-    return pair.row(quantity, label, (value_a, value_b), estimate, p, method, unit)
+def _derived(row: Contrast, suffix: str, label: str, unit: str) -> Contrast:
+    return replace(row, quantity=f"{row.quantity}{suffix}", label=label, unit=unit)
 
 
 def _too_few(pair: _Pair, a: FloatArray, b: FloatArray) -> str:

@@ -7,6 +7,8 @@ from typing import Any, TypedDict
 
 import pandas as pd
 
+from saeffect.comparison.judgement import Judgement, judgements_of
+
 __all__ = ["Answer", "Comparison", "MatchTables", "Trace"]
 
 
@@ -89,6 +91,7 @@ class Comparison:
         table1: One row an arm: domain features, passing, similarities (`tables.table1`).
         table2: One row an arm: coherence of domain features (`tables.table2`).
         contrasts: One row per quantity and pair of arms (`contrasts.contrasts`, `seeds.seed_contrasts`).
+        judgements: What may be credited to fine-tuning, one row a quantity (`judgement.judgement_table`).
         match_counts: Features by number of top tokens in the vocabulary (Figure 1).
         weights: Top-token weights of domain features (Figure 2).
         activity: Density and activation of domain features.
@@ -106,6 +109,7 @@ class Comparison:
     table1: pd.DataFrame
     table2: pd.DataFrame
     contrasts: pd.DataFrame
+    judgements: pd.DataFrame
     match_counts: pd.DataFrame
     weights: pd.DataFrame
     activity: pd.DataFrame
@@ -118,6 +122,11 @@ class Comparison:
     partial_residuals: pd.DataFrame = field(default_factory=_none)
     matches: MatchTables = field(default_factory=MatchTables)
     answer: Answer = field(default_factory=_no_answer)
+
+    @property
+    def judged(self) -> dict[str, Judgement]:
+        """The judgements with the differences behind them, by quantity."""
+        return judgements_of(self.judgements, self.contrasts)
 
     @classmethod
     def table_names(cls) -> tuple[str, ...]:

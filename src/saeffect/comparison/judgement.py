@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +27,8 @@ __all__ = [
     "Status",
     "exceeds_noise",
     "judge",
+    "judgement_table",
+    "judgements_of",
     "noise_p",
     "settled",
     "told_row",
@@ -40,6 +42,21 @@ ALL_SEEDS = "all seeds"
 
 ALPHA = 0.05
 """How often a study in which fine-tuning did nothing may credit it with something."""
+
+_HEADLINE = (
+    "comparison",
+    "a",
+    "b",
+    "value_a",
+    "value_b",
+    "estimate",
+    "low",
+    "high",
+    "unit",
+    "reason",
+    "saes_a",
+    "saes_b",
+)
 
 Status = Literal["undefined", "unclear", "unseparated", "noise", "beyond"]
 
@@ -184,26 +201,60 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
         contrasts: The table of `saeffect.comparison.contrasts`, with the rows of `seed_contrasts` if there are any.
         quantity: A value of its column `quantity`.
     """
-    rows = contrasts[contrasts["quantity"] == quantity]
-    change = _gaps(rows, "fine-tuning")[0]
-    retraining, beyond = _gaps(rows, "retraining"), _gaps(rows, "beyond retraining")
-    seeds, n_saes = _over_seeds(contrasts, quantity)
-    p = _p_of(contrasts, rows, quantity)
-    several = seeds is not None and min(n_saes) > 1
+    judged = _evidence(contrasts, quantity, _p_of(contrasts, quantity))
+    change, retraining, beyond = judged.change, judged.retraining, judged.beyond
     status: Status
-    if several and p <= ALPHA:
+    if judged.by_seeds and judged.p <= ALPHA:
         status = "beyond"
     elif not change.defined:
         status = "undefined"
-    elif several:
-        status = "noise" if change.sign or (seeds is not None and seeds.sign) else "unclear"
+    elif judged.by_seeds:
+        status = "noise" if change.sign or judged.told.sign else "unclear"
     elif change.sign == 0:
         status = "unclear"
-    elif not (retraining or seeds) or not all(gap.defined for gap in (*retraining, *beyond)) or math.isnan(p):
+    elif (
+        not (retraining or judged.seeds)
+        or not all(gap.defined for gap in (*retraining, *beyond))
+        or math.isnan(judged.p)
+    ):
         status = "unseparated"
     else:
-        status = "beyond" if exceeds_noise(change, retraining, beyond, p=p) else "noise"
-    return Judgement(quantity, status, change, retraining, beyond, seeds, n_saes, p)
+        status = "beyond" if exceeds_noise(change, retraining, beyond, p=judged.p) else "noise"
+    return replace(judged, status=status)
+
+
+def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """Every quantity judged once, to be stored: what speaks of a reading takes it from here.
+
+    Args:
+        contrasts: As `settled` gives it.
+
+    Returns:
+        One row a quantity: `quantity`, `label`, `declared`, `status` and `p` (`Judgement`); then the row of the
+        contrasts that the reading speaks of: `comparison` ("fine-tuning", or "all seeds" where these decide), `a`, `b`,
+        `value_a`, `value_b`, `estimate`, `low`, `high`, `unit`, `reason`, `saes_a`, `saes_b`.
+    """
+    tuned = contrasts[contrasts["comparison"] == "fine-tuning"]
+    names = [str(name) for name in tuned["quantity"] if not str(name).endswith(("_seeds", "_ratio"))]
+    rows = []
+    for row, judged in ((told_row(contrasts, judged), judged) for judged in (judge(contrasts, name) for name in names)):
+        first = tuned[tuned["quantity"] == judged.quantity].iloc[0]
+        head = {"quantity": judged.quantity, "label": first["label"], "declared": bool(first["declared"])}
+        rows.append({**head, "status": judged.status, "p": judged.p, **{name: row[name] for name in _HEADLINE}})
+    return pd.DataFrame(rows, columns=["quantity", "label", "declared", "status", "p", *_HEADLINE])
+
+
+def judgements_of(table: pd.DataFrame, contrasts: pd.DataFrame) -> dict[str, Judgement]:
+    """Stored judgements with the differences behind them, by quantity.
+
+    Args:
+        table: As `judgement_table` gives it.
+        contrasts: The table that it was made of.
+    """
+    return {
+        str(row.quantity): replace(_evidence(contrasts, str(row.quantity), float(row.p)), status=row.status)
+        for row in table.itertuples()
+    }
 
 
 def told_row(contrasts: pd.DataFrame, judged: Judgement) -> pd.Series[Any]:
@@ -212,11 +263,20 @@ def told_row(contrasts: pd.DataFrame, judged: Judgement) -> pd.Series[Any]:
     return contrasts[(contrasts["quantity"] == name) & (contrasts["comparison"] == comparison)].iloc[0]
 
 
-def _p_of(contrasts: pd.DataFrame, rows: pd.DataFrame, quantity: str) -> float:
+def _evidence(contrasts: pd.DataFrame, quantity: str, p: float) -> Judgement:
+    """All differences behind a judgement, without the status."""
+    rows = contrasts[contrasts["quantity"] == quantity]
+    seeds, n_saes = _over_seeds(contrasts, quantity)
+    change = _gaps(rows, "fine-tuning")[0]
+    retraining, beyond = _gaps(rows, "retraining"), _gaps(rows, "beyond retraining")
+    return Judgement(quantity, "undefined", change, retraining, beyond, seeds, n_saes, p)
+
+
+def _p_of(contrasts: pd.DataFrame, quantity: str) -> float:
     """After Holm where that was worked out, else as it is."""
     if "p_noise" not in contrasts:
         return _noise_p_of(contrasts, quantity)
-    row = rows[rows["comparison"] == "fine-tuning"].iloc[0]
+    row = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")].iloc[0]
     return float(row["p_noise_holm"] if bool(row["declared"]) else row["p_noise"])
 
 

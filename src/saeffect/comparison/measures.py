@@ -24,7 +24,6 @@ __all__ = [
     "match_counts_of",
     "pass_counts",
     "placebo_of",
-    "sae_value",
     "scale_count",
     "steered_minus_placebo",
     "top_token_coverage",
@@ -201,54 +200,6 @@ def condition_similarities(arm: ArmTables, condition: str) -> tuple[FloatArray, 
     rows = trials[(trials["condition"] == condition) & trials["similarity"].notna()]
     rows = rows.sort_values("feature", kind="stable")
     return rows["similarity"].to_numpy(dtype=np.float64), rows["feature"].to_numpy(dtype=np.int64)
-
-
-def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
-    """One number of a whole SAE: a share, a mean, a median or a variance over its features.
-
-    Args:
-        quantity: As in the contrasts, without `_ratio`, `_change` or `_seeds`.
-        arm: The SAE.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-
-    Returns:
-        NaN where the SAE has nothing to count or average, and for what only a pair of SAEs has (Cliff's delta).
-    """
-    if quantity in ("domain_share", "share_dot", "share_cosine", "pass_rate", "paper_pass_rate"):
-        k, n = _counts(quantity, arm, min_matches)
-        return k / n if n else float("nan")
-    values = _read(quantity, arm)
-    if quantity == "weight_variance":
-        return float(np.var(values, ddof=1)) if len(values) > 1 else float("nan")
-    if not len(values):
-        return float("nan")
-    return float(np.median(values) if quantity == "coherence_median" else values.mean())
-
-
-def _counts(quantity: str, arm: ArmTables, min_matches: int) -> tuple[int, int]:
-    passes = pass_counts(arm)
-    if quantity in ("share_dot", "share_cosine"):
-        return scale_count(arm, "dot" if quantity == "share_dot" else "cosine", min_matches), arm.n_features
-    if quantity == "domain_share":
-        return len(arm.domain), arm.n_features
-    if quantity == "pass_rate":
-        return passes.passed, passes.tested
-    return passes.paper_passed, passes.paper_tested
-
-
-def _read(quantity: str, arm: ArmTables) -> FloatArray:
-    if quantity in ("density", "mean_activation"):
-        return activity_of(arm, "density" if quantity == "density" else "mean_activation")
-    if quantity in ("weight_mean", "weight_variance"):
-        return weights_of(arm).weight
-    read = {
-        "coherence_mean": coherence_of,
-        "coherence_median": coherence_of,
-        "effect": effect_of,
-        "direct_effect": direct_effect_of,
-        "matches_mean": match_counts_of,
-    }
-    return np.asarray(read[quantity](arm) if quantity in read else (), dtype=np.float64)
 
 
 def _finite(values: pd.Series[Any]) -> FloatArray:

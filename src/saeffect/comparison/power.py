@@ -11,20 +11,11 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
-from saeffect.comparison.measures import (
-    FloatArray,
-    activity_of,
-    coherence_of,
-    direct_effect_of,
-    effect_of,
-    match_counts_of,
-    pass_counts,
-    sae_value,
-    scale_count,
-    steered_minus_placebo,
-)
+from saeffect.comparison.measures import steered_minus_placebo
+from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import control_saes
 from saeffect.stats import independent_values
+from saeffect.stats.arguments import FloatArray
 from saeffect.stats.power import (
     Detectable,
     detectable_few_means,
@@ -91,22 +82,19 @@ def power_table(
 def _between_features(
     quantity: str, row: pd.Series[Any], control: ArmTables, treatment: ArmTables, min_matches: int
 ) -> dict[str, Any]:
-    counts = [_counts(quantity, arm, min_matches) for arm in (control, treatment)]
-    values = [_values(quantity, arm) for arm in (control, treatment)]
-    if counts[0] is not None and counts[1] is not None:
-        (k_a, n_a), (_, n_b) = counts[0], counts[1]
+    known, unit, observed = QUANTITIES.get(quantity), str(row["unit"]), float(row["estimate"])
+    if known is None or known.kind not in ("share", "mean", "count mean"):
+        found = Detectable(math.nan, math.nan, 0, "", "its power is not worked out: it is neither a share nor a mean")
+        return _row(quantity, unit, (0, 0), math.nan, found, observed)
+    a, b = known.read(control, min_matches), known.read(treatment, min_matches)
+    if known.kind == "share":
+        (k_a, n_a), (_, n_b) = a, b
         share = k_a / n_a if n_a else math.nan
         found = detectable_proportion_difference(share if n_a else 0.0, n_a, n_b, alpha=ALPHA, power=POWER)
-        return _row(quantity, str(row["unit"]), (n_a, n_b), share, found, float(row["estimate"]))
-    if values[0] is None or values[1] is None:
-        found = Detectable(math.nan, math.nan, 0, "", "its power is not worked out: it is neither a share nor a mean")
-        return _row(quantity, str(row["unit"]), (0, 0), math.nan, found, float(row["estimate"]))
-    spreads = [_sd(one) for one in (values[0], values[1])]
-    n_a, n_b = len(values[0]), len(values[1])
-    found = detectable_mean_difference(spreads[0], n_a, spreads[1], n_b, alpha=ALPHA, power=POWER)
-    return _row(
-        quantity, str(row["unit"]), (n_a, n_b), _pooled(spreads[0], spreads[1], n_a, n_b), found, float(row["estimate"])
-    )
+        return _row(quantity, unit, (n_a, n_b), share, found, observed)
+    n_a, n_b, sd_a, sd_b = len(a), len(b), _sd(a), _sd(b)
+    found = detectable_mean_difference(sd_a, n_a, sd_b, n_b, alpha=ALPHA, power=POWER)
+    return _row(quantity, unit, (n_a, n_b), _pooled(sd_a, sd_b, n_a, n_b), found, observed)
 
 
 def _sae_values(
@@ -174,29 +162,6 @@ def _row(test: str, unit: str, n: tuple[int, int], spread: float, found: Detecta
         "method": found.method,
         "reason": found.reason,
     }
-
-
-def _counts(quantity: str, arm: ArmTables, min_matches: int) -> tuple[int, int] | None:
-    passes = pass_counts(arm)
-    if quantity in ("share_dot", "share_cosine"):
-        return scale_count(arm, "dot" if quantity == "share_dot" else "cosine", min_matches), arm.n_features
-    return {
-        "domain_share": (len(arm.domain), arm.n_features),
-        "pass_rate": (passes.passed, passes.tested),
-        "paper_pass_rate": (passes.paper_passed, passes.paper_tested),
-    }.get(quantity)
-
-
-def _values(quantity: str, arm: ArmTables) -> FloatArray | None:
-    if quantity in ("density", "mean_activation"):
-        return activity_of(arm, "density" if quantity == "density" else "mean_activation")
-    read = {
-        "coherence_mean": coherence_of,
-        "effect": effect_of,
-        "direct_effect": direct_effect_of,
-        "matches_mean": lambda one: match_counts_of(one).astype(np.float64),
-    }.get(quantity)
-    return None if read is None else read(arm)
 
 
 def _sd(values: FloatArray) -> float:

@@ -22,8 +22,7 @@ import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
 from saeffect.lm.tokens import normalise_token
-from saeffect.lm.utf8 import decode_utf8, read_bytes
-from saeffect.paths import user_path
+from saeffect.paths import decode_utf8, read_bytes, user_path
 
 __all__ = [
     "MatchCounts",

@@ -14,7 +14,7 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, first_line
 from saeffect.io import Log, read_json
 
-__all__ = ["BOTH", "account_for", "explained", "refuse_nan"]
+__all__ = ["BOTH", "account_for", "loading_errors", "refuse_nan"]
 
 # A folder with a model and an adapter: what is wrong, and what to do.
 BOTH = (
@@ -67,7 +67,7 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
 
 
 @contextlib.contextmanager
-def explained(config: ModelConfig, at: str | None, base: Path | str) -> Iterator[None]:
+def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Iterator[None]:
     """Turn what transformers, safetensors and the hub raise into our errors."""
     try:
         yield

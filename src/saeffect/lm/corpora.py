@@ -1,4 +1,4 @@
-"""Text from wherever people have it: JSON lines, plain text, CSV, Parquet, saved datasets, or one on the hub."""
+"""Text from wherever people have it (JSON lines, plain text, CSV, Parquet, saved datasets, the hub), also as rows."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
-from saeffect.errors import BadFile, EmptySelection, NotFound
+import numpy as np
+from numpy.typing import NDArray
+
+from saeffect.config import TextSource
+from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
+from saeffect.io import fingerprint, hash_folder
+from saeffect.lm.language_model import LanguageModel
 from saeffect.paths import refuse_special, user_path
 
-__all__ = ["is_held_out", "read_corpus"]
+__all__ = ["interleave", "is_held_out", "read_corpus", "RowSource", "StreamedText"]
 
 _FORMATS = (
     ".jsonl, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; a folder that save_to_disk of datasets wrote;"
@@ -33,9 +41,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_corpus(source: str, *, field: str = "text", split: str = "train") -> Iterator[str]:
-    """Documents, one string each, in the order of the file.
-
-    Half a character, as cut-off JSON has it, becomes U+FFFD.
+    """Documents, one string each, in the order of the file; half a character becomes U+FFFD.
 
     Args:
         source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph (blank lines between them);
@@ -206,7 +212,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[str]:
                 number += 1
                 yield _text_of({field: value.as_py()}, field, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"this Parquet file cannot be read: {_first_line(error)}.", at=str(path)) from error
+        raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
 
 
 def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
@@ -221,7 +227,7 @@ def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
     try:
         found: Any = load_from_disk(str(path))
     except Exception as error:  # of many kinds
-        raise BadFile(f"this saved dataset cannot be read: {_first_line(error)}.", at=str(path)) from error
+        raise BadFile(f"this saved dataset cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
     if isinstance(found, DatasetDict):
         if split not in found:
             raise BadFile(
@@ -230,35 +236,27 @@ def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
                 fix="name the folder of one of them.",
             )
         found = found[split]
-    yield from _dataset_rows(lambda: found, field, str(path))
+    for number, row in enumerate(found, start=1):
+        yield _text_of(row, field, f"{path}, row {number}")
 
 
 def _hub_rows(source: str, field: str, split: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        yield from _dataset_rows(lambda: load_dataset(source, split=split, streaming=True), field, source)
+        for number, row in enumerate(load_dataset(source, split=split, streaming=True), start=1):
+            yield _text_of(row, field, f"{source}, row {number}")
     except BadFile:
         raise
     except Exception as error:
         raise NotFound(
-            f"cannot read the dataset {source!r}: {_first_line(error)}",
+            f"cannot read the dataset {source!r}: {first_line(error).rstrip('.')}",
             at=source,
             fix=f"check the name and your connection; {_READ}",
         ) from error
 
 
-def _dataset_rows(rows: Callable[[], Any], field: str, source: str) -> Iterator[str]:
-    for number, row in enumerate(rows(), start=1):
-        yield _text_of(row, field, f"{source}, row {number}")
-
-
 def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
-    """The text of a row.
-
-    Raises:
-        BadFile: There is none; the message says what there is.
-    """
     if field not in row:
         names = [str(name)[:40] for name in sorted(map(str, row))]
         have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
@@ -283,5 +281,112 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+class RowSource(Protocol):
+    """Packed text that can be read again from the start, the same each time."""
+
+    @property
+    def context_size(self) -> int:
+        """Tokens a row."""
+        ...
+
+    @property
+    def n_rows(self) -> int | None:
+        """How many rows there are; None where only the end will tell."""
+        ...
+
+    def identity(self) -> str:
+        """SHA-256 of what decides the rows."""
+        ...
+
+    def rows(self) -> Iterator[NDArray[np.int32]]:
+        """Token ids, int32 `[context_size]`, one row after the other."""
+        ...
+
+
+def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """Take one row from each stream in turn, until the first of them ends; yields (stream index, row)."""
+    while True:
+        for index, stream in enumerate(streams):
+            row = next(stream, None)
+            if row is None:
+                return
+            yield index, row
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedText:
+    """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
+
+    Attributes:
+        lm: Whose tokenizer reads it.
+        sources: Rows are taken from each in turn, until the first of them ends.
+        context_size: Tokens a row.
+        tokens: How much to take, in tokens, over all sources; None for all there is.
+        held_out: Share of the documents that is kept for measuring; they are left out.
+        seed: Of the order of the documents.
+        buffer: Documents of each source that are in memory, to be mixed; 1 leaves them in file order.
+    """
+
+    lm: LanguageModel
+    sources: tuple[TextSource, ...]
+    context_size: int
+    tokens: int | None = None
+    held_out: float = 0.0
+    seed: int = 0
+    buffer: int = 1000
+
+    @property
+    def n_rows(self) -> int | None:
+        """How many rows `tokens` makes; None without it."""
+        return None if self.tokens is None else max(1, self.tokens // self.context_size)
+
+    def identity(self) -> str:
+        """SHA-256 of the files (of a dataset on the hub: its name), the tokenizer, and how they are packed."""
+        places = [user_path(source.path) for source in self.sources]
+        files = [hash_folder(p) if p.exists() else s.path for p, s in zip(places, self.sources, strict=True)]
+        fields = [source.field for source in self.sources]
+        how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
+        bos = self.lm.bos_id
+        return fingerprint([files, fields, self.lm.tokenizer_fingerprint(), how, *([] if bos is None else [bos])])
+
+    def rows(self) -> Iterator[NDArray[np.int32]]:
+        """Token ids, int32 `[context_size]`, one row after the other.
+
+        Raises:
+            SaeffectError: A source cannot be read, or is shorter than a row; `at` names it.
+            EmptySelection: The text ends before `tokens` are there.
+        """
+        streams = [self._stream(index) for index in range(len(self.sources))]
+        count = 0
+        for _, row in islice(interleave(*streams), self.n_rows):
+            count += 1
+            yield row
+        if self.n_rows is not None and count < self.n_rows:
+            raise EmptySelection(
+                f"the text gives {count * self.context_size:,} tokens in equal parts from each source;"
+                f" {self.tokens:,} are wanted.",
+                at="tokens",
+                fix="give more text, or ask for fewer tokens.",
+            )
+
+    def _stream(self, index: int) -> Iterator[NDArray[np.int32]]:
+        source = self.sources[index]
+        try:
+            texts = (t for t in read_corpus(source.path, field=source.field) if not is_held_out(t, self.held_out))
+            mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
+            yield from self.lm.pack(mixed, self.context_size)
+        except SaeffectError as error:
+            raise error.placed(f"text.{index}") from None
+
+
+def _mixed(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
+    """The texts in a random order that looks `size` of them ahead."""
+    held: list[str] = []
+    for text in texts:
+        if len(held) < size:
+            held.append(text)
+            continue
+        at = int(generator.integers(size))
+        yield held[at]
+        held[at] = text
+    yield from (held[i] for i in generator.permutation(len(held)))

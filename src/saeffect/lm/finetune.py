@@ -23,17 +23,17 @@ from pydantic import Field
 from torch import Tensor
 
 from saeffect.config import BosRule, ModelConfig, StrictModel
+from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
-from saeffect.lm.bos import prepends
-from saeffect.lm.checkpoint import Checkpoint
+from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, quiet_transformers
-from saeffect.lm.training_folder import TrainingFolder
+from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import Interruption
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "finetune", "perplexity"]
+__all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
 
 _WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
 _LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
@@ -105,7 +105,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, log=log, at="model")
-    lm = dataclasses.replace(lm, prepend_bos=prepends(config.bos, {}))
+    lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos(config.bos, {}))
     train, held_out = _rows(config, lm)
     for rows in (train, *held_out.values()):
         lm.refuse_rows(rows)
@@ -353,3 +353,15 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             "",
         ]
     )
+
+
+_HEAD = """# The keys of a recipe for fine-tuning
+
+What `saeffect finetune` reads from a YAML file. Keys that are not here are refused; paths are relative to the file, as
+[in a study](study.md). This page is what `saeffect finetune --keys` prints.
+"""
+
+
+def finetune_keys() -> str:
+    """A table for the recipe and one for its model."""
+    return "\n".join([_HEAD, keys_table("Recipe", FinetuneConfig), keys_table("`model`", ModelConfig)])

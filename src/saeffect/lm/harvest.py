@@ -1,4 +1,4 @@
-"""Run a model over text up to one hook and keep what stands there, in shards on disk.
+"""Run a model over text up to one hook, keep what stands there in shards on disk, and read them as batches.
 
 A harvest can be killed at any moment: whole shards stay, and the next run continues after the last one.
 Every SAE of the same model trains from the same shards.
@@ -8,121 +8,51 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.io import SILENT, Log, check_disk_space, fingerprint, remove_leftovers, sole_writer, write_json
-from saeffect.lm.fused import fused
-from saeffect.lm.hooks import capture, parse_hook
-from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.shards import NOTE, SHARDS, read_note, save_shard, shard_name
+from saeffect.checksums import open_tensors, read_tensors, save_tensors
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
+from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, sole_writer, write_json
+from saeffect.lm.activations import (
+    ActivationSource,
+    NormLimit,
+    Pool,
+    TokenRows,
+    check_rows,
+    cut_batches,
+    first_limit,
+    read_ahead,
+    run_pass,
+    shuffled,
+)
+from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import barrier, is_first, rank_and_world
 
 __all__ = [
-    "NormLimit",
-    "TokenRows",
-    "first_limit",
+    "ActivationStore",
+    "check_disk_space",
     "harvest",
     "harvest_bytes",
     "harvest_made_by",
-    "kept_positions",
-    "measure_norm_limit",
-    "norm_limit_of",
-    "refuse_unfit",
-    "run_pass",
+    "read_shard",
+    "shard_name",
 ]
 
-# A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
-_OUTLIER_FACTOR = 3.0
+_NOTE, _SHARDS = "harvest.json", "shard-*.safetensors"
+_MAKE_AGAIN = "delete it and harvest again; the others stay."
+_ANOTHER_FOLDER = "choose another folder, or delete this one."
 # Row, position and source of a token in a shard, int32 each.
 _BYTES_OF_PLACE = 12
-
-
-@dataclass(frozen=True, eq=False)
-class TokenRows:
-    """Packed text.
-
-    Attributes:
-        ids: Token ids, int32 `[n_rows, context_size]`.
-        sources: Index into `names` of each row's source, int64 `[n_rows]`.
-        names: Names of the sources, such as ("general", "medical").
-    """
-
-    ids: NDArray[np.int32]
-    sources: NDArray[np.int64]
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def head(self, n_rows: int) -> TokenRows:
-        """The first rows, as many as there are up to `n_rows`."""
-        return TokenRows(self.ids[:n_rows], self.sources[:n_rows], self.names)
-
-    @property
-    def context_size(self) -> int:
-        """Tokens a row."""
-        return int(self.ids.shape[1])
-
-    @property
-    def n_rows(self) -> int:
-        """How many rows there are."""
-        return len(self)
-
-    def rows(self) -> Iterator[NDArray[np.int32]]:
-        """One row after the other, so that activations can be streamed from these rows."""
-        return iter(self.ids)
-
-    def identity(self) -> str:
-        """The same as `digest`."""
-        return self.digest()
-
-    def digest(self) -> str:
-        """SHA-256 of ids and sources: two arms saw the same text if this is the same."""
-        return fingerprint([self.ids.tobytes().hex(), self.sources.tolist(), self.names])
-
-
-@dataclass(frozen=True)
-class NormLimit:
-    """Which positions count.
-
-    Attributes:
-        median_norm: Median Euclidean norm of the residuals at the hook.
-        limit: Longer residuals are outliers (attention sinks) and are left out.
-    """
-
-    median_norm: float
-    limit: float
-
-
-def measure_norm_limit(activations: Tensor) -> NormLimit:
-    """The norm above which a residual is an outlier: three times the median.
-
-    Args:
-        activations: `[..., d_model]`, any float dtype.
-    """
-    median = float(activations.float().norm(dim=-1).median())
-    return NormLimit(median, _OUTLIER_FACTOR * median)
-
-
-def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
-    """Bool `[batch, sequence]`: true where the residual is no outlier. The first position never counts.
-
-    The first token, BOS where rows begin with one, is the attention sink of most models: its residual is some 40 times
-    as long as the others and says nothing about the text.
-    """
-    kept = activations.float().norm(dim=-1) <= limit.limit
-    kept[:, 0] = False
-    return kept
 
 
 def harvest(
@@ -133,53 +63,49 @@ def harvest(
     *,
     rows_per_shard: int = 128,
     batch_size: int = 8,
-    max_bytes: int | None = None,
     log: Log = SILENT,
 ) -> Path:
-    """Write the activations of every kept position to shards under `out`.
+    """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
     Under `torchrun` each process writes its share of the shards; the files are those of one process.
 
     Args:
-        lm: The model; activations are stored in its dtype.
+        lm: The model.
         hook: TransformerLens name.
         rows: The text, the same in every process.
         out: Folder for `harvest.json` and the shards; one that all processes share.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
-        max_bytes: The most that the folder may hold, in bytes; None for what the disk has.
         log: Receives a line of progress after each shard.
 
     Returns:
         `out`, once all shards are there.
 
     Raises:
-        ConfigError: The folder holds the harvest of something else; the shards would not fit; the model has no
-            such hook, or no such positions or tokens.
+        ConfigError: As `check_rows` and `capture`; the folder holds the harvest of something else; or the shards
+            would not fit on the disk.
         EmptySelection: No rows.
-        BadFile: The model gives NaN or infinite activations, or a shard cannot be written; whole shards stay. Or
-            `harvest.json` is damaged.
+        BadFile: A shard cannot be written, whole shards stay; or `harvest.json` is damaged.
         InUse: Another process harvests into this folder.
         Interrupted: Ctrl-C; whole shards stay.
     """
     out = Path(out)
-    refuse_unfit(lm, hook, rows)
-    made_by = harvest_made_by(lm, hook, rows, rows_per_shard)
+    check_rows(lm, hook, rows)
     rank, world = rank_and_world()
     starts = range(0, len(rows), rows_per_shard)
     with contextlib.ExitStack() as stack:
-        if is_first() and (_missing(out, starts) or not (out / NOTE).is_file()):
+        if is_first() and (_missing(out, starts) or not (out / _NOTE).is_file()):
             stack.enter_context(sole_writer(out))
             remove_leftovers(out)
-        limit = _begin(lm, hook, rows, out, made_by=made_by, batch_size=batch_size, max_bytes=max_bytes)
+        limit = _begin(lm, hook, rows, out, harvest_made_by(lm, hook, rows, rows_per_shard), batch_size)
         missing = _missing(out, starts)
         todo = [start for start in missing if start // rows_per_shard % world == rank]
         began = time.monotonic()
         try:
             with fused(lm):
                 for done, start in enumerate(todo, start=1):
-                    span = slice(start, start + rows_per_shard)
-                    _shard(lm, hook, rows, out, span, limit=limit, batch_size=batch_size)
+                    tensors = _activations_of(lm, hook, rows, range(start, start + rows_per_shard, batch_size), limit)
+                    save_tensors(out / shard_name(start // rows_per_shard), tensors)
                     all_done = min(done * world, len(missing))
                     pace = all_done / (time.monotonic() - began)
                     log(
@@ -200,9 +126,8 @@ def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shar
         "model_identity": lm.identity,
         "hook": hook,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "text": rows.digest(),
+        "text": rows.identity(),
         "rows_per_shard": rows_per_shard,
-        # What was harvested before this was known had none, and stays valid.
         **({} if lm.bos_id is None else {"bos": lm.bos_id}),
     }
 
@@ -212,103 +137,184 @@ def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
     return len(rows) * (rows.context_size - 1) * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
 
 
-def refuse_unfit(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
-    """Refuse what cannot be harvested, before anything heavy starts.
-
-    Raises:
-        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; a row has fewer
-            than two tokens (the first never counts); or rows lack the BOS token that this model's texts begin with.
-        EmptySelection: No rows.
-    """
-    parse_hook(hook, lm.n_layers)
-    if not rows.ids.size:
-        raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
-    if rows.context_size < 2:
-        raise ConfigError(
-            f"rows have {rows.context_size} token; expected at least 2.", at="context_size", fix="use longer rows."
-        )
-    lm.refuse_rows(rows.ids)
-    if lm.bos_id is not None and (rows.ids[:, 0] != lm.bos_id).any():
-        raise ConfigError(
-            f"texts of {lm.name} begin with the token {lm.bos_id} (BOS), but not every row does.",
-            at="bos",
-            fix="make the rows with LanguageModel.pack, or open the model with prepend_bos=False.",
-        )
-
-
-def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
-    """One forward pass.
+def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
+    """Refuse to fill a folder beyond a cap, or beyond what the disk has free.
 
     Args:
-        lm: The model.
-        hook: TransformerLens name.
-        ids: Token ids, int32 `[n_rows, context_size]`.
-        limit: Which positions count.
-
-    Returns:
-        The kept activations in text order `[n_kept, d_model]`, in the model's dtype, on the CPU; and which
-        positions those are, bool `[n_rows, context_size]`.
+        folder: Where the shards go; what lies there already counts as a part of them.
+        expected: Bytes of all shards when they are done.
+        cap: The most that they may take, in bytes; None for no cap.
 
     Raises:
-        BadFile: The model gives NaN or infinity.
+        ConfigError: They will not fit; the message gives both sizes.
     """
-    x = capture(lm, hook, _ids(ids)).cpu()
-    # Before the mask: NaN is no number below the limit, so it would be left out without a word.
-    if not torch.isfinite(x).all():
-        raise BadFile("the model's activations hold NaN or infinity.", at=hook, fix="try dtype: float32.")
-    mask = kept_positions(x, limit)
-    return x[mask], mask
+    if cap is not None and expected > cap:
+        raise ConfigError(
+            f"the activations take {_size(expected)}; the cap is {_size(cap)}.",
+            at="max_disk_gb",
+            fix="raise the cap, harvest fewer tokens, or stream the activations instead.",
+        )
+    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(there).free
+    missing = expected - sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if missing > free:
+        raise ConfigError(
+            f"the activations take {_size(missing)} more; the disk has {_size(free)} free.",
+            at=str(folder),
+            fix="make room, harvest fewer tokens, or stream the activations instead.",
+        )
 
 
-def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLimit:
-    """The norm limit, measured on these rows; a BOS in front does not count.
+def shard_name(index: int) -> str:
+    """File name of the shard with this index."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Read one shard: `activations` `[n, d_in]`, and `row`, `position` and `source` of each, int32 `[n]`.
 
     Raises:
-        BadFile: The model gives NaN or infinity.
+        BadFile: It is truncated, no safetensors file, or holds other bits than were written.
     """
-    limit = measure_norm_limit(capture(lm, hook, _ids(ids))[:, lm.n_bos(ids[0]) :])
-    if not np.isfinite(limit.median_norm):
-        raise BadFile("the model's activations are not finite.", at=hook, fix="try dtype: float32.")
-    return limit
+    return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
+
+
+@dataclass(frozen=True)
+class ActivationStore(ActivationSource):
+    """A folder of shards, read as shuffled batches.
+
+    Attributes:
+        folder: Where `harvest.json` and the shards lie.
+        note: What `harvest.json` says: who made it, the norm limit, names of sources.
+    """
+
+    folder: Path
+    note: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> ActivationStore:
+        """Open a harvest.
+
+        Raises:
+            NotFound: No `harvest.json`.
+            BadFile: It is damaged.
+            EmptySelection: No shards.
+        """
+        folder = Path(folder)
+        store = cls(folder, _read_note(folder))
+        if not store.shards():
+            raise EmptySelection("the harvest has no shards.", at=str(folder))
+        return store
+
+    def shards(self) -> list[Path]:
+        """Shard files in order."""
+        return sorted(self.folder.glob(_SHARDS))
+
+    @property
+    def d_in(self) -> int:
+        """Width of an activation."""
+        return _shape(self.shards()[0])[1]
+
+    def norm_limit(self) -> NormLimit:
+        """Which positions were kept.
+
+        Raises:
+            BadFile: The note does not say it.
+        """
+        return _norm_limit(self.note, self.folder)
+
+    def identity(self) -> str:
+        """SHA-256 of what made the harvest: model, hook, text, dtype."""
+        return fingerprint(self.note["made_by"])
+
+    def sample(self, n_tokens: int) -> Tensor:
+        """See `ActivationSource`."""
+        found: list[Tensor] = []
+        for shard in self.shards():
+            found.append(read_shard(shard)["activations"].float())
+            if sum(map(len, found)) >= n_tokens:
+                break
+        return torch.cat(found)[:n_tokens]
+
+    def n_batches(self, batch_size: int) -> int:
+        """See `ActivationSource`.
+
+        Raises:
+            BadFile: A shard is truncated or no safetensors file.
+        """
+        return sum(_shape(shard)[0] for shard in self.shards()) // batch_size
+
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
+    ) -> Iterator[Tensor]:
+        """See `ActivationSource`.
+
+        Shards are visited in a shuffled order, a pool of `pool_shards` at a time, and tokens are shuffled within the
+        pool. A thread reads the next pool while one is used, so memory stays at two pools however long the text.
+
+        Raises:
+            BadFile: A shard is truncated or no safetensors file; the error names it.
+        """
+        shards = self.shards()
+        lengths = [_shape(shard)[0] for shard in shards]
+        visits = np.random.default_rng([seed, epoch]).permutation(len(shards)).tolist()
+        skip = start * batch_size
+        makers: list[Callable[[], Pool]] = []
+        for number, first in enumerate(range(0, len(visits), pool_shards)):
+            members = visits[first : first + pool_shards]
+            tokens = sum(lengths[i] for i in members)
+            if not makers and skip >= tokens:  # not even read
+                skip -= tokens
+            else:
+                makers.append(partial(_pool, [shards[i] for i in members], tokens, (seed, epoch, number)))
+        yield from cut_batches(read_ahead(makers), batch_size, skip=skip)
 
 
 def _begin(
-    lm: LanguageModel,
-    hook: str,
-    rows: TokenRows,
-    out: Path,
-    *,
-    made_by: dict[str, object],
-    batch_size: int,
-    max_bytes: int | None,
+    lm: LanguageModel, hook: str, rows: TokenRows, out: Path, made_by: Mapping[str, object], batch_size: int
 ) -> NormLimit:
     """Read the note of an earlier, partial run, or write a new one; the first process does, the others wait."""
-    note = out / NOTE
     if is_first():
-        if note.is_file():
-            _refuse_another(read_note(out), made_by, out)
-        elif any(out.glob(SHARDS)):
+        if (out / _NOTE).is_file():
+            _refuse_another(_read_note(out), made_by, out)
+        elif any(out.glob(_SHARDS)):
             raise ConfigError(
-                f"this folder holds shards, but no {NOTE} says of what.",
-                at=str(out),
-                fix="choose another folder, or delete this one.",
+                f"this folder holds shards, but no {_NOTE} says of what.", at=str(out), fix=_ANOTHER_FOLDER
             )
-        check_disk_space(out, harvest_bytes(lm, rows), max_bytes)
-        if not note.is_file():
+        check_disk_space(out, harvest_bytes(lm, rows))
+        if not (out / _NOTE).is_file():
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
-            write_json(note, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
+            write_json(out / _NOTE, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     barrier()
-    found = read_note(out)
-    _refuse_another(found, made_by, out)
-    return norm_limit_of(found, at=str(note))
+    note = _read_note(out)
+    _refuse_another(note, made_by, out)
+    return _norm_limit(note, out)
 
 
-def norm_limit_of(note: Mapping[str, Any], *, at: str) -> NormLimit:
-    """Which positions a harvest kept, by its note.
+def _refuse_another(note: Mapping[str, Any], made_by: Mapping[str, object], out: Path) -> None:
+    differs = [key for key in made_by.keys() | note["made_by"].keys() if note["made_by"].get(key) != made_by.get(key)]
+    if differs:
+        raise ConfigError(
+            f"this folder holds another harvest (it differs in {', '.join(sorted(differs))}).",
+            at=str(out),
+            fix=_ANOTHER_FOLDER,
+        )
 
-    Raises:
-        BadFile: The note does not say it.
-    """
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    if not (folder / _NOTE).is_file():
+        raise NotFound(f"there is no {_NOTE} here.", at=str(folder), fix="run a harvest first.")
+    note = read_json(folder / _NOTE)
+    if isinstance(note, dict) and isinstance(note.get("made_by"), dict):
+        return note
+    raise BadFile(
+        f"{_NOTE} is not what a harvest writes, so nothing says what made the shards.",
+        at=str(folder / _NOTE),
+        fix="delete this folder and harvest again.",
+    )
+
+
+def _norm_limit(note: Mapping[str, Any], folder: Path) -> NormLimit:
     found: Any = note.get("norm_limit")
     try:
         limit = NormLimit(**{name: float(value) for name, value in found.items()})
@@ -317,7 +323,7 @@ def norm_limit_of(note: Mapping[str, Any], *, at: str) -> NormLimit:
     if not (math.isfinite(limit.median_norm) and math.isfinite(limit.limit)):
         raise BadFile(
             f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
-            at=at,
+            at=str(folder / _NOTE),
             fix="delete the folder and harvest again.",
         )
     return limit
@@ -328,47 +334,54 @@ def _missing(out: Path, starts: range) -> list[int]:
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 
-def _refuse_another(found: Mapping[str, Any], made_by: dict[str, object], out: Path) -> None:
-    if found["made_by"] != made_by:
-        differs = [key for key in made_by if found["made_by"].get(key) != made_by[key]]
-        raise ConfigError(
-            f"this folder holds another harvest (it differs in {', '.join(differs)}).",
-            at=str(out),
-            fix="choose another folder, or delete this one.",
-        )
+def _activations_of(
+    lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit
+) -> dict[str, Tensor]:
+    """The tensors of one shard, from passes that begin at these rows."""
+    kept, row, position = [], [], []
+    for start in starts:
+        ids = rows.ids[start : min(start + starts.step, starts.stop)]
+        if len(ids):
+            activations, mask = run_pass(lm, hook, ids, limit)
+            row_of_pass, position_of_pass = mask.nonzero(as_tuple=True)
+            kept.append(activations)
+            row.append(row_of_pass + start)
+            position.append(position_of_pass)
+    rows_kept = torch.cat(row)
+    return {
+        "activations": torch.cat(kept),
+        "row": rows_kept.to(torch.int32),
+        "position": torch.cat(position).to(torch.int32),
+        "source": torch.from_numpy(rows.sources)[rows_kept].to(torch.int32),
+    }
 
 
-def _shard(
-    lm: LanguageModel,
-    hook: str,
-    rows: TokenRows,
-    out: Path,
-    span: slice,
-    *,
-    limit: NormLimit,
-    batch_size: int,
-) -> None:
-    ids, sources = rows.ids[span], rows.sources[span]
-    kept: list[Tensor] = []
-    row_of: list[Tensor] = []
-    position_of: list[Tensor] = []
-    for start in range(0, len(ids), batch_size):
-        activations, mask = run_pass(lm, hook, ids[start : start + batch_size], limit)
-        row, position = mask.nonzero(as_tuple=True)
-        kept.append(activations)
-        row_of.append(row + start + span.start)
-        position_of.append(position)
-    row = torch.cat(row_of)
-    save_shard(
-        out / shard_name(span.start // (span.stop - span.start)),
-        {
-            "activations": torch.cat(kept),
-            "row": row.to(torch.int32),
-            "position": torch.cat(position_of).to(torch.int32),
-            "source": torch.from_numpy(sources)[row - span.start].to(torch.int32),
-        },
-    )
+def _shape(path: Path) -> tuple[int, int]:
+    """Tokens and width of a shard, from its header."""
+    with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as file:
+        rows, width = file.get_slice("activations").get_shape()
+    return int(rows), int(width)
 
 
-def _ids(ids: NDArray[np.int32] | Sequence[Sequence[int]]) -> Tensor:
-    return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
+    """Shards are copied one by one: joined at once they would take twice the memory."""
+    first = read_shard(shards[0])["activations"]
+    joined = torch.empty(n_tokens, first.shape[1], dtype=first.dtype)
+    at = 0
+    for shard in shards:
+        part = read_shard(shard)["activations"]
+        joined[at : at + len(part)] = part
+        at += len(part)
+    return shuffled(joined, *seeds)
+
+
+def _size(n_bytes: int) -> str:
+    """A number of bytes for people.
+
+    Example:
+        >>> _size(1_530_000_000), _size(40_000_000), _size(9_800)
+        ('1.53 GB', '40 MB', '9,800 bytes')
+    """
+    if n_bytes >= 10**9:
+        return f"{n_bytes / 1e9:,.2f} GB"
+    return f"{n_bytes / 1e6:.0f} MB" if n_bytes >= 10**7 else f"{n_bytes:,} bytes"

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from saeffect.errors import ConfigError
-from saeffect.lm.bos import begun, bos_of
-from saeffect.lm.packing import pack, separator_id
-from saeffect.lm.tokenizers import (
-    continued,
+from saeffect.errors import ConfigError, EmptySelection
+from saeffect.lm.tokens import (
+    decode_continuations,
+    find_bos_id,
     known_tokens,
     ordinary_token,
     special_tokens,
     token_texts,
     tokenizer_identity,
+    with_bos,
 )
 
 if TYPE_CHECKING:
     from saeffect.lm.adapters import MergedAdapter
 
-__all__ = ["LanguageModel", "probe_logits"]
+__all__ = ["causal_attention", "fused", "LanguageModel", "pack", "probe_logits", "separator_id"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +120,7 @@ class LanguageModel:
         Raises:
             ConfigError: There is to be one and the tokenizer has none, or it puts several before a text.
         """
-        return bos_of(self.tokenizer, self.prepend_bos)
+        return find_bos_id(self.tokenizer, self.prepend_bos)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
@@ -126,7 +128,7 @@ class LanguageModel:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that the model is to go on from: as `encode`, after the BOS token if there is one."""
-        return begun(self.encode(text), self.bos_id)
+        return with_bos(self.encode(text), self.bos_id)
 
     def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
         """How many tokens at the beginning of a row or a prompt are BOS, 0 or 1: they are no text."""
@@ -144,7 +146,7 @@ class LanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         """What token ids add to the text before them, special tokens left out, spaces as they are."""
-        return continued(self.tokenizer, [ids], self._before, skip_special_tokens=True)[0]
+        return decode_continuations(self.tokenizer, [ids], self._before, skip_special_tokens=True)[0]
 
     @functools.cached_property
     def _before(self) -> int | None:
@@ -187,3 +189,191 @@ def probe_logits(model: Any) -> torch.Tensor:
     weight = model.get_input_embeddings().weight
     ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
     return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()
+
+
+def separator_id(tokenizer: Any) -> int:
+    """The id that stands between documents: `<|endoftext|>` if the vocabulary has it, else end of sequence.
+
+    Models with a vocabulary of BERT have no end of a sequence; [SEP] does its work.
+
+    Raises:
+        ConfigError: The tokenizer has none of these.
+    """
+    named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
+    found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
+    if found is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-text token to put between documents.",
+            at="tokenizer.eos_token",
+            fix="name one of its tokens as eos_token in the tokenizer_config.json beside the model.",
+        )
+    return int(found)
+
+
+def pack(
+    texts: Iterable[str],
+    encode: Callable[[str], Sequence[int]],
+    *,
+    context_size: int,
+    separator: int,
+    bos: int | None = None,
+) -> Iterator[NDArray[np.int32]]:
+    """Join documents with a separator and cut the stream into rows; the last, short piece is dropped.
+
+    Args:
+        texts: Documents.
+        encode: Text to token ids.
+        context_size: Tokens a row.
+        separator: Id put after each document.
+        bos: Id that each row begins with, as the first of its tokens; None for none.
+
+    Yields:
+        Token ids, int32 `[context_size]`.
+
+    Raises:
+        EmptySelection: The whole text is shorter than one row.
+
+    Example:
+        >>> letters = lambda text: [ord(letter) for letter in text]
+        >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0)]
+        [[97, 98], [0, 99]]
+        >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0, bos=1)]
+        [[1, 97], [1, 98], [1, 0], [1, 99], [1, 0]]
+    """
+    held: list[int] = []
+    rows = 0
+    for text in texts:
+        held.extend(encode(text))
+        held.append(separator)
+        while len(row := with_bos(held[:context_size], bos)[:context_size]) == context_size:
+            yield np.asarray(row, dtype=np.int32)
+            rows += 1
+            del held[: context_size - (row[0] != held[0])]  # a BOS put in front is none of the text
+    if not rows:
+        raise EmptySelection(
+            f"the text has {len(held)} tokens, fewer than one context of {context_size}.",
+            fix="give more text, or a smaller context_size.",
+        )
+
+
+# tanh(sqrt(2/pi) (x + 0.044715 x^3)), by the names that transformers has for it.
+_TANH_GELUS = ("NewGELUActivation", "FastGELUActivation")
+_SILUS = ("SiLU", "SiLUActivation")
+# Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
+_BLOCK = 128
+# What attention functions are given that changes nothing for one packed pass without a cache.
+_HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@contextlib.contextmanager
+def fused(lm: LanguageModel) -> Iterator[None]:
+    """While inside, the model runs with faster equivalents where it has such parts, and as it is elsewhere.
+
+    What it computes stays the same but for rounding: in float32 one part in 10^6; in bfloat16 attention scores are
+    rounded to bfloat16, as transformers' own `eager` attention rounds them. Activation functions overwrite their
+    input, so this is for inference alone.
+    """
+    replaced: list[nn.Module] = []
+    try:
+        for module in lm.model.modules():
+            function = _in_place(module)
+            if function is not None and "forward" not in vars(module):
+                module.forward = function
+                replaced.append(module)
+        with _attention(lm):
+            yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _in_place(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    if type(module).__name__ in _TANH_GELUS:
+        return _gelu_
+    if type(module).__name__ in _SILUS:
+        return _silu_
+    return None
+
+
+def _gelu_(x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def _silu_(x: Tensor) -> Tensor:
+    return nn.functional.silu(x, inplace=True)
+
+
+@contextlib.contextmanager
+def _attention(lm: LanguageModel) -> Iterator[None]:
+    """Put `causal_attention` in the place of transformers' `sdpa`, where it is faster: bfloat16 on a CPU."""
+    name = "sdpa"
+    chosen = getattr(lm.model.config, "_attn_implementation", None)
+    if chosen != name or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
+        yield
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = ALL_ATTENTION_FUNCTIONS[name]
+    ALL_ATTENTION_FUNCTIONS[name] = _where_it_applies(before)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[name] = before
+
+
+def _where_it_applies(usual: Attention) -> Attention:
+    """Ours for plain causal attention over whole sequences, the usual one for everything else."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        # A mask, a soft cap, sinks, a position bias: transformers hands each of them over by name.
+        special = [n for n, v in options.items() if n not in _HARMLESS and n != "sliding_window" and v is not None]
+        causal = options.get("is_causal")
+        plain = (
+            attention_mask is None
+            and not special
+            and (getattr(module, "is_causal", True) if causal is None else causal)
+            and not options.get("dropout")
+            and query.dtype == torch.bfloat16
+            and 1 < query.shape[2] == key.shape[2]
+            and key.shape[1:] == value.shape[1:]
+        )
+        if not plain:
+            return usual(module, query, key, value, attention_mask, **options)
+        return causal_attention(query, key, value, scaling=options.get("scaling")), None
+
+    return attend
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:
+    """Causal attention in blocks of queries: nothing beyond a block's last position is computed.
+
+    Args:
+        query: `[batch, heads, sequence, d_head]`.
+        key: `[batch, key heads, sequence, d_head]`; each key head serves `heads / key heads` queries in a row.
+        value: The same shape as `key`.
+        scaling: Factor of the scores; 1/sqrt(d_head) if None.
+
+    Returns:
+        `[batch, sequence, heads, d_head]` in the dtype of `query`; scores are rounded to that dtype too.
+    """
+    batch, heads, length, width = query.shape
+    shared = key.shape[1]
+    group = heads // shared
+    query = (query * (width**-0.5 if scaling is None else scaling)).reshape(batch * shared, group, length, width)
+    key = key.reshape(batch * shared, length, width).transpose(1, 2)
+    value = value.reshape(batch * shared, length, width)
+    hidden = query.new_full((_BLOCK, _BLOCK), float("-inf")).triu_(1)
+    out = query.new_empty(batch, length, shared, group, width)
+    for start in range(0, length, _BLOCK):
+        stop = min(start + _BLOCK, length)
+        rows = stop - start
+        block = query[:, :, start:stop].reshape(batch * shared, group * rows, width)
+        scores = torch.bmm(block, key[:, :, :stop])
+        scores.view(-1, group, rows, stop)[..., start:].add_(hidden[:rows, :rows])
+        mixed = torch.bmm(scores.softmax(-1), value[:, :stop])
+        out[:, start:stop] = mixed.view(batch, shared, group, rows, width).permute(0, 3, 1, 2, 4)
+    return out.view(batch, length, heads, width)

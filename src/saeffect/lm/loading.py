@@ -17,12 +17,11 @@ import torch
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json
-from saeffect.lm.accounting import BOTH, account_for, explained, refuse_nan
+from saeffect.lm.accounting import BOTH, account_for, loading_errors, refuse_nan
 from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
-from saeffect.lm.embedded import EMBEDDED_NAME, embedded_model
-from saeffect.lm.gguf_files import choose_gguf, converted_folder, gguf_header, make_savable
+from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header, make_savable
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.tokenizers import tokenizer_trouble
+from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import user_path
 
 __all__ = [
@@ -170,7 +169,7 @@ def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log 
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
-    with quiet_transformers(), explained(config, at, base):
+    with quiet_transformers(), loading_errors(config, at, base):
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, load_config(base, config), adapter_at)
         model, tokenizer = _load_base(base, config, dtype, log, at)

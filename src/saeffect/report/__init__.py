@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from saeffect.report.context import ReportContext
+from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.figures import DrawnFigure, draw_figures, write_figures
 from saeffect.report.html import render_report, write_report
-from saeffect.report.steering_results import SteeringResults
 from saeffect.report.tables.write import write_tables
 from saeffect.report.words.answer import with_answer
 

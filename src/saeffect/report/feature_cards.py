@@ -12,11 +12,11 @@ import pandas as pd
 from saeffect.comparison import ArmTables
 from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_numbers import card_numbers, is_true
+from saeffect.report.feature_numbers import card_numbers
 from saeffect.report.tables.outcome import outcome_pairs
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.report.trials import Trial, representative_trials
-from saeffect.report.words.numerals import count, fixed, interval, is_defined, signed
+from saeffect.report.words.numbers import count, fixed, interval, is_defined, is_true, signed
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from saeffect.report.words.names import outcome_words
+from saeffect.report.words.numbers import (
+    amount,
+    count,
+    fixed,
+    interval,
+    is_defined,
+    is_true,
+    p_value,
+    signed,
+    undefined,
+)
 
-from saeffect.report.words.numerals import amount, count, fixed, interval, is_defined, p_value, signed, undefined
-from saeffect.report.words.outcome_words import outcome_words
-
-__all__ = ["card_numbers", "is_true"]
+__all__ = ["card_numbers"]
 
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
@@ -25,16 +33,6 @@ def card_numbers(row: Mapping[Any, Any]) -> tuple[Pair, ...]:
     """
     steering = _steering(row) if is_defined(row.get("p")) else [("Effect", _untested(row))]
     return (*steering, *(row.get("outcome_pairs") or ()), *_meaning(row), *_activity(row))
-
-
-def is_true(value: object) -> bool:
-    """Whether a cell holds True: missing ones do not.
-
-    Example:
-        >>> is_true(np.True_), is_true(float("nan")), is_true(None)
-        (True, False, False)
-    """
-    return isinstance(value, bool | np.bool_) and bool(value)
 
 
 def _steering(row: _Row) -> list[Pair]:

@@ -28,7 +28,7 @@ from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_tabl
 from saeffect.report.tables.study import design_table, field_label, gate_table, same_in_every_arm
 from saeffect.report.tables.view import TableView
 from saeffect.report.traced import traced_paragraph
-from saeffect.report.words.glossary import Explainer, Term, terms
+from saeffect.report.words.terms import Explainer, Term, terms
 
 __all__ = ["render_report", "write_report"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.report.steering_results import SteeringResults
+from saeffect.report.context import SteeringResults
 from saeffect.stats.student import mean_interval
 from saeffect.steering.placebo import STEERED
 

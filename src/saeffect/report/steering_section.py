@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext
-from saeffect.report.steering_results import SteeringResults
+from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.tables.baseline import baseline_sentences, baseline_table
 from saeffect.report.tables.outcome import CONTROL_TERMS, OUTCOME_TERMS, outcome_table
 from saeffect.report.tables.study import dose_table
 from saeffect.report.tables.together import together_table
 from saeffect.report.tables.view import TableView
-from saeffect.report.words.numerals import count, is_defined
-from saeffect.report.words.outcome_words import control_words, dose_words, outcome_words
+from saeffect.report.words.names import control_words, dose_words, outcome_words
+from saeffect.report.words.numbers import count, is_defined
 from saeffect.steering.measures import OUTCOMES
 
 __all__ = ["SteeringSection", "steering_section", "steering_views"]

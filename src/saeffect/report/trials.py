@@ -10,7 +10,7 @@ import pandas as pd
 
 from saeffect.lm.tokens import normalise_token
 from saeffect.report.texts import Run, text_runs, visible_text
-from saeffect.report.words.numerals import fixed, is_defined, signed
+from saeffect.report.words.numbers import fixed, is_defined, signed
 
 __all__ = ["Generated", "Trial", "representative_trials"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, unknown_name
-from saeffect.lm.utf8 import decode_utf8, read_bytes
+from saeffect.paths import decode_utf8, read_bytes
 
 __all__ = ["COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts"]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saeffect.lm.harvest import NormLimit, kept_positions
+from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.fused import fused
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.generate import Progress, end_tokens, forbidden_tokens, until_end
 from saeffect.steering.key_value_memory import can_spread, with_room
 from saeffect.steering.prompt_pass import last_logits

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.fused import fused
 from saeffect.lm.hooks import edited
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
 from saeffect.steering.prompt_pass import last_logits, read_prompt
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise_

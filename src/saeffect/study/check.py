@@ -18,13 +18,13 @@ from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.io import SILENT, Log
-from saeffect.lm.accounting import explained
+from saeffect.lm.accounting import loading_errors
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.corpora import read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape, quiet_transformers
-from saeffect.lm.tokenizers import known_tokens, token_texts
+from saeffect.lm.tokens import known_tokens, token_texts
 from saeffect.sae.formats.saelens import load_sae
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
@@ -121,7 +121,7 @@ def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | Non
         return None
     adapter = read_adapter(place, where)
     if isinstance(model, Path) and (model / "config.json").is_file() and not config.trust_remote_code:
-        with quiet_transformers(), explained(config, at, model):
+        with quiet_transformers(), loading_errors(config, at, model):
             require_fit(adapter, load_config(model, config), where)
     return adapter.other_base(config.path)
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from saeffect.errors import ConfigError, SaeffectError
-from saeffect.lm.bos import begun, bos_of
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel, separator_id
 from saeffect.lm.loading import ModelShape, locate_model, model_shape
-from saeffect.lm.packing import separator_id
-from saeffect.lm.tokenizers import known_tokens
+from saeffect.lm.tokens import find_bos_id, known_tokens, with_bos
 from saeffect.study.study import Study
 from saeffect.study.texts import study_rows
 from saeffect.study.training import arm_recipe
@@ -58,8 +56,8 @@ def check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> Non
         ConfigError: There are none, or not enough, or a token has no embedding.
     """
     steering, at = study.config.steering, study.at("steering", key)
-    bos = bos_of(study.tokens.tokenizer, study.prepend_bos)
-    ids = begun(ids, bos)
+    bos = find_bos_id(study.tokens.tokenizer, study.prepend_bos)
+    ids = with_bos(ids, bos)
     n_own = len(ids) - (bos is not None)
     if n_own == 0:
         raise ConfigError(

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from saeffect.errors import ConfigError
-from saeffect.lm.bos import bos_of
-from saeffect.lm.harvest import TokenRows
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokens import find_bos_id
 from saeffect.sae.splice import row_losses
 
 __all__ = ["complaint_about_model", "model_on_text", "words_of_perplexity"]
@@ -97,7 +97,7 @@ def _both_beginnings(lm: LanguageModel, rows: TokenRows) -> tuple[float, float]:
     """
     n_bos = lm.n_bos(rows.ids[0])
     try:
-        bos = lm.bos_id if n_bos else bos_of(lm.tokenizer, prepend=True)
+        bos = lm.bos_id if n_bos else find_bos_id(lm.tokenizer, prepend=True)
     except ConfigError:
         bos = None
     if bos is None or bos >= lm.d_vocab:

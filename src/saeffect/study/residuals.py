@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.lm.fused import fused
-from saeffect.lm.harvest import TokenRows
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.hooks import capture
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.language_model import LanguageModel, fused
 
 __all__ = ["Residuals", "machine_memory"]
 
@@ -57,7 +56,7 @@ class Residuals:
             Index of the first row; token ids, int64 `[batch, sequence]`; activations `[batch, sequence, d_model]` in
             the model's dtype, on the CPU.
         """
-        key = (lm.identity, str(lm.dtype), hook, rows.digest())
+        key = (lm.identity, str(lm.dtype), hook, rows.identity())
         known = self._kept.get(key)
         size = rows.ids.size * lm.d_model * lm.dtype.itemsize
         remember = known is None and bool(lm.identity) and size <= self._most_bytes

@@ -17,8 +17,7 @@ from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
-from saeffect.lm.bos import prepends
-from saeffect.lm.harvest import NormLimit, TokenRows, first_limit
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -29,6 +28,7 @@ from saeffect.lm.loading import (
     resolve_device,
     resolve_dtype,
 )
+from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
@@ -232,7 +232,7 @@ class Study:
             ConfigError: The SAEs contradict each other.
         """
         try:
-            return prepends(self.config.text.bos, self.bos_words)
+            return resolve_prepend_bos(self.config.text.bos, self.bos_words)
         except SaeffectError as error:
             raise error.placed(self.at("text")) from None
 

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from saeffect.config import TextConfig
 from saeffect.errors import BadFile, EmptySelection, SaeffectError
 from saeffect.io import read_json
-from saeffect.lm.bos import added_before, bos_of
-from saeffect.lm.corpora import read_corpus
-from saeffect.lm.harvest import TokenRows
+from saeffect.lm.activations import TokenRows
+from saeffect.lm.corpora import interleave, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path
-from saeffect.lm.packing import interleave
+from saeffect.lm.tokens import find_bos_id, tokens_added_before
 
 __all__ = ["beginning", "first_texts", "shortage", "study_rows"]
 
@@ -74,9 +73,9 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
         tokenizer: The model's.
 
     Raises:
-        ConfigError: As `bos_of`.
+        ConfigError: As `find_bos_id`.
     """
-    bos, own = bos_of(tokenizer, study_prepends), added_before(tokenizer)
+    bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
     against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
     others = []
     if against:

@@ -18,7 +18,7 @@ from saeffect.errors import IncompatibleModels
 from saeffect.io import fingerprint
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
-from saeffect.lm.tokenizers import known_tokens, tokenizer_identity
+from saeffect.lm.tokens import known_tokens, tokenizer_identity
 
 __all__ = ["StudyTokens", "TokenizerDifference", "study_tokens"]
 

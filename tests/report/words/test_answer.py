@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ def answered(arms):
     assert "significant" not in everything
     assert "nan" not in everything.split()
     assert 3 <= len(answer["sentences"]) <= 8
-    return answer
+    return json.loads(json.dumps(answer).replace(r"\u202f", " "))
 
 
 def unsteered(arm):

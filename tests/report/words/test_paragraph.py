@@ -28,7 +28,7 @@ def answered(arms, **more):
 
 
 def paragraph(arms, **more):
-    return answered(arms, **more).answer["paragraph"]
+    return answered(arms, **more).answer["paragraph"].replace("\u202f", " ")
 
 
 def test_what_changed_how_much_how_sure_and_beside_what(arms):
@@ -61,8 +61,8 @@ def test_every_number_names_the_row_it_was_read_off(arms):
     rows = comparison.contrasts.set_index(["quantity", "comparison"])
     row = rows.loc[("domain_share", "fine-tuning")]
     shown = [trace["text"] for trace in traces if trace["row"].get("quantity") == "domain_share"]
-    assert shown[0] == f"{100 * row['value_a']:.1f} %"
-    assert shown[1] == f"{100 * row['value_b']:.1f} %"
+    assert shown[0] == f"{100 * row['value_a']:.1f}\u202f%"
+    assert shown[1] == f"{100 * row['value_b']:.1f}\u202f%"
     assert {trace["table"] for trace in traces} == {"contrasts", "cross_activity", "fate_counts"}
     features = {trace["row"]["feature"] for trace in traces if "feature" in trace["row"]}
     assert features <= set(comparison.matches.cross_activity["feature"])

@@ -22,7 +22,7 @@ def found(arms, **more):
     ranks = [SEVERITIES.index(one) for one in table["severity"]]
     assert ranks == sorted(ranks)
     assert (table[["threat", "remedy", "source"]].map(len) > 0).all(axis=None)
-    return table
+    return table.assign(threat=table["threat"].str.replace("\u202f", " "))
 
 
 def severity_of(table, words):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from saeffect.comparison.judgement import Gap
-from saeffect.report.words.wording import bracketed, interval, number
+from saeffect.report.words.numbers import bracketed, difference, fixed, signed
 
 NAN = float("nan")
 
@@ -21,13 +21,13 @@ NAN = float("nan")
         (Gap("a", "b", 0.1234, 0.05, 0.2, "coherence"), "+0.123, 95 % interval 0.050 to 0.200"),
     ],
 )
-def test_interval(gap, text):
-    assert interval(gap) == text
+def test_difference(gap, text):
+    assert difference(gap) == text.replace(" %", "\u202f%")
 
 
 def test_number_never_shows_a_signed_zero():
-    assert number(-0.0001, 2, signed=True) == "0.00"
-    assert number(-1234.5, 1) == "\u22121,234.5"
+    assert signed(-0.0001, 2) == "0.00"
+    assert fixed(-1234.5, 1) == "\u22121,234.5"
 
 
 def test_brackets_are_those_of_the_tables():

@@ -23,7 +23,7 @@ from saeffect.report.figures.style import (
     safe_text,
 )
 from saeffect.report.tables.chance import rule_label, test_label
-from saeffect.report.words.numerals import count, percent
+from saeffect.report.words.numbers import count, percent
 
 __all__ = ["calibration"]
 

@@ -22,7 +22,7 @@ from saeffect.report.figures.style import (
     safe_text,
 )
 from saeffect.report.tables.view import difference_unit
-from saeffect.report.words.numerals import amount
+from saeffect.report.words.numbers import amount
 
 __all__ = ["DRAWN_QUANTITIES", "contrasts"]
 

@@ -14,8 +14,8 @@ from saeffect.diffing.most_changed import change_scores, most_changed
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
-from saeffect.report.words.feature_names import feature_words
-from saeffect.report.words.numerals import count
+from saeffect.report.words.names import feature_words
+from saeffect.report.words.numbers import count
 
 __all__ = ["cross_activity"]
 

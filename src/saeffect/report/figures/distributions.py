@@ -24,7 +24,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.numerals import amount, count
+from saeffect.report.words.numbers import amount, count
 
 __all__ = ["coherence", "density", "mean_activation", "top_token_weights"]
 

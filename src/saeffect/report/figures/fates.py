@@ -17,7 +17,7 @@ from saeffect.diffing.fate_counts import ONE_PLACEBO
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, arm_styles, new_figure, safe_text
-from saeffect.report.words.numerals import count, fixed, is_defined, percent, signed
+from saeffect.report.words.numbers import count, fixed, is_defined, percent, signed
 
 __all__ = ["fates_by_activation", "fates_by_decoder"]
 

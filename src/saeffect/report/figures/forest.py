@@ -18,9 +18,8 @@ from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
 from saeffect.report.outcome_summary import primary_effects
-from saeffect.report.words.feature_names import feature_names
-from saeffect.report.words.numerals import count, fixed, is_defined, p_value
-from saeffect.report.words.outcome_words import control_words, effect_text, interval_text, outcome_words
+from saeffect.report.words.names import control_words, effect_text, feature_names, interval_text, outcome_words
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value
 
 __all__ = ["MOST_ROWS", "forests"]
 

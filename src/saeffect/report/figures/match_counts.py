@@ -20,7 +20,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.numerals import count, percent
+from saeffect.report.words.numbers import count, percent
 
 __all__ = ["match_counts"]
 

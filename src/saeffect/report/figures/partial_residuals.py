@@ -14,7 +14,7 @@ from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
 from saeffect.report.tables.regression import TERM_NAMES
-from saeffect.report.words.numerals import fixed, is_defined, signed
+from saeffect.report.words.numbers import fixed, is_defined, signed
 
 __all__ = ["partial_residuals"]
 

@@ -11,8 +11,8 @@ from saeffect.comparison import Comparison
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.feature_names import feature_words
-from saeffect.report.words.numerals import count, fixed, is_defined, p_value, percent, signed, undefined
+from saeffect.report.words.names import feature_words
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value, percent, signed, undefined
 
 __all__ = ["cross_summary", "cross_table", "stagewise_table"]
 

@@ -8,13 +8,18 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report.context import ReportContext
+from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.outcome_summary import baseline_summary
-from saeffect.report.steering_results import SteeringResults
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.feature_names import feature_names
-from saeffect.report.words.numerals import count, is_defined, undefined
-from saeffect.report.words.outcome_words import control_words, effect_text, interval_text, level_text, outcome_words
+from saeffect.report.words.names import (
+    control_words,
+    effect_text,
+    feature_names,
+    interval_text,
+    level_text,
+    outcome_words,
+)
+from saeffect.report.words.numbers import count, is_defined, undefined
 
 __all__ = ["baseline_sentences", "baseline_table", "yardstick"]
 

@@ -11,8 +11,8 @@ from saeffect.comparison import Comparison
 from saeffect.comparison.calibration import WITHIN
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit
-from saeffect.report.words.evidence import short_name
-from saeffect.report.words.numerals import amount, count, fixed, is_defined, percent, undefined
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, percent, undefined
 
 __all__ = ["calibration_table", "calibration_verdict", "chance_table", "power_table", "rule_label", "test_label"]
 

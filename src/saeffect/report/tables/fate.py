@@ -11,8 +11,8 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.feature_names import feature_words
-from saeffect.report.words.numerals import amount, count, fixed, is_defined, p_value, percent, signed, undefined
+from saeffect.report.words.names import feature_words
+from saeffect.report.words.numbers import amount, count, fixed, is_defined, p_value, percent, signed, undefined
 
 __all__ = ["MEASURE_NAMES", "fate_summary", "fate_table", "notable_table"]
 

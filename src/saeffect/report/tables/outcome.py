@@ -11,8 +11,8 @@ from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.outcome_summary import outcome_summary
 from saeffect.report.tables.view import Cell, Row, TableView, arm_columns
-from saeffect.report.words.numerals import amount_interval, count, is_defined, percent, undefined
-from saeffect.report.words.outcome_words import control_words, effect_text, interval_text, outcome_words
+from saeffect.report.words.names import control_words, effect_text, interval_text, outcome_words
+from saeffect.report.words.numbers import amount_interval, count, is_defined, percent, undefined
 
 __all__ = ["CONTROL_TERMS", "OUTCOME_TERMS", "outcome_pairs", "outcome_table"]
 

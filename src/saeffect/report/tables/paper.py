@@ -12,8 +12,8 @@ from saeffect.comparison import PRIMARY, Comparison, Gap, Judgement, judge
 from saeffect.comparison.judgement import told_row
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit, value_cell
-from saeffect.report.words.numerals import amount, amount_interval, count, is_defined, p_value, percent, undefined
-from saeffect.report.words.outcome_words import outcome_words
+from saeffect.report.words.names import outcome_words
+from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, p_value, percent, undefined
 
 __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 

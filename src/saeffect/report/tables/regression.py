@@ -9,8 +9,8 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.numerals import count, fixed, is_defined, p_value, signed, undefined
-from saeffect.report.words.outcome_words import outcome_words
+from saeffect.report.words.names import outcome_words
+from saeffect.report.words.numbers import count, fixed, is_defined, p_value, signed, undefined
 
 __all__ = ["TERM_NAMES", "coherence_sentence", "regression_table"]
 

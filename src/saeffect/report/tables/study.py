@@ -9,8 +9,8 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
-from saeffect.report.words.numerals import fixed, percent
-from saeffect.report.words.outcome_words import dose_axis
+from saeffect.report.words.names import dose_axis
+from saeffect.report.words.numbers import fixed, percent
 from saeffect.steering.placebo import STEERED
 
 __all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]

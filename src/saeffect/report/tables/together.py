@@ -9,11 +9,16 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
-from saeffect.report.feature_numbers import is_true
 from saeffect.report.tables.view import Cell, Column, Row, TableView
-from saeffect.report.words.feature_names import feature_names
-from saeffect.report.words.numerals import is_defined, p_value, undefined
-from saeffect.report.words.outcome_words import control_words, effect_text, interval_text, level_text, outcome_words
+from saeffect.report.words.names import (
+    control_words,
+    effect_text,
+    feature_names,
+    interval_text,
+    level_text,
+    outcome_words,
+)
+from saeffect.report.words.numbers import is_defined, is_true, p_value, undefined
 
 __all__ = ["together_table"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.report.words.numerals import amount, count, is_defined, undefined
+from saeffect.report.words.numbers import amount, count, is_defined, undefined
 
 __all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "short_fact", "value_cell"]
 

@@ -18,13 +18,13 @@ from saeffect.report.words.evidence import (
     over_all_saes,
     over_saes,
     power_sentence,
-    short_name,
     too_many_alarms,
 )
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, signed
 from saeffect.report.words.paragraph import paragraph
 from saeffect.report.words.threat import threat_table
 from saeffect.report.words.threats import threats
-from saeffect.report.words.wording import interval, joined, number, percent, whole
 
 __all__ = ["answer", "with_answer"]
 
@@ -140,7 +140,7 @@ def _headline(judged: list[Judgement], table1: pd.DataFrame, roles: Roles, found
             "but not clearly by more than retraining the SAE gives."
         )
     if unclear := having("unclear"):
-        verb = "95 % interval of the change includes" if len(unclear) == 1 else "95 % intervals of the changes include"
+        verb = f"{LEVEL} of the change includes" if len(unclear) == 1 else f"{LEVEL}s of the changes include"
         return f"We cannot tell whether fine-tuning changed the {_named(unclear)}: the {verb} zero."
     return "Nothing can be said about fine-tuning: no quantity of the headline has an interval in both arms."
 
@@ -168,7 +168,7 @@ def _changed(one: Judgement) -> str:
         "pass_rate": f"a {'larger' if up else 'smaller'} share of the tested ones pass",
         "coherence_mean": f"the domain features are {'more' if up else 'less'} coherent",
     }.get(one.quantity, f"the {short_name(one.quantity)} is {more}")
-    return f"{words} ({interval(one.told)}{over_saes(one)})"
+    return f"{words} ({difference(one.told)}{over_saes(one)})"
 
 
 def _named(judged: list[Judgement]) -> str:
@@ -180,13 +180,13 @@ def _domain_counts(table1: pd.DataFrame, roles: Roles) -> str:
     for name in roles.ordered:
         found, total = int(table1.loc[name, "domain_features"]), int(table1.loc[name, "n_features"])
         share = f" ({percent(found / total)})" if total else ""
-        parts.append(f"{whole(found)} of {whole(total)} in {name}{share}")
+        parts.append(f"{count(found)} of {count(total)} in {name}{share}")
     return f"Domain features: {joined(parts)}."
 
 
 def _scale_counts(table1: pd.DataFrame, roles: Roles, min_matches: int) -> str:
     dot, cosine = (
-        joined([f"{whole(int(table1.loc[name, column]))} in {name}" for name in roles.ordered])
+        joined([f"{count(int(table1.loc[name, column]))} in {name}" for name in roles.ordered])
         for column in ("matches_dot", "matches_cosine")
     )
     tokens = f"{min_matches} top token{'s' if min_matches != 1 else ''}"
@@ -206,9 +206,9 @@ def _passes(table1: pd.DataFrame, judged: Judgement, roles: Roles, alpha: float)
     for name in counted:
         row = table1.loc[name]
         ours.append(
-            f"{whole(int(row['passed']))} of {whole(int(row['tested']))} in {name} ({percent(float(row['pass_rate']))})"
+            f"{count(int(row['passed']))} of {count(int(row['tested']))} in {name} ({percent(float(row['pass_rate']))})"
         )
-        papers.append(f"{whole(int(row['paper_passed']))} in {name}")
+        papers.append(f"{count(int(row['paper_passed']))} in {name}")
     text = (
         "Tested against placebos, these features passed at "
         f"q \N{LESS-THAN OR EQUAL TO} {alpha:g}: {joined(ours)}; "
@@ -228,13 +228,13 @@ def _coherence(table2: pd.DataFrame, judged: Judgement, roles: Roles) -> str:
         if math.isnan(middle):
             parts.append(f"undefined in {name}")
             continue
-        parts.append(f"{number(middle, 3)} in {name}{_ends(row['mean_low'], row['mean_high'])}")
+        parts.append(f"{fixed(middle, 3)} in {name}{_ends(row['mean_low'], row['mean_high'])}")
     return f"Mean coherence of the domain features: {joined(parts)}. {_difference(judged, roles)}"
 
 
 def _ends(low: float, high: float) -> str:
     """An interval in brackets; nothing where there is none."""
-    return "" if math.isnan(low) else f" ({number(low, 3)} to {number(high, 3)})"
+    return "" if math.isnan(low) else f" ({fixed(low, 3)} to {fixed(high, 3)})"
 
 
 def _outcome(arms: Mapping[str, ArmTables]) -> str:
@@ -253,7 +253,7 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str
         if math.isnan(float(row["effect_mean"])):
             continue
         ends = _ends(row["effect_low"], row["effect_high"])
-        parts.append(f"{number(row['effect_mean'], 3, signed=True)} in {name}{ends}")
+        parts.append(f"{signed(row['effect_mean'], 3)} in {name}{ends}")
     if not parts:
         return "The effect of steering is undefined in every arm."
     return (
@@ -268,10 +268,10 @@ def _difference(judged: Judgement, roles: Roles) -> str:
     change = judged.change
     if judged.status == "undefined":
         return f"Between {change.a} and {change.b}, {name} cannot be compared: {change.reason or 'no interval'}."
-    text = f"From {change.a} to {change.b}, {name} differs by {interval(change)}."
+    text = f"From {change.a} to {change.b}, {name} differs by {difference(change)}."
     if judged.seeds is not None:
         text += f" {over_all_saes(judged, short=True)}"
-    noise = [f"{interval(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
+    noise = [f"{difference(gap, short=True)} ({gap.b} minus {gap.a})" for gap in judged.retraining if gap.defined]
     if noise:
         text += f" Retraining the SAE alone gives {joined(noise)}."
     return f"{text} {_verdict(judged, roles)}"
@@ -290,7 +290,7 @@ def _verdict(judged: Judgement, roles: Roles) -> str:
                 why = "it equals the control here, which does not show how much SAEs of one model differ"
             return f"The placebo cannot be compared ({why}), so this may be SAE noise."
         return "Without a placebo arm we cannot tell whether this is fine-tuning or SAE noise."
-    apart = joined([f"{gap.b} minus {gap.a}: {interval(gap, short=True)}" for gap in judged.beyond])
+    apart = joined([f"{gap.b} minus {gap.a}: {difference(gap, short=True)}" for gap in judged.beyond])
     apart = f" ({apart})" if judged.beyond else ""
     if judged.status == "beyond":
         return f"The difference is more than that noise{apart}."
@@ -316,4 +316,4 @@ def _chance_of_noise(judged: Judgement) -> str:
     """How often seeds alone would set the SAEs so far apart."""
     if math.isnan(judged.p):
         return "how much SAEs of one model differ is not known"
-    return f"noise alone would give as much with p = {number(judged.p, 3)}"
+    return f"noise alone would give as much with p = {fixed(judged.p, 3)}"

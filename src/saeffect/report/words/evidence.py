@@ -11,7 +11,8 @@ from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.judgement import Judgement
 from saeffect.diffing.fate_counts import ONE_PLACEBO
-from saeffect.report.words.wording import interval, joined, number, percent, whole
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, signed
 
 __all__ = [
     "calibration_sentence",
@@ -20,7 +21,6 @@ __all__ = [
     "over_all_saes",
     "over_saes",
     "power_sentence",
-    "short_name",
     "too_many_alarms",
 ]
 
@@ -47,16 +47,16 @@ def _fates(how: str, rows: pd.DataFrame, roles: Roles) -> str:
     if math.isnan(float(gone["called"])):
         return f"Which features {roles.treatment} kept or lost, judged {how}, cannot be said: {gone['reason']}."
     called = {key: int(row["called"]) for key, row in found.items() if not math.isnan(float(row["called"]))}
-    n_features = whole(int(gone["n_features"]))
+    n_features = count(int(gone["n_features"]))
     words = [
-        f"{whole(called['control', 'kept'])} kept",
-        f"{whole(called['control', 'moved'])} moved",
-        f"{whole(called['control', 'gone'])} gone",
+        f"{count(called['control', 'kept'])} kept",
+        f"{count(called['control', 'moved'])} moved",
+        f"{count(called['control', 'gone'])} gone",
     ]
     if "control" in {side for side, fate in called if fate == "absorbed"}:
-        words.append(f"{whole(called['control', 'absorbed'])} absorbed by others")
+        words.append(f"{count(called['control', 'absorbed'])} absorbed by others")
     text = f"Of {n_features} features of {roles.control} that can be judged {how}, {joined(words)}"
-    text += f"; of those of {roles.treatment}, {whole(called['treatment', 'new'])} are new."
+    text += f"; of those of {roles.treatment}, {count(called['treatment', 'new'])} are new."
     excess = _excess(gone, found["treatment", "new"])
     return f"{text} {excess}" if excess else text
 
@@ -67,10 +67,10 @@ def _excess(gone: dict[str, Any], new: dict[str, Any]) -> str:
     for row, words in ((gone, "features without a counterpart"), (new, "features that match nothing of the control's")):
         if math.isnan(float(row["low"])):
             continue
-        low, high = number(float(row["low"]), 0, signed=True), number(float(row["high"]), 0, signed=True)
+        low, high = signed(float(row["low"]), 0), signed(float(row["high"]), 0)
         parts.append(
-            f"{number(float(row['n_treatment']), 0)} {words} against {number(float(row['n_placebo']), 0)} in an SAE of "
-            f"another seed (excess {number(float(row['excess']), 0, signed=True)}, 95 % interval {low} to {high})"
+            f"{fixed(float(row['n_treatment']), 0)} {words} against {fixed(float(row['n_placebo']), 0)} in an SAE of "
+            f"another seed (excess {signed(float(row['excess']), 0)}, {LEVEL} {low} to {high})"
         )
     if not parts:
         return ""
@@ -92,15 +92,15 @@ def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
     found = tested[tested["q"] <= alpha]
     more, less = found[found["difference"] > 0], found[found["difference"] < 0]
     text = (
-        f"{roles.control}'s SAE applied to both models on the same text: of {whole(len(tested))} features that fire, "
-        f"{whole(len(more))} fire more strongly in {roles.treatment} and {whole(len(less))} more weakly "
+        f"{roles.control}'s SAE applied to both models on the same text: of {count(len(tested))} features that fire, "
+        f"{count(len(more))} fire more strongly in {roles.treatment} and {count(len(less))} more weakly "
         f"(q \N{LESS-THAN OR EQUAL TO} {alpha:g})"
     )
     if "is_domain" in cross and bool(cross["is_domain"].any()):
         domain = tested["is_domain"]
         n_more, n_less = int(more["is_domain"].sum()), int(less["is_domain"].sum())
-        n_domain = whole(int(domain.sum()))
-        text += f"; of the {n_domain} domain features among them {whole(n_more)} more and {whole(n_less)} less"
+        n_domain = count(int(domain.sum()))
+        text += f"; of the {n_domain} domain features among them {count(n_more)} more and {count(n_less)} less"
     return f"{text}. Any further training changes a little everywhere, so read the sizes."
 
 
@@ -113,17 +113,17 @@ def over_all_saes(judged: Judgement, *, short: bool = False) -> str:
     """The difference over all SAEs of both models, and whether its interval leaves zero out; "" without one."""
     if judged.seeds is None:
         return ""
-    difference = interval(judged.seeds, short=short)
+    size = difference(judged.seeds, short=short)
     ends = "excludes" if judged.seeds.sign else "includes"
     n_a, n_b = judged.n_saes
     if min(n_a, n_b) == 1:
         one, others, model = (judged.seeds.b, n_a, "control") if n_b == 1 else (judged.seeds.a, n_b, "treatment")
         return (
-            f"Taking {one}'s SAE to scatter as the {others} SAEs of the {model}'s model do, it is {difference}; that "
+            f"Taking {one}'s SAE to scatter as the {others} SAEs of the {model}'s model do, it is {size}; that "
             f"holds the noise of SAE training and {ends} zero."
         )
     return (
-        f"Over all SAEs of both models ({judged.n_saes[1]} against {judged.n_saes[0]}) it is {difference}; that holds "
+        f"Over all SAEs of both models ({judged.n_saes[1]} against {judged.n_saes[0]}) it is {size}; that holds "
         f"the noise of SAE training and {ends} zero."
     )
 
@@ -140,7 +140,7 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
     declared = judged[judged["declared"]]
     shown = declared if len(declared) else judged
     parts = [
-        f"{whole(int(row.findings))} of {whole(int(row.tests))} for {short_name(str(row.test))} ({row.rule})"
+        f"{count(int(row.findings))} of {count(int(row.tests))} for {short_name(str(row.test))} ({row.rule})"
         for row in shown.itertuples()
     ]
     text = (
@@ -180,7 +180,7 @@ def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str = "similarity
     text = f"With four chances in five this study would have found a difference of {joined(parts)}."
     singles = power[power["test"] == f"feature in {roles.treatment}"]
     if len(singles) and math.isfinite(float(singles["detectable"].iloc[0])):
-        size = number(float(singles["detectable"].iloc[0]), 3)
+        size = fixed(float(singles["detectable"].iloc[0]), 3)
         text += f" A single steered feature had to move the {outcome} by {size} to be found on its own."
     only = power[power["test"].str.startswith("only feature") & power["test"].str.endswith(f" in {roles.treatment}")]
     if len(only) and str(only["reason"].iloc[0]).startswith("with "):
@@ -190,18 +190,5 @@ def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str = "similarity
 
 def _amount(row: Any) -> str:
     if row.unit == "share":
-        return f"{number(100 * row.detectable, 1)} percentage points"
-    return number(row.detectable, 3)
-
-
-def short_name(quantity: str) -> str:
-    """A quantity as it is spoken of in a sentence, without an article."""
-    words = {
-        "domain_share": "share of domain features",
-        "pass_rate": "pass rate",
-        "coherence_mean": "mean coherence",
-        "effect": "mean effect",
-    }
-    name = quantity.removesuffix("_seeds")
-    spoken = words.get(name, name.replace("_", " "))
-    return f"{spoken} (SAEs as units)" if quantity.endswith("_seeds") else spoken
+        return f"{fixed(100 * row.detectable, 1)} percentage points"
+    return fixed(row.detectable, 3)

@@ -19,8 +19,9 @@ from saeffect.comparison.findings import Comparison, Trace
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
 from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.lm.tokens import printable_token
-from saeffect.report.words.evidence import over_saes, short_name
-from saeffect.report.words.wording import bracketed, joined, number, percent, whole
+from saeffect.report.words.evidence import over_saes
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import bracketed, count, fixed, joined, percent
 
 __all__ = ["Paragraph", "paragraph"]
 
@@ -165,7 +166,7 @@ def _steering_control(arms: Mapping[str, ArmTables]) -> str:
 
 
 def _writer(one: Judgement) -> Callable[[float], str]:
-    return percent if one.change.unit == "share" else (lambda value: number(value, 3))
+    return percent if one.change.unit == "share" else (lambda value: fixed(value, 3))
 
 
 def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float) -> None:
@@ -195,7 +196,7 @@ def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cros
 def _named(row: Mapping[Any, Any], tokens: list[str]) -> str:
     shown = [printable_token(str(token)).strip() for token in tokens]
     words = ", ".join(list({word.lower(): word for word in reversed(shown)}.values())[::-1][:_TOKENS])
-    size = f"{number(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
+    size = f"{fixed(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
     return f"{row['feature']} ({words}; {size})"
 
 
@@ -210,7 +211,7 @@ def _fates(text: Paragraph, counts: pd.DataFrame) -> None:
         return
     called = int(rows.loc[rows["fate"].isin(["moved", "gone", "new", "absorbed"]), "called"].fillna(0).sum())
     text.say(" ")
-    words = "No single feature is" if not called else "1 feature is" if called == 1 else f"{whole(called)} features are"
+    words = "No single feature is" if not called else "1 feature is" if called == 1 else f"{count(called)} features are"
     text.cite(words, "fate_counts", measure=measure)
     text.say(" gone, moved or new beyond SAE noise.")
 
@@ -223,5 +224,5 @@ def _threats(text: Paragraph, found: Comparison) -> None:
     serious = 0 if found.threats.empty else int((found.threats["severity"] == "serious").sum())
     if serious:
         text.say(" ")
-        text.cite(whole(serious), "threats", severity="serious")
+        text.cite(count(serious), "threats", severity="serious")
         text.say(f" serious threat{'s' if serious > 1 else ''} to this answer {'are' if serious > 1 else 'is'} known.")

@@ -8,8 +8,8 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.measures import untested_reason
+from saeffect.report.words.numbers import count, joined, percent
 from saeffect.report.words.threat import Threat
-from saeffect.report.words.wording import joined, percent, whole
 
 __all__ = ["steering_threats"]
 
@@ -40,7 +40,7 @@ def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.Dat
                 source,
             )
         )
-    few = [f"{whole(n)} in {name}" for name, n in tested.items() if 0 < n < _FEW]
+    few = [f"{count(n)} in {name}" for name, n in tested.items() if 0 < n < _FEW]
     if few:
         found.append(
             Threat(
@@ -51,7 +51,7 @@ def steering_threats(arms: Mapping[str, ArmTables], roles: Roles, table1: pd.Dat
             )
         )
     partly = [
-        f"{whole(n)} of {whole(int(table1.loc[name, 'domain_features']))} in {name}"
+        f"{count(n)} of {count(int(table1.loc[name, 'domain_features']))} in {name}"
         for name, n in tested.items()
         if 0 < n < int(table1.loc[name, "domain_features"])
     ]

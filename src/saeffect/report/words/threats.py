@@ -12,10 +12,11 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison
 from saeffect.comparison.judgement import ALPHA, judge
 from saeffect.comparison.measures import top_token_coverage
-from saeffect.report.words.evidence import short_name, too_many_alarms
+from saeffect.report.words.evidence import too_many_alarms
+from saeffect.report.words.names import short_name
+from saeffect.report.words.numbers import count, fixed, joined, percent
 from saeffect.report.words.steering_threats import steering_threats
 from saeffect.report.words.threat import SEVERITIES, Threat
-from saeffect.report.words.wording import joined, number, percent, whole
 
 __all__ = ["threats"]
 
@@ -179,7 +180,7 @@ def _of_noise(contrasts: pd.DataFrame, tests: Sequence[str]) -> list[Threat]:
             Threat(
                 f"Few SAEs show how much SAEs of one model differ ({_of_saes(n_a)} of the control's model, "
                 f"{_of_saes(n_b)} of the treatment's): a change of the {names} is credited to fine-tuning only if it "
-                f"is more than {number(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one "
+                f"is more than {fixed(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one "
                 "in twenty such studies still credits fine-tuning wrongly.",
                 "moderate",
                 "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering "
@@ -233,7 +234,7 @@ def _of_coherence(roles: Roles, table2: pd.DataFrame) -> list[Threat]:
     missing = {name: int(table2.loc[name, "n_undefined"]) for name in roles.ordered}
     if not any(missing.values()):
         return []
-    listed = joined([f"{whole(n)} in {name}" for name, n in missing.items()])
+    listed = joined([f"{count(n)} in {name}" for name, n in missing.items()])
     return [
         Threat(
             f"Coherence is undefined for some domain features ({listed}); they are left out of its mean, not counted "
@@ -327,7 +328,7 @@ def _of_power(power: pd.DataFrame) -> list[Threat]:
 
 
 def _size(value: float, unit: str) -> str:
-    return f"{number(100 * value, 1)} percentage points" if unit == "share" else number(value, 3)
+    return f"{fixed(100 * value, 1)} percentage points" if unit == "share" else fixed(value, 3)
 
 
 def _has_verdicts(selection: pd.DataFrame) -> bool:

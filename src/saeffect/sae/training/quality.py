@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from saeffect.lm.activation_source import ActivationSource
+from saeffect.lm.activations import ActivationSource
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.metrics import ReconstructionSums
 

@@ -13,16 +13,12 @@ from numpy.typing import NDArray
 from saeffect.config import TextSource
 from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.io import SILENT, Log, fingerprint
-from saeffect.lm.activation_source import ActivationSource
-from saeffect.lm.bos import prepends
-from saeffect.lm.corpora import is_held_out, read_corpus
-from saeffect.lm.harvest import NormLimit, TokenRows, harvest, harvest_made_by, norm_limit_of
+from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
+from saeffect.lm.corpora import StreamedText, interleave, is_held_out, read_corpus
+from saeffect.lm.harvest import ActivationStore, harvest, harvest_made_by
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, locate_model
-from saeffect.lm.packing import interleave
-from saeffect.lm.shards import ActivationStore
-from saeffect.lm.stream import StreamedActivations
-from saeffect.lm.streamed_text import StreamedText
+from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import barrier, is_first
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config
@@ -172,7 +168,7 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
     starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
     words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
     lm = load_language_model(recipe.model, log=log, at="model")
-    lm = replace(lm, prepend_bos=prepends(recipe.bos, words))
+    lm = replace(lm, prepend_bos=resolve_prepend_bos(recipe.bos, words))
     refuse_unfit_model(recipe, lm)
     return lm
 
@@ -236,14 +232,14 @@ def _activations(
     refuse(source.identity() if source else fingerprint(harvest_made_by(lm, recipe.hook, rows["train"])))
     stores = {}
     for part, ids in rows.items():
-        folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.digest()])[:16]}"
+        folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.identity()])[:16]}"
         stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, log=log))
     if isinstance(source, StreamedActivations):
         limit, digest = source.limit, text.identity()
     else:
         source = stores["train"]
-        limit = norm_limit_of(stores["train"].note, at=str(stores["train"].folder))
-        digest = rows["train"].digest()
+        limit = stores["train"].norm_limit()
+        digest = rows["train"].identity()
     return _Data(recipe, lm, source, limit, stores["held-out"], rows["held-out"], digest)
 
 
@@ -261,7 +257,7 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "unique_tokens": None if a_pass is None else min(a_pass, seen),
         "training_text": "+".join(s.name for s in recipe.text),
         "training_text_sha256": data.text,
-        "held_out_text_sha256": data.rows.digest(),
+        "held_out_text_sha256": data.rows.identity(),
         "seed": config.seed,
         "trained_by": "saeffect",
         "training_architecture": config.architecture,

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
-from saeffect.io import check_disk_space
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.corpora import read_corpus
-from saeffect.lm.harvest import TokenRows, harvest_bytes
+from saeffect.lm.harvest import check_disk_space, harvest_bytes
 from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import locate_model, model_shape
@@ -107,11 +107,7 @@ def refuse_before_harvest(
             fix="give more text, or a smaller batch_size.",
         )
     total = sum(harvest_bytes(lm, part) for part in rows)
-    try:
-        check_disk_space(work, total, recipe.max_disk_bytes)
-    except ConfigError as error:
-        error.at = "max_disk_gb" if error.at == "max_bytes" else error.at
-        raise
+    check_disk_space(work, total, recipe.max_disk_bytes)
 
 
 def refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, SaeffectError
 from saeffect.io import fingerprint, hash_folder, read_json, write_json
-from saeffect.lm.activation_source import ActivationSource
-from saeffect.lm.training_folder import TrainingFolder
+from saeffect.lm.activations import ActivationSource
+from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, save_sae
 from saeffect.sae.training.config import SaeTrainingConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.io import SILENT, Log
-from saeffect.lm.activation_source import ActivationSource
-from saeffect.lm.training_folder import TrainingFolder
+from saeffect.lm.activations import ActivationSource
+from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae
@@ -179,7 +179,7 @@ def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
             at="batch_size",
             fix="use fewer processes, or a larger batch_size.",
         )
-    per_epoch = source.n_batches(config.batch_size, seed=seed, epoch=0)
+    per_epoch = source.n_batches(config.batch_size)
     if per_epoch == 0:
         raise _too_few(config.batch_size)
     if config.steps is not None:

@@ -20,7 +20,8 @@ __all__ = ["compare_inputs", "read_comparison", "run_compare"]
 
 # 2: seeds, calibration, power, regression, matching. 3: by chance, threats. 4: SAEs decide. 5: traces.
 # 6: a placebo that equals the control shows no noise; why nothing was tested; texts without a similarity.
-VERSION = 6
+# 7: judgements as a table.
+VERSION = 7
 _TABLES = Comparison.table_names()
 
 

@@ -14,7 +14,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
 from saeffect.features.token_choice import choosable_tokens
 from saeffect.io import SILENT, Log
-from saeffect.lm.harvest import TokenRows, kept_positions
+from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.unembedding import unembedding
 from saeffect.study.residuals import Residuals

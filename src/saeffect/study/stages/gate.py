@@ -12,7 +12,7 @@ import torch
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.io import Log, read_json, write_json
-from saeffect.lm.harvest import TokenRows, kept_positions
+from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import probe_logits
 from saeffect.sae.metrics import ReconstructionSums

@@ -19,7 +19,7 @@ from saeffect.diffing.fates import FateRules
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.diffing.stagewise import stagewise
 from saeffect.io import Log, read_json
-from saeffect.lm.harvest import TokenRows, kept_positions
+from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.study.kept_rows import KeptRows
 from saeffect.study.run_folder import RunFolder

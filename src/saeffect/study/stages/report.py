@@ -11,7 +11,7 @@ import pandas as pd
 from saeffect.config import SteeringConfig, TextConfig
 from saeffect.io import SILENT, Log, read_json
 from saeffect.report import ReportContext, write_figures, write_report, write_tables
-from saeffect.report.words.outcome_words import control_words, outcome_words
+from saeffect.report.words.names import control_words, outcome_words
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import compare_inputs, read_comparison

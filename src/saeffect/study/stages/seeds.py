@@ -20,7 +20,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.features.vocabulary import load_vocabulary, select
 from saeffect.io import Log, fingerprint, hash_file
-from saeffect.lm.harvest import kept_positions
+from saeffect.lm.activations import kept_positions
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact
 from saeffect.sae.formats.saelens import load_sae, weights_file

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeffect.config import SteeringConfig
 from saeffect.io import Log
-from saeffect.lm.harvest import kept_positions
+from saeffect.lm.activations import kept_positions
 from saeffect.steering import MeanDifferences, SteeringPlan, TextVectors, outcome_effects, run_baselines
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import site_of

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from saeffect.errors import BadFile, NotFound
-from saeffect.lm.utf8 import decode_utf8, read_bytes
+from saeffect.paths import decode_utf8, read_bytes
 
 
 def test_byte_order_mark_is_dropped_and_text_kept() -> None:

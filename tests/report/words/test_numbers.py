@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.report.words.numerals import amount, amount_interval, fixed, is_defined, p_value, signed, undefined
+from saeffect.report.words.numbers import amount, amount_interval, fixed, is_defined, p_value, signed, undefined
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), np.float64("nan"), pd.NA, "0.5"])

@@ -1,0 +1,355 @@
+"""What is compared between two arms: the one list of quantities.
+
+A quantity says what it is in one arm, by which statistic two arms are compared, and how it is spoken of. Contrasts,
+contrasts over SAE seeds, power, calibration, the answer in words and the figures all read this list, so that a new
+quantity is one entry (`add_quantity`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from saeffect.comparison.arms import ArmTables
+from saeffect.comparison.measures import (
+    activity_of,
+    coherence_of,
+    direct_effect_of,
+    effect_of,
+    match_counts_of,
+    pass_counts,
+    scale_count,
+    steered_minus_placebo,
+    weights_of,
+)
+from saeffect.errors import ConfigError
+
+__all__ = ["QUANTITIES", "Kind", "Quantity", "Wording", "add_quantity", "declarable", "sae_value", "wording"]
+
+Kind = Literal["share", "mean", "median", "count mean", "token mean", "token variance", "mean range", "dominance"]
+"""The statistic, and how two arms are compared by it.
+
+"share": of all features those that have something; "mean", "median": of one number a feature; "count mean": of one
+small whole number a feature; "token mean", "token variance": of several numbers a feature, resampled together;
+"mean range": the difference of means in units of the mean of the two ranges; "dominance": Cliff's delta. The last two
+are properties of a pair of arms and have no value in one arm.
+"""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a quantity is spoken of. `{control}` stands for what steered features had to beat.
+
+    Attributes:
+        short: Without an article: "pass rate".
+        phrase: With one, for the middle of a sentence: "the share of tested features that pass".
+        larger: A clause of the headline, for a rise.
+        smaller: The same for a fall.
+        first: What stands before and behind its value, as the first quantity of the paragraph.
+        goes: What stands before its first value, between the two and behind the second, in a later sentence.
+    """
+
+    short: str
+    phrase: str
+    larger: str
+    smaller: str
+    first: tuple[str, str]
+    goes: tuple[str, str, str]
+
+
+def _wording(
+    short: str,
+    *,
+    phrase: str = "",
+    changed: tuple[str, str] | None = None,
+    first: tuple[str, str] | None = None,
+    goes: tuple[str, str, str] | None = None,
+) -> Wording:
+    """A wording of which only what reads badly by default is given."""
+    larger, smaller = changed or (f"the {short} is larger", f"the {short} is smaller")
+    first, goes = first or (f"The {short} is ", ""), goes or (f"The {short} goes from ", " to ", "")
+    return Wording(short, phrase or f"the {short}", larger, smaller, first, goes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """One quantity of the comparison.
+
+    Attributes:
+        name: As in the column `quantity` of the contrasts, and in `comparison.tests` of a study.
+        label: Of its rows; `{min_matches}` becomes the number.
+        unit: Of the value and of the difference.
+        kind: The statistic (`Kind`).
+        read: (arm, min_matches) to what the statistic is of. "share": (how many, of how many); "token mean" and "token
+            variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
+        seed_values: One number a feature, in a Series whose index may name further levels (feature, prompt), for rows
+            over SAE seeds in every comparison of arms; None for a quantity that gets only the row over all SAEs.
+        steered: Whether an arm has it only if its features were steered.
+        words: How it is spoken of, where "the <name>" does not do.
+    """
+
+    name: str
+    label: str
+    unit: str
+    kind: Kind
+    read: Callable[[ArmTables, int], Any]
+    seed_values: Callable[[ArmTables], pd.Series[Any]] | None = None
+    steered: bool = False
+    words: Wording | None = None
+
+    @property
+    def of_a_pair(self) -> bool:
+        """Whether only two arms together have it."""
+        return self.kind in ("mean range", "dominance")
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of its rows in the contrasts: its own, and the same as a ratio or as a change in %."""
+        more = {"share": "_ratio", "token mean": "_change", "token variance": "_change"}.get(self.kind)
+        return (self.name, f"{self.name}{more}") if more else (self.name,)
+
+
+def _is_domain(arm: ArmTables) -> pd.Series[Any]:
+    # In the order of the numbers, as all that is resampled: the order of a table's rows must not change an interval.
+    return arm.selection.sort_values("feature")["is_domain"].astype(np.float64).reset_index(drop=True)
+
+
+def _effect_by_prompt(arm: ArmTables) -> pd.Series[Any]:
+    return steered_minus_placebo(arm).groupby(level=["feature", "prompt"]).mean()
+
+
+def _weights(arm: ArmTables, _: int) -> Any:
+    found = weights_of(arm)
+    return found.weight, found.feature
+
+
+def _passed(arm: ArmTables, _: int) -> tuple[int, int]:
+    counts = pass_counts(arm)
+    return counts.passed, counts.tested
+
+
+def _passed_by_the_papers_rule(arm: ArmTables, _: int) -> tuple[int, int]:
+    counts = pass_counts(arm)
+    return counts.paper_passed, counts.paper_tested
+
+
+_ALL = (
+    Quantity(
+        name="domain_share",
+        label="Share of features that are domain features",
+        unit="share",
+        kind="share",
+        read=lambda arm, _: (len(arm.domain), arm.n_features),
+        seed_values=_is_domain,
+        words=_wording(
+            "share of domain features",
+            changed=(
+                "a larger share of them are domain features",
+                "a smaller share of them are domain features",
+            ),
+            first=("Domain features make up ", " of the SAE"),
+        ),
+    ),
+    Quantity(
+        name="share_dot",
+        label="Share of features with {min_matches} or more vocabulary tokens, dot product",
+        unit="share",
+        kind="share",
+        read=lambda arm, least: (scale_count(arm, "dot", least), arm.n_features),
+    ),
+    Quantity(
+        name="share_cosine",
+        label="Share of features with {min_matches} or more vocabulary tokens, cosine",
+        unit="share",
+        kind="share",
+        read=lambda arm, least: (scale_count(arm, "cosine", least), arm.n_features),
+    ),
+    Quantity(
+        name="pass_rate",
+        label="Share of tested features that pass against placebo",
+        unit="share",
+        kind="share",
+        read=_passed,
+        steered=True,
+        words=_wording(
+            "pass rate",
+            phrase="the share of tested features that pass",
+            changed=("a larger share of the tested ones pass", "a smaller share of the tested ones pass"),
+            first=("Of the steered features ", " pass against {control}"),
+            goes=("Steered, ", " of features pass against {control} before and ", " after"),
+        ),
+    ),
+    Quantity(
+        name="paper_pass_rate",
+        label="Share of tested features that pass by the paper's rule",
+        unit="share",
+        kind="share",
+        read=_passed_by_the_papers_rule,
+        steered=True,
+    ),
+    Quantity(
+        name="coherence_mean",
+        label="Mean coherence of domain features",
+        unit="coherence",
+        kind="mean",
+        read=lambda arm, _: coherence_of(arm),
+        seed_values=lambda arm: pd.Series(coherence_of(arm)),
+        words=_wording(
+            "mean coherence",
+            phrase="the mean coherence of domain features",
+            changed=("the domain features are more coherent", "the domain features are less coherent"),
+            first=("The mean coherence of domain features is ", ""),
+            goes=("The domain features' mean coherence goes from ", " to ", ""),
+        ),
+    ),
+    Quantity(
+        name="coherence_median",
+        label="Median coherence of domain features",
+        unit="coherence",
+        kind="median",
+        read=lambda arm, _: coherence_of(arm),
+    ),
+    Quantity(
+        name="coherence_normalised",
+        label="Normalised mean difference of coherence (the paper's)",
+        unit="mean range",
+        kind="mean range",
+        read=lambda arm, _: coherence_of(arm),
+    ),
+    Quantity(
+        name="coherence_delta",
+        label="Cliff's delta of coherence",
+        unit="from -1 to 1",
+        kind="dominance",
+        read=lambda arm, _: coherence_of(arm),
+    ),
+    Quantity(
+        name="weight_mean",
+        label="Mean of the top-token weights (the paper's activations)",
+        unit="weight",
+        kind="token mean",
+        read=_weights,
+    ),
+    Quantity(
+        name="weight_variance",
+        label="Variance of the top-token weights (the paper's activations)",
+        unit="weight squared",
+        kind="token variance",
+        read=_weights,
+    ),
+    Quantity(
+        name="density",
+        label="Mean density of domain features",
+        unit="share of tokens",
+        kind="mean",
+        read=lambda arm, _: activity_of(arm, "density"),
+        seed_values=lambda arm: pd.Series(activity_of(arm, "density")),
+    ),
+    Quantity(
+        name="mean_activation",
+        label="Mean activation of domain features, where active",
+        unit="activation",
+        kind="mean",
+        read=lambda arm, _: activity_of(arm, "mean_activation"),
+        seed_values=lambda arm: pd.Series(activity_of(arm, "mean_activation")),
+    ),
+    Quantity(
+        name="matches_mean",
+        label="Mean number of top tokens in the vocabulary, all features",
+        unit="tokens",
+        kind="count mean",
+        read=lambda arm, _: match_counts_of(arm),
+        seed_values=lambda arm: pd.Series(match_counts_of(arm), dtype=np.float64),
+    ),
+    Quantity(
+        name="effect",
+        label="Mean effect of steering beyond placebo",
+        unit="cosine similarity",
+        kind="mean",
+        read=lambda arm, _: effect_of(arm),
+        seed_values=_effect_by_prompt,
+        steered=True,
+        words=_wording(
+            "mean effect",
+            phrase="the mean effect of steering",
+            first=("The mean effect of steering is ", ""),
+            goes=("The mean effect of steering goes from ", " to ", ""),
+        ),
+    ),
+    Quantity(
+        name="direct_effect",
+        label="Mean direct effect beyond placebo",
+        unit="nats",
+        kind="mean",
+        read=lambda arm, _: direct_effect_of(arm),
+        steered=True,
+    ),
+)
+
+QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _ALL}
+"""Every quantity by name, in the order of the tables."""
+
+
+def add_quantity(quantity: Quantity) -> None:
+    """Compare one quantity more; a study can then declare it as a test.
+
+    Raises:
+        ConfigError: There is one of this name.
+
+    Example:
+        >>> dead = Quantity(name="dead_share", label="Share of features that never fire", unit="share", kind="share",
+        ...                 read=lambda arm, _: (int((arm.features["density"] == 0).sum()), arm.n_features))
+        >>> add_quantity(dead)
+        >>> wording("dead_share").short, QUANTITIES.pop("dead_share").rows
+        ('dead share', ('dead_share', 'dead_share_ratio'))
+    """
+    if quantity.name in QUANTITIES:
+        raise ConfigError(f"there is a quantity {quantity.name!r} already.", at="name", fix="give it another name.")
+    QUANTITIES[quantity.name] = quantity
+
+
+def declarable() -> tuple[str, ...]:
+    """What a study can declare as a test. A ratio says what its difference says, around 1 instead of 0."""
+    rows = (row for quantity in QUANTITIES.values() for row in quantity.rows)
+    return (*(row for row in rows if not row.endswith("_ratio")), "fates", "cross_activity")
+
+
+def wording(name: str) -> Wording:
+    """How a quantity is spoken of; of other names it is made from the name.
+
+    Example:
+        >>> wording("pass_rate").phrase, wording("weight_mean").larger
+        ('the share of tested features that pass', 'the weight mean is larger')
+    """
+    known = QUANTITIES.get(name)
+    return (known.words if known else None) or _wording(name.replace("_", " "))
+
+
+def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
+    """One number of a whole SAE: a share, a mean, a median or a variance over its features.
+
+    Args:
+        quantity: A name; others than those of `QUANTITIES` have no such number.
+        arm: The SAE.
+        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
+
+    Returns:
+        NaN where the SAE has nothing to count or average, and for what only a pair of SAEs has.
+    """
+    known = QUANTITIES.get(quantity)
+    if known is None or known.of_a_pair:
+        return math.nan
+    found = known.read(arm, min_matches)
+    if known.kind == "share":
+        return found[0] / found[1] if found[1] else math.nan
+    values = np.asarray(found[0] if known.kind.startswith("token") else found, dtype=np.float64)
+    if len(values) < (2 if known.kind == "token variance" else 1):
+        return math.nan
+    if known.kind == "token variance":
+        return float(np.var(values, ddof=1))
+    return float(np.median(values) if known.kind == "median" else values.mean())

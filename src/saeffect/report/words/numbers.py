@@ -1,0 +1,248 @@
+"""How numbers are written, in one place: sentences, tables, captions and figures all use these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import SupportsFloat, TypeGuard
+
+import numpy as np
+
+from saeffect.comparison.judgement import Gap
+
+__all__ = [
+    "LEVEL",
+    "amount",
+    "amount_interval",
+    "bracketed",
+    "count",
+    "difference",
+    "fixed",
+    "interval",
+    "is_defined",
+    "is_true",
+    "joined",
+    "p_value",
+    "percent",
+    "plural",
+    "signed",
+    "undefined",
+]
+
+MINUS = "\u2212"  # the typographic minus has the width of a digit; the hyphen has not
+THIN_SPACE = "\u202f"  # narrow and no-break: the only space between a number and its unit
+LEVEL = f"95{THIN_SPACE}% interval"
+
+
+def is_defined(value: object) -> TypeGuard[float]:
+    """Whether `value` is a finite number (None, NaN, NA and infinities are not).
+
+    Example:
+        >>> is_defined(0), is_defined(float("nan")), is_defined(None)
+        (True, False, False)
+    """
+    if value is None or isinstance(value, str) or not isinstance(value, SupportsFloat):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def is_true(value: object) -> bool:
+    """Whether a cell holds True: missing ones do not.
+
+    Example:
+        >>> is_true(np.True_), is_true(float("nan")), is_true(None)
+        (True, False, False)
+    """
+    return isinstance(value, bool | np.bool_) and bool(value)
+
+
+def undefined(reason: str = "") -> str:
+    """What stands where a number cannot: the word and the reason.
+
+    Example:
+        >>> undefined("no feature was tested")
+        'undefined: no feature was tested'
+    """
+    return f"undefined: {reason or 'no reason was recorded'}"
+
+
+def fixed(value: SupportsFloat, digits: int = 3) -> str:
+    """A number with a fixed number of decimals, grouped thousands and a true minus sign; never a signed zero.
+
+    Example:
+        >>> fixed(-1234.5678, 2), fixed(-0.0001), fixed(float("nan"))
+        ('−1,234.57', '0.000', 'unknown')
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        return "unknown"
+    text = f"{abs(number):,.{digits}f}"
+    return text if number >= 0 or _is_zero(text) else MINUS + text
+
+
+def _is_zero(text: str) -> bool:
+    return not any(digit in "123456789" for digit in text)
+
+
+def signed(value: SupportsFloat, digits: int = 3) -> str:
+    """As `fixed`, with a plus sign before what is above zero.
+
+    Example:
+        >>> signed(0.25, 2), signed(-0.25, 2), signed(0, 1)
+        ('+0.25', '−0.25', '0.0')
+    """
+    text = fixed(value, digits)
+    return "+" + text if float(value) > 0 and not _is_zero(text) else text
+
+
+def count(value: SupportsFloat) -> str:
+    """A whole number with grouped thousands.
+
+    Example:
+        >>> count(24576)
+        '24,576'
+    """
+    return fixed(value, 0)
+
+
+def plural(n: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> plural(1, "prompt"), plural(1200, "text")
+        ('1 prompt', '1,200 texts')
+    """
+    return f"{count(n)} {noun}{'' if n == 1 else 's'}"
+
+
+def percent(share: SupportsFloat, digits: int = 1) -> str:
+    """A share between 0 and 1 as a percentage; "unknown" for NaN.
+
+    Example:
+        >>> percent(0.9375).split()
+        ['93.8', '%']
+    """
+    text = fixed(100 * float(share), digits)
+    return text if text == "unknown" else f"{text}{THIN_SPACE}%"
+
+
+def p_value(p: SupportsFloat) -> str:
+    """A p or q value: three decimals, and never a bare zero.
+
+    Example:
+        >>> p_value(0.0312), p_value(0.00001)
+        ('0.031', '< 0.001')
+    """
+    return "< 0.001" if float(p) < 0.001 else fixed(p, 3)
+
+
+def interval(low: SupportsFloat, high: SupportsFloat, digits: int = 3) -> str:
+    """Both ends of an interval in brackets.
+
+    Example:
+        >>> interval(-0.1, 0.25, 2)
+        '[−0.10, 0.25]'
+    """
+    return f"[{fixed(low, digits)}, {fixed(high, digits)}]"
+
+
+_SCALES = {  # by unit: what to multiply by, digits, what stands behind
+    "share": (100, 1, THIN_SPACE + "%"),
+    "share of tokens": (100, 3, THIN_SPACE + "%"),
+    "points": (100, 1, THIN_SPACE + "pp"),
+    "points of tokens": (100, 3, THIN_SPACE + "pp"),
+    "percent": (1, 1, THIN_SPACE + "%"),
+    "%": (1, 1, THIN_SPACE + "%"),
+    "ratio": (1, 2, "×"),
+}
+
+
+def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
+    """A number in its unit: shares as percentages, counts whole, ratios with a multiplication sign.
+
+    Args:
+        value: The number, in the unit itself (a share is between 0 and 1).
+        unit: "share" (0 to 1), "points" (a difference of two shares), the same two "of tokens" (they are small, and
+            get more digits), "ratio", "percent" or "%" (already times 100), "features", "count", "pairs", or
+            anything else, which gets about three figures.
+        sign: Write a plus sign before positive values (for differences); ratios have none.
+
+    Example:
+        >>> amount(0.25, "share", sign=True).split(), amount(12, "features"), amount(1.5, "ratio")
+        (['+25.0', '%'], '12', '1.50×')
+    """
+    write = signed if sign and unit != "ratio" else fixed
+    number = float(value)
+    if unit in _SCALES:
+        scale, digits, behind = _SCALES[unit]
+        return write(scale * number, digits) + behind
+    if unit in {"features", "count", "pairs"} or abs(number) >= 100:
+        return write(number, 0 if number.is_integer() else 1)
+    return write(number, 2 if abs(number) >= 10 else 3)
+
+
+def amount_interval(low: SupportsFloat, high: SupportsFloat, unit: str = "") -> str:
+    """Both ends of an interval, in the unit of the value beside it, which is not repeated.
+
+    Example:
+        >>> amount_interval(-0.1, 0.2, "share"), amount_interval(1.25, 2, "ratio")
+        ('[−10.0, 20.0]', '[1.25, 2.00]')
+    """
+    ends = (amount(end, unit).rstrip("%px×").rstrip() for end in (low, high))
+    return f"[{', '.join(ends)}]"
+
+
+def difference(gap: Gap, *, short: bool = False) -> str:
+    """A difference with its interval, in words.
+
+    Args:
+        gap: The difference; shares become percentage points, other units are left to the sentence around it.
+        short: Leave out the unit and the words "95 % interval".
+
+    Example:
+        >>> difference(Gap("base", "tuned", 0.031, 0.012, 0.05, "share")).replace(LEVEL, "LEVEL")
+        '+3.1 percentage points, LEVEL 1.2 to 5.0'
+        >>> difference(Gap("base", "tuned", -0.02, -0.05, 0.01, "coherence"), short=True)
+        '−0.020, −0.050 to 0.010'
+    """
+    middle, ends = _difference(gap, short=short)
+    return f"{middle}, {'' if short else LEVEL + ' '}{' to '.join(ends)}" if ends else f"{middle}, without an interval"
+
+
+def bracketed(gap: Gap, *, full: bool = False) -> str:
+    """A difference with its interval in brackets, as tables write it.
+
+    Args:
+        gap: The difference; shares become percentage points.
+        full: With the unit and the words "95 % interval", for its first mention.
+
+    Example:
+        >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"))
+        '+3.1 [1.2, 5.0]'
+    """
+    middle, ends = _difference(gap, short=not full)
+    return f"{middle}{', ' + LEVEL if full else ''} [{', '.join(ends)}]" if ends else f"{middle}, without an interval"
+
+
+def _difference(gap: Gap, *, short: bool) -> tuple[str, tuple[str, ...]]:
+    """The difference and the ends of its interval: decimals that give the interval's width two figures, at most 5."""
+    scale, digits = (100.0, 1) if gap.unit == "share" else (1.0, 3)
+    width = scale * (gap.high - gap.low) if gap.defined else 0.0
+    if width > 0:
+        digits = min(5, max(digits, 1 - math.floor(math.log10(width))))
+    unit = " percentage points" if gap.unit == "share" and not short else ""
+    ends = tuple(fixed(scale * end, digits) for end in (gap.low, gap.high)) if gap.defined else ()
+    return signed(scale * gap.estimate, digits) + unit, ends
+
+
+def joined(parts: Sequence[str]) -> str:
+    """A list in words.
+
+    Example:
+        >>> joined(["3", "4", "5"])
+        '3, 4 and 5'
+    """
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
