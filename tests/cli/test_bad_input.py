@@ -30,7 +30,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
     folder = tmp_path_factory.mktemp("template")
     make_study(folder, steering=None)
     call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")])

@@ -153,7 +153,7 @@ def test_what_the_study_file_says_reaches_the_comparison(seeded, monkeypatch: py
 
     monkeypatch.setattr("saeffect.study.stages.compare.compare", spy)
     with pytest.raises(InterruptedError):
-        list(run_compare(run)())
+        run_compare(run)
     config = run.study.config
     wanted = config.comparison.model_dump(include={"tests", "alpha", "n_boot", "n_permutations"})
     wanted |= {"min_matches": config.selection.min_matches, "seed": config.seed}

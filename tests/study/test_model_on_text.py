@@ -18,7 +18,7 @@ from saeffect.lm.activations import TokenRows
 from saeffect.lm.finetune import perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.check import check_study
-from saeffect.study.model_on_text import complaint_about_model, model_on_text
+from saeffect.study.stages.gate import complaint_about_model, model_on_text
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
 

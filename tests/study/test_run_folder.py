@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError
-from saeffect.io import hash_file
-from saeffect.study.kept_rows import KeptRows, drop_kept_rows
+from saeffect.io import SILENT, hash_file
 from saeffect.study.run import run_study
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import KeptRows, RunFolder, drop_kept_rows
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -33,7 +32,7 @@ def leave(run: RunFolder, inputs: int, *names: str) -> bool:
             path.write_text(f"{inputs} {path.name}")
         return paths
 
-    return run.stage("compare", inputs, work, lambda line: None)
+    return run.stage("compare", inputs, work, SILENT)
 
 
 def names(run: RunFolder) -> list[str]:
@@ -56,6 +55,17 @@ def test_what_somebody_changed_or_added_stays(study: Study, tmp_path: Path) -> N
     run.path("tables", "notes").write_text("mine too")
     leave(run, 2, "c")
     assert names(run) == ["a", "c", "notes"]
+
+
+def test_optional_table_is_read_only_if_the_stage_made_it(study: Study, tmp_path: Path) -> None:
+    run, table = RunFolder(tmp_path, study), pd.DataFrame({"a": [1]})
+    path = run.path("comparison", "fates_null.parquet")
+    run.stage("match", 1, lambda: [run.write_table(path, table)], SILENT)
+    pd.testing.assert_frame_equal(run.table_or_none(path), table)
+    run.write_table(path, table.assign(a=2))  # somebody changed it, so it stays when the stage makes none
+    run.stage("match", 2, lambda: [], SILENT)
+    assert path.exists()
+    assert RunFolder(tmp_path, study).table_or_none(path) is None
 
 
 def test_what_is_gone_already_does_no_harm(study: Study, tmp_path: Path) -> None:

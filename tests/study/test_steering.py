@@ -118,9 +118,8 @@ def test_the_search_runs_the_placebo_that_the_test_is_against(
     # Another placebo in the test is another search: the curve must be of the placebo that decides.
     for name, same in ((placebos, True), (["matched"], False), ([*placebos, "matched"], False)):
         study = opened(prepared, placebos=name, baselines=[], **several)
-        assert study.config.steering is not None
         run = RunFolder(folder, study)
-        assert run.is_done("dose search", dose_inputs(run, study.config.steering)) == same
+        assert run.is_done("dose search", dose_inputs(run)) == same
 
 
 def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from saeffect.checksums import add_sealed, is_sealed
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.io import Log, atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
-from saeffect.study.kept_rows import KeptRows, drop_kept_rows
+from saeffect.io import (
+    SILENT,
+    Log,
+    atomic_path,
+    fingerprint,
+    hash_file,
+    read_json,
+    remove_leftovers,
+    versions,
+    write_json,
+)
 from saeffect.study.study import Study
 
-__all__ = ["RunFolder"]
+__all__ = ["KeptRows", "RunFolder", "drop_kept_rows"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
 # What a run has written only if it has written its manifest and its study, too.
@@ -296,3 +308,54 @@ def _is_note(note: Any) -> bool:
 
 def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
+
+
+_PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
+
+
+class KeptRows:
+    """Pieces of a table, one file each, whose names hold what they were made with and the hash of their content.
+
+    Every process reads the pieces of all, so that a run may go on with another number of processes.
+
+    Args:
+        folder: Where they lie, with those of other settings.
+        made_with: Fingerprint of everything that the rows depend on.
+    """
+
+    def __init__(self, folder: Path, made_with: str) -> None:
+        self._folder, self._made_with = folder, made_with[:16]
+
+    def read(self, log: Log = SILENT) -> pd.DataFrame | None:
+        """All pieces that are as they were written; None if there are none. A damaged one is as good as none."""
+        found = list(self.pieces(log))
+        return pd.concat(found, ignore_index=True) if found else None
+
+    def pieces(self, log: Log = SILENT) -> Iterator[pd.DataFrame]:
+        """The same one by one, where they are not of one table."""
+        for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
+            if is_sealed(file):
+                yield pd.read_parquet(file)
+            else:
+                log(f"  {file.name} is damaged, so what it holds is made again")
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Keep a piece.
+
+        Raises:
+            BadFile: It cannot be written.
+        """
+        content = io.BytesIO()
+        rows.to_parquet(content, index=False)
+        add_sealed(self._folder, self._made_with, ".parquet", content.getvalue())
+
+
+def drop_kept_rows(folder: Path) -> None:
+    """Delete the pieces in a folder, of whatever settings, and the folder if nothing else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if _PIECE.fullmatch(file.name) and not file.is_dir():
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -32,8 +32,7 @@ from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
-from saeffect.study.residuals import Residuals
-from saeffect.study.texts import first_texts, study_rows
+from saeffect.study.texts import Residuals, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]

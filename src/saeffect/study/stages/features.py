@@ -17,10 +17,10 @@ from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.unembedding import unembedding
-from saeffect.study.residuals import Residuals
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
+from saeffect.study.texts import Residuals
 
 __all__ = [
     "extract_features",

@@ -21,8 +21,7 @@ from saeffect.diffing.stagewise import stagewise
 from saeffect.io import Log, read_json
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.study.kept_rows import KeptRows
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 

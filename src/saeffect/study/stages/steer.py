@@ -23,8 +23,7 @@ from saeffect.steering import (
     run_trials_shared,
     score_texts,
 )
-from saeffect.study.kept_rows import KeptRows
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.steering_baselines import baseline_effects, baseline_features, baseline_texts
 from saeffect.study.stages.steering_plan import (
     chosen_dose,
