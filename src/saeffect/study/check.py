@@ -6,16 +6,14 @@ import filecmp
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
-from saeffect.errors import ConfigError, EmptySelection, SaeffectError
+from saeffect.errors import ConfigError, EmptySelection, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.io import SILENT, Log
@@ -65,29 +63,31 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     Raises:
         SaeffectError: The first thing that is wrong.
     """
-    lines: list[str] = []
+    config, lines = study.config, list[str]()
     training = check_training(study)
     if training is not None:
         lines.append(training)
-    for name in study.config.arms:
+    for name in config.arms:
         lines += _check_arm(study, name, log)
         further = open_seeds(study, name)
         if further:
-            lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
+            lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
     lines += _check_tokenizers(study)
-    begins, others = _placed(
-        study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
-    )
+    with placed(study.at("text")):
+        begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
     lines.append(f"{begins}; otherwise: {others}" if others else begins)
-    config = study.config
-    _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
+    with placed(study.at("comparison", "tests")):
+        check_tests(config.comparison.tests)
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
-    vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
+    with placed(study.at("selection", "vocabulary")):
+        vocabulary = load_vocabulary(config.selection.vocabulary)
     lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
-    vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
+    with placed(study.at("coherence", "embeddings")):
+        vectors = load_embeddings(config.coherence.embeddings)
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
-    verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
+    with placed(study.at("selection", "verdicts")):
+        verdicts = study_verdicts(study)
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
     lines.append(f"text: {_check_text(study)}")
@@ -164,7 +164,8 @@ def _check_steering(study: Study) -> list[str]:
                 at=study.at("steering", "together", name),
             )
     if steering.outcome_encoder is not None:
-        _placed(study, ("steering", "outcome_encoder"), lambda: outcome_vectors(study))
+        with placed(study.at("steering", "outcome_encoder")):
+            outcome_vectors(study)
     placebos = " and ".join(steering.placebos) or "nothing"
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
@@ -193,13 +194,15 @@ def _check_text(study: Study) -> str:
     text = study.config.text
     for index, source in enumerate(text.sources):
         documents = read_corpus(source.path, field=source.field)
-        _placed(study, ("text", "sources", str(index)), partial(next, documents))
+        with placed(study.at("text", "sources", str(index))):
+            next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
     if not all(Path(source.path).exists() for source in text.sources):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
-    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos))
+    with placed(study.at("text")):
+        rows = study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos)
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
     return f"{called}; only {short}" if short else called
 
@@ -224,13 +227,6 @@ def _check_disk(study: Study, out: Path) -> str:
     return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
 
 
-def _placed(study: Study, keys: tuple[str, ...], load: Any) -> Any:
-    try:
-        return load()
-    except SaeffectError as error:
-        raise error.placed(study.at(*keys)) from None
-
-
 def _check_tokenizers(study: Study) -> list[str]:
     """Compare the tokenizers of the arms, and the text with what the models can read.
 
@@ -250,10 +246,8 @@ def _check_tokenizers(study: Study) -> list[str]:
     else:
         lines.append("every arm has the same tokens and cuts text alike")
     if study.config.text.sources:
-        try:
+        with placed(study.at("text", "sources")):
             separator_id(tokens.tokenizer)
-        except SaeffectError as error:
-            raise error.placed(study.at("text", "sources")) from None
     shapes = _shapes(study)
     _check_context(study, shapes)
     return lines + _check_embedded(study, shapes)

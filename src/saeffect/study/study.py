@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
-from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
@@ -230,27 +230,20 @@ class Study:
         Raises:
             ConfigError: The SAEs contradict each other.
         """
-        try:
+        with placed(self.at("text")):
             return resolve_prepend_bos(self.config.text.bos, self.bos_words)
-        except SaeffectError as error:
-            raise error.placed(self.at("text")) from None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
         """`prepend_bos` of the cfg.json of each arm's SAE."""
         return {name: self.sae_config(name).metadata.get("prepend_bos") for name in self.config.arms}
 
-    def rows(self) -> TokenRows:
-        """The study's text as token rows; cached."""
-        return self._rows
-
     @functools.cached_property
-    def _rows(self) -> TokenRows:
+    def rows(self) -> TokenRows:
+        """The study's text as token rows."""
         control = self.by_role("control")[0]
-        try:
+        with placed(self.at("text")):
             return study_rows(self.config.text, lambda: self.arms[control].lm, prepend_bos=self.prepend_bos)
-        except SaeffectError as error:
-            raise error.placed(self.at("text")) from None
 
     def by_role(self, role: str) -> list[str]:
         """Names of the arms with this role, in the file's order."""

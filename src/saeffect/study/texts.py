@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from saeffect.checksums import read_tensors
 from saeffect.config import TextConfig
-from saeffect.errors import BadFile, EmptySelection, SaeffectError
+from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.corpora import interleave, read_corpus
@@ -97,19 +98,13 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
 
 
 def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     folder = bundled_path("texts", text.bundled or "", at="bundled")
-    try:
-        tensors = load_file(folder / "tokens.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"the bundled text cannot be read: {error}.", at=str(folder), fix="install again.") from error
+    tensors, _ = read_tensors(folder / "tokens.safetensors", "the bundled text", fix="install again.")
     names = tuple(read_json(folder / "sources.json")["names"])
-    ids = tensors["ids"].astype(np.int32)
+    ids = tensors["ids"].numpy().astype(np.int32)
     if bos is not None:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
-    rows = TokenRows(ids, tensors["sources"].astype(np.int64), names)
+    rows = TokenRows(ids, tensors["sources"].numpy().astype(np.int64), names)
     return rows.head(max(1, text.tokens // rows.ids.shape[1]))
 
 
@@ -132,10 +127,8 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
 
 
 def _named(name: str, rows: Iterator[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
-    try:
+    with placed(f"source {name!r}"):
         yield from rows
-    except SaeffectError as error:
-        raise error.placed(f"source {name!r}") from None
 
 
 _BATCH = 8

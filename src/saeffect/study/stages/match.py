@@ -155,7 +155,7 @@ class _Logs:
     @torch.inference_mode()
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
         """Log SAEs of one arm's model; bool [n_tokens], the tokens that count there."""
-        rows = self._study.rows()
+        rows = self._study.rows
         limit, kept = arm.norm_limit(rows), []
         self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
         for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
@@ -168,7 +168,7 @@ class _Logs:
     @torch.inference_mode()
     def cross(self, treatment: Arm, sae: SparseAutoencoder, control: str, hook: str, kept: BoolArray) -> CrossActivity:
         """The control's SAE on the treatment's model, beside what it did on the control's."""
-        rows: TokenRows = self._study.rows()
+        rows: TokenRows = self._study.rows
         limit, cross = treatment.norm_limit(rows), CrossActivity(sae.cfg.d_sae)
         before = self.of[control].matrix()
         width = rows.context_size
