@@ -26,8 +26,7 @@ from measure import peak_rss
 
 from saeffect.diffing.coactivity import FiringLog, match_activity
 from saeffect.diffing.fates import fates
-from saeffect.diffing.matching import match_decoders
-from saeffect.diffing.matching_graph import assign
+from saeffect.diffing.matching import assign, match_decoders
 
 
 def decoders(d_sae: int, d_in: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,15 +45,16 @@ def logs(d_sae: int, n_tokens: int, active: int, seed: int) -> tuple[FiringLog, 
     frequency = 1.0 / np.arange(10, d_sae + 10)
     edges = np.cumsum(frequency / frequency.sum())
     found = FiringLog(d_sae), FiringLog(d_sae)
-    for start in range(0, n_tokens, 4096):
-        n = min(4096, n_tokens - start)
+    for start in range(0, n_tokens, 1024):
+        n = min(1024, n_tokens - start)
         drawn = np.minimum(np.searchsorted(edges, rng.random((n, active))), d_sae - 1)
         shared = torch.from_numpy(_without_repeats(drawn))
         values = torch.rand(n, active) + 0.1
         values[shared < 0] = 0.0
         other = torch.where(shared < 3 * d_sae // 4, shared, d_sae - 1 - (shared - 3 * d_sae // 4))
-        found[0].update_sparse(shared.clamp(min=0), values)
-        found[1].update_sparse(other.clamp(min=0), values * (1 + 0.2 * torch.rand(n, active)))
+        changed = values * (1 + 0.2 * torch.rand(n, active))
+        for log, feature, value in zip(found, (shared, other), (values, changed), strict=True):
+            log.update(torch.zeros(n, d_sae).scatter_add(1, feature.clamp(min=0), value))
     return found
 
 

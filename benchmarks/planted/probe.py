@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from plan import BASE, NEUTRAL_STEMS, SAE, Plan
 
 from saeffect.config import ModelConfig, TextConfig
-from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
+from saeffect.diffing.cross_activity import CrossActivity
 from saeffect.features.projection import project
 from saeffect.io import Log, atomic_path
 from saeffect.lm.hooks import capture
@@ -116,7 +116,7 @@ def compare(planted: Planted, instrument: Instrument) -> pd.DataFrame:
     for start in range(0, len(rows), _BATCH):
         some = rows[start : start + _BATCH]
         cross.update(instrument.acts(instrument.base, some), instrument.acts(tuned, some))
-    table = cross.result(PairedOptions(seed=instrument.plan.seed, n_permutations=2000))
+    table = cross.result(seed=instrument.plan.seed, n_permutations=2000)
     with atomic_path(path) as temporary:
         table.to_parquet(temporary)
     return table

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
+from saeffect.diffing.cross_activity import CrossActivity
 from saeffect.stats import (
     benjamini_hochberg,
     bootstrap_difference,
@@ -209,7 +209,7 @@ def _activity(
             ]  # 5: few are cut off at 0, so the true difference is known
             pair = [torch.from_numpy(np.maximum(values, 1e-3)) for values in (own[0], own[1] + effect.ravel())]
             cross.update(*pair)
-        found = cross.result(PairedOptions(n_boot=40, n_permutations=999))
+        found = cross.result(n_permutations=999)
         p, low, high = (found[c].to_numpy().reshape(effect.shape) for c in ("p", "low", "high"))
         return Simulated(_q(p), low, high)
 

@@ -12,7 +12,7 @@ from fine_tunes import NULLS
 from plan import Plan
 from scoring import Named, beyond, chance, concept_tests, excess_p, most_changed
 
-from saeffect.diffing.most_changed import change_scores
+from saeffect.diffing.cross_activity import change_scores
 from saeffect.lm.tokens import normalise_token
 from saeffect.stats import benjamini_hochberg
 

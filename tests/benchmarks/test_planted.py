@@ -22,7 +22,7 @@ from simulations import SETTINGS, TESTS, Setting, Simulated, rates_of, simulate 
 from verdicts import judge  # noqa: E402
 from write_up import headline, write_results  # noqa: E402
 
-from saeffect.diffing.most_changed import change_scores  # noqa: E402
+from saeffect.diffing.cross_activity import change_scores  # noqa: E402
 
 CASES = sorted(CONCEPTS)
 

@@ -11,8 +11,8 @@ import pytest
 from saeffect.comparison import Gap, exceeds_noise, judge
 from saeffect.comparison.contrasts import COMPARISONS
 from saeffect.comparison.judgement import ALL_SEEDS, settled
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.diffing.matched_null import conformal_p, exchangeable_p
-from saeffect.diffing.most_changed import activity_changes, most_changed
 from saeffect.stats import benjamini_hochberg, holm, permutation_test, sign_flip_many, sign_flip_test
 from saeffect.stats.student import cautious_difference, cautious_difference_test
 from saeffect.steering import best_dose, effects

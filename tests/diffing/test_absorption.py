@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from saeffect.diffing.absorption import AbsorptionRules, absorption
+from saeffect.diffing import absorption as module
+from saeffect.diffing.absorption import absorption
 from saeffect.diffing.coactivity import FiringLog
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.diffing.pair import SaeView
+from saeffect.errors import ShapeMismatch
 
 N, D_IN, TOKENS = 80, 32, 3000
 
 
-def logged(values: torch.Tensor) -> FiringLog:
-    log = FiringLog(values.shape[1])
-    log.update(values)
-    return log
+def view(acts: torch.Tensor, W_dec: torch.Tensor) -> SaeView:
+    log = FiringLog(acts.shape[1])
+    log.update(acts)
+    return SaeView("sae", W_dec, pd.DataFrame(), log)
 
 
 def world() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,18 +30,12 @@ def world() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return acts[0], acts[1], decoders[0], decoders[1]
 
 
-def check(features, control, treatment, W_control, W_treatment, **rules):
-    return absorption(
-        features,
-        control=logged(control),
-        treatment=logged(treatment),
-        W_dec_control=W_control,
-        W_dec_treatment=W_treatment,
-        rules=AbsorptionRules(**rules),
-    ).set_index("feature", drop=False)
+def check(features, control, treatment, W_control, W_treatment) -> pd.DataFrame:
+    found = absorption(features, view(control, W_control), view(treatment, W_treatment))
+    return found.set_index("feature", drop=False)
 
 
-def test_a_parent_and_a_detail_together_absorb_a_feature() -> None:
+def test_parent_and_detail_together_absorb() -> None:
     control, treatment, W_control, W_treatment = world()
     unit = torch.nn.functional.normalize
     child = control[:, 3] > 0
@@ -59,7 +56,7 @@ def test_a_parent_and_a_detail_together_absorb_a_feature() -> None:
     assert row["reason"] == ""
 
 
-def test_a_direction_that_fires_elsewhere_is_no_parent_and_nor_is_company_that_points_elsewhere() -> None:
+def test_parents_must_fire_and_point_alike() -> None:
     control, treatment, W_control, W_treatment = world()
     W_treatment[10] = W_control[3]  # right direction, wrong tokens
     treatment[:, 11] = control[:, 4]  # right tokens, wrong direction
@@ -80,8 +77,10 @@ def test_what_fires_everywhere_is_no_parent() -> None:
     assert np.isnan(row["recall"])
 
 
-def test_few_are_absorbed_by_chance() -> None:
-    table = check(list(range(N)), *world(), min_cosine=0.01, min_recall=0.01, min_lift=1.0)
+def test_few_are_absorbed_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, lenient in (("_MIN_COSINE", 0.01), ("_MIN_RECALL", 0.01), ("_MIN_LIFT", 1.0)):
+        monkeypatch.setattr(module, name, lenient)
+    table = check(list(range(N)), *world())
     assert table["absorbed"].sum() <= N * 0.05 + 2 * np.sqrt(N * 0.05 * 0.95)
 
 
@@ -114,13 +113,5 @@ def test_bad_input() -> None:
     control, treatment, W_control, W_treatment = world()
     with pytest.raises(ShapeMismatch, match="same text"):
         check([0], control[:5], treatment, W_control, W_treatment)
-    with pytest.raises(ShapeMismatch, match="W_dec_control"):
-        check([0], control, treatment, W_control[:5], W_treatment)
     with pytest.raises(ShapeMismatch, match="wide"):
         check([0], control, treatment, W_control, W_treatment[:, :5])
-    with pytest.raises(ShapeMismatch, match="numbers from 0"):
-        check([N], control, treatment, W_control, W_treatment)
-    with pytest.raises(ConfigError, match="max_parents"):
-        AbsorptionRules(max_parents=0)
-    with pytest.raises(ConfigError, match="min_cosine"):
-        AbsorptionRules(min_cosine=2)

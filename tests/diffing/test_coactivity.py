@@ -8,8 +8,8 @@ import torch
 
 from saeffect.diffing import coactivity
 from saeffect.diffing.coactivity import FiringLog, match_activity
-from saeffect.diffing.matching import NOBODY
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.diffing.matching import NO_MATCH
+from saeffect.errors import BadFile, ShapeMismatch
 
 
 def acts(n_tokens: int, d_sae: int, seed: int) -> torch.Tensor:
@@ -38,18 +38,15 @@ def test_correlations_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch, cells:
         kept = best > 0
         np.testing.assert_array_equal(neighbours.indices[kept], order[kept])
         np.testing.assert_allclose(neighbours.similarity[kept], best[kept], atol=1e-9)
-        assert (neighbours.indices[~kept] == NOBODY).all()
+        assert (neighbours.indices[~kept] == NO_MATCH).all()
     assert found.forward.match.tolist() == list(range(9))
 
 
-def test_sparse_and_dense_updates_are_the_same() -> None:
+def test_log_keeps_tokens_in_order() -> None:
     values = acts(50, 20, 4)
-    top = values.topk(6, dim=1)
-    dense = torch.zeros_like(values).scatter(1, top.indices, top.values)
-    sparse = FiringLog(20)
-    sparse.update_sparse(top.indices, top.values)
-    np.testing.assert_array_equal(sparse.matrix().toarray(), dense.numpy())
-    np.testing.assert_array_equal(logged(dense, 7).matrix().toarray(), dense.numpy())
+    np.testing.assert_array_equal(logged(values, 7).matrix().toarray(), values.numpy())
+    some = np.arange(50) % 3 > 0
+    np.testing.assert_array_equal(logged(values, 7).only(some).matrix().toarray(), values.numpy()[some])
 
 
 def test_why_a_feature_has_no_partner() -> None:
@@ -68,15 +65,16 @@ def test_why_a_feature_has_no_partner() -> None:
         "it fires alike on every token",
         "no feature of the other SAE fires with it often enough",
     )
-    assert found.forward.alone.tolist() == [False, False, False, False, True]
+    assert np.isnan(found.forward.best).tolist() == [False, True, True, True, False]
+    assert found.forward.similarity[4].tolist() == [0.0, 0.0]  # it correlates with nothing
     assert found.forward.best[0] == pytest.approx(1.0)
-    assert found.backward.indices.tolist() == [[0, NOBODY]]
+    assert found.backward.indices.tolist() == [[0, NO_MATCH]]
 
 
 def test_few_shared_tokens_are_no_evidence() -> None:
     a, b = torch.zeros(100, 1), torch.zeros(100, 1)
     a[:12, 0], b[8:20, 0] = 1.0, 1.0
-    for least, expected in ((4, 0), (5, NOBODY)):
+    for least, expected in ((4, 0), (5, NO_MATCH)):
         assert match_activity(logged(a), logged(b), min_coactive=least).forward.match.tolist() == [expected]
 
 
@@ -87,15 +85,9 @@ def test_bad_input() -> None:
     for bad in (torch.nan, torch.inf):
         with pytest.raises(BadFile):
             log.update(torch.tensor([[0.0, bad]]))
-        with pytest.raises(BadFile):
-            log.update_sparse(torch.tensor([[0]]), torch.tensor([[bad]]))
-    with pytest.raises(ShapeMismatch, match="from 0 to 1"):
-        log.update_sparse(torch.tensor([[2]]), torch.tensor([[1.0]]))
     assert log.n_tokens == 0
     with pytest.raises(ShapeMismatch, match="same text"):
         match_activity(logged(torch.ones(3, 2)), logged(torch.ones(4, 2)))
-    with pytest.raises(ConfigError, match="min_active"):
-        match_activity(log, log, min_active=0)
 
 
 def test_no_text_at_all() -> None:

@@ -1,3 +1,5 @@
+"""Fates by both measures: planted losses, nulls for every pair of seeds, counts, and what is missing."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -5,11 +7,12 @@ import pandas as pd
 import pytest
 import torch
 
-from saeffect.comparison import Resampling
+from saeffect.diffing import fates
 from saeffect.diffing.coactivity import FiringLog
-from saeffect.diffing.correspondence import MEASURES, SaeView, correspond
-from saeffect.diffing.fates import FateRules
+from saeffect.diffing.correspondence import MEASURES, measure
+from saeffect.diffing.pair import ModelPair, SaeView
 from saeffect.errors import ConfigError
+from saeffect.stats.resampling import Resampling
 
 D_IN, D_SAE, N_TOKENS = 64, 300, 3000
 LOST = np.arange(20)
@@ -49,29 +52,42 @@ def world():
     return base, base_acts
 
 
-def found(world, *, others=3, logs=True, seeds=0):
+@pytest.fixture(autouse=True)
+def _small_strata(monkeypatch):
+    monkeypatch.setattr(fates, "MIN_STRATUM", 100)
+
+
+def found(world, *, others=2, logs=True, seeds=0):
     base, acts = world
 
     def make(name, seed, **more):
         return view(name, base, seed, base_acts=acts, log=logs, **more)
 
-    return correspond(
-        make("control", 1),
-        make("treatment", 2, lost=LOST),
-        [make(f"seed{i}", 10 + i) for i in range(others)],
-        treatment_seeds=[make(f"t{i}", 20 + i, lost=LOST) for i in range(seeds)],
-        rules=FateRules(min_stratum=100),
-        resampling=SMALL,
+    return measure(
+        ModelPair(
+            control=make("control", 1),
+            treatment=make("treatment", 2, lost=LOST),
+            others=[make(f"seed{i}", 10 + i) for i in range(others)],
+            treatment_seeds=[make(f"t{i}", 20 + i, lost=LOST) for i in range(seeds)],
+            resampling=SMALL,
+        )
     )
 
 
-def test_planted_losses_are_found_by_both_measures(world):
-    result = found(world, seeds=1)
-    for measure in MEASURES:
-        table = result.control[result.control["measure"] == measure].set_index("feature")
+@pytest.fixture(scope="module")
+def with_three(world):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fates, "MIN_STRATUM", 100)
+        return found(world, others=3, seeds=1)
+
+
+def test_planted_losses_are_found_by_both_measures(with_three):
+    control = with_three["fates_control"]
+    for name in MEASURES:
+        table = control[control["measure"] == name].set_index("feature")
         assert len(table) == D_SAE
         lost = table.loc[LOST, "fate"].isin(["gone", "moved", "absorbed"])
-        assert lost.mean() >= 0.9, measure
+        assert lost.mean() >= 0.9, name
         rest = table.drop(index=LOST)
         assert (rest["fate"].isin(["gone", "moved", "absorbed"])).mean() <= 0.05
         assert (rest["match"] == rest.index).mean() > 0.95
@@ -81,8 +97,8 @@ def test_planted_losses_are_found_by_both_measures(world):
         assert table.loc[LOST, "other_seeds_similarity"].mean() < rest["other_seeds_similarity"].mean() - 0.3
 
 
-def test_every_ordered_pair_of_the_rest_is_a_null(world):
-    null = found(world).null
+def test_every_ordered_pair_of_the_rest_is_a_null(with_three):
+    null = with_three["fates_null"]
     pairs = null[null["is_null"] & (null["measure"] == MEASURES[0]) & (null["side"] == "control")]
     assert len(pairs) == 4 * 3
     assert (pairs["reference"] != pairs["stand_in"]).all()
@@ -95,47 +111,39 @@ def test_every_ordered_pair_of_the_rest_is_a_null(world):
 
 def test_one_other_seed_judges_the_treatment_but_has_no_null(world):
     result = found(world, others=1)
-    assert not result.null["is_null"].any()
-    assert (result.null["tested"] > 0).all()
+    assert not result["fates_null"]["is_null"].any()
+    assert (result["fates_null"]["tested"] > 0).all()
 
 
 def test_decoders_alone_can_be_matched(world):
     result = found(world, logs=False)
-    assert set(result.control["measure"]) == {MEASURES[0]}
-    assert result.absorption.empty
-    assert (result.counts["fate"] == "absorbed").sum() == 1
+    assert set(result["fates_control"]["measure"]) == {MEASURES[0]}
+    assert result["absorption"].empty
+    assert (result["fate_counts"]["fate"] == "absorbed").sum() == 1
 
 
-def test_counts_tell_the_gone_from_the_absorbed(world):
-    result = found(world)
-    for measure, rows in result.counts.groupby("measure"):
+def test_counts_tell_the_gone_from_the_absorbed(with_three):
+    control = with_three["fates_control"]
+    for name, rows in with_three["fate_counts"].groupby("measure"):
         called = rows[rows["side"] == "control"].set_index("fate")["called"]
-        fates = result.control.loc[result.control["measure"] == measure, "fate"].value_counts()
+        n = control.loc[control["measure"] == name, "fate"].value_counts()
         for fate in ("kept", "moved", "gone", "absorbed"):
-            assert called[fate] == fates.get(fate, 0)
+            assert called[fate] == n.get(fate, 0)
 
 
 def test_without_others_nothing_is_called(world):
     result = found(world, others=0)
-    assert set(result.control["fate"]) == {""}
-    assert result.counts["called"].isna().all()
-    assert (result.null["tested"] == 0).all()
-    assert result.null["reason"].str.contains("placebo").all()
+    assert set(result["fates_control"]["fate"]) == {""}
+    assert result["fate_counts"]["called"].isna().all()
+    assert (result["fates_null"]["tested"] == 0).all()
+    assert result["fates_null"]["reason"].str.contains("placebo").all()
 
 
 def test_two_of_one_name_are_refused(world):
     base, acts = world
-    one = view("control", base, 1, base_acts=acts)
+    control = view("control", base, 1, base_acts=acts)
     with pytest.raises(ConfigError, match="a name of its own"):
-        correspond(one, one, [])
-
-
-def test_a_log_can_leave_out_tokens():
-    log = FiringLog(3)
-    log.update(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 3.0]]))
-    kept = log.only(np.array([True, False, True]))
-    assert kept.n_tokens == 2
-    assert kept.matrix().toarray().tolist() == [[0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]
+        measure(ModelPair(control=control, treatment=control))
 
 
 def test_a_feature_that_never_fires_is_nobodys_counterpart(world):
@@ -143,13 +151,15 @@ def test_a_feature_that_never_fires_is_nobodys_counterpart(world):
     base, acts = world
     control, treatment = (view(name, base, seed, base_acts=acts) for name, seed in (("control", 1), ("treatment", 2)))
     others = [view(f"p{i}", base, 10 + i, base_acts=acts) for i in range(2)]
-    alive = correspond(control, treatment, others, resampling=SMALL).control
+    pair = ModelPair(control=control, treatment=treatment, others=others, resampling=SMALL)
+    alive = measure(pair)["fates_control"]
     treatment.features.loc[0, "density"] = 0.0
-    dead = correspond(control, treatment, others, resampling=SMALL)
-    by_cosine = dead.control[dead.control["measure"] == MEASURES[0]].set_index("feature")
+    dead = measure(pair)
+    by_cosine = dead["fates_control"][dead["fates_control"]["measure"] == MEASURES[0]].set_index("feature")
     assert alive["match"].iloc[0] == 0
     assert by_cosine.loc[0, "match"] != 0
     assert by_cosine.loc[0, "assigned"] != 0
-    lost = dead.treatment[(dead.treatment["measure"] == MEASURES[0]) & (dead.treatment["feature"] == 0)].iloc[0]
+    treated = dead["fates_treatment"]
+    lost = treated[(treated["measure"] == MEASURES[0]) & (treated["feature"] == 0)].iloc[0]
     assert lost["reason"] == "it never fires on this text"
     assert np.isnan(lost["q"])

@@ -7,18 +7,23 @@ import pandas as pd
 import pytest
 import torch
 
+from saeffect.diffing import fates as module
 from saeffect.diffing.coactivity import FiringLog, match_activity
-from saeffect.diffing.fates import FateRules, fates
+from saeffect.diffing.fates import fates
 from saeffect.diffing.matching import Matching, Neighbours, match_decoders
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ShapeMismatch
 from saeffect.stats.resampling import Resampling
 
 N, D_IN = 1200, 48
-RULES = FateRules(min_stratum=100)
 FEW = Resampling(0, 400, 100)
 
 
 RARE = np.arange(N) % 2 == 0
+
+
+@pytest.fixture(autouse=True)
+def _small_strata(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_STRATUM", 100)
 
 
 def traits(seed: int, n: int = N) -> pd.DataFrame:
@@ -50,7 +55,6 @@ def judge(
         control_features=table,
         treatment_features=table,
         placebo_features=[table] * len(placebos),
-        rules=RULES,
         resampling=FEW,
     )
 
@@ -106,13 +110,17 @@ def made_up(rng: np.random.Generator, found_again: np.ndarray) -> Matching:
         absent = rng.normal(0.3, 0.05, (n, 2))
         best = np.where(rng.random(n) < found_again, 1 - rng.gamma(1, 0.04, n), absent[:, 0])
         similarity = np.stack([best, np.minimum(best, absent[:, 1])], axis=1)
-        return Neighbours(np.zeros((n, 2), dtype=np.int64), similarity, ("",) * n, np.zeros(n, dtype=bool))
+        return Neighbours(np.zeros((n, 2), dtype=np.int64), similarity, ("",) * n)
 
     return Matching("decoder cosine", side(), side())
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("n_placebos", [1, 3])
-def test_nothing_is_called_when_the_treatment_is_one_more_seed(n_placebos: int) -> None:
+def test_nothing_is_called_when_the_treatment_is_one_more_seed(
+    n_placebos: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MARGIN", 0)
     lost = new = excess = 0
     n_studies = 60
     for seed in range(n_studies):
@@ -125,7 +133,6 @@ def test_nothing_is_called_when_the_treatment_is_one_more_seed(n_placebos: int) 
             control_features=table,
             treatment_features=table,
             placebo_features=[table] * n_placebos,
-            rules=FateRules(min_stratum=100, margin=0),
             resampling=Resampling(seed, 200, 100),
         )
         lost += bool(found.control["fate"].isin(["gone", "moved"]).any())
@@ -184,14 +191,14 @@ def test_one_neighbour_cannot_tell_moved_from_gone() -> None:
         control_features=traits(0),
         treatment_features=traits(0),
         placebo_features=[traits(0)],
-        rules=RULES,
     )
     assert found.control["reason"].str.contains("second-best").all()
     assert set(found.control["fate"]) == {""}
     assert found.counts["excess"].isna().all()
 
 
-def test_by_activation_nobody_firing_along_is_a_similarity_of_zero() -> None:
+def test_no_feature_firing_along_is_a_similarity_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_STRATUM", 60)
     generator = torch.Generator().manual_seed(0)
     n, n_tokens = 60, 4000
     base = torch.relu(torch.randn(n_tokens, n, generator=generator) - 2)
@@ -210,7 +217,6 @@ def test_by_activation_nobody_firing_along_is_a_similarity_of_zero() -> None:
         control_features=table,
         treatment_features=table,
         placebo_features=[table],
-        rules=FateRules(min_stratum=60),
         resampling=FEW,
     )
     assert (found.control["similarity"][:24] == 0).all()
@@ -231,7 +237,3 @@ def test_bad_input() -> None:
     with pytest.raises(ShapeMismatch, match="one measure"):
         other = match_decoders(control[:9], placebo)
         fates(matching, [other], control_features=table, treatment_features=table, placebo_features=[table])
-    with pytest.raises(ConfigError, match="alpha"):
-        FateRules(alpha=0)
-    with pytest.raises(ConfigError, match="margin"):
-        FateRules(margin=-1)

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from saeffect.diffing.stagewise import SaeWeights, rotations, stagewise
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.diffing import stagewise as module
+from saeffect.diffing.pair import ModelPair, SaeView
+from saeffect.diffing.stagewise import measure, rotations, stagewise
+from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.formats.saelens import ARCHITECTURES
 
 N, D_IN = 600, 24
+
+
+class SaeWeights(NamedTuple):
+    """What stage-wise diffing needs of an SAE."""
+
+    W_enc: torch.Tensor
+    b_enc: torch.Tensor | None
+    W_dec: torch.Tensor
+
+
+def alike(n: int = N) -> pd.DataFrame:
+    """Features that are all compared with all."""
+    return pd.DataFrame({"density": np.full(n, 0.1), "decoder_norm": 1.0})
 
 
 def sae(seed: int = 0, n: int = N) -> SaeWeights:
@@ -54,7 +70,7 @@ def test_planted_rotations_lead_the_table(n_nulls: int) -> None:
     noise = np.full(N, 0.05)
     noise[:60] = 0.5
     treatment = trained_on(start, 1, noise)
-    table = stagewise(start, treatment, [trained_on(start, 2 + i) for i in range(n_nulls)])
+    table = stagewise(start, treatment, [trained_on(start, 2 + i) for i in range(n_nulls)], alike())
     assert set(table["feature"][:60]) == set(range(60))
     assert table["decoder_rotation"].is_monotonic_decreasing
     found = set(table.loc[table["q"] <= 0.05, "feature"])
@@ -65,27 +81,30 @@ def test_planted_rotations_lead_the_table(n_nulls: int) -> None:
     assert set(table["reason"]) == {""}
 
 
+@pytest.mark.simulation
 def test_training_alone_raises_no_alarm_even_where_features_drift_unequally() -> None:
     alarms = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
         start = sae(seed, 200)
         noise = rng.gamma(0.5, 0.3, 200)
-        table = stagewise(start, trained_on(start, 1000 + seed, noise), [trained_on(start, 2000 + seed, noise)])
+        table = stagewise(
+            start, trained_on(start, 1000 + seed, noise), [trained_on(start, 2000 + seed, noise)], alike(200)
+        )
         alarms += bool((table["q"] <= 0.05).any())
     assert alarms <= 4  # 2 expected at most
 
 
-def test_percentiles_are_among_features_alike() -> None:
+def test_percentiles_are_among_features_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_STRATUM", 100)
     start = sae(0, 400)
     rare = np.arange(400) < 200
     noise = np.where(rare, 0.5, 0.05)
     features = pd.DataFrame({"density": np.where(rare, 1e-5, 1e-2), "decoder_norm": 1.0})
     features.loc[7, "density"] = 0.0
     features.loc[8, "decoder_norm"] = np.nan
-    table = stagewise(
-        start, trained_on(start, 1, noise), [trained_on(start, 2, noise)], features=features, min_stratum=100
-    ).set_index("feature")
+    found = stagewise(start, trained_on(start, 1, noise), [trained_on(start, 2, noise)], features)
+    table = found.set_index("feature")
     for group in (table[rare[table.index]], table[~rare[table.index]]):
         assert group["percentile"].median() == pytest.approx(50, abs=8)
     assert table.loc[7, "reason"] == "it never fires on this text"
@@ -96,7 +115,7 @@ def test_percentiles_are_among_features_alike() -> None:
 def test_without_a_null_there_are_angles_but_no_verdict() -> None:
     start = sae()
     start.W_dec[4] = 0
-    table = stagewise(start, trained_on(start, 1), []).set_index("feature")
+    table = stagewise(start, trained_on(start, 1), [], alike()).set_index("feature")
     assert table[["null_rotation", "excess_rotation", "percentile", "p", "q"]].isna().all().all()
     assert table.loc[0, "reason"].startswith("no SAE was trained on")
     assert table.loc[4, "reason"] == "a decoder row is zero"
@@ -110,10 +129,6 @@ def test_bad_input() -> None:
         rotations(start, sae(0, 5))
     with pytest.raises(ShapeMismatch, match="b_enc"):
         rotations(start, SaeWeights(start.W_enc, None, start.W_dec))
-    with pytest.raises(ShapeMismatch, match="columns density"):
-        stagewise(start, start, [], features=pd.DataFrame({"density": [1.0]}))
-    with pytest.raises(ConfigError, match="margin"):
-        stagewise(start, start, [], margin=-1)
     broken = trained_on(start, 1)
     broken.W_dec[0, 0] = torch.nan
     with pytest.raises(BadFile, match="W_dec"):
@@ -130,6 +145,20 @@ def test_every_architecture_can_be_followed(architecture: str) -> None:
             one.W_dec.copy_(torch.ones(6, 4))
         end.W_dec[2] *= torch.tensor([1.0, -1.0, 1.0, -1.0])
         getattr(end, bias)[3] = 0.25
-    table = stagewise(start, end, [start]).set_index("feature").sort_index()
+    table = stagewise(start, end, [start], alike(6)).set_index("feature").sort_index()
     np.testing.assert_allclose(table["decoder_rotation"], [0, 0, 90, 0, 0, 0])
     np.testing.assert_allclose(table["bias_change"], [0, 0, 0, 0.25, 0, 0])
+
+
+def test_method_needs_a_warm_start_and_takes_its_nulls() -> None:
+    start = sae()
+
+    def view(name: str, weights: SaeWeights, *, warm: bool = True) -> SaeView:
+        return SaeView(name, weights.W_dec, alike(), sae=weights, warm_started=warm)
+
+    control, end = view("control", start), trained_on(start, 1)
+    others = [view("null", trained_on(start, 2)), view("cold", trained_on(start, 3, 9.0), warm=False)]
+    found = measure(ModelPair(control=control, treatment=view("treatment", end), others=others))
+    expected = stagewise(start, end, [others[0].sae], alike())
+    pd.testing.assert_frame_equal(found["stagewise"], expected)
+    assert measure(ModelPair(control=control, treatment=view("cold", end, warm=False), others=others)) == {}

@@ -68,7 +68,7 @@ def test_a_source_that_ends_early_is_told_by_check_run_and_report(folder: Path) 
     rows = [json.dumps({"text": text}) for text in sentences(8)]
     (folder / "other.jsonl").write_text("\n".join(rows), encoding="utf-8")
     study = _study(folder)
-    n = study.rows.ids.size
+    n = study.rows().ids.size
     assert 32 <= n < 1024
     short = f"only {n} of the 1,024 tokens that text.tokens asks for: rows are taken from each source in turn"
     assert f"{short}, and 'general' ends first" in _line(study, "text")

@@ -41,12 +41,12 @@ def _study(folder: Path, word: Any = None) -> Path:
 
 def test_rows_begin_as_the_tokenizer_does_unless_the_saes_say_otherwise(tmp_path: Path) -> None:
     study = Study.open(_study(tmp_path))
-    assert (study.rows.ids[:, 0] == 0).all()
+    assert (study.rows().ids[:, 0] == 0).all()
     assert study.arms["treatment"].lm.encode_prompt("fever")[0] == 0
     for index, arm in enumerate(("control", "treatment", "placebo")):
         make_sae(tmp_path / "saes" / arm, index, prepend_bos=False)
     study = Study.open(tmp_path / "study.yaml")
-    assert not (study.rows.ids[:, 0] == 0).all()
+    assert not (study.rows().ids[:, 0] == 0).all()
     checked = check_study(study)
     said = next(line for line in checked.lines if "begins" in line)
     assert "without a BOS token; otherwise: the tokenizer by itself begins a text with '<|endoftext|>'" in said

@@ -137,7 +137,7 @@ def test_a_token_without_embedding_is_refused_where_a_text_holds_it(folder: Path
     with pytest.raises(ConfigError, match=r"token '<\|im_start\|>' \(id \d+\), but the embedding of control's model"):
         check_study(study, folder / "run")
     with pytest.raises(ConfigError, match=r"<\|im_start\|>"):
-        measure_gate(study.open_arm("control"), study.rows, study.config.gate)
+        measure_gate(study.open_arm("control"), study.rows(), study.config.gate)
     shutil.copy(folder / "other.jsonl", folder / "text.jsonl")
     change(folder, steering={"prompts": ["The river", "<|im_end|> My doctor"]})
     with pytest.raises(ConfigError, match=r"the prompt '<\|im_end\|> My doctor' holds the token"):

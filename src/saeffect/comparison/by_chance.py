@@ -19,7 +19,7 @@ from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.measures import pass_counts
 from saeffect.comparison.seeds import control_saes
-from saeffect.diffing.most_changed import activity_changes
+from saeffect.diffing.cross_activity import activity_changes
 from saeffect.stats.resampling import LEVEL
 
 __all__ = ["chance_table"]

@@ -59,10 +59,11 @@ class MatchTables:
     """Which feature became which; a table without columns was not made.
 
     Attributes:
-        fates_control: What became of each feature of the control, by each measure (`Correspondence.control`).
-        fates_treatment: The same of the treatment's features (`Correspondence.treatment`).
-        fate_counts: Kept, moved, gone, absorbed and new features beside what seeds show (`Correspondence.counts`).
-        fates_null: Calls where an SAE of the control's model stands in for the treatment (`Correspondence.null`).
+        fates_control: What became of each feature of the control, by each measure
+            (`saeffect.diffing.correspondence.measure`).
+        fates_treatment: The same of the treatment's features (there).
+        fate_counts: Kept, moved, gone, absorbed and new features beside what seeds show (there).
+        fates_null: Calls where an SAE of the control's model stands in for the treatment (there).
         cross_activity: The control's SAE on both models (`CrossActivity.result`), with `is_domain`.
         absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
         stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's

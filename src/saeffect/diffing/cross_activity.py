@@ -8,49 +8,35 @@ little everywhere: with enough text everything is significant, so read the sizes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
-from torch import Tensor
+from scipy.special import stdtrit
 
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
-from saeffect.stats.arguments import FloatArray, check_level, check_resamples
+from saeffect.diffing.pair import ModelPair
+from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.stats.permutation import sign_flip_many
+from saeffect.stats.resampling import LEVEL
 
-__all__ = ["CrossActivity", "PairedOptions"]
+if TYPE_CHECKING:  # reports read the finished table without torch
+    from torch import Tensor
+
+__all__ = ["ActivityChanges", "CrossActivity", "activity_changes", "change_scores", "measure", "most_changed"]
 
 _FEATURES = 2048  # features tested at once: bounds the memory of float64 copies
-_INTERVALS = ("t", "bootstrap")
 
 
-@dataclass(frozen=True)
-class PairedOptions:
-    """How differences are tested.
-
-    Attributes:
-        interval: "t" (Student's, rows as units) or "bootstrap" (rows resampled, percentile).
-        level: Confidence, between 0 and 1.
-        n_boot: Resamples of rows.
-        n_permutations: Random sign patterns, above 14 rows.
-        seed: Seed of both.
-    """
-
-    interval: str = "t"
-    level: float = 0.95
-    n_boot: int = 2_000
-    n_permutations: int = 10_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.interval not in _INTERVALS:
-            raise unknown_name("interval", self.interval, _INTERVALS, at="interval")
-        check_level(self.level)
-        check_resamples(self.n_boot, self.level)
-        if self.n_permutations < 1:
-            raise ConfigError(f"n_permutations must be at least 1. Got {self.n_permutations} instead.")
+def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
+    """cross_activity: the control's SAE on both models, as `CrossActivity.result` gives it, with `is_domain`."""
+    cross = CrossActivity(len(pair.control.W_dec))
+    for batch in pair.acts_of_both():
+        cross.update(*batch)
+    table = cross.result(n_permutations=pair.resampling.n_permutations, seed=pair.resampling.seed)
+    return {"cross_activity": table if pair.is_domain is None else table.assign(is_domain=pair.is_domain)}
 
 
 class CrossActivity:
@@ -65,6 +51,7 @@ class CrossActivity:
         ConfigError: `d_sae` is below 1.
 
     Example:
+        >>> import torch
         >>> cross = CrossActivity(1)
         >>> cross.update(torch.tensor([[[1.0], [0.0]]]), torch.tensor([[[3.0], [1.0]]]))
         >>> cross.result()[["difference", "density_difference"]].loc[0].tolist()
@@ -104,18 +91,18 @@ class CrossActivity:
                 f"Got {list(control.shape)} and {list(treatment.shape)} instead.",
                 at="control, treatment",
             )
-        if mask is not None and (mask.shape != control.shape[:2] or mask.dtype != torch.bool):
+        if mask is not None and (mask.shape != control.shape[:2] or str(mask.dtype) != "torch.bool"):
             raise ShapeMismatch(f"mask must be bool {list(control.shape[:2])}.", at="mask")
         rows = []
         for row in range(len(control)):
             counts = slice(None) if mask is None else mask[row]
-            pair = [torch.clamp(one[row].detach()[counts].float(), min=0) for one in (control, treatment)]
+            pair = [acts[row].detach()[counts].float().clamp(min=0) for acts in (control, treatment)]
             if len(pair[0]) == 0:
                 continue
-            sums = [one.sum(dim=0, dtype=torch.float64).cpu().numpy() for one in pair]
-            if not all(np.isfinite(one).all() for one in sums):
+            sums = [acts.double().sum(dim=0).cpu().numpy() for acts in pair]
+            if not all(np.isfinite(total).all() for total in sums):
                 raise BadFile("an activation is NaN or infinite.", at="control, treatment")
-            rows.append((len(pair[0]), sums, [(one > 0).sum(dim=0).cpu().numpy() for one in pair]))
+            rows.append((len(pair[0]), sums, [(acts > 0).sum(dim=0).cpu().numpy() for acts in pair]))
         for n_tokens, sums, fired in rows:
             self._tokens.append(n_tokens)
             self._sums += sums
@@ -123,56 +110,57 @@ class CrossActivity:
             for kept, numbers in zip(self._differences, (sums, fired), strict=True):
                 kept.append((numbers[1] - numbers[0]).astype(np.float32))
 
-    def result(self, options: PairedOptions | None = None) -> pd.DataFrame:
+    def result(self, *, n_permutations: int = 10_000, seed: int = 0) -> pd.DataFrame:
         """One row a feature.
 
         Args:
-            options: The defaults if None.
+            n_permutations: Random sign patterns, above 14 rows.
+            seed: Of these.
 
         Returns:
             `feature`; `mean_control`, `mean_treatment` (activation per token, off tokens as 0) and their
-            `difference` with `low`, `high`, two-sided `p` (signs of rows flipped) and `q`
+            `difference` with `low`, `high` (Student's t, rows as units), two-sided `p` (signs of rows flipped) and `q`
             (Benjamini-Hochberg over features); `density_control`, `density_treatment` (share of tokens on
             which it fires), `density_difference` with `density_low`, `_high`, `_p`, `_q`; `n_rows` on which
             the activations differ; `reason` where something is NaN. Differences are treatment minus control.
         """
-        options = options or PairedOptions()
         n_tokens = np.array(self._tokens, dtype=np.float64)
         total = n_tokens.sum() if self.n_rows else np.nan
-        means, densities = self._sums / total, self._fired / total
         silent = self._fired.sum(axis=0) == 0
-        kept = [np.stack(one) if one else np.empty((0, self.d_sae), dtype=np.float32) for one in self._differences]
-        tested = [_tested(one, n_tokens, silent, options) for one in kept]
-        columns: dict[str, npt.NDArray[np.generic]] = {"feature": np.arange(self.d_sae)}
-        for name, pair, prefix, found in (
-            ("mean", means, "", tested[0]),
-            ("density", densities, "density_", tested[1]),
+        rows = [np.stack(kept) if kept else np.empty((0, self.d_sae), dtype=np.float32) for kept in self._differences]
+        table = pd.DataFrame({"feature": np.arange(self.d_sae)})
+        without_interval = np.zeros(self.d_sae, dtype=bool)
+        for name, pair, prefix, differences in (
+            ("mean", self._sums / total, "", rows[0]),
+            ("density", self._fired / total, "density_", rows[1]),
         ):
-            columns |= {f"{name}_control": pair[0], f"{name}_treatment": pair[1]}
-            columns |= {f"{prefix}difference": pair[1] - pair[0]}
-            columns |= {f"{prefix}{column}": values for column, values in found.items()}
-        columns["n_rows"] = (kept[0] != 0).sum(axis=0)
-        table = pd.DataFrame(columns)
-        alike = np.isnan(tested[0]["low"]) | np.isnan(tested[1]["low"])
-        reasons = [self._reason(*both) for both in zip(silent.tolist(), alike.tolist(), strict=True)]
-        table["reason"] = pd.Series(reasons, dtype="str")
-        return table
+            tested = _tested(differences, n_tokens, silent, n_permutations, seed)
+            without_interval |= np.isnan(tested["low"])
+            columns = {
+                f"{name}_control": pair[0],
+                f"{name}_treatment": pair[1],
+                f"{prefix}difference": pair[1] - pair[0],
+            }
+            table = table.assign(**columns, **{f"{prefix}{column}": values for column, values in tested.items()})
+        reasons = [self._reason(*both) for both in zip(silent.tolist(), without_interval.tolist(), strict=True)]
+        return table.assign(n_rows=(rows[0] != 0).sum(axis=0), reason=pd.Series(reasons, dtype="str"))
 
-    def _reason(self, silent: bool, alike: bool) -> str:
+    def _reason(self, silent: bool, without_interval: bool) -> str:
         if self.n_rows == 0:
             return "no token of the text counts"
         if silent:
             return "it fires in neither model on this text"
         if self.n_rows == 1:
             return "one row of text shows no spread"
-        return "every row of text differs alike, so there is no interval" if alike else ""
+        return "every row of text differs alike, so there is no interval" if without_interval else ""
 
 
 def _tested(
     differences: npt.NDArray[np.float32],
     n_tokens: FloatArray,
     silent: npt.NDArray[np.bool_],
-    options: PairedOptions,
+    n_permutations: int,
+    seed: int,
 ) -> dict[str, FloatArray]:
     """Interval, p and q of each feature from differences of row sums [n_rows, d_sae]."""
     n_rows, d_sae = differences.shape
@@ -180,34 +168,86 @@ def _tested(
     if n_rows >= 2:
         features = np.flatnonzero(~silent)
         for start in range(0, len(features), _FEATURES):
-            some = features[start : start + _FEATURES]
-            sums = differences[:, some].astype(np.float64)
-            found["low"][some], found["high"][some] = _interval(sums, n_tokens, options)
-            found["p"][some] = sign_flip_many(
-                sums.T, alternative="two-sided", n_permutations=options.n_permutations, seed=options.seed
-            )
+            part = features[start : start + _FEATURES]
+            sums = differences[:, part].astype(np.float64)
+            found["low"][part], found["high"][part] = _interval(sums, n_tokens)
+            found["p"][part] = sign_flip_many(sums.T, alternative="two-sided", n_permutations=n_permutations, seed=seed)
     return {**found, "q": benjamini_hochberg(found["p"])}
 
 
-def _interval(sums: FloatArray, n_tokens: FloatArray, options: PairedOptions) -> tuple[FloatArray, FloatArray]:
+def _interval(sums: FloatArray, n_tokens: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Ends [n_features] for the mean per token, from row sums [n_rows, n_features] and row lengths [n_rows]."""
-    n_rows = len(sums)
-    total = n_tokens.sum()
-    ends = (1 - options.level) / 2
-    if options.interval == "bootstrap":
-        rng = np.random.default_rng(options.seed)
-        times = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=options.n_boot).astype(np.float64)
-        means = (times @ sums) / (times @ n_tokens)[:, None]
-        low, high = np.quantile(means, [ends, 1 - ends], axis=0)
-    else:
-        # scipy.special rather than scipy.stats, which takes half a second to import.
-        from scipy.special import stdtrit
-
-        mean = sums.sum(axis=0) / total
-        # The mean per token is a ratio when rows differ in length: its error is that of the residuals.
-        residual = sums - n_tokens[:, None] * mean
-        error = np.sqrt(n_rows / (n_rows - 1) * (residual**2).sum(axis=0)) / total
-        half = float(stdtrit(n_rows - 1, 1 - ends)) * error
-        low, high = mean - half, mean + half
+    n_rows, total = len(sums), n_tokens.sum()
+    mean = sums.sum(axis=0) / total
+    # The mean per token is a ratio when rows differ in length: its error is that of the residuals.
+    residual = sums - n_tokens[:, None] * mean
+    error = np.sqrt(n_rows / (n_rows - 1) * (residual**2).sum(axis=0)) / total
+    half = float(stdtrit(n_rows - 1, (1 + LEVEL) / 2)) * error
     flat = np.ptp(sums / n_tokens[:, None], axis=0) == 0
-    return np.where(flat, np.nan, low), np.where(flat, np.nan, high)
+    return np.where(flat, np.nan, mean - half), np.where(flat, np.nan, mean + half)
+
+
+@dataclass(frozen=True, eq=False)
+class ActivityChanges:
+    """Features that could be tested, one entry each.
+
+    Attributes:
+        more: Fires more in the fine-tuned model, with q at most alpha.
+        less: Fires less.
+        domain: Belongs to the domain; False for all where the table does not say.
+    """
+
+    more: pd.Series[Any]
+    less: pd.Series[Any]
+    domain: pd.Series[Any]
+
+
+def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
+    """Which of the features that could be tested fire more, which less, and which are of the domain.
+
+    Args:
+        cross: The table of `CrossActivity.result`, not empty.
+        alpha: Highest q of a finding.
+    """
+    tested = cross[cross["q"].notna()]
+    found = tested["q"] <= alpha
+    no_domain = pd.Series(False, index=tested.index)
+    domain = tested["is_domain"].astype(bool) if "is_domain" in tested else no_domain
+    return ActivityChanges(found & (tested["difference"] > 0), found & (tested["difference"] < 0), domain)
+
+
+def change_scores(cross: pd.DataFrame) -> FloatArray:
+    """How much each feature changed, float64 [n]; NaN where it fires in neither model.
+
+    The change of the mean activation per token, divided by the square root of the mean activation per token of both
+    models together. Plain changes are led by features that are always on, relative ones by those that fired once;
+    the root lies between them, and is the scale on which a sum of rare events varies.
+
+    Example:
+        >>> table = pd.DataFrame({"mean_control": [1.0, 0.0], "mean_treatment": [7.0, 0.0], "difference": [6.0, 0.0]})
+        >>> change_scores(table).tolist()
+        [3.0, nan]
+    """
+    level = (cross["mean_control"] + cross["mean_treatment"]).to_numpy(dtype=np.float64) / 2
+    difference = cross["difference"].to_numpy(dtype=np.float64)
+    scores = np.full(len(cross), np.nan)
+    np.divide(difference, np.sqrt(level, where=level > 0, out=np.ones_like(level)), out=scores, where=level > 0)
+    return scores
+
+
+def most_changed(cross: pd.DataFrame, *, alpha: float, domain_only: bool = False) -> pd.DataFrame:
+    """Features whose activations differ with q at most `alpha`, most changed first, with their `score`.
+
+    Args:
+        cross: The table of `CrossActivity.result`.
+        alpha: Highest q of a finding.
+        domain_only: Only those with `is_domain`.
+    """
+    if cross.empty:
+        return cross.assign(score=pd.Series(dtype="float64"))
+    rows = cross.assign(score=change_scores(cross))
+    rows = rows[(rows["q"] <= alpha) & rows["score"].notna()]
+    if domain_only:
+        rows = rows[rows["is_domain"].astype(bool)] if "is_domain" in rows else rows.head(0)
+    order = np.argsort(-rows["score"].abs().to_numpy(), kind="stable")
+    return rows.iloc[order].reset_index(drop=True)

@@ -15,50 +15,35 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.fate_counts import excess_paired, excess_unpaired
-from saeffect.diffing.matched_null import NO_STRATUM, conformal_p, exchangeable_p, quantile_per_stratum, strata
+from saeffect.diffing.matched_null import (
+    MIN_STRATUM,
+    NO_STRATUM,
+    TRAITS,
+    conformal_p,
+    excess_paired,
+    excess_unpaired,
+    exchangeable_p,
+    quantile_per_stratum,
+    strata,
+)
 from saeffect.diffing.matching import Matching, Neighbours
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray
+from saeffect.stats.estimate import Estimate
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.resampling import Resampling, undefined
 
-__all__ = ["FateRules", "Fates", "fates"]
+__all__ = ["Fates", "fates"]
 
 NO_PLACEBO = "there is no placebo arm, so nobody knows how well two seeds of the same model match"
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-
-@dataclass(frozen=True)
-class FateRules:
-    """What counts as what.
-
-    Attributes:
-        alpha: Highest q at which a drop (or a lack of any counterpart) is a finding.
-        kept_quantile: A feature is kept if this share of the placebo's features of its stratum match worse.
-        chance_quantile: A best match below this quantile of the placebo's second-best matches is no
-            counterpart: unrelated features are as near.
-        margin: A drop that counts for nothing, in units of similarity: SAEs differ a little as a whole.
-        min_stratum: Fewest features among which ranks and quantiles are taken.
-        traits: Columns of the feature tables by which features are matched to null features.
-    """
-
-    alpha: float = 0.05
-    kept_quantile: float = 0.05
-    chance_quantile: float = 0.95
-    margin: float = 0.02
-    min_stratum: int = 200
-    traits: tuple[str, ...] = ("density", "decoder_norm")
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "kept_quantile", "chance_quantile"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name} must lie between 0 and 1. Got {getattr(self, name)} instead.", at=name)
-        if not (self.margin >= 0 and math.isfinite(self.margin)):
-            raise ConfigError(f"margin must be at least 0. Got {self.margin} instead.", at="margin")
-        if self.min_stratum < 1 or not self.traits:
-            raise ConfigError("min_stratum must be at least 1, and there must be a trait.", at="min_stratum, traits")
+_KEPT_QUANTILE = 0.05  # a feature is kept if this share of the placebo's features of its stratum match worse
+# A best match below this quantile of the placebo's second-best matches is no counterpart: unrelated features are as
+# near.
+_CHANCE_QUANTILE = 0.95
+_MARGIN = 0.02  # of similarity, a drop that counts for nothing: SAEs differ a little as a whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +74,26 @@ class Fates:
     drift: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Levels:
+    """Similarities [n_saes, n] of some features, thresholds [n] to judge them by, and which [n] have all of these."""
+
+    similarity: FloatArray
+    kept_at: FloatArray
+    chance_at: FloatArray
+    defined: BoolArray
+
+    def reached(self, fate: str) -> BoolArray:
+        """Bool [n_saes, n_defined]: features on this level by their similarity alone."""
+        similarity = self.similarity[:, self.defined]
+        kept_at, chance_at = self.kept_at[self.defined], self.chance_at[self.defined]
+        if fate == "kept":
+            return np.asarray(similarity >= kept_at)
+        if fate == "moved":
+            return np.asarray((similarity >= chance_at) & (similarity < kept_at))
+        return np.asarray(similarity < chance_at)
+
+
 def fates(
     treatment: Matching,
     placebos: Sequence[Matching],
@@ -96,7 +101,7 @@ def fates(
     control_features: pd.DataFrame,
     treatment_features: pd.DataFrame,
     placebo_features: Sequence[pd.DataFrame],
-    rules: FateRules | None = None,
+    alpha: float = 0.05,
     resampling: Resampling | None = None,
 ) -> Fates:
     """Say which features were kept, moved, lost and added, relative to other seeds of the same model.
@@ -109,10 +114,10 @@ def fates(
     Args:
         treatment: Control (`a`) against treatment (`b`), with at least two neighbours.
         placebos: Control against each placebo, by the same measure. May be empty.
-        control_features: One row a feature with the columns `rules.traits`; density 0 means never fires.
+        control_features: One row a feature with the columns `TRAITS`; density 0 means never fires.
         treatment_features: The same of the treatment.
         placebo_features: The same of each placebo.
-        rules: The defaults if None.
+        alpha: Highest q at which a drop, or a lack of any counterpart, is a finding.
         resampling: Seed and number of resamples of the intervals.
 
     Raises:
@@ -121,174 +126,134 @@ def fates(
     Source:
         This package's own; the statistics are in `matched_null`.
     """
-    rules, resampling = rules or FateRules(), resampling or Resampling()
     _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:
         return _without_placebo(treatment)
-    lost = _lost(treatment, placebos, control_features, rules)
-    gained, levels = _gained(treatment, placebos, [treatment_features, *placebo_features], rules)
+    resampling = resampling or Resampling()
+    control, lost = _lost(treatment, placebos, control_features, alpha)
+    gained, levels = _gained(treatment, placebos, [treatment_features, *placebo_features], alpha)
     rows = []
-    n_defined = int(lost.defined.sum())
-    for name in ("kept", "moved", "gone"):
-        holds = np.array([_at(name, of_sae, lost) for of_sae in lost.similarity])[:, lost.defined]
-        found = excess_paired(holds[0], holds[1:], resampling, f"control {name}")
-        called = int((lost.table["fate"] == name).sum())
-        rows.append(_row("control", name, called, holds[0].sum(), holds[1:].sum(axis=1).mean(), found, n_defined))
-    for name in ("kept", "moved", "new"):
-        apart = [_at(name, one.similarity[0], one)[one.defined] for one in levels]
-        found = excess_unpaired(apart[0], apart[1:], resampling, f"treatment {name}")
-        called = int((gained["fate"] == name).sum())
-        shares = [one.mean() if len(one) else math.nan for one in apart[1:]]
-        n_placebo = len(apart[0]) * float(np.mean(shares))
-        rows.append(_row("treatment", name, called, apart[0].sum(), n_placebo, found, len(apart[0])))
-    drop = lost.table["drop"].to_numpy()
-    drift = float(np.nanmedian(drop)) if lost.defined.any() else math.nan
-    return Fates(lost.table, gained, pd.DataFrame(rows), drift)
+    for fate in ("kept", "moved", "gone"):
+        holds = lost.reached(fate)
+        excess = excess_paired(holds[0], holds[1:], resampling, f"control {fate}")
+        called, n_placebo = int((control["fate"] == fate).sum()), holds[1:].sum(axis=1).mean()
+        rows.append(_count("control", fate, called, holds[0].sum(), n_placebo, excess, holds.shape[1]))
+    for fate in ("kept", "moved", "new"):
+        own, *others = [level.reached(fate)[0] for level in levels]
+        excess = excess_unpaired(own, others, resampling, f"treatment {fate}")
+        called = int((gained["fate"] == fate).sum())
+        n_placebo = len(own) * float(np.mean([holds.mean() if len(holds) else math.nan for holds in others]))
+        rows.append(_count("treatment", fate, called, own.sum(), n_placebo, excess, len(own)))
+    drift = float(np.nanmedian(control["drop"].to_numpy())) if lost.defined.any() else math.nan
+    return Fates(control, gained, pd.DataFrame(rows), drift)
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """Similarities [n_saes, n], thresholds [n] and which features [n] have all of them."""
-
-    similarity: FloatArray
-    kept_at: FloatArray
-    chance_at: FloatArray
-    defined: BoolArray
-    table: pd.DataFrame
-
-
-def _lost(treatment: Matching, placebos: Sequence[Matching], features: pd.DataFrame, rules: FateRules) -> _Side:
+def _lost(
+    treatment: Matching, placebos: Sequence[Matching], features: pd.DataFrame, alpha: float
+) -> tuple[pd.DataFrame, _Levels]:
     """The control's features: each has a similarity in every other SAE."""
-    traits, reasons = _traits(features, rules)
     matchings = [treatment, *placebos]
-    reasons = _first([reasons, *(_reasons(one.forward, one.measure) for one in matchings)])
+    traits, reasons = _traits(features)
+    reasons = _first([reasons, *(_reasons(matching.forward) for matching in matchings)])
     out = np.array([bool(why) for why in reasons])
-    similarity = np.array([_best(one.forward, one.measure) for one in matchings])
-    similarity[:, out] = np.nan
-    traits[out] = np.nan
-    groups = strata(traits, rules.min_stratum)
-    times = len(placebos)
-    pooled = np.tile(groups, times)
-    kept_at = quantile_per_stratum(similarity[1:].ravel(), pooled, rules.kept_quantile, groups)
-    others = np.concatenate([_second(one.forward, one.measure) for one in placebos])
-    chance_at = quantile_per_stratum(others, pooled, rules.chance_quantile, groups)
-    p, drop = exchangeable_p(similarity, groups, margin=rules.margin)
-    defined = ~np.isnan(p) & ~np.isnan(chance_at)
-    table = pd.DataFrame(
-        {
-            "feature": np.arange(len(groups)),
-            "match": treatment.forward.match,
-            "similarity": similarity[0],
-            "placebo_similarity": similarity[1:].mean(axis=0),
-            "drop": drop,
-        }
-    )
-    side = _Side(similarity, np.fmax(kept_at, chance_at), chance_at, defined, table)
-    return _judged(side, groups, p, reasons, "gone", rules)
+    similarity = np.array([matching.forward.best for matching in matchings])
+    similarity[:, out], traits[out] = np.nan, np.nan
+    groups = strata(traits, MIN_STRATUM)
+    pooled = np.tile(groups, len(placebos))
+    kept_at = quantile_per_stratum(similarity[1:].ravel(), pooled, _KEPT_QUANTILE, groups)
+    second = np.concatenate([matching.forward.runner_up for matching in placebos])
+    chance_at = quantile_per_stratum(second, pooled, _CHANCE_QUANTILE, groups)
+    p, drop = exchangeable_p(similarity, groups, margin=_MARGIN)
+    levels = _Levels(similarity, np.fmax(kept_at, chance_at), chance_at, ~np.isnan(p) & ~np.isnan(chance_at))
+    columns = {"placebo_similarity": similarity[1:].mean(axis=0), "drop": drop}
+    return _judged(treatment.forward, levels, columns, groups, p, reasons, "gone", alpha), levels
 
 
 def _gained(
-    treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame], rules: FateRules
-) -> tuple[pd.DataFrame, list[_Side]]:
+    treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame], alpha: float
+) -> tuple[pd.DataFrame, list[_Levels]]:
     """The treatment's features, and as levels those of the treatment and each placebo: all against the control."""
-    matchings = [treatment, *placebos]
-    read = [_traits(frame, rules) for frame in features]
-    reasons = [
-        _first([why, _reasons(one.backward, one.measure)]) for (_, why), one in zip(read, matchings, strict=True)
-    ]
+    backward = [matching.backward for matching in (treatment, *placebos)]
+    read = [_traits(frame) for frame in features]
+    reasons = [_first([why, _reasons(found)]) for (_, why), found in zip(read, backward, strict=True)]
     out = np.concatenate([np.array([bool(text) for text in why], dtype=bool) for why in reasons])
     traits = np.concatenate([values for values, _ in read])
-    traits[out] = np.nan
-    similarity = np.concatenate([_best(one.backward, one.measure) for one in matchings])
-    similarity[out] = np.nan
-    second = np.concatenate([_second(one.backward, one.measure) for one in matchings])
-    groups = strata(traits, len(matchings) * rules.min_stratum)
+    similarity = np.concatenate([found.best for found in backward])
+    similarity[out], traits[out] = np.nan, np.nan
+    second = np.concatenate([found.runner_up for found in backward])
+    groups = strata(traits, len(backward) * MIN_STRATUM)
     n = treatment.n_b
     null, null_groups = similarity[n:], groups[n:]
-    kept_at = quantile_per_stratum(null, null_groups, rules.kept_quantile, groups)
-    chance_at = quantile_per_stratum(second[n:], null_groups, rules.chance_quantile, groups)
+    kept_at = quantile_per_stratum(null, null_groups, _KEPT_QUANTILE, groups)
+    chance_at = quantile_per_stratum(second[n:], null_groups, _CHANCE_QUANTILE, groups)
     defined = ~np.isnan(similarity) & ~np.isnan(kept_at) & ~np.isnan(chance_at)
-    p = conformal_p(similarity[:n], groups[:n], null, null_groups, margin=rules.margin)
-    table = pd.DataFrame({"feature": np.arange(n), "match": treatment.backward.match, "similarity": similarity[:n]})
-    sides, start = [], 0
-    for one in matchings:
-        part = slice(start, start + one.n_b)
-        ends = np.fmax(kept_at, chance_at)[part]
-        sides.append(_Side(similarity[None, part], ends, chance_at[part], defined[part], table))
-        start += one.n_b
-    return _judged(sides[0], groups[:n], p, reasons[0], "new", rules).table, sides
+    p = conformal_p(similarity[:n], groups[:n], null, null_groups, margin=_MARGIN)
+    ends = np.cumsum([len(found.indices) for found in backward])[:-1]
+    parts = [np.split(values, ends) for values in (similarity, np.fmax(kept_at, chance_at), chance_at, defined)]
+    levels = [_Levels(own[None], *others) for own, *others in zip(*parts, strict=True)]
+    return _judged(treatment.backward, levels[0], {}, groups[:n], p, reasons[0], "new", alpha), levels
 
 
-def _judged(side: _Side, groups: IntArray, p: FloatArray, reasons: list[str], absent: str, rules: FateRules) -> _Side:
-    """The side with the columns from `stratum` to `reason` on its table."""
-    p = np.where(side.defined, p, np.nan)
+def _judged(
+    neighbours: Neighbours,
+    levels: _Levels,
+    columns: dict[str, FloatArray],
+    groups: IntArray,
+    p: FloatArray,
+    reasons: list[str],
+    absent: str,
+    alpha: float,
+) -> pd.DataFrame:
+    """The table of one side; `columns` go behind the similarity."""
+    own = levels.similarity[0]
+    p = np.where(levels.defined, p, np.nan)
     q = benjamini_hochberg(p)
-    own = side.similarity[0]
-    found = side.defined & (q <= rules.alpha)
+    found = levels.defined & (q <= alpha)
     fate = np.full(len(own), "unclear", dtype=object)
-    fate[own >= side.kept_at] = "kept"
+    fate[own >= levels.kept_at] = "kept"
     fate[found] = "moved"
-    fate[found & (own < side.chance_at)] = absent
-    fate[~side.defined] = ""
-    undefined = "the placebo has no second-best matches among features like it"
-    why = [text or ("" if known else undefined) for text, known in zip(reasons, side.defined, strict=True)]
-    columns = {"stratum": groups, "kept_at": side.kept_at, "chance_at": side.chance_at, "p": p, "q": q}
-    table = side.table.assign(**columns, fate=pd.Series(fate, dtype="str"), reason=pd.Series(why, dtype="str"))
-    return _Side(side.similarity, side.kept_at, side.chance_at, side.defined, table)
+    fate[found & (own < levels.chance_at)] = absent
+    fate[~levels.defined] = ""
+    unknown = "the placebo has no second-best matches among features like it"
+    why = [text or ("" if known else unknown) for text, known in zip(reasons, levels.defined, strict=True)]
+    return pd.DataFrame(
+        {
+            "feature": np.arange(len(own)),
+            "match": neighbours.match,
+            "similarity": own,
+            **columns,
+            "stratum": groups,
+            "kept_at": levels.kept_at,
+            "chance_at": levels.chance_at,
+            "p": p,
+            "q": q,
+            "fate": pd.Series(fate, dtype="str"),
+            "reason": pd.Series(why, dtype="str"),
+        }
+    )
 
 
-def _at(name: str, similarity: FloatArray, side: _Side) -> BoolArray:
-    """Which features are on this level by their similarity alone."""
-    with np.errstate(invalid="ignore"):
-        if name == "kept":
-            return np.asarray(similarity >= side.kept_at)
-        if name == "moved":
-            return np.asarray((similarity >= side.chance_at) & (similarity < side.kept_at))
-        return np.asarray(similarity < side.chance_at)
+def _without_placebo(treatment: Matching) -> Fates:
+    def table(neighbours: Neighbours, *more: str) -> pd.DataFrame:
+        nan = np.full(len(neighbours.indices), np.nan)
+        levels = _Levels(neighbours.best[None], nan, nan, np.zeros(len(nan), dtype=bool))
+        reasons = [why or NO_PLACEBO for why in _reasons(neighbours)]
+        groups = np.full(len(nan), NO_STRATUM)
+        return _judged(neighbours, levels, dict.fromkeys(more, nan), groups, nan, reasons, "", alpha=0.0)
 
-
-def _traits(features: pd.DataFrame, rules: FateRules) -> tuple[FloatArray, list[str]]:
-    missing = [name for name in rules.traits if name not in features.columns]
-    if missing:
-        raise ShapeMismatch(f"the feature table has no column {', '.join(missing)}.", at="traits")
-    values = features[list(rules.traits)].to_numpy(dtype=np.float64, na_value=np.nan).copy()
-    unknown = np.isnan(values).any(axis=1)
-    silent = features["density"].to_numpy() == 0 if "density" in features.columns else np.zeros(len(features), bool)
-    reasons = [
-        "it never fires on this text" if dead else "a trait is unknown" if nan else ""
-        for dead, nan in zip(silent.tolist(), unknown.tolist(), strict=True)
+    fates_of = {"control": ("kept", "moved", "gone"), "treatment": ("kept", "moved", "new")}
+    sizes = {"control": treatment.n_a, "treatment": treatment.n_b}
+    rows = [
+        _count(side, fate, math.nan, math.nan, math.nan, undefined(NO_PLACEBO), sizes[side])
+        for side, names in fates_of.items()
+        for fate in names
     ]
-    return values, reasons
+    control = table(treatment.forward, "placebo_similarity", "drop")
+    return Fates(control, table(treatment.backward), pd.DataFrame(rows), math.nan)
 
 
-def _comparable(neighbours: Neighbours, measure: str) -> BoolArray:
-    # To correlate with nobody is to be at 0, not to be unknown.
-    return np.asarray(neighbours.alone & (measure == "activation correlation"))
-
-
-def _best(neighbours: Neighbours, measure: str) -> FloatArray:
-    return np.where(_comparable(neighbours, measure), 0.0, neighbours.best)
-
-
-def _second(neighbours: Neighbours, measure: str) -> FloatArray:
-    if measure != "activation correlation" or neighbours.similarity.shape[1] < 2:
-        return neighbours.runner_up
-    known = ~np.isnan(_best(neighbours, measure))
-    return np.where(known & np.isnan(neighbours.runner_up), 0.0, neighbours.runner_up)
-
-
-def _reasons(neighbours: Neighbours, measure: str) -> list[str]:
-    fine = _comparable(neighbours, measure)
-    return ["" if ok else why for ok, why in zip(fine.tolist(), neighbours.reason, strict=True)]
-
-
-def _first(reasons: Sequence[Sequence[str]]) -> list[str]:
-    """For each feature the first reason that is not empty."""
-    return [next((why for why in of_feature if why), "") for of_feature in zip(*reasons, strict=True)]
-
-
-def _row(
-    side: str, fate: str, called: float, n_treatment: float, n_placebo: float, found: object, n_features: int
+def _count(
+    side: str, fate: str, called: float, n_treatment: float, n_placebo: float, excess: Estimate, n_features: int
 ) -> dict[str, object]:
     return {
         "side": side,
@@ -296,53 +261,48 @@ def _row(
         "called": called,
         "n_treatment": float(n_treatment),
         "n_placebo": float(n_placebo),
-        "excess": getattr(found, "value", math.nan),
-        "low": getattr(found, "low", math.nan),
-        "high": getattr(found, "high", math.nan),
+        "excess": excess.value,
+        "low": excess.low,
+        "high": excess.high,
         "n_features": n_features,
-        "reason": getattr(found, "reason", NO_PLACEBO),
+        "reason": excess.reason,
     }
 
 
-def _without_placebo(treatment: Matching) -> Fates:
-    def table(neighbours: Neighbours, extra: tuple[str, ...]) -> pd.DataFrame:
-        n = len(neighbours.indices)
-        frame = pd.DataFrame(
-            {
-                "feature": np.arange(n),
-                "match": neighbours.match,
-                "similarity": _best(neighbours, treatment.measure),
-                **{name: np.full(n, np.nan) for name in extra},
-                "stratum": np.full(n, NO_STRATUM),
-                **{name: np.full(n, np.nan) for name in ("kept_at", "chance_at", "p", "q")},
-            }
-        )
-        reasons = _reasons(neighbours, treatment.measure)
-        why = pd.Series([text or NO_PLACEBO for text in reasons], dtype="str")
-        return frame.assign(fate=pd.Series([""] * n, dtype="str"), reason=why)
-
-    rows = [
-        _row(side, fate, math.nan, math.nan, math.nan, None, n)
-        for side, names, n in (
-            ("control", ("kept", "moved", "gone"), treatment.n_a),
-            ("treatment", ("kept", "moved", "new"), treatment.n_b),
-        )
-        for fate in names
+def _traits(features: pd.DataFrame) -> tuple[FloatArray, list[str]]:
+    """Traits [n, n_traits], and why a feature cannot be compared with others like it."""
+    missing = [name for name in TRAITS if name not in features.columns]
+    if missing:
+        raise ShapeMismatch(f"the feature table has no column {', '.join(missing)}.", at="traits")
+    values = features[list(TRAITS)].to_numpy(dtype=np.float64, na_value=np.nan).copy()
+    silent, unknown = features["density"].to_numpy() == 0, np.isnan(values).any(axis=1)
+    reasons = [
+        "it never fires on this text" if dead else "a trait is unknown" if nan else ""
+        for dead, nan in zip(silent.tolist(), unknown.tolist(), strict=True)
     ]
-    control = table(treatment.forward, ("placebo_similarity", "drop"))
-    return Fates(control, table(treatment.backward, ()), pd.DataFrame(rows), math.nan)
+    return values, reasons
+
+
+def _reasons(neighbours: Neighbours) -> list[str]:
+    """Why a feature has no similarity."""
+    return [why if nan else "" for why, nan in zip(neighbours.reason, np.isnan(neighbours.best), strict=True)]
+
+
+def _first(reasons: Sequence[Sequence[str]]) -> list[str]:
+    """For each feature the first reason that is not empty."""
+    return [next((why for why in of_feature if why), "") for of_feature in zip(*reasons, strict=True)]
 
 
 def _check(treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame]) -> None:
-    for one in placebos:
-        if one.measure != treatment.measure or one.n_a != treatment.n_a:
+    for placebo in placebos:
+        if placebo.measure != treatment.measure or placebo.n_a != treatment.n_a:
             raise ShapeMismatch(
-                f"a placebo matching is of {one.n_a} features by {one.measure}, the treatment's of "
+                f"a placebo matching is of {placebo.n_a} features by {placebo.measure}, the treatment's of "
                 f"{treatment.n_a} by {treatment.measure}.",
                 at="placebos",
                 fix="match the control against every arm by one measure.",
             )
-    sizes = [treatment.n_a, treatment.n_b, *(one.n_b for one in placebos)]
+    sizes = [treatment.n_a, treatment.n_b, *(placebo.n_b for placebo in placebos)]
     if [len(frame) for frame in features] != sizes:
         raise ShapeMismatch(
             f"feature tables have {[len(frame) for frame in features]} rows, the matchings {sizes} features.",

@@ -1,23 +1,50 @@
-"""Is this feature's number unusual beside what two seeds of the same model show for features like it?
+"""What two seeds of the same model show, as the null for what fine-tuning is said to have changed.
 
-Two answers. Where every SAE has a number for the same feature (how well it is matched, how far it rotated),
-`exchangeable_p`: if fine-tuning did nothing, the treatment's number is one of a kind with the placebos'. Where
-the SAEs have different features, `conformal_p`: rank the number among those of placebo features, stratum by
-stratum. Strata hold features of similar traits (density, decoder norm), since rare features match badly anyway.
+Is one feature's number unusual beside those of features like it? Where every SAE has a number for the same feature (how
+well it is matched, how far it rotated), `exchangeable_p`: if fine-tuning did nothing, the treatment's number is one of
+a kind with the placebos'. Where the SAEs have different features, `conformal_p`: rank the number among those of placebo
+features, stratum by stratum. Strata hold features of similar traits, since rare features match badly anyway.
+
+By how many more features does something hold than between seeds? `excess_paired` and `excess_unpaired`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtri, stdtrit
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray
+from saeffect.stats.estimate import Estimate
+from saeffect.stats.resampling import LEVEL, Resampling, undefined
 
-__all__ = ["NO_STRATUM", "conformal_p", "exchangeable_p", "quantile_per_stratum", "strata"]
+__all__ = [
+    "MIN_STRATUM",
+    "NO_STRATUM",
+    "ONE_PLACEBO",
+    "TRAITS",
+    "conformal_p",
+    "exchangeable_p",
+    "excess_paired",
+    "excess_unpaired",
+    "quantile_per_stratum",
+    "strata",
+]
 
-NO_STRATUM = -1
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+TRAITS = ("density", "decoder_norm")
+"""Columns of the feature tables by which features are matched to null features."""
+MIN_STRATUM = 200
+"""Fewest features among which ranks and quantiles are taken."""
+NO_STRATUM = -1
+ONE_PLACEBO = "one placebo: the interval does not hold the noise of SAE training"
+"""The reason beside an interval that another seed could leave."""
 
 # Numbers equal on paper differ in the last digits when computed in another order; they must count as ties.
 _TIE = 1e-12
@@ -36,19 +63,11 @@ def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
     Returns:
         int64 [n], group numbers from 0.
 
-    Raises:
-        ConfigError: `min_size` is below 1.
-        ShapeMismatch: `traits` is not two-dimensional.
-
     Example:
         >>> strata([[1.0], [9.0], [2.0], [8.0], [float("nan")]], min_size=2).tolist()
         [0, 1, 0, 1, -1]
     """
-    if min_size < 1:
-        raise ConfigError(f"min_size must be at least 1. Got {min_size} instead.", at="min_size")
     values = np.asarray(traits, dtype=np.float64)
-    if values.ndim != 2:
-        raise ShapeMismatch(f"traits must be [n, n_traits]. Got {list(values.shape)} instead.", at="traits")
     result = np.full(len(values), NO_STRATUM)
     known = np.flatnonzero(~np.isnan(values).any(axis=1))
     waiting, number = ([(known, 0)] if len(known) else []), 0
@@ -61,6 +80,19 @@ def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
         else:
             waiting += [(halves[1], depth + 1), (halves[0], depth + 1)]
     return result
+
+
+def _halves(values: FloatArray, members: IntArray, depth: int, min_size: int) -> tuple[IntArray, IntArray] | None:
+    """The members below and above the median of a trait, trying each trait once; None if no cut leaves enough."""
+    for turn in range(values.shape[1]):
+        trait = values[members, (depth + turn) % values.shape[1]]
+        # Equal values stay together, above or below the cut, whichever splits more evenly.
+        middle = np.median(trait)
+        cuts = (trait < middle, trait <= middle)
+        below = max(cuts, key=lambda cut: min(cut.sum(), len(cut) - cut.sum()))
+        if min(below.sum(), len(below) - below.sum()) >= min_size:
+            return members[below], members[~below]
+    return None
 
 
 def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0.0) -> tuple[FloatArray, FloatArray]:
@@ -98,8 +130,7 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
         raise ShapeMismatch(
             f"values must be [at least 2, {len(groups)}]. Got {list(table.shape)} instead.", at="values"
         )
-    n_others = len(table) - 1
-    scores = table - (table.sum(axis=0) - table) / n_others
+    scores = table - (table.sum(axis=0) - table) / (len(table) - 1)
     drop = 0.0 - scores[0]
     known = ~np.isnan(scores[0]) & (groups != NO_STRATUM)
     scale = np.full(table.shape[1], np.nan)
@@ -177,14 +208,76 @@ def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, aske
     return result
 
 
-def _halves(values: FloatArray, members: IntArray, depth: int, min_size: int) -> tuple[IntArray, IntArray] | None:
-    """The members below and above the median of a trait, trying each trait once; None if no cut leaves enough."""
-    for turn in range(values.shape[1]):
-        trait = values[members, (depth + turn) % values.shape[1]]
-        # Equal values stay together, above or below the cut, whichever splits more evenly.
-        middle = np.median(trait)
-        cuts = (trait < middle, trait <= middle)
-        below = max(cuts, key=lambda cut: min(cut.sum(), len(cut) - cut.sum()))
-        if min(below.sum(), len(below) - below.sum()) >= min_size:
-            return members[below], members[~below]
-    return None
+def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
+    """By how many more features something holds for the treatment than for the placebo, same features.
+
+    Features are resampled with what all SAEs show for them. With several placebos the scatter of their counts is
+    added, once for the treatment's own seed and once for their mean, and Student's t knows how few they are; with
+    one, the interval knows nothing of differences between whole SAEs, and `reason` says so.
+
+    Args:
+        own: bool [n], whether it holds for each feature in the treatment.
+        placebos: bool [n_placebos, n].
+        resampling: Seed and number of resamples.
+        name: Names this number; gives it a random stream of its own.
+
+    Returns:
+        Count in the treatment minus the mean count in the placebos, with a 95 % interval.
+
+    Example:
+        >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
+        1.0
+    """
+    n = len(own)
+    value = float(own.sum() - placebos.sum(axis=1).mean()) if n else math.nan
+    if n < 2:
+        return undefined(f"{n} features are too few for an interval", n, value)
+    # A feature is known by what each SAE shows: few patterns, so a resample is one multinomial draw.
+    patterns, counts = np.unique(np.vstack([own, placebos]), axis=1, return_counts=True)
+    if patterns.shape[1] == 1:
+        return undefined("every feature shows the same in every SAE, so there is no spread", n, value)
+    rng = np.random.default_rng(resampling.seed_for("fates", name))
+    drawn = rng.multinomial(n, counts / n, size=resampling.n_boot).astype(np.float64) @ patterns.T
+    return _excess(value, drawn[:, 0] - drawn[:, 1:].mean(axis=1), placebos.sum(axis=1).astype(np.float64), n)
+
+
+def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
+    """`excess_paired` where each SAE has features of its own, as for new ones: they are resampled in each on its own.
+
+    Args:
+        own: bool [n], whether it holds for each feature of the treatment.
+        placebos: One such array a placebo, of any length; counts are scaled to n features.
+        resampling: Seed and number of resamples.
+        name: Names this number.
+
+    Example:
+        >>> excess_unpaired(np.array([True, True]), [np.array([True, False, False, False])], Resampling(), "new").value
+        1.5
+    """
+    n, sizes = len(own), np.array([len(holds) for holds in placebos])
+    if n < 2 or sizes.min() < 2:
+        return undefined(f"{min(n, int(sizes.min()))} features are too few for an interval", n)
+    shares = np.array([holds.mean() for holds in placebos])
+    value = float(own.sum() - n * shares.mean())
+    if own.mean() in (0.0, 1.0) and bool(np.isin(shares, (0.0, 1.0)).all()):
+        return undefined("all features of an SAE are alike, so there is no spread", n, value)
+    rng = np.random.default_rng(resampling.seed_for("fates", name))
+    mine = rng.binomial(n, own.mean(), size=resampling.n_boot).astype(np.float64)
+    theirs = n * rng.binomial(sizes, shares, size=(resampling.n_boot, len(sizes))) / sizes
+    return _excess(value, mine - theirs.mean(axis=1), n * shares, n)
+
+
+def _excess(value: float, replicates: FloatArray, placebos: FloatArray, n: int) -> Estimate:
+    """Interval from resampled differences [n_boot] and the counts of the placebos [n_placebos]."""
+    n_placebos = len(placebos)
+    if n_placebos == 1:
+        low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Estimate(value, float(low), float(high), n, ONE_PLACEBO)
+    of_features = float(replicates.var())
+    of_seeds = float(placebos.var(ddof=1)) * (1 + 1 / n_placebos)
+    # Two independent sources of error, each with its own quantile: the features are many, the seeds few.
+    reach = math.hypot(
+        float(ndtri((1 + LEVEL) / 2)) * math.sqrt(of_features),
+        float(stdtrit(n_placebos - 1, (1 + LEVEL) / 2)) * math.sqrt(of_seeds),
+    )
+    return Estimate(value, value - reach, value + reach, n)

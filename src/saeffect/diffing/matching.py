@@ -1,4 +1,4 @@
-"""Which feature of one SAE resembles which of another: nearest neighbours both ways, streamed.
+"""Which feature of one SAE resembles which of another: nearest neighbours both ways, and the best one-to-one pairing.
 
 Nothing of size `n_a × n_b` is ever held: blocks of rows are made, their best entries kept, and let go.
 """
@@ -9,17 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.stats.arguments import FloatArray
 
-__all__ = ["NOBODY", "Matching", "Neighbours", "TopPairs", "match_decoders", "mutual_neighbours", "neighbours_of"]
+__all__ = ["NO_MATCH", "Assignment", "Matching", "Neighbours", "TopPairs", "assign", "match_decoders", "neighbours_of"]
 
-NOBODY = -1
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+NO_MATCH = -1
 """Stands for a feature number where there is no neighbour."""
 
+_ROWS = 1024  # of `a` in one matrix product
 # Neighbours kept beyond those asked for, since ranks are settled in float64 after a search in float32.
 _SPARE = 4
 _RERANK_ROWS = 256
@@ -30,35 +34,30 @@ class Neighbours:
     """For each feature of one SAE, the features of the other that resemble it most.
 
     Attributes:
-        indices: int64 [n_features, n], best first, equals in order of their number; `NOBODY` where there are
-            fewer than n.
-        similarity: float64 [n_features, n], at most 1; NaN where there is nobody.
+        indices: int64 [n_features, n], best first, equals in order of their number; `NO_MATCH` where there are fewer.
+        similarity: float64 [n_features, n], at most 1. Without a neighbour NaN, or 0 where to have none is an answer:
+            activations that never meet do not correlate.
         reason: [n_features], why a feature has no neighbour at all; "" if it has one.
-        alone: bool [n_features], True for features that could be compared and found nobody; those that could
-            not (never firing, say) are False.
     """
 
-    indices: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float64]
+    indices: IntArray
+    similarity: FloatArray
     reason: tuple[str, ...]
-    alone: npt.NDArray[np.bool_]
 
     @property
-    def match(self) -> npt.NDArray[np.int64]:
-        """The nearest feature of each, [n_features]; `NOBODY` for none."""
+    def match(self) -> IntArray:
+        """The nearest feature of each, [n_features]; `NO_MATCH` for none."""
         return self.indices[:, 0]
 
     @property
-    def best(self) -> npt.NDArray[np.float64]:
-        """Similarity to the nearest, [n_features]; NaN for none."""
+    def best(self) -> FloatArray:
+        """Similarity to the nearest, [n_features]."""
         return self.similarity[:, 0]
 
     @property
-    def runner_up(self) -> npt.NDArray[np.float64]:
-        """Similarity to the second nearest, [n_features]; NaN for none."""
-        if self.similarity.shape[1] < 2:
-            return np.full(len(self.similarity), np.nan)
-        return self.similarity[:, 1]
+    def runner_up(self) -> FloatArray:
+        """Similarity to the second nearest, [n_features]; NaN where only one was looked for."""
+        return self.similarity[:, 1] if self.similarity.shape[1] > 1 else np.full(len(self.similarity), np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +84,14 @@ class Matching:
         """Features of `b`."""
         return len(self.backward.indices)
 
+    @property
+    def mutual(self) -> BoolArray:
+        """Bool [n_a]: features of `a` that are the nearest of their nearest."""
+        found = self.forward.match != NO_MATCH
+        mutual = np.zeros(self.n_a, dtype=bool)
+        mutual[found] = self.backward.match[self.forward.match[found]] == np.flatnonzero(found)
+        return mutual
+
     def reversed(self) -> Matching:
         """The same with `a` and `b` exchanged."""
         return Matching(self.measure, self.backward, self.forward)
@@ -100,6 +107,10 @@ class TopPairs:
         n_b: Columns.
         n: Entries to keep.
 
+    Attributes:
+        forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
+        backward: Row numbers int64 [n_b, n] and entries float64 [n_b, n].
+
     Example:
         >>> top = TopPairs(2, 2, 1)
         >>> top.add(0, torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
@@ -108,19 +119,11 @@ class TopPairs:
     """
 
     def __init__(self, n_a: int, n_b: int, n: int) -> None:
-        self.n = n
-        self._forward = _nobody(n_a, n)
-        self._backward = _nobody(n_b, n)
-
-    @property
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NOBODY` and minus infinity for none."""
-        return self._forward
-
-    @property
-    def backward(self) -> tuple[Tensor, Tensor]:
-        """Row numbers int64 [n_b, n] and entries float64 [n_b, n]."""
-        return self._backward
+        self._n = n
+        self.forward, self.backward = (
+            (torch.full((rows, n), NO_MATCH), torch.full((rows, n), -torch.inf, dtype=torch.float64))
+            for rows in (n_a, n_b)
+        )
 
     def add(self, first: int, block: Tensor) -> None:
         """Add rows `first`, `first + 1`, ...: float [n_rows, n_b], minus infinity where no pair is possible.
@@ -128,30 +131,24 @@ class TopPairs:
         Blocks must come in order of their rows.
         """
         rows = slice(first, first + len(block))
-        indices, values = _top(block, self.n)
-        self._forward[0][rows, : indices.shape[1]] = indices
-        self._forward[1][rows, : indices.shape[1]] = values
-        indices, values = _top(block.T.contiguous(), self.n)
+        indices, values = _top(block, self._n)
+        self.forward[0][rows, : indices.shape[1]] = indices
+        self.forward[1][rows, : indices.shape[1]] = values
+        indices, values = _top(block.T.contiguous(), self._n)
         # Kept rows come first, and their numbers are lower: a stable sort leaves equals in order.
-        both = torch.cat([self._backward[1], values], dim=1)
-        owners = torch.cat([self._backward[0], torch.where(indices == NOBODY, NOBODY, indices + first)], dim=1)
-        order = both.argsort(dim=1, descending=True, stable=True)[:, : self.n]
-        self._backward = owners.gather(1, order), both.gather(1, order)
+        both = torch.cat([self.backward[1], values], dim=1)
+        owners = torch.cat([self.backward[0], torch.where(indices == NO_MATCH, NO_MATCH, indices + first)], dim=1)
+        order = both.argsort(dim=1, descending=True, stable=True)[:, : self._n]
+        self.backward = owners.gather(1, order), both.gather(1, order)
 
 
 def match_decoders(
-    W_dec_a: Tensor,
-    W_dec_b: Tensor,
-    *,
-    n: int = 8,
-    use_a: npt.NDArray[np.bool_] | None = None,
-    use_b: npt.NDArray[np.bool_] | None = None,
-    chunk: int = 1024,
+    W_dec_a: Tensor, W_dec_b: Tensor, *, n: int = 8, use_a: BoolArray | None = None, use_b: BoolArray | None = None
 ) -> Matching:
     """Nearest neighbours by the cosine of decoder rows.
 
-    The search runs in float32, one block of `chunk × d_sae_b` at a time; what it finds is measured again and
-    ranked in float64, so equal rows have equal similarities.
+    The search runs in float32, a block of rows at a time; what it finds is measured again and ranked in float64, so
+    equal rows have equal similarities.
 
     Args:
         W_dec_a: [d_sae_a, d_in], any float dtype.
@@ -159,14 +156,13 @@ def match_decoders(
         n: Neighbours a feature.
         use_a: bool [d_sae_a], False for features to leave out (such as those that never fire); all if None.
         use_b: The same for `b`.
-        chunk: Rows of `a` in one matrix product.
 
     Returns:
         Cosines from -1 to 1. A feature left out, or with a decoder of zeros, has no neighbours and is nobody's.
 
     Raises:
         ShapeMismatch: Widths differ, or a mask does not fit.
-        ConfigError: `n` or `chunk` is below 1.
+        ConfigError: `n` is below 1.
         BadFile: A weight is NaN or infinite.
 
     Example:
@@ -174,53 +170,122 @@ def match_decoders(
         >>> found.forward.match.tolist(), found.forward.best.tolist()
         ([1, 0], [1.0, 1.0])
     """
-    _check(W_dec_a, W_dec_b, n, chunk)
+    if n < 1:
+        raise ConfigError(f"n must be at least 1. Got {n} instead.", at="n")
+    shapes_fit = W_dec_a.ndim == W_dec_b.ndim == 2 and W_dec_a.shape[1] == W_dec_b.shape[1]
+    if not (shapes_fit and len(W_dec_a) and len(W_dec_b)):
+        raise ShapeMismatch(
+            "decoders must both be [d_sae, d_in] with the same d_in and at least one row. "
+            f"Got {list(W_dec_a.shape)} and {list(W_dec_b.shape)} instead.",
+            at="W_dec_b",
+            fix="compare SAEs of one hook of one architecture.",
+        )
     a, reason_a = _unit_rows(W_dec_a, use_a, "use_a")
     b, reason_b = _unit_rows(W_dec_b, use_b, "use_b")
     out_a, out_b = (torch.tensor([bool(text) for text in reason]) for reason in (reason_a, reason_b))
     top = TopPairs(len(a), len(b), n + _SPARE)
     columns = b.T
-    for first in range(0, len(a), chunk):
-        block = a[first : first + chunk] @ columns
+    for first in range(0, len(a), _ROWS):
+        block = a[first : first + _ROWS] @ columns
         block[:, out_b] = -torch.inf
-        block[out_a[first : first + chunk]] = -torch.inf
+        block[out_a[first : first + _ROWS]] = -torch.inf
         top.add(first, block)
-    nobody = "the other SAE has no feature to compare with"
+    none = "the other SAE has no feature to compare with"
     return Matching(
         "decoder cosine",
-        neighbours_of(*_in_float64(top.forward[0], W_dec_a, W_dec_b), reason_a, n, nobody),
-        neighbours_of(*_in_float64(top.backward[0], W_dec_b, W_dec_a), reason_b, n, nobody),
+        neighbours_of(*_in_float64(top.forward[0], W_dec_a, W_dec_b), reason_a, n, none, absent=np.nan),
+        neighbours_of(*_in_float64(top.backward[0], W_dec_b, W_dec_a), reason_b, n, none, absent=np.nan),
     )
 
 
-def mutual_neighbours(matching: Matching) -> pd.DataFrame:
-    """Pairs of features each of which is the other's nearest.
+def neighbours_of(
+    indices: Tensor, values: Tensor, reason: list[str], n: int, none: str, *, absent: float
+) -> Neighbours:
+    """The first `n` of ranked candidates.
 
-    Returns:
-        `a`, `b` (int64), `similarity`, ordered by `a`. A feature is in at most one pair.
+    Args:
+        indices: int64 [n_features, at least n], `NO_MATCH` for none.
+        values: Their similarities.
+        reason: Why a feature cannot be compared at all; "" if it can.
+        n: How many to keep.
+        none: The reason of features that could be compared and found no neighbour.
+        absent: Their similarity.
+    """
+    kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
+    comparable = np.array([not why for why in reason], dtype=bool)
+    missing = np.where(comparable, absent, np.nan)[:, None]
+    alone = comparable & (kept[:, 0] == NO_MATCH)
+    reasons = tuple(why or (none if is_alone else "") for why, is_alone in zip(reason, alone, strict=True))
+    return Neighbours(kept, np.where(kept == NO_MATCH, missing, similarity), reasons)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """A one-to-one pairing of features; not every feature has a partner.
+
+    Attributes:
+        b_of_a: int64 [n_a], the partner in `b` of each feature of `a`; `NO_MATCH` for none.
+        a_of_b: int64 [n_b], the same seen from `b`.
+        similarity: float64 [n_a], of each feature of `a` with its partner; NaN for none.
+    """
+
+    b_of_a: IntArray
+    a_of_b: IntArray
+    similarity: FloatArray
+
+
+def assign(matching: Matching) -> Assignment:
+    """Pair features one to one so that the similarities add up to the most.
+
+    Only pairs of the nearest-neighbour graph are considered, which keeps the problem sparse: with n neighbours there
+    are at most 2 n edges a feature. No pair of similarity 0 or below is made. The same input gives the same pairing,
+    ties included.
+
+    Source:
+        Jonker & Volgenant (1987) for sparse graphs, through scipy.
 
     Example:
-        >>> found = match_decoders(torch.eye(2), torch.tensor([[0.0, 2.0], [1.0, 2.0]]))
-        >>> mutual_neighbours(found).to_numpy().tolist()
-        [[1.0, 0.0, 1.0]]
+        >>> a, b = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([[1.0, 0.05], [0.6, 0.8]])
+        >>> assign(match_decoders(a, b)).b_of_a.tolist()  # both are nearest to 0, but one must take 1
+        [0, 1]
     """
-    a = np.flatnonzero(matching.forward.match != NOBODY)
-    b = matching.forward.match[a]
-    kept = matching.backward.match[b] == a
-    a, b = a[kept], b[kept]
-    return pd.DataFrame({"a": a.astype(np.int64), "b": b, "similarity": matching.forward.best[a]})
+    # scipy's graph code takes a while to import, and most commands never ask for it.
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+    a, b, similarity = _edges(matching)
+    worth = similarity > 0
+    a, b, similarity = a[worth], b[worth], similarity[worth]
+    b_of_a, a_of_b = np.full(matching.n_a, NO_MATCH), np.full(matching.n_b, NO_MATCH)
+    similarity_of_a = np.full(matching.n_a, np.nan)
+    if len(a):
+        players = np.unique(a)
+        n = len(players)
+        # Each player may also stay alone: an edge to a dummy of its own. Every player takes exactly one edge,
+        # so a constant on all costs changes nothing; it keeps them above 0, which scipy takes for "no edge".
+        alone = float(similarity.max()) + 1.0
+        costs = np.concatenate([alone - similarity, np.full(n, alone)])
+        rows = np.concatenate([np.searchsorted(players, a), np.arange(n)])
+        columns = np.concatenate([b, matching.n_b + np.arange(n)])
+        graph = csr_matrix((costs, (rows, columns)), shape=(n, matching.n_b + n))
+        row, column = min_weight_full_bipartite_matching(graph)
+        real = column < matching.n_b
+        b_of_a[players[row[real]]] = column[real]
+    chosen = b_of_a[a] == b
+    similarity_of_a[a[chosen]] = similarity[chosen]
+    a_of_b[b[chosen]] = a[chosen]
+    return Assignment(b_of_a, a_of_b, similarity_of_a)
 
 
-def neighbours_of(indices: Tensor, values: Tensor, reason: list[str], n: int, nobody: str) -> Neighbours:
-    """The first `n` of ranked candidates; features that found none say `nobody` unless they have a reason."""
-    kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
-    alone = (kept[:, 0] == NOBODY) & np.array([not why for why in reason], dtype=bool)
-    reasons = tuple(why or (nobody if nobody_found else "") for why, nobody_found in zip(reason, alone, strict=True))
-    return Neighbours(kept, np.where(kept == NOBODY, np.nan, similarity), reasons, alone)
-
-
-def _nobody(rows: int, n: int) -> tuple[Tensor, Tensor]:
-    return torch.full((rows, n), NOBODY), torch.full((rows, n), -torch.inf, dtype=torch.float64)
+def _edges(matching: Matching) -> tuple[IntArray, IntArray, FloatArray]:
+    """Every pair in which one feature is among the other's neighbours, once, by a, then b: a, b, similarity [n]."""
+    forward, backward = matching.forward, matching.backward
+    pairs_a = np.concatenate([np.repeat(np.arange(matching.n_a), forward.indices.shape[1]), backward.indices.ravel()])
+    pairs_b = np.concatenate([forward.indices.ravel(), np.repeat(np.arange(matching.n_b), backward.indices.shape[1])])
+    similarity = np.concatenate([forward.similarity.ravel(), backward.similarity.ravel()])
+    real = (pairs_a != NO_MATCH) & (pairs_b != NO_MATCH)
+    keys, first = np.unique(pairs_a[real] * np.int64(matching.n_b) + pairs_b[real], return_index=True)
+    return keys // matching.n_b, keys % matching.n_b, similarity[real][first]
 
 
 def _top(block: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -232,15 +297,20 @@ def _top(block: Tensor, n: int) -> tuple[Tensor, Tensor]:
         # Which of several equal entries topk keeps is its own affair: rows with a tie at the edge are sorted.
         tied = (values[:, n - 1] == values[:, n]) & (values[:, n] > -torch.inf)
         values, indices = values[:, :n], indices[:, :n]
-        rows = tied.nonzero()[:, 0]
-        for some in rows.split(256):
-            order = block[some].argsort(dim=1, descending=True, stable=True)[:, :n]
-            indices[some], values[some] = order, block[some].gather(1, order)
-    by_number = indices.argsort(dim=1)
+        for rows in tied.nonzero()[:, 0].split(256):
+            order = block[rows].argsort(dim=1, descending=True, stable=True)[:, :n]
+            indices[rows], values[rows] = order, block[rows].gather(1, order)
+    indices, values = _ranked(indices, indices, values)
+    values = values.double()
+    return indices.masked_fill(values == -torch.inf, NO_MATCH), values
+
+
+def _ranked(number: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row by falling value, equals by `number`."""
+    by_number = number.argsort(dim=1)
     values, indices = values.gather(1, by_number), indices.gather(1, by_number)
     order = values.argsort(dim=1, descending=True, stable=True)
-    values, indices = values.gather(1, order).double(), indices.gather(1, order)
-    return indices.masked_fill(values == -torch.inf, NOBODY), values
+    return indices.gather(1, order), values.gather(1, order)
 
 
 def _in_float64(indices: Tensor, rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,19 +318,17 @@ def _in_float64(indices: Tensor, rows: Tensor, others: Tensor) -> tuple[Tensor, 
     exact = torch.full(indices.shape, -torch.inf, dtype=torch.float64)
     norms = torch.linalg.vector_norm(others.detach(), dim=1, dtype=torch.float64)
     for first in range(0, len(indices), _RERANK_ROWS):
-        some = indices[first : first + _RERANK_ROWS]
+        candidates = indices[first : first + _RERANK_ROWS]
         mine = rows[first : first + _RERANK_ROWS].detach().double()
-        theirs = others.detach()[some.clamp(min=0)].double()
-        length = mine.norm(dim=1, keepdim=True) * norms[some.clamp(min=0)]
+        theirs = others.detach()[candidates.clamp(min=0)].double()
+        length = mine.norm(dim=1, keepdim=True) * norms[candidates.clamp(min=0)]
         cosines = ((theirs * mine[:, None, :]).sum(dim=2) / length).clamp(-1, 1)
-        exact[first : first + len(some)] = cosines.masked_fill(some == NOBODY, -torch.inf)
-    by_number = torch.where(indices == NOBODY, torch.iinfo(torch.int64).max, indices).argsort(dim=1)
-    exact, indices = exact.gather(1, by_number), indices.gather(1, by_number)
-    order = exact.argsort(dim=1, descending=True, stable=True)
-    return indices.gather(1, order), exact.gather(1, order)
+        exact[first : first + len(candidates)] = cosines.masked_fill(candidates == NO_MATCH, -torch.inf)
+    number = torch.where(indices == NO_MATCH, torch.iinfo(torch.int64).max, indices)
+    return _ranked(number, indices, exact)
 
 
-def _unit_rows(W_dec: Tensor, use: npt.NDArray[np.bool_] | None, name: str) -> tuple[Tensor, list[str]]:
+def _unit_rows(W_dec: Tensor, use: BoolArray | None, name: str) -> tuple[Tensor, list[str]]:
     """Rows of length 1 in float32, and why a feature cannot be matched ("" if it can)."""
     W_dec = W_dec.detach().float()
     if use is not None and (np.shape(use) != (len(W_dec),) or np.asarray(use).dtype != np.bool_):
@@ -272,18 +340,3 @@ def _unit_rows(W_dec: Tensor, use: npt.NDArray[np.bool_] | None, name: str) -> t
     if use is not None:
         reason = [why if used else "left out of the matching" for why, used in zip(reason, use.tolist(), strict=True)]
     return W_dec / norms.clamp(min=torch.finfo(torch.float32).tiny), reason
-
-
-def _check(W_dec_a: Tensor, W_dec_b: Tensor, n: int, chunk: int) -> None:
-    for name, value in (("n", n), ("chunk", chunk)):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1. Got {value} instead.", at=name)
-    if W_dec_a.ndim != 2 or W_dec_b.ndim != 2 or W_dec_a.shape[1] != W_dec_b.shape[1]:
-        raise ShapeMismatch(
-            "decoders must both be [d_sae, d_in] with the same d_in. "
-            f"Got {list(W_dec_a.shape)} and {list(W_dec_b.shape)} instead.",
-            at="W_dec_b",
-            fix="compare SAEs of one hook of one architecture.",
-        )
-    if len(W_dec_a) == 0 or len(W_dec_b) == 0:
-        raise ShapeMismatch("a decoder has no rows.", at="W_dec_a" if len(W_dec_a) == 0 else "W_dec_b")

@@ -9,48 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.diffing.matched_null import NO_STRATUM, exchangeable_p, strata
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.diffing.matched_null import MIN_STRATUM, NO_STRATUM, TRAITS, exchangeable_p, strata
+from saeffect.diffing.pair import ModelPair
+from saeffect.errors import BadFile, ShapeMismatch
+from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 
-__all__ = ["HasWeights", "SaeWeights", "rotations", "stagewise"]
+__all__ = ["measure", "rotations", "stagewise"]
 
 NO_NULL = "no SAE was trained on from the same start on the same model, so nobody knows what training alone does"
-_TRAITS = ("density", "decoder_norm")
+_ROWS = 4096  # in float64 at a time
 
 
-class HasWeights(Protocol):
-    """Any SAE; `SparseAutoencoder` is one. Its `b_enc` [d_sae] is looked for, or a gated one's `b_gate`."""
-
-    @property
-    def W_enc(self) -> Tensor:
-        """[d_in, d_sae]."""
-
-    @property
-    def W_dec(self) -> Tensor:
-        """[d_sae, d_in]."""
+def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
+    """stagewise: as `stagewise` gives it, where the treatment's SAE was trained on from the control's."""
+    start, treatment = pair.control.sae, pair.treatment.sae
+    shape = pair.control.W_dec.shape
+    if start is None or treatment is None or not pair.treatment.warm_started or pair.treatment.W_dec.shape != shape:
+        return {}
+    nulls = [view.sae for view in pair.others if view.warm_started and view.sae and view.W_dec.shape == shape]
+    return {"stagewise": stagewise(start, treatment, nulls, pair.control.features)}
 
 
-@dataclass(frozen=True, eq=False)
-class SaeWeights:
-    """Weights without an SAE around them: `W_enc` [d_in, d_sae], `b_enc` [d_sae] or None, `W_dec` [d_sae, d_in]."""
-
-    W_enc: Tensor
-    b_enc: Tensor | None
-    W_dec: Tensor
-
-
-def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
+def rotations(start: SparseAutoencoder, end: SparseAutoencoder) -> pd.DataFrame:
     """What changed in each feature between two SAEs that number their features alike.
 
     Returns:
@@ -65,27 +53,21 @@ def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
 
     Source:
         Bricken et al. (2024), Stage-wise model diffing. Angles after Kahan, exact for tiny ones too.
-
-    Example:
-        >>> a = SaeWeights(torch.eye(2), None, torch.eye(2))
-        >>> b = SaeWeights(torch.eye(2), None, torch.tensor([[0.0, 3.0], [0.0, 1.0]]))
-        >>> rotations(a, b)[["decoder_rotation", "norm_ratio"]].to_numpy().tolist()
-        [[90.0, 3.0], [0.0, 1.0]]
     """
     biases = _bias(start), _bias(end)
     pairs = {"W_dec": (start.W_dec, end.W_dec), "W_enc": (start.W_enc, end.W_enc), "b_enc": biases}
-    for name, (first, second) in pairs.items():
-        shapes = [None if one is None else list(one.shape) for one in (first, second)]
+    for name, both in pairs.items():
+        shapes = [None if weights is None else list(weights.shape) for weights in both]
         if shapes[0] != shapes[1]:
             raise ShapeMismatch(
                 f"the SAEs' {name} differ in shape: {shapes[0]} and {shapes[1]}.",
                 at=name,
                 fix="stage-wise diffing needs an SAE trained on from the other's weights.",
             )
-        if any(one is not None and not bool(torch.isfinite(one).all()) for one in (first, second)):
+        if any(weights is not None and not bool(torch.isfinite(weights).all()) for weights in both):
             raise BadFile(f"{name} holds NaN or infinity.", at=name)
     n = len(start.W_dec)
-    norms = [_array(torch.linalg.vector_norm(one.W_dec.detach().double(), dim=1)) for one in (start, end)]
+    norms = [_array(torch.linalg.vector_norm(sae.W_dec.detach().double(), dim=1)) for sae in (start, end)]
     bias = np.full(n, np.nan)
     if biases[0] is not None and biases[1] is not None:
         bias = _array(biases[1].detach().double() - biases[0].detach().double())
@@ -101,13 +83,10 @@ def rotations(start: HasWeights, end: HasWeights) -> pd.DataFrame:
 
 
 def stagewise(
-    start: HasWeights,
-    treatment: HasWeights,
-    nulls: Sequence[HasWeights],
-    *,
-    features: pd.DataFrame | None = None,
-    min_stratum: int = 200,
-    margin: float = 0.0,
+    start: SparseAutoencoder,
+    treatment: SparseAutoencoder,
+    nulls: Sequence[SparseAutoencoder],
+    features: pd.DataFrame,
 ) -> pd.DataFrame:
     """Which features turned further than training on alone turns them, those that turned most first.
 
@@ -118,10 +97,8 @@ def stagewise(
         start: The SAE that all others were trained on from.
         treatment: Trained on with the fine-tuned model's activations.
         nulls: Trained on with the control's, as long and with the same settings; may be empty.
-        features: One row a feature of `start` with `density` and `decoder_norm`, to compare like with like. If
-            None all features are compared with all. Features of density 0 are not tested.
-        min_stratum: Fewest features to compare among.
-        margin: Degrees of rotation beyond the nulls' that count for nothing.
+        features: One row a feature of `start` with `TRAITS`, to compare like with like. Features of density 0 are not
+            tested.
 
     Returns:
         The columns of `rotations`; `null_rotation` (mean of the nulls, degrees); `excess_rotation`;
@@ -130,52 +107,53 @@ def stagewise(
         undefined ones last.
 
     Raises:
-        ShapeMismatch: SAEs or `features` do not fit `start`.
+        ShapeMismatch: The SAEs do not fit `start`.
         BadFile: A weight is NaN or infinite.
-        ConfigError: `margin` is negative.
     """
-    if not margin >= 0:
-        raise ConfigError(f"margin must be at least 0. Got {margin} instead.", at="margin")
     table = rotations(start, treatment)
-    n = len(table)
-    groups, silent = _groups(features, n, min_stratum)
     own = table["decoder_rotation"].to_numpy()
-    turned = np.array([own, *(rotations(start, one)["decoder_rotation"].to_numpy() for one in nulls)])
-    undefined = np.isnan(turned).any(axis=0)
+    turned = np.array([own, *(rotations(start, sae)["decoder_rotation"].to_numpy() for sae in nulls)])
+    traits = features[list(TRAITS)].to_numpy(dtype=np.float64, na_value=np.nan).copy()
+    silent, undefined = traits[:, 0] == 0, np.isnan(turned).any(axis=0)
     reason = np.where(undefined, "a decoder row is zero", np.where(silent, "it never fires on this text", ""))
-    columns: dict[str, FloatArray] = {name: np.full(n, np.nan) for name in ("null_rotation", "percentile", "p")}
+    null_rotation, percentile, p = np.full((3, len(table)), np.nan)
     if not nulls:
         reason = np.where(undefined, reason, NO_NULL)
     else:
-        groups = np.where(undefined, NO_STRATUM, groups)
-        columns["null_rotation"] = turned[1:].mean(axis=0)
-        columns["percentile"] = _percentile(turned, groups)
+        traits[silent] = np.nan
+        groups = np.where(undefined, NO_STRATUM, strata(traits, MIN_STRATUM))
+        null_rotation = turned[1:].mean(axis=0)
+        for group in np.unique(groups[groups != NO_STRATUM]):
+            members = groups == group
+            null = np.sort(turned[1:, members].ravel())
+            percentile[members] = 100 * np.searchsorted(null, own[members], side="right") / len(null)
         # The test is for low numbers: little rotation is much similarity.
-        columns["p"], _ = exchangeable_p(-turned, groups, margin=margin)
+        p, _ = exchangeable_p(-turned, groups)
         unlike = (groups == NO_STRATUM) & (reason == "")
         reason = np.where(unlike, "its density or decoder norm is unknown", reason)
-    table["null_rotation"] = columns["null_rotation"]
-    table["excess_rotation"] = own - columns["null_rotation"]
-    table["percentile"] = columns["percentile"]
-    table["p"] = columns["p"]
-    table["q"] = benjamini_hochberg(columns["p"])
-    table["reason"] = pd.Series(reason, dtype="str")
+    table = table.assign(
+        null_rotation=null_rotation,
+        excess_rotation=own - null_rotation,
+        percentile=percentile,
+        p=p,
+        q=benjamini_hochberg(p),
+        reason=pd.Series(reason, dtype="str"),
+    )
     return table.sort_values("decoder_rotation", ascending=False, kind="stable", na_position="last", ignore_index=True)
 
 
-def _bias(sae: HasWeights) -> Tensor | None:
+def _bias(sae: SparseAutoencoder) -> Tensor | None:
     """What is added to the pre-activations, [d_sae]."""
     found: Tensor | None = getattr(sae, "b_enc", None)
     return getattr(sae, "b_gate", None) if found is None else found
 
 
-def _angle(first: Tensor, second: Tensor, chunk: int = 4096) -> FloatArray:
+def _angle(first: Tensor, second: Tensor) -> FloatArray:
     """Degrees between rows of equal number; NaN where one is 0."""
     parts = []
-    for begin in range(0, len(first), chunk):
-        u, v = (one[begin : begin + chunk].detach().double() for one in (first, second))
-        lengths = [one.norm(dim=1, keepdim=True) for one in (u, v)]
-        u, v = u / lengths[0], v / lengths[1]
+    for begin in range(0, len(first), _ROWS):
+        u, v = (rows[begin : begin + _ROWS].detach().double() for rows in (first, second))
+        u, v = u / u.norm(dim=1, keepdim=True), v / v.norm(dim=1, keepdim=True)
         # An arc cosine of nearly 1 would lose half of its digits.
         angle = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
         parts.append(_array(angle) * (180 / math.pi))
@@ -184,30 +162,4 @@ def _angle(first: Tensor, second: Tensor, chunk: int = 4096) -> FloatArray:
 
 def _array(values: Tensor) -> FloatArray:
     result: FloatArray = values.cpu().numpy()
-    return result
-
-
-def _groups(
-    features: pd.DataFrame | None, n: int, min_stratum: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Stratum of each feature, and which never fire."""
-    if features is None:
-        return np.zeros(n, dtype=np.int64), np.zeros(n, dtype=bool)
-    if len(features) != n or not set(_TRAITS) <= set(features.columns):
-        raise ShapeMismatch(
-            f"features must have {n} rows and the columns {', '.join(_TRAITS)}. Got {len(features)} rows instead.",
-            at="features",
-        )
-    traits = features[list(_TRAITS)].to_numpy(dtype=np.float64, na_value=np.nan).copy()
-    silent = np.asarray(traits[:, 0] == 0)
-    traits[silent] = np.nan
-    return strata(traits, min_stratum), silent
-
-
-def _percentile(turned: FloatArray, groups: npt.NDArray[np.int64]) -> FloatArray:
-    result = np.full(turned.shape[1], np.nan)
-    for group in np.unique(groups[groups != NO_STRATUM]):
-        members = groups == group
-        null = np.sort(turned[1:, members].ravel())
-        result[members] = 100 * np.searchsorted(null, turned[0, members], side="right") / len(null)
     return result

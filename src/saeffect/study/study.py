@@ -238,9 +238,12 @@ class Study:
         """`prepend_bos` of the cfg.json of each arm's SAE."""
         return {name: self.sae_config(name).metadata.get("prepend_bos") for name in self.config.arms}
 
-    @functools.cached_property
     def rows(self) -> TokenRows:
-        """The study's text as token rows."""
+        """The study's text as token rows; cached."""
+        return self._rows
+
+    @functools.cached_property
+    def _rows(self) -> TokenRows:
         control = self.by_role("control")[0]
         with placed(self.at("text")):
             return study_rows(self.config.text, lambda: self.arms[control].lm, prepend_bos=self.prepend_bos)

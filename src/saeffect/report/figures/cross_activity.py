@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.most_changed import change_scores, most_changed
+from saeffect.diffing.cross_activity import change_scores, most_changed
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text

@@ -13,7 +13,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.fate_counts import ONE_PLACEBO
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, ArmStyle, DrawnFigure, arm_styles, new_figure, safe_text

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
 from saeffect.report.words.names import feature_words

@@ -10,7 +10,7 @@ import pandas as pd
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.comparison.judgement import Judgement
-from saeffect.diffing.fate_counts import ONE_PLACEBO
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, signed
 

@@ -17,7 +17,7 @@ import pandas as pd
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison, Trace
 from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
-from saeffect.diffing.most_changed import activity_changes, most_changed
+from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.evidence import over_saes
 from saeffect.report.words.names import short_name

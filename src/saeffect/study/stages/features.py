@@ -78,7 +78,7 @@ def shared_unembedding(lm: LanguageModel) -> Tensor:
 def run_features(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Write `features.parquet` and `examples.parquet`."""
     opened = run.study.open_arm(arm, log)
-    rows = run.study.rows
+    rows = run.study.rows()
     config = run.study.config.features
     options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
     ranked = ranked_tokens(run.study, opened.lm)

@@ -47,7 +47,7 @@ def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
 def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Measure, refuse or warn, and write `gate.json`."""
     opened = run.study.open_arm(arm, log)
-    rows = run.study.rows
+    rows = run.study.rows()
     short = shortage(run.study.config.text, rows)
     if short and arm == run.study.ordered_arms()[0]:
         log(f"  warning: the text has only {short}")

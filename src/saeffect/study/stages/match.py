@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,9 @@ import torch
 
 from saeffect.comparison import MatchTables, Resampling
 from saeffect.diffing.coactivity import FiringLog
-from saeffect.diffing.correspondence import Correspondence, SaeView, correspond
-from saeffect.diffing.cross_activity import CrossActivity, PairedOptions
-from saeffect.diffing.fates import FateRules
 from saeffect.diffing.matching import Matching, Neighbours
-from saeffect.diffing.stagewise import stagewise
+from saeffect.diffing.methods import METHODS, measure_all, table_names
+from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
 from saeffect.io import Log, read_json
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.sae.base import SparseAutoencoder
@@ -37,6 +35,7 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
     files = ("features.parquet", "selection.parquet", "seeds.parquet")
     return {
         "version": VERSION,
+        "methods": list(METHODS),
         "arms": dict(study.identities),
         "saes": seed_identities(study),
         "roles": {name: arm.role for name, arm in study.config.arms.items()},
@@ -49,13 +48,13 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
-    """Write `comparison/fates_control.parquet` and the other tables of `MatchTables`.
+    """Write `comparison/fates_control.parquet` and the other tables of the registered diffing methods.
 
     Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
     """
     found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
-    made = {name: getattr(found, name) for name in MatchTables.names() if len(getattr(found, name).columns)}
-    return [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in made.items()]
+    made = [name for name in table_names() if name in found]
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
 
 
 def read_matches(run: RunFolder) -> MatchTables:
@@ -64,50 +63,36 @@ def read_matches(run: RunFolder) -> MatchTables:
     return MatchTables(**{name: table for name, table in tables.items() if table is not None})
 
 
-def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> MatchTables:
+def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
     study, config = run.study, run.study.config
     control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
     if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
         log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
-        return MatchTables()
+        return {}
     logs, kept, seeds, saes = _Logs(study, log), {}, {}, {}
     for name in study.ordered_arms():
         opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
         whole = {one.name: one.sae for one in seeds[name] if one.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
-        if name == treatment:
-            cross = logs.cross(opened, saes[control], control, study.hook(control), kept[control])
-    both = kept[control] & kept[treatment]
-    views = _views(run, {name: log.only(both) for name, log in logs.of.items()}, seeds, saes)
-    width = views[control][0].W_dec.shape[1]
+    views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
     others = [*views[control][1:], *(view for name in study.by_role("placebo") for view in views[name])]
-    found = correspond(
-        views[control][0],
-        views[treatment][0],
-        [view for view in others if view.W_dec.shape[1] == width],
-        treatment_seeds=views[treatment][1:],
-        rules=FateRules(alpha=config.comparison.alpha),
-        resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
-        log=log,
-        keep=keep,
-    )
-    options = PairedOptions(n_permutations=config.comparison.n_permutations, seed=config.seed)
-    activity = cross.result(options)
-    domain = run.read_table(run.arm(control, "selection.parquet"))["is_domain"]
-    turned = _stagewise(run, saes, control, treatment)
-    return _tables(found, activity.assign(is_domain=domain.to_numpy(dtype=bool)), turned)
-
-
-def _tables(found: Correspondence, cross: pd.DataFrame, turned: pd.DataFrame) -> MatchTables:
-    return MatchTables(
-        fates_control=found.control,
-        fates_treatment=found.treatment,
-        fate_counts=found.counts,
-        fates_null=found.null,
-        cross_activity=cross,
-        absorption=found.absorption,
-        stagewise=turned,
+    width = views[control][0].W_dec.shape[1]
+    selection = run.read_table(run.arm(control, "selection.parquet"))
+    return measure_all(
+        ModelPair(
+            control=views[control][0],
+            treatment=views[treatment][0],
+            others=[view for view in others if view.W_dec.shape[1] == width],
+            treatment_seeds=views[treatment][1:],
+            is_domain=selection["is_domain"].to_numpy(dtype=bool),
+            acts_of_both=lambda: logs.acts_of_both(study.open_arm(treatment), saes[control], control, kept[control]),
+            residuals=lambda name: logs.residuals(study.open_arm(name)),
+            alpha=config.comparison.alpha,
+            resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
+            log=log,
+            keep=keep,
+        )
     )
 
 
@@ -125,7 +110,7 @@ class _KeptPairs:
         sides = []
         for name, side in (("forward", matching.forward), ("backward", matching.backward)):
             columns: dict[str, Any] = dict(zip((*_PAIR, "side"), (measure, a, b, name), strict=True))
-            columns |= {"reason": list(side.reason), "alone": side.alone}
+            columns |= {"reason": list(side.reason)}
             columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
             columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
             sides.append(pd.DataFrame(columns))
@@ -141,7 +126,7 @@ def _matching_of(piece: pd.DataFrame) -> Matching:
         indices, similarity = (
             rows[[name for name in rows if name.startswith(f"{kind}_")]].to_numpy() for kind in ("index", "similarity")
         )
-        sides.append(Neighbours(indices, similarity, tuple(rows["reason"]), rows["alone"].to_numpy()))
+        sides.append(Neighbours(indices, similarity, tuple(rows["reason"])))
     return Matching(str(piece.loc[0, "measure"]), *sides)
 
 
@@ -155,7 +140,7 @@ class _Logs:
     @torch.inference_mode()
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
         """Log SAEs of one arm's model; bool [n_tokens], the tokens that count there."""
-        rows = self._study.rows
+        rows = self._study.rows()
         limit, kept = arm.norm_limit(rows), []
         self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
         for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
@@ -165,20 +150,32 @@ class _Logs:
             self._log.progress(f"activations {arm.name}", start + len(ids), len(rows), "rows")
         return np.concatenate(kept)
 
+    def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
+        """The logs of the tokens that count in all these arms."""
+        both = np.logical_and.reduce(list(kept.values()))
+        return {name: log.only(both) for name, log in self.of.items()}
+
     @torch.inference_mode()
-    def cross(self, treatment: Arm, sae: SparseAutoencoder, control: str, hook: str, kept: BoolArray) -> CrossActivity:
+    def acts_of_both(
+        self, treatment: Arm, sae: SparseAutoencoder, control: str, kept: BoolArray
+    ) -> Iterator[ActsOfBoth]:
         """The control's SAE on the treatment's model, beside what it did on the control's."""
-        rows: TokenRows = self._study.rows
-        limit, cross = treatment.norm_limit(rows), CrossActivity(sae.cfg.d_sae)
-        before = self.of[control].matrix()
-        width = rows.context_size
-        for start, ids, x in self._study.residuals.batches(treatment.lm, hook, rows):
+        rows: TokenRows = self._study.rows()
+        limit, before, width = treatment.norm_limit(rows), self.of[control].matrix(), rows.context_size
+        for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
             tokens = slice(start * width, (start + len(ids)) * width)
             acts = torch.from_numpy(before[tokens].toarray()).view(len(ids), width, -1)
-            counts = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
-            cross.update(acts, sae.encode(x), counts)
+            mask = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
+            yield ActsOfBoth(acts, sae.encode(x), mask)
             self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
-        return cross
+
+    @torch.inference_mode()
+    def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
+        """What stands at an arm's hook."""
+        rows = self._study.rows()
+        limit = arm.norm_limit(rows)
+        for _, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
+            yield ResidualBatch(ids, x, kept_positions(x, limit))
 
 
 def _views(
@@ -190,13 +187,15 @@ def _views(
     """Each arm's SAEs, its own first."""
     views = {}
     columns = ["feature", "density", "decoder_norm"]
+    start = run.study.sae_folder(run.study.by_role("control")[0]).name
     for name, further in seeds.items():
         features = run.read_table(run.arm(name, "features.parquet"))[columns]
-        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name))]
+        warm = _started_from(run.study, name) == start
+        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
         table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
         for one in further:
             mine = table[table["sae"] == one.name][columns].reset_index(drop=True)
-            views[name].append(SaeView(one.name, one.W_dec, mine, logs.get(one.name)))
+            views[name].append(SaeView(one.name, one.W_dec, mine, logs.get(one.name), one.sae))
     return views
 
 
@@ -209,16 +208,3 @@ def _started_from(study: Study, arm: str) -> str | None:
     recipe = read_json(note).get("recipe") if note.is_file() else None
     started = ((recipe or {}).get("sae") or {}).get("init_from")
     return Path(str(started)).name if started else None
-
-
-def _stagewise(run: RunFolder, saes: Mapping[str, SparseAutoencoder], control: str, treatment: str) -> pd.DataFrame:
-    """How far features turned, where the treatment's SAE was trained on from the control's; no columns otherwise."""
-    study = run.study
-    start = study.sae_folder(control).name
-    same = [name for name in saes if name != control and _started_from(study, name) == start]
-    same = [name for name in same if saes[name].W_dec.shape == saes[control].W_dec.shape]
-    if treatment not in same:
-        return pd.DataFrame()
-    features = run.read_table(run.arm(control, "features.parquet"))
-    nulls = [saes[name] for name in same if name in study.by_role("placebo")]
-    return stagewise(saes[control], saes[treatment], nulls, features=features)

@@ -160,7 +160,7 @@ def run_seeds(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
 
 @torch.inference_mode()
 def _features(study: Study, arm: Arm, one: SeedSae, log: Log) -> pd.DataFrame:
-    rows = study.rows
+    rows = study.rows()
     config = study.config.features
     table = feature_table(
         one,

@@ -56,7 +56,7 @@ def mean_differences(run: RunFolder, arm: Arm, features: list[int]) -> dict[int,
 
     General text is the source called general; without one, all of the text.
     """
-    rows = run.study.rows
+    rows = run.study.rows()
     limit = arm.norm_limit(rows)
     sums = MeanDifferences(features, arm.lm.d_model)
     place = rows.names.index("general") if "general" in rows.names else None

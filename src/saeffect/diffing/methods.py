@@ -1,0 +1,88 @@
+"""The registry of diffing methods: a new one is an entry of `METHODS`, and the study runs it and writes its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from saeffect.diffing import correspondence, cross_activity, stagewise
+from saeffect.diffing.pair import ModelPair
+from saeffect.errors import BadFile
+
+__all__ = ["METHODS", "Method", "measure_all", "table_names"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to say which features differ between two models.
+
+    Attributes:
+        measure: From a pair of models its tables by name, each of which becomes `comparison/<name>.parquet`. A table
+            that cannot be made of these models is left out, or has no columns.
+        tables: Names of all tables it may make. The first has a row a feature (or several, by different measures): its
+            `feature`, how much it changed, `p`, `q`, and the `reason` where one of these is NaN.
+        change: The column of that table that says how much: treatment minus control, or minus the null.
+        interval: The columns of the interval's ends; None if the method gives none.
+    """
+
+    measure: Callable[[ModelPair], dict[str, pd.DataFrame]]
+    tables: tuple[str, ...]
+    change: str = "change"
+    interval: tuple[str, str] | None = ("low", "high")
+
+    def changes(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The method's first table in the form that all methods share: feature, change, low, high, p, q, reason.
+
+        Raises:
+            BadFile: A column is missing.
+        """
+        low, high = self.interval or (None, None)
+        wanted = {"feature": "feature", "change": self.change, "low": low, "high": high}
+        wanted |= {name: name for name in ("p", "q", "reason")}
+        missing = [name for name in wanted.values() if name is not None and name not in table.columns]
+        if missing:
+            raise BadFile(
+                f"the table {self.tables[0]!r} has no column {', '.join(map(repr, missing))}.",
+                fix="a diffing method gives every feature a change, p, q and a reason, as `Method` says.",
+            )
+        return pd.DataFrame({name: np.nan if own is None else table[own] for name, own in wanted.items()})
+
+
+METHODS: dict[str, Method] = {
+    # One SAE on both models.
+    "cross_activity": Method(cross_activity.measure, ("cross_activity",), change="difference"),
+    # An SAE of each model, feature matched with feature.
+    "matched": Method(
+        correspondence.measure,
+        ("fates_control", "fates_treatment", "fate_counts", "fates_null", "absorption"),
+        change="drop",
+        interval=None,
+    ),
+    # The control's SAE, trained on with the fine-tuned model.
+    "stagewise": Method(stagewise.measure, ("stagewise",), change="excess_rotation", interval=None),
+}
+
+
+def table_names() -> list[str]:
+    """Names of the tables of all methods."""
+    return [name for method in METHODS.values() for name in method.tables]
+
+
+def measure_all(pair: ModelPair) -> dict[str, pd.DataFrame]:
+    """The tables of every registered method, by name; those that could not be made are left out.
+
+    Raises:
+        BadFile: A method's table lacks a column that every method gives, or is not among those it names.
+    """
+    tables: dict[str, pd.DataFrame] = {}
+    for name, method in METHODS.items():
+        found = {key: table for key, table in method.measure(pair).items() if len(table.columns)}
+        if not set(found) <= set(method.tables):
+            raise BadFile(f"the diffing method {name!r} gave a table that it does not name: {', '.join(found)}.")
+        if method.tables[0] in found:
+            method.changes(found[method.tables[0]])
+        tables |= found
+    return tables

@@ -1,0 +1,107 @@
+"""What a diffing method may read of two models: their SAEs, what these fire on, and the activations themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.io import SILENT, Log
+from saeffect.stats.resampling import Resampling
+
+if TYPE_CHECKING:  # torch takes a second to import, and who reads finished tables does without it
+    from torch import Tensor
+
+    from saeffect.diffing.coactivity import FiringLog
+    from saeffect.diffing.matching import Matching
+    from saeffect.sae.base import SparseAutoencoder
+
+__all__ = ["ActsOfBoth", "Keep", "ModelPair", "ResidualBatch", "SaeView"]
+
+
+@dataclass(frozen=True, eq=False)
+class SaeView:
+    """An SAE and what it did on the study's text.
+
+    Attributes:
+        name: What to call it; that of its arm for an arm's own SAE.
+        W_dec: [d_sae, d_in].
+        features: One row a feature in order, with `density` and `decoder_norm`.
+        firing: Its activations on the text, the same tokens for every SAE; None where only the decoder is known.
+        sae: The SAE itself; None where only the decoder is known.
+        warm_started: Training went on from the control's SAE, so feature i is still feature i.
+    """
+
+    name: str
+    W_dec: Tensor
+    features: pd.DataFrame
+    firing: FiringLog | None = None
+    sae: SparseAutoencoder | None = None
+    warm_started: bool = False
+
+    @property
+    def fires(self) -> npt.NDArray[np.bool_]:
+        """Bool [d_sae]: features that fire on the text."""
+        return np.asarray(self.features["density"].to_numpy(dtype=np.float64) > 0)
+
+
+class ResidualBatch(NamedTuple):
+    """What stands at an arm's hook: ids int64 [B, S]; x [B, S, d_in]; mask bool [B, S], the tokens that count."""
+
+    ids: Tensor
+    x: Tensor
+    mask: Tensor
+
+
+class ActsOfBoth(NamedTuple):
+    """`feature_acts` [B, S, d_sae] of the control's SAE on both models; mask bool [B, S], the tokens that count."""
+
+    control: Tensor
+    treatment: Tensor
+    mask: Tensor
+
+
+class Keep(Protocol):
+    """Where matchings are kept, so that a stopped comparison need not make them again."""
+
+    def read(self, measure: str, a: str, b: str) -> Matching | None:
+        """What was kept for these SAEs, by name; None for nothing."""
+
+    def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
+        """Keep it."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelPair:
+    """Control and treatment of a study, as every diffing method gets them.
+
+    Attributes:
+        control: The control's SAE.
+        treatment: The treatment's.
+        others: Further SAEs of the control's model, trained from other seeds: the null of most methods.
+        treatment_seeds: Further SAEs of the treatment's model.
+        is_domain: Bool [d_sae], the control's domain features.
+        acts_of_both: Runs the control's SAE on both models, over the whole text in batches.
+        residuals: Gives the activations at an arm's hook, by the arm's name, over the whole text in batches. The
+            arm's model is loaded for it; only one model is in memory at a time.
+        alpha: Highest q of a finding.
+        resampling: Seed and numbers of resamples and permutations.
+        log: Receives progress.
+        keep: Where matchings are kept; nowhere if None.
+    """
+
+    control: SaeView
+    treatment: SaeView
+    others: Sequence[SaeView] = ()
+    treatment_seeds: Sequence[SaeView] = ()
+    is_domain: npt.NDArray[np.bool_] | None = None
+    acts_of_both: Callable[[], Iterator[ActsOfBoth]] = lambda: iter(())
+    residuals: Callable[[str], Iterator[ResidualBatch]] = lambda arm: iter(())
+    alpha: float = 0.05
+    resampling: Resampling = field(default_factory=Resampling)
+    log: Log = SILENT
+    keep: Keep | None = None
