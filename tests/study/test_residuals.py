@@ -13,7 +13,7 @@ import torch
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
-from saeffect.study import residuals as module
+from saeffect.study import texts as module
 from saeffect.study.texts import Residuals, machine_memory
 
 HOOK = "blocks.1.hook_resid_pre"
