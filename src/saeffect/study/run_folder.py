@@ -44,15 +44,16 @@ class RunFolder:
         folder: The directory; it need not exist.
         study: The study that it belongs to.
 
+    Attributes:
+        damage: What in the manifest cannot be used, a line each.
+
     Raises:
         ConfigError: The directory belongs to a study of another name.
     """
 
     def __init__(self, folder: Path | str, study: Study) -> None:
-        self.folder = Path(folder)
-        self.study = study
+        self.folder, self.study = Path(folder), study
         self.damage: tuple[str, ...] = ()
-        """What in the manifest cannot be used, a line each."""
         self._manifest = self._read_manifest()
         found = self._manifest.get("study", study.config.name)
         if found != study.config.name:
@@ -78,17 +79,13 @@ class RunFolder:
             BadFile: The file is broken.
         """
         if not path.is_file():
-            raise NotFound(
-                f"there is no {path.relative_to(self.folder)}.",
-                at=str(self.folder),
-                fix="run the stage before this one.",
-            )
+            name = path.relative_to(self.folder)
+            raise NotFound(f"there is no {name}.", at=str(self.folder), fix="run the stage before this one.")
         try:
             return pd.read_parquet(path)
         except Exception as error:  # pyarrow raises many kinds
-            raise BadFile(
-                f"this table cannot be read: {error}.", at=str(path), fix="delete it and run again."
-            ) from error
+            fix = "delete it and run again."
+            raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
         """A table, or None where the stage had nothing to write: what else stands there is not of this run."""
@@ -111,19 +108,10 @@ class RunFolder:
         """One hash over files that a stage reads; missing ones count as such."""
         return fingerprint([(str(p.relative_to(self.folder)), hash_file(p) if p.is_file() else None) for p in paths])
 
-    def stage(
-        self,
-        key: str,
-        inputs: Any,
-        work: Callable[[], Iterable[Path]],
-        log: Log,
-        *,
-        redo: bool = False,
-    ) -> bool:
+    def stage(self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], log: Log, *, redo: bool = False) -> bool:
         """Do a stage's work, unless it was done with the same inputs and its files are whole.
 
-        Files that an earlier time left and this one does not are removed, lest they be believed; not if somebody
-        changed them.
+        Files that an earlier time left and this one does not are removed, unless somebody changed them.
 
         Args:
             key: Name of the stage, with the arm for per-arm stages.
@@ -135,17 +123,15 @@ class RunFolder:
         Returns:
             Whether work was done.
         """
-        wanted = fingerprint(inputs)
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
             log(f"  {key}: finished before, skipped")
             return False
-        started = time.monotonic()
+        wanted, started = fingerprint(inputs), time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
         seconds = round(time.monotonic() - started, 1)
         self._remove_outdated(key, outputs)
-        note: dict[str, Any] = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds}
-        note["versions"] = versions()
+        note = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds, "versions": versions()}
         self._manifest["stages"][key] = note
         self._save()
         # Only now: killed before, the stage begins again, and must find them.
@@ -168,7 +154,7 @@ class RunFolder:
                     fix="remove the link, or choose another --out.",
                 )
         note = self.path("study.yaml")
-        is_ours = self._is_as_written(note)
+        is_ours = _is_as_written(note)
         foreign = [] if is_ours or not _is_there(note) else [note]
         if not is_ours and "study" not in self._manifest:
             foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
@@ -195,13 +181,8 @@ class RunFolder:
     def _folders(self) -> list[Path]:
         """Where a run writes, outer ones first."""
         outer = [self.path(name) for name in _FOLDERS]
-        inner = [
-            place
-            for folder in outer
-            if folder.name in {"arms", "partial"} and folder.is_dir()
-            for place in folder.iterdir()
-        ]
-        return outer + [place for place in inner if place.is_dir()]
+        nested = [self.path(name) for name in ("arms", "partial")]
+        return outer + [place for folder in nested if folder.is_dir() for place in folder.iterdir() if place.is_dir()]
 
     def _kept_folder(self, key: str) -> Path:
         return self.path("partial", key.replace(" ", "-"))
@@ -252,11 +233,8 @@ class RunFolder:
 
     def _versions(self) -> dict[str, Any]:
         """Versions that made the numbers: one set, or one a stage where they were not all the same."""
-        stages = self._manifest["stages"].items()
-        made = {key: note["versions"] for key, note in stages if key != "report" and "versions" in note}
-        different = {fingerprint(found): found for found in made.values()}
-        if not different:
-            return versions()
+        made = {key: note["versions"] for key, note in self._manifest["stages"].items() if key != "report"}
+        different = {fingerprint(found): found for found in made.values()} or {"": versions()}
         return next(iter(different.values())) if len(different) == 1 else made
 
     def _save(self) -> None:
@@ -266,44 +244,39 @@ class RunFolder:
             temporary.write_text(_HEAD + hashlib.sha256(config.encode()).hexdigest() + "\n" + config, encoding="utf-8")
         write_json(self.folder / "manifest.json", self._manifest)
 
-    def _is_as_written(self, path: Path) -> bool:
-        """Whether a `study.yaml` is one that `_save` wrote and nobody changed."""
-        if path.is_symlink() or not path.is_file():
-            return False
-        head, _, rest = path.read_bytes().partition(b"\n")
-        digest = hashlib.sha256(rest).hexdigest()
-        whole = hash_file(path)
-        now = hashlib.sha256(self.config_yaml().encode()).hexdigest()
-        # The first versions wrote no head.
-        return head == f"{_HEAD}{digest}".encode() or whole in {now, self._manifest.get("study_sha256")}
-
     def _read_manifest(self) -> dict[str, Any]:
         """What can be used of the manifest. A stage that it does not tell of is done again."""
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
-        try:
+        found = None
+        with contextlib.suppress(BadFile):
             found = read_json(path)
-        except BadFile:
-            found = None
         if not (
             isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
         ):
             self.damage = ("manifest.json is damaged, so it is not known which stages are done: all are done again",)
             return {"stages": {}}
-        stages = found["stages"]
-        whole = {key: note for key, note in stages.items() if _is_note(note)}
-        lost = [key for key in stages if key not in whole]
+        whole = {key: note for key, note in found["stages"].items() if _is_note(note)}
+        lost = [key for key in found["stages"] if key not in whole]
         self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in lost)
-        return {key: found[key] for key in ("study", "study_sha256") if key in found} | {"stages": whole}
+        return {"study": found["study"], "stages": whole}
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether a `study.yaml` is one that a run wrote and nobody changed."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    head, _, rest = path.read_bytes().partition(b"\n")
+    return head == f"{_HEAD}{hashlib.sha256(rest).hexdigest()}".encode()
 
 
 def _is_note(note: Any) -> bool:
     """Whether this is what `stage` notes about a stage."""
     if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
         return False
-    tables = (note.get("outputs"), note.get("versions", {}))
-    return all(isinstance(some, dict) and all(isinstance(v, str) for v in some.values()) for some in tables)
+    tables = (note.get("outputs"), note.get("versions"))
+    return all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
 
 
 def _is_there(path: Path) -> bool:

@@ -7,7 +7,7 @@ import functools
 import importlib.resources
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,15 +40,7 @@ __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arm:
-    """One arm with its model and SAE in memory.
-
-    Attributes:
-        name: Its name in the study.
-        role: "control", "treatment" or "placebo".
-        lm: The language model.
-        sae: The SAE, float32.
-        hook: Where the SAE reads.
-    """
+    """One arm with its model and SAE (float32) in memory; `hook` is where the SAE reads."""
 
     name: str
     role: str
@@ -101,8 +93,7 @@ class Study:
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
-        config = StudyConfig.read(raw, at=str(source))
-        return cls(config, source)
+        return cls(StudyConfig.read(raw, at=str(source)), source)
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:
@@ -158,23 +149,18 @@ class Study:
             UnknownName: No such arm.
             SaeffectError: The model or SAE cannot be loaded, or they do not fit.
         """
-        arm = self.arm(name)
-        sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
+        arm, at = self.arm(name), self.at("arms", name, "sae")
+        sae = load_sae(self.sae_folder(name), at=at)
         hook = self.hook(name)
         lm = self._load(arm.model, name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
-        require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
+        require_width(sae.cfg, lm.d_model, hook, lm.name, at=at)
         if sae.cfg.module_path is not None:
-            require_module_output(lm, sae.cfg.module_path, at=self.at("arms", name, "sae"))
+            require_module_output(lm, sae.cfg.module_path, at=at)
         return Arm(name, arm.role, lm, sae, hook)
 
     def sae_folder(self, name: str) -> Path:
-        """Where an arm's SAE lies.
-
-        Raises:
-            NotFound: No such folder.
-            UnknownName: No such bundled SAE.
-        """
+        """Where an arm's SAE lies; errors as of `resolve_sae`."""
         return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
@@ -202,26 +188,25 @@ class Study:
         return read_sae_config(self.sae_folder(name), at=self.at("arms", name, "sae"))
 
     def hook(self, name: str) -> str:
-        """Where an arm's SAE reads: the study file's word, else the SAE's own.
+        """Where an arm's SAE reads: as the study file says, else as the SAE does.
 
         Raises:
             ConfigError: Neither says.
             IncompatibleSae: They contradict each other.
         """
-        said, own = self.arm(name).hook, self.sae_config(name).hook_name
-        said = said and (hook_of_module(said) or said)
+        wanted, own = self.arm(name).hook, self.sae_config(name).hook_name
+        wanted = wanted and (hook_of_module(wanted) or wanted)
         where = self.at("arms", name, "hook")
-        if said is None and own is None:
-            raise ConfigError(
-                "the SAE's cfg.json names no hook.", at=where, fix="set hook: blocks.<layer>.hook_resid_pre."
-            )
-        if said is not None and own is not None and said != own:
+        if wanted is None and own is None:
+            fix = "set hook: blocks.<layer>.hook_resid_pre."
+            raise ConfigError("the SAE's cfg.json names no hook.", at=where, fix=fix)
+        if wanted is not None and own is not None and wanted != own:
             raise IncompatibleSae(
-                f"the study says {said}, but the SAE was trained at {own}.",
+                f"the study says {wanted}, but the SAE was trained at {own}.",
                 at=where,
                 fix=f"set hook: {own}, or leave it out.",
             )
-        return str(said or own)
+        return str(wanted or own)
 
     @functools.cached_property
     def prepend_bos(self) -> bool | None:
@@ -311,18 +296,18 @@ class Study:
         return held[1]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Arms(Mapping[str, Arm]):
-    def __init__(self, study: Study) -> None:
-        self._study = study
+    study: Study
 
     def __getitem__(self, name: str) -> Arm:
-        return self._study.open_arm(name)
+        return self.study.open_arm(name)
 
-    def __iter__(self) -> Any:
-        return iter(self._study.config.arms)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.study.config.arms)
 
     def __len__(self) -> int:
-        return len(self._study.config.arms)
+        return len(self.study.config.arms)
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
