@@ -49,7 +49,7 @@ def test_ctrl_c_is_told_and_has_its_exit_code(ends: list[BaseException | None], 
     assert capsys.readouterr().err.strip().startswith("Interrupted: stopped. What is finished is kept")
 
 
-def test_of_many_processes_the_first_alone_tells_of_ctrl_c(
+def test_only_first_process_reports_ctrl_c(
     ends: list[BaseException | None], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -107,7 +107,7 @@ def test_a_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("finetune", "finetune.md", finetune_keys),
     ],
 )
-def test_keys_are_shown_and_are_those_of_the_page(
+def test_keys_option_shows_the_docs_page(
     command: str, page: str, keys: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _typed(monkeypatch, command, "--keys") == 0
@@ -121,7 +121,7 @@ def test_every_stage_has_a_command() -> None:
     assert tuple(STAGE_HELP) == STAGES
 
 
-def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_path_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["check", "a" * 5000],
         ["train-sae", "~nobody-of-that-name"],
@@ -131,7 +131,7 @@ def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys
         assert "can be no path" in capsys.readouterr().err
 
 
-def test_nothing_that_is_shown_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_text_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show(f"{ACTING}\nמשפט\t👨‍👩‍👧")
     with ConsoleProgress() as log:
         log(ACTING)

@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_explained_and_changes_nothing(case: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_explained_and_change_nothing(case: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, kind, mention = CASES[case]
     config = yaml.safe_load((study / "study.yaml").read_text())
     change(study, config)

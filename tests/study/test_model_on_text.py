@@ -39,7 +39,7 @@ def _study(folder: Path, word: Any = None) -> Path:
     return path
 
 
-def test_rows_begin_as_the_tokenizer_does_unless_the_saes_say_otherwise(tmp_path: Path) -> None:
+def test_rows_begin_as_saes_or_tokenizer_say(tmp_path: Path) -> None:
     study = Study.open(_study(tmp_path))
     assert (study.rows().ids[:, 0] == 0).all()
     assert study.arms["treatment"].lm.encode_prompt("fever")[0] == 0

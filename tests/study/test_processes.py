@@ -92,7 +92,7 @@ def wait_until(true: Callable[[], bool], processes: list[subprocess.Popen[str]])
         time.sleep(0.005)
 
 
-def test_killed_and_stopped_run_ends_with_the_files_of_one_process(prepared: Path, tmp_path: Path) -> None:
+def test_interrupted_processes_end_with_one_process_files(prepared: Path, tmp_path: Path) -> None:
     """Two processes are killed, two of torchrun get Ctrl-C, and three end what was begun."""
     run = tmp_path / "run"
     shutil.copytree(prepared / "before", run)
@@ -122,7 +122,7 @@ def test_killed_and_stopped_run_ends_with_the_files_of_one_process(prepared: Pat
     assert files(run) == files(prepared / "alone")
 
 
-def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> None:
+def test_error_of_all_is_shown_once(prepared: Path, tmp_path: Path) -> None:
     text = (prepared / "study.yaml").read_text()
     broken = prepared / "broken.yaml"
     broken.write_text(text.replace("./saes/placebo", "./saes/nowhere"))
@@ -135,7 +135,7 @@ def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_wrong_for_one_stops_all(prepared: Path, tmp_path: Path) -> None:
+def test_error_of_one_stops_all(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared / "before", tmp_path / "run")
     shutil.copytree(prepared / "before", tmp_path / "elsewhere")
     first, second = side_by_side(

@@ -60,7 +60,7 @@ def test_every_file_of_the_design_is_there(finished: tuple[Path, Path]) -> None:
     assert not any(n.startswith("partial/") or n.split("/")[-1].startswith(".") for n in names)
 
 
-def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
+def test_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     path, run = finished
     before = tree(run)
     lines: list[str] = []
@@ -71,7 +71,7 @@ def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     assert tree(run) == before
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_run_resumes_to_same_numbers(finished: tuple[Path, Path], tmp_path: Path) -> None:
     path, run = finished
 
     class Killed(BaseException):
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], t
     assert first == second
 
 
-def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
+def test_pieces_stay_until_the_manifest_is_saved(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, run = finished
@@ -123,7 +123,7 @@ def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
     assert first == second
 
 
-def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> None:
+def test_second_run_in_one_directory_is_refused(finished: tuple[Path, Path]) -> None:
     path, run = finished
     before = tree(run)
     with sole_writer(run), pytest.raises(InUse, match="another process"):
@@ -131,7 +131,7 @@ def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> 
     assert tree(run) == before
 
 
-def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_changed_threshold_redoes_dependent_stages(finished: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(finished[0].parent, tmp_path, dirs_exist_ok=True)
     path = tmp_path / finished[0].name
     path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
@@ -142,7 +142,7 @@ def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Pat
     assert not {"select", "dose search", "compare", "report"} & skipped
 
 
-def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Path) -> None:
     path, run = finished
     table = run / "arms" / "control" / "coherence.parquet"
     good = table.read_bytes()
@@ -153,7 +153,7 @@ def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Pa
     assert sum(not line.endswith("skipped") for line in lines if line.startswith("  ")) == 1
 
 
-def test_features_table_has_the_columns_of_the_design(finished: tuple[Path, Path]) -> None:
+def test_features_table_columns(finished: tuple[Path, Path]) -> None:
     features = pd.read_parquet(finished[1] / "arms" / "control" / "features.parquet")
     assert {
         "feature",
@@ -169,7 +169,7 @@ def test_features_table_has_the_columns_of_the_design(finished: tuple[Path, Path
     assert not features["top_tokens"].explode().eq("<|endoftext|>").any()
 
 
-def test_manifest_says_what_made_the_run(finished: tuple[Path, Path]) -> None:
+def test_manifest_records_versions_and_seed(finished: tuple[Path, Path]) -> None:
     manifest = read_json(finished[1] / "manifest.json")
     assert manifest["seed"] == 0
     assert {"torch", "saeffect", "python"} <= set(manifest["versions"])
@@ -202,7 +202,7 @@ def test_stage_refuses_results_of_another_study(unsteered: Path) -> None:
         run_study(Study.open(path), run, stages=(stage,))
 
 
-def test_run_without_steering_reads_no_earlier_interventions(unsteered: Path) -> None:
+def test_without_steering_earlier_interventions_are_unread(unsteered: Path) -> None:
     assert (unsteered / "run" / "arms" / "control" / "effects.parquet").exists()
     contrasts = pd.read_parquet(unsteered / "run" / "comparison" / "contrasts.parquet")
     assert contrasts.loc[contrasts["quantity"] == "pass_rate", "estimate"].isna().all()
@@ -234,7 +234,7 @@ def test_verdicts_select_and_must_cover_every_arm(unsteered: Path) -> None:
     assert (table["in_vocabulary"] > 1).all()
 
 
-def test_the_steer_stage_tests_against_both_placebos_and_records_what_was_declared(finished: tuple[Path, Path]) -> None:
+def test_steer_tests_against_both_placebos(finished: tuple[Path, Path]) -> None:
     run = finished[1]
     arm = run / "arms" / "control"
     trials = pd.read_parquet(arm / "interventions.parquet")
@@ -280,7 +280,7 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     assert dose["dose"] == own.idxmax()
 
 
-def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
+def test_without_gain_no_feature_is_steered(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, done = finished
