@@ -193,7 +193,7 @@ def _translate_peer_loss() -> Iterator[None]:
             raise
         raise Interrupted(
             f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
-            fix="see what the other one said; the same command goes on from the last checkpoint.",
+            fix="see the error of the other one; the same command goes on from the last checkpoint.",
             by_another=True,
         ) from error
 

@@ -157,7 +157,7 @@ def _check_steering(study: Study) -> list[str]:
             _check_prompt(study, key, prompt, study.tokens.tokenizer.encode(prompt, add_special_tokens=False))
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
-        beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
+        beyond = [feature for members in sets for feature in members if not 0 <= feature < d_sae]
         if beyond:
             raise ConfigError(
                 f"there is no feature {beyond[0]}; the SAE has features 0 to {d_sae - 1}.",
@@ -178,15 +178,15 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
     """
     known = known_tokens(study.tokens.tokenizer)
     never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
-    some = f"such as {', '.join(never[:3])}" if never else ""
+    examples = f"such as {', '.join(never[:3])}" if never else ""
     if len(never) == len(vocabulary):
         raise EmptySelection(
-            f"not one of the {len(never):,} words is a token of these models, {some}; no feature could match.",
+            f"not one of the {len(never):,} words is a token of these models, {examples}; no feature could match.",
             at=study.at("selection", "vocabulary"),
             fix="use words as they stand in texts, one a line; most tokenizers have only common words whole.",
         )
-    said = f"{len(vocabulary):,} words"
-    return f"{said}, of which {len(never):,} can never match, no token being one of them, {some}" if never else said
+    n = f"{len(vocabulary):,} words"
+    return f"{n}, of which {len(never):,} can never match, no token being one of them, {examples}" if never else n
 
 
 def _check_text(study: Study) -> str:
@@ -239,7 +239,7 @@ def _check_tokenizers(study: Study) -> list[str]:
             token can stand between documents.
     """
     tokens = study.tokens
-    lines = [f"arm {arm}'s own tokenizer {one.words()}" for arm, one in tokens.differences.items()]
+    lines = [f"arm {arm}'s own tokenizer {difference.words()}" for arm, difference in tokens.differences.items()]
     if tokens.differences:
         n = len(known_tokens(tokens.tokenizer) if tokens.shared is None else tokens.shared)
         lines.append(f"every arm reads the control's tokens; top tokens are ranked over the {n:,} that all have")
@@ -284,7 +284,7 @@ def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> No
         )
     shapes = _shapes(study)
     longest = len(ids) + (steering.max_new_tokens if steering is not None else 0)
-    positions = min((one.n_positions for one in shapes.values() if one.n_positions), default=None)
+    positions = min((shape.n_positions for shape in shapes.values() if shape.n_positions), default=None)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"the prompt {prompt[:40]!r} and its text come to {longest:,} tokens, but the model takes {positions:,}.",
@@ -317,9 +317,9 @@ def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
 
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
-    """Tokens that a model has no embedding for are refused where the text holds one, else told."""
+    """Tokens that a model has no embedding for are refused where the text holds one, else reported."""
     known = known_tokens(study.tokens.tokenizer)
-    short = {arm: one for arm, one in shapes.items() if one.d_vocab and max(known) >= one.d_vocab}
+    short = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
     if not short:
         return []
     lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)

@@ -53,16 +53,16 @@ def shortage(text: TextConfig, rows: TokenRows) -> str:
     """
     if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
         return ""
-    said = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    there = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
     if len(rows.names) == 1 or text.bundled is not None:
-        return said
+        return there
     return (
-        f"{said}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+        f"{there}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
     )
 
 
 def first_texts(text: TextConfig) -> list[str]:
-    """The beginnings of a few documents of each source; none of one that cannot be read, which is told elsewhere."""
+    """The beginnings of a few documents of each source; those that cannot be read are errors elsewhere."""
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
@@ -193,5 +193,7 @@ class Residuals:
 
     def _make_room(self, size: int) -> None:
         """Forget the oldest captures until there is room for one more."""
-        while self._kept and sum(x.nbytes for some in self._kept.values() for x in some) + size > self._most_bytes:
+        while (
+            self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self._most_bytes
+        ):
             del self._kept[next(iter(self._kept))]

@@ -248,7 +248,7 @@ def _both_beginnings(lm: LanguageModel, rows: TokenRows) -> tuple[float, float]:
 
 def _mean_loss(lm: LanguageModel, ids: torch.Tensor, skip: int = 0) -> float:
     found = []
-    for some in ids.to(lm.device).split(_BATCH):
-        logits = lm.model(input_ids=some, use_cache=False).logits[:, skip:-1].float()
-        found.append(row_losses(logits, some[:, skip:]))
+    for batch in ids.to(lm.device).split(_BATCH):
+        logits = lm.model(input_ids=batch, use_cache=False).logits[:, skip:-1].float()
+        found.append(row_losses(logits, batch[:, skip:]))
     return float(np.concatenate(found).mean())

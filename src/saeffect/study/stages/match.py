@@ -73,7 +73,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
     for name in study.ordered_arms():
         opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
-        whole = {one.name: one.sae for one in seeds[name] if one.sae is not None}
+        whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
     views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
     others = [*views[control][1:], *(view for name in study.by_role("placebo") for view in views[name])]
@@ -193,17 +193,17 @@ def _views(
         warm = _started_from(run.study, name) == start
         views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
         table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
-        for one in further:
-            mine = table[table["sae"] == one.name][columns].reset_index(drop=True)
-            views[name].append(SaeView(one.name, one.W_dec, mine, logs.get(one.name), one.sae))
+        for seed in further:
+            mine = table[table["sae"] == seed.name][columns].reset_index(drop=True)
+            views[name].append(SaeView(seed.name, seed.W_dec, mine, logs.get(seed.name), seed.sae))
     return views
 
 
 def _started_from(study: Study, arm: str) -> str | None:
     """Name of the folder of the SAE that an arm's SAE was trained on from; None if from none, or nobody says."""
-    said = study.config.arms[arm].training.get("init_from")
-    if said:
-        return Path(str(said)).name
+    own = study.config.arms[arm].training.get("init_from")
+    if own:
+        return Path(str(own)).name
     note = study.sae_folder(arm) / "training.json"
     recipe = read_json(note).get("recipe") if note.is_file() else None
     started = ((recipe or {}).get("sae") or {}).get("init_from")

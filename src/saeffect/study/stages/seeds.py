@@ -42,7 +42,7 @@ class SeedSae:
         name: What the tables call it.
         cfg: Its configuration.
         W_dec: float32 [d_sae, d_in].
-        sae: The SAE itself; None for a compact one.
+        sae: The SAE itself; None for a compact seed.
         statistics: One row a feature (feature, density, mean_activation, max_activation) recorded by whoever made a
             compact SAE; None for a whole one, which is run on the study's text.
     """
@@ -100,9 +100,9 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
     found = []
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
         at = study.at("arms", arm, "more_saes", str(index))
-        one = open_seed(name, folder, at=at)
+        seed = open_seed(name, folder, at=at)
         for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
-            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, one.cfg))
+            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, seed.cfg))
             unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
             if mine != theirs and not unsaid:
                 raise IncompatibleSae(
@@ -110,7 +110,7 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
                     at=at,
                     fix="further SAEs of an arm differ in their seed alone.",
                 )
-        found.append(one)
+        found.append(seed)
     return found
 
 
@@ -147,38 +147,38 @@ def run_seeds(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     vectors = load_embeddings(study.config.coherence.embeddings)
     vocabulary = load_vocabulary(study.config.selection.vocabulary)
     frames = []
-    for one in open_seeds(study, arm):
-        features = _features(study, opened, one, log)
+    for seed in open_seeds(study, arm):
+        features = _features(study, opened, seed, log)
         chosen = select(
             features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
         )
         table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
-        table.insert(0, "sae", pd.Series([one.name] * len(table), dtype="str"))
+        table.insert(0, "sae", pd.Series([seed.name] * len(table), dtype="str"))
         frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
     return [run.write_table(run.arm(arm, "seeds.parquet"), pd.concat(frames, ignore_index=True))]
 
 
 @torch.inference_mode()
-def _features(study: Study, arm: Arm, one: SeedSae, log: Log) -> pd.DataFrame:
+def _features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
     rows = study.rows()
     config = study.config.features
     table = feature_table(
-        one,
+        seed,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         options=FeatureOptions(config.top_k, config.projection, rows.names),
         valid=ranked_tokens(study, arm.lm),
     )
-    if one.sae is None:
-        recorded = one.statistics if one.statistics is not None else pd.DataFrame({"feature": table["feature"]})
+    if seed.sae is None:
+        recorded = seed.statistics if seed.statistics is not None else pd.DataFrame({"feature": table["feature"]})
         return table.merge(recorded, on="feature")
     activity = ActivityAccumulator(len(table), rows.names)
     limit = arm.norm_limit(rows)
     for start, ids, x in study.residuals.batches(arm.lm, arm.hook, rows):
         kept = kept_positions(x, limit)
         sources = np.repeat([rows.names[i] for i in rows.sources[start : start + len(ids)]], ids.shape[1])
-        activity.update(one.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
-        log.progress(f"seeds {one.name}", start + len(ids), len(rows), "rows")
+        activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
+        log.progress(f"seeds {seed.name}", start + len(ids), len(rows), "rows")
     return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")
 
 
