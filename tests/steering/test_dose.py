@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -145,7 +144,7 @@ def search(**change):
 
 
 def searched(lm, W_dec, features, plan):
-    trials = run_trials(site(lm), W_dec, features, replace(plan, perplexity=True), vectors=OneHotWords())
+    trials = run_trials(site(lm, W_dec), features, plan, vectors=OneHotWords())
     return score_doses(trials)
 
 

@@ -13,11 +13,12 @@ from saeffect.steering import (
     NoiseCell,
     Sampling,
     SetFeatures,
+    continue_prompts,
     generate,
     next_tokens,
-    penalise,
 )
 from saeffect.steering.prompt_pass import last_logits
+from saeffect.steering.sampling import penalise
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]
@@ -49,7 +50,7 @@ def without_cache(lm, prompt, cell, sampling, change, positions):
 
         with torch.no_grad(), edited(lm, HOOK, edit):
             logits = lm.model(input_ids=torch.tensor([ids])).logits[:, -1]
-        logits = penalise(logits, torch.tensor([ids[len(prompt) :]], dtype=torch.int64), sampling.frequency_penalty)
+        penalise(logits, torch.tensor([ids[len(prompt) :]], dtype=torch.int64), sampling.frequency_penalty)
         logits[:, [0, 1, END, D_VOCAB - 2, D_VOCAB - 1]] = -torch.inf
         ids.append(next_tokens(logits, [cell], step, sampling).item())
     return ids[len(prompt) :]
@@ -137,14 +138,14 @@ def test_a_row_stops_at_the_end_of_its_text():
     assert not any(END in ids for ids in outputs)
     lengths = {len(ids) for ids in outputs}
     assert min(lengths) < 60  # 40 rows of 60 nearly uniform draws from 93 tokens
-    longer = generate(lm, HOOK, PROMPT, many, Sampling(61, 5.0, 1.0, 1.0, allow_end=True))
+    longer = generate(lm, HOOK, PROMPT, many, Sampling(max_new_tokens=61, temperature=5.0, top_p=1.0, allow_end=True))
     stopped = [(a, b) for a, b in zip(outputs, longer, strict=True) if len(a) < 60]
     assert all(a == b for a, b in stopped)
 
 
 def test_greedy_with_a_frequency_penalty_does_not_loop(lm):
-    free = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=0))[0]
-    held = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=1e6))[0]
+    free = generate(lm, HOOK, PROMPT, cells(1), Sampling(max_new_tokens=30, temperature=0, frequency_penalty=0))[0]
+    held = generate(lm, HOOK, PROMPT, cells(1), Sampling(max_new_tokens=30, temperature=0, frequency_penalty=1e6))[0]
     assert len(set(held)) == 30
     assert free[0] == held[0]
 
@@ -177,3 +178,54 @@ def test_bad_input(lm):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, batch_size=0)
     with pytest.raises(ShapeMismatch, match="2 rows to steer"):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, intervention=Intervention(AddVectors(vectors(2))))
+
+
+# In no order of length; two share one, one is a single token.
+PROMPTS = [[5, 9, 40, 12], [33], [7, 8, 9, 10, 11, 12, 13, 14, 15], [60, 61, 62, 63], [44, 45]]
+CELLS_OF_EACH = [NoiseCell(0, "p", i % 3) for i in range(len(PROMPTS))]
+SHORT = Sampling(max_new_tokens=5, temperature=0.0)
+UNCUT = Sampling(max_new_tokens=30, top_p=1.0, frequency_penalty=0.0)
+ALSO = Sampling(max_new_tokens=11, top_p=0.9, temperature=1.3, frequency_penalty=0.7)
+
+
+def alone(lm, sampling=ALSO):
+    return [
+        generate(lm, HOOK, prompt, [cell], sampling)[0] for prompt, cell in zip(PROMPTS, CELLS_OF_EACH, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_equals_one_at_a_time(dtype, batch_size):
+    lm = tiny_model(dtype)
+    seen: list[tuple[int, int]] = []
+    found = continue_prompts(
+        lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=batch_size, progress=lambda *n: seen.append(n)
+    )
+    assert found == alone(lm)
+    assert seen[-1] == (5, 5)
+    assert len(seen) == -(-5 // batch_size)
+
+
+@pytest.mark.parametrize("sampling", [SHORT, UNCUT, Sampling(max_new_tokens=1)])
+def test_whatever_the_sampling(lm, sampling):
+    assert continue_prompts(lm, PROMPTS, CELLS_OF_EACH, sampling) == alone(lm, sampling)
+
+
+def test_texts_that_end_early(lm):
+    sampling = Sampling(max_new_tokens=60, temperature=5.0, top_p=1.0, allow_end=True)
+    prompts, cells = PROMPTS * 8, [NoiseCell(0, "p", i) for i in range(40)]
+    found = continue_prompts(lm, prompts, cells, sampling)
+    assert found == [generate(lm, HOOK, ids, [cell], sampling)[0] for ids, cell in zip(prompts, cells, strict=True)]
+    assert min(map(len, found)) < 60
+    assert not any(END in ids for ids in found)
+
+
+def test_bad_requests_and_none_at_all(lm):
+    assert continue_prompts(lm, [], [], ALSO) == []
+    with pytest.raises(ShapeMismatch, match="5 prompts, but 4"):
+        continue_prompts(lm, PROMPTS, CELLS_OF_EACH[:4], ALSO)
+    with pytest.raises(ConfigError, match="no tokens"):
+        continue_prompts(lm, [[1], []], CELLS_OF_EACH[:2], ALSO)
+    with pytest.raises(ConfigError, match="batch_size"):
+        continue_prompts(lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=0)

@@ -10,8 +10,7 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.hooks import HOOK_KINDS, blocks, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate, prompt_pass
-from saeffect.steering.key_value_memory import can_spread
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering.prompt_pass import can_spread, last_logits, read_prompt
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]

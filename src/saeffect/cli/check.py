@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,13 @@ def study_keys() -> str:
     """The keys of a study file as a page of Markdown: a table for the file and one for each kind of mapping in it."""
     from saeffect import config
     from saeffect.config_keys import keys_table
+    from saeffect.steering import BASELINES, OUTCOMES, PLACEBOS
+
+    # Keys whose names are registered, not listed in the model.
+    registered: dict[str, Iterable[str]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
+
+    def names(key: str) -> str:
+        return f"Any of {', '.join(registered[key])}." if key in registered else ""
 
     sections = (
         ("The file", config.StudyConfig),
@@ -42,7 +50,7 @@ def study_keys() -> str:
         ("`steering`: a mapping, or `null` for a study without it", config.SteeringConfig),
         ("`comparison`", config.ComparisonConfig),
     )
-    tables = [keys_table(title, model) for title, model in sections]
+    tables = [keys_table(title, model, more=names) for title, model in sections]
     end = "`training` has the keys of a [recipe](recipe.md), without `model` and `hook`.\n"
     return "\n".join([_HEAD, *tables, end])
 

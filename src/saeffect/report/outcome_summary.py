@@ -11,7 +11,7 @@ import pandas as pd
 
 from saeffect.report.context import SteeringResults
 from saeffect.stats.student import mean_interval
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 
 __all__ = [
     "BASELINE_COLUMNS",

@@ -16,7 +16,7 @@ from saeffect.report.tables.together import together_table
 from saeffect.report.tables.view import TableView
 from saeffect.report.words.names import control_words, dose_words, outcome_words
 from saeffect.report.words.numbers import count, is_defined
-from saeffect.steering.measures import OUTCOMES
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["SteeringSection", "steering_section", "steering_views"]
 

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
-from saeffect.steering.different_prompts import continue_prompts
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.encoders import RememberedVectors, TextVectors
+from saeffect.steering.generate import Progress, continue_prompts, generate
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
-from saeffect.steering.placebo import STEERED
-from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.placebos import BASELINES, STEERED
+from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
 from saeffect.steering.trials import TRIAL_COLUMNS
 
-__all__ = ["BASELINES", "BASELINE_COLUMNS", "naming_prompt", "run_baselines"]
+__all__ = ["BASELINE_COLUMNS", "MeanDifferences", "naming_prompt", "run_baselines"]
 
-BASELINES = ("prompt", "mean_difference")
-BASELINE_COLUMNS = (*TRIAL_COLUMNS, "perplexity", "reason")
+BASELINE_COLUMNS = (*TRIAL_COLUMNS, "reason")
 
 
 def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
@@ -46,13 +45,12 @@ def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
 
 def run_baselines(
     site: Site,
-    W_dec: Tensor,
     features: pd.DataFrame,
     plan: SteeringPlan,
     *,
     vectors: TextVectors,
     mean_differences: Mapping[int, Tensor | str],
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] = tuple(BASELINES),
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Texts of the baselines, with the same prompts and sampling noise as the trials of `run_trials`.
@@ -61,8 +59,7 @@ def run_baselines(
     vector (see `MeanDifferences`) the model is pushed as hard as along the feature, at the same positions.
 
     Args:
-        site: Model, hook and unit of doses.
-        W_dec: Decoder, `[d_sae, d_model]`.
+        site: Model, hook, decoder and unit of doses.
         features: Columns feature and top_tokens.
         plan: One dose; prompts, samples, sampling, operator, unit, positions, seed and batch_size are used.
         vectors: As in `run_trials`.
@@ -85,11 +82,11 @@ def run_baselines(
             raise unknown_name("baseline", name, BASELINES, at="baselines")
     if len(plan.doses) != 1:
         raise ConfigError(f"baselines are run at one dose. Got {list(plan.doses)}.", at="doses")
-    table = check_features(site, W_dec, features, ("top_tokens",))
+    # Placebos are not run here, so the table need not have their columns.
+    actions = actions_of(site, features, plan.model_copy(update={"placebos": ()}), ["top_tokens"])
+    table = actions.table
     top = {int(f): list(tokens) for f, tokens in zip(table["feature"], table["top_tokens"], strict=True)}
-    # Matched placebos are not run here, so the table need not have them.
-    actions = actions_of(site, W_dec, table, replace(plan, placebos=()))
-    run = _Baselines(site, actions, plan, RememberedVectors.of(vectors), mean_differences, top)
+    run = _Baselines(site, actions, plan, RememberedVectors(vectors), mean_differences, top)
     each = len(table) * len(plan.prompts) * plan.samples
     records: list[dict[str, Any]] = []
     for number, name in enumerate(baselines):
@@ -126,7 +123,7 @@ class _Baselines:
             lm,
             [lm.encode_prompt(naming[feature, prompt]) for feature, prompt, _ in rows],
             [NoiseCell(plan.seed, plan.prompts[prompt], sample) for _, prompt, sample in rows],
-            plan.sampling,
+            plan,
             batch_size=plan.batch_size,
             progress=progress,
         )
@@ -175,7 +172,7 @@ class _Baselines:
             self.site.hook,
             lm.encode_prompt(text),
             cells * len(vectors),
-            plan.sampling,
+            plan,
             intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),
             batch_size=plan.batch_size,
         )
@@ -184,7 +181,7 @@ class _Baselines:
         text = self.plan.prompts[prompt]
         places = [(feature, sample) for feature in features for sample in range(self.plan.samples)]
         about = [join_tokens(self.top_tokens[feature]) for feature, _ in places]
-        measured = measure_texts(self.site.lm, text, outputs, about, self.vectors, with_perplexity=True)
+        measured = measure_texts(self.site.lm, text, outputs, about, self.vectors)
         return [
             {**self._called(feature, prompt, name), "sample": sample, **found, "reason": ""}
             for (feature, sample), found in zip(places, measured, strict=True)
@@ -198,3 +195,54 @@ class _Baselines:
     def _called(self, feature: int, prompt: int, name: str) -> dict[str, Any]:
         dose = 0.0 if name == "prompt" else float(self.plan.doses[0])
         return {"feature": feature, "prompt": prompt, "condition": name, "dose": dose, "coefficient": math.nan}
+
+
+class MeanDifferences:
+    """For each feature: mean activation of the model where the feature fires, minus that on general text.
+
+    Wu et al. (2025, AxBench) found this vector, which needs no SAE, ahead of SAE features in steering.
+
+    Args:
+        features: Which features.
+        d_model: Width of the activations.
+    """
+
+    def __init__(self, features: Sequence[int], d_model: int) -> None:
+        self.features = tuple(int(f) for f in features)
+        self._there = torch.zeros(len(self.features), d_model, dtype=torch.float64)
+        self._n_there = torch.zeros(len(self.features), dtype=torch.int64)
+        self._general = torch.zeros(d_model, dtype=torch.float64)
+        self._n_general = 0
+
+    def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
+        """Take in some tokens.
+
+        Args:
+            x: Activations of the model, `[n_tokens, d_model]`, any float dtype.
+            feature_acts: Of the features in order, `[n_tokens, n_features]`.
+            general: Which tokens are of the text to compare with, bool `[n_tokens]`.
+
+        Raises:
+            ShapeMismatch: The shapes do not fit.
+        """
+        if feature_acts.shape != (len(x), len(self.features)) or general.shape != (len(x),):
+            raise ShapeMismatch(
+                f"{len(x)} tokens, but activations of shape {tuple(feature_acts.shape)} for"
+                f" {len(self.features)} features and a mask of {tuple(general.shape)}."
+            )
+        wide, fires = x.double(), feature_acts > 0
+        self._there += fires.double().T @ wide
+        self._n_there += fires.sum(dim=0)
+        self._general += wide[general].sum(dim=0)
+        self._n_general += int(general.sum())
+
+    def vector(self, feature: int) -> Tensor | str:
+        """The difference, float32 `[d_model]`; or why there is none."""
+        place = self.features.index(int(feature))
+        n = int(self._n_there[place])
+        if not n or not self._n_general:
+            return "the feature never fired on the text" if not n else "there is no text to compare with"
+        found = self._there[place] / n - self._general / self._n_general
+        if not float(found.norm()) > 0:
+            return "the two means are equal"
+        return found.float()

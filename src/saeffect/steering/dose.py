@@ -18,7 +18,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
+from saeffect.steering.placebos import PLACEBOS, STEERED, UNSTEERED
 
 __all__ = ["RESPONSE_COLUMNS", "best_dose", "dose_response", "score_doses"]
 

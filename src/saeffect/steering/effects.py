@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.steering.measures import OUTCOMES, OutcomeMeasure, outcome_named
-from saeffect.steering.paired import SHUFFLED, Obstacles, paired_values, summarise_pairs, tested_dose
-from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
+from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch
+from saeffect.stats import benjamini_hochberg, bootstrap_means, independent_values, sign_flip_many
+from saeffect.stats.student import mean_interval
+from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named
+from saeffect.steering.placebos import PLACEBOS, SHUFFLED, STEERED, UNSTEERED
 
-__all__ = ["effects", "outcome_effects"]
+__all__ = ["Obstacles", "effects", "outcome_effects"]
+
+Obstacles = Mapping[tuple[int, str], str]
+"""Why a feature was not steered under a condition, by (feature, condition); see `saeffect.steering.obstacles`."""
 
 _ORDER = (
     *("feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean"),
@@ -31,6 +38,10 @@ _LONG = (
     *("feature", "outcome", "placebo", "n_pairs", "n_independent", "effect", "low", "high", "p", "q", "reversed_share"),
     *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
 )
+_KEYS = ["feature", "prompt", "sample"]
+_MEANS = ("unsteered_mean", "steered_mean", "placebo_mean")
+_NUMBERS = (*_MEANS, "effect", "effect_low", "effect_high", "reversed_share")
+_NO_DOSE = (UNSTEERED, "prompt")
 
 
 def effects(
@@ -41,7 +52,7 @@ def effects(
     seed: int = 0,
     dose: float | None = None,
     placebo: str = "random",
-    outcome: str | OutcomeMeasure = "similarity",
+    outcome: str | Outcome = "similarity",
     obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
     """Effect of each feature on the primary outcome.
@@ -89,16 +100,16 @@ def effects(
     measure = outcome_named(outcome) if isinstance(outcome, str) else outcome
     similar = OUTCOMES["similarity"].under(measure.operator)
     _check_columns(trials)
-    dose = tested_dose(trials, dose)
-    wide = paired_values(trials, direct, measure, dose=dose, placebo=placebo)
-    table = summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+    dose = _tested_dose(trials, dose)
+    wide = _paired_values(trials, direct, measure, dose=dose, placebo=placebo)
+    table = _summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
     table["passed"] = table["q"] <= alpha
-    texts = paired_values(trials, direct, similar, dose=dose, placebo=SHUFFLED)
+    texts = _paired_values(trials, direct, similar, dose=dose, placebo=SHUFFLED)
     # Prompt 0, sample 0: the paper looks at one text of each kind.
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
     ends = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
     table["paper_pass"] = table["feature"].map(first[ends[0]] > first[ends[1]]).eq(True)
-    shuffled = summarise_pairs(texts, similar, seed=seed).set_index("feature")
+    shuffled = _summarise_pairs(texts, similar, seed=seed).set_index("feature")
     beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
     for name, values in beside.items():
         table[name] = math.nan if values is None else table["feature"].map(values)
@@ -110,7 +121,7 @@ def outcome_effects(
     direct: pd.DataFrame | None = None,
     *,
     declared: Sequence[str] = ("similarity",),
-    placebos: Sequence[str] = PLACEBOS,
+    placebos: Sequence[str] = tuple(PLACEBOS),
     seed: int = 0,
     dose: float | None = None,
     operator: str = "add",
@@ -143,15 +154,15 @@ def outcome_effects(
     for name in declared:
         outcome_named(name)
     _check_columns(trials)
-    dose = tested_dose(trials, dose)
+    dose = _tested_dose(trials, dose)
     frames = []
     for name, measure in ((name, plain.under(operator)) for name, plain in OUTCOMES.items()):
-        if direct is None if measure.table == "direct" else measure.column not in trials:
+        if direct is None if measure.direct else measure.column not in trials:
             continue
         controls = [*placebos, *([SHUFFLED] if f"{measure.column}_shuffled" in trials else [])]
         for placebo in controls:
-            wide = paired_values(trials, direct, measure, dose=dose, placebo=placebo)
-            table = summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+            wide = _paired_values(trials, direct, measure, dose=dose, placebo=placebo)
+            table = _summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
             table = table.rename(columns={"effect_low": "low", "effect_high": "high"})
             is_primary = name == next(iter(declared), None) and placebo == next(iter(placebos), None)
             frames.append(
@@ -189,3 +200,179 @@ def _direct(direct: pd.DataFrame | None, dose: float, placebo: str) -> dict[str,
         "direct_placebo": means[placebo]["delta_logprob"],
         "kl": means[STEERED]["kl"],
     }
+
+
+def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
+    """The dose given, or the only one in the trials.
+
+    Raises:
+        ConfigError: There are several and none is given, or not the one given.
+        EmptySelection: No dose is given and nothing was steered.
+    """
+    found = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
+    if not found and dose is None:
+        raise EmptySelection("there are no steered trials.", at="trials", fix="run the interventions first.")
+    if dose is None and len(found) == 1:
+        return float(found[0])
+    if dose is None or (found and dose not in found):
+        said = "no dose was chosen" if dose is None else f"dose {dose} is not among them"
+        raise ConfigError(f"the trials hold the doses {found}, and {said}.", at="dose", fix="give one of them.")
+    return dose
+
+
+def _paired_values(
+    trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, *, dose: float, placebo: str
+) -> pd.DataFrame:
+    """An outcome by pair and condition.
+
+    Args:
+        trials: As `run_trials` gives, with the outcome's column.
+        direct: As `direct_effects` gives; None leaves its outcomes without values.
+        measure: Which outcome.
+        dose: At which dose.
+        placebo: A condition of the trials, or "shuffled": what steering did to the similarity to another
+            feature's top tokens stands in the placebo's place.
+
+    Returns:
+        Index feature, prompt, sample; columns unsteered, steered and the placebo's name, float64, NaN where
+        there is none. Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered.
+
+    Raises:
+        ShapeMismatch: A column is missing, or a trial is there twice.
+    """
+    columns = [UNSTEERED, STEERED, placebo]
+    if measure.direct:
+        return _direct_pairs(trials, direct, measure.column, dose, placebo)
+    needed = [*_KEYS, "condition", "dose", measure.column]
+    missing = [name for name in needed if name not in trials]
+    if missing:
+        raise ShapeMismatch(f"the trials lack the column(s) {', '.join(missing)}.", at="trials")
+    rows = trials[(trials["condition"].isin(_NO_DOSE) | (trials["dose"] == dose)) & trials["condition"].isin(columns)]
+    if rows.duplicated([*_KEYS, "condition"]).any():
+        raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
+    wide = _wide(rows, measure.column, columns)
+    if measure.logarithm:
+        wide = np.log(wide.where(wide > 0))
+    if placebo == SHUFFLED:
+        other = f"{measure.column}_shuffled"
+        if other in rows:
+            gains = _wide(rows, other, columns)
+            wide[SHUFFLED] = wide[UNSTEERED] + gains[STEERED] - gains[UNSTEERED]
+    return wide
+
+
+def _wide(rows: pd.DataFrame, column: str, conditions: list[str]) -> pd.DataFrame:
+    wide = rows.set_index([*_KEYS, "condition"])[column].astype(np.float64).unstack("condition")
+    return wide.reindex(columns=conditions).sort_index()
+
+
+def _direct_pairs(
+    trials: pd.DataFrame, direct: pd.DataFrame | None, column: str, dose: float, placebo: str
+) -> pd.DataFrame:
+    pairs = trials[["feature", "prompt"]].drop_duplicates()
+    index = pd.MultiIndex.from_frame(pairs.assign(sample=0)[_KEYS]).sort_values()
+    wide = pd.DataFrame(math.nan, index=index, columns=[UNSTEERED, STEERED, placebo])
+    if direct is None:
+        return wide
+    for condition in (STEERED, placebo):
+        rows = direct[(direct["condition"] == condition) & (direct["dose"] == dose)].assign(sample=0)
+        if rows.duplicated(_KEYS).any():
+            raise ShapeMismatch("a direct effect is there twice: same feature, prompt, condition and dose.")
+        wide[condition] = rows.set_index(_KEYS)[column].reindex(index)
+    wide[UNSTEERED] = 0.0
+    return wide
+
+
+def _summarise_pairs(
+    wide: pd.DataFrame, measure: Outcome, *, seed: int, obstacles: Obstacles | None = None
+) -> pd.DataFrame:
+    """One row a feature: what steering did beyond the placebo, over its complete pairs.
+
+    Args:
+        wide: As `paired_values` gives.
+        measure: The outcome: its alternative is tested.
+        seed: For random sign patterns.
+        obstacles: Why rows are missing, for the reasons.
+
+    Returns:
+        feature, n_pairs, n_independent, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high,
+        bootstrap_low, bootstrap_high, p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than
+        two complete pairs.
+    """
+    placebo = str(wide.columns[2])
+    kept: list[npt.NDArray[np.float64]] = []
+    records = []
+    for feature in wide.index.unique("feature").sort_values().tolist():
+        record, differences = _one_feature(wide.loc[[feature]], placebo, measure)
+        why = (obstacles or {}).get((feature, STEERED)) or (obstacles or {}).get((feature, placebo))
+        if why and record["n_pairs"] == 0:
+            record["reason"] = why
+        records.append({"feature": int(feature), **record})
+        kept.append(differences)
+    table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
+    bootstrap, p = np.full((2, len(kept)), math.nan), np.full(len(kept), math.nan)
+    sizes = np.array([len(differences) for differences in kept])
+    for size in np.unique(sizes[sizes >= 2]):  # equally many differences are resampled and tested together
+        where = np.flatnonzero(sizes == size)
+        values = np.stack([kept[i] for i in where])
+        bootstrap[:, where] = bootstrap_means(values, seed=seed)
+        p[where] = sign_flip_many(values, alternative=measure.alternative, seed=seed)
+    table["bootstrap_low"], table["bootstrap_high"] = bootstrap
+    table["p"] = p
+    table["q"] = benjamini_hochberg(table["p"].to_numpy(dtype=np.float64))
+    return table
+
+
+def _one_feature(group: pd.DataFrame, placebo: str, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
+    """The feature's columns but p and q, and the differences of its complete pairs."""
+    complete = group.dropna()
+    by_pair = complete[STEERED] - complete[placebo]
+    differences = independent_values(by_pair, by_pair.index.get_level_values("prompt"))
+    record: dict[str, Any] = {"n_pairs": len(complete), "n_independent": len(differences)}
+    record |= dict.fromkeys(_NUMBERS, math.nan)
+    record["reason"] = _reason(group, placebo, len(complete), measure)
+    if len(differences) < 2:
+        return record, np.empty(0)
+    interval = mean_interval(differences)
+    record |= {
+        "unsteered_mean": float(complete[UNSTEERED].mean()),
+        "steered_mean": float(complete[STEERED].mean()),
+        "placebo_mean": float(complete[placebo].mean()),
+        "effect": float(differences.mean()),
+        "effect_low": interval.low,
+        "effect_high": interval.high,
+        "reversed_share": _reversed_share(by_pair, measure),
+    }
+    record["reason"] = "; ".join(filter(None, [record["reason"], interval.reason]))
+    return record, differences
+
+
+def _reversed_share(differences: pd.Series[float], measure: Outcome) -> float:
+    """Share of prompts whose mean difference goes the other way than expected, or against the overall effect."""
+    by_prompt = differences.groupby(level="prompt").mean()
+    two_sided = measure.alternative == "two-sided"
+    down = float(differences.mean()) > 0 if two_sided else measure.alternative == "greater"
+    if two_sided and float(differences.mean()) == 0:
+        return math.nan  # an effect of nothing has no way to go against
+    # The mean of equal numbers can miss zero by a rounding error, which is no reversal.
+    tie = 1e-12 * float(differences.abs().max())
+    return float((by_prompt < -tie).mean() if down else (by_prompt > tie).mean())
+
+
+def _reason(group: pd.DataFrame, placebo: str, n_complete: int, measure: Outcome) -> str:
+    for condition in (UNSTEERED, STEERED, placebo):
+        if not group[condition].isna().all():
+            continue
+        if measure.direct:
+            return "no direct effect is defined: it was not measured, or there are no top tokens"
+        if condition == SHUFFLED:
+            return "no other feature's top tokens to measure against, or none of them is known"
+        if not group.isna().all(axis=None):
+            return f"no {condition} text has a {measure.name}: none was generated, or no word of it is known"
+        if measure.name == "similarity":
+            return "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
+        return f"no {measure.name} is defined: no generated word, or no top token that is a word"
+    if n_complete < len(group):
+        said = f"{measure.name} undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
+        return said if n_complete >= 2 else f"{said}; fewer than two pairs remain"
+    return "" if n_complete >= 2 else "fewer than two pairs"

@@ -3,11 +3,13 @@
 Rows differ from the hook on, at the positions that the intervention changes and after them. So the positions before
 the first of those go through the whole model in one row, and the others in one row up to the hook, where the row
 becomes as many as there are vectors. What follows works on all rows, by broadcasting where it meets a tensor of
-before the hook (a mask, or the residual stream that half a block adds to).
+before the hook (a mask, or the residual stream that half a block adds to). Keys and values of past positions lie in
+memory that is set aside once.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Sequence
@@ -18,10 +20,9 @@ from torch import Tensor
 
 from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
-from saeffect.steering.key_value_memory import can_spread, spread, with_room
 from saeffect.steering.operators import PositionedEdit
 
-__all__ = ["last_logits", "read_prompt"]
+__all__ = ["can_spread", "last_logits", "read_prompt", "with_room"]
 
 _SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
@@ -90,7 +91,7 @@ def _read_once(
         _, cache = last_logits(lm, ids[:, :n_alike])
         _check(cache)
         # The attention of these layers comes after the hook.
-        spread(cache, point.layer + (point.kind != "hook_resid_pre"), n_rows)
+        _spread(cache, point.layer + (point.kind != "hook_resid_pre"), n_rows)
     edit.start = n_alike
     with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
         logits, cache = last_logits(lm, ids[:, n_alike:], cache)
@@ -124,3 +125,68 @@ def _check(cache: Any) -> None:
 def _keeps_logits(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def can_spread(cache: Any) -> bool:
+    """Whether a cache of transformers is keys and values alone, so that all of it is known here."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in known for x in cache.layers)
+
+
+def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
+    """Give the layers from `first_layer` on `n_rows` rows where they have one, without copying."""
+    for layer in cache.layers[first_layer:]:
+        if layer.keys is not None:  # some models reuse the keys of another layer
+            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
+
+
+def with_room(cache: Any, n_rows: int, room: int) -> Any:
+    """The cache with `n_rows` rows in every layer, and memory for `room` further positions where nothing slides.
+
+    Growing by concatenation copies all that is there for each token.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    _spread(cache, 0, n_rows)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = _roomy_layer()(layer.keys, layer.values, room)
+    return cache
+
+
+@functools.cache
+def _roomy_layer() -> Any:
+    """The class, made on first use: importing transformers takes seconds."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """Writes new keys and values behind the old ones; `keys` and `values` are views of what is filled."""
+
+        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+            super().__init__()
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self._memory = tuple(_roomy(x, room) for x in (keys, values))
+            self._fill(keys.shape[2])
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            stop = start + key_states.shape[2]
+            for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+                memory[:, :, start:stop] = new
+            return self._fill(stop)
+
+        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
+            keys, values = (memory[:, :, :length] for memory in self._memory)
+            self.keys, self.values = keys, values
+            return keys, values
+
+    return RoomyLayer
+
+
+def _roomy(x: Tensor, room: int) -> Tensor:
+    n_rows, heads, length, width = x.shape
+    memory = x.new_empty(n_rows, heads, length + room, width)
+    memory[:, :, :length] = x
+    return memory

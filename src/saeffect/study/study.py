@@ -32,6 +32,7 @@ from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
+from saeffect.steering import check_names
 from saeffect.study.texts import Residuals, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
@@ -93,7 +94,11 @@ class Study:
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
-        return cls(StudyConfig.read(raw, at=str(source)), source)
+        config = StudyConfig.read(raw, at=str(source))
+        if config.steering is not None:
+            with placed(f"{source}, steering"):
+                check_names(config.steering)
+        return cls(config, source)
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:

@@ -18,7 +18,7 @@ from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import INK, MUTED, PAPER, ArmStyle, DrawnFigure, clean_axes, new_figure, safe_text
 from saeffect.report.outcome_summary import dose_summary
 from saeffect.report.words.names import control_words, dose_axis
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 
 __all__ = ["doses"]
 

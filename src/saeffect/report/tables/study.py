@@ -11,7 +11,7 @@ from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
 from saeffect.report.words.names import dose_axis
 from saeffect.report.words.numbers import fixed, percent
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 
 __all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]
 

@@ -16,10 +16,10 @@ from saeffect.steering import (
     best_dose,
     direct_effects,
     dose_response,
-    run_trials_shared,
+    run_trials,
     score_doses,
 )
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import (
     encoder_identity,
@@ -137,11 +137,10 @@ def _search_arm(run: RunFolder, arm: str, log: Log) -> tuple[pd.DataFrame, pd.Da
     chosen = tested_features(run, arm, config.search_features, draw=1)
     if chosen.empty:
         return pd.DataFrame(), pd.DataFrame()
-    site, W_dec = site_of(run, run.study.open_arm(arm, log))
+    site = site_of(run, run.study.open_arm(arm, log))
     plan = plan_of_search(config, run.study.config.seed)
-    trials = run_trials_shared(
+    trials = run_trials(
         site,
-        W_dec,
         chosen,
         plan,
         vectors=outcome_vectors(run.study),
@@ -150,4 +149,4 @@ def _search_arm(run: RunFolder, arm: str, log: Log) -> tuple[pd.DataFrame, pd.Da
     scores = score_doses(trials)
     if scores["score"].isna().all():
         log(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
-    return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))
+    return scores, dose_response(trials, direct_effects(site, chosen, plan))

@@ -20,7 +20,7 @@ from saeffect.steering import (
     obstacles,
     outcome_effects,
     outcome_named,
-    run_trials_shared,
+    run_trials,
     score_texts,
 )
 from saeffect.study.run_folder import KeptRows, RunFolder
@@ -122,8 +122,8 @@ class _SteeringTest:
         assert dose is not None  # else nothing is steered
         self._dose = dose
         self._plan: SteeringPlan = plan_of_test(config, self._seed, self._dose)
-        self._site, self._W_dec = site_of(run, arm)
-        self._vectors = RememberedVectors.of(outcome_vectors(run.study))
+        self._site = site_of(run, arm)
+        self._vectors = RememberedVectors(outcome_vectors(run.study))
         self._words = load_vocabulary(run.study.config.selection.vocabulary).words
 
     def features(self, chosen: pd.DataFrame, kept: KeptRows) -> dict[str, pd.DataFrame]:
@@ -156,9 +156,8 @@ class _SteeringTest:
     def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
         """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
         log, name = self._log, self._arm.name
-        return run_trials_shared(
+        return run_trials(
             self._site,
-            self._W_dec,
             chosen,
             self._plan,
             vectors=self._vectors,
@@ -169,8 +168,8 @@ class _SteeringTest:
 
     def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:
         trials = self._scored(self.texts(chosen, kept), chosen)
-        direct = direct_effects(self._site, self._W_dec, chosen, self._plan)
-        why = obstacles(self._site, self._W_dec, chosen, self._plan)
+        direct = direct_effects(self._site, chosen, self._plan)
+        why = obstacles(self._site, chosen, self._plan)
         config = self._config
         same: dict[str, Any] = {"seed": self._seed, "dose": self._dose, "obstacles": why}
         placebo = config.primary_placebo

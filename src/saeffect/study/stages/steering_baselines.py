@@ -36,11 +36,9 @@ def baseline_texts(
     """As `run_baselines`, with vectors measured on the study's text."""
     config = run.study.config.steering
     wanted = config.baselines if config is not None else ()
-    site, W_dec = site_of(run, arm)
     differences = mean_differences(run, arm, chosen["feature"].tolist()) if "mean_difference" in wanted else {}
     return run_baselines(
-        site,
-        W_dec,
+        site_of(run, arm),
         chosen,
         plan,
         vectors=vectors,

@@ -1,9 +1,9 @@
-"""Vectors of texts from an encoder model, mean-pooled: the paper's outcome uses bert-base-uncased."""
+"""What turns a text into a vector: word vectors averaged, or an encoder mean-pooled (the paper's bert-base-uncased)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,36 @@ import torch
 from saeffect.errors import BadFile, NotFound, UnknownName
 from saeffect.features.embeddings import load_embeddings
 from saeffect.paths import user_path
-from saeffect.steering.outcomes import TextVectors
 
-__all__ = ["MeanPooledEncoder", "load_text_vectors"]
+__all__ = ["MeanPooledEncoder", "RememberedVectors", "TextVectors", "load_text_vectors"]
+
+Vector = npt.NDArray[np.floating]
+
+
+class TextVectors(Protocol):
+    """Anything that turns a text into one vector: word vectors averaged, or a sentence encoder."""
+
+    def mean_vector(self, text: str) -> Vector | None:
+        """The vector of a text, `[dim]`; None when the text has nothing that it knows."""
+        ...
+
+
+class RememberedVectors:
+    """Text vectors computed once per text: top tokens and unsteered texts come up again and again.
+
+    Args:
+        vectors: Where they come from; what has a memory already is used as it is.
+    """
+
+    def __init__(self, vectors: TextVectors) -> None:
+        self._vectors = vectors
+        self._known: dict[str, Vector | None] = vectors._known if isinstance(vectors, RememberedVectors) else {}
+
+    def mean_vector(self, text: str) -> Vector | None:
+        """As the vectors give it."""
+        if text not in self._known:
+            self._known[text] = self._vectors.mean_vector(text)
+        return self._known[text]
 
 
 class MeanPooledEncoder:
@@ -26,20 +53,18 @@ class MeanPooledEncoder:
 
     Args:
         name: Hub id or folder of a model that transformers' AutoModel opens.
-        device: Where it runs.
 
     Raises:
         NotFound: Neither a folder nor a model that can be downloaded.
         BadFile: The folder holds no encoder with a tokenizer.
     """
 
-    def __init__(self, name: str, *, device: str = "cpu") -> None:
+    def __init__(self, name: str) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.name = name
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            self._model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval().to(device)
+            self._model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:
             missing = not Path(name).exists()
             kind = NotFound if missing else BadFile
@@ -52,7 +77,7 @@ class MeanPooledEncoder:
             ) from error
 
     @torch.inference_mode()
-    def mean_vector(self, text: str) -> npt.NDArray[np.floating] | None:
+    def mean_vector(self, text: str) -> Vector | None:
         """Float32 `[hidden_size]`; None for a text without tokens. Longer texts than the model takes are cut."""
         longest = getattr(self._model.config, "max_position_embeddings", None)
         encoded = self._tokenizer(
@@ -61,9 +86,8 @@ class MeanPooledEncoder:
         inner = len(encoded["input_ids"][0]) - self._tokenizer.num_special_tokens_to_add()
         if not text.strip() or inner < 1:
             return None
-        encoded = {name: tensor.to(self._model.device) for name, tensor in encoded.items()}
         hidden = self._model(**encoded).last_hidden_state[0].float()
-        pooled: npt.NDArray[np.floating] = hidden.mean(dim=0).cpu().numpy()
+        pooled: Vector = hidden.mean(dim=0).numpy()
         return pooled
 
 

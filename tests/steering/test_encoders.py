@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile, NotFound, SaeffectError
+from saeffect.steering.encoders import MeanPooledEncoder, load_text_vectors
 from saeffect.steering.outcomes import similarity
-from saeffect.steering.text_encoders import MeanPooledEncoder, load_text_vectors
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "doctor", "treats", "a", "patient", "goal", "##s"]
 
@@ -47,8 +47,8 @@ def test_it_is_the_mean_of_the_last_hidden_states(folder):
 
 def test_a_text_is_most_similar_to_itself(folder):
     vectors = load_text_vectors(str(folder))
-    assert similarity("a patient", "a patient", vectors).value == pytest.approx(1)
-    assert similarity("a patient", "the goal", vectors).value < 1
+    assert similarity("a patient", "a patient", vectors) == pytest.approx(1)
+    assert similarity("a patient", "the goal", vectors) < 1
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n"])
