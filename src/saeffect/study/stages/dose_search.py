@@ -13,6 +13,7 @@ from saeffect.config import SteeringConfig
 from saeffect.io import SILENT, Log, write_json
 from saeffect.steering import (
     RESPONSE_COLUMNS,
+    SteeringPlan,
     best_dose,
     direct_effects,
     dose_response,
@@ -24,7 +25,6 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import (
     encoder_identity,
     outcome_vectors,
-    plan_of_search,
     search_placebos,
     set_members,
     site_of,
@@ -138,7 +138,14 @@ def _search_arm(run: RunFolder, arm: str, log: Log) -> tuple[pd.DataFrame, pd.Da
     if chosen.empty:
         return pd.DataFrame(), pd.DataFrame()
     site = site_of(run, run.study.open_arm(arm, log))
-    plan = plan_of_search(config, run.study.config.seed)
+    # Every dose on the search prompts, one text each, beside the placebo that decides.
+    plan = SteeringPlan.from_section(
+        config,
+        seed=run.study.config.seed,
+        prompts=config.search_prompts,
+        samples=1,
+        placebos=search_placebos(config),
+    )
     trials = run_trials(
         site,
         chosen,

@@ -11,12 +11,11 @@ import pandas as pd
 from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
 from saeffect.io import SILENT, Log, read_json
-from saeffect.report import ReportContext, write_figures, write_report, write_tables
+from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
 from saeffect.report.words.names import control_words, outcome_words
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.steering_plan import chosen_dose
-from saeffect.study.stages.steering_results import steering_results
 
 __all__ = ["report_inputs", "run_report"]
 
@@ -65,7 +64,7 @@ def _context(run: RunFolder) -> ReportContext:
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=config.steering.prompts if config.steering else (),
         gate=_gate_table(run, arms),
-        steering=steering_results(run),
+        steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
         config=run.config_yaml(),
         provenance=run.provenance(),
@@ -137,3 +136,38 @@ def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) 
     if steering.unit == "coefficient":
         return f"{dose:g} × the decoder row"
     return f"{dose:g} × the mean residual norm ({mean_norm:.0f})"
+
+
+def _steering_results(run: RunFolder) -> SteeringResults | None:
+    """The steer stage's tables and settings; None for a study that does not steer.
+
+    Raises:
+        NotFound: The stage has not run.
+    """
+    config = run.study.config.steering
+    if config is None:
+        return None
+    found = read_json(run.path("steering", "dose.json"))
+    dose, note = chosen_dose(run)
+    response = run.table_or_none(run.path("steering", "dose_response.parquet"))
+    return SteeringResults(
+        operator=config.operator,
+        unit=config.unit,
+        dose=dose,
+        dose_note=note,
+        best_doses=found.get("best") or {},
+        outcomes=config.outcomes,
+        placebo=config.primary_placebo,
+        placebos=config.placebos,
+        n_prompts=len(config.prompts),
+        samples=config.samples,
+        outcome_effects=_tables(run, "outcome_effects"),
+        baseline_effects=_tables(run, "baseline_effects"),
+        together_effects=_tables(run, "together_effects"),
+        dose_response=response if response is not None and len(response) else None,
+    )
+
+
+def _tables(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
+    found = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
+    return {arm: table for arm, table in found.items() if table is not None and len(table)}
