@@ -171,11 +171,7 @@ def _check_steering(study: Study) -> list[str]:
 
 
 def _matchable(study: Study, vocabulary: Vocabulary) -> str:
-    """How many of the words can be found: a feature's top tokens are single tokens.
-
-    Raises:
-        EmptySelection: Not one can.
-    """
+    """How many of the words can be found: a feature's top tokens are single tokens."""
     known = known_tokens(study.tokens.tokenizer)
     never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
     examples = f"such as {', '.join(never[:3])}" if never else ""
@@ -212,32 +208,19 @@ def _check_disk(study: Study, out: Path) -> str:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(
-            f"{place} is a file, so no run can be written there.", at="--out", fix="choose another folder."
-        )
+        message = f"{place} is a file, so no run can be written there."
+        raise ConfigError(message, at="--out", fix="choose another folder.")
     # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
     needed = 2_000 * sum(study.sae_config(name).d_sae for name in study.config.arms) + 50_000_000
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise ConfigError(
-            f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed.",
-            at=str(place),
-            fix="make room.",
-        )
+        message = f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed."
+        raise ConfigError(message, at=str(place), fix="make room.")
     return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
 
 
 def _check_tokenizers(study: Study) -> list[str]:
-    """Compare the tokenizers of the arms, and the text with what the models can read.
-
-    Returns:
-        What to tell.
-
-    Raises:
-        SaeffectError: A tokenizer cannot be loaded, or has other tokens than the control's.
-        ConfigError: A row of text is longer than a model's positions, or holds a token without an embedding, or no
-            token can stand between documents.
-    """
+    """Compare the tokenizers of the arms, and the text with what the models can read; lines about both."""
     tokens = study.tokens
     lines = [f"arm {arm}'s own tokenizer {difference.words()}" for arm, difference in tokens.differences.items()]
     if tokens.differences:
@@ -254,28 +237,18 @@ def _check_tokenizers(study: Study) -> list[str]:
 
 
 def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> None:
-    """Whether there are positions to steer and to write at: the steer stage would find out after all the others.
+    """Refuse a prompt without positions to steer and to write at, which the steer stage would find out last of all.
 
-    Args:
-        study: The study.
-        key: "prompts" or "search_prompts".
-        prompt: One of them.
-        ids: Its tokens; a BOS in front of them is neither steered nor enough of a prompt.
-
-    Raises:
-        ConfigError: There are none, or not enough, or a token has no embedding.
+    `ids` are its tokens without BOS, which is neither steered nor enough of a prompt.
     """
-    steering, at = study.config.steering, study.at("steering", key)
+    steering, at = study.steering, study.at("steering", key)
     bos = find_bos_id(study.tokens.tokenizer, study.prepend_bos)
     ids = with_bos(ids, bos)
     n_own = len(ids) - (bos is not None)
     if n_own == 0:
-        raise ConfigError(
-            f"the prompt {prompt!r} has no tokens; expected at least one.",
-            at=at,
-            fix="write something, or leave it out.",
-        )
-    if n_own == 1 and steering is not None and steering.positions == "prompt":
+        fix = "write something, or leave it out."
+        raise ConfigError(f"the prompt {prompt!r} has no tokens; expected at least one.", at=at, fix=fix)
+    if n_own == 1 and steering.positions == "prompt":
         raise ConfigError(
             f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
             " expected at least two tokens.",
@@ -283,7 +256,7 @@ def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> No
             fix="use a longer prompt, or positions: all or generated.",
         )
     shapes = _shapes(study)
-    longest = len(ids) + (steering.max_new_tokens if steering is not None else 0)
+    longest = len(ids) + steering.max_new_tokens
     positions = min((shape.n_positions for shape in shapes.values() if shape.n_positions), default=None)
     if positions is not None and longest > positions:
         raise ConfigError(

@@ -139,11 +139,7 @@ def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) 
 
 
 def _steering_results(run: RunFolder) -> SteeringResults | None:
-    """The steer stage's tables and settings; None for a study that does not steer.
-
-    Raises:
-        NotFound: The stage has not run.
-    """
+    """The steer stage's tables and settings; None for a study that does not steer."""
     config = run.study.config.steering
     if config is None:
         return None
