@@ -177,15 +177,20 @@ def test_manifest_records_versions_and_seed(finished: tuple[Path, Path]) -> None
     assert all(len(stage["fingerprint"]) == 64 for stage in manifest["stages"].values())
 
 
+@pytest.fixture(scope="module")
+def unsteered_once(finished: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unsteered") / "study"
+    shutil.copytree(finished[0].parent, folder)
+    config = yaml.safe_load((folder / "study.yaml").read_text()) | {"steering": None}
+    (folder / "study.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    run_study(Study.open(folder / "study.yaml"), folder / "run")
+    return folder
+
+
 @pytest.fixture
-def unsteered(finished: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A folder with the study without steering, and its finished run."""
-    shutil.copytree(finished[0].parent, tmp_path / "study")
-    path = tmp_path / "study" / "study.yaml"
-    config = yaml.safe_load(path.read_text()) | {"steering": None}
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    run_study(Study.open(path), path.parent / "run")
-    return path.parent
+def unsteered(unsteered_once: Path, tmp_path: Path) -> Path:
+    """A folder with the study without steering, and its finished run in place of one with steering."""
+    return Path(shutil.copytree(unsteered_once, tmp_path / "study"))
 
 
 def test_stage_refuses_results_of_another_study(unsteered: Path) -> None:
