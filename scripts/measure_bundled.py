@@ -20,8 +20,7 @@ from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.io import read_json
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.unembedding import unembedding
-from saeffect.sae.formats.compact import is_compact, load_compact
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import is_compact, load_compact, load_sae
 
 BUNDLED = Path(__file__).resolve().parents[1] / "src" / "saeffect" / "bundled" / "saes"
 MODEL = "bundled:smollm2-135m-instruct"

@@ -13,7 +13,7 @@ from saeffect.config import StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.lm.finetune import FinetuneConfig
 from saeffect.paths import refuse_special, resolve_paths, user_path
-from saeffect.sae.training.recipe_config import SaeRecipe
+from saeffect.sae.training.config import SaeRecipe
 
 
 @pytest.fixture

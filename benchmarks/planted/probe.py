@@ -23,7 +23,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path, load_language_model
 from saeffect.lm.unembedding import unembedding
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.study.texts import study_rows
 
 __all__ = ["Instrument", "compare"]

@@ -38,13 +38,13 @@ _HOME = {
     "extract_features": "saeffect.study.stages.features",
     "load_embeddings": "saeffect.features.embeddings",
     "load_language_model": "saeffect.lm.loading",
-    "load_sae": "saeffect.sae.formats.saelens",
+    "load_sae": "saeffect.sae.formats",
     "load_vocabulary": "saeffect.features.vocabulary",
     "project": "saeffect.features.projection",
     "read_verdicts": "saeffect.review.verdicts",
     "run_study": "saeffect.study.run",
     "run_trials": "saeffect.steering",
-    "save_sae": "saeffect.sae.formats.saelens",
+    "save_sae": "saeffect.sae.formats",
     "score_coherence": "saeffect.features.coherence:coherence",
     "select": "saeffect.features.vocabulary",
     "unembedding": "saeffect.lm.unembedding",
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from saeffect.report import ReportContext, write_report
     from saeffect.review.verdicts import read_verdicts
     from saeffect.sae.base import SparseAutoencoder
-    from saeffect.sae.formats.saelens import load_sae, save_sae
+    from saeffect.sae.formats import load_sae, save_sae
     from saeffect.sae.metrics import explained_variance
     from saeffect.steering import SteeringPlan, direct_effects, effects, run_trials
     from saeffect.study.run import run_study

@@ -62,7 +62,7 @@ def open_tensors(
     try:
         with safe_open(path, framework=framework) as file:
             yield file
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BadFile(
             f"{what} cannot be read: {first_line(error).rstrip('.')}.", at=at or str(path), fix=fix
         ) from error

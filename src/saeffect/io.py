@@ -46,7 +46,8 @@ __all__ = [
 _TRACKED = ("saeffect", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels", "pandas", "safetensors")
 # Nobody else names a file so: what a killed process leaves can be told from what a user keeps.
 _WRITING = ".saeffect-writing-"
-_LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?")
+# The second is what safetensors writes to, beside the file that it is asked for.
+_LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
 _LOCK = ".saeffect-lock"
 _FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 

@@ -16,7 +16,7 @@ from saeffect.cli.console import ConsoleProgress, show, show_error
 from saeffect.cli.run import STAGE_HELP
 from saeffect.errors import BadFile
 from saeffect.lm.finetune import finetune_keys
-from saeffect.sae.training.recipe_keys import recipe_keys
+from saeffect.sae.training.config import recipe_keys
 from saeffect.study.run import STAGES
 
 ROOT = Path(__file__).parents[2]

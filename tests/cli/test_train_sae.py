@@ -16,10 +16,10 @@ import yaml
 
 from saeffect.cli.app import main
 from saeffect.io import hash_file
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.sae.training import run as training_run
+from saeffect.sae.training.config import recipe_keys
 from saeffect.sae.training.log import read_metrics
-from saeffect.sae.training.recipe_keys import recipe_keys
 from tiny_study import HOOK, make_model, make_study, sentences
 
 

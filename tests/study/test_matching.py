@@ -14,8 +14,7 @@ from saeffect.diffing import correspondence
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
 from saeffect.io import Log, write_json
-from saeffect.sae.formats.compact import save_compact
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae, save_compact
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder

@@ -16,7 +16,7 @@ __all__ = ["Arm", "Keys", "Recipe", "Work", "read_recipe", "train_sae"]
 
 
 def _keys() -> str:
-    from saeffect.sae.training.recipe_keys import recipe_keys
+    from saeffect.sae.training.config import recipe_keys
 
     return recipe_keys()
 
@@ -45,7 +45,7 @@ def train_sae(
     """Train the SAEs of a recipe, or of a study's arm."""
     del keys
     from saeffect.parallel import is_first
-    from saeffect.sae.training.metrics_loggers import check_logger
+    from saeffect.sae.training.loggers import check_logger
     from saeffect.sae.training.recipe import train_from_recipe
 
     check_logger(logger)
@@ -62,7 +62,7 @@ def train_sae(
 
 def read_recipe(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
     """The recipe of a file or of a study's arm, and the folder where the study looks for the arm's SAE."""
-    from saeffect.sae.training.recipe import SaeRecipe
+    from saeffect.sae.training.config import SaeRecipe
 
     if arm is not None:
         from saeffect.study.study import Study

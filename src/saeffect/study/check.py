@@ -24,7 +24,7 @@ from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel, separator_id
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape, quiet_transformers
 from saeffect.lm.tokens import find_bos_id, known_tokens, token_texts, with_bos
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds

@@ -31,7 +31,7 @@ from saeffect.lm.loading import (
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
+from saeffect.sae.formats import load_sae, read_sae_config, weights_file
 from saeffect.steering import check_names
 from saeffect.study.texts import Residuals, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens

@@ -13,7 +13,7 @@ from saeffect.features.coherence import coverage
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import SILENT, Log, read_json, write_json
 from saeffect.report import with_answer
-from saeffect.sae.formats.saelens import saved_dtype
+from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.match import read_matches

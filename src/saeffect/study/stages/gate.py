@@ -19,8 +19,7 @@ from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, probe_logits
 from saeffect.lm.tokens import find_bos_id
-from saeffect.sae.metrics import ReconstructionSums
-from saeffect.sae.splice import row_losses, spliced_losses
+from saeffect.sae.metrics import ReconstructionSums, row_losses, spliced_losses
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import beginning, shortage

@@ -22,8 +22,7 @@ from saeffect.features.vocabulary import load_vocabulary, select
 from saeffect.io import Log, fingerprint, hash_file
 from saeffect.lm.activations import kept_positions
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact
-from saeffect.sae.formats.saelens import load_sae, weights_file
+from saeffect.sae.formats import is_compact, load_compact, load_sae, weights_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
@@ -119,7 +118,7 @@ def seed_identities(study: Study) -> dict[str, dict[str, str]]:
     found = {}
     for arm in study.config.arms:
         found[arm] = {
-            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(_weights(folder))])
+            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
             for name, folder in seed_folders(study, arm).items()
         }
     return found
@@ -180,7 +179,3 @@ def _features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
         activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
         log.progress(f"seeds {seed.name}", start + len(ids), len(rows), "rows")
     return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")
-
-
-def _weights(folder: Path) -> Path:
-    return folder / COMPACT_WEIGHTS if is_compact(folder) else weights_file(folder)

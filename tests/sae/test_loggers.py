@@ -13,7 +13,7 @@ import pytest
 from saeffect.errors import NotFound, UnknownName
 from saeffect.io import SILENT
 from saeffect.sae.training.log import TrainingLog
-from saeffect.sae.training.metrics_loggers import check_logger
+from saeffect.sae.training.loggers import check_logger
 
 
 def open_log(folder: Path, **changes: Any) -> TrainingLog:
@@ -99,7 +99,7 @@ from saeffect.io import Log
 from saeffect.sae.training.log import TrainingLog
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 with TrainingLog(folder, total_steps=100, batch_size=8, first_step=first, config={"k": 32},
-                 log=Log(lambda line: print(line, file=sys.stderr)), logger="wandb", run_name="control") as log:
+                 log=Log(lambda line: print(line, file=sys.stderr)), logger="wandb") as log:
     log.metrics(first + 9, {"mse": first + 1.5, "l0": float("nan")})
     log.metrics(first + 9, {"mse": 0.25}, kind="evaluation")
     log.metrics(first + 19, {"mse": first + 2.5})
@@ -160,7 +160,7 @@ def test_weights_and_biases_offline_and_resumed(tmp_path: Path) -> None:
     assert [(row["_step"], row["train/mse"]) for row in second] == [(24, 16.5), (34, 17.5)]
     assert "train/l0" not in first[0]
     run = next(r.run for r in wandb_records(runs[0] / f"run-{identity}.wandb") if r.HasField("run"))
-    assert (run.display_name, run.project) == ("control", "saeffect")
+    assert (run.display_name, run.project) == ("sae", "saeffect")
     assert {u.key: u.value_json for u in run.config.update}["k"] == "32"
 
 

@@ -40,17 +40,20 @@ class TrainingRun:
 
     Attributes:
         folder: Where the SAE goes; a logger keeps its files below it.
-        name: What the run is called.
         config: The hyperparameters.
         first_step: Steps done before this process; more than 0 when a stopped run goes on.
         earlier: Rows of metrics.jsonl from before; told again to a logger that was not there then.
     """
 
     folder: Path
-    name: str
     config: Mapping[str, Any]
     first_step: int = 0
     earlier: Iterable[Mapping[str, Any]] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """What the run is called: like its folder."""
+        return self.folder.resolve().name
 
     def plain_config(self) -> dict[str, Any]:
         """The hyperparameters as JSON knows them; what it does not know becomes text."""

@@ -8,31 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saeffect.errors import SaeffectError
+from saeffect.errors import BadFile, SaeffectError
 from saeffect.io import SILENT, Log, atomic_path, hash_file, read_json, versions, write_json
-from saeffect.sae.formats.saelens import WEIGHTS, read_sparsity
-from saeffect.sae.training.config import SaeTrainingConfig
-from saeffect.sae.training.recipe_config import SaeRecipe
+from saeffect.sae.base import ARCHITECTURES
+from saeffect.sae.formats import WEIGHTS, read_sparsity
+from saeffect.sae.trainable import TrainableSae
+from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
+from saeffect.sae.training.figure import FIGURES
 
-__all__ = ["is_carded", "measured_before", "write_card"]
+__all__ = ["card_is_current", "measured_before", "write_card"]
 
 _NOTE = "training.json"
 _CARD = "README.md"
-_FIGURE = "training.png"
 _EMPTY = hashlib.sha256(b"").hexdigest()
-_CALLED = {
-    "standard": "L1",
-    "topk": "TopK",
-    "batchtopk": "BatchTopK",
-    "jumprelu": "JumpReLU",
-    "gated": "Gated",
-    "matryoshka": "Matryoshka BatchTopK",
-}
 # log10 of a firing rate below this: not once in the window (SAELens adds 1e-10 to the rate).
 _NEVER = -9.9
 
 
-def is_carded(recipe: SaeRecipe, folder: Path) -> bool:
+def card_is_current(recipe: SaeRecipe, folder: Path) -> bool:
     """Whether the folder has its card, and it is this recipe's and these weights'."""
     note, card = _noted(folder), folder / _CARD
     if note.get("recipe") != _plain(recipe) or not (card.is_file() and card.stat().st_size):
@@ -42,8 +35,14 @@ def is_carded(recipe: SaeRecipe, folder: Path) -> bool:
 
 
 def measured_before(folder: Path) -> Mapping[str, Any]:
-    """The measurements in the folder's card."""
-    found: Mapping[str, Any] = read_json(folder / _NOTE)["held_out"]
+    """The measurements in the folder's card.
+
+    Raises:
+        BadFile: It has none.
+    """
+    found = _noted(folder).get("held_out")
+    if not isinstance(found, dict):
+        raise BadFile(f"{_NOTE} holds no measurements.", at=str(folder), fix="run the same command again.")
     return found
 
 
@@ -63,14 +62,14 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
     Args:
         recipe: Of this one SAE.
         folder: The SAE's, with what training saved.
-        measured: On held-out text: the fields of `SaeQuality`, ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
+        measured: On held-out text: as `reconstruction` gives, and ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
         log: Receives a line.
     """
     cfg = read_json(folder / "cfg.json")
     cfg["metadata"]["held_out"] = dict(measured)
     write_json(folder / "cfg.json", cfg)
     lines = [
-        f"# {_CALLED[recipe.sae.architecture]} SAE for {_model(recipe)} at {recipe.hook}",
+        f"# {recipe.sae.kind.label} SAE for {_model(recipe)} at {recipe.hook}",
         "",
         _how(recipe, cfg["metadata"]),
         "",
@@ -81,8 +80,8 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
         "",
         *_quality(recipe, folder, measured),
     ]
-    if (folder / _FIGURE).is_file():
-        lines += [f"![Loss, explained variance, l0 and dead features during training]({_FIGURE})", ""]
+    if (folder / FIGURES[1]).is_file():
+        lines += [f"![Loss, explained variance, l0 and dead features during training]({FIGURES[1]})", ""]
     text = "\n".join(lines)
     if not (folder / _CARD).is_file() or hash_file(folder / _CARD) in (
         *(_EMPTY, hashlib.sha256(text.encode()).hexdigest()),
@@ -146,17 +145,8 @@ def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
 
 
 def _architecture_words(s: SaeTrainingConfig) -> list[str]:
-    words = []
-    if s.has_k:
-        words.append(f"k = {s.k}" + ("" if s.architecture == "topk" else " on average"))
-    if s.architecture == "matryoshka":
-        words.append(f"nested widths {', '.join(f'{w:,}' for w in s.widths)}")
-    if s.architecture in ("standard", "gated"):
-        words.append(f"L1 coefficient {s.l1_coefficient:g} (rising over {s.penalty_warmup_share:.0%} of the steps)")
-    if s.architecture == "jumprelu":
-        words.append(
-            f"L0 coefficient {s.l0_coefficient:g} ({s.l0_kind}; rising over {s.penalty_warmup_share:.0%} of the steps)"
-        )
+    kind = s.kind
+    words = kind.in_words(s) if issubclass(kind, TrainableSae) else []
     if s.resample_every is not None:
         words.append(
             f"features firing on less than {s.dead_threshold:g} of {s.dead_window:,} steps' tokens resampled"
@@ -166,7 +156,8 @@ def _architecture_words(s: SaeTrainingConfig) -> list[str]:
 
 
 def _saved_as(s: SaeTrainingConfig) -> str:
-    return " as JumpReLU with the threshold found in training" if s.architecture in ("batchtopk", "matryoshka") else ""
+    saved_as = s.kind.saved_as
+    return f" as {ARCHITECTURES[saved_as].label} with the threshold found in training" if saved_as else ""
 
 
 def _positions(metadata: Mapping[str, Any]) -> list[str]:
