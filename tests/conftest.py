@@ -183,6 +183,8 @@ def complains() -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def without_figures() -> Iterator[None]:
     """For a module's tests: each figure of a report has a reason in the place of a drawing, which takes most time."""
+    from dataclasses import replace
+
     from saeffect.errors import Undefined
     from saeffect.report import figures
 
@@ -190,5 +192,5 @@ def without_figures() -> Iterator[None]:
         raise Undefined("not drawn in this test.")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_FIGURES", {name: (title, undrawn) for name, (title, _) in figures._FIGURES.items()})
+        patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
         yield

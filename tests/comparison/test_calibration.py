@@ -32,7 +32,7 @@ def as_placebo(arm, name):
 INTERVAL, BEYOND = "the interval excludes zero", "more than SAE noise"
 
 
-def test_stand_ins_that_differ_raise_alarms_and_are_told():
+def test_saes_that_differ_raise_alarms():
     """Two of three SAEs of the control's model are as different as the treatment: the instrument is no good."""
     arms = synthetic_arms()
     arms = {**arms, "p2": as_placebo(arms["treatment"], "p2"), "p3": as_placebo(arms["treatment"], "p3")}
@@ -48,7 +48,7 @@ def test_stand_ins_that_differ_raise_alarms_and_are_told():
     assert any("Too many alarms: share of domain features" in line for line in answer["sentences"])
 
 
-def test_alike_stand_ins_raise_none():
+def test_alike_saes_raise_none():
     arms = synthetic_arms()
     arms = {**arms, "p2": as_placebo(arms["control"], "p2")}
     table = calibrated(arms)

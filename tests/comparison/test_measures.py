@@ -25,7 +25,8 @@ def test_numbers_of_an_arm(tiny_arm):
     assert measures.scale_count(arm, "dot", 2) == 1
     assert measures.scale_count(arm, "cosine", 2) == 4
     assert list(measures.coherence_of(arm)) == [0.2, 0.4]
-    assert measures.known_share(arm) == measures.TokenCoverage(known=5, total=6)
+    assert measures.top_token_coverage(arm, domain_only=True) == 5 / 6
+    assert measures.top_token_coverage(arm) == 9 / 10
     assert list(measures.activity_of(arm, "density")) == [0.01, 0.03, 0.0]
     assert list(measures.activity_of(arm, "mean_activation")) == [2.0, 4.0]
     assert list(measures.effect_of(arm)) == [0.0, 0.4]
@@ -35,9 +36,9 @@ def test_numbers_of_an_arm(tiny_arm):
 
 def test_weights_keep_their_feature_and_rank(tiny_arm):
     found = measures.weights_of(tiny_arm())
-    assert list(found.weight) == [3, 1, 4, 2, 5, 3]
-    assert list(found.feature) == [1, 1, 3, 3, 4, 4]
-    assert list(found.rank) == [0, 1, 0, 1, 0, 1]
+    assert found["weight"].tolist() == [3, 1, 4, 2, 5, 3]
+    assert found["feature"].tolist() == [1, 1, 3, 3, 4, 4]
+    assert found["rank"].tolist() == [0, 1, 0, 1, 0, 1]
 
 
 def test_similarities_leave_out_undefined_ones(tiny_arm):

@@ -11,7 +11,7 @@ from scipy import stats
 from saeffect.diffing.cross_activity import CrossActivity, change_scores, measure, most_changed
 from saeffect.diffing.pair import ActsOfBoth, ModelPair, SaeView
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 from synthetic_matches import cross_activity
 
 FAST = 999  # permutations

@@ -24,6 +24,8 @@ def _compare(arms: dict) -> Comparison:
 def _dose_search() -> pd.DataFrame:
     return pd.DataFrame(
         {
+            "arm": "control",
+            "condition": "steered",
             "dose": [0.2, 0.4, 0.6],
             "n": [8, 8, 8],
             "gain": [0.05, 0.20, 0.25],

@@ -6,7 +6,7 @@ from typing import Any
 
 from saeffect.comparison import MatchTables
 from saeffect.report import ReportContext
-from saeffect.report.tables.activity import cross_summary, cross_table, stagewise_table
+from saeffect.report.tables.matching import cross_summary, cross_table, stagewise_table
 from synthetic_matches import cross_activity, stagewise, synthetic_matches
 
 
@@ -40,12 +40,6 @@ def test_nothing_to_test_is_said(context: ReportContext) -> None:
     assert cross_summary(found(cross_activity=silent), context).endswith("one row of text shows no spread.")
     assert cross_table(found(cross_activity=silent), context) is None
     assert "was not applied" in cross_summary(SimpleNamespace(matches=MatchTables()), context)  # type: ignore[arg-type]
-
-
-def test_no_domain_is_no_crash(context: ReportContext) -> None:
-    bare = cross_activity().drop(columns="is_domain")
-    assert "medical" not in cross_summary(found(cross_activity=bare), context)
-    assert cross_table(found(cross_activity=bare), context) is not None
 
 
 def test_rotations_beside_training_alone(context: ReportContext) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import ReportContext
-from saeffect.report.tables.chance import calibration_table, calibration_verdict, chance_table, power_table
+from saeffect.report.tables.evidence import calibration_table, calibration_verdict, chance_table, power_table
 
 NAN = float("nan")
 
@@ -90,7 +90,7 @@ def test_found_beside_chance(numbers: tuple[float, ...], expected: tuple[str, st
     columns = ["found", "expected", "low", "high", "bound"]
     reason = "one SAE" if reading == "not comparable" else ""
     row = {**dict(zip(columns, numbers, strict=True)), "finding": "x", "among": 36, "chance": "c", "reason": reason}
-    view = chance_table(SimpleNamespace(by_chance=pd.DataFrame([row])))  # type: ignore[arg-type]
+    view = chance_table(SimpleNamespace(by_chance=pd.DataFrame([row])), ReportContext())  # type: ignore[arg-type]
     assert view is not None
     cells = view.rows[0].cells
     assert (cells[1].text, cells[1].sub) == expected
@@ -99,7 +99,7 @@ def test_found_beside_chance(numbers: tuple[float, ...], expected: tuple[str, st
 
 
 def test_power_reads_what_was_seen_against_what_could_be(comparison: Comparison) -> None:
-    view = power_table(comparison)
+    view = power_table(comparison, ReportContext())
     assert view is not None
     shares = comparison.power.set_index("test").loc["domain_share"]
     cells = view.rows[0].cells
@@ -109,8 +109,8 @@ def test_power_reads_what_was_seen_against_what_could_be(comparison: Comparison)
     )
     assert cells[3].text == seen
     unknown = replace(comparison, power=comparison.power.assign(detectable=NAN, reason="no spread"))
-    view = power_table(unknown)
+    view = power_table(unknown, ReportContext())
     assert view is not None
     assert texts(view, 0)[0] == "undefined: no spread"
     assert texts(view, 0)[3] == "cannot be said"
-    assert power_table(replace(comparison, power=pd.DataFrame())) is None
+    assert power_table(replace(comparison, power=pd.DataFrame()), ReportContext()) is None

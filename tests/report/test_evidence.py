@@ -12,7 +12,6 @@ import pytest
 from page_parser import Page
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
-from saeffect.report.figures.style import svg_text
 from synthetic_matches import synthetic_matches
 from synthetic_study import compared
 
@@ -90,7 +89,7 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigur
         in (flow.caption)
     )
     assert "1 moved, 2 gone, 1 absorbed, 3 new" in flow.caption
-    drawn = re.findall(r">([^<>]+)</text>", svg_text(flow))
+    drawn = re.findall(r">([^<>]+)</text>", flow.svg)
     assert {"kept", "moved", "absorbed", "gone", "new"} <= set(drawn)
     # 60 gone by similarity, one of them absorbed by others; 46 between seeds
     assert any(text.startswith("59 (") for text in drawn)
@@ -140,19 +139,6 @@ def test_nothing_steered(arms: dict, context: ReportContext) -> None:
     assert "What cannot be concluded." in section(page, "regression")
     assert "nothing was steered" in section(page, "regression")
     assert "Not drawn: there is no regression to draw: nothing was steered" in section(page, "regression")
-
-
-def test_tables_of_an_older_comparison(comparison: Comparison, context: ReportContext) -> None:
-    """Without calibration, power, regression and threats the page says so, and goes on."""
-    nothing = pd.DataFrame()
-    bare = replace(
-        comparison, calibration=nothing, power=nothing, regression=nothing, partial_residuals=nothing,
-        by_chance=nothing, threats=nothing,
-    )  # fmt: skip
-    page = rendered(bare, context)
-    assert "was not measured" in section(page, "chance")
-    assert "No threats were looked for" in section(page, "threats")
-    assert comparison.answer["caveats"][0] in "".join(Page(page).texts)
 
 
 def test_empty_tables_with_columns(comparison: Comparison, context: ReportContext) -> None:

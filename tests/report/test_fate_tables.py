@@ -7,7 +7,7 @@ import pytest
 
 from saeffect.comparison import MatchTables
 from saeffect.report import ReportContext
-from saeffect.report.tables.fate import fate_summary, fate_table, notable_table
+from saeffect.report.tables.matching import fate_summary, fate_table, notable_table
 from synthetic_matches import NO_PLACEBO, synthetic_matches
 
 

@@ -5,14 +5,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, write_figures
-from saeffect.report.figures import style
-from saeffect.report.figures.style import arm_styles, inline_svg, new_figure, png_bytes, safe_text, svg_text
+from saeffect.report.figures import FIGURES
+from saeffect.report.figures.style import Figure, arm_styles, inline_svg, new_figure, safe_text
 
 Compare = Callable[[dict], Comparison]
 NAMES = (
@@ -36,6 +38,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, comparison: Comparison, context: ReportContext) -> Path:
+    """Drawn a second time, apart from the fixture `figures`."""
     folder = tmp_path_factory.mktemp("figures")
     write_figures(comparison, folder, context=context)
     return folder
@@ -55,13 +58,9 @@ def test_svg_text_stays_text(folder: Path) -> None:
 
 def test_drawn_twice_the_bytes_are_equal(folder: Path, figures: tuple[DrawnFigure, ...]) -> None:
     for figure in figures:
-        assert svg_text(figure) == (folder / f"{figure.name}.svg").read_text(encoding="utf-8"), figure.name
-    assert png_bytes(figures[0]) == (folder / f"{figures[0].name}.png").read_bytes()
-
-
-def test_saved_twice_the_bytes_are_equal(figures: tuple[DrawnFigure, ...]) -> None:
-    for figure in figures:
-        assert svg_text(figure) == svg_text(figure), figure.name
+        assert figure.svg == (folder / f"{figure.name}.svg").read_text(encoding="utf-8"), figure.name
+    for figure in figures[:2]:  # one that is laid out and one that is not
+        assert figure.png == (folder / f"{figure.name}.png").read_bytes(), figure.name
 
 
 def test_captions_count_what_is_drawn(figures: tuple[DrawnFigure, ...], comparison: Comparison) -> None:
@@ -77,18 +76,23 @@ def test_captions_count_what_is_drawn(figures: tuple[DrawnFigure, ...], comparis
 
 def test_arms_differ_in_every_mark() -> None:
     roles = ["control", "treatment", "placebo", "placebo", "placebo"]
-    styles = list(arm_styles([(f"arm {i}", role) for i, role in enumerate(roles)]).values())
-    for field in ("colour", "marker"):
-        assert len({getattr(style, field) for style in styles}) == len(styles), field
-    assert len({str(style.line) for style in styles}) == len(styles)
+    table1 = pd.DataFrame({"arm": [f"arm {i}" for i in range(5)], "role": roles})
+    styles = list(arm_styles(SimpleNamespace(table1=table1)).values())  # type: ignore[arg-type]
+    for field in ("colour", "marker", "line"):
+        assert len({str(getattr(style, field)) for style in styles}) == len(styles), field
 
 
-def test_without_data_a_figure_says_why(tmp_path: Path, comparison: Comparison) -> None:
+def test_without_data_a_figure_says_why(
+    tmp_path: Path, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [kind for kind in FIGURES if kind.name in ("effects", "doses", "coherence", "match_counts")]
+    monkeypatch.setattr("saeffect.report.figures.FIGURES", kept)
     figures = {figure.name: figure for figure in write_figures(comparison, tmp_path)}
     assert figures["effects"].reason == "no feature was tested by steering."
     assert figures["doses"].reason == "no dose search was recorded."
-    assert not (tmp_path / "effects.svg").exists()
-    assert (tmp_path / "match_counts.svg").exists()
+    assert figures["coherence"].reason == "no domain feature has a value of coherence."
+    assert figures["doses"].svg == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["match_counts.png", "match_counts.svg"]
 
 
 def test_one_feature_can_be_drawn(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
@@ -121,10 +125,12 @@ def test_a_hostile_arm_is_drawn_as_text(arms: dict, context: ReportContext, comp
         name if k == "treatment" else k: replace(a, name=name) if k == "treatment" else a for k, a in arms.items()
     }
     figures = draw_figures(compare_quickly(hostile), replace(context, arms=hostile))
-    for text in map(svg_text, figures):
-        assert "<b>" not in text
-        assert "\u202e" not in text
-    drawn = ElementTree.fromstring(svg_text(next(one for one in figures if one.name == "match_counts")))
+    named = [figure for figure in figures if figure.name in ("effects_b", "match_counts", "contrasts")]
+    assert len(named) == 3
+    for figure in named:
+        assert "<b>" not in figure.svg
+        assert "\u202e" not in figure.svg
+    drawn = ElementTree.fromstring(named[1].svg)
     assert safe_text(name) in {"".join(node.itertext()) for node in drawn.iter() if node.tag.endswith("}text")}
     assert safe_text(name) == "<b>$x$ & U+202E□"
 
@@ -136,14 +142,10 @@ def test_densities_are_drawn_to_scale(figures: tuple[DrawnFigure, ...], comparis
 
 
 def test_an_svg_is_drawn_once_for_the_file_and_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = DrawnFigure("x", "", "", "", new_figure(1))
-    text, made = svg_text(drawn), []
-
-    def counted(figure: DrawnFigure) -> str:
-        made.append(figure)
-        return text
-
-    monkeypatch.setattr(style, "svg_text", counted)
-    assert drawn.svg == text
+    saved: list[object] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **options: (saved.append(args[0]), save(*args, **options)))
+    drawn = DrawnFigure("x", "", figure=new_figure(1))
+    assert drawn.svg.startswith("<?xml")
     assert inline_svg(drawn).startswith("<svg")
-    assert made == [drawn]
+    assert saved == [drawn.figure]

@@ -212,17 +212,15 @@ def test_a_flaw_of_the_design_leads_its_section(
     assert table.index("<td") < table.index("flaw") < table.index("intended")
 
 
-def test_the_gate_table_says_why_a_number_is_missing(comparison: Comparison, context: ReportContext) -> None:
-    gate = pd.DataFrame(
-        {
-            "arm": ["control", "treatment"],
-            "explained_variance": [0.81, float("nan")],
-            "reason": ["", "no held-out text"],
-        }
-    )
+def test_the_gate_table_says_where_a_number_is_missing(comparison: Comparison, context: ReportContext) -> None:
+    names = ("explained_variance", "ce_loss_score", "l0", "l2_ratio", "dead_share", "n_tokens")
+    gate = pd.DataFrame([{"arm": name, **dict.fromkeys(names, 0.5)} for name in comparison.table1["arm"]])
+    gate = gate.assign(perplexity_domain=12.5)
+    gate.loc[1, "explained_variance"] = float("nan")
     page = render_report(comparison, context=replace(context, gate=gate), figures=())
-    assert "undefined: no held-out text" in page
-    assert "0.810" in page
+    row = page[page.index("Explained variance</th>") :]
+    assert re.findall(r"0\.500|undefined: not measured", row)[:3] == ["0.500", "undefined: not measured", "0.500"]
+    assert row[row.index("The model&#39;s perplexity, domain text</th>") :].count("<span>12.50") == 3
 
 
 def test_a_big_study_stays_small(comparison: Comparison, context: ReportContext, page: str) -> None:

@@ -13,7 +13,7 @@ from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, render_report
 from saeffect.report.context import SteeringResults
-from saeffect.report.numbering import Numbering, number_page
+from saeffect.report.html import Numbering, number_page
 from saeffect.report.tables.view import TableView
 
 _OF_PAPER = re.compile(r"the paper’s (?:Table|Figure) \d+")
@@ -77,9 +77,13 @@ def test_the_papers_own_names_stay_visible(page: str) -> None:
 
 @pytest.mark.parametrize("missing", ["steering", "placebo", "everything", "ablation", "matches"])
 def test_a_smaller_study_has_no_gaps_either(
-    missing: str, arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]
+    missing: str,
+    arms: dict,
+    comparison: Comparison,
+    context: ReportContext,
+    compare_quickly: Callable[[dict], Comparison],
 ) -> None:
-    found, around = compare_quickly(arms), context
+    found, around = comparison, context
     if missing == "steering":
         some = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
         found, around = compare_quickly(some), replace(context, arms=some, steering=None, doses=None)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeffect.report import ReportContext
-from saeffect.report.tables.regression import coherence_sentence, regression_table
+from saeffect.report.tables.evidence import coherence_sentence, regression_table
 
 NAN = float("nan")
 

@@ -10,14 +10,19 @@ import pandas as pd
 import pytest
 
 from saeffect.comparison import ArmTables, Comparison
-from saeffect.report import DrawnFigure, ReportContext, draw_figures
-from saeffect.report.figures.forest import MOST_ROWS
-from saeffect.report.figures.style import svg_text
+from saeffect.report import DrawnFigure, ReportContext
+from saeffect.report.figures import FIGURES
+from saeffect.report.figures.steering import MOST_ROWS
 from synthetic_study import HOSTILE
 
 
 def _named(figures: tuple[DrawnFigure, ...], name: str) -> DrawnFigure:
     return next(figure for figure in figures if figure.name == name)
+
+
+def _drawn(name: str, comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
+    """One kind of figure, without the others."""
+    return next(kind for kind in FIGURES if kind.name == name).drawn(comparison, context)
 
 
 def _labels(drawn: DrawnFigure) -> list[str]:
@@ -59,7 +64,7 @@ def test_all_arms_share_one_scale_of_one_width(figures: tuple[DrawnFigure, ...])
 
 def test_hostile_tokens_are_visible_text(figures: tuple[DrawnFigure, ...]) -> None:
     drawn = _named(figures, "effects_a")
-    text = svg_text(drawn)
+    text = drawn.svg
     assert "<script>" not in text
     assert "\u202e" not in text
     assert "&lt;script&gt;" in text
@@ -73,7 +78,7 @@ def test_five_hundred_features_are_capped_with_both_ends(
     features = pd.DataFrame({"feature": range(500), "top_tokens": [[" a", " b"]] * 500})
     many["treatment"] = replace(many["treatment"], features=many["treatment"].features.merge(
         features, how="outer", on="feature", suffixes=("_old", "")))  # fmt: skip
-    drawn = _named(draw_figures(comparison, replace(context, arms=many)), "effects_b")
+    drawn = _named(_drawn("effects", comparison, replace(context, arms=many)), "effects_b")
     labels = _labels(drawn)
     assert len(labels) == MOST_ROWS + 2
     assert labels[1].endswith("499")
@@ -86,7 +91,7 @@ def test_a_huge_interval_is_cut_with_an_arrow(arms: dict, context: ReportContext
     effects = arms["treatment"].effects.copy()
     effects.loc[effects.index[0], ["effect_low", "effect_high"]] = (-90.0, 90.0)
     wide = arms | {"treatment": replace(arms["treatment"], effects=effects)}
-    drawn = _named(draw_figures(comparison, replace(context, arms=wide)), "effects_b").figure
+    drawn = _named(_drawn("effects", comparison, replace(context, arms=wide)), "effects_b").figure
     assert drawn is not None
     low, high = drawn.axes[0].get_xlim()
     assert high - low < 3
@@ -98,7 +103,7 @@ def test_an_effect_without_interval_is_drawn_without_a_line(
 ) -> None:
     bare = arms["control"].effects.head(1).assign(effect_low=math.nan, effect_high=math.nan, q=math.nan)
     one = {"control": replace(arms["control"], effects=bare)}
-    drawn = _named(draw_figures(comparison, replace(context, arms=one)), "effects_a")
+    drawn = _named(_drawn("effects", comparison, replace(context, arms=one)), "effects_a")
     assert drawn.figure is not None
     assert "without an interval" in drawn.caption
     assert len([line for line in drawn.figure.axes[0].lines if line.get_marker() == "o"]) == 1
@@ -128,7 +133,7 @@ def test_without_a_placebo_the_panels_say_so(comparison: Comparison, context: Re
     assert context.steering.dose_response is not None
     bare = context.steering.dose_response.query("condition == 'steered'")
     alone = replace(context, steering=replace(context.steering, dose_response=bare))
-    drawn = _named(draw_figures(comparison, alone), "doses")
+    drawn = _drawn("doses", comparison, alone)[0]
     assert drawn.figure is not None
     assert not [line for line in drawn.figure.axes[0].lines if line.get_markerfacecolor() == "#ffffff"]
     assert "No placebo was run at these doses" in drawn.caption
@@ -146,8 +151,8 @@ def test_the_axis_names_the_operators_unit(
     comparison: Comparison, context: ReportContext, changes: dict, label: str
 ) -> None:
     assert context.steering is not None
-    figures = draw_figures(comparison, replace(context, steering=replace(context.steering, **changes)))
-    drawn = _named(figures, "doses").figure
+    changed = replace(context, steering=replace(context.steering, **changes))
+    drawn = _drawn("doses", comparison, changed)[0].figure
     assert drawn is not None
     assert drawn.axes[-1].get_xlabel() == label
 
@@ -155,12 +160,6 @@ def test_the_axis_names_the_operators_unit(
 def test_an_ablation_has_no_panel(comparison: Comparison, context: ReportContext) -> None:
     assert context.steering is not None
     ablated = replace(context, steering=replace(context.steering, operator="ablate"))
-    drawn = _named(draw_figures(comparison, ablated), "doses")
+    drawn = _drawn("doses", comparison, ablated)[0]
     assert drawn.figure is None
     assert drawn.reason == "an ablation has one dose, so there is no dose-response curve."
-
-
-def test_without_a_response_table_the_search_is_drawn(comparison: Comparison, context: ReportContext) -> None:
-    drawn = _named(draw_figures(comparison, replace(context, steering=None)), "doses")
-    assert drawn.figure is not None
-    assert "steering/dose_search.parquet" in drawn.source

@@ -11,11 +11,15 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import ReportContext, SteeringResults, render_report
-from saeffect.report.steering_section import steering_section
-from saeffect.report.tables.baseline import baseline_sentences, baseline_table
-from saeffect.report.tables.outcome import outcome_pairs, outcome_table
-from saeffect.report.tables.together import together_table
-from saeffect.report.words.terms import terms
+from saeffect.report.sections import steering_section
+from saeffect.report.tables.steering import (
+    baseline_sentences,
+    baseline_table,
+    outcome_pairs,
+    outcome_table,
+    together_table,
+)
+from saeffect.report.words.names import terms
 
 Compare = Callable[[dict], Comparison]
 

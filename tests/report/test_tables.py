@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, comparison: Comparison, con
 
 
 def test_every_table_is_there_in_both_formats(folder: Path) -> None:
-    names = "table1 table2 contrasts match_counts weights activity design domain_features doses".split()
+    names = "table1 table2 contrasts judgements match_counts weights activity design domain_features doses".split()
     names += "steering_outcomes outcome_effects steering_baselines baseline_effects together_effects".split()
     names += ["dose_response", "dose_response_by_arm"]
     names += ["calibration", "by_chance", "power", "regression", "partial_residuals", "threats", *MatchTables.names()]

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import nested_mean, nested_mean_difference, nested_mean_test
+from saeffect.stats import nested_mean, nested_mean_difference
 
 
 def frame(*columns: list) -> pd.DataFrame:
@@ -92,6 +92,7 @@ def covered(n_sim, sizes, seed, **options):
     return hits / n_sim
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(
     ("sizes", "spreads"),
     [((3, 8, 4), (1, 1, 1)), ((3, 8, 4), (0, 1, 1)), ((6, 6, 2), (1, 0.3, 3)), ((25, 3, 2), (1, 1, 1))],
@@ -101,6 +102,7 @@ def test_intervals_cover_what_they_promise(sizes, spreads):
     assert 0.929 <= covered(1000, sizes, 5, spreads=spreads) <= 0.971
 
 
+@pytest.mark.simulation
 def test_resampling_within_groups_too_would_count_their_noise_twice():
     """The reason for resampling whole groups: the other way the interval is too wide where groups are alike."""
     rng, hits, n_sim = np.random.default_rng(9), 0, 300
@@ -114,6 +116,7 @@ def test_resampling_within_groups_too_would_count_their_noise_twice():
     assert hits / n_sim > 0.98
 
 
+@pytest.mark.simulation
 def test_a_plain_bootstrap_of_the_values_would_not_cover():
     """What the hierarchy is for: without it, 95 % intervals hold the truth far too seldom."""
     rng, hits = np.random.default_rng(6), 0
@@ -172,11 +175,11 @@ def test_the_test_is_welchs_on_group_means():
     rng = np.random.default_rng(3)
     levels = pd.DataFrame({"sae_seed": np.repeat([0, 1, 2, 3], 5)})
     a, b = rng.normal(size=20), rng.normal(0.5, 2.0, size=20)
-    found = nested_mean_test(nested_mean(a, levels), nested_mean(b, levels))
+    found = nested_mean_difference(nested_mean(a, levels), nested_mean(b, levels))
     means = [values.reshape(4, 5).mean(axis=1) for values in (a, b)]
     peer = scipy_stats.ttest_ind(means[1], means[0], equal_var=False)
     assert found.p == pytest.approx(peer.pvalue)
-    assert found.statistic == pytest.approx(means[1].mean() - means[0].mean())
+    assert found.value == pytest.approx(means[1].mean() - means[0].mean())
 
 
 def test_a_side_without_spread_has_no_p():
@@ -184,6 +187,6 @@ def test_a_side_without_spread_has_no_p():
     two = nested_mean([1.0, 2.0], pd.DataFrame({"sae_seed": [0, 1]}))
     alike = nested_mean([1.0, 1.0], pd.DataFrame({"sae_seed": [0, 1]}))
     for pair, reason in (((one, two), "a single value"), ((alike, alike), "all groups are alike")):
-        found = nested_mean_test(*pair)
+        found = nested_mean_difference(*pair)
         assert np.isnan(found.p)
         assert reason in found.reason

@@ -90,6 +90,7 @@ class ArmTables:
         coverage_unique: Share of the distinct top tokens of domain features that the word vectors have,
             0 to 1; NaN if not measured.
         unsteered: Why no feature was steered; "" where some were, or nobody asked for it.
+        text_shortage: How much of the text that the study asks for there is, in words; "" for all of it.
         seeds: One row per further SAE of the same model (column `sae`) and feature, with the columns of features,
             coherence and selection; None without further SAEs.
     """
@@ -105,6 +106,7 @@ class ArmTables:
     facts: ArmFacts
     coverage_unique: float = float("nan")
     unsteered: str = ""
+    text_shortage: str = ""
     seeds: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:

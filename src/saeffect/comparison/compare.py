@@ -14,12 +14,12 @@ from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Comparison, MatchTables
-from saeffect.comparison.judgement import PRIMARY, judgement_table, settled
+from saeffect.comparison.judgement import PRIMARY, add_noise_p, judgement_table
 from saeffect.comparison.power import power_table
 from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 __all__ = ["check_tests", "compare"]
 
@@ -91,7 +91,7 @@ def _tables(
     over_seeds = seed_contrasts(arms, roles, min_matches=min_matches, resampling=resampling)
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
-    differences = settled(differences)
+    differences = add_noise_p(differences)
     judgements = judgement_table(differences)
     regression = effect_regression(arms, roles)
     return Comparison(

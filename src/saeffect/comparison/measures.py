@@ -1,4 +1,4 @@
-"""The numbers that are read off one arm; tables and contrasts are made of these and nothing else."""
+"""The numbers that are read off one arm; tables and quantities are made of these and nothing else."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables
+from saeffect.stats.arguments import FloatArray, IntArray
 
 __all__ = [
     "PassCounts",
-    "TokenCoverage",
-    "Weights",
     "activity_of",
     "coherence_of",
     "condition_similarities",
     "direct_effect_of",
     "effect_of",
-    "known_share",
     "match_counts_of",
     "pass_counts",
     "placebo_of",
@@ -30,9 +27,6 @@ __all__ = [
     "untested_reason",
     "weights_of",
 ]
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,23 +43,6 @@ class PassCounts:
     paper_passed: int
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Top-token weights of domain features, one entry a token: weight, id of its feature, rank; each [n]."""
-
-    weight: FloatArray
-    feature: IntArray
-    rank: IntArray
-
-
-@dataclass(frozen=True)
-class TokenCoverage:
-    """Top tokens of domain features that the word vectors have: `known` of `total`, repeats counted."""
-
-    known: int
-    total: int
-
-
 def scale_count(arm: ArmTables, scale: Literal["dot", "cosine"], min_matches: int) -> int:
     """Features with at least `min_matches` top tokens in the vocabulary under one projection."""
     return int((arm.selection[f"matches_{scale}"] >= min_matches).sum())
@@ -76,12 +53,8 @@ def pass_counts(arm: ArmTables) -> PassCounts:
     if arm.effects is None:
         return PassCounts(0, 0, 0, 0)
     tested = arm.effects[arm.effects["p"].notna()]
-    return PassCounts(
-        tested=len(tested),
-        passed=_count_true(tested["passed"]),
-        paper_tested=int(tested["paper_pass"].notna().sum()),
-        paper_passed=_count_true(tested["paper_pass"]),
-    )
+    passed, by_paper = (tested[column].eq(True).fillna(False) for column in ("passed", "paper_pass"))
+    return PassCounts(len(tested), int(passed.sum()), int(tested["paper_pass"].notna().sum()), int(by_paper.sum()))
 
 
 def untested_reason(arm: ArmTables) -> str:
@@ -104,35 +77,31 @@ def coherence_of(arm: ArmTables) -> FloatArray:
     return _finite(arm.of_domain(arm.coherence)["coherence"])
 
 
-def known_share(arm: ArmTables) -> TokenCoverage:
-    """Total coverage of the domain features' top tokens by the word vectors."""
-    known = int(arm.of_domain(arm.coherence)["n_known"].sum())
-    total = sum(len(tokens) for tokens in arm.of_domain(arm.features)["top_tokens"])
-    return TokenCoverage(known, total)
+def top_token_coverage(arm: ArmTables, *, domain_only: bool = False) -> float:
+    """Share of features' top tokens that the word vectors have, repeats counted; NaN without tokens."""
+    features, coherence = arm.features, arm.coherence
+    if domain_only:
+        features, coherence = arm.of_domain(features), arm.of_domain(coherence)
+    total = int(features["top_tokens"].map(len).sum())
+    return int(coherence["n_known"].sum()) / total if total else float("nan")
 
 
-def top_token_coverage(arm: ArmTables) -> float:
-    """Share of all features' top tokens that the word vectors have, repeats counted; NaN without tokens."""
-    total = int(arm.features["top_tokens"].map(len).sum())
-    return int(arm.coherence["n_known"].sum()) / total if total else float("nan")
-
-
-def weights_of(arm: ArmTables) -> Weights:
+def weights_of(arm: ArmTables) -> pd.DataFrame:
     """Top-token weights of the domain features: what the paper calls their activations.
 
-    Rank 0 is the token that the feature promotes most. Weights that are not finite are left out.
+    One row a token: `feature`, `rank` (0: the token that the feature promotes most), `weight`. Weights that are not
+    finite are left out.
     """
     rows = arm.of_domain(arm.features)
     lists = [np.asarray(list(weights), dtype=np.float64) for weights in rows["top_weights"]]
-    if not lists:
-        empty = np.empty(0, dtype=np.int64)
-        return Weights(np.empty(0, dtype=np.float64), empty, empty)
-    lengths = [len(weights) for weights in lists]
-    weight = np.concatenate(lists)
-    feature = np.repeat(rows["feature"].to_numpy(dtype=np.int64), lengths)
-    rank = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    keep = np.isfinite(weight)
-    return Weights(weight[keep], feature[keep], rank[keep])
+    table = pd.DataFrame(
+        {
+            "feature": np.repeat(rows["feature"].to_numpy(dtype=np.int64), [len(weights) for weights in lists]),
+            "rank": np.concatenate([np.arange(len(weights)) for weights in lists] or [np.empty(0, dtype=np.int64)]),
+            "weight": np.concatenate(lists or [np.empty(0)]),
+        }
+    )
+    return table[np.isfinite(table["weight"])].reset_index(drop=True)
 
 
 def match_counts_of(arm: ArmTables) -> IntArray:
@@ -175,9 +144,6 @@ def placebo_of(arm: ArmTables) -> str:
 def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
     """How much more similar a steered text is than its placebo, which shares prompt and sampling noise with it.
 
-    Args:
-        arm: Its interventions, and in its effects what the test was against.
-
     Returns:
         Difference in cosine similarity, indexed by feature, prompt and sample (its mean over doses); only where both
         are defined, so empty where nothing was steered or that placebo was not run.
@@ -205,8 +171,3 @@ def condition_similarities(arm: ArmTables, condition: str) -> tuple[FloatArray, 
 def _finite(values: pd.Series[Any]) -> FloatArray:
     array: FloatArray = values.to_numpy(dtype=np.float64)
     return array[np.isfinite(array)]
-
-
-def _count_true(values: pd.Series[Any]) -> int:
-    """Number of True entries; missing ones are not True."""
-    return sum(isinstance(value, (bool, np.bool_)) and bool(value) for value in values)

@@ -92,9 +92,9 @@ def _between_features(
         share = k_a / n_a if n_a else math.nan
         found = detectable_proportion_difference(share if n_a else 0.0, n_a, n_b, alpha=ALPHA, power=POWER)
         return _row(quantity, unit, (n_a, n_b), share, found, observed)
-    n_a, n_b, sd_a, sd_b = len(a), len(b), _sd(a), _sd(b)
-    found = detectable_mean_difference(sd_a, n_a, sd_b, n_b, alpha=ALPHA, power=POWER)
-    return _row(quantity, unit, (n_a, n_b), _pooled(sd_a, sd_b, n_a, n_b), found, observed)
+    spread = _pooled_sd(a, b) if min(len(a), len(b)) > 1 else math.nan
+    found = detectable_mean_difference(spread, len(a), len(b), alpha=ALPHA, power=POWER)
+    return _row(quantity, unit, (len(a), len(b)), spread, found, observed)
 
 
 def _sae_values(
@@ -111,9 +111,7 @@ def _between_saes(
 ) -> dict[str, Any]:
     """SAEs as units, at the level that Holm's correction asks of the only quantity that differs."""
     n_a, n_b = len(values[0]), len(values[1])
-    freedom = n_a + n_b - 2
-    squares = sum(float(((one - one.mean()) ** 2).sum()) for one in values if len(one))
-    spread = math.sqrt(squares / freedom) if freedom > 0 else math.nan
+    spread = _pooled_sd(*values)
     at = ALPHA / n_declared
     found = detectable_few_means(spread, n_a, n_b, alpha=at, power=POWER)
     if row["unit"] == "share" and found.difference > 1:
@@ -138,7 +136,7 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     rows = []
     for test, level in ((f"feature in {name}", alpha), (f"only feature of {len(tested)} in {name}", None)):
         at = alpha / max(1, len(tested)) if level is None else level
-        found = detectable_paired_mean(spread, n, alpha=at, power=POWER, alternative="greater")
+        found = detectable_paired_mean(spread, n, alpha=at, power=POWER)
         smallest = 0.5**n if n <= _EXACT else 1 / (_FLIPS + 1)
         if not found.reason and smallest > at:
             why = f"with {n} prompts or pairs the smallest p is {smallest:.2g}, and {at:.2g} is asked"
@@ -168,7 +166,8 @@ def _sd(values: FloatArray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def _pooled(sd_a: float, sd_b: float, n_a: int, n_b: int) -> float:
-    if n_a + n_b <= 2:
-        return math.nan
-    return math.sqrt(((n_a - 1) * sd_a**2 + (n_b - 1) * sd_b**2) / (n_a + n_b - 2))
+def _pooled_sd(*sides: FloatArray) -> float:
+    """Standard deviation within either side; a side of one value shows none, and adds none."""
+    freedom = sum(map(len, sides)) - 2
+    squares = sum(float(((side - side.mean()) ** 2).sum()) for side in sides if len(side))
+    return math.sqrt(squares / freedom) if freedom > 0 else math.nan

@@ -17,10 +17,9 @@ from scipy.special import stdtrit
 
 from saeffect.diffing.pair import ModelPair
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
-from saeffect.stats.arguments import FloatArray
+from saeffect.stats.arguments import LEVEL, FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.stats.permutation import sign_flip_many
-from saeffect.stats.resampling import LEVEL
 
 if TYPE_CHECKING:  # reports read the finished table without torch
     from torch import Tensor

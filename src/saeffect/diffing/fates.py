@@ -28,10 +28,9 @@ from saeffect.diffing.matched_null import (
 )
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.arguments import FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.stats.resampling import Resampling, undefined
 
 __all__ = ["Fates", "fates"]
 

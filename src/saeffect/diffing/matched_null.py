@@ -18,9 +18,8 @@ import numpy.typing as npt
 from scipy.special import ndtri, stdtrit
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.estimate import Estimate
-from saeffect.stats.resampling import LEVEL, Resampling, undefined
+from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = [
     "MIN_STRATUM",

@@ -1,4 +1,4 @@
-"""Many tests at once: test 300 useless features at 5 % and about 15 pass by luck."""
+"""Many tests at once: test 300 useless features at 5 % and about 15 pass by chance."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
 """Intervals for values that lie in groups within groups: prompts in features in SAE seeds.
 
-A feature's eight prompts resemble each other, and so do the features of one SAE. What is to be told is how the
-answer would differ with other SAEs, other features *and* other prompts. Each outermost group is therefore
-resampled whole. Its mean already carries the luck of the features and prompts that it happened to hold;
-resampling those within it once more would count that luck twice, and a 95 % interval would hold the truth
-99 times in a hundred (tests/stats/test_nested.py shows both).
+A feature's eight prompts resemble each other, and so do the features of one SAE. How would the answer differ with
+other SAEs, other features *and* other prompts? Each outermost group is resampled whole. Its mean already carries the
+sampling error of the features and prompts that it holds; resampling those within it once more would count that error
+twice, and a 95 % interval would hold the truth 99 times in a hundred (tests/stats/test_nested.py shows both).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from scipy import stats as scipy_stats
 
 from saeffect.errors import ShapeMismatch
 from saeffect.stats.arguments import FloatArray, Seed, check_resamples, fault, generator, sample
-from saeffect.stats.estimate import Estimate, TestResult
+from saeffect.stats.estimate import Estimate, undefined
 
-__all__ = ["NestedMean", "nested_mean", "nested_mean_difference", "nested_mean_test"]
+__all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
 
 # Percentiles of so few resampled groups do not reach far enough.
 _FEW = 20
@@ -126,7 +125,7 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
 
 
 def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95) -> Estimate:
-    """`b - a` of two independent nested means; degrees of freedom by Welch and Satterthwaite.
+    """`b - a` of two independent nested means, with Welch's t test of the group means.
 
     With a the placebo arm and b the treatment this is also the difference in differences, since the control is
     taken off both: (treatment - control) - (placebo - control).
@@ -137,7 +136,8 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
         level: Of the interval.
 
     Returns:
-        The difference; NaN ends with a reason where either side shows no spread.
+        The difference with its two-sided p, n the groups of the smaller side; NaN with a reason where either side
+        shows no spread. A remark in `reason` beside an interval says what noise it does not hold.
 
     Source:
         Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946).
@@ -145,64 +145,28 @@ def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95)
     Example:
         >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
         >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
-        >>> round(nested_mean_difference(a, b).value, 6)
-        4.0
+        >>> found = nested_mean_difference(a, b)
+        >>> round(found.value, 6), round(found.p, 4)
+        (4.0, 0.0548)
     """
-    reason = _both_reasons(a, b)
+    reason = "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
     value, n = b.value - a.value, min(a.n, b.n)
     if not (len(a.replicates) and len(b.replicates)):
-        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
-    error, freedom = _welch(a, b)
-    return _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
-
-
-def nested_mean_test(a: NestedMean, b: NestedMean) -> TestResult:
-    """Two-sided p for no difference between two independent nested means: Welch's t test of the group means.
-
-    Args:
-        a: The reference.
-        b: What is compared with it.
-
-    Returns:
-        `b - a` and its p; NaN with a reason where a side shows no spread. A remark in `reason` beside a finite p
-        says what noise the test does not know.
-
-    Source:
-        Welch (1947).
-
-    Example:
-        >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
-        >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
-        >>> round(nested_mean_test(a, b).p, 4)
-        0.0548
-    """
-    method, value, reason = "Welch's t test of group means", b.value - a.value, _both_reasons(a, b)
-    if not (len(a.replicates) and len(b.replicates)):
-        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "no spread")
-    error, freedom = _welch(a, b)
-    if not error > 0:
-        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "all groups are alike")
-    return TestResult(value, float(2 * scipy_stats.t.sf(abs(value) / error, freedom)), min(a.n, b.n), method, reason)
-
-
-def _both_reasons(a: NestedMean, b: NestedMean) -> str:
-    return "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
-
-
-def _welch(a: NestedMean, b: NestedMean) -> tuple[float, float]:
-    """Standard error of the difference and its degrees of freedom."""
+        return undefined(reason or "no spread", n, value)
     error = math.hypot(a.error, b.error)
     spread = a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1)
-    return error, error**4 / spread if spread > 0 else math.inf
+    freedom = error**4 / spread if spread > 0 else math.inf
+    found = _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
+    return replace(found, p=float(2 * scipy_stats.t.sf(abs(value) / error, freedom))) if error > 0 else found
 
 
 def _interval(
     value: float, replicates: FloatArray, error: float, n: int, freedom: float, level: float, reason: str
 ) -> Estimate:
     if not len(replicates):
-        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
+        return undefined(reason or "no spread", n, value)
     if not error > 0:
-        return Estimate(value, math.nan, math.nan, n, "; ".join(filter(None, [reason, "all groups are alike"])))
+        return undefined("; ".join(filter(None, [reason, "all groups are alike"])), n, value)
     reach = float(scipy_stats.t.ppf((1 + level) / 2, freedom))
     if n >= _FEW:
         upper = scipy_stats.norm.cdf(reach * math.sqrt(n / (n - 1)))

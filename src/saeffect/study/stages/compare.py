@@ -115,6 +115,7 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
             facts=facts,
             coverage_unique=coverage(domain, embeddings=vectors).unique,
             unsteered=note if dose is None else "",
+            text_shortage=measured["text_shortage"],
             seeds=_seeds(run, name),
         )
     return found

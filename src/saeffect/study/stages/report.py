@@ -12,14 +12,16 @@ from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
 from saeffect.io import SILENT, Log, read_json
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
-from saeffect.report.words.names import control_words, outcome_words
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.steering_plan import chosen_dose
 
 __all__ = ["report_inputs", "run_report"]
 
-VERSION = 4  # 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order
+# 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order; 5: perplexities
+VERSION = 5
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def _gate_table(run: RunFolder, arms: Mapping[str, ArmTables]) -> pd.DataFrame:
         {"arm": name}
         | {measure: gate[measure] for measure in measures}
         | {"dead_share": arms[name].facts.dead_share, "n_tokens": gate["tokens"]}
+        | {f"perplexity_{source}": value for source, value in gate["perplexity"].items()}
         for name, gate in gates.items()
     )
 
@@ -106,7 +109,7 @@ def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, st
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
         facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
         facts.append(("Tested against", _tested_against(steering)))
-        facts.append(("Declared outcomes", ", ".join(outcome_words(name).title for name in steering.outcomes)))
+        facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
 
@@ -123,7 +126,7 @@ def _number(n: int, noun: str) -> str:
 def _tested_against(steering: SteeringConfig) -> str:
     """The placebo that decides first."""
     names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
-    return ", ".join(control_words(name) for name in names) or "nothing: no placebo"
+    return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
 
 
 def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:

@@ -1,11 +1,16 @@
+"""The words of the sections: the linked paragraph, and the threats to quote."""
+
 from __future__ import annotations
 
 import re
 from html import unescape
 
+import pandas as pd
+from markupsafe import escape
+
 from page_parser import Page
 from saeffect.comparison import Comparison
-from saeffect.report.traced import traced_paragraph
+from saeffect.report.sections import gravest, threat_summary, traced_paragraph
 
 
 def test_the_pieces_are_the_paragraph(comparison: Comparison) -> None:
@@ -36,6 +41,26 @@ def test_every_number_of_the_page_leads_somewhere(page: str, comparison: Compari
     assert not re.search(r"\d", outside)
 
 
-def test_an_answer_of_before_has_no_links(comparison: Comparison) -> None:
-    old = {key: value for key, value in comparison.answer.items() if key != "traces"}
-    assert [piece.text for piece in traced_paragraph(old, set())] == [comparison.answer["paragraph"]]  # type: ignore[arg-type]
+def threats(*severities: str) -> pd.DataFrame:
+    return pd.DataFrame({"severity": severities, "threat": [f"threat {i}" for i, _ in enumerate(severities)]})
+
+
+def test_the_summary_counts_threats_by_severity() -> None:
+    assert threat_summary(threats("serious", "moderate", "minor", "minor")).startswith(
+        "1 serious, 1 moderate and 2 minor"
+    )
+    assert "overturn" in threat_summary(threats("minor"))
+    assert "overturn" not in threat_summary(threats("serious"))
+
+
+def test_serious_threats_are_quoted_else_the_first() -> None:
+    assert gravest(threats("serious", "moderate", "minor")) == ["threat 0"]
+    assert gravest(threats(*["serious"] * 7)) == [f"threat {i}" for i in range(5)]
+    assert gravest(threats(*["minor"] * 5)) == ["threat 0", "threat 1", "threat 2"]
+
+
+def test_a_threat_says_what_to_do_and_where_it_is_seen(page: str, comparison: Comparison) -> None:
+    table = page[page.index('id="table-threats"') :]
+    for row in comparison.threats.head(3).to_dict("records"):
+        assert escape(row["remedy"]) in table
+        assert f"seen in {row['source']}" in table

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from saeffect.report import SteeringResults
-from saeffect.report.outcome_summary import baseline_summary, dose_summary, outcome_summary, primary_effects
+from saeffect.report.context import baseline_summary, dose_summary, outcome_summary, primary_effects
 
 
 def _effects(**columns: object) -> pd.DataFrame:
