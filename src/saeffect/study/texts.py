@@ -45,12 +45,7 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
 
 
 def shortage(text: TextConfig, rows: TokenRows) -> str:
-    """How much of the text that a study asks for there is, in words; "" if all of it.
-
-    Args:
-        text: Which text, and how much of it.
-        rows: As `study_rows` gives them.
-    """
+    """How much of the text that a study asks for there is in its rows, in words; "" if all of it."""
     if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
         return ""
     there = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
@@ -77,9 +72,6 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
         study_prepends: As `LanguageModel.prepend_bos`.
         words: `prepend_bos` of each arm's SAE, where it says so.
         tokenizer: The model's.
-
-    Raises:
-        ConfigError: As `find_bos_id`.
     """
     bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
     against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]

@@ -22,9 +22,6 @@ from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_inputs", "read_comparison", "run_compare"]
 
-# 2: seeds, calibration, power, regression, matching. 3: by chance, threats. 4: SAEs decide. 5: traces.
-# 6: a placebo that equals the control shows no noise; why nothing was tested; texts without a similarity.
-# 7: judgements as a table.
 VERSION = 7
 _TABLES = Comparison.table_names()
 ARM_FILES = (
@@ -76,11 +73,7 @@ def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
 
 
 def read_comparison(run: RunFolder) -> Comparison:
-    """Read a finished comparison back.
-
-    Raises:
-        NotFound: It has not been made.
-    """
+    """Read a finished comparison back."""
     tables: dict[str, pd.DataFrame] = {
         name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
     }
@@ -88,11 +81,7 @@ def read_comparison(run: RunFolder) -> Comparison:
 
 
 def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
-    """Every arm's tables, by name.
-
-    Raises:
-        NotFound: A stage before this one has not run.
-    """
+    """Every arm's tables, by name."""
     vectors = load_embeddings(run.study.config.coherence.embeddings)
     steered = run.study.config.steering is not None
     dose, note = chosen_dose(run) if steered else (None, "")
@@ -145,10 +134,7 @@ def _bos(read: bool | None, trained: Any) -> str | None:
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
     """What is recorded of how an arm was made; None where nobody recorded it.
 
-    Args:
-        study: The study.
-        name: The arm.
-        gate: The gate's measurements and the dead share on the study's text, if they were made.
+    `gate` holds the gate's measurements and the dead share on the study's text, if they were made.
     """
     arm = study.config.arms[name]
     sae = study.sae_config(name)

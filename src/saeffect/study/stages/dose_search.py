@@ -33,8 +33,6 @@ from saeffect.study.stages.steering_plan import (
 
 __all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
-# 3: a dose-response table for every arm. 4: a placebo at every dose.
-# 5: fluency is not credited to losses, what is undefined is no gain, and without a gain no dose is chosen.
 VERSION = 5
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features"}

@@ -31,7 +31,6 @@ __all__ = [
     "shared_unembedding",
 ]
 
-# 2: rotary frequencies stay in float32; 3: passes as in harvests; 4: spaces of SentencePiece, ids behind holes.
 VERSION = 4
 
 

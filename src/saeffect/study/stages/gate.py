@@ -26,7 +26,6 @@ from saeffect.study.texts import beginning, shortage
 
 __all__ = ["complaint_about_model", "gate_inputs", "measure_gate", "model_on_text", "run_gate", "words_of_perplexity"]
 
-# 2: rotary frequencies stay in float32; 3: what the model and its adapter do; 4: its perplexity, with and without BOS
 VERSION = 4
 
 

@@ -25,7 +25,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["match_inputs", "read_matches", "run_match"]
 
-VERSION = 3  # 2: passes as in harvests; 3: intervals of excess counts
+VERSION = 3
 BoolArray = npt.NDArray[np.bool_]
 
 

@@ -20,7 +20,6 @@ from saeffect.study.stages.steering_plan import chosen_dose
 
 __all__ = ["report_inputs", "run_report"]
 
-# 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order; 5: perplexities
 VERSION = 5
 
 

@@ -30,7 +30,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
 
-VERSION = 3  # 2: passes as in harvests; 3: tokens as in features
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +54,7 @@ class SeedSae:
 
 
 def seed_folders(study: Study, arm: str) -> dict[str, Path]:
-    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's.
-
-    Raises:
-        NotFound: No such folder.
-        UnknownName: No such bundled SAE.
-    """
+    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's."""
     wanted = {
         name: [
             study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
@@ -76,11 +71,7 @@ def seed_folders(study: Study, arm: str) -> dict[str, Path]:
 
 
 def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
-    """Load a further SAE, whole or compact.
-
-    Raises:
-        SaeffectError: It cannot be loaded.
-    """
+    """Load a further SAE, whole or compact."""
     if is_compact(folder):
         compact = load_compact(folder, at=at)
         return SeedSae(name, compact.cfg, compact.W_dec, statistics=compact.statistics)
@@ -93,7 +84,6 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
 
     Raises:
         IncompatibleSae: One differs from the arm's own in more than the seed.
-        SaeffectError: One cannot be loaded.
     """
     own = study.sae_config(arm)
     found = []

@@ -17,7 +17,7 @@ from saeffect.study.study import Study
 
 __all__ = ["run_select", "select_inputs", "study_verdicts"]
 
-VERSION = 2  # 2: words of the vocabulary without quotation marks and what is not seen, accents composed
+VERSION = 2
 
 
 def select_inputs(run: RunFolder) -> dict[str, Any]:

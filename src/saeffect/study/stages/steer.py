@@ -44,10 +44,6 @@ from saeffect.study.study import Arm
 
 __all__ = ["STEERING_FILES", "help_steer", "run_steer", "steer_inputs"]
 
-# 3: matched placebos, baselines, every outcome against every control; sampling noise is drawn by counter.
-# 4: samples of a prompt are averaged before anything is tested.
-# 5: unsteered texts in the batch of the steered ones; what is longer than the SAE ever saw is not clamped or ablated.
-# 6: ablations are tested for effects below zero.
 VERSION = 6
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
 STEERING_FILES = (
