@@ -86,13 +86,13 @@ def test_site_comes_from_gate_and_features(prepared: Path, tmp_path: Path) -> No
     features.loc[features["feature"] == 3, "max_activation"] = math.nan  # it never fired
     features[::-1].to_parquet(tmp_path / "run" / "arms" / "control" / "features.parquet")
     study = opened(prepared)
-    site, W_dec = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
+    site = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
     gate = read_json(tmp_path / "run" / "arms" / "control" / "gate.json")
     assert (site.mean_norm, site.norm_limit) == (gate["mean_norm"], gate["norm_limit"])
     assert site.max_acts is not None
     assert site.max_acts.tolist() == pytest.approx(features["max_activation"].fillna(0.0).tolist())
     assert site.max_acts[3] == 0, "and so has no maximum to be clamped to"
-    assert len(W_dec) == len(features)
+    assert len(site.W_dec) == len(features)
 
 
 def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> None:
