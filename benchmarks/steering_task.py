@@ -18,7 +18,7 @@ from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import resolve_dtype
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering.generate import last_logits, read_prompt
 
 __all__ = ["Task"]
 

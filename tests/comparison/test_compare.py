@@ -16,7 +16,7 @@ SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100}
 
 
 def test_same_seed_same_tables_whatever_the_order_of_arms():
-    arms = synthetic_arms(n_features=120)
+    arms = synthetic_arms(n_features=120, max_tested=6)
     first = compared(arms, seed=3)
     second = compared(dict(reversed(arms.items())), seed=3)
     other = compared(arms, seed=4)
@@ -124,7 +124,7 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
 
 
 def test_a_planted_difference_is_found():
-    comparison = compared(synthetic_seeds(synthetic_arms(seed=2)), n_boot=200, n_permutations=200)
+    comparison = compared(synthetic_seeds(synthetic_arms(seed=2, max_tested=8)))
     assert judge(comparison.contrasts, "domain_share").status == "beyond"
     assert judge(comparison.contrasts, "weight_mean").status == "beyond"
     assert "3 SAEs against 4" in comparison.answer["headline"]
@@ -163,7 +163,7 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
 
 
 def test_the_order_of_a_tables_rows_changes_no_number():
-    arms = synthetic_seeds(synthetic_arms(n_features=60, max_tested=6))
+    arms = synthetic_seeds(synthetic_arms(n_features=60, max_tested=4))
     tables = ("features", "coherence", "selection", "interventions", "direct_effects", "effects")
     shuffled = {
         name: replace(arm, **{table: getattr(arm, table).sample(frac=1, random_state=1) for table in tables})

@@ -11,16 +11,9 @@ import torch
 from saeffect.errors import BadFile, ConfigError, EmptySelection, ShapeMismatch, Undefined
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    Site,
-    SteeringPlan,
-    direct_effects,
-    features_together,
-    obstacles,
-    random_direction,
-    run_trials,
-)
+from saeffect.steering import Site, SteeringPlan, direct_effects, features_together, obstacles, run_trials
 from saeffect.steering.actions import ActionRow, actions_of
+from saeffect.steering.placebos import random_direction
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, site
 
 D_SAE = 12
@@ -64,13 +57,13 @@ def applied(place, sae, x, plan, *row, features=FEATURES):
     return actions_of(place, features, plan).operator([ActionRow(*row)]).apply(x) - x
 
 
-def test_clamping_sets_the_activation_to_a_multiple_of_the_maximum(place, sae, x):
+def test_clamping_to_a_multiple_of_the_maximum(place, sae, x):
     moved = applied(place, sae, x, plan(operator="clamp"), 5, "steered", 2.0, (0, 0))
     acts = sae.encode(x)[..., 5]
     torch.testing.assert_close(moved, (2.0 * 5 - acts)[..., None] * sae.W_dec[5], rtol=1e-4, atol=1e-4)
 
 
-def test_a_matched_placebo_is_clamped_to_its_own_maximum_in_turn(place, sae, x):
+def test_matched_placebo_is_clamped_to_its_maximum(place, sae, x):
     for draw, placebo in (((0, 0), 7), ((0, 1), 8), ((1, 1), 7)):
         moved = applied(place, sae, x, plan(operator="clamp"), 2, "matched", 2.0, draw)
         acts = sae.encode(x)[..., placebo]
@@ -78,7 +71,7 @@ def test_a_matched_placebo_is_clamped_to_its_own_maximum_in_turn(place, sae, x):
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("clamp", 2.0), ("ablate", 1.0)])
-def test_a_random_placebo_is_pushed_as_far_as_the_feature_but_elsewhere(place, sae, x, operator, dose):
+def test_random_placebo_pushes_as_far_elsewhere(place, sae, x, operator, dose):
     made = plan(operator=operator, doses=(dose,))
     own = applied(place, sae, x, made, 5, "steered", dose, (1, 0))
     other = applied(place, sae, x, made, 5, "random", dose, (1, 0))
@@ -89,7 +82,7 @@ def test_a_random_placebo_is_pushed_as_far_as_the_feature_but_elsewhere(place, s
     assert float(own.norm()) > 0
 
 
-def test_ablation_takes_the_activation_away_and_unsteered_rows_keep_every_bit(place, sae, x):
+def test_ablation_removes_the_activation(place, sae, x):
     made = actions_of(place, FEATURES, plan(operator="ablate", doses=(1.0,)))
     rows = [ActionRow(2, "unsteered", 0.0, (0, 0)), ActionRow(5, "steered", 1.0, (0, 0))]
     out = made.operator(rows).apply(torch.cat([x, x]))
@@ -116,7 +109,7 @@ def test_lengths_and_coefficients_by_operator(place, sae):
     assert math.isnan(actions_of(place, FEATURES, plan(operator="ablate", doses=(1.0,))).length(5, 1.0))
 
 
-def test_the_length_of_a_clamp_is_on_the_scale_of_a_token_where_the_sae_standardises_it(lm):
+def test_clamp_length_of_a_standardising_sae(lm):
     sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE, normalize_activations="layer_norm"))
     sae.W_dec.data.copy_(torch.randn(D_SAE, D_MODEL, generator=torch.Generator().manual_seed(1)))
     x = torch.randn(1, 1, D_MODEL, generator=torch.Generator().manual_seed(2))
@@ -145,7 +138,7 @@ def test_several_features_at_once(place, sae, x):
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 2.0), ("clamp", 2.0), ("ablate", 1.0)])
-def test_a_random_placebo_of_several_features_goes_as_far_as_all_of_them(place, sae, x, operator, dose):
+def test_random_placebo_of_a_set_keeps_its_length(place, sae, x, operator, dose):
     rows = features_together(FEATURES, [[2, 5]])
     made = plan(operator=operator, doses=(dose,), placebos=("random",))
     own = applied(place, sae, x, made, 0, "steered", dose, (1, 0), features=rows)
@@ -176,7 +169,7 @@ def test_attention_sinks_are_left_as_they_are(lm, sae, x, operator, dose):
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 1.0), ("clamp", 3.0), ("ablate", 1.0)])
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
-def test_trials_and_direct_effects_with_every_operator_and_position(place, sae, operator, dose, positions):
+def test_every_operator_and_position(place, sae, operator, dose, positions):
     made = plan(operator=operator, doses=(dose,), positions=positions)
     trials = run_trials(place, FEATURES, made, vectors=OneHotWords())
     assert len(trials) == 2 * 2 * 2 * 4
@@ -201,7 +194,7 @@ def test_sets_of_features_go_through_trials(place, sae):
         features_together(FEATURES, [[2, 99]])
 
 
-def test_what_is_impossible_is_left_out_with_a_reason(place, sae):
+def test_impossible_conditions_are_left_out(place, sae):
     features = pd.concat(
         [
             FEATURES,

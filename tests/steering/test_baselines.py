@@ -13,10 +13,9 @@ from saeffect.steering import (
     NoiseCell,
     SteeringPlan,
     generate,
-    naming_prompt,
     run_baselines,
 )
-from saeffect.steering.baselines import BASELINE_COLUMNS
+from saeffect.steering.baselines import BASELINE_COLUMNS, naming_prompt
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
 
 W_DEC = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(5)) * 2

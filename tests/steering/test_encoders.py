@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.inference_mode()
-def test_it_is_the_mean_of_the_last_hidden_states(folder):
+def test_mean_of_the_last_hidden_states(folder):
     from transformers import AutoModel, AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(folder)("the doctor treats", return_tensors="pt")
@@ -56,7 +56,7 @@ def test_an_empty_text_has_no_vector(folder, text):
     assert MeanPooledEncoder(str(folder)).mean_vector(text) is None
 
 
-def test_a_long_text_is_cut_to_what_the_model_takes(folder):
+def test_long_texts_are_cut(folder):
     encoder = MeanPooledEncoder(str(folder))
     long, longer = "the doctor " * 20, "the doctor " * 20 + "goal"
     np.testing.assert_array_equal(encoder.mean_vector(long), encoder.mean_vector(longer))

@@ -7,17 +7,9 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    AddVectors,
-    Intervention,
-    NoiseCell,
-    Sampling,
-    SetFeatures,
-    continue_prompts,
-    generate,
-    next_tokens,
-)
-from saeffect.steering.prompt_pass import last_logits
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
+from saeffect.steering.generate import continue_prompts, last_logits
+from saeffect.steering.operators import SetFeatures
 from saeffect.steering.sampling import penalise
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
@@ -117,12 +109,12 @@ def test_batches_make_no_difference(dtype):
         assert parts == whole
     # Every token counts, over all rows, so that a batch of hours is seen to go on.
     n = SAMPLING.max_new_tokens
-    one_by_one = [(i, 7 * n) for i in range(1, 7 * n + 1)]
+    each_row = [(i, 7 * n) for i in range(1, 7 * n + 1)]
     threes = [(3 * n * batch + rows * i, 7 * n) for batch, rows in enumerate((3, 3, 1)) for i in range(1, n + 1)]
-    assert seen == one_by_one + threes
+    assert seen == each_row + threes
 
 
-def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
+def test_full_length_without_special_tokens(lm):
     outputs = generate(lm, HOOK, PROMPT, cells(3), Sampling(max_new_tokens=40, top_p=1.0, temperature=5.0))
     assert {len(ids) for ids in outputs} == {40}
     used = {i for ids in outputs for i in ids}
@@ -130,14 +122,14 @@ def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
     assert max(used) < D_VOCAB - 2
 
 
-def test_a_row_stops_at_the_end_of_its_text():
+def test_rows_stop_at_end_of_text():
     lm = tiny_model()
     sampling = Sampling(max_new_tokens=60, top_p=1.0, temperature=5.0, allow_end=True)
-    many = [NoiseCell(0, "p", i) for i in range(40)]
+    many = [NoiseCell(0, "p", i) for i in range(20)]
     outputs = generate(lm, HOOK, PROMPT, many, sampling)
     assert not any(END in ids for ids in outputs)
     lengths = {len(ids) for ids in outputs}
-    assert min(lengths) < 60  # 40 rows of 60 nearly uniform draws from 93 tokens
+    assert min(lengths) < 60  # 20 rows of 60 nearly uniform draws from 93 tokens
     longer = generate(lm, HOOK, PROMPT, many, Sampling(max_new_tokens=61, temperature=5.0, top_p=1.0, allow_end=True))
     stopped = [(a, b) for a, b in zip(outputs, longer, strict=True) if len(a) < 60]
     assert all(a == b for a, b in stopped)
@@ -214,7 +206,7 @@ def test_whatever_the_sampling(lm, sampling):
 
 def test_texts_that_end_early(lm):
     sampling = Sampling(max_new_tokens=60, temperature=5.0, top_p=1.0, allow_end=True)
-    prompts, cells = PROMPTS * 8, [NoiseCell(0, "p", i) for i in range(40)]
+    prompts, cells = PROMPTS * 3, [NoiseCell(0, "p", i) for i in range(15)]
     found = continue_prompts(lm, prompts, cells, sampling)
     assert found == [generate(lm, HOOK, ids, [cell], sampling)[0] for ids, cell in zip(prompts, cells, strict=True)]
     assert min(map(len, found)) < 60

@@ -13,9 +13,9 @@ from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
-from saeffect.steering import AddVectors, Intervention, SetFeatures
-from saeffect.steering.operators import span
-from saeffect.steering.prompt_pass import read_prompt
+from saeffect.steering import AddVectors, Intervention
+from saeffect.steering.generate import read_prompt
+from saeffect.steering.operators import SetFeatures, span
 from saeffect.steering.trials import next_log_probabilities
 from steering.tiny_model import D_MODEL, HOOK, n_hooks, tiny_model
 
@@ -39,7 +39,7 @@ def test_positions_of_a_four_token_prompt(positions, prefill, decode):
 
 @pytest.mark.parametrize("start", range(6))
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_prompt_and_generated_are_complements_also_when_the_prompt_comes_in_pieces(start, length):
+def test_prompt_and_generated_positions_are_complements(start, length):
     prompt, rest = span("prompt", start, length, 4), span("generated", start, length, 4)
     assert prompt.start == 0
     assert prompt.stop == rest.start
@@ -47,14 +47,14 @@ def test_prompt_and_generated_are_complements_also_when_the_prompt_comes_in_piec
     assert prompt.stop == len([p for p in range(start, start + length) if p < 3])
 
 
-def test_each_row_gets_its_own_vector_and_the_input_stays():
+def test_each_row_gets_its_own_vector():
     x = torch.zeros(2, 3, 2)
     out = AddVectors(torch.tensor([[1.0, 0.0], [0.0, -2.0]])).apply(x)
     assert out.tolist() == [[[1.0, 0.0]] * 3, [[0.0, -2.0]] * 3]
     assert not x.any()
 
 
-def test_an_edit_of_some_positions_leaves_its_input_alone():
+def test_edit_keeps_its_input():
     x = torch.zeros(1, 4, 2)
     Intervention(AddVectors(torch.ones(1, 2)), "prompt").edit(4)(x)
     assert not x.any()
@@ -174,7 +174,7 @@ def spliced(sae: SparseAutoencoder, x: torch.Tensor, set_to: dict[int, float]) -
     return sae.decode(changed) * scale + mean + error
 
 
-def test_setting_features_is_decoding_changed_activations_with_the_error_kept(sae, x):
+def test_setting_features_keeps_the_saes_error(sae, x):
     rows = [[3], [7, 0], [1, 2, 5]]
     targets = torch.tensor([[2.0, 0, 0], [0.0, 1.5, 0], [3.0, 0.0, 0.25]])
     features = torch.tensor([[3, -1, -1], [7, 0, -1], [1, 2, 5]])
@@ -184,7 +184,7 @@ def test_setting_features_is_decoding_changed_activations_with_the_error_kept(sa
         torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_ablating_a_feature_that_is_off_changes_no_bit(sae, x):
+def test_ablating_an_inactive_feature_changes_nothing(sae, x):
     acts = sae.encode(x)
     out = ablate(sae, 3, 3, 3).apply(x.bfloat16())
     off = sae.encode(x.bfloat16())[..., 3] == 0
@@ -224,7 +224,7 @@ def test_setting_features_keeps_the_dtype_and_the_input(dtype, x):
     assert torch.equal(given, before)
 
 
-def test_in_a_model_hooks_are_undone_also_after_an_error(lm):
+def test_hooks_are_removed_after_an_error(lm):
     sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE))
     before = n_hooks(lm)
     edit = Intervention(ablate(sae, 0)).edit(3)

@@ -95,7 +95,7 @@ def test_domain_words_beyond_the_features_own():
     assert off_list_score(text, [" cancer", " drug", " fever"], MEDICAL) == 0.0
 
 
-def test_a_piece_of_a_word_that_was_put_in_proves_nothing():
+def test_pieces_of_top_tokens_do_not_count():
     assert off_list_score("cardiac arrest", [" cardi"], MEDICAL) == 0.0
     # two letters begin too many words to count as a piece of one
     assert off_list_score("cardiac arrest", [" ca"], MEDICAL) == 0.5
@@ -107,7 +107,7 @@ def test_a_text_without_words_has_no_score(text):
     assert math.isnan(off_list_score(text, [" drug"], MEDICAL))
 
 
-def test_without_words_to_look_for_there_is_no_score():
+def test_no_words_to_look_for():
     assert math.isnan(keyword_score("a drug", [" ", "!", ""]))
     assert math.isnan(off_list_score("a drug", [" drug"], frozenset()))
 
@@ -131,13 +131,13 @@ def test_by_hand():
     assert empty.isna().all(axis=None)
 
 
-def test_one_feature_has_no_other_to_be_compared_with():
+def test_one_feature_has_no_reference():
     table = scored(TRIALS[:2], FEATURES[:1])
     assert table["similarity_shuffled"].isna().all()
     assert (table["shuffled_feature"] == -1).all()
 
 
-def test_sets_that_share_a_feature_are_not_compared():
+def test_overlapping_sets_are_not_compared():
     apart = scored(features=FEATURES.assign(members=[[1, 2], [3, 4]]))
     assert apart["shuffled_feature"].tolist() == [8, 8, 3, 3]
     sharing = scored(features=FEATURES.assign(members=[[1, 2], [2, 4]]))
@@ -146,7 +146,7 @@ def test_sets_that_share_a_feature_are_not_compared():
 
 
 @pytest.mark.parametrize("n", [2, 3, 7, 40])
-def test_nobody_is_compared_with_itself_and_everybody_once(n):
+def test_references_are_a_derangement(n):
     features = list(range(5, 5 + n))
     found = shuffled_references(features[::-1], seed=2)
     assert list(found) == features
@@ -161,7 +161,7 @@ def test_a_feature_without_top_tokens():
         scored(TRIALS, FEATURES[:1])
 
 
-def test_an_outcome_added_from_outside_goes_all_the_way(monkeypatch):
+def test_an_outcome_added_from_outside(monkeypatch):
     """From the study file's key through the texts to a tested effect, and its words in reports."""
     loud = Outcome(
         "loudness", "loudness", "share of capitals in the text", "share of letters", "greater",

@@ -20,11 +20,10 @@ from saeffect.steering import (
     control_label,
     effects,
     matched_features,
-    random_direction,
     run_trials,
 )
 from saeffect.steering.actions import ActionRow, actions_of
-from saeffect.steering.placebos import turned
+from saeffect.steering.placebos import random_direction, turned
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords
 
 
@@ -39,7 +38,7 @@ def reversed_placebo(monkeypatch):
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 2.0), ("ablate", 1.0)])
-def test_a_placebo_added_from_outside_goes_all_the_way(lm, reversed_placebo, operator, dose):
+def test_a_placebo_added_from_outside(lm, reversed_placebo, operator, dose):
     """From the study file's key through trials to the effects and their names in reports."""
     section = SteeringConfig.read(
         {"operator": operator, "placebos": ["reversed"], "max_new_tokens": 4, "prompts": ["a b", "c"]}, at="steering"
@@ -120,7 +119,7 @@ def table(n: int = 200, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def test_by_hand_a_factor_counts_alike_wherever_it_is():
+def test_matching_by_hand():
     features = pd.DataFrame(
         {
             "feature": [0, 1, 2, 3],
@@ -150,7 +149,7 @@ def test_it_agrees_with_scipys_distances():
         assert rows["placebo"].tolist() == [outside[i] for i in np.argsort(distances)[:5]]
 
 
-def test_no_placebo_is_of_the_domain_or_the_feature_itself():
+def test_placebos_are_outside_the_domain():
     found = matched_features(table(), [1, 2, 3], domain=range(50), n=4)
     assert found["placebo"].min() >= 50
     assert len(found) == 12

@@ -44,7 +44,7 @@ def test_philox_gives_the_known_answers(counter, key, expected):
 
 
 @pytest.mark.parametrize("d_vocab", [1, 3, 4, 5, D_VOCAB])
-def test_noise_at_tokens_is_the_whole_vocabularys_noise_there(d_vocab):
+def test_noise_at_tokens_equals_the_whole(d_vocab):
     cells = [NoiseCell(3, "Hello", 0), NoiseCell(3, "Hello", 1), NoiseCell(3, "Hello", 0)]
     ids = torch.randint(d_vocab, (3, 37), generator=torch.Generator().manual_seed(0))
     found = exponential_noise_at(cells, 7, ids)
@@ -60,7 +60,7 @@ def test_a_longer_vocabulary_begins_with_the_same_noise():
     assert torch.equal(exponential_noise(cell, 0, 50), exponential_noise(cell, 0, 61)[:50])
 
 
-def test_it_does_not_change_from_one_release_to_the_next():
+def test_noise_is_frozen():
     # Texts of studies depend on it: when these numbers must change, so must the steering stage's version.
     found = exponential_noise(NoiseCell(0, "Hi", 1), 2, 4)
     assert found.tolist() == pytest.approx(FROZEN, rel=1e-6)
@@ -157,7 +157,7 @@ def test_top_p_with_ties_keeps_the_lower_ids(top_p):
     assert next_tokens(logits, cells, 5, sampling).tolist() == reference_tokens(logits, cells, 5, sampling)
 
 
-def test_a_tiny_top_p_is_greedy_and_so_is_temperature_zero():
+def test_tiny_top_p_and_zero_temperature_are_greedy():
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
     cells = [NoiseCell(0, "p", 0)]
     assert next_tokens(logits, cells, 0, Sampling(top_p=1e-9)).tolist() == [1]
@@ -171,8 +171,8 @@ def test_draws_follow_the_softmax_within_the_set():
     drawn = next_tokens(logits, cells, 0, Sampling(top_p=0.7)).bincount(minlength=4)
     assert drawn[2:].tolist() == [0, 0]
     assert abs(drawn[0].item() / 6000 - 2 / 3) < 0.025  # 4 standard errors
-    drawn = next_tokens(logits, cells, 1, Sampling(top_p=1.0)).bincount(minlength=4) / 6000
-    assert torch.allclose(drawn, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.026)
+    drawn = next_tokens(logits[:1500], cells[:1500], 1, Sampling(top_p=1.0)).bincount(minlength=4) / 1500
+    assert torch.allclose(drawn, torch.tensor([0.5, 0.25, 0.125, 0.125]), atol=0.052)
 
 
 def test_forbidden_tokens_are_never_drawn():
@@ -183,7 +183,7 @@ def test_forbidden_tokens_are_never_drawn():
         assert next_tokens(logits, cells, 0, sampling).unique().tolist() == [7]
 
 
-def test_equal_cells_share_noise_and_different_ones_do_not():
+def test_only_equal_cells_share_noise():
     base = exponential_noise(NoiseCell(0, "Hello", 1), 3, 50)
     assert torch.equal(base, exponential_noise(NoiseCell(0, "Hello", 1), 3, 50))
     assert (base > 0).all()
@@ -196,7 +196,7 @@ def test_equal_cells_share_noise_and_different_ones_do_not():
         assert not torch.equal(base, exponential_noise(cell, step, 50))
 
 
-def test_rows_of_one_cell_draw_the_same_token_whatever_is_beside_them():
+def test_draws_do_not_depend_on_other_rows():
     generator = torch.Generator().manual_seed(3)
     row = torch.randn(1, 300, generator=generator)
     other = torch.randn(4, 300, generator=generator)

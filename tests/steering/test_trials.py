@@ -17,7 +17,6 @@ from pandas.testing import assert_frame_equal
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.steering import (
-    TRIAL_COLUMNS,
     AddVectors,
     Intervention,
     NoiseCell,
@@ -25,11 +24,11 @@ from saeffect.steering import (
     direct_effects,
     effects,
     generate,
-    random_direction,
     run_trials,
 )
 from saeffect.steering.outcomes import distinct_2, similarity
-from saeffect.steering.trials import features_of_process
+from saeffect.steering.placebos import random_direction
+from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process
 from steering import shared_trials
 from steering.shared_trials import FEATURES, PLAN, W_DEC
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, changed, n_hooks, site, tiny_model
@@ -44,7 +43,7 @@ def trials(lm):
     return run(lm)
 
 
-def test_one_row_per_feature_prompt_sample_condition_and_dose(trials):
+def test_rows_of_the_table(trials):
     assert tuple(trials.columns) == TRIAL_COLUMNS
     keys = ["feature", "prompt", "sample", "condition", "dose"]
     assert not trials.duplicated(keys).any()
@@ -85,7 +84,7 @@ def test_a_zero_dose_gives_the_unsteered_text(dtype):
     assert (texts["random"] == texts["unsteered"]).all()
 
 
-def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
+def test_unsteered_texts_share_the_steered_batch(lm, monkeypatch):
     """So that rounding, which depends on the batch, is the same on both sides of a difference."""
     from saeffect.steering import trials as module
 
@@ -102,7 +101,7 @@ def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
     assert batches == [(18, 2)] * 4 + [(10, 2)] * 2  # three chunks on two prompts, two unsteered samples in each
 
 
-def test_texts_do_not_depend_on_the_other_features_or_their_order(lm, trials):
+def test_texts_do_not_depend_on_other_features(lm, trials):
     alone = run(lm, features=FEATURES[FEATURES["feature"] == 5])
     assert_frame_equal(alone, trials[trials["feature"] == 5].reset_index(drop=True))
     assert_frame_equal(run(lm, features=FEATURES[::-1]), trials)
@@ -154,7 +153,7 @@ def test_unknown_top_tokens_give_nan(lm):
     assert run(lm, features=features)["similarity"].isna().all()
 
 
-def test_texts_that_end_at_once_are_empty_and_without_numbers():
+def test_empty_texts_have_no_numbers():
     lm = tiny_model()
     weight = torch.zeros(D_VOCAB)
     weight[END] = 1e3
@@ -221,7 +220,7 @@ def test_a_process_that_is_alone(lm, trials, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("n_features", [1, 2, 5, 12])
-def test_every_feature_has_one_process_and_chunks_stay_whole(n_features: int, world: int) -> None:
+def test_processes_share_whole_chunks(n_features: int, world: int) -> None:
     shares = [features_of_process(n_features, PLAN, rank, world) for rank in range(world)]
     assert sorted(i for share in shares for i in share) == list(range(n_features))
     for share in shares:

@@ -3,6 +3,10 @@
 SAEs of the control's model differ by their seed alone. Each of them is put in the treatment's place, and everything
 is compared again. What is found then is a false alarm. A test whose alarms are more frequent than its nominal rate
 cannot be believed when it finds something in the treatment.
+
+Beside it: how many findings chance alone would give (`chance_table`). "Chance" is not one thing: each row says which.
+For what is counted in whole SAEs it is another SAE of the control's model; for tests of single features it is a feature
+that does nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +17,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
+from scipy.stats import binom
 
-from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
+from saeffect.comparison.arms import ArmTables, Roles, pass_counts
+from saeffect.comparison.contrasts import Contrast, as_table, compared, pair_contrasts
+from saeffect.comparison.findings import MatchTables
 from saeffect.comparison.judgement import ALPHA, add_noise_p, judge
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import all_saes_contrast, control_saes
+from saeffect.diffing.cross_activity import activity_changes
 from saeffect.stats.arguments import LEVEL, Resampling
 from saeffect.stats.proportions import wilson
 
-__all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
+__all__ = ["CALIBRATED", "WITHIN", "calibration_table", "chance_table"]
 
 CALIBRATED = ("effect",)
 """Quantities that are calibrated whether declared or not."""
@@ -47,14 +56,10 @@ def calibration_table(
     """Alarms of every test where an SAE of the control's model takes the treatment's place.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
             "regression", and "fates_null" and "cross_activity" where there are such.
         tests: Declared quantities; those of `CALIBRATED` are added.
         alpha: Highest q of a finding about a feature.
-        min_matches: As of the contrasts.
-        resampling: As of the contrasts.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -161,9 +166,7 @@ def _as_a_study(
 ) -> list[Contrast]:
     """The contrasts of a study whose treatment has the held-out SAE, and its control the others; none if undefined."""
     control, *placebos = [sae for sae in saes if sae is not held_out]
-    asked = [("fine-tuning", control, held_out)]
-    for placebo in placebos:
-        asked += [("retraining", control, placebo), ("beyond retraining", placebo, held_out)]
+    asked = compared(control, held_out, placebos)
     rows = [(comparison, pairs[a.name, b.name].get(quantity)) for comparison, a, b in asked]
     known = [replace(row, comparison=comparison) for comparison, row in rows if row and math.isfinite(row.low)]
     if len(known) < len(rows):
@@ -258,3 +261,99 @@ def _row(
         "verdict": verdict,
         "reason": reason,
     }
+
+
+_ABSENT = {  # by side: the fate, and how it is called
+    "control": ("gone", "control's features without a counterpart"),
+    "treatment": ("new", "treatment's features that match nothing of the control's"),
+}
+
+
+def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTables, *, alpha: float) -> pd.DataFrame:
+    """What was found in the treatment, and how many such findings chance would give.
+
+    Args:
+        matches: Which feature became which.
+        alpha: Highest q of a finding about a single feature.
+
+    Returns:
+        One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time
+        from `low` to `high` (NaN where that is unknown, and `reason` says why); `bound`, whether `expected` is the
+        most that chance gives rather than its mean; `chance`, what chance is here; `source`, the table.
+    """
+    treatment, saes = arms[roles.treatment], control_saes(arms, roles)
+    rows = [_domain(treatment, saes), *_steered(treatment, alpha), *_absent(matches.fate_counts)]
+    return pd.DataFrame([*rows, *_fire_more(matches.cross_activity, alpha)])
+
+
+def _domain(treatment: ArmTables, saes: Sequence[ArmTables]) -> dict[str, Any]:
+    """Domain features of one more SAE of the control's model, as its SAEs so far predict."""
+    shares = np.array([len(sae.domain) / sae.n_features for sae in saes if sae.n_features])
+    n, source = treatment.n_features, "arms/*/selection.parquet: is_domain"
+    middle = float(shares.mean()) if len(shares) else math.nan
+    found = _finding("domain features", len(treatment.domain), n, n * middle, source)
+    if len(shares) < 2:
+        reason = "one SAE of the control's model does not show how much seeds differ"
+        return found | {"chance": "another SAE of the control's model", "reason": reason}
+    # A prediction for one SAE more: its own spread and that of the mean.
+    half = float(stdtrit(len(shares) - 1, (1 + LEVEL) / 2)) * float(shares.std(ddof=1)) * math.sqrt(1 + 1 / len(shares))
+    chance = f"one more SAE of the control's model, as its {len(shares)} SAEs predict"
+    return found | {"low": n * max(0.0, middle - half), "high": n * min(1.0, middle + half), "chance": chance}
+
+
+def _steered(treatment: ArmTables, alpha: float) -> Iterator[dict[str, Any]]:
+    counts, effects = pass_counts(treatment), treatment.effects
+    if effects is None or not counts.tested:
+        return
+    source = f"arms/{treatment.name}/effects.parquet"
+    n, n_low = counts.tested, int((pd.to_numeric(effects["p"], errors="coerce") <= alpha).sum())
+    found = _finding(f"steered features with p ≤ {alpha:g}", n_low, n, alpha * n, f"{source}: p")
+    yield found | _binomial(n, alpha) | {"chance": "steering that does nothing"}
+    name = f"steered features that pass (q ≤ {alpha:g})"
+    found = _finding(name, counts.passed, n, alpha * counts.passed, f"{source}: q, passed")
+    yield found | {"bound": True, "chance": "false ones among those that pass, as Benjamini-Hochberg allows"}
+    if n := counts.paper_tested:
+        name = "steered features that pass by the paper's rule"
+        found = _finding(name, counts.paper_passed, n, n / 2, f"{source}: paper_pass")
+        yield found | _binomial(n, 0.5) | {"chance": "one text against another of the same kind: heads or tails"}
+
+
+def _absent(counts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Features without a counterpart, beside an SAE of another seed."""
+    source = "comparison/fate_counts.parquet: n_treatment, n_placebo, excess"
+    for count in counts.to_dict("records"):
+        fate, name = _ABSENT[str(count["side"])]
+        if count["fate"] != fate or math.isnan(float(count["n_placebo"])):
+            continue
+        n, expected = float(count["n_treatment"]), float(count["n_placebo"])
+        found = _finding(f"{name}, {count['measure']}", n, int(count["n_features"]), expected, source)
+        found |= {"low": n - float(count["high"]), "high": n - float(count["low"])}
+        yield found | {"chance": "an SAE of another seed in the treatment's place", "reason": str(count["reason"])}
+
+
+def _fire_more(cross: pd.DataFrame, alpha: float) -> Iterator[dict[str, Any]]:
+    if cross.empty or cross["q"].notna().sum() == 0:
+        return
+    n_tested, n_found = int(cross["q"].notna().sum()), int((cross["q"] <= alpha).sum())
+    source = "comparison/cross_activity.parquet: q, difference, is_domain"
+    found = _finding(f"features that fire differently (q ≤ {alpha:g})", n_found, n_tested, alpha * n_found, source)
+    yield found | {"bound": True, "chance": "false ones among those found, as Benjamini-Hochberg allows"}
+    changes = activity_changes(cross, alpha=alpha)
+    more, domain = changes.more, changes.domain
+    if not domain.any() or domain.all():
+        return
+    n, share = int(domain.sum()), float(more[~domain].mean())
+    name = f"domain features that fire more (q ≤ {alpha:g})"
+    found = _finding(name, int(more[domain].sum()), n, n * share, source)
+    chance = f"as often as features outside the domain, {100 * share:.0f} % of which fire more"
+    yield found | _binomial(n, share) | {"chance": chance}
+
+
+def _finding(finding: str, found: float, among: int, expected: float, source: str) -> dict[str, Any]:
+    row = {"finding": finding, "found": float(found), "among": among, "expected": expected}
+    return row | {"low": math.nan, "high": math.nan, "bound": False, "chance": "", "source": source, "reason": ""}
+
+
+def _binomial(n: int, share: float) -> dict[str, float]:
+    tail = (1 - LEVEL) / 2
+    return {"low": float(binom.ppf(tail, n, share)), "high": float(binom.ppf(1 - tail, n, share))}

@@ -8,8 +8,7 @@ import pandas as pd
 
 from saeffect.comparison import tables
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
-from saeffect.comparison.by_chance import chance_table
-from saeffect.comparison.calibration import calibration_table
+from saeffect.comparison.calibration import calibration_table, chance_table
 from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
@@ -41,7 +40,6 @@ def compare(
 
     Args:
         arms: The arms by name: one control, one treatment, any number of placebos.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
         alpha: Highest q at which the tested features were said to pass, and of findings about single features.
         seed: Seed of every resample.
         n_boot: Resamples of an interval.

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, untested_reason
 from saeffect.comparison.judgement import PRIMARY
-from saeffect.comparison.measures import untested_reason
 from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity, sae_value
 from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
 from saeffect.stats.bootstrap import Average, bootstrap_difference
@@ -27,9 +26,9 @@ from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.permutation import permutation_test
 from saeffect.stats.proportions import newcombe_difference, risk_ratio
 
-__all__ = ["COMPARISONS", "ONE_SAE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
+__all__ = ["ONE_SAE", "Contrast", "as_table", "compared", "contrasts", "pair_contrasts"]
 
-COMPARISONS = ("fine-tuning", "retraining", "beyond retraining")
+_T = TypeVar("_T")
 ONE_SAE = "one SAE on either side: the interval does not hold the noise of SAE training"
 _BY_FEATURES = "bootstrap over features, permutation test"
 
@@ -117,27 +116,30 @@ def contrasts(
 ) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        resampling: Seed and number of resamples.
-        tests: Quantities that were declared beforehand.
-
     Returns:
         One row per quantity and pair of arms, columns as the fields of `Contrast`.
         Shares and rates are from 0 to 1.
     """
-    treatment, control = arms[roles.treatment], arms[roles.control]
-    pairs = [("fine-tuning", control, treatment)]
-    for name in roles.placebos:
-        pairs += [("retraining", control, arms[name]), ("beyond retraining", arms[name], treatment)]
+    control, treatment, *placebos = [arms[name] for name in roles.ordered]
     rows = [
         row
-        for comparison, a, b in pairs
+        for comparison, a, b in compared(control, treatment, placebos)
         for row in pair_contrasts(comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling)
     ]
     return as_table(rows, tests)
+
+
+def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
+    """What is compared with what, each with the name of the comparison.
+
+    Example:
+        >>> compared("base", "tuned", ["again"])[1:]
+        [('retraining', 'base', 'again'), ('beyond retraining', 'again', 'tuned')]
+    """
+    pairs = [("fine-tuning", control, treatment)]
+    for placebo in placebos:
+        pairs += [("retraining", control, placebo), ("beyond retraining", placebo, treatment)]
+    return pairs
 
 
 def pair_contrasts(

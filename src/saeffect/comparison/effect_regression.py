@@ -47,10 +47,6 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
     Features without an effect, a coherence or an activity are left out. A property that is the same in every
     feature has no estimate, and the others are fitted without it.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-
     Source:
         Least squares with HC3 or cluster-robust errors (`saeffect.stats.ols_robust`); partial residuals after
         Larsen & McCleary (1972).

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, steered_minus_placebo
 from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
-from saeffect.comparison.measures import steered_minus_placebo
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import control_saes
 from saeffect.stats import independent_values
@@ -44,12 +43,8 @@ def power_table(
     """The smallest difference of treatment and control that each declared test would have found.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         contrasts: As `contrasts` gives it, with the rows over seeds; what was observed is read from there.
-        tests: Declared quantities.
         alpha: Highest q at which a steered feature passes.
-        min_matches: As of the contrasts.
 
     Returns:
         One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test

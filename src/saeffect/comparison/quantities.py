@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
+from saeffect.comparison.arms import (
+    ArmTables,
     activity_of,
     coherence_of,
     direct_effect_of,
@@ -262,7 +262,6 @@ def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
     Args:
         quantity: A name; others than those of `QUANTITIES` have no such number.
         arm: The SAE.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
 
     Returns:
         NaN where the SAE has nothing to count or average, and for what only a pair of SAEs has.

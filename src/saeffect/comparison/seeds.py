@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast
+from saeffect.comparison.contrasts import Contrast, compared
 from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.comparison.quantities import QUANTITIES, Quantity, sae_value
 from saeffect.stats.arguments import LEVEL, Resampling
@@ -43,12 +43,6 @@ def seed_contrasts(
     the control cancels: "beyond retraining" is treatment against placebo. Where no arm has more than one SAE, only
     "all seeds" is left: the treatment's against the control's and the placebos'.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: As of `contrasts`.
-        resampling: Seed and number of resamples.
-
     Returns:
         Rows as of `contrasts`. Where a side has a single SAE the row's `remark` says what that means: its interval
         does not hold the noise of SAE training, or, for "all seeds", takes it to be that of the other side.
@@ -58,11 +52,8 @@ def seed_contrasts(
     known = control_saes(arms, roles)
     if len(known) + len(treatment) < 3:
         return []
-    pairs = []
-    if any(len(found) > 1 for found in saes.values()):
-        pairs.append(("fine-tuning", control, treatment))
-        for name in roles.placebos:
-            pairs += [("retraining", control, saes[name]), ("beyond retraining", saes[name], treatment)]
+    several = any(len(found) > 1 for found in saes.values())
+    pairs = compared(control, treatment, [saes[name] for name in roles.placebos]) if several else []
     nested = [
         replace(quantity, label=quantity.label.format(min_matches=min_matches))
         for quantity in QUANTITIES.values()
@@ -82,7 +73,6 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         quantity: As in the contrasts.
         a: SAEs of the one model, first the arm's own.
         b: SAEs of the other.
-        min_matches: As of `contrasts`.
 
     Returns:
         The row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have
@@ -163,7 +153,7 @@ def _mean_over_seeds(
     absent = f"nothing to average in {', '.join(missing)}" if missing else ""
     used = [name for name in names if name not in missing]
     if not used:
-        return NestedMean(float("nan"), np.empty(0), np.empty(0), "sae_seed", absent), len(names), absent
+        return NestedMean(float("nan"), np.empty(0), np.empty(0), absent), len(names), absent
     levels = [values[name].index.to_frame(index=False).assign(sae_seed=name) for name in used]
     # Whatever is below the SAE but the innermost level, which the values themselves are.
     outer = [level for level in values[used[0]].index.names[:-1] if level is not None]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
+from saeffect.comparison.arms import (
+    ArmTables,
     coherence_of,
     condition_similarities,
     effect_of,
@@ -30,11 +30,6 @@ __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
 
 def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
     """Domain features, how many pass when steered, and the similarities: the paper's Table 1, one row an arm.
-
-    Args:
-        arms: The arms, in the order of the rows.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        resampling: Seed and number of resamples.
 
     Returns:
         Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`,
@@ -77,10 +72,6 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
 
 def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataFrame:
     """Coherence of the domain features: the paper's Table 2, one row an arm.
-
-    Args:
-        arms: The arms, in the order of the rows.
-        resampling: Seed and number of resamples.
 
     Returns:
         `n_defined` and `n_undefined` count domain features with and without a coherence; mean and median with

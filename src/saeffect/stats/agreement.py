@@ -30,16 +30,11 @@ def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, 
     Args:
         a: Length n, the first rater's label of each item; labels are anything hashable.
         b: Length n, the second rater's labels of the same items in the same order.
-        level: Confidence, between 0 and 1.
 
     Returns:
         Kappa, at most 1, with n the number of items. NaN for no items, missing labels, or when both raters
         gave one and the same label throughout (chance alone explains that). No interval when they agree on
         everything.
-
-    Raises:
-        ShapeMismatch: The raters judged different numbers of items.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Cohen (1960); the large-sample standard error of Fleiss, Cohen & Everitt (1969) through statsmodels.
@@ -91,18 +86,10 @@ def krippendorff_alpha(
         ratings: One row an item, one column a rater; None or NaN where a rater did not judge the item.
         metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the
             more ranks lie between; "interval": the squared difference. The last two need numbers.
-        n_boot: Resamples of items for the interval; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator.
 
     Returns:
         Alpha, at most 1, with n the items that at least two raters judged (others cannot show agreement). NaN
         when there are none or only one label occurs; no interval where resampling items cannot give one.
-
-    Raises:
-        ShapeMismatch: `ratings` is not a table.
-        Undefined: "ordinal" or "interval" with labels that are not numbers.
-        ConfigError: An option is not valid.
 
     Source:
         Krippendorff (2011), Computing Krippendorff's alpha-reliability. The interval resamples items whole.

@@ -43,19 +43,19 @@ ALTERNATIVES = ("greater", "less", "two-sided")
 
 @dataclass(frozen=True)
 class Resampling:
-    """How much a study resamples, and from which seed."""
+    """How much a study resamples, and from which seed.
+
+    Example:
+        >>> Resampling(seed=1).seed_for("coherence") == Resampling(seed=2).seed_for("coherence")
+        False
+    """
 
     seed: int = 0
     n_boot: int = 2_000
     n_permutations: int = 10_000
 
     def seed_for(self, *names: str) -> int:
-        """A seed of its own for each named number, so that adding one row leaves the others as they were.
-
-        Example:
-            >>> Resampling(seed=1).seed_for("coherence") == Resampling(seed=1).seed_for("coherence")
-            True
-        """
+        """A seed of its own for each named number, so that adding one row leaves the others as they were."""
         key = zlib.crc32("|".join(names).encode())
         return int(np.random.SeedSequence([self.seed, key]).generate_state(1)[0])
 

@@ -48,18 +48,10 @@ def bootstrap(
     Args:
         values: Shape [n], independent draws.
         statistic: "mean" or "median".
-        n_boot: Resamples; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator; equal seeds give equal intervals.
 
     Returns:
         In the unit of the values, with n their number. All NaN for no values or for NaN among them; no interval for
         one value, or when all values are equal (resampling cannot see a spread then).
-
-    Raises:
-        ShapeMismatch: `values` is not one-dimensional.
-        UnknownName: No such statistic.
-        ConfigError: `n_boot`, `level` or `seed` is out of range.
 
     Source:
         Efron (1987), Better bootstrap confidence intervals; the acceleration is by the jackknife.
@@ -94,17 +86,10 @@ def bootstrap_means(
 
     Args:
         rows: Shape [n_rows, n], independent draws along a row.
-        n_boot: Resamples; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator.
 
     Returns:
         Ends of the intervals, low and high, float64 [n_rows]. NaN for fewer than two values a row, for rows with NaN or
         infinity, and for rows of equal values (resampling cannot see a spread then).
-
-    Raises:
-        ShapeMismatch: `rows` is not two-dimensional.
-        ConfigError: `n_boot`, `level` or `seed` is out of range.
 
     Source:
         Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
@@ -148,18 +133,10 @@ def bootstrap_difference(
         a: Shape [n_a], the reference sample.
         b: Shape [n_b], the other sample, independent of `a` (for pairs, bootstrap their differences).
         statistic: "mean" or "median".
-        n_boot: Resamples of each sample; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator.
 
     Returns:
         statistic(b) - statistic(a) with n = n_a + n_b. All NaN when a sample is empty or holds NaN; no
         interval when a sample has one value, or neither sample varies.
-
-    Raises:
-        ShapeMismatch: A sample is not one-dimensional.
-        UnknownName: No such statistic.
-        ConfigError: `n_boot`, `level` or `seed` is out of range.
 
     Source:
         Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
@@ -203,17 +180,10 @@ def cluster_bootstrap(
     Args:
         values: Shape [n].
         clusters: Length n, the label of each value's cluster; anything hashable.
-        n_boot: Resamples; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator.
 
     Returns:
         The mean over all values, with n the number of clusters. All NaN for no values, NaN among them or
         missing labels; no interval for a single cluster, or when all values are equal.
-
-    Raises:
-        ShapeMismatch: `values` and `clusters` differ in length.
-        ConfigError: `n_boot`, `level` or `seed` is out of range.
 
     Source:
         Field & Welsh (2007), Bootstrapping clustered data (the cluster bootstrap).
@@ -252,7 +222,6 @@ def expanded_shares(level: float, n_drawn: int) -> list[float]:
     Resamples of n units spread too little by (n - 1) / n, and normal quantiles are too near for few of them.
 
     Args:
-        level: Confidence, between 0 and 1.
         n_drawn: Units resampled, those of the smaller sample; at least 2.
     """
     reach = float(stdtrit(n_drawn - 1, (1 + level) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))

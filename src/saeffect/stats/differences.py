@@ -29,8 +29,6 @@ def clustered_difference(
         a: Values [n] and the cluster of each [n], first arm.
         b: The same of the second arm.
         moment: "mean" or "variance" (ddof 1).
-        resampling: Seed and number of resamples.
-        name: Names this number; gives it a random stream of its own.
 
     Returns:
         The difference b - a, and the change 100 (b / a - 1) in %. Expanded percentile intervals from resampling whole
@@ -72,8 +70,6 @@ def count_difference(a: IntArray, b: IntArray, resampling: Resampling, name: str
     Args:
         a: Counts of the first arm, int64 [n_a], not negative.
         b: Counts of the second arm, int64 [n_b].
-        resampling: Seed and number of resamples.
-        name: Names this number; gives it a random stream of its own.
 
     Example:
         >>> count_difference(np.array([0, 0, 1]), np.array([2, 2, 3]), Resampling(), "x").value
@@ -103,8 +99,6 @@ def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str
     Args:
         a: Finite values of the first arm, float64 [n_a].
         b: Finite values of the second arm, float64 [n_b].
-        resampling: Seed and number of resamples.
-        name: Names this number; gives it a random stream of its own.
 
     Returns:
         P(b > a) - P(b < a), with an expanded percentile interval and the p of the Mann-Whitney test. All NaN when an

@@ -49,10 +49,6 @@ def sign_flip_many(
         p, float64, shape [n_features]; n pairs give no less than 1 / 2**n, and 1 where all differences are zero. NaN
         for rows that hold NaN or infinity, and for all when n_pairs is 0.
 
-    Raises:
-        ShapeMismatch: `differences` is not two-dimensional.
-        ConfigError: `alternative`, `n_permutations` or `seed` is not valid.
-
     Example:
         >>> sign_flip_many([[1, 2, 3, 4], [-1, 2, 3, 4], [1, 2, float("nan"), 4]])
         array([0.0625, 0.125 ,    nan])
@@ -85,16 +81,9 @@ def permutation_test(
         a: Shape [n_a], the reference group.
         b: Shape [n_b], the other group, independent of `a`.
         statistic: "mean" or "median": what is compared.
-        n_permutations: Random splits.
-        seed: Integer or numpy Generator.
 
     Returns:
         Two-sided p of statistic(b) - statistic(a). All values equal: 1. NaN when a group is empty or holds NaN.
-
-    Raises:
-        ShapeMismatch: A group is not one-dimensional.
-        UnknownName: No such statistic.
-        ConfigError: `n_permutations` or `seed` is not valid.
 
     Example:
         >>> permutation_test([1, 2, 3], [4, 5, 6])  # 2 of the 20 splits

@@ -59,11 +59,6 @@ def detectable_mean_difference(
         spread: Pooled standard deviation, unit of the data.
         n_a: Independent units of the first group.
         n_b: Of the second.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-
-    Raises:
-        ConfigError: `alpha` or `power` is not between 0 and 1, or power is not above alpha.
 
     Source:
         Cohen (1988), Statistical Power Analysis, chapter 2.
@@ -89,12 +84,6 @@ def detectable_few_means(
         spread: Standard deviation within a group, the same in both.
         n_a: Values of the first group.
         n_b: Of the second; one of the groups may have a single value.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-        seed: Of the simulation.
-
-    Raises:
-        ConfigError: As `detectable_mean_difference`.
 
     Example:
         >>> round(detectable_few_means(1.0, 3, 3).difference, 1), round(detectable_few_means(1.0, 2, 1).difference, 0)
@@ -125,11 +114,6 @@ def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power:
     Args:
         spread: Standard deviation of the differences.
         n: How many.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-
-    Raises:
-        ConfigError: As `detectable_mean_difference`.
 
     Source:
         Cohen (1988), chapter 2.
@@ -151,14 +135,9 @@ def detectable_proportion_difference(
         p_a: The reference proportion, 0 to 1.
         n_a: Trials behind it.
         n_b: Trials of the other.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
 
     Returns:
         `difference` is how far above `p_a` the other must be, NaN where 1 is not far enough.
-
-    Raises:
-        ConfigError: As `detectable_mean_difference`, or `p_a` is not from 0 to 1.
 
     Source:
         Cohen (1988), chapter 6 (effect size h).

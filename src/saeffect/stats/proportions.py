@@ -21,15 +21,10 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
     Args:
         k: Successes, 0 to n.
         n: Trials.
-        level: Confidence, between 0 and 1.
 
     Returns:
         Between 0 and 1, ends included; the interval has a width even for 0 of n and n of n. NaN for no
         trials.
-
-    Raises:
-        Undefined: The counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Wilson (1927), the score interval.
@@ -57,15 +52,10 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
         n_a: Trials in a.
         k_b: Successes in b.
         n_b: Trials in b, independent of those in a.
-        level: Confidence, between 0 and 1.
 
     Returns:
         p_b - p_a, between -1 and 1, with n = n_a + n_b and the two-sided p of Fisher's exact test. NaN when a group has
         no trials.
-
-    Raises:
-        Undefined: Counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Newcombe (1998), method 10: the Wilson intervals of both groups combined.
@@ -94,15 +84,10 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
         n_a: Trials in a.
         k_b: Successes in b.
         n_b: Trials in b, independent of those in a.
-        level: Confidence, between 0 and 1.
 
     Returns:
         p_b / p_a, at least 0, with n = n_a + n_b. NaN when a group has no trials or a has no successes. No
         interval when b has no successes, or when every trial of both groups succeeded.
-
-    Raises:
-        Undefined: Counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Katz et al. (1978): normal interval for the logarithm of the ratio.

@@ -33,17 +33,12 @@ def ols_robust(
         y: Shape [n], the outcome.
         X: n rows; columns of numbers or booleans (code categories as 0 and 1). Rows go with `y` by position.
         clusters: Length n, the label of each row's cluster (a prompt, an SAE), or None for independent rows.
-        level: Confidence, between 0 and 1.
 
     Returns:
         One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided,
         for "no association"), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t is used
         with n - n_terms degrees of freedom, or n_clusters - 1. With clusters a term that a single one of them
         determines has no error.
-
-    Raises:
-        ShapeMismatch: `y`, `X` and `clusters` differ in length.
-        ConfigError: A column is not numeric, is called "intercept", or occurs twice.
 
     Source:
         MacKinnon & White (1985) for HC3, through statsmodels. For clusters the jackknife that leaves out one after

@@ -58,15 +58,10 @@ def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
 
     Args:
         values: Shape [n], independent draws; for pairs, their differences.
-        level: Confidence, between 0 and 1.
 
     Returns:
         In the unit of the values, with n their number. All NaN for no values or for NaN among them; no interval
         for one value, or when all are equal.
-
-    Raises:
-        ShapeMismatch: `values` is not one-dimensional.
-        ConfigError: `level` is out of range.
 
     Source:
         Student (1908), The probable error of a mean.
@@ -105,16 +100,11 @@ def cautious_difference(a: npt.ArrayLike, b: npt.ArrayLike, *, level: float = 0.
     Args:
         a: Shape [n_a], the reference sample.
         b: Shape [n_b], the other sample, independent of `a`.
-        level: Confidence, between 0 and 1.
 
     Returns:
         mean(b) - mean(a) with n the values of the smaller side, and the larger of the two p for equal means: below 0.05
         exactly where the 95 % interval leaves 0 out. All NaN when a sample is empty or holds NaN; no interval and p for
         fewer than three values, or when neither side varies.
-
-    Raises:
-        ShapeMismatch: A sample is not one-dimensional.
-        ConfigError: `level` is out of range.
 
     Source:
         Student (1908), The probable error of a mean; Welch (1947), The generalization of 'Student's' problem.

@@ -10,24 +10,23 @@ from them: `effects` (a line a feature), `outcome_effects` (a line a feature, ou
 from __future__ import annotations
 
 from saeffect.steering.actions import obstacles
-from saeffect.steering.baselines import MeanDifferences, naming_prompt, run_baselines
+from saeffect.steering.baselines import MeanDifferences, run_baselines
 from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
 from saeffect.steering.encoders import RememberedVectors, TextVectors, load_text_vectors
-from saeffect.steering.generate import continue_prompts, generate
-from saeffect.steering.operators import AddVectors, Intervention, SetFeatures
+from saeffect.steering.generate import generate
+from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named, score_texts
-from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features, random_direction
+from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features
 from saeffect.steering.plan import Site, SteeringPlan, check_names, features_together
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens
-from saeffect.steering.trials import TRIAL_COLUMNS, direct_effects, run_trials
+from saeffect.steering.trials import direct_effects, run_trials
 
 __all__ = [
     "BASELINES",
     "OUTCOMES",
     "PLACEBOS",
     "RESPONSE_COLUMNS",
-    "TRIAL_COLUMNS",
     "AddVectors",
     "Intervention",
     "MeanDifferences",
@@ -36,13 +35,11 @@ __all__ = [
     "Placebo",
     "RememberedVectors",
     "Sampling",
-    "SetFeatures",
     "Site",
     "SteeringPlan",
     "TextVectors",
     "best_dose",
     "check_names",
-    "continue_prompts",
     "control_label",
     "direct_effects",
     "dose_response",
@@ -51,12 +48,10 @@ __all__ = [
     "generate",
     "load_text_vectors",
     "matched_features",
-    "naming_prompt",
     "next_tokens",
     "obstacles",
     "outcome_effects",
     "outcome_named",
-    "random_direction",
     "run_baselines",
     "run_trials",
     "score_doses",

@@ -55,11 +55,7 @@ class Actions:
     placebo_features: Mapping[str, Mapping[int, Sequence[Any]]]
 
     def operator(self, rows: Sequence[ActionRow]) -> Operator:
-        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit.
-
-        Raises:
-            SaeffectError: A row is impossible, see `obstacle`.
-        """
+        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit."""
         if self.plan.operator == "add":
             return AddVectors(torch.stack([self._vector(row) for row in rows]))
         return self._setting(rows)
@@ -85,12 +81,7 @@ class Actions:
         return self.length(feature, dose) / self.norm(feature)
 
     def norm(self, feature: int) -> float:
-        """Length of the feature's decoder row, or of the sum of its members' rows.
-
-        Raises:
-            BadFile: The row holds NaN or infinity.
-            Undefined: The row is zero: it has no direction.
-        """
+        """Length of the feature's decoder row, or of the sum of its members' rows; `Undefined` for zero."""
         return _length(self._row(self.members[feature]), feature)
 
     def unit(self, feature: int, condition: str, draw: Draw = ()) -> Tensor:
@@ -102,11 +93,7 @@ class Actions:
         return row.cpu() / _length(row, feature)
 
     def pushed(self, feature: int, condition: str, draw: Draw) -> tuple[int, ...]:
-        """The SAE's features that a trial pushes: the feature's members, or those of its placebo.
-
-        Raises:
-            EmptySelection: The feature has no placebo features.
-        """
+        """The SAE's features that a trial pushes: the feature's members, or those of its placebo."""
         if condition not in self.placebo_features:
             return self.members[feature]
         placebos = self.placebo_features[condition].get(feature, ())
@@ -192,14 +179,7 @@ def _length(row: Tensor, feature: int) -> float:
 
 
 def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
-    """The actions of a plan on a feature table.
-
-    Args:
-        site: Model, hook, and what is there.
-        features: Columns feature; those of the planned placebos (`SteeringPlan.placebo_columns`); members (list of
-            int) where rows stand for several features at once.
-        plan: What is to be run.
-        columns: What else the table must hold.
+    """The actions of a plan on a feature table, which must hold `columns` and those of the planned placebos.
 
     Raises:
         ConfigError: The operator needs the SAE or the features' maxima, and the site has them not.
@@ -227,11 +207,7 @@ def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: 
 
 
 def obstacles(site: Site, features: pd.DataFrame, plan: SteeringPlan) -> dict[tuple[int, str], str]:
-    """Which features cannot be steered under which condition, and why; `run_trials` leaves these out.
-
-    Returns:
-        Reason by (feature, condition).
-    """
+    """Why features cannot be steered, by (feature, condition); `run_trials` leaves these out."""
     made = actions_of(site, features, plan)
     found = {(feature, c): made.obstacle(feature, c) for feature in made.members for c in plan.conditions}
     return {key: reason for key, reason in found.items() if reason}

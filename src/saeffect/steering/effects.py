@@ -27,7 +27,7 @@ _ORDER = (
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
-# What `summarise_pairs` calls them, and what they are called beside the primary effect.
+# What the summary calls them, and what they are called beside the primary effect.
 _SHUFFLED = {
     "effect": "shuffled_effect",
     "effect_low": "shuffled_low",
@@ -39,9 +39,9 @@ _LONG = (
     *("unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared", "primary", "reason"),
 )
 _KEYS = ["feature", "prompt", "sample"]
-_MEANS = ("unsteered_mean", "steered_mean", "placebo_mean")
-_NUMBERS = (*_MEANS, "effect", "effect_low", "effect_high", "reversed_share")
-_NO_DOSE = (UNSTEERED, "prompt")
+_NUMBERS = (
+    *("unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high", "reversed_share"),
+)
 
 
 def effects(
@@ -65,8 +65,8 @@ def effects(
     Args:
         trials: As `run_trials` gives.
         direct: As `direct_effects` gives; None leaves its columns NaN.
-        alpha: Share of false findings among the passed features that is put up with.
-        seed: For random sign patterns.
+        alpha: FDR level.
+        seed: For random sign patterns and resamples.
         dose: Which dose is tested; not needed when the trials hold one.
         placebo: The condition to compare with.
         outcome: A name in `OUTCOMES`, or a measure under another operator than "add": an ablation takes a concept
@@ -99,20 +99,23 @@ def effects(
         raise ConfigError(f"alpha must be between 0 and 1. Got {alpha}.", at="alpha")
     measure = outcome_named(outcome) if isinstance(outcome, str) else outcome
     similar = OUTCOMES["similarity"].under(measure.operator)
-    _check_columns(trials)
     dose = _tested_dose(trials, dose)
-    wide = _paired_values(trials, direct, measure, dose=dose, placebo=placebo)
-    table = _summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+    table = _summary(_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
     table["passed"] = table["q"] <= alpha
-    texts = _paired_values(trials, direct, similar, dose=dose, placebo=SHUFFLED)
+    texts = _pairs(trials, direct, similar, dose, SHUFFLED)
     # Prompt 0, sample 0: the paper looks at one text of each kind.
     first = texts.groupby(level="feature").nth(0).droplevel(["prompt", "sample"])
-    ends = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
-    table["paper_pass"] = table["feature"].map(first[ends[0]] > first[ends[1]]).eq(True)
-    shuffled = _summarise_pairs(texts, similar, seed=seed).set_index("feature")
-    beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | _direct(direct, dose, placebo)
+    higher, lower = (UNSTEERED, STEERED) if similar.alternative == "less" else (STEERED, UNSTEERED)
+    shuffled = _summary(texts, similar, seed).set_index("feature")
+    beside = {new: shuffled[name] for name, new in _SHUFFLED.items()} | {
+        "paper_pass": first[higher] > first[lower],
+        "direct_effect": _direct_means(direct, dose, STEERED, "delta_logprob"),
+        "direct_placebo": _direct_means(direct, dose, placebo, "delta_logprob"),
+        "kl": _direct_means(direct, dose, STEERED, "kl"),
+    }
     for name, values in beside.items():
-        table[name] = math.nan if values is None else table["feature"].map(values)
+        table[name] = table["feature"].map(values)
+    table["paper_pass"] = table["paper_pass"].eq(True)
     return table.assign(outcome=measure.name, placebo=placebo)[list(_ORDER)]
 
 
@@ -130,13 +133,12 @@ def outcome_effects(
     """Effect of each feature on every outcome that was measured, against every control.
 
     Args:
-        trials: As `run_trials` and `score_texts` give; outcomes without a column are not there.
+        trials: As `run_trials` and `score_texts` give; outcomes without a column are left out.
         direct: As `direct_effects` gives; None leaves its outcomes out.
         declared: Outcomes that were declared before the run, the primary one first.
         placebos: Conditions to compare with, the primary one first. Where the trials have it, similarity is
             also compared with "shuffled": the same texts against another feature's top tokens.
-        seed: For random sign patterns.
-        dose: Which dose is tested; not needed when the trials hold one.
+        seed: As in `effects`, and so is `dose`.
         operator: What was done: "add", "clamp" or "ablate".
         obstacles: As in `effects`.
 
@@ -153,62 +155,39 @@ def outcome_effects(
     """
     for name in declared:
         outcome_named(name)
-    _check_columns(trials)
     dose = _tested_dose(trials, dose)
     frames = []
-    for name, measure in ((name, plain.under(operator)) for name, plain in OUTCOMES.items()):
+    for measure in (plain.under(operator) for plain in OUTCOMES.values()):
         if direct is None if measure.direct else measure.column not in trials:
             continue
         controls = [*placebos, *([SHUFFLED] if f"{measure.column}_shuffled" in trials else [])]
         for placebo in controls:
-            wide = _paired_values(trials, direct, measure, dose=dose, placebo=placebo)
-            table = _summarise_pairs(wide, measure, seed=seed, obstacles=obstacles)
+            table = _summary(_pairs(trials, direct, measure, dose, placebo), measure, seed, obstacles)
             table = table.rename(columns={"effect_low": "low", "effect_high": "high"})
-            is_primary = name == next(iter(declared), None) and placebo == next(iter(placebos), None)
-            frames.append(
-                table.assign(
-                    outcome=name,
-                    placebo=placebo,
-                    alternative=measure.alternative,
-                    unit=measure.unit,
-                    declared=name in declared,
-                    primary=is_primary,
-                )
-            )
-    if not frames:
-        return pd.DataFrame(columns=list(_LONG))
-    return pd.concat(frames, ignore_index=True)[list(_LONG)]
+            is_primary = [measure.name, placebo] == [*declared[:1], *placebos[:1]]
+            table = table.assign(outcome=measure.name, placebo=placebo, primary=is_primary)
+            table = table.assign(alternative=measure.alternative, unit=measure.unit, declared=measure.name in declared)
+            frames.append(table[list(_LONG)])
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_LONG))
 
 
-def _check_columns(trials: pd.DataFrame) -> None:
-    needed = ("feature", "prompt", "sample", "condition", "dose", "similarity")
-    missing = [name for name in needed if name not in trials]
+def _check_columns(trials: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in trials]
     if missing:
         raise ShapeMismatch(f"the trials lack the column(s) {', '.join(missing)}.", at="trials")
 
 
-def _direct(direct: pd.DataFrame | None, dose: float, placebo: str) -> dict[str, pd.Series[float] | None]:
-    """Means over prompts by feature."""
+def _direct_means(direct: pd.DataFrame | None, dose: float, condition: str, column: str) -> pd.Series[float]:
+    """Means over prompts by feature; empty where there is nothing."""
     if direct is None:
-        return dict.fromkeys(("direct_effect", "direct_placebo", "kl"))
-    rows = direct[direct["dose"] == dose]
-    means = {
-        c: rows[rows["condition"] == c].groupby("feature")[["delta_logprob", "kl"]].mean() for c in (STEERED, placebo)
-    }
-    return {
-        "direct_effect": means[STEERED]["delta_logprob"],
-        "direct_placebo": means[placebo]["delta_logprob"],
-        "kl": means[STEERED]["kl"],
-    }
+        return pd.Series(dtype=np.float64)
+    rows = direct[(direct["dose"] == dose) & (direct["condition"] == condition)]
+    return rows.groupby("feature")[column].mean()
 
 
 def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
-    """The dose given, or the only one in the trials.
-
-    Raises:
-        ConfigError: There are several and none is given, or not the one given.
-        EmptySelection: No dose is given and nothing was steered.
-    """
+    """The dose given, or the only one in the trials."""
+    _check_columns(trials, (*_KEYS, "condition", "dose", "similarity"))
     found = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
     if not found and dose is None:
         raise EmptySelection("there are no steered trials.", at="trials", fix="run the interventions first.")
@@ -220,44 +199,34 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
     return dose
 
 
-def _paired_values(
-    trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, *, dose: float, placebo: str
+def _pairs(
+    trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair and condition.
+    """An outcome by pair (feature, prompt, sample) and condition (unsteered, steered, placebo); NaN where none is.
 
-    Args:
-        trials: As `run_trials` gives, with the outcome's column.
-        direct: As `direct_effects` gives; None leaves its outcomes without values.
-        measure: Which outcome.
-        dose: At which dose.
-        placebo: A condition of the trials, or "shuffled": what steering did to the similarity to another
-            feature's top tokens stands in the placebo's place.
-
-    Returns:
-        Index feature, prompt, sample; columns unsteered, steered and the placebo's name, float64, NaN where
-        there is none. Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered.
-
-    Raises:
-        ShapeMismatch: A column is missing, or a trial is there twice.
+    Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered. For "shuffled" the change of the similarity
+    to another feature's top tokens stands in the placebo's place.
     """
     columns = [UNSTEERED, STEERED, placebo]
+    source = trials
     if measure.direct:
-        return _direct_pairs(trials, direct, measure.column, dose, placebo)
-    needed = [*_KEYS, "condition", "dose", measure.column]
-    missing = [name for name in needed if name not in trials]
-    if missing:
-        raise ShapeMismatch(f"the trials lack the column(s) {', '.join(missing)}.", at="trials")
-    rows = trials[(trials["condition"].isin(_NO_DOSE) | (trials["dose"] == dose)) & trials["condition"].isin(columns)]
+        source = trials.head(0).assign(**{measure.column: math.nan}) if direct is None else direct.assign(sample=0)
+    _check_columns(source, [measure.column])
+    at_dose = (source["dose"] == dose) | source["condition"].isin([UNSTEERED, "prompt"])  # those have none
+    rows = source[at_dose & source["condition"].isin(columns)]
     if rows.duplicated([*_KEYS, "condition"]).any():
         raise ShapeMismatch("a trial is there twice: same feature, prompt, sample, condition and dose.", at="trials")
     wide = _wide(rows, measure.column, columns)
+    if measure.direct:
+        pairs = trials[["feature", "prompt"]].drop_duplicates().assign(sample=0)
+        wide = wide.reindex(pd.MultiIndex.from_frame(pairs[_KEYS]).sort_values())
+        wide[UNSTEERED] = 0.0
     if measure.logarithm:
         wide = np.log(wide.where(wide > 0))
-    if placebo == SHUFFLED:
-        other = f"{measure.column}_shuffled"
-        if other in rows:
-            gains = _wide(rows, other, columns)
-            wide[SHUFFLED] = wide[UNSTEERED] + gains[STEERED] - gains[UNSTEERED]
+    other = f"{measure.column}_shuffled"
+    if placebo == SHUFFLED and other in rows:
+        gains = _wide(rows, other, columns)
+        wide[SHUFFLED] = wide[UNSTEERED] + gains[STEERED] - gains[UNSTEERED]
     return wide
 
 
@@ -266,47 +235,16 @@ def _wide(rows: pd.DataFrame, column: str, conditions: list[str]) -> pd.DataFram
     return wide.reindex(columns=conditions).sort_index()
 
 
-def _direct_pairs(
-    trials: pd.DataFrame, direct: pd.DataFrame | None, column: str, dose: float, placebo: str
-) -> pd.DataFrame:
-    pairs = trials[["feature", "prompt"]].drop_duplicates()
-    index = pd.MultiIndex.from_frame(pairs.assign(sample=0)[_KEYS]).sort_values()
-    wide = pd.DataFrame(math.nan, index=index, columns=[UNSTEERED, STEERED, placebo])
-    if direct is None:
-        return wide
-    for condition in (STEERED, placebo):
-        rows = direct[(direct["condition"] == condition) & (direct["dose"] == dose)].assign(sample=0)
-        if rows.duplicated(_KEYS).any():
-            raise ShapeMismatch("a direct effect is there twice: same feature, prompt, condition and dose.")
-        wide[condition] = rows.set_index(_KEYS)[column].reindex(index)
-    wide[UNSTEERED] = 0.0
-    return wide
-
-
-def _summarise_pairs(
-    wide: pd.DataFrame, measure: Outcome, *, seed: int, obstacles: Obstacles | None = None
-) -> pd.DataFrame:
-    """One row a feature: what steering did beyond the placebo, over its complete pairs.
-
-    Args:
-        wide: As `paired_values` gives.
-        measure: The outcome: its alternative is tested.
-        seed: For random sign patterns.
-        obstacles: Why rows are missing, for the reasons.
-
-    Returns:
-        feature, n_pairs, n_independent, unsteered_mean, steered_mean, placebo_mean, effect, effect_low, effect_high,
-        bootstrap_low, bootstrap_high, p, q, reversed_share, reason; see `effects`. NaN with a reason for fewer than
-        two complete pairs.
-    """
+def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
+    """One row a feature: what steering did beyond the placebo, over its complete pairs; NaN for fewer than two."""
     placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
     records = []
     for feature in wide.index.unique("feature").sort_values().tolist():
         record, differences = _one_feature(wide.loc[[feature]], placebo, measure)
-        why = (obstacles or {}).get((feature, STEERED)) or (obstacles or {}).get((feature, placebo))
-        if why and record["n_pairs"] == 0:
-            record["reason"] = why
+        reasons = [(obstacles or {}).get((feature, condition)) for condition in (STEERED, placebo)]
+        if any(reasons) and record["n_pairs"] == 0:
+            record["reason"] = reasons[0] or reasons[1]
         records.append({"feature": int(feature), **record})
         kept.append(differences)
     table = pd.DataFrame(records, columns=["feature", "n_pairs", "n_independent", *_NUMBERS, "reason"])
@@ -373,6 +311,6 @@ def _reason(group: pd.DataFrame, placebo: str, n_complete: int, measure: Outcome
             return "no similarity is defined: none of the top tokens is in the embedding, or no generated word"
         return f"no {measure.name} is defined: no generated word, or no top token that is a word"
     if n_complete < len(group):
-        said = f"{measure.name} undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
-        return said if n_complete >= 2 else f"{said}; fewer than two pairs remain"
+        left_out = f"{measure.name} undefined in {len(group) - n_complete} of {len(group)} pairs, which are left out"
+        return left_out if n_complete >= 2 else f"{left_out}; fewer than two pairs remain"
     return "" if n_complete >= 2 else "fewer than two pairs"

@@ -1,22 +1,34 @@
-"""Many continuations at once: of one prompt, each row with its own intervention, or of different prompts."""
+"""Many continuations at once: of one prompt, each row with its own intervention, or of different prompts.
+
+A prompt that all rows share is read once. Rows differ from the hook on, at the positions that the intervention changes
+and after them. So the positions before the first of those go through the whole model in one row, and the others in one
+row up to the hook, where the row becomes as many as there are vectors. What follows works on all rows, by broadcasting
+where it meets a tensor of before the hook (a mask, or the residual stream that half a block adds to). Keys and values
+of past positions lie in memory that is set aside once.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
-from saeffect.steering.prompt_pass import can_spread, last_logits, read_prompt, with_room
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
-__all__ = ["Progress", "continue_prompts", "generate"]
+__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt"]
+
+_SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
 """Called with (how much is done, how much there is in all), in rows if nothing else is said."""
@@ -36,13 +48,12 @@ def generate(
 ) -> list[list[int]]:
     """Continue one prompt once per row.
 
-    All rows have the same prompt, so there is no padding. A row's output depends on its own vector and noise
-    cell only; beside which rows it is computed does not matter, except that matrix products over another
-    number of rows may round differently (in float64 and float32 that hardly ever changes a token, in bfloat16
-    now and then it does). With the same batches the same machine gives the same tokens.
+    A row's output depends on its own vector and noise cell only; beside which rows it is computed does not matter,
+    except that matrix products over another number of rows may round differently (in float64 and float32 that hardly
+    ever changes a token, in bfloat16 now and then it does). With the same batches the same machine gives the same
+    tokens.
 
     Args:
-        lm: The model.
         hook: Where to intervene, a TransformerLens name.
         prompt_ids: Token ids of the prompt, at least one, see `LanguageModel.encode_prompt`.
         cells: One a row: the noise that the row is sampled with.
@@ -76,42 +87,11 @@ def generate(
                 if progress is not None:
                     progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
 
-            outputs += _continue(lm, hook, prompt_ids, batch, sampling, edit=edit, done=done)
+            start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
+            # A prompt that was steered is in the keys and values; its generated tokens are left alone.
+            with nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit):
+                outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, done=done)
     return outputs
-
-
-def _continue(
-    lm: LanguageModel,
-    hook: str,
-    prompt_ids: Sequence[int],
-    cells: Sequence[NoiseCell],
-    sampling: Sampling,
-    *,
-    edit: PositionedEdit | None,
-    done: Callable[[int], None],
-) -> list[list[int]]:
-    """One batch: the prompt once, then a token of every row a pass."""
-    n_rows, n_steps = len(cells), sampling.max_new_tokens
-    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
-    forbidden = _forbidden_tokens(lm, sampling.allow_end)
-    generated = torch.empty((n_rows, n_steps), dtype=torch.int64, device=lm.device)
-    ended = torch.zeros(n_rows, dtype=torch.bool, device=lm.device)
-    logits, cache = read_prompt(lm, hook, prompt_ids, n_rows, edit, room=n_steps - 1)
-    with _editing(lm, hook, edit):
-        for step in range(n_steps):
-            if step:
-                if edit is not None:
-                    edit.start = len(prompt_ids) + step - 1
-                logits, cache = last_logits(lm, generated[:, step - 1 : step], cache)
-            generated[:, step] = _draw(logits, generated[:, :step], cells, step, sampling, forbidden)
-            if sampling.allow_end:
-                ended |= torch.isin(generated[:, step], ends)
-                if bool(ended.all()):
-                    generated = generated[:, : step + 1]
-                    done(n_steps)
-                    break
-            done(step + 1)
-    return _until_end(generated, ends)
 
 
 @torch.inference_mode()
@@ -132,15 +112,11 @@ def continue_prompts(
     rounding of another batch.
 
     Args:
-        lm: The model.
         prompts: Token ids of each row's prompt, at least one each; lengths may differ.
-        cells: One a row: the noise that the row is sampled with.
-        sampling: How tokens are chosen, and how many.
-        batch_size: Rows at once. Rows of like length stand together.
-        progress: Called after each batch.
+        progress: Called after each batch, with rows done and in all. The others are as in `generate`.
 
     Returns:
-        New token ids, one list a row in the order of `prompts`, as `generate` gives them.
+        New token ids, one list a row in the order of `prompts`.
 
     Raises:
         ConfigError: A prompt has no tokens, or `batch_size` is below 1.
@@ -154,48 +130,59 @@ def continue_prompts(
     with fused(lm):
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            texts = _continue_prompts(lm, [prompts[i] for i in batch], [cells[i] for i in batch], sampling)
+            own = [prompts[i] for i in batch]
+            n_read = len(own[0])
+            logits, cache = last_logits(lm, torch.tensor([list(ids[:n_read]) for ids in own], device=lm.device))
+            if _can_spread(cache):
+                cache = _with_room(cache, len(own), len(own[-1]) + sampling.max_new_tokens - 1 - n_read)
+            texts = _continue(lm, own, [cells[i] for i in batch], sampling, (logits, cache))
             outputs |= dict(zip(batch, texts, strict=True))
             if progress is not None:
                 progress(len(outputs), len(prompts))
     return [outputs[i] for i in range(len(prompts))]
 
 
-def _continue_prompts(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], cells: Sequence[NoiseCell], sampling: Sampling
+def _continue(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[NoiseCell],
+    sampling: Sampling,
+    start: tuple[Tensor, Any],
+    *,
+    edit: PositionedEdit | None = None,
+    done: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
-    """One batch, its prompts in order of length."""
+    """One batch, its prompts in order of length and read as far as the shortest goes: a token of every row a pass."""
     n_steps = sampling.max_new_tokens
     lengths = [len(ids) for ids in prompts]
     shortest, longest = lengths[0], lengths[-1]
-    rows = torch.zeros((len(prompts), longest + n_steps), dtype=torch.int64)
-    for row, ids in enumerate(prompts):
-        rows[row, : len(ids)] = torch.tensor(list(ids))
-    rows = rows.to(lm.device)
+    rows = torch.tensor([[*ids, *[0] * (longest + n_steps - len(ids))] for ids in prompts], device=lm.device)
+    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
     forbidden = _forbidden_tokens(lm, sampling.allow_end)
-    logits, cache = last_logits(lm, rows[:, :shortest].contiguous())
-    if can_spread(cache):
-        cache = with_room(cache, len(rows), longest + n_steps - 1 - shortest)
     # Rows of one length are at the same step of their texts.
     alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
+    logits, cache = start
     for position in range(shortest, longest + n_steps):
         if position > shortest:
+            if edit is not None:
+                edit.start = position - 1
             logits, cache = last_logits(lm, rows[:, position - 1 : position].contiguous(), cache)
         for length, where in alike:
             step = position - length
             if 0 <= step < n_steps:
-                before = rows[where, length:position]
-                rows[where, position] = _draw(logits[where], before, cells[where], step, sampling, forbidden)
-    texts = torch.stack([row[n : n + n_steps] for row, n in zip(rows, lengths, strict=True)])
-    return _until_end(texts, torch.tensor(_end_tokens(lm), dtype=torch.int64))
-
-
-def _draw(
-    logits: Tensor, generated: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling, forbidden: Tensor
-) -> Tensor:
-    penalise(logits, generated, sampling.frequency_penalty)
-    logits.index_fill_(1, forbidden, -math.inf)
-    return next_tokens(logits, cells, step, sampling)
+                penalise(logits[where], rows[where, length:position], sampling.frequency_penalty)
+                logits[where].index_fill_(1, forbidden, -math.inf)
+                rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
+                if sampling.allow_end:
+                    ended[where] |= torch.isin(rows[where, position], ends)
+        if bool(ended.all()):
+            done(n_steps)
+            break
+        done(position - longest + 1)
+    final = set(ends.tolist())
+    texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
+    return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
 
 
 def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
@@ -214,12 +201,6 @@ def _end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def _until_end(generated: Tensor, ends: Tensor) -> list[list[int]]:
-    """For each row the tokens before the first one that ends a text."""
-    final = set(ends.tolist())
-    return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in generated.tolist()]
-
-
 def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
     """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
     forbidden: Tensor = ~lm.plain_tokens()
@@ -228,6 +209,156 @@ def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
     return forbidden.nonzero()[:, 0].to(lm.device)
 
 
-def _editing(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
-    # A prompt that was steered is in the keys and values; its generated tokens are left alone.
-    return nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit)
+def read_prompt(
+    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
+) -> tuple[Tensor, Any]:
+    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache of keys and values to go on from.
+
+    Args:
+        hook: Where `edit` acts, a TransformerLens name.
+        prompt_ids: At least one token.
+        n_rows: How many rows are wanted; `edit` must have as many, None for no intervention.
+        room: How many tokens are to follow.
+    """
+    ids = torch.tensor([list(prompt_ids)], device=lm.device)
+    try:
+        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
+    except (_UnknownCacheError, RuntimeError) as error:
+        # What keeps more than keys and values, or wants the same number of rows in all its parts (Bloom's position
+        # bias), reads the prompt once a row.
+        if not isinstance(error, _UnknownCacheError) and not _is_about_shapes(error):
+            raise
+        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
+    return logits, _with_room(cache, n_rows, room) if _can_spread(cache) else cache
+
+
+def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
+
+    Only the last position meets the unembedding, where the architecture knows how: over a long prompt the
+    logits of all positions would be the largest tensor by far.
+    """
+    model: Any = lm.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
+    # of times slower than for a dense copy of it.
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+    finally:
+        dense.remove()
+    return result.logits[:, -1].float(), result.past_key_values
+
+
+class _UnknownCacheError(Exception):
+    """The model's cache has parts that are not known here."""
+
+
+def _read_once(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    if edit is None:
+        logits, cache = last_logits(lm, ids)
+        return logits.repeat(n_rows, 1), _known(cache)
+    point = parse_hook(hook, lm.n_layers)
+    edit.start = 0
+    n_alike = edit.where(ids.shape[1]).start
+    cache = None
+    if n_alike:
+        _, cache = last_logits(lm, ids[:, :n_alike])
+        # The attention of these layers comes after the hook.
+        _spread(_known(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
+    edit.start = n_alike
+    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
+        logits, cache = last_logits(lm, ids[:, n_alike:], cache)
+    if len(logits) != n_rows:
+        raise _UnknownCacheError  # a model that cuts its output to the rows that it was given
+    return logits, _known(cache)
+
+
+def _read_in_every_row(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    rows = ids.expand(n_rows, -1).contiguous()
+    if edit is None:
+        return last_logits(lm, rows)
+    edit.start = 0
+    with edited(lm, hook, edit):
+        return last_logits(lm, rows)
+
+
+def _is_about_shapes(error: RuntimeError) -> bool:
+    """Whether torch refused tensors that do not fit each other. It has no class of error for that, only words."""
+    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
+
+
+def _known(cache: Any) -> Any:
+    if not _can_spread(cache):
+        raise _UnknownCacheError
+    return cache
+
+
+def _can_spread(cache: Any) -> bool:
+    """Whether a cache of transformers is keys and values alone, so that all of it is known here."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in known for x in cache.layers)
+
+
+def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
+    """Give the layers from `first_layer` on `n_rows` rows where they have one, without copying."""
+    for layer in cache.layers[first_layer:]:
+        if layer.keys is not None:  # some models reuse the keys of another layer
+            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
+
+
+def _with_room(cache: Any, n_rows: int, room: int) -> Any:
+    """The cache with `n_rows` rows in every layer, and memory for `room` further positions where nothing slides.
+
+    Growing by concatenation copies all that is there for each token.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    _spread(cache, 0, n_rows)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = _roomy_layer()(layer.keys, layer.values, room)
+    return cache
+
+
+@functools.cache
+def _roomy_layer() -> Any:
+    """The class, made on first use: importing transformers takes seconds."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """Writes new keys and values behind the old ones; `keys` and `values` are views of what is filled."""
+
+        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+            super().__init__()
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self._memory = tuple(_roomy(x, room) for x in (keys, values))
+            self._fill(keys.shape[2])
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            stop = start + key_states.shape[2]
+            for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+                memory[:, :, start:stop] = new
+            return self._fill(stop)
+
+        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
+            keys, values = (memory[:, :, :length] for memory in self._memory)
+            self.keys, self.values = keys, values
+            return keys, values
+
+    return RoomyLayer
+
+
+def _roomy(x: Tensor, room: int) -> Tensor:
+    n_rows, heads, length, width = x.shape
+    memory = x.new_empty(n_rows, heads, length + room, width)
+    memory[:, :, :length] = x
+    return memory

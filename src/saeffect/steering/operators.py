@@ -42,31 +42,26 @@ POSITIONS: tuple[Positions, ...] = ("all", "generated", "prompt")
 
 
 class Operator(Protocol):
-    """Changes activations, one way a row. Implementations are immutable and do not change their input."""
+    """Changes activations, one way a row. Implementations are immutable and do not change their input.
+
+    `take` gives the operator for the rows `first` up to, not including, `last`; `apply` new activations for `x`,
+    `[n_rows, positions, d_model]`, of the same shape, dtype and device.
+    """
 
     @property
-    def n_rows(self) -> int:
-        """How many rows of a batch it knows."""
-        ...
+    def n_rows(self) -> int: ...
 
-    def take(self, first: int, last: int) -> Operator:
-        """The same operator for the rows `first` up to, not including, `last`."""
-        ...
+    def take(self, first: int, last: int) -> Operator: ...
 
-    def apply(self, x: Tensor) -> Tensor:
-        """New activations for `x`, `[n_rows, positions, d_model]`, same shape, dtype and device."""
-        ...
+    def apply(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class AddVectors:
-    """Adds one vector a row.
+    """Adds one vector a row: `vectors`, float32 `[n_rows, d_model]`, in the units of the activation.
 
     The sum is taken in float32 and rounded once to the dtype of the activation, so that a vector of zeros
     leaves every bit as it was.
-
-    Attributes:
-        vectors: Float32 `[n_rows, d_model]`, in the units of the activation.
     """
 
     vectors: Tensor
@@ -87,10 +82,8 @@ class AddVectors:
 
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows or x.shape[-1] != self.vectors.shape[1]:
-            raise ShapeMismatch(
-                f"activations of shape {tuple(x.shape)} met steering vectors of shape"
-                f" {tuple(self.vectors.shape)}; expected as many rows and the same width."
-            )
+            said = f"activations of shape {tuple(x.shape)} met steering vectors of shape {tuple(self.vectors.shape)}"
+            raise ShapeMismatch(f"{said}; expected as many rows and the same width.")
         # float64 models stay float64; half-precision ones are summed in float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         vectors = self.vectors.to(device=x.device, dtype=wide)
@@ -121,30 +114,20 @@ class SetFeatures:
     norm_limit: float = math.inf
 
     def __post_init__(self) -> None:
-        if self.features.ndim != 2 or not self.features.numel() or self.features.shape != self.targets.shape:
-            raise ShapeMismatch(
-                f"features have shape {tuple(self.features.shape)}, targets {tuple(self.targets.shape)};"
-                " expected both [rows, features], not empty."
-            )
-        if int(self.features.min()) < NO_FEATURE or int(self.features.max()) >= self.sae.cfg.d_sae:
-            raise ShapeMismatch(
-                f"features run from {int(self.features.min())} to {int(self.features.max())},"
-                f" but the SAE has {self.sae.cfg.d_sae}."
-            )
+        shape, wanted = tuple(self.features.shape), (*self.features.shape, self.sae.cfg.d_in)
+        if len(shape) != 2 or 0 in shape or shape != tuple(self.targets.shape):
+            said = f"features have shape {shape}, targets {tuple(self.targets.shape)}"
+            raise ShapeMismatch(f"{said}; expected both [rows, features], not empty.")
+        first, last = int(self.features.min()), int(self.features.max())
+        if first < NO_FEATURE or last >= self.sae.cfg.d_sae:
+            raise ShapeMismatch(f"features run from {first} to {last}, but the SAE has {self.sae.cfg.d_sae}.")
         ordered = self.features.sort(dim=1).values
         if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
             raise ConfigError("a row sets the same feature twice.", at="features")
-        if self.along is not None and self.along.shape != (*self.features.shape, self.sae.cfg.d_in):
-            raise ShapeMismatch(
-                f"directions to push along have shape {tuple(self.along.shape)};"
-                f" expected {(*self.features.shape, self.sae.cfg.d_in)}."
-            )
-        if not bool(torch.isfinite(self.targets).all()) or bool((self.targets < 0).any()):
-            raise ConfigError(
-                "a target activation is negative, NaN or infinite; features are at least 0.",
-                at="targets",
-                fix="give a multiple of the feature's maximum that is at least 0.",
-            )
+        if self.along is not None and self.along.shape != wanted:
+            raise ShapeMismatch(f"directions have shape {tuple(self.along.shape)}; expected {wanted}.")
+        if not bool((torch.isfinite(self.targets) & (self.targets >= 0)).all()):
+            raise ConfigError("a target activation is negative, NaN or infinite; it must be at least 0.", at="targets")
 
     @property
     def n_rows(self) -> int:
@@ -197,11 +180,7 @@ class Intervention:
         return Intervention(self.operator.take(first, last), self.positions)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.lm.edited`, for rows that share a prompt.
-
-        Args:
-            prompt_length: Its tokens, BOS included.
-            n_bos: How many of them are BOS, see `LanguageModel.n_bos`.
+        """The callable for `saeffect.lm.edited`: rows share a prompt of so many tokens, the first `n_bos` of them BOS.
 
         Raises:
             ConfigError: There is no position to act at: the prompt is BOS alone, or one token and `positions` is
@@ -223,10 +202,7 @@ class PositionedEdit:
     """Applies an operator at the wanted positions of each forward pass.
 
     With a cache of keys and values a pass sees only the newest positions, so whoever drives the model sets
-    `start` before each pass: 0 for the prompt, then the number of tokens already in the cache.
-
-    Attributes:
-        start: Absolute position of the first activation of the next pass.
+    `start`, the absolute position of the first, before each pass.
     """
 
     def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:
@@ -253,7 +229,7 @@ class PositionedEdit:
 
 
 def span(positions: Positions, start: int, length: int, prompt_length: int) -> slice:
-    """Which of `length` positions, the first of them at absolute position `start`, are acted at.
+    """Which of `length` positions from absolute position `start` on are acted at, BOS apart.
 
     Example:
         >>> span("prompt", 0, 5, 5), span("generated", 0, 5, 5)  # a prompt of five tokens

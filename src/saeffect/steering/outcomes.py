@@ -43,21 +43,12 @@ _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 def join_tokens(tokens: Sequence[str]) -> str:
-    """Top tokens as one text, joined by spaces, without their leading-space marks.
-
-    Example:
-        >>> join_tokens(["Ġtreatment", " drug", "▁dose"])
-        'treatment drug dose'
-    """
+    """Top tokens as one text: `["Ġtreatment", " drug", "▁dose"]` is "treatment drug dose"."""
     return " ".join(token.lstrip("Ġ▁ \t\n").rstrip() for token in tokens).strip()
 
 
 def similarity(text: str, reference: str, vectors: TextVectors) -> float:
-    """How much a text is about what the reference (top tokens, see `join_tokens`) is about: the paper's outcome.
-
-    Returns:
-        Cosine similarity; NaN when either has no vector, or one without a direction.
-    """
+    """Cosine of a text and top tokens (see `join_tokens`), the paper's outcome; NaN where either has no direction."""
     units = []
     for words in (reference, text):
         vector = vectors.mean_vector(words)
@@ -71,15 +62,10 @@ def similarity(text: str, reference: str, vectors: TextVectors) -> float:
 def distinct_2(token_ids: Sequence[int]) -> float:
     """Share of different pairs among the pairs of neighbouring tokens: 1 is no repetition, near 0 a loop.
 
-    Returns:
-        Above 0, at most 1; NaN for fewer than two tokens.
+    NaN for fewer than two tokens.
 
     Source:
         Li et al. (2016), A Diversity-Promoting Objective Function for Neural Conversation Models.
-
-    Example:
-        >>> distinct_2([5, 7, 5, 7, 5])  # four pairs, two of them different
-        0.5
     """
     pairs = list(itertools.pairwise(token_ids))
     return len(set(pairs)) / len(pairs) if pairs else math.nan
@@ -89,13 +75,7 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 def perplexity(
     lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """How surprised the unsteered model is by continuations of one prompt.
-
-    Args:
-        lm: The model, without intervention.
-        prompt_ids: The prompt they continue, at least one token.
-        continuations: Token ids, of any lengths.
-        batch_size: Rows at once; the logits of `batch_size` continuations are held in memory.
+    """How surprised the unsteered model is by continuations (token ids, of any lengths) of one prompt.
 
     Returns:
         exp of the mean negative log-probability (nats) of a continuation's tokens, float64 `[n]`, at least 1
@@ -129,11 +109,7 @@ def measure_texts(
     references: Sequence[str],
     vectors: TextVectors,
 ) -> list[dict[str, Any]]:
-    """What trials record of the continuations `outputs` (token ids) of a prompt, each beside its reference.
-
-    Returns:
-        For each: text, similarity, distinct2, perplexity.
-    """
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt."""
     # Features share the unsteered texts: score each different text once.
     different = list(dict.fromkeys(tuple(ids) for ids in outputs))
     surprise = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
@@ -146,20 +122,12 @@ def measure_texts(
 
 
 def text_words(text: str) -> list[str]:
-    """The words of a text, lower case; hyphens and apostrophes within a word stay.
-
-    Example:
-        >>> text_words("The patient's X-ray, taken at 9am.")
-        ['the', "patient's", 'x-ray', 'taken', 'at', '9am']
-    """
+    """The words of a text, lower case; hyphens and apostrophes within a word stay."""
     return [word.replace("’", "'") for word in _WORD.findall(text.casefold())]
 
 
 def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
-    """Share of a text's words that are one of the feature's top tokens.
-
-    Returns:
-        From 0 to 1; NaN for a text without words, or without top tokens that are words.
+    """Share of a text's words that are one of the feature's top tokens; NaN without either kind of words.
 
     Example:
         >>> keyword_score("Drug trials test a drug", [" drug", "Ġdose"])
@@ -173,10 +141,8 @@ def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[
     """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
 
     Top tokens are often pieces of words, so a word that begins with one of them (of three letters or more)
-    does not count either: " cardi" puts "cardiac" in, so "cardiac" proves nothing.
-
-    Returns:
-        From 0 to 1; NaN for a text without words, or an empty vocabulary.
+    does not count either: " cardi" puts "cardiac" in, so "cardiac" proves nothing. NaN for a text without words, or an
+    empty vocabulary.
 
     Example:
         >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
@@ -247,55 +213,33 @@ class Outcome:
 
     @property
     def effect_unit(self) -> str:
-        """The unit of effects as reports write it.
-
-        Example:
-            >>> outcome_named("off_list").effect_unit, outcome_named("perplexity").effect_unit
-            ('percentage points of words', 'nats a token: a difference of logarithms')
-        """
+        """The unit of effects as reports write it, such as "percentage points of words"."""
         if self.is_share:
             return self.unit.replace("share", "percentage points", 1)
         return f"{self.unit}: a difference of logarithms" if self.logarithm else self.unit
 
 
-OUTCOMES: dict[str, Outcome] = {
-    outcome.name: outcome
-    for outcome in (
-        Outcome("similarity", "similarity", "similarity of the text to its top tokens", "cosine", "greater"),
-        Outcome(
-            *("keyword_score", "keyword score", "share of its top tokens among the text's words"),
-            *("share of words", "greater"),
-            score=lambda text, top_tokens, _: keyword_score(text, top_tokens),
-        ),
-        Outcome(
-            *("off_list", "off-list words", "share of off-list domain words in the text", "share of words", "greater"),
-            score=off_list_score,
-        ),
-        Outcome(
-            *("direct_effect", "direct effect", "log-probability of its top tokens", "nats", "greater"),
-            column="delta_logprob",
-            direct=True,
-        ),
-        Outcome("kl", "KL", "distance that the next token's distribution moved", "nats", "two-sided", direct=True),
-        Outcome(
-            *("perplexity", "perplexity", "logarithm of the text's perplexity", "nats a token", "two-sided"),
-            logarithm=True,
-        ),
-        Outcome(
-            *("distinct2", "distinct-2", "share of different pairs of tokens in the text", "share of pairs"),
-            "two-sided",
-        ),
-    )
-}
+# fmt: off
+_BUILT_IN = (
+    Outcome("similarity", "similarity", "similarity of the text to its top tokens", "cosine", "greater"),
+    Outcome("keyword_score", "keyword score", "share of its top tokens among the text's words", "share of words",
+            "greater", score=lambda text, top_tokens, _: keyword_score(text, top_tokens)),
+    Outcome("off_list", "off-list words", "share of off-list domain words in the text", "share of words", "greater",
+            score=off_list_score),
+    Outcome("direct_effect", "direct effect", "log-probability of its top tokens", "nats", "greater",
+            column="delta_logprob", direct=True),
+    Outcome("kl", "KL", "distance that the next token's distribution moved", "nats", "two-sided", direct=True),
+    Outcome("perplexity", "perplexity", "logarithm of the text's perplexity", "nats a token", "two-sided",
+            logarithm=True),
+    Outcome("distinct2", "distinct-2", "share of different pairs of tokens in the text", "share of pairs", "two-sided"),
+)
+# fmt: on
+OUTCOMES = {outcome.name: outcome for outcome in _BUILT_IN}
 """Every outcome by name, the usual primary one first; a new entry is known to study files, tests and reports."""
 
 
 def outcome_named(name: str) -> Outcome:
-    """The outcome of a name.
-
-    Raises:
-        UnknownName: There is none.
-    """
+    """The outcome of a name; `UnknownName` if there is none."""
     if name not in OUTCOMES:
         raise unknown_name("outcome", name, OUTCOMES, at="outcomes")
     return OUTCOMES[name]
@@ -312,7 +256,7 @@ def score_texts(
             a column members, sets that share a feature are not compared with each other.
         vectors: As in `run_trials`.
         vocabulary: The domain's words, lower case.
-        seed: For who is compared with whose top tokens.
+        seed: For `shuffled_references`.
 
     Returns:
         The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to
@@ -353,11 +297,7 @@ def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | N
     """For each feature another one at random, none its own and none used twice; None if there is no other.
 
     If texts steered with one feature come as near to the top tokens of another feature of the domain, then
-    steering brings up the domain at most, not what this feature says.
-
-    Args:
-        features: All different.
-        seed: Equal seeds and features give equal answers, in whatever order the features come.
+    steering brings up the domain at most, not what this feature says. The order of the features does not matter.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)

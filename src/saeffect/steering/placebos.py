@@ -41,16 +41,10 @@ SHUFFLED = "shuffled"
 
 
 class DrawDirection(Protocol):
-    """Gives the direction that stands in for a decoder row.
+    """Gives the direction that stands in for a decoder row, float32 `[d_model]`, of norm 1.
 
-    Args:
-        row: Float32 `[d_model]`.
-        seed: The study's seed.
-        feature: The feature, or number of the set, that it is the placebo of.
-        draw: Which of its placebos: trials use (prompt, sample).
-
-    Returns:
-        Float32 `[d_model]`, of norm 1; a function of the arguments alone, so that order does not matter.
+    It depends on the arguments alone, so that order does not matter: the row, the study's seed, the feature (or number
+    of the set) that it is the placebo of, and which of its placebos, for trials (prompt, sample).
     """
 
     def __call__(self, row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor: ...
@@ -96,12 +90,7 @@ BASELINES = {"prompt": "prompt that names it", "mean_difference": "difference of
 
 
 def control_label(name: str) -> str:
-    """What reports call a placebo, the shuffled reference or a baseline; the name itself where nobody knows it.
-
-    Example:
-        >>> control_label("mean_difference"), control_label("shuffled"), control_label("my_own")
-        ('difference of means', 'shuffled reference', 'my own')
-    """
+    """What reports call a placebo, the shuffled reference or a baseline; the name itself where it is not registered."""
     if name in PLACEBOS:
         return PLACEBOS[name].label
     return BASELINES.get(name, "shuffled reference" if name == SHUFFLED else name.replace("_", " "))
@@ -112,11 +101,6 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
 
     A fresh direction per trial makes the placebo's mean that of random directions at large; one for all would put the
     luck of a single direction into every difference of a feature, and no number of samples would average it out.
-
-    Example:
-        >>> a = random_direction(3, seed=0, feature=7)
-        >>> bool((a == random_direction(3, seed=0, feature=7)).all()), round(float(a.norm()), 6)
-        (True, 1.0)
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
     normal = rng.standard_normal(d_model)
@@ -124,16 +108,9 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
 
 
 def turned(rows: Tensor, direction: DrawDirection, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
-    """Directions as long as the given ones, and at the same angles to each other, but pointing where they are drawn.
+    """Directions as long as `rows` `[n, d_model]`, at the same angles to each other, but pointing where they are drawn.
 
     Whatever is pushed along several features at once, the same amounts along these go equally far.
-
-    Args:
-        rows: Float32 `[n, d_model]`.
-        direction: Draws the new directions; `seed`, `feature` and `draw` are its arguments.
-
-    Returns:
-        Float32 `[n, d_model]`; for a single row the drawn direction times its length.
     """
     if len(rows) == 1:
         return direction(rows[0], seed=seed, feature=feature, draw=draw)[None] * rows.norm()
@@ -153,8 +130,8 @@ def matched_features(
     """The features outside the domain that are nearest to each chosen one.
 
     Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its
-    standard deviation over all features; so a factor of two counts alike wherever it is. Features that never
-    fired have no mean activation and are matched with one another. One feature may be the placebo of several.
+    standard deviation over all features. Features that never fired have no mean activation and are matched with one
+    another. One feature may be the placebo of several.
 
     Args:
         features: The feature table of the arm: feature, decoder_norm, density, mean_activation.
@@ -170,11 +147,6 @@ def matched_features(
         ShapeMismatch: A column is missing, or a chosen feature is not in the table.
         ConfigError: `n` is below 1.
 
-    Example:
-        >>> table = pd.DataFrame({"feature": range(4), "decoder_norm": 1.0,
-        ...                       "density": [0.1, 0.2, 0.01, 0.1], "mean_activation": 2.0})
-        >>> matched_features(table, [0], domain=[0, 3], n=2)["placebo"].tolist()
-        [1, 2]
     """
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")

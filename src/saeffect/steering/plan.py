@@ -63,14 +63,11 @@ class SteeringPlan(Sampling, InterventionConfig):
     """Which interventions are run: the steering section's own keys, and what a run of it adds.
 
     Attributes:
-        prompts: What the model continues.
         doses: How strongly, see `operator`; negative adds push away.
         samples: Repetitions of each prompt, each with noise of its own.
         operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the
             feature's activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
-        positions: See `Intervention`.
         placebos: Names in `PLACEBOS`; empty for none.
-        batch_size: Rows generated at once.
         unit: What a dose of "add" counts: "residual_norm", or "coefficient": multiples of the decoder row, as
             in the paper.
         seed: For sampling noise and random directions.
@@ -115,11 +112,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
 
 def check_names(section: SteeringConfig) -> None:
-    """Refuse placebos, baselines and outcomes of a steering section that are not registered.
-
-    Raises:
-        UnknownName: The message lists those that are.
-    """
+    """Refuse (`UnknownName`) placebos, baselines and outcomes of a steering section that are not registered."""
     registries: dict[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
     for key, registry in registries.items():
         _check(key, getattr(section, key), registry)
@@ -172,8 +165,7 @@ def features_together(
     Args:
         features: Columns feature, top_tokens and top_token_ids.
         sets: Which features belong together.
-        matched: Placebo features of each feature, nearest first, for the matched placebo of a set: one placebo
-            for each member, none twice.
+        matched: Placebo features of each feature, nearest first; a set gets one of each member's, none twice.
 
     Returns:
         feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members'
@@ -182,12 +174,6 @@ def features_together(
     Raises:
         EmptySelection: No sets, or an empty one.
         ShapeMismatch: A feature is not in the table.
-
-    Example:
-        >>> table = pd.DataFrame({"feature": [3, 8], "top_tokens": [["a", "b"], ["c", "a"]],
-        ...                       "top_token_ids": [[0, 1], [2, 0]]})
-        >>> features_together(table, [[3, 8]])["top_tokens"].tolist()
-        [['a', 'c', 'b']]
     """
     if not len(sets) or not all(len(members) for members in sets):
         raise EmptySelection("there is no set of features to steer together, or one of them is empty.", at="together")

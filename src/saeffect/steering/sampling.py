@@ -57,10 +57,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 class NoiseCell:
     """What the sampling noise of a row depends on; rows with equal cells share it.
 
-    Attributes:
-        seed: The study's seed.
-        prompt: The prompt's text (not its number, so that leaving a prompt out changes no other).
-        sample: Number of the repetition, from 0.
+    The prompt is a text, not a number, so that leaving a prompt out changes no other.
     """
 
     seed: int
@@ -71,43 +68,25 @@ class NoiseCell:
 def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The noise of one step at every token: standard exponential draws, float32 `[d_vocab]`, above 0.
 
-    Minus the logarithm of it is Gumbel noise; kept in this form, the logarithm is taken only where needed.
-
-    Example:
-        >>> a, b = (exponential_noise(NoiseCell(0, "Hi", 1), step=3, d_vocab=4) for _ in range(2))
-        >>> bool((a == b).all())
-        True
+    Minus its logarithm is Gumbel noise; the logarithm is taken only where needed.
     """
     blocks = torch.arange((d_vocab + 3) // 4, device=device)
-    words = torch.stack(philox(*_counter(_names([cell], device), step, blocks[None])), dim=-1)
+    words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
     return _exponential(words.flatten()[:d_vocab])
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """The same noise at some tokens only.
+    """The same noise at some tokens only: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
 
-    Args:
-        cells: One a row.
-        step: How many tokens were generated before.
-        ids: Token ids, int64 `[rows, n]`.
-
-    Returns:
-        Float32 `[rows, n]`, on the device of `ids`: entry (r, i) is
-        `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
+    `step` is how many tokens were generated before, `ids` are int64 `[rows, n]`.
 
     Raises:
         ShapeMismatch: Not as many cells as rows.
-
-    Example:
-        >>> cell = NoiseCell(0, "Hi", 1)
-        >>> at = exponential_noise_at([cell], 3, torch.tensor([[2, 0]]))[0]
-        >>> bool((at == exponential_noise(cell, 3, 4)[[2, 0]]).all())
-        True
     """
     if ids.ndim != 2 or len(ids) != len(cells):
         raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
     # One call gives the words of four neighbouring tokens.
-    words = philox(*_counter(_names(cells, ids.device), step, ids >> 2))
+    words = philox(*_counter(cells, step, ids >> 2))
     word = ids & 3
     low = torch.where(word == 0, words[0], words[1])
     high = torch.where(word == 2, words[2], words[3])
@@ -133,15 +112,11 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return a, b, c, d
 
 
-def _counter(names: Tensor, step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
-    """Counter and key for some blocks of four tokens: `names` `[rows, 4]`, `blocks` `[rows, n]`."""
+def _counter(cells: Sequence[NoiseCell], step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
+    """Counter and key for blocks of four tokens, `[cells, n]`."""
+    names = torch.tensor([_name(cell) for cell in cells], device=blocks.device).view(-1, 4)
     k, l, c, d = names.unsqueeze(-1).unbind(1)  # noqa: E741
     return (blocks, torch.full_like(c, step), c, d), (k, l)
-
-
-def _names(cells: Sequence[NoiseCell], device: torch.device | str) -> Tensor:
-    """Four 32-bit words a cell, int64 `[cells, 4]`."""
-    return torch.tensor([_name(cell) for cell in cells], device=device).view(-1, 4)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,12 +159,7 @@ class Sampling(SamplingConfig):
 
 
 def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> None:
-    """Take the penalty off `logits`, in place, for each time a token was generated.
-
-    Args:
-        logits: Float32 `[rows, d_vocab]`.
-        generated: Token ids so far, int64 `[rows, steps]`.
-        frequency_penalty: In logits (nats).
+    """Take the penalty (nats) off `logits` `[rows, d_vocab]`, in place, for each time a token was generated.
 
     Example:
         >>> logits = torch.zeros(1, 4)
@@ -212,7 +182,6 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
         logits: `[rows, d_vocab]`, any float dtype, penalties already taken off; forbidden tokens at -inf.
         cells: The noise of each row.
         step: How many tokens were generated before.
-        sampling: Temperature and top_p.
 
     Returns:
         Token ids, int64 `[rows]`. A row's token depends on its own logits and cell only.
@@ -280,10 +249,7 @@ def _most_probable(logits: Tensor) -> Tensor:
 
 
 def _most_probable_first(logits: Tensor, n: int) -> Tensor:
-    """Ids of n of the largest logits of each row, largest first, lower ids first among equals.
-
-    Every token with a larger logit than the last of them is there; of those equal to it some may not be.
-    """
+    """Ids of n of the largest logits of each row, largest first, lower ids first among equals but the last."""
     if n >= logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
     ids = _largest(logits, n).sort(dim=-1).values

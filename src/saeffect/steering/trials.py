@@ -19,18 +19,18 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.parallel import barrier, device_of_process, gathered, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
 from saeffect.steering.encoders import RememberedVectors, TextVectors
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.generate import Progress, generate, last_logits
 from saeffect.steering.operators import Intervention
 from saeffect.steering.outcomes import join_tokens, measure_texts
 from saeffect.steering.placebos import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
-from saeffect.steering.prompt_pass import last_logits
 from saeffect.steering.sampling import NoiseCell
 
 __all__ = [
     "TRIAL_COLUMNS",
     "direct_effects",
     "features_of_process",
+    "in_order",
     "kl_divergence",
     "next_log_probabilities",
     "run_trials",
@@ -56,9 +56,9 @@ def run_trials(
 
     Features are worked off in chunks that fill a batch; the chunks follow from the feature table and the plan
     alone, so a run that is resumed with `done` ends with the same numbers as one that was never stopped.
-    Unsteered texts do not depend on the feature: each chunk generates them once, in the same batch as the steered
-    ones, and measures them against each of its features. So both sides of a difference come from the same matrix
-    products, and what changes nothing differs in nothing, also where another batch would be rounded differently.
+    Each chunk generates the unsteered texts once, in the same batch as the steered ones, and measures them against each
+    of its features. So both sides of a difference come from the same matrix products, and what changes nothing differs
+    in nothing, also where another batch would be rounded differently.
 
     Processes that `torchrun` started take the chunks by turns, so every batch holds the same rows as in one process
     and the table is the same, on the same kind of processor and number of threads. All of them call this with equal
@@ -67,10 +67,10 @@ def run_trials(
     Args:
         site: Model, hook, decoder and unit of doses.
         features: Columns feature and top_tokens (list of str), and those of the planned placebos, such as matched
-            (list of int, see `matched_features`); with a column members (list of int) each row stands for several
-            features steered at once. The whole selection, also on a resume.
+            (list of int); with a column members (list of int) each row stands for several features steered at once.
+            The whole selection, also on a resume.
         plan: What to run.
-        vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
+        vectors: Where the texts' vectors come from.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`, in whichever process.
         on_chunk: Called with the rows of each chunk of features as soon as they are there; two processes must not
             write the same file.
@@ -85,8 +85,7 @@ def run_trials(
         feature have no rows, see `obstacles`.
 
     Raises:
-        Interrupted: Another process is gone.
-        SaeffectError: As `check_features`, `Actions`, `generate` and `Intervention.edit`.
+        SaeffectError: As `actions_of`, `generate` and `Intervention.edit`; `Interrupted` if another process is gone.
     """
     actions = actions_of(site, features, plan, ["top_tokens"])
     run = _Run(actions, RememberedVectors(vectors))
@@ -101,13 +100,7 @@ def run_trials(
 
 
 def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
-    """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk.
-
-    Example:
-        >>> plan = SteeringPlan(doses=(1.0,), samples=1, batch_size=5)  # steered and random: two features a batch
-        >>> features_of_process(7, plan, rank=0, world=2), features_of_process(7, plan, rank=1, world=2)
-        ([0, 1, 4, 5], [2, 3, 6])
-    """
+    """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk."""
     return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
 
 
@@ -220,9 +213,8 @@ class _Run:
         missing = [name for name in TRIAL_COLUMNS if name not in trials]
         if missing:
             raise ShapeMismatch(f"the finished trials lack the column(s) {', '.join(missing)}.", at="done")
-        keys = ["feature", "prompt", "sample"]
-        ordered = _sorted(trials[list(TRIAL_COLUMNS)], keys, (UNSTEERED, *self.plan.conditions))
-        return ordered.astype(dict.fromkeys(keys, "int64"))
+        ordered = in_order(trials[list(TRIAL_COLUMNS)], (UNSTEERED, *self.plan.conditions))
+        return ordered.astype(dict.fromkeys(("feature", "prompt", "sample"), "int64"))
 
     def _finished(self, done: pd.DataFrame | None) -> set[int]:
         """Features of which `done` has exactly the planned rows."""
@@ -289,7 +281,7 @@ def direct_effects(
             if progress is not None:
                 progress(len(records), len(layout) * len(plan.prompts))
     result = pd.DataFrame(records, columns=["feature", "prompt", "condition", "dose", "delta_logprob", "kl"])
-    return _sorted(result, ["feature", "prompt"], plan.conditions)
+    return in_order(result, plan.conditions)
 
 
 @torch.inference_mode()
@@ -305,14 +297,7 @@ def next_log_probabilities(
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of q from p, nats, at least 0: how ill q predicts what p draws.
-
-    Args:
-        log_p: Log-probabilities `[d_vocab]`.
-        log_q: Log-probabilities `[rows, d_vocab]`.
-
-    Returns:
-        `[rows]`, of the inputs' dtype.
+    """Kullback-Leibler divergence of each row of q `[rows, d_vocab]` from p `[d_vocab]`, nats, at least 0.
 
     Example:
         >>> p = torch.tensor([0.5, 0.5]).log()
@@ -326,8 +311,9 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(dim=-1).clamp_min(0)
 
 
-def _sorted(rows: pd.DataFrame, keys: list[str], conditions: Sequence[str]) -> pd.DataFrame:
-    """Rows by keys, then condition in the given order, then dose."""
+def in_order(rows: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Rows by feature, prompt, sample if there are any, condition in the given order, and dose."""
+    keys = [name for name in ("feature", "prompt", "sample") if name in rows]
     rank = rows["condition"].map({condition: i for i, condition in enumerate(conditions)})
     ordered = rows.assign(_rank=rank).sort_values([*keys, "_rank", "dose"], kind="stable", ignore_index=True)
     return ordered.drop(columns="_rank")

@@ -13,10 +13,9 @@ from typing import Literal
 import pandas as pd
 from scipy.special import stdtrit
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, top_token_coverage, untested_reason
 from saeffect.comparison.findings import Comparison
 from saeffect.comparison.judgement import ALPHA, Judgement
-from saeffect.comparison.measures import top_token_coverage, untested_reason
 from saeffect.report.words.evidence import size, too_many_alarms
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import count, fixed, joined, percent

@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import ArmFacts, ArmTables, Comparison, MatchTables, compare
-from saeffect.features.coherence import coverage
+from saeffect.comparison import ArmFacts, ArmTables, Comparison, compare
+from saeffect.diffing.methods import table_names
+from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import SILENT, Log, read_json, write_json
 from saeffect.report import with_answer
@@ -41,7 +42,7 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
         "tables": run.digest(
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
-        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in MatchTables.names())),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in table_names())),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
@@ -102,7 +103,7 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
             direct_effects=run.table_or_none(run.arm(name, "direct_effects.parquet")) if steered else None,
             effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
             facts=facts,
-            coverage_unique=coverage(domain, embeddings=vectors).unique,
+            coverage_unique=unique_coverage(domain, embeddings=vectors),
             unsteered=note if dose is None else "",
             text_shortage=measured["text_shortage"],
             seeds=_seeds(run, name),

@@ -12,7 +12,7 @@ from torch import Tensor
 from saeffect.errors import EmptySelection
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
-from saeffect.features.token_choice import choosable_tokens
+from saeffect.features.vocabulary import choosable_tokens
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.language_model import LanguageModel
@@ -110,7 +110,7 @@ def extract_features(
         log: Receives lines of progress.
     """
     return extract_tables(
-        arm.sae,
+        arm.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         _batches(arm, rows, residuals or Residuals(), log),

@@ -152,7 +152,7 @@ def _features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
     rows = study.rows()
     config = study.config.features
     table = feature_table(
-        seed,
+        seed.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         options=FeatureOptions(config.top_k, config.projection, rows.names),

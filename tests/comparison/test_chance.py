@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binom, t
 
 from saeffect.comparison import MatchTables, roles_of
-from saeffect.comparison.by_chance import chance_table
+from saeffect.comparison.calibration import chance_table
 from synthetic_matches import synthetic_matches
 from synthetic_study import synthetic_arms
 
