@@ -15,8 +15,8 @@ from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTabl
 from saeffect.features.vocabulary import choosable_tokens
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import unembedding
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
