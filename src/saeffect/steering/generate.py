@@ -176,7 +176,7 @@ def _continue(
                 rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
                 if sampling.allow_end:
                     ended[where] |= torch.isin(rows[where, position], ends)
-        if bool(ended.all()):
+        if sampling.allow_end and bool(ended.all()):
             report(n_steps)
             break
         report(position - longest + 1)
