@@ -77,6 +77,12 @@ def figures(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
     return draw_figures(comparison, context)
 
 
+@pytest.fixture
+def unsaved_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and captioned, but not saved as SVG, which takes most of a page's time."""
+    monkeypatch.setattr(DrawnFigure, "svg", '<svg viewBox="0 0 1 1"></svg>')
+
+
 @pytest.fixture(scope="session")
 def page(comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...]) -> str:
     return render_report(comparison, context=context, figures=figures)

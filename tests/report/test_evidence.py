@@ -117,6 +117,7 @@ def test_all_tables_are_written(tmp_path: Path, comparison: Comparison) -> None:
     assert threats["threat"].tolist() == comparison.threats["threat"].tolist()
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_nothing_was_matched(comparison: Comparison, context: ReportContext) -> None:
     page = rendered(replace(comparison, matches=MatchTables()), context)
     assert "Features were not matched in this study" in section(page, "fates")
@@ -124,6 +125,7 @@ def test_nothing_was_matched(comparison: Comparison, context: ReportContext) -> 
     assert "<table" not in section(page, "fates")
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_no_placebo_arm(arms: dict, context: ReportContext) -> None:
     two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
     page = rendered(compared(two, matches=synthetic_matches(placebo=False)), replace(context, arms=two))
@@ -133,6 +135,7 @@ def test_no_placebo_arm(arms: dict, context: ReportContext) -> None:
     assert "Serious" in section(page, "threats")
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_nothing_steered(arms: dict, context: ReportContext) -> None:
     untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
     page = rendered(compared(untested, matches=synthetic_matches()), replace(context, arms=untested))
@@ -141,6 +144,7 @@ def test_nothing_steered(arms: dict, context: ReportContext) -> None:
     assert "Not drawn: there is no regression to draw: nothing was steered" in section(page, "regression")
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_empty_tables_with_columns(comparison: Comparison, context: ReportContext) -> None:
     emptied = MatchTables(**{name: getattr(comparison.matches, name).head(0) for name in MatchTables.names()})
     page = rendered(replace(comparison, matches=emptied, calibration=comparison.calibration.head(0)), context)

@@ -162,6 +162,7 @@ def test_without_a_context(comparison: Comparison) -> None:
     assert "The quality of the SAEs is unknown" in page
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_without_a_placebo_arm(
     arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]
 ) -> None:
@@ -171,6 +172,7 @@ def test_without_a_placebo_arm(
     assert "There is no placebo arm, so nothing here separates fine-tuning from SAE noise." in page
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_with_nothing_tested(arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]) -> None:
     untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
     comparison = compare_quickly(untested)

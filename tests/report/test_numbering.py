@@ -76,6 +76,7 @@ def test_the_papers_own_names_stay_visible(page: str) -> None:
 
 
 @pytest.mark.parametrize("missing", ["steering", "placebo", "everything", "ablation", "matches"])
+@pytest.mark.usefixtures("unsaved_figures")
 def test_a_smaller_study_has_no_gaps_either(
     missing: str,
     arms: dict,

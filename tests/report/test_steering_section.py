@@ -166,6 +166,7 @@ def test_one_dose_has_no_curve_and_says_so(comparison: Comparison, context: Repo
     assert "One dose, 0.4, was set in the study file" in steering_section(comparison, one).doses[0]
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_nothing_steered(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
     none = {name: replace(arm, effects=None, interventions=None, direct_effects=None) for name, arm in arms.items()}
     comparison = compare_quickly(none)
@@ -176,6 +177,7 @@ def test_nothing_steered(arms: dict, context: ReportContext, compare_quickly: Co
         assert "Not drawn: no feature was tested by steering." in page
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_an_empty_arm_and_an_arm_of_one_feature(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
     assert context.steering is not None
     few = dict(arms)

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from saeffect.comparison import MatchTables
 from saeffect.diffing import correspondence
+from saeffect.diffing.methods import METHODS, Method
+from saeffect.diffing.pair import ModelPair
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
 from saeffect.io import Log, write_json
@@ -196,12 +199,28 @@ def test_a_second_run_skips_and_a_new_seed_redoes_what_depends_on_it(seeded, tmp
     assert not skipped["compare"]
 
 
-def test_the_same_model_twice_shows_no_cross_activity(tmp_path) -> None:
+def residual_difference(pair: ModelPair) -> dict[str, pd.DataFrame]:
+    """A diffing method from outside the package: how far the mean residual moved along each feature."""
+    means = [
+        torch.cat([batch.x[batch.mask].float() for batch in pair.residuals(view.name)]).mean(dim=0)
+        for view in (pair.control, pair.treatment)
+    ]
+    change = (pair.control.W_dec @ (means[1] - means[0])).numpy()
+    table = pd.DataFrame(
+        {"feature": range(len(change)), "change": change, "p": np.nan, "q": np.nan, "reason": "no null"}
+    )
+    return {"residual_difference": table}
+
+
+def test_the_same_model_twice_differs_in_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    further = Method(residual_difference, ("residual_difference",), interval=None)
+    monkeypatch.setitem(METHODS, "residual_difference", further)
     path = change_arms(make_study(tmp_path, steering=None), treatment={"model": "./base"})
     run = run_study(Study.open(path), tmp_path / "run", stages=("gate", "features", "coherence", "select", "match"))
-    cross = read_matches(run).cross_activity
-    assert (cross["difference"] == 0).all()
-    assert not (cross["q"] <= 0.05).any()
+    matches = read_matches(run)
+    assert (matches.cross_activity["difference"] == 0).all()
+    assert not (matches.cross_activity["q"] <= 0.05).any()
+    assert (matches.further["residual_difference"]["change"] == 0).all()
 
 
 def test_without_a_placebo_nothing_is_called(tmp_path) -> None:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saeffect.comparison.design import design_check
 from saeffect.errors import ConfigError, IncompatibleModels
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.tokens import known_tokens
-from saeffect.lm.unembedding import unembedding
 from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check import check_study
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, TypedDict
@@ -69,6 +70,7 @@ class MatchTables:
         absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
         stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's
             (`saeffect.diffing.stagewise`).
+        further: Tables of diffing methods that were registered besides these, by name.
     """
 
     fates_control: pd.DataFrame = field(default_factory=_none)
@@ -78,11 +80,12 @@ class MatchTables:
     cross_activity: pd.DataFrame = field(default_factory=_none)
     absorption: pd.DataFrame = field(default_factory=_none)
     stagewise: pd.DataFrame = field(default_factory=_none)
+    further: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the tables."""
-        return tuple(table.name for table in fields(cls))
+        """Names of the tables but the further ones."""
+        return tuple(table.name for table in fields(cls) if table.name != "further")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import ArmFacts, ArmTables
-from saeffect.features.coherence import coverage
+from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import read_json
 from saeffect.sae.formats import saved_dtype
@@ -59,7 +59,7 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
             direct_effects=run.table_or_none(run.arm(name, "direct_effects.parquet")) if steered else None,
             effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
             facts=facts,
-            coverage_unique=coverage(domain, embeddings=vectors).unique,
+            coverage_unique=unique_coverage(domain, embeddings=vectors),
             unsteered=note if dose is None else "",
             text_shortage=measured["text_shortage"],
             seeds=_seeds(run, name),

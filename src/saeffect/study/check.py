@@ -18,12 +18,12 @@ from saeffect.errors import ConfigError, EmptySelection, SaeffectError
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.io import SILENT, Log
-from saeffect.lm.accounting import loading_errors
+from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.corpora import read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape, quiet_transformers
+from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, token_texts
 from saeffect.sae.formats import load_sae
 from saeffect.study.arm_tables import arm_facts

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from saeffect.errors import ConfigError, SaeffectError
-from saeffect.lm.language_model import LanguageModel, separator_id
+from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, locate_model, model_shape
-from saeffect.lm.tokens import find_bos_id, known_tokens, with_bos
+from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, with_bos
 from saeffect.study.study import Study
 from saeffect.study.texts import study_rows
 from saeffect.study.training import arm_recipe

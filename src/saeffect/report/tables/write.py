@@ -39,6 +39,7 @@ def write_tables(
     folder = Path(folder)
     tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in Comparison.table_names()}
     tables |= {name: getattr(comparison.matches, name) for name in MatchTables.names()}
+    tables |= dict(comparison.matches.further)
     tables = {name: table for name, table in tables.items() if len(table.columns)}
     tables |= _study_tables(context or ReportContext(), [str(name) for name in comparison.table1["arm"]])
     written = []

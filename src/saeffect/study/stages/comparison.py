@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import Comparison, MatchTables, compare
+from saeffect.comparison import Comparison, compare
+from saeffect.diffing.methods import table_names
 from saeffect.io import read_json, write_json
 from saeffect.report import with_answer
 from saeffect.study.arm_tables import ARM_FILES, arm_tables
@@ -35,7 +36,7 @@ def comparison_inputs(run: RunFolder) -> dict[str, Any]:
         "tables": run.digest(
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
-        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in MatchTables.names())),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in table_names())),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),

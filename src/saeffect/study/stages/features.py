@@ -12,11 +12,11 @@ from torch import Tensor
 from saeffect.errors import EmptySelection
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
-from saeffect.features.token_choice import choosable_tokens
+from saeffect.features.vocabulary import choosable_tokens
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import unembedding
 from saeffect.study.residuals import Residuals
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
@@ -114,7 +114,7 @@ def extract_features(
         log: Receives lines of progress.
     """
     return extract_tables(
-        arm.sae,
+        arm.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         _batches(arm, rows, residuals or Residuals(), log),

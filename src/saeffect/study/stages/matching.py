@@ -71,8 +71,10 @@ def run_matching(run: RunFolder, log: Log) -> Callable[[], Iterable[Path]]:
 
 def read_matches(run: RunFolder) -> MatchTables:
     """Read what the stage wrote; a table that was not made has no columns."""
-    tables = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in MatchTables.names()}
-    return MatchTables(**{name: table for name, table in tables.items() if table is not None})
+    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in table_names()}
+    tables = {name: table for name, table in read.items() if table is not None}
+    known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
+    return MatchTables(**known, further=tables)
 
 
 def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:

@@ -168,7 +168,7 @@ def _features(study: Study, arm: Arm, one: SeedSae, log: Log) -> pd.DataFrame:
     rows = study.rows()
     config = study.config.features
     table = feature_table(
-        one,
+        one.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         options=FeatureOptions(config.top_k, config.projection, rows.names),
