@@ -40,12 +40,12 @@ def test_what_can_be_no_path(bad: str, complains: Callable[..., Any]) -> None:
             resolve_paths(values, Path(), at="file")
 
 
-def test_a_path_may_be_that_of_nothing_and_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_path_may_be_missing_or_in_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/none/at all") == tmp_path / "none" / "at all"
 
 
-def test_every_path_key_follows_the_file_not_the_current_folder(places: tuple[Path, Path]) -> None:
+def test_path_keys_are_relative_to_the_file(places: tuple[Path, Path]) -> None:
     beside, _ = places
     values = {
         "arms": {"c": {"model": "here", "sae": "here", "more_saes": ["./here", "new"], "training": {"init_from": "n"}}},
@@ -94,7 +94,7 @@ def test_every_key_that_holds_a_path_is_known() -> None:
     ("key", "value"),
     [("text", "only.txt"), ("model", "org/name"), ("model", "./org/name"), ("verdicts", "only.txt")],
 )
-def test_what_lies_in_the_current_folder_alone_is_told_not_taken(
+def test_path_in_current_folder_is_not_taken(
     key: str, value: str, places: tuple[Path, Path], complains: Callable[..., Any]
 ) -> None:
     beside, _ = places

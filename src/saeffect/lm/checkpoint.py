@@ -13,8 +13,7 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, SaeffectError
-from saeffect.io import hash_file, read_json, remove_leftovers, write_json
-from saeffect.sole_writer import sole_writer
+from saeffect.io import hash_file, read_json, remove_leftovers, sole_writer, write_json
 
 __all__ = ["Checkpoint", "TrainingFolder"]
 
@@ -124,7 +123,7 @@ class Checkpoint:
             return 0
         path = self._file(step)
         fix = "delete it; the run goes on from the one before, or starts anew if there is none."
-        tensors, metadata = read_tensors(path, what="checkpoint", fix=fix)
+        tensors, metadata = read_tensors(path, "this checkpoint", fix=fix)
         if metadata.get("made_by") != self._made_by:
             raise self.of_another_run()
         try:

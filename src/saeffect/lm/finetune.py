@@ -25,7 +25,6 @@ from torch import Tensor
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
-from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.accounting import quiet_transformers
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
@@ -33,6 +32,7 @@ from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.tokens import resolve_prepend_bos
+from saeffect.parallel import Interruption
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
-from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, write_json
+from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, sole_writer, write_json
 from saeffect.lm.accounting import tensor_shapes
 from saeffect.lm.activations import (
     ActivationSource,
@@ -38,7 +38,6 @@ from saeffect.lm.activations import (
 )
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import barrier, is_first, rank_and_world
-from saeffect.sole_writer import sole_writer
 
 __all__ = [
     "ActivationStore",
@@ -172,7 +171,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises:
         BadFile: It is truncated, no safetensors file, or holds other bits than were written.
     """
-    return read_tensors(path, what="shard", fix=_MAKE_AGAIN)[0]
+    return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
 @dataclass(frozen=True)

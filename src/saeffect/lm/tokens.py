@@ -13,10 +13,12 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saeffect.config import BosRule
 from saeffect.errors import ConfigError
+
+if TYPE_CHECKING:
+    from saeffect.config import BosRule
 
 __all__ = [
     "ContinuationDecoder",
