@@ -16,16 +16,7 @@ from scipy.stats import gaussian_kde
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.figures.style import (
-    GRID,
-    MUTED,
-    ArmStyle,
-    Drawing,
-    arm_styles,
-    clean_axes,
-    new_figure,
-    safe_text,
-)
+from saeffect.report.figures.style import GRID, MUTED, ArmStyle, Drawing, arm_styles, clean_axes, new_figure, safe_text
 from saeffect.report.words.numbers import amount, count, percent
 
 __all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]

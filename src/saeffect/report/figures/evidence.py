@@ -26,8 +26,8 @@ from saeffect.report.figures.style import (
     safe_text,
 )
 from saeffect.report.tables.evidence import TERM_NAMES, rule_label, test_label
-from saeffect.report.tables.view import difference_unit
-from saeffect.report.words.numbers import amount, count, fixed, is_defined, percent, signed
+from saeffect.report.tables.view import difference_unit, has_interval
+from saeffect.report.words.numbers import amount, count, interval, percent, signed
 
 __all__ = ["calibration", "contrasts", "partial_residuals"]
 
@@ -141,8 +141,7 @@ def partial_residuals(comparison: Comparison, _context: ReportContext) -> Drawin
     for ax, name in zip(panels, names, strict=True):
         term = terms.set_index("term").loc[name]
         label = TERM_NAMES[name][0]
-        has_interval = is_defined(term["low"]) and is_defined(term["high"])
-        ends = f" [{fixed(term['low'])}, {fixed(term['high'])}]" if has_interval else ", no interval"
+        ends = f" {interval(term['low'], term['high'])}" if has_interval(term) else ", no interval"
         slope = signed(term["estimate"]) + ends
         _residuals(ax, table[table["term"] == name], arm_styles(comparison), float(term["estimate"]))
         ax.set_title(f"{label}: {slope}", size=8.8)

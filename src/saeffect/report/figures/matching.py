@@ -28,8 +28,10 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
+from saeffect.report.tables.matching import called_features
+from saeffect.report.tables.view import has_interval
 from saeffect.report.words.names import feature_names
-from saeffect.report.words.numbers import count, fixed, is_defined, percent, signed
+from saeffect.report.words.numbers import count, fixed, interval, is_defined, percent, signed
 
 __all__ = ["cross_activity", "fates"]
 
@@ -62,30 +64,28 @@ def fates(comparison: Comparison, context: ReportContext, *, measure: str) -> Dr
     _flow(axes[0], found, "treatment", f"Fine-tuning: {control} → {treatment}")
     _flow(axes[1], found, "placebo", f"SAE noise: {control} → another seed, same model")
     figure.supxlabel(_below(found), size=8.2, color=MUTED)
+    called = called_features(rows)
     kept, gone = found["control", "kept"], found["control", "gone"]
     return Drawing(
         figure,
         "Left: the control's features. Right: those of the other SAE. Both flows are judged by the same rule, by "
         "similarity alone: kept ones match as well as features of two seeds do, gone and new ones match nothing "
         "better than unrelated features do. Only what the upper flow shows beyond the lower one can be credited to "
-        f"fine-tuning: {_excess_words(found)}. {_called_words(rows, context)}",
+        f"fine-tuning: {_excess_words(found)}. "
+        + (
+            f"Single features called so (q ≤ {context.alpha:g}): {called}."
+            if called
+            else f"No single feature can be called moved, gone, absorbed or new (q ≤ {context.alpha:g})."
+        ),
         f"Of {count(gone['n_features'])} features of {control}, "
         f"{count(round(kept['n_treatment']))} are kept and {count(round(gone['n_treatment']))} gone in {treatment}; "
         f"in an SAE of another seed {count(round(kept['n_placebo']))} and {count(round(gone['n_placebo']))}.",
     )
 
 
-def _has_interval(row: Mapping[Any, Any]) -> bool:
-    return is_defined(row["low"]) and is_defined(row["high"])
-
-
 def _below(found: _Counts) -> str:
-    parts = [
-        f"{fate} {signed(found[side, fate]['excess'], 0)} "
-        f"[{fixed(found[side, fate]['low'], 0)}, {fixed(found[side, fate]['high'], 0)}]"
-        for side, fate in _EXCESSES
-        if _has_interval(found[side, fate])
-    ]
+    rows = [found[key] for key in _EXCESSES if has_interval(found[key])]
+    parts = [f"{row['fate']} {signed(row['excess'], 0)} {interval(row['low'], row['high'], 0)}" for row in rows]
     return f"beyond SAE noise: {', '.join(parts)}" if parts else "excess over SAE noise: no interval"
 
 
@@ -93,7 +93,7 @@ def _excess_words(found: _Counts) -> str:
     parts = []
     for side, fate in _EXCESSES:
         row = found[side, fate]
-        if not _has_interval(row):
+        if not has_interval(row):
             parts.append(f"no interval for {fate} ones ({row['reason'] or 'no reason was recorded'})")
             continue
         apart = row["low"] > 0 or row["high"] < 0
@@ -103,15 +103,6 @@ def _excess_words(found: _Counts) -> str:
         )
     remark = f" ({ONE_PLACEBO})" if any(found[key]["reason"] == ONE_PLACEBO for key in _EXCESSES) else ""
     return " and ".join(parts) + remark
-
-
-def _called_words(rows: pd.DataFrame, context: ReportContext) -> str:
-    called = rows[(rows["fate"] != "kept") & rows["called"].notna()]
-    sums = called.groupby("fate", sort=False)["called"].sum()
-    found = [f"{count(n)} {fate}" for fate, n in sums.items() if n]
-    if not found:
-        return f"No single feature can be called moved, gone, absorbed or new (q ≤ {context.alpha:g})."
-    return f"Single features called so (q ≤ {context.alpha:g}): {', '.join(found)}."
 
 
 class _Segment(NamedTuple):

@@ -31,12 +31,7 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.words.names import (
-    dose_axis,
-    effect_text,
-    feature_names,
-    interval_text,
-)
+from saeffect.report.words.names import dose_axis, effect_text, feature_names, interval_text
 from saeffect.report.words.numbers import count, fixed, is_defined, p_value
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import STEERED, control_label

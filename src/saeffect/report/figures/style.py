@@ -119,11 +119,8 @@ class DrawnFigure:
 
     Attributes:
         name: File name without ending.
-        title: One line.
-        caption: See `Drawing`; `[[figure:name]]` refers to another.
-        alt: See `Drawing`.
-        figure: The drawing; None where there was nothing to draw.
-        reason: Why there is no drawing; "" when there is one.
+        caption: `[[figure:name]]` in it refers to another.
+        figure: None where there was nothing to draw; then `reason` says why.
         source: Which files of the run folder, and which of their columns, it was made from.
         group: Neighbours of one group share a number on the page; "" for none.
         paper: Its number in the paper, where it reproduces a figure of it.
@@ -168,10 +165,8 @@ class FigureKind:
     """A figure that every report has: what it is called and made from, and how it is drawn.
 
     Attributes:
-        name: As `DrawnFigure.name`, and so are the others of its attributes.
         title: `{domain}` stands for the study's domain.
-        draw: Makes it; where there is nothing to draw it raises `Undefined` with the reason. Kinds of several figures
-            give them whole.
+        draw: Makes it, or raises `Undefined` with the reason; a kind of several figures gives them whole.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""The report's tables: from a comparison to what the page shows, and to CSV and JSON files."""
+"""The report's tables. In: a comparison and the study around it. Out: what the page shows, and CSV and JSON files.
+
+A table of the page is a function that gives a `TableView`, and an entry in `TABLES`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,7 @@ from collections.abc import Callable, Mapping
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.evidence import (
-    calibration_table,
-    chance_table,
-    power_table,
-    regression_table,
-    threat_table,
-)
+from saeffect.report.tables.evidence import calibration_table, chance_table, power_table, regression_table, threat_table
 from saeffect.report.tables.matching import cross_table, fate_table, notable_table, stagewise_table
 from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
 from saeffect.report.tables.steering import baseline_table, dose_table, outcome_table, together_table

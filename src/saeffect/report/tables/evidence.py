@@ -8,19 +8,9 @@ from typing import Any
 from saeffect.comparison import Comparison
 from saeffect.comparison.calibration import WITHIN
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import (
-    DASH,
-    Cell,
-    Column,
-    Row,
-    TableView,
-    difference_unit,
-    text_cell,
-    undefined_cell,
-    value_cell,
-)
+from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit, has_interval
 from saeffect.report.words.names import capital, short_name
-from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, plural, signed
 from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
@@ -71,12 +61,7 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
     rows = [
         Row(
             test_label(str(row["test"])),
-            (
-                _alarms(row),
-                Cell(percent(row["nominal"], 0)),
-                _promise(row),
-                _findings(row),
-            ),
+            (_alarms(row), Cell(percent(row["nominal"], 0)), _promise(row), _findings(row)),
             sub=rule_label(str(row["rule"]), context.alpha),
             strong=bool(row["declared"]),
         )
@@ -107,11 +92,10 @@ def calibration_table(comparison: Comparison, context: ReportContext) -> TableVi
 
 def _alarms(row: Mapping[Any, Any]) -> Cell:
     if not row["tests"]:
-        return undefined_cell(row["reason"] or "it was not tested")
+        return Cell.undefined(row["reason"] or "it was not tested")
     sub = str(row["unit"])
     if is_defined(row["low"]):
-        share = percent(row["findings"] / row["tests"])
-        sub += f" · {share} [{fixed(100 * row['low'], 1)}, {fixed(100 * row['high'], 1)}]"
+        sub += f" · {percent(row['findings'] / row['tests'])} {interval(100 * row['low'], 100 * row['high'], 1)}"
     elif row["tests"] > 1:
         sub += f" · {percent(row['findings'] / row['tests'])}"
     return Cell(f"{count(row['findings'])} of {count(row['tests'])}", sub=sub)
@@ -120,19 +104,19 @@ def _alarms(row: Mapping[Any, Any]) -> Cell:
 def _findings(row: Mapping[Any, Any]) -> Cell:
     findings, tests = row["treatment_findings"], row["treatment_tests"]
     if not is_defined(tests) or not tests:
-        return undefined_cell(row["reason"] or "it was not tested")
+        return Cell.undefined(row["reason"] or "it was not tested")
     return Cell(f"{count(findings)} of {count(tests)}", sub=percent(findings / tests) if tests > 1 else "")
 
 
 def _promise(row: Mapping[Any, Any]) -> Cell:
     """A promise counts as kept only where the data are enough to say so."""
     if row["verdict"] == "more alarms than nominal":
-        return text_cell("too many alarms", tone="warn")
+        return Cell.words("too many alarms", tone="warn")
     if row["verdict"] != WITHIN or not is_defined(row["high"]):
-        return text_cell("cannot be judged", tone="muted")
+        return Cell.words("cannot be judged", tone="muted")
     if row["high"] <= row["nominal"]:
-        return text_cell("keeps its promise", tone="good")
-    return text_cell("no excess seen", sub="too few trials to be sure")
+        return Cell.words("keeps its promise", tone="good")
+    return Cell.words("no excess seen", sub="too few trials to be sure")
 
 
 def calibration_verdict(comparison: Comparison) -> str:
@@ -161,8 +145,8 @@ def calibration_verdict(comparison: Comparison) -> str:
         between_saes = known.loc[known["unit"] != "features", "tests"]
         if len(between_saes) and between_saes.max() < 60:
             text += (
-                f" Between whole SAEs there were at most {count(between_saes.max())} trials a test, so this would "
-                "show a test that is badly miscalibrated, not one that is slightly so."
+                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
+                "would show a test that is badly miscalibrated, not one that is slightly so."
             )
     unjudged = int((table["tests"] == 0).sum())
     if unjudged:
@@ -176,8 +160,8 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
         return None
     rows = []
     for row in comparison.by_chance.to_dict("records"):
-        both = is_defined(row["low"]) and is_defined(row["high"])
-        expected = undefined_cell(row["reason"])
+        both = has_interval(row)
+        expected = Cell.undefined(row["reason"])
         if is_defined(row["expected"]):
             sub = f"[{_expected(row['low'])}, {_expected(row['high'])}]" if both else str(row["reason"])
             expected = Cell(("at most " if row["bound"] else "") + _expected(row["expected"]), sub=sub)
@@ -185,7 +169,7 @@ def chance_table(comparison: Comparison, _context: ReportContext) -> TableView |
             Cell(count(row["found"]), sub=f"of {count(row['among'])}"),
             expected,
             _beside_chance(row, both),
-            text_cell(row["chance"], tone="muted"),
+            Cell.words(row["chance"], tone="muted"),
         )
         rows.append(Row(capital(str(row["finding"])), cells))
     return TableView(
@@ -211,12 +195,12 @@ def _expected(value: float) -> str:
 def _beside_chance(row: Mapping[Any, Any], both: bool) -> Cell:
     found = row["found"]
     if is_defined(row["expected"]) and row["bound"]:
-        return text_cell("more" if found > row["expected"] else "no more")
+        return Cell.words("more" if found > row["expected"] else "no more")
     if not is_defined(row["expected"]) or not both:
-        return text_cell("not comparable", tone="muted")
+        return Cell.words("not comparable", tone="muted")
     if row["low"] <= found <= row["high"]:
-        return text_cell("what chance gives")
-    return text_cell("more than chance" if found > row["high"] else "less than chance", tone="good")
+        return Cell.words("what chance gives")
+    return Cell.words("more than chance" if found > row["high"] else "less than chance", tone="good")
 
 
 def power_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
@@ -258,13 +242,16 @@ def _power_row(row: Mapping[Any, Any]) -> Row:
     sample = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
     noun = "prompts or pairs" if single else "SAEs a side" if test.endswith("_seeds") else "features a side"
     differs = is_defined(below) and is_defined(detectable) and abs(below - detectable) >= 1e-9
-    reading = text_cell("cannot be said", tone="muted")
+    reading = Cell.words("cannot be said", tone="muted")
     if is_defined(detectable) and is_defined(observed):
         limit = below if observed < 0 and is_defined(below) else detectable
-        reading = text_cell("too small to be found reliably" if abs(observed) < limit else "large enough to be found")
+        reading = Cell.words("too small to be found reliably" if abs(observed) < limit else "large enough to be found")
+    seen = Cell.dash()
+    if is_defined(observed):
+        seen = Cell.value(observed, unit, sub="median effect" if single else "", sign=True)
     cells = (
-        value_cell(detectable, unit, sub=f"{amount(below, unit)} downwards" if differs else "", reason=row["reason"]),
-        value_cell(observed, unit, sub="median effect" if single else "", sign=True) if is_defined(observed) else DASH,
+        Cell.value(detectable, unit, sub=f"{amount(below, unit)} downwards" if differs else "", reason=row["reason"]),
+        seen,
         Cell(sample, sub=noun),
         reading,
     )
@@ -312,9 +299,9 @@ def _regression_row(row: Mapping[Any, Any]) -> Row:
     term = str(row["term"])
     label, sub = TERM_NAMES.get(term, (f"Arm {term.removeprefix('arm ')}", "against control"))
     reason = str(row["reason"]).replace(term, label.lower())
-    cells = (undefined_cell(reason), DASH)
+    cells = (Cell.undefined(reason), Cell.dash())
     if is_defined(row["estimate"]):
-        both = is_defined(row["low"]) and is_defined(row["high"])
+        both = has_interval(row)
         apart = both and (row["low"] > 0 or row["high"] < 0) and term != "intercept"
         ends = interval(row["low"], row["high"]) if both else f"no interval: {reason}"
         estimate = Cell(signed(row["estimate"]), sub=ends, tone="good" if apart else "")
@@ -330,7 +317,7 @@ def coherence_sentence(comparison: Comparison) -> str:
         why = row["reason"] if row and row["reason"] else "no feature was steered"
         return f"Whether coherent features have stronger effects cannot be said: {why}."
     step = 0.1 * float(row["estimate"])
-    if not (is_defined(row["low"]) and is_defined(row["high"])):
+    if not has_interval(row):
         return (
             f"A coherence higher by 0.1 goes with an effect of {signed(step)}, but this has no interval "
             f"({row['reason'] or 'no reason was recorded'}), so nothing follows from it."
@@ -373,7 +360,7 @@ def threat_table(comparison: Comparison, _context: ReportContext) -> TableView |
         rows=tuple(
             Row(
                 capital(row["severity"]),
-                (text_cell(row["threat"]), text_cell(row["remedy"], sub=f"seen in {row['source']}")),
+                (Cell.words(row["threat"]), Cell.words(row["remedy"], sub=f"seen in {row['source']}")),
                 strong=row["severity"] == "serious",
             )
             for row in table.to_dict("records")

@@ -11,11 +11,19 @@ import pandas as pd
 from saeffect.comparison import Comparison
 from saeffect.diffing.cross_activity import activity_changes, most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import DASH, Cell, Column, Row, TableView, text_cell, undefined_cell
+from saeffect.report.tables.view import Cell, Column, Row, TableView, has_interval
 from saeffect.report.words.names import capital, feature_names
 from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
 
-__all__ = ["cross_summary", "cross_table", "fate_summary", "fate_table", "notable_table", "stagewise_table"]
+__all__ = [
+    "called_features",
+    "cross_summary",
+    "cross_table",
+    "fate_summary",
+    "fate_table",
+    "notable_table",
+    "stagewise_table",
+]
 
 _MEASURES = {
     "decoder cosine": "Matched by what they write (decoder cosine)",
@@ -43,24 +51,25 @@ def fate_summary(comparison: Comparison, context: ReportContext) -> str:
     parts = []
     rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
     for row in rows[rows["n_placebo"].notna()].to_dict("records"):
-        ends = interval(row["low"], row["high"], 0) if _has_interval(row) else f"no interval: {row['reason']}"
+        ends = interval(row["low"], row["high"], 0) if has_interval(row) else f"no interval: {row['reason']}"
         parts.append(
             f"{_MEASURES[row['measure']]}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the "
             f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
             "the same model."
         )
-    called = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
-    found = [f"{count(n)} {fate}" for fate, n in called.items() if n]
+    called = called_features(counts)
     single = (
-        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {', '.join(found)}."
-        if found
+        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {called}."
+        if called
         else f"No single feature stands out as moved, gone or new (q ≤ {context.alpha:g})."
     )
     return " ".join([*parts, single])
 
 
-def _has_interval(row: Mapping[Any, Any]) -> bool:
-    return is_defined(row["low"]) and is_defined(row["high"])
+def called_features(counts: pd.DataFrame) -> str:
+    """How many single features are called moved, gone, absorbed and new, by rows of the fate counts; "" for none."""
+    sums = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
+    return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -100,14 +109,14 @@ def _number(row: Mapping[Any, Any], column: str) -> Cell:
     if is_defined(row[column]):
         share = percent(row[column] / row["n_features"]) if row["n_features"] else ""
         return Cell(count(round(row[column])), sub=share)
-    return DASH if row["fate"] == "absorbed" else undefined_cell(row["reason"])
+    return Cell.dash() if row["fate"] == "absorbed" else Cell.undefined(row["reason"])
 
 
 def _excess(row: Mapping[Any, Any]) -> Cell:
     if not is_defined(row["excess"]):
-        return DASH
+        return Cell.dash()
     text = amount(round(row["excess"]), "features", sign=True)
-    if not _has_interval(row):
+    if not has_interval(row):
         return Cell(text, sub="no interval")
     apart = row["low"] > 0 or row["high"] < 0
     return Cell(text, sub=interval(row["low"], row["high"], 0), tone="good" if apart else "")
@@ -115,8 +124,8 @@ def _excess(row: Mapping[Any, Any]) -> Cell:
 
 def _called(row: Mapping[Any, Any]) -> Cell:
     if row["fate"] == "kept":
-        return DASH  # only what differs from seeds is called
-    return Cell(count(row["called"])) if is_defined(row["called"]) else undefined_cell(row["reason"])
+        return Cell.dash()  # only what differs from seeds is called
+    return Cell(count(row["called"])) if is_defined(row["called"]) else Cell.undefined(row["reason"])
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -199,13 +208,13 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
     arm = context.arm_of(side)
     is_domain = arm is not None and feature in arm.domain
     cells = (
-        text_cell(
+        Cell.words(
             f"{feature} {words[side].get(feature, '')}".strip(), sub=f"{context.domain} feature" if is_domain else ""
         ),
         Cell(fixed(row["similarity"], 2) if is_defined(row["similarity"]) else "–"),
         Cell(fixed(row["drop"], 2) if is_defined(row.get("drop")) else "–"),
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
-        text_cell("; ".join(f"{one} {other.get(one, '')}".strip() for one in others) or "nothing"),
+        Cell.words("; ".join(f"{number} {other.get(number, '')}".strip() for number in others) or "nothing"),
     )
     return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
 
@@ -274,7 +283,7 @@ def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) ->
     )
     ratio = f"{fixed(row['mean_treatment'] / row['mean_control'], 2)}×" if row["mean_control"] > 0 else "silent before"
     cells = (
-        text_cell(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
+        Cell.words(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
         Cell(_level(row["mean_control"])),
         Cell(_level(row["mean_treatment"])),
         Cell(("+" if is_more else "") + _level(row["difference"]), sub=ends),
@@ -301,9 +310,9 @@ def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView
     for row in shown.to_dict("records"):
         known, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]
         cells = (
-            text_cell(words.get(row["feature"], "–")),
+            Cell.words(words.get(row["feature"], "–")),
             Cell(f"{fixed(row['decoder_rotation'], 1)}°"),
-            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else undefined_cell(row["reason"]),
+            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else Cell.undefined(row["reason"]),
             Cell(f"{signed(excess, 1)}°" if is_defined(excess) else "–"),
             Cell(p_value(q) if is_defined(q) else "–"),
         )

@@ -10,19 +10,7 @@ import pandas as pd
 from saeffect.comparison import PRIMARY, Comparison, Judgement
 from saeffect.comparison.judgement import headline_row
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import (
-    DASH,
-    Cell,
-    Column,
-    Row,
-    TableView,
-    arm_columns,
-    difference_unit,
-    estimate_cell,
-    text_cell,
-    undefined_cell,
-    value_cell,
-)
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit, has_interval
 from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
 from saeffect.stats.estimate import Estimate
 from saeffect.steering.outcomes import OUTCOMES
@@ -40,7 +28,7 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
             continue
         judged = comparison.judged[quantity]
         row = headline_row(contrasts, judged)
-        cells = [value_cell(row[side], judged.unit, reason=row["reason"]) for side in ("value_a", "value_b")]
+        cells = [Cell.value(row[side], judged.unit, reason=row["reason"]) for side in ("value_a", "value_b")]
         cells += [
             _difference_cell(estimate, judged.unit) for estimate in (judged.headline, *judged.retraining.values())
         ]
@@ -71,7 +59,7 @@ def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
 
 def _difference_cell(estimate: Estimate, unit: str) -> Cell:
     unit = difference_unit(unit)
-    return estimate_cell(estimate.value, estimate.low, estimate.high, unit, reason=estimate.reason)
+    return Cell.estimate(estimate.value, estimate.low, estimate.high, unit, reason=estimate.reason)
 
 
 def _saes_behind(judged: Judgement) -> str:
@@ -95,15 +83,15 @@ def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
 
 
 _READINGS = {
-    "beyond": text_cell("More than SAE noise", tone="good"),
-    "noise": text_cell("Not clearly more than SAE noise"),
-    "unclear": text_cell("Cannot tell: the interval includes zero"),
-    "unseparated": text_cell("Cannot be told from SAE noise"),
+    "beyond": Cell.words("More than SAE noise", tone="good"),
+    "noise": Cell.words("Not clearly more than SAE noise"),
+    "unclear": Cell.words("Cannot tell: the interval includes zero"),
+    "unseparated": Cell.words("Cannot be told from SAE noise"),
 }
 
 
 def _reading(judged: Judgement) -> Cell:
-    return _READINGS.get(judged.status) or undefined_cell(judged.change.reason)
+    return _READINGS.get(judged.status) or Cell.undefined(judged.change.reason)
 
 
 class _Line(NamedTuple):
@@ -205,9 +193,9 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
     elif line.of and row[line.of]:
         part = percent(value / row[line.of])
     if not line.interval:
-        return value_cell(value, line.unit, reason=reason, sub=part)
+        return Cell.value(value, line.unit, reason=reason, sub=part)
     low, high = row[f"{line.interval}_low"], row[f"{line.interval}_high"]
-    cell = estimate_cell(value, low, high, line.unit, reason=reason, sign=False)
+    cell = Cell.estimate(value, low, high, line.unit, reason=reason, sign=False)
     return cell._replace(sub=f"{part} · {cell.sub}") if part and cell.sub else cell
 
 
@@ -228,10 +216,10 @@ def _against_control(comparison: Comparison, quantity: str) -> tuple[Cell, ...]:
     for name in comparison.table2["arm"]:
         row = found.get(name)
         if row is None:
-            cells.append(DASH)
+            cells.append(Cell.dash())
             continue
-        sub = amount_interval(row["low"], row["high"]) if is_defined(row["low"]) and is_defined(row["high"]) else ""
-        cells.append(value_cell(row["estimate"], sub=sub, reason=row["reason"], sign=True))
+        sub = amount_interval(row["low"], row["high"]) if has_interval(row) else ""
+        cells.append(Cell.value(row["estimate"], sub=sub, reason=row["reason"], sign=True))
     return tuple(cells)
 
 
@@ -249,8 +237,8 @@ def contrast_table(comparison: Comparison, _context: ReportContext) -> TableView
     for quantity, group in table.groupby("quantity", sort=False):
         found = {(row["comparison"], row["a"], row["b"]): row for row in group.to_dict("records")}
         first = next(found[key] for key in keys if key in found)
-        cells = [_contrast_cell(found[key]) if key in found else DASH for key in keys]
-        cells.append(text_cell(first["method"], tone="muted"))
+        cells = [_contrast_cell(found[key]) if key in found else Cell.dash() for key in keys]
+        cells.append(Cell.words(first["method"], tone="muted"))
         rows.append(Row(str(first["label"]), tuple(cells), strong=quantity in PRIMARY, key=str(quantity)))
     return TableView(
         name="contrasts",
@@ -274,7 +262,7 @@ def contrast_table(comparison: Comparison, _context: ReportContext) -> TableView
 def _contrast_cell(row: Mapping[Any, Any]) -> Cell:
     unit = difference_unit(str(row["unit"]))
     sign = unit != "ratio"
-    cell = estimate_cell(row["estimate"], row["low"], row["high"], unit, reason=row["reason"], sign=sign)
+    cell = Cell.estimate(row["estimate"], row["low"], row["high"], unit, reason=row["reason"], sign=sign)
     if not cell.sub or not is_defined(row["p"]):
         return cell
     p = p_value(row["p"])

@@ -9,24 +9,8 @@ import pandas as pd
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext, SteeringResults, baseline_summary, outcome_summary
-from saeffect.report.tables.view import (
-    Cell,
-    Column,
-    Row,
-    TableView,
-    arm_columns,
-    text_cell,
-    undefined_cell,
-    value_cell,
-)
-from saeffect.report.words.names import (
-    capital,
-    dose_axis,
-    effect_text,
-    feature_names,
-    interval_text,
-    level_text,
-)
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns
+from saeffect.report.words.names import capital, dose_axis, effect_text, feature_names, interval_text, level_text
 from saeffect.report.words.numbers import amount_interval, count, is_defined, is_true, p_value, percent
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import BASELINES, PLACEBOS, SHUFFLED, STEERED, control_label
@@ -39,7 +23,7 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     results, arms = context.steering, comparison.table1
     if results is None:
         return None
-    table = outcome_summary(results, _arms(comparison), alpha=context.alpha)
+    table = outcome_summary(results, list(comparison.table1["arm"]), alpha=context.alpha)
     if table.empty:
         return None
     controls = set(table["control"])
@@ -88,10 +72,6 @@ def outcome_table(comparison: Comparison, context: ReportContext) -> TableView |
     )
 
 
-def _arms(comparison: Comparison) -> list[str]:
-    return [str(name) for name in comparison.table1["arm"]]
-
-
 def _why_no_interval(table: pd.DataFrame) -> str:
     bare = table[table["mean"].notna() & table["low"].isna()]
     if bare.empty:
@@ -108,7 +88,7 @@ def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
     for row in arms.to_dict("records"):
         ours.append(_rate(row["passed"], row["tested"], row["pass_low"], row["pass_high"]))
         papers.append(_rate(row["paper_passed"], row["tested"]))
-        reverses.append(value_cell(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
+        reverses.append(Cell.value(reversed_share.get(row["arm"]), "share", reason="no feature was tested"))
     group, tag = "Features that pass", "declared"
     return (
         Row("Our test", tuple(ours), sub="against the placebo, q corrected", strong=True, group=group, tag=tag),
@@ -119,16 +99,16 @@ def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
 
 def _rate(passed: int, tested: int, low: object = None, high: object = None) -> Cell:
     if not tested:
-        return undefined_cell("no feature was tested")
+        return Cell.undefined("no feature was tested")
     ends = f" {amount_interval(low, high, 'share')}" if is_defined(low) and is_defined(high) else ""
     return Cell(percent(passed / tested) + ends, sub=f"{count(passed)} of {count(tested)}")
 
 
 def _outcome_cell(row: Mapping[Any, Any] | None, outcome: str) -> Cell:
     if row is None:
-        return undefined_cell("no feature of this arm was tested")
+        return Cell.undefined("no feature of this arm was tested")
     if not is_defined(row["mean"]):
-        return undefined_cell(row["reason"])
+        return Cell.undefined(row["reason"])
     text = f"{effect_text(row['mean'], outcome)} {interval_text(row['low'], row['high'], outcome)}"
     passed = f"{count(row['n_passed'])} of {count(row['n_tested'])}" if row["n_tested"] else "none tested"
     return Cell(text, sub=passed)
@@ -143,13 +123,12 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
     results = context.steering
     if results is None or arm not in results.outcome_effects:
         return {}
+    beside = f"steered − {control_label(results.placebo)}"
     found: dict[int, tuple[tuple[str, str], ...]] = {}
-    decided = f"{capital(OUTCOMES[results.deciding].label)}: steered minus …"
     for feature, rows in results.outcome_effects[arm].groupby("feature"):
-        pairs: dict[str, list[str]] = {decided: []}
-        for label in ("Other declared outcomes", "Exploratory outcomes"):
-            pairs[f"{label}: steered − {control_label(results.placebo)}"] = []
-        against, declared, exploratory = pairs.values()
+        against: list[str] = []
+        declared: list[str] = []
+        exploratory: list[str] = []
         for row in rows.to_dict("records"):
             outcome, words = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
             text = effect_text(row["effect"], outcome)
@@ -159,12 +138,12 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
             elif row["placebo"] == results.placebo:
                 unit = " nats" if "nats" in words.effect_unit and is_defined(row["effect"]) else ""
                 (declared if results.declared(outcome) else exploratory).append(f"{words.label} {text}{unit}")
-        separators = ("; ", ", ", ", ")
-        found[int(feature)] = tuple(  # type: ignore[call-overload]
-            (label, separator.join(texts))
-            for (label, texts), separator in zip(pairs.items(), separators, strict=True)
-            if texts
+        pairs = (
+            (f"{capital(OUTCOMES[results.deciding].label)}: steered minus …", "; ".join(against)),
+            (f"Other declared outcomes: {beside}", ", ".join(declared)),
+            (f"Exploratory outcomes: {beside}", ", ".join(exploratory)),
         )
+        found[int(feature)] = tuple(pair for pair in pairs if pair[1])  # type: ignore[call-overload]
     return found
 
 
@@ -194,7 +173,7 @@ def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[
             "An ablation takes a concept away and these baselines bring it up, so they are no yardstick for it; "
             "they show how much of the concept there could be.",
         )
-    table = baseline_summary(results, _arms(comparison))
+    table = baseline_summary(results, list(comparison.table1["arm"]))
     groups = table[table["outcome"] == outcome].groupby("baseline", sort=False)
     return tuple(_baseline_sentence(str(baseline), rows, outcome) for baseline, rows in groups)
 
@@ -227,7 +206,7 @@ def baseline_table(comparison: Comparison, context: ReportContext) -> TableView 
     outcome = _compared_on(results) if results is not None else ""
     if results is None or not outcome:
         return None
-    tables = {arm: results.baseline_effects[arm] for arm in _arms(comparison) if arm in results.baseline_effects}
+    tables = {arm: results.baseline_effects[arm] for arm in comparison.table1["arm"] if arm in results.baseline_effects}
     shown = {arm: table[table["outcome"] == outcome] for arm, table in tables.items()}
     baselines = [str(name) for name in dict.fromkeys(pd.concat(list(shown.values()))["baseline"])]
     columns = [Column("Unsteered"), Column("Steered")]
@@ -266,9 +245,9 @@ def _baseline_cells(records: Sequence[Mapping[Any, Any]], baselines: Sequence[st
     for baseline in baselines:
         row = by_baseline.get(baseline)
         if row is None:
-            cells += [text_cell("not run", tone="muted")] * 2
+            cells += [Cell.words("not run", tone="muted")] * 2
         elif not is_defined(row["effect"]):
-            cells += [Cell("undefined", tone="muted"), undefined_cell(row["reason"])]
+            cells += [Cell("undefined", tone="muted"), Cell.undefined(row["reason"])]
         else:
             ends = interval_text(row["low"], row["high"], outcome)
             cells += [_level(row, "baseline_mean", outcome), Cell(effect_text(row["effect"], outcome), sub=ends)]
@@ -285,7 +264,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
     if results is None:
         return None
     rows = []
-    for arm in _arms(comparison):
+    for arm in comparison.table1["arm"]:
         if arm in results.together_effects:
             effects, names = context.arms[arm].effects, feature_names(context.arms.get(arm), 2)
             alone = {} if effects is None else dict(zip(effects["feature"], effects["effect"], strict=True))
@@ -319,7 +298,7 @@ def together_table(comparison: Comparison, context: ReportContext) -> TableView 
 
 def _set_row(arm: str, row: Mapping[Any, Any], alone: Mapping[int, float], names: Mapping[int, str]) -> Row:
     outcome, members = str(row["outcome"]), [int(member) for member in row["members"]]
-    effect = undefined_cell(row["reason"])
+    effect = Cell.undefined(row["reason"])
     if is_defined(row["effect"]):
         ends = interval_text(row["effect_low"], row["effect_high"], outcome)
         effect = Cell(effect_text(row["effect"], outcome), sub=ends)
@@ -330,7 +309,7 @@ def _set_row(arm: str, row: Mapping[Any, Any], alone: Mapping[int, float], names
         *(_level(row, name, outcome) for name in ("unsteered_mean", "steered_mean", "placebo_mean")),
         effect,
         Cell(q),
-        text_cell(each) if tested else text_cell("none was tested alone", tone="muted"),
+        Cell.words(each) if tested else Cell.words("none was tested alone", tone="muted"),
     )
     label = f"Set {int(row['set']) + 1}: {' + '.join(map(str, members))}"
     return Row(label, cells, sub="; ".join(names[member] for member in members if member in names), group=arm)
@@ -359,7 +338,7 @@ def dose_table(_comparison: Comparison, context: ReportContext) -> TableView | N
     columns = [name for name in _DOSE_COLUMNS if name in table.columns]
     rows = []
     for row in table.to_dict("records"):
-        cells = (value_cell(row[name], "count" if name == "n" else "", reason="not measured") for name in columns)
+        cells = (Cell.value(row[name], "count" if name == "n" else "", reason="not measured") for name in columns)
         label = f"{row['dose']:g}" + (" (chosen)" if row["chosen"] else "")
         rows.append(Row(label, tuple(cells), strong=bool(row["chosen"]), group=row["arm"]))
     return TableView(

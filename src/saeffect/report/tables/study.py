@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Column, Row, TableView, arm_columns, short_fact, text_cell, value_cell
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, short_fact
 from saeffect.report.words.numbers import fixed, percent
 
 __all__ = ["design_table", "field_label", "gate_table", "same_in_every_arm"]
@@ -24,13 +24,13 @@ _FIELDS = {
 
 def design_table(comparison: Comparison, _context: ReportContext) -> TableView:
     """The design check: what differs or is unknown, worst first, each with what it means."""
-    table, arms = comparison.design, _arms(comparison)
+    table, arms = comparison.design, list(comparison.table1["arm"])
     table = table[table["status"] != "same"].sort_values("status", key=lambda column: column.map(_RANKS), kind="stable")
     rows = []
     for row in table.to_dict("records"):
-        status = text_cell(row["status"], tone="warn" if row["status"] in ("flaw", "unknown") else "")
-        facts = [text_cell(_fact(row["field"], row[arm])) for arm in arms]
-        cells = (status, *facts, text_cell(row["matters"], tone="muted"))
+        status = Cell.words(row["status"], tone="warn" if row["status"] in ("flaw", "unknown") else "")
+        facts = [Cell.words(_fact(row["field"], row[arm])) for arm in arms]
+        cells = (status, *facts, Cell.words(row["matters"], tone="muted"))
         rows.append(Row(field_label(row["field"]), cells, strong=row["status"] == "flaw"))
     return TableView(
         name="design",
@@ -49,13 +49,9 @@ def design_table(comparison: Comparison, _context: ReportContext) -> TableView:
 def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """Properties that are equal in every arm, as label-value pairs."""
     table = comparison.design
-    same, arm = table[table["status"] == "same"], _arms(comparison)[0]
+    same, arm = table[table["status"] == "same"], comparison.table1["arm"].iloc[0]
     pairs = ((field_label(row["field"]), _fact(row["field"], row[arm])) for row in same.to_dict("records"))
     return tuple(pair for pair in pairs if pair[1] != "unknown")
-
-
-def _arms(comparison: Comparison) -> list[str]:
-    return [str(name) for name in comparison.table1["arm"]]
 
 
 def _fact(field: str, value: object) -> str:
@@ -104,7 +100,7 @@ def gate_table(comparison: Comparison, context: ReportContext) -> TableView | No
         caption="How well each SAE reproduces its model, and each model predicts the study's text",
         columns=arm_columns(comparison.table1),
         rows=tuple(
-            Row(label, tuple(value_cell(values[arm], unit, reason="not measured") for arm in _arms(comparison)))
+            Row(label, tuple(Cell.value(values[arm], unit, reason="not measured") for arm in comparison.table1["arm"]))
             for label, unit, values in lines
         ),
         stacks=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,20 +10,7 @@ import pandas as pd
 
 from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, undefined
 
-__all__ = [
-    "DASH",
-    "Cell",
-    "Column",
-    "Row",
-    "TableView",
-    "arm_columns",
-    "difference_unit",
-    "estimate_cell",
-    "short_fact",
-    "text_cell",
-    "undefined_cell",
-    "value_cell",
-]
+__all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "has_interval", "short_fact"]
 
 
 class Cell(NamedTuple):
@@ -32,6 +20,35 @@ class Cell(NamedTuple):
     sub: str = ""
     tone: str = ""
     is_text: bool = False
+
+    @classmethod
+    def words(cls, text: object, *, sub: str = "", tone: str = "") -> Cell:
+        """Words in the place of a number."""
+        return cls(str(text), sub, tone, is_text=True)
+
+    @classmethod
+    def dash(cls) -> Cell:
+        """Where a number has no place."""
+        return cls("–", tone="muted")
+
+    @classmethod
+    def undefined(cls, reason: object = "") -> Cell:
+        """Where a number should stand and cannot: "undefined" and the reason."""
+        return cls.words(undefined(str(reason)), tone="muted")
+
+    @classmethod
+    def value(cls, value: Any, unit: str = "", *, reason: object = "", sub: str = "", sign: bool = False) -> Cell:
+        """A number in its unit, or why there is none."""
+        return cls(amount(value, unit, sign=sign), sub=sub) if is_defined(value) else cls.undefined(reason)
+
+    @classmethod
+    def estimate(
+        cls, value: Any, low: Any, high: Any, unit: str = "", *, reason: object = "", sign: bool = True
+    ) -> Cell:
+        """A number with its 95 % interval below it, or why the one or the other is missing."""
+        both = is_defined(low) and is_defined(high)
+        ends = amount_interval(low, high, unit) if both else f"interval {undefined(str(reason))}"
+        return cls.value(value, unit, reason=reason, sub=ends, sign=sign)
 
 
 class Column(NamedTuple):
@@ -88,30 +105,9 @@ class TableView:
     terms: tuple[str, ...] = ()
 
 
-DASH = Cell("–", tone="muted")
-"""Where a number has no place."""
-
-
-def text_cell(text: object, *, sub: str = "", tone: str = "") -> Cell:
-    """Words in the place of a number."""
-    return Cell(str(text), sub, tone, is_text=True)
-
-
-def undefined_cell(reason: object = "") -> Cell:
-    """Where a number should stand and cannot: "undefined" and the reason."""
-    return text_cell(undefined(str(reason)), tone="muted")
-
-
-def value_cell(value: Any, unit: str = "", *, reason: object = "", sub: str = "", sign: bool = False) -> Cell:
-    """A number in its unit, or why there is none."""
-    return Cell(amount(value, unit, sign=sign), sub=sub) if is_defined(value) else undefined_cell(reason)
-
-
-def estimate_cell(value: Any, low: Any, high: Any, unit: str = "", *, reason: object = "", sign: bool = True) -> Cell:
-    """A number with its 95 % interval below it, or why the one or the other is missing."""
-    both = is_defined(low) and is_defined(high)
-    ends = amount_interval(low, high, unit) if both else f"interval {undefined(str(reason))}"
-    return value_cell(value, unit, reason=reason, sub=ends, sign=sign)
+def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
+    """Whether both ends, low and high, are numbers."""
+    return is_defined(row["low"]) and is_defined(row["high"])
 
 
 def arm_columns(table: pd.DataFrame) -> tuple[Column, ...]:
