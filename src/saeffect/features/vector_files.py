@@ -39,8 +39,8 @@ _LONGEST_LINE = 1 << 22  # bytes
 _MOST_SHRUNK = 50
 _HARMLESS = 1 << 28  # bytes
 # What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
-_NO_NPZ = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, MemoryError, RuntimeError)
-_NO_NPZ += (zipfile.BadZipFile, zlib.error)
+_NO_NPZ: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError)
+_NO_NPZ += (MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
