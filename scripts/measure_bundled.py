@@ -17,8 +17,8 @@ from saeffect.config import ModelConfig
 from saeffect.features.coherence import coherence
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.io import read_json
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.loading import load_language_model
-from saeffect.lm.unembedding import unembedding
 from saeffect.sae.formats import is_compact, load_compact, load_sae
 
 BUNDLED = Path(__file__).resolve().parents[1] / "src" / "saeffect" / "bundled" / "saes"

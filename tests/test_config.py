@@ -39,7 +39,7 @@ def test_is_frozen() -> None:
         ({"name": "a", "spare": {"widht": 1}}, "a.yaml, spare.widht", "rate, width"),
     ],
 )
-def test_unknown_keys_are_errors_that_list_the_keys_of_that_place(values: object, place: str, valid: str) -> None:
+def test_unknown_key_error_lists_valid_keys(values: object, place: str, valid: str) -> None:
     with pytest.raises(UnknownName) as caught:
         Study.read(values, at="a.yaml")
     assert caught.value.at == place
@@ -67,7 +67,7 @@ def test_a_model_may_be_given_as_its_path_alone() -> None:
     assert ModelConfig.read("org/name", at="model") == ModelConfig(path="org/name")
 
 
-def test_code_from_a_model_is_not_run_unless_asked_for() -> None:
+def test_remote_code_is_off_by_default() -> None:
     assert ModelConfig(path="org/name").trust_remote_code is False
 
 
@@ -77,7 +77,7 @@ def test_bad_models(values: dict[str, object]) -> None:
         ModelConfig.read(values, at="model")
 
 
-def test_doses_follow_from_the_operator_and_prompts_are_halved_for_the_search() -> None:
+def test_default_doses_and_search_prompts() -> None:
     assert SteeringConfig.read({}, at="s").doses == (0.4,)
     assert SteeringConfig.read({"operator": "clamp"}, at="s").doses == (5.0,)
     assert SteeringConfig.read({"operator": "ablate"}, at="s").doses == (1.0,)

@@ -47,7 +47,7 @@ _HOME = {
     "save_sae": "saeffect.sae.formats",
     "score_coherence": "saeffect.features.coherence:coherence",
     "select": "saeffect.features.vocabulary",
-    "unembedding": "saeffect.lm.unembedding",
+    "unembedding": "saeffect.lm.architectures",
     "write_report": "saeffect.report",
 }
 
@@ -62,10 +62,10 @@ if TYPE_CHECKING:
     from saeffect.features.embeddings import load_embeddings
     from saeffect.features.projection import project
     from saeffect.features.vocabulary import count_matches, load_vocabulary, select
+    from saeffect.lm.architectures import unembedding
     from saeffect.lm.hooks import capture, edited
     from saeffect.lm.language_model import LanguageModel
     from saeffect.lm.loading import load_language_model
-    from saeffect.lm.unembedding import unembedding
     from saeffect.report import ReportContext, write_report
     from saeffect.review.verdicts import read_verdicts
     from saeffect.sae.base import SparseAutoencoder

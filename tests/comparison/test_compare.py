@@ -114,9 +114,9 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
         roles = roles_of({name: name for name in arms})
         table = contrasts(arms, roles, min_matches=2, resampling=Resampling(seed=1, n_boot=100, n_permutations=20))
         judged = [judge(table, quantity) for quantity in PRIMARY]
-        for one in judged:
-            excluded[one.quantity] += one.change.sign != 0
-        alarms += any(one.status == "beyond" for one in judged)
+        for judgement in judged:
+            excluded[judgement.quantity] += judgement.change.sign != 0
+        alarms += any(judgement.status == "beyond" for judgement in judged)
     # 2 of 40 expected for each interval, a little more for bootstrap ones: 9 or more has a chance below 0.1 %
     assert all(count < 9 for count in excluded.values()), excluded
     assert sum(excluded.values()) > 0
@@ -169,6 +169,6 @@ def test_the_order_of_a_tables_rows_changes_no_number():
         name: replace(arm, **{table: getattr(arm, table).sample(frac=1, random_state=1) for table in tables})
         for name, arm in arms.items()
     }
-    first, second = (compare(one, seed=0, **SMALL) for one in (arms, shuffled))
+    first, second = (compare(rows, seed=0, **SMALL) for rows in (arms, shuffled))
     for name in ("table1", "table2", "contrasts", "calibration", "power", "regression"):
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), rtol=1e-9, obj=name)

@@ -43,8 +43,8 @@ def test_no_undefined_number_credits_fine_tuning(seeds: dict[str, float]) -> Non
         for column in columns:
             broken = table.copy()
             broken.loc[row, column] = NAN
-            for one in (broken, add_noise_p(broken)):
-                assert judge(one, "share").status != "beyond", (row, column)
+            for variant in (broken, add_noise_p(broken)):
+                assert judge(variant, "share").status != "beyond", (row, column)
 
 
 def test_noise_that_is_not_known_is_exceeded_by_nothing() -> None:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 from planted import planted_store, true_features
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
-from saeffect.io import Log
+from saeffect.io import Log, sole_writer
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.harvest import ActivationStore
 from saeffect.sae import ARCHITECTURES
@@ -27,7 +27,6 @@ from saeffect.sae.training import run as training_run
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.figure import save_training_figure
 from saeffect.sae.training.train import SaeJob, train_sae, train_saes
-from saeffect.sole_writer import sole_writer
 
 WEIGHTS = "sae_weights.safetensors"
 METADATA = {"hook_name": "blocks.1.hook_resid_pre"}

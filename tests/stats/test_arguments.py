@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.errors import ConfigError, ShapeMismatch, Undefined, UnknownName
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
 from saeffect.stats.arguments import (
     Resampling,
-    check_alternative,
     check_level,
     check_resamples,
     fault,
@@ -67,11 +66,6 @@ def test_resamples_must_reach_both_ends() -> None:
     for n_boot, level in ((39, 0.95), (199, 0.99), (0, 0.5), (100.0, 0.9)):
         with pytest.raises(ConfigError, match="n_boot"):
             check_resamples(n_boot, level)  # type: ignore[arg-type]
-
-
-def test_an_unknown_alternative_is_named() -> None:
-    with pytest.raises(UnknownName, match="did you mean 'greater'"):
-        check_alternative("greter")
 
 
 def test_each_name_has_its_own_stream() -> None:

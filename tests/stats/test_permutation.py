@@ -202,8 +202,8 @@ def test_as_many_splits_as_asked_for_are_still_enumerated() -> None:
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(UnknownName, match="'mode'"):
         permutation_test([1.0], [2.0], statistic="mode")  # type: ignore[arg-type]
-    with pytest.raises(UnknownName):
-        flipped([1.0], alternative="bigger")
+    with pytest.raises(UnknownName, match="did you mean 'greater'"):
+        flipped([1.0], alternative="greter")
     for n_permutations in (0, -1, 10.0, True):
         with pytest.raises(ConfigError, match="n_permutations"):
             flipped([1.0], n_permutations=n_permutations)

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import HOOK_KINDS, blocks, edited
+from saeffect.lm.architectures import blocks
+from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
 from saeffect.steering.generate import _can_spread, _is_about_shapes, continue_prompts, last_logits, read_prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from saeffect.lm.unembedding import unembedding
+from saeffect.lm.architectures import unembedding
 from saeffect.steering import Site, SteeringPlan, direct_effects, run_trials
 from saeffect.steering.outcomes import distinct_2
 

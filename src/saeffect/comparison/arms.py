@@ -339,11 +339,11 @@ def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
         Difference in cosine similarity, indexed by feature, prompt and sample (its mean over doses); only where both
         are defined, so empty where nothing was steered or that placebo was not run.
     """
-    placebo, trials = placebo_of(arm), arm.interventions
+    placebo, trials, keys = placebo_of(arm), arm.interventions, ["feature", "prompt", "sample"]
     if trials is None:
-        return pd.Series(dtype=np.float64)
+        return pd.Series(dtype=np.float64, index=pd.MultiIndex.from_arrays([[], [], []], names=keys))
     wide = trials[trials["condition"].isin(["steered", placebo])].pivot_table(
-        index=["feature", "prompt", "sample"], columns="condition", values="similarity", aggfunc="mean"
+        index=keys, columns="condition", values="similarity", aggfunc="mean"
     )
     wide = wide.reindex(columns=["steered", placebo])
     return (wide["steered"] - wide[placebo]).dropna()

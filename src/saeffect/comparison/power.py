@@ -62,13 +62,13 @@ def power_table(
         observed = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
         if observed.empty:
             continue
-        one = observed.iloc[0]
-        rows.append(_between_features(quantity, one, arms[roles.control], arms[roles.treatment], min_matches))
+        arms_compared = arms[roles.control], arms[roles.treatment]
+        rows.append(_between_features(quantity, observed.iloc[0], *arms_compared, min_matches))
         over = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
         if not over.empty:
-            rows.append(
-                _between_saes(quantity, over.iloc[0], _sae_values(quantity, arms, roles, min_matches), n_declared)
-            )
+            sides = control_saes(arms, roles), arms[roles.treatment].saes
+            values = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in sides]
+            rows.append(_between_saes(over.iloc[0], [side[~np.isnan(side)] for side in values], n_declared))
     for name in roles.ordered:
         rows += _single_features(name, arms[name], alpha)
     return pd.DataFrame(rows, columns=[*_COLUMNS, "method", "reason"])
@@ -92,28 +92,16 @@ def _between_features(
     return _row(quantity, unit, (len(a), len(b)), spread, found, observed)
 
 
-def _sae_values(
-    quantity: str, arms: Mapping[str, ArmTables], roles: Roles, min_matches: int
-) -> tuple[FloatArray, FloatArray]:
-    """One number an SAE, of the control's model and of the treatment's."""
-    sides = control_saes(arms, roles), arms[roles.treatment].saes
-    found = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in sides]
-    return found[0][~np.isnan(found[0])], found[1][~np.isnan(found[1])]
-
-
-def _between_saes(
-    quantity: str, row: pd.Series[Any], values: tuple[FloatArray, FloatArray], n_declared: int
-) -> dict[str, Any]:
+def _between_saes(row: pd.Series[Any], values: Sequence[FloatArray], n_declared: int) -> dict[str, Any]:
     """SAEs as units, at the level that Holm's correction asks of the only quantity that differs."""
-    n_a, n_b = len(values[0]), len(values[1])
+    n_a, n_b = map(len, values)
     spread = _pooled_sd(*values)
     at = ALPHA / n_declared
     found = detectable_few_means(spread, n_a, n_b, alpha=at, power=POWER)
     if row["unit"] == "share" and found.difference > 1:
         why = "even a difference of 100 percentage points would not be found: too few SAEs show how much SAEs differ"
         found = Detectable(math.nan, math.nan, found.n, found.method, why)
-    row = _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"]))
-    return row | {"alpha": at}
+    return _row(row["quantity"], str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"])) | {"alpha": at}
 
 
 def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, Any]]:
@@ -123,14 +111,14 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     tested = arm.effects[arm.effects["p"].notna()]
     pairs = steered_minus_placebo(arm)
     groups = pairs.groupby(level="feature")
-    units = [independent_values(one, one.index.get_level_values("prompt")) for _, one in groups]
-    spreads = np.array([_sd(one) for one in units if len(one) > 1])
+    units = [independent_values(rows, rows.index.get_level_values("prompt")) for _, rows in groups]
+    spreads = np.array([np.std(values, ddof=1) for values in units if len(values) > 1])
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
-    n = int(np.median([len(one) for one in units])) if len(tested) and units else 0
+    n = int(np.median([len(values) for values in units])) if len(tested) and units else 0
     observed = float(tested["effect"].median()) if len(tested) else math.nan
     rows = []
-    for test, level in ((f"feature in {name}", alpha), (f"only feature of {len(tested)} in {name}", None)):
-        at = alpha / max(1, len(tested)) if level is None else level
+    only = f"only feature of {len(tested)} in {name}", alpha / max(1, len(tested))
+    for test, at in ((f"feature in {name}", alpha), only):
         found = detectable_paired_mean(spread, n, alpha=at, power=POWER)
         smallest = 0.5**n if n <= _EXACT else 1 / (_FLIPS + 1)
         if not found.reason and smallest > at:
@@ -155,10 +143,6 @@ def _row(test: str, unit: str, n: tuple[int, int], spread: float, found: Detecta
         "method": found.method,
         "reason": found.reason,
     }
-
-
-def _sd(values: FloatArray) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def _pooled_sd(*sides: FloatArray) -> float:

@@ -22,6 +22,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, NotFound
 from saeffect.paths import refuse_special
 
@@ -283,21 +284,16 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
 
 def _read_safetensors(path: Path) -> tuple[list[str], FloatArray]:
     """The bundled layout: tensor `vectors` [n, dim], and `<stem>.words.txt`, whose hash the metadata hold."""
-    from safetensors import SafetensorError, safe_open
-
     words_path = path.with_suffix(".words.txt")
     refuse_special(words_path, "list of words")
     try:
         data = words_path.read_bytes()
     except FileNotFoundError as error:
         raise NotFound("the list of words is missing beside the vectors.", at=str(words_path)) from error
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            digest = (tensors.metadata() or {}).get("words_sha256", "")
-            vectors = tensors.get_tensor("vectors").astype(np.float32)
+    with open_tensors(path, "this file of vectors or its words", fix="copy both again.", framework="numpy") as tensors:
+        digest = (tensors.metadata() or {}).get("words_sha256", "")
+        vectors = tensors.get_tensor("vectors").astype(np.float32)
         words = data.decode("utf-8").removesuffix("\n").split("\n")
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise BadFile(f"the vectors or their words are damaged ({error}).", at=str(path)) from error
     if hashlib.sha256(data).hexdigest() != digest or vectors.ndim != 2 or len(words) != len(vectors):
         raise BadFile(f"{words_path.name} is not the list that these vectors were saved with.", at=str(path))
     return words, vectors

@@ -14,16 +14,14 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from saeffect.errors import ConfigError, ShapeMismatch, Undefined, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
 
 __all__ = [
-    "ALTERNATIVES",
     "LEVEL",
     "FloatArray",
     "IntArray",
     "Resampling",
     "Seed",
-    "check_alternative",
     "check_level",
     "check_resamples",
     "fault",
@@ -37,8 +35,6 @@ Seed: TypeAlias = int | np.random.Generator
 
 LEVEL = 0.95
 """Of every interval that a study reports."""
-
-ALTERNATIVES = ("greater", "less", "two-sided")
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,3 @@ def check_resamples(n_boot: int, level: float) -> None:
             at="n_boot",
             fix="2000 is usual.",
         )
-
-
-def check_alternative(alternative: str) -> None:
-    """Refuse an alternative that is not one of `ALTERNATIVES`."""
-    if alternative not in ALTERNATIVES:
-        raise unknown_name("alternative", alternative, ALTERNATIVES, at="alternative")

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from saeffect.errors import ConfigError
-from saeffect.stats.arguments import FloatArray, Seed, check_alternative, fault, generator, sample
+from saeffect.errors import ConfigError, unknown_name
+from saeffect.stats.arguments import FloatArray, Seed, fault, generator, sample
 from saeffect.stats.bootstrap import Average, check_average
 
 __all__ = ["permutation_test", "sign_flip_many"]
 
+_ALTERNATIVES = ("greater", "less", "two-sided")
 _EXACT_UP_TO = 14  # pairs: 16,384 sign patterns
 _BLOCK = 2_000_000  # values held at once
 # Sums equal on paper differ in the last digits when added in another order; they must count as ties.
@@ -54,7 +55,8 @@ def sign_flip_many(
         array([0.0625, 0.125 ,    nan])
     """
     data = sample(differences, "differences", ndim=2)
-    check_alternative(alternative)
+    if alternative not in _ALTERNATIVES:
+        raise unknown_name("alternative", alternative, _ALTERNATIVES, at="alternative")
     _check_permutations(n_permutations)
     rng = generator(seed)
     p = np.full(len(data), np.nan)

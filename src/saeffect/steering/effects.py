@@ -1,4 +1,4 @@
-"""From trials to one line a feature: what steering did beyond placebo, and whether that could be luck."""
+"""From trials to one line a feature: what steering did beyond placebo, with an interval and a test."""
 
 from __future__ import annotations
 

@@ -83,14 +83,14 @@ def generate(
             if intervention is not None:
                 edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
 
-            def done(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
+            def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
                 if progress is not None:
                     progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
 
             start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
             # A prompt that was steered is in the keys and values; its generated tokens are left alone.
             with nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit):
-                outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, done=done)
+                outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
 
 
@@ -150,7 +150,7 @@ def _continue(
     start: tuple[Tensor, Any],
     *,
     edit: PositionedEdit | None = None,
-    done: Callable[[int], None] = lambda tokens: None,
+    report: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """One batch, its prompts in order of length and read as far as the shortest goes: a token of every row a pass."""
     n_steps = sampling.max_new_tokens
@@ -176,10 +176,10 @@ def _continue(
                 rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
                 if sampling.allow_end:
                     ended[where] |= torch.isin(rows[where, position], ends)
-        if bool(ended.all()):
-            done(n_steps)
+        if sampling.allow_end and bool(ended.all()):
+            report(n_steps)
             break
-        done(position - longest + 1)
+        report(position - longest + 1)
     final = set(ends.tolist())
     texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
     return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]

@@ -1,7 +1,7 @@
 """What is measured of an intervention: the registry of outcomes, and the numbers that are read off generated texts.
 
 A steered text that repeats the feature's top tokens proves that the model can be made to say what is added to
-it. The fairer question is whether it also says *other* words of the domain, which nobody put in.
+it. The fairer question is whether it also says *other* words of the domain, which were not put in.
 """
 
 from __future__ import annotations
@@ -274,8 +274,8 @@ def score_texts(
     other = shuffled_references(list(top), seed)
     if "members" in features:
         members = {int(f): set(ids) for f, ids in zip(features["feature"], features["members"], strict=True)}
-        other = {f: None if who is None or members[f] & members[who] else who for f, who in other.items()}
-    reference = {f: None if who is None else join_tokens(top[who]) for f, who in other.items()}
+        other = {f: None if o is None or members[f] & members[o] else o for f, o in other.items()}
+    reference = {f: None if o is None else join_tokens(top[o]) for f, o in other.items()}
     texts = list(zip(trials["feature"].tolist(), trials["text"].tolist(), strict=True))
     scores = {
         outcome.column: [
@@ -289,8 +289,8 @@ def score_texts(
         for f, text in texts
     ]
     scored = pd.DataFrame(scores, index=trials.index, dtype=np.float64)
-    whose = trials["feature"].map({f: -1 if who is None else who for f, who in other.items()})
-    return pd.concat([trials, scored], axis=1).assign(shuffled_feature=whose.astype(np.int64))
+    compared = trials["feature"].map({f: -1 if o is None else o for f, o in other.items()})
+    return pd.concat([trials, scored], axis=1).assign(shuffled_feature=compared.astype(np.int64))
 
 
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
@@ -306,6 +306,6 @@ def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | N
     ordered = sorted(int(f) for f in features)
     if len(ordered) < 2:
         return dict.fromkeys(ordered, None)
-    # Each looks at the next of a random round, so nobody looks at itself.
-    around = np.random.default_rng([seed, 17]).permutation(ordered).tolist()
-    return dict(sorted(zip(around, [*around[1:], around[0]], strict=True)))
+    # Each gets the next of a random cycle, so none gets itself.
+    cycle = np.random.default_rng([seed, 17]).permutation(ordered).tolist()
+    return dict(sorted(zip(cycle, [*cycle[1:], cycle[0]], strict=True)))

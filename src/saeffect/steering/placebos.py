@@ -59,7 +59,7 @@ class Placebo:
         label: What reports call one of them.
         direction: How its direction is drawn; None if it takes other features.
         column: The column of the feature table that lists each feature's placebo features, nearest first. Prompts and
-            samples take turns, so that no single placebo's luck is in all pairs of a feature.
+            samples take turns, so that no single placebo decides all pairs of a feature.
     """
 
     name: str
@@ -99,8 +99,8 @@ def control_label(name: str) -> str:
 def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
     """A direction uniform on the sphere, float32 `[d_model]`, of norm 1; arguments as in `DrawDirection`.
 
-    A fresh direction per trial makes the placebo's mean that of random directions at large; one for all would put the
-    luck of a single direction into every difference of a feature, and no number of samples would average it out.
+    A fresh direction per trial makes the placebo's mean that of random directions at large; one for all trials would
+    add the same error to every difference of a feature, and no number of samples would average it out.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
     normal = rng.standard_normal(d_model)

@@ -84,7 +84,9 @@ class SteeringPlan(Sampling, InterventionConfig):
     @field_validator("placebos")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        _check("placebos", value, PLACEBOS)
+        unknown = [name for name in value if name not in PLACEBOS]
+        if unknown:
+            raise unknown_name("placebo", unknown[0], PLACEBOS, at="placebos")
         return value
 
     @classmethod
@@ -115,13 +117,9 @@ def check_names(section: SteeringConfig) -> None:
     """Refuse (`UnknownName`) placebos, baselines and outcomes of a steering section that are not registered."""
     registries: dict[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
     for key, registry in registries.items():
-        _check(key, getattr(section, key), registry)
-
-
-def _check(key: str, names: Sequence[str], registry: Mapping[str, object]) -> None:
-    for name in names:
-        if name not in registry:
-            raise unknown_name(key.removesuffix("s"), name, registry, at=key)
+        for name in getattr(section, key):
+            if name not in registry:
+                raise unknown_name(key.removesuffix("s"), name, registry, at=key)
 
 
 def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

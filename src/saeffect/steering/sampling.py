@@ -2,8 +2,8 @@
 
 Sampling is by the Gumbel-max trick: the token with the largest `logit / temperature + Gumbel noise` is a draw
 from the softmax. The noise is a function of (seed, prompt, sample, step, token) alone, so every condition, dose
-and feature of the same prompt and sample meets the same luck (*common random numbers*): their outputs differ
-because of the intervention, not because of the dice, and paired differences are much less noisy.
+and feature of the same prompt and sample meets the same noise (*common random numbers*): their outputs differ
+because of the intervention alone, and paired differences are much less noisy.
 
 With top_p only a few of fifty thousand tokens need any noise. A generator that runs through the vocabulary would draw
 it for all; a counter-based one, Philox 4x32-10, is evaluated where it is needed: word number `id` of step `step` of a

@@ -1,4 +1,7 @@
-"""Every figure of the report, as SVG and PNG."""
+"""The report's figures. In: a comparison and the study around it. Out: each figure with its caption, as SVG and PNG.
+
+A figure is a function that gives a `Drawing`, and an entry in `FIGURES`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report's tables: from a comparison to what the page shows, and to CSV and JSON files."""
+"""The report's tables. In: a comparison and the study around it. Out: what the page shows, and CSV and JSON files.
+
+A table of the page is a function that gives a `TableView`, and an entry in `TABLES`.
+"""
 
 from __future__ import annotations
 

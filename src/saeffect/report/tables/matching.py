@@ -214,7 +214,7 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
         Cell(fixed(row["similarity"], 2) if is_defined(row["similarity"]) else "–"),
         Cell(fixed(row["drop"], 2) if is_defined(row.get("drop")) else "–"),
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
-        Cell.words("; ".join(f"{one} {other.get(one, '')}".strip() for one in others) or "nothing"),
+        Cell.words("; ".join(f"{number} {other.get(number, '')}".strip() for number in others) or "nothing"),
     )
     return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
 

@@ -123,13 +123,12 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
     results = context.steering
     if results is None or arm not in results.outcome_effects:
         return {}
+    beside = f"steered − {control_label(results.placebo)}"
     found: dict[int, tuple[tuple[str, str], ...]] = {}
-    decided = f"{capital(OUTCOMES[results.deciding].label)}: steered minus …"
     for feature, rows in results.outcome_effects[arm].groupby("feature"):
-        pairs: dict[str, list[str]] = {decided: []}
-        for label in ("Other declared outcomes", "Exploratory outcomes"):
-            pairs[f"{label}: steered − {control_label(results.placebo)}"] = []
-        against, declared, exploratory = pairs.values()
+        against: list[str] = []
+        declared: list[str] = []
+        exploratory: list[str] = []
         for row in rows.to_dict("records"):
             outcome, words = str(row["outcome"]), OUTCOMES[str(row["outcome"])]
             text = effect_text(row["effect"], outcome)
@@ -139,12 +138,12 @@ def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[
             elif row["placebo"] == results.placebo:
                 unit = " nats" if "nats" in words.effect_unit and is_defined(row["effect"]) else ""
                 (declared if results.declared(outcome) else exploratory).append(f"{words.label} {text}{unit}")
-        separators = ("; ", ", ", ", ")
-        found[int(feature)] = tuple(  # type: ignore[call-overload]
-            (label, separator.join(texts))
-            for (label, texts), separator in zip(pairs.items(), separators, strict=True)
-            if texts
+        pairs = (
+            (f"{capital(OUTCOMES[results.deciding].label)}: steered minus …", "; ".join(against)),
+            (f"Other declared outcomes: {beside}", ", ".join(declared)),
+            (f"Exploratory outcomes: {beside}", ", ".join(exploratory)),
         )
+        found[int(feature)] = tuple(pair for pair in pairs if pair[1])  # type: ignore[call-overload]
     return found
 
 

@@ -74,14 +74,11 @@ def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.Data
 
 
 def _every_arm(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataFrame:
-    """The rows of every arm that has some, with a column arm."""
-    shown = [tables[arm] for arm in order if len(tables.get(arm, ()))]
-    names = [arm for arm in order if len(tables.get(arm, ())) for _ in range(len(tables[arm]))]
+    """The rows of every arm that has any, with a column arm before the others."""
+    shown = {arm: tables[arm] for arm in order if len(tables.get(arm, ()))}
     if not shown:
         return pd.DataFrame()
-    table = pd.concat(shown, ignore_index=True)
-    table.insert(0, "arm", names)
-    return table
+    return pd.concat(shown, names=["arm"]).reset_index("arm").reset_index(drop=True)
 
 
 def domain_features(arm: ArmTables) -> pd.DataFrame:

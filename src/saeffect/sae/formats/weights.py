@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor
 
+from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, IncompatibleSae
 from saeffect.sae.base import SparseAutoencoder
 
@@ -40,30 +41,23 @@ def read_weights(
         BadFile: The file is truncated or malformed, a name is missing, or a tensor holds no such numbers.
         IncompatibleSae: Another shape.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())
-            missing = [name for name in required if name not in names]
-            if missing:
-                raise BadFile(
-                    f"{path.name} has no {missing[0]}; it has: {', '.join(names[:20]) or 'nothing'}.", at=where
+    with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
+        names = sorted(file.keys())
+        missing = [name for name in required if name not in names]
+        if missing:
+            raise BadFile(f"{path.name} has no {missing[0]}; it has: {', '.join(names[:20]) or 'nothing'}.", at=where)
+        for name in (name for name in shapes if name in names):
+            part = file.get_slice(name)
+            if tuple(part.get_shape()) != shapes[name]:
+                raise IncompatibleSae(
+                    f"{name} has shape {tuple(part.get_shape())}, but cfg.json asks for {shapes[name]}.",
+                    at=where,
+                    fix="cfg.json and the weights belong to different SAEs; find the pair.",
                 )
-            for name in (name for name in shapes if name in names):
-                part = file.get_slice(name)
-                if tuple(part.get_shape()) != shapes[name]:
-                    raise IncompatibleSae(
-                        f"{name} has shape {tuple(part.get_shape())}, but cfg.json asks for {shapes[name]}.",
-                        at=where,
-                        fix="cfg.json and the weights belong to different SAEs; find the pair.",
-                    )
-                allowed = (dtypes or {}).get(name, _FLOATS)
-                if part.get_dtype() not in allowed:
-                    raise BadFile(f"{name} holds {part.get_dtype()}; expected {' or '.join(allowed)}.", at=where)
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BadFile(f"{path.name} cannot be read: {error}.", at=where, fix="copy or download it again.") from error
+            allowed = (dtypes or {}).get(name, _FLOATS)
+            if part.get_dtype() not in allowed:
+                raise BadFile(f"{name} holds {part.get_dtype()}; expected {' or '.join(allowed)}.", at=where)
+        return {name: file.get_tensor(name) for name in names}
 
 
 def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:

@@ -227,7 +227,7 @@ def _activations(
     stores = {}
     for part, ids in rows.items():
         folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.identity()])[:16]}"
-        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, log=log))
+        stores[part] = harvest(lm, recipe.hook, ids, folder, log=log)
     if isinstance(source, StreamedActivations):
         limit, digest = source.limit, text.identity()
     else:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import ActivationSource
 from saeffect.lm.checkpoint import TrainingFolder
-from saeffect.parallel import barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.sae.training.config import SaeTrainingConfig

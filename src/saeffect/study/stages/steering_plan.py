@@ -11,7 +11,7 @@ import torch
 from saeffect.config import SteeringConfig
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import hash_folder, read_json
-from saeffect.steering import Site, SteeringPlan, TextVectors, load_text_vectors, matched_features
+from saeffect.steering import Site, TextVectors, load_text_vectors, matched_features
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
@@ -22,25 +22,11 @@ __all__ = [
     "matched_lists_of",
     "matched_placebos",
     "outcome_vectors",
-    "plan_of_search",
-    "plan_of_test",
     "search_placebos",
     "set_members",
     "site_of",
     "tested_features",
 ]
-
-
-def plan_of_test(config: SteeringConfig, seed: int, dose: float) -> SteeringPlan:
-    """The plan of the test: the chosen dose on the test prompts, with placebos."""
-    return SteeringPlan.from_section(config, seed=seed, doses=(dose,))
-
-
-def plan_of_search(config: SteeringConfig, seed: int) -> SteeringPlan:
-    """The plan of the dose search: every dose on the search prompts, one text each, beside the placebo that decides."""
-    return SteeringPlan.from_section(
-        config, seed=seed, prompts=config.search_prompts, samples=1, placebos=search_placebos(config)
-    )
 
 
 def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
@@ -102,8 +88,7 @@ def matched_placebos(run: RunFolder, arm: str, chosen: list[int]) -> pd.DataFram
 
 def set_members(run: RunFolder, arm: str) -> list[int]:
     """The features of an arm that the study steers together with others, by number."""
-    config = run.study.config.steering
-    return sorted({feature for some in (config.together.get(arm, ()) if config else ()) for feature in some})
+    return sorted({feature for members in run.study.steering.together.get(arm, ()) for feature in members})
 
 
 def matched_lists_of(placebos: pd.DataFrame) -> dict[int, list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,17 @@ from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
 from saeffect.io import Log, read_json
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.study.kept_rows import KeptRows
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 
-__all__ = ["matching_inputs", "read_matches", "run_matching"]
+__all__ = ["match_inputs", "read_matches", "run_match"]
 
-VERSION = 3  # 2: passes as in harvests; 3: intervals of excess counts
+VERSION = 3
 BoolArray = npt.NDArray[np.bool_]
 
 
-def matching_inputs(run: RunFolder) -> dict[str, Any]:
+def match_inputs(run: RunFolder) -> dict[str, Any]:
     """What the fates depend on."""
     study = run.study
     files = ("features.parquet", "selection.parquet", "seeds.parquet")
@@ -48,25 +47,14 @@ def matching_inputs(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def run_matching(run: RunFolder, log: Log) -> Callable[[], Iterable[Path]]:
+def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/fates_control.parquet` and the other tables of the registered diffing methods.
 
     Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
     """
-
-    def work() -> Iterable[Path]:
-        found = _match(run, log, _KeptPairs(run.kept("match", matching_inputs(run)), log))
-        paths = []
-        for name in table_names():
-            path = run.path("comparison", f"{name}.parquet")
-            if name in found:
-                run.write_table(path, found[name])
-                paths.append(path)
-            else:  # of an earlier run that had some
-                path.unlink(missing_ok=True)
-        return paths
-
-    return work
+    found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    made = [name for name in table_names() if name in found]
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
 
 
 def read_matches(run: RunFolder) -> MatchTables:
@@ -87,7 +75,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
     for name in study.ordered_arms():
         opened = study.open_arm(name, log)
         seeds[name], saes[name] = open_seeds(study, name), opened.sae
-        whole = {one.name: one.sae for one in seeds[name] if one.sae is not None}
+        whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
         kept[name] = logs.add(opened, {name: opened.sae, **whole})
     views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
     others = [*views[control][1:], *(view for name in study.by_role("placebo") for view in views[name])]
@@ -207,17 +195,17 @@ def _views(
         warm = _started_from(run.study, name) == start
         views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
         table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
-        for one in further:
-            mine = table[table["sae"] == one.name][columns].reset_index(drop=True)
-            views[name].append(SaeView(one.name, one.W_dec, mine, logs.get(one.name), one.sae))
+        for seed in further:
+            mine = table[table["sae"] == seed.name][columns].reset_index(drop=True)
+            views[name].append(SaeView(seed.name, seed.W_dec, mine, logs.get(seed.name), seed.sae))
     return views
 
 
 def _started_from(study: Study, arm: str) -> str | None:
     """Name of the folder of the SAE that an arm's SAE was trained on from; None if from none, or nobody says."""
-    said = study.config.arms[arm].training.get("init_from")
-    if said:
-        return Path(str(said)).name
+    own = study.config.arms[arm].training.get("init_from")
+    if own:
+        return Path(str(own)).name
     note = study.sae_folder(arm) / "training.json"
     recipe = read_json(note).get("recipe") if note.is_file() else None
     started = ((recipe or {}).get("sae") or {}).get("init_from")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
-from saeffect.io import read_json
-from saeffect.report import ReportContext, write_figures, write_report, write_tables
+from saeffect.io import SILENT, Log, read_json
+from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label
-from saeffect.study.arm_tables import ARM_FILES, arm_tables
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.comparison import comparison_inputs, read_comparison
-from saeffect.study.stages.steering_results import steering_results
+from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
+from saeffect.study.stages.steering_plan import chosen_dose
 
-__all__ = ["report_inputs", "run_reporting"]
+__all__ = ["report_inputs", "run_report"]
 
-# 2: steering in full; 3: chance, fates, activity, regression, threats; 4: numbered in page order; 5: perplexities
 VERSION = 5
 
 
@@ -31,26 +30,22 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
     files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
     return {
         "version": VERSION,
-        "comparison": comparison_inputs(run),
+        "comparison": compare_inputs(run),
         "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
         "config": run.config_yaml(),
         "provenance": run.provenance(),
     }
 
 
-def run_reporting(run: RunFolder) -> Callable[[], Iterable[Path]]:
+def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `tables/`, `figures/` and `report.html`."""
-
-    def work() -> Iterable[Path]:
-        comparison = read_comparison(run)
-        context = _context(run)
-        tables = write_tables(comparison, run.path("tables"), context=context)
-        figures = write_figures(comparison, run.path("figures"), context=context)
-        page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
-        drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
-        return [*tables, *sorted(drawn), page]
-
-    return work
+    comparison = read_comparison(run)
+    context = _context(run)
+    tables = write_tables(comparison, run.path("tables"), context=context)
+    figures = write_figures(comparison, run.path("figures"), context=context)
+    page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
+    drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
+    return [*tables, *sorted(drawn), page]
 
 
 def _drawn(folder: Path, names: set[str]) -> list[Path]:
@@ -60,19 +55,17 @@ def _drawn(folder: Path, names: set[str]) -> list[Path]:
 
 
 def _context(run: RunFolder) -> ReportContext:
-    config = run.study.config
-    gates = {name: read_json(run.arm(name, "gate.json")) for name in config.arms}
-    dose = read_json(run.path("steering", "dose.json")) if config.steering else None
+    config, arms = run.study.config, arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(
         study=config.name,
         title=config.title,
-        facts=_facts(run, gates, dose),
-        arms=arm_tables(run),
+        facts=_facts(run, arms),
+        arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=config.steering.prompts if config.steering else (),
-        gate=_gate_table(run, gates),
-        steering=steering_results(run),
+        gate=_gate_table(run, arms),
+        steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
         config=run.config_yaml(),
         provenance=run.provenance(),
@@ -85,50 +78,42 @@ def _context(run: RunFolder) -> ReportContext:
     )
 
 
-def _gate_table(run: RunFolder, gates: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    rows = []
-    for name, gate in gates.items():
-        features = run.read_table(run.arm(name, "features.parquet"))
-        rows.append(
-            {
-                "arm": name,
-                "explained_variance": gate["explained_variance"],
-                "ce_loss_score": gate["ce_loss_score"],
-                "l0": gate["l0"],
-                "l2_ratio": gate["l2_ratio"],
-                "dead_share": float((features["n_active"] == 0).mean()),
-                "n_tokens": gate["tokens"],
-                **{f"perplexity_{source}": value for source, value in gate["perplexity"].items()},
-            }
-        )
-    return pd.DataFrame(rows)
+def _gate_table(run: RunFolder, arms: Mapping[str, ArmTables]) -> pd.DataFrame:
+    gates = {name: read_json(run.arm(name, "gate.json")) for name in arms}
+    measures = ("explained_variance", "ce_loss_score", "l0", "l2_ratio")
+    return pd.DataFrame(
+        {"arm": name}
+        | {measure: gate[measure] for measure in measures}
+        | {"dead_share": arms[name].facts.dead_share, "n_tokens": gate["tokens"]}
+        | {f"perplexity_{source}": value for source, value in gate["perplexity"].items()}
+        for name, gate in gates.items()
+    )
 
 
-def _facts(
-    run: RunFolder, gates: dict[str, dict[str, Any]], dose: dict[str, Any] | None
-) -> tuple[tuple[str, str], ...]:
+def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
     config = run.study.config
     control, treatment = run.study.by_role("control")[0], run.study.by_role("treatment")[0]
+    gate = read_json(run.arm(control, "gate.json"))
     facts = [
-        ("Base model", _model(run, control)),
-        ("Fine-tuned model", _model(run, treatment)),
+        ("Base model", str(arms[control].facts.model)),
+        ("Fine-tuned model", str(arms[treatment].facts.model)),
         ("Hook", run.study.hook(control)),
-        ("Text", _text(config.text, gates[control]["text_shortage"])),
+        ("Text", _text(config.text, gate["text_shortage"])),
     ]
     if config.features.tokens != ("all",):
         scripts = f"of the scripts {', '.join(config.features.tokens)}"
         facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
-    if config.steering is not None and dose is not None:
-        steering = config.steering
+    if config.steering is not None:
+        steering, (dose, _) = config.steering, chosen_dose(run)
         facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
-        facts.append(("Dose", _dose_words(steering, dose["dose"], gates[control]["mean_norm"])))
+        facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
         facts.append(("Tested against", _tested_against(steering)))
         facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
     facts.append(("Seed", str(config.seed)))
     return tuple(facts)
 
 
-def _text(text: TextConfig, short: str | None) -> str:
+def _text(text: TextConfig, short: str) -> str:
     called = text.bundled or ", ".join(source.name for source in text.sources)
     return f"{called} (only {short})" if short else called
 
@@ -155,6 +140,32 @@ def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) 
     return f"{dose:g} × the mean residual norm ({mean_norm:.0f})"
 
 
-def _model(run: RunFolder, arm: str) -> str:
-    model = run.study.config.arms[arm].model
-    return model.path + (f" + {model.adapter}" if model.adapter else "")
+def _steering_results(run: RunFolder) -> SteeringResults | None:
+    """The steer stage's tables and settings; None for a study that does not steer."""
+    config = run.study.config.steering
+    if config is None:
+        return None
+    found = read_json(run.path("steering", "dose.json"))
+    dose, note = chosen_dose(run)
+    response = run.table_or_none(run.path("steering", "dose_response.parquet"))
+    return SteeringResults(
+        operator=config.operator,
+        unit=config.unit,
+        dose=dose,
+        dose_note=note,
+        best_doses=found.get("best") or {},
+        outcomes=config.outcomes,
+        placebo=config.primary_placebo,
+        placebos=config.placebos,
+        n_prompts=len(config.prompts),
+        samples=config.samples,
+        outcome_effects=_tables(run, "outcome_effects"),
+        baseline_effects=_tables(run, "baseline_effects"),
+        together_effects=_tables(run, "together_effects"),
+        dose_response=response if response is not None and len(response) else None,
+    )
+
+
+def _tables(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
+    found = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
+    return {arm: table for arm, table in found.items() if table is not None and len(table)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,17 @@ import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary, select
-from saeffect.io import hash_file
+from saeffect.io import SILENT, Log, hash_file
 from saeffect.review.verdicts import read_verdicts, summarise_verdicts
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
-__all__ = ["run_selection", "selection_inputs", "study_verdicts"]
+__all__ = ["run_select", "select_inputs", "study_verdicts"]
 
-VERSION = 2  # 2: words of the vocabulary without quotation marks and what is not seen, accents composed
+VERSION = 2
 
 
-def selection_inputs(run: RunFolder) -> dict[str, Any]:
+def select_inputs(run: RunFolder) -> dict[str, Any]:
     """What the selection depends on."""
     config = run.study.config.selection
     return {
@@ -48,23 +48,15 @@ def study_verdicts(study: Study) -> pd.DataFrame | None:
     return verdicts
 
 
-def run_selection(run: RunFolder) -> Callable[[], Iterable[Path]]:
+def run_select(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write every arm's `selection.parquet`; all arms at once, so that a refusal leaves none of them."""
-
-    def work() -> Iterable[Path]:
-        config = run.study.config.selection
-        vocabulary = load_vocabulary(config.vocabulary)
-        verdicts = study_verdicts(run.study)
-        tables = {name: _select(run, name, vocabulary, verdicts) for name in run.study.config.arms}
-        if not any(table["is_domain"].any() for table in tables.values()):
-            _refuse(run, tables, vocabulary)
-        paths = []
-        for name, table in tables.items():
-            paths.append(run.arm(name, "selection.parquet"))
-            run.write_table(paths[-1], table)
-        return paths
-
-    return work
+    config = run.study.config.selection
+    vocabulary = load_vocabulary(config.vocabulary)
+    verdicts = study_verdicts(run.study)
+    tables = {name: _select(run, name, vocabulary, verdicts) for name in run.study.config.arms}
+    if not any(table["is_domain"].any() for table in tables.values()):
+        _refuse(run, tables, vocabulary)
+    return [run.write_table(run.arm(name, "selection.parquet"), table) for name, table in tables.items()]
 
 
 def _select(run: RunFolder, arm: str, vocabulary: Vocabulary, verdicts: pd.DataFrame | None) -> pd.DataFrame:

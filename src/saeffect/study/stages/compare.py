@@ -1,44 +1,88 @@
-"""An arm's tables and facts, read back from the run directory for comparison and report."""
+"""Stage 7, the comparison: control against treatment, beside control against placebo."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from saeffect.comparison import ArmFacts, ArmTables
+from saeffect.comparison import ArmFacts, ArmTables, Comparison, compare
+from saeffect.diffing.methods import table_names
 from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
-from saeffect.io import read_json
+from saeffect.io import SILENT, Log, read_json, write_json
+from saeffect.report import with_answer
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.stages.match import read_matches
 from saeffect.study.stages.steering_plan import chosen_dose
 from saeffect.study.study import Study
 
-__all__ = ["ARM_FILES", "arm_facts", "arm_tables"]
+__all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_inputs", "read_comparison", "run_compare"]
 
+VERSION = 7
+_TABLES = Comparison.table_names()
 ARM_FILES = (
-    "features.parquet",
-    "coherence.parquet",
-    "selection.parquet",
-    "interventions.parquet",
-    "direct_effects.parquet",
-    "effects.parquet",
-    "outcome_effects.parquet",
-    "baselines.parquet",
-    "baseline_effects.parquet",
-    "together_effects.parquet",
-    "seeds.parquet",
-    "gate.json",
+    *("features.parquet", "coherence.parquet", "selection.parquet", "interventions.parquet", "direct_effects.parquet"),
+    *("effects.parquet", "outcome_effects.parquet", "baselines.parquet", "baseline_effects.parquet"),
+    *("together_effects.parquet", "seeds.parquet", "gate.json"),
 )
 
 
-def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
-    """Every arm's tables, by name.
+def compare_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the comparison depends on."""
+    config = run.study.config
+    return {
+        "version": VERSION,
+        "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
+        "identities": dict(run.study.identities),
+        "tables": run.digest(
+            *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
+        ),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in table_names())),
+        "verdicts": config.selection.verdicts is not None,
+        "steered": config.steering is not None,
+        "embeddings": embeddings_identity(run.study),
+        "min_matches": config.selection.min_matches,
+        "comparison": config.comparison.model_dump(),
+        "seed": config.seed,
+    }
 
-    Raises:
-        NotFound: A stage before this one has not run.
-    """
+
+def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
+    """Write `comparison/*.parquet` and `comparison/answer.json`."""
+    config, arms = run.study.config, arm_tables(run)
+    min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
+    found = compare(
+        arms,
+        min_matches=min_matches,
+        alpha=alpha,
+        seed=config.seed,
+        n_boot=config.comparison.n_boot,
+        n_permutations=config.comparison.n_permutations,
+        tests=tests,
+        matches=read_matches(run),
+    )
+    found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
+    answer = run.path("comparison", "answer.json")
+    write_json(answer, dict(found.answer))
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(found, name)) for name in _TABLES]
+    return [*tables, answer]
+
+
+def read_comparison(run: RunFolder) -> Comparison:
+    """Read a finished comparison back."""
+    tables: dict[str, pd.DataFrame] = {
+        name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
+    }
+    return Comparison(**tables, matches=read_matches(run), answer=read_json(run.path("comparison", "answer.json")))
+
+
+def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
+    """Every arm's tables, by name."""
     vectors = load_embeddings(run.study.config.coherence.embeddings)
     steered = run.study.config.steering is not None
     dose, note = chosen_dose(run) if steered else (None, "")
@@ -91,10 +135,7 @@ def _bos(read: bool | None, trained: Any) -> str | None:
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
     """What is recorded of how an arm was made; None where nobody recorded it.
 
-    Args:
-        study: The study.
-        name: The arm.
-        gate: The gate's measurements and the dead share on the study's text, if they were made.
+    `gate` holds the gate's measurements and the dead share on the study's text, if they were made.
     """
     arm = study.config.arms[name]
     sae = study.sae_config(name)
