@@ -162,22 +162,9 @@ def test_without_a_context(comparison: Comparison) -> None:
     assert "The quality of the SAEs is unknown" in page
 
 
-@pytest.mark.usefixtures("unsaved_figures")
-def test_without_a_placebo_arm(
-    arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]
-) -> None:
-    two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-    page = render_report(compare_quickly(two), context=replace(context, arms=two))
-    assert Page(page).unbalanced == []
-    assert "There is no placebo arm, so nothing here separates fine-tuning from SAE noise." in page
-
-
-@pytest.mark.usefixtures("unsaved_figures")
-def test_with_nothing_tested(arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]) -> None:
-    untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
-    comparison = compare_quickly(untested)
-    page = render_report(comparison, context=replace(context, arms=untested))
-    assert "undefined: no feature was tested" in page
+def test_with_nothing_tested(unsteered_page: str) -> None:
+    page = unsteered_page
+    assert "undefined: no feature of control was steered" in page
     assert "undefined: this feature was not tested" in page
     assert "Not drawn: no feature was tested by steering." in page
     assert "no feature was steered in this study" in page
@@ -197,7 +184,7 @@ def test_with_no_domain_feature(
         )
         for name, arm in arms.items()
     }
-    page = render_report(compare_quickly(none), context=replace(context, arms=none))
+    page = render_report(compare_quickly(none), context=replace(context, arms=none), figures=())
     assert page.count("No feature of this arm is of the domain.") == 3
     assert Page(page).unbalanced == []
     assert not re.search(r">\s*nan\b", page, flags=re.IGNORECASE)

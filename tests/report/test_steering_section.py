@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from saeffect.comparison import Comparison
-from saeffect.report import ReportContext, SteeringResults, render_report
+from saeffect.report import ReportContext, render_report
 from saeffect.report.sections import steering_section
 from saeffect.report.tables.steering import (
     baseline_sentences,
@@ -166,15 +166,12 @@ def test_one_dose_has_no_curve_and_says_so(comparison: Comparison, context: Repo
     assert "One dose, 0.4, was set in the study file" in steering_section(comparison, one).doses[0]
 
 
-@pytest.mark.usefixtures("unsaved_figures")
-def test_nothing_steered(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
-    none = {name: replace(arm, effects=None, interventions=None, direct_effects=None) for name, arm in arms.items()}
-    comparison = compare_quickly(none)
-    for steering in (None, SteeringResults()):
-        page = _section(render_report(comparison, context=replace(context, arms=none, steering=steering, doses=None)))
-        assert "No feature was steered, so nothing can be said about what the features cause." in page
-        assert "<table" not in page
-        assert "Not drawn: no feature was tested by steering." in page
+def test_nothing_steered(unsteered: Comparison, unsteered_page: str, untested: dict, context: ReportContext) -> None:
+    unknown = replace(context, arms=untested, steering=None, doses=None)
+    for page in (unsteered_page, render_report(unsteered, context=unknown, figures=())):
+        assert "No feature was steered, so nothing can be said about what the features cause." in _section(page)
+        assert "<table" not in _section(page)
+    assert "Not drawn: no feature was tested by steering." in _section(unsteered_page)
 
 
 @pytest.mark.usefixtures("unsaved_figures")

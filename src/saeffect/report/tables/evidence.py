@@ -10,7 +10,7 @@ from saeffect.comparison.calibration import WITHIN
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit, has_interval
 from saeffect.report.words.names import capital, short_name
-from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, plural, signed
 from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
@@ -145,8 +145,8 @@ def calibration_verdict(comparison: Comparison) -> str:
         between_saes = known.loc[known["unit"] != "features", "tests"]
         if len(between_saes) and between_saes.max() < 60:
             text += (
-                f" Between whole SAEs there were at most {count(between_saes.max())} trials a test, so this would "
-                "show a test that is badly miscalibrated, not one that is slightly so."
+                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
+                "would show a test that is badly miscalibrated, not one that is slightly so."
             )
     unjudged = int((table["tests"] == 0).sum())
     if unjudged:
