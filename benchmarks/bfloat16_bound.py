@@ -34,7 +34,7 @@ def bfloat16_bound(n_rows: int = 48, rows_a_pass: int = 8) -> dict[str, Any]:
     from saeffect.lm.hooks import capture
     from saeffect.lm.language_model import fused
     from saeffect.lm.loading import bundled_path, load_language_model
-    from saeffect.sae.formats.saelens import load_sae
+    from saeffect.sae.formats import load_sae
     from saeffect.sae.metrics import ReconstructionSums
 
     ids = load_file(bundled_path("texts", "smollm2-sampled") / "tokens.safetensors")["ids"][:n_rows].astype(np.int32)

@@ -137,8 +137,9 @@ def prepare(case: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     from safetensors.torch import save_file
     from synthetic import Planted, l1_start, topk_start
 
+    from saeffect.sae import ARCHITECTURES
     from saeffect.sae.base import SaeConfig
-    from saeffect.sae.formats.saelens import ARCHITECTURES, save_sae
+    from saeffect.sae.formats import save_sae
 
     torch.set_num_threads(os.cpu_count() or 1)
     name, batch = case.split("-")

@@ -14,11 +14,11 @@ from peer_model import hooked_gpt2
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import resolve_dtype
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, mean_residual_norm, next_tokens
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
+from saeffect.steering.generate import last_logits, read_prompt
 
 __all__ = ["Task"]
 
@@ -75,7 +75,7 @@ class Task:
         self.peer = hooked_gpt2(model, processed=True)
         # Without one, transformer-lens 3.9 counts the positions of cached tokens twice.
         self.peer.tokenizer = Vocabulary(self.config.vocab_size)
-        norm = mean_residual_norm(self.ours["saeffect_float32"], self.hook, self.prompt)
+        norm = capture(self.ours["saeffect_float32"], self.hook, self.prompt)[:, 1:].norm(dim=-1).mean()
         vectors = torch.randn(max(self.features, *self.batches), self.config.n_embd)
         self.vectors = norm * vectors / vectors.norm(dim=1, keepdim=True)
         self._next_of_the_peer = 0
@@ -162,7 +162,10 @@ class Task:
                 raise RuntimeError(f"{dtype} log-probabilities differ from transformer-lens': relative {error:.2g}")
         n_new = self.sampling.max_new_tokens
         greedy = self._generate(
-            "saeffect_float32", len(vectors), Sampling(n_new, temperature=0, frequency_penalty=0, allow_end=True), 4
+            "saeffect_float32",
+            len(vectors),
+            Sampling(max_new_tokens=n_new, temperature=0, frequency_penalty=0, allow_end=True),
+            4,
         )
         same = [self._peer_generate(v, n_new, do_sample=False) == ids for v, ids in zip(vectors, greedy, strict=True)]
         found["same_greedy_tokens"] = sum(same) / len(same)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from saeffect.config import ModelConfig
 from saeffect.features.coherence import coherence
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.io import read_json
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.loading import load_language_model
-from saeffect.lm.unembedding import unembedding
-from saeffect.sae.formats.compact import is_compact, load_compact
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import is_compact, load_compact, load_sae
 
 BUNDLED = Path(__file__).resolve().parents[1] / "src" / "saeffect" / "bundled" / "saes"
 MODEL = "bundled:smollm2-135m-instruct"
@@ -41,7 +39,7 @@ def main() -> None:
             if not (place / "cfg.json").is_file():
                 continue
             W_dec = (load_compact(place) if is_compact(place) else load_sae(place)).W_dec.detach()
-            table = feature_table(SimpleNamespace(W_dec=W_dec), W_U, tokens, options=FeatureOptions(), valid=valid)
+            table = feature_table(W_dec, W_U, tokens, options=FeatureOptions(), valid=valid)
             scores = coherence(table)["coherence"].to_numpy(dtype=np.float64)
             held_out = read_json(place / "cfg.json")["metadata"]["held_out"]
             cells = [

@@ -178,3 +178,19 @@ def complains() -> Callable[..., Any]:
             assert f"  at:  {error.at}" in lines
 
     return check
+
+
+@pytest.fixture(scope="module")
+def without_figures() -> Iterator[None]:
+    """For a module's tests: each figure of a report has a reason in the place of a drawing, which takes most time."""
+    from dataclasses import replace
+
+    from saeffect.errors import Undefined
+    from saeffect.report import figures
+
+    def undrawn(*_: Any) -> None:
+        raise Undefined("not drawn in this test.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
+        yield

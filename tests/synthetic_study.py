@@ -282,6 +282,7 @@ def _effects(interventions: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
                 "direct_effect": direct_means["steered"],
                 "direct_placebo": direct_means["random"],
                 "kl": mine.loc[mine["condition"] == "steered", "kl"].mean(),
+                "outcome": "similarity",
                 "placebo": "random",
                 "reason": "",
             }
@@ -289,7 +290,18 @@ def _effects(interventions: pd.DataFrame, direct: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     if table.empty:
         means = ["unsteered_mean", "steered_mean", "placebo_mean", "effect", "effect_low", "effect_high"]
-        rest = ["p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "placebo", "reason"]
+        rest = [
+            "p",
+            "q",
+            "passed",
+            "paper_pass",
+            "direct_effect",
+            "direct_placebo",
+            "kl",
+            "outcome",
+            "placebo",
+            "reason",
+        ]
         return pd.DataFrame(columns=["feature", "n_pairs", *means, *rest])
     order = np.argsort(table["p"].to_numpy())
     scaled = table["p"].to_numpy()[order] * len(table) / np.arange(1, len(table) + 1)

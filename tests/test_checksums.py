@@ -33,7 +33,7 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
         assert torch.equal(tensors[name], tensor)
 
 
-def test_no_flipped_bit_of_a_tensor_file_is_read_as_other_numbers(tmp_path: Path) -> None:
+def test_flipped_bits_in_tensor_file_are_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, TENSORS, {"step": "3"})
     written = path.read_bytes()

@@ -35,7 +35,7 @@ def test_plain_values_anchors_and_merges_are_read(tmp_path: Path) -> None:
     assert read_config_file(_file(tmp_path, ""), "study") is None
 
 
-def test_a_key_that_stands_twice_is_named_with_both_lines(tmp_path: Path, complains: Callable[..., Any]) -> None:
+def test_repeated_key_error_names_both_lines(tmp_path: Path, complains: Callable[..., Any]) -> None:
     path = _file(tmp_path, "name: a\nselection:\n  min_matches: 1\n  domain: x\n  min_matches: 2\n")
     with complains(ConfigError, "'min_matches' is there twice, on lines 3 and 5", at=f"{path}, line 5"):
         read_config_file(path, "study")

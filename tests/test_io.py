@@ -39,7 +39,7 @@ def test_atomic_path_replaces_the_old_file_whole(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["a.txt"]
 
 
-def test_atomic_path_leaves_the_old_file_when_the_block_fails(tmp_path: Path) -> None:
+def test_failed_atomic_write_keeps_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_path(target) as temporary:
@@ -61,7 +61,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert target.read_text() == "old"
 
 
-def test_what_a_killed_writer_leaves_is_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_remove_leftovers_removes_nothing_else(tmp_path: Path) -> None:
     mine = [".a.12345678.json", ".notes", ".env.abcdefgh.txt", "a.json", ".saeffect-writing-link.abcdefgh"]
     for name in mine[:-1]:
         (tmp_path / name).write_text("mine")
@@ -91,7 +91,7 @@ def test_a_full_disk_is_told_with_the_place(
     assert (tmp_path / "a.json").read_text() == "old"
 
 
-def test_a_full_disk_is_told_where_safetensors_writes(tmp_path: Path, complains: Callable[..., Any]) -> None:
+def test_full_disk_under_safetensors(tmp_path: Path, complains: Callable[..., Any]) -> None:
     from safetensors import SafetensorError
 
     with complains(BadFile, "No space left on device", "free some space"), atomic_path(tmp_path / "a"):
@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_where_safetensors_writes(tmp_path: Path, complains:
         raise SafetensorError("Error while serializing: some tensors share memory")
 
 
-def test_what_is_read_while_writing_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+def test_read_errors_are_not_write_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "copy" / "a") as temporary:
         temporary.write_bytes((tmp_path / "elsewhere" / "b").read_bytes())
 

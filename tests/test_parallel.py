@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError, Interrupted
-from saeffect.parallel import _others_there, barrier, from_first, rank_and_world
+from saeffect.parallel import _translate_peer_loss, barrier, from_first, rank_and_world
 
 # PyTorch's own group gives up after two seconds. The first process takes four.
 SCRIPT = """
@@ -50,14 +50,14 @@ def start(how: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_they_wait_longer_than_pytorch_would_and_hear_the_first() -> None:
+def test_processes_outwait_pytorch_timeout() -> None:
     for process in start("well"):
         heard, said = process.communicate()
         assert process.returncode == 0, said
         assert heard == "steer é\n1\n''\n"
 
 
-def test_who_waits_for_a_process_that_ended_is_told() -> None:
+def test_waiting_for_dead_process_is_an_error() -> None:
     first, second = start("gone")
     _, said = second.communicate()
     assert second.returncode != 0
@@ -65,7 +65,7 @@ def test_who_waits_for_a_process_that_ended_is_told() -> None:
     assert first.wait() == 7
 
 
-def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     barrier()
@@ -85,8 +85,8 @@ def test_a_process_that_is_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatc
         "NCCL error in: ../ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL 2.21.5",
     ],
 )
-def test_a_lost_connection_is_another_process_that_stopped(said):
-    with pytest.raises(Interrupted, match="another one of the same run"), _others_there():
+def test_lost_connection_means_peer_stopped(said):
+    with pytest.raises(Interrupted, match="another one of the same run"), _translate_peer_loss():
         raise RuntimeError(said)
 
 
@@ -98,8 +98,8 @@ def test_a_lost_connection_is_another_process_that_stopped(said):
         RuntimeError("[enforce fail at pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"),
     ],
 )
-def test_an_error_of_ones_own_stays_what_it_is(error):
-    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _others_there():
+def test_own_errors_are_not_translated(error):
+    with pytest.raises(type(error), match=r"enforce fail|out of memory") as caught, _translate_peer_loss():
         raise error
     assert caught.value is error
 

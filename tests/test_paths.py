@@ -1,4 +1,4 @@
-"""What paths are relative to, and what can be none."""
+"""What paths are relative to, what can be none, and text in UTF-8."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from saeffect.config import StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.lm.finetune import FinetuneConfig
-from saeffect.paths import refuse_special, resolve_paths, user_path
-from saeffect.sae.training.recipe_config import SaeRecipe
+from saeffect.paths import decode_utf8, read_bytes, refuse_special, resolve_paths, user_path
+from saeffect.sae.training.config import SaeRecipe
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def test_what_can_be_no_path(bad: str, complains: Callable[..., Any]) -> None:
             resolve_paths(values, Path(), at="file")
 
 
-def test_a_path_may_be_that_of_nothing_and_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_path_may_be_missing_or_in_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_path("~/none/at all") == tmp_path / "none" / "at all"
 
 
-def test_every_path_key_follows_the_file_not_the_current_folder(places: tuple[Path, Path]) -> None:
+def test_path_keys_are_relative_to_the_file(places: tuple[Path, Path]) -> None:
     beside, _ = places
     values = {
         "arms": {"c": {"model": "here", "sae": "here", "more_saes": ["./here", "new"], "training": {"init_from": "n"}}},
@@ -94,7 +94,7 @@ def test_every_key_that_holds_a_path_is_known() -> None:
     ("key", "value"),
     [("text", "only.txt"), ("model", "org/name"), ("model", "./org/name"), ("verdicts", "only.txt")],
 )
-def test_what_lies_in_the_current_folder_alone_is_told_not_taken(
+def test_path_in_current_folder_is_not_taken(
     key: str, value: str, places: tuple[Path, Path], complains: Callable[..., Any]
 ) -> None:
     beside, _ = places
@@ -125,3 +125,31 @@ def test_pipes_and_devices_are_no_files(tmp_path: Path, complains: Callable[...,
             refuse_special(path, "text")
     refuse_special(tmp_path, "text")
     refuse_special(tmp_path / "nothing", "text")
+
+
+def test_byte_order_mark_is_dropped_and_text_kept() -> None:
+    assert decode_utf8("\ufeffœdème\n".encode(), at="f") == "œdème\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "place"),
+    [
+        ("abc\ndé".encode("latin-1"), "byte 0xe9 at position 5 (line 2)"),
+        ("abc".encode("utf-16"), "byte 0xff at position 0 (line 1); it looks like UTF-16"),
+        ("abc".encode("utf-16-le"), "byte 0x00 at position 1 (line 1)"),
+        (b"\xef\xbb\xbfab\xff", "byte 0xff at position 5 (line 1)"),
+    ],
+)
+def test_other_encodings_name_the_byte(data: bytes, place: str) -> None:
+    with pytest.raises(BadFile) as caught:
+        decode_utf8(data, at="words.txt")
+    assert place in caught.value.message
+    assert caught.value.at == "words.txt"
+    assert "UTF-8" in (caught.value.fix or "")
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"no verdicts file 'a\.csv'"):
+        read_bytes(tmp_path / "a.csv", "verdicts")
+    with pytest.raises(BadFile, match="is a directory"):
+        read_bytes(tmp_path, "verdicts")

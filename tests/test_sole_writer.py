@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from saeffect.errors import BadFile, InUse
-from saeffect.sole_writer import sole_writer
+from saeffect.io import sole_writer
 
 HOLD = """
 import sys, time
-from saeffect.sole_writer import sole_writer
+from saeffect.io import sole_writer
 with sole_writer(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -35,7 +35,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_second_process_is_refused_and_changes_nothing(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_second_writer_is_refused(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     before = list((tmp_path / "run").iterdir())
     with pytest.raises(InUse, match="another process is writing") as refused, sole_writer(tmp_path / "run"):
         pytest.fail("two writers")
@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_and_changes_nothing(holder: subprocess.Pope
     assert holder.poll() is None
 
 
-def test_what_a_killed_process_leaves_keeps_nobody_out(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_killed_writer_leaves_no_lock(holder: subprocess.Popen[str], tmp_path: Path) -> None:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / ".saeffect-lock").is_file()
@@ -53,7 +53,7 @@ def test_what_a_killed_process_leaves_keeps_nobody_out(holder: subprocess.Popen[
     assert not (tmp_path / "run" / ".saeffect-lock").exists()
 
 
-def test_a_folder_in_which_nothing_was_written_is_gone_again(tmp_path: Path) -> None:
+def test_empty_folder_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), sole_writer(tmp_path / "a" / "b"):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -80,9 +80,7 @@ def test_where_a_file_stands_in_the_way(tmp_path: Path) -> None:
         pytest.fail("held a file")
 
 
-def test_a_lock_file_that_is_deleted_before_it_is_locked_holds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deleted_lock_file_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening and locking, the holder before deletes the file: the lock would be on a file without a name."""
     fcntl = pytest.importorskip("fcntl")
     real = fcntl.flock

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.formats.saelens import save_sae
+from saeffect.sae.formats import save_sae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.training.config import SaeTrainingConfig
 

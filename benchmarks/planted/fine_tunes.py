@@ -14,8 +14,7 @@ from saeffect.config import ModelConfig
 from saeffect.io import Log, atomic_path
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
-from saeffect.steering.generate import generate
-from saeffect.steering.sampling import NoiseCell, Sampling
+from saeffect.steering import NoiseCell, Sampling, generate
 
 __all__ = ["NULLS", "Planted", "adapter_of", "sample_texts", "train", "training_text"]
 

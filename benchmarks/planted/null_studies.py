@@ -14,7 +14,7 @@ import pandas as pd
 
 from saeffect.comparison import PRIMARY, ArmFacts, ArmTables, Judgement, Resampling, contrasts, judge, roles_of
 from saeffect.comparison.contrasts import as_table
-from saeffect.comparison.judgement import settled
+from saeffect.comparison.judgement import add_noise_p
 from saeffect.comparison.seeds import seed_contrasts
 
 __all__ = ["NULL_STUDIES", "NullStudies", "judged", "null_arms", "null_rates"]
@@ -78,7 +78,7 @@ def judged(arms: dict[str, ArmTables], seed: int) -> dict[str, Judgement]:
     options = {"min_matches": 2, "resampling": Resampling(seed, n_boot=200, n_permutations=40)}
     rows = contrasts(arms, roles, tests=PRIMARY, **options)
     over = as_table(seed_contrasts(arms, roles, **options), PRIMARY)
-    table = settled(pd.concat([rows, over], ignore_index=True))
+    table = add_noise_p(pd.concat([rows, over], ignore_index=True))
     return {name: judge(table, name) for name in PRIMARY}
 
 

@@ -38,16 +38,16 @@ _HOME = {
     "extract_features": "saeffect.study.stages.features",
     "load_embeddings": "saeffect.features.embeddings",
     "load_language_model": "saeffect.lm.loading",
-    "load_sae": "saeffect.sae.formats.saelens",
+    "load_sae": "saeffect.sae.formats",
     "load_vocabulary": "saeffect.features.vocabulary",
     "project": "saeffect.features.projection",
     "read_verdicts": "saeffect.review.verdicts",
     "run_study": "saeffect.study.run",
     "run_trials": "saeffect.steering",
-    "save_sae": "saeffect.sae.formats.saelens",
+    "save_sae": "saeffect.sae.formats",
     "score_coherence": "saeffect.features.coherence:coherence",
     "select": "saeffect.features.vocabulary",
-    "unembedding": "saeffect.lm.unembedding",
+    "unembedding": "saeffect.lm.architectures",
     "write_report": "saeffect.report",
 }
 
@@ -62,14 +62,14 @@ if TYPE_CHECKING:
     from saeffect.features.embeddings import load_embeddings
     from saeffect.features.projection import project
     from saeffect.features.vocabulary import count_matches, load_vocabulary, select
+    from saeffect.lm.architectures import unembedding
     from saeffect.lm.hooks import capture, edited
     from saeffect.lm.language_model import LanguageModel
     from saeffect.lm.loading import load_language_model
-    from saeffect.lm.unembedding import unembedding
     from saeffect.report import ReportContext, write_report
     from saeffect.review.verdicts import read_verdicts
     from saeffect.sae.base import SparseAutoencoder
-    from saeffect.sae.formats.saelens import load_sae, save_sae
+    from saeffect.sae.formats import load_sae, save_sae
     from saeffect.sae.metrics import explained_variance
     from saeffect.steering import SteeringPlan, direct_effects, effects, run_trials
     from saeffect.study.run import run_study

@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
     """Tell the C library of this process to keep freed memory. For programs, not for importing.
 
     Returns:
-        Whether it could be told: only glibc listens.
+        Whether the C library takes it: only glibc does.
 
     Source:
         mallopt(3).

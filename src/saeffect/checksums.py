@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from saeffect.errors import BadFile
+from saeffect.errors import BadFile, first_line
 from saeffect.io import atomic_path, hash_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_sealed", "is_sealed", "read_tensors", "save_tensors"]
+__all__ = ["add_sealed", "is_sealed", "open_tensors", "read_tensors", "save_tensors"]
 
 _CHECKSUM = "saeffect_crc32"
 
 
 def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
-    """Add a file to a folder, atomically, under a name that holds the hash of its content.
-
-    Args:
-        folder: Where it goes.
-        stem: How its name begins.
-        suffix: How its name ends, with the dot.
-        content: What it holds; the same stem and content are the same file.
-
-    Raises:
-        BadFile: It cannot be written.
+    """Add a file to a folder, atomically, under a name that holds the hash of its content, so that damage shows.
 
     Example:
         >>> import tempfile
@@ -49,12 +41,35 @@ def is_sealed(path: Path) -> bool:
     return not path.is_symlink() and path.is_file() and hash_file(path)[:32] == path.stem.rpartition("-")[2]
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically, with a checksum in its metadata that `read_tensors` looks at.
+@contextlib.contextmanager
+def open_tensors(
+    path: Path, what: str, *, fix: str, at: str | None = None, framework: Literal["pt", "numpy"] = "pt"
+) -> Iterator[Any]:
+    """A safetensors file, open; one that cannot be read, now or while the block lasts, is one error.
+
+    Args:
+        path: The file.
+        what: It is, for the message: "this shard".
+        fix: What to do about a damaged one.
+        at: Where, for the message; the path by default.
+        framework: Whose tensors it gives.
 
     Raises:
-        BadFile: It cannot be written, as when the disk is full.
+        BadFile: It is truncated or no safetensors file.
     """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BadFile(
+            f"{what} cannot be read: {first_line(error).rstrip('.')}.", at=at or str(path), fix=fix
+        ) from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, atomically, with a checksum in its metadata that `read_tensors` looks at."""
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -63,29 +78,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         save_file(whole, temporary, metadata=noted | {_CHECKSUM: _checksum(whole, noted)})
 
 
-def read_tensors(path: Path, *, what: str = "file", fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file whole; on the CPU.
-
-    Args:
-        path: The file, of `save_tensors` or of any other program.
-        what: It is, for the message.
-        fix: What to do about a damaged one.
+def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, on the CPU, and the metadata of a safetensors file of `save_tensors` or any other program.
 
     Raises:
-        BadFile: It is truncated, no safetensors file, or not what was written: some bits in it have changed.
+        BadFile: As `open_tensors`; or it is not what was written: some bits in it have changed.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"this {what} cannot be read: {error}.", at=str(path), fix=fix) from error
+    with open_tensors(path, what, fix=fix) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        metadata = dict(file.metadata() or {})
     wanted = metadata.pop(_CHECKSUM, None)
     if wanted is not None and wanted != _checksum(tensors, metadata):
-        said = f"this {what} cannot be read: its content does not have the checksum that it was written with."
-        raise BadFile(said, at=str(path), fix=fix)
+        message = f"{what} cannot be read: its content does not have the checksum that it was written with."
+        raise BadFile(message, at=str(path), fix=fix)
     return tensors, metadata
 
 

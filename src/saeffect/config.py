@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from saeffect.errors import ConfigError, SaeffectError, unknown_name
+from saeffect.config_keys import config_error
+from saeffect.errors import SaeffectError, unknown_name
 
 __all__ = [
     "ArmConfig",
@@ -20,8 +22,10 @@ __all__ = [
     "ComparisonConfig",
     "FeaturesConfig",
     "GateConfig",
+    "InterventionConfig",
     "ModelConfig",
     "SCRIPTS",
+    "SamplingConfig",
     "SelectionConfig",
     "SteeringConfig",
     "StrictModel",
@@ -60,35 +64,18 @@ class StrictModel(BaseModel):
         except SaeffectError as error:  # from a validator that knows more than pydantic
             raise error.placed(at) from None
         except ValidationError as error:
-            first = error.errors()[0]
-            keys = [str(part) for part in first["loc"]]
-            place = f"{at}, {'.'.join(keys)}" if keys else at
-            if first["type"] == "extra_forbidden":
-                raise unknown_name("key", keys[-1], _keys_at(cls, keys[:-1]), at=place) from error
-            if first["type"] == "literal_error" and isinstance(first["input"], str):
-                kind = next(key for key in reversed(keys) if not key.isdigit()).removesuffix("s")
-                valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
-                raise unknown_name(kind, first["input"], valid, at=place) from error
-            whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
-            got = "" if whole else f" Got {_shortened(repr(first['input']))}."
-            message = first["msg"].removeprefix("Value error, ").rstrip(".")
-            raise ConfigError(f"{message}.{got}", at=place) from error
+            raise config_error(cls, error, at=at) from error
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]} …"
+def _all_different(what: str, values: Sequence[object]) -> None:
+    doubled = [value for value, n in Counter(values).items() if n > 1]
+    if doubled:
+        raise ValueError(f"the {what} {doubled[0]!r} is there twice")
 
 
-def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Field names of the model that a path of keys leads to."""
-    for key in path:
-        field = model.model_fields.get(key)
-        if field is None:  # a key of a mapping, such as an arm's name
-            continue
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return list(model.model_fields)
+def _plain(prompts: Sequence[str]) -> list[str]:
+    """Prompts that differ in case or spacing alone are the same prompt."""
+    return [" ".join(prompt.casefold().split()) for prompt in prompts]
 
 
 class ModelConfig(StrictModel):
@@ -140,10 +127,8 @@ class ArmConfig(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _all_different(self) -> Self:
-        doubled = [name for name, n in Counter((self.sae, *self.more_saes)).items() if n > 1]
-        if doubled:
-            raise ValueError(f"the SAE {doubled[0]!r} is there twice; more_saes are of other seeds")
+    def _different_seeds(self) -> Self:
+        _all_different("SAE", (self.sae, *self.more_saes))
         return self
 
 
@@ -164,9 +149,7 @@ class TextConfig(StrictModel):
     def _one_kind(self) -> Self:
         if (self.bundled is None) == (not self.sources):
             raise ValueError("give either bundled or sources")
-        doubled = [name for name, n in Counter(s.name for s in self.sources).items() if n > 1]
-        if doubled:
-            raise ValueError(f"the source name {doubled[0]!r} is there twice")
+        _all_different("source name", [source.name for source in self.sources])
         return self
 
 
@@ -221,8 +204,8 @@ class SelectionConfig(StrictModel):
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
 
 
-class SteeringConfig(StrictModel):
-    """Interventions: what is done, to how many features, with which controls, and what is measured of it."""
+class InterventionConfig(StrictModel):
+    """What is done to a model: the keys that the steering section and every `saeffect.steering.SteeringPlan` share."""
 
     operator: Literal["add", "clamp", "ablate"] = Field(
         "add",
@@ -234,16 +217,49 @@ class SteeringConfig(StrictModel):
         " feature's maximum. ablate has none.",
         json_schema_extra={"default": "0.4 to add, 5 to clamp"},
     )
-    coefficient: float | None = Field(
-        None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
-    )
     positions: Literal["all", "generated", "prompt"] = Field(
         "all", description="prompt: the prompt's but the last, as the paper's code did."
     )
     prompts: tuple[str, ...] = Field(
-        ("What topic is on your mind?",),
-        min_length=1,
-        description="Beginnings of texts; each is one independent trial.",
+        ("What topic is on your mind?",), min_length=1, description="Beginnings of texts; each is an independent trial."
+    )
+    placebos: tuple[str, ...] = Field(
+        ("random", "matched"), description="The test is against matched if it is there, else against random."
+    )
+    samples: int = Field(4, ge=1, description="Texts a prompt.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
+        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.operator == "clamp" and min(self.doses) < 0:
+            raise ValueError(f"a feature cannot be clamped below 0, so leave {min(self.doses)} out")
+        if self.operator == "ablate" and self.doses != (1.0,):
+            raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
+        _all_different("number in doses", self.doses)
+        _all_different("prompt", _plain(self.prompts))
+        _all_different("placebo", self.placebos)
+        return self
+
+
+class SamplingConfig(StrictModel):
+    """How texts are sampled: the keys that the steering section and every `saeffect.steering.Sampling` share."""
+
+    max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
+    temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
+    top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
+    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+
+
+class SteeringConfig(SamplingConfig, InterventionConfig):
+    """Interventions: what is done, to how many features, with which controls, and what is measured of it."""
+
+    coefficient: float | None = Field(
+        None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
     )
     search_prompts: tuple[str, ...] = Field(
         (),
@@ -255,16 +271,11 @@ class SteeringConfig(StrictModel):
     together: dict[str, tuple[tuple[int, ...], ...]] = Field(
         default_factory=dict, description="For an arm, sets of features to steer at once, such as {control: [[3, 17]]}."
     )
-    placebos: tuple[Literal["random", "matched"], ...] = Field(
-        ("random", "matched"), description="The test is against matched if it is there, else against random."
-    )
-    baselines: tuple[Literal["prompt", "mean_difference"], ...] = Field(
+    baselines: tuple[str, ...] = Field(
         ("prompt", "mean_difference"), description="What steering with a feature must beat to be worth it."
     )
     baseline_features: int = Field(4, ge=0, description="Tested features of each arm that the baselines are run for.")
-    outcomes: tuple[
-        Literal["similarity", "keyword_score", "off_list", "direct_effect", "kl", "perplexity", "distinct2"], ...
-    ] = Field(
+    outcomes: tuple[str, ...] = Field(
         ("similarity",),
         min_length=1,
         description="Declared before the run: the first decides what passes; all that are not here are exploratory.",
@@ -273,17 +284,6 @@ class SteeringConfig(StrictModel):
         None,
         description="Vectors for similarity: a bundled name, a vectors file, a folder or hub id of an encoder such as"
         " bert-base-uncased. By default those of coherence.embeddings.",
-    )
-    samples: int = Field(4, ge=1, description="Texts a prompt.")
-    max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
-    temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
-    top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
-    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
-    batch_size: int = Field(
-        64,
-        ge=1,
-        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
-        " round differently, so numbers of another batch size agree to about 1e-7 only.",
     )
 
     @property
@@ -303,9 +303,8 @@ class SteeringConfig(StrictModel):
         if not isinstance(value, dict):
             return value
         value = dict(value)
-        usual = {"add": 0.4, "clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator", "add")), 0.4)
-        if "doses" not in value:
-            value["doses"] = [value.get("coefficient") or usual]
+        usual = {"clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator")), 0.4)
+        value.setdefault("doses", [value.get("coefficient") or usual])
         doses, prompts = value["doses"], value.get("prompts")
         several = isinstance(doses, list | tuple) and len(doses) > 1
         if several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
@@ -317,23 +316,15 @@ class SteeringConfig(StrictModel):
     def _searchable(self) -> Self:
         if len(self.doses) > 1 and not self.search_prompts:
             raise ValueError("several doses need search_prompts to choose on, or a second prompt")
-        if any(dose <= 0 for dose in self.doses) or len(set(self.doses)) < len(self.doses):
-            raise ValueError(f"doses must be above 0 and all different, not {list(self.doses)}")
-        if self.operator == "ablate" and self.doses != (1.0,):
-            raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
+        if min(self.doses) <= 0:
+            raise ValueError(f"doses must be above 0, not {list(self.doses)}")
         if self.coefficient is not None and (self.operator != "add" or self.doses != (self.coefficient,)):
             raise ValueError("a coefficient goes with the operator add, in place of doses")
-        # Prompts that differ in case or spacing alone are the same prompt.
-        plain = [" ".join(prompt.casefold().split()) for prompt in (*self.prompts, *self.search_prompts)]
-        doubled = [prompt for prompt, n in Counter(plain).items() if n > 1]
-        if doubled:
-            raise ValueError(f"the prompt {doubled[0]!r} is there twice; search and test prompts must all differ")
-        for name in ("placebos", "baselines", "outcomes"):
-            again = [word for word, n in Counter(getattr(self, name)).items() if n > 1]
-            if again:
-                raise ValueError(f"{name} has {again[0]!r} twice")
+        _all_different("prompt", _plain((*self.prompts, *self.search_prompts)))
+        _all_different("baseline", self.baselines)
+        _all_different("outcome", self.outcomes)
         for arm, sets in self.together.items():
-            if any(len(some) < 2 or len(set(some)) < len(some) for some in sets):
+            if any(len(members) < 2 or len(set(members)) < len(members) for members in sets):
                 raise ValueError(f"together.{arm}: each set needs at least two features, all different")
         return self
 

@@ -125,10 +125,10 @@ class _Builder:
 
     def _merged(self, node: yaml.Node) -> Iterator[dict[Any, Any]]:
         several = node.value if isinstance(node, yaml.SequenceNode) else [node]
-        for one in several:
-            value = self.build(one)
+        for item in several:
+            value = self.build(item)
             if not isinstance(value, dict):
-                raise BadFile("only mappings can be merged with <<.", at=self._at(one))
+                raise BadFile("only mappings can be merged with <<.", at=self._at(item))
             yield value
 
     def _scalar(self, node: yaml.Node) -> Any:

@@ -1,15 +1,48 @@
-"""Keys of a YAML file as tables of Markdown, from the descriptions that stand beside the fields."""
+"""Keys of a YAML file: tables of Markdown from the descriptions beside the fields, and errors that name a key."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-__all__ = ["keys_table"]
+from saeffect.errors import ConfigError, unknown_name
+
+__all__ = ["config_error", "keys_table"]
+
+
+def config_error(model: type[BaseModel], error: ValidationError, *, at: str = "") -> ConfigError:
+    """What pydantic found first, as an error of ours that names the key."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    place = ", ".join(filter(None, [at, ".".join(keys)]))
+    if first["type"] == "extra_forbidden":
+        return unknown_name("key", keys[-1], _keys_at(model, keys[:-1]), at=place)
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        kind = next(key for key in reversed(keys) if not key.isdigit()).removesuffix("s")
+        valid = re.findall(r"'([^']+)'", first["ctx"]["expected"])
+        return unknown_name(kind, first["input"], valid, at=place)
+    whole = first["type"] == "missing" or isinstance(first["input"], dict | list | BaseModel)
+    said = repr(first["input"])
+    got = "" if whole else f" Got {said if len(said) <= 200 else f'{said[:200]} …'}."
+    message = first["msg"].removeprefix("Value error, ").rstrip(".")
+    return ConfigError(f"{message}.{got}", at=place)
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Field names of the model that a path of keys leads to."""
+    for key in path:
+        field = model.model_fields.get(key)
+        if field is None:  # a key of a mapping, such as an arm's name
+            continue
+        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
 
 
 def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str] = lambda _: "") -> str:

@@ -20,8 +20,9 @@ Each message says what is wrong and what was expected; `at` says where, `fix` wh
 # ruff: noqa: N818 - they are named after what went wrong; the base class says that they are errors
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     "BadFile",
@@ -38,6 +39,7 @@ __all__ = [
     "UnknownName",
     "Unreachable",
     "first_line",
+    "placed",
     "unknown_name",
 ]
 
@@ -127,9 +129,6 @@ class Interrupted(SaeffectError):
     """Stopped by the user; the message says how to resume.
 
     Args:
-        message: As for every `SaeffectError`, and so are `at` and `fix`.
-        at: See there.
-        fix: See there.
         by_another: Stopped because another process of the same run did, which says why.
     """
 
@@ -154,6 +153,23 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | Non
     near = difflib.get_close_matches(str(name), names, n=1)
     fix = f"did you mean {near[0]!r}?" if near else f"use one of: {', '.join(names) or '(none)'}."
     return UnknownName(f"there is no {kind} {str(name)!r}; valid: {', '.join(names) or '(none)'}.", at=at, fix=fix)
+
+
+@contextlib.contextmanager
+def placed(at: str) -> Iterator[None]:
+    """Put `at` in front of what an error that leaves the block says about its place.
+
+    Example:
+        >>> with placed("study.yaml"):
+        ...     raise NotFound("no folder 'sae'.", at="arms.control.sae")
+        Traceback (most recent call last):
+        saeffect.errors.NotFound: NotFound: no folder 'sae'.
+          at:  study.yaml, arms.control.sae
+    """
+    try:
+        yield
+    except SaeffectError as error:
+        raise error.placed(at) from None
 
 
 def first_line(error: BaseException) -> str:

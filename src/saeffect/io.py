@@ -1,4 +1,4 @@
-"""What goes out and comes in: atomic files, what made them (hashes, versions), and the log of a computation.
+"""What goes out and comes in: atomic files, hashes, locks, and the log of a computation.
 
 Every artifact folder holds a note that says which inputs, code and seeds made it; a stage is skipped while
 the hash of those is unchanged.
@@ -19,9 +19,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saeffect.errors import BadFile, NotFound
+from saeffect.errors import BadFile, InUse, NotFound
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 __all__ = [
     "Log",
@@ -33,29 +36,20 @@ __all__ = [
     "hash_folder",
     "read_json",
     "remove_leftovers",
+    "sole_writer",
     "versions",
     "write_json",
     "writing",
 ]
 
-_TRACKED = (
-    "saeffect",
-    "torch",
-    "transformers",
-    "peft",
-    "numpy",
-    "scipy",
-    "statsmodels",
-    "pandas",
-    "safetensors",
-)
-
-
+# Packages whose numbers could matter.
+_TRACKED = ("saeffect", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels", "pandas", "safetensors")
 # Nobody else names a file so: what a killed process leaves can be told from what a user keeps.
 _WRITING = ".saeffect-writing-"
-_LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The second is what safetensors writes to, beside the file that it is asked for.
+_LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
+_LOCK = ".saeffect-lock"
+_FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 
 
 @dataclass(frozen=True)
@@ -105,12 +99,12 @@ class Log:
 
 
 SILENT = Log()
-"""The log of whoever does not want to know."""
+"""The default log: nothing is shown."""
 
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """While inside, a file or folder is written: what the disk says against it becomes one error.
+    """Turn what the system says against writing to a file or folder into one error.
 
     Raises:
         BadFile: The disk is full, has no room for one more file, or does not let itself be written to.
@@ -126,26 +120,25 @@ def writing(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = _said_by_disk(error, Path(path))
-        if said is None:
+        reason = _disk_error(error, Path(path))
+        if reason is None:
             raise
-        full = said in {os.strerror(code) for code in _FULL}
-        raise BadFile(
-            f"this cannot be written: {said}.",
-            at=str(path),
-            fix="free some space (or remove files, if there are too many); then run the same command again."
-            if full
-            else "change the permissions or choose another folder; then run the same command again.",
-        ) from error
+        remedy = (
+            "free some space (or remove files, if there are too many)"
+            if reason in _FULL
+            else "change the permissions or choose another folder"
+        )
+        fix = f"{remedy}; then run the same command again."
+        raise BadFile(f"this cannot be written: {reason}.", at=str(path), fix=fix) from error
 
 
-def _said_by_disk(error: Exception, path: Path) -> str | None:
-    """Why a path cannot be written; None if the error is about something else, as a file that is read meanwhile."""
+def _disk_error(error: Exception, path: Path) -> str | None:
+    """Why a path cannot be written; None if the error is about another file, such as one that is read meanwhile."""
     if isinstance(error, OSError) and error.errno is not None:
         named = path if error.filename is None else Path(os.fsdecode(error.filename))
         about = named.parent == path.parent or named in (path, *path.parents) or path in named.parents
         return os.strerror(error.errno) if about else None
-    # safetensors tells what the system said in the text of an error of its own.
+    # safetensors raises an error of its own, with the system's number in its text.
     found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return os.strerror(int(found[1])) if found else None
 
@@ -169,8 +162,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = _WRITING + path.stem[:40]
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{name}.", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_WRITING}{path.stem[:40]}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -198,6 +190,18 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return _without_nan(value.item())
+    return value
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
@@ -216,11 +220,8 @@ def read_json(path: Path | str) -> Any:
 
 def hash_file(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
     with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_folder(path: Path | str) -> str:
@@ -260,13 +261,62 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return _without_nan(value.item())
-    return value
+@contextlib.contextmanager
+def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a folder while the block runs. The folder need not exist; if it is empty at the end, it is gone again.
+
+    The operating system lets go of the lock when the process ends, however it ends: what `kill -9` leaves behind
+    is an empty file that keeps nobody out.
+
+    Args:
+        folder: What to hold.
+        wait: Called where another process holds it, before this one waits for its end; None to be refused.
+
+    Raises:
+        InUse: Another process holds the folder.
+        BadFile: The folder cannot be made, or written to.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder).absolute()
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    lock = FileLock(folder / _LOCK)
+    try:
+        with writing(folder):
+            try:
+                _acquire(lock, folder, timeout=0)
+            except Timeout:
+                if wait is None:
+                    raise
+                wait()
+                _acquire(lock, folder, timeout=-1)
+    except Timeout:
+        fix = "wait until it has ended or stop it, or choose another folder."
+        raise InUse("another process is writing to this folder.", at=str(folder), fix=fix) from None
+    except BadFile:
+        _remove_empty(missing)
+        raise
+    try:
+        yield
+    finally:
+        # Before the release: whoever opened the file in the meantime finds that it is not the folder's any more.
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        _remove_empty(missing)
+
+
+def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
+    for _ in range(100):
+        # Who held it may have left nothing, and taken the folder away.
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=timeout)
+            return
+    raise BadFile("this folder vanishes as soon as it is made.", at=str(folder), fix="choose another folder.")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the deepest first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()

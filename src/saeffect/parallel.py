@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Interruption",
     "add_up",
     "barrier",
     "device_of_process",
@@ -32,11 +34,11 @@ __all__ = [
 
 # However long one process works alone, the others wait: gloo gives up after half an hour, NCCL after ten minutes. A
 # process that ends is noticed by its closed connection, whatever the limit.
-_PATIENCE = timedelta(days=365)
+_LONG_TIMEOUT = timedelta(days=365)
 
 # Both have no class of error for it, only words: gloo's "Connection closed by peer", "Connection reset by peer", "Read
 # error", "Timed out waiting"; NCCL's "remote process exited or there was a network error", "ncclRemoteError".
-_GONE = re.compile(
+_PEER_LOST = re.compile(
     r"connection (was likely )?(closed|reset|refused|aborted)|broken pipe|(read|write|socket) (error|closed|timeout)"
     r"|timed? ?out|remote ?(process|error)|network error|no route to host",
     re.IGNORECASE,
@@ -88,7 +90,7 @@ def join() -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     if world > 1:
-        _patient(dist.group.WORLD)  # made by all at once, so here
+        _long_timeout_group(dist.group.WORLD)  # made by all at once, so here
     return world
 
 
@@ -114,7 +116,7 @@ def leave() -> None:
     """Leave the process group, if this process is in one; else PyTorch warns at exit."""
     import torch.distributed as dist
 
-    _patient.cache_clear()
+    _long_timeout_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -128,23 +130,19 @@ def barrier() -> None:
     if join() > 1:
         import torch.distributed as dist
 
-        with _others_there():
-            dist.barrier(group=_patient(dist.group.WORLD))
+        with _translate_peer_loss():
+            dist.barrier(group=_long_timeout_group(dist.group.WORLD))
 
 
-def from_first(message: str | None = None) -> str:
-    """What the first process says, in every process; they wait for it, for days if they must.
-
-    Args:
-        message: Of the first process; the others' counts for nothing.
-    """
-    said: list[Any] = [message or ""]
+def from_first(message: str = "") -> str:
+    """The first process' message, in every process; they wait for it, for days if they must."""
+    messages: list[Any] = [message]
     if join() > 1:
         import torch.distributed as dist
 
-        with _others_there():
-            dist.broadcast_object_list(said, src=0, group=_patient(dist.group.WORLD))
-    return str(said[0])
+        with _translate_peer_loss():
+            dist.broadcast_object_list(messages, src=0, group=_long_timeout_group(dist.group.WORLD))
+    return str(messages[0])
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -152,7 +150,7 @@ def add_up(*tensors: Tensor) -> None:
     if join() > 1:
         import torch.distributed as dist
 
-        with _others_there():
+        with _translate_peer_loss():
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 work.wait()
 
@@ -165,7 +163,7 @@ def gathered(values: Tensor) -> Tensor:
     import torch
     import torch.distributed as dist
 
-    with _others_there():
+    with _translate_peer_loss():
         lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
         dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
         longest = max(int(n) for n in lengths)
@@ -177,24 +175,54 @@ def gathered(values: Tensor) -> Tensor:
 
 
 @functools.cache
-def _patient(everyone: Any) -> Any:
-    """The group of all processes, that waits as long as it takes. On CPUs: a GPU would be kept busy by waiting."""
-    del everyone  # the key: another group of all, another patient one
+def _long_timeout_group(world_group: Any) -> Any:
+    """The group of all processes with a timeout of days. On CPUs: waiting would keep a GPU busy."""
+    del world_group  # the key of the cache
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
 
 
 @contextlib.contextmanager
-def _others_there() -> Iterator[None]:
-    """What gloo and NCCL say when the other end of a connection is gone, in words; other errors are one's own."""
+def _translate_peer_loss() -> Iterator[None]:
+    """Raise `Interrupted` for what gloo and NCCL raise when another process is gone; other errors pass."""
     try:
         yield
     except RuntimeError as error:
-        if not _GONE.search(str(error)):
+        if not _PEER_LOST.search(str(error)):
             raise
         raise Interrupted(
             f"this process stops because another one of the same run did ({str(error).splitlines()[0]}).",
-            fix="see what the other one said; the same command goes on from the last checkpoint.",
+            fix="see the error of the other one; the same command goes on from the last checkpoint.",
             by_another=True,
         ) from error
+
+
+class Interruption:
+    """While the block lasts, Ctrl-C or SIGTERM sets `asked`, for the end of a step; a second one interrupts at once.
+
+    A signal that the process was started to ignore (by nohup, or in the background of a script) stays ignored.
+    In a thread that is not the main one signals cannot be caught, and stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.getsignal(number)
+                # None: the handler is not Python's, and could not be put back.
+                if before is not None and before != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -90,6 +90,7 @@ def test_chance_and_concept_tests_against_the_hypergeometric() -> None:
     assert np.isnan(tests.loc["none", "best_rank"]) and tests.loc["none", "p"] == 1.0
 
 
+@pytest.mark.simulation
 def test_concept_tests_hold_their_level_when_nothing_was_taught() -> None:
     rng = np.random.default_rng(0)
     named = {name: np.isin(np.arange(1000), rng.choice(1000, 12, replace=False)) for name in "abcd"}
@@ -100,6 +101,7 @@ def test_concept_tests_hold_their_level_when_nothing_was_taught() -> None:
     assert abs(np.mean(alarms) - 0.05) < 3 * np.sqrt(0.05 * 0.95 / 300)
 
 
+@pytest.mark.simulation
 def test_concepts_of_features_that_fire_often_raise_no_alarm_for_that() -> None:
     """Features that fire often change more in every fine-tune; against all others their concept always stands out."""
     rng = np.random.default_rng(1)
@@ -136,6 +138,7 @@ def test_a_study_of_nothing_is_judged_as_compare_judges() -> None:
     assert judged(arms, 4) == {name: judge(table, name) for name in judged(arms, 4)}
 
 
+@pytest.mark.simulation
 def test_studies_of_nothing_credit_fine_tuning_seldom() -> None:
     """Where the noise of seeds is large; the benchmark counts it with more studies and other designs."""
     found = null_rates(NULL_STUDIES[4], 60, 0)

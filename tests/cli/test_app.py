@@ -11,11 +11,13 @@ import pytest
 import typer
 
 from saeffect.cli import app as command_line
+from saeffect.cli.check import study_keys
 from saeffect.cli.console import ConsoleProgress, show, show_error
+from saeffect.cli.run import STAGE_HELP
 from saeffect.errors import BadFile
 from saeffect.lm.finetune import finetune_keys
-from saeffect.sae.training.recipe_keys import recipe_keys
-from saeffect.study.study_keys import study_keys
+from saeffect.sae.training.config import recipe_keys
+from saeffect.study.run import STAGES
 
 ROOT = Path(__file__).parents[2]
 ACTING = "\x1b[2J\u202egnp.exe\x9b31m\x07\ud83d"
@@ -47,7 +49,7 @@ def test_ctrl_c_is_told_and_has_its_exit_code(ends: list[BaseException | None], 
     assert capsys.readouterr().err.strip().startswith("Interrupted: stopped. What is finished is kept")
 
 
-def test_of_many_processes_the_first_alone_tells_of_ctrl_c(
+def test_only_first_process_reports_ctrl_c(
     ends: list[BaseException | None], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -105,7 +107,7 @@ def test_a_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: 
         ("finetune", "finetune.md", finetune_keys),
     ],
 )
-def test_keys_are_shown_and_are_those_of_the_page(
+def test_keys_option_shows_the_docs_page(
     command: str, page: str, keys: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _typed(monkeypatch, command, "--keys") == 0
@@ -115,7 +117,11 @@ def test_keys_are_shown_and_are_those_of_the_page(
     assert "|  |" not in shown, "a key without a description"
 
 
-def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_has_a_command() -> None:
+    assert tuple(STAGE_HELP) == STAGES
+
+
+def test_impossible_path_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
         ["check", "a" * 5000],
         ["train-sae", "~nobody-of-that-name"],
@@ -125,16 +131,38 @@ def test_a_path_that_can_be_none_is_told(monkeypatch: pytest.MonkeyPatch, capsys
         assert "can be no path" in capsys.readouterr().err
 
 
-def test_nothing_that_is_shown_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_text_cannot_act_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show(f"{ACTING}\nמשפט\t👨‍👩‍👧")
     with ConsoleProgress() as log:
         log(ACTING)
         log.progress(ACTING, 1, 2, "rows")
-    show_error(BadFile(ACTING, at=ACTING, fix=ACTING))
+    show_error(str(BadFile(ACTING, at=ACTING, fix=ACTING)))
     out, err = capsys.readouterr()
     assert out == f"{SHOWN}\nמשפט\t👨‍👩‍👧\n"
     assert err.count(SHOWN) == 4
     assert not {"\x1b", "\x9b", "\u202e", "\x07"} & set(out + err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_full_disk_under_the_log_is_an_error(
+    stream: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        with ConsoleProgress() as log:
+            log("a line")
+        show("a result")
+
+    app = typer.Typer()
+    app.command("first")(command)
+    app.command("second")(command)
+    monkeypatch.setattr(command_line, "app", app)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, stream, full)
+        assert _typed(monkeypatch, "first") == 2
+    shown = capsys.readouterr()
+    assert ("standard output cannot be written: No space left on device." in shown.err) == (stream == "stdout")
+    assert "Traceback" not in shown.err and "a result" not in shown.out
 
 
 def test_commands_print_through_the_console_alone() -> None:

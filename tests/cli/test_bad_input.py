@@ -30,7 +30,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
     folder = tmp_path_factory.mktemp("template")
     make_study(folder, steering=None)
     call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")])
@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Change, str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_explained_and_changes_nothing(case: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_explained_and_change_nothing(case: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, kind, mention = CASES[case]
     config = yaml.safe_load((study / "study.yaml").read_text())
     change(study, config)

@@ -14,7 +14,13 @@ from saeffect.errors import UnknownName
 from saeffect.stats import wilson
 from synthetic_study import compared, synthetic_arms
 
-SMALL = Resampling(0, 100, 100)
+SMALL = Resampling(0, 60, 60)
+
+
+@pytest.fixture(scope="module")
+def arms():
+    """400 features an arm, few of them steered."""
+    return synthetic_arms(max_tested=4)
 
 
 def calibrated(arms, evidence=None, tests=PRIMARY):
@@ -32,9 +38,8 @@ def as_placebo(arm, name):
 INTERVAL, BEYOND = "the interval excludes zero", "more than SAE noise"
 
 
-def test_stand_ins_that_differ_raise_alarms_and_are_told():
+def test_saes_that_differ_raise_alarms(arms):
     """Two of three SAEs of the control's model are as different as the treatment: the instrument is no good."""
-    arms = synthetic_arms()
     arms = {**arms, "p2": as_placebo(arms["treatment"], "p2"), "p3": as_placebo(arms["treatment"], "p3")}
     row = calibrated(arms).loc["domain_share", INTERVAL]
     # control and placebo are alike, p2 and p3 are the treatment: 4 of 6 pairs differ
@@ -48,8 +53,7 @@ def test_stand_ins_that_differ_raise_alarms_and_are_told():
     assert any("Too many alarms: share of domain features" in line for line in answer["sentences"])
 
 
-def test_alike_stand_ins_raise_none():
-    arms = synthetic_arms()
+def test_alike_saes_raise_none(arms):
     arms = {**arms, "p2": as_placebo(arms["control"], "p2")}
     table = calibrated(arms)
     # each of the three SAEs takes the treatment's place once
@@ -61,20 +65,19 @@ def test_alike_stand_ins_raise_none():
     assert not table.loc[("effect", INTERVAL), "declared"]
 
 
-def test_one_placebo_leaves_nothing_for_the_rule_of_the_headline():
-    row = calibrated(synthetic_arms()).loc["domain_share", BEYOND]
+def test_one_placebo_leaves_nothing_for_the_rule_of_the_headline(arms):
+    row = calibrated(arms).loc["domain_share", BEYOND]
     assert (row["tests"], row["verdict"]) == (0, "cannot be judged")
     assert "needs three SAEs" in row["reason"]
 
 
-def test_no_placebo_is_said():
-    arms = {name: arm for name, arm in synthetic_arms().items() if name != "placebo"}
-    table = calibrated(arms)
+def test_no_placebo_is_said(arms):
+    table = calibrated({name: arm for name, arm in arms.items() if name != "placebo"})
     assert (table["verdict"] == "cannot be judged").all()
     assert "one SAE of the control's model" in table.loc[("domain_share", INTERVAL), "reason"]
 
 
-def test_fates_and_cross_activity_are_counted():
+def test_fates_and_cross_activity_are_counted(arms):
     null = pd.DataFrame(
         {
             "measure": "decoder cosine",
@@ -90,7 +93,7 @@ def test_fates_and_cross_activity_are_counted():
         }
     )
     cross = pd.DataFrame({"q": [0.01, 0.5, np.nan], "difference": [1.0, 0.1, 0.0], "reason": ["", "", "silent"]})
-    table = calibrated(synthetic_arms(), {"fates_null": null, "cross_activity": cross}, (*PRIMARY, "fates"))
+    table = calibrated(arms, {"fates_null": null, "cross_activity": cross}, (*PRIMARY, "fates"))
     any_call = table.loc["lost or moved features, decoder cosine", "a feature is called at q at most alpha"]
     assert (any_call["tests"], any_call["findings"], any_call["treatment_findings"]) == (2, 1, 1)
     each = table.loc["lost or moved features, decoder cosine", "p at most alpha"]
@@ -111,8 +114,8 @@ def test_only_tests_that_exist_can_be_declared():
         compare(synthetic_arms(n_features=40), min_matches=2, alpha=0.05, seed=0, tests=["nothing"])
 
 
-def test_the_headline_speaks_of_what_was_declared():
-    found = compared(synthetic_arms(), tests=("matches_mean",), matches=MatchTables())
+def test_the_headline_speaks_of_what_was_declared(arms):
+    found = compared(arms, tests=("matches_mean",), matches=MatchTables())
     assert "matches mean" in found.answer["headline"]
     assert "domain features" not in found.answer["headline"]
     assert set(found.contrasts.loc[found.contrasts["declared"], "quantity"]) == {"matches_mean", "matches_mean_seeds"}
@@ -125,7 +128,7 @@ def test_the_default_of_the_study_file_is_the_primary_quantities():
     assert ComparisonConfig().tests == PRIMARY
 
 
-def test_the_arm_terms_of_the_regression_are_counted():
+def test_the_arm_terms_of_the_regression_are_counted(arms):
     terms = pd.DataFrame(
         {
             "term": ["intercept", "coherence", "arm treatment", "arm placebo"],
@@ -133,10 +136,10 @@ def test_the_arm_terms_of_the_regression_are_counted():
             "high": [0.2, 0.2, 0.4, 0.1],
         }
     )
-    row = calibrated(synthetic_arms(), {"regression": terms}).loc["arm term of the regression", INTERVAL]
+    row = calibrated(arms, {"regression": terms}).loc["arm term of the regression", INTERVAL]
     assert (row["tests"], row["findings"], row["treatment_tests"], row["treatment_findings"]) == (1, 0, 1, 1)
     assert not row["declared"]
-    bare = calibrated(synthetic_arms(), {"regression": terms.head(3)}).loc["arm term of the regression", INTERVAL]
+    bare = calibrated(arms, {"regression": terms.head(3)}).loc["arm term of the regression", INTERVAL]
     assert bare["reason"] == "no placebo arm has an interval in the regression"
-    whole = compare(synthetic_arms(), min_matches=2, alpha=0.05, seed=0, n_boot=100, n_permutations=100).calibration
+    whole = compare(arms, min_matches=2, alpha=0.05, seed=0, n_boot=60, n_permutations=20).calibration
     assert "arm term of the regression" in set(whole["test"])

@@ -16,7 +16,7 @@ SMALL = {"min_matches": 2, "alpha": 0.05, "n_boot": 100, "n_permutations": 100}
 
 
 def test_same_seed_same_tables_whatever_the_order_of_arms():
-    arms = synthetic_arms(n_features=120)
+    arms = synthetic_arms(n_features=120, max_tested=6)
     first = compared(arms, seed=3)
     second = compared(dict(reversed(arms.items())), seed=3)
     other = compared(arms, seed=4)
@@ -104,6 +104,7 @@ def null_arm(role, rng):
     )
 
 
+@pytest.mark.simulation
 def test_a_study_without_effect_seldom_raises_an_alarm():
     rng, n_studies = np.random.default_rng(11), 40
     excluded = dict.fromkeys(PRIMARY, 0)
@@ -113,9 +114,9 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
         roles = roles_of({name: name for name in arms})
         table = contrasts(arms, roles, min_matches=2, resampling=Resampling(seed=1, n_boot=100, n_permutations=20))
         judged = [judge(table, quantity) for quantity in PRIMARY]
-        for one in judged:
-            excluded[one.quantity] += one.change.sign != 0
-        alarms += any(one.status == "beyond" for one in judged)
+        for judgement in judged:
+            excluded[judgement.quantity] += judgement.change.sign != 0
+        alarms += any(judgement.status == "beyond" for judgement in judged)
     # 2 of 40 expected for each interval, a little more for bootstrap ones: 9 or more has a chance below 0.1 %
     assert all(count < 9 for count in excluded.values()), excluded
     assert sum(excluded.values()) > 0
@@ -123,7 +124,7 @@ def test_a_study_without_effect_seldom_raises_an_alarm():
 
 
 def test_a_planted_difference_is_found():
-    comparison = compared(synthetic_seeds(synthetic_arms(seed=2)), n_boot=200, n_permutations=200)
+    comparison = compared(synthetic_seeds(synthetic_arms(seed=2, max_tested=8)))
     assert judge(comparison.contrasts, "domain_share").status == "beyond"
     assert judge(comparison.contrasts, "weight_mean").status == "beyond"
     assert "3 SAEs against 4" in comparison.answer["headline"]
@@ -152,7 +153,7 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
         facts = replace(arms["placebo"].facts, seed=name)
         arms[name] = replace(control, name=name, role="placebo", coherence=moved, facts=facts)
     comparison = compared(arms)
-    assert judge(comparison.contrasts, "coherence_mean").change.estimate == pytest.approx(0.3)
+    assert judge(comparison.contrasts, "coherence_mean").change.value == pytest.approx(0.3)
     assert [judge(comparison.contrasts, quantity).status for quantity in PRIMARY] == [
         "unclear",
         "unclear",
@@ -162,12 +163,12 @@ def test_a_planted_coherence_difference_is_found_and_no_other():
 
 
 def test_the_order_of_a_tables_rows_changes_no_number():
-    arms = synthetic_seeds(synthetic_arms(n_features=60, max_tested=6))
+    arms = synthetic_seeds(synthetic_arms(n_features=60, max_tested=4))
     tables = ("features", "coherence", "selection", "interventions", "direct_effects", "effects")
     shuffled = {
         name: replace(arm, **{table: getattr(arm, table).sample(frac=1, random_state=1) for table in tables})
         for name, arm in arms.items()
     }
-    first, second = (compare(one, seed=0, **SMALL) for one in (arms, shuffled))
+    first, second = (compare(rows, seed=0, **SMALL) for rows in (arms, shuffled))
     for name in ("table1", "table2", "contrasts", "calibration", "power", "regression"):
         pd.testing.assert_frame_equal(getattr(first, name), getattr(second, name), rtol=1e-9, obj=name)

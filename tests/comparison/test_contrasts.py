@@ -8,6 +8,7 @@ import pytest
 
 from saeffect.comparison import Resampling, contrasts, roles_of
 from saeffect.comparison.contrasts import pair_contrasts
+from saeffect.comparison.quantities import QUANTITIES
 
 RESAMPLING = Resampling(n_boot=200, n_permutations=200)
 
@@ -153,7 +154,9 @@ def test_a_pass_rate_without_tests_says_why(tiny_arm):
 
     def reason(**changes):
         changed = replace(arms[0], **changes)
-        rows = pair_contrasts("fine-tuning", changed, arms[1], min_matches=2, resampling=Resampling(n_boot=40))
+        rows = pair_contrasts(
+            "fine-tuning", changed, arms[1], QUANTITIES.values(), min_matches=2, resampling=Resampling(n_boot=40)
+        )
         return next(row.reason for row in rows if row.quantity == "pass_rate")
 
     broken = arms[0].effects.assign(p=float("nan"), reason="no generated word is known")

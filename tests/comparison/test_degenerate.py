@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.comparison import ArmTables
+from saeffect.comparison import ArmTables, Comparison
 from synthetic_study import compared, synthetic_arms
 
 Arms = dict[str, ArmTables]
@@ -105,26 +105,30 @@ CASES = (one_feature, one_prompt, no_variance, all_ties, no_placebo, nothing_kno
 
 
 @pytest.fixture(scope="module")
-def arms() -> Arms:
-    return synthetic_arms(n_features=150, max_tested=6)
+def found() -> dict[str, Comparison]:
+    """Every case compared once, by its name."""
+    arms = synthetic_arms(n_features=150, max_tested=4)
+    return {case.__name__: compared(case(arms)) for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_nothing_is_claimed_and_what_is_unknown_has_a_reason(arms: Arms, case) -> None:
-    found = compared(case(arms))
-    table = found.contrasts
+def test_nothing_is_claimed_and_what_is_unknown_has_a_reason(found: dict[str, Comparison], case) -> None:
+    comparison = found[case.__name__]
+    table = comparison.contrasts
     missing = table[["estimate", "low", "high"]].isna().any(axis=1)
     assert (table.loc[missing, "reason"] != "").all(), table.loc[missing & (table["reason"] == ""), "quantity"].tolist()
-    headline = found.answer["headline"]
+    headline = comparison.answer["headline"]
     assert not headline.startswith(("Fine-tuning changed", "The treatment's features differ")), headline
     assert any(words in headline.lower() for words in ("cannot", "nothing can be said")), headline
-    words = " ".join([headline, found.answer["paragraph"], *found.answer["sentences"], *found.answer["caveats"]])
+    words = " ".join(
+        [headline, comparison.answer["paragraph"], *comparison.answer["sentences"], *comparison.answer["caveats"]]
+    )
     assert "nan" not in words.replace(",", " ").replace(".", " ").replace("(", " ").split()
     for name, column in (("regression", "estimate"), ("power", "detectable")):
-        rows = getattr(found, name)
+        rows = getattr(comparison, name)
         unknown = rows[rows[column].isna()]
         assert (unknown["reason"] != "").all(), name
-    judged = found.calibration[found.calibration["tests"] == 0]
+    judged = comparison.calibration[comparison.calibration["tests"] == 0]
     assert (judged["reason"] != "").all()
 
 
@@ -139,17 +143,16 @@ def test_nothing_is_claimed_and_what_is_unknown_has_a_reason(arms: Arms, case) -
         (no_variance, "neither a nor b varies"),
     ],
 )
-def test_the_words_say_what_cannot_be_concluded(arms: Arms, case, said: str) -> None:
-    answer = compared(case(arms)).answer
+def test_the_words_say_what_cannot_be_concluded(found: dict[str, Comparison], case, said: str) -> None:
+    answer = found[case.__name__].answer
     words = " ".join([answer["headline"], answer["paragraph"], *answer["sentences"], *answer["caveats"]])
     assert said.lower() in words.lower()
 
 
-def test_every_table_of_every_case_can_be_written(arms: Arms, tmp_path) -> None:
-    for case in CASES:
-        found = compared(case(arms))
-        for field in fields(found):
-            value = getattr(found, field.name)
+def test_every_table_of_every_case_can_be_written(found: dict[str, Comparison], tmp_path) -> None:
+    for comparison in found.values():
+        for field in fields(comparison):
+            value = getattr(comparison, field.name)
             if isinstance(value, pd.DataFrame):
                 value.to_parquet(tmp_path / "t.parquet")
                 pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), value)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from saeffect.comparison import ArmFacts, design_check
+from saeffect.comparison import ArmFacts
+from saeffect.comparison.design import design_check
 from saeffect.errors import ConfigError
 
 BASE = ArmFacts(

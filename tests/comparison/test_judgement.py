@@ -5,8 +5,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from saeffect.comparison import Gap, exceeds_noise, judge
-from saeffect.comparison.judgement import noise_p, settled
+from saeffect.comparison.judgement import (
+    add_noise_p,
+    exceeds_noise,
+    headline_row,
+    judge,
+    judgement_table,
+    judgements_of,
+    noise_p,
+)
+from saeffect.stats import Estimate
 
 NAN = float("nan")
 
@@ -62,6 +70,7 @@ def test_status(contrasts, status):
     assert judge(contrasts, "domain_share").status == status
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize("n_placebos", [1, 2, 3])
 @pytest.mark.parametrize("seed_noise", [0.0, 1.0, 3.0, 100.0])
 def test_one_sae_of_the_treatment_is_credited_wrongly_in_one_study_of_twenty_at_most(n_placebos, seed_noise):
@@ -69,14 +78,15 @@ def test_one_sae_of_the_treatment_is_credited_wrongly_in_one_study_of_twenty_at_
     rng = np.random.default_rng(0)
     n, half = 3_000, 1.96 * np.sqrt(2)
 
-    def gap(a, b):
-        return Gap("a", "b", b - a, b - a - half, b - a + half, "share")
+    def difference(a, b):
+        return Estimate(b - a, b - a - half, b - a + half)
 
     arms = rng.normal(scale=np.hypot(1, seed_noise), size=(n, 2 + n_placebos))
-    alarms = sum(
-        exceeds_noise(gap(c, t), [gap(c, p) for p in placebos], [gap(p, t) for p in placebos])
-        for c, t, *placebos in arms
-    )
+    alarms = 0
+    for control, treatment, *placebos in arms:
+        change = difference(control, treatment)
+        p = noise_p(change, [difference(control, placebo) for placebo in placebos])
+        alarms += exceeds_noise(change, [difference(placebo, treatment) for placebo in placebos], p)
     error = np.sqrt(0.05 * 0.95 / n)
     assert alarms / n <= 0.05 + 3 * error
     if seed_noise == 100:  # nothing but seeds: the level is used up
@@ -86,10 +96,18 @@ def test_one_sae_of_the_treatment_is_credited_wrongly_in_one_study_of_twenty_at_
 
 
 def test_the_p_of_noise_is_students_for_one_value_more():
-    noise = [Gap("c", f"p{i}", value, 0, 0, "") for i, value in enumerate((0.2, -0.1, 0.05))]
+    noise, change = [Estimate(value, 0, 0) for value in (0.2, -0.1, 0.05)], Estimate(0.7, 0, 1)
     peer = stats.ttest_ind([0.7], [0.0, 0.2, -0.1, 0.05], equal_var=True)
-    assert noise_p(Gap("c", "t", 0.7, 0, 1, ""), noise) == pytest.approx(peer.pvalue)
-    assert np.isnan(noise_p(Gap("c", "t", 0.7, 0, 1, ""), []))
+    assert noise_p(change, noise) == pytest.approx(peer.pvalue)
+
+
+def test_every_placebo_must_be_beaten_on_the_same_side():
+    up, down, over_zero = Estimate(1, 0.5, 1.5), Estimate(-1, -1.5, -0.5), Estimate(1, -0.5, 2.5)
+    assert exceeds_noise(up, [up, up], 0.01)
+    assert exceeds_noise(down, [down], 0.01)
+    assert exceeds_noise(up, [], 0.01)
+    for change, beyond in ((up, [up, down]), (up, [over_zero]), (down, [up]), (over_zero, [over_zero])):
+        assert not exceeds_noise(change, beyond, 0.01)
 
 
 def several(p, low, *, pair=(0.1, 0.05, 0.15), declared=True):
@@ -115,7 +133,7 @@ def test_several_saes_a_side_decide_alone(contrasts, status):
     found = judge(contrasts, "domain_share")
     assert found.status == status
     assert found.by_seeds
-    assert found.told == found.seeds
+    assert found.headline == found.seeds
 
 
 def test_declared_quantities_are_corrected_for_their_number():
@@ -124,7 +142,7 @@ def test_declared_quantities_are_corrected_for_their_number():
         several(0.04, 0.01).assign(quantity=lambda t: t["quantity"].str.replace("domain", "x")),
     ]
     alone = several(0.04, 0.01, declared=False).assign(quantity=lambda t: t["quantity"].str.replace("domain", "y"))
-    found = settled(pd.concat([*both, alone], ignore_index=True))
+    found = add_noise_p(pd.concat([*both, alone], ignore_index=True))
     tuned = found[found["comparison"] == "fine-tuning"].set_index("quantity")
     assert tuned["p_noise"].to_dict() == {"domain_share": 0.03, "x_share": 0.04, "y_share": 0.04}
     assert tuned.loc[["domain_share", "x_share"], "p_noise_holm"].tolist() == pytest.approx([0.06, 0.06])
@@ -135,3 +153,46 @@ def test_declared_quantities_are_corrected_for_their_number():
         "noise",
         "beyond",
     ]
+
+
+def test_the_stored_table_says_what_judge_says():
+    contrasts = pd.concat(
+        [
+            several(0.03, 0.01),
+            table((0.1, 0.05, 0.15)).assign(quantity="pass_rate", p=0.2, declared=False, saes_a=1, saes_b=1),
+            table((2.0, 1.5, 3.0)).assign(quantity="pass_rate_ratio", p=0.2, declared=False, saes_a=1, saes_b=1),
+        ],
+        ignore_index=True,
+    ).assign(label="a label", value_a=0.25, value_b=0.35)
+    contrasts = add_noise_p(contrasts)
+    stored = judgement_table(contrasts)
+    assert stored["quantity"].tolist() == ["domain_share", "pass_rate"]  # no ratios, no rows over seeds
+    assert stored["status"].tolist() == ["beyond", "unseparated"]
+    assert stored["declared"].tolist() == [True, False]
+    # the row that each reading speaks of: over all SAEs where these decide
+    assert stored[["comparison", "saes_a", "low"]].to_numpy().tolist() == [
+        ["all seeds", 3, 0.01],
+        ["fine-tuning", 1, 0.05],
+    ]
+    assert stored["p"].iloc[0] == 0.03
+    assert judgements_of(stored, contrasts)["domain_share"] == judge(contrasts, "domain_share")
+    assert headline_row(contrasts, judge(contrasts, "domain_share"))["quantity"] == "domain_share_seeds"
+
+
+def test_the_differences_keep_their_arms():
+    found = judge(table((0.1, 0.05, 0.15), (QUIET, (0.1, 0.04, 0.16)), (QUIET, (0.2, 0.1, 0.3))), "domain_share")
+    assert (found.control, found.treatment, found.unit) == ("c", "t", "share")
+    assert found.retraining == {"p0": Estimate(*QUIET), "p1": Estimate(*QUIET)}
+    assert found.beyond == {"p0": Estimate(0.1, 0.04, 0.16), "p1": Estimate(0.2, 0.1, 0.3)}
+    assert found.headline is found.change
+    assert (found.seeds, found.n_saes, found.by_seeds) == (None, (1, 1), False)
+
+
+def test_one_sae_against_several_does_not_decide_by_seeds():
+    contrasts = several(0.03, 0.01)
+    contrasts.loc[contrasts["comparison"] == "all seeds", "saes_b"] = 1
+    found = judge(contrasts, "domain_share")
+    assert (found.by_seeds, found.headline) == (False, found.change)
+    assert found.status == "beyond"  # by the three intervals, with p over all SAEs
+    contrasts.loc[contrasts["comparison"] == "all seeds", "p"] = 0.06
+    assert judge(contrasts, "domain_share").status == "noise"

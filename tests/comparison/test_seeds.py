@@ -86,6 +86,15 @@ def test_effects_average_prompts_within_features_within_saes(arms):
     assert "one SAE in tuned" in row["remark"]
 
 
+def test_effects_of_arms_that_were_not_steered_are_undefined(arms):
+    nothing = {"interventions": None, "effects": None, "direct_effects": None}
+    table, _ = rows_of({name: replace(arm, **nothing) for name, arm in arms.items()})
+    rows = table[table["quantity"] == "effect_seeds"]
+    assert len(rows) == 4
+    assert rows["estimate"].isna().all()
+    assert rows["reason"].str.startswith("nothing to average in ").all()
+
+
 def test_alike_saes_have_no_interval_and_say_so(tiny_arm):
     arms = {"base": further(tiny_arm(), 0.0), "tuned": further(tiny_arm("tuned", "treatment"), 0.0)}
     table, _ = rows_of(arms)

@@ -12,7 +12,7 @@ from saeffect.diffing.coactivity import FiringLog
 from saeffect.diffing.correspondence import MEASURES, measure
 from saeffect.diffing.pair import ModelPair, SaeView
 from saeffect.errors import ConfigError
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 D_IN, D_SAE, N_TOKENS = 64, 300, 3000
 LOST = np.arange(20)

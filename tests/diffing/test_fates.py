@@ -12,7 +12,7 @@ from saeffect.diffing.coactivity import FiringLog, match_activity
 from saeffect.diffing.fates import fates
 from saeffect.diffing.matching import Matching, Neighbours, match_decoders
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 N, D_IN = 1200, 48
 FEW = Resampling(0, 400, 100)

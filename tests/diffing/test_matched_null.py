@@ -15,8 +15,8 @@ from saeffect.diffing.matched_null import (
     strata,
 )
 from saeffect.errors import ShapeMismatch
+from saeffect.stats.arguments import Resampling
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.stats.resampling import Resampling
 
 
 def test_strata_are_large_enough_and_hold_like_with_like() -> None:

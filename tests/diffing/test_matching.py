@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 from saeffect.diffing import matching
 from saeffect.diffing.matching import NO_MATCH, TopPairs, assign, match_decoders
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.errors import BadFile, ShapeMismatch
 
 
 def decoders(n_a: int = 60, n_b: int = 45, d_in: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +101,6 @@ def test_bad_input() -> None:
         match_decoders(a[:0], b)
     with pytest.raises(ShapeMismatch, match="use_a"):
         match_decoders(a, b, use_a=np.ones(3, dtype=bool))
-    with pytest.raises(ConfigError, match="n must be at least 1"):
-        match_decoders(a, b, n=0)
     b[3, 3] = torch.nan
     with pytest.raises(BadFile):
         match_decoders(a, b)

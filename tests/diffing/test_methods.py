@@ -12,9 +12,9 @@ from saeffect.diffing.coactivity import FiringLog
 from saeffect.diffing.methods import METHODS, Method, measure_all, table_names
 from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
 from saeffect.errors import BadFile
+from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.formats.saelens import ARCHITECTURES
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 D_IN, D_SAE, ROWS, LENGTH = 8, 40, 12, 10
 SHARED = ["feature", "change", "low", "high", "p", "q", "reason"]

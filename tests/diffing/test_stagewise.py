@@ -14,8 +14,8 @@ from saeffect.diffing import stagewise as module
 from saeffect.diffing.pair import ModelPair, SaeView
 from saeffect.diffing.stagewise import measure, rotations, stagewise
 from saeffect.errors import BadFile, ShapeMismatch
+from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.formats.saelens import ARCHITECTURES
 
 N, D_IN = 600, 24
 

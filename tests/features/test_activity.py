@@ -84,17 +84,6 @@ def test_a_result_stays_as_it_was():
     assert before.loc[0].tolist() == [0, 1.0, 1.0, 1.0, 1, 1.0]
 
 
-def test_sparse_input_gives_the_same():
-    acts, sources = _acts(200, d_sae=30)
-    values, indices = acts.topk(8, dim=1)
-    kept = torch.zeros_like(acts).scatter(1, indices, values)
-    dense, sparse = ActivityAccumulator(30, SOURCES), ActivityAccumulator(30, SOURCES)
-    dense.update(kept, sources)
-    sparse.update_sparse(indices[:70], values[:70], sources[:70])
-    sparse.update_sparse(indices[70:], values[70:], sources[70:])
-    pd.testing.assert_frame_equal(dense.result(), sparse.result(), check_exact=True)
-
-
 def test_sums_are_not_float32():
     # A float32 sum stops growing at 2**24.
     activity = ActivityAccumulator(1, ("text",))
@@ -131,8 +120,6 @@ def test_a_bad_batch_is_refused_whole(bad: float):
     before = activity.result()
     with pytest.raises(BadFile, match="NaN or infinite"):
         activity.update(tensor([[1.0, bad]]), ["text"])
-    with pytest.raises(BadFile, match="NaN or infinite"):
-        activity.update_sparse(tensor([[0]]), tensor([[bad]]), ["text"])
     pd.testing.assert_frame_equal(activity.result(), before, check_exact=True)
 
 
@@ -144,12 +131,5 @@ def test_bad_shapes_and_names():
         activity.update(torch.ones(1, 2), [])
     with pytest.raises(UnknownName, match="did you mean 'general'"):
         activity.update(torch.ones(1, 2), ["genral"])
-    with pytest.raises(ShapeMismatch, match=r"\[1, 2\] and \[1, 1\]"):
-        activity.update_sparse(tensor([[0, 1]]), tensor([[1.0]]), ["general"])
-    for outside in (-1, 2):
-        with pytest.raises(ShapeMismatch, match="from 0 to 1"):
-            activity.update_sparse(tensor([[outside]]), tensor([[1.0]]), ["general"])
-    with pytest.raises(ConfigError):
-        ActivityAccumulator(0)
     with pytest.raises(ConfigError, match="differ"):
         ActivityAccumulator(1, ("a", "a"))

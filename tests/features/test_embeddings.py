@@ -156,7 +156,7 @@ class TestBadFiles:
             ),
             ("v.npz", npz(words=np.array(WORDS), vectors=ROWS)[:-30], "v.npz", "npz"),
             ("v.npy", b"\x93NUMPY\x01\x00", "v.npy", "npz"),
-            ("v.safetensors", b"\x00" * 20, "v.safetensors", "damaged"),
+            ("v.safetensors", b"\x00" * 20, "v.safetensors", "cannot be read"),
         ],
     )
     def test_says_what_and_where(self, tmp_path: Path, name: str, data: bytes | str, place: str, message: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
-from saeffect.features.examples import ExampleCollector
+from saeffect.features.activity import ExampleCollector
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]
 
@@ -85,13 +85,6 @@ def test_one_a_sequence_and_ties_to_the_earliest():
     collector.update(acts, tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]]))
     collector.update(torch.full((1, 3, 1), 4.0), tensor([[9, 10, 11]]))
     assert collector.result(LETTERS)["tokens"].tolist() == [["b"], ["d"]]
-
-
-def test_offset_settles_ties_between_batches():
-    collector = ExampleCollector(d_sae=1, n_examples=1, window=0)
-    collector.update(torch.full((1, 1, 1), 4.0), tensor([[0]]), offset=10)
-    collector.update(torch.full((1, 1, 1), 4.0), tensor([[1]]), offset=3)
-    assert collector.result(LETTERS)["tokens"].tolist() == [["b"]]
 
 
 def test_mask():
@@ -170,6 +163,6 @@ def test_bad_input():
     collector.update(torch.ones(1, 3, 2), ids + 26)
     with pytest.raises(ShapeMismatch, match="token id 26 occurs, but there are only 26"):
         collector.result(LETTERS)
-    for wrong in ({"d_sae": 0}, {"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
+    for wrong in ({"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
         with pytest.raises(ConfigError):
             ExampleCollector(**wrong)

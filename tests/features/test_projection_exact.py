@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saeffect.errors import BadFile, UnknownName
-from saeffect.features import top_tokens, unembedding_tiles
-from saeffect.features.moments import TileMoments
-from saeffect.features.projection import PROJECTIONS, Projection, project, project_both
-from saeffect.features.unembedding_tiles import Rows, UnembeddingTiles
+from saeffect.features import top_tokens
+from saeffect.features.projection import PROJECTIONS, Projection, TileMoments, project, project_both
+from saeffect.features.top_tokens import Rows, UnembeddingTiles
 
 DTYPES = ("float32", "bfloat16")
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,7 +23,7 @@ TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def small_tiles():
     """Tiles so narrow that small vocabularies have several; and no row is evaluated whole only for being small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unembedding_tiles, "_WIDTH", 96)
+        patch.setattr(top_tokens, "_WIDTH", 96)
         yield
 
 
@@ -146,7 +145,7 @@ def test_rows_evaluated_whole_are_the_same(dtype: str, monkeypatch: pytest.Monke
 def test_the_bound_holds_for_every_product(seed: int, kind: str, dtype: str):
     W_dec, W_U = hostile(seed, kind)
     tiles = UnembeddingTiles(W_U, None, 8, TORCH[dtype])
-    rows = Rows.of(W_dec, TORCH[dtype])
+    rows = Rows(W_dec, TORCH[dtype])
     computed = torch.cat([rows.unit @ tile.T for tile in tiles.tiles], dim=1).double()
     there = tiles.ids >= 0
     columns = (W_U.double() - tiles.origin[:, None])[:, tiles.ids.clamp_min(0)] * tiles.scale
@@ -161,7 +160,7 @@ def test_the_bound_is_not_loose():
     # All factors are rounded by half a unit and in the sense that adds up: four fifths of the bound are used up.
     W_U = torch.full((64, 40), 1 + 2.0**-8 - 2.0**-20)
     W_U[:, ::2] *= -1  # so that the mean is zero
-    rows, tiles = Rows.of(torch.ones(1, 64), torch.bfloat16), UnembeddingTiles(W_U, None, 4, torch.bfloat16)
+    rows, tiles = Rows(torch.ones(1, 64), torch.bfloat16), UnembeddingTiles(W_U, None, 4, torch.bfloat16)
     computed = torch.cat([rows.unit @ tile.T for tile in tiles.tiles], dim=1).double()
     true = W_U.double()[:, tiles.ids].sum(0) / 8 * tiles.scale
     used = (true - computed).abs() / (tiles.slack(rows) + tiles.rounding * computed.abs())
@@ -244,7 +243,7 @@ def test_a_row_that_bfloat16_cannot_tell_is_computed_again():
 def test_the_roots_of_the_moments_are_within_the_proven_bound():
     W_dec, W_U = hostile(6, "plain", d_sae=30)
     tiles = UnembeddingTiles(W_U, None, 4, torch.bfloat16)
-    rows = Rows.of(W_dec, torch.bfloat16)
+    rows = Rows(W_dec, torch.bfloat16)
     computed = torch.cat([rows.unit @ tile.T for tile in tiles.tiles], dim=1).double()[:, tiles.ids >= 0]
     true = (rows.exact / rows.length[:, None]) @ ((W_U.double() - tiles.origin[:, None]) * tiles.scale)
     error = tiles.slack(rows)[tiles.ids >= 0] + tiles.rounding * computed.abs()
@@ -265,7 +264,7 @@ def test_products_at_the_edge_of_float32(dtype: str):
 
 def test_lower_precision_of_products_that_the_user_allows_is_in_the_bound():
     W_dec, W_U = hostile(7, "plain")
-    tiles, rows = UnembeddingTiles(W_U, None, 4, torch.float32), Rows.of(W_dec, torch.float32)
+    tiles, rows = UnembeddingTiles(W_U, None, 4, torch.float32), Rows(W_dec, torch.float32)
     strict = tiles.slack(rows)
     torch.set_float32_matmul_precision("medium")
     try:
@@ -289,9 +288,8 @@ def test_rows_a_product_are_cut_to_the_memory(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("saeffect.features.projection._PRODUCT_BYTES", 4 * W_U.shape[1] * 7)
     monkeypatch.setattr("saeffect.features.projection._FEWEST_ROWS", 1)
     seen = []
-    of = Rows.of.__func__
     monkeypatch.setattr(
-        Rows, "of", classmethod(lambda cls, rows, dtype: seen.append(len(rows)) or of(cls, rows, dtype))
+        "saeffect.features.projection.Rows", lambda rows, dtype: seen.append(len(rows)) or Rows(rows, dtype)
     )
     cut = project(W_dec, W_U, 3)
     assert len(seen) >= 6 and sum(seen) == 40
@@ -305,7 +303,7 @@ def test_unknown_dtype():
 
 def test_sums_start_afresh():
     W_dec, W_U = hostile(0, "plain")
-    tiles, rows = UnembeddingTiles(W_U, None, 4, torch.float32), Rows.of(W_dec, torch.float32)
+    tiles, rows = UnembeddingTiles(W_U, None, 4, torch.float32), Rows(W_dec, torch.float32)
     sums, results = TileMoments(tiles, len(W_dec), None), []
     for _ in range(2):
         sums.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -15,7 +14,7 @@ from saeffect.features.table import ActivationBatch, FeatureOptions, extract_tab
 
 TOKENS = [" heart", " the", "<script>", "\u202e"]
 W_U = tensor([[3.0, -1.0, 2.0, 0.0], [4.0, 0.0, 0.0, 1.0]])  # column norms 5, 1, 2, 1
-SAE = SimpleNamespace(W_dec=tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]]))
+W_DEC = tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 4.0]])
 TWO = FeatureOptions(top_k=2, n_examples=1, window=3)
 
 
@@ -31,7 +30,7 @@ def _batches(*, cut: int, n: int = 6, d_sae: int = 3, mask: Tensor | None = None
 
 
 def test_columns_and_values():
-    table = feature_table(SAE, W_U, TOKENS, options=TWO)
+    table = feature_table(W_DEC, W_U, TOKENS, options=TWO)
     assert table.columns.tolist() == [
         *("feature", "top_tokens", "top_token_ids", "top_weights", "top_tokens_dot", "top_tokens_cosine"),
         *("projection_mean", "projection_std", "projection_skewness", "projection_kurtosis", "decoder_norm"),
@@ -47,19 +46,19 @@ def test_columns_and_values():
 
 
 def test_the_dot_scale_can_lead():
-    table = feature_table(SAE, W_U, TOKENS, options=FeatureOptions(top_k=2, projection="dot"))
+    table = feature_table(W_DEC, W_U, TOKENS, options=FeatureOptions(top_k=2, projection="dot"))
     assert table["top_tokens"].tolist() == table["top_tokens_dot"].tolist()
     assert table["top_weights"][0] == [3.0, 2.0]
 
 
 def test_invalid_tokens_are_not_shown():
     valid = tensor([True, True, False, True])
-    table = feature_table(SAE, W_U, TOKENS, options=TWO, valid=valid)
+    table = feature_table(W_DEC, W_U, TOKENS, options=TWO, valid=valid)
     assert all("<script>" not in tokens for tokens in [*table["top_tokens"], *table["top_tokens_dot"]])
 
 
 def test_extract_tables():
-    tables = extract_tables(SAE, W_U, TOKENS, _batches(cut=2), options=TWO)
+    tables = extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2), options=TWO)
     acts = torch.cat([batch.feature_acts for batch in _batches(cut=6)]).flatten(0, 1)
     assert tables.n_tokens == 30
     features = tables.features
@@ -77,8 +76,8 @@ def test_extract_tables():
 
 @pytest.mark.parametrize("cut", [1, 4, 6])
 def test_batches_do_not_matter(cut: int):
-    expected = extract_tables(SAE, W_U, TOKENS, _batches(cut=2), options=TWO)
-    tables = extract_tables(SAE, W_U, TOKENS, _batches(cut=cut), options=TWO)
+    expected = extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2), options=TWO)
+    tables = extract_tables(W_DEC, W_U, TOKENS, _batches(cut=cut), options=TWO)
     pd.testing.assert_frame_equal(tables.features, expected.features, check_exact=True)
     pd.testing.assert_frame_equal(tables.examples, expected.examples, check_exact=True)
 
@@ -86,7 +85,7 @@ def test_batches_do_not_matter(cut: int):
 def test_masked_positions_count_nowhere():
     mask = torch.ones(6, 5, dtype=torch.bool)
     mask[:, 0] = False
-    tables = extract_tables(SAE, W_U, TOKENS, _batches(cut=2, mask=mask), options=TWO)
+    tables = extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2, mask=mask), options=TWO)
     acts = torch.cat([batch.feature_acts for batch in _batches(cut=6)])[:, 1:].flatten(0, 1)
     assert tables.n_tokens == 24
     assert tables.features["n_active"].tolist() == (acts > 0).sum(dim=0).tolist()
@@ -94,44 +93,34 @@ def test_masked_positions_count_nowhere():
 
 
 def test_tables_survive_parquet(tmp_path):
-    tables = extract_tables(SAE, W_U, TOKENS, _batches(cut=2), options=TWO)
+    tables = extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2), options=TWO)
     tables.features.to_parquet(tmp_path / "features.parquet")
     again = pd.read_parquet(tmp_path / "features.parquet")
     assert [list(tokens) for tokens in again["top_tokens"]] == tables.features["top_tokens"].tolist()
     assert again["feature"].dtype == "int64"
 
 
-def test_activity_of_another_sae_is_refused():
-    activity = extract_tables(SAE, W_U, TOKENS, _batches(cut=2), options=TWO).features[["feature", "density"]]
-    joined = feature_table(SAE, W_U, TOKENS, options=TWO, activity=activity)
-    assert joined["density"].tolist() == activity["density"].tolist()
-    with pytest.raises(ShapeMismatch, match="features 0 to 2 in order"):
-        feature_table(SAE, W_U, TOKENS, options=TWO, activity=activity[:2])
-    with pytest.raises(ShapeMismatch, match="features 0 to 2 in order"):
-        feature_table(SAE, W_U, TOKENS, options=TWO, activity=activity[::-1])
-
-
 def test_bad_input():
     with pytest.raises(ShapeMismatch, match=r"W_U has 4 tokens\. Got 3 token strings"):
-        feature_table(SAE, W_U, TOKENS[:3], options=TWO)
+        feature_table(W_DEC, W_U, TOKENS[:3], options=TWO)
     with pytest.raises(ShapeMismatch, match="d_in"):
-        feature_table(SAE, W_U[:1], TOKENS, options=TWO)
+        feature_table(W_DEC, W_U[:1], TOKENS, options=TWO)
     with pytest.raises(UnknownName):
-        feature_table(SAE, W_U, TOKENS, options=FeatureOptions(top_k=2, projection="euclid"))
+        feature_table(W_DEC, W_U, TOKENS, options=FeatureOptions(top_k=2, projection="euclid"))
     with pytest.raises(ConfigError, match="top_k"):
-        feature_table(SAE, W_U, TOKENS)
+        feature_table(W_DEC, W_U, TOKENS)
     with pytest.raises(BadFile, match="W_dec"):
-        feature_table(SimpleNamespace(W_dec=tensor([[torch.nan, 1.0]])), W_U, TOKENS, options=TWO)
+        feature_table(tensor([[torch.nan, 1.0]]), W_U, TOKENS, options=TWO)
 
 
 def test_bad_batches():
     with pytest.raises(EmptySelection, match="no token"):
-        extract_tables(SAE, W_U, TOKENS, [], options=TWO)
+        extract_tables(W_DEC, W_U, TOKENS, [], options=TWO)
     nothing = torch.zeros(6, 5, dtype=torch.bool)
     with pytest.raises(EmptySelection, match="no token"):
-        extract_tables(SAE, W_U, TOKENS, _batches(cut=2, mask=nothing), options=TWO)
+        extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2, mask=nothing), options=TWO)
     with pytest.raises(ShapeMismatch, match=r"\[B, S, 3\]"):
-        extract_tables(SAE, W_U, TOKENS, _batches(cut=2, d_sae=4), options=TWO)
+        extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2, d_sae=4), options=TWO)
     with pytest.raises(UnknownName, match="source"):
         other = FeatureOptions(top_k=2, sources=("general", "code"))
-        extract_tables(SAE, W_U, TOKENS, _batches(cut=2), options=other)
+        extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2), options=other)

@@ -1,3 +1,5 @@
+"""Word lists: loading, matching, selecting features, and choosing tokens by script or by word vectors."""
+
 from __future__ import annotations
 
 import hashlib
@@ -12,14 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saeffect.config import SCRIPTS, FeaturesConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound, UnknownName
+from saeffect.features.embeddings import WordVectors
 from saeffect.features.vocabulary import (
     Vocabulary,
+    _script_of,
     bundled_vocabularies,
+    choosable_tokens,
     count_matches,
-    domain_features,
     load_vocabulary,
-    require_domain_features,
     select,
 )
 
@@ -38,6 +42,10 @@ def _features() -> pd.DataFrame:
     ]
     dot = [[" cancer", " nurse"], [" tumor", " nurse"], [], [" a"]]
     return pd.DataFrame({"feature": [4, 9, 11, 30], "top_tokens": own, "top_tokens_dot": dot, "top_tokens_cosine": own})
+
+
+def domain_features(selection: pd.DataFrame) -> list[int]:
+    return selection.loc[selection["is_domain"], "feature"].tolist()
 
 
 def _verdicts(**columns: list[object]) -> pd.DataFrame:
@@ -295,32 +303,43 @@ def test_an_empty_table_selects_nothing() -> None:
     selection = select(_features().iloc[:0], vocabulary=WORDS)
     assert len(selection) == 0
     assert domain_features(selection) == []
-    with pytest.raises(EmptySelection, match="the best of 0 has 0"):
-        require_domain_features(selection, "control", "medical")
 
 
-# --- requiring ------------------------------------------------------------------------------------
+# --- which tokens can be top tokens ----------------------------------------------------------------
+
+TOKENS = [" fever", "ing", "naïve", "Ｆｕｌｌ", "ﬁne", "жар", "fжар", "熱", "カー", "\ufffd", " 42", ".", ""]
 
 
-def test_required_features_are_returned() -> None:
-    assert require_domain_features(select(_features(), vocabulary=WORDS), "control", WORDS) == [4, 30]
+def test_tokens_of_some_scripts() -> None:
+    chosen = choosable_tokens(TOKENS, ["latin"]).tolist()
+    assert [token for token, is_in in zip(TOKENS, chosen, strict=True) if not is_in] == [
+        "жар",
+        "fжар",
+        "熱",
+        "カー",
+        "\ufffd",
+    ]
+    both = choosable_tokens(TOKENS, ["latin", "cyrillic"]).tolist()
+    assert [token for token, is_in in zip(TOKENS, both, strict=True) if not is_in] == ["熱", "カー", "\ufffd"]
 
 
-def test_the_error_says_what_else_to_try() -> None:
-    features = _features().iloc[1:3]  # 1 and 0 matches; the first has 2 under "dot"
-    with pytest.raises(EmptySelection) as caught:
-        require_domain_features(select(features, vocabulary=WORDS), "control", WORDS)
-    assert caught.value.message == (
-        "no feature of arm 'control' has at least 2 of its top tokens in vocabulary 'test'; the best of 2 has 1."
-    )
-    assert caught.value.fix == (
-        "lower min_matches to 1, or use another vocabulary, or set projection to 'dot', under which 1 would do."
-    )
+def test_tokens_that_the_vectors_know() -> None:
+    assert choosable_tokens(TOKENS, ("all",)).all()
+    vectors = WordVectors.from_rows(["fever", "жар", "ing"], [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], name="toy")
+    chosen = choosable_tokens([" Fever", "▁жар", "ing", "x"], ("embeddings",), vectors)
+    assert chosen.tolist() == [True, True, False, False]
 
 
-def test_the_error_tells_verdicts_from_words() -> None:
-    verdicts = _verdicts(feature=[4], n_yes=[0], n_no=[1], majority=[False])
-    selection = select(_features(), vocabulary=WORDS, verdicts=verdicts)
-    with pytest.raises(EmptySelection, match="2 have at least 2 top tokens") as caught:
-        require_domain_features(selection, "control", WORDS)
-    assert "review more" in (caught.value.fix or "")
+def test_every_script_of_the_list_is_the_name_of_some_letter() -> None:
+    letters = "aλжաაאعሀᠠᎠकবਕકକதతకകසกລབကខ漢ひカ한ㄅ"
+    assert [_script_of(letter) for letter in letters[:2]] == ["latin", "greek"]
+    assert {_script_of(letter) for letter in letters} | {"kannada"} == set(SCRIPTS)
+
+
+def test_scripts_in_a_study_file() -> None:
+    assert FeaturesConfig.read({}, at="x").tokens == ("all",)
+    assert FeaturesConfig.read({"tokens": "latin"}, at="x").tokens == ("latin",)
+    assert FeaturesConfig.read({"tokens": ["latin", "greek"]}, at="x").tokens == ("latin", "greek")
+    for wrong in ("latn", ["latin", "all"]):
+        with pytest.raises(UnknownName, match="latin"):
+            FeaturesConfig.read({"tokens": wrong}, at="x")

@@ -164,7 +164,7 @@ def test_kinds_and_sizes_that_are_refused_unloaded(
         read_adapter(saved, "here")
 
 
-def test_the_rank_must_be_that_of_the_file(
+def test_rank_must_be_that_of_the_tensors(
     tiny_llama: LanguageModel, saved: Path, complains: Callable[..., Any]
 ) -> None:
     _configure(saved, r=3)

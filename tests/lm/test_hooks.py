@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, UnknownName
-from saeffect.lm.hooks import HOOK_KINDS, blocks, capture, edited, parse_hook, require_module_output
+from saeffect.lm.architectures import blocks
+from saeffect.lm.hooks import HOOK_KINDS, capture, edited, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 
 SIZES = {
@@ -66,9 +67,7 @@ def _ids_of_small_vocabularies(request: pytest.FixtureRequest) -> Iterator[None]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_stream_is_what_was_before_plus_what_each_half_adds(
-    family: Callable[[Any], LanguageModel], token_ids: Tensor, name: str
-) -> None:
+def test_halves_add_up_to_the_stream(family: Callable[[Any], LanguageModel], token_ids: Tensor, name: str) -> None:
     lm = family(FAMILIES[name])
     ids = token_ids % 64
     x = {kind: capture(lm, f"blocks.1.{kind}", ids) for kind in HOOK_KINDS}
@@ -80,7 +79,7 @@ def test_the_stream_is_what_was_before_plus_what_each_half_adds(
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", HOOK_KINDS)
-def test_an_edit_moves_the_stream_from_there_on(
+def test_edit_changes_the_stream_after_it(
     family: Callable[[Any], LanguageModel], token_ids: Tensor, name: str, kind: str
 ) -> None:
     """What the block's second half adds to an edited stream is what it computes from the edited stream."""
@@ -100,7 +99,7 @@ def test_an_edit_moves_the_stream_from_there_on(
 
 
 @pytest.mark.parametrize("name", PARALLEL)
-def test_side_by_side_halves_have_no_stream_between_them(
+def test_parallel_blocks_have_no_resid_mid(
     family: Callable[[Any], LanguageModel], token_ids: Tensor, complains: Callable[..., Any], name: str
 ) -> None:
     lm = family(PARALLEL[name])
@@ -112,7 +111,7 @@ def test_side_by_side_halves_have_no_stream_between_them(
         capture(lm, "blocks.1.hook_resid_mid", ids)
 
 
-def test_halves_that_add_the_stream_themselves_are_refused(
+def test_bloom_halves_are_refused(
     family: Callable[[Any], LanguageModel], token_ids: Tensor, complains: Callable[..., Any]
 ) -> None:
     lm = family(transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2))
@@ -126,7 +125,7 @@ def test_halves_that_add_the_stream_themselves_are_refused(
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.1])
-def test_halves_that_do_not_add_up_are_refused(
+def test_unexplained_scale_of_a_half_is_refused(
     family: Callable[[Any], LanguageModel], token_ids: Tensor, complains: Callable[..., Any], factor: float
 ) -> None:
     """A block that scales what its MLP gives, by a number that its configuration does not name."""
@@ -161,7 +160,7 @@ def test_modules_of_transformers_are_understood(lm: LanguageModel, token_ids: Te
     assert torch.equal(capture(lm, path, token_ids), capture(lm, hook, token_ids))
 
 
-def test_a_modules_output_that_is_changed_before_it_is_added(
+def test_sae_of_a_rescaled_module_is_refused(
     family: Callable[[Any], LanguageModel], complains: Callable[..., Any]
 ) -> None:
     for name in ("llama", "gpt2"):

@@ -167,6 +167,17 @@ def test_sizes_of_another_model(folder: Path, complains: Callable[..., Any]) -> 
         _load(folder)
 
 
+@pytest.mark.parametrize(("key", "size"), [("vocab_size", 10**9), ("num_hidden_layers", 10**6), ("hidden_size", 10**7)])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "in text_config"])
+def test_sizes_beyond_the_weights_are_refused(
+    folder: Path, complains: Callable[..., Any], key: str, size: int, nested: bool
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({"text_config": {key: size}} if nested else {key: size})))
+    with complains(BadFile, f"config.json says {key}: {size:,}, but the weights are 30 tensors", at="config.json"):
+        _load(folder)
+
+
 def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
     more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "v_head.summary.weight": torch.ones(1, 32)}
     weights = load_file(folder / "model.safetensors")
@@ -176,7 +187,7 @@ def test_parts_beside_the_language_model_are_named(folder: Path) -> None:
     assert lines == ["not part of the language model, left out: 1 tensors, such as v_head.summary.weight"]
 
 
-def test_a_model_and_an_adapter_in_one_folder(
+def test_model_and_adapter_in_one_folder(
     folder: Path, tiny_llama: LanguageModel, complains: Callable[..., Any]
 ) -> None:
     _adapter(tiny_llama.model, folder)

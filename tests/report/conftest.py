@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
-from saeffect.comparison import Comparison
-from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
+from saeffect.comparison import Comparison, MatchTables
+from saeffect.report import DrawnFigure, ReportContext, SteeringResults, draw_figures, render_report
 from synthetic_matches import synthetic_matches
 from synthetic_steering import synthetic_steering
 from synthetic_study import HOSTILE, compared, synthetic_arms, synthetic_examples
@@ -24,6 +25,8 @@ def _compare(arms: dict) -> Comparison:
 def _dose_search() -> pd.DataFrame:
     return pd.DataFrame(
         {
+            "arm": "control",
+            "condition": "steered",
             "dose": [0.2, 0.4, 0.6],
             "n": [8, 8, 8],
             "gain": [0.05, 0.20, 0.25],
@@ -73,6 +76,46 @@ def context(arms: dict) -> ReportContext:
 @pytest.fixture(scope="session")
 def figures(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
     return draw_figures(comparison, context)
+
+
+@pytest.fixture
+def unsaved_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and captioned, but not saved as SVG, which takes most of a page's time."""
+    monkeypatch.setattr(DrawnFigure, "svg", '<svg viewBox="0 0 1 1"></svg>')
+
+
+def _page(comparison: Comparison, context: ReportContext) -> str:
+    """The page with unsaved figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrawnFigure, "svg", '<svg viewBox="0 0 1 1"></svg>')
+        return render_report(comparison, context=context)
+
+
+@pytest.fixture(scope="session")
+def untested(arms: dict) -> dict:
+    """The same arms, none of them steered."""
+    return {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
+
+
+@pytest.fixture(scope="session")
+def unsteered(untested: dict) -> Comparison:
+    return _compare(untested)
+
+
+@pytest.fixture(scope="session")
+def unsteered_page(unsteered: Comparison, untested: dict, context: ReportContext) -> str:
+    return _page(unsteered, replace(context, arms=untested, steering=SteeringResults(), doses=None))
+
+
+@pytest.fixture(scope="session")
+def page_without_placebo(arms: dict, context: ReportContext) -> str:
+    two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
+    return _page(compared(two, matches=synthetic_matches(placebo=False)), replace(context, arms=two))
+
+
+@pytest.fixture(scope="session")
+def unmatched_page(comparison: Comparison, context: ReportContext) -> str:
+    return _page(replace(comparison, matches=MatchTables()), context)
 
 
 @pytest.fixture(scope="session")

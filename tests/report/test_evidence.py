@@ -12,9 +12,6 @@ import pytest
 from page_parser import Page
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
-from saeffect.report.figures.style import svg_text
-from synthetic_matches import synthetic_matches
-from synthetic_study import compared
 
 SECTIONS = (
     *("answer", "chance", "steering", "sentences", "tables", "figures", "features", "fates", "activity"),
@@ -34,9 +31,8 @@ def pictures(figures: tuple[DrawnFigure, ...]) -> dict[str, DrawnFigure]:
     return {one.name: one for one in figures}
 
 
-def rendered(comparison: Comparison, context: ReportContext) -> str:
+def whole(page: str) -> str:
     """A page that is whole, whatever is missing from the study."""
-    page = render_report(comparison, context=context)
     assert Page(page).unbalanced == []
     assert not re.search(r">\s*nan\b|\bnan\s*<|\bNone\b<", page, flags=re.IGNORECASE)
     return page
@@ -90,7 +86,7 @@ def test_figures_are_drawn_and_say_what_they_show(pictures: dict[str, DrawnFigur
         in (flow.caption)
     )
     assert "1 moved, 2 gone, 1 absorbed, 3 new" in flow.caption
-    drawn = re.findall(r">([^<>]+)</text>", svg_text(flow))
+    drawn = re.findall(r">([^<>]+)</text>", flow.svg)
     assert {"kept", "moved", "absorbed", "gone", "new"} <= set(drawn)
     # 60 gone by similarity, one of them absorbed by others; 46 between seeds
     assert any(text.startswith("59 (") for text in drawn)
@@ -118,46 +114,33 @@ def test_all_tables_are_written(tmp_path: Path, comparison: Comparison) -> None:
     assert threats["threat"].tolist() == comparison.threats["threat"].tolist()
 
 
-def test_nothing_was_matched(comparison: Comparison, context: ReportContext) -> None:
-    page = rendered(replace(comparison, matches=MatchTables()), context)
+def test_nothing_was_matched(unmatched_page: str) -> None:
+    page = whole(unmatched_page)
     assert "Features were not matched in this study" in section(page, "fates")
     assert "was not applied to the fine-tuned model" in section(page, "activity")
     assert "<table" not in section(page, "fates")
 
 
-def test_no_placebo_arm(arms: dict, context: ReportContext) -> None:
-    two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-    page = rendered(compared(two, matches=synthetic_matches(placebo=False)), replace(context, arms=two))
+def test_no_placebo_arm(page_without_placebo: str) -> None:
+    page = whole(page_without_placebo)
+    assert "There is no placebo arm, so nothing here separates fine-tuning from SAE noise." in page
     assert "What cannot be concluded." in section(page, "chance")
     assert "one SAE of the control" in section(page, "chance")
     assert "No feature can be called kept, moved, gone or new" in section(page, "fates")
     assert "Serious" in section(page, "threats")
 
 
-def test_nothing_steered(arms: dict, context: ReportContext) -> None:
-    untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
-    page = rendered(compared(untested, matches=synthetic_matches()), replace(context, arms=untested))
+def test_nothing_steered(unsteered_page: str) -> None:
+    page = whole(unsteered_page)
     assert "What cannot be concluded." in section(page, "regression")
     assert "nothing was steered" in section(page, "regression")
     assert "Not drawn: there is no regression to draw: nothing was steered" in section(page, "regression")
 
 
-def test_tables_of_an_older_comparison(comparison: Comparison, context: ReportContext) -> None:
-    """Without calibration, power, regression and threats the page says so, and goes on."""
-    nothing = pd.DataFrame()
-    bare = replace(
-        comparison, calibration=nothing, power=nothing, regression=nothing, partial_residuals=nothing,
-        by_chance=nothing, threats=nothing,
-    )  # fmt: skip
-    page = rendered(bare, context)
-    assert "was not measured" in section(page, "chance")
-    assert "No threats were looked for" in section(page, "threats")
-    assert comparison.answer["caveats"][0] in "".join(Page(page).texts)
-
-
 def test_empty_tables_with_columns(comparison: Comparison, context: ReportContext) -> None:
     emptied = MatchTables(**{name: getattr(comparison.matches, name).head(0) for name in MatchTables.names()})
-    page = rendered(replace(comparison, matches=emptied, calibration=comparison.calibration.head(0)), context)
+    bare = replace(comparison, matches=emptied, calibration=comparison.calibration.head(0))
+    page = whole(render_report(bare, context=context, figures=()))
     assert "Features were not matched" in section(page, "fates")
 
 

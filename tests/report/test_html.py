@@ -162,20 +162,9 @@ def test_without_a_context(comparison: Comparison) -> None:
     assert "The quality of the SAEs is unknown" in page
 
 
-def test_without_a_placebo_arm(
-    arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]
-) -> None:
-    two = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-    page = render_report(compare_quickly(two), context=replace(context, arms=two))
-    assert Page(page).unbalanced == []
-    assert "There is no placebo arm, so nothing here separates fine-tuning from SAE noise." in page
-
-
-def test_with_nothing_tested(arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]) -> None:
-    untested = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
-    comparison = compare_quickly(untested)
-    page = render_report(comparison, context=replace(context, arms=untested))
-    assert "undefined: no feature was tested" in page
+def test_with_nothing_tested(unsteered_page: str) -> None:
+    page = unsteered_page
+    assert "undefined: no feature of control was steered" in page
     assert "undefined: this feature was not tested" in page
     assert "Not drawn: no feature was tested by steering." in page
     assert "no feature was steered in this study" in page
@@ -195,7 +184,7 @@ def test_with_no_domain_feature(
         )
         for name, arm in arms.items()
     }
-    page = render_report(compare_quickly(none), context=replace(context, arms=none))
+    page = render_report(compare_quickly(none), context=replace(context, arms=none), figures=())
     assert page.count("No feature of this arm is of the domain.") == 3
     assert Page(page).unbalanced == []
     assert not re.search(r">\s*nan\b", page, flags=re.IGNORECASE)
@@ -212,17 +201,15 @@ def test_a_flaw_of_the_design_leads_its_section(
     assert table.index("<td") < table.index("flaw") < table.index("intended")
 
 
-def test_the_gate_table_says_why_a_number_is_missing(comparison: Comparison, context: ReportContext) -> None:
-    gate = pd.DataFrame(
-        {
-            "arm": ["control", "treatment"],
-            "explained_variance": [0.81, float("nan")],
-            "reason": ["", "no held-out text"],
-        }
-    )
+def test_the_gate_table_says_where_a_number_is_missing(comparison: Comparison, context: ReportContext) -> None:
+    names = ("explained_variance", "ce_loss_score", "l0", "l2_ratio", "dead_share", "n_tokens")
+    gate = pd.DataFrame([{"arm": name, **dict.fromkeys(names, 0.5)} for name in comparison.table1["arm"]])
+    gate = gate.assign(perplexity_domain=12.5)
+    gate.loc[1, "explained_variance"] = float("nan")
     page = render_report(comparison, context=replace(context, gate=gate), figures=())
-    assert "undefined: no held-out text" in page
-    assert "0.810" in page
+    row = page[page.index("Explained variance</th>") :]
+    assert re.findall(r"0\.500|undefined: not measured", row)[:3] == ["0.500", "undefined: not measured", "0.500"]
+    assert row[row.index("The model&#39;s perplexity, domain text</th>") :].count("<span>12.50") == 3
 
 
 def test_a_big_study_stays_small(comparison: Comparison, context: ReportContext, page: str) -> None:

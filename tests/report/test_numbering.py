@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from html import unescape
 
@@ -13,7 +12,7 @@ from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, render_report
 from saeffect.report.context import SteeringResults
-from saeffect.report.numbering import Numbering, number_page
+from saeffect.report.html import Numbering, number_page
 from saeffect.report.tables.view import TableView
 
 _OF_PAPER = re.compile(r"the paper’s (?:Table|Figure) \d+")
@@ -75,24 +74,20 @@ def test_the_papers_own_names_stay_visible(page: str) -> None:
         assert re.search(rf"(Table|Figure) \d+a? \(the paper’s {name}\)\. {title}", text), name
 
 
-@pytest.mark.parametrize("missing", ["steering", "placebo", "everything", "ablation", "matches"])
-def test_a_smaller_study_has_no_gaps_either(
-    missing: str, arms: dict, context: ReportContext, compare_quickly: Callable[[dict], Comparison]
+@pytest.mark.parametrize("missing", ["unsteered_page", "page_without_placebo", "unmatched_page"])
+def test_a_smaller_study_has_no_gaps_either(missing: str, request: pytest.FixtureRequest) -> None:
+    whole(request.getfixturevalue(missing))
+
+
+@pytest.mark.parametrize("steering", [None, SteeringResults(operator="ablate", dose=1.0)])
+def test_a_bare_context_leaves_no_gaps(
+    comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...], steering: SteeringResults | None
 ) -> None:
-    found, around = compare_quickly(arms), context
-    if missing == "steering":
-        some = {name: replace(arm, interventions=None, direct_effects=None, effects=None) for name, arm in arms.items()}
-        found, around = compare_quickly(some), replace(context, arms=some, steering=None, doses=None)
-    elif missing == "placebo":
-        some = {name: arm for name, arm in arms.items() if arm.role != "placebo"}
-        found, around = compare_quickly(some), replace(context, arms=some)
-    elif missing == "everything":
-        around = ReportContext()
-    elif missing == "ablation":
-        around = replace(context, steering=SteeringResults(operator="ablate", dose=1.0), doses=None)
-    else:
-        found = replace(found, matches=type(found.matches)())
-    page = render_report(found, context=around)
+    around = replace(context, steering=steering, doses=None) if steering else ReportContext()
+    whole(render_report(comparison, context=around, figures=figures))
+
+
+def whole(page: str) -> None:
     ascend_without_gaps(numbers(page, "Table"))
     ascend_without_gaps(numbers(page, "Figure"))
     references_are_there(page)

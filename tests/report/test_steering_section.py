@@ -10,12 +10,16 @@ import pandas as pd
 import pytest
 
 from saeffect.comparison import Comparison
-from saeffect.report import ReportContext, SteeringResults, render_report
-from saeffect.report.steering_section import steering_section
-from saeffect.report.tables.baseline import baseline_sentences, baseline_table
-from saeffect.report.tables.outcome import outcome_pairs, outcome_table
-from saeffect.report.tables.together import together_table
-from saeffect.report.words.terms import terms
+from saeffect.report import ReportContext, render_report
+from saeffect.report.sections import steering_section
+from saeffect.report.tables.steering import (
+    baseline_sentences,
+    baseline_table,
+    outcome_pairs,
+    outcome_table,
+    together_table,
+)
+from saeffect.report.words.names import terms
 
 Compare = Callable[[dict], Comparison]
 
@@ -162,16 +166,15 @@ def test_one_dose_has_no_curve_and_says_so(comparison: Comparison, context: Repo
     assert "One dose, 0.4, was set in the study file" in steering_section(comparison, one).doses[0]
 
 
-def test_nothing_steered(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
-    none = {name: replace(arm, effects=None, interventions=None, direct_effects=None) for name, arm in arms.items()}
-    comparison = compare_quickly(none)
-    for steering in (None, SteeringResults()):
-        page = _section(render_report(comparison, context=replace(context, arms=none, steering=steering, doses=None)))
-        assert "No feature was steered, so nothing can be said about what the features cause." in page
-        assert "<table" not in page
-        assert "Not drawn: no feature was tested by steering." in page
+def test_nothing_steered(unsteered: Comparison, unsteered_page: str, untested: dict, context: ReportContext) -> None:
+    unknown = replace(context, arms=untested, steering=None, doses=None)
+    for page in (unsteered_page, render_report(unsteered, context=unknown, figures=())):
+        assert "No feature was steered, so nothing can be said about what the features cause." in _section(page)
+        assert "<table" not in _section(page)
+    assert "Not drawn: no feature was tested by steering." in _section(unsteered_page)
 
 
+@pytest.mark.usefixtures("unsaved_figures")
 def test_an_empty_arm_and_an_arm_of_one_feature(arms: dict, context: ReportContext, compare_quickly: Compare) -> None:
     assert context.steering is not None
     few = dict(arms)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from saeffect.report.texts import chips, context_runs, text_runs, visible_text
+import pandas as pd
+
+from saeffect.report.texts import chips, context_runs, representative_trials, text_runs, visible_text
 from synthetic_study import HOSTILE
 
 
@@ -50,3 +52,58 @@ def test_whole_words_only_are_marked() -> None:
 def test_long_texts_are_cut_and_say_so() -> None:
     assert len(visible_text("x" * 1000)) == 320
     assert visible_text("x" * 1000).endswith("…")
+
+
+def _trials(differences: list[float], dose: float = 0.4) -> pd.DataFrame:
+    rows = []
+    for sample, difference in enumerate(differences):
+        for condition, similarity in (("unsteered", 0.1), ("steered", 0.3 + difference), ("random", 0.3)):
+            rows.append(
+                {
+                    "feature": 7,
+                    "prompt": 0,
+                    "sample": sample,
+                    "condition": condition,
+                    "dose": 0.0 if condition == "unsteered" else dose,
+                    "text": f"{condition} {sample} drug",
+                    "similarity": similarity,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_the_pairs_shown_are_the_median_the_best_and_the_worst() -> None:
+    shown = representative_trials(_trials([0.3, -0.1, 0.1, 0.2, 0.0]), ["Hello?"], [" drug"])
+    assert [(trial.which, trial.difference, trial.prompt) for trial in shown] == [
+        ("typical (median)", "+0.100", "Hello? · sample 3"),
+        ("best", "+0.300", "Hello? · sample 1"),
+        ("worst", "−0.100", "Hello? · sample 2"),
+    ]
+    texts = ["".join(run.text for run in text.runs) for text in shown[0].texts]
+    assert texts == ["unsteered 2 drug", "steered 2 drug", "random 2 drug"]
+    assert all(text.runs[-1].level == 1 for text in shown[0].texts)
+
+
+def test_one_pair_is_shown_once() -> None:
+    assert [trial.which for trial in representative_trials(_trials([0.2]), [], [])] == ["typical (median)"]
+    assert representative_trials(_trials([0.2]), [], [])[0].prompt == "prompt 0 · sample 1"
+
+
+def test_without_a_placebo_the_unsteered_text_is_the_base() -> None:
+    table = _trials([0.0])
+    assert representative_trials(table[table["condition"] != "random"], [], [])[0].difference == "+0.200"
+
+
+def test_undefined_similarities_do_not_hide_the_texts() -> None:
+    table = _trials([0.2]).assign(similarity=float("nan"))
+    shown = representative_trials(table, [], [])
+    assert (shown[0].which, shown[0].difference, shown[0].texts[0].similarity) == (
+        "first",
+        "undefined",
+        "undefined",
+    )
+
+
+def test_nothing_steered_nothing_shown() -> None:
+    assert representative_trials(None, [], []) == ()
+    assert representative_trials(_trials([0.1]).query("condition == 'unsteered'"), [], []) == ()

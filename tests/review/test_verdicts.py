@@ -99,7 +99,7 @@ def test_another_encoding_and_a_missing_file(tmp_path: Path) -> None:
         read_verdicts(tmp_path / "none.csv")
 
 
-def test_one_feature_may_have_verdicts_in_two_arms_and_by_two_people(tmp_path: Path) -> None:
+def test_verdicts_of_two_arms_and_two_raters(tmp_path: Path) -> None:
     text = HEADER + "1,a,ann,yes,,\n1,b,ann,no,,\n1,a,ben,no,,\n"
     assert len(read_verdicts(_file(tmp_path, text))) == 3
 
@@ -132,7 +132,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     assert summary["majority"].dtype == bool
 
 
-def test_an_arm_without_verdicts_has_an_empty_summary() -> None:
+def test_arm_without_verdicts_has_empty_summary() -> None:
     empty = pd.DataFrame(columns=["feature", "arm", "rater", "verdict", "label", "note"])
     summary = summarise_verdicts(empty, "control")
     assert len(summary) == 0

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from saeffect.errors import BadFile, IncompatibleSae, NotFound, ShapeMismatch
 from saeffect.io import read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact, save_compact
-from saeffect.sae.formats.saelens import load_sae, save_sae
+from saeffect.sae.formats import is_compact, load_compact, load_sae, save_compact, save_sae
 from saeffect.sae.topk import TopKSae
 
 D_IN, D_SAE = 16, 40
@@ -61,7 +60,7 @@ def test_by_hand(tmp_path: Path, statistics: pd.DataFrame) -> None:
         sae.W_dec.copy_(torch.tensor([[12.7, -0.24], [0.0, 0.0]]))
     save_sae(sae, tmp_path / "whole")
     save_compact(sae, statistics.head(2), tmp_path / "whole", tmp_path / "compact")
-    stored = load_file(tmp_path / "compact" / COMPACT_WEIGHTS)
+    stored = load_file(tmp_path / "compact" / "decoder.safetensors")
     assert stored["W_dec"].tolist() == [[127, -2], [0, 0]]
     torch.testing.assert_close(load_compact(tmp_path / "compact").W_dec, torch.tensor([[12.7, -0.2], [0.0, 0.0]]))
 
@@ -76,7 +75,7 @@ def test_statistics_come_back(statistics: pd.DataFrame, folder: Path) -> None:
 
 def test_it_is_a_quarter_of_the_size_of_a_whole_one(folder: Path, tmp_path: Path) -> None:
     assert is_compact(folder) and not is_compact(tmp_path / "whole")
-    assert load_file(folder / COMPACT_WEIGHTS)["W_dec"].dtype == torch.int8
+    assert load_file(folder / "decoder.safetensors")["W_dec"].dtype == torch.int8
 
 
 def test_a_compact_sae_is_not_taken_for_a_whole_one(folder: Path, tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_a_decoder_that_diverged(sae: SparseAutoencoder, statistics: pd.DataFram
 
 
 def test_truncated(folder: Path) -> None:
-    file = folder / COMPACT_WEIGHTS
+    file = folder / "decoder.safetensors"
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(BadFile, match="cannot be read"):
         load_compact(folder)
@@ -125,12 +124,12 @@ def test_truncated(folder: Path) -> None:
     ],
 )
 def test_malformed(folder: Path, name: str, value: torch.Tensor | None, error: type[Exception]) -> None:
-    tensors = load_file(folder / COMPACT_WEIGHTS)
+    tensors = load_file(folder / "decoder.safetensors")
     if value is None:
         del tensors[name]
     else:
         tensors[name] = value
-    save_file(tensors, folder / COMPACT_WEIGHTS)
+    save_file(tensors, folder / "decoder.safetensors")
     with pytest.raises(error, match=name):
         load_compact(folder)
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from saeffect.sae.base import SaeConfig
-from saeffect.sae.dead_features import auxiliary_loss, resample
 from saeffect.sae.encoder import Encoder
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.standard import StandardSae
-from saeffect.sae.topk import TopKSae
+from saeffect.sae.topk import TopKSae, auxiliary_loss
 from saeffect.sae.trainable import StepInputs, TrainableSae
 from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.step import resample
 
 D_IN, D_SAE, N = 6, 20, 40
 X = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(9)) + 0.5

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from saeffect.config import ModelConfig
+from saeffect.config import ModelConfig, TextSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, NotFound, UnknownName
 from saeffect.io import Log
 from saeffect.lm.corpora import is_held_out
 from saeffect.lm.language_model import LanguageModel
-from saeffect.sae.formats.saelens import load_sae, read_sparsity
+from saeffect.sae.formats import load_sae, read_sparsity
 from saeffect.sae.training import recipe as recipe_module
-from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig, recipe_keys
 from saeffect.sae.training.log import read_metrics
-from saeffect.sae.training.recipe import SaeRecipe, TextSource, harvest_from_recipe, text_rows, train_from_recipe
-from saeffect.sae.training.recipe_keys import recipe_keys
+from saeffect.sae.training.recipe import harvest_from_recipe, text_rows, train_from_recipe
 from tiny_study import make_sae
 
 HOOK = "blocks.1.hook_resid_pre"

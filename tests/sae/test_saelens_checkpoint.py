@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeffect.errors import BadFile, IncompatibleSae
-from saeffect.sae.formats.saelens import load_sae, read_sae_config
+from saeffect.sae.formats import load_sae, read_sae_config
 
 D_IN, D_SAE, K = 6, 20, 3
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_its_threshold(tmp_path: Path, complains: Callable[
     tensors = load_file(path)
     del tensors["topk_threshold"]
     save_file(tensors, path)
-    with complains(BadFile, "have no topk_threshold; they have: W_dec, W_enc, b_dec, b_enc", at="here"):
+    with complains(BadFile, "has no topk_threshold; it has: W_dec, W_enc, b_dec, b_enc", at="here"):
         load_sae(tmp_path, at="here")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae, NotFound
-from saeffect.sae.formats.saelens import load_sae, read_sae_config, save_sae, saved_dtype, weights_file
+from saeffect.sae.formats import load_sae, read_sae_config, save_sae, saved_dtype, weights_file
 from saeffect.sae.topk import TopKSae
 
 D_IN, D_SAE, K = 6, 24, 4

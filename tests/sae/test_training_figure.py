@@ -188,31 +188,6 @@ def test_any_number_of_panels(tmp_path: Path, n_panels: int, drawn: list[Any]) -
     )
 
 
-def test_several_trainings_over_each_other(tmp_path: Path, drawn: list[Any]) -> None:
-    folders = [training(tmp_path / name / "sae") for name in ("control", "treatment", "$x$\u202e漢")]
-    png = save_training_figure(folders, tmp_path / "out" / "deep")
-    assert png == tmp_path / "out" / "deep" / "training.png" and png.is_file()
-    found = texts(png.parent)
-    assert {"control/sae", "treatment/sae", "$x$U+202E□/sae", "squared error (mse)"} <= found
-    assert "held out 0.700" not in found  # whose would it be?
-    lines = [line for line in panel(drawn[0], "loss").lines if len(line.get_xdata()) > 1]
-    assert len({line.get_color() for line in lines}) == 3
-    assert len({line.get_linestyle() for line in lines} | {str(line._dash_pattern) for line in lines}) >= 3
-    assert not list(folders[0].glob("training.*"))
-
-
-def test_more_trainings_than_colours(tmp_path: Path) -> None:
-    folders = [write(tmp_path / f"seed {i}", {"loss": 9 + i}, {"loss": 1 + i}) for i in range(14)]
-    save_training_figure(folders, tmp_path)
-    looks = {(run.colour, str(run.line)) for run in training_figure._read(folders)}
-    assert len(looks) == 14
-
-
-def test_several_trainings_need_a_place(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="out"):
-        save_training_figure([tmp_path, tmp_path / "b"])
-
-
 def test_the_bytes_are_equal_each_time(tmp_path: Path) -> None:
     folder = training(tmp_path)
     first = [save_training_figure(folder).read_bytes(), (folder / "training.svg").read_bytes()]
@@ -255,8 +230,6 @@ def test_nothing_that_can_be_drawn(tmp_path: Path, row: dict[str, Any]) -> None:
 def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"metrics\.jsonl"):
         save_training_figure(tmp_path)
-    with pytest.raises(EmptySelection, match="no folders"):
-        save_training_figure([])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(BadFile, match="line 2"):
         save_training_figure(tmp_path)
@@ -264,7 +237,6 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     folder = training(tmp_path / "sae")
-    (tmp_path / "file").write_text("mine")
+    (folder / "training.svg").mkdir()
     with pytest.raises(BadFile, match="cannot be written"):
-        save_training_figure(folder, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
+        save_training_figure(folder)

@@ -15,8 +15,7 @@ import torch
 from saeffect.errors import BadFile
 from saeffect.io import Log
 from saeffect.sae.training import log as training_log
-from saeffect.sae.training.log import TrainingLog, progress_line, read_metrics
-from saeffect.sae.training.pace import Pace, duration
+from saeffect.sae.training.log import Pace, TrainingLog, duration, progress_line, read_metrics
 
 
 class Clock:
@@ -198,7 +197,7 @@ def test_the_line_of_progress(tmp_path: Path, clock: Clock) -> None:
 
 
 def test_parts_that_only_one_architecture_has() -> None:
-    assert progress_line("x", {"loss": 3, "mse": 1, "gate_loss": 2}) == "x  loss 3 (mse 1, gate 2)"
+    assert progress_line("x", {"loss": 3, "mse": 1, "inner_mse_8": 2}) == "x  loss 3 (mse 1, mse of 8 2)"
     assert progress_line("x", {}) == "x"
 
 

@@ -12,14 +12,14 @@ import torch
 from saeffect.errors import IncompatibleSae, NotFound
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.sae.formats.saelens import load_sae, save_sae
+from saeffect.sae.formats import load_sae, save_sae
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.matryoshka import MatryoshkaSae
 from saeffect.sae.standard import StandardSae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import TrainableSae
-from saeffect.sae.training.warm_start import copy_weights
+from saeffect.sae.training.run import copy_weights
 
 D_IN, D_SAE, K, SCALE = 6, 20, 3, 2.5
 X = torch.randn(9, D_IN, generator=torch.Generator().manual_seed(9))

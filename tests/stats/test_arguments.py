@@ -6,8 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.errors import ConfigError, ShapeMismatch, Undefined, UnknownName
-from saeffect.stats.arguments import check_alternative, check_level, check_resamples, fault, generator, sample
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
+from saeffect.stats.arguments import (
+    Resampling,
+    check_level,
+    check_resamples,
+    fault,
+    generator,
+    sample,
+)
 
 
 def test_sample_reads_lists_series_and_missing_values() -> None:
@@ -61,6 +68,9 @@ def test_resamples_must_reach_both_ends() -> None:
             check_resamples(n_boot, level)  # type: ignore[arg-type]
 
 
-def test_an_unknown_alternative_is_named() -> None:
-    with pytest.raises(UnknownName, match="did you mean 'greater'"):
-        check_alternative("greter")
+def test_each_name_has_its_own_stream() -> None:
+    assert Resampling(seed=3).seed_for("a") != Resampling(seed=3).seed_for("b")
+    assert Resampling(seed=3).seed_for("a") != Resampling(seed=4).seed_for("a")
+    assert (
+        Resampling(seed=3).seed_for("a", "b") == Resampling(seed=3).seed_for("a|b") != Resampling(seed=3).seed_for("a")
+    )

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import functools
 import math
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.stats import Estimate, bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
-from saeffect.stats.bootstrap import _bca_shares, _leave_one_out
+from saeffect.stats.bootstrap import Average, _bca_shares, _leave_one_out, expanded_shares
 
 SKEWED = np.random.default_rng(11).gamma(1.5, size=40)
 INTERVALS: list[Callable[[int], Estimate]] = [
@@ -37,16 +35,16 @@ def test_the_global_random_state_is_left_alone(interval: Callable[[int], Estimat
     assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
-@pytest.mark.parametrize("statistic", [np.mean, np.median, np.std, functools.partial(np.quantile, q=0.75)])
-def test_bca_agrees_with_scipy(statistic: Callable[..., float]) -> None:
-    ours = bootstrap(SKEWED, statistic, n_boot=20_000, seed=1)
+@pytest.mark.parametrize(("statistic", "function"), [("mean", np.mean), ("median", np.median)])
+def test_bca_agrees_with_scipy(statistic: Average, function: Callable[..., float]) -> None:
+    ours = bootstrap(SKEWED, statistic, n_boot=8_000, seed=1)
     theirs = scipy.stats.bootstrap(
-        (SKEWED,), statistic, n_resamples=20_000, method="BCa", rng=np.random.default_rng(2)
+        (SKEWED,), function, n_resamples=8_000, method="BCa", rng=np.random.default_rng(2)
     ).confidence_interval
-    assert ours.value == pytest.approx(statistic(SKEWED))
+    assert ours.value == pytest.approx(function(SKEWED))
     width = theirs.high - theirs.low
-    assert ours.low == pytest.approx(theirs.low, abs=0.04 * width)
-    assert ours.high == pytest.approx(theirs.high, abs=0.04 * width)
+    assert ours.low == pytest.approx(theirs.low, abs=0.06 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.06 * width)
 
 
 def test_bca_is_not_the_percentile_interval_on_skewed_data() -> None:
@@ -76,33 +74,27 @@ def test_bca_falls_back_to_plain_shares() -> None:
     assert _bca_shares(9.0, np.array([1.0, 2.0]), spread, 0.9) == plain  # all replicates below
     assert _bca_shares(0.0, np.array([1.0, 2.0]), spread, 0.9) == plain  # all above
     assert _bca_shares(1.5, np.array([1.0, 2.0]), np.ones(3), 0.9) == plain  # nothing changes
-    assert _bca_shares(1.5, np.array([1.0, 2.0]), np.array([np.nan, 1.0]), 0.9) == plain
+    # An acceleration so strong that the formula would turn round: 0.16 times a quantile of 7.
+    level, one_far_off = 1 - 1e-12, np.array([-60.0] + [1.0] * 60)
+    assert _bca_shares(0.0, np.array([-1.0, 1.0]), one_far_off, level) == pytest.approx([5e-13, 1.0], rel=1e-3)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 10])
-@pytest.mark.parametrize("statistic", [np.mean, np.median, np.max, lambda x: float(np.median(x))])
-def test_leaving_one_out_is_what_it_says(n: int, statistic: Callable[..., float]) -> None:
+@pytest.mark.parametrize(("statistic", "function"), [("mean", np.mean), ("median", np.median)])
+def test_leaving_one_out_is_what_it_says(n: int, statistic: Average, function: Callable[..., float]) -> None:
     data = np.random.default_rng(n).integers(0, 6, size=n).astype(float)
-    by_loop = sorted(statistic(np.delete(data, i)) for i in range(n))
+    by_loop = sorted(function(np.delete(data, i)) for i in range(n))
     assert sorted(_leave_one_out(data, statistic)) == pytest.approx(by_loop)
 
 
-def test_a_statistic_without_axis_gives_the_same_interval() -> None:
-    one_by_one, at_once = bootstrap(SKEWED, lambda x: float(x.mean())), bootstrap(SKEWED)
-    assert (one_by_one.low, one_by_one.high) == pytest.approx((at_once.low, at_once.high))
-
-
-def test_built_in_functions_serve_as_statistics() -> None:
-    assert bootstrap([1.0, 2.0, 3.0], max).value == 3.0
-
-
 def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = bootstrap(SKEWED, np.median), cluster_bootstrap(SKEWED, np.arange(40) // 4)
+    whole = bootstrap(SKEWED, "median"), cluster_bootstrap(SKEWED, np.arange(40) // 4)
     # By its name in sys.modules: as an attribute of the package `bootstrap` is the function.
     monkeypatch.setattr(sys.modules["saeffect.stats.bootstrap"], "_BLOCK", 400)
-    assert (bootstrap(SKEWED, np.median), cluster_bootstrap(SKEWED, np.arange(40) // 4)) == whole
+    assert (bootstrap(SKEWED, "median"), cluster_bootstrap(SKEWED, np.arange(40) // 4)) == whole
 
 
+@pytest.mark.simulation
 def test_mean_of_normals_is_covered() -> None:
     rng = np.random.default_rng(0)
     n_studies, hits = 400, 0
@@ -113,6 +105,7 @@ def test_mean_of_normals_is_covered() -> None:
     assert hits / n_studies == pytest.approx(0.94, abs=4 * math.sqrt(0.94 * 0.06 / n_studies))
 
 
+@pytest.mark.simulation
 def test_a_difference_of_means_is_covered_and_has_the_width_of_theory() -> None:
     rng = np.random.default_rng(1)
     n_studies, hits = 300, 0
@@ -126,6 +119,7 @@ def test_a_difference_of_means_is_covered_and_has_the_width_of_theory() -> None:
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * standard_error, rel=0.04)
 
 
+@pytest.mark.simulation
 def test_clusters_are_covered_where_single_values_are_not() -> None:
     rng = np.random.default_rng(2)
     n_studies, n_clusters, size = 200, 25, 8
@@ -149,20 +143,13 @@ def test_cluster_interval_by_hand() -> None:
 
 def test_clusters_of_unequal_size_weigh_by_their_values() -> None:
     # Cluster x holds one value, y three: the mean of all is 9/4, and either alone gives 0 or 3.
-    for statistic in (np.mean, lambda x: float(np.mean(x))):
-        interval = cluster_bootstrap([0, 3, 3, 3], list("xyyy"), statistic)
-        assert (interval.value, interval.low, interval.high) == (2.25, 0.0, 3.0)
-
-
-def test_the_quick_mean_of_clusters_is_the_mean_of_their_values() -> None:
-    clusters = [0] * 3 + [1] * 20 + [2] * 7 + [3] * 10
-    quick, plain = (cluster_bootstrap(SKEWED, clusters, f) for f in (np.mean, lambda x: float(np.mean(x))))
-    assert (quick.low, quick.high) == pytest.approx((plain.low, plain.high))
+    interval = cluster_bootstrap([0, 3, 3, 3], list("xyyy"))
+    assert (interval.value, interval.low, interval.high) == (2.25, 0.0, 3.0)
 
 
 def test_one_value_a_cluster_is_the_expanded_percentile_bootstrap() -> None:
-    clustered = cluster_bootstrap(SKEWED, range(40), np.median, n_boot=4000)
-    means = np.median(np.random.default_rng(9).choice(SKEWED, size=(20_000, 40)), axis=1)
+    clustered = cluster_bootstrap(SKEWED, range(40), n_boot=8000)
+    means = np.random.default_rng(9).choice(SKEWED, size=(20_000, 40)).mean(axis=1)
     upper = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.975, 39) * np.sqrt(40 / 39))
     low, high = np.quantile(means, [1 - upper, upper])
     assert (clustered.low, clustered.high) == pytest.approx((low, high), abs=0.06 * (high - low))
@@ -217,23 +204,18 @@ def test_clusters_without_an_interval_say_why() -> None:
     assert math.isnan(single.low) and math.isnan(single.high)
 
 
-def test_a_statistic_that_fails_on_resamples_is_counted() -> None:
-    inverse_spread = bootstrap([1.0, 2.0, 3.0], lambda x: float(1 / np.std(x)))
-    assert "is undefined on" in inverse_spread.reason and "of 2000 resamples" in inverse_spread.reason
-    assert math.isfinite(inverse_spread.value) and math.isnan(inverse_spread.low)
-    assert bootstrap([1.0, 2.0], lambda x: math.nan).reason == "the statistic is undefined on these values"
-
-
 def test_median_of_nearly_equal_values_may_have_no_width() -> None:
-    interval = bootstrap([0.0] * 100 + [1.0] * 3, np.median)
+    interval = bootstrap([0.0] * 100 + [1.0] * 3, "median")
     assert (interval.low, interval.high, interval.reason) == (0.0, 0.0, "")
 
 
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ShapeMismatch):
         bootstrap([[1.0, 2.0]])
-    with pytest.raises(ShapeMismatch, match="one number"):
-        bootstrap([1.0, 2.0], np.sort)
+    with pytest.raises(UnknownName, match="'std'"):
+        bootstrap([1.0, 2.0], "std")  # type: ignore[arg-type]
+    with pytest.raises(UnknownName):
+        bootstrap_difference([1.0, 2.0], [1.0], "std")  # type: ignore[arg-type]
     with pytest.raises(ShapeMismatch, match="3 values but 2 cluster labels"):
         cluster_bootstrap([1.0, 2.0, 3.0], [1, 2])
     with pytest.raises(ConfigError):
@@ -242,19 +224,22 @@ def test_wrong_arguments_are_refused() -> None:
         bootstrap_difference([1.0], [2.0], level=95)
 
 
-def test_five_thousand_values_are_quick_and_small() -> None:
+def test_memory_does_not_grow_with_the_resamples() -> None:
     values = np.random.default_rng(0).normal(size=5000)
-    bootstrap(values[:10])  # what is done once is not timed
-    start = time.process_time()
-    bootstrap(values)
-    assert time.process_time() - start < 2.0  # 0.06 s on an idle core; 80 MB would be n_boot * n at once
     tracemalloc.start()
-    bootstrap(values, np.median)
+    bootstrap(values, "median", n_boot=1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 75e6
+    assert peak < 75e6  # 80 MB would be half of n_boot * n at once
 
 
+def test_a_median_difference_resamples_medians() -> None:
+    # The medians of three resampled values are 1, 2 or 3 and 11, 12 or 13, so the difference lies within 8 and 12.
+    interval = bootstrap_difference([1.0, 2.0, 3.0], [11.0, 12.0, 13.0], "median")
+    assert (interval.value, interval.low, interval.high, interval.n) == (10.0, 8.0, 12.0, 6)
+
+
+@pytest.mark.simulation
 def test_a_difference_of_normal_means_is_held_as_often_as_promised() -> None:
     rng = np.random.default_rng(0)
     held = 0
@@ -278,15 +263,15 @@ def test_few_clusters_give_an_interval_as_wide_as_students() -> None:
 
 def test_means_of_many_rows_agree_with_scipy() -> None:
     rows = np.random.default_rng(3).gamma(2.0, size=(3, 12))
-    low, high = bootstrap_means(rows, n_boot=40_000, seed=1)
+    low, high = bootstrap_means(rows, n_boot=8_000, seed=1)
     # The expanded percentiles of 12 values, from scipy's plain ones at the level that is as wide.
     reach = scipy.stats.t.ppf(0.975, 11) * math.sqrt(12 / 11)
     level = 2 * scipy.stats.norm.cdf(reach) - 1
     for i, row in enumerate(rows):
         found = scipy.stats.bootstrap(
-            (row,), np.mean, confidence_level=level, n_resamples=40_000, method="percentile", rng=2
+            (row,), np.mean, confidence_level=level, n_resamples=8_000, method="percentile", rng=2
         ).confidence_interval
-        assert [low[i], high[i]] == pytest.approx([found.low, found.high], abs=0.05 * row.std())
+        assert [low[i], high[i]] == pytest.approx([found.low, found.high], abs=0.08 * row.std())
 
 
 def test_an_interval_of_means_does_not_depend_on_the_other_rows() -> None:
@@ -295,6 +280,7 @@ def test_an_interval_of_means_does_not_depend_on_the_other_rows() -> None:
     assert (together[0][2], together[1][2]) == (alone[0][0], alone[1][0])
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(("n", "least", "most"), [(6, 0.91, 0.95), (12, 0.93, 0.97)])
 def test_intervals_of_means_cover_what_is_said_of_them(n: int, least: float, most: float) -> None:
     low, high = bootstrap_means(np.random.default_rng(n).normal(size=(2_000, n)), n_boot=2_000, seed=0)
@@ -307,3 +293,10 @@ def test_rows_that_show_no_spread_have_no_interval() -> None:
     assert np.isnan(bootstrap_means([[1.0], [2.0]])).all()
     with pytest.raises(ShapeMismatch):
         bootstrap_means([1.0, 2.0])
+
+
+def test_expanded_shares_by_hand() -> None:
+    # Student's t with 4 degrees of freedom reaches 2.776; times the root of 5 / 4 it is 3.104, beyond 0.99905.
+    low, high = expanded_shares(0.95, 5)
+    assert high == pytest.approx(scipy.stats.norm.cdf(2.7764451 * math.sqrt(1.25)))
+    assert low == pytest.approx(1 - high)

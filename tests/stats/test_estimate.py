@@ -6,7 +6,7 @@ import math
 import pytest
 
 import saeffect.stats as stats
-from saeffect.stats import Estimate, TestResult
+from saeffect.stats import Estimate, undefined
 
 
 def test_the_package_exports_what_it_says_in_order() -> None:
@@ -20,18 +20,36 @@ def test_every_public_function_explains_itself() -> None:
         assert document and "Example:" in document, name
 
 
-def test_results_are_frozen() -> None:
+def test_estimates_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Estimate(1.0, 0.0, 2.0, 3).value = 2.0  # type: ignore[misc]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TestResult(1.0, 0.5, 3, "m").p = 0.0  # type: ignore[misc]
 
 
-def test_a_result_without_a_reason_is_defined() -> None:
-    assert Estimate(1.0, 0.0, 2.0, 3).reason == ""
-    assert TestResult(1.0, 0.5, 3, "m").reason == ""
+@pytest.mark.parametrize(
+    ("low", "high", "sign"),
+    [
+        (0.1, 0.2, 1),
+        (-0.2, -0.1, -1),
+        (-0.1, 0.1, 0),
+        (0.0, 0.1, 0),
+        (-0.1, 0.0, 0),
+        (math.nan, 0.1, 0),
+        (0.1, math.inf, 0),
+    ],
+)
+def test_sign_needs_an_interval_on_one_side_of_zero(low: float, high: float, sign: int) -> None:
+    estimate = Estimate(0.15, low, high)
+    assert estimate.sign == sign
+    assert estimate.defined == (math.isfinite(low) and math.isfinite(high))
+
+
+def test_defaults_say_that_nothing_is_known() -> None:
+    estimate = Estimate(1.0, 0.0, 2.0)
+    assert (estimate.n, estimate.reason) == (0, "")
+    assert math.isnan(estimate.p)
 
 
 def test_text_carries_the_reason() -> None:
-    assert "(n = 1; one value)" in str(Estimate(1.0, math.nan, math.nan, 1, "one value"))
-    assert str(TestResult(1.0, 0.25, 3, "coin")) == "1, p = 0.25 (n = 3, coin)"
+    assert str(undefined("one value", 1, 1.0)) == "1 [nan, nan] (n = 1; one value)"
+    assert str(Estimate(1.0, 0.5, 1.5, 3)) == "1 [0.5, 1.5] (n = 3)"
+    assert math.isnan(undefined("none").value)

@@ -46,6 +46,7 @@ def test_what_is_no_p_value_is_refused() -> None:
         benjamini_hochberg([[0.5]])
 
 
+@pytest.mark.simulation
 def test_the_share_of_false_findings_stays_under_alpha() -> None:
     rng = np.random.default_rng(4)
     n_studies, n_null, n_real, alpha = 400, 80, 20, 0.1
@@ -77,6 +78,7 @@ def test_holm_by_hand_and_degenerate() -> None:
         holm([1.5])
 
 
+@pytest.mark.simulation
 def test_holm_raises_one_false_alarm_in_twenty_studies_at_most() -> None:
     p = np.random.default_rng(7).uniform(size=(4000, 3))
     alarms = np.mean([bool((holm(row) <= 0.05).any()) for row in p])

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats import nested_mean, nested_mean_difference, nested_mean_test
+from saeffect.stats import nested_mean, nested_mean_difference
 
 
 def frame(*columns: list) -> pd.DataFrame:
@@ -39,37 +39,44 @@ def test_labels_need_only_be_unique_within_the_group_above():
     np.testing.assert_array_equal(same.replicates, other.replicates)
 
 
-def test_one_level_is_the_ordinary_bootstrap_of_the_mean():
-    values = np.random.default_rng(0).normal(size=40)
-    found = nested_mean(values, pd.DataFrame({"value": range(40)}), n_boot=20_000)
-    assert found.replicates.std() == pytest.approx(values.std() / math.sqrt(40), rel=0.03)
-    upper = scipy_stats.norm.cdf(scipy_stats.t.ppf(0.975, 39) * math.sqrt(40 / 39))
-    assert upper == pytest.approx(0.98, abs=0.001)
-    low, high = np.quantile(found.replicates, [1 - upper, upper])
-    assert (found.estimate().low, found.estimate().high) == (pytest.approx(low), pytest.approx(high))
+def ordinary(values, seed=0, n_boot=2000):
+    """One level: every value a group."""
+    return nested_mean(values, pd.DataFrame({"value": range(len(values))}), n_boot=n_boot, seed=seed)
+
+
+def test_many_groups_get_expanded_percentiles():
+    rng = np.random.default_rng(0)
+    a, b = ordinary(rng.normal(size=40)), ordinary(rng.normal(size=40), seed=1)
+    assert a.replicates.std() == pytest.approx(a.group_means.std() / math.sqrt(40), rel=0.06)
+    freedom = (a.error**2 + b.error**2) ** 2 / (a.error**4 / 39 + b.error**4 / 39)
+    upper = scipy_stats.norm.cdf(scipy_stats.t.ppf(0.975, freedom) * math.sqrt(40 / 39))
+    low, high = np.quantile(b.replicates - a.replicates, [1 - upper, upper])
+    found = nested_mean_difference(a, b)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+
+
+@pytest.mark.parametrize("n", [7, 19])
+def test_few_groups_get_welchs_t_interval(n):
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=n), rng.normal(0.5, 2.0, size=n)
+    found = nested_mean_difference(ordinary(a), ordinary(b), level=0.9)
+    peer = scipy_stats.ttest_ind(b, a, equal_var=False)
+    ends = peer.confidence_interval(0.9)
+    assert (found.low, found.high, found.p) == pytest.approx((ends.low, ends.high, peer.pvalue))
+    assert found.n == n
+    exactly_twenty = nested_mean_difference(ordinary(np.r_[a, a, a][:20]), ordinary(np.r_[b, b, b][:20]))
+    assert exactly_twenty.high - exactly_twenty.value != pytest.approx(
+        exactly_twenty.value - exactly_twenty.low, rel=1e-9
+    )
 
 
 def test_the_error_is_that_of_the_outermost_means():
     values, levels = simulated(np.random.default_rng(1), 6, 4, 3)
-    found = nested_mean(values, levels, n_boot=40_000)
+    found = nested_mean(values, levels, n_boot=8_000)
     means = values.reshape(6, 12).mean(1)
     np.testing.assert_allclose(found.group_means, means)
     assert found.error == pytest.approx(scipy_stats.sem(means))
-    assert found.replicates.var() == pytest.approx(means.var() / 6, rel=0.03)
-
-
-def test_one_level_agrees_with_scipys_t_interval():
-    values = np.random.default_rng(3).normal(size=7)
-    found = nested_mean(values, pd.DataFrame({"value": range(7)})).estimate()
-    low, high = scipy_stats.t.interval(0.95, 6, values.mean(), scipy_stats.sem(values))
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
-
-
-def test_few_groups_get_students_t():
-    values, levels = simulated(np.random.default_rng(2), 3, 5, 2)
-    found = nested_mean(values, levels)
-    reach = scipy_stats.t.ppf(0.975, 2) * found.error
-    assert found.estimate().high - found.value == pytest.approx(reach)
+    assert found.replicates.var() == pytest.approx(means.var() / 6, rel=0.06)
 
 
 def test_a_difference_has_welchs_degrees_of_freedom():
@@ -86,12 +93,13 @@ def covered(n_sim, sizes, seed, **options):
     rng = np.random.default_rng(seed)
     hits = 0
     for _ in range(n_sim):
-        values, levels = simulated(rng, *sizes, **options)
-        estimate = nested_mean(values, levels, n_boot=200, seed=rng).estimate()
+        sides = [nested_mean(*simulated(rng, *sizes, **options), n_boot=200, seed=rng) for _ in "ab"]
+        estimate = nested_mean_difference(*sides)
         hits += estimate.low <= 0 <= estimate.high
     return hits / n_sim
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(
     ("sizes", "spreads"),
     [((3, 8, 4), (1, 1, 1)), ((3, 8, 4), (0, 1, 1)), ((6, 6, 2), (1, 0.3, 3)), ((25, 3, 2), (1, 1, 1))],
@@ -101,6 +109,7 @@ def test_intervals_cover_what_they_promise(sizes, spreads):
     assert 0.929 <= covered(1000, sizes, 5, spreads=spreads) <= 0.971
 
 
+@pytest.mark.simulation
 def test_resampling_within_groups_too_would_count_their_noise_twice():
     """The reason for resampling whole groups: the other way the interval is too wide where groups are alike."""
     rng, hits, n_sim = np.random.default_rng(9), 0, 300
@@ -114,12 +123,13 @@ def test_resampling_within_groups_too_would_count_their_noise_twice():
     assert hits / n_sim > 0.98
 
 
+@pytest.mark.simulation
 def test_a_plain_bootstrap_of_the_values_would_not_cover():
     """What the hierarchy is for: without it, 95 % intervals hold the truth far too seldom."""
     rng, hits = np.random.default_rng(6), 0
     for _ in range(200):
-        values, _ = simulated(rng, 3, 8, 4)
-        flat = nested_mean(values, pd.DataFrame({"value": range(len(values))}), n_boot=200, seed=rng).estimate()
+        sides = [ordinary(simulated(rng, 3, 8, 4)[0], seed=rng, n_boot=200) for _ in "ab"]
+        flat = nested_mean_difference(*sides)
         hits += flat.low <= 0 <= flat.high
     assert hits / 200 < 0.6
 
@@ -127,9 +137,12 @@ def test_a_plain_bootstrap_of_the_values_would_not_cover():
 def test_one_seed_is_said_and_features_carry_the_interval():
     values, levels = simulated(np.random.default_rng(7), 1, 30, 3)
     found = nested_mean(values, levels)
-    assert (found.n, found.level_name) == (30, "feature")
-    assert "one seed: the interval does not hold that noise" in found.reason
-    assert found.estimate().low < found.value < found.estimate().high
+    assert found.n == 30
+    assert found.reason == "one seed: the interval does not hold that noise"
+    other = nested_mean(*simulated(np.random.default_rng(8), 4, 3, 2))
+    difference = nested_mean_difference(found, other)
+    assert difference.low < difference.value < difference.high
+    assert (difference.n, difference.reason) == (4, found.reason)
 
 
 @pytest.mark.parametrize(
@@ -144,46 +157,32 @@ def test_one_seed_is_said_and_features_carry_the_interval():
 def test_no_interval_says_why(values, levels, reason):
     found = nested_mean(values, levels)
     assert reason in found.reason
-    assert math.isnan(found.estimate().low)
-    assert math.isnan(nested_mean_difference(found, found).low)
+    difference = nested_mean_difference(found, found)
+    assert math.isnan(difference.low) and math.isnan(difference.p)
+    assert difference.reason == found.reason
 
 
 def test_equal_values_have_no_interval():
-    found = nested_mean([2.0] * 4, frame([0, 0, 1, 1], [0, 1, 0, 1])).estimate()
-    assert found.value == 2
-    assert math.isnan(found.low)
-    assert "all groups are alike" in found.reason
+    alike = nested_mean([2.0] * 4, frame([0, 0, 1, 1], [0, 1, 0, 1]))
+    found = nested_mean_difference(alike, alike)
+    assert (alike.value, found.value, found.reason) == (2, 0, "all groups are alike")
+    assert math.isnan(found.low) and math.isnan(found.p)
+    one_side = nested_mean_difference(alike, nested_mean([1.0, 2.0], frame([0, 1], [0, 0])))
+    assert one_side.low < one_side.value < one_side.high
 
 
 def test_bad_requests():
     with pytest.raises(ShapeMismatch):
         nested_mean([1.0, 2.0], frame([0], [0]))
+    with pytest.raises(ShapeMismatch):
+        nested_mean([1.0], pd.DataFrame(index=[0]))
     with pytest.raises(ConfigError):
         nested_mean([1.0, 2.0], frame([0, 1], [0, 0]), n_boot=3)
+    with pytest.raises(ConfigError):
+        nested_mean_difference(ordinary([1.0, 2.0]), ordinary([1.0, 3.0]), level=95)
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_the_same_seed_gives_the_same_resamples():
     values, levels = simulated(np.random.default_rng(8), 4, 4, 4)
-    assert nested_mean(values, levels, seed=1).estimate() == nested_mean(values, levels, seed=1).estimate()
-
-
-def test_the_test_is_welchs_on_group_means():
-
-    rng = np.random.default_rng(3)
-    levels = pd.DataFrame({"sae_seed": np.repeat([0, 1, 2, 3], 5)})
-    a, b = rng.normal(size=20), rng.normal(0.5, 2.0, size=20)
-    found = nested_mean_test(nested_mean(a, levels), nested_mean(b, levels))
-    means = [values.reshape(4, 5).mean(axis=1) for values in (a, b)]
-    peer = scipy_stats.ttest_ind(means[1], means[0], equal_var=False)
-    assert found.p == pytest.approx(peer.pvalue)
-    assert found.statistic == pytest.approx(means[1].mean() - means[0].mean())
-
-
-def test_a_side_without_spread_has_no_p():
-    one = nested_mean([1.0], pd.DataFrame({"sae_seed": [0]}))
-    two = nested_mean([1.0, 2.0], pd.DataFrame({"sae_seed": [0, 1]}))
-    alike = nested_mean([1.0, 1.0], pd.DataFrame({"sae_seed": [0, 1]}))
-    for pair, reason in (((one, two), "a single value"), ((alike, alike), "all groups are alike")):
-        found = nested_mean_test(*pair)
-        assert np.isnan(found.p)
-        assert reason in found.reason
+    first, second, other = (nested_mean(values, levels, seed=seed).replicates for seed in (1, 1, 2))
+    assert first.tolist() == second.tolist() != other.tolist()

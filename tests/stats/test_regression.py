@@ -62,6 +62,7 @@ def test_cluster_errors_agree_with_leaving_out_each_cluster() -> None:
     assert (error / peer.bse == pytest.approx(1.0, abs=0.5)) and (error > peer.bse * 0.95).all()
 
 
+@pytest.mark.simulation
 def test_few_clusters_keep_the_level_of_the_test() -> None:
     rng = np.random.default_rng(8)
     n_studies, n_clusters, size = 400, 7, 12

@@ -1,4 +1,4 @@
-"""Student's and Welch's intervals against scipy, and what has no interval."""
+"""Student's and Welch's intervals against scipy, what has no interval, and what counts as independent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.stats.student import (
-    cautious_difference,
-    cautious_difference_test,
-    mean_difference_interval,
-    mean_interval,
-)
+from saeffect.stats.student import MIN_CLUSTERS, cautious_difference, independent_values, mean_interval
 
 
 @pytest.mark.parametrize("level", [0.8, 0.95])
@@ -27,51 +22,23 @@ def test_mean_against_scipy(n: int, level: float) -> None:
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
 
 
-@pytest.mark.parametrize(("n_a", "n_b"), [(2, 2), (5, 40)])
-def test_difference_against_scipy(n_a: int, n_b: int) -> None:
-    rng = np.random.default_rng(n_a)
-    a, b = rng.normal(0, 1, n_a), rng.normal(2, 3, n_b)
-    found = mean_difference_interval(a, b, level=0.9)
-    expected = scipy_stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.9)
-    assert found.value == pytest.approx(b.mean() - a.mean()) and found.n == n_a + n_b
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-
-
-def test_one_constant_sample_leaves_the_other_ones_spread() -> None:
-    found = mean_difference_interval([1.0, 1.0, 1.0], [2.0, 4.0, 6.0])
-    alone = mean_interval([2.0, 4.0, 6.0])
-    assert found.high - found.low == pytest.approx(alone.high - alone.low)
-
-
 @pytest.mark.parametrize(
     ("values", "reason"), [([], "values"), ([1.0], "one value"), ([2.0, 2.0], "equal"), ([1.0, math.nan], "values")]
 )
 def test_a_mean_without_interval(values: list[float], reason: str) -> None:
     found = mean_interval(values)
     assert math.isnan(found.low) and math.isnan(found.high) and reason in found.reason
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "reason"),
-    [
-        ([], [1.0, 2.0], "a"),
-        ([1.0], [1.0, 2.0], "a: one"),
-        ([1.0, 2.0], [1.0], "b: one"),
-        ([1.0] * 3, [2.0] * 3, "neither"),
-    ],
-)
-def test_a_difference_without_interval(a: list[float], b: list[float], reason: str) -> None:
-    found = mean_difference_interval(a, b)
-    assert math.isnan(found.low) and reason in found.reason
+    assert found.n == len(values)
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError):
         mean_interval([1.0, 2.0], level=1.0)
     with pytest.raises(ShapeMismatch):
-        mean_difference_interval([[1.0]], [1.0])
+        cautious_difference([[1.0]], [1.0])
 
 
+@pytest.mark.simulation
 def test_covers_the_mean_of_eight_differences() -> None:
     draws = np.random.default_rng(0).standard_normal((4000, 8))
     held = np.mean([found.low <= 0 <= found.high for found in map(mean_interval, draws)])
@@ -86,19 +53,21 @@ def test_the_cautious_interval_is_the_wider_of_students_and_welchs(n_a: int, n_b
     if min(n_a, n_b) > 1:
         peers.append(scipy_stats.ttest_ind(b, a, equal_var=False))
     ends = [peer.confidence_interval(0.95) for peer in peers]
-    found, test = cautious_difference(a, b), cautious_difference_test(a, b)
+    found = cautious_difference(a, b)
     assert found.low == pytest.approx(min(end.low for end in ends))
     assert found.high == pytest.approx(max(end.high for end in ends))
-    assert test.p == pytest.approx(max(peer.pvalue for peer in peers))
-    assert (test.p <= 0.05) == (found.low > 0 or found.high < 0)
-    assert found.value == test.statistic == pytest.approx(b.mean() - a.mean())
+    assert found.p == pytest.approx(max(peer.pvalue for peer in peers))
+    assert (found.p <= 0.05) == (found.low > 0 or found.high < 0)
+    assert found.value == pytest.approx(b.mean() - a.mean())
+    assert (found.n, found.reason) == (min(n_a, n_b), "")
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(("n_a", "n_b"), [(2, 1), (3, 1), (3, 3), (6, 2), (10, 2)])
 def test_the_cautious_test_keeps_its_level_where_nothing_differs(n_a: int, n_b: int) -> None:
     """Welch's alone does not: 7.5 and 10 in a hundred with two values against six and ten."""
     rng, n = np.random.default_rng(3), 4000
-    rate = np.mean([cautious_difference_test(*np.split(rng.normal(size=n_a + n_b), [n_a])).p <= 0.05 for _ in range(n)])
+    rate = np.mean([cautious_difference(*np.split(rng.normal(size=n_a + n_b), [n_a])).p <= 0.05 for _ in range(n)])
     assert rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / n)
     if n_b == 1:  # Student's alone, exact
         assert rate == pytest.approx(0.05, abs=4 * np.sqrt(0.05 * 0.95 / n))
@@ -115,6 +84,27 @@ def test_the_cautious_test_keeps_its_level_where_nothing_differs(n_a: int, n_b: 
     ],
 )
 def test_no_cautious_interval_says_why(a: list[float], b: list[float], reason: str) -> None:
-    found, test = cautious_difference(a, b), cautious_difference_test(a, b)
-    assert math.isnan(found.low) and math.isnan(test.p)
-    assert reason in found.reason and reason in test.reason
+    found = cautious_difference(a, b)
+    assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(found.p)
+    assert reason in found.reason
+    assert found.n == min(len(a), len(b))
+
+
+def test_the_level_widens_the_interval_and_leaves_p() -> None:
+    narrow, wide = (cautious_difference([1.0, 2.0, 4.0], [3.0, 7.0], level=level) for level in (0.8, 0.99))
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+    assert wide.p == narrow.p
+    with pytest.raises(ConfigError):
+        cautious_difference([1.0, 2.0], [3.0], level=0.0)
+
+
+def test_means_of_clusters_are_in_the_order_of_their_labels() -> None:
+    found = independent_values([4.0, 1.0, 2.0, 3.0, 7.0], [9, 2, 2, 2, 5], min_clusters=3)
+    assert found.tolist() == [2.0, 7.0, 4.0]
+    assert independent_values([], []).tolist() == []
+
+
+@pytest.mark.parametrize("n_clusters", [1, MIN_CLUSTERS - 1, MIN_CLUSTERS])
+def test_few_clusters_leave_the_values_alone(n_clusters: int) -> None:
+    found = independent_values(np.arange(2.0 * n_clusters), np.repeat(np.arange(n_clusters), 2))
+    assert len(found) == (n_clusters if n_clusters >= MIN_CLUSTERS else 2 * n_clusters)

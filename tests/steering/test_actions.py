@@ -8,20 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import BadFile, ConfigError, EmptySelection, ShapeMismatch, Undefined
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    ActionRow,
-    Site,
-    SteeringPlan,
-    actions_of,
-    direct_effects,
-    features_together,
-    obstacles,
-    random_direction,
-    run_trials,
-)
+from saeffect.steering import Site, SteeringPlan, direct_effects, features_together, obstacles, run_trials
+from saeffect.steering.actions import ActionRow, actions_of
+from saeffect.steering.placebos import random_direction
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, site
 
 D_SAE = 12
@@ -38,7 +30,7 @@ def sae():
 
 @pytest.fixture(scope="module")
 def place(lm, sae):
-    return Site(lm, HOOK, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)))  # feature 0 never fired
+    return Site(lm, HOOK, sae.W_dec, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)))  # feature 0 never fired
 
 
 @pytest.fixture
@@ -62,16 +54,16 @@ def plan(**change):
 
 
 def applied(place, sae, x, plan, *row, features=FEATURES):
-    return actions_of(place, sae.W_dec, features, plan).operator([ActionRow(*row)]).apply(x) - x
+    return actions_of(place, features, plan).operator([ActionRow(*row)]).apply(x) - x
 
 
-def test_clamping_sets_the_activation_to_a_multiple_of_the_maximum(place, sae, x):
+def test_clamping_to_a_multiple_of_the_maximum(place, sae, x):
     moved = applied(place, sae, x, plan(operator="clamp"), 5, "steered", 2.0, (0, 0))
     acts = sae.encode(x)[..., 5]
     torch.testing.assert_close(moved, (2.0 * 5 - acts)[..., None] * sae.W_dec[5], rtol=1e-4, atol=1e-4)
 
 
-def test_a_matched_placebo_is_clamped_to_its_own_maximum_in_turn(place, sae, x):
+def test_matched_placebo_is_clamped_to_its_maximum(place, sae, x):
     for draw, placebo in (((0, 0), 7), ((0, 1), 8), ((1, 1), 7)):
         moved = applied(place, sae, x, plan(operator="clamp"), 2, "matched", 2.0, draw)
         acts = sae.encode(x)[..., placebo]
@@ -79,7 +71,7 @@ def test_a_matched_placebo_is_clamped_to_its_own_maximum_in_turn(place, sae, x):
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("clamp", 2.0), ("ablate", 1.0)])
-def test_a_random_placebo_is_pushed_as_far_as_the_feature_but_elsewhere(place, sae, x, operator, dose):
+def test_random_placebo_pushes_as_far_elsewhere(place, sae, x, operator, dose):
     made = plan(operator=operator, doses=(dose,))
     own = applied(place, sae, x, made, 5, "steered", dose, (1, 0))
     other = applied(place, sae, x, made, 5, "random", dose, (1, 0))
@@ -90,8 +82,8 @@ def test_a_random_placebo_is_pushed_as_far_as_the_feature_but_elsewhere(place, s
     assert float(own.norm()) > 0
 
 
-def test_ablation_takes_the_activation_away_and_unsteered_rows_keep_every_bit(place, sae, x):
-    made = actions_of(place, sae.W_dec, FEATURES, plan(operator="ablate", doses=(1.0,)))
+def test_ablation_removes_the_activation(place, sae, x):
+    made = actions_of(place, FEATURES, plan(operator="ablate", doses=(1.0,)))
     rows = [ActionRow(2, "unsteered", 0.0, (0, 0)), ActionRow(5, "steered", 1.0, (0, 0))]
     out = made.operator(rows).apply(torch.cat([x, x]))
     assert torch.equal(out[0], x[0])
@@ -99,7 +91,7 @@ def test_ablation_takes_the_activation_away_and_unsteered_rows_keep_every_bit(pl
 
 
 def test_a_dose_may_be_the_papers_coefficient(place, sae, x):
-    made = actions_of(place, sae.W_dec, FEATURES, plan(unit="coefficient"))
+    made = actions_of(place, FEATURES, plan(unit="coefficient"))
     vectors = made.operator([ActionRow(5, c, 2.0, (0, 0)) for c in ("steered", "random", "matched")]).vectors
     torch.testing.assert_close(vectors[0], 2 * sae.W_dec[5])
     torch.testing.assert_close(vectors.norm(dim=1), (2 * sae.W_dec[5].norm()).expand(3))
@@ -108,25 +100,25 @@ def test_a_dose_may_be_the_papers_coefficient(place, sae, x):
 
 def test_lengths_and_coefficients_by_operator(place, sae):
     norm = float(sae.W_dec[5].norm())
-    add = actions_of(place, sae.W_dec, FEATURES, plan())
+    add = actions_of(place, FEATURES, plan())
     assert add.length(5, 2.0) == 8.0
     assert add.coefficient(5, 2.0) == pytest.approx(8.0 / norm)
-    clamp = actions_of(place, sae.W_dec, FEATURES, plan(operator="clamp"))
+    clamp = actions_of(place, FEATURES, plan(operator="clamp"))
     assert clamp.length(5, 2.0) == pytest.approx(2 * 5 * norm)
     assert math.isnan(clamp.coefficient(5, 2.0))
-    assert math.isnan(actions_of(place, sae.W_dec, FEATURES, plan(operator="ablate", doses=(1.0,))).length(5, 1.0))
+    assert math.isnan(actions_of(place, FEATURES, plan(operator="ablate", doses=(1.0,))).length(5, 1.0))
 
 
-def test_the_length_of_a_clamp_is_on_the_scale_of_a_token_where_the_sae_standardises_it(lm):
+def test_clamp_length_of_a_standardising_sae(lm):
     sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE, normalize_activations="layer_norm"))
     sae.W_dec.data.copy_(torch.randn(D_SAE, D_MODEL, generator=torch.Generator().manual_seed(1)))
     x = torch.randn(1, 1, D_MODEL, generator=torch.Generator().manual_seed(2))
     x = x - x.mean()
     x = 4.0 * x / x.norm()  # a token of the mean norm; the feature is off, as the encoder is zero
-    place = Site(lm, HOOK, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)))
+    place = Site(lm, HOOK, sae.W_dec, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)))
     made = plan(operator="clamp", placebos=())
     moved = applied(place, sae, x, made, 5, "steered", 2.0, (0, 0))
-    length = actions_of(place, sae.W_dec, FEATURES, made).length(5, 2.0)
+    length = actions_of(place, FEATURES, made).length(5, 2.0)
     assert float(moved.norm()) == pytest.approx(length, rel=0.03)  # std divides by n - 1
 
 
@@ -146,7 +138,7 @@ def test_several_features_at_once(place, sae, x):
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 2.0), ("clamp", 2.0), ("ablate", 1.0)])
-def test_a_random_placebo_of_several_features_goes_as_far_as_all_of_them(place, sae, x, operator, dose):
+def test_random_placebo_of_a_set_keeps_its_length(place, sae, x, operator, dose):
     rows = features_together(FEATURES, [[2, 5]])
     made = plan(operator=operator, doses=(dose,), placebos=("random",))
     own = applied(place, sae, x, made, 0, "steered", dose, (1, 0), features=rows)
@@ -164,7 +156,7 @@ def test_attention_sinks_are_left_as_they_are(lm, sae, x, operator, dose):
     x = x.clone()
     x[0, 0] *= 40
     assert float(sae.encode(x)[0, 0, 5]) > 0 or float(sae.encode(x)[0, 0, 2]) > 0
-    place = Site(lm, HOOK, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)), norm_limit=limit)
+    place = Site(lm, HOOK, sae.W_dec, 4.0, sae=sae, max_acts=torch.arange(float(D_SAE)), norm_limit=limit)
     made = plan(operator=operator, doses=(dose,))
     for condition in ("steered", "random", "matched"):
         for feature in (2, 5):
@@ -172,18 +164,18 @@ def test_attention_sinks_are_left_as_they_are(lm, sae, x, operator, dose):
             assert not moved[0, 0].any()
     assert applied(place, sae, x, made, 5, "steered", dose, (0, 0))[0, 1:].any()
     with pytest.raises(ConfigError, match="norm limit"):
-        Site(lm, HOOK, 4.0, norm_limit=math.nan)
+        Site(lm, HOOK, sae.W_dec, 4.0, norm_limit=math.nan)
 
 
 @pytest.mark.parametrize(("operator", "dose"), [("add", 1.0), ("clamp", 3.0), ("ablate", 1.0)])
 @pytest.mark.parametrize("positions", ["all", "generated", "prompt"])
-def test_trials_and_direct_effects_with_every_operator_and_position(place, sae, operator, dose, positions):
+def test_every_operator_and_position(place, sae, operator, dose, positions):
     made = plan(operator=operator, doses=(dose,), positions=positions)
-    trials = run_trials(place, sae.W_dec, FEATURES, made, vectors=OneHotWords())
+    trials = run_trials(place, FEATURES, made, vectors=OneHotWords())
     assert len(trials) == 2 * 2 * 2 * 4
     texts = trials.pivot(index=["feature", "prompt", "sample"], columns="condition", values="text")
     assert (texts["steered"] != texts["unsteered"]).any() or operator == "ablate"
-    direct = direct_effects(place, sae.W_dec, FEATURES, made)
+    direct = direct_effects(place, FEATURES, made)
     assert len(direct) == 2 * 2 * 3
     assert (direct["kl"] >= 0).all()
     assert direct["delta_logprob"].notna().all()
@@ -191,7 +183,7 @@ def test_trials_and_direct_effects_with_every_operator_and_position(place, sae, 
 
 def test_sets_of_features_go_through_trials(place, sae):
     rows = features_together(FEATURES, [[2, 5], [5, 2]], {2: [7], 5: [8]})
-    trials = run_trials(place, sae.W_dec, rows, plan(operator="clamp"), vectors=OneHotWords())
+    trials = run_trials(place, rows, plan(operator="clamp"), vectors=OneHotWords())
     assert set(trials["feature"]) == {0, 1}
     # A set does not depend on the order of its features.
     steered = trials[trials["condition"] == "steered"].pivot(
@@ -202,7 +194,7 @@ def test_sets_of_features_go_through_trials(place, sae):
         features_together(FEATURES, [[2, 99]])
 
 
-def test_what_is_impossible_is_left_out_with_a_reason(place, sae):
+def test_impossible_conditions_are_left_out(place, sae):
     features = pd.concat(
         [
             FEATURES,
@@ -213,33 +205,56 @@ def test_what_is_impossible_is_left_out_with_a_reason(place, sae):
         ignore_index=True,
     )
     made = plan(operator="clamp")
-    why = obstacles(place, sae.W_dec, features, made)
+    why = obstacles(place, features, made)
     assert set(why) == {(0, "steered"), (0, "random"), (0, "matched"), (3, "matched")}
     assert "never fired" in why[0, "steered"]
     assert "resembles no feature" in why[3, "matched"]
-    trials = run_trials(place, sae.W_dec, features, made, vectors=OneHotWords())
+    trials = run_trials(place, features, made, vectors=OneHotWords())
     found = trials.groupby("feature")["condition"].agg(lambda c: sorted(set(c)))
     assert found[0] == ["unsteered"]
     assert found[3] == ["random", "steered", "unsteered"]
     assert len(found[2]) == 4
-    direct = direct_effects(place, sae.W_dec, features, made)
+    direct = direct_effects(place, features, made)
     assert 0 not in set(direct["feature"])
     # A resumed run takes such features as finished too.
     again: list[pd.DataFrame] = []
-    run_trials(place, sae.W_dec, features, made, vectors=OneHotWords(), done=trials, on_chunk=again.append)
+    run_trials(place, features, made, vectors=OneHotWords(), done=trials, on_chunk=again.append)
     assert not again
 
 
 def test_nothing_but_impossible_features(place, sae):
     features = FEATURES.assign(feature=[0, 0 + 1])[:1]
     made = plan(operator="clamp")
-    trials = run_trials(place, sae.W_dec, features, made, vectors=OneHotWords())
+    trials = run_trials(place, features, made, vectors=OneHotWords())
     assert set(trials["condition"]) == {"unsteered"}
-    assert direct_effects(place, sae.W_dec, features, made).empty
+    assert direct_effects(place, features, made).empty
 
 
 def test_clamping_needs_the_sae_and_the_maxima(lm, sae):
     with pytest.raises(ConfigError, match="needs the SAE"):
-        actions_of(site(lm), sae.W_dec, FEATURES, plan(operator="ablate", doses=(1.0,)))
+        actions_of(site(lm, sae.W_dec), FEATURES, plan(operator="ablate", doses=(1.0,)))
     with pytest.raises(ConfigError, match="largest activation"):
-        actions_of(Site(lm, HOOK, 4.0, sae=sae), sae.W_dec, FEATURES, plan(operator="clamp"))
+        actions_of(Site(lm, HOOK, sae.W_dec, 4.0, sae=sae), FEATURES, plan(operator="clamp"))
+
+
+def test_directions_and_lengths_of_decoder_rows(lm):
+    W_dec = torch.zeros(3, D_MODEL).half()
+    W_dec[0, :2], W_dec[2, 0] = torch.tensor([3.0, 4.0]), math.nan
+    made = actions_of(site(lm, W_dec), pd.DataFrame({"feature": [0, 1, 2]}), plan(placebos=("random",)))
+    assert made.norm(0) == 5
+    assert torch.allclose(made.unit(0, "steered")[:2], torch.tensor([0.6, 0.8]))
+    assert torch.equal(made.unit(0, "random", (1, 2)), random_direction(D_MODEL, seed=4, feature=0, draw=(1, 2)))
+    assert "decoder row of feature 1 is zero" in made.obstacle(1, "steered")
+    with pytest.raises(Undefined, match="feature 1 is zero"):
+        made.unit(1, "steered")
+    with pytest.raises(BadFile, match="feature 2"):
+        made.norm(2)
+
+
+def test_matched_placebos_take_turns_over_prompts_and_samples(lm):
+    features = pd.DataFrame({"feature": [0, 1], "matched": [[1, 2], []]})
+    made = actions_of(site(lm, torch.eye(3, D_MODEL)), features, plan())
+    assert [made.pushed(0, "matched", draw) for draw in ((0, 0), (0, 1), (1, 1))] == [(1,), (2,), (1,)]
+    assert torch.equal(made.unit(0, "matched", (0, 1)), torch.eye(3, D_MODEL)[2])
+    with pytest.raises(EmptySelection, match="feature 1 has no matched"):
+        made.unit(1, "matched", (0, 0))

@@ -7,27 +7,26 @@ import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.steering import (
-    BASELINE_COLUMNS,
     AddVectors,
     Intervention,
     MeanDifferences,
     NoiseCell,
     SteeringPlan,
     generate,
-    naming_prompt,
     run_baselines,
 )
+from saeffect.steering.baselines import BASELINE_COLUMNS, naming_prompt
 from steering.tiny_model import D_MODEL, HOOK, OneHotWords, n_hooks, site
 
 W_DEC = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(5)) * 2
 FEATURES = pd.DataFrame({"feature": [4, 1], "top_tokens": [["w10", " w11"], ["?", "\n"]]})
-PLAN = SteeringPlan(("one two", "three"), (0.5,), samples=2, max_new_tokens=6, seed=9)
+PLAN = SteeringPlan(prompts=("one two", "three"), doses=(0.5,), samples=2, max_new_tokens=6, seed=9)
 DIFFERENCE = torch.arange(1.0, D_MODEL + 1)
 
 
 def run(lm, plan=PLAN, **change):
     given = {"vectors": OneHotWords(), "mean_differences": {4: DIFFERENCE, 1: "the feature never fired on the text"}}
-    return run_baselines(site(lm), W_DEC, FEATURES, plan, **{**given, **change})
+    return run_baselines(site(lm, W_DEC), FEATURES, plan, **{**given, **change})
 
 
 def test_the_rows_are_what_generate_gives(lm):
@@ -40,7 +39,7 @@ def test_the_rows_are_what_generate_gives(lm):
         named = f"Talk about w10, w11. {text}" if row.condition == "prompt" else text
         steering = None if row.condition == "prompt" else Intervention(AddVectors(vector[None]))
         cells = [NoiseCell(9, text, row.sample)]
-        ids = generate(lm, HOOK, lm.encode(named), cells, PLAN.sampling, intervention=steering)[0]
+        ids = generate(lm, HOOK, lm.encode(named), cells, PLAN, intervention=steering)[0]
         assert row.text == lm.decode(ids)
         assert row.dose == (0.0 if row.condition == "prompt" else 0.5)
         assert row.perplexity >= 1
@@ -62,15 +61,14 @@ def test_what_cannot_be_run_says_why(lm):
     assert gone["text"].isna().all()
     assert gone.loc["prompt", "reason"].str.contains("no top token is a word").all()
     assert gone.loc["mean_difference", "reason"].str.contains("never fired").all()
-    ablation = SteeringPlan(("one two",), (1.0,), operator="ablate", max_new_tokens=3)
+    ablation = SteeringPlan(prompts=("one two",), doses=(1.0,), operator="ablate", max_new_tokens=3)
     from saeffect.sae.base import SaeConfig
     from saeffect.sae.standard import StandardSae
     from saeffect.steering import Site
 
     sae = StandardSae(SaeConfig("standard", D_MODEL, 6))
     table = run_baselines(
-        Site(lm, HOOK, 4.0, sae=sae),
-        W_DEC,
+        Site(lm, HOOK, W_DEC, 4.0, sae=sae),
         FEATURES[:1],
         ablation,
         vectors=OneHotWords(),
@@ -84,7 +82,7 @@ def test_bad_requests(lm):
     with pytest.raises(UnknownName, match="valid: mean_difference, prompt"):
         run(lm, baselines=("promt",))
     with pytest.raises(ConfigError, match="one dose"):
-        run(lm, SteeringPlan(("one",), (0.5, 1.0)))
+        run(lm, SteeringPlan(prompts=("one",), doses=(0.5, 1.0)))
 
 
 def test_the_prompt_names_each_word_once():

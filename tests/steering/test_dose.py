@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -84,7 +83,7 @@ def test_texts_that_broke_do_not_drop_out():
     assert best_dose(table.reset_index()) == 0.3
 
 
-def test_arms_count_alike_and_equals_go_to_the_smaller_dose():
+def test_arms_count_alike_and_ties_take_the_smaller():
     one = pd.DataFrame({"condition": "steered", "dose": [0.2, 0.4, 0.8], "score": [0.1, 0.1, -0.3]})
     other = one.assign(score=[0.0, 0.0, 0.6])
     assert best_dose(one) == 0.2
@@ -145,7 +144,7 @@ def search(**change):
 
 
 def searched(lm, W_dec, features, plan):
-    trials = run_trials(site(lm), W_dec, features, replace(plan, perplexity=True), vectors=OneHotWords())
+    trials = run_trials(site(lm, W_dec), features, plan, vectors=OneHotWords())
     return score_doses(trials)
 
 
@@ -159,7 +158,7 @@ def test_the_best_score_wins(lm, planted):
     assert table["score"].max() > 0
 
 
-def test_placebos_stand_at_every_dose_and_have_no_say(lm, planted):
+def test_placebos_do_not_choose_the_dose(lm, planted):
     """The placebo of feature 0 is the planted feature, feature 0 itself says nothing."""
     W_dec = torch.cat([-planted[0], planted[0]])
     features = planted[1].assign(matched=[[1]])

@@ -19,7 +19,7 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def test_samples_of_a_prompt_are_averaged_before_anything_is_tested() -> None:
+def test_samples_of_a_prompt_are_averaged() -> None:
     """Eight prompts with two samples that agree: eight differences, worked out apart."""
     by_prompt = np.array([0.3, 0.1, 0.2, -0.1, 0.4, 0.25, 0.15, 0.05])
     steered = np.repeat(by_prompt, 2) + np.tile([0.01, -0.01], 8)
@@ -217,7 +217,7 @@ def test_every_outcome_against_every_control_by_hand():
         np.testing.assert_allclose(rows["q"], benjamini_hochberg(rows["p"].to_numpy()))
 
 
-def test_perplexity_is_compared_by_its_logarithm_and_direct_effects_by_prompt():
+def test_log_perplexity_and_direct_effects_by_prompt():
     trials, direct = many_outcomes()
     table = outcome_effects(trials, direct).set_index(["outcome", "placebo", "feature"])
     wide = np.log(trials.set_index(["feature", "prompt", "sample", "condition"])["perplexity"]).unstack().loc[2]
@@ -292,7 +292,7 @@ def test_bad_names():
 ABLATED = OUTCOMES["similarity"].under("ablate")
 
 
-def test_an_ablation_is_tested_for_what_it_takes_away() -> None:
+def test_ablation_is_tested_below_zero() -> None:
     """Everything mirrored: what a feature adds when it is pushed it should take away when it is switched off."""
     rng = np.random.default_rng(0)
     unsteered, steered, random = (rng.normal(0.3, 0.1, 16).tolist() for _ in range(3))
@@ -306,13 +306,13 @@ def test_an_ablation_is_tested_for_what_it_takes_away() -> None:
     assert effects(trials_of(3, unsteered, lower, random)).iloc[0]["p"] > 0.9, "the other side"
 
 
-def test_side_effects_of_an_ablation_may_go_either_way() -> None:
+def test_side_effects_stay_two_sided() -> None:
     trials = trials_of(3, [0.1] * 12, [0.2, 0.3] * 6, [0.1] * 12).assign(distinct2=0.5, keyword_score=0.1)
     sides = outcome_effects(trials, operator="ablate", placebos=("random",)).set_index("outcome")["alternative"]
     assert sides[["similarity", "keyword_score", "distinct2"]].tolist() == ["less", "less", "two-sided"]
 
 
-def test_texts_that_stay_as_they_were_do_not_pass_by_the_papers_rule() -> None:
+def test_unchanged_texts_fail_the_papers_rule() -> None:
     same = trials_of(3, [0.1] * 12, [0.1] * 12, [0.1] * 12)
     assert not effects(same, outcome=ABLATED).iloc[0]["paper_pass"]
     assert not effects(same).iloc[0]["paper_pass"]

@@ -7,17 +7,10 @@ from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
-from saeffect.steering import (
-    AddVectors,
-    Intervention,
-    NoiseCell,
-    Sampling,
-    SetFeatures,
-    generate,
-    next_tokens,
-    penalise,
-)
-from saeffect.steering.prompt_pass import last_logits
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate, next_tokens
+from saeffect.steering.generate import continue_prompts, last_logits
+from saeffect.steering.operators import SetFeatures
+from saeffect.steering.sampling import penalise
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, n_hooks, tiny_model
 
 PROMPT = [5, 9, 40, 12]
@@ -49,7 +42,7 @@ def without_cache(lm, prompt, cell, sampling, change, positions):
 
         with torch.no_grad(), edited(lm, HOOK, edit):
             logits = lm.model(input_ids=torch.tensor([ids])).logits[:, -1]
-        logits = penalise(logits, torch.tensor([ids[len(prompt) :]], dtype=torch.int64), sampling.frequency_penalty)
+        penalise(logits, torch.tensor([ids[len(prompt) :]], dtype=torch.int64), sampling.frequency_penalty)
         logits[:, [0, 1, END, D_VOCAB - 2, D_VOCAB - 1]] = -torch.inf
         ids.append(next_tokens(logits, [cell], step, sampling).item())
     return ids[len(prompt) :]
@@ -116,12 +109,12 @@ def test_batches_make_no_difference(dtype):
         assert parts == whole
     # Every token counts, over all rows, so that a batch of hours is seen to go on.
     n = SAMPLING.max_new_tokens
-    one_by_one = [(i, 7 * n) for i in range(1, 7 * n + 1)]
+    each_row = [(i, 7 * n) for i in range(1, 7 * n + 1)]
     threes = [(3 * n * batch + rows * i, 7 * n) for batch, rows in enumerate((3, 3, 1)) for i in range(1, n + 1)]
-    assert seen == one_by_one + threes
+    assert seen == each_row + threes
 
 
-def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
+def test_full_length_without_special_tokens(lm):
     outputs = generate(lm, HOOK, PROMPT, cells(3), Sampling(max_new_tokens=40, top_p=1.0, temperature=5.0))
     assert {len(ids) for ids in outputs} == {40}
     used = {i for ids in outputs for i in ids}
@@ -129,22 +122,22 @@ def test_all_outputs_have_full_length_and_no_special_or_unknown_tokens(lm):
     assert max(used) < D_VOCAB - 2
 
 
-def test_a_row_stops_at_the_end_of_its_text():
+def test_rows_stop_at_end_of_text():
     lm = tiny_model()
     sampling = Sampling(max_new_tokens=60, top_p=1.0, temperature=5.0, allow_end=True)
-    many = [NoiseCell(0, "p", i) for i in range(40)]
+    many = [NoiseCell(0, "p", i) for i in range(20)]
     outputs = generate(lm, HOOK, PROMPT, many, sampling)
     assert not any(END in ids for ids in outputs)
     lengths = {len(ids) for ids in outputs}
-    assert min(lengths) < 60  # 40 rows of 60 nearly uniform draws from 93 tokens
-    longer = generate(lm, HOOK, PROMPT, many, Sampling(61, 5.0, 1.0, 1.0, allow_end=True))
+    assert min(lengths) < 60  # 20 rows of 60 nearly uniform draws from 93 tokens
+    longer = generate(lm, HOOK, PROMPT, many, Sampling(max_new_tokens=61, temperature=5.0, top_p=1.0, allow_end=True))
     stopped = [(a, b) for a, b in zip(outputs, longer, strict=True) if len(a) < 60]
     assert all(a == b for a, b in stopped)
 
 
 def test_greedy_with_a_frequency_penalty_does_not_loop(lm):
-    free = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=0))[0]
-    held = generate(lm, HOOK, PROMPT, cells(1), Sampling(30, temperature=0, frequency_penalty=1e6))[0]
+    free = generate(lm, HOOK, PROMPT, cells(1), Sampling(max_new_tokens=30, temperature=0, frequency_penalty=0))[0]
+    held = generate(lm, HOOK, PROMPT, cells(1), Sampling(max_new_tokens=30, temperature=0, frequency_penalty=1e6))[0]
     assert len(set(held)) == 30
     assert free[0] == held[0]
 
@@ -177,3 +170,54 @@ def test_bad_input(lm):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, batch_size=0)
     with pytest.raises(ShapeMismatch, match="2 rows to steer"):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, intervention=Intervention(AddVectors(vectors(2))))
+
+
+# In no order of length; two share one, one is a single token.
+PROMPTS = [[5, 9, 40, 12], [33], [7, 8, 9, 10, 11, 12, 13, 14, 15], [60, 61, 62, 63], [44, 45]]
+CELLS_OF_EACH = [NoiseCell(0, "p", i % 3) for i in range(len(PROMPTS))]
+SHORT = Sampling(max_new_tokens=5, temperature=0.0)
+UNCUT = Sampling(max_new_tokens=30, top_p=1.0, frequency_penalty=0.0)
+ALSO = Sampling(max_new_tokens=11, top_p=0.9, temperature=1.3, frequency_penalty=0.7)
+
+
+def alone(lm, sampling=ALSO):
+    return [
+        generate(lm, HOOK, prompt, [cell], sampling)[0] for prompt, cell in zip(PROMPTS, CELLS_OF_EACH, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_equals_one_at_a_time(dtype, batch_size):
+    lm = tiny_model(dtype)
+    seen: list[tuple[int, int]] = []
+    found = continue_prompts(
+        lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=batch_size, progress=lambda *n: seen.append(n)
+    )
+    assert found == alone(lm)
+    assert seen[-1] == (5, 5)
+    assert len(seen) == -(-5 // batch_size)
+
+
+@pytest.mark.parametrize("sampling", [SHORT, UNCUT, Sampling(max_new_tokens=1)])
+def test_whatever_the_sampling(lm, sampling):
+    assert continue_prompts(lm, PROMPTS, CELLS_OF_EACH, sampling) == alone(lm, sampling)
+
+
+def test_texts_that_end_early(lm):
+    sampling = Sampling(max_new_tokens=60, temperature=5.0, top_p=1.0, allow_end=True)
+    prompts, cells = PROMPTS * 3, [NoiseCell(0, "p", i) for i in range(15)]
+    found = continue_prompts(lm, prompts, cells, sampling)
+    assert found == [generate(lm, HOOK, ids, [cell], sampling)[0] for ids, cell in zip(prompts, cells, strict=True)]
+    assert min(map(len, found)) < 60
+    assert not any(END in ids for ids in found)
+
+
+def test_bad_requests_and_none_at_all(lm):
+    assert continue_prompts(lm, [], [], ALSO) == []
+    with pytest.raises(ShapeMismatch, match="5 prompts, but 4"):
+        continue_prompts(lm, PROMPTS, CELLS_OF_EACH[:4], ALSO)
+    with pytest.raises(ConfigError, match="no tokens"):
+        continue_prompts(lm, [[1], []], CELLS_OF_EACH[:2], ALSO)
+    with pytest.raises(ConfigError, match="batch_size"):
+        continue_prompts(lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=0)

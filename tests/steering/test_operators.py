@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch, UnknownName
 from saeffect.lm.hooks import edited
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.gated import GatedSae
+from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.standard import StandardSae
+from saeffect.sae.topk import TopKSae
 from saeffect.steering import AddVectors, Intervention
-from saeffect.steering.direct_effect import next_log_probabilities
-from saeffect.steering.operators import span
-from saeffect.steering.prompt_pass import read_prompt
+from saeffect.steering.generate import read_prompt
+from saeffect.steering.operators import SetFeatures, span
+from saeffect.steering.trials import next_log_probabilities
 from steering.tiny_model import D_MODEL, HOOK, n_hooks, tiny_model
 
 
@@ -33,7 +39,7 @@ def test_positions_of_a_four_token_prompt(positions, prefill, decode):
 
 @pytest.mark.parametrize("start", range(6))
 @pytest.mark.parametrize("length", [1, 2, 7])
-def test_prompt_and_generated_are_complements_also_when_the_prompt_comes_in_pieces(start, length):
+def test_prompt_and_generated_positions_are_complements(start, length):
     prompt, rest = span("prompt", start, length, 4), span("generated", start, length, 4)
     assert prompt.start == 0
     assert prompt.stop == rest.start
@@ -41,14 +47,14 @@ def test_prompt_and_generated_are_complements_also_when_the_prompt_comes_in_piec
     assert prompt.stop == len([p for p in range(start, start + length) if p < 3])
 
 
-def test_each_row_gets_its_own_vector_and_the_input_stays():
+def test_each_row_gets_its_own_vector():
     x = torch.zeros(2, 3, 2)
     out = AddVectors(torch.tensor([[1.0, 0.0], [0.0, -2.0]])).apply(x)
     assert out.tolist() == [[[1.0, 0.0]] * 3, [[0.0, -2.0]] * 3]
     assert not x.any()
 
 
-def test_an_edit_of_some_positions_leaves_its_input_alone():
+def test_edit_keeps_its_input():
     x = torch.zeros(1, 4, 2)
     Intervention(AddVectors(torch.ones(1, 2)), "prompt").edit(4)(x)
     assert not x.any()
@@ -122,3 +128,123 @@ def test_bos_is_never_steered(positions, expected):
     assert bool(edit(torch.zeros(1, 1, D_MODEL)).any()) == (positions != "prompt"), "what is generated"
     with pytest.raises(ConfigError, match="leaves out BOS"):
         intervention.edit(1, 1)
+
+
+D_SAE = 24
+KINDS = {
+    "standard": (StandardSae, {}),
+    "topk": (TopKSae, {"k": 5}),
+    "topk, ranked by decoder norm": (TopKSae, {"k": 5, "rescale_acts_by_decoder_norm": True}),
+    "jumprelu": (JumpReluSae, {}),
+    "gated": (GatedSae, {}),
+    "layer_norm": (StandardSae, {"normalize_activations": "layer_norm"}),
+    "centred": (TopKSae, {"k": 5, "centre_input": True}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def sae(request: pytest.FixtureRequest) -> SparseAutoencoder:
+    cls, options = KINDS[request.param]
+    made = cls(SaeConfig(cls.architecture, D_MODEL, D_SAE, **options))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if name.startswith("b_") else 1))
+    if isinstance(made, JumpReluSae):
+        made.threshold.data.abs_()
+    return made.requires_grad_(False)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 4, D_MODEL, generator=torch.Generator().manual_seed(2)) * 2
+
+
+def ablate(sae, *features, norm_limit=math.inf):
+    return SetFeatures(sae, torch.tensor(features)[:, None], torch.zeros(len(features), 1), norm_limit=norm_limit)
+
+
+def spliced(sae: SparseAutoencoder, x: torch.Tensor, set_to: dict[int, float]) -> torch.Tensor:
+    """The definition: decode changed activations, and put the SAE's error back."""
+    normalised, mean, scale = sae._normalised(x)
+    acts = sae.activation(sae.hidden_pre(normalised))
+    changed = acts.clone()
+    for feature, value in set_to.items():
+        changed[..., feature] = value
+    error = x - (sae.decode(acts) * scale + mean)
+    return sae.decode(changed) * scale + mean + error
+
+
+def test_setting_features_keeps_the_saes_error(sae, x):
+    rows = [[3], [7, 0], [1, 2, 5]]
+    targets = torch.tensor([[2.0, 0, 0], [0.0, 1.5, 0], [3.0, 0.0, 0.25]])
+    features = torch.tensor([[3, -1, -1], [7, 0, -1], [1, 2, 5]])
+    out = SetFeatures(sae, features, targets).apply(x)
+    for row, some in enumerate(rows):
+        expected = spliced(sae, x[row], {f: float(targets[row, i]) for i, f in enumerate(some)})
+        torch.testing.assert_close(out[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_ablating_an_inactive_feature_changes_nothing(sae, x):
+    acts = sae.encode(x)
+    out = ablate(sae, 3, 3, 3).apply(x.bfloat16())
+    off = sae.encode(x.bfloat16())[..., 3] == 0
+    assert torch.equal(out[off], x.bfloat16()[off])
+    assert bool((acts[..., 3] > 0).any()), "the feature is on somewhere, else this says nothing"
+    on = ablate(sae, 3, 3, 3).apply(x)[acts[..., 3] > 0]
+    assert not torch.equal(on, x[acts[..., 3] > 0])
+
+
+def test_longer_activations_than_the_limit_keep_every_bit(sae, x):
+    """Also beside others in the row; at the limit itself the features are set."""
+    lengths = x.norm(dim=-1)
+    limit = float(lengths.flatten().sort().values[5])
+    features, targets = torch.tensor([[3, -1], [7, 0], [1, -1]]), torch.tensor([[2.0, 0], [1.0, 1.0], [3.0, 0]])
+    out = SetFeatures(sae, features, targets, norm_limit=limit).apply(x)
+    whole = SetFeatures(sae, features, targets).apply(x)
+    longer = lengths > limit
+    assert 0 < int(longer.sum()) < longer.numel()
+    assert torch.equal(out[longer], x[longer])
+    assert torch.equal(out[~longer], whole[~longer])
+    assert not torch.equal(whole[longer], x[longer])
+    assert ablate(sae, 1, 1, 1, norm_limit=limit).take(0, 2).norm_limit == limit
+
+
+def test_a_slice_of_rows(sae, x):
+    whole = SetFeatures(sae, torch.tensor([[1, -1], [2, 3], [4, -1]]), torch.zeros(3, 2))
+    torch.testing.assert_close(whole.take(1, 3).apply(x[1:]), whole.apply(x)[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_setting_features_keeps_the_dtype_and_the_input(dtype, x):
+    sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE))
+    given = x.to(dtype)
+    before = given.clone()
+    out = SetFeatures(sae, torch.tensor([[0]] * 3), torch.ones(3, 1)).apply(given)
+    assert out.dtype == dtype
+    assert torch.equal(given, before)
+
+
+def test_hooks_are_removed_after_an_error(lm):
+    sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE))
+    before = n_hooks(lm)
+    edit = Intervention(ablate(sae, 0)).edit(3)
+    with pytest.raises(ShapeMismatch), edited(lm, HOOK, edit):
+        lm.model(input_ids=torch.ones(2, 3, dtype=torch.int64))  # two rows meet an operator of one
+    assert n_hooks(lm) == before
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "error", "words"),
+    [
+        ([[0, 0]], [[1.0, 1.0]], ConfigError, "same feature twice"),
+        ([[0]], [[-1.0]], ConfigError, "negative"),
+        ([[0]], [[float("nan")]], ConfigError, "NaN"),
+        ([[D_SAE]], [[1.0]], ShapeMismatch, "the SAE has"),
+        ([[-2]], [[1.0]], ShapeMismatch, "run from -2"),
+        ([[0]], [[1.0, 2.0]], ShapeMismatch, "expected both"),
+    ],
+)
+def test_bad_features_to_set(features, targets, error, words):
+    sae = StandardSae(SaeConfig("standard", D_MODEL, D_SAE))
+    with pytest.raises(error, match=words):
+        SetFeatures(sae, torch.tensor(features), torch.tensor(targets))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 import transformers
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import HOOK_KINDS, blocks, edited
+from saeffect.lm.architectures import blocks
+from saeffect.lm.hooks import HOOK_KINDS, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, continue_prompts, generate, prompt_pass
-from saeffect.steering.key_value_memory import can_spread
-from saeffect.steering.prompt_pass import last_logits, read_prompt
+from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+from saeffect.steering.generate import _can_spread, _is_about_shapes, continue_prompts, last_logits, read_prompt
 from steering.tiny_model import D_MODEL, D_VOCAB, HOOK, WordTokenizer, tiny_model
 
 PROMPT = [5, 9, 40, 12, 33]
@@ -147,19 +149,19 @@ def test_memory_is_set_aside_once(any_lm):
 
 
 def test_other_caches_are_left_alone():
-    assert not can_spread(None)
-    assert not can_spread(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
-    assert not can_spread(transformers.DynamicCache())
+    assert not _can_spread(None)
+    assert not _can_spread(transformers.StaticCache(config=CONFIGS["llama"](), max_cache_len=8))
+    assert not _can_spread(transformers.DynamicCache())
 
 
-def test_a_wrong_operator_is_told_and_no_hook_stays(any_lm):
+def test_wrong_width_raises_and_removes_hooks(any_lm):
     edit = Intervention(AddVectors(torch.ones(3, WIDTH + 1))).edit(len(PROMPT))
     with pytest.raises(ShapeMismatch), torch.inference_mode():
         read_prompt(any_lm, "blocks.1.hook_resid_pre", PROMPT, 3, edit, room=1)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_lm.model.modules())
 
 
-def test_what_is_not_about_shapes_is_not_read_row_by_row(monkeypatch):
+def test_other_runtime_errors_are_raised(monkeypatch):
     """Bloom's bias does not fit, which is said with sizes; a full memory is another matter and must be heard of."""
     lm = tiny_model()
     edit = Intervention(AddVectors(torch.ones(3, D_MODEL))).edit(2)
@@ -168,8 +170,8 @@ def test_what_is_not_about_shapes_is_not_read_row_by_row(monkeypatch):
         def fail(*args, error=error):
             raise error
 
-        monkeypatch.setattr(prompt_pass, "_read_once", fail)
+        monkeypatch.setattr(importlib.import_module("saeffect.steering.generate"), "_read_once", fail)
         with pytest.raises(type(error), match=str(error)):
             read_prompt(lm, HOOK, [3, 5], 3, edit, room=1)
     misfit = RuntimeError("The size of tensor a (3) must match the size of tensor b (1) at non-singleton dimension 0")
-    assert prompt_pass._is_about_shapes(misfit)
+    assert _is_about_shapes(misfit)

@@ -1,6 +1,12 @@
+"""Texts and direct effects of every feature, prompt, sample, condition and dose, in one process or several."""
+
 from __future__ import annotations
 
-import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,31 +15,27 @@ import torch
 from pandas.testing import assert_frame_equal
 
 from saeffect.errors import ShapeMismatch
+from saeffect.lm.hooks import edited
 from saeffect.steering import (
-    TRIAL_COLUMNS,
     AddVectors,
     Intervention,
     NoiseCell,
     SteeringPlan,
-    distinct_2,
+    direct_effects,
     effects,
     generate,
-    random_direction,
     run_trials,
-    similarity,
 )
-from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, n_hooks, site, tiny_model
-
-W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
-FEATURES = pd.DataFrame(
-    {"feature": [7, 2, 5, 0, 11], "top_tokens": [[f"w{3 + 9 * i + j}" for j in range(9)] for i in range(5)]}
-)
-# Eight steered rows a feature beside two unsteered ones, so two features fill a batch: chunks (0, 2), (5, 7), (11).
-PLAN = SteeringPlan(("one two", "three"), (0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=18, seed=3)
+from saeffect.steering.outcomes import distinct_2, similarity
+from saeffect.steering.placebos import random_direction
+from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process
+from steering import shared_trials
+from steering.shared_trials import FEATURES, PLAN, W_DEC
+from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, changed, n_hooks, site, tiny_model
 
 
 def run(lm, plan=PLAN, features=FEATURES, **kwargs):
-    return run_trials(site(lm), W_DEC, features, plan, vectors=OneHotWords(), **kwargs)
+    return run_trials(site(lm, W_DEC), features, plan, vectors=OneHotWords(), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def trials(lm):
     return run(lm)
 
 
-def test_one_row_per_feature_prompt_sample_condition_and_dose(trials):
+def test_rows_of_the_table(trials):
     assert tuple(trials.columns) == TRIAL_COLUMNS
     keys = ["feature", "prompt", "sample", "condition", "dose"]
     assert not trials.duplicated(keys).any()
@@ -64,25 +66,25 @@ def test_rows_are_what_generate_gives(lm, trials):
             HOOK,
             lm.encode(text),
             [NoiseCell(3, text, 1)],
-            PLAN.sampling,
+            PLAN,
             intervention=Intervention(AddVectors(row.dose * 4.0 * unit[None])),
         )[0]
         assert row.text == lm.decode(ids)
         assert row.distinct2 == distinct_2(ids)
         assert row.coefficient == pytest.approx(row.dose * 4.0 / W_DEC[row.feature].norm().item())
         reference = " ".join(FEATURES.set_index("feature")["top_tokens"][row.feature])
-        assert row.similarity == similarity(row.text, reference, OneHotWords()).value
+        assert row.similarity == similarity(row.text, reference, OneHotWords())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_zero_dose_gives_the_unsteered_text(dtype):
-    trials = run(tiny_model(dtype), dataclasses.replace(PLAN, doses=(0.0,)))
+    trials = run(tiny_model(dtype), changed(PLAN, doses=(0.0,)))
     texts = trials.pivot(index=["feature", "prompt", "sample"], columns="condition", values="text")
     assert (texts["steered"] == texts["unsteered"]).all()
     assert (texts["random"] == texts["unsteered"]).all()
 
 
-def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
+def test_unsteered_texts_share_the_steered_batch(lm, monkeypatch):
     """So that rounding, which depends on the batch, is the same on both sides of a difference."""
     from saeffect.steering import trials as module
 
@@ -99,7 +101,7 @@ def test_unsteered_texts_ride_in_the_batch_of_the_steered_ones(lm, monkeypatch):
     assert batches == [(18, 2)] * 4 + [(10, 2)] * 2  # three chunks on two prompts, two unsteered samples in each
 
 
-def test_texts_do_not_depend_on_the_other_features_or_their_order(lm, trials):
+def test_texts_do_not_depend_on_other_features(lm, trials):
     alone = run(lm, features=FEATURES[FEATURES["feature"] == 5])
     assert_frame_equal(alone, trials[trials["feature"] == 5].reset_index(drop=True))
     assert_frame_equal(run(lm, features=FEATURES[::-1]), trials)
@@ -132,14 +134,14 @@ def test_a_half_written_chunk_is_done_again(lm, trials):
 
 
 def test_rows_of_another_plan_are_not_taken(lm, trials):
-    other = dataclasses.replace(PLAN, doses=(0.5,))
+    other = changed(PLAN, doses=(0.5,))
     again: list[pd.DataFrame] = []
     run(lm, other, done=trials, on_chunk=again.append)
     assert sum(c["feature"].nunique() for c in again) == 5
 
 
 def test_without_placebos_and_with_perplexity(lm):
-    trials = run(lm, dataclasses.replace(PLAN, placebos=(), perplexity=True), FEATURES[:2])
+    trials = run(lm, changed(PLAN, placebos=()), FEATURES[:2])
     assert set(trials["condition"]) == {"unsteered", "steered"}
     assert trials.columns[-1] == "perplexity"
     assert (trials["perplexity"] > 1).all()
@@ -151,12 +153,12 @@ def test_unknown_top_tokens_give_nan(lm):
     assert run(lm, features=features)["similarity"].isna().all()
 
 
-def test_texts_that_end_at_once_are_empty_and_without_numbers():
+def test_empty_texts_have_no_numbers():
     lm = tiny_model()
     weight = torch.zeros(D_VOCAB)
     weight[END] = 1e3
     lm.model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + weight)
-    plan = dataclasses.replace(PLAN, allow_end=True, perplexity=True, doses=(1.0,))
+    plan = changed(PLAN, allow_end=True, doses=(1.0,))
     trials = run(lm, plan, FEATURES[:2])
     assert (trials["text"] == "").all()
     assert trials[["similarity", "distinct2", "perplexity"]].isna().all(axis=None)
@@ -173,7 +175,7 @@ def test_hooks_are_gone_and_bad_done_is_refused(lm, trials):
 
 
 def test_matched_placebos_come_from_the_feature_table(lm):
-    plan = dataclasses.replace(PLAN, placebos=("random", "matched"), doses=(0.5,))
+    plan = changed(PLAN, placebos=("random", "matched"), doses=(0.5,))
     with pytest.raises(ShapeMismatch, match="matched"):
         run(lm, plan)
     features = FEATURES[FEATURES["feature"] < 11]
@@ -181,6 +183,104 @@ def test_matched_placebos_come_from_the_feature_table(lm):
     assert set(trials["condition"]) == {"unsteered", "steered", "random", "matched"}
     # The placebo of a feature is that feature's neighbour, steered.
     neighbours = features.assign(feature=features["feature"] + 1)
-    twins = run(lm, dataclasses.replace(plan, placebos=()), neighbours)
+    twins = run(lm, changed(plan, placebos=()), neighbours)
     texts = trials[trials["condition"] == "matched"]["text"].tolist()
     assert texts == twins[twins["condition"] == "steered"]["text"].tolist()
+
+
+def test_two_processes_make_what_one_makes(lm, trials, tmp_path: Path) -> None:
+    source = str(Path(shared_trials.__file__).parents[2] / "src")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, shared_trials.__file__, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    single = run_trials(site(lm, W_DEC), FEATURES[:1], PLAN, vectors=OneHotWords())
+    for rank in (0, 1):
+        assert_frame_equal(pd.read_pickle(tmp_path / f"table-{rank}-of-2.pkl"), trials, check_exact=True)
+        assert_frame_equal(pd.read_pickle(tmp_path / f"resumed-{rank}-of-2.pkl"), trials, check_exact=True)
+        assert_frame_equal(pd.read_pickle(tmp_path / f"single-{rank}-of-2.pkl"), single, check_exact=True)
+    own = [set(pd.read_pickle(tmp_path / f"own-{rank}-of-2.pkl")["feature"]) for rank in (0, 1)]
+    assert own == [{0, 2, 11}, {5, 7}], "each steers its share and no other"
+
+
+def test_a_process_that_is_alone(lm, trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    chunks: list[pd.DataFrame] = []
+    table = run_trials(site(lm, W_DEC), FEATURES, PLAN, vectors=OneHotWords(), on_chunk=chunks.append)
+    assert_frame_equal(table, trials, check_exact=True)
+    assert len(chunks) == 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_features", [1, 2, 5, 12])
+def test_processes_share_whole_chunks(n_features: int, world: int) -> None:
+    shares = [features_of_process(n_features, PLAN, rank, world) for rank in range(world)]
+    assert sorted(i for share in shares for i in share) == list(range(n_features))
+    for share in shares:
+        chunks = [share[i : i + 2] for i in range(0, len(share), 2)]
+        assert all(chunk[0] % 2 == 0 and chunk == list(range(chunk[0], chunk[0] + len(chunk))) for chunk in chunks)
+
+
+ROWS = torch.randn(6, D_MODEL, generator=torch.Generator().manual_seed(5)) * 2
+TOKENS = pd.DataFrame({"feature": [4, 1], "top_token_ids": [[10, 11, 12], np.array([20])]})
+DIRECT = SteeringPlan(prompts=("one two three", "four five"), doses=(0.5, -1.0), batch_size=4, seed=9)
+
+
+def plain_log_p(lm, ids, vector=None, first=0):
+    def edit(x):
+        out = x.clone()
+        out[:, first:] += vector
+        return out
+
+    input_ids = torch.tensor([ids])
+    with torch.no_grad():
+        if vector is None:
+            return lm.model(input_ids=input_ids).logits[0, -1].log_softmax(-1)
+        with edited(lm, HOOK, edit):
+            return lm.model(input_ids=input_ids).logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize(("positions", "first"), [("all", 0), ("generated", -1)])
+def test_equals_two_plain_forward_passes(positions, first):
+    lm = tiny_model(torch.float64)
+    plan = changed(DIRECT, positions=positions)
+    table = direct_effects(site(lm, ROWS), TOKENS, plan)
+    assert len(table) == 2 * 2 * 2 * 2
+    top = {4: [10, 11, 12], 1: [20]}
+    for row in table.itertuples():
+        unit = ROWS[row.feature] / ROWS[row.feature].norm()
+        if row.condition == "random":
+            unit = random_direction(D_MODEL, seed=9, feature=row.feature, draw=(row.prompt, 0))
+        ids = lm.encode(plan.prompts[row.prompt])
+        before = plain_log_p(lm, ids)
+        after = plain_log_p(lm, ids, row.dose * 4.0 * unit.double(), first)
+        change = np.mean([(after[i] - before[i]).item() for i in top[row.feature]])
+        assert row.delta_logprob == pytest.approx(change, abs=1e-5)
+        assert row.kl == pytest.approx((before.exp() * (before - after)).sum().item(), abs=1e-5)
+
+
+def test_order_columns_and_zero_dose(lm):
+    plan = SteeringPlan(prompts=("a b", "c"), doses=(0.0,), batch_size=3)
+    seen = []
+    table = direct_effects(site(lm, ROWS), TOKENS, plan, progress=lambda *n: seen.append(n))
+    assert table.columns.tolist() == ["feature", "prompt", "condition", "dose", "delta_logprob", "kl"]
+    assert table["feature"].tolist() == [1] * 4 + [4] * 4
+    assert table["prompt"].tolist() == [0, 0, 1, 1] * 2
+    assert table["condition"].tolist() == ["steered", "random"] * 4
+    assert (table[["delta_logprob", "kl"]] == 0).all(axis=None)
+    assert seen[-1] == (8, 8)
+    assert n_hooks(lm) == 0
+
+
+def test_no_top_tokens_no_change_of_them(lm):
+    features = pd.DataFrame({"feature": [0], "top_token_ids": [[]]})
+    table = direct_effects(site(lm, ROWS), features, SteeringPlan(prompts=("a",), doses=(1.0,)))
+    assert math.isnan(table["delta_logprob"][0])
+    assert table["kl"][0] > 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from saeffect.lm.language_model import LanguageModel
+from saeffect.steering import Site, SteeringPlan
 
 D_MODEL = 32
 D_VOCAB = 97
@@ -67,14 +68,16 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
     return LanguageModel(model.to(dtype).eval().requires_grad_(False), WordTokenizer(), "tiny")
 
 
-def site(lm: LanguageModel, mean_norm: float = 4.0) -> Any:
-    from saeffect.steering import Site
+def site(lm: LanguageModel, W_dec: torch.Tensor) -> Site:
+    return Site(lm, HOOK, W_dec, 4.0)
 
-    return Site(lm, HOOK, mean_norm)
+
+def changed(plan: SteeringPlan, **change: Any) -> SteeringPlan:
+    return SteeringPlan(**plan.model_dump() | change)
 
 
 def n_hooks(lm: LanguageModel) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
 
 
-__all__ = ["D_MODEL", "D_VOCAB", "END", "HOOK", "OneHotWords", "n_hooks", "site", "tiny_model"]
+__all__ = ["D_MODEL", "D_VOCAB", "END", "HOOK", "OneHotWords", "changed", "n_hooks", "site", "tiny_model"]

@@ -17,7 +17,7 @@ from saeffect.errors import BadFile, EmptySelection, NotFound
 from saeffect.io import Log, read_json
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
-from saeffect.study.stages.reporting import _text
+from saeffect.study.stages.report import _text
 from saeffect.study.study import Study
 from tiny_study import WORDS, make_sae, make_study, sentences
 
@@ -52,7 +52,7 @@ def _line(study: Study, start: str) -> str:
     return found
 
 
-def test_words_that_can_never_match_are_counted_and_shown(folder: Path, complains: Callable[..., Any]) -> None:
+def test_unmatchable_vocabulary_words_are_counted(folder: Path, complains: Callable[..., Any]) -> None:
     assert _line(_study(folder), "vocabulary").endswith(f": {len(set(WORDS[:16]))} words")
     (folder / "words.txt").write_text("cancer\nspirochaete\nDoctor\nzygoma\n")
     assert "4 words, of which 2 can never match, no token being one of them, such as spirochaete, zygoma" in _line(
@@ -63,7 +63,7 @@ def test_words_that_can_never_match_are_counted_and_shown(folder: Path, complain
         check_study(_study(folder))
 
 
-def test_a_source_that_ends_early_is_told_by_check_run_and_report(folder: Path) -> None:
+def test_short_text_source_is_reported(folder: Path) -> None:
     assert _line(_study(folder), "text") == "text: domain, general"
     rows = [json.dumps({"text": text}) for text in sentences(8)]
     (folder / "other.jsonl").write_text("\n".join(rows), encoding="utf-8")
@@ -107,7 +107,7 @@ def test_every_source_is_opened(content: bytes, part: str, folder: Path, complai
         check_study(_study(folder))
 
 
-def test_names_are_looked_up_beside_the_study_wherever_one_stands(
+def test_paths_resolve_beside_the_study_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]
 ) -> None:
     current = tmp_path / "current"

@@ -7,20 +7,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from saeffect.comparison import MatchTables
 from saeffect.diffing import correspondence
+from saeffect.diffing.methods import METHODS, Method
+from saeffect.diffing.pair import ModelPair
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
 from saeffect.io import Log, write_json
-from saeffect.sae.formats.compact import save_compact
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae, save_compact
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.comparison import read_comparison, run_comparison
-from saeffect.study.stages.matching import read_matches
+from saeffect.study.stages.compare import read_comparison, run_compare
+from saeffect.study.stages.match import read_matches
 from saeffect.study.stages.seeds import open_seed, seed_folders
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
@@ -88,7 +90,7 @@ def test_seeds_have_the_columns_of_an_arm(seeded) -> None:
     assert seeds["top_tokens"].map(len).eq(10).all()
 
 
-def test_a_whole_seed_is_measured_as_the_arms_own_sae_is(tmp_path) -> None:
+def test_seed_sae_measured_like_arms_sae(tmp_path) -> None:
     """An arm's own SAE, listed under another folder as a further one, must get the same numbers."""
     path = make_study(tmp_path, steering=None)
     make_sae(tmp_path / "saes" / "copy", 0)
@@ -105,7 +107,7 @@ def test_a_whole_seed_is_measured_as_the_arms_own_sae_is(tmp_path) -> None:
     assert copy["is_domain"].tolist() == chosen["is_domain"].tolist()
 
 
-def test_contrasts_over_seeds_stand_beside_the_others(seeded) -> None:
+def test_contrasts_over_seeds(seeded) -> None:
     contrasts = read_comparison(seeded[1]).contrasts
     row = contrasts[(contrasts["quantity"] == "domain_share_seeds") & (contrasts["comparison"] == "all seeds")].iloc[0]
     assert (row["saes_a"], row["saes_b"]) == (4, 2)
@@ -135,7 +137,7 @@ def test_fates_are_judged_by_three_other_seeds(seeded) -> None:
     assert matches.fates_control["other_seeds_similarity"].notna().any()
 
 
-def test_calibration_counts_every_pair_of_the_controls_saes(seeded) -> None:
+def test_calibration_counts_all_control_sae_pairs(seeded) -> None:
     table = read_comparison(seeded[1]).calibration.set_index(["test", "rule"])
     assert table.loc[("domain_share", "the interval excludes zero"), "tests"] == 4 * 3 / 2
     assert table.loc[("domain_share", "more than SAE noise"), "tests"] == 4  # each in turn
@@ -144,16 +146,16 @@ def test_calibration_counts_every_pair_of_the_controls_saes(seeded) -> None:
     assert table.loc[("cross-activity", "q at most alpha"), "findings"] == 0
 
 
-def test_what_the_study_file_says_reaches_the_comparison(seeded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_study_options_reach_compare(seeded, monkeypatch: pytest.MonkeyPatch) -> None:
     run, seen = seeded[1], {}
 
     def spy(arms, **options):
         seen.update(options)
         raise InterruptedError
 
-    monkeypatch.setattr("saeffect.study.stages.comparison.compare", spy)
+    monkeypatch.setattr("saeffect.study.stages.compare.compare", spy)
     with pytest.raises(InterruptedError):
-        list(run_comparison(run)())
+        run_compare(run)
     config = run.study.config
     wanted = config.comparison.model_dump(include={"tests", "alpha", "n_boot", "n_permutations"})
     wanted |= {"min_matches": config.selection.min_matches, "seed": config.seed}
@@ -174,7 +176,7 @@ def test_the_answer_speaks_of_all_of_it(seeded) -> None:
     assert "in the treatment's place" in everything
 
 
-def test_a_second_run_skips_and_a_new_seed_redoes_what_depends_on_it(seeded, tmp_path) -> None:
+def test_new_seed_redoes_only_dependent_stages(seeded, tmp_path) -> None:
     study, run, _ = seeded
     lines: list[str] = []
     run_study(Study.open(study.source), run.folder, log=Log(lines.append))
@@ -197,12 +199,28 @@ def test_a_second_run_skips_and_a_new_seed_redoes_what_depends_on_it(seeded, tmp
     assert not skipped["compare"]
 
 
-def test_the_same_model_twice_shows_no_cross_activity(tmp_path) -> None:
+def residual_difference(pair: ModelPair) -> dict[str, pd.DataFrame]:
+    """A diffing method from outside the package: how far the mean residual moved along each feature."""
+    means = [
+        torch.cat([batch.x[batch.mask].float() for batch in pair.residuals(view.name)]).mean(dim=0)
+        for view in (pair.control, pair.treatment)
+    ]
+    change = (pair.control.W_dec @ (means[1] - means[0])).numpy()
+    table = pd.DataFrame(
+        {"feature": range(len(change)), "change": change, "p": np.nan, "q": np.nan, "reason": "no null"}
+    )
+    return {"residual_difference": table}
+
+
+def test_same_model_twice_differs_in_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    further = Method(residual_difference, ("residual_difference",), interval=None)
+    monkeypatch.setitem(METHODS, "residual_difference", further)
     path = change_arms(make_study(tmp_path, steering=None), treatment={"model": "./base"})
     run = run_study(Study.open(path), tmp_path / "run", stages=("gate", "features", "coherence", "select", "match"))
-    cross = read_matches(run).cross_activity
-    assert (cross["difference"] == 0).all()
-    assert not (cross["q"] <= 0.05).any()
+    matches = read_matches(run)
+    assert (matches.cross_activity["difference"] == 0).all()
+    assert not (matches.cross_activity["q"] <= 0.05).any()
+    assert (matches.further["residual_difference"]["change"] == 0).all()
 
 
 def test_without_a_placebo_nothing_is_called(tmp_path) -> None:
@@ -245,7 +263,7 @@ def test_names_of_seeds_are_unlike_all_others(tmp_path) -> None:
     ]
 
 
-def test_a_compact_seed_brings_its_decoder_and_statistics(tmp_path) -> None:
+def test_compact_seed_has_decoder_and_statistics(tmp_path) -> None:
     make_sae(tmp_path / "whole", 3)
     compact(tmp_path / "whole", tmp_path / "small")
     one = open_seed("small", tmp_path / "small")
@@ -255,7 +273,7 @@ def test_a_compact_seed_brings_its_decoder_and_statistics(tmp_path) -> None:
     np.testing.assert_allclose(one.W_dec.numpy(), open_seed("whole", tmp_path / "whole").W_dec.numpy(), atol=0.01)
 
 
-def test_a_seed_that_is_another_kind_of_sae_is_refused(tmp_path) -> None:
+def test_seed_of_another_kind_is_refused(tmp_path) -> None:
     path = make_study(tmp_path)
     make_sae(tmp_path / "saes" / "control", 0, prepend_bos=False)
     make_sae(tmp_path / "saes" / "wide", 3, d_sae=128)
@@ -267,7 +285,7 @@ def test_a_seed_that_is_another_kind_of_sae_is_refused(tmp_path) -> None:
         assert "arms.control.more_saes.0" in str(caught.value.at)
 
 
-def test_a_seed_twice_and_an_unknown_test_are_refused(tmp_path) -> None:
+def test_repeated_seed_and_unknown_test_are_refused(tmp_path) -> None:
     path = change_arms(make_study(tmp_path), control={"more_saes": ["./saes/control"]})
     with pytest.raises(ConfigError, match="is there twice"):
         Study.open(path)

@@ -29,7 +29,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapted")
     path = make_study(folder, steering=None)
     config = yaml.safe_load(path.read_text())
-    config["arms"]["treatment"]["model"] = {"path": "./base", "adapter": "./adapter", "dtype": "float32"}
+    base = {"path": "./base", "dtype": "float32"}  # on some processors the default is bfloat16
+    config["arms"]["control"]["model"] = base
+    config["arms"]["treatment"]["model"] = base | {"adapter": "./adapter"}
     path.write_text(yaml.safe_dump(config))
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), lora)

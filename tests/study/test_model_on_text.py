@@ -18,7 +18,7 @@ from saeffect.lm.activations import TokenRows
 from saeffect.lm.finetune import perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.check import check_study
-from saeffect.study.model_on_text import complaint_about_model, model_on_text
+from saeffect.study.stages.gate import complaint_about_model, model_on_text
 from saeffect.study.study import Study
 from tiny_study import make_sae, make_study
 
@@ -39,7 +39,7 @@ def _study(folder: Path, word: Any = None) -> Path:
     return path
 
 
-def test_rows_begin_as_the_tokenizer_does_unless_the_saes_say_otherwise(tmp_path: Path) -> None:
+def test_rows_begin_as_saes_or_tokenizer_say(tmp_path: Path) -> None:
     study = Study.open(_study(tmp_path))
     assert (study.rows().ids[:, 0] == 0).all()
     assert study.arms["treatment"].lm.encode_prompt("fever")[0] == 0

@@ -32,19 +32,19 @@ STEERING = {
     "top_p": 1.0,
     "baseline_features": 1,
     "batch_size": 6,
-    "together": {"control": [[1, 2], [4, 7, 9]]},
+    "together": {"control": [[1, 2]]},
 }
 SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `study.yaml`, `before` (all stages before steering) and `alone` (a whole run of one process)."""
+    """A folder with `study.yaml`, `before` (all stages before steering) and `alone` (steering too, by one process)."""
     folder = tmp_path_factory.mktemp("study")
     study = Study.open(make_study(folder, steering=STEERING))
     run_study(study, folder / "before", stages=BEFORE)
     shutil.copytree(folder / "before", folder / "alone")
-    run_study(study, folder / "alone")
+    run_study(study, folder / "alone", stages=("steer",))
     return folder
 
 
@@ -86,46 +86,43 @@ def files(run: Path) -> dict[str, str]:
     return found
 
 
-def steered(run: Path) -> dict[str, str]:
-    return {name: digest for name, digest in files(run).items() if name.startswith(("arms/", "steering/"))}
-
-
 def wait_until(true: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
     while not true():
         assert all(process.poll() is None for process in processes), "it ended before it could be stopped"
         time.sleep(0.005)
 
 
-def test_two_processes_make_what_one_makes(prepared: Path, tmp_path: Path) -> None:
-    process = torchrun(2, "run", prepared / "study.yaml", "--out", tmp_path / "run")
-    heard, said = process.communicate()
-    assert process.returncode == 0, said
-    assert files(tmp_path / "run") == files(prepared / "alone")
-    assert heard.count("report: ") == 1, "the first process alone speaks"
-    assert said.count("steer treatment: ") == 1
-
-
-def test_a_killed_run_is_ended_by_another_number_of_processes(prepared: Path, tmp_path: Path) -> None:
+def test_interrupted_processes_end_with_one_process_files(prepared: Path, tmp_path: Path) -> None:
+    """Two processes are killed, two of torchrun get Ctrl-C, and three end what was begun."""
     run = tmp_path / "run"
     shutil.copytree(prepared / "before", run)
     arguments = ("steer", prepared / "study.yaml", "--out", run)
     processes = side_by_side(arguments, arguments)
-
-    wait_until(lambda: len(list(run.glob("partial/steer-treatment/*"))) >= 2, processes)
+    wait_until(lambda: any(run.glob("partial/steer-control/*.parquet")), processes)
     for process in processes:
         process.kill()
         process.communicate()
-    assert not (run / "arms/treatment/interventions.parquet").exists()
-    kept = list(run.glob("partial/steer-treatment/*"))
-    last = torchrun(3, *arguments)
-    _, said = last.communicate()
-    assert last.returncode == 0, said
+    assert not (run / "arms/control/interventions.parquet").exists()
+
+    together = torchrun(2, *arguments)
+    wait_until(lambda: any(run.glob("partial/steer-placebo/*.parquet")), [together])
+    together.send_signal(signal.SIGINT)  # torchrun passes it on
+    _, errors = together.communicate()
+    assert together.returncode != 0
+    assert errors.count("Interrupted: stopped. What is finished is kept") == 1, errors
+    assert (run / "arms/control/interventions.parquet").exists()
+    kept = list(run.glob("partial/steer-placebo/*"))
     assert kept
+
+    last = side_by_side(*[arguments] * 3)
+    shown = [process.communicate()[1] for process in last]
+    assert [process.returncode for process in last] == [0, 0, 0], shown
+    assert sum(errors.count("steer treatment: ") for errors in shown) == 1, "the first process alone shows anything"
     assert not any(piece.exists() for piece in kept)
-    assert steered(run) == steered(prepared / "alone")
+    assert files(run) == files(prepared / "alone")
 
 
-def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> None:
+def test_error_of_all_is_shown_once(prepared: Path, tmp_path: Path) -> None:
     text = (prepared / "study.yaml").read_text()
     broken = prepared / "broken.yaml"
     broken.write_text(text.replace("./saes/placebo", "./saes/nowhere"))
@@ -138,7 +135,7 @@ def test_what_is_wrong_for_all_is_said_once(prepared: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_wrong_for_one_stops_all(prepared: Path, tmp_path: Path) -> None:
+def test_error_of_one_stops_all(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared / "before", tmp_path / "run")
     shutil.copytree(prepared / "before", tmp_path / "elsewhere")
     first, second = side_by_side(
@@ -153,18 +150,3 @@ def test_what_is_wrong_for_one_stops_all(prepared: Path, tmp_path: Path) -> None
     assert first.returncode == 130, said
     assert "Interrupted: this process stops because another one of the same run did" in said
     assert not any((tmp_path / "run").glob("arms/*/interventions.parquet"))
-
-
-def test_ctrl_c_stops_all_and_what_is_finished_is_kept(prepared: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(prepared / "before", run)
-    arguments = ("steer", prepared / "study.yaml", "--out", run)
-    process = torchrun(2, *arguments)
-    wait_until(lambda: any(run.glob("partial/steer-placebo/*.parquet")), [process])
-    process.send_signal(signal.SIGINT)  # torchrun passes it on
-    _, said = process.communicate()
-    assert process.returncode != 0
-    assert said.count("Interrupted: stopped. What is finished is kept") == 1, said
-    assert (run / "arms/control/interventions.parquet").exists()
-    run_study(Study.open(prepared / "study.yaml"), run, stages=("steer",))
-    assert steered(run) == steered(prepared / "alone")

@@ -13,8 +13,8 @@ import torch
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
-from saeffect.study import residuals as module
-from saeffect.study.residuals import Residuals, machine_memory
+from saeffect.study import texts as module
+from saeffect.study.texts import Residuals, machine_memory
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -68,7 +68,7 @@ def test_the_same_is_captured_once(
     assert passes() == 0
 
 
-def test_another_hook_or_text_or_a_model_without_identity_is_captured_anew(
+def test_other_hook_text_or_model_is_captured_anew(
     tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
 ) -> None:
     residuals, llama = Residuals(), replace(tiny_llama, identity="a")
@@ -83,9 +83,7 @@ def test_another_hook_or_text_or_a_model_without_identity_is_captured_anew(
     assert passes() == 6
 
 
-def test_what_was_not_captured_to_its_end_is_not_kept(
-    tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]
-) -> None:
+def test_incomplete_capture_is_not_kept(tiny_llama: LanguageModel, rows: TokenRows, passes: Callable[[], int]) -> None:
     residuals, llama = Residuals(), replace(tiny_llama, identity="a")
     next(residuals.batches(llama, HOOK, rows))
     assert passes() == 1

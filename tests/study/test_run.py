@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from saeffect.errors import ConfigError, InUse
-from saeffect.io import Log, read_json
-from saeffect.sole_writer import sole_writer
+from saeffect.io import Log, read_json, sole_writer
+from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
@@ -37,11 +38,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) ->
     return path, folder / "run"
 
 
-def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path], tmp_path: Path, with_figures: None) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(finished[1], run)
-    run_study(Study.open(finished[0]), run, stages=["report"], redo=True)
-    names = set(tree(run))
+def test_every_file_of_the_design_is_there(finished: tuple[Path, Path]) -> None:
+    names = set(tree(finished[1]))
     for arm in ("control", "treatment", "placebo"):
         for file in (
             "features",
@@ -59,12 +57,10 @@ def test_a_run_leaves_every_file_of_the_design(finished: tuple[Path, Path], tmp_
     assert {"steering/dose.json", "steering/dose_search.parquet", "steering/dose_response.parquet"} <= names
     assert {"study.yaml", "manifest.json", "report.html", "comparison/answer.json"} <= names
     assert {"tables/table1.csv", "tables/table1.json", "tables/table2.csv"} <= names
-    assert any(n.startswith("figures/") and n.endswith(".svg") for n in names)
-    assert any(n.startswith("figures/") and n.endswith(".png") for n in names)
     assert not any(n.startswith("partial/") or n.split("/")[-1].startswith(".") for n in names)
 
 
-def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
+def test_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     path, run = finished
     before = tree(run)
     lines: list[str] = []
@@ -75,15 +71,7 @@ def test_a_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     assert tree(run) == before
 
 
-def test_the_same_seed_gives_the_same_numbers_in_another_folder(finished: tuple[Path, Path], tmp_path: Path) -> None:
-    path, run = finished
-    run_study(Study.open(path), tmp_path / "again")
-    first, second = tree(run), tree(tmp_path / "again")
-    del first["manifest.json"], second["manifest.json"]  # holds how long each stage took
-    assert first == second
-
-
-def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_run_resumes_to_same_numbers(finished: tuple[Path, Path], tmp_path: Path) -> None:
     path, run = finished
 
     class Killed(BaseException):
@@ -105,7 +93,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(finished: tuple[Path, Path], t
     assert first == second
 
 
-def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
+def test_pieces_stay_until_the_manifest_is_saved(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, run = finished
@@ -135,7 +123,7 @@ def test_pieces_of_work_stay_until_the_manifest_knows_the_tables(
     assert first == second
 
 
-def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> None:
+def test_second_run_in_one_directory_is_refused(finished: tuple[Path, Path]) -> None:
     path, run = finished
     before = tree(run)
     with sole_writer(run), pytest.raises(InUse, match="another process"):
@@ -143,7 +131,7 @@ def test_two_runs_do_not_write_to_one_directory(finished: tuple[Path, Path]) -> 
     assert tree(run) == before
 
 
-def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_changed_threshold_redoes_dependent_stages(finished: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(finished[0].parent, tmp_path, dirs_exist_ok=True)
     path = tmp_path / finished[0].name
     path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
@@ -154,7 +142,7 @@ def test_a_changed_threshold_redoes_what_depends_on_it_alone(finished: tuple[Pat
     assert not {"select", "dose search", "compare", "report"} & skipped
 
 
-def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Path) -> None:
     path, run = finished
     table = run / "arms" / "control" / "coherence.parquet"
     good = table.read_bytes()
@@ -165,7 +153,7 @@ def test_a_damaged_table_is_made_again(finished: tuple[Path, Path], tmp_path: Pa
     assert sum(not line.endswith("skipped") for line in lines if line.startswith("  ")) == 1
 
 
-def test_features_table_has_the_columns_of_the_design(finished: tuple[Path, Path]) -> None:
+def test_features_table_columns(finished: tuple[Path, Path]) -> None:
     features = pd.read_parquet(finished[1] / "arms" / "control" / "features.parquet")
     assert {
         "feature",
@@ -181,7 +169,7 @@ def test_features_table_has_the_columns_of_the_design(finished: tuple[Path, Path
     assert not features["top_tokens"].explode().eq("<|endoftext|>").any()
 
 
-def test_manifest_says_what_made_the_run(finished: tuple[Path, Path]) -> None:
+def test_manifest_records_versions_and_seed(finished: tuple[Path, Path]) -> None:
     manifest = read_json(finished[1] / "manifest.json")
     assert manifest["seed"] == 0
     assert {"torch", "saeffect", "python"} <= set(manifest["versions"])
@@ -189,54 +177,69 @@ def test_manifest_says_what_made_the_run(finished: tuple[Path, Path]) -> None:
     assert all(len(stage["fingerprint"]) == 64 for stage in manifest["stages"].values())
 
 
-def test_a_stage_does_not_build_on_an_older_study(tmp_path: Path) -> None:
-    path = make_study(tmp_path, steering=None)
+@pytest.fixture(scope="module")
+def unsteered_once(finished: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unsteered") / "study"
+    shutil.copytree(finished[0].parent, folder)
+    config = yaml.safe_load((folder / "study.yaml").read_text()) | {"steering": None}
+    (folder / "study.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    run_study(Study.open(folder / "study.yaml"), folder / "run")
+    return folder
+
+
+@pytest.fixture
+def unsteered(unsteered_once: Path, tmp_path: Path) -> Path:
+    """A folder with the study without steering, and its finished run in place of one with steering."""
+    return Path(shutil.copytree(unsteered_once, tmp_path / "study"))
+
+
+def test_stage_refuses_results_of_another_study(unsteered: Path) -> None:
+    path, run = unsteered / "study.yaml", unsteered / "run"
     with pytest.raises(ConfigError, match="gate"):
-        run_study(Study.open(path), tmp_path / "run", stages=("compare",))
-    run_study(Study.open(path), tmp_path / "run")
-    before = tree(tmp_path / "run")
+        run_study(Study.open(path), unsteered / "new", stages=("compare",))
+    before = tree(run)
     path.write_text(path.read_text().replace("min_matches: 1", "min_matches: 2"), encoding="utf-8")
     with pytest.raises(ConfigError, match="select") as caught:
-        run_study(Study.open(path), tmp_path / "run", stages=("compare",))
+        run_study(Study.open(path), run, stages=("compare",))
     assert "saeffect select" in (caught.value.fix or "")
-    assert tree(tmp_path / "run") == before
+    assert tree(run) == before
     for stage in ("select", "match", "compare", "report"):
-        run_study(Study.open(path), tmp_path / "run", stages=(stage,))
+        run_study(Study.open(path), run, stages=(stage,))
 
 
-def test_what_an_sae_says_of_its_training_reaches_the_design_check(tmp_path: Path) -> None:
-    path = make_study(tmp_path, steering=None)
-    run_study(Study.open(path), tmp_path / "run")
-    cfg = tmp_path / "saes" / "treatment" / "cfg.json"
+def test_without_steering_earlier_interventions_are_unread(unsteered: Path) -> None:
+    assert (unsteered / "run" / "arms" / "control" / "effects.parquet").exists()
+    contrasts = pd.read_parquet(unsteered / "run" / "comparison" / "contrasts.parquet")
+    assert contrasts.loc[contrasts["quantity"] == "pass_rate", "estimate"].isna().all()
+
+
+def test_sae_metadata_reaches_design_check(unsteered: Path) -> None:
+    cfg = unsteered / "saes" / "treatment" / "cfg.json"
     cfg.write_text(cfg.read_text().replace('"training_tokens": 1', '"training_tokens": 2'), encoding="utf-8")
-    run_study(Study.open(path), tmp_path / "run")
-    design = pd.read_parquet(tmp_path / "run" / "comparison" / "design.parquet").set_index("field")
+    design = check_study(Study.open(unsteered / "study.yaml")).design.set_index("field")
     assert design.loc["training_tokens", "status"] == "flaw"
 
 
-def test_verdicts_select_and_must_cover_every_arm(tmp_path: Path) -> None:
-    path = make_study(tmp_path, steering=None)
-    run_study(Study.open(path), tmp_path / "run")
-    selections = {
-        a: pd.read_parquet(tmp_path / "run" / "arms" / a / "selection.parquet")
-        for a in ("control", "treatment", "placebo")
-    }
+def test_verdicts_select_and_must_cover_every_arm(unsteered: Path) -> None:
+    path, run = unsteered / "study.yaml", unsteered / "run"
     lines = ["feature,arm,rater,verdict,label,note"]
-    for arm, table in selections.items():
+    for arm in ("control", "treatment", "placebo"):
+        table = pd.read_parquet(run / "arms" / arm / "selection.parquet")
         lines += [f"{table.loc[table['in_vocabulary'], 'feature'].iloc[0]},{arm},ann,yes,,"]
-    (tmp_path / "verdicts.csv").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    verdicts = unsteered / "verdicts.csv"
+    verdicts.write_text("\n".join(lines[:-1]), encoding="utf-8")
     changed = path.read_text().replace("min_matches: 1", "min_matches: 1\n  verdicts: ./verdicts.csv")
     path.write_text(changed, encoding="utf-8")
     with pytest.raises(ConfigError, match="placebo"):
-        run_study(Study.open(path), tmp_path / "run")
-    (tmp_path / "verdicts.csv").write_text("\n".join(lines), encoding="utf-8")
-    run_study(Study.open(path), tmp_path / "run")
-    table = pd.read_parquet(tmp_path / "run" / "comparison" / "table1.parquet").set_index("arm")
+        run_study(Study.open(path), run)
+    verdicts.write_text("\n".join(lines), encoding="utf-8")
+    run_study(Study.open(path), run, stages=("select", "match", "compare"))
+    table = pd.read_parquet(run / "comparison" / "table1.parquet").set_index("arm")
     assert (table["domain_features"] == 1).all()
     assert (table["in_vocabulary"] > 1).all()
 
 
-def test_the_steer_stage_tests_against_both_placebos_and_records_what_was_declared(finished: tuple[Path, Path]) -> None:
+def test_steer_tests_against_both_placebos(finished: tuple[Path, Path]) -> None:
     run = finished[1]
     arm = run / "arms" / "control"
     trials = pd.read_parquet(arm / "interventions.parquet")
@@ -282,8 +285,8 @@ def test_every_arm_has_baselines_and_a_dose_response(finished: tuple[Path, Path]
     assert dose["dose"] == own.idxmax()
 
 
-def test_without_a_gain_no_feature_is_steered_and_the_report_says_so(
-    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_figures: None
+def test_without_gain_no_feature_is_steered(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, done = finished
     run = tmp_path / "run"

@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError
-from saeffect.io import hash_file
-from saeffect.study.kept_rows import KeptRows, drop_kept_rows
+from saeffect.io import SILENT, Log, hash_file
 from saeffect.study.run import run_study
-from saeffect.study.run_folder import RunFolder
+from saeffect.study.run_folder import KeptRows, RunFolder, drop_kept_rows
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -33,14 +32,14 @@ def leave(run: RunFolder, inputs: int, *names: str) -> bool:
             path.write_text(f"{inputs} {path.name}")
         return paths
 
-    return run.stage("compare", inputs, work, lambda line: None)
+    return run.stage("compare", inputs, work, SILENT)
 
 
 def names(run: RunFolder) -> list[str]:
     return sorted(path.name for path in run.path("tables").iterdir())
 
 
-def test_what_a_stage_no_longer_makes_is_taken_away(study: Study, tmp_path: Path) -> None:
+def test_outdated_outputs_are_removed(study: Study, tmp_path: Path) -> None:
     assert leave(RunFolder(tmp_path, study), 1, "a", "b")
     again = RunFolder(tmp_path, study)
     assert not leave(again, 1, "a", "b")
@@ -49,7 +48,7 @@ def test_what_a_stage_no_longer_makes_is_taken_away(study: Study, tmp_path: Path
     assert again.is_done("compare", 2)
 
 
-def test_what_somebody_changed_or_added_stays(study: Study, tmp_path: Path) -> None:
+def test_changed_or_added_files_stay(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a", "b")
     run.path("tables", "a").write_text("mine")
@@ -58,7 +57,18 @@ def test_what_somebody_changed_or_added_stays(study: Study, tmp_path: Path) -> N
     assert names(run) == ["a", "c", "notes"]
 
 
-def test_what_is_gone_already_does_no_harm(study: Study, tmp_path: Path) -> None:
+def test_optional_table_must_be_in_the_manifest(study: Study, tmp_path: Path) -> None:
+    run, table = RunFolder(tmp_path, study), pd.DataFrame({"a": [1]})
+    path = run.path("comparison", "fates_null.parquet")
+    run.stage("match", 1, lambda: [run.write_table(path, table)], SILENT)
+    pd.testing.assert_frame_equal(run.table_or_none(path), table)
+    run.write_table(path, table.assign(a=2))  # somebody changed it, so it stays when the stage makes none
+    run.stage("match", 2, lambda: [], SILENT)
+    assert path.exists()
+    assert RunFolder(tmp_path, study).table_or_none(path) is None
+
+
+def test_missing_output_does_no_harm(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a")
     run.path("tables", "a").unlink()
@@ -77,7 +87,7 @@ def noted(folder: Path) -> Any:
     [b"", b'{"stages": {', b"[]", b'{"stages": [], "study": "tiny"}', b'{"stages": {}}', b"\xff", b"[" * 100_000],
     ids=lambda content: content[:8].decode("latin-1"),
 )
-def test_a_damaged_manifest_is_none(study: Study, tmp_path: Path, content: bytes) -> None:
+def test_damaged_manifest_counts_as_none(study: Study, tmp_path: Path, content: bytes) -> None:
     leave(RunFolder(tmp_path, study), 1, "a")
     (tmp_path / "manifest.json").write_bytes(content)
     run = RunFolder(tmp_path, study)
@@ -91,7 +101,7 @@ def test_a_damaged_manifest_is_none(study: Study, tmp_path: Path, content: bytes
 @pytest.mark.parametrize(
     "note", [3, {}, {"fingerprint": 1}, {"outputs": []}, {"outputs": {"tables/a": 1}}, {"versions": [1]}]
 )
-def test_a_damaged_note_costs_its_stage_alone(study: Study, tmp_path: Path, note: Any) -> None:
+def test_damaged_note_redoes_its_stage(study: Study, tmp_path: Path, note: Any) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a")
     run.stage("select", 1, lambda: [], lambda line: None)
@@ -139,7 +149,7 @@ def test_a_link_in_the_place_of_a_folder_is_refused(study: Study, tmp_path: Path
     assert refused.value.at == str(run.path(place))
 
 
-def test_a_run_into_a_linked_directory_is_the_users_choice(study: Study, tmp_path: Path) -> None:
+def test_linked_run_directory_is_allowed(study: Study, tmp_path: Path) -> None:
     (tmp_path / "big-disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "big-disk")
     run = RunFolder(tmp_path / "run", study)
@@ -151,7 +161,7 @@ def test_a_run_into_a_linked_directory_is_the_users_choice(study: Study, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["study.yaml", "report.html", "manifest.json", "tables", "figures", "comparison"])
-def test_what_no_run_wrote_is_not_overwritten(study: Study, tmp_path: Path, name: str) -> None:
+def test_foreign_files_are_not_overwritten(study: Study, tmp_path: Path, name: str) -> None:
     mine = tmp_path / name
     mine.write_text('{"name": "my site"}') if "." in name else mine.mkdir()
     with pytest.raises(ConfigError, match="not as a run of a study left it") as refused:
@@ -161,23 +171,21 @@ def test_what_no_run_wrote_is_not_overwritten(study: Study, tmp_path: Path, name
     assert list(tmp_path.iterdir()) == [mine], "refused before anything is computed"
 
 
-def test_a_study_file_that_the_user_changed_is_not_overwritten(study: Study, tmp_path: Path) -> None:
+def test_changed_study_file_is_not_overwritten(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a")
     written = run.path("study.yaml").read_text()
     run.refuse_foreign()
-    # With other settings, with a damaged manifest, or as the first versions wrote it, it is still the run's own.
+    # With other settings or with a damaged manifest it is still the run's own.
     other = Study(study.config.model_copy(update={"seed": 8}), study.source)
     run.path("manifest.json").write_text("")
     RunFolder(tmp_path, other).refuse_foreign()
-    run.path("study.yaml").write_text(run.config_yaml())
-    run.refuse_foreign()
     run.path("study.yaml").write_text("# my comments\n" + written)
     with pytest.raises(ConfigError, match=r"study\.yaml"):
         run.refuse_foreign()
 
 
-def test_leftovers_of_a_kill_go_and_the_users_hidden_files_stay(study: Study, tmp_path: Path) -> None:
+def test_leftovers_go_and_hidden_files_stay(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     leave(run, 1, "a")
     left = [tmp_path / ".saeffect-writing-manifest.abcd_123.json", tmp_path / "tables/.saeffect-writing-t.abcd_123.csv"]
@@ -188,7 +196,7 @@ def test_leftovers_of_a_kill_go_and_the_users_hidden_files_stay(study: Study, tm
     assert [path.exists() for path in left + mine] == [False, False, True, True]
 
 
-def test_kept_rows_of_every_setting_go_with_the_stage(study: Study, tmp_path: Path) -> None:
+def test_kept_rows_go_when_the_stage_ends(study: Study, tmp_path: Path) -> None:
     run = RunFolder(tmp_path, study)
     for inputs in (1, 2):
         run.kept("compare", inputs).add(pd.DataFrame({"x": [inputs]}))
@@ -203,7 +211,7 @@ def test_kept_rows_of_every_setting_go_with_the_stage(study: Study, tmp_path: Pa
     assert not run.path("partial").exists()
 
 
-def test_a_damaged_piece_is_as_good_as_none_and_foreign_files_stay(tmp_path: Path) -> None:
+def test_damaged_pieces_are_ignored_foreign_files_stay(tmp_path: Path) -> None:
     kept = KeptRows(tmp_path / "pieces", "f" * 64)
     for number in range(3):
         kept.add(pd.DataFrame({"x": [number]}))
@@ -211,7 +219,7 @@ def test_a_damaged_piece_is_as_good_as_none_and_foreign_files_stay(tmp_path: Pat
     files[0].write_bytes(b"")
     files[1].write_bytes(files[1].read_bytes()[:-9])
     said: list[str] = []
-    found = kept.read(said.append)
+    found = kept.read(Log(said.append))
     assert found is not None
     assert len(found) == 1
     assert len(said) == 2

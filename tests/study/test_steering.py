@@ -80,19 +80,19 @@ def test_other_operators_and_sets_of_features(prepared: Path, tmp_path: Path, ch
         assert (said != "").all()
 
 
-def test_the_site_is_what_the_gate_and_the_features_measured(prepared: Path, tmp_path: Path) -> None:
+def test_site_comes_from_gate_and_features(prepared: Path, tmp_path: Path) -> None:
     shutil.copytree(prepared / "run", tmp_path / "run")
     features = table(tmp_path / "run", "features")
     features.loc[features["feature"] == 3, "max_activation"] = math.nan  # it never fired
     features[::-1].to_parquet(tmp_path / "run" / "arms" / "control" / "features.parquet")
     study = opened(prepared)
-    site, W_dec = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
+    site = site_of(RunFolder(tmp_path / "run", study), study.open_arm("control"))
     gate = read_json(tmp_path / "run" / "arms" / "control" / "gate.json")
     assert (site.mean_norm, site.norm_limit) == (gate["mean_norm"], gate["norm_limit"])
     assert site.max_acts is not None
     assert site.max_acts.tolist() == pytest.approx(features["max_activation"].fillna(0.0).tolist())
     assert site.max_acts[3] == 0, "and so has no maximum to be clamped to"
-    assert len(W_dec) == len(features)
+    assert len(site.W_dec) == len(features)
 
 
 def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> None:
@@ -107,9 +107,7 @@ def test_one_prompt_one_feature_one_sample(prepared: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("placebos", [[], ["random"]])
-def test_the_search_runs_the_placebo_that_the_test_is_against(
-    prepared: Path, tmp_path: Path, placebos: list[str]
-) -> None:
+def test_search_runs_the_primary_placebo(prepared: Path, tmp_path: Path, placebos: list[str]) -> None:
     several = {"doses": [0.5, 1.0], "search_prompts": ["My heart"], "search_features": 1, "max_features": 1}
     folder = steered(prepared, tmp_path, placebos=placebos, baselines=[], **several)
     response = pd.read_parquet(folder / "steering" / "dose_response.parquet")
@@ -118,9 +116,8 @@ def test_the_search_runs_the_placebo_that_the_test_is_against(
     # Another placebo in the test is another search: the curve must be of the placebo that decides.
     for name, same in ((placebos, True), (["matched"], False), ([*placebos, "matched"], False)):
         study = opened(prepared, placebos=name, baselines=[], **several)
-        assert study.config.steering is not None
         run = RunFolder(folder, study)
-        assert run.is_done("dose search", dose_inputs(run, study.config.steering)) == same
+        assert run.is_done("dose search", dose_inputs(run)) == same
 
 
 def test_a_prompt_without_a_position_to_steer_at(prepared: Path, tmp_path: Path, complains: Any) -> None:

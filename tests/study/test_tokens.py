@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saeffect.comparison.design import design_check
 from saeffect.errors import ConfigError, IncompatibleModels
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.tokens import known_tokens
-from saeffect.lm.unembedding import unembedding
-from saeffect.study.arm_tables import arm_facts
 from saeffect.study.check import check_study
+from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding
 from saeffect.study.stages.gate import measure_gate
 from saeffect.study.study import Study
@@ -80,7 +80,7 @@ def test_added_chat_tokens_are_told_and_never_ranked(folder: Path) -> None:
     assert "adds 2 tokens" in row["treatment"]
 
 
-def test_an_added_row_moves_no_other_tokens_unembedding(folder: Path) -> None:
+def test_added_token_moves_no_other_unembedding(folder: Path) -> None:
     before = unembedding(Study.open(folder / "study.yaml").open_arm("treatment").lm)
     add_tokens(folder / "tuned", resize=True)
     after = shared_unembedding(Study.open(folder / "study.yaml").open_arm("treatment").lm)
@@ -107,7 +107,7 @@ def test_the_controls_tokenizer_counts_for_every_arm(folder: Path) -> None:
     assert before["tokens"] != after["tokens"]
 
 
-def test_other_ids_are_refused_and_a_renamed_placeholder_is_not(folder: Path) -> None:
+def test_other_ids_refused_renamed_placeholder_allowed(folder: Path) -> None:
     def swap(raw: dict[str, Any]) -> None:
         vocab = raw["model"]["vocab"]
         vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
@@ -126,7 +126,7 @@ def test_other_ids_are_refused_and_a_renamed_placeholder_is_not(folder: Path) ->
     assert tokens.shared == frozenset(known_tokens(tokens.tokenizer)) - {len(tokens.tokenizer) - 1}
 
 
-def test_a_token_without_embedding_is_refused_where_a_text_holds_it(folder: Path) -> None:
+def test_token_without_embedding_in_text_is_refused(folder: Path) -> None:
     for name in ("base", "tuned"):
         add_tokens(folder / name, resize=False)
     study = Study.open(folder / "study.yaml")
@@ -144,14 +144,14 @@ def test_a_token_without_embedding_is_refused_where_a_text_holds_it(folder: Path
         check_study(Study.open(folder / "study.yaml"), folder / "run")
 
 
-def test_rows_longer_than_the_model_are_refused_by_check(folder: Path) -> None:
+def test_check_refuses_rows_longer_than_the_model(folder: Path) -> None:
     change(folder, text={"context_size": 129})
     with pytest.raises(ConfigError, match="129 tokens, but the model of control takes 128") as caught:
         check_study(Study.open(folder / "study.yaml"), folder / "run")
     assert "text.context_size" in str(caught.value.at)
 
 
-def test_a_tokenizer_without_an_end_is_refused_by_check_with_a_way_out(folder: Path) -> None:
+def test_check_refuses_tokenizer_without_end(folder: Path) -> None:
     def rename(raw: dict[str, Any]) -> None:
         raw["model"]["vocab"]["<end>"] = raw["model"]["vocab"].pop("<|endoftext|>")
         raw["added_tokens"] = []
@@ -173,7 +173,7 @@ def test_another_vocabulary_is_refused(folder: Path) -> None:
         _ = Study.open(folder / "study.yaml").tokens
 
 
-def test_only_tokens_of_the_chosen_scripts_or_of_the_vectors_are_ranked(folder: Path) -> None:
+def test_ranked_tokens_follow_scripts_or_vectors(folder: Path) -> None:
     def of(choice: Any) -> set[str]:
         change(folder, features={"tokens": choice}) if choice else None
         study = Study.open(folder / "study.yaml")

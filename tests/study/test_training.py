@@ -47,7 +47,7 @@ def opened(folder: Path, **changes: Any) -> Study:
     return Study.open(path)
 
 
-def test_an_arm_s_recipe_has_its_model_its_hook_and_its_changes(folder: Path) -> None:
+def test_arm_recipe_has_model_hook_and_changes(folder: Path) -> None:
     study = opened(folder, placebo={"training": {"seed": 1}})
     control, placebo, treatment = (arm_recipe(study, arm) for arm in ("control", "placebo", "treatment"))
     assert control.hook == HOOK
@@ -81,14 +81,14 @@ def test_a_study_without_the_section_trains_nothing(folder: Path, complains: Any
         ({"training": None, "control": {"training": {"k": 5}}}, ConfigError, "does not say how", "training"),
     ],
 )
-def test_what_is_wrong_with_the_section_is_found_by_check(
+def test_check_finds_errors_in_training_section(
     changes: dict[str, Any], kind: type, message: str, at: str, folder: Path, complains: Any
 ) -> None:
     with complains(kind, message, at=at):
         check_study(opened(folder, **changes))
 
 
-def test_a_missing_sae_comes_with_the_command_that_makes_it(folder: Path, tmp_path: Path, complains: Any) -> None:
+def test_missing_sae_error_names_the_training_command(folder: Path, tmp_path: Path, complains: Any) -> None:
     study = opened(folder, treatment={"sae": "./saes/not yet"})
     command = f"train it: saeffect train-sae {folder / 'changed.yaml'} --arm treatment"
     with complains(NotFound, "no SAE folder", command, at="changed.yaml, arms.treatment.sae"):

@@ -9,9 +9,12 @@ from typing import Annotated
 import typer
 
 from saeffect.allocation import keep_freed_memory, use_large_pages
-from saeffect.cli import artifacts, stages
-from saeffect.cli.console import show, show_error
-from saeffect.cli.processes import let_others_speak
+from saeffect.cli.check import check
+from saeffect.cli.console import show, show_error, wait_for_peer_error
+from saeffect.cli.finetune import finetune
+from saeffect.cli.harvest import harvest
+from saeffect.cli.run import STAGE_HELP, run, stage_command
+from saeffect.cli.train_sae import train_sae
 from saeffect.errors import SaeffectError
 
 __all__ = ["app", "main"]
@@ -25,8 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-stages.register(app)
-artifacts.register(app)
+app.command(
+    "run",
+    help="Run a whole study; finished stages are skipped. Steering shared over processes:"
+    " torchrun --nproc-per-node=N -m saeffect run ...",
+)(run)
+app.command("check", help="Validate a study without computing anything.")(check)
+for _stage, _help in STAGE_HELP.items():
+    app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
+app.command(
+    "train-sae",
+    help="Train sparse autoencoders on a model's activations. Stopped, the same command goes on. Many processes:"
+    " torchrun --nproc-per-node=N -m saeffect train-sae ...",
+)(train_sae)
+app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 
 def _show_version(wanted: bool) -> None:
@@ -57,26 +73,25 @@ def main() -> None:
     use_large_pages()
     try:
         code = app(standalone_mode=False)
-        if code == _STOPPED:  # what typer makes of Ctrl-C; older versions made it an Abort
+        if code == _STOPPED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         if code:
             sys.exit(code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except SaeffectError as error:
-        let_others_speak(error)
-        show_error(error)
+        wait_for_peer_error(error)
+        show_error(str(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         # torchrun passes Ctrl-C on to all processes: the first one says so for them.
         if os.environ.get("RANK", "0") == "0":
-            said = "Interrupted: stopped. What is finished is kept; run the same command again to go on."
-            show_error(SystemExit(said))
+            show_error("Interrupted: stopped. What is finished is kept; run the same command again to go on.")
         sys.exit(_STOPPED)
     except Exception as error:
-        let_others_speak(error)
+        wait_for_peer_error(error)
         # Wrong options and arguments; anything else is a bug and keeps its traceback.
         if not hasattr(error, "format_message"):
             raise
-        show_error(SystemExit(f"Usage: {error.format_message()}\n  fix: see saeffect --help."))
+        show_error(f"Usage: {error.format_message()}\n  fix: see saeffect --help.")
         sys.exit(2)

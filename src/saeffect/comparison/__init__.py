@@ -1,13 +1,22 @@
-"""What differs between the arms: tables, contrasts with intervals, the design check."""
+"""What differs between a control, a treatment and placebos, with intervals, and what may be credited to fine-tuning.
+
+The tables of every arm enter (`ArmTables`), and which feature became which (`MatchTables`). A `Comparison` leaves: the
+paper's tables, contrasts of every quantity, judgements, calibration, power. Its words are made in `saeffect.report`.
+
+Everywhere `arms` are the arms by name and `roles` says which is control, treatment and placebo; `tests` are the
+declared quantities, `min_matches` the top tokens in the vocabulary that make a feature count under a projection,
+`alpha` the highest q of a finding about a single feature, and `resampling` holds the seed and the numbers of
+resamples.
+"""
 
 from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
 from saeffect.comparison.compare import check_tests, compare
 from saeffect.comparison.contrasts import Contrast, contrasts
-from saeffect.comparison.design import design_check
 from saeffect.comparison.findings import Answer, Comparison, MatchTables, Trace
-from saeffect.comparison.judgement import PRIMARY, Gap, Judgement, exceeds_noise, judge
+from saeffect.comparison.judgement import PRIMARY, Judgement, judge
+from saeffect.comparison.quantities import Quantity, add_quantity
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 __all__ = [
     "PRIMARY",
@@ -16,18 +25,17 @@ __all__ = [
     "ArmTables",
     "Comparison",
     "Contrast",
-    "Gap",
     "Judgement",
     "MatchTables",
+    "Quantity",
     "Resampling",
     "Roles",
     "Trace",
     "activity",
+    "add_quantity",
     "check_tests",
     "compare",
     "contrasts",
-    "design_check",
-    "exceeds_noise",
     "judge",
     "match_counts",
     "roles_of",

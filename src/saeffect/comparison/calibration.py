@@ -3,49 +3,44 @@
 SAEs of the control's model differ by their seed alone. Each of them is put in the treatment's place, and everything
 is compared again. What is found then is a false alarm. A test whose alarms are more frequent than its nominal rate
 cannot be believed when it finds something in the treatment.
+
+Beside it: how many findings chance alone would give (`chance_table`). "Chance" is not one thing: each row says which.
+For what is counted in whole SAEs it is another SAE of the control's model; for tests of single features it is a feature
+that does nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
+from scipy.stats import binom
 
-from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast, as_table, pair_contrasts
-from saeffect.comparison.judgement import ALPHA, judge, settled
+from saeffect.comparison.arms import ArmTables, Roles, pass_counts
+from saeffect.comparison.contrasts import Contrast, as_table, compared, pair_contrasts
+from saeffect.comparison.findings import MatchTables
+from saeffect.comparison.judgement import ALPHA, add_noise_p, judge
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import all_saes_contrast, control_saes
+from saeffect.diffing.cross_activity import activity_changes
+from saeffect.stats.arguments import LEVEL, Resampling
 from saeffect.stats.proportions import wilson
-from saeffect.stats.resampling import LEVEL, Resampling
 
-__all__ = ["CALIBRATED", "WITHIN", "calibration_table"]
+__all__ = ["CALIBRATED", "WITHIN", "calibration_table", "chance_table"]
 
 CALIBRATED = ("effect",)
 """Quantities that are calibrated whether declared or not."""
 
 WITHIN = "within nominal"
-_TOO_MANY = "more alarms than nominal"
-_UNKNOWN = "cannot be judged"
-_COLUMNS = ("test", "rule", "unit", "declared", "nominal", "tests", "findings", "rate", "low", "high")
 _INTERVAL, _BEYOND = "the interval excludes zero", "more than SAE noise"
-_ANY, _CORRECTED = "any declared quantity", "more than SAE noise, after Holm"
-_LOW_P, _CALLED = "p at most alpha", "a feature is called at q at most alpha"
-
-
-@dataclass(frozen=True)
-class _Count:
-    """Findings among tests."""
-
-    tests: int = 0
-    findings: int = 0
-
-    def plus(self, found: bool) -> _Count:
-        return _Count(self.tests + 1, self.findings + int(found))
+_Pairs = dict[tuple[str, str], dict[str, Contrast]]  # by the names of both SAEs, and by quantity
+_Count = tuple[int, int]  # tests, and findings among them
 
 
 def calibration_table(
@@ -58,17 +53,13 @@ def calibration_table(
     min_matches: int,
     resampling: Resampling,
 ) -> pd.DataFrame:
-    """Alarms of every test where a SAE of the control's model stands in for the treatment.
+    """Alarms of every test where an SAE of the control's model takes the treatment's place.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
             "regression", and "fates_null" and "cross_activity" where there are such.
         tests: Declared quantities; those of `CALIBRATED` are added.
         alpha: Highest q of a finding about a feature.
-        min_matches: As of the contrasts.
-        resampling: As of the contrasts.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
@@ -79,33 +70,26 @@ def calibration_table(
         in either direction, so it counts once for two SAEs; the rule of the headline counts every SAE that takes the
         treatment's place once, and fates every ordered pair. The test "any declared quantity" is the headline itself.
     """
+    compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
+    names = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
     saes = control_saes(arms, roles)
-    pairs = _pairs(saes, min_matches, resampling)
-    rows = []
-    beyond = _beyond_rows(tests, pairs, saes, tables["judgements"], min_matches)
-    for quantity in (name for name in beyond if name != _ANY):
-        rows += [_interval_row(quantity, quantity in tests, pairs, saes, tables["contrasts"]), beyond[quantity]]
-    rows += [beyond[_ANY]] if _ANY in beyond else []
-    if "fates_null" in tables and len(tables["fates_null"]):
+    pairs = _pairs(saes, names, min_matches, resampling)
+    rows = list(_quantity_rows(names, tests, saes, pairs, tables, min_matches))
+    if len(tables.get("fates_null", ())):
         rows += _fate_rows(tables["fates_null"], alpha, "fates" in tests)
-    if "cross_activity" in tables and len(tables["cross_activity"]):
+    if len(tables.get("cross_activity", ())):
         rows.append(_cross_row(tables["cross_activity"], alpha, "cross_activity" in tests))
-    if "regression" in tables and len(tables["regression"]):
+    if len(tables.get("regression", ())):
         rows.append(_regression_row(tables["regression"], roles))
-    columns = [*_COLUMNS, "treatment_tests", "treatment_findings", "verdict", "reason"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows)
 
 
-_Rows = dict[tuple[str, str], dict[str, Contrast]]
-
-
-def _pairs(saes: Sequence[ArmTables], min_matches: int, resampling: Resampling) -> _Rows:
-    """Contrasts of every ordered pair of SAEs, by quantity."""
-    found: _Rows = {}
-    for a, b in itertools.permutations(saes, 2):
-        if a.name > b.name:
-            continue  # made below, from the same numbers
-        rows = pair_contrasts("", a, b, min_matches=min_matches, resampling=resampling)
+def _pairs(saes: Sequence[ArmTables], names: Sequence[str], min_matches: int, resampling: Resampling) -> _Pairs:
+    """Contrasts of every ordered pair of SAEs; the second of a pair is made of the same numbers as the first."""
+    chosen = [quantity for quantity in QUANTITIES.values() if set(quantity.rows) & set(names)]
+    found: _Pairs = {}
+    for a, b in itertools.combinations(sorted(saes, key=lambda sae: sae.name), 2):
+        rows = pair_contrasts("", a, b, chosen, min_matches=min_matches, resampling=resampling)
         found[a.name, b.name] = {row.quantity: row for row in rows}
         found[b.name, a.name] = {row.quantity: _reversed(row) for row in rows}
     return found
@@ -113,73 +97,61 @@ def _pairs(saes: Sequence[ArmTables], min_matches: int, resampling: Resampling) 
 
 def _reversed(row: Contrast) -> Contrast:
     """The same contrast seen from the other arm. Ratios are never tested; of a change in % the sign matters."""
-    return replace(
-        row,
-        a=row.b,
-        b=row.a,
-        value_a=row.value_b,
-        value_b=row.value_a,
-        estimate=-row.estimate,
-        low=-row.high,
-        high=-row.low,
-    )
+    turned = replace(row, a=row.b, b=row.a, value_a=row.value_b, value_b=row.value_a)
+    return replace(turned, estimate=-row.estimate, low=-row.high, high=-row.low)
 
 
-def _interval_row(
-    quantity: str, declared: bool, pairs: _Rows, saes: Sequence[ArmTables], contrasts: pd.DataFrame
-) -> dict[str, Any]:
-    null = _Count()
-    for a, b in itertools.combinations(saes, 2):
-        row = pairs[a.name, b.name].get(quantity)
-        if row is not None and math.isfinite(row.low):
-            null = null.plus(row.low > 0 or row.high < 0)
-    real = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
-    treatment = _Count()
-    for one in real.itertuples():
-        if math.isfinite(one.low):
-            treatment = treatment.plus(one.low > 0 or one.high < 0)
-    reason = "" if null.tests else _no_pair(saes)
-    return _row(quantity, _INTERVAL, "pairs of SAEs", declared, 1 - LEVEL, null, treatment, reason)
+def _quantity_rows(
+    names: Sequence[str],
+    tests: Sequence[str],
+    saes: Sequence[ArmTables],
+    pairs: _Pairs,
+    tables: Mapping[str, pd.DataFrame],
+    min_matches: int,
+) -> Iterator[dict[str, Any]]:
+    """Every quantity by its interval and by the rule of the headline; then all declared ones together."""
+    unit = "SAEs, each in the treatment's place"
+    contrasts, judgements = tables["contrasts"], tables["judgements"].set_index("quantity")["status"]
+    alarms, together = _headline_alarms(names, tests, saes, pairs, min_matches)
+    real = {name: _judged([judgements[name]] if name in judgements.index else []) for name in names}
+    reasons = {name: "" if alarms[name] else _too_few_saes(name, saes) for name in names}
+    for name in names:
+        null = [pairs[a.name, b.name].get(name) for a, b in itertools.combinations(saes, 2)]
+        tuned = contrasts[(contrasts["quantity"] == name) & (contrasts["comparison"] == "fine-tuning")]
+        found = _excluding((row.low, row.high) for row in null if row is not None)
+        real_one = _excluding(zip(tuned["low"], tuned["high"], strict=True))
+        reason = "" if found[0] else _no_pair(saes)
+        yield _row(name, _INTERVAL, "pairs of SAEs", name in tests, 1 - LEVEL, found, real_one, reason)
+        yield _row(name, _BEYOND, unit, name in tests, ALPHA, _counted(alarms[name]), real[name], reasons[name])
+    declared = [name for name in names if name in tests]
+    if declared:
+        judged = int(any(real[name][0] for name in declared)), int(any(real[name][1] for name in declared))
+        yield _row("any declared quantity", f"{_BEYOND}, after Holm", unit, True, ALPHA, _counted(together), judged,
+                   "" if together else reasons[declared[0]])  # fmt: skip
 
 
-def _beyond_rows(
-    tests: Sequence[str], pairs: _Rows, saes: Sequence[ArmTables], judgements: pd.DataFrame, min_matches: int
-) -> dict[str, dict[str, Any]]:
-    """The rule of the headline, quantity by quantity and for all that were declared together.
+def _headline_alarms(
+    names: Sequence[str], tests: Sequence[str], saes: Sequence[ArmTables], pairs: _Pairs, min_matches: int
+) -> tuple[dict[str, list[bool]], list[bool]]:
+    """Alarms of the rule of the headline, quantity by quantity and for all that were declared together.
 
     Each SAE in turn is the treatment's, and all others are the control's and its placebos'.
     """
-    compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
-    quantities = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
-    usable = {name: _usable(name, saes, min_matches) for name in quantities}
-    found = {name: _Count() for name in quantities}
-    together = _Count()
-    for b in saes:
-        rows = [row for name in quantities if b in usable[name]
-                for row in _stand_in(name, b, usable[name], pairs, min_matches)]  # fmt: skip
+    usable = {name: _usable(name, saes, min_matches) for name in names}
+    alarms: dict[str, list[bool]] = {name: [] for name in names}
+    together = []
+    for held_out in saes:
+        rows = [row for name in names if held_out in usable[name]
+                for row in _as_a_study(name, held_out, usable[name], pairs, min_matches)]  # fmt: skip
         if not rows:
             continue
-        alone, corrected = as_table(rows, ()), settled(as_table(rows, tests))
-        tried = [name for name in quantities if name in set(alone["quantity"])]
+        alone, corrected = as_table(rows, ()), add_noise_p(as_table(rows, tests))
+        tried = [name for name in names if name in set(alone["quantity"])]
         for name in tried:
-            found[name] = found[name].plus(judge(alone, name).status == "beyond")
-        declared = [name for name in tried if name in tests]
-        if declared:
-            together = together.plus(any(judge(corrected, name).status == "beyond" for name in declared))
-    unit = "SAEs, each in the treatment's place"
-    reasons = {name: "" if found[name].tests else _too_few_saes(name, saes) for name in quantities}
-    real = {name: _real(judgements, name) for name in quantities}
-    table = {
-        name: _row(name, _BEYOND, unit, name in tests, ALPHA, found[name], real[name], reasons[name])
-        for name in quantities
-    }
-    declared = [name for name in quantities if name in tests]
-    if declared:
-        any_real = sum(real[name].findings for name in declared) > 0
-        judged = _Count(int(any(real[name].tests for name in declared)), int(any_real))
-        reason = "" if together.tests else reasons[declared[0]]
-        table[_ANY] = _row(_ANY, _CORRECTED, unit, True, ALPHA, together, judged, reason)
-    return table
+            alarms[name].append(judge(alone, name).status == "beyond")
+        if declared := [name for name in tried if name in tests]:
+            together.append(any(judge(corrected, name).status == "beyond" for name in declared))
+    return alarms, together
 
 
 def _usable(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[ArmTables]:
@@ -189,26 +161,18 @@ def _usable(quantity: str, saes: Sequence[ArmTables], min_matches: int) -> list[
     return having if len(having) > 2 else []
 
 
-def _stand_in(quantity: str, b: ArmTables, saes: Sequence[ArmTables], pairs: _Rows, min_matches: int) -> list[Contrast]:
-    """The contrasts of a study in which `b` is the treatment's SAE and the others the control's; none if undefined."""
-    a, *others = [one for one in saes if one is not b]
-    rows = [_named(pairs, quantity, "fine-tuning", a, b)]
-    for other in others:
-        rows += [
-            _named(pairs, quantity, "retraining", a, other),
-            _named(pairs, quantity, "beyond retraining", other, b),
-        ]
-    known = [row for row in rows if row is not None and math.isfinite(row.low)]
+def _as_a_study(
+    quantity: str, held_out: ArmTables, saes: Sequence[ArmTables], pairs: _Pairs, min_matches: int
+) -> list[Contrast]:
+    """The contrasts of a study whose treatment has the held-out SAE, and its control the others; none if undefined."""
+    control, *placebos = [sae for sae in saes if sae is not held_out]
+    asked = compared(control, held_out, placebos)
+    rows = [(comparison, pairs[a.name, b.name].get(quantity)) for comparison, a, b in asked]
+    known = [replace(row, comparison=comparison) for comparison, row in rows if row and math.isfinite(row.low)]
     if len(known) < len(rows):
         return []
-    over = all_saes_contrast(quantity, [a, *others], [b], min_matches=min_matches)
+    over = all_saes_contrast(quantity, [control, *placebos], [held_out], min_matches=min_matches)
     return [*known, over] if over.saes_b else known
-
-
-def _real(judgements: pd.DataFrame, quantity: str) -> _Count:
-    status = judgements.loc[judgements["quantity"] == quantity, "status"]
-    judged = status[~status.isin(["undefined", "unseparated"])]
-    return _Count(len(judged), int((judged == "beyond").sum()))
 
 
 def _too_few_saes(quantity: str, saes: Sequence[ArmTables]) -> str:
@@ -218,81 +182,178 @@ def _too_few_saes(quantity: str, saes: Sequence[ArmTables]) -> str:
     return reason
 
 
-def _named(pairs: _Rows, quantity: str, comparison: str, a: ArmTables, b: ArmTables) -> Contrast | None:
-    row = pairs[a.name, b.name].get(quantity)
-    return None if row is None else replace(row, comparison=comparison)
+def _no_pair(saes: Sequence[ArmTables]) -> str:
+    if len(saes) < 2:
+        return "there is one SAE of the control's model, so nothing can stand in for the treatment"
+    return "no two SAEs of the control's model have an interval for it"
 
 
-def _fate_rows(table: pd.DataFrame, alpha: float, declared: bool) -> Iterable[dict[str, Any]]:
+def _fate_rows(table: pd.DataFrame, alpha: float, declared: bool) -> Iterator[dict[str, Any]]:
     names = {"control": "lost or moved features", "treatment": "new features"}
     for (measure, side), rows in table.groupby(["measure", "side"], sort=False):
+        tested = rows[rows["tested"] > 0]
+        sides = tested[tested["is_null"]], tested[~tested["is_null"]]
+        reason = "" if len(sides[0]) else "it needs three SAEs of the control's model with what it takes"
         name = f"{names[str(side)]}, {measure}"
-        null, real = rows[rows["is_null"] & (rows["tested"] > 0)], rows[~rows["is_null"] & (rows["tested"] > 0)]
-        reason = "" if len(null) else "it needs three SAEs of the control's model with what it takes"
-        for rule, unit, of in (
-            (_CALLED, "ordered pairs of SAEs", lambda some: _Count(len(some), int((some["called"] > 0).sum()))),
-            (_LOW_P, "features", lambda some: _Count(int(some["tested"].sum()), int(some["low_p"].sum()))),
+        called = [(len(found), int((found["called"] > 0).sum())) for found in sides]
+        low_p = [(int(found["tested"].sum()), int(found["low_p"].sum())) for found in sides]
+        for rule, unit, (null, treatment) in (
+            ("a feature is called at q at most alpha", "ordered pairs of SAEs", called),
+            ("p at most alpha", "features", low_p),
         ):
-            yield _row(name, rule, unit, declared, alpha, of(null), of(real), reason)
+            yield _row(name, rule, unit, declared, alpha, null, treatment, reason)
 
 
 def _cross_row(table: pd.DataFrame, alpha: float, declared: bool) -> dict[str, Any]:
-    tested = table["q"].notna()
-    treatment = _Count(int(tested.sum()), int((table["q"] <= alpha).sum()))
+    treatment = int(table["q"].notna().sum()), int((table["q"] <= alpha).sum())
     reason = (
         "one SAE on one model twice gives equal activations, so only a further fine-tune on general text could show "
         "how often it raises a false alarm"
     )
-    return _row("cross-activity", "q at most alpha", "features", declared, alpha, _Count(), treatment, reason)
+    return _row("cross-activity", "q at most alpha", "features", declared, alpha, (0, 0), treatment, reason)
 
 
 def _regression_row(terms: pd.DataFrame, roles: Roles) -> dict[str, Any]:
     """Does the effect of steering depend on the arm, like features compared? In a placebo it should not."""
-    known = terms[terms["low"].notna()].set_index("term")
-    counts = []
-    for names in (roles.placebos, (roles.treatment,)):
-        count = _Count()
-        for name in names:
-            if f"arm {name}" in known.index:
-                row = known.loc[f"arm {name}"]
-                count = count.plus(bool(row["low"] > 0 or row["high"] < 0))
-        counts.append(count)
-    reason = "" if counts[0].tests else "no placebo arm has an interval in the regression"
-    name = "arm term of the regression"
-    return _row(name, _INTERVAL, "placebo arms", False, 1 - LEVEL, counts[0], counts[1], reason)
+    null, treatment = (
+        _excluding(zip(rows["low"], rows["high"], strict=True))
+        for rows in (
+            terms[terms["term"].isin([f"arm {name}" for name in names])]
+            for names in (roles.placebos, (roles.treatment,))
+        )
+    )
+    reason = "" if null[0] else "no placebo arm has an interval in the regression"
+    return _row("arm term of the regression", _INTERVAL, "placebo arms", False, 1 - LEVEL, null, treatment, reason)
+
+
+def _counted(found: Iterable[bool]) -> _Count:
+    listed = list(found)
+    return len(listed), sum(listed)
+
+
+def _excluding(ends: Iterable[tuple[float, float]]) -> _Count:
+    """Intervals that exclude zero, among those that are defined."""
+    return _counted(low > 0 or high < 0 for low, high in ends if math.isfinite(low))
+
+
+def _judged(statuses: Iterable[str]) -> _Count:
+    return _counted(status == "beyond" for status in statuses if status not in ("undefined", "unseparated"))
 
 
 def _row(
-    test: str,
-    rule: str,
-    unit: str,
-    declared: bool,
-    nominal: float,
-    null: _Count,
-    treatment: _Count,
-    reason: str,
+    test: str, rule: str, unit: str, declared: bool, nominal: float, null: _Count, treatment: _Count, reason: str
 ) -> dict[str, Any]:
-    rate = wilson(null.findings, null.tests, level=LEVEL) if null.tests else None
-    low, high = (rate.low, rate.high) if rate is not None else (math.nan, math.nan)
+    rate = wilson(null[1], null[0], level=LEVEL)
+    verdict = "cannot be judged" if not null[0] else "more alarms than nominal" if rate.low > nominal else WITHIN
     return {
         "test": test,
         "rule": rule,
         "unit": unit,
         "declared": declared,
         "nominal": round(nominal, 12),
-        "tests": null.tests,
-        "findings": null.findings,
-        "rate": rate.value if rate is not None else math.nan,
-        "low": low,
-        "high": high,
-        "treatment_tests": treatment.tests,
-        "treatment_findings": treatment.findings,
-        "verdict": _UNKNOWN if rate is None else _TOO_MANY if low > nominal else WITHIN,
+        "tests": null[0],
+        "findings": null[1],
+        "rate": rate.value,
+        "low": rate.low,
+        "high": rate.high,
+        "treatment_tests": treatment[0],
+        "treatment_findings": treatment[1],
+        "verdict": verdict,
         "reason": reason,
     }
 
 
-def _no_pair(saes: Sequence[ArmTables]) -> str:
-    if len(saes) < 2:
-        return "there is one SAE of the control's model, so nothing can stand in for the treatment"
-    return "no two SAEs of the control's model have an interval for it"
+_ABSENT = {  # by side: the fate, and how it is called
+    "control": ("gone", "control's features without a counterpart"),
+    "treatment": ("new", "treatment's features that match nothing of the control's"),
+}
+
+
+def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTables, *, alpha: float) -> pd.DataFrame:
+    """What was found in the treatment, and how many such findings chance would give.
+
+    Args:
+        matches: Which feature became which.
+        alpha: Highest q of a finding about a single feature.
+
+    Returns:
+        One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time
+        from `low` to `high` (NaN where that is unknown, and `reason` says why); `bound`, whether `expected` is the
+        most that chance gives rather than its mean; `chance`, what chance is here; `source`, the table.
+    """
+    treatment, saes = arms[roles.treatment], control_saes(arms, roles)
+    rows = [_domain(treatment, saes), *_steered(treatment, alpha), *_absent(matches.fate_counts)]
+    return pd.DataFrame([*rows, *_fire_more(matches.cross_activity, alpha)])
+
+
+def _domain(treatment: ArmTables, saes: Sequence[ArmTables]) -> dict[str, Any]:
+    """Domain features of one more SAE of the control's model, as its SAEs so far predict."""
+    shares = np.array([len(sae.domain) / sae.n_features for sae in saes if sae.n_features])
+    n, source = treatment.n_features, "arms/*/selection.parquet: is_domain"
+    middle = float(shares.mean()) if len(shares) else math.nan
+    found = _finding("domain features", len(treatment.domain), n, n * middle, source)
+    if len(shares) < 2:
+        reason = "one SAE of the control's model does not show how much seeds differ"
+        return found | {"chance": "another SAE of the control's model", "reason": reason}
+    # A prediction for one SAE more: its own spread and that of the mean.
+    half = float(stdtrit(len(shares) - 1, (1 + LEVEL) / 2)) * float(shares.std(ddof=1)) * math.sqrt(1 + 1 / len(shares))
+    chance = f"one more SAE of the control's model, as its {len(shares)} SAEs predict"
+    return found | {"low": n * max(0.0, middle - half), "high": n * min(1.0, middle + half), "chance": chance}
+
+
+def _steered(treatment: ArmTables, alpha: float) -> Iterator[dict[str, Any]]:
+    counts, effects = pass_counts(treatment), treatment.effects
+    if effects is None or not counts.tested:
+        return
+    source = f"arms/{treatment.name}/effects.parquet"
+    n, n_low = counts.tested, int((pd.to_numeric(effects["p"], errors="coerce") <= alpha).sum())
+    found = _finding(f"steered features with p ≤ {alpha:g}", n_low, n, alpha * n, f"{source}: p")
+    yield found | _binomial(n, alpha) | {"chance": "steering that does nothing"}
+    name = f"steered features that pass (q ≤ {alpha:g})"
+    found = _finding(name, counts.passed, n, alpha * counts.passed, f"{source}: q, passed")
+    yield found | {"bound": True, "chance": "false ones among those that pass, as Benjamini-Hochberg allows"}
+    if n := counts.paper_tested:
+        name = "steered features that pass by the paper's rule"
+        found = _finding(name, counts.paper_passed, n, n / 2, f"{source}: paper_pass")
+        yield found | _binomial(n, 0.5) | {"chance": "one text against another of the same kind: heads or tails"}
+
+
+def _absent(counts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Features without a counterpart, beside an SAE of another seed."""
+    source = "comparison/fate_counts.parquet: n_treatment, n_placebo, excess"
+    for count in counts.to_dict("records"):
+        fate, name = _ABSENT[str(count["side"])]
+        if count["fate"] != fate or math.isnan(float(count["n_placebo"])):
+            continue
+        n, expected = float(count["n_treatment"]), float(count["n_placebo"])
+        found = _finding(f"{name}, {count['measure']}", n, int(count["n_features"]), expected, source)
+        found |= {"low": n - float(count["high"]), "high": n - float(count["low"])}
+        yield found | {"chance": "an SAE of another seed in the treatment's place", "reason": str(count["reason"])}
+
+
+def _fire_more(cross: pd.DataFrame, alpha: float) -> Iterator[dict[str, Any]]:
+    if cross.empty or cross["q"].notna().sum() == 0:
+        return
+    n_tested, n_found = int(cross["q"].notna().sum()), int((cross["q"] <= alpha).sum())
+    source = "comparison/cross_activity.parquet: q, difference, is_domain"
+    found = _finding(f"features that fire differently (q ≤ {alpha:g})", n_found, n_tested, alpha * n_found, source)
+    yield found | {"bound": True, "chance": "false ones among those found, as Benjamini-Hochberg allows"}
+    changes = activity_changes(cross, alpha=alpha)
+    more, domain = changes.more, changes.domain
+    if not domain.any() or domain.all():
+        return
+    n, share = int(domain.sum()), float(more[~domain].mean())
+    name = f"domain features that fire more (q ≤ {alpha:g})"
+    found = _finding(name, int(more[domain].sum()), n, n * share, source)
+    chance = f"as often as features outside the domain, {100 * share:.0f} % of which fire more"
+    yield found | _binomial(n, share) | {"chance": chance}
+
+
+def _finding(finding: str, found: float, among: int, expected: float, source: str) -> dict[str, Any]:
+    row = {"finding": finding, "found": float(found), "among": among, "expected": expected}
+    return row | {"low": math.nan, "high": math.nan, "bound": False, "chance": "", "source": source, "reason": ""}
+
+
+def _binomial(n: int, share: float) -> dict[str, float]:
+    tail = (1 - LEVEL) / 2
+    return {"low": float(binom.ppf(tail, n, share)), "high": float(binom.ppf(1 - tail, n, share))}

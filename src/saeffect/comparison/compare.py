@@ -8,18 +8,17 @@ import pandas as pd
 
 from saeffect.comparison import tables
 from saeffect.comparison.arms import ArmTables, Roles, roles_of
-from saeffect.comparison.by_chance import chance_table
-from saeffect.comparison.calibration import calibration_table
+from saeffect.comparison.calibration import calibration_table, chance_table
 from saeffect.comparison.contrasts import as_table, contrasts
 from saeffect.comparison.design import design_check
 from saeffect.comparison.effect_regression import effect_regression
 from saeffect.comparison.findings import Comparison, MatchTables
-from saeffect.comparison.judgement import PRIMARY, judgement_table, settled
+from saeffect.comparison.judgement import PRIMARY, add_noise_p, judgement_table
 from saeffect.comparison.power import power_table
 from saeffect.comparison.quantities import declarable
 from saeffect.comparison.seeds import seed_contrasts
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 __all__ = ["check_tests", "compare"]
 
@@ -41,7 +40,6 @@ def compare(
 
     Args:
         arms: The arms by name: one control, one treatment, any number of placebos.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
         alpha: Highest q at which the tested features were said to pass, and of findings about single features.
         seed: Seed of every resample.
         n_boot: Resamples of an interval.
@@ -91,7 +89,7 @@ def _tables(
     over_seeds = seed_contrasts(arms, roles, min_matches=min_matches, resampling=resampling)
     if over_seeds:
         differences = pd.concat([differences, as_table(over_seeds, tests)], ignore_index=True)
-    differences = settled(differences)
+    differences = add_noise_p(differences)
     judgements = judgement_table(differences)
     regression = effect_regression(arms, roles)
     return Comparison(

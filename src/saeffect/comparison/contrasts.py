@@ -8,38 +8,28 @@ both brackets share it, so they are not independent: treatment is compared with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy.stats import mannwhitneyu
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, untested_reason
 from saeffect.comparison.judgement import PRIMARY
-from saeffect.comparison.measures import untested_reason
-from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.bootstrap import bootstrap_difference
-from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
-from saeffect.stats.estimate import Estimate
+from saeffect.comparison.quantities import QUANTITIES, Kind, Quantity, sae_value
+from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.bootstrap import Average, bootstrap_difference
+from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.permutation import permutation_test
-from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio
-from saeffect.stats.resampling import (
-    LEVEL,
-    Resampling,
-    cliffs_delta_interval,
-    compare_counts,
-    compare_moment,
-    undefined,
-)
+from saeffect.stats.proportions import newcombe_difference, risk_ratio
 
-__all__ = ["COMPARISONS", "ONE_SAE", "Contrast", "as_table", "contrasts", "pair_contrasts"]
+__all__ = ["ONE_SAE", "Contrast", "as_table", "compared", "contrasts", "pair_contrasts"]
 
-COMPARISONS = ("fine-tuning", "retraining", "beyond retraining")
+_T = TypeVar("_T")
 ONE_SAE = "one SAE on either side: the interval does not hold the noise of SAE training"
-_NAN = float("nan")
 _BY_FEATURES = "bootstrap over features, permutation test"
 
 
@@ -71,6 +61,12 @@ class Contrast:
     saes_b: int = 1
     remark: str = ONE_SAE
 
+    @classmethod
+    def from_estimate(cls, estimate: Estimate, **others: Any) -> Contrast:
+        """The row of an estimate; `others` are the other fields."""
+        value, low, high, p = map(float, (estimate.value, estimate.low, estimate.high, estimate.p))
+        return cls(**{"estimate": value, "low": low, "high": high, "p": p, "reason": estimate.reason, **others})
+
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
@@ -86,11 +82,18 @@ class _Pair:
     def read(self) -> tuple[Any, Any]:
         return self.quantity.read(self.a, self.min_matches), self.quantity.read(self.b, self.min_matches)
 
-    def seed(self, *what: str) -> int:
-        return self.resampling.seed_for(f"{self.quantity.name}|{self.a.name}|{self.b.name}", *what)
+    def values(self) -> tuple[float, float]:
+        a, b = (sae_value(self.quantity.name, arm, self.min_matches) for arm in (self.a, self.b))
+        return a, b
 
-    def row(self, values: tuple[float, float], estimate: Estimate, p: float, method: str) -> Contrast:
-        return Contrast(
+    @property
+    def name(self) -> str:
+        """Names its random streams."""
+        return f"{self.quantity.name}|{self.a.name}|{self.b.name}"
+
+    def row(self, values: tuple[float, float], estimate: Estimate, method: str) -> Contrast:
+        return Contrast.from_estimate(
+            estimate,
             quantity=self.quantity.name,
             label=self.quantity.label.format(min_matches=self.min_matches),
             comparison=self.comparison,
@@ -98,13 +101,8 @@ class _Pair:
             b=self.b.name,
             value_a=float(values[0]),
             value_b=float(values[1]),
-            estimate=float(estimate.value),
-            low=float(estimate.low),
-            high=float(estimate.high),
-            p=float(p),
             method=method,
             unit=self.quantity.unit,
-            reason=estimate.reason,
         )
 
 
@@ -118,36 +116,45 @@ def contrasts(
 ) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        resampling: Seed and number of resamples.
-        tests: Quantities that were declared beforehand.
-
     Returns:
         One row per quantity and pair of arms, columns as the fields of `Contrast`.
         Shares and rates are from 0 to 1.
     """
-    treatment, control = arms[roles.treatment], arms[roles.control]
-    pairs = [("fine-tuning", control, treatment)]
-    for name in roles.placebos:
-        pairs += [("retraining", control, arms[name]), ("beyond retraining", arms[name], treatment)]
+    control, treatment, *placebos = [arms[name] for name in roles.ordered]
     rows = [
         row
-        for comparison, a, b in pairs
-        for row in pair_contrasts(comparison, a, b, min_matches=min_matches, resampling=resampling)
+        for comparison, a, b in compared(control, treatment, placebos)
+        for row in pair_contrasts(comparison, a, b, QUANTITIES.values(), min_matches=min_matches, resampling=resampling)
     ]
     return as_table(rows, tests)
 
 
+def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
+    """What is compared with what, each with the name of the comparison.
+
+    Example:
+        >>> compared("base", "tuned", ["again"])[1:]
+        [('retraining', 'base', 'again'), ('beyond retraining', 'again', 'tuned')]
+    """
+    pairs = [("fine-tuning", control, treatment)]
+    for placebo in placebos:
+        pairs += [("retraining", control, placebo), ("beyond retraining", placebo, treatment)]
+    return pairs
+
+
 def pair_contrasts(
-    comparison: str, a: ArmTables, b: ArmTables, *, min_matches: int, resampling: Resampling
+    comparison: str,
+    a: ArmTables,
+    b: ArmTables,
+    quantities: Iterable[Quantity],
+    *,
+    min_matches: int,
+    resampling: Resampling,
 ) -> list[Contrast]:
-    """Every quantity of arm `b` against arm `a`, as rows of one comparison."""
+    """Quantities of arm `b` against arm `a`, as rows of one comparison."""
     return [
         row
-        for quantity in QUANTITIES.values()
+        for quantity in quantities
         for row in _COMPARE[quantity.kind](_Pair(comparison, a, b, quantity, min_matches, resampling))
     ]
 
@@ -160,37 +167,39 @@ def as_table(rows: Sequence[Contrast], tests: Sequence[str]) -> pd.DataFrame:
 
 def _shares(pair: _Pair) -> list[Contrast]:
     """Difference and ratio of two proportions."""
-    a, b = pair.read()
-    values = (a[0] / a[1] if a[1] else _NAN, b[0] / b[1] if b[1] else _NAN)
-    p = _NAN
-    if a[1] and b[1]:
-        difference, ratio = newcombe_difference(*a, *b, level=LEVEL), risk_ratio(*a, *b, level=LEVEL)
-        if not a[0]:  # said with the arm's name
-            ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", a[1] + b[1])
-        p = fisher_exact(*a, *b).p
+    (k_a, n_a), (k_b, n_b) = pair.read()
+    values = (k_a / n_a if n_a else math.nan, k_b / n_b if n_b else math.nan)
+    if n_a and n_b:
+        difference = newcombe_difference(k_a, n_a, k_b, n_b, level=LEVEL)
+        ratio = risk_ratio(k_a, n_a, k_b, n_b, level=LEVEL)
+        if not k_a:  # said with the arm's name
+            ratio = undefined(f"{pair.a.name} has none, so there is no ratio to it", n_a + n_b)
+        ratio = replace(ratio, p=difference.p)
     else:
-        arm = pair.b if a[1] else pair.a
+        arm = pair.b if n_a else pair.a
         untested = untested_reason(arm) if pair.quantity.steered else ""
         difference = ratio = undefined(untested or f"no feature to count in {arm.name}")
-    row = pair.row(values, difference, p, "Newcombe interval, Fisher's exact test")
-    ratio_row = pair.row(values, ratio, p, "log-ratio interval, Fisher's exact test")
+    row = pair.row(values, difference, "Newcombe interval, Fisher's exact test")
+    ratio_row = pair.row(values, ratio, "log-ratio interval, Fisher's exact test")
     return [row, _derived(ratio_row, "_ratio", f"{row.label} (ratio)", "ratio")]
 
 
 def _averages(pair: _Pair) -> list[Contrast]:
     """Difference of means or medians of one number a feature."""
     a, b = pair.read()
-    statistic = pair.quantity.kind
-    values = [float(np.median(side) if statistic == "median" else np.mean(side)) if len(side) else _NAN
-              for side in (a, b)]  # fmt: skip
+    statistic: Average = "median" if pair.quantity.kind == "median" else "mean"
+    average = np.median if statistic == "median" else np.mean
+    values = (float(average(a)) if len(a) else math.nan, float(average(b)) if len(b) else math.nan)
     if min(len(a), len(b)) < 2:
-        estimate, p = undefined(_too_few(pair, a, b), len(a) + len(b), values[1] - values[0]), _NAN
+        estimate = undefined(_too_few(pair, a, b), len(a) + len(b), values[1] - values[0])
     else:
-        n_boot, n_permutations = pair.resampling.n_boot, pair.resampling.n_permutations
-        function = np.median if statistic == "median" else np.mean
-        estimate = bootstrap_difference(a, b, function, n_boot=n_boot, level=LEVEL, seed=pair.seed("bootstrap"))
-        p = permutation_test(a, b, statistic=statistic, n_permutations=n_permutations, seed=pair.seed("permutation")).p
-    return [pair.row((values[0], values[1]), estimate, p, _BY_FEATURES)]
+        resampling = pair.resampling
+        seeds = [resampling.seed_for(pair.name, what) for what in ("bootstrap", "permutation")]
+        estimate = bootstrap_difference(a, b, statistic, n_boot=resampling.n_boot, level=LEVEL, seed=seeds[0])
+        n_permutations = resampling.n_permutations
+        p = permutation_test(a, b, statistic=statistic, n_permutations=n_permutations, seed=seeds[1])
+        estimate = replace(estimate, p=p)
+    return [pair.row(values, estimate, _BY_FEATURES)]
 
 
 def _mean_range(pair: _Pair) -> list[Contrast]:
@@ -198,45 +207,38 @@ def _mean_range(pair: _Pair) -> list[Contrast]:
     a, b = pair.read()
     # Under the name of the mean it gets the resamples of the mean, so that the two rows agree.
     name = f"{pair.quantity.name.rpartition('_')[0]}_mean"
-    means = _averages(replace(pair, quantity=replace(pair.quantity, name=name, kind="mean")))[0]
+    mean = _averages(replace(pair, quantity=replace(pair.quantity, name=name, kind="mean")))[0]
     scale = (float(np.ptp(a)) + float(np.ptp(b))) / 2 if len(a) and len(b) else 0.0
     if scale > 0:
-        value = normalised_mean_difference(a, b)
-        estimate = Estimate(value, means.low / scale, means.high / scale, len(a) + len(b), means.reason)
-        p = means.p
+        low, high = mean.low / scale, mean.high / scale
+        estimate = Estimate(mean.estimate / scale, low, high, len(a) + len(b), mean.reason, mean.p)
     else:
-        estimate, p = undefined("no range of coherence to divide by", len(a) + len(b)), _NAN
+        estimate = undefined("no range of coherence to divide by", len(a) + len(b))
     method = "mean difference and interval divided by the mean of the two ranges; p of the mean difference"
-    return [pair.row((means.value_a, means.value_b), estimate, p, method)]
+    return [pair.row((mean.value_a, mean.value_b), estimate, method)]
 
 
 def _dominance(pair: _Pair) -> list[Contrast]:
     a, b = pair.read()
-    values = (float(np.mean(a)) if len(a) else _NAN, float(np.mean(b)) if len(b) else _NAN)
-    if min(len(a), len(b)) >= 2:
-        name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
-        estimate = cliffs_delta_interval(a, b, float(cliffs_delta(a, b)), pair.resampling, name)
-        p = float(mannwhitneyu(a, b, alternative="two-sided").pvalue)
-    else:
-        estimate, p = undefined(_too_few(pair, a, b), len(a) + len(b)), _NAN
-    return [pair.row(values, estimate, p, "bootstrap over features, Mann-Whitney test")]
+    values = (float(np.mean(a)) if len(a) else math.nan, float(np.mean(b)) if len(b) else math.nan)
+    estimate = cliffs_delta(a, b, pair.resampling, pair.name)
+    if min(len(a), len(b)) < 2:
+        estimate = replace(estimate, reason=_too_few(pair, a, b))
+    return [pair.row(values, estimate, "bootstrap over features, Mann-Whitney test")]
 
 
 def _token_moments(pair: _Pair) -> list[Contrast]:
     """Mean or variance of several numbers a feature, and its change in %."""
-    a, b = pair.read()
     moment = pair.quantity.kind.removeprefix("token ")
-    name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
-    found = compare_moment(a, b, moment, pair.resampling, name)
-    values, method = (found.value_a, found.value_b), "cluster bootstrap by feature, permutation of features"
-    row, change = pair.row(values, found.difference, found.p, method), pair.row(values, found.change, found.p, method)
-    return [row, _derived(change, "_change", f"{row.label}, percentage change", "%")]
+    difference, change = clustered_difference(*pair.read(), moment, pair.resampling, pair.name)
+    values, method = pair.values(), "cluster bootstrap by feature, permutation of features"
+    row = pair.row(values, difference, method)
+    return [row, _derived(pair.row(values, change, method), "_change", f"{row.label}, percentage change", "%")]
 
 
 def _counts(pair: _Pair) -> list[Contrast]:
-    name = f"{pair.quantity.name}|{pair.a.name}|{pair.b.name}"
-    found = compare_counts(*pair.read(), pair.resampling, name)
-    return [pair.row((found.value_a, found.value_b), found.difference, found.p, _BY_FEATURES)]
+    difference = count_difference(*pair.read(), pair.resampling, pair.name)
+    return [pair.row(pair.values(), difference, _BY_FEATURES)]
 
 
 _COMPARE: dict[Kind, Callable[[_Pair], list[Contrast]]] = {

@@ -32,11 +32,7 @@ _WHY = {
 # Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
 _MEASURED: dict[str, tuple[float, bool, str]] = {
     "explained_variance": (0.02, False, "an SAE that fits its model worse finds poorer features"),
-    "ce_loss_score": (
-        0.02,
-        False,
-        "an SAE that loses more of the model's behaviour speaks less for the model",
-    ),
+    "ce_loss_score": (0.02, False, "an SAE that loses more of the model's behaviour speaks less for the model"),
     "l0": (0.10, True, "more active features per token make each one broader"),
     "dead_share": (0.05, False, "features that never fire cannot be of the domain, which lowers shares"),
 }
@@ -114,15 +110,9 @@ def _judge_model(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     others = [name for name in roles.placebos if values[name] != control]
     if others:
         verb = "has" if len(others) == 1 else "have"
-        return (
-            "flaw",
-            f"{_and(others)} {verb} another model than the control, so that is not only SAE noise.",
-        )
+        return "flaw", f"{_and(others)} {verb} another model than the control, so that is not only SAE noise."
     if values[roles.treatment] == control:
-        return (
-            "flaw",
-            "Control and treatment have the same model, so nothing found here can come from fine-tuning.",
-        )
+        return "flaw", "Control and treatment have the same model, so nothing found here can come from fine-tuning."
     return "intended", "Control and treatment differ in the model: that is the comparison."
 
 
@@ -131,20 +121,14 @@ def _judge_seed(values: Mapping[str, object], roles: Roles) -> tuple[str, str]:
     same = [name for name in roles.placebos if values[name] == control]
     if same:
         verb = "has" if len(same) == 1 else "have"
-        return (
-            "flaw",
-            f"{_and(same)} {verb} the control's seed, so retraining changed nothing and shows no SAE noise.",
-        )
+        return "flaw", f"{_and(same)} {verb} the control's seed, so retraining changed nothing and shows no SAE noise."
     treated = (
         "Treatment and control share a seed: both SAEs start alike, which keeps noise down"
         if values[roles.treatment] == control
         else "Treatment and control have different seeds, which is fine: it adds SAE noise, as in a placebo"
     )
     if roles.placebos:
-        return (
-            "intended",
-            f"{treated}. The placebo has another seed on purpose: what differs there is SAE noise.",
-        )
+        return "intended", f"{treated}. The placebo has another seed on purpose: what differs there is SAE noise."
     return ("same" if values[roles.treatment] == control else "intended"), f"{treated}."
 
 

@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.stats.arguments import LEVEL
 from saeffect.stats.regression import ols_robust
-from saeffect.stats.resampling import LEVEL
 
 __all__ = ["EffectRegression", "effect_regression"]
 
 _PROPERTIES = ("coherence", "log10_density", "decoder_norm")
-_PARTIAL = ("feature", "arm", "term", "x", "residual")
 # Rows of unit length differ by rounding alone, which is no property of a feature.
 _FLAT = 1e-4
 
@@ -47,10 +46,6 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
 
     Features without an effect, a coherence or an activity are left out. A property that is the same in every
     feature has no estimate, and the others are fitted without it.
-
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
 
     Source:
         Least squares with HC3 or cluster-robust errors (`saeffect.stats.ols_robust`); partial residuals after
@@ -88,23 +83,22 @@ def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegr
 
 
 def _data(arms: Mapping[str, ArmTables], roles: Roles) -> pd.DataFrame:
-    frames = []
+    """One row a steered feature: its effect, its properties, and a column of 0 and 1 an arm but the control's."""
+    columns = ["feature", "arm", "effect", *_PROPERTIES]
+    frames = [pd.DataFrame(columns=columns)]
     for name in roles.ordered:
         arm = arms[name]
         if arm.effects is None or arm.effects.empty:
             continue
-        rows = arm.effects[["feature", "effect"]].merge(
-            arm.coherence[["feature", "coherence"]], on="feature", how="left"
-        )
         known = [column for column in ("density", "decoder_norm") if column in arm.features]
-        rows = rows.merge(arm.features[["feature", *known]], on="feature", how="left")
+        rows = arm.effects[["feature", "effect"]].merge(arm.coherence[["feature", "coherence"]], "left", "feature")
+        rows = rows.merge(arm.features[["feature", *known]], "left", "feature").assign(arm=name)
         density = rows["density"].to_numpy(dtype=np.float64)
         rows["log10_density"] = np.log10(np.where(density > 0, density, np.nan))
         if "decoder_norm" not in rows:  # tables of others may not have it; then it says nothing
             rows["decoder_norm"] = 1.0
-        frames.append(rows.assign(arm=name))
-    columns = ["feature", "arm", "effect", *_PROPERTIES]
-    data = pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+        frames.append(rows[columns])
+    data = pd.concat(frames[1:] or frames, ignore_index=True)
     for name in roles.ordered[1:]:
         data[f"arm {name}"] = (data["arm"] == name).astype(np.float64)
     return data.astype(dict.fromkeys(("effect", *_PROPERTIES), np.float64))
@@ -115,36 +109,24 @@ def _is_flat(values: np.ndarray) -> bool:
 
 
 def _flat_rows(flat: list[str], usable: pd.DataFrame, errors: str) -> pd.DataFrame:
-    reasons = []
-    for name in flat:
-        absent = name.startswith("arm ") and not usable[name].any()
-        reasons.append(
-            f"no usable feature of {name.removeprefix('arm ')}" if absent else f"{name} is the same in every feature"
-        )
+    reasons = [
+        f"no usable feature of {name.removeprefix('arm ')}"
+        if name.startswith("arm ") and not usable[name].any()
+        else f"{name} is the same in every feature"
+        for name in flat
+    ]
     nothing = dict.fromkeys(("estimate", "low", "high", "p"), np.nan)
     return pd.DataFrame({"term": flat, **nothing, "n": len(usable), "errors": errors, "reason": reasons})
 
 
 def _partial(usable: pd.DataFrame, X: pd.DataFrame, fit: pd.DataFrame) -> pd.DataFrame:
     estimates = fit.set_index("term")["estimate"]
-    if estimates.isna().any():
-        return pd.DataFrame(
-            {name: pd.Series(dtype="str" if name in ("arm", "term") else "float64") for name in _PARTIAL}
-        )
-    residual = (
-        usable["effect"].to_numpy() - estimates["intercept"] - X.to_numpy() @ estimates[list(X.columns)].to_numpy()
-    )
-    frames = [
-        pd.DataFrame(
-            {
-                "feature": usable["feature"],
-                "arm": usable["arm"],
-                "term": name,
-                "x": X[name],
-                "residual": residual + estimates[name] * X[name].to_numpy(),
-            }
-        )
-        for name in X.columns
-        if name in _PROPERTIES
-    ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_PARTIAL))
+    names = [name for name in X.columns if name in _PROPERTIES]
+    if estimates.isna().any() or not names:
+        kinds = {"feature": "float64", "arm": "str", "term": "str", "x": "float64", "residual": "float64"}
+        return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
+    slopes = estimates[list(X.columns)].to_numpy()
+    residual = usable["effect"].to_numpy() - estimates["intercept"] - X.to_numpy() @ slopes
+    own = {name: residual + estimates[name] * X[name].to_numpy() for name in names}
+    frames = [usable[["feature", "arm"]].assign(term=name, x=X[name], residual=own[name]) for name in names]
+    return pd.concat(frames, ignore_index=True)

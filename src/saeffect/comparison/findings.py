@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, TypedDict
 
 import pandas as pd
@@ -68,6 +70,7 @@ class MatchTables:
         absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
         stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's
             (`saeffect.diffing.stagewise`).
+        further: Tables of diffing methods that were registered besides these, by name.
     """
 
     fates_control: pd.DataFrame = field(default_factory=_none)
@@ -77,11 +80,12 @@ class MatchTables:
     cross_activity: pd.DataFrame = field(default_factory=_none)
     absorption: pd.DataFrame = field(default_factory=_none)
     stagewise: pd.DataFrame = field(default_factory=_none)
+    further: Mapping[str, pd.DataFrame] = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Names of the tables."""
-        return tuple(table.name for table in fields(cls))
+        """Names of the tables but the further ones."""
+        return tuple(table.name for table in fields(cls) if table.name != "further")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,7 +103,7 @@ class Comparison:
         design: How the arms differ besides the model (`design.design_check`).
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
-        by_chance: Findings beside how many chance would give (`by_chance.chance_table`).
+        by_chance: Findings beside how many chance would give (`calibration.chance_table`).
         threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
         partial_residuals: The same to plot (`EffectRegression.partial_residuals`).
@@ -124,7 +128,7 @@ class Comparison:
     matches: MatchTables = field(default_factory=MatchTables)
     answer: Answer = field(default_factory=_no_answer)
 
-    @property
+    @cached_property
     def judged(self) -> dict[str, Judgement]:
         """The judgements with the differences behind them, by quantity."""
         return judgements_of(self.judgements, self.contrasts)

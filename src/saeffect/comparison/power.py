@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, steered_minus_placebo
 from saeffect.comparison.judgement import ALL_SEEDS, ALPHA
-from saeffect.comparison.measures import steered_minus_placebo
 from saeffect.comparison.quantities import QUANTITIES, sae_value
 from saeffect.comparison.seeds import control_saes
 from saeffect.stats import independent_values
@@ -44,12 +43,8 @@ def power_table(
     """The smallest difference of treatment and control that each declared test would have found.
 
     Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
         contrasts: As `contrasts` gives it, with the rows over seeds; what was observed is read from there.
-        tests: Declared quantities.
         alpha: Highest q at which a steered feature passes.
-        min_matches: As of the contrasts.
 
     Returns:
         One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test
@@ -67,13 +62,13 @@ def power_table(
         observed = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")]
         if observed.empty:
             continue
-        one = observed.iloc[0]
-        rows.append(_between_features(quantity, one, arms[roles.control], arms[roles.treatment], min_matches))
+        arms_compared = arms[roles.control], arms[roles.treatment]
+        rows.append(_between_features(quantity, observed.iloc[0], *arms_compared, min_matches))
         over = contrasts[(contrasts["quantity"] == f"{quantity}_seeds") & (contrasts["comparison"] == ALL_SEEDS)]
         if not over.empty:
-            rows.append(
-                _between_saes(quantity, over.iloc[0], _sae_values(quantity, arms, roles, min_matches), n_declared)
-            )
+            sides = control_saes(arms, roles), arms[roles.treatment].saes
+            values = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in sides]
+            rows.append(_between_saes(over.iloc[0], [side[~np.isnan(side)] for side in values], n_declared))
     for name in roles.ordered:
         rows += _single_features(name, arms[name], alpha)
     return pd.DataFrame(rows, columns=[*_COLUMNS, "method", "reason"])
@@ -92,35 +87,21 @@ def _between_features(
         share = k_a / n_a if n_a else math.nan
         found = detectable_proportion_difference(share if n_a else 0.0, n_a, n_b, alpha=ALPHA, power=POWER)
         return _row(quantity, unit, (n_a, n_b), share, found, observed)
-    n_a, n_b, sd_a, sd_b = len(a), len(b), _sd(a), _sd(b)
-    found = detectable_mean_difference(sd_a, n_a, sd_b, n_b, alpha=ALPHA, power=POWER)
-    return _row(quantity, unit, (n_a, n_b), _pooled(sd_a, sd_b, n_a, n_b), found, observed)
+    spread = _pooled_sd(a, b) if min(len(a), len(b)) > 1 else math.nan
+    found = detectable_mean_difference(spread, len(a), len(b), alpha=ALPHA, power=POWER)
+    return _row(quantity, unit, (len(a), len(b)), spread, found, observed)
 
 
-def _sae_values(
-    quantity: str, arms: Mapping[str, ArmTables], roles: Roles, min_matches: int
-) -> tuple[FloatArray, FloatArray]:
-    """One number an SAE, of the control's model and of the treatment's."""
-    sides = control_saes(arms, roles), arms[roles.treatment].saes
-    found = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in sides]
-    return found[0][~np.isnan(found[0])], found[1][~np.isnan(found[1])]
-
-
-def _between_saes(
-    quantity: str, row: pd.Series[Any], values: tuple[FloatArray, FloatArray], n_declared: int
-) -> dict[str, Any]:
+def _between_saes(row: pd.Series[Any], values: Sequence[FloatArray], n_declared: int) -> dict[str, Any]:
     """SAEs as units, at the level that Holm's correction asks of the only quantity that differs."""
-    n_a, n_b = len(values[0]), len(values[1])
-    freedom = n_a + n_b - 2
-    squares = sum(float(((one - one.mean()) ** 2).sum()) for one in values if len(one))
-    spread = math.sqrt(squares / freedom) if freedom > 0 else math.nan
+    n_a, n_b = map(len, values)
+    spread = _pooled_sd(*values)
     at = ALPHA / n_declared
     found = detectable_few_means(spread, n_a, n_b, alpha=at, power=POWER)
     if row["unit"] == "share" and found.difference > 1:
         why = "even a difference of 100 percentage points would not be found: too few SAEs show how much SAEs differ"
         found = Detectable(math.nan, math.nan, found.n, found.method, why)
-    row = _row(f"{quantity}_seeds", str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"]))
-    return row | {"alpha": at}
+    return _row(row["quantity"], str(row["unit"]), (n_a, n_b), spread, found, float(row["estimate"])) | {"alpha": at}
 
 
 def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, Any]]:
@@ -130,15 +111,15 @@ def _single_features(name: str, arm: ArmTables, alpha: float) -> list[dict[str, 
     tested = arm.effects[arm.effects["p"].notna()]
     pairs = steered_minus_placebo(arm)
     groups = pairs.groupby(level="feature")
-    units = [independent_values(one, one.index.get_level_values("prompt")) for _, one in groups]
-    spreads = np.array([_sd(one) for one in units if len(one) > 1])
+    units = [independent_values(rows, rows.index.get_level_values("prompt")) for _, rows in groups]
+    spreads = np.array([np.std(values, ddof=1) for values in units if len(values) > 1])
     spread = float(np.sqrt((spreads**2).mean())) if len(spreads) else math.nan
-    n = int(np.median([len(one) for one in units])) if len(tested) and units else 0
+    n = int(np.median([len(values) for values in units])) if len(tested) and units else 0
     observed = float(tested["effect"].median()) if len(tested) else math.nan
     rows = []
-    for test, level in ((f"feature in {name}", alpha), (f"only feature of {len(tested)} in {name}", None)):
-        at = alpha / max(1, len(tested)) if level is None else level
-        found = detectable_paired_mean(spread, n, alpha=at, power=POWER, alternative="greater")
+    only = f"only feature of {len(tested)} in {name}", alpha / max(1, len(tested))
+    for test, at in ((f"feature in {name}", alpha), only):
+        found = detectable_paired_mean(spread, n, alpha=at, power=POWER)
         smallest = 0.5**n if n <= _EXACT else 1 / (_FLIPS + 1)
         if not found.reason and smallest > at:
             why = f"with {n} prompts or pairs the smallest p is {smallest:.2g}, and {at:.2g} is asked"
@@ -164,11 +145,8 @@ def _row(test: str, unit: str, n: tuple[int, int], spread: float, found: Detecta
     }
 
 
-def _sd(values: FloatArray) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def _pooled(sd_a: float, sd_b: float, n_a: int, n_b: int) -> float:
-    if n_a + n_b <= 2:
-        return math.nan
-    return math.sqrt(((n_a - 1) * sd_a**2 + (n_b - 1) * sd_b**2) / (n_a + n_b - 2))
+def _pooled_sd(*sides: FloatArray) -> float:
+    """Standard deviation within either side; a side of one value shows none, and adds none."""
+    freedom = sum(map(len, sides)) - 2
+    squares = sum(float(((side - side.mean()) ** 2).sum()) for side in sides if len(side))
+    return math.sqrt(squares / freedom) if freedom > 0 else math.nan

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
+from saeffect.comparison.arms import (
+    ArmTables,
     activity_of,
     coherence_of,
     direct_effect_of,
@@ -76,7 +76,7 @@ def _wording(
     return Wording(short, phrase or f"the {short}", larger, smaller, first, goes)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Quantity:
     """One quantity of the comparison.
 
@@ -114,67 +114,47 @@ class Quantity:
         return (self.name, f"{self.name}{more}") if more else (self.name,)
 
 
+_VOCABULARY = "Share of features with {min_matches} or more vocabulary tokens"
+
+
 def _is_domain(arm: ArmTables) -> pd.Series[Any]:
     # In the order of the numbers, as all that is resampled: the order of a table's rows must not change an interval.
     return arm.selection.sort_values("feature")["is_domain"].astype(np.float64).reset_index(drop=True)
 
 
-def _effect_by_prompt(arm: ArmTables) -> pd.Series[Any]:
-    return steered_minus_placebo(arm).groupby(level=["feature", "prompt"]).mean()
+def _coherence(arm: ArmTables, _: int) -> Any:
+    return coherence_of(arm)
 
 
 def _weights(arm: ArmTables, _: int) -> Any:
     found = weights_of(arm)
-    return found.weight, found.feature
-
-
-def _passed(arm: ArmTables, _: int) -> tuple[int, int]:
-    counts = pass_counts(arm)
-    return counts.passed, counts.tested
-
-
-def _passed_by_the_papers_rule(arm: ArmTables, _: int) -> tuple[int, int]:
-    counts = pass_counts(arm)
-    return counts.paper_passed, counts.paper_tested
+    return found["weight"].to_numpy(), found["feature"].to_numpy()
 
 
 _ALL = (
     Quantity(
-        name="domain_share",
-        label="Share of features that are domain features",
-        unit="share",
-        kind="share",
-        read=lambda arm, _: (len(arm.domain), arm.n_features),
+        "domain_share",
+        "Share of features that are domain features",
+        "share",
+        "share",
+        lambda arm, _: (len(arm.domain), arm.n_features),
         seed_values=_is_domain,
         words=_wording(
             "share of domain features",
-            changed=(
-                "a larger share of them are domain features",
-                "a smaller share of them are domain features",
-            ),
+            changed=("a larger share of them are domain features", "a smaller share of them are domain features"),
             first=("Domain features make up ", " of the SAE"),
         ),
     ),
+    Quantity("share_dot", f"{_VOCABULARY}, dot product", "share", "share",
+             lambda arm, least: (scale_count(arm, "dot", least), arm.n_features)),
+    Quantity("share_cosine", f"{_VOCABULARY}, cosine", "share", "share",
+             lambda arm, least: (scale_count(arm, "cosine", least), arm.n_features)),
     Quantity(
-        name="share_dot",
-        label="Share of features with {min_matches} or more vocabulary tokens, dot product",
-        unit="share",
-        kind="share",
-        read=lambda arm, least: (scale_count(arm, "dot", least), arm.n_features),
-    ),
-    Quantity(
-        name="share_cosine",
-        label="Share of features with {min_matches} or more vocabulary tokens, cosine",
-        unit="share",
-        kind="share",
-        read=lambda arm, least: (scale_count(arm, "cosine", least), arm.n_features),
-    ),
-    Quantity(
-        name="pass_rate",
-        label="Share of tested features that pass against placebo",
-        unit="share",
-        kind="share",
-        read=_passed,
+        "pass_rate",
+        "Share of tested features that pass against placebo",
+        "share",
+        "share",
+        lambda arm, _: (pass_counts(arm).passed, pass_counts(arm).tested),
         steered=True,
         words=_wording(
             "pass rate",
@@ -184,20 +164,14 @@ _ALL = (
             goes=("Steered, ", " of features pass against {control} before and ", " after"),
         ),
     ),
+    Quantity("paper_pass_rate", "Share of tested features that pass by the paper's rule", "share", "share",
+             lambda arm, _: (pass_counts(arm).paper_passed, pass_counts(arm).paper_tested), steered=True),
     Quantity(
-        name="paper_pass_rate",
-        label="Share of tested features that pass by the paper's rule",
-        unit="share",
-        kind="share",
-        read=_passed_by_the_papers_rule,
-        steered=True,
-    ),
-    Quantity(
-        name="coherence_mean",
-        label="Mean coherence of domain features",
-        unit="coherence",
-        kind="mean",
-        read=lambda arm, _: coherence_of(arm),
+        "coherence_mean",
+        "Mean coherence of domain features",
+        "coherence",
+        "mean",
+        _coherence,
         seed_values=lambda arm: pd.Series(coherence_of(arm)),
         words=_wording(
             "mean coherence",
@@ -207,72 +181,30 @@ _ALL = (
             goes=("The domain features' mean coherence goes from ", " to ", ""),
         ),
     ),
+    Quantity("coherence_median", "Median coherence of domain features", "coherence", "median", _coherence),
+    Quantity("coherence_normalised", "Normalised mean difference of coherence (the paper's)", "mean range",
+             "mean range", _coherence),
+    Quantity("coherence_delta", "Cliff's delta of coherence", "from -1 to 1", "dominance", _coherence),
+    Quantity("weight_mean", "Mean of the top-token weights (the paper's activations)", "weight", "token mean",
+             _weights),
+    Quantity("weight_variance", "Variance of the top-token weights (the paper's activations)", "weight squared",
+             "token variance", _weights),
+    Quantity("density", "Mean density of domain features", "share of tokens", "mean",
+             lambda arm, _: activity_of(arm, "density"),
+             seed_values=lambda arm: pd.Series(activity_of(arm, "density"))),
+    Quantity("mean_activation", "Mean activation of domain features, where active", "activation", "mean",
+             lambda arm, _: activity_of(arm, "mean_activation"),
+             seed_values=lambda arm: pd.Series(activity_of(arm, "mean_activation"))),
+    Quantity("matches_mean", "Mean number of top tokens in the vocabulary, all features", "tokens", "count mean",
+             lambda arm, _: match_counts_of(arm),
+             seed_values=lambda arm: pd.Series(match_counts_of(arm), dtype=np.float64)),
     Quantity(
-        name="coherence_median",
-        label="Median coherence of domain features",
-        unit="coherence",
-        kind="median",
-        read=lambda arm, _: coherence_of(arm),
-    ),
-    Quantity(
-        name="coherence_normalised",
-        label="Normalised mean difference of coherence (the paper's)",
-        unit="mean range",
-        kind="mean range",
-        read=lambda arm, _: coherence_of(arm),
-    ),
-    Quantity(
-        name="coherence_delta",
-        label="Cliff's delta of coherence",
-        unit="from -1 to 1",
-        kind="dominance",
-        read=lambda arm, _: coherence_of(arm),
-    ),
-    Quantity(
-        name="weight_mean",
-        label="Mean of the top-token weights (the paper's activations)",
-        unit="weight",
-        kind="token mean",
-        read=_weights,
-    ),
-    Quantity(
-        name="weight_variance",
-        label="Variance of the top-token weights (the paper's activations)",
-        unit="weight squared",
-        kind="token variance",
-        read=_weights,
-    ),
-    Quantity(
-        name="density",
-        label="Mean density of domain features",
-        unit="share of tokens",
-        kind="mean",
-        read=lambda arm, _: activity_of(arm, "density"),
-        seed_values=lambda arm: pd.Series(activity_of(arm, "density")),
-    ),
-    Quantity(
-        name="mean_activation",
-        label="Mean activation of domain features, where active",
-        unit="activation",
-        kind="mean",
-        read=lambda arm, _: activity_of(arm, "mean_activation"),
-        seed_values=lambda arm: pd.Series(activity_of(arm, "mean_activation")),
-    ),
-    Quantity(
-        name="matches_mean",
-        label="Mean number of top tokens in the vocabulary, all features",
-        unit="tokens",
-        kind="count mean",
-        read=lambda arm, _: match_counts_of(arm),
-        seed_values=lambda arm: pd.Series(match_counts_of(arm), dtype=np.float64),
-    ),
-    Quantity(
-        name="effect",
-        label="Mean effect of steering beyond placebo",
-        unit="cosine similarity",
-        kind="mean",
-        read=lambda arm, _: effect_of(arm),
-        seed_values=_effect_by_prompt,
+        "effect",
+        "Mean effect of steering beyond placebo",
+        "cosine similarity",
+        "mean",
+        lambda arm, _: effect_of(arm),
+        seed_values=lambda arm: steered_minus_placebo(arm).groupby(level=["feature", "prompt"]).mean(),
         steered=True,
         words=_wording(
             "mean effect",
@@ -281,15 +213,9 @@ _ALL = (
             goes=("The mean effect of steering goes from ", " to ", ""),
         ),
     ),
-    Quantity(
-        name="direct_effect",
-        label="Mean direct effect beyond placebo",
-        unit="nats",
-        kind="mean",
-        read=lambda arm, _: direct_effect_of(arm),
-        steered=True,
-    ),
-)
+    Quantity("direct_effect", "Mean direct effect beyond placebo", "nats", "mean",
+             lambda arm, _: direct_effect_of(arm), steered=True),
+)  # fmt: skip
 
 QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _ALL}
 """Every quantity by name, in the order of the tables."""
@@ -302,8 +228,8 @@ def add_quantity(quantity: Quantity) -> None:
         ConfigError: There is one of this name.
 
     Example:
-        >>> dead = Quantity(name="dead_share", label="Share of features that never fire", unit="share", kind="share",
-        ...                 read=lambda arm, _: (int((arm.features["density"] == 0).sum()), arm.n_features))
+        >>> dead = Quantity("dead_share", "Share of features that never fire", "share", "share",
+        ...                 lambda arm, _: (int((arm.features["density"] == 0).sum()), arm.n_features))
         >>> add_quantity(dead)
         >>> wording("dead_share").short, QUANTITIES.pop("dead_share").rows
         ('dead share', ('dead_share', 'dead_share_ratio'))
@@ -336,7 +262,6 @@ def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
     Args:
         quantity: A name; others than those of `QUANTITIES` have no such number.
         arm: The SAE.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
 
     Returns:
         NaN where the SAE has nothing to count or average, and for what only a pair of SAEs has.

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.contrasts import Contrast
+from saeffect.comparison.contrasts import Contrast, compared
 from saeffect.comparison.judgement import ALL_SEEDS
 from saeffect.comparison.quantities import QUANTITIES, Quantity, sae_value
-from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference, nested_mean_test
-from saeffect.stats.resampling import LEVEL, Resampling
-from saeffect.stats.student import cautious_difference, cautious_difference_test
+from saeffect.stats.arguments import LEVEL, Resampling
+from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference
+from saeffect.stats.student import cautious_difference
 
 __all__ = ["all_saes_contrast", "control_saes", "seed_contrasts"]
 
@@ -43,12 +43,6 @@ def seed_contrasts(
     the control cancels: "beyond retraining" is treatment against placebo. Where no arm has more than one SAE, only
     "all seeds" is left: the treatment's against the control's and the placebos'.
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        min_matches: As of `contrasts`.
-        resampling: Seed and number of resamples.
-
     Returns:
         Rows as of `contrasts`. Where a side has a single SAE the row's `remark` says what that means: its interval
         does not hold the noise of SAE training, or, for "all seeds", takes it to be that of the other side.
@@ -58,12 +52,13 @@ def seed_contrasts(
     known = control_saes(arms, roles)
     if len(known) + len(treatment) < 3:
         return []
-    pairs = []
-    if any(len(found) > 1 for found in saes.values()):
-        pairs.append(("fine-tuning", control, treatment))
-        for name in roles.placebos:
-            pairs += [("retraining", control, saes[name]), ("beyond retraining", saes[name], treatment)]
-    nested = [quantity for quantity in QUANTITIES.values() if quantity.seed_values is not None]
+    several = any(len(found) > 1 for found in saes.values())
+    pairs = compared(control, treatment, [saes[name] for name in roles.placebos]) if several else []
+    nested = [
+        replace(quantity, label=quantity.label.format(min_matches=min_matches))
+        for quantity in QUANTITIES.values()
+        if quantity.seed_values is not None
+    ]
     # Shares and means over all features or domain features first, then their activity.
     nested.sort(key=lambda quantity: quantity.name in ("density", "mean_activation", "effect"))
     rows = [_nested(comparison, quantity, a, b, resampling) for comparison, a, b in pairs for quantity in nested]
@@ -78,7 +73,6 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         quantity: As in the contrasts.
         a: SAEs of the one model, first the arm's own.
         b: SAEs of the other.
-        min_matches: As of `contrasts`.
 
     Returns:
         The row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have
@@ -97,7 +91,8 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
     if len(single) == 1:
         remarks.append(f"one SAE in {single[0]}: it is taken to scatter as those of the other model do")
     means = [float(side.mean()) if len(side) else float("nan") for side in known]
-    return Contrast(
+    return Contrast.from_estimate(
+        estimate,
         quantity=f"{quantity}_seeds",
         label=f"{QUANTITIES[quantity].label.format(min_matches=min_matches)}, over SAE seeds",
         comparison=ALL_SEEDS,
@@ -105,10 +100,6 @@ def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTabl
         b=b[0].name,
         value_a=means[0],
         value_b=means[1],
-        estimate=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        p=cautious_difference_test(known[0], known[1]).p,
         method=_ALL_METHOD,
         unit=unit,
         reason=(remarks[0] if without and not min(map(len, known)) else estimate.reason),
@@ -123,12 +114,13 @@ def _nested(
 ) -> Contrast:
     sides = [_mean_over_seeds(quantity, saes, resampling) for saes in (a, b)]
     (first, saes_a, _), (second, saes_b, _) = sides
-    estimate, test = nested_mean_difference(first, second, level=LEVEL), nested_mean_test(first, second)
+    estimate = nested_mean_difference(first, second, level=LEVEL)
     single = [saes[0].name for (_, n_saes, _), saes in zip(sides, (a, b), strict=True) if n_saes == 1]
     remarks = [absent for _, _, absent in sides if absent]
     if single:
         remarks.append(f"one SAE in {' and '.join(single)}: the interval does not hold the noise of its training")
-    return Contrast(
+    return Contrast.from_estimate(
+        estimate,
         quantity=f"{quantity.name}_seeds",
         label=f"{quantity.label}, over SAE seeds",
         comparison=comparison,
@@ -136,10 +128,6 @@ def _nested(
         b=b[0].name,
         value_a=first.value,
         value_b=second.value,
-        estimate=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        p=test.p,
         method=_METHOD,
         unit=quantity.unit,
         reason="" if np.isfinite(estimate.low) else estimate.reason or "no spread",
@@ -165,7 +153,7 @@ def _mean_over_seeds(
     absent = f"nothing to average in {', '.join(missing)}" if missing else ""
     used = [name for name in names if name not in missing]
     if not used:
-        return NestedMean(float("nan"), np.empty(0), np.empty(0), "sae_seed", absent), len(names), absent
+        return NestedMean(float("nan"), np.empty(0), np.empty(0), absent), len(names), absent
     levels = [values[name].index.to_frame(index=False).assign(sae_seed=name) for name in used]
     # Whatever is below the SAE but the innermost level, which the values themselves are.
     outer = [level for level in values[used[0]].index.names[:-1] if level is not None]

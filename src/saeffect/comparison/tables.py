@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison.arms import ArmTables
-from saeffect.comparison.measures import (
-    FloatArray,
-    IntArray,
+from saeffect.comparison.arms import (
+    ArmTables,
     coherence_of,
     condition_similarities,
     effect_of,
-    known_share,
     match_counts_of,
     pass_counts,
     placebo_of,
     scale_count,
+    top_token_coverage,
     untested_reason,
     weights_of,
 )
-from saeffect.stats.bootstrap import bootstrap, cluster_bootstrap
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.arguments import LEVEL, FloatArray, IntArray, Resampling
+from saeffect.stats.bootstrap import Average, bootstrap, cluster_bootstrap
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.proportions import wilson
-from saeffect.stats.resampling import LEVEL, Resampling, undefined
 
 __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
-
-_STATISTICS: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median}
 
 
 def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
     """Domain features, how many pass when steered, and the similarities: the paper's Table 1, one row an arm.
-
-    Args:
-        arms: The arms, in the order of the rows.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        resampling: Seed and number of resamples.
 
     Returns:
         Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`,
@@ -51,7 +41,7 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
     rows = []
     for name, arm in arms.items():
         counts = pass_counts(arm)
-        rate = _rate(counts.passed, counts.tested)
+        rate = wilson(counts.passed, counts.tested, level=LEVEL)
         row: dict[str, object] = {
             "arm": name,
             "role": arm.role,
@@ -66,10 +56,9 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
             "pass_low": rate.low,
             "pass_high": rate.high,
             "paper_passed": counts.paper_passed,
-            "paper_rate": _rate(counts.paper_passed, counts.paper_tested).value,
+            "paper_rate": counts.paper_passed / counts.paper_tested if counts.paper_tested else float("nan"),
         }
-        placebo = placebo_of(arm)
-        for column, condition in (("steered", "steered"), ("unsteered", "unsteered"), ("placebo", placebo)):
+        for column, condition in (("steered", "steered"), ("unsteered", "unsteered"), ("placebo", placebo_of(arm))):
             values, features = condition_similarities(arm, condition)
             mean = _clustered_mean(values, features, resampling, f"table1|{name}|{condition}")
             row |= {f"{column}_mean": mean.value, f"{column}_low": mean.low, f"{column}_high": mean.high}
@@ -84,10 +73,6 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
 def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataFrame:
     """Coherence of the domain features: the paper's Table 2, one row an arm.
 
-    Args:
-        arms: The arms, in the order of the rows.
-        resampling: Seed and number of resamples.
-
     Returns:
         `n_defined` and `n_undefined` count domain features with and without a coherence; mean and median with
         95 % bootstrap intervals over features, `minimum`, `maximum` and `range` are of the defined ones.
@@ -97,10 +82,9 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
     rows = []
     for name, arm in arms.items():
         values = coherence_of(arm)
-        mean = _one_sample(values, "mean", resampling, f"table2|{name}|mean")
-        median = _one_sample(values, "median", resampling, f"table2|{name}|median")
+        mean = _average(values, "mean", resampling, f"table2|{name}|mean")
+        median = _average(values, "median", resampling, f"table2|{name}|median")
         low, high = (float(values.min()), float(values.max())) if len(values) else (float("nan"), float("nan"))
-        coverage = known_share(arm)
         rows.append(
             {
                 "arm": name,
@@ -117,7 +101,7 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
                 "maximum": high,
                 "range": high - low,
                 "coverage_unique": arm.coverage_unique,
-                "coverage_total": coverage.known / coverage.total if coverage.total else float("nan"),
+                "coverage_total": top_token_coverage(arm, domain_only=True),
             }
         )
     return pd.DataFrame(rows)
@@ -144,20 +128,7 @@ def weights(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     Returns:
         `arm`, `feature`, `rank` (0: the most promoted token), `weight` in units of the study's projection.
     """
-    frames = []
-    for name, arm in arms.items():
-        found = weights_of(arm)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "arm": pd.Series([name] * len(found.weight), dtype="str"),
-                    "feature": found.feature,
-                    "rank": found.rank,
-                    "weight": found.weight,
-                }
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+    return _stacked({name: weights_of(arm) for name, arm in arms.items()})
 
 
 def activity(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
@@ -168,31 +139,25 @@ def activity(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
         `max_activation`.
     """
     columns = ["feature", "density", "mean_activation", "max_activation"]
+    return _stacked({name: arm.of_domain(arm.features)[columns] for name, arm in arms.items()})
+
+
+def _stacked(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of the arms below each other, with the arm in the first column."""
     frames = []
-    for name, arm in arms.items():
-        rows = arm.of_domain(arm.features)[columns].copy()
+    for name, table in tables.items():
+        rows = table.copy()
         rows.insert(0, "arm", pd.Series([name] * len(rows), dtype="str"))
         frames.append(rows)
     return pd.concat(frames, ignore_index=True)
 
 
-def _rate(k: int, n: int) -> Estimate:
-    return wilson(k, n, level=LEVEL) if n else undefined("no feature was tested")
-
-
 def _clustered_mean(values: FloatArray, features: IntArray, resampling: Resampling, name: str) -> Estimate:
-    if not len(values):
-        return undefined("nothing was measured")
-    if len(np.unique(features)) < 2:
+    if len(np.unique(features)) == 1:
         return undefined("only one feature", len(values), float(values.mean()))
     seed = resampling.seed_for(name)
-    return cluster_bootstrap(values, features, np.mean, n_boot=resampling.n_boot, level=LEVEL, seed=seed)
+    return cluster_bootstrap(values, features, n_boot=resampling.n_boot, level=LEVEL, seed=seed)
 
 
-def _one_sample(values: FloatArray, statistic: str, resampling: Resampling, name: str) -> Estimate:
-    function = _STATISTICS[statistic]
-    if len(values) < 2:
-        return undefined(
-            "fewer than two features", len(values), float(function(values)) if len(values) else float("nan")
-        )
-    return bootstrap(values, function, n_boot=resampling.n_boot, level=LEVEL, seed=resampling.seed_for(name))
+def _average(values: FloatArray, statistic: Average, resampling: Resampling, name: str) -> Estimate:
+    return bootstrap(values, statistic, n_boot=resampling.n_boot, level=LEVEL, seed=resampling.seed_for(name))

@@ -25,9 +25,6 @@ class FiringLog:
     A million tokens with 32 active features are 256 MB. Logs of two SAEs can be compared when they were fed
     the same tokens in the same order.
 
-    Args:
-        d_sae: Number of features.
-
     Example:
         >>> log = FiringLog(3)
         >>> log.update(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))

@@ -16,11 +16,10 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from saeffect.diffing.pair import ModelPair
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
-from saeffect.stats.arguments import FloatArray
+from saeffect.errors import BadFile, ShapeMismatch
+from saeffect.stats.arguments import LEVEL, FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.stats.permutation import sign_flip_many
-from saeffect.stats.resampling import LEVEL
 
 if TYPE_CHECKING:  # reports read the finished table without torch
     from torch import Tensor
@@ -44,12 +43,6 @@ class CrossActivity:
 
     Holds `n_rows × d_sae` differences twice in float32: 400 MB for 2,000 rows and 24,576 features.
 
-    Args:
-        d_sae: Number of features.
-
-    Raises:
-        ConfigError: `d_sae` is below 1.
-
     Example:
         >>> import torch
         >>> cross = CrossActivity(1)
@@ -59,8 +52,6 @@ class CrossActivity:
     """
 
     def __init__(self, d_sae: int) -> None:
-        if d_sae < 1:
-            raise ConfigError(f"d_sae must be at least 1. Got {d_sae} instead.", at="d_sae")
         self.d_sae = d_sae
         self._sums = np.zeros((2, d_sae))  # of activations: control, treatment
         self._fired = np.zeros((2, d_sae))
@@ -111,11 +102,7 @@ class CrossActivity:
                 kept.append((numbers[1] - numbers[0]).astype(np.float32))
 
     def result(self, *, n_permutations: int = 10_000, seed: int = 0) -> pd.DataFrame:
-        """One row a feature.
-
-        Args:
-            n_permutations: Random sign patterns, above 14 rows.
-            seed: Of these.
+        """One row a feature; `n_permutations` random sign patterns are drawn from `seed` above 14 rows.
 
         Returns:
             `feature`; `mean_control`, `mean_treatment` (activation per token, off tokens as 0) and their
@@ -189,13 +176,7 @@ def _interval(sums: FloatArray, n_tokens: FloatArray) -> tuple[FloatArray, Float
 
 @dataclass(frozen=True, eq=False)
 class ActivityChanges:
-    """Features that could be tested, one entry each.
-
-    Attributes:
-        more: Fires more in the fine-tuned model, with q at most alpha.
-        less: Fires less.
-        domain: Belongs to the domain; False for all where the table does not say.
-    """
+    """Features that could be tested, one entry each: fires `more` or `less` (q at most alpha), is of the `domain`."""
 
     more: pd.Series[Any]
     less: pd.Series[Any]
@@ -203,11 +184,9 @@ class ActivityChanges:
 
 
 def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
-    """Which of the features that could be tested fire more, which less, and which are of the domain.
+    """Which features fire more, which less, and which are of the domain (none where the table does not say).
 
-    Args:
-        cross: The table of `CrossActivity.result`, not empty.
-        alpha: Highest q of a finding.
+    `cross` is the table of `CrossActivity.result`, not empty; `alpha` the highest q of a finding.
     """
     tested = cross[cross["q"].notna()]
     found = tested["q"] <= alpha
@@ -238,10 +217,7 @@ def change_scores(cross: pd.DataFrame) -> FloatArray:
 def most_changed(cross: pd.DataFrame, *, alpha: float, domain_only: bool = False) -> pd.DataFrame:
     """Features whose activations differ with q at most `alpha`, most changed first, with their `score`.
 
-    Args:
-        cross: The table of `CrossActivity.result`.
-        alpha: Highest q of a finding.
-        domain_only: Only those with `is_domain`.
+    Of the table of `CrossActivity.result`; only those with `is_domain` if `domain_only`.
     """
     if cross.empty:
         return cross.assign(score=pd.Series(dtype="float64"))

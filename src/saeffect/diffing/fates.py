@@ -28,10 +28,9 @@ from saeffect.diffing.matched_null import (
 )
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.arguments import FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.multiplicity import benjamini_hochberg
-from saeffect.stats.resampling import Resampling, undefined
 
 __all__ = ["Fates", "fates"]
 
@@ -122,9 +121,6 @@ def fates(
 
     Raises:
         ShapeMismatch: A table or matching is of another SAE, or measures differ.
-
-    Source:
-        This package's own; the statistics are in `matched_null`.
     """
     _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:
@@ -294,14 +290,12 @@ def _first(reasons: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _check(treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame]) -> None:
-    for placebo in placebos:
-        if placebo.measure != treatment.measure or placebo.n_a != treatment.n_a:
-            raise ShapeMismatch(
-                f"a placebo matching is of {placebo.n_a} features by {placebo.measure}, the treatment's of "
-                f"{treatment.n_a} by {treatment.measure}.",
-                at="placebos",
-                fix="match the control against every arm by one measure.",
-            )
+    if any(placebo.measure != treatment.measure or placebo.n_a != treatment.n_a for placebo in placebos):
+        raise ShapeMismatch(
+            "the matchings are not of the same control features by one measure.",
+            at="placebos",
+            fix="match the control against every arm by one measure.",
+        )
     sizes = [treatment.n_a, treatment.n_b, *(placebo.n_b for placebo in placebos)]
     if [len(frame) for frame in features] != sizes:
         raise ShapeMismatch(

@@ -18,9 +18,8 @@ import numpy.typing as npt
 from scipy.special import ndtri, stdtrit
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray
-from saeffect.stats.estimate import Estimate
-from saeffect.stats.resampling import LEVEL, Resampling, undefined
+from saeffect.stats.arguments import LEVEL, FloatArray, Resampling
+from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = [
     "MIN_STRATUM",
@@ -51,7 +50,7 @@ _TIE = 1e-12
 
 
 def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
-    """Cut features into groups of similar traits.
+    """Cut features into groups of similar traits: int64 [n], numbers from 0.
 
     Groups are halved at the median of one trait after the other while both halves keep `min_size` features.
     Only the order of a trait's values matters, so a logarithm changes nothing.
@@ -59,9 +58,6 @@ def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
     Args:
         traits: [n, n_traits]; features with a NaN among theirs get `NO_STRATUM`.
         min_size: Fewest features in a group (unless there are fewer in all).
-
-    Returns:
-        int64 [n], group numbers from 0.
 
     Example:
         >>> strata([[1.0], [9.0], [2.0], [8.0], [float("nan")]], min_size=2).tolist()
@@ -107,12 +103,11 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
     Args:
         values: [n_saes, n], first the SAE in question, then at least one placebo; NaN where undefined.
         groups: int64 [n], as `strata` gives them.
-        margin: A drop below the mean of the others that counts for nothing, in units of `values`: two SAEs
-            may differ a little as a whole.
+        margin: A drop that counts for nothing, in units of `values`: two SAEs may differ a little as a whole.
 
     Returns:
-        p [n] and the drop (mean of the others minus the first's) [n]; both NaN where a value is undefined, p
-        also where there is no stratum.
+        p [n] and the drop (mean of the others minus the first's) [n]; NaN where a value or, for p, the stratum is
+        undefined.
 
     Raises:
         ShapeMismatch: Fewer than two SAEs, or `groups` does not fit.
@@ -158,10 +153,10 @@ def conformal_p(
     and the null's are one of a kind in every stratum, whatever its shape.
 
     Args:
-        values: [n], NaN where undefined.
-        groups: int64 [n].
-        null: [n_null], the same number for features that nothing was done to.
-        null_groups: int64 [n_null].
+        values: [n], NaN where undefined, of strata `groups`, int64 [n].
+        groups: See there.
+        null: [n_null], the same number for features that nothing was done to, of strata `null_groups`.
+        null_groups: See there.
         margin: Added to the values before they are ranked: a lack that counts for nothing.
 
     Returns:
@@ -194,12 +189,7 @@ def conformal_p(
 
 
 def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, asked: IntArray) -> FloatArray:
-    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `asked`; NaN where none.
-
-    Example:
-        >>> quantile_per_stratum([1.0, 3.0, 5.0], np.array([0, 0, 1]), 0.5, np.array([1, 0, 2])).tolist()
-        [5.0, 2.0, nan]
-    """
+    """The q-quantile of `values` [n] in each stratum of `groups` [n], for features of strata `asked`; else NaN."""
     data = np.asarray(values, dtype=np.float64)
     result = np.full(len(asked), np.nan)
     usable = ~np.isnan(data) & (groups != NO_STRATUM)
@@ -219,7 +209,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
         own: bool [n], whether it holds for each feature in the treatment.
         placebos: bool [n_placebos, n].
         resampling: Seed and number of resamples.
-        name: Names this number; gives it a random stream of its own.
+        name: Gives this number a random stream of its own.
 
     Returns:
         Count in the treatment minus the mean count in the placebos, with a 95 % interval.
@@ -244,11 +234,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
 def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
     """`excess_paired` where each SAE has features of its own, as for new ones: they are resampled in each on its own.
 
-    Args:
-        own: bool [n], whether it holds for each feature of the treatment.
-        placebos: One such array a placebo, of any length; counts are scaled to n features.
-        resampling: Seed and number of resamples.
-        name: Names this number.
+    `placebos` are arrays of any length; their counts are scaled to the n features of `own`.
 
     Example:
         >>> excess_unpaired(np.array([True, True]), [np.array([True, False, False, False])], Resampling(), "new").value

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray
 
 __all__ = ["NO_MATCH", "Assignment", "Matching", "Neighbours", "TopPairs", "assign", "match_decoders", "neighbours_of"]
@@ -76,12 +76,10 @@ class Matching:
 
     @property
     def n_a(self) -> int:
-        """Features of `a`."""
         return len(self.forward.indices)
 
     @property
     def n_b(self) -> int:
-        """Features of `b`."""
         return len(self.backward.indices)
 
     @property
@@ -100,12 +98,8 @@ class Matching:
 class TopPairs:
     """Keeps the best entries of each row and of each column of a matrix that arrives in blocks of rows.
 
-    Equal entries are ranked by their number, so the result does not depend on how the rows were cut.
-
-    Args:
-        n_a: Rows of the whole matrix.
-        n_b: Columns.
-        n: Entries to keep.
+    Equal entries are ranked by their number, so the result does not depend on how the rows were cut. The whole matrix
+    is [n_a, n_b], and n entries are kept.
 
     Attributes:
         forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
@@ -162,7 +156,6 @@ def match_decoders(
 
     Raises:
         ShapeMismatch: Widths differ, or a mask does not fit.
-        ConfigError: `n` is below 1.
         BadFile: A weight is NaN or infinite.
 
     Example:
@@ -170,8 +163,6 @@ def match_decoders(
         >>> found.forward.match.tolist(), found.forward.best.tolist()
         ([1, 0], [1.0, 1.0])
     """
-    if n < 1:
-        raise ConfigError(f"n must be at least 1. Got {n} instead.", at="n")
     shapes_fit = W_dec_a.ndim == W_dec_b.ndim == 2 and W_dec_a.shape[1] == W_dec_b.shape[1]
     if not (shapes_fit and len(W_dec_a) and len(W_dec_b)):
         raise ShapeMismatch(
@@ -201,15 +192,10 @@ def match_decoders(
 def neighbours_of(
     indices: Tensor, values: Tensor, reason: list[str], n: int, none: str, *, absent: float
 ) -> Neighbours:
-    """The first `n` of ranked candidates.
+    """The first `n` of ranked candidates, [n_features, at least n].
 
-    Args:
-        indices: int64 [n_features, at least n], `NO_MATCH` for none.
-        values: Their similarities.
-        reason: Why a feature cannot be compared at all; "" if it can.
-        n: How many to keep.
-        none: The reason of features that could be compared and found no neighbour.
-        absent: Their similarity.
+    `reason` says why a feature cannot be compared at all; those that could and found no neighbour get `none` for a
+    reason and `absent` for a similarity.
     """
     kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
     comparable = np.array([not why for why in reason], dtype=bool)
@@ -221,12 +207,9 @@ def neighbours_of(
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """A one-to-one pairing of features; not every feature has a partner.
+    """The partner in `b` of each feature of `a`, int64 [n_a], and the other way round, `NO_MATCH` for none.
 
-    Attributes:
-        b_of_a: int64 [n_a], the partner in `b` of each feature of `a`; `NO_MATCH` for none.
-        a_of_b: int64 [n_b], the same seen from `b`.
-        similarity: float64 [n_a], of each feature of `a` with its partner; NaN for none.
+    `similarity`, float64 [n_a], is that of a feature of `a` with its partner; NaN for none.
     """
 
     b_of_a: IntArray

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from saeffect.io import SILENT, Log
-from saeffect.stats.resampling import Resampling
+from saeffect.stats.arguments import Resampling
 
 if TYPE_CHECKING:  # torch takes a second to import, and who reads finished tables does without it
     from torch import Tensor

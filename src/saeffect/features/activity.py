@@ -1,4 +1,4 @@
-"""How often and how strongly each feature fires, accumulated over batches of tokens."""
+"""What features do on text, batch by batch: how often and how strongly each fires, and where it fires most."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
 
-__all__ = ["ActivityAccumulator"]
+__all__ = ["ActivityAccumulator", "ExampleCollector"]
+
+_OUTSIDE = -1  # in place of a token id, where a context would leave its sequence
+_COLUMNS = {
+    "feature": "int64",
+    "rank": "int64",
+    "activation": "float64",
+    "position": "int64",
+    "tokens": "object",
+    "activations": "object",
+    "source": "str",
+}
 
 
 class ActivityAccumulator:
@@ -24,9 +35,6 @@ class ActivityAccumulator:
         d_sae: Number of features.
         sources: Names of the text sources that tokens may come from; each gets a density of its own.
 
-    Raises:
-        ConfigError: `d_sae` is below 1, or a source is named twice.
-
     Example:
         >>> activity = ActivityAccumulator(d_sae=2, sources=("general", "domain"))
         >>> activity.update(torch.tensor([[0.0, 2.0], [0.0, 4.0]]), ["general", "domain"])
@@ -36,17 +44,13 @@ class ActivityAccumulator:
     """
 
     def __init__(self, d_sae: int, sources: Sequence[str] = ("general", "domain")) -> None:
-        if d_sae < 1:
-            raise ConfigError(f"d_sae must be at least 1. Got {d_sae} instead.", at="d_sae")
         if len(set(sources)) != len(sources):
             raise ConfigError(f"sources must differ. Got {list(sources)} instead.", at="sources")
         self.d_sae = d_sae
-        self.sources = tuple(sources)
-        self._codes = {name: code for code, name in enumerate(self.sources)}
-        self._tokens = np.zeros(len(self.sources), dtype=np.int64)  # [n_sources]
-        self._active = torch.zeros(len(self.sources), d_sae, dtype=torch.int64)
-        self._sum = torch.zeros(d_sae, dtype=torch.float64)
-        self._max = torch.zeros(d_sae, dtype=torch.float64)
+        self._codes = {name: code for code, name in enumerate(sources)}
+        self._tokens = np.zeros(len(sources), dtype=np.int64)
+        self._active = torch.zeros(len(sources), d_sae, dtype=torch.int64)
+        self._sum, self._max = torch.zeros(2, d_sae, dtype=torch.float64)
 
     @property
     def n_tokens(self) -> int:
@@ -70,48 +74,23 @@ class ActivityAccumulator:
                 f"feature_acts must be [n, {self.d_sae}]. Got {list(feature_acts.shape)} instead.",
                 at="feature_acts",
             )
-        codes = self._encode(sources, len(feature_acts))
         acts = feature_acts.detach()
-        if len(acts) == 0:
-            return
-        _check_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
+        if len(sources) != len(acts):
+            raise ShapeMismatch(f"{len(acts)} tokens need {len(acts)} sources. Got {len(sources)}.", at="sources")
+        try:
+            codes = torch.tensor([self._codes[name] for name in sources], dtype=torch.int64)
+        except KeyError as error:
+            raise unknown_name("source", error.args[0], self._codes, at="sources") from None
+        if len(acts):
+            _check_finite(acts.amax(dim=0))  # a NaN anywhere in a column is its maximum
         row, feature = (acts > 0).nonzero(as_tuple=True)
-        self._add(codes, row.cpu(), feature.cpu(), acts[row, feature].cpu().double())
-
-    def update_sparse(self, indices: Tensor, values: Tensor, sources: Sequence[str]) -> None:
-        """Add a batch that lists only the features that may be active, as TopK SAEs do.
-
-        Args:
-            indices: int64 [n, k], feature numbers; within a row no feature is active twice.
-            values: [n, k], their activations, any float dtype; entries at or below 0 are padding.
-            sources: [n], the name of each token's source.
-
-        Raises:
-            ShapeMismatch: The two shapes differ, or there are not n sources, or a feature is outside the SAE.
-            UnknownName: A source was not named on creation.
-            BadFile: An activation is NaN or infinite. The batch is then not counted at all.
-
-        Example:
-            >>> activity = ActivityAccumulator(d_sae=3, sources=("text",))
-            >>> indices, values = torch.tensor([[2, 0], [2, 1]]), torch.tensor([[5.0, 0.0], [1.0, 2.0]])
-            >>> activity.update_sparse(indices, values, ["text", "text"])
-            >>> activity.result()["n_active"].tolist()
-            [0, 1, 2]
-        """
-        if indices.ndim != 2 or indices.shape != values.shape:
-            raise ShapeMismatch(
-                f"indices and values must both be [n, k]. Got {list(indices.shape)} and {list(values.shape)} instead.",
-                at="indices, values",
-            )
-        codes = self._encode(sources, len(indices))
-        feature = indices.detach().cpu().long().flatten()
-        value = values.detach().cpu().double().flatten()
-        _check_finite(value)
-        if len(feature) and not (int(feature.min()) >= 0 and int(feature.max()) < self.d_sae):
-            raise ShapeMismatch(f"indices must be from 0 to {self.d_sae - 1}.", at="indices")
-        row = torch.arange(len(codes)).repeat_interleave(indices.shape[1])
-        active = value > 0
-        self._add(codes, row[active], feature[active], value[active])
+        value = acts[row, feature].cpu().double()
+        row, feature = row.cpu(), feature.cpu()
+        self._tokens += torch.bincount(codes, minlength=len(self._codes)).numpy()
+        cell = codes[row] * self.d_sae + feature
+        self._active += torch.bincount(cell, minlength=self._active.numel()).view_as(self._active)
+        self._sum.index_add_(0, feature, value)
+        self._max.scatter_reduce_(0, feature, value, "amax")
 
     def result(self) -> pd.DataFrame:
         """One row a feature, over all tokens so far.
@@ -131,30 +110,176 @@ class ActivityAccumulator:
                 "max_activation": self._max.numpy() if tokens else np.full(self.d_sae, np.nan),
                 "n_active": n_active,
             }
-            for code, name in enumerate(self.sources):
+            for name, code in self._codes.items():
                 columns[f"density_{name}"] = self._active[code].numpy() / np.float64(self._tokens[code])
         return pd.DataFrame(columns)
 
-    def _encode(self, sources: Sequence[str], n: int) -> Tensor:
-        """Source names as int64 codes [n]."""
-        if len(sources) != n:
-            raise ShapeMismatch(f"{n} tokens need {n} sources. Got {len(sources)} instead.", at="sources")
-        try:
-            return torch.tensor([self._codes[name] for name in sources], dtype=torch.int64)
-        except KeyError as error:
-            raise unknown_name("source", error.args[0], self.sources, at="sources") from None
 
-    def _add(self, codes: Tensor, row: Tensor, feature: Tensor, value: Tensor) -> None:
-        """Count tokens of sources `codes` [n], and activations `value` [m] of `feature` at token `row`."""
-        self._tokens += torch.bincount(codes, minlength=len(self.sources)).numpy()
-        cell = codes[row] * self.d_sae + feature
-        self._active += torch.bincount(cell, minlength=self._active.numel()).view_as(self._active)
-        self._sum.index_add_(0, feature, value)
-        self._max.scatter_reduce_(0, feature, value, "amax")
+class ExampleCollector:
+    """Keeps, for every feature, the `n_examples` sequences that activate it most.
+
+    A sequence counts once, with its highest position (the first of equals); of equal peaks the earlier sequence is
+    kept. Nothing but `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids is held.
+
+    Args:
+        d_sae: Number of features.
+        n_examples: Contexts to keep a feature.
+        window: Tokens of context before the peak; `window // 3` follow it. Both stop at the sequence's ends.
+
+    Raises:
+        ConfigError: `n_examples` is below 1, or `window` below 0.
+
+    Example:
+        >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
+        >>> collector.update(torch.tensor([[[0.0], [3.0], [1.0]]]), torch.tensor([[0, 1, 2]]))
+        >>> row = collector.result(["The", " heart", " beats"]).loc[0]
+        >>> row["tokens"], row["activations"], int(row["position"])
+        (['The', ' heart'], [0.0, 3.0], 1)
+    """
+
+    def __init__(self, d_sae: int, n_examples: int = 6, window: int = 24) -> None:
+        for name, value, least in (("n_examples", n_examples, 1), ("window", window, 0)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=name)
+        self.d_sae, self.n_examples, self.window = d_sae, n_examples, window
+        self._offsets = torch.arange(-window, window // 3 + 1)
+        width = len(self._offsets)
+        self._peak = torch.zeros(d_sae, n_examples)  # 0: an empty place
+        self._sequence = torch.zeros(d_sae, n_examples, dtype=torch.int64)
+        self._source = torch.zeros(d_sae, n_examples, dtype=torch.int64)
+        self._acts = torch.zeros(d_sae, n_examples, width)
+        self._tokens = torch.full((d_sae, n_examples, width), _OUTSIDE, dtype=torch.int32)
+        self._names: dict[str, int] = {}
+        self._next = 0
+
+    def update(
+        self,
+        feature_acts: Tensor,
+        token_ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        sources: Sequence[str] | None = None,
+    ) -> None:
+        """Add a batch of whole sequences; a part of one would count as a sequence of its own.
+
+        Args:
+            feature_acts: [B, S, d_sae], any float dtype; only values above 0 make an example.
+            token_ids: int [B, S].
+            mask: bool [B, S], True at positions that count; all by default. A peak is never elsewhere. A
+                masked tail is taken for padding and left out of contexts; other masked positions (a first
+                token of outlying norm, say) are shown, with activation 0.
+            sources: [B], the name of each sequence's text source; "" by default.
+
+        Raises:
+            ShapeMismatch: Shapes do not fit.
+            BadFile: An activation that counts is NaN or plus infinity, or a token id is negative.
+        """
+        acts, token_ids = feature_acts.detach(), token_ids.detach()
+        self._check(acts, token_ids, mask, sources)
+        n_sequences, length = token_ids.shape
+        first = self._next
+        self._next += n_sequences
+        if n_sequences == 0 or length == 0:
+            return
+        last = torch.full((n_sequences,), length - 1)
+        if mask is not None and not bool(mask.all()):
+            acts = acts.masked_fill(~mask.to(acts.device)[..., None], 0)
+            last -= mask.cpu().flip(1).int().argmax(dim=1)
+        peaks, positions = acts.max(dim=1)  # [B, d_sae]; the first of equal maxima
+        peaks = peaks.float().cpu().clamp(min=0).T
+        _check_finite(peaks)
+        order = self._merge(peaks, torch.arange(first, self._next))
+        new = (order >= self.n_examples) & (self._peak > 0)
+        feature, place = new.nonzero(as_tuple=True)
+        sequence = order[feature, place] - self.n_examples
+        at = positions.cpu()[sequence, feature, None] + self._offsets  # [n_new, width]
+        outside = (at < 0) | (at > last[sequence, None])
+        at = at.clamp(0, length - 1)
+        # Taken on the batch's own device: only the windows travel.
+        windows = acts[sequence[:, None], at, feature[:, None]].float().cpu()
+        self._acts[feature, place] = windows.masked_fill(outside, 0)
+        tokens = token_ids.cpu()[sequence[:, None], at].int()
+        self._tokens[feature, place] = tokens.masked_fill(outside, _OUTSIDE)
+        # Sources are numbered as they turn up.
+        codes = [self._names.setdefault(name, len(self._names)) for name in sources or [""] * n_sequences]
+        self._source[feature, place] = torch.tensor(codes)[sequence]
+
+    def result(self, token_strings: Sequence[str]) -> pd.DataFrame:
+        """The contexts, one row each, by feature and then rank; `token_strings` are copied as they are, however odd.
+
+        Returns:
+            feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in
+            `tokens`), tokens (list of str), activations (list of float, one a token), source. A feature that
+            never fired has no row, one that fired in few sequences has fewer than `n_examples`.
+
+        Raises:
+            ShapeMismatch: A kept token id has no string.
+        """
+        highest = int(self._tokens.max())
+        if highest >= len(token_strings):
+            raise ShapeMismatch(
+                f"token id {highest} occurs, but there are only {len(token_strings)} token strings.",
+                at="token_strings",
+                fix="use the tokenizer that the text was encoded with.",
+            )
+        names = list(self._names)
+        tokens, acts = self._tokens.numpy(), self._acts.numpy().astype(np.float64)
+        feature, rank = np.nonzero(self._peak.numpy() > 0)
+        shown = tokens[feature, rank] != _OUTSIDE  # [n_rows, width]
+        rows = list(zip(feature.tolist(), rank.tolist(), shown, strict=True))
+        columns = {
+            "feature": feature,
+            "rank": rank,
+            "activation": self._peak.numpy()[feature, rank],
+            "position": shown[:, : self.window].sum(axis=1),
+            "tokens": [[token_strings[token] for token in tokens[f, r, inside].tolist()] for f, r, inside in rows],
+            "activations": [acts[f, r, inside].tolist() for f, r, inside in rows],
+            "source": [names[code] for code in self._source.numpy()[feature, rank].tolist()],
+        }
+        return pd.DataFrame(columns).astype(_COLUMNS)
+
+    def _merge(self, peaks: Tensor, numbers: Tensor) -> Tensor:
+        """Sort the batch's peaks [d_sae, B] in among those kept, and keep the best.
+
+        Gives int64 [d_sae, n_examples]: where each kept one came from, a former place or `n_examples` + its row in the
+        batch. Contexts of former places have moved along; new ones are the caller's to fill in.
+        """
+        peak = torch.cat([self._peak, peaks], dim=1)
+        sequence = torch.cat([self._sequence, numbers.expand(self.d_sae, -1)], dim=1)
+        earliest = sequence.argsort(dim=1, stable=True)
+        highest = peak.gather(1, earliest).argsort(dim=1, descending=True, stable=True)
+        order = earliest.gather(1, highest)[:, : self.n_examples]
+        self._peak, self._sequence = peak.gather(1, order), sequence.gather(1, order)
+        former = order.clamp(max=self.n_examples - 1)
+        self._source = self._source.gather(1, former)
+        self._acts = self._acts.take_along_dim(former[..., None], dim=1)
+        self._tokens = self._tokens.take_along_dim(former[..., None], dim=1)
+        return order
+
+    def _check(self, acts: Tensor, token_ids: Tensor, mask: Tensor | None, sources: Sequence[str] | None) -> None:
+        if token_ids.ndim != 2 or acts.shape != (*token_ids.shape, self.d_sae):
+            raise ShapeMismatch(
+                f"feature_acts must be [B, S, {self.d_sae}] and token_ids [B, S]. "
+                f"Got {list(acts.shape)} and {list(token_ids.shape)} instead.",
+                at="feature_acts, token_ids",
+            )
+        if mask is not None and (mask.shape != token_ids.shape or mask.dtype != torch.bool):
+            raise ShapeMismatch(
+                f"mask must be bool {list(token_ids.shape)}, as token_ids. "
+                f"Got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)} instead.",
+                at="mask",
+            )
+        if sources is not None and len(sources) != len(token_ids):
+            raise ShapeMismatch(
+                f"{len(token_ids)} sequences need {len(token_ids)} sources. Got {len(sources)} instead.",
+                at="sources",
+            )
+        if token_ids.numel() and int(token_ids.min()) < 0:
+            raise BadFile("token_ids holds negative numbers.", at="token_ids")
 
 
-def _check_finite(values: Tensor) -> None:
-    if not bool(torch.isfinite(values).all()):
+def _check_finite(acts: Tensor) -> None:
+    if not bool(torch.isfinite(acts).all()):
         raise BadFile(
             "an activation is NaN or infinite.",
             at="feature_acts",

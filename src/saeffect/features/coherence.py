@@ -1,13 +1,8 @@
-"""How much a feature's top tokens mean the same thing: equation 1 of the paper.
-
-`coherence_score` is the equation for one feature, `coherence` the same for a whole table, in batches. Both go
-through `_batch`, the only place where the formula stands.
-"""
+"""How much a feature's top tokens mean the same thing: equation 1 of the paper, which stands in `_batch`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +12,9 @@ from numpy.typing import NDArray
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch
 from saeffect.features.embeddings import DEFAULT_EMBEDDINGS, WordVectors, load_embeddings
 from saeffect.lm.tokens import normalise_token
+from saeffect.stats.arguments import FloatArray
 
-__all__ = ["EPSILON", "Coverage", "coherence", "coherence_score", "coverage"]
-
-Float64Array = NDArray[np.float64]
+__all__ = ["EPSILON", "coherence", "coherence_score", "unique_coverage"]
 
 EPSILON = 1e-8
 """The ε of the equation."""
@@ -32,34 +26,8 @@ _CANCELLED = 1e-9
 _NUMBERS_PER_BATCH = 100_000  # of a vector each: batches stay in the processor's cache
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """Shares of the top tokens that the embedding has.
-
-    Attributes:
-        n_unique: Different words among the top tokens, after `normalise_token`.
-        n_unique_known: How many of those the embedding has.
-        n_total: Top tokens of all features, repetitions counted.
-        n_total_known: How many of those the embedding has.
-        unique: n_unique_known / n_unique, in [0, 1]; NaN without tokens.
-        total: n_total_known / n_total, in [0, 1]; NaN without tokens.
-        reason: Why the shares are NaN; "" when they are not.
-    """
-
-    n_unique: int
-    n_unique_known: int
-    n_total: int
-    n_total_known: int
-    unique: float
-    total: float
-    reason: str = ""
-
-
 def coherence_score(
-    tokens: Sequence[str],
-    weights: Sequence[float],
-    *,
-    embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS,
+    tokens: Sequence[str], weights: Sequence[float], *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
 ) -> float:
     """Coherence of one feature's top tokens: the weighted mean cosine of their pairs.
 
@@ -87,12 +55,9 @@ def coherence_score(
         >>> toy = WordVectors.from_rows(["cat", "dog", "car"], [[1, 0], [3, 4], [0, 1]], name="toy")
         >>> round(coherence_score(["Ġcat", " Dog", "xyzzy"], [3.0, 2.0, 1.0], embeddings=toy), 6)
         0.6
-        >>> round(coherence_score(["cat", "dog", "car"], [3, 2, 1], embeddings=toy), 6)  # (6*.6 + 2*.8) / 11
-        0.472727
     """
-    vectors = _loaded(embeddings)
-    rows, padded = _look_up([tokens], [weights], vectors)
-    return float(_batch(*_directions(rows, vectors), padded)[0])
+    table = pd.DataFrame({"feature": [0], "top_tokens": [tokens], "top_weights": [weights]})
+    return float(coherence(table, embeddings=embeddings)["coherence"][0])
 
 
 def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
@@ -113,9 +78,7 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
         ShapeMismatch: A feature has not one weight a token.
         ConfigError: A list of tokens holds something that is not a string.
     """
-    missing = [name for name in ("feature", "top_tokens", "top_weights") if name not in features.columns]
-    if missing:
-        raise BadFile(f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew.")
+    _require_columns(features, "feature", "top_tokens", "top_weights")
     vectors = _loaded(embeddings)
     rows, weights = _look_up(list(features["top_tokens"]), list(features["top_weights"]), vectors)
     n_known = (rows >= 0).sum(axis=1)
@@ -130,15 +93,14 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
             "feature": features["feature"].to_numpy(),
             "coherence": values,
             "n_known": n_known.astype(np.int64),
-            "reason": _reasons(values, n_known, weights),
+            "reason": [_reason(*row) for row in zip(values, n_known, weights, strict=True)],
         },
         index=features.index,
     )
 
 
-def coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> Coverage:
-    """Shares of the top tokens that the embedding has, each word once (unique) and as often as it occurs
-    (total).
+def unique_coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> float:
+    """Share of the different words among the top tokens that the embedding has; NaN without tokens.
 
     Raises:
         BadFile: There is no column `top_tokens`.
@@ -146,29 +108,19 @@ def coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = D
 
     Example:
         >>> toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")
-        >>> shares = coverage(pd.DataFrame({"top_tokens": [["cat", "Ġcat", "zzz"], ["Cat"]]}), embeddings=toy)
-        >>> shares.unique, shares.total
-        (0.5, 0.75)
+        >>> unique_coverage(pd.DataFrame({"top_tokens": [["cat", "Ġcat", "zzz"], ["Cat"]]}), embeddings=toy)
+        0.5
     """
-    if "top_tokens" not in features.columns:
-        raise BadFile("the feature table has no column 'top_tokens'.", fix="make it anew.")
+    _require_columns(features, "top_tokens")
     vectors = _loaded(embeddings)
-    counts: dict[str, int] = {}
-    for tokens in features["top_tokens"]:
-        for token in _strings(tokens):
-            word = normalise_token(token)
-            counts[word] = counts.get(word, 0) + 1
-    known = {word: n for word, n in counts.items() if _row(word, vectors) >= 0}
-    total, total_known = sum(counts.values()), sum(known.values())
-    return Coverage(
-        n_unique=len(counts),
-        n_unique_known=len(known),
-        n_total=total,
-        n_total_known=total_known,
-        unique=len(known) / len(counts) if counts else float("nan"),
-        total=total_known / total if total else float("nan"),
-        reason="" if total else "there are no top tokens",
-    )
+    words = {normalise_token(token) for tokens in features["top_tokens"] for token in _strings(tokens)}
+    return sum(vectors.row(word) >= 0 for word in words) / len(words) if words else float("nan")
+
+
+def _require_columns(features: pd.DataFrame, *names: str) -> None:
+    missing = [name for name in names if name not in features.columns]
+    if missing:
+        raise BadFile(f"the feature table has no column {', '.join(map(repr, missing))}.", fix="make it anew.")
 
 
 def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
@@ -178,26 +130,18 @@ def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
 def _strings(tokens: Sequence[str]) -> Sequence[str]:
     """The tokens, once it is sure that each is a string."""
     if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
-        raise ConfigError(f"top tokens must be a list of strings. Got {_shown(tokens)} instead.")
-    for token in tokens:
-        if not isinstance(token, str):
-            raise ConfigError(f"each top token must be a string. Got {_shown(token)} instead.")
+        wrong: list[object] = [tokens]
+    else:
+        wrong = [token for token in tokens if not isinstance(token, str)]
+    if wrong:
+        shown = f"{repr(wrong[0])[:60]} ({type(wrong[0]).__name__})"
+        raise ConfigError(f"top tokens must be a list of strings. Got {shown} instead.")
     return tokens
-
-
-def _shown(value: object) -> str:
-    return f"{repr(value)[:60]} ({type(value).__name__})"
-
-
-def _row(word: str, vectors: WordVectors) -> int:
-    """Row of a normalised word; -1 if it is not there or its vector is 0, which has no direction."""
-    row = vectors.words.get(word, -1)
-    return row if row >= 0 and vectors.vectors[row].any() else -1
 
 
 def _look_up(
     tokens: Sequence[Sequence[str]], weights: Sequence[Sequence[float]], vectors: WordVectors
-) -> tuple[NDArray[np.int64], Float64Array]:
+) -> tuple[NDArray[np.int64], FloatArray]:
     """Rows of the vectors (-1 unknown) and weights, both [n_features, k], short lists padded."""
     k = max((len(_strings(row)) for row in tokens), default=0)
     rows = np.full((len(tokens), k), -1, dtype=np.int64)
@@ -208,17 +152,14 @@ def _look_up(
             raise ShapeMismatch(f"there must be one weight a token. Got {len(values)} for {len(names)} tokens.")
         for token in names:
             if token not in seen:
-                seen[token] = _row(normalise_token(token), vectors)
+                seen[token] = vectors.row(normalise_token(token))
         rows[i, : len(names)] = [seen[token] for token in names]
         padded[i, : len(names)] = values
     return rows, padded
 
 
-def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], Float64Array]:
-    """The unit vectors that occur, float64 [n, dim], and for each of `rows` its place among them, -1 if unknown.
-
-    Each is divided by its length once, however many features have it.
-    """
+def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], FloatArray]:
+    """For each of `rows` its place (-1 if unknown) among the unit vectors that occur, and these, float64 [n, dim]."""
     known = rows >= 0
     used, inverse = np.unique(rows[known], return_inverse=True)
     directions = vectors.vectors[used].astype(np.float64)  # float64, or cosines of 1 would wobble
@@ -228,11 +169,11 @@ def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[
     return places, directions
 
 
-def _batch(places: NDArray[np.int64], directions: Float64Array, weights: Float64Array) -> Float64Array:
+def _batch(places: NDArray[np.int64], directions: FloatArray, weights: FloatArray) -> FloatArray:
     """Equation 1 for each row; NaN where it is undefined. places, weights: [n, k]; float64 [n].
 
-    Token j meets all earlier ones at once, in the sum of w_i e_i over i < j: k steps instead of k² pairs. That is a
-    regrouping of the same sum; half of ‖Σ w_i e_i‖² - Σ w_i² would cancel where one weight is far above the others.
+    Token j meets all earlier ones at once, in the sum of w_i e_i over i < j: k steps instead of k² pairs. Half of
+    ‖Σ w_i e_i‖² - Σ w_i² would cancel where one weight is far above the others.
     """
     n, k = places.shape
     w = np.where(places >= 0, weights, 0.0)
@@ -254,13 +195,11 @@ def _batch(places: NDArray[np.int64], directions: Float64Array, weights: Float64
     return np.where(defined, values, np.nan)
 
 
-def _reasons(values: Float64Array, n_known: NDArray[np.int64], weights: Float64Array) -> list[str]:
-    reasons = [""] * len(values)
-    for i in np.flatnonzero(np.isnan(values)):
-        if n_known[i] < 2:
-            reasons[i] = f"{n_known[i]} of the top tokens in the embedding; at least 2 are needed"
-        elif not np.isfinite(weights[i]).all():
-            reasons[i] = "a weight is NaN or infinite"
-        else:
-            reasons[i] = "the products of the weights vanish, cancel or overflow"
-    return reasons
+def _reason(value: float, n_known: int, weights: FloatArray) -> str:
+    if not np.isnan(value):
+        return ""
+    if n_known < 2:
+        return f"{n_known} of the top tokens in the embedding; at least 2 are needed"
+    if not np.isfinite(weights).all():
+        return "a weight is NaN or infinite"
+    return "the products of the weights vanish, cancel or overflow"

@@ -15,12 +15,7 @@ from saeffect.errors import NotFound, ShapeMismatch, unknown_name
 from saeffect.features.vector_files import VECTOR_SUFFIXES, read_vectors
 from saeffect.paths import user_path
 
-__all__ = [
-    "BUNDLED_EMBEDDINGS",
-    "DEFAULT_EMBEDDINGS",
-    "WordVectors",
-    "load_embeddings",
-]
+__all__ = ["BUNDLED_EMBEDDINGS", "DEFAULT_EMBEDDINGS", "WordVectors", "load_embeddings"]
 
 FloatArray = NDArray[np.float32]
 
@@ -40,9 +35,6 @@ class WordVectors:
         words: Row of each word in `vectors`. Spelled as in the source; look-ups of tokens are lower-case.
         vectors: float32 [n, dim], finite, read-only.
         name: A bundled name, or the file they came from.
-
-    Raises:
-        ShapeMismatch: `vectors` is not [n, dim] with one row a word.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
@@ -69,11 +61,7 @@ class WordVectors:
 
     @classmethod
     def from_rows(cls, words: Sequence[str], vectors: object, *, name: str) -> WordVectors:
-        """One row a word; of a word that occurs twice the first row counts.
-
-        Raises:
-            ShapeMismatch: `vectors` is not [len(words), dim].
-        """
+        """One row a word, `vectors` [len(words), dim]; of a word that occurs twice the first row counts."""
         matrix = np.asarray(vectors, dtype=np.float32)
         if matrix.ndim != 2 or len(matrix) != len(words):
             raise ShapeMismatch(
@@ -101,14 +89,16 @@ class WordVectors:
         row = self.words.get(word)
         return None if row is None else self.vectors[row]
 
+    def row(self, word: str) -> int:
+        """Row of exactly this word; -1 if it is not there or its vector is 0, which has no direction."""
+        row = self.words.get(word, -1)
+        return row if row >= 0 and self.vectors[row].any() else -1
+
     def mean_vector(self, text: str) -> FloatArray | None:
-        """Mean of the vectors of the text's known words, each occurrence counted; None if none is known.
+        """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is known.
 
         Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as
         one word if it is known, else as its parts.
-
-        Returns:
-            float32 [dim], not normalised.
         """
         known: list[int] = []
         for match in _WORD.finditer(text.lower()):
@@ -131,16 +121,13 @@ class WordVectors:
 
 
 def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:
-    """Load word vectors by name or from a file; the last few stay in memory.
+    """Load word vectors by name (one of `BUNDLED_EMBEDDINGS`) or from a file; the last few stay in memory.
 
     The kind of a file is found from its content: GloVe text (`word x1 ... xd` a line), word2vec text (the
     same after a line `count dim`), both also gzipped, so that gensim's downloads work as they are; word2vec
     binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`; `.safetensors` as bundled here
     (`vectors`, with the words in a `.words.txt` beside it). Pickles, gensim's `.kv` among them, are never
     loaded.
-
-    Args:
-        name_or_path: One of `BUNDLED_EMBEDDINGS`, or a file.
 
     Raises:
         UnknownName: Not a bundled name, and it does not look like a path.
@@ -155,27 +142,20 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     text = str(name_or_path)
     if text in BUNDLED_EMBEDDINGS:
         path = _BUNDLED_FOLDER / f"{text}.safetensors"
-        return _cached(path, text, *_stamp(path))
-    path = user_path(name_or_path)
-    if not path.exists():
-        looks_like_path = (
-            isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES
-        )
-        if not looks_like_path:
+    else:
+        path = user_path(name_or_path)
+        is_path = isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES
+        if not path.exists() and not is_path:
             raise unknown_name("embedding", text, BUNDLED_EMBEDDINGS)
-    return _cached(path.resolve(), text, *_stamp(path))
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Time and size, part of the cache's key: a file that was written anew is read anew."""
     try:
         status = path.stat()
     except OSError as error:
         raise NotFound(f"there is no file {path.name!r}.", at=str(path), fix="check the path.") from error
-    return status.st_mtime_ns, status.st_size
+    return _cached(path.resolve(), text, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4)
-def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001 (parts of the key)
+def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001
+    # Time and size are part of the key, so that a file that was written anew is read anew.
     words, vectors = read_vectors(path)
     return WordVectors.from_rows(words, vectors, name=name)

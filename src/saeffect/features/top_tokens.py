@@ -1,72 +1,237 @@
-"""The exact top tokens of some rows, out of products that are known up to a bound.
+"""The exact top tokens of some rows of W_dec, out of products with W_U that are known up to a bound.
 
-Of every block of columns only the largest product is looked at. Less its slack, the k-th largest of those is a floor
-that the k-th best token reaches; blocks and then columns whose product plus slack stays under the floor hold no top
-token. What is left, some twenty tokens a row, is evaluated in float64 and rounded to float32. So the result does not
-depend on the dtype of the products, on how they were cut up, or on the processor.
+A row x promotes token t by x·u_t. Write n = |x|, ū for the mean over tokens (rounded to float32), s for a power of two
+that brings the longest u_t - ū to a length of at most 1 and not far below, and c_t = s (u_t - ū). Then
+x·u_t = n z_t / s + x·ū with z_t = (x / n)·c_t: within a row the order of z_t is that of x·u_t, and no z_t is above 1.
+The products computed are z'_t = X·V_t, where X is x / n and V_t is c_t, both rounded to the dtype of the tiles.
+
+The bound. z_t - X·V_t = X·(c_t - V_t) + (x/n - X)·c_t, so by Cauchy-Schwarz it is at most |X| e_t + a (|V_t| + e_t)
+with e_t = |c_t - V_t| and a = |x/n - X|. These lengths are measured and not assumed. Products of two bfloat16 numbers
+are exact in float32, those of two float32 numbers are not; K of them, added in float32 in whatever order, are off by at
+most (K + 1) 2^-24 |X| |V_t| to first order. Last, z'_t may itself be rounded to bfloat16, by 2^-8 of its size.
+Numbers that vanish (squares below 2^-126, what a processor flushes to zero) are covered by an absolute term, which
+the scaling makes meaningful. `tests/features/test_projection_exact.py` tries to break it.
+
+The search. Of every block of columns only the largest product is looked at. Less its slack, the k-th largest of those
+is a floor that the k-th best token reaches; blocks and then columns whose product plus slack stays under the floor hold
+no top token. What is left, some twenty tokens a row, is evaluated in float64 and rounded to float32. So the result does
+not depend on the dtype of the products, on how they were cut up, or on the processor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 
 import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile
-from saeffect.features.unembedding_tiles import Rows, UnembeddingTiles
 
-__all__ = ["TopTokens", "exact_products"]
+__all__ = ["Rows", "TopTokens", "UnembeddingTiles", "exact_products"]
 
+_UNIT = 2.0**-24  # float32: rounding is off by at most this share
+_VANISHING = 2.0**-56  # squares of what is below 2^-63 may vanish from a length, in up to 16,384 dimensions
+_FARTHEST = 2.0**100  # beyond, or below its inverse, float32 has no room for the scaling
 _MARGIN = 2.0**-19  # for the rounding of sums and quotients of float32 numbers
-_PAIRS = 128  # evaluated at a time: stays in the cache
-_DENSE_SHARE = 0.125  # rows with more of their blocks alive are evaluated whole
-_DENSE_BLOCKS = 64  # with fewer blocks in all the question does not arise
-_DENSE_ROWS = 32
-_SEARCH_ROWS = 64  # searched at a time: stays in the cache
-_DENSE_TOKENS = 2048
+_WIDTH = 2048  # columns of a tile: a product of 512 rows by a tile stays in the cache
+# How much is done at a time, so that it stays in the cache.
+_PART = 1024  # tokens in float64
+_PAIRS = 128  # pairs evaluated
+_SEARCH_ROWS = 64
+_DENSE_ROWS, _DENSE_TOKENS = 32, 2048  # of a product in float64
+# Rows with more of their blocks alive are evaluated whole; with fewer blocks in all the question does not arise.
+_DENSE_SHARE, _DENSE_BLOCKS = 0.125, 64
 
 
-@dataclass(frozen=True, eq=False)
-class _Scale:
-    """One ranking, `x·u_t / divisor_t`, on the layout of the tiles.
+class Rows:
+    """Some rows of W_dec [r, d_in], made ready for the products: `dtype` is that of the tiles."""
 
-    `inverse` holds 1 over the least and over the greatest divisor of a block's choosable columns, at the tiles' scale.
-    `some` blocks have such columns. In an `unsure` block not all can be chosen, so its largest product may not count.
+    def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
+        self.exact = rows.double()
+        self.length = torch.linalg.vector_norm(self.exact, dim=1)
+        true = self.exact / torch.where(self.length > 0, self.length, 1.0)[:, None]  # zero for a row of zeros
+        self.direction = true.float()
+        self.unit = self.direction.to(dtype)
+        # Largest distance of a row of `unit` from the true unit vector.
+        self.error = float(torch.linalg.vector_norm(true - self.unit, dim=1).max())
+
+
+class UnembeddingTiles:
+    """W_U's valid columns, in an order and a shape that make the largest products of a row cheap to find.
+
+    Columns come in the order of their lengths, cut into tiles, and each tile into blocks of `block` columns among which
+    the tile's columns are dealt: blocks of one tile are alike, and columns of one block are too.
+
+    Args:
+        W_U: Float [d_in, d_vocab], finite.
+        valid: Bool [d_vocab]: tokens to lay out; all if None.
+        block: Columns a block.
+        dtype: Of the tiles: torch.float32 or torch.bfloat16.
+
+    Attributes:
+        tokens: W_U transposed, float32 [d_vocab, d_in], in the order of the vocabulary.
+        norms: Length of each row of `tokens`, float64 [d_vocab].
+        centre: Mean over valid tokens, float64 [d_in]; `origin` is the same as it was subtracted, rounded.
+        largest: Largest size of a valid token's number in each dimension, float64 [d_in].
+        scale: Columns were multiplied by this power of two.
+        tiles: [n_tiles, width, d_in].
+        ids: Token of each column, int64 [n_tiles * width]; -1 for a column of zeros that fills up the first tile.
+        mean: Mean of the tiles' columns, float64 [d_in]: small, but for rounding it would be 0.
+        spread: Sum over dimensions of the variance of the valid tokens, times `scale` squared.
+        covariance: The same as a matrix [d_in, d_in]; None in float32, where the products tell as much.
+        rounding: Share of its size by which a product may be off from being rounded to the tiles' dtype.
     """
 
-    divisor: Tensor  # float64 [d_vocab]
-    choosable: Tensor  # bool [d_vocab]
-    column_divisor: Tensor  # float32 [n_columns], 1 where it cannot be chosen
-    column_choosable: Tensor  # bool [n_columns]
-    inverse: Tensor  # float32 [2, n_blocks]
-    some: Tensor  # bool [n_blocks]
-    unsure: Tensor
-    ids: Tensor  # int64, the choosable tokens
+    def __init__(self, W_U: Tensor, valid: Tensor | None, block: int, dtype: torch.dtype) -> None:
+        self.tokens = W_U.T.float().contiguous()
+        valid = torch.ones(len(self.tokens), dtype=torch.bool) if valid is None else valid
+        kept = valid.to(W_U.device).nonzero().flatten()
+        self.n_valid, self.block = len(kept), block
+        self.rounding = 0.0 if dtype == torch.float32 else 2.0**-8 * (1 + 2.0**-7)
+        low, high = self._survey(valid.to(W_U.device))
+        # At least the length of the longest column about the centre, at most sqrt(d_in) times that.
+        reach = float(torch.linalg.vector_norm(torch.maximum(high - self.centre, self.centre - low)))
+        self.largest = torch.maximum(low.abs(), high.abs())
+        self._in_range = reach == 0 or 1 / _FARTHEST <= reach <= _FARTHEST
+        self.scale = 2.0 ** -math.ceil(math.log2(reach)) if reach > 0 and self._in_range else 1.0
+        n_tiles = -(-self.n_valid // _WIDTH)
+        width = -(-self.n_valid // (n_tiles * block)) * block
+        padding = torch.full((n_tiles * width - self.n_valid,), -1, device=W_U.device)
+        by_length = kept[self.norms[kept].argsort(stable=True)]
+        dealt = torch.cat([padding, by_length]).view(n_tiles, block, width // block)
+        self.ids = dealt.transpose(1, 2).reshape(-1)
+        self.tiles = torch.empty(n_tiles, width, len(W_U), dtype=dtype, device=W_U.device)
+        self._fill()
 
-    @classmethod
-    def of(cls, tiles: UnembeddingTiles, divisor: Tensor, choosable: Tensor) -> _Scale:
-        there = tiles.ids >= 0
-        column_choosable = there & choosable[tiles.ids.clamp_min(0)]
-        scaled = (divisor * tiles.scale)[tiles.ids.clamp_min(0)].float()
-        column_divisor = torch.where(column_choosable, scaled, 1.0)
-        blocks = column_choosable.view(-1, tiles.block)
-        inverse = (1 / column_divisor).view(-1, tiles.block)
-        ends = torch.stack([inverse.masked_fill(~blocks, 0.0).amax(1), inverse.masked_fill(~blocks, torch.inf).amin(1)])
-        some = blocks.any(1)
-        ends[:, ~some] = 0.0
-        ids = choosable.nonzero().flatten()
-        return cls(divisor, choosable, column_divisor, column_choosable, ends, some, ~blocks.all(1), ids)
+    def _survey(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms and centre; least and greatest number of the valid tokens in each dimension, float64 [d_in].
+
+        A few tokens at a time, since all of them in float64 would be twice as large as W_U.
+        """
+        n, d_in = self.tokens.shape
+        self.norms = torch.empty(n, dtype=torch.float64, device=self.tokens.device)
+        total = torch.zeros(d_in, dtype=torch.float64, device=self.tokens.device)
+        low, high = torch.full_like(total, torch.inf), torch.full_like(total, -torch.inf)
+        for start in range(0, n, _PART):
+            here = slice(start, start + _PART)
+            part = self.tokens[here].double()
+            torch.linalg.vector_norm(part, dim=1, out=self.norms[here])
+            part = part[valid[here]]
+            if len(part):
+                total += part.sum(dim=0)
+                low, high = torch.minimum(low, part.amin(dim=0)), torch.maximum(high, part.amax(dim=0))
+        self.centre = total / self.n_valid
+        return low, high
+
+    def _fill(self) -> None:
+        """The tiles, and what is measured on them."""
+        _, width, d_in = self.tiles.shape
+        device, coarse = self.tiles.device, self.tiles.dtype != torch.float32
+        self._length, self._error = torch.empty(2, len(self.ids), device=device)
+        total = torch.zeros(d_in, dtype=torch.float64, device=device)
+        gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=device) if coarse else None
+        exact = torch.empty(width, d_in, device=device)
+        centre = (self.centre * self.scale).float()
+        self.origin = centre.double() / self.scale
+        for i, tile in enumerate(self.tiles):
+            here = slice(i * width, (i + 1) * width)
+            ids = self.ids[here]
+            torch.index_select(self.tokens, 0, ids.clamp_min(0), out=exact)
+            exact.mul_(self.scale).sub_(centre)
+            exact[ids < 0] = 0.0
+            tile.copy_(exact)
+            total += tile.sum(dim=0, dtype=torch.float64)
+            if gram is not None:
+                gram += exact.T @ exact
+            torch.linalg.vector_norm(exact, dim=1, out=self._length[here])
+            torch.linalg.vector_norm(exact.sub_(tile), dim=1, out=self._error[here])
+        self.mean = total / self.n_valid
+        self.spread = float(self._length.double().square().sum()) / self.n_valid
+        off = self.centre * self.scale - centre
+        self.covariance = None if gram is None else gram / self.n_valid - torch.outer(off, off)
+
+    def slack(self, rows: Rows) -> Tensor:
+        """How far z' before its last rounding may be from z, for any of the rows: float32, one a column."""
+        d_in = self.tokens.shape[1]
+        # The lengths are float32 sums themselves, and subtracting the centre was off by a rounding.
+        longer = 1 + (d_in + 8) * _UNIT
+        summing = (d_in + 16) * _UNIT * (1 + 2.0**-6)
+        if self.tiles.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            summing += 2.0**-6  # the user allows factors to be rounded to as few as 8 bits
+        length, error = self._length * longer, self._error * longer + _VANISHING
+        return (1 + rows.error) * (error + summing * length) + rows.error * (length + error) + _VANISHING
+
+    def covers(self, rows: Rows) -> Tensor:
+        """Rows for which the bound holds and no product can overflow float32; bool [r], False for rows of zeros."""
+        longest = float(self.norms[self.ids[self.ids >= 0]].max())
+        near = rows.length * longest < torch.finfo(torch.float32).max / 4
+        return near & (rows.length > 2.0**-120) & self._in_range
+
+
+class _Scale:
+    """One ranking, by `x·u_t / divisor_t` or, without a divisor, by z_t, on the layout of the tiles."""
+
+    def __init__(self, tiles: UnembeddingTiles, divisor: Tensor | None, choosable: Tensor) -> None:
+        self._divisor, self._choosable = divisor, choosable
+        self.ids = choosable.nonzero().flatten()
+        token = tiles.ids.clamp_min(0)
+        self._columns = ((tiles.ids >= 0) & choosable[token]).view(-1, tiles.block)
+        self._some = self._columns.any(1)
+        # Where not all can be chosen, the block's largest product may not count.
+        self._unsure = ~self._columns.all(1)
+        if divisor is not None:
+            scaled = (divisor * tiles.scale)[token].float().view(-1, tiles.block)
+            self._column_divisor = torch.where(self._columns, scaled, 1.0)
+            # 1 over the least and over the greatest divisor of a block's choosable columns.
+            inverse = 1 / self._column_divisor
+            low = inverse.masked_fill(~self._columns, 0.0).amax(1)
+            high = inverse.masked_fill(~self._columns, torch.inf).amin(1)
+            self._ends = torch.stack([low, high]).masked_fill(~self._some, 0.0)
+        far = float(torch.linalg.vector_norm(tiles.origin)) * tiles.scale + 1.0
+        self._far = (len(tiles.origin) + 8) * 2.0**-51 * far
+        self._least = 2.0**-148 * (tiles.scale if divisor is None else 1.0)
+
+    def grain(self, rows: Rows, offset: Tensor) -> Tensor:
+        """How far below the floor a token may be and still have an equal weight in float32: float32 [r, 1]."""
+        size = offset.abs() + 1.0 if self._divisor is None else torch.ones_like(offset)
+        return (2.0**-22 * size + self._far + self._least / rows.length).float()[:, None]
+
+    def live_blocks(
+        self, maxima: Tensor, doubt: Tensor, shift: Tensor, grain: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """The floor of each row [r, 1], and which blocks may hold a token that reaches it."""
+        lower, upper = maxima - doubt, maxima + doubt
+        if self._divisor is not None:
+            # Positive bounds are widest over one end of the divisors, negative ones over the other.
+            margin = _MARGIN * shift.abs()
+            lower += shift - margin
+            upper += shift + margin
+            lower = torch.minimum(lower * self._ends[0], lower.mul_(self._ends[1]))
+            upper = torch.maximum(upper * self._ends[0], upper.mul_(self._ends[1]))
+        if lower.shape[1] < top_k:
+            floor = torch.full_like(grain, -torch.inf)
+        else:
+            lower.masked_fill_(self._unsure, -torch.inf)
+            floor = lower.topk(top_k, dim=1, sorted=False).values.amin(1, keepdim=True) - grain
+        return floor, (upper >= floor).logical_and_(self._some)
+
+    def reaching(self, highest: Tensor, block: Tensor, shift: Tensor, floor: Tensor) -> Tensor:
+        """Which columns of some blocks may be at or above the floors of their rows: bool as `highest`."""
+        if self._divisor is not None:
+            highest = (highest + (shift + _MARGIN * shift.abs())) / self._column_divisor[block]
+        return (highest >= floor).logical_and_(self._columns[block])
+
+    def weights(self, products: Tensor, token: Tensor | slice) -> Tensor:
+        """Weights in float32 of true products float64 [..., n] with some tokens; minus infinity for no choice."""
+        values = (products if self._divisor is None else products / self._divisor[token]).float()
+        return values.masked_fill_(~self._choosable[token], -torch.inf)
 
 
 class TopTokens:
-    """Finds the best tokens of rows on one or more scales.
+    """Finds the `top_k` best tokens of rows on one or more scales.
 
-    Args:
-        tiles: The unembedding.
-        top_k: How many tokens; at most the fewest that a scale can choose among.
-        scales: By name: float64 [d_vocab], what a token's product is divided by, or None for 1; and bool [d_vocab], the
-            tokens that can be chosen, all of them valid ones.
+    `scales` holds by name: float64 [d_vocab], what a token's product is divided by, or None for 1; and bool [d_vocab],
+    the tokens that can be chosen, all of them valid ones and at least `top_k`.
     """
 
     def __init__(self, tiles: UnembeddingTiles, top_k: int, scales: dict[str, tuple[Tensor | None, Tensor]]) -> None:
@@ -74,58 +239,55 @@ class TopTokens:
         d_in, device = tiles.tokens.shape[1], tiles.tokens.device
         self._gathered = torch.empty(_PAIRS, d_in, device=device)
         self._factors = torch.empty(_PAIRS, d_in, dtype=torch.float64, device=device)
-        # Without a divisor z itself is ranked, so the divisor is 1 over the tiles' scale.
-        ones = torch.ones_like(tiles.norms)
-        self._plain = {name for name, (divisor, _) in scales.items() if divisor is None}
-        self._scales = {
-            name: _Scale.of(tiles, ones / tiles.scale if divisor is None else divisor, choosable)
-            for name, (divisor, choosable) in scales.items()
-        }
+        self._scales = {name: _Scale(tiles, *scale) for name, scale in scales.items()}
 
     def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
         """The best tokens, and what evaluating them says of the products' rounding.
-
-        Returns:
-            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], equal weights by token id; and float64
-            [4, r], by how much the sums of the first four powers of a row's products change if those of the tokens that
-            were evaluated are replaced by the true ones.
 
         Args:
             products: Each tile's, [n_tiles, r, width], contiguous.
             maxima: Largest product of each block, float32 [r, n_blocks].
             rows: What was multiplied.
 
-        Raises:
-            BadFile: A product overflows float32.
+        Returns:
+            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], equal weights by token id; and float64
+            [4, r], by how much the sums of the first four powers of a row's products change if those of the tokens that
+            were evaluated are replaced by the true ones.
         """
         tiles = self._tiles
-        slack = tiles.slack(rows)
+        slack, zero = tiles.slack(rows), rows.length == 0
         offset = rows.exact @ tiles.origin * (tiles.scale / rows.length)  # NaN for a row of zeros, which is set aside
         shift = offset.float()[:, None]
-        zero = rows.length == 0
         whole = ~tiles.covers(rows) & ~zero
-        floors, alive = self._search(
-            maxima, slack, shift, {name: self._grain(name, rows, offset) for name in self._scales}
-        )
+        grains = {name: scale.grain(rows, offset) for name, scale in self._scales.items()}
+        floors, alive = self._search(maxima, slack, shift, grains)
         if alive.shape[1] >= _DENSE_BLOCKS:
             whole |= (alive.sum(1) > _DENSE_SHARE * alive.shape[1]) & ~zero
         usual = ~(whole | zero)
-        alive.logical_and_(usual[:, None])
-        row, token, near = self._candidates(products, alive, slack, shift, floors)
+        row, token, near = self._candidates(products, alive.logical_and_(usual[:, None]), slack, shift, floors)
         values = self._pair_products(rows.exact, row, token)
         true = values * (tiles.scale / rows.length)[row] - offset[row]
         change = [torch.bincount(row, true**power - near**power, minlength=len(zero)) for power in (1, 2, 3, 4)]
         found = {}
         for name, scale in self._scales.items():
-            weights = torch.zeros(len(zero), self._top_k, device=maxima.device)
             # In a row of zeros all tokens are equal, so the first ones are best.
+            weights = torch.zeros(len(zero), self._top_k, device=maxima.device)
             indices = scale.ids[: self._top_k].repeat(len(zero), 1)
             if len(row):
-                weights[usual], indices[usual] = self._ordered(name, scale, row, token, values)
+                weights[usual], indices[usual] = self._ordered(scale.weights(values, token), row, token)
             found[name] = weights, indices
         if bool(whole.any()):
             self._evaluate_whole(rows, whole.nonzero().flatten(), found)
         return found, torch.stack(change)
+
+    def _evaluate_whole(self, rows: Rows, which: Tensor, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Rows for which the bound says too little: every product of theirs, in float64."""
+        for part in which.split(_DENSE_ROWS):
+            products = exact_products(rows.exact[part], self._tiles.tokens)
+            for name, scale in self._scales.items():
+                values, order = scale.weights(products, slice(None)).sort(dim=1, descending=True, stable=True)
+                weights, indices = found[name]
+                weights[part], indices[part] = values[:, : self._top_k], order[:, : self._top_k]
 
     def _search(
         self, maxima: Tensor, slack: Tensor, shift: Tensor, grains: dict[str, Tensor]
@@ -138,45 +300,18 @@ class TopTokens:
             here = slice(start, start + _SEARCH_ROWS)
             doubt = self._doubt(maxima[here], slack)
             for name, scale in self._scales.items():
-                floor, live = self._live_blocks(name, scale, maxima[here], doubt, shift[here], grains[name][here])
-                floors[name][here] = floor
+                floors[name][here], live = scale.live_blocks(
+                    maxima[here], doubt, shift[here], grains[name][here], self._top_k
+                )
                 alive[here] |= live
         return floors, alive
-
-    def _grain(self, name: str, rows: Rows, offset: Tensor) -> Tensor:
-        """How far below the floor a token may be and still have an equal weight in float32: float32 [r, 1]."""
-        tiles = self._tiles
-        far = float(torch.linalg.vector_norm(tiles.origin)) * tiles.scale + 1.0
-        size = offset.abs() + 1.0 if name in self._plain else torch.ones_like(offset)
-        grain = 2.0**-22 * size + (len(tiles.origin) + 8) * 2.0**-51 * far
-        least = tiles.scale if name in self._plain else 1.0
-        return (grain + 2.0**-148 * least / rows.length).float()[:, None]
-
-    def _live_blocks(
-        self, name: str, scale: _Scale, maxima: Tensor, doubt: Tensor, shift: Tensor, grain: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The floor of each row [r, 1], and which blocks may hold a token that reaches it."""
-        lower, upper = maxima - doubt, maxima + doubt
-        if name not in self._plain:
-            # Positive bounds are widest over one end of the divisors, negative ones over the other.
-            margin = _MARGIN * shift.abs()
-            lower += shift - margin
-            upper += shift + margin
-            lower = torch.minimum(lower * scale.inverse[0], lower.mul_(scale.inverse[1]))
-            upper = torch.maximum(upper * scale.inverse[0], upper.mul_(scale.inverse[1]))
-        if lower.shape[1] < self._top_k:
-            floor = torch.full_like(grain, -torch.inf)
-        else:
-            lower.masked_fill_(scale.unsure, -torch.inf)
-            floor = lower.topk(self._top_k, dim=1, sorted=False).values.amin(1, keepdim=True) - grain
-        return floor, (upper >= floor).logical_and_(scale.some)
 
     def _doubt(self, products: Tensor, slack: Tensor) -> Tensor:
         """How far the true z may be from the products, with room for the rounding of what is done to both."""
         return torch.add(slack * (1 + _MARGIN), products.abs(), alpha=self._tiles.rounding + _MARGIN)
 
     def _candidates(
-        self, products: Tensor, alive: Tensor, slack: Tensor, offset: Tensor, floors: dict[str, Tensor]
+        self, products: Tensor, alive: Tensor, slack: Tensor, shift: Tensor, floors: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rows, token ids and products (float64) of everything that may be a top token, by row, then by id."""
         tiles = self._tiles
@@ -186,15 +321,9 @@ class TopTokens:
         place = (tile * products.shape[1] + row) * per_tile + (block - tile * per_tile)
         near = products.view(-1, tiles.block)[place].float()
         possible = torch.zeros_like(near, dtype=torch.bool)
-        slack = slack.view(-1, tiles.block)[block]
-        highest = near + self._doubt(near, slack)
+        highest = near + self._doubt(near, slack.view(-1, tiles.block)[block])
         for name, scale in self._scales.items():
-            upper = highest
-            if name not in self._plain:
-                shift = offset[row]
-                upper = (highest + (shift + _MARGIN * shift.abs())) / scale.column_divisor.view(-1, tiles.block)[block]
-            reaches = upper >= floors[name][row]
-            possible |= reaches.logical_and_(scale.column_choosable.view(-1, tiles.block)[block])
+            possible |= scale.reaching(highest, block, shift[row], floors[name][row])
         which, within = possible.nonzero(as_tuple=True)
         row, token = row[which], tiles.ids[block[which] * tiles.block + within]
         order = (row * len(tiles.tokens) + token).argsort()
@@ -213,10 +342,8 @@ class TopTokens:
             torch.sum(factors.mul_(gathered), dim=1, out=values[here])
         return values
 
-    def _ordered(self, name: str, scale: _Scale, row: Tensor, token: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def _ordered(self, weights: Tensor, row: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         """The best of each row that has candidates, which come by row, then by token id."""
-        weights = (values if name in self._plain else values / scale.divisor[token]).float()
-        weights = weights.masked_fill(~scale.choosable[token], -torch.inf)
         order = weights.argsort(descending=True, stable=True)
         order = order[row[order].argsort(stable=True)]
         counts = torch.bincount(row)
@@ -224,17 +351,6 @@ class TopTokens:
         starts = counts.cumsum(0) - counts
         best = order[starts[:, None] + torch.arange(self._top_k, device=row.device)]
         return weights[best], token[best]
-
-    def _evaluate_whole(self, rows: Rows, which: Tensor, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Rows for which the bound says too little: every product of theirs, in float64."""
-        for part in which.split(_DENSE_ROWS):
-            products = exact_products(rows.exact[part], self._tiles.tokens)
-            for name, scale in self._scales.items():
-                values = (products if name in self._plain else products / scale.divisor).float()
-                values[:, ~scale.choosable] = -torch.inf
-                values, order = values.sort(dim=1, descending=True, stable=True)
-                weights, indices = found[name]
-                weights[part], indices[part] = values[:, : self._top_k], order[:, : self._top_k]
 
 
 def exact_products(rows: Tensor, tokens: Tensor) -> Tensor:

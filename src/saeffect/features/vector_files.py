@@ -1,7 +1,7 @@
 """Files of word vectors: one reader for each format that people hold them in.
 
-Read `read_vectors` first: it tells the format from the first bytes. Every reader returns the same thing,
-words and a float32 matrix, and stops at the first line that cannot be right.
+`read_vectors` tells the format from the first bytes. Every reader gives words and a float32 matrix, and stops at the
+first line that cannot be right.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, NotFound
 from saeffect.paths import refuse_special
 
@@ -38,14 +39,15 @@ _LONGEST_LINE = 1 << 22  # bytes
 # next to nothing and would fill the memory.
 _MOST_SHRUNK = 50
 _HARMLESS = 1 << 28  # bytes
+# What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
+_NO_NPZ = (ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, MemoryError, RuntimeError)
+_NO_NPZ += (zipfile.BadZipFile, zlib.error)
+_NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
-    """Words and their vectors from a file of any supported kind, see `load_embeddings`.
-
-    Returns:
-        The words as they are spelled, in the file's order and with its duplicates; float32 [n, dim], finite.
+    """Words as they are spelled, in the file's order, and their vectors, float32 [n, dim], finite.
 
     Raises:
         NotFound: The list of words beside a `.safetensors` is missing.
@@ -57,13 +59,16 @@ def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
     if path.stat().st_size == 0:
         raise BadFile("the file is empty.", at=str(path))
     try:
-        return _read(path)
+        words, vectors = _read(path)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise BadFile(
-            f"the compressed file is truncated or damaged ({error}).", at=str(path), fix="get it anew."
-        ) from error
+        damage = f"the compressed file is truncated or damaged ({error})."
+        raise BadFile(damage, at=str(path), fix="get it anew.") from error
     except OSError as error:
         raise BadFile(f"the file cannot be read ({error.strerror or error}).", at=str(path)) from error
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        _check_finite(vectors[bad[0]], words[bad[0]], f"{path}, line {bad[0] + 1}")
+    return words, vectors
 
 
 def _read(path: Path) -> tuple[list[str], FloatArray]:
@@ -90,12 +95,7 @@ def _read(path: Path) -> tuple[list[str], FloatArray]:
 
 
 def _is_binary(start: bytes) -> bool:
-    """Whether a file begins as word2vec's binary format does, or at any rate not as text.
-
-    Example:
-        >>> _is_binary(b"2 1\\ncat " + bytes(4)), _is_binary(b"2 1\\ncat 0.5\\n"), _is_binary("œ 0.5".encode())
-        (True, False, False)
-    """
+    """Whether a file begins as word2vec's binary format does, or at any rate not as text."""
     if re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return True
     # Numbers without such bytes are rare: after a header, what follows a word of text is a number in letters.
@@ -156,21 +156,11 @@ def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
     # From the right: some words of large GloVe files hold spaces.
     fields = line.replace(b"\t", b" ").rstrip(b" \r\n").rsplit(b" ", dim)
     surplus = fields[0].rsplit(b" ", 1)[1:]
-    if len(fields) != dim + 1 or not fields[0] or (surplus and _is_number(surplus[0])):
+    if len(fields) != dim + 1 or not fields[0] or (surplus and _NUMBER.fullmatch(surplus[0])):
         found = len(line.split()) - 1
-        raise BadFile(
-            f"a word and {dim} numbers were expected. Got {max(found, 0)} numbers instead.",
-            at=at,
-            fix="if this is the last line, the file was cut off: get it anew.",
-        )
-    try:
-        word = fields[0].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFile(
-            f"the word is not UTF-8: {fields[0][:40]!r}.",
-            at=at,
-            fix="convert the file to UTF-8.",
-        ) from error
+        message = f"a word and {dim} numbers were expected. Got {max(found, 0)} numbers instead."
+        raise BadFile(message, at=at, fix="if this is the last line, the file was cut off: get it anew.")
+    word = _decoded(fields[0], at)
     try:
         row = np.array(fields[1:], dtype=np.float32)
     except ValueError as error:
@@ -179,40 +169,30 @@ def _parse_line(line: bytes, dim: int, at: str) -> tuple[str, FloatArray]:
     return word, row
 
 
-def _is_number(text: bytes) -> bool:
+def _decoded(word: bytes, at: str) -> str:
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return word.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadFile(f"the word is not UTF-8: {word[:40]!r}.", at=at, fix="convert the file to UTF-8.") from error
 
 
 def _check_finite(row: FloatArray, word: str, at: str) -> None:
     if not np.isfinite(row).all():
-        raise BadFile(
-            f"the vector of {word[:40]!r} holds NaN or infinity.",
-            at=at,
-            fix="leave the word out, or mend it.",
-        )
+        fix = "leave the word out, or mend it."
+        raise BadFile(f"the vector of {word[:40]!r} holds NaN or infinity.", at=at, fix=fix)
 
 
 def _check_count(found: int, promised: int | None, at: str) -> None:
     if found == 0 or (promised is not None and found != promised):
-        expected = "at least one" if promised is None else str(promised)
-        raise BadFile(
-            f"the file holds {found} words; {expected} were expected from its header.",
-            at=at,
-            fix="get the file anew: it was cut off, or its first line is wrong.",
-        )
+        expected = "at least one" if promised is None else promised
+        message = f"the file holds {found} words; {expected} were expected from its header."
+        raise BadFile(message, at=at, fix="get the file anew: it was cut off, or its first line is wrong.")
 
 
 def _check_length(found: int, most: int, path: Path) -> None:
     if found > most:
-        raise BadFile(
-            f"unpacked, this file has more than {most:,} bytes, far more than word vectors could have.",
-            at=str(path),
-            fix="unpack it, if it is what you meant.",
-        )
+        message = f"unpacked, this file has more than {most:,} bytes, far more than word vectors could have."
+        raise BadFile(message, at=str(path), fix="unpack it, if it is what you meant.")
 
 
 def _read_binary(stream: BinaryIO, path: Path, most: int) -> tuple[list[str], FloatArray]:
@@ -249,10 +229,7 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
             if not block:
                 raise BadFile("the file ends, or is damaged, within a word's vector.", at=at, fix="get the file anew.")
             buffer, start = buffer[start:] + block, 0
-        try:
-            word = buffer[start:space].lstrip(b"\n").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadFile(f"the word is not UTF-8: {buffer[start:space][:40]!r}.", at=at) from error
+        word = _decoded(buffer[start:space].lstrip(b"\n"), at)
         start = space + 1 + size
         row = buffer[space + 1 : start]
         _check_finite(np.frombuffer(row, dtype="<f4"), word, at)
@@ -260,19 +237,13 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
 
 
 def _check_npz(path: Path) -> None:
-    """Compare what the two arrays of an .npz say of themselves with each other and with the file, before reading.
-
-    Raises:
-        BadFile: A zip of other files, or arrays that no word vectors have.
-        ValueError, KeyError, RuntimeError, zipfile.BadZipFile: It is no .npz.
-    """
+    """Compare what the two arrays of an .npz say of themselves with each other and with the file, before reading."""
     sizes = {}
     with zipfile.ZipFile(path) as archive:
         texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
         if texts:
-            raise BadFile(
-                f"this is a zip with {', '.join(texts[:5])}.", at=str(path), fix="unzip it and give one of these files."
-            )
+            fix = "unzip it and give one of these files."
+            raise BadFile(f"this is a zip with {', '.join(texts[:5])}.", at=str(path), fix=fix)
         for name in ("words", "vectors"):
             member = archive.getinfo(f"{name}.npy")
             with archive.open(member) as file:
@@ -296,19 +267,7 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
         _check_npz(path)
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             words, vectors = arrays["words"], arrays["vectors"]
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        OverflowError,
-        MemoryError,
-        RuntimeError,  # encrypted
-        NotImplementedError,  # packed in a way that zipfile does not know
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except _NO_NPZ as error:
         raise BadFile(
             f"an .npz with {shape} was expected ({str(error) or type(error).__name__}).",
             at=str(path),
@@ -324,34 +283,21 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
         except UnicodeDecodeError as error:
             raise BadFile("the words are not UTF-8.", at=str(path)) from error
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, and is refused as such
-        matrix = vectors.astype(np.float32)
-    return _all_finite(words.tolist(), matrix, path)
+        return words.tolist(), vectors.astype(np.float32)
 
 
 def _read_safetensors(path: Path) -> tuple[list[str], FloatArray]:
     """The bundled layout: tensor `vectors` [n, dim], and `<stem>.words.txt`, whose hash the metadata hold."""
-    from safetensors import SafetensorError, safe_open
-
     words_path = path.with_suffix(".words.txt")
     refuse_special(words_path, "list of words")
     try:
         data = words_path.read_bytes()
     except FileNotFoundError as error:
         raise NotFound("the list of words is missing beside the vectors.", at=str(words_path)) from error
-    try:
-        with safe_open(path, framework="numpy") as tensors:
-            digest = (tensors.metadata() or {}).get("words_sha256", "")
-            vectors = tensors.get_tensor("vectors").astype(np.float32)
+    with open_tensors(path, "this file of vectors or its words", fix="copy both again.", framework="numpy") as tensors:
+        digest = (tensors.metadata() or {}).get("words_sha256", "")
+        vectors = tensors.get_tensor("vectors").astype(np.float32)
         words = data.decode("utf-8").removesuffix("\n").split("\n")
-    except (SafetensorError, UnicodeDecodeError) as error:
-        raise BadFile(f"the vectors or their words are damaged ({error}).", at=str(path)) from error
     if hashlib.sha256(data).hexdigest() != digest or vectors.ndim != 2 or len(words) != len(vectors):
         raise BadFile(f"{words_path.name} is not the list that these vectors were saved with.", at=str(path))
-    return _all_finite(words, vectors, path)
-
-
-def _all_finite(words: list[str], vectors: FloatArray, path: Path) -> tuple[list[str], FloatArray]:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if bad.size:
-        _check_finite(vectors[bad[0]], words[bad[0]], f"{path}, line {bad[0] + 1}")
     return words, vectors

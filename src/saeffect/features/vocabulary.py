@@ -1,9 +1,13 @@
-"""Which features belong to a domain: those with enough top tokens in a list of the domain's words.
+"""Which features belong to a domain, and which tokens can be top tokens at all.
 
-The match is exact: a token counts when its word (no leading space, lower case) is in the list. "Cancer" and
-" cancer" are two tokens of one word and count as two, as in the paper's published features. There "hearth"
-and "otherapy" count too, so the paper seems to have looked for its words *inside* tokens; here whole words
-must match.
+A domain feature has enough top tokens in a list of the domain's words. The match is exact: a token counts when its word
+(no leading space, lower case) is in the list. "Cancer" and " cancer" are two tokens of one word and count as two, as in
+the paper's published features. There "hearth" and "otherapy" count too, so the paper seems to have looked for its words
+*inside* tokens; here whole words must match.
+
+A large vocabulary holds words of a hundred languages, and the tokens that a direction promotes most come from all of
+them. Word vectors and word lists of one language then know few of a feature's top tokens. So the ranking can be left
+to the tokens of some scripts, or to those that the vectors know.
 """
 
 from __future__ import annotations
@@ -13,14 +17,18 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
+from saeffect.config import SCRIPTS
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
+from saeffect.features.embeddings import WordVectors
 from saeffect.lm.tokens import normalise_token
 from saeffect.paths import decode_utf8, read_bytes, user_path
 
@@ -28,15 +36,16 @@ __all__ = [
     "MatchCounts",
     "Vocabulary",
     "bundled_vocabularies",
+    "choosable_tokens",
     "count_matches",
-    "domain_features",
     "load_vocabulary",
-    "require_domain_features",
     "select",
 ]
 
+_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "vocabularies"
 # What separates the columns of a table; a comma between two digits is a name's ("1,25-dihydroxyvitamin").
 _OF_A_TABLE = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
+_HALF = "\ufffd"  # a part of a character, of which the script is not known
 _QUOTES = frozenset("\"'“”„‘’«»")
 _TOKEN_COLUMNS = ("top_tokens", "top_tokens_dot", "top_tokens_cosine")
 _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
@@ -44,13 +53,7 @@ _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A reference list of the words of a domain.
-
-    Attributes:
-        name: Name of the bundled list, or the path it was read from.
-        words: Lower-case words.
-        sha256: Of the bytes of the file, in hexadecimal.
-    """
+    """A reference list of a domain's words, in lower case; by its bundled name or path; and the hash of the file."""
 
     name: str
     words: frozenset[str]
@@ -64,46 +67,28 @@ class Vocabulary:
         return len(self.words)
 
     def unmatched(self, tokens: Iterable[str]) -> list[str]:
-        """The words that none of these tokens is: they can never be found among top tokens. Sorted.
-
-        Example:
-            >>> Vocabulary("two", frozenset({"cancer", "spirochaete"}), sha256="").unmatched(["Ġcancer", "Ġspir"])
-            ['spirochaete']
-        """
+        """The words, sorted, that none of these tokens is: they can never be found among top tokens."""
         return sorted(self.words - {unicodedata.normalize("NFC", normalise_token(token)) for token in tokens})
 
 
-@dataclass(frozen=True, eq=False)
-class MatchCounts:
-    """What of each feature's top tokens is in a vocabulary.
-
-    Attributes:
-        counts: int64 [n_features].
-        matched: The matching tokens of each feature, as they were given and in their order.
-    """
+class MatchCounts(NamedTuple):
+    """How many of each feature's top tokens are in a vocabulary, int64 [n_features], and which, in their order."""
 
     counts: np.ndarray
     matched: list[list[str]]
 
 
 def bundled_vocabularies() -> list[str]:
-    """Names of the word lists that come with the package, sorted.
-
-    Example:
-        >>> bundled_vocabularies()
-        ['medical']
-    """
-    files = _bundled_folder().iterdir()
-    return sorted(file.name.removesuffix(".txt") for file in files if file.name.endswith(".txt"))
+    """Names of the word lists that come with the package, sorted."""
+    return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.txt"))
 
 
 def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """Read a word list: a bundled one by its name, or a text file.
 
     A file holds one word a line, in UTF-8; `#` starts a comment; case, leading space marks, quotation marks around a
-    word and characters that are not seen do not matter.
-    The name of a bundled list wins over a file of that name in the current folder: write
-    `./medical` for the file.
+    word and characters that are not seen do not matter. The name of a bundled list wins over a file of that name in
+    the current folder: write `./medical` for the file.
 
     Raises:
         UnknownName: Neither the name of a bundled list nor a path (no folder, no suffix, no such file).
@@ -119,7 +104,7 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """
     name, bundled = str(name_or_path), bundled_vocabularies()
     if name in bundled:
-        data = (_bundled_folder() / f"{name}.txt").read_bytes()
+        data = (_BUNDLED_FOLDER / f"{name}.txt").read_bytes()
     else:
         path = user_path(name)
         if len(path.parts) < 2 and not path.suffix and not path.is_file():
@@ -135,8 +120,7 @@ def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -
     """Count, for each feature, the top tokens whose word is in the vocabulary.
 
     Args:
-        top_tokens: One sequence of tokens a feature, decoded (" cancer") or in the tokenizer's own notation
-            ("Ġcancer").
+        top_tokens: One sequence of tokens a feature, decoded (" cancer") or in the tokenizer's notation ("Ġcancer").
         vocabulary: The words.
 
     Raises:
@@ -152,8 +136,7 @@ def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -
     for row, tokens in enumerate(top_tokens):
         if isinstance(tokens, str):
             raise ConfigError(
-                "The top_tokens parameter of count_matches must be one list of tokens a feature. "
-                f"Got the string {tokens!r} at position {row} instead.",
+                f"top_tokens must be one list of tokens a feature. Got the string {tokens!r} at position {row}.",
                 fix="put the tokens of each feature in a list.",
             )
         matched.append([token for token in tokens if token in vocabulary])
@@ -174,16 +157,15 @@ def select(
         features: One row a feature: feature, top_tokens, top_tokens_dot, top_tokens_cosine.
         vocabulary: A bundled list's name, a path, or a loaded list.
         min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
-        verdicts: One row a reviewed feature: feature, n_yes, n_no, n_unsure, label, majority (bool), as
-            `saeffect.review.summarise_verdicts` gives it. With it, a domain feature also needs a majority of
-            yes; one that nobody reviewed is none.
+        verdicts: As `saeffect.review.summarise_verdicts` gives them. With them, a domain feature also needs a majority
+            of yes; one that nobody reviewed is none.
         arm: Name of the arm, for error messages.
 
     Returns:
         One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched
         (list of str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64);
         in_vocabulary (bool: matches >= min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed);
-        label (str); is_domain (bool). No domain feature is not an error here: see `require_domain_features`.
+        label (str); is_domain (bool).
 
     Raises:
         ConfigError: `min_matches` is no positive integer, a column is missing, or the verdicts name a feature
@@ -191,7 +173,7 @@ def select(
         UnknownName, NotFound, BadFile, EmptySelection: As `load_vocabulary`.
     """
     if isinstance(min_matches, bool) or not isinstance(min_matches, int | np.integer) or min_matches < 1:
-        raise ConfigError(f"The min_matches parameter of select must be an integer >= 1. Got {min_matches!r} instead.")
+        raise ConfigError(f"min_matches must be an integer >= 1. Got {min_matches!r} instead.", at="min_matches")
     _require_columns(features, ("feature", *_TOKEN_COLUMNS), "the feature table", arm)
     words = vocabulary if isinstance(vocabulary, Vocabulary) else load_vocabulary(vocabulary)
     own, dot, cosine = (count_matches(features[column], words) for column in _TOKEN_COLUMNS)
@@ -208,57 +190,6 @@ def select(
     return _with_verdicts(selection, verdicts, arm)
 
 
-def domain_features(selection: pd.DataFrame) -> list[int]:
-    """Numbers of the domain features of a selection, in its order; empty if there is none."""
-    return [int(feature) for feature in selection.loc[selection["is_domain"].astype(bool), "feature"]]
-
-
-def require_domain_features(
-    selection: pd.DataFrame, arm: str, vocabulary: str | Vocabulary, *, min_matches: int = 2
-) -> list[int]:
-    """`domain_features`, where going on without one makes no sense.
-
-    Args:
-        selection: As `select` returns it.
-        arm: Name of the arm, for the message.
-        vocabulary: The list, or its name, for the message.
-        min_matches: What `select` was given, for the message.
-
-    Raises:
-        EmptySelection: There is none; the message says how near the best one came and what else to try.
-    """
-    if found := domain_features(selection):
-        return found
-    name = vocabulary.name if isinstance(vocabulary, Vocabulary) else vocabulary
-    n_matching = int(selection["in_vocabulary"].sum())
-    if n_matching:
-        raise EmptySelection(
-            f"no feature of arm {arm!r} is a domain feature: {n_matching} have at least {min_matches} top "
-            f"tokens in vocabulary {name!r}, but none of them has more yes than no among the verdicts.",
-            at=f"arms.{arm}",
-            fix="review more of this arm's features, or run without verdicts.",
-        )
-    best = int(selection["matches"].max()) if len(selection) else 0
-    raise EmptySelection(
-        f"no feature of arm {arm!r} has at least {min_matches} of its top tokens in vocabulary {name!r}; "
-        f"the best of {len(selection)} has {best}.",
-        at=f"arms.{arm}",
-        fix=_how_to_find_some(selection, min_matches, best),
-    )
-
-
-def _how_to_find_some(selection: pd.DataFrame, min_matches: int, best: int) -> str:
-    ways = [f"lower min_matches to {best}"] if best else []
-    ways.append("use another vocabulary")
-    counts = {scale: int((selection[f"matches_{scale}"] >= min_matches).sum()) for scale in ("dot", "cosine")}
-    better = max(counts, key=lambda scale: counts[scale])
-    if counts[better]:
-        ways.append(f"set projection to {better!r}, under which {counts[better]} would do")
-    else:
-        ways.append("try the other projection, a later hook or a wider SAE")
-    return ", or ".join(ways) + "."
-
-
 def _with_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: str | None) -> pd.DataFrame:
     counts = ["n_yes", "n_no", "n_unsure"]
     if verdicts is None:
@@ -266,9 +197,8 @@ def _with_verdicts(selection: pd.DataFrame, verdicts: pd.DataFrame | None, arm: 
     _require_columns(verdicts, _VERDICT_COLUMNS, "the summary of the verdicts", arm)
     at = f"arms.{arm}" if arm else None
     if verdicts["feature"].duplicated().any():
-        raise ConfigError(
-            "the summary of the verdicts names a feature twice.", at=at, fix="summarise one arm at a time."
-        )
+        twice = "the summary of the verdicts names a feature twice."
+        raise ConfigError(twice, at=at, fix="summarise one arm at a time.")
     unknown = sorted(set(verdicts["feature"]) - set(selection["feature"]))
     if unknown:
         shown = ", ".join(str(feature) for feature in unknown[:5]) + (" …" if len(unknown) > 5 else "")
@@ -316,10 +246,6 @@ def _word(entry: str) -> str:
     Letters and their accents are one code point where Unicode has it, as in nearly all tokenizers; macOS and PDFs
     take them apart. What is not seen (zero-width characters, soft hyphens, byte order marks) and quotation marks
     around the word go.
-
-    Example:
-        >>> [_word(entry) for entry in ("Cancer\\u200b", '"cancer"', "be\\u0301nigne")]
-        ['cancer', 'cancer', 'bénigne']
     """
     seen = "".join(c for c in unicodedata.normalize("NFC", entry) if c.isascii() or unicodedata.category(c) != "Cf")
     word = normalise_token(seen)
@@ -328,5 +254,51 @@ def _word(entry: str) -> str:
     return word
 
 
-def _bundled_folder() -> Traversable:
-    return resources.files("saeffect") / "bundled" / "vocabularies"
+def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: WordVectors | None = None) -> Tensor:
+    """Which tokens of a vocabulary can be top tokens.
+
+    Args:
+        tokens: The text of each token, [d_vocab].
+        choice: ("all",); ("embeddings",): tokens whose word (`normalise_token`) the vectors have; or names of scripts:
+            tokens all of whose letters are of these. Digits and punctuation are of every script, parts of a character
+            of none.
+        vectors: Needed for ("embeddings",).
+
+    Returns:
+        Bool [d_vocab].
+
+    Raises:
+        UnknownName: A script that is not in `saeffect.config.SCRIPTS`.
+
+    Source:
+        Scripts are read off the names of characters in the Unicode character database, after NFKC.
+
+    Example:
+        >>> choosable_tokens([" Fieber", "fièvre", "лихорадка", "熱", "42"], ["latin"]).tolist()
+        [True, True, False, False, True]
+    """
+    if tuple(choice) == ("all",):
+        return torch.ones(len(tokens), dtype=torch.bool)
+    if tuple(choice) == ("embeddings",):
+        if vectors is None:
+            raise TypeError("word vectors are needed to choose the tokens that they know")
+        return torch.tensor([vectors.row(normalise_token(token)) >= 0 for token in tokens])
+    for name in choice:
+        if name not in SCRIPTS:
+            raise unknown_name("script", name, SCRIPTS)
+    wanted = {*choice, ""}
+    return torch.tensor(
+        [
+            _HALF not in token and all(_script_of(c) in wanted for c in unicodedata.normalize("NFKC", token))
+            for token in tokens
+        ]
+    )
+
+
+@cache
+def _script_of(character: str) -> str:
+    """The script of a letter, lower case, as in "hangul"; "" for what is no letter."""
+    if not unicodedata.category(character).startswith("L"):
+        return ""
+    name = unicodedata.name(character, "unknown").lower().replace("-", " ").split()[0]
+    return "han" if name == "cjk" else name

@@ -1,9 +1,10 @@
-"""What loading a model must answer for: nothing missing, nothing left over, nothing undefined, and plain errors."""
+"""What loading a model must answer for: nothing missing, left over or undefined, sizes that are true, plain errors."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, first_line
 from saeffect.io import Log, read_json
 
-__all__ = ["BOTH", "account_for", "loading_errors", "refuse_nan"]
+__all__ = [
+    "BOTH",
+    "account_for",
+    "check_folder_sizes",
+    "check_sizes",
+    "loading_errors",
+    "quiet_transformers",
+    "refuse_nan",
+    "tensor_shapes",
+]
 
 # A folder with a model and an adapter: what is wrong, and what to do.
 BOTH = (
@@ -23,18 +33,72 @@ BOTH = (
 )
 # Buffers that older versions of a model saved, which are computed anew.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
+# Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
+# experts name a width of dense layers that they need not have.
+_WIDTHS = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "n_embd": 1,
+    "embedding_length": 1,
+    "intermediate_size": 64,
+    "n_inner": 64,
+}
+# Numbers of layers: each has at least one tensor.
+_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "block_count")
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a safetensors file, from its header; safetensors' own error if it is none."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+
+
+def check_folder_sizes(folder: Path) -> None:
+    """Refuse a model's folder whose config.json names sizes that its safetensors files do not have.
+
+    transformers would first take memory for such a model.
+
+    Raises:
+        BadFile: As `check_sizes`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in folder.glob("*.safetensors"):
+        shapes |= tensor_shapes(file)
+    config: Any = None
+    with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it
+        config = read_json(folder / "config.json")
+    if shapes and isinstance(config, dict):
+        inner = config.get("text_config")
+        check_sizes(config | (inner if isinstance(inner, dict) else {}), shapes, folder / "config.json")
+
+
+def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], at: Path) -> None:
+    """Refuse sizes of a model that none of its tensors has.
+
+    Raises:
+        BadFile: A width is larger than the widest tensor, or there are more layers than tensors; the error names it.
+    """
+    widest = max((int(size) for shape in shapes.values() for size in shape), default=0)
+    for name, size in sizes.items():
+        key = name.rpartition(".")[2]
+        most = len(shapes) if key in _COUNTS else widest * _WIDTHS.get(key, 0)
+        if most and isinstance(size, int) and size > most:
+            raise BadFile(
+                f"{at.name} says {name}: {size:,}, but the weights are {len(shapes):,} tensors of at most {widest:,}"
+                " rows or columns.",
+                at=str(at),
+                fix="restore the file that was saved with these weights.",
+            )
 
 
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
     """Every tensor that the model needs came from the file, and every tensor of the file went into the model.
 
-    transformers draws what is missing at random, and passes over what it has no place for.
-
-    Args:
-        model: What `from_pretrained` returned.
-        info: What it returned beside, with `output_loading_info=True`.
-        at: Place for error messages.
-        log: Receives a line about parts that are left out: an image encoder, a value head.
+    transformers draws what is missing at random, and passes over what it has no place for. `info` is what
+    `from_pretrained` returned beside the model, with `output_loading_info=True`; `log` receives a line about parts that
+    are left out: an image encoder, a value head.
 
     Raises:
         BadFile: A tensor is missing, or has no place in the language model.
@@ -44,11 +108,11 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
         raise ConfigError(BOTH[0], at=at, fix=BOTH[1])
     missing = sorted({*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])})
     spare = sorted(name for name in info["unexpected_keys"] if not _HARMLESS.search(name))
-    needed = len(model.state_dict())
     if missing:
         has = f"; it has {len(spare)} that the model does not know, such as {spare[0]}" if spare else ""
         raise BadFile(
-            f"the file lacks {len(missing)} of the {needed} tensors that the model needs, such as {missing[0]}{has}.",
+            f"the file lacks {len(missing)} of the {len(model.state_dict())} tensors that the model needs, such as"
+            f" {missing[0]}{has}.",
             at=at,
             fix="save the model itself with save_pretrained, unwrapped and any adapter merged, or download it again.",
         )
@@ -66,6 +130,17 @@ def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
         log(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
 
 
+def refuse_nan(model: Any, at: str) -> None:
+    """Raise BadFile for weights that are not numbers, or too large for their format."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise BadFile(
+                f"the weights hold NaN or infinite values (first in {name}).",
+                at=at,
+                fix="load in float32 or bfloat16 if they were saved so; otherwise the checkpoint is broken.",
+            )
+
+
 @contextlib.contextmanager
 def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Iterator[None]:
     """Turn what transformers, safetensors and the hub raise into our errors."""
@@ -74,35 +149,23 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
     except SaeffectError:
         raise
     except Exception as error:
-        text = first_line(error)
-        kind = type(error).__name__
-        where = at or config.path
-        if kind == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
-            raise BadFile(
-                f"the weights of {config.path!r} cannot be read: {text}",
-                at=where,
-                fix="copy or download it again, or convert it to safetensors; pickles are never loaded.",
-            ) from error
-        if isinstance(error, OSError) or kind in {"RepositoryNotFoundError", "HFValidationError"}:
-            raise NotFound(
-                f"cannot load {config.path!r}: {text}",
-                at=where,
-                fix="check the name and your connection, or give a local folder with safetensors weights.",
-            ) from error
-        if "ignore_mismatched_sizes" in text:
-            raise BadFile(
-                f"the tensors of {config.path!r} have other shapes than its config.json asks for.",
-                at=where,
-                fix="restore the config.json that was saved with these weights.",
-            ) from error
-        own_code = not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error))
-        raise BadFile(
-            f"transformers cannot load {config.path!r}: {text}",
-            at=where,
-            fix="this model brings code of its own; set trust_remote_code if you trust it."
-            if own_code
-            else "check that the folder is whole, and that your version of transformers knows this kind of model.",
-        ) from error
+        text, name = first_line(error), type(error).__name__
+        ours: type[SaeffectError] = BadFile
+        if name == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
+            message = f"the weights of {config.path!r} cannot be read: {text}"
+            fix = "copy or download it again, or convert it to safetensors; pickles are never loaded."
+        elif isinstance(error, OSError) or name in {"RepositoryNotFoundError", "HFValidationError"}:
+            ours, message = NotFound, f"cannot load {config.path!r}: {text}"
+            fix = "check the name and your connection, or give a local folder with safetensors weights."
+        elif "ignore_mismatched_sizes" in text:
+            message = f"the tensors of {config.path!r} have other shapes than its config.json asks for."
+            fix = "restore the config.json that was saved with these weights."
+        else:
+            message = f"transformers cannot load {config.path!r}: {text}"
+            fix = "check that the folder is whole, and that your version of transformers knows this kind of model."
+            if not config.trust_remote_code and (_asks_for_code(base) or "trust_remote_code" in str(error)):
+                fix = "this model brings code of its own; set trust_remote_code if you trust it."
+        raise ours(message, at=at or config.path, fix=fix) from error
 
 
 def _asks_for_code(base: Path | str) -> bool:
@@ -112,16 +175,24 @@ def _asks_for_code(base: Path | str) -> bool:
     return False
 
 
-def refuse_nan(model: Any, at: str) -> None:
-    """Refuse weights that are not numbers, or too large for their format.
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and notices for a while; ours say what matters."""
+    from transformers import modeling_gguf_pytorch_utils as of_gguf
+    from transformers.utils import logging
 
-    Raises:
-        BadFile: There are such.
-    """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise BadFile(
-                f"the weights hold NaN or infinite values (first in {name}).",
-                at=at,
-                fix="load in float32 or bfloat16 if they were saved so; otherwise the checkpoint is broken.",
-            )
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    own_bar = of_gguf.tqdm  # which does not ask whether bars are wanted
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    of_gguf.tqdm = lambda tensors, **_: tensors
+    try:
+        with warnings.catch_warnings():
+            # Deprecations between transformers and peft are theirs to mend.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        of_gguf.tqdm = own_bar
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

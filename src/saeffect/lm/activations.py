@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
-from saeffect.lm.corpora import RowSource
+from saeffect.lm.corpora import StreamedText
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import device_of_process, gathered, rank_and_world
@@ -66,16 +66,14 @@ class TokenRows:
 
     @property
     def context_size(self) -> int:
-        """Tokens a row."""
         return int(self.ids.shape[1])
 
     @property
     def n_rows(self) -> int:
-        """The same as `len`, so that activations can be streamed from these rows."""
+        """The same as `len`; with `rows`, activations can be streamed from these rows as from a `StreamedText`."""
         return len(self)
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
-        """One row after the other."""
         return iter(self.ids)
 
     def identity(self) -> str:
@@ -92,9 +90,7 @@ class ActivationSource(Protocol):
     """
 
     @property
-    def d_in(self) -> int:
-        """Width of an activation."""
-        ...
+    def d_in(self) -> int: ...
 
     @property
     def mean_norm(self) -> float:
@@ -103,22 +99,18 @@ class ActivationSource(Protocol):
 
     def identity(self) -> str:
         """SHA-256 of what decides the activations and their order: a checkpoint of another one does not fit."""
-        ...
 
     def sample(self, n_tokens: int) -> Tensor:
         """The first `n_tokens` activations in text order, float32 `[n, d_in]`; fewer if there are fewer."""
-        ...
 
     def n_batches(self, batch_size: int) -> int | None:
         """How many batches an epoch has; None where only the end of the text will tell."""
-        ...
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """One epoch from batch number `start` on, float32 `[batch_size, d_in]`; a short rest is left out.
 
         The order depends on (seed, epoch). What comes before `start` costs next to nothing.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -192,11 +184,8 @@ def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLi
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """As many activations as memory holds, and the order in which they are given out.
-
-    Attributes:
-        activations: `[n_tokens, d_in]`, any float dtype.
-        order: Numbers of the tokens, int64 `[n]`; it may leave some out or repeat them.
+    """As many activations as memory holds, `[n_tokens, d_in]` of any float dtype, and the order in which they are given
+    out: numbers of the tokens, int64 `[n]`, which may leave some out or repeat them.
     """
 
     activations: Tensor
@@ -219,10 +208,7 @@ def shuffled(activations: Tensor, *seed: int) -> Pool:
 def cut_batches(pools: Iterable[Pool], batch_size: int, *, skip: int = 0) -> Iterator[Tensor]:
     """Batches across pools, float32 `[batch_size, d_in]`; the last, short one is left out.
 
-    Args:
-        pools: In order.
-        batch_size: Tokens a batch.
-        skip: Tokens of the first pool to pass over.
+    `skip` tokens of the first pool are passed over.
     """
     left: list[Tensor] = []
     at = skip
@@ -256,30 +242,22 @@ def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
 class StreamedActivations(ActivationSource):
     """A model that runs over text while a trainer takes the activations; nothing is written.
 
-    A pool is `pool_rows` rows of text, harvested, shuffled, and given out; then the next one is harvested. Of its
-    tokens 99 in 100 are given out; where outliers leave fewer than that, some twice. A pool takes
+    A pool is `pool_rows` rows of text, harvested (`rows_a_pass` at once), shuffled, and given out; then comes the next
+    one. Of its tokens 99 in 100 are given out; where outliers leave fewer than that, some twice. A pool takes
     `pool_rows` x context_size x d_in numbers in the model's dtype, and twice that for a moment when it is put
     together. Under `torchrun` each process runs its share of each pool's passes, and gets the whole pool.
-
-    Attributes:
-        lm: The model.
-        hook: TransformerLens name.
-        text: The rows.
-        limit: Which positions count.
-        pool_rows: Rows a pool; decides the order too.
-        rows_a_pass: Rows a forward pass.
     """
 
     lm: LanguageModel
     hook: str
-    text: RowSource
+    text: StreamedText | TokenRows
     limit: NormLimit
     pool_rows: int = 512
     rows_a_pass: int = 8
 
     @classmethod
     def open(
-        cls, lm: LanguageModel, hook: str, text: RowSource, *, pool_rows: int = 512, rows_a_pass: int = 8
+        cls, lm: LanguageModel, hook: str, text: StreamedText | TokenRows, *, pool_rows: int = 512, rows_a_pass: int = 8
     ) -> StreamedActivations:
         """Check that model, hook and text fit, and measure the norm limit on the first rows.
 
@@ -301,17 +279,13 @@ class StreamedActivations(ActivationSource):
 
     @property
     def d_in(self) -> int:
-        """Width of an activation."""
         return self.lm.d_model
 
     def identity(self) -> str:
-        """SHA-256 of model, hook, dtype, text, and the size of a pool."""
-        return fingerprint(
-            [self.lm.name, self.lm.identity, self.hook, str(self.lm.dtype), self.text.identity(), self.pool_rows]
-        )
+        lm = self.lm
+        return fingerprint([lm.name, lm.identity, self.hook, str(lm.dtype), self.text.identity(), self.pool_rows])
 
     def sample(self, n_tokens: int) -> Tensor:
-        """See `ActivationSource`."""
         found: list[Tensor] = []
         wanted = n_tokens
         rows = self.text.rows()
@@ -321,7 +295,6 @@ class StreamedActivations(ActivationSource):
         return torch.cat([torch.empty(0, self.d_in), *found])[:n_tokens]
 
     def n_batches(self, batch_size: int) -> int | None:
-        """See `ActivationSource`."""
         n_rows = self.text.n_rows
         if n_rows is None:
             return None

@@ -7,7 +7,7 @@ place, and the merged model must give the logits of the unmerged one on a few to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,24 @@ from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, first_line, unknown_name
 from saeffect.io import read_json
-from saeffect.lm.language_model import probe_logits
+from saeffect.lm.accounting import tensor_shapes
+from saeffect.lm.language_model import MergedAdapter, probe_logits
 
-__all__ = ["ADAPTER_CONFIG", "AdapterFile", "MergedAdapter", "merge_adapter", "read_adapter", "require_fit"]
+__all__ = ["ADAPTER_CONFIG", "AdapterFile", "merge_adapter", "read_adapter", "require_fit"]
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 # They act while the model runs, on its activations or its input, so no weights stand for them. (Prompt learning too.)
 _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 # Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
 _ROUNDING, _MOST = 1e-4, 1e-3
 _MERGE_IT = "merge it where it was trained, save the whole model, and give that as path."
+_FROM_PEFT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's configuration and the header of its weights.
-
-    Attributes:
-        folder: Where it lies on this machine.
-        config: Its adapter_config.json.
-        shapes: Shape of every tensor by name.
-    """
+    """An adapter's folder on this machine, its adapter_config.json, and the shapes of its tensors by name."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -48,12 +44,6 @@ class AdapterFile:
     def kind(self) -> str:
         """PEFT's name, such as LORA."""
         return str(self.config["peft_type"])
-
-    @property
-    def base(self) -> str | None:
-        """The base model that it names, if any."""
-        named = self.config.get("base_model_name_or_path")
-        return named if isinstance(named, str) and named else None
 
     def other_base(self, model: str, own_name: object = None) -> str | None:
         """One line if the adapter names another base model than `model`; None if it names that or none.
@@ -68,25 +58,11 @@ class AdapterFile:
             >>> AdapterFile(Path(), {"base_model_name_or_path": "org/other"}, {}).other_base("org/mine")
             "the adapter names 'org/other' as its base model, not 'org/mine': on another model it means nothing"
         """
+        named = self.config.get("base_model_name_or_path")
         known = {_last_part(name) for name in (model, own_name) if isinstance(name, str) and name}
-        if self.base is None or _last_part(self.base) in known:
+        if not isinstance(named, str) or not named or _last_part(named) in known:
             return None
-        return f"the adapter names {self.base!r} as its base model, not {model!r}: on another model it means nothing"
-
-
-@dataclass(frozen=True)
-class MergedAdapter:
-    """What merging was seen to do, on a few fixed tokens, in float32.
-
-    Attributes:
-        effect: Largest change of a logit by the adapter.
-        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
-        other_base: One line if the adapter names another base model.
-    """
-
-    effect: float
-    error: float
-    other_base: str | None = None
+        return f"the adapter names {named!r} as its base model, not {model!r}: on another model it means nothing"
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
@@ -106,9 +82,84 @@ def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise BadFile(f"{ADAPTER_CONFIG} names no peft_type, so it is no adapter's.", at=where)
     _refuse_kind(config, where)
-    found = AdapterFile(folder, config, _shapes(folder, where))
-    _refuse_sizes(found, where)
+    found = AdapterFile(folder, config, _shapes(folder / _WEIGHTS, where))
+    _refuse_rank(found, where)
     return found
+
+
+def _on_this_machine(adapter: Path | str, where: str) -> Path:
+    if isinstance(adapter, Path):
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(adapter, allow_patterns=[ADAPTER_CONFIG, _WEIGHTS]))
+    except Exception as error:
+        raise NotFound(
+            f"cannot fetch the adapter {adapter!r}: {first_line(error)}",
+            at=where,
+            fix="check the name and your connection, or give the path of a local folder.",
+        ) from error
+
+
+def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
+    """Kinds that no change of the weights stands for."""
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = {str(kind.value): options for kind, options in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = config["peft_type"]
+    if kind not in known:
+        raise unknown_name("kind of adapter (peft_type)", kind, known, at=where)
+    if kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig):
+        raise ConfigError(
+            f"adapters of the kind {kind} cannot be merged into the weights, and are not supported.",
+            at=where,
+            fix="use an adapter that changes weights, such as LoRA.",
+        )
+    if config.get("layer_replication"):
+        raise ConfigError(
+            "the adapter repeats layers of its base model (layer_replication), which is not supported.",
+            at=where,
+            fix=_MERGE_IT,
+        )
+
+
+def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError
+
+    if not file.is_file():
+        raise BadFile(
+            f"the adapter has no {_WEIGHTS}; pickled adapters (.bin) are never loaded.",
+            at=where,
+            fix="save it again with safe_serialization=True.",
+        )
+    try:
+        shapes = tensor_shapes(file)
+    except (SafetensorError, OSError) as error:
+        raise BadFile(
+            f"{_WEIGHTS} cannot be read: {first_line(error)}.", at=where, fix="copy or download it again."
+        ) from error
+    if not shapes:
+        raise BadFile(f"{_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
+    return shapes
+
+
+def _refuse_rank(adapter: AdapterFile, where: str) -> None:
+    """A rank that no tensor of the file has: PEFT would allocate it before it looks at the file."""
+    pattern = adapter.config.get("rank_pattern") or {}
+    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
+    wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
+    widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
+    # LoKr never makes more of a large rank than a full matrix.
+    if adapter.kind != "LOKR":
+        wrong += [r for r in ranks if isinstance(r, int) and r > max(widest, 4096)]
+    if wrong:
+        raise BadFile(
+            f"{ADAPTER_CONFIG} says r: {str(wrong[0])[:40]}, but no tensor of the file is wider than {widest}.",
+            at=where,
+            fix="restore both files; they belong to different adapters.",
+        )
 
 
 def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
@@ -136,11 +187,11 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         result: Any = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     except NotImplementedError:  # a kind that computes on the weights when it is put in: loading will tell
         return
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
     # Names may be converted on the way in (mixtures of experts), and then there are fewer than in the file.
-    missing = sorted(set(expected) - set(tensors)) if len(tensors) < len(expected) else []
-    _refuse_lost(adapter, list(result.unexpected_keys), missing, where)
+    missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
+    _refuse_lost(adapter, result.unexpected_keys, missing, where)
 
 
 def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
@@ -161,15 +212,15 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
         adapted = PeftModel(model, _peft_config(adapter, where))
         result = adapted.load_adapter(str(adapter.folder), "default", torch_device="cpu")
         adapted.eval()
-        _refuse_lost(adapter, list(result.unexpected_keys), list(result.missing_keys), where)
+        _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
         _refuse_other_values(adapted, adapter, where)
         unmerged = probe_logits(adapted)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
     _untie(adapted)
     try:
         merged = adapted.merge_and_unload()
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except _FROM_PEFT as error:
         raise ConfigError(
             f"the adapter ({adapter.kind}) cannot be merged into the weights: {_reason(error)}.",
             at=where,
@@ -185,82 +236,6 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
             fix="use an adapter without options that act only while the model runs.",
         )
     return merged, seen
-
-
-def _on_this_machine(adapter: Path | str, where: str) -> Path:
-    if isinstance(adapter, Path):
-        return adapter
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(adapter, allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS]))
-    except Exception as error:
-        raise NotFound(
-            f"cannot fetch the adapter {adapter!r}: {first_line(error)}",
-            at=where,
-            fix="check the name and your connection, or give the path of a local folder.",
-        ) from error
-
-
-def _shapes(folder: Path, where: str) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise BadFile(
-            f"the adapter has no {ADAPTER_WEIGHTS}; pickled adapters (.bin) are never loaded.",
-            at=where,
-            fix="save it again with safe_serialization=True.",
-        )
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"{ADAPTER_WEIGHTS} cannot be read: {first_line(error)}.", at=where, fix="copy or download it again."
-        ) from error
-    if not shapes:
-        raise BadFile(f"{ADAPTER_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
-    return shapes
-
-
-def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
-    """Kinds that no change of the weights stands for."""
-    from peft.config import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    known = {str(kind.value): options for kind, options in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    kind = config["peft_type"]
-    if kind not in known:
-        raise unknown_name("kind of adapter (peft_type)", kind, known, at=where)
-    if kind in _NEVER_MERGED or issubclass(known[kind], PromptLearningConfig):
-        raise ConfigError(
-            f"adapters of the kind {kind} cannot be merged into the weights, and are not supported.",
-            at=where,
-            fix="use an adapter that changes weights, such as LoRA.",
-        )
-    if config.get("layer_replication"):
-        raise ConfigError(
-            "the adapter repeats layers of its base model (layer_replication), which is not supported.",
-            at=where,
-            fix=_MERGE_IT,
-        )
-
-
-def _refuse_sizes(adapter: AdapterFile, where: str) -> None:
-    """A rank that no tensor of the file has: PEFT would allocate it before it looks at the file."""
-    pattern = adapter.config.get("rank_pattern") or {}
-    ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
-    wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
-    widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
-    # LoKr never makes more of a large rank than a full matrix.
-    if adapter.kind != "LOKR":
-        wrong += [r for r in ranks if isinstance(r, int) and r > max(widest, 4096)]
-    if wrong:
-        raise BadFile(
-            f"{ADAPTER_CONFIG} says r: {str(wrong[0])[:40]}, but no tensor of the file is wider than {widest}.",
-            at=where,
-            fix="restore both files; they belong to different adapters.",
-        )
 
 
 def _peft_config(adapter: AdapterFile, where: str) -> Any:
@@ -287,39 +262,36 @@ def _refuse_shapes(adapter: AdapterFile, expected: Mapping[str, tuple[int, ...]]
         if shape == wanted or adapter.kind == "ADALORA":  # whose ranks were pruned on the way
             continue
         rows = ("embed" in name or "lm_head" in name) and shape[1:] == wanted[1:]
+        why = (
+            f"; it was trained with {shape[0]:,} tokens, the base has {wanted[0]:,} rows of embeddings."
+            if rows
+            else "."
+        )
         raise IncompatibleModels(
             f"the adapter does not fit the base model: {name} has shape {list(shape)} in the adapter and"
-            f" {list(wanted)} in the model"
-            + (
-                f"; it was trained with {shape[0]:,} tokens, the base has {wanted[0]:,} rows of embeddings."
-                if rows
-                else "."
-            ),
+            f" {list(wanted)} in the model{why}",
             at=where,
             fix=_MERGE_IT if rows else "use the base model named in its adapter_config.json.",
         )
 
 
-def _refuse_lost(adapter: AdapterFile, unexpected: list[str], missing: list[str], where: str) -> None:
-    if unexpected:
+def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Iterable[str], where: str) -> None:
+    if lost := sorted(unexpected):
         raise _misfit(
-            f"{len(unexpected)} of its {len(adapter.shapes)} tensors find no place in the model, such as"
-            f" {sorted(unexpected)[0]}",
-            where,
+            f"{len(lost)} of its {len(adapter.shapes)} tensors find no place in the model, such as {lost[0]}", where
         )
-    if missing:
-        raise _misfit(f"its file lacks {len(missing)} tensors, such as {sorted(missing)[0]}", where)
+    if lost := sorted(missing):
+        raise _misfit(f"its file lacks {len(lost)} tensors, such as {lost[0]}", where)
 
 
 def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
     """Every tensor of the file is in the model as it is in the file."""
     from safetensors import safe_open
 
-    placed = _adapter_tensors(adapted)
-    everything = adapted.state_dict()
-    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as file:
+    placed = adapted.state_dict() | _adapter_tensors(adapted)
+    with safe_open(adapter.folder / _WEIGHTS, framework="pt") as file:
         for name in adapter.shapes:
-            found = placed.get(name, everything.get(name))
+            found = placed.get(name)
             if found is None or found.shape != adapter.shapes[name]:  # converted on the way in
                 continue
             if not torch.equal(found, file.get_tensor(name).to(found.dtype)):
@@ -350,9 +322,7 @@ def _reason(error: Exception) -> str:
     """The line of an error that says something: PyTorch's first one only counts."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
-    if isinstance(error, KeyError):
-        told = f"there is no {told}"
-    return told.rstrip(".")
+    return (f"there is no {told}" if isinstance(error, KeyError) else told).rstrip(".")
 
 
 def _largest(difference: Tensor) -> float:

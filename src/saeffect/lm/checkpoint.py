@@ -1,4 +1,4 @@
-"""Checkpoints of a training run with Adam: safetensors files that are whole or absent, the last few of them."""
+"""The folder that a training writes to: whose it is, its checkpoints on the way, and whether what it made is whole."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, SaeffectError
-from saeffect.io import hash_file, read_json, remove_leftovers, write_json
-from saeffect.sole_writer import sole_writer
+from saeffect.io import hash_file, read_json, remove_leftovers, sole_writer, write_json
 
-__all__ = ["Checkpoint", "FINISHED", "TrainingFolder"]
+__all__ = ["Checkpoint", "TrainingFolder"]
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_PATTERN = "step-*.safetensors"
-_MARK = "run.json"
+_PATTERN, _MARK = "step-*.safetensors", "run.json"
+_FINISHED = "finished.json"
+_ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 
 
 class Checkpoint:
-    """Weights, Adam's moments, other tensors, and the number of finished steps.
+    """Weights, Adam's moments, other tensors, and the number of finished steps, in files that are whole or absent.
 
     Args:
         folder: Where `step-00000500.safetensors` and so on go.
@@ -37,17 +37,11 @@ class Checkpoint:
         self._made_by, self._keep = made_by, keep
 
     def owner(self) -> str | None:
-        """Fingerprint of the run that marked this folder, or a checkpoint in it, as its own; None where no run did."""
-        from safetensors import SafetensorError, safe_open
-
+        """Fingerprint of the run that marked this folder as its own; None where no run did."""
         with contextlib.suppress(SaeffectError):
             mark = read_json(self.folder / _MARK)
             if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
                 return str(mark["made_by"])
-        for step in reversed(self.steps()):
-            with contextlib.suppress(SafetensorError, OSError), safe_open(self._file(step), framework="pt") as file:
-                if made_by := (file.metadata() or {}).get("made_by"):
-                    return str(made_by)
         return None
 
     def begin(self) -> None:
@@ -66,24 +60,18 @@ class Checkpoint:
         step: int,
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        others: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor],
         *,
         drop_old: bool = True,
     ) -> None:
-        """Keep the state after `step` steps, and drop the oldest if there are too many.
+        """Keep the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
 
-        Args:
-            step: How many are finished.
-            weights: By name.
-            optimizer: Over the weights; it has made at least one step.
-            others: Further tensors by name.
-            drop_old: Whether to call `drop_old` afterwards. Runs that go on together from one step do that
-                themselves, when all of them have saved it.
+        Runs that go on together from one step set `drop_old` to False, and call it when all of them have saved.
 
         Raises:
             BadFile: The disk is full, or cannot be written; older checkpoints stay.
         """
-        tensors = {f"other.{name}": t for name, t in (others or {}).items()}
+        tensors = {f"other.{name}": t for name, t in others.items()}
         for name, p in weights.items():
             tensors[f"weight.{name}"] = p.detach()
             tensors |= {f"{key}.{name}": optimizer.state[p][key] for key in _MOMENTS}
@@ -115,30 +103,15 @@ class Checkpoint:
         with contextlib.suppress(OSError):  # not empty, or not there
             self.folder.rmdir()
 
-    def of_another_run(self) -> ConfigError:
-        """The error for a folder that another run marked as its own."""
-        return ConfigError(
-            "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
-            " were exchanged.",
-            at=str(self.folder),
-            fix="delete it, or choose another output folder.",
-        )
-
     def restore(
         self,
         weights: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
-        others: Mapping[str, Tensor] | None = None,
+        others: Mapping[str, Tensor],
         *,
         step: int | None = None,
     ) -> int:
-        """Fill the tensors and the optimizer in place; the number of finished steps, 0 without a checkpoint.
-
-        Args:
-            weights: By name.
-            optimizer: Over the weights.
-            others: Further tensors by name.
-            step: Which one; the newest by default, 0 for none.
+        """Fill what `save` was given in place, from step `step` (0 for none) or the newest; the number of that step.
 
         Raises:
             ConfigError: The checkpoint is another run's.
@@ -150,12 +123,12 @@ class Checkpoint:
             return 0
         path = self._file(step)
         fix = "delete it; the run goes on from the one before, or starts anew if there is none."
-        tensors, metadata = read_tensors(path, what="checkpoint", fix=fix)
+        tensors, metadata = read_tensors(path, "this checkpoint", fix=fix)
         if metadata.get("made_by") != self._made_by:
             raise self.of_another_run()
         try:
             with torch.no_grad():
-                for name, tensor in (others or {}).items():
+                for name, tensor in others.items():
                     tensor.copy_(tensors[f"other.{name}"])
                 for name, p in weights.items():
                     p.copy_(tensors[f"weight.{name}"])
@@ -166,12 +139,17 @@ class Checkpoint:
             raise BadFile(f"this checkpoint cannot be read: it has no {error}.", at=str(path), fix=fix) from error
         return step
 
+    def of_another_run(self) -> ConfigError:
+        """The error for a folder that another run marked as its own."""
+        return ConfigError(
+            "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
+            " were exchanged.",
+            at=str(self.folder),
+            fix="delete it, or choose another output folder.",
+        )
+
     def _file(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
-
-
-FINISHED = "finished.json"
-_ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 
 
 class TrainingFolder:
@@ -187,7 +165,7 @@ class TrainingFolder:
     """
 
     def __init__(self, path: Path, made_by: str, leaves: Sequence[str], *, keep: int = 1) -> None:
-        self.path, self._made_by, self._leaves = path, made_by, (*leaves, FINISHED)
+        self.path, self._made_by, self._leaves = path, made_by, (*leaves, _FINISHED)
         self.checkpoint = Checkpoint(path / "checkpoint", made_by, keep=keep)
 
     def refuse_strangers(self) -> None:
@@ -225,17 +203,6 @@ class TrainingFolder:
         if owner not in (None, self._made_by):
             raise self.checkpoint.of_another_run()
 
-    def damaged(self) -> list[str] | None:
-        """Names of files that are not as this training left them; None where it did not finish.
-
-        Raises:
-            BadFile: The note of a finished training is damaged.
-        """
-        note = self.note()
-        if note is None or note["made_by"] != self._made_by:
-            return None
-        return [name for name, digest in note["files"].items() if not _is(self.path / name, digest)]
-
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep others out while the block runs; what a kill left half-written is cleared away.
@@ -251,14 +218,9 @@ class TrainingFolder:
             yield
 
     def finish(self, files: Iterable[str], **also: Any) -> None:
-        """Note that the training is finished, and the hashes of files that only training again could make.
-
-        Args:
-            files: Their names.
-            also: Kept in the note too.
-        """
+        """Note that the training is finished, with hashes of files that only training again could make."""
         hashes = {name: hash_file(self.path / name) for name in files}
-        write_json(self.path / FINISHED, {"made_by": self._made_by, "files": hashes, **also})
+        write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
 
     def note(self) -> dict[str, Any] | None:
         """What a finished training noted; None without a note.
@@ -266,23 +228,28 @@ class TrainingFolder:
         Raises:
             BadFile: It is damaged, so nobody can tell what made the files.
         """
-        path = self.path / FINISHED
+        path = self.path / _FINISHED
         if not path.is_file():
             return None
         with contextlib.suppress(SaeffectError):
             note = read_json(path)
-            if isinstance(note, dict) and isinstance(note.get("made_by"), str) and _are_hashes(note.get("files")):
-                return note
+            files = note.get("files") if isinstance(note, dict) and isinstance(note.get("made_by"), str) else None
+            if isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()):
+                return dict(note)
         raise BadFile(
-            f"{FINISHED} is damaged, so nothing says which recipe made the files beside it.",
+            f"{_FINISHED} is damaged, so nothing says which recipe made the files beside it.",
             at=str(self.path),
             fix=f"restore it; or delete the folder, and the same command makes it again. {_ANOTHER_FOLDER}",
         )
 
+    def damaged(self) -> list[str] | None:
+        """Names of files that are not as this training left them; None where it did not finish.
 
-def _are_hashes(files: object) -> bool:
-    return isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values())
-
-
-def _is(path: Path, digest: str) -> bool:
-    return path.is_file() and hash_file(path) == digest
+        Raises:
+            BadFile: The note of a finished training is damaged.
+        """
+        note = self.note()
+        if note is None or note["made_by"] != self._made_by:
+            return None
+        places = {self.path / name: digest for name, digest in note["files"].items()}
+        return [path.name for path, digest in places.items() if not path.is_file() or hash_file(path) != digest]

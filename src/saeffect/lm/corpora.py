@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,10 @@ from saeffect.config import TextSource
 from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
-__all__ = ["interleave", "is_held_out", "read_corpus", "RowSource", "StreamedText"]
+__all__ = ["interleave", "is_held_out", "read_corpus", "StreamedText"]
 
 _FORMATS = (
     ".jsonl, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; a folder that save_to_disk of datasets wrote;"
@@ -37,37 +38,36 @@ _SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 # Characters of one line or paragraph. Compressed, a few megabytes could stand for a line that fills the memory.
 _LONGEST = 2**27
+_SPLIT = "train"  # of datasets
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_corpus(source: str, *, field: str = "text", split: str = "train") -> Iterator[str]:
+def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
     """Documents, one string each, in the order of the file; half a character becomes U+FFFD.
 
     Args:
-        source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph (blank lines between them);
-            `.csv` or `.tsv` with a line of column names; each plain, with gzip or with zstd, whatever it is called;
-            `.parquet`. Or a folder that `save_to_disk` of the library datasets wrote, or a dataset id on the hub
-            (streamed).
+        source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph; `.csv` or `.tsv` with a line of
+            column names; each plain, with gzip or with zstd, whatever it is called; `.parquet`. Or a folder that
+            `save_to_disk` of the library datasets wrote, or a dataset id on the hub (streamed); their split "train".
         field: Which field of a row, or column, holds the text.
-        split: Split of a dataset.
 
     Raises:
         NotFound: No such file, and no such dataset.
-        BadFile: Not UTF-8, damaged, of another format, a line of tens of millions of letters, or a row without text
-            in the field; the message gives the line.
+        BadFile: Not UTF-8, damaged, of another format, endless, or a row without text in the field; the message gives
+            the line.
         ConfigError: It can be no path.
         EmptySelection: Not one document.
     """
     path = user_path(source)
     refuse_special(path, "text")
     if path.is_dir():
-        rows = _saved_dataset(path, field, split)
+        rows = _saved_dataset(path, field)
     elif path.is_file():
         rows = _file(path, field)
     elif path.suffix in _SUFFIXES or path.is_absolute() or source.count("/") != 1:
         raise NotFound(f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id.")
     else:
-        rows = _hub_rows(source, field, split)
+        rows = _hub_rows(source, field)
     count = 0
     for text in rows:
         if text.strip():
@@ -215,7 +215,7 @@ def _parquet_rows(path: Path, field: str) -> Iterator[str]:
         raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
 
 
-def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
+def _saved_dataset(path: Path, field: str) -> Iterator[str]:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         raise BadFile(
             "this is a folder, and not one that save_to_disk of datasets wrote.",
@@ -229,22 +229,22 @@ def _saved_dataset(path: Path, field: str, split: str) -> Iterator[str]:
     except Exception as error:  # of many kinds
         raise BadFile(f"this saved dataset cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
     if isinstance(found, DatasetDict):
-        if split not in found:
+        if _SPLIT not in found:
             raise BadFile(
-                f"this saved dataset has no split {split!r}; it has: {', '.join(sorted(found))}.",
+                f"this saved dataset has no split {_SPLIT!r}; it has: {', '.join(sorted(found))}.",
                 at=str(path),
                 fix="name the folder of one of them.",
             )
-        found = found[split]
+        found = found[_SPLIT]
     for number, row in enumerate(found, start=1):
         yield _text_of(row, field, f"{path}, row {number}")
 
 
-def _hub_rows(source: str, field: str, split: str) -> Iterator[str]:
+def _hub_rows(source: str, field: str) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
-        for number, row in enumerate(load_dataset(source, split=split, streaming=True), start=1):
+        for number, row in enumerate(load_dataset(source, split=_SPLIT, streaming=True), start=1):
             yield _text_of(row, field, f"{source}, row {number}")
     except BadFile:
         raise
@@ -273,34 +273,10 @@ def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
 
 def _kind(value: Any) -> str:
     """What a value is, as JSON would call it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+        return json.dumps(value)
     kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return kinds.get(type(value), type(value).__name__)
-
-
-class RowSource(Protocol):
-    """Packed text that can be read again from the start, the same each time."""
-
-    @property
-    def context_size(self) -> int:
-        """Tokens a row."""
-        ...
-
-    @property
-    def n_rows(self) -> int | None:
-        """How many rows there are; None where only the end will tell."""
-        ...
-
-    def identity(self) -> str:
-        """SHA-256 of what decides the rows."""
-        ...
-
-    def rows(self) -> Iterator[NDArray[np.int32]]:
-        """Token ids, int32 `[context_size]`, one row after the other."""
-        ...
 
 
 def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDArray[np.int32]]]:
@@ -317,14 +293,9 @@ def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDA
 class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
-    Attributes:
-        lm: Whose tokenizer reads it.
-        sources: Rows are taken from each in turn, until the first of them ends.
-        context_size: Tokens a row.
-        tokens: How much to take, in tokens, over all sources; None for all there is.
-        held_out: Share of the documents that is kept for measuring; they are left out.
-        seed: Of the order of the documents.
-        buffer: Documents of each source that are in memory, to be mixed; 1 leaves them in file order.
+    Rows of `context_size` tokens are taken from each source in turn, until the first of them ends or there are `tokens`
+    of them in all. The share `held_out` of the documents is left out. Of each source `buffer` documents are in memory,
+    to be mixed by the seed; 1 leaves them in file order.
     """
 
     lm: LanguageModel
@@ -337,7 +308,6 @@ class StreamedText:
 
     @property
     def n_rows(self) -> int | None:
-        """How many rows `tokens` makes; None without it."""
         return None if self.tokens is None else max(1, self.tokens // self.context_size)
 
     def identity(self) -> str:
@@ -347,7 +317,7 @@ class StreamedText:
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
-        return fingerprint([files, fields, self.lm.tokenizer_fingerprint(), how, *([] if bos is None else [bos])])
+        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *([] if bos is None else [bos])])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.

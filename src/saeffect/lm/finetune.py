@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,17 +25,23 @@ from torch import Tensor
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
-from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.lm.accounting import quiet_transformers
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_language_model, quiet_transformers
+from saeffect.lm.loading import load_language_model
 from saeffect.lm.tokens import resolve_prepend_bos
+from saeffect.parallel import Interruption
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
 
 _WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
+_KEYS_HEAD = """# The keys of a recipe for fine-tuning
+
+What `saeffect finetune` reads from a YAML file. Keys that are not here are refused; paths are relative to the file, as
+[in a study](study.md). This page is what `saeffect finetune --keys` prints.
+"""
 _LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -81,7 +87,12 @@ class FinetuneResult:
     folder: Path
     perplexity: Mapping[str, tuple[float, float]]
     tokens: int
-    prepend_bos: bool = False
+    prepend_bos: bool
+
+
+def finetune_keys() -> str:
+    """The keys of a recipe as a page of Markdown: a table for the recipe and one for its model."""
+    return "\n".join([_KEYS_HEAD, keys_table("Recipe", FinetuneConfig), keys_table("`model`", ModelConfig)])
 
 
 def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> FinetuneResult:
@@ -89,11 +100,6 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
 
     A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
     ends with the same weights; one that is finished is not repeated.
-
-    Args:
-        config: What to train on what.
-        out: Folder for the adapter.
-        log: Receives lines of progress.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
@@ -106,20 +112,21 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, log=log, at="model")
     lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos(config.bos, {}))
-    train, held_out = _rows(config, lm)
-    for rows in (train, *held_out.values()):
+    texts = _rows(config, lm)
+    for rows in texts.values():
         lm.refuse_rows(rows)
-    folder = TrainingFolder(out, _made_by(config, lm, train, held_out), _LEAVES)
-    if (damaged := folder.damaged()) is None or damaged:
-        if damaged:
-            log(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
-        with folder.held():
-            _make(config, lm, train, held_out, folder, log)
-    else:
+    folder = TrainingFolder(out, _made_by(config, lm, texts), _LEAVES)
+    damaged = folder.damaged()
+    if damaged:
+        log(f"{', '.join(damaged)} changed or vanished after the training, which is done again")
+    if damaged == []:
         log("finished before; nothing to do")
+    else:
+        with folder.held():
+            _make(config, lm, texts, folder, log)
     note = read_json(out / _NOTE)
     measured = {name: (found["before"], found["after"]) for name, found in note["perplexity"].items()}
-    result = FinetuneResult(out, measured, note["tokens"], bool(note.get("prepend_bos")))
+    result = FinetuneResult(out, measured, note["tokens"], note["prepend_bos"])
     folder.checkpoint.drop_all()
     if not (out / _CARD).is_file() or not (out / _CARD).stat().st_size:
         with atomic_path(out / _CARD) as temporary:
@@ -127,31 +134,49 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     return result
 
 
-def _made_by(
-    config: FinetuneConfig, lm: LanguageModel, train: NDArray[np.int32], held_out: Mapping[str, NDArray[np.int32]]
-) -> str:
+def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int32]]:
+    """Training rows in a seeded order, under "", and held-out rows of each text."""
+
+    def packed(key: str, source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
+        try:
+            texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
+            # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
+            order = np.random.default_rng(config.seed).permutation(len(texts))
+            return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
+        except SaeffectError as error:
+            raise error.placed(key) from None
+
+    rows = {
+        "": packed("text", config.text, False, config.steps * config.batch_size),
+        "training": packed("text", config.text, True, config.evaluation_rows),
+    }
+    if config.control_text is not None:
+        rows["control"] = packed("control_text", config.control_text, True, config.evaluation_rows)
+    return rows
+
+
+def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
     """Fingerprint of everything that decides the adapter: of texts and model the contents, wherever they lie."""
     recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
-    rows = {name: rows.tobytes().hex() for name, rows in {"": train, **held_out}.items()}
-    return fingerprint([recipe, lm.identity, rows])
+    return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
 
 
 def _make(
-    config: FinetuneConfig,
-    lm: LanguageModel,
-    train: NDArray[np.int32],
-    held_out: Mapping[str, NDArray[np.int32]],
-    folder: TrainingFolder,
-    log: Log,
+    config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]], folder: TrainingFolder, log: Log
 ) -> None:
     """Measure, train, measure again, and write what came out."""
-    before = {name: perplexity(lm.model, rows) for name, rows in held_out.items()}
-    log("held-out perplexity before: " + _show(before))
+    held_out = {name: rows for name, rows in texts.items() if name}
+
+    def measure(model: Any, when: str) -> dict[str, float]:
+        found = {name: perplexity(model, rows) for name, rows in held_out.items()}
+        log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in found.items()))
+        return found
+
+    before = measure(lm.model, "before: ")
     model = _with_adapter(lm, config)
     folder.checkpoint.begin()
-    loss = _train(model, train, config, folder.checkpoint, log)
-    after = {name: perplexity(model, rows) for name, rows in held_out.items()}
-    log("held-out perplexity after:  " + _show(after))
+    loss = _train(model, texts[""], config, folder.checkpoint, log)
+    after = measure(model, "after:  ")
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
@@ -168,6 +193,25 @@ def _make(
     folder.finish((_WEIGHTS, _ADAPTER, _NOTE))
 
 
+def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
+    """The model with a fresh adapter, in evaluation mode."""
+    from peft import LoraConfig, get_peft_model
+
+    options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
+    lora = LoraConfig(r=config.rank, target_modules=list(config.modules), task_type="CAUSAL_LM", **options)
+    with quiet_transformers(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        try:
+            return get_peft_model(lm.model, lora).eval()
+        except ValueError as error:
+            layers = [n for n, m in lm.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+            have = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {have}.",
+                at="modules",
+            ) from error
+
+
 def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
     """Train from the last checkpoint to the end, where there is one too; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -182,7 +226,8 @@ def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpo
     with _stoppable(checkpoint) as interruption:
         for step in range(first, config.steps):
             optimizer.param_groups[0]["lr"] = _rate(step, config)
-            loss = _step(model, optimizer, _batch(train, step, config))
+            rows = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train)
+            loss = _step(model, optimizer, train[rows])
             if not math.isfinite(loss):
                 raise BadFile(
                     f"the loss became {loss} at step {step}.",
@@ -221,74 +266,6 @@ def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
         ) from None
 
 
-@torch.inference_mode()
-def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
-
-    Args:
-        model: A causal language model of transformers.
-        rows: Token ids, int32 `[n_rows, context_size]`.
-
-    Returns:
-        Dimensionless, at least 1; the effective number of equally likely next tokens.
-    """
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        total += float(loss)
-        count += ids[:, 1:].numel()
-    return math.exp(total / count)
-
-
-def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
-    """The model with a fresh adapter, in evaluation mode."""
-    from peft import LoraConfig, get_peft_model
-
-    options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
-    lora = LoraConfig(r=config.rank, target_modules=list(config.modules), task_type="CAUSAL_LM", **options)
-    with quiet_transformers(), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        try:
-            return get_peft_model(lm.model, lora).eval()
-        except ValueError as error:
-            layers = [n for n, m in lm.model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
-            have = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
-            raise ConfigError(
-                f"{config.model.path} has no layers named {', '.join(config.modules)}; it has: {have}.",
-                at="modules",
-            ) from error
-
-
-def _rows(config: FinetuneConfig, lm: LanguageModel) -> tuple[NDArray[np.int32], dict[str, NDArray[np.int32]]]:
-    """Training rows in a seeded order, and held-out rows of each text."""
-
-    def packed(source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
-        texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
-        # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
-        order = np.random.default_rng(config.seed).permutation(len(texts))
-        return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
-
-    try:
-        train = packed(config.text, False, config.steps * config.batch_size)
-        held_out = {"training": packed(config.text, True, config.evaluation_rows)}
-    except SaeffectError as error:
-        raise error.placed("text") from None
-    if config.control_text is not None:
-        try:
-            held_out["control"] = packed(config.control_text, True, config.evaluation_rows)
-        except SaeffectError as error:
-            raise error.placed("control_text") from None
-    return train, held_out
-
-
-def _batch(train: NDArray[np.int32], step: int, config: FinetuneConfig) -> Tensor:
-    at = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train)
-    return torch.from_numpy(train[at].astype(np.int64))
-
-
 def _rate(step: int, config: FinetuneConfig) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     if step < config.warmup_steps:
@@ -297,10 +274,8 @@ def _rate(step: int, config: FinetuneConfig) -> float:
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
-    rows = rows.to(next(model.parameters()).device)
-    logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32]) -> float:
+    loss = _cross_entropy(model, rows, "mean")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -308,8 +283,26 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, rows: Tensor) -> float:
     return float(loss.detach())
 
 
-def _show(measured: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} text {value:.2f}" for name, value in measured.items())
+def _cross_entropy(model: Any, rows: NDArray[np.int32], reduction: str) -> Tensor:
+    ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.inference_mode()
+def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
+    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
+
+    Args:
+        model: A causal language model of transformers.
+        rows: Token ids, int32 `[n_rows, context_size]`.
+        batch_size: Rows a forward pass.
+
+    Returns:
+        Dimensionless, at least 1; the effective number of equally likely next tokens.
+    """
+    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return math.exp(sum(float(_cross_entropy(model, part, "sum")) for part in parts) / rows[:, 1:].size)
 
 
 def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
@@ -331,10 +324,7 @@ def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
 
 
 def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
-    rows: Sequence[str] = [
-        f"| {name} ({recipe['text'] if name == 'training' else recipe['control_text']}) | {b:.2f} | {a:.2f} |"
-        for name, (b, a) in result.perplexity.items()
-    ]
+    text_of = {"training": recipe["text"], "control": recipe["control_text"]}
     return "\n".join(
         [
             f"# LoRA adapter for {recipe['model']['path']}",
@@ -349,19 +339,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             "",
             "| text | before | after |",
             "|---|---|---|",
-            *rows,
+            *(f"| {name} ({text_of[name]}) | {b:.2f} | {a:.2f} |" for name, (b, a) in result.perplexity.items()),
             "",
         ]
     )
-
-
-_HEAD = """# The keys of a recipe for fine-tuning
-
-What `saeffect finetune` reads from a YAML file. Keys that are not here are refused; paths are relative to the file, as
-[in a study](study.md). This page is what `saeffect finetune --keys` prints.
-"""
-
-
-def finetune_keys() -> str:
-    """A table for the recipe and one for its model."""
-    return "\n".join([_HEAD, keys_table("Recipe", FinetuneConfig), keys_table("`model`", ModelConfig)])

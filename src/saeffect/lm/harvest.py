@@ -22,7 +22,8 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
-from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, write_json
+from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, sole_writer, write_json
+from saeffect.lm.accounting import tensor_shapes
 from saeffect.lm.activations import (
     ActivationSource,
     NormLimit,
@@ -37,7 +38,6 @@ from saeffect.lm.activations import (
 )
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import barrier, is_first, rank_and_world
-from saeffect.sole_writer import sole_writer
 
 __all__ = [
     "ActivationStore",
@@ -65,7 +65,7 @@ def harvest(
     rows_per_shard: int = 128,
     batch_size: int = 8,
     log: Log = SILENT,
-) -> Path:
+) -> ActivationStore:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
     Under `torchrun` each process writes its share of the shards; the files are those of one process.
@@ -78,9 +78,6 @@ def harvest(
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
         log: Receives a line of progress after each shard.
-
-    Returns:
-        `out`, once all shards are there.
 
     Raises:
         ConfigError: As `check_rows` and `capture`; the folder holds the harvest of something else; or the shards
@@ -105,8 +102,8 @@ def harvest(
         try:
             with fused(lm):
                 for done, start in enumerate(todo, start=1):
-                    tensors = _activations_of(lm, hook, rows, range(start, start + rows_per_shard, batch_size), limit)
-                    save_tensors(out / shard_name(start // rows_per_shard), tensors)
+                    passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
+                    save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
                     all_done = min(done * world, len(missing))
                     pace = all_done / (time.monotonic() - began)
                     log(
@@ -117,11 +114,11 @@ def harvest(
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
         barrier()
-    return out
+    return ActivationStore.open(out)
 
 
 def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shard: int = 128) -> dict[str, object]:
-    """What decides the activations of a harvest; its fingerprint is the store's identity."""
+    """What decides the activations of a harvest; its fingerprint is the store's `identity`."""
     return {
         "model": lm.name,
         "model_identity": lm.identity,
@@ -139,12 +136,9 @@ def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
-    """Refuse to fill a folder beyond a cap, or beyond what the disk has free.
+    """Refuse shards of `expected` bytes that go beyond the cap, in bytes, or what the disk has free.
 
-    Args:
-        folder: Where the shards go; what lies there already counts as a part of them.
-        expected: Bytes of all shards when they are done.
-        cap: The most that they may take, in bytes; None for no cap.
+    What lies in the folder already counts as a part of them.
 
     Raises:
         ConfigError: They will not fit; the message gives both sizes.
@@ -177,7 +171,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises:
         BadFile: It is truncated, no safetensors file, or holds other bits than were written.
     """
-    return read_tensors(path, what="shard", fix=_MAKE_AGAIN)[0]
+    return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
 @dataclass(frozen=True)
@@ -186,7 +180,7 @@ class ActivationStore(ActivationSource):
 
     Attributes:
         folder: Where `harvest.json` and the shards lie.
-        note: What `harvest.json` says: who made it, the norm limit, names of sources.
+        note: What `harvest.json` says: what made it, the norm limit, names of sources.
     """
 
     folder: Path
@@ -208,12 +202,10 @@ class ActivationStore(ActivationSource):
         return store
 
     def shards(self) -> list[Path]:
-        """Shard files in order."""
         return sorted(self.folder.glob(_SHARDS))
 
     @property
     def d_in(self) -> int:
-        """Width of an activation."""
         return _shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
@@ -222,14 +214,22 @@ class ActivationStore(ActivationSource):
         Raises:
             BadFile: The note does not say it.
         """
-        return _norm_limit(self.note, self.folder)
+        found: Any = self.note.get("norm_limit")
+        values: list[Any] = (
+            [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
+        )
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise BadFile(
+                f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
+                at=str(self.folder / _NOTE),
+                fix="delete the folder and harvest again.",
+            )
+        return NormLimit(*map(float, values))
 
     def identity(self) -> str:
-        """SHA-256 of what made the harvest: model, hook, text, dtype."""
         return fingerprint(self.note["made_by"])
 
     def sample(self, n_tokens: int) -> Tensor:
-        """See `ActivationSource`."""
         found: list[Tensor] = []
         for shard in self.shards():
             found.append(read_shard(shard)["activations"].float())
@@ -238,11 +238,6 @@ class ActivationStore(ActivationSource):
         return torch.cat(found)[:n_tokens]
 
     def n_batches(self, batch_size: int) -> int:
-        """See `ActivationSource`.
-
-        Raises:
-            BadFile: A shard is truncated or no safetensors file.
-        """
         return sum(_shape(shard)[0] for shard in self.shards()) // batch_size
 
     def batches(
@@ -287,9 +282,9 @@ def _begin(
             limit = first_limit(lm, hook, rows.ids[: 2 * batch_size])
             write_json(out / _NOTE, {"made_by": made_by, "norm_limit": vars(limit), "sources": list(rows.names)})
     barrier()
-    note = _read_note(out)
-    _refuse_another(note, made_by, out)
-    return _norm_limit(note, out)
+    store = ActivationStore(out, _read_note(out))
+    _refuse_another(store.note, made_by, out)
+    return store.norm_limit()
 
 
 def _refuse_another(note: Mapping[str, Any], made_by: Mapping[str, object], out: Path) -> None:
@@ -315,39 +310,20 @@ def _read_note(folder: Path) -> dict[str, Any]:
     )
 
 
-def _norm_limit(note: Mapping[str, Any], folder: Path) -> NormLimit:
-    found: Any = note.get("norm_limit")
-    try:
-        limit = NormLimit(**{name: float(value) for name, value in found.items()})
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        limit = NormLimit(math.nan, math.nan)
-    if not (math.isfinite(limit.median_norm) and math.isfinite(limit.limit)):
-        raise BadFile(
-            f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
-            at=str(folder / _NOTE),
-            fix="delete the folder and harvest again.",
-        )
-    return limit
-
-
 def _missing(out: Path, starts: range) -> list[int]:
     """First rows of the shards that are not there."""
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 
-def _activations_of(
-    lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit
-) -> dict[str, Tensor]:
+def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
     """The tensors of one shard, from passes that begin at these rows."""
     kept, row, position = [], [], []
     for start in starts:
-        ids = rows.ids[start : min(start + starts.step, starts.stop)]
-        if len(ids):
-            activations, mask = run_pass(lm, hook, ids, limit)
-            row_of_pass, position_of_pass = mask.nonzero(as_tuple=True)
-            kept.append(activations)
-            row.append(row_of_pass + start)
-            position.append(position_of_pass)
+        activations, mask = run_pass(lm, hook, rows.ids[start : min(start + starts.step, starts.stop)], limit)
+        row_of_pass, position_of_pass = mask.nonzero(as_tuple=True)
+        kept.append(activations)
+        row.append(row_of_pass + start)
+        position.append(position_of_pass)
     rows_kept = torch.cat(row)
     return {
         "activations": torch.cat(kept),
@@ -357,22 +333,20 @@ def _activations_of(
     }
 
 
-def _shape(path: Path) -> tuple[int, int]:
+def _shape(path: Path) -> tuple[int, ...]:
     """Tokens and width of a shard, from its header."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
-            rows, width = file.get_slice("activations").get_shape()
-    except (SafetensorError, OSError) as error:
+        return tensor_shapes(path)["activations"]
+    except (SafetensorError, OSError, KeyError) as error:
         raise BadFile(f"this shard cannot be read: {error}.", at=str(path), fix=_MAKE_AGAIN) from error
-    return int(rows), int(width)
 
 
 def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
     """Shards are copied one by one: joined at once they would take twice the memory."""
-    first = read_shard(shards[0])["activations"]
-    joined = torch.empty(n_tokens, first.shape[1], dtype=first.dtype)
+    part = read_shard(shards[0])["activations"]
+    joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)
     at = 0
     for shard in shards:
         part = read_shard(shard)["activations"]

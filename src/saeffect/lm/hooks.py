@@ -7,8 +7,8 @@ The names follow TransformerLens; the values are the model's own. (With Transfor
 `center_writing_weights` LayerNorm models have their residuals centred: subtract the mean over dimensions
 to get those.)
 
-Where a block adds its halves is found by the names of its parts, and then tried: on a few tokens the stream must be
-what was before plus what the halves add. A hook for which that does not hold is refused.
+Where an architecture keeps them is in `saeffect.lm.architectures`. That is not believed but tried: on a few tokens the
+stream must be what was before plus what the halves add, or the hook is refused.
 """
 
 from __future__ import annotations
@@ -25,49 +25,24 @@ import torch
 from torch import Tensor, nn
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.lm.architectures import HookMapping, blocks, mapping_of
 from saeffect.lm.language_model import LanguageModel, probe_logits
 
-__all__ = [
-    "HOOK_KINDS",
-    "HookPoint",
-    "blocks",
-    "capture",
-    "edited",
-    "hook_of_module",
-    "parse_hook",
-    "require_module_output",
-]
+__all__ = ["HOOK_KINDS", "HookPoint", "capture", "edited", "hook_of_module", "parse_hook", "require_module_output"]
 
 HOOK_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-
-_BLOCK_PATHS = (
-    "model.layers",  # Llama, Mistral, Qwen, Gemma, SmolLM, Phi, OLMo
-    "transformer.h",  # GPT-2, GPT-J, Bloom, Falcon
-    "gpt_neox.layers",  # Pythia
-    "model.decoder.layers",  # OPT
-    "model.language_model.layers",  # multimodal wrappers
-)
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_MLP = ("mlp", "feed_forward", "ffn")
-_MID_NORM = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
-# Their attention and MLP add the stream themselves, so what they add cannot be told apart.
-_ADDS_INSIDE = ("BloomBlock",)
+_ALWAYS_THERE = "use hook_resid_pre or hook_resid_post, which every architecture has."
 
 # By model and block: what its halves are multiplied by before they are added, by hook kind; NaN where they are not.
 _FACTORS: weakref.WeakKeyDictionary[nn.Module, dict[int, dict[str, float]]] = weakref.WeakKeyDictionary()
 
 Edit = Callable[[Tensor], Tensor]
+Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where to listen.
-
-    Attributes:
-        name: The TransformerLens name.
-        layer: Block index, from 0.
-        kind: One of `HOOK_KINDS`.
-    """
+    """Where to listen: a TransformerLens name, its block (from 0), and one of `HOOK_KINDS`."""
 
     name: str
     layer: int
@@ -79,7 +54,7 @@ class _Reached(BaseException):
 
 
 def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None) -> HookPoint:
-    """Read a hook name.
+    """Read a hook name, or the name of a module of transformers as `hook_of_module` does.
 
     Raises:
         UnknownName: The kind is not in `HOOK_KINDS`.
@@ -121,19 +96,16 @@ def hook_of_module(path: str) -> str | None:
     match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?", path)
     if match is None:
         return None
-    kinds = {None: "hook_resid_post"} | dict.fromkeys(_MLP, "hook_mlp_out") | dict.fromkeys(_ATTENTION, "hook_attn_out")
-    return f"blocks.{match[1]}.{kinds[match[2]]}" if match[2] in kinds else None
+    usual = HookMapping()
+    kinds = dict.fromkeys(usual.mlp_out, "hook_mlp_out") | dict.fromkeys(usual.attn_out, "hook_attn_out")
+    kind = kinds.get(match[2]) if match[2] else "hook_resid_post"
+    return f"blocks.{match[1]}.{kind}" if kind else None
 
 
 def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
-    """Refuse an SAE of a module's output where the hook of that name gives another tensor.
+    """Refuse an SAE of a module's output, such as "layers.8.mlp", where the hook of that name gives another tensor.
 
     Gemma 2 and 3, for example, normalise what the MLP gives before adding it, and `hook_mlp_out` is what they add.
-
-    Args:
-        lm: The model.
-        path: The module that the SAE reads, as transformers calls it, such as "layers.8.mlp".
-        at: Place for error messages.
 
     Raises:
         IncompatibleSae: It does.
@@ -142,9 +114,8 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
     point = parse_hook(hook_of_module(path) or path, lm.n_layers, at=at)
     if point.kind not in ("hook_attn_out", "hook_mlp_out"):
         return
-    block = blocks(lm.model)[point.layer]
-    own = dict(block.named_children()).get(path.rpartition(".")[2])
-    if _locate(block, point)[0] is not own or _factor(lm.model, point) != 1.0:
+    own = dict(blocks(lm.model)[point.layer].named_children()).get(path.rpartition(".")[2])
+    if _locate(lm.model, point)[0] is not own or _factor(lm.model, point) != 1.0:
         raise IncompatibleSae(
             f"the SAE reads what {path} gives, but {lm.name} normalises or scales that before adding it,"
             f" and {point.name} is what it adds.",
@@ -153,37 +124,14 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
         )
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of transformer blocks.
-
-    Raises:
-        ConfigError: The architecture keeps them in none of the known places.
-    """
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
-    for path in _BLOCK_PATHS:
-        with contextlib.suppress(AttributeError):
-            found = base.get_submodule(path)
-            if isinstance(found, nn.ModuleList):
-                return found
-    raise ConfigError(
-        f"{type(base).__name__} keeps its blocks in none of the known places: {', '.join(_BLOCK_PATHS)}.",
-        fix="use a decoder-only model of a supported family: Llama, Mistral, Qwen, Gemma, GPT-2, Pythia.",
-    )
-
-
 @torch.inference_mode()
 def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
-    """The activation at a hook; the model runs no further than that.
+    """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; it runs no further than that.
 
     Args:
         lm: The model.
         hook: TransformerLens name.
         input_ids: Token ids, int64 `[batch, sequence]`, without padding.
-
-    Returns:
-        `[batch, sequence, d_model]` in the model's dtype, on its device.
 
     Raises:
         ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
@@ -228,41 +176,69 @@ def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attached(model: nn.Module, point: HookPoint, edit: Edit) -> Iterator[None]:
-    block = blocks(model)[point.layer]
-    module, side = _locate(block, point)
+    module, side = _locate(model, point)
     factor = _factor(model, point)
     if factor != 1.0:  # what the block adds is not what the module gives
         inner = edit
         edit = lambda x: inner(factor * x) / factor  # noqa: E731
-    handles = []
-    if point.kind == "hook_resid_mid":
-        # The stream itself passes by this norm, so the change is added again to what leaves the block.
-        changes: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        if point.kind == "hook_resid_mid":
+            # The stream itself passes by this norm, so the change is added again to what leaves the block.
+            changes: list[Tensor] = []
 
-        def change(x: Tensor) -> Tensor:
-            new = edit(x)
-            changes[:] = [new - x]
-            return new
+            def change(x: Tensor) -> Tensor:
+                new = edit(x)
+                changes[:] = [new - x]
+                return new
 
-        handles.append(module.register_forward_pre_hook(_on_input(change), with_kwargs=True))
-        handles.append(block.register_forward_hook(_on_output(lambda out: out + changes[0])))
-    elif side == "input":
-        handles.append(module.register_forward_pre_hook(_on_input(edit), with_kwargs=True))
-    else:
-        handles.append(module.register_forward_hook(_on_output(edit)))
-    try:
+            _hook_on(stack, module, side, change)
+            _hook_on(stack, blocks(model)[point.layer], "output", lambda out: out + changes[0])
+        else:
+            _hook_on(stack, module, side, edit)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: Edit) -> None:
+    """Replace a module's first input or output by the edited one until the stack closes."""
+
+    def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+    def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(on_output)
+    stack.callback(handle.remove)
+
+
+def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
+    """The module that a hook sits at, and whether it is what enters or what leaves it."""
+    block = blocks(model)[point.layer]
+    if point.kind == "hook_resid_pre":
+        return block, "input"
+    if point.kind == "hook_resid_post":
+        return block, "output"
+    mapping = mapping_of(model)
+    names = {
+        "hook_attn_out": mapping.attn_out,
+        "hook_mlp_out": mapping.mlp_out,
+        # Where attention and MLP run side by side there is no stream between them.
+        "hook_resid_mid": () if getattr(block, "use_parallel_residual", False) else mapping.resid_mid,
+    }[point.kind]
+    children = dict(block.named_children())
+    for name in names:
+        if name in children:
+            return children[name], "input" if point.kind == "hook_resid_mid" else "output"
+    raise ConfigError(f"{type(block).__name__} has no {point.kind}.", at=point.name, fix=_ALWAYS_THERE)
 
 
 def _factor(model: nn.Module, point: HookPoint) -> float:
-    """How many times the stream is given what the hook's module gives; measured once for a block.
-
-    Raises:
-        ConfigError: The stream is not what was before plus what the halves add.
-    """
+    """How many times the stream is given what the hook's module gives; measured once for a block."""
     if point.kind in ("hook_resid_pre", "hook_resid_post"):
         return 1.0
     known = _FACTORS.setdefault(model, {})
@@ -274,7 +250,7 @@ def _factor(model: nn.Module, point: HookPoint) -> float:
             f"{type(blocks(model)[point.layer]).__name__} does not add up by its {point.kind}: the residual stream is"
             " not what was before plus what attention and MLP give.",
             at=point.name,
-            fix="use hook_resid_pre or hook_resid_post, which every architecture has.",
+            fix=_ALWAYS_THERE,
         )
     return factor
 
@@ -282,30 +258,19 @@ def _factor(model: nn.Module, point: HookPoint) -> float:
 @torch.no_grad()
 def _measured(model: nn.Module, layer: int) -> dict[str, float]:
     """By hook kind, the factor of its tensor in the stream, on a few tokens; NaN where none is known that fits."""
-    block = blocks(model)[layer]
     seen: dict[str, Tensor] = {}
-    handles = []
 
     def store(kind: str) -> Edit:
         return lambda x: seen.setdefault(kind, x)
 
-    for kind in HOOK_KINDS:
-        with contextlib.suppress(ConfigError):
-            module, side = _locate(block, HookPoint(kind, layer, kind))
-            if side == "input":
-                handles.append(module.register_forward_pre_hook(_on_input(store(kind)), with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(_on_output(store(kind))))
-    try:
+    with contextlib.ExitStack() as stack:
+        for kind in HOOK_KINDS:
+            with contextlib.suppress(ConfigError):
+                _hook_on(stack, *_locate(model, HookPoint(kind, layer, kind)), store(kind))
         probe_logits(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    before, mid, after, attention, mlp = (
-        seen.get(f"hook_{name}") for name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-    )
+    before, mid, after, attention, mlp = map(seen.get, HOOK_KINDS)
     if before is None or after is None or attention is None or mlp is None:
-        return dict.fromkeys(HOOK_KINDS, math.nan)
+        return {}
     named = getattr(model.config, "residual_multiplier", None)
     if mid is None:
         both = _fit(before, after, attention + mlp, named)
@@ -329,52 +294,3 @@ def _fit(before: Tensor, after: Tensor, added: Tensor, named: object) -> float:
         if near and float((change - factor * part).abs().max()) <= 4.0:
             return factor
     return math.nan
-
-
-def _locate(block: nn.Module, point: HookPoint) -> tuple[nn.Module, Literal["input", "output"]]:
-    if point.kind == "hook_resid_pre":
-        return block, "input"
-    if point.kind == "hook_resid_post":
-        return block, "output"
-    children = dict(block.named_children())
-    # Gemma 2 and 3 and OLMo 2 normalise what each half adds before adding it, and so does GLM 4 under other
-    # names; TransformerLens hooks the normalised value.
-    post_normed = "post_feedforward_layernorm" in children
-    wanted: tuple[str, ...]
-    if point.kind == "hook_resid_mid":
-        # Where attention and MLP run side by side there is no stream between them. OLMo 2 has no norm before
-        # its MLP, which reads the stream as it is.
-        raw = post_normed and "pre_feedforward_layernorm" not in children
-        wanted = () if getattr(block, "use_parallel_residual", False) else _MLP if raw else _MID_NORM
-    elif type(block).__name__ in _ADDS_INSIDE:
-        wanted = ()
-    elif point.kind == "hook_attn_out":
-        wanted = ("post_attention_layernorm",) if post_normed else ("post_self_attn_layernorm", *_ATTENTION)
-    else:
-        wanted = ("post_feedforward_layernorm",) if post_normed else ("post_mlp_layernorm", *_MLP)
-    for name in wanted:
-        if name in children:
-            return children[name], "input" if point.kind == "hook_resid_mid" else "output"
-    raise ConfigError(
-        f"{type(block).__name__} has no {point.kind}.",
-        at=point.name,
-        fix="use hook_resid_pre or hook_resid_post, which every architecture has.",
-    )
-
-
-def _on_input(edit: Edit) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
-
-    return hook
-
-
-def _on_output(edit: Edit) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
-
-    return hook

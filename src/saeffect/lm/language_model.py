@@ -1,4 +1,4 @@
-"""A language model as the rest of the package sees it: weights, tokenizer, and a few sizes."""
+"""A language model as the rest of the package sees it: weights, tokenizer, a few sizes, and its faster forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +15,31 @@ from torch import Tensor, nn
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.lm.tokens import (
-    decode_continuations,
+    ContinuationDecoder,
     find_bos_id,
     known_tokens,
-    ordinary_token,
+    separator_id,
     special_tokens,
     token_texts,
-    tokenizer_identity,
     with_bos,
 )
 
-if TYPE_CHECKING:
-    from saeffect.lm.adapters import MergedAdapter
+__all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "probe_logits"]
 
-__all__ = ["causal_attention", "fused", "LanguageModel", "pack", "probe_logits", "separator_id"]
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """What merging an adapter was seen to do, on a few fixed tokens, in float32.
+
+    Attributes:
+        effect: Largest change of a logit by the adapter.
+        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
+        other_base: One line if the adapter names another base model.
+    """
+
+    effect: float
+    error: float
+    other_base: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +124,9 @@ class LanguageModel:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The token that every row of text and every prompt begins with; None for none.
+        """The token that every row of text and every prompt begins with; None for none, see `find_bos_id`.
 
         Nothing is measured at it and no intervention touches it; what comes after is predicted from it.
-
-        Raises:
-            ConfigError: There is to be one and the tokenizer has none, or it puts several before a text.
         """
         return find_bos_id(self.tokenizer, self.prepend_bos)
 
@@ -135,30 +143,48 @@ class LanguageModel:
         return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
 
     def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
-        """Documents as rows of equal length for this model, see `saeffect.lm.packing.pack`.
+        """Join documents with a separator and cut the stream into rows, so that no token is padding.
+
+        The last, short piece is dropped. Where there is a BOS token each row begins with it.
+
+        Yields:
+            Token ids, int32 `[context_size]`.
 
         Raises:
             ConfigError: The tokenizer has no token to put between documents.
             EmptySelection: The whole text is shorter than one row.
         """
-        separator = separator_id(self.tokenizer)
-        return pack(texts, self.encode, context_size=context_size, separator=separator, bos=self.bos_id)
+        separator, bos = separator_id(self.tokenizer), self.bos_id
+        held: list[int] = []
+        rows = 0
+        for text in texts:
+            held.extend(self.encode(text))
+            held.append(separator)
+            while len(row := with_bos(held[:context_size], bos)[:context_size]) == context_size:
+                yield np.asarray(row, dtype=np.int32)
+                rows += 1
+                del held[: context_size - (row[0] != held[0])]  # a BOS put in front is none of the text
+        if not rows:
+            raise EmptySelection(
+                f"the text has {len(held)} tokens, fewer than one context of {context_size}.",
+                fix="give more text, or a smaller context_size.",
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """What token ids add to the text before them, special tokens left out, spaces as they are."""
-        return decode_continuations(self.tokenizer, [ids], self._before, skip_special_tokens=True)[0]
+        return self._decoder(ids, skip_special_tokens=True)
 
     @functools.cached_property
-    def _before(self) -> int | None:
-        return ordinary_token(self.tokenizer)
-
-    @functools.cached_property
-    def _token_strings(self) -> tuple[str, ...]:
-        return tuple(token_texts(self.tokenizer, self.d_vocab))
+    def _decoder(self) -> ContinuationDecoder:
+        return ContinuationDecoder(self.tokenizer)
 
     def token_strings(self) -> list[str]:
         """One decoded string per id, `d_vocab` of them: a leading space stays; half a character is U+FFFD."""
         return list(self._token_strings)
+
+    @functools.cached_property
+    def _token_strings(self) -> tuple[str, ...]:
+        return tuple(token_texts(self.tokenizer, self.d_vocab))
 
     def plain_tokens(self) -> torch.Tensor:
         """Which ids may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
@@ -174,111 +200,46 @@ class LanguageModel:
         plain[[i for i in known if i < self.d_vocab]] = True
         return plain
 
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 of the tokens, their ids and the rules: equal when two models cut every text alike."""
-        return tokenizer_identity(self.tokenizer)
-
 
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
-    """A model's logits on 16 fixed tokens, spread over its vocabulary: what it does, for comparisons.
-
-    Returns:
-        float32 `[16, d_vocab]`, on the CPU.
-    """
+    """A model's logits on 16 fixed tokens, spread over its vocabulary: float32 `[16, d_vocab]`, on the CPU."""
     weight = model.get_input_embeddings().weight
     ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
     return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()
 
 
-def separator_id(tokenizer: Any) -> int:
-    """The id that stands between documents: `<|endoftext|>` if the vocabulary has it, else end of sequence.
-
-    Models with a vocabulary of BERT have no end of a sequence; [SEP] does its work.
-
-    Raises:
-        ConfigError: The tokenizer has none of these.
-    """
-    named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
-    found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
-    if found is None:
-        raise ConfigError(
-            "the tokenizer has no end-of-text token to put between documents.",
-            at="tokenizer.eos_token",
-            fix="name one of its tokens as eos_token in the tokenizer_config.json beside the model.",
-        )
-    return int(found)
+def _gelu_(x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
-def pack(
-    texts: Iterable[str],
-    encode: Callable[[str], Sequence[int]],
-    *,
-    context_size: int,
-    separator: int,
-    bos: int | None = None,
-) -> Iterator[NDArray[np.int32]]:
-    """Join documents with a separator and cut the stream into rows; the last, short piece is dropped.
-
-    Args:
-        texts: Documents.
-        encode: Text to token ids.
-        context_size: Tokens a row.
-        separator: Id put after each document.
-        bos: Id that each row begins with, as the first of its tokens; None for none.
-
-    Yields:
-        Token ids, int32 `[context_size]`.
-
-    Raises:
-        EmptySelection: The whole text is shorter than one row.
-
-    Example:
-        >>> letters = lambda text: [ord(letter) for letter in text]
-        >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0)]
-        [[97, 98], [0, 99]]
-        >>> [row.tolist() for row in pack(["ab", "c"], letters, context_size=2, separator=0, bos=1)]
-        [[1, 97], [1, 98], [1, 0], [1, 99], [1, 0]]
-    """
-    held: list[int] = []
-    rows = 0
-    for text in texts:
-        held.extend(encode(text))
-        held.append(separator)
-        while len(row := with_bos(held[:context_size], bos)[:context_size]) == context_size:
-            yield np.asarray(row, dtype=np.int32)
-            rows += 1
-            del held[: context_size - (row[0] != held[0])]  # a BOS put in front is none of the text
-    if not rows:
-        raise EmptySelection(
-            f"the text has {len(held)} tokens, fewer than one context of {context_size}.",
-            fix="give more text, or a smaller context_size.",
-        )
-
-
-# tanh(sqrt(2/pi) (x + 0.044715 x^3)), by the names that transformers has for it.
-_TANH_GELUS = ("NewGELUActivation", "FastGELUActivation")
-_SILUS = ("SiLU", "SiLUActivation")
+_silu_ = functools.partial(nn.functional.silu, inplace=True)
+# By transformers' names; the first two are tanh(sqrt(2/pi) (x + 0.044715 x^3)).
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "NewGELUActivation": _gelu_,
+    "FastGELUActivation": _gelu_,
+    "SiLU": _silu_,
+    "SiLUActivation": _silu_,
+}
 # Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
 _BLOCK = 128
 # What attention functions are given that changes nothing for one packed pass without a cache.
 _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
-
-Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @contextlib.contextmanager
 def fused(lm: LanguageModel) -> Iterator[None]:
     """While inside, the model runs with faster equivalents where it has such parts, and as it is elsewhere.
 
-    What it computes stays the same but for rounding: in float32 one part in 10^6; in bfloat16 attention scores are
-    rounded to bfloat16, as transformers' own `eager` attention rounds them. Activation functions overwrite their
-    input, so this is for inference alone.
+    For passes over much text on a CPU: `gelu_new` is one operation instead of seven, attention skips what the causal
+    mask hides. What is computed stays the same but for rounding: in float32 one part in 10^6; in bfloat16 attention
+    scores are rounded to bfloat16, as transformers' own `eager` attention rounds them. Activation functions overwrite
+    their input, so this is for inference alone.
     """
     replaced: list[nn.Module] = []
     try:
         for module in lm.model.modules():
-            function = _in_place(module)
+            function = _IN_PLACE.get(type(module).__name__)
             if function is not None and "forward" not in vars(module):
                 module.forward = function
                 replaced.append(module)
@@ -289,42 +250,16 @@ def fused(lm: LanguageModel) -> Iterator[None]:
             del module.forward
 
 
-def _in_place(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    if type(module).__name__ in _TANH_GELUS:
-        return _gelu_
-    if type(module).__name__ in _SILUS:
-        return _silu_
-    return None
-
-
-def _gelu_(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-def _silu_(x: Tensor) -> Tensor:
-    return nn.functional.silu(x, inplace=True)
-
-
 @contextlib.contextmanager
 def _attention(lm: LanguageModel) -> Iterator[None]:
     """Put `causal_attention` in the place of transformers' `sdpa`, where it is faster: bfloat16 on a CPU."""
-    name = "sdpa"
     chosen = getattr(lm.model.config, "_attn_implementation", None)
-    if chosen != name or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
+    if chosen != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
         yield
         return
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = ALL_ATTENTION_FUNCTIONS[name]
-    ALL_ATTENTION_FUNCTIONS[name] = _where_it_applies(before)
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS[name] = before
-
-
-def _where_it_applies(usual: Attention) -> Attention:
-    """Ours for plain causal attention over whole sequences, the usual one for everything else."""
+    usual: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -341,11 +276,16 @@ def _where_it_applies(usual: Attention) -> Attention:
             and 1 < query.shape[2] == key.shape[2]
             and key.shape[1:] == value.shape[1:]
         )
-        if not plain:
-            return usual(module, query, key, value, attention_mask, **options)
-        return causal_attention(query, key, value, scaling=options.get("scaling")), None
+        if plain:
+            return causal_attention(query, key, value, scaling=options.get("scaling")), None
+        found: tuple[Tensor, Tensor | None] = usual(module, query, key, value, attention_mask, **options)
+        return found
 
-    return attend
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = usual
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.resources
 import re
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,24 @@ import torch
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json
-from saeffect.lm.accounting import BOTH, account_for, loading_errors, refuse_nan
+from saeffect.lm.accounting import BOTH, account_for, check_folder_sizes, loading_errors, quiet_transformers, refuse_nan
 from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
-from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header, make_savable
+from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import user_path
 
 __all__ = [
     "BUNDLED",
+    "ModelShape",
     "bundled_path",
-    "locate_adapter",
-    "locate_model",
     "load_config",
     "load_language_model",
-    "ModelShape",
+    "load_tokenizer",
+    "locate_adapter",
+    "locate_model",
     "model_identity",
     "model_shape",
-    "quiet_transformers",
-    "load_tokenizer",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -73,8 +69,8 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
     found = root / name
     if name in ("", ".", "..") or "/" in name or not found.exists():
         valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
-        one = _ONE_OF.get(kind, kind.removesuffix("s"))
-        raise unknown_name(f"bundled {one}", name, [BUNDLED + v for v in valid], at=at)
+        singular = _ONE_OF.get(kind, kind.removesuffix("s"))
+        raise unknown_name(f"bundled {singular}", name, [BUNDLED + v for v in valid], at=at)
     return found
 
 
@@ -84,41 +80,45 @@ def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = Non
     Raises:
         NotFound: A path that does not exist, or a folder without a config.json.
         UnknownName: A `bundled:` name other than the embedded model.
-        ConfigError: Neither a path nor a hub id.
+        ConfigError: Neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
     """
     where = f"{at}.path" if at else None
     if config.path.startswith(BUNDLED):
-        name = config.path.removeprefix(BUNDLED)
-        if name != EMBEDDED_NAME:
+        if config.path != BUNDLED + EMBEDDED_NAME:
             raise unknown_name("bundled model", config.path, [BUNDLED + EMBEDDED_NAME], at=where)
         return embedded_model(log)
     path = user_path(config.path, at=where)
-    if path.suffix == ".gguf" and path.is_file():
-        return path
     if path.is_dir():
-        adapter = (path / ADAPTER_CONFIG).is_file()
-        if (path / "config.json").is_file() and adapter:
-            raise ConfigError(BOTH[0], at=where, fix=BOTH[1])
-        if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
-            if adapter:
-                raw = read_json(path / ADAPTER_CONFIG)
-                named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
-                raise ConfigError(
-                    f"the folder {config.path!r} is an adapter, which needs its base model.",
-                    at=where,
-                    fix=f"write model: {{path: {named or '<base model>'}, adapter: {config.path}}}.",
-                )
-            raise NotFound(
-                f"the folder {config.path!r} holds no config.json, so it is no transformers model.",
-                at=where,
-                fix="point to the folder that save_pretrained wrote.",
-            )
+        _require_model(path, config.path, where)
+        return path
+    if path.suffix == ".gguf" and path.is_file():
         return path
     if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1 or path.suffix == ".gguf":
         raise NotFound(f"there is no model at {config.path!r}.", at=where, fix="check the path, or give a hub id.")
     if not _HUB_ID.fullmatch(config.path):
         raise ConfigError(f"{config.path!r} is neither a path nor a hub id.", at=where, fix="for example org/name.")
     return config.path
+
+
+def _require_model(folder: Path, name: str, where: str | None) -> None:
+    model, adapter = (folder / "config.json").is_file(), (folder / ADAPTER_CONFIG).is_file()
+    if model and adapter:
+        raise ConfigError(BOTH[0], at=where, fix=BOTH[1])
+    if model or list(folder.glob("*.gguf")):
+        return
+    if adapter:
+        raw = read_json(folder / ADAPTER_CONFIG)
+        named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+        raise ConfigError(
+            f"the folder {name!r} is an adapter, which needs its base model.",
+            at=where,
+            fix=f"write model: {{path: {named or '<base model>'}, adapter: {name}}}.",
+        )
+    raise NotFound(
+        f"the folder {name!r} holds no config.json, so it is no transformers model.",
+        at=where,
+        fix="point to the folder that save_pretrained wrote.",
+    )
 
 
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
@@ -158,7 +158,8 @@ def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log 
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated, hold NaN or are not the model's, or an adapter that is pickled.
+        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights
+            do not have; or an adapter that is pickled.
         IncompatibleModels: An adapter that does not fit the base model.
         ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
@@ -187,68 +188,14 @@ def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log 
     return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
-
-    d_model: int
-    n_layers: int
-    n_positions: int | None = None
-    d_vocab: int | None = None
-
-
-def model_shape(place: Path | str) -> ModelShape | None:
-    """The shape that a located model's config.json names; None where only loading would tell.
-
-    Raises:
-        BadFile: config.json is not JSON, or names a size that is no number.
-    """
-    if not isinstance(place, Path):
-        return None
-    if _gguf_of(place, None) is not None:
-        header = gguf_header(choose_gguf(place))
-        names = [
-            f"{header['general.architecture']}.{key}" for key in ("embedding_length", "block_count", "context_length")
-        ]
-        width, layers, positions = (header.get(name) for name in names)
-        d_vocab = None
-    else:
-        raw = read_json(place / "config.json")
-        raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
-        width = raw.get("hidden_size") or raw.get("n_embd")
-        layers = raw.get("num_hidden_layers") or raw.get("n_layer")
-        positions, d_vocab = raw.get("max_position_embeddings") or raw.get("n_positions"), raw.get("vocab_size")
-    for size in (width, layers, positions, d_vocab):
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise BadFile(
-                f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
-                at=str(place / "config.json"),
-                fix="restore the config.json that was saved with the model.",
-            )
-    return ModelShape(width, layers, positions, d_vocab) if width and layers else None
-
-
-def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
-    """SHA-256 over the model's and adapter's weight files (hub ids: the id and revision)."""
-    parts: list[Any] = [config.revision]
-    for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
-        if isinstance(place, Path):
-            files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
-            # Weights by size and name only when they are large would miss edits, so every byte is read.
-            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
-        else:
-            parts.append(place)
-    return fingerprint(parts)
-
-
 def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: Log, at: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, at)
-    folder = base
-    if gguf is not None:
-        folder = converted_folder(gguf, dtype, lambda out: _convert(gguf, dtype, out, at), log=log)
+    folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
+    if isinstance(folder, Path):
+        check_folder_sizes(folder)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # A pickle can run code while it is read.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -258,25 +205,17 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
     return model, load_tokenizer(folder, config, at=at)
 
 
-def _convert(gguf: Path, dtype: torch.dtype, out: Path, at: str | None) -> None:
-    """Write a GGUF file's weights and tokenizer as a transformers folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, output_loading_info=True
-    )
-    model, info = loaded
-    account_for(model, info, at or gguf.name, SILENT)
-    make_savable(model)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
-
-
 def load_config(base: Path | str, config: ModelConfig) -> Any:
-    """The configuration of a located model, as transformers reads it."""
+    """The configuration of a located model, as transformers reads it.
+
+    Raises:
+        BadFile: It names sizes that the weights do not have.
+    """
     from transformers import AutoConfig
 
     place, options = _source(base, config)
+    if isinstance(place, Path) and "gguf_file" not in options:
+        check_folder_sizes(place)
     return AutoConfig.from_pretrained(place, **options)
 
 
@@ -313,24 +252,53 @@ def _gguf_of(base: Path | str, at: str | None) -> Path | None:
     return choose_gguf(base, at=at)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and notices for a while; ours say what matters."""
-    from transformers import modeling_gguf_pytorch_utils as of_gguf
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class ModelShape:
+    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    own_bar = of_gguf.tqdm  # which does not ask whether bars are wanted
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    of_gguf.tqdm = lambda tensors, **_: tensors
-    try:
-        with warnings.catch_warnings():
-            # Deprecations between transformers and peft are theirs to mend.
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        of_gguf.tqdm = own_bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    d_model: int
+    n_layers: int
+    n_positions: int | None = None
+    d_vocab: int | None = None
+
+
+def model_shape(place: Path | str) -> ModelShape | None:
+    """The shape that a located model's config.json names; None where only loading would tell.
+
+    Raises:
+        BadFile: config.json is not JSON, or names a size that is no number.
+    """
+    if not isinstance(place, Path):
+        return None
+    if (gguf := _gguf_of(place, None)) is not None:
+        header = gguf_header(gguf)
+        keys = ("embedding_length", "block_count", "context_length")
+        width, layers, positions = (header.get(f"{header['general.architecture']}.{key}") for key in keys)
+        d_vocab = None
+    else:
+        raw = read_json(place / "config.json")
+        raw = raw.get("text_config") or raw if isinstance(raw, dict) else {}
+        width = raw.get("hidden_size") or raw.get("n_embd")
+        layers = raw.get("num_hidden_layers") or raw.get("n_layer")
+        positions, d_vocab = raw.get("max_position_embeddings") or raw.get("n_positions"), raw.get("vocab_size")
+    for size in (width, layers, positions, d_vocab):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise BadFile(
+                f"a size of the model is {str(size)[:40]!r}; expected a positive whole number.",
+                at=str(place / "config.json"),
+                fix="restore the config.json that was saved with the model.",
+            )
+    return ModelShape(width, layers, positions, d_vocab) if width and layers else None
+
+
+def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
+    """SHA-256 over the model's and adapter's weight files (hub ids: the id and revision)."""
+    parts: list[Any] = [config.revision]
+    for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
+        if isinstance(place, Path):
+            files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
+            # Weights by size and name only when they are large would miss edits, so every byte is read.
+            parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
+        else:
+            parts.append(place)
+    return fingerprint(parts)

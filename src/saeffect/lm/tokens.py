@@ -1,38 +1,40 @@
-"""Token strings: the word that a token stands for, and a form of it that is safe to show.
+"""Tokens as people see them, and what a tokenizer does: which ids it has, their texts, what it puts before a text.
 
-A token is whatever a tokenizer's training made of its text, so it can be anything: half a character, markup,
-a mark that reverses the direction of the page.
+A token is whatever a tokenizer's training made of its text, so it can be anything: half a character, markup, a mark
+that reverses the direction of the page. What a tokenizer does is measured, not read off its class: many have a
+`bos_token` that they never use, and some have none but put a token of another name first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saeffect.config import BosRule
 from saeffect.errors import ConfigError
 
+if TYPE_CHECKING:
+    from saeffect.config import BosRule
+
 __all__ = [
-    "tokens_added_before",
-    "with_bos",
+    "ContinuationDecoder",
     "find_bos_id",
-    "decode_continuations",
     "known_tokens",
     "normalise_token",
-    "ordinary_token",
-    "resolve_prepend_bos",
     "printable_text",
     "printable_token",
+    "resolve_prepend_bos",
+    "separator_id",
     "special_tokens",
     "token_texts",
     "tokenizer_identity",
     "tokenizer_trouble",
+    "tokens_added_before",
+    "with_bos",
 ]
 
 # The leading space, as byte-level BPE (GPT-2, SmolLM2, Llama 3) and SentencePiece (Gemma, Llama 2) write it.
@@ -52,8 +54,8 @@ _BLANK = frozenset(
 def normalise_token(token: str) -> str:
     """The word of a token: no leading space or space mark, no trailing space, lower case.
 
-    The vocabulary and the word embedding are both looked up by this form. A word that begins with the letter
-    Ġ loses it: in a token list that letter is the space mark of byte-level BPE.
+    Vocabulary and word embedding are looked up by this form. A word that begins with the letter Ġ loses it: in a token
+    list that letter is the space mark of byte-level BPE.
 
     Example:
         >>> [normalise_token(token) for token in ("ĠCancer", "▁cancer", " CANCER ", "\\ncancer")]
@@ -65,10 +67,9 @@ def normalise_token(token: str) -> str:
 def printable_token(token: str) -> str:
     """The token as one line in which every character can be seen and none acts on the text around it.
 
-    A leading space mark becomes the plain space it stands for, and plain spaces stay. Line feeds, carriage
-    returns and tabs show as backslash escapes; other controls, bidirectional marks, zero-width and blank
-    characters, lone surrogates and unassigned code points show as `U+` and their number. Markup is left
-    alone: escaping `<` is the business of what writes the HTML.
+    A leading space mark becomes the plain space it stands for. Line feeds, carriage returns and tabs show as
+    backslash escapes; other controls, bidirectional marks, zero-width and blank characters, lone surrogates and
+    unassigned code points show as `U+` and their number. Markup is left alone: what writes the HTML escapes it.
 
     Example:
         >>> printable_token("Ġtumor")
@@ -91,8 +92,7 @@ _ACTING = re.compile(
 def printable_text(text: str) -> str:
     """The text without anything that acts on a terminal or on the page around it; it may have several lines.
 
-    Controls other than line feeds and tabs, bidirectional marks and what else is not seen show as `U+` and their
-    number. All else stays as it is, letters of any script among it.
+    Controls but line feeds and tabs, bidirectional marks and what else is not seen show as `U+` and their number.
 
     Example:
         >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
@@ -111,16 +111,13 @@ def _shown(character: str) -> str:
     return character
 
 
-_SENTENCEPIECE = ("sentencepiece", "google.protobuf")  # packages that read a tokenizer.model
+_PROBES = ("a", "the", "1")  # whichever the tokenizer has a token for
 
 
 def known_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every id that the tokenizer knows, with the token in its own notation, in the order of the ids.
-
-    The ids may have holes, so the highest is not the number of tokens less one.
-    """
+    """Every id that the tokenizer knows, rising, with the token in its own notation; there may be holes."""
     tokens = {int(i): token for token, i in tokenizer.get_vocab().items()}
-    return {i: tokens[i] for i in sorted(tokens)}
+    return dict(sorted(tokens.items()))
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
@@ -129,43 +126,35 @@ def special_tokens(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
-def ordinary_token(tokenizer: Any) -> int | None:
-    """An id with a text of its own, to decode others behind: that of an "a" if there is one."""
-    special = special_tokens(tokenizer)
-    ids = (*tokenizer.encode("a", add_special_tokens=False)[-1:], *known_tokens(tokenizer))
-    return next((i for i in ids if i not in special), None)
-
-
-def decode_continuations(
-    tokenizer: Any, texts: Iterable[Sequence[int]], before: int | None, *, skip_special_tokens: bool = False
-) -> list[str]:
-    """What each sequence of ids adds to the text before it.
+class ContinuationDecoder:
+    """Decodes ids as what they add to the text before them, spaces as they are.
 
     Decoders of SentencePiece drop the space at the very beginning of what they decode, so ids are decoded behind
-    another token, whose text is taken off again.
-
-    Args:
-        tokenizer: Decodes.
-        texts: Sequences of ids.
-        before: The other token, see `ordinary_token`.
-        skip_special_tokens: Whether special tokens are left out.
+    an ordinary token, whose text is taken off again.
     """
-    how = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-    first = [] if before is None else [before]
-    head = str(tokenizer.decode(first, **how)) if first else ""
-    found = []
-    for ids in texts:
-        text = str(tokenizer.decode([*first, *ids], **how))
-        found.append(text[len(head) :] if text.startswith(head) else str(tokenizer.decode(list(ids), **how)))
-    return found
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        special = special_tokens(tokenizer)
+        ids = (*tokenizer.encode("a", add_special_tokens=False)[-1:], *known_tokens(tokenizer))
+        self._before = [i for i in ids if i not in special][:1]
+        self._text_before = self._decode(self._before) if self._before else ""
+
+    def __call__(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        text = self._decode([*self._before, *ids], skip_special_tokens)
+        if text.startswith(self._text_before):
+            return text[len(self._text_before) :]
+        return self._decode(list(ids), skip_special_tokens)
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
 
 def token_texts(tokenizer: Any, n: int) -> list[str]:
     """The text of each id below `n`: a leading space stays; half a character is U+FFFD; `<unused i>` in the holes."""
-    known = [i for i in known_tokens(tokenizer) if i < n]
-    found = decode_continuations(tokenizer, ([i] for i in known), ordinary_token(tokenizer))
-    texts = dict(zip(known, found, strict=True))
-    return [texts.get(i, f"<unused {i}>") for i in range(n)]
+    known, decode = known_tokens(tokenizer), ContinuationDecoder(tokenizer)
+    return [decode([i]) if i in known else f"<unused {i}>" for i in range(n)]
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -183,19 +172,16 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
-    """Why transformers cannot load a tokenizer, and what to do about it.
+    """Why transformers cannot load the tokenizer of a folder or hub id, by what it `said`, and what to do about it."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
-    Args:
-        place: The folder, or a hub id.
-        said: What transformers says; it names the last of several things that it tried.
-    """
     why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
     if "trust_remote_code" in said:
         return why, "set trust_remote_code: true if you trust the code that comes with the model."
     there = {file.name for file in place.iterdir()} if isinstance(place, Path) and place.is_dir() else set()
     alone = any(name.endswith(".model") for name in there) and "tokenizer.json" not in there
     if alone or any(name in said.lower() for name in ("sentencepiece", "tiktoken", "protobuf")):
-        if not all(map(_installed, _SENTENCEPIECE)):
+        if not (is_sentencepiece_available() and is_protobuf_available()):
             why = "it is a tokenizer.model alone, and sentencepiece or protobuf, which read it, are not installed"
             return why, "pip install 'saeffect[sentencepiece]', or put the base model's tokenizer.json into the folder."
         return why, "tokenizer.model is no SentencePiece model; put the base model's tokenizer.json into the folder."
@@ -204,14 +190,21 @@ def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
     return why, "check the name and your connection, or save the tokenizer beside the model."
 
 
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of a package around it
-        return False
+def separator_id(tokenizer: Any) -> int:
+    """The id that stands between documents: `<|endoftext|>` if the vocabulary has it, else end of sequence, else [SEP].
 
-
-_PROBES = ("a", "the", "1")  # whichever the tokenizer has a token for
+    Raises:
+        ConfigError: The tokenizer has none of these.
+    """
+    named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
+    found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
+    if found is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-text token to put between documents.",
+            at="tokenizer.eos_token",
+            fix="name one of its tokens as eos_token in the tokenizer_config.json beside the model.",
+        )
+    return int(found)
 
 
 def tokens_added_before(tokenizer: Any) -> list[int]:
@@ -219,9 +212,7 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 
     What it puts behind the text (an end of sequence) does not count.
     """
-    if tokenizer is None:
-        return []
-    for probe in _PROBES:
+    for probe in _PROBES if tokenizer is not None else ():
         plain = list(tokenizer.encode(probe, add_special_tokens=False))
         if not plain:
             continue
@@ -235,9 +226,10 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
     """The id that rows of text and prompts begin with; None for none.
 
-    Args:
-        tokenizer: The transformers tokenizer.
-        prepend: Whether there is to be one; None for the tokenizer's own way.
+    Gemma, Llama and Mistral were trained on texts that all begin with one, and without it are other, far worse models;
+    SmolLM2 and GPT-2 were not.
+
+    `prepend` says whether there is to be one; None for the tokenizer's own way.
 
     Raises:
         ConfigError: There is to be one, and the tokenizer has none; or it puts several there.
@@ -277,9 +269,8 @@ def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
 def resolve_prepend_bos(rule: BosRule, words: Mapping[str, Any]) -> bool | None:
     """Whether texts are to begin with BOS; None for the tokenizer's own way.
 
-    Args:
-        rule: "always", "never", or "auto": what the SAEs say, and where they say nothing what the tokenizer does.
-        words: `prepend_bos` of each SAE's cfg.json by the SAE's name; what is neither true nor false says nothing.
+    The rule "auto" means what the SAEs say: `words` has `prepend_bos` of each SAE's cfg.json by the SAE's name; what is
+    neither true nor false says nothing.
 
     Raises:
         ConfigError: The SAEs contradict each other.

@@ -1,4 +1,8 @@
-"""Tables, figures and the report: what a study found, for people to read."""
+"""The report: what a study found, in sentences, tables and figures, on one self-contained page.
+
+In: a comparison (`saeffect.comparison.Comparison`), which `with_answer` puts into words, and a `ReportContext` with
+the study around it. Out: `answer` and `threats`, tables as CSV and JSON, figures as SVG and PNG, and `report.html`.
+"""
 
 from __future__ import annotations
 

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from saeffect.comparison import Comparison
+from saeffect.errors import ConfigError
 from saeffect.io import atomic_path
 from saeffect.lm.tokens import printable_text
+from saeffect.report.cards import feature_lists, showcase
 from saeffect.report.context import ReportContext
-from saeffect.report.evidence import Evidence, chance_views, evidence, fate_views, threat_views
-from saeffect.report.feature_cards import feature_lists, showcase
 from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
-from saeffect.report.numbering import Numbering, number_page
-from saeffect.report.sources import sourced, sourced_figure
-from saeffect.report.steering_section import SteeringSection, steering_section, steering_views
-from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
-from saeffect.report.tables.study import design_table, field_label, gate_table, same_in_every_arm
-from saeffect.report.tables.view import TableView
-from saeffect.report.traced import traced_paragraph
-from saeffect.report.words.terms import Explainer, Term, terms
+from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
+from saeffect.report.tables import TABLES, TableView
+from saeffect.report.tables.study import field_label, same_in_every_arm
+from saeffect.report.words.names import Explainer, Term, terms
+from saeffect.report.words.numbers import THIN_SPACE
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["Numbering", "number_page", "render_report", "write_report"]
 
 _TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2")
-_TERMS_ALONE = ("showcase", "forest", "features")  # sections that use terms, and have no table of their own
+_REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 
 @dataclass(frozen=True)
 class _Explained:
-    """A table or figure of the page, and the terms that appear in it for the first time."""
+    """A table of the page (or none), and the terms that appear there for the first time."""
 
     table: TableView | None
     terms: tuple[Term, ...]
@@ -65,13 +64,13 @@ def write_report(
     script to be read. The same input gives the same bytes.
 
     Args:
-        comparison: What was found.
+        comparison: What was found, with its answer.
         path: The file, for instance `runs/mine/report.html`.
         context: The study around the comparison; without it the report has no list of features.
         figures: What `write_figures` returned, to draw them once only.
 
-    Returns:
-        `path`, as a `Path`.
+    Raises:
+        ConfigError: The comparison has no answer yet.
     """
     page = render_report(comparison, context=context, figures=figures)
     with atomic_path(path) as temporary:
@@ -86,22 +85,24 @@ def render_report(
     figures: Sequence[DrawnFigure] | None = None,
 ) -> str:
     """The report as a string; see `write_report`."""
+    if not comparison.answer["headline"]:
+        raise ConfigError("the comparison has not been put into words.", at="comparison", fix="call with_answer first.")
     context = context or ReportContext()
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
-    order = [str(name) for name in comparison.table1["arm"]]
-    lists = feature_lists(context, order)
+    lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
     script, style = _read("report.js"), _read("report.css") + _read("evidence.css")
     words, tables = evidence(comparison, context), _tables(comparison, context)
     steering = steering_section(comparison, context)
-    views = [one.table for one in tables.values() if one.table is not None]
-    pictures = _pictures(_shown(drawn, words, [view.name for view in views], steering))
-    numbers = number_page(views, [one.figure for one in pictures.values()])
+    views = [shown.table for shown in tables.values() if shown.table is not None]
+    pictures = _pictures(drawn, words, [view.name for view in views], steering)
+    numbers = number_page(views, [picture.figure for picture in pictures.values()])
     return _environment(numbers).get_template("report.html.j2").render(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
         paragraph=traced_paragraph(comparison.answer, _anchors(views)),
         evidence=words,
+        threats=len(comparison.threats),
         tables=tables,
         pictures=pictures,
         design_summary=_design_summary(comparison),
@@ -134,9 +135,7 @@ def _environment(numbers: Numbering) -> Environment:
 
 def _seen(value: Any) -> Any:
     """What a template writes, without anything that acts on the page around it; markup stays markup."""
-    if isinstance(value, str):
-        return type(value)(printable_text(value))
-    return value
+    return type(value)(printable_text(value)) if isinstance(value, str) else value
 
 
 def _read(name: str) -> str:
@@ -144,75 +143,40 @@ def _read(name: str) -> str:
 
 
 def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
-    """Every table in page order, each with the terms that it is the first to use."""
-    explain = Explainer(terms(context))
-    views: list[tuple[TableView | None, tuple[str, ...], str]] = [
-        (
-            at_a_glance(comparison),
-            (
-                "feature",
-                "top_tokens",
-                "domain_feature",
-                "pass",
-                "coherence",
-                "interval",
-                "pp",
-                "placebo_arm",
-                "sae_noise",
-                "false_alarm",
-                "verdict",
-            ),
-            "glance",
-        ),
-        *chance_views(comparison, context),
-        *steering_views(comparison, context),
-        (None, ("feature", "top_tokens", "effect", "similarity", "pass"), "showcase"),
-        (
-            paper_table_1(comparison, context),
-            ("dot_cosine", "paper_rule", "q"),
-            "table1",
-        ),
-        (paper_table_2(comparison, context), ("coherence", "normalised", "coverage"), "table2"),
-        (
-            contrast_table(comparison),
-            (
-                "p",
-                "newcombe",
-                "fisher",
-                "bootstrap",
-                "hierarchical",
-                "permutation",
-                "did",
-                "cliffs_delta",
-                "activation",
-                "density",
-                "direct_effect",
-            ),
-            "contrasts",
-        ),
-        (None, ("coherence", "density", "activation", "direct_effect", "kl", "p", "q"), "features"),
-        *fate_views(comparison, context),
-        *threat_views(comparison, context),
-        (design_table(comparison), (), "design"),
-        (gate_table(comparison, context), ("explained_variance", "ce_loss_score", "l0", "dead"), "gate"),
-    ]
-    return {
-        name: _Explained(sourced(view), explain.first(keys) if view is not None or name in _TERMS_ALONE else ())
-        for view, keys, name in views
+    """Every table in page order, each with the terms that it is the first to use.
+
+    Sections that use terms and have no table of their own stand before the table that follows them.
+    """
+    steered = bool((comparison.table1["tested"] > 0).any())
+    forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ()))
+    sections = {
+        "outcomes": ("forest", forest if steered else ()),
+        "table1": ("showcase", ("feature", "top_tokens", "effect", "similarity", "pass")),
+        "fates": ("features", ("coherence", "density", "activation", "direct_effect", "kl", "p", "q")),
     }
+    explain = Explainer(terms(context))
+    found = {}
+    for name, view_of in TABLES.items():
+        if name in sections:
+            section, keys = sections[name]
+            found[section] = _Explained(None, explain.first(keys))
+        view = view_of(comparison, context)
+        found[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
+    return found
 
 
-def _shown(
-    drawn: Sequence[DrawnFigure], words: Evidence, tables: Collection[str], steering: SteeringSection
-) -> list[DrawnFigure]:
+def _pictures(
+    drawn: Iterable[DrawnFigure], words: Evidence, tables: Collection[str], steering: SteeringSection
+) -> dict[str, _Picture]:
     """Figures that the page places: one that could not be drawn is left out where a sentence says the same."""
     said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
-    missing = set()
-    if steering.doses and "doses" not in tables:
-        missing.add("doses")
-    if "cross" not in tables:
-        missing.add("cross_activity")
-    return [one for one in drawn if one.name not in said and not (one.name in missing and one.figure is None)]
+    missing = {"doses"} if steering.doses and "doses" not in tables else set()
+    missing |= set() if "cross" in tables else {"cross_activity"}
+    return {
+        figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
+        for figure in drawn
+        if figure.name not in said and (figure.figure is not None or figure.name not in missing)
+    }  # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own
 
 
 def _anchors(views: Sequence[TableView]) -> set[str]:
@@ -221,25 +185,14 @@ def _anchors(views: Sequence[TableView]) -> set[str]:
     return rows | {f"table-{view.name}" for view in views} | {"activity-summary"}
 
 
-def _pictures(figures: Sequence[DrawnFigure]) -> dict[str, _Picture]:
-    # matplotlib escaped every text when it wrote the SVG, and `inline_svg` adds none of its own.
-    return {
-        figure.name: _Picture(sourced_figure(figure), Markup(inline_svg(figure) if figure.figure else ""))
-        for figure in figures
-    }
-
-
 def _design_summary(comparison: Comparison) -> str:
     """One line above the design check: how many differences there are that could pass for an effect."""
     table = comparison.design
-    if "status" not in table.columns:
-        return f"{int(table['differs'].sum())} properties differ between the arms."
     flaws = [field_label(name) for name in table.loc[table["status"] == "flaw", "field"]]
     unknown = int((table["status"] == "unknown").sum())
+    text = "Besides the model, nothing that is recorded differs between the arms in a way that matters."
     if flaws:
         text = f"Besides the model, the arms differ in {', '.join(flaws)}: each of these could pass for an effect."
-    else:
-        text = "Besides the model, nothing that is recorded differs between the arms in a way that matters."
     if unknown:
         text += f" {unknown} {'property was' if unknown == 1 else 'properties were'} not recorded for every arm."
     return text
@@ -252,8 +205,49 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         label, value = f"{prefix}{key}", values[key]
         if isinstance(value, Mapping):
             pairs += _flat(value, f"{label} · ")
-        elif isinstance(value, list | tuple):
-            pairs.append((label, ", ".join(str(item) for item in value)))
         else:
-            pairs.append((label, str(value)))
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            pairs.append((label, shown))
     return pairs
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """What each table and figure of a page is called: `labels["table:power"]` is "Table 4", say.
+
+    A text refers to one as `[[table:power]]`.
+    """
+
+    labels: Mapping[str, str]
+
+    def refer(self, text: str) -> Markup:
+        """A text of ours with its references as links and no break before "%"; everything else is escaped.
+
+        Example:
+            >>> Numbering({"table:power": "Table 4"}).refer("See [[table:power]] & more.")
+            Markup('See <a class="ref" href="#table-power">Table\\xa04</a> &amp; more.')
+        """
+        pieces = _REFERENCE.split(text.replace(" %", f"{THIN_SPACE}%"))  # text and name in turns
+        return Markup("").join(self._link(piece) if i % 2 else escape(piece) for i, piece in enumerate(pieces))
+
+    def _link(self, key: str) -> Markup:
+        if key not in self.labels:
+            return Markup("a part that this report lacks")
+        label = self.labels[key].replace(" ", "\u00a0")
+        return Markup('<a class="ref" href="#{}">{}</a>').format(key.replace(":", "-"), label)
+
+
+def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> Numbering:
+    """Number what stands on a page, in its order; figures of one group share a number, told apart by letters."""
+    labels = {f"table:{view.name}": f"Table {n}" for n, view in enumerate(tables, start=1)}
+    groups = groupby(enumerate(figures), key=lambda place: place[1].group or place[0])  # without one, each its own
+    for n, (_, places) in enumerate(groups, start=1):
+        members = [figure for _, figure in places]
+        for place, figure in enumerate(members):
+            labels[f"figure:{figure.name}"] = f"Figure {n}{_letter(place) if len(members) > 1 else ''}"
+    return Numbering(labels)
+
+
+def _letter(place: int) -> str:
+    """a to z, then aa, ab, ..."""
+    return (_letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)

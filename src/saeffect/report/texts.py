@@ -6,17 +6,36 @@ Nothing here writes HTML. Strings stay strings until the template escapes them.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from saeffect.lm.tokens import normalise_token, printable_token
+import numpy as np
+import pandas as pd
 
-__all__ = ["Chip", "Run", "chips", "context_runs", "text_runs", "visible_text"]
+from saeffect.lm.tokens import normalise_token, printable_token
+from saeffect.report.words.numbers import fixed, is_defined, signed
+
+__all__ = [
+    "Chip",
+    "Generated",
+    "Run",
+    "Trial",
+    "chips",
+    "context_runs",
+    "representative_trials",
+    "text_runs",
+    "visible_text",
+]
 
 _BEFORE, _AFTER = 22, 10  # tokens of a context shown around its strongest one
-_LONGEST_TOKEN = 40
-_LONGEST_TEXT = 320
+_LONGEST_TOKEN, _LONGEST_TEXT = 40, 320
 _LEVELS = 5
+_CONDITIONS = {
+    "unsteered": "Unsteered",
+    "steered": "Steered",
+    "matched": "Placebo: a feature of another subject",
+    "random": "Placebo: a random direction",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,30 @@ class Run:
     level: int = 0
     value: str = ""
     strongest: bool = False
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated text: under which condition, how similar to the top tokens, with the top words marked."""
+
+    condition: str
+    title: str
+    similarity: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The texts of one prompt and sample side by side, and which pair it is: typical, best or worst.
+
+    `same` says that steering and placebos changed nothing: every text is that of the unsteered model.
+    """
+
+    which: str
+    prompt: str
+    difference: str
+    texts: tuple[Generated, ...]
+    same: bool = False
 
 
 def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[str]) -> tuple[Chip, ...]:
@@ -66,37 +109,33 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
 
 
 def context_runs(tokens: Sequence[str], activations: Sequence[float], position: int) -> tuple[Run, ...]:
-    """A context around its strongest token, neighbours without activation merged.
-
-    Args:
-        tokens: The context's tokens.
-        activations: The feature's activation on each; what is not above zero is plain.
-        position: Index of the strongest token.
+    """A context around its strongest token (at `position`); neighbours that do not activate the feature are merged.
 
     Example:
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
         [0, 5, 2]
     """
     start, stop = max(0, position - _BEFORE), min(len(tokens), position + _AFTER + 1)
-    peak = max((float(value) for value in activations), default=0.0)
-    runs: list[Run] = [Run("… ")] if start > 0 else []
-    plain = ""
+    peak = max(map(float, activations), default=0.0)
+    runs = []
     for index in range(start, stop):
         text = _shortened(printable_token(str(tokens[index])), _LONGEST_TOKEN)
         strength = float(activations[index])
-        if not strength > 0 or peak <= 0:
-            plain += text
-            continue
-        if plain:
-            runs.append(Run(plain))
-            plain = ""
-        level = min(_LEVELS, 1 + int(_LEVELS * strength / peak))
-        runs.append(Run(text, level, f"{strength:.2f}", index == position))
-    if plain:
-        runs.append(Run(plain))
-    if stop < len(tokens):
-        runs.append(Run(" …"))
-    return tuple(runs)
+        level = min(_LEVELS, 1 + int(_LEVELS * strength / peak)) if strength > 0 else 0
+        runs.append(Run(text, level, f"{strength:.2f}", index == position) if level else Run(text))
+    before, after = [Run("… ")] * (start > 0), [Run(" …")] * (stop < len(tokens))
+    return (*before, *_merged(runs), *after)
+
+
+def _merged(runs: Iterable[Run]) -> list[Run]:
+    """Neighbours without a mark as one."""
+    merged: list[Run] = []
+    for run in runs:
+        if not run.level and merged and not merged[-1].level:
+            merged[-1] = Run(merged[-1].text + run.text)
+        elif run.text:
+            merged.append(run)
+    return merged
 
 
 def visible_text(text: str, limit: int = _LONGEST_TEXT) -> str:
@@ -106,35 +145,83 @@ def visible_text(text: str, limit: int = _LONGEST_TEXT) -> str:
         >>> visible_text("one\\ntwo\\u202e")
         'one ↵ twoU+202E'
     """
-    joined = re.sub(r"\s*\n\s*", " ↵ ", str(text)).strip()
-    return _shortened(printable_token(joined), limit)
+    return _shortened(printable_token(re.sub(r"\s*\n\s*", " ↵ ", str(text)).strip()), limit)
 
 
 def text_runs(text: str, words: Collection[str]) -> tuple[Run, ...]:
-    """A generated text with the given words marked (level 1), whole words of three letters or more.
-
-    Args:
-        text: Any string.
-        words: Lower-case words, as `normalise_token` gives them.
+    """A generated text with the given words (as `normalise_token` gives them) marked, whole ones of three letters on.
 
     Example:
         >>> [(run.text, run.level) for run in text_runs("Take the drug.", {"drug"})]
         [('Take the ', 0), ('drug', 1), ('.', 0)]
     """
-    runs: list[Run] = []
-    plain = ""
-    for piece in re.split(r"(\w+)", visible_text(text)):
-        if len(piece) >= 3 and piece.lower() in words:
-            if plain:
-                runs.append(Run(plain))
-            runs.append(Run(piece, 1))
-            plain = ""
-        else:
-            plain += piece
-    if plain:
-        runs.append(Run(plain))
-    return tuple(runs)
+    pieces = re.split(r"(\w+)", visible_text(text))
+    return tuple(_merged(Run(piece, int(len(piece) >= 3 and piece.lower() in words)) for piece in pieces))
 
 
 def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def representative_trials(
+    table: pd.DataFrame | None, prompts: Sequence[str], top_tokens: Sequence[str]
+) -> tuple[Trial, ...]:
+    """The typical (median), best and worst pair of one feature, by steered minus placebo similarity.
+
+    The rule chooses the pairs, so that nobody can pick the flattering one.
+
+    Args:
+        table: The feature's rows of the interventions; of several doses, the one with most rows is shown.
+        prompts: In the order of the column `prompt`.
+        top_tokens: The feature's; whole words of them are marked in the texts.
+    """
+    if table is None or not (table["condition"] == "steered").any():
+        return ()
+    dose = table.loc[table["condition"] == "steered", "dose"].mode().iloc[0]
+    rows = table[(table["condition"] == "unsteered") | (table["dose"] == dose)]
+    rows = rows.drop_duplicates(["prompt", "sample", "condition"]).sort_values(["prompt", "sample"], kind="stable")
+    wide = rows.pivot(index=["prompt", "sample"], columns="condition", values="similarity").astype(float)
+    base = next((name for name in ("matched", "random", "unsteered") if name in wide.columns), "")
+    if not base:
+        return ()
+    difference = (wide["steered"] - wide[base]).to_numpy(dtype=float)
+    words = {word for word in map(normalise_token, top_tokens) if len(word) >= 3}
+    shown = []
+    for which, place in _places(difference):
+        prompt, sample = (int(number) for number in wide.index[place])
+        chosen = rows[(rows["prompt"] == prompt) & (rows["sample"] == sample)].set_index("condition")
+        name = visible_text(prompts[prompt], 120) if prompt < len(prompts) else f"prompt {prompt}"
+        shown.append(
+            Trial(
+                which=which,
+                prompt=f"{name} · sample {sample + 1}",
+                difference=signed(difference[place]) if is_defined(difference[place]) else "undefined",
+                texts=_generated(chosen, words),
+                same=len(chosen) > 1 and chosen["text"].nunique() == 1,
+            )
+        )
+    return tuple(shown)
+
+
+def _generated(rows: pd.DataFrame, words: Collection[str]) -> tuple[Generated, ...]:
+    """The texts of one pair, indexed by condition."""
+    found = []
+    for condition, title in _CONDITIONS.items():
+        if condition in rows.index:
+            similarity, text = rows.loc[condition, "similarity"], str(rows.loc[condition, "text"])
+            shown = fixed(similarity, 2) if is_defined(similarity) else "undefined"
+            found.append(Generated(condition, title, shown, text_runs(text, words)))
+    return tuple(found)
+
+
+def _places(difference: np.ndarray) -> list[tuple[str, int]]:
+    """Positions of the median, best and worst pair; fewer where there are fewer pairs."""
+    defined = np.flatnonzero(np.isfinite(difference))
+    if not len(defined):
+        return [("first", 0)]
+    order = defined[np.argsort(difference[defined], kind="stable")]
+    found = {"typical (median)": int(order[(len(order) - 1) // 2])}
+    for which, place in (("best", int(order[-1])), ("worst", int(order[0]))):
+        if place not in found.values():
+            found[which] = place
+    return list(found.items())

@@ -1,1 +1,27 @@
-"""Sparse autoencoders: one architecture a file, training, metrics, and SAELens' file format."""
+"""Sparse autoencoders: what they are (`base`), one architecture a file, files on disk, training, and measures.
+
+In comes a folder with an SAE, of whatever format, or a recipe; out comes a `SparseAutoencoder`, and numbers on how well
+it rebuilds activations. `ARCHITECTURES` has every architecture by name: an import of this package defines those below,
+and a class defined elsewhere enters itself.
+"""
+
+# ruff: noqa: I001 - in the order in which messages list them
+from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
+from saeffect.sae.standard import StandardSae
+from saeffect.sae.topk import TopKSae
+from saeffect.sae.jumprelu import JumpReluSae
+from saeffect.sae.batchtopk import BatchTopKSae
+from saeffect.sae.gated import GatedSae
+from saeffect.sae.matryoshka import MatryoshkaSae
+
+__all__ = [
+    "ARCHITECTURES",
+    "BatchTopKSae",
+    "GatedSae",
+    "JumpReluSae",
+    "MatryoshkaSae",
+    "SaeConfig",
+    "SparseAutoencoder",
+    "StandardSae",
+    "TopKSae",
+]

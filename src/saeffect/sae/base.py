@@ -1,4 +1,4 @@
-"""What every sparse autoencoder has in common: weights, names, and the way from input to reconstruction."""
+"""What every sparse autoencoder has in common: facts of its architecture, weights, and the way from input to output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import hook_of_module
 
-__all__ = ["SaeConfig", "SparseAutoencoder"]
+__all__ = ["ARCHITECTURES", "SaeConfig", "SparseAutoencoder", "Start"]
+
+#: Every architecture by name. A class enters itself when it is defined; those of this package are in `saeffect.sae`.
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class SaeConfig:
     """What an SAE is, in SAELens' words.
 
     Attributes:
-        architecture: A key of `saelens_format.ARCHITECTURES`.
+        architecture: A key of `ARCHITECTURES`.
         d_in: Width of the activations.
         d_sae: Number of features.
         k: Active features a token (topk only).
@@ -57,12 +60,34 @@ class SaeConfig:
         return next((str(name) for name in named if name and hook_of_module(str(name))), None)
 
 
+@dataclass
+class Start:
+    """An SAE to begin with, in JumpReLU's form: `relu(pre) · (pre > threshold)`, `pre = x @ W_enc + b_enc`."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None  # None: not a matter of thresholds
+
+
 class SparseAutoencoder(nn.Module, ABC):
     """`feature_acts = activation((x - b_dec) @ W_enc + b_enc)`, `sae_out = feature_acts @ W_dec + b_dec`.
 
     Attributes:
+        architecture: Its name in recipes, and in `ARCHITECTURES`.
+        label: Its name in the field, for people.
+        saelens_name: Its name in SAELens' cfg.json.
+        saved_as: The architecture in which it is saved, if that is another.
+        trainable: Whether it is a `TrainableSae`.
+        keys: Keys of a recipe that only some architectures have, this one among them.
+        penalty: The key that holds the coefficient of its sparsity penalty.
+        unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
+        loss_parts: Parts of its loss and what a reader calls each, beside "mse", which all have. A name that ends with
+            an underscore stands for all that begin so: what follows it follows the label.
+        vectors: Names of the parameters with one number a feature, float32 `[d_sae]`; the first is the bias by which a
+            feature is on.
         cfg: The configuration.
-        vectors: Names of the parameters with one number a feature, float32 `[d_sae]`.
         W_enc: float32 `[d_in, d_sae]`.
         b_enc: One of the vectors, in most architectures.
         W_dec: float32 `[d_sae, d_in]`.
@@ -70,30 +95,45 @@ class SparseAutoencoder(nn.Module, ABC):
     """
 
     architecture: ClassVar[str]
+    label: ClassVar[str] = ""
+    saelens_name: ClassVar[str] = ""
+    saved_as: ClassVar[str | None] = None
+    trainable: ClassVar[bool] = False
+    keys: ClassVar[tuple[str, ...]] = ()
+    penalty: ClassVar[str | None] = None
+    unit_rows: ClassVar[bool] = False
+    loss_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
+    W_enc: nn.Parameter
     b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "architecture" in cls.__dict__:
+            cls.label = cls.__dict__.get("label", cls.architecture)
+            cls.saelens_name = cls.__dict__.get("saelens_name", cls.architecture)
+            ARCHITECTURES[cls.architecture] = cls
 
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.W_enc = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_sae))
-        for name in self.vectors:
-            setattr(self, name, nn.Parameter(torch.zeros(cfg.d_sae)))
-        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        for name, shape in self.shapes(cfg).items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+    @classmethod
+    def shapes(cls, cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name, in the order in which they are kept."""
+        vectors = dict.fromkeys(cls.vectors, (cfg.d_sae,))
+        return {"W_enc": (cfg.d_in, cfg.d_sae), **vectors, "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
 
     @abstractmethod
     def activation(self, hidden_pre: Tensor) -> Tensor:
         """From pre-activations `[..., d_sae]` to feature activations of the same shape, zero where off."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Feature activations.
-
-        Args:
-            x: Activations of the model, `[..., d_in]`, any float dtype.
-
-        Returns:
-            `feature_acts`, float32 `[..., d_sae]`, at least 0.
+        """`feature_acts`, float32 `[..., d_sae]`, at least 0, of activations `[..., d_in]` of any float dtype.
 
         Raises:
             ShapeMismatch: The last axis is not `d_in`.
@@ -104,7 +144,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """Pre-activations `[..., d_sae]` of normalised inputs."""
         if self.cfg.apply_b_dec_to_input:
             sae_in = sae_in - self.b_dec
-        return sae_in @ self.W_enc + self.b_enc
+        return sae_in @ self.W_enc + getattr(self, self.vectors[0])
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction `[..., d_in]` of normalised inputs from feature activations `[..., d_sae]`."""
@@ -132,6 +172,10 @@ class SparseAutoencoder(nn.Module, ABC):
         """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
         sae_in, mean, scale = self._normalised(x)
         return self.decode(self.activation(self.hidden_pre(sae_in))) * scale + mean
+
+    def as_start(self) -> Start:
+        """This SAE in the form from which a training of any architecture can begin."""
+        return Start(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=None)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
         if x.shape[-1] != self.cfg.d_in:

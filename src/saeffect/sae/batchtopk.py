@@ -7,21 +7,23 @@ that was followed during training takes its place: the SAE is saved as a JumpReL
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saeffect.parallel import gathered, rank_and_world
-from saeffect.sae.base import SaeConfig
-from saeffect.sae.dead_features import auxiliary_loss
+from saeffect.sae.base import Start
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
 from saeffect.sae.jumprelu import JumpReluSae
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
+from saeffect.sae.topk import TopKSae, auxiliary_loss
+from saeffect.sae.trainable import StepInputs, StepResult, squared_error
+from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["BatchTopKSae"]
 
 
-class BatchTopKSae(TrainableSae):
+class BatchTopKSae(TopKSae):
     """Keeps the `k · n_tokens` largest pre-activations of a batch, and of those the positive ones.
 
     Attributes:
@@ -29,14 +31,15 @@ class BatchTopKSae(TrainableSae):
             `rescale_acts_by_decoder_norm`), float64, 0-dim; 0 at the start.
     """
 
-    architecture = "batchtopk"
-    leaves_out_parallel = True
+    architecture, label = "batchtopk", "BatchTopK"
+    keys: ClassVar[tuple[str, ...]] = (*TopKSae.keys, "threshold_rate")
+    saved_as = "jumprelu"
+    running = ("topk_threshold",)
     topk_threshold: Tensor
 
-    def __init__(self, cfg: SaeConfig) -> None:
-        super().__init__(cfg)
-        # Double, as in SAELens: a small rate times a small change is lost in float32.
-        self.register_buffer("topk_threshold", torch.zeros((), dtype=torch.float64))
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        return [f"k = {config.k} on average"]
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         assert self.cfg.k is not None
@@ -105,8 +108,12 @@ class BatchTopKSae(TrainableSae):
         sae.threshold.fill_(float(self.topk_threshold))
         return sae.to(self.W_dec.device)
 
-    def running_state(self) -> dict[str, Tensor]:
-        return {"topk_threshold": self.topk_threshold}
+    def set_start(self, start: Start) -> None:
+        super().set_start(start)
+        # Of activations, or of those times decoder norms, by which features are ranked.
+        rank_by = self.W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else torch.ones_like(self.b_enc)
+        threshold = torch.zeros(1) if start.threshold is None else start.threshold * rank_by
+        self.topk_threshold.copy_(threshold.median())
 
     def _kept(self, centred: Tensor, step: StepInputs, weight: Tensor | None) -> Entries:
         """This process's share of the largest entries of the whole batch; the threshold follows the smallest."""

@@ -5,27 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
+from saeffect.sae.base import SparseAutoencoder, Start
+from saeffect.sae.standard import StandardSae
+from saeffect.sae.trainable import StepInputs, StepResult, squared_error
 
 __all__ = ["GatedSae"]
 
 
-class GatedSae(TrainableSae):
-    """`gate = (x - b_dec) @ W_enc + b_gate`, `magnitude = exp(r_mag) · (gate - b_gate) + b_mag`.
+class GatedSae(StandardSae):
+    """An L1 SAE with `gate = (x - b_dec) @ W_enc + b_gate`, `magnitude = exp(r_mag) · (gate - b_gate) + b_mag`.
 
     `feature_acts = relu(magnitude)` where the gate is positive, else 0. `hidden_pre` is the gate.
     """
 
-    architecture = "gated"
+    architecture, label = "gated", "Gated"
+    loss_parts = (("l1", "l1"), ("mse_by_gate", "mse by gate"))
     vectors = ("b_gate", "r_mag", "b_mag")
     b_gate: nn.Parameter
     r_mag: nn.Parameter
     b_mag: nn.Parameter
-
-    def hidden_pre(self, sae_in: Tensor) -> Tensor:
-        if self.cfg.apply_b_dec_to_input:
-            sae_in = sae_in - self.b_dec
-        return sae_in @ self.W_enc + self.b_gate
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         magnitude = (hidden_pre - self.b_gate) * self.r_mag.exp() + self.b_mag
@@ -81,3 +79,31 @@ class GatedSae(TrainableSae):
     def fold_scale(self, scale: float) -> None:
         for bias in (self.b_gate, self.b_mag, self.b_dec):
             bias.div_(scale)
+
+    def as_start(self) -> Start:
+        # The gate is open where exp(r_mag) · (gate - b_gate) + b_mag, the magnitude, exceeds this.
+        growth = self.r_mag.exp()
+        opens_at = (self.b_mag - growth * self.b_gate).clamp_min(0.0)
+        return Start(self.W_enc * growth, self.b_mag, self.W_dec, self.b_dec, opens_at)
+
+    def set_start(self, start: Start) -> None:
+        self.r_mag.data.zero_()
+        self.b_mag.data.copy_(start.b_enc)
+        self.b_gate.data.copy_(start.b_enc if start.threshold is None else start.b_enc - start.threshold)
+
+    @torch.no_grad()
+    def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
+        """See `TrainableSae`; another gated SAE's gates and magnitudes are kept apart as they are."""
+        if not isinstance(source, GatedSae):
+            super().start_from(source, unit_decoder=unit_decoder)
+            return
+        length = source.W_dec.norm(dim=1).clamp_min(1e-8) if unit_decoder else torch.ones_like(source.b_gate)
+        W_enc, b_gate, b_mag = source.W_enc * length, source.b_gate * length, source.b_mag * length
+        more = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
+        shift = more * (source.b_dec @ W_enc)
+        self.W_enc.copy_(W_enc)
+        self.W_dec.copy_(source.W_dec / length[:, None])
+        self.b_dec.copy_(source.b_dec)
+        self.r_mag.copy_(source.r_mag)
+        self.b_gate.copy_(b_gate + shift)
+        self.b_mag.copy_(b_mag + shift * source.r_mag.exp())

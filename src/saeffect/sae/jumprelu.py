@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
+from saeffect.sae.base import Start
 from saeffect.sae.entries import Entries
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 from saeffect.sae.training.config import SaeTrainingConfig
@@ -22,12 +25,21 @@ class JumpReluSae(TrainableSae):
     rectangular kernel). Entries further below their threshold take no part.
     """
 
-    architecture = "jumprelu"
+    architecture, label = "jumprelu", "JumpReLU"
+    keys = ("l0_coefficient", "l0_kind", "pre_act_coefficient", "threshold_at_start", "bandwidth")
+    # "l0" is what the log calls the number of active features.
+    loss_parts = (("l0_penalty", "l0 penalty"), ("pre_act", "dead pre-activations"))
+    penalty = "l0_coefficient"
     vectors = ("b_enc", "threshold")
     threshold: nn.Parameter
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         return hidden_pre.relu() * (hidden_pre > self.threshold)
+
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        rising = f"rising over {config.penalty_warmup_share:.0%} of the steps"
+        return [f"L0 coefficient {config.l0_coefficient:g} ({config.l0_kind}; {rising})"]
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
@@ -65,7 +77,6 @@ class JumpReluSae(TrainableSae):
         self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
         pull = None if d_norm is None else self.pull_on_norms(d_norm, W_dec.norm(dim=1))
         self.backward(entries, d_acts.mul_(on), d_out, centred, pull)
-        # "l0" is what the log calls the number of active features.
         losses = {"mse": mse, "l0_penalty": l0}
         if len(step.dead) and step.config.pre_act_coefficient is not None:
             losses["pre_act"] = self._pre_act_loss(centred, step, step.config.pre_act_coefficient)
@@ -79,6 +90,14 @@ class JumpReluSae(TrainableSae):
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)
         self.threshold.data.div_(scale)
+
+    def as_start(self) -> Start:
+        return dataclasses.replace(super().as_start(), threshold=self.threshold)
+
+    def set_start(self, start: Start) -> None:
+        super().set_start(start)
+        if start.threshold is not None:
+            self.threshold.data.copy_(start.threshold)
 
     def _smooth_count(self, entries: Entries, d_acts: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
         """Σ tanh(4 · feature_acts · ‖W_dec‖), weighted; its gradient by the decoder's norms. Adds to `d_acts`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from saeffect.sae.batchtopk import BatchTopKSae
 from saeffect.sae.entries import DenseEntries, Entries, SparseEntries
 from saeffect.sae.trainable import StepInputs, squared_error
+from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["MatryoshkaSae"]
 
@@ -21,8 +22,14 @@ __all__ = ["MatryoshkaSae"]
 class MatryoshkaSae(BatchTopKSae):
     """Selects like BatchTopK, over all features; the loss is the sum of the nested SAEs' squared errors."""
 
-    architecture = "matryoshka"
+    architecture, label, saelens_name = "matryoshka", "Matryoshka BatchTopK", "matryoshka_batchtopk"
+    keys = (*BatchTopKSae.keys, "matryoshka_widths")
+    loss_parts = (*BatchTopKSae.loss_parts, ("inner_mse_", "mse of "))
     leaves_out_parallel = False  # a row's gradient is a sum over several reconstructions
+
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        return [*super().in_words(config), f"nested widths {', '.join(f'{w:,}' for w in config.widths)}"]
 
     def reconstruct(
         self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs

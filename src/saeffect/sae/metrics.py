@@ -1,15 +1,31 @@
-"""How well an SAE reconstructs: small pure functions, each tested by hand."""
+"""How well an SAE reconstructs, and what the model loses by it: small functions, each tested by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import ShapeMismatch, Undefined
+from saeffect.lm.activations import NormLimit, kept_positions
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
+from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["ReconstructionSums", "ce_loss_score", "explained_variance"]
+__all__ = [
+    "ReconstructionSums",
+    "SplicedLosses",
+    "ce_loss_score",
+    "explained_variance",
+    "reconstruction",
+    "row_losses",
+    "spliced_losses",
+]
 
 
 def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
@@ -61,15 +77,6 @@ def ce_loss_score(clean: float, sae: float, zero: float) -> float:
     return (zero - sae) / (zero - clean)
 
 
-@dataclass
-class _Sums:
-    tokens: int
-    squared_in: float
-    squared_error: float
-    squared_out: float
-    active: float
-
-
 class ReconstructionSums:
     """Explained variance, l2 ratio and l0 over any number of batches, exactly as over one.
 
@@ -84,9 +91,9 @@ class ReconstructionSums:
     """
 
     def __init__(self, d_in: int) -> None:
-        self._sums = _Sums(0, 0.0, 0.0, 0.0, 0.0)
+        self.n_tokens = 0
+        self._squared_in = self._squared_error = self._ratio = self._active = 0.0
         self._total = torch.zeros(d_in, dtype=torch.float64)
-        self._ratio = 0.0
 
     def add(self, sae_in: Tensor, sae_out: Tensor, feature_acts: Tensor | None = None) -> None:
         """Take in a batch `[n_tokens, d_in]` (and its feature activations `[n_tokens, d_sae]`, for l0).
@@ -100,20 +107,13 @@ class ReconstructionSums:
                 " expected the same [n_tokens, d_in]."
             )
         x, y = sae_in.double(), sae_out.double()
-        s = self._sums
-        s.tokens += len(x)
-        s.squared_in += float(x.square().sum())
-        s.squared_out += float(y.square().sum())
-        s.squared_error += float((x - y).square().sum())
+        self.n_tokens += len(x)
+        self._squared_in += float(x.square().sum())
+        self._squared_error += float((x - y).square().sum())
         self._total += x.sum(0)
         self._ratio += float((y.norm(dim=1) / x.norm(dim=1).clamp_min(1e-12)).sum())
         if feature_acts is not None:
-            s.active += float((feature_acts > 0).sum())
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens taken in so far."""
-        return self._sums.tokens
+            self._active += float((feature_acts > 0).sum())
 
     def explained_variance(self) -> float:
         """See `explained_variance`.
@@ -121,16 +121,130 @@ class ReconstructionSums:
         Raises:
             Undefined: No tokens, or all of them equal.
         """
-        s = self._sums
-        about_mean = s.squared_in - float(self._total.square().sum()) / s.tokens if s.tokens else 0.0
-        if about_mean <= 1e-12 * s.squared_in or not s.tokens:
+        n = self.n_tokens
+        about_mean = self._squared_in - float(self._total.square().sum()) / n if n else 0.0
+        if about_mean <= 1e-12 * self._squared_in or not n:
             raise Undefined("all activations are equal, so there is no variance to explain.")
-        return 1.0 - s.squared_error / about_mean
+        return 1.0 - self._squared_error / about_mean
 
     def l2_ratio(self) -> float:
         """Mean over tokens of the reconstruction's norm over the input's; below 1 the SAE shrinks."""
-        return self._ratio / self._sums.tokens if self._sums.tokens else float("nan")
+        return self._ratio / self.n_tokens if self.n_tokens else float("nan")
 
     def l0(self) -> float:
         """Mean number of active features a token."""
-        return self._sums.active / self._sums.tokens if self._sums.tokens else float("nan")
+        return self._active / self.n_tokens if self.n_tokens else float("nan")
+
+
+@torch.inference_mode()
+def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
+    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
+
+    Returns:
+        explained_variance, l2_ratio (mean norm out over norm in), l0 (mean active features a token), dead_share (share
+        of features that fire on none of the tokens), mean_log10_density (mean over features of
+        log10(firing rate + 1e-10)), n_tokens.
+    """
+    sums = ReconstructionSums(sae.cfg.d_in)
+    fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
+    for x in activations.split(1024):
+        feature_acts = sae.encode(x)
+        sums.add(x, sae(x), feature_acts)
+        fired += (feature_acts > 0).sum(0)
+    density = fired.double() / sums.n_tokens
+    return {
+        "explained_variance": sums.explained_variance(),
+        "l2_ratio": sums.l2_ratio(),
+        "l0": sums.l0(),
+        "dead_share": float((fired == 0).double().mean()),
+        "mean_log10_density": float((density + 1e-10).log10().mean()),
+        "n_tokens": sums.n_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class SplicedLosses:
+    """Mean next-token cross-entropies, in nats a token.
+
+    Attributes:
+        clean: The model as it is.
+        sae: The SAE's reconstruction at the hook.
+        zero: Zeros at the hook.
+        n_tokens: Predictions averaged over.
+        clean_by_row: `clean` of each row, float64 `[n_rows]`.
+    """
+
+    clean: float
+    sae: float
+    zero: float
+    n_tokens: int
+    clean_by_row: NDArray[np.float64]
+
+    @property
+    def ce_loss_score(self) -> float:
+        """See the function of that name."""
+        return ce_loss_score(self.clean, self.sae, self.zero)
+
+
+@torch.inference_mode()
+def spliced_losses(
+    lm: LanguageModel,
+    sae: SparseAutoencoder,
+    hook: str,
+    rows: NDArray[np.int32],
+    limit: NormLimit,
+    *,
+    batch_size: int = 4,
+) -> SplicedLosses:
+    """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
+
+    Positions that SAEs are not trained on (the first, and outliers of the norm) stay as they are each time. A BOS in
+    front is never predicted.
+
+    Args:
+        lm: The model.
+        sae: The SAE of this hook.
+        hook: TransformerLens name.
+        rows: Token ids, int32 `[n_rows, context_size]`.
+        limit: Which positions count.
+        batch_size: Rows a forward pass.
+    """
+
+    def replacing(new: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+        def edit(x: Tensor) -> Tensor:
+            kept = kept_positions(x, limit)[..., None]
+            return torch.where(kept, new(x).to(x.dtype), x)
+
+        return edited(lm, hook, edit)
+
+    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "clean": nullcontext,
+        "sae": lambda: replacing(sae),
+        "zero": lambda: replacing(torch.zeros_like),
+    }
+    totals = dict.fromkeys(ways, 0.0)
+    count, by_row = 0, []
+    for start in range(0, len(rows), batch_size):
+        ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
+        for name, way in ways.items():
+            with way():
+                logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            totals[name] += float(loss)
+            if name == "clean":
+                by_row.append(row_losses(logits, ids))
+        count += ids[:, 1:].numel()
+    clean, spliced, zero = (totals[name] / count for name in ways)
+    return SplicedLosses(clean, spliced, zero, count, np.concatenate(by_row))
+
+
+def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
+    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`.
+
+    Args:
+        logits: Float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
+        ids: Token ids, int64 `[n_rows, n]`.
+    """
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    means: NDArray[np.float64] = losses.view(len(ids), -1).double().mean(dim=1).cpu().numpy()
+    return means

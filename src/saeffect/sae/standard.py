@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
+from saeffect.sae.training.config import SaeTrainingConfig
 
 __all__ = ["StandardSae"]
 
@@ -13,7 +16,15 @@ __all__ = ["StandardSae"]
 class StandardSae(TrainableSae):
     """`feature_acts = relu(hidden_pre)`; the penalty is `coefficient · Σ_f feature_acts_f · ‖W_dec_f‖`."""
 
-    architecture = "standard"
+    architecture, label = "standard", "L1"
+    keys = ("l1_coefficient",)
+    loss_parts: ClassVar[tuple[tuple[str, str], ...]] = (("l1", "l1"),)
+    penalty = "l1_coefficient"
+
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        rising = f"rising over {config.penalty_warmup_share:.0%} of the steps"
+        return [f"L1 coefficient {config.l1_coefficient:g} ({rising})"]
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         return hidden_pre.relu()

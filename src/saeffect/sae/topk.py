@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from saeffect.sae.dead_features import auxiliary_loss
-from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
+from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error, take_off_parallel
+from saeffect.sae.training.config import SaeTrainingConfig
 
-__all__ = ["TopKSae"]
+__all__ = ["TopKSae", "auxiliary_loss"]
 
 
 class TopKSae(TrainableSae):
     """Keeps the k largest pre-activations of each token, and of those the positive ones."""
 
-    architecture = "topk"
-    leaves_out_parallel = True
+    architecture, label = "topk", "TopK"
+    keys: ClassVar[tuple[str, ...]] = ("k", "auxiliary_k", "auxiliary_weight", "rescale_acts_by_decoder_norm")
+    loss_parts: ClassVar[tuple[tuple[str, str], ...]] = (("auxiliary", "auxiliary"),)
+    unit_rows = leaves_out_parallel = True
+
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        return [f"k = {config.k}"]
 
     def activation(self, hidden_pre: Tensor) -> Tensor:
         assert self.cfg.k is not None
@@ -46,3 +54,52 @@ class TopKSae(TrainableSae):
         if len(step.dead) and step.config.auxiliary_weight:
             losses["auxiliary"] = auxiliary_loss(self, centred, -error, step, weight=weight)
         return StepResult(losses, entries.counts(), sae_out)
+
+
+@torch.no_grad()
+def auxiliary_loss(
+    sae: TrainableSae, centred: Tensor, residual: Tensor, step: StepInputs, *, weight: Tensor | None = None
+) -> Tensor:
+    """How badly dead features explain what the living ones leave over; its gradients are added to the leaves'.
+
+    Each token uses the `auxiliary_k` dead features with the largest pre-activations. The residual counts as
+    a constant. With fewer than `auxiliary_k` dead features the loss weighs proportionally less.
+
+    Args:
+        sae: Its leaves hold the main loss's gradients already.
+        centred: What the encoder was given, float32 `[n, d_in]`.
+        residual: `x - sae_out`, float32 `[n, d_in]`.
+        step: `dead`, `n_tokens` and the recipe.
+        weight: Features are ranked by pre-activation times this, float32 `[d_sae]`.
+
+    Returns:
+        The loss, weighted, 0-dim.
+
+    Source:
+        Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
+    """
+    dead, config = step.dead, step.config
+    rows, decoder = sae.W_rows[dead], sae.W_dec.data[dead]
+    acts = torch.addmm(sae.b_enc.data[dead], centred, rows.T)
+    k = min(config.auxiliary_k, len(dead))
+    chosen: Tensor | None = None
+    if k < len(dead):
+        ranked = acts if weight is None else acts * weight[dead]
+        chosen = torch.zeros_like(acts).scatter_(1, ranked.topk(k, dim=1, sorted=False).indices, 1.0)
+        acts *= chosen
+    factor = config.auxiliary_weight * min(1.0, len(dead) / config.auxiliary_k)
+    error = acts @ decoder - residual
+    d_out = error * (2.0 * factor / step.n_tokens)
+    d_hidden = d_out @ decoder.T
+    if chosen is not None:
+        d_hidden *= chosen
+    sums = d_hidden.sum(0)
+    d_rows = acts.T @ d_out
+    if step.tangent:
+        take_off_parallel(d_rows, decoder)
+    sae.gradient("W_dec").index_add_(0, dead, d_rows)
+    sae.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
+    sae.gradient("b_enc").index_add_(0, dead, sums)
+    if sae.cfg.apply_b_dec_to_input:
+        sae.gradient("b_dec").sub_(rows.T @ sums)
+    return factor * error.square().sum() / step.n_tokens

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.base import SaeConfig, SparseAutoencoder, Start
 from saeffect.sae.encoder import Encoder
 from saeffect.sae.entries import Entries
 from saeffect.sae.training.config import SaeTrainingConfig
@@ -69,17 +69,21 @@ class TrainableSae(SparseAutoencoder):
     """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
 
     Attributes:
-        leaves: What the optimizer moves, by name: contiguous tensors that share memory with the parameters,
-            "W_enc" as `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills.
         leaves_out_parallel: Whether `accumulate_gradients` honours `StepInputs.tangent`.
+        running: Names of 0-dim float64 buffers that training updates, and that a checkpoint must keep.
     """
 
+    trainable = True
     leaves_out_parallel: ClassVar[bool] = False
+    running: ClassVar[tuple[str, ...]] = ()
     _leaves: dict[str, nn.Parameter]
 
     def __init__(self, cfg: SaeConfig) -> None:
         super().__init__(cfg)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
+        for name in self.running:
+            # Double, as in SAELens: a small rate times a small change is lost in float32.
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @property
     def W_rows(self) -> Tensor:
@@ -87,7 +91,10 @@ class TrainableSae(SparseAutoencoder):
         return self.W_enc.data.T
 
     def leaves(self) -> dict[str, nn.Parameter]:
-        """The same tensors on every call; gradients are allocated by the first."""
+        """What the optimizer moves, by name: contiguous tensors that share memory with the parameters.
+
+        "W_enc" is `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills. The same tensors on every call.
+        """
         if not hasattr(self, "_leaves"):
             found = {}
             for name, parameter in self.named_parameters():
@@ -105,11 +112,11 @@ class TrainableSae(SparseAutoencoder):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
-        """Random decoder rows of norm `config.decoder_init_norm`, the encoder their transpose.
+        """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose.
 
         Args:
             sample: Scaled inputs, float32 `[n, d_in]`, for the decoder's bias.
-            config: `seed`, `decoder_init_norm`, `b_dec_init`.
+            config: `seed`, and what it says about decoder and bias.
 
         Source:
             SAELens' heuristic initialisation, after Anthropic's April 2024 update.
@@ -125,6 +132,12 @@ class TrainableSae(SparseAutoencoder):
     @abstractmethod
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
         """Losses on a batch of scaled inputs, float32 `[n, d_in]`; fills the leaves' `.grad` anew."""
+
+    @classmethod
+    def in_words(cls, config: SaeTrainingConfig) -> list[str]:
+        """What of the recipe is the architecture's own, for the model card."""
+        del config
+        return []
 
     def after_step(self, step: StepInputs) -> None:
         """Put constraints back after the optimizer's step."""
@@ -152,7 +165,44 @@ class TrainableSae(SparseAutoencoder):
 
     def running_state(self) -> dict[str, Tensor]:
         """Tensors besides the leaves that a checkpoint must keep; changed in place."""
-        return {}
+        return {name: getattr(self, name) for name in self.running}
+
+    # To begin with another SAE's weights.
+
+    @torch.no_grad()
+    def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
+        """Copy another SAE's weights, of whatever architecture: each feature keeps its index.
+
+        Args:
+            source: In the units in which this one is to be.
+            unit_decoder: Whether decoder rows are kept at length 1: their lengths move into the encoder, and features
+                that were ranked by activation are then ranked by activation times length.
+        """
+        start = source.as_start()
+        ranked_alike = source.cfg.rescale_acts_by_decoder_norm <= self.cfg.rescale_acts_by_decoder_norm
+        if unit_decoder or not ranked_alike:
+            length = start.W_dec.norm(dim=1).clamp_min(1e-8)
+            start.W_enc, start.b_enc = start.W_enc * length, start.b_enc * length
+            start.W_dec = start.W_dec / length[:, None]
+            start.threshold = None if start.threshold is None else start.threshold * length
+        # The encoder's bias does what taking b_dec off the input did, or the other way round.
+        more = int(self.cfg.apply_b_dec_to_input) - int(source.cfg.apply_b_dec_to_input)
+        if more:
+            start.b_enc = start.b_enc + more * (start.b_dec @ start.W_enc)
+        self.W_enc.copy_(start.W_enc)
+        self.W_dec.copy_(start.W_dec)
+        self.b_dec.copy_(start.b_dec)
+        self.set_start(start)
+
+    def set_start(self, start: Start) -> None:
+        """Take over biases and thresholds, as far as the architecture has them; the matrices are set."""
+        self.b_enc.data.copy_(start.b_enc)
+
+    # Parts of a step.
+
+    def centred(self, x: Tensor) -> Tensor:
+        """What the encoder sees of an input."""
+        return x - self.b_dec.data if self.cfg.apply_b_dec_to_input else x
 
     @torch.no_grad()
     def backward(
@@ -178,24 +228,19 @@ class TrainableSae(SparseAutoencoder):
         self.gradient("b_dec").copy_(d_out.sum(0))
         self.backward_to_b_dec(self.gradient("b_enc"))
 
-    @staticmethod
-    def pull_off_rows(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
-        """What takes the part along each row off the decoder's gradient, in multiples of the row; None to leave it.
-
-        The gradient of a row is a sum of `d_out` weighted by activations, so its product with the row is the same sum
-        of `d_acts`, which are known already. Rows have length 1.
-
-        Args:
-            entries: Active features, `values` being the feature activations.
-            d_acts: `d_out @ W_dec.T` at the entries.
-            step: Whether it is wanted.
-        """
-        return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
-
     def backward_to_b_dec(self, d_hidden_sums: Tensor) -> None:
         """The part of b_dec's gradient that comes through the encoder: a matrix-vector product."""
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(self.W_rows.T @ d_hidden_sums)
+
+    @staticmethod
+    def pull_off_rows(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
+        """What takes the part along each row off the decoder's gradient, in multiples of the row; None to leave it.
+
+        The gradient of a row is a sum of `d_out` weighted by activations, so its product with the row (of length 1) is
+        the same sum of `d_acts = d_out @ W_dec.T` at the entries, which are known already.
+        """
+        return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
 
     @staticmethod
     def pull_on_norms(d_norm: Tensor, norm: Tensor) -> Tensor:
@@ -206,10 +251,6 @@ class TrainableSae(SparseAutoencoder):
             norm: The lengths, float32 `[d_sae]`.
         """
         return d_norm / norm.clamp_min(1e-12)
-
-    def centred(self, x: Tensor) -> Tensor:
-        """What the encoder sees of an input."""
-        return x - self.b_dec.data if self.cfg.apply_b_dec_to_input else x
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:

@@ -1,19 +1,26 @@
 """Statistics that say how sure they are.
 
-An estimate comes with an interval, a test with its p, and data without an answer give NaN with a reason.
-Wherever two groups are compared, `a` is the reference and positive means that `b` is larger.
+Arrays of numbers enter. What leaves is an `Estimate` (with interval, p, or the reason why there is none), a p, or a
+table of them. Wherever two groups are compared, `a` is the reference and positive means that `b` is larger.
+
+Everywhere `level` is the confidence of an interval, `n_boot` the number of resamples (at least 2 / (1 - level)) and
+`seed` an integer or a numpy generator; equal seeds give equal numbers. `alpha` is the error rate of a test and
+`power` the probability that it finds something. A `Resampling` holds the seed and the numbers of resamples, and the
+`name` beside it gives a number its own random stream. An argument of the wrong shape or kind raises a
+`ShapeMismatch`, `Undefined`, `UnknownName` or `ConfigError` that names it; data without an answer give NaN, with the
+reason.
 """
 
 from __future__ import annotations
 
 from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
+from saeffect.stats.arguments import Resampling
 from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
-from saeffect.stats.clusters import independent_values
-from saeffect.stats.effect_sizes import cliffs_delta, normalised_mean_difference
-from saeffect.stats.estimate import Estimate, TestResult
+from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
+from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.multiplicity import benjamini_hochberg, holm
-from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference, nested_mean_test
-from saeffect.stats.permutation import permutation_test, sign_flip_many, sign_flip_test
+from saeffect.stats.nested import NestedMean, nested_mean, nested_mean_difference
+from saeffect.stats.permutation import permutation_test, sign_flip_many
 from saeffect.stats.power import (
     Detectable,
     detectable_few_means,
@@ -21,41 +28,40 @@ from saeffect.stats.power import (
     detectable_paired_mean,
     detectable_proportion_difference,
 )
-from saeffect.stats.proportions import fisher_exact, newcombe_difference, risk_ratio, wilson
+from saeffect.stats.proportions import newcombe_difference, risk_ratio, wilson
 from saeffect.stats.regression import ols_robust
-from saeffect.stats.student import cautious_difference, cautious_difference_test
+from saeffect.stats.student import cautious_difference, independent_values, mean_interval
 
 __all__ = [
     "Detectable",
     "Estimate",
     "NestedMean",
-    "TestResult",
+    "Resampling",
     "benjamini_hochberg",
     "bootstrap",
     "bootstrap_difference",
     "bootstrap_means",
     "cautious_difference",
-    "cautious_difference_test",
     "cliffs_delta",
     "cluster_bootstrap",
+    "clustered_difference",
     "cohens_kappa",
+    "count_difference",
     "detectable_few_means",
     "detectable_mean_difference",
     "detectable_paired_mean",
     "detectable_proportion_difference",
-    "fisher_exact",
     "holm",
     "independent_values",
     "krippendorff_alpha",
+    "mean_interval",
     "nested_mean",
     "nested_mean_difference",
-    "nested_mean_test",
     "newcombe_difference",
-    "normalised_mean_difference",
     "ols_robust",
     "permutation_test",
     "risk_ratio",
     "sign_flip_many",
-    "sign_flip_test",
+    "undefined",
     "wilson",
 ]

@@ -6,7 +6,6 @@ Krippendorff's rule of thumb 0.8 is reliable and 0.667 the least on which to bas
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from scipy.special import ndtri
 
 from saeffect.errors import ShapeMismatch, Undefined, unknown_name
 from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, generator
-from saeffect.stats.estimate import Estimate
+from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["cohens_kappa", "krippendorff_alpha"]
 
@@ -26,21 +25,16 @@ _METRICS = ("nominal", "ordinal", "interval")
 
 
 def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, level: float = 0.95) -> Estimate:
-    """How far two raters agree beyond chance: 1 always, 0 as often as chance, below 0 less often than that.
+    """How far two raters agree beyond chance.
 
     Args:
         a: Length n, the first rater's label of each item; labels are anything hashable.
         b: Length n, the second rater's labels of the same items in the same order.
-        level: Confidence, between 0 and 1.
 
     Returns:
         Kappa, at most 1, with n the number of items. NaN for no items, missing labels, or when both raters
         gave one and the same label throughout (chance alone explains that). No interval when they agree on
         everything.
-
-    Raises:
-        ShapeMismatch: The raters judged different numbers of items.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Cohen (1960); the large-sample standard error of Fleiss, Cohen & Everitt (1969) through statsmodels.
@@ -49,29 +43,32 @@ def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, 
         >>> cohens_kappa(["yes", "yes", "no", "no"], ["yes", "no", "no", "no"]).value
         0.5
     """
+    from statsmodels.stats.inter_rater import cohens_kappa as kappa  # takes a second, and few commands need it
+
     check_level(level)
-    labels_a, labels_b = list(a), list(b)
-    n = len(labels_a)
-    if len(labels_b) != n:
-        raise ShapeMismatch(f"the raters must judge the same items, got {n} and {len(labels_b)} labels.", at="b")
+    labels, n = [*a, *b], len(a)
+    if len(b) != n:
+        raise ShapeMismatch(f"the raters must judge the same items, got {n} and {len(b)} labels.", at="b")
     if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0, "there are no items")
-    codes, categories = pd.factorize(pd.Series(labels_a + labels_b, dtype=object))
+        return undefined("there are no items")
+    codes, categories = pd.factorize(pd.Series(labels, dtype=object))
     n_missing = int(((codes[:n] < 0) | (codes[n:] < 0)).sum())
     if n_missing:
-        reason = f"{n_missing} of {n} items lack a label of one rater or both"
-        return Estimate(math.nan, math.nan, math.nan, n, reason)
+        return undefined(f"{n_missing} of {n} items lack a label of one rater or both", n)
     if len(categories) == 1:
-        reason = f"both raters gave every item the label {categories[0]!r}, which chance explains"
-        return Estimate(math.nan, math.nan, math.nan, n, reason)
+        return undefined(f"both raters gave every item the label {categories[0]!r}, which chance explains", n)
     table = np.zeros((len(categories), len(categories)))
     np.add.at(table, (codes[:n], codes[n:]), 1)
     if np.trace(table) == n:  # exactly 1, where the arithmetic may miss by a last digit
-        return Estimate(1.0, math.nan, math.nan, n, "the raters agree on everything, so the standard error is zero")
-    value, standard_error = _kappa_and_error(table)
-    if not standard_error > 0:
-        return Estimate(value, math.nan, math.nan, n, "the standard error is zero for these labels")
-    half = float(ndtri((1 + level) / 2)) * standard_error
+        return undefined("the raters agree on everything, so the standard error is zero", n, 1.0)
+    with warnings.catch_warnings():
+        # statsmodels also makes a z-value, unused here, that divides by zero when one rater never varies.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        found = kappa(table)
+    value, error = float(found.kappa), float(found.std_kappa)
+    if not error > 0:
+        return undefined("the standard error is zero for these labels", n, value)
+    half = float(ndtri((1 + level) / 2)) * error
     return Estimate(value, max(-1.0, value - half), min(1.0, value + half), n)
 
 
@@ -89,18 +86,10 @@ def krippendorff_alpha(
         ratings: One row an item, one column a rater; None or NaN where a rater did not judge the item.
         metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the
             more ranks lie between; "interval": the squared difference. The last two need numbers.
-        n_boot: Resamples of items for the interval; at least 2 / (1 - level).
-        level: Confidence, between 0 and 1.
-        seed: Integer or numpy Generator.
 
     Returns:
         Alpha, at most 1, with n the items that at least two raters judged (others cannot show agreement). NaN
         when there are none or only one label occurs; no interval where resampling items cannot give one.
-
-    Raises:
-        ShapeMismatch: `ratings` is not a table.
-        Undefined: "ordinal" or "interval" with labels that are not numbers.
-        ConfigError: An option is not valid.
 
     Source:
         Krippendorff (2011), Computing Krippendorff's alpha-reliability. The interval resamples items whole.
@@ -114,54 +103,34 @@ def krippendorff_alpha(
     check_resamples(n_boot, level)
     rng = generator(seed)
     counts, labels = _label_counts(ratings)
-    scale = np.arange(float(len(labels))) if metric == "nominal" else _as_scale(labels, metric)
+    try:
+        scale = np.array([float(i if metric == "nominal" else label) for i, label in enumerate(labels)])
+    except (TypeError, ValueError) as error:
+        raise Undefined(f"metric {metric!r} needs labels that are numbers: {error}.", at="ratings") from error
     order = np.argsort(scale, kind="stable")
     counts, scale = counts[:, order], scale[order]
     counts = counts[counts.sum(axis=1) >= 2]
     n = len(counts)
     if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0, "no item has two ratings")
+        return undefined("no item has two ratings")
     if (counts.sum(axis=0) > 0).sum() == 1:
-        return Estimate(math.nan, math.nan, math.nan, n, "only one label occurs, which chance explains")
+        return undefined("only one label occurs, which chance explains", n)
     pairs = _coincidences(counts)
     value = float(_alpha(np.ones((1, n)), pairs, metric, scale)[0])
     if n == 1:
-        return Estimate(value, math.nan, math.nan, n, "one item shows no spread")
+        return undefined("one item shows no spread", n, value)
     if value == 1.0:
-        return Estimate(value, math.nan, math.nan, n, "the raters agree on everything: there is no spread")
+        return undefined("the raters agree on everything: there is no spread", n, value)
     times = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
     replicates = _alpha(times, pairs, metric, scale)
-    if reason := _no_spread(replicates):
-        return Estimate(value, math.nan, math.nan, n, reason)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high), n)
-
-
-def _kappa_and_error(table: FloatArray) -> tuple[float, float]:
-    # statsmodels takes a second to import, and most commands never ask for it.
-    from statsmodels.stats.inter_rater import cohens_kappa as statsmodels_kappa
-
-    with warnings.catch_warnings():
-        # It also makes a z-value, unused here, that divides by zero when one rater never varies.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        result = statsmodels_kappa(table)
-    return float(result.kappa), float(result.std_kappa)
-
-
-def _as_scale(labels: list[Any], metric: str) -> FloatArray:
-    try:
-        return np.array([float(label) for label in labels])
-    except (TypeError, ValueError) as error:
-        raise Undefined(f"metric {metric!r} needs labels that are numbers: {error}.", at="ratings") from error
-
-
-def _no_spread(replicates: FloatArray) -> str:
     n_undefined = int(np.isnan(replicates).sum())
     if n_undefined:
-        return f"{n_undefined} of {len(replicates)} resamples hold a single label, where alpha is undefined"
+        reason = f"{n_undefined} of {n_boot} resamples hold a single label, where alpha is undefined"
+        return undefined(reason, n, value)
     if np.ptp(replicates) < 1e-12:
-        return "the items are all alike, so resampling shows no spread"
-    return ""
+        return undefined("the items are all alike, so resampling shows no spread", n, value)
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high), n)
 
 
 def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:
@@ -175,8 +144,7 @@ def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:
     codes, labels = pd.factorize(pd.Series(table.ravel(), dtype=object))
     items = np.repeat(np.arange(table.shape[0]), table.shape[1])
     counts = np.zeros((table.shape[0], len(labels)))
-    given = codes >= 0
-    np.add.at(counts, (items[given], codes[given]), 1)
+    np.add.at(counts, (items[codes >= 0], codes[codes >= 0]), 1)
     return counts, list(labels)
 
 

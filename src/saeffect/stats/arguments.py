@@ -1,27 +1,27 @@
 """What every statistic asks of its arguments, and what it says when they do not fit.
 
-Two kinds of trouble are kept apart. Arguments of the wrong shape or kind raise a `SaeffectError`. Data that
-merely have no answer (none, one, NaN among them) never raise and never lose values in silence: the statistic
-is NaN and `fault` gives the reason.
+Arguments of the wrong shape or kind raise a `SaeffectError`. Data that merely have no answer (none, one, NaN among
+them) never raise and never lose values in silence: the statistic is NaN and `fault` gives the reason.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+import zlib
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from saeffect.errors import ConfigError, ShapeMismatch, Undefined, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
 
 __all__ = [
-    "ALTERNATIVES",
+    "LEVEL",
     "FloatArray",
+    "IntArray",
+    "Resampling",
     "Seed",
-    "Statistic",
-    "check_alternative",
     "check_level",
     "check_resamples",
     "fault",
@@ -30,10 +30,30 @@ __all__ = [
 ]
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
+IntArray: TypeAlias = npt.NDArray[np.int64]
 Seed: TypeAlias = int | np.random.Generator
-Statistic: TypeAlias = Callable[..., Any]
 
-ALTERNATIVES = ("greater", "less", "two-sided")
+LEVEL = 0.95
+"""Of every interval that a study reports."""
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How much a study resamples, and from which seed.
+
+    Example:
+        >>> Resampling(seed=1).seed_for("coherence") == Resampling(seed=2).seed_for("coherence")
+        False
+    """
+
+    seed: int = 0
+    n_boot: int = 2_000
+    n_permutations: int = 10_000
+
+    def seed_for(self, *names: str) -> int:
+        """A seed of its own for each named number, so that adding one row leaves the others as they were."""
+        key = zlib.crc32("|".join(names).encode())
+        return int(np.random.SeedSequence([self.seed, key]).generate_state(1)[0])
 
 
 def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> FloatArray:
@@ -108,9 +128,3 @@ def check_resamples(n_boot: int, level: float) -> None:
             at="n_boot",
             fix="2000 is usual.",
         )
-
-
-def check_alternative(alternative: str) -> None:
-    """Refuse an alternative that is not one of `ALTERNATIVES`."""
-    if alternative not in ALTERNATIVES:
-        raise unknown_name("alternative", alternative, ALTERNATIVES, at="alternative")

@@ -1,10 +1,9 @@
 """Intervals for values that lie in groups within groups: prompts in features in SAE seeds.
 
-A feature's eight prompts resemble each other, and so do the features of one SAE. What is to be told is how the
-answer would differ with other SAEs, other features *and* other prompts. Each outermost group is therefore
-resampled whole. Its mean already carries the luck of the features and prompts that it happened to hold;
-resampling those within it once more would count that luck twice, and a 95 % interval would hold the truth
-99 times in a hundred (tests/stats/test_nested.py shows both).
+A feature's eight prompts resemble each other, and so do the features of one SAE. How would the answer differ with
+other SAEs, other features *and* other prompts? Each outermost group is resampled whole. Its mean already carries the
+sampling error of the features and prompts that it holds; resampling those within it once more would count that error
+twice, and a 95 % interval would hold the truth 99 times in a hundred (tests/stats/test_nested.py shows both).
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy.special import ndtr, stdtr, stdtrit
 
 from saeffect.errors import ShapeMismatch
-from saeffect.stats.arguments import FloatArray, Seed, check_resamples, fault, generator, sample
-from saeffect.stats.estimate import Estimate, TestResult
+from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, fault, generator, sample
+from saeffect.stats.estimate import Estimate, undefined
 
-__all__ = ["NestedMean", "nested_mean", "nested_mean_difference", "nested_mean_test"]
+__all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
 
 # Percentiles of so few resampled groups do not reach far enough.
 _FEW = 20
@@ -38,20 +37,18 @@ class NestedMean:
         group_means: Means of the groups that show spread, float64 `[n]`: those of the first level that has
             more than one.
         replicates: The value of each resample of those, float64 `[n_boot]`; empty when there is no interval.
-        level_name: Which level that is.
         reason: Why something is NaN, or what the interval does not hold, else "".
 
     Example:
         >>> levels = pd.DataFrame({"sae_seed": [0, 0, 1, 1], "feature": [0, 1, 0, 1]})
         >>> found = nested_mean([1.0, 3.0, 5.0, 5.0], levels, n_boot=40)
-        >>> found.value, found.group_means.tolist(), found.level_name
-        (3.5, [2.0, 5.0], 'sae_seed')
+        >>> found.value, found.group_means.tolist()
+        (3.5, [2.0, 5.0])
     """
 
     value: float
     group_means: FloatArray
     replicates: FloatArray
-    level_name: str
     reason: str = ""
 
     @property
@@ -64,17 +61,6 @@ class NestedMean:
         """Standard error of the value; NaN for fewer than two groups."""
         return float(self.group_means.std(ddof=1)) / math.sqrt(self.n) if self.n > 1 else math.nan
 
-    def estimate(self, level: float = 0.95) -> Estimate:
-        """The interval: percentiles from 20 groups on, else Student's t with n - 1 degrees of freedom.
-
-        The percentiles are those that a t interval would have for normal data, a little outside the nominal ones:
-        resamples of n groups spread too little by (n - 1) / n, and normal quantiles are too near for so few.
-
-        Source:
-            Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
-        """
-        return _interval(self.value, self.replicates, self.error, self.n, self.n - 1.0, level, self.reason)
-
 
 def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 2000, seed: Seed = 0) -> NestedMean:
     """Mean of means over nested groups, the outermost of them resampled whole (the hierarchical bootstrap).
@@ -86,12 +72,6 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
         levels: One column a level, outermost first (sae_seed, feature, prompt); n rows. Labels need only be
             unique within the group above. Levels with a single group show no spread and are passed over, with
             a remark: with one SAE seed the interval does not know the noise of SAE training.
-        n_boot: Resamples.
-        seed: Integer or numpy Generator.
-
-    Raises:
-        ShapeMismatch: `values` and `levels` differ in length, or there is no level.
-        ConfigError: `n_boot` or `seed` is out of range.
 
     Source:
         Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
@@ -108,108 +88,66 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
         )
     check_resamples(n_boot, 0.95)
     rng = generator(seed)
-    names = [*(str(name) for name in levels.columns), "value"]
-    if reason := fault(data) or _missing(levels):
-        return NestedMean(math.nan, np.empty(0), np.empty(0), names[0], reason)
+    missing = [str(name) for name in levels.columns if levels[name].isna().any()]
+    if reason := fault(data) or (f"levels: labels of {', '.join(missing)} are missing" if missing else ""):
+        return NestedMean(math.nan, np.empty(0), np.empty(0), reason)
     tree = _tree(data, [levels[name].to_numpy() for name in levels.columns])
     single: list[str] = []
     while isinstance(tree, list) and len(tree) == 1:
-        single.append(names[len(single)])
+        single.append(str(levels.columns[len(single)]))
         tree = tree[0]
     means = np.array([_mean(child) for child in tree])
-    name = names[len(single)]
+    value = float(means.mean())
     if len(means) < 2:
-        return NestedMean(float(means.mean()), means, np.empty(0), name, "a single value shows no spread")
+        return NestedMean(value, means, np.empty(0), "a single value shows no spread")
     remark = f"one {' and one '.join(single)}: the interval does not hold that noise" if single else ""
     replicates = means[rng.integers(len(means), size=(n_boot, len(means)))].mean(axis=1)
-    return NestedMean(float(means.mean()), means, replicates, name, remark)
+    return NestedMean(value, means, replicates, remark)
 
 
 def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95) -> Estimate:
-    """`b - a` of two independent nested means; degrees of freedom by Welch and Satterthwaite.
+    """`b - a` of two independent nested means, with Welch's t test of the group means.
 
     With a the placebo arm and b the treatment this is also the difference in differences, since the control is
-    taken off both: (treatment - control) - (placebo - control).
+    taken off both: (treatment - control) - (placebo - control). The interval is Student's below 20 groups a side, from
+    there on the percentiles that a t interval would have for normal data, a little outside the nominal ones: resamples
+    of n groups spread too little by (n - 1) / n.
 
     Args:
         a: The reference.
         b: What is compared with it.
-        level: Of the interval.
 
     Returns:
-        The difference; NaN ends with a reason where either side shows no spread.
+        The difference with its two-sided p, n the groups of the smaller side; NaN with a reason where either side
+        shows no spread. A remark in `reason` beside an interval says what noise it does not hold.
 
     Source:
-        Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946).
+        Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946); Hesterberg (2015), What Teachers
+        Should Know About the Bootstrap (expanded percentile interval).
 
     Example:
         >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
         >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
-        >>> round(nested_mean_difference(a, b).value, 6)
-        4.0
+        >>> found = nested_mean_difference(a, b)
+        >>> round(found.value, 6), round(found.p, 4)
+        (4.0, 0.0548)
     """
-    reason = _both_reasons(a, b)
+    check_level(level)
+    reasons = list(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
     value, n = b.value - a.value, min(a.n, b.n)
     if not (len(a.replicates) and len(b.replicates)):
-        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
-    error, freedom = _welch(a, b)
-    return _interval(value, b.replicates - a.replicates, error, n, freedom, level, reason)
-
-
-def nested_mean_test(a: NestedMean, b: NestedMean) -> TestResult:
-    """Two-sided p for no difference between two independent nested means: Welch's t test of the group means.
-
-    Args:
-        a: The reference.
-        b: What is compared with it.
-
-    Returns:
-        `b - a` and its p; NaN with a reason where a side shows no spread. A remark in `reason` beside a finite p
-        says what noise the test does not know.
-
-    Source:
-        Welch (1947).
-
-    Example:
-        >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})
-        >>> a, b = nested_mean([1.0, 2.0, 3.0], seeds), nested_mean([4.0, 6.0, 8.0], seeds)
-        >>> round(nested_mean_test(a, b).p, 4)
-        0.0548
-    """
-    method, value, reason = "Welch's t test of group means", b.value - a.value, _both_reasons(a, b)
-    if not (len(a.replicates) and len(b.replicates)):
-        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "no spread")
-    error, freedom = _welch(a, b)
-    if not error > 0:
-        return TestResult(value, math.nan, min(a.n, b.n), method, reason or "all groups are alike")
-    return TestResult(value, float(2 * scipy_stats.t.sf(abs(value) / error, freedom)), min(a.n, b.n), method, reason)
-
-
-def _both_reasons(a: NestedMean, b: NestedMean) -> str:
-    return "; ".join(dict.fromkeys(mean.reason for mean in (a, b) if mean.reason))
-
-
-def _welch(a: NestedMean, b: NestedMean) -> tuple[float, float]:
-    """Standard error of the difference and its degrees of freedom."""
+        return undefined("; ".join(reasons), n, value)
     error = math.hypot(a.error, b.error)
-    spread = a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1)
-    return error, error**4 / spread if spread > 0 else math.inf
-
-
-def _interval(
-    value: float, replicates: FloatArray, error: float, n: int, freedom: float, level: float, reason: str
-) -> Estimate:
-    if not len(replicates):
-        return Estimate(value, math.nan, math.nan, n, reason or "no spread")
     if not error > 0:
-        return Estimate(value, math.nan, math.nan, n, "; ".join(filter(None, [reason, "all groups are alike"])))
-    reach = float(scipy_stats.t.ppf((1 + level) / 2, freedom))
+        return undefined("; ".join([*reasons, "all groups are alike"]), n, value)
+    freedom = error**4 / (a.error**4 / (a.n - 1) + b.error**4 / (b.n - 1))
+    reach = float(stdtrit(freedom, (1 + level) / 2))
+    low, high = value - reach * error, value + reach * error
     if n >= _FEW:
-        upper = scipy_stats.norm.cdf(reach * math.sqrt(n / (n - 1)))
-        low, high = np.quantile(replicates, [1 - upper, upper])
-    else:
-        low, high = value - reach * error, value + reach * error
-    return Estimate(value, float(low), float(high), n, reason)
+        upper = ndtr(reach * math.sqrt(n / (n - 1)))
+        low, high = np.quantile(b.replicates - a.replicates, [1 - upper, upper])
+    p = 2 * float(stdtr(freedom, -abs(value) / error))
+    return Estimate(value, float(low), float(high), n, "; ".join(reasons), p)
 
 
 _Tree = Any  # a list of trees, or the values of an innermost group, float64 `[m]`
@@ -225,8 +163,3 @@ def _tree(values: FloatArray, labels: Sequence[npt.NDArray[Any]]) -> _Tree:
 
 def _mean(tree: _Tree) -> float:
     return float(np.mean([_mean(child) for child in tree])) if isinstance(tree, list) else float(np.mean(tree))
-
-
-def _missing(levels: pd.DataFrame) -> str:
-    bad = [str(name) for name in levels.columns if levels[name].isna().any()]
-    return f"levels: labels of {', '.join(bad)} are missing" if bad else ""

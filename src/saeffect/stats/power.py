@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from saeffect.errors import ConfigError
-from saeffect.stats.arguments import check_alternative
 
 __all__ = [
     "Detectable",
@@ -52,72 +51,52 @@ class Detectable:
 
 
 def detectable_mean_difference(
-    sd_a: float, n_a: int, sd_b: float, n_b: int, *, alpha: float = 0.05, power: float = 0.8
+    spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8
 ) -> Detectable:
-    """For two independent groups compared by their means (two-sided t test, pooled spread).
+    """For two independent groups compared by their means (two-sided t test).
 
     Args:
-        sd_a: Standard deviation of the first group, unit of the data.
-        n_a: Its independent units.
-        sd_b: The same of the second.
-        n_b: Its units.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-
-    Raises:
-        ConfigError: `alpha` or `power` is not between 0 and 1, or power is not above alpha.
+        spread: Pooled standard deviation, unit of the data.
+        n_a: Independent units of the first group.
+        n_b: Of the second.
 
     Source:
-        Cohen (1988), Statistical Power Analysis, chapter 2; agrees with statsmodels' TTestIndPower.
+        Cohen (1988), Statistical Power Analysis, chapter 2.
 
     Example:
-        >>> round(detectable_mean_difference(1.0, 64, 1.0, 64).difference, 2)
+        >>> round(detectable_mean_difference(1.0, 64, 64).difference, 2)
         0.5
     """
-    _check(alpha, power)
     method, n = "two-sided t test", min(n_a, n_b)
-    if n < 2:
-        return Detectable(math.nan, math.nan, n, method, f"fewer than two units in a group ({n_a} and {n_b})")
-    pooled = math.sqrt(((n_a - 1) * sd_a**2 + (n_b - 1) * sd_b**2) / (n_a + n_b - 2))
-    if not (pooled > 0 and math.isfinite(pooled)):
-        return Detectable(math.nan, math.nan, n, method, "no spread to judge by")
-    effect = _solve(lambda d: _t_power(d * math.sqrt(n_a * n_b / (n_a + n_b)), n_a + n_b - 2, alpha, 2), power)
-    return Detectable(effect * pooled, effect * pooled, n, method)
+    few = f"fewer than two units in a group ({n_a} and {n_b})" if n < 2 else ""
+    units = math.sqrt(n_a * n_b / (n_a + n_b)) if n else 0.0
+    return _solved(spread, n, method, few, lambda d: _t_power(d * units, n_a + n_b - 2, alpha, 2), (alpha, power))
 
 
 def detectable_few_means(
-    sd: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8, seed: int = 0
+    spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8, seed: int = 0
 ) -> Detectable:
-    """For two groups of very few values, tested by `cautious_difference_test`.
+    """For two groups of very few values, tested by `cautious_difference`.
 
     Worked out by simulating 20,000 studies, since the larger of two p-values has no formula.
 
     Args:
-        sd: Standard deviation within a group, the same in both.
+        spread: Standard deviation within a group, the same in both.
         n_a: Values of the first group.
         n_b: Of the second; one of the groups may have a single value.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-        seed: Of the simulation.
-
-    Raises:
-        ConfigError: As `detectable_mean_difference`.
 
     Example:
         >>> round(detectable_few_means(1.0, 3, 3).difference, 1), round(detectable_few_means(1.0, 2, 1).difference, 0)
         (3.5, 20.0)
     """
-    _check(alpha, power)
+    from scipy.stats import t
+
     method, n = "two-sided t test, the larger p of Student's and Welch's (simulated)", min(n_a, n_b)
     if n < 1 or n_a + n_b < 3:
         return Detectable(math.nan, math.nan, n, method, f"fewer than three values in all ({n_a} and {n_b})")
-    if not (sd > 0 and math.isfinite(sd)):
-        return Detectable(math.nan, math.nan, n, method, "no spread to judge by")
-    from scipy.stats import t
-
     draws = np.random.default_rng(seed).standard_normal((_STUDIES, n_a + n_b))
     sides = draws[:, :n_a], draws[:, n_a:]
-    squares = [((one - one.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for one in sides]
+    squares = [((side - side.mean(axis=1, keepdims=True)) ** 2).sum(axis=1) for side in sides]
     freedom = n_a + n_b - 2
     pooled = (squares[0] + squares[1]) / freedom * (1 / n_a + 1 / n_b)
     reach = t.isf(alpha / 2, freedom) * np.sqrt(pooled)
@@ -125,44 +104,26 @@ def detectable_few_means(
         errors = squares[0] / (n_a * (n_a - 1)), squares[1] / (n_b * (n_b - 1))
         welch = (errors[0] + errors[1]) ** 2 / (errors[0] ** 2 / (n_a - 1) + errors[1] ** 2 / (n_b - 1))
         reach = np.maximum(reach, t.isf(alpha / 2, welch) * np.sqrt(errors[0] + errors[1]))
-    luck = sides[1].mean(axis=1) - sides[0].mean(axis=1)
-    effect = _solve(lambda d: float((np.abs(luck + d) >= reach).mean()), power)
-    return Detectable(effect * sd, effect * sd, n, method)
+    chance = sides[1].mean(axis=1) - sides[0].mean(axis=1)
+    return _solved(spread, n, method, "", lambda d: float((np.abs(chance + d) >= reach).mean()), (alpha, power))
 
 
-def detectable_paired_mean(
-    sd: float, n: int, *, alpha: float = 0.05, power: float = 0.8, alternative: str = "greater"
-) -> Detectable:
-    """For one group of differences tested against 0 (t test).
+def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> Detectable:
+    """For one group of differences that should lie above 0 (one-sided t test).
 
     Args:
-        sd: Standard deviation of the differences.
+        spread: Standard deviation of the differences.
         n: How many.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
-        alternative: "greater", "less" or "two-sided".
-
-    Raises:
-        ConfigError: As `detectable_mean_difference`.
-        UnknownName: No such alternative.
 
     Source:
-        Cohen (1988), chapter 2; agrees with statsmodels' TTestPower.
+        Cohen (1988), chapter 2.
 
     Example:
-        >>> round(detectable_paired_mean(1.0, 27, alternative="two-sided").difference, 2)
-        0.56
+        >>> round(detectable_paired_mean(1.0, 27).difference, 2)
+        0.49
     """
-    _check(alpha, power)
-    check_alternative(alternative)
-    sides = 2 if alternative == "two-sided" else 1
-    method = f"{'two' if sides == 2 else 'one'}-sided t test of differences"
-    if n < 2:
-        return Detectable(math.nan, math.nan, n, method, f"{n} differences show no spread")
-    if not (sd > 0 and math.isfinite(sd)):
-        return Detectable(math.nan, math.nan, n, method, "no spread to judge by")
-    effect = _solve(lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, sides), power)
-    return Detectable(effect * sd, effect * sd, n, method)
+    method, few = "one-sided t test of differences", f"{n} differences show no spread" if n < 2 else ""
+    return _solved(spread, n, method, few, lambda d: _t_power(d * math.sqrt(n), n - 1, alpha, 1), (alpha, power))
 
 
 def detectable_proportion_difference(
@@ -174,39 +135,31 @@ def detectable_proportion_difference(
         p_a: The reference proportion, 0 to 1.
         n_a: Trials behind it.
         n_b: Trials of the other.
-        alpha: Error rate of the test.
-        power: Probability of finding it.
 
     Returns:
         `difference` is how far above `p_a` the other must be, NaN where 1 is not far enough.
 
-    Raises:
-        ConfigError: As `detectable_mean_difference`, or `p_a` is not from 0 to 1.
-
     Source:
-        Cohen (1988), chapter 6 (effect size h); agrees with statsmodels' NormalIndPower.
+        Cohen (1988), chapter 6 (effect size h).
 
     Example:
         >>> round(detectable_proportion_difference(0.5, 196, 196).difference, 2)
         0.14
     """
-    _check(alpha, power)
+    from scipy.special import ndtr, ndtri
+
     method, n = "two-sided test of proportions, arcsine scale", min(n_a, n_b)
     if n < 1:
         return Detectable(math.nan, math.nan, n, method, "nothing to count in a group")
     if not 0 <= p_a <= 1:
         raise ConfigError(f"p_a must be from 0 to 1. Got {p_a} instead.", at="p_a")
-    from scipy.special import ndtr, ndtri
-
-    critical = float(ndtri(1 - alpha / 2))
-    error = math.sqrt(1 / n_a + 1 / n_b)
-    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), power)
+    critical, error = float(ndtri(1 - alpha / 2)), math.sqrt(1 / n_a + 1 / n_b)
+    h = _solve(lambda d: float(ndtr(d / error - critical) + ndtr(-d / error - critical)), alpha, power)
     angle = 2 * math.asin(math.sqrt(p_a))
     above = math.sin((angle + h) / 2) ** 2 - p_a if angle + h <= math.pi else math.nan
     below = p_a - math.sin((angle - h) / 2) ** 2 if angle >= h else math.nan
-    return Detectable(
-        above, below, n, method, "" if math.isfinite(above) else "even a share of 1 would not be far enough"
-    )
+    reason = "" if math.isfinite(above) else "even a share of 1 would not be far enough"
+    return Detectable(above, below, n, method, reason)
 
 
 def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
@@ -219,18 +172,31 @@ def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
     return found + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
 
 
-def _solve(power_at: Callable[[float], float], power: float) -> float:
+def _solved(
+    spread: float, n: int, method: str, few: str, power_at: Callable[[float], float], rates: tuple[float, float]
+) -> Detectable:
+    """The detectable effect in units of the data; undefined for too few values (`few` says so) or without spread."""
+    reason = few or ("" if spread > 0 and math.isfinite(spread) else "no spread to judge by")
+    if reason:
+        return Detectable(math.nan, math.nan, n, method, reason)
+    effect = _solve(power_at, *rates) * spread
+    return Detectable(effect, effect, n, method)
+
+
+def _solve(power_at: Callable[[float], float], alpha: float, power: float) -> float:
+    """The effect at which the power is reached.
+
+    The search of statsmodels' `solve_power` stops too near for two or three values at a small alpha, without a word:
+    8.2 in place of 9.8 for two against two at 0.0167, 9.9 in place of 14.7 for two against three at 0.001.
+    """
     from scipy.optimize import brentq
 
-    high = 1e-3
-    while power_at(high) < power:
-        high *= 2
-    return float(brentq(lambda d: power_at(d) - power, 0.0, high, xtol=1e-10, rtol=1e-10))
-
-
-def _check(alpha: float, power: float) -> None:
     if not 0 < alpha < power < 1:
         raise ConfigError(
             f"alpha and power must lie between 0 and 1, power above alpha. Got {alpha} and {power} instead.",
             at="alpha, power",
         )
+    high = 1e-3
+    while power_at(high) < power:
+        high *= 2
+    return float(brentq(lambda d: power_at(d) - power, 0.0, high, xtol=1e-10, rtol=1e-10))

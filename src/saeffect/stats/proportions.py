@@ -1,20 +1,18 @@
 """Shares of successes: pass rates, their differences and ratios, with intervals that hold for few trials too.
 
-Groups are called `a` (the reference, say the control) and `b`; every comparison is of b against a.
+The intervals are statsmodels'; here are the reasons where there is none. Groups are called `a` (the reference, say the
+control) and `b`; every comparison is of b against a.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from scipy.special import ndtri
 
 from saeffect.errors import Undefined
-from saeffect.stats.arguments import check_alternative, check_level
-from saeffect.stats.estimate import Estimate, TestResult
+from saeffect.stats.arguments import check_level
+from saeffect.stats.estimate import Estimate, undefined
 
-__all__ = ["fisher_exact", "newcombe_difference", "risk_ratio", "wilson"]
+__all__ = ["newcombe_difference", "risk_ratio", "wilson"]
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
@@ -23,15 +21,10 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
     Args:
         k: Successes, 0 to n.
         n: Trials.
-        level: Confidence, between 0 and 1.
 
     Returns:
         Between 0 and 1, ends included; the interval has a width even for 0 of n and n of n. NaN for no
         trials.
-
-    Raises:
-        Undefined: The counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Wilson (1927), the score interval.
@@ -40,18 +33,15 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
         >>> print(wilson(5, 10))
         0.5 [0.2366, 0.7634] (n = 10)
     """
+    from statsmodels.stats.proportion import proportion_confint  # takes a second, and few commands need it
+
     k, n = _counts(k, n, "k", "n")
     check_level(level)
     if n == 0:
-        return Estimate(math.nan, math.nan, math.nan, 0, "there are no trials")
-    z = float(ndtri((1 + level) / 2))
-    share = k / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        return undefined("there are no trials")
+    low, high = proportion_confint(k, n, alpha=1 - level, method="wilson")
     # On paper the ends for k = 0 and k = n are 0 and 1; the arithmetic misses them by a last digit.
-    low = 0.0 if k == 0 else centre - half
-    high = 1.0 if k == n else centre + half
-    return Estimate(share, low, high, n)
+    return Estimate(k / n, float(low) if k else 0.0, float(high) if k < n else 1.0, n)
 
 
 def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
@@ -62,14 +52,10 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
         n_a: Trials in a.
         k_b: Successes in b.
         n_b: Trials in b, independent of those in a.
-        level: Confidence, between 0 and 1.
 
     Returns:
-        p_b - p_a, between -1 and 1, with n = n_a + n_b. NaN when a group has no trials.
-
-    Raises:
-        Undefined: Counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
+        p_b - p_a, between -1 and 1, with n = n_a + n_b and the two-sided p of Fisher's exact test. NaN when a group has
+        no trials.
 
     Source:
         Newcombe (1998), method 10: the Wilson intervals of both groups combined.
@@ -78,15 +64,16 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
         >>> print(newcombe_difference(48, 80, 56, 70))
         0.2 [0.05243, 0.3339] (n = 150)
     """
-    k_a, n_a = _counts(k_a, n_a, "k_a", "n_a")
-    k_b, n_b = _counts(k_b, n_b, "k_b", "n_b")
-    a, b = wilson(k_a, n_a, level), wilson(k_b, n_b, level)
+    from scipy.stats import fisher_exact
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    (k_a, n_a), (k_b, n_b) = _counts(k_a, n_a, "k_a", "n_a"), _counts(k_b, n_b, "k_b", "n_b")
+    check_level(level)
     if reason := _no_trials(n_a, n_b):
-        return Estimate(math.nan, math.nan, math.nan, n_a + n_b, reason)
-    difference = b.value - a.value
-    low = difference - math.hypot(b.value - b.low, a.high - a.value)
-    high = difference + math.hypot(b.high - b.value, a.value - a.low)
-    return Estimate(difference, low, high, n_a + n_b)
+        return undefined(reason, n_a + n_b)
+    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="newcomb", compare="diff", alpha=1 - level)
+    p = min(1.0, float(fisher_exact([[k_b, n_b - k_b], [k_a, n_a - k_a]]).pvalue))
+    return Estimate(k_b / n_b - k_a / n_a, float(low), float(high), n_a + n_b, p=p)
 
 
 def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
@@ -97,15 +84,10 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
         n_a: Trials in a.
         k_b: Successes in b.
         n_b: Trials in b, independent of those in a.
-        level: Confidence, between 0 and 1.
 
     Returns:
         p_b / p_a, at least 0, with n = n_a + n_b. NaN when a group has no trials or a has no successes. No
         interval when b has no successes, or when every trial of both groups succeeded.
-
-    Raises:
-        Undefined: Counts are not whole numbers with 0 <= k <= n.
-        ConfigError: `level` is not between 0 and 1.
 
     Source:
         Katz et al. (1978): normal interval for the logarithm of the ratio.
@@ -114,61 +96,21 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
         >>> print(risk_ratio(10, 100, 20, 100))
         2 [0.9866, 4.054] (n = 200)
     """
-    k_a, n_a = _counts(k_a, n_a, "k_a", "n_a")
-    k_b, n_b = _counts(k_b, n_b, "k_b", "n_b")
+    from statsmodels.stats.proportion import confint_proportions_2indep
+
+    (k_a, n_a), (k_b, n_b) = _counts(k_a, n_a, "k_a", "n_a"), _counts(k_b, n_b, "k_b", "n_b")
     check_level(level)
     n = n_a + n_b
     reason = _no_trials(n_a, n_b) or ("a has no successes, so the ratio has no finite value" if k_a == 0 else "")
     if reason:
-        return Estimate(math.nan, math.nan, math.nan, n, reason)
+        return undefined(reason, n)
     ratio = (k_b / n_b) / (k_a / n_a)
     if k_b == 0:
-        return Estimate(ratio, math.nan, math.nan, n, "b has no successes, and the interval needs at least one")
+        return undefined("b has no successes, and the interval needs at least one", n, ratio)
     if k_a == n_a and k_b == n_b:
-        return Estimate(ratio, math.nan, math.nan, n, "every trial succeeded, so the standard error is zero")
-    standard_error = math.sqrt(1 / k_a - 1 / n_a + 1 / k_b - 1 / n_b)
-    factor = math.exp(float(ndtri((1 + level) / 2)) * standard_error)
-    return Estimate(ratio, ratio / factor, ratio * factor, n)
-
-
-def fisher_exact(k_a: int, n_a: int, k_b: int, n_b: int, *, alternative: str = "two-sided") -> TestResult:
-    """How often two groups would have such unequal successes if both had the same chance of success.
-
-    Args:
-        k_a: Successes in a.
-        n_a: Trials in a.
-        k_b: Successes in b.
-        n_b: Trials in b, independent of those in a.
-        alternative: "greater" (b succeeds more often), "less", or "two-sided".
-
-    Returns:
-        The odds ratio of b against a (above 1: b succeeds more often) and p, n = n_a + n_b. The odds ratio is
-        NaN where it would divide by zero (p is still defined); both are NaN when a group has no trials.
-
-    Raises:
-        Undefined: Counts are not whole numbers with 0 <= k <= n.
-        UnknownName: `alternative` is not one of the three.
-
-    Example:
-        >>> round(fisher_exact(1, 4, 3, 4).p, 4)  # Fisher's lady tasting tea
-        0.4857
-    """
-    # scipy.stats takes half a second to import, and most commands never ask for it.
-    from scipy.stats import fisher_exact as scipy_fisher_exact
-
-    k_a, n_a = _counts(k_a, n_a, "k_a", "n_a")
-    k_b, n_b = _counts(k_b, n_b, "k_b", "n_b")
-    check_alternative(alternative)
-    method = f"Fisher's exact test, {alternative}"
-    if reason := _no_trials(n_a, n_b):
-        return TestResult(math.nan, math.nan, n_a + n_b, method, reason)
-    table = [[k_b, n_b - k_b], [k_a, n_a - k_a]]
-    p = min(1.0, float(scipy_fisher_exact(table, alternative=alternative).pvalue))
-    divisor = (n_b - k_b) * k_a
-    if divisor == 0:
-        reason = "the odds ratio has no finite value: a has no successes or b no failures"
-        return TestResult(math.nan, p, n_a + n_b, method, reason)
-    return TestResult(k_b * (n_a - k_a) / divisor, p, n_a + n_b, method)
+        return undefined("every trial succeeded, so the standard error is zero", n, ratio)
+    low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="log", compare="ratio", alpha=1 - level)
+    return Estimate(ratio, float(low), float(high), n)
 
 
 def _counts(k: int, n: int, name_k: str, name_n: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import stdtr, stdtrit
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.stats.arguments import FloatArray, check_level, fault, sample
@@ -32,17 +33,12 @@ def ols_robust(
         y: Shape [n], the outcome.
         X: n rows; columns of numbers or booleans (code categories as 0 and 1). Rows go with `y` by position.
         clusters: Length n, the label of each row's cluster (a prompt, an SAE), or None for independent rows.
-        level: Confidence, between 0 and 1.
 
     Returns:
         One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided,
         for "no association"), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t is used
         with n - n_terms degrees of freedom, or n_clusters - 1. With clusters a term that a single one of them
         determines has no error.
-
-    Raises:
-        ShapeMismatch: `y`, `X` and `clusters` differ in length.
-        ConfigError: A column is not numeric, is called "intercept", or occurs twice.
 
     Source:
         MacKinnon & White (1985) for HC3, through statsmodels. For clusters the jackknife that leaves out one after
@@ -56,30 +52,34 @@ def ols_robust(
         0  intercept       0.8
         1       dose       2.3
     """
+    from statsmodels.regression.linear_model import OLS  # takes a second, and few commands need it
+
     check_level(level)
-    outcome = sample(y, "y")
-    design = _design(X)
-    terms, n = ["intercept", *map(str, X.columns)], len(outcome)
+    outcome, design = sample(y, "y"), _design(X)
+    n = len(outcome)
     if len(design) != n:
         raise ShapeMismatch(f"y has {n} values but X has {len(design)} rows.", at="X")
     codes = None if clusters is None else pd.factorize(pd.Series(list(clusters), dtype=object))[0]
     if codes is not None and len(codes) != n:
         raise ShapeMismatch(f"y has {n} values but there are {len(codes)} cluster labels.", at="clusters")
-    nothing = np.full(len(terms), np.nan)
+    table = pd.DataFrame({"term": ["intercept", *map(str, X.columns)]})
+    table = table.assign(estimate=np.nan, low=np.nan, high=np.nan, p=np.nan, n=n, reason="")
     if reason := _no_fit(outcome, design, X):
-        return _table(terms, nothing, nothing, nothing, nothing, n=n, reason=reason)
-    # statsmodels takes a second to import, and most commands never ask for it.
-    from statsmodels.regression.linear_model import OLS
-
+        return table.assign(reason=reason)
     model = OLS(outcome, design)
     estimate = np.asarray(model.fit().params)
+    table["estimate"] = estimate
     if reason := _no_interval(outcome, design, estimate, codes):
-        return _table(terms, estimate, nothing, nothing, nothing, n=n, reason=reason)
+        return table.assign(reason=reason)
     if codes is not None:
-        return _clustered(terms, (outcome, design), estimate, codes, level)
+        error, freedom = _leave_one_cluster_out(outcome, design, estimate, codes), int(codes.max())
+        reach = float(stdtrit(freedom, (1 + level) / 2)) * error
+        alone = np.where(np.isfinite(error), "", "one cluster alone determines it, so its error is undefined")
+        p = 2 * stdtr(freedom, -np.abs(estimate) / error)
+        return table.assign(low=estimate - reach, high=estimate + reach, p=p, reason=alone)
     fit = model.fit(cov_type="HC3", use_t=True)
-    interval = np.asarray(fit.conf_int(alpha=1 - level))
-    return _table(terms, estimate, interval[:, 0], interval[:, 1], np.asarray(fit.pvalues), n=n, reason="")
+    low, high = np.asarray(fit.conf_int(alpha=1 - level)).T
+    return table.assign(low=low, high=high, p=np.asarray(fit.pvalues))
 
 
 def _design(X: pd.DataFrame) -> FloatArray:
@@ -116,10 +116,7 @@ def _no_fit(outcome: FloatArray, design: FloatArray, X: pd.DataFrame) -> str:
 
 
 def _no_interval(
-    outcome: FloatArray,
-    design: FloatArray,
-    estimate: FloatArray,
-    codes: npt.NDArray[np.intp] | None,
+    outcome: FloatArray, design: FloatArray, estimate: FloatArray, codes: npt.NDArray[np.intp] | None
 ) -> str:
     """Why the coefficients have no error, or ""."""
     n, n_terms = design.shape
@@ -140,17 +137,10 @@ def _no_interval(
     return ""
 
 
-def _clustered(
-    terms: list[str],
-    data: tuple[FloatArray, FloatArray],
-    estimate: FloatArray,
-    codes: npt.NDArray[np.intp],
-    level: float,
-) -> pd.DataFrame:
-    """The table with errors from leaving out one cluster after the other."""
-    from scipy.special import stdtr, stdtrit
-
-    outcome, design = data
+def _leave_one_cluster_out(
+    outcome: FloatArray, design: FloatArray, estimate: FloatArray, codes: npt.NDArray[np.intp]
+) -> FloatArray:
+    """Standard errors by the jackknife over clusters; NaN for a term that a single cluster determines."""
     scale = np.abs(design).max(axis=0)
     n_clusters = int(codes.max()) + 1
     deviations = np.empty((n_clusters, len(estimate)))
@@ -162,25 +152,4 @@ def _clustered(
         determined &= np.abs(inverse @ kept - np.eye(len(estimate))).max(axis=1) < 1e-6
         deviations[code] = inverse @ outcome[codes != code] / scale - estimate
     error = np.sqrt((n_clusters - 1) / n_clusters * (deviations**2).sum(axis=0))
-    error = np.where(determined & (error > 0), error, np.nan)
-    freedom = n_clusters - 1
-    reach = float(stdtrit(freedom, (1 + level) / 2)) * error
-    p = 2 * stdtr(freedom, -np.abs(estimate) / error)
-    table = _table(terms, estimate, estimate - reach, estimate + reach, p, n=len(outcome), reason="")
-    alone = "one cluster alone determines it, so its error is undefined"
-    return table.assign(reason=np.where(np.isfinite(error), "", alone))
-
-
-def _table(
-    terms: list[str],
-    estimate: FloatArray,
-    low: FloatArray,
-    high: FloatArray,
-    p: FloatArray,
-    *,
-    n: int,
-    reason: str,
-) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"term": terms, "estimate": estimate, "low": low, "high": high, "p": p, "n": n, "reason": reason}
-    )
+    return np.where(determined & (error > 0), error, np.nan)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, Undefined
+from saeffect.errors import BadFile, ConfigError, EmptySelection, Undefined
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.steering.feature_operators import NO_FEATURE, SetFeatures
-from saeffect.steering.operators import AddVectors, Operator
-from saeffect.steering.placebo import STEERED, UNSTEERED, Directions, turned_at_random
-from saeffect.steering.plan import Site, SteeringPlan
+from saeffect.steering.operators import NO_FEATURE, AddVectors, Operator, SetFeatures
+from saeffect.steering.placebos import PLACEBOS, STEERED, UNSTEERED, DrawDirection, turned
+from saeffect.steering.plan import Site, SteeringPlan, check_features
 
 __all__ = ["ActionRow", "Actions", "actions_of", "obstacles"]
+
+Draw = tuple[int, ...]
 
 
 class ActionRow(NamedTuple):
@@ -27,33 +28,34 @@ class ActionRow(NamedTuple):
     feature: int
     condition: str
     dose: float
-    draw: tuple[int, int]
+    draw: Draw
 
 
 @dataclass(frozen=True, eq=False)
 class Actions:
     """Operators by feature, condition and dose; made by `actions_of`.
 
-    Under "clamp" and "ablate" a random placebo is pushed at each position as far as the feature would be, but
-    along a random direction (several features as far as all of them together); a matched placebo feature is clamped
-    to the same multiple of its own maximum.
+    Added, a set of features goes along the sum of their decoder rows. Under "clamp" and "ablate" a placebo with drawn
+    directions is pushed at each position as far as the feature would be, but along those (several features as far as
+    all of them together); a placebo feature is clamped to the same multiple of its own maximum.
 
     Attributes:
         site: Model, hook, and what is there.
-        directions: Decoder rows, placebo features and random directions.
-        plan: Gives the operator and the unit of doses.
+        plan: Gives the operator, the unit of doses, the placebos and the seed.
+        table: The feature table, checked, in order of feature.
+        members: Which features of the SAE a row of the table stands for.
+        placebo_features: By placebo and feature: the features pushed instead, nearest first; for several features at
+            once each is a sequence of as many features.
     """
 
     site: Site
-    directions: Directions
     plan: SteeringPlan
+    table: pd.DataFrame
+    members: Mapping[int, tuple[int, ...]]
+    placebo_features: Mapping[str, Mapping[int, Sequence[Any]]]
 
     def operator(self, rows: Sequence[ActionRow]) -> Operator:
-        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit.
-
-        Raises:
-            SaeffectError: A row is impossible, see `obstacle`.
-        """
+        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit."""
         if self.plan.operator == "add":
             return AddVectors(torch.stack([self._vector(row) for row in rows]))
         return self._setting(rows)
@@ -65,34 +67,55 @@ class Actions:
         puts its features back on the token's own scale; here that is a token of the mean norm.
         """
         if self.plan.operator == "ablate":
-            return float("nan")
+            return math.nan
         if self.plan.operator == "clamp":
-            sae, maxima = self._sae, self._maxima
-            members = torch.tensor(self.directions.of(feature, STEERED))
-            rows = sae.directions(members).detach().float() * maxima[members][:, None]
+            members = torch.tensor(self.members[feature])
+            rows = self._sae.directions(members).detach().float() * self._maxima[members][:, None]
             return dose * float(rows.sum(dim=0).norm()) * self._token_scale
-        return dose * (self.site.mean_norm if self.plan.unit == "residual_norm" else self.directions.norm(feature))
+        return dose * (self.site.mean_norm if self.plan.unit == "residual_norm" else self.norm(feature))
 
     def coefficient(self, feature: int, dose: float) -> float:
         """The multiple of the decoder row that is added; NaN unless the operator is "add"."""
         if self.plan.operator != "add" or self.obstacle(feature, STEERED):
-            return 0.0 if dose == 0 else float("nan")
-        return self.length(feature, dose) / self.directions.norm(feature)
+            return 0.0 if dose == 0 else math.nan
+        return self.length(feature, dose) / self.norm(feature)
+
+    def norm(self, feature: int) -> float:
+        """Length of the feature's decoder row, or of the sum of its members' rows; `Undefined` for zero."""
+        return _length(self._row(self.members[feature]), feature)
+
+    def unit(self, feature: int, condition: str, draw: Draw = ()) -> Tensor:
+        """The direction of norm 1 that is pushed along, float32 `[d_model]`, on the CPU."""
+        row = self._row(self.pushed(feature, condition, draw))
+        direction = _direction(condition)
+        if direction is not None:
+            return direction(row.cpu(), seed=self.plan.seed, feature=feature, draw=draw)
+        return row.cpu() / _length(row, feature)
+
+    def pushed(self, feature: int, condition: str, draw: Draw) -> tuple[int, ...]:
+        """The SAE's features that a trial pushes: the feature's members, or those of its placebo."""
+        if condition not in self.placebo_features:
+            return self.members[feature]
+        placebos = self.placebo_features[condition].get(feature, ())
+        if not len(placebos):
+            raise EmptySelection(f"feature {feature} has no {PLACEBOS[condition].label} features.", at="placebos")
+        chosen = placebos[sum(draw) % len(placebos)]
+        return tuple(int(f) for f in chosen) if hasattr(chosen, "__len__") else (int(chosen),)
 
     def obstacle(self, feature: int, condition: str) -> str:
         """Why a feature cannot be steered under a condition, "" if it can."""
-        members = self.directions.of(feature, STEERED)
+        members = self.members[feature]
         called = f"feature {feature}" if members == (feature,) else f"features {', '.join(map(str, members))}"
         if self.plan.operator == "clamp":
             silent = [f for f in members if not float(self._maxima[f]) > 0]
             if silent:
                 return f"feature {silent[0]} never fired on the text, so it has no maximum to clamp it to"
         try:
-            self.directions.norm(feature)
+            self.norm(feature)
         except Undefined:
             return f"the decoder row of {called} is zero, so there is no direction to steer along"
-        if condition == "matched" and not len(self.directions.matched.get(feature, ())):
-            return f"{called} resembles no feature outside the domain, so there is no matched placebo"
+        if condition in self.placebo_features and not len(self.placebo_features[condition].get(feature, ())):
+            return f"{called} resembles no feature outside the domain, so there is no {PLACEBOS[condition].label}"
         return ""
 
     @property
@@ -112,54 +135,70 @@ class Actions:
             raise ConfigError("clamping needs each feature's largest activation.", at="site", fix="give max_acts.")
         return self.site.max_acts
 
+    def _row(self, features: tuple[int, ...]) -> Tensor:
+        return self.site.W_dec[list(features)].detach().float().sum(dim=0)
+
     def _vector(self, row: ActionRow) -> Tensor:
         if row.condition == UNSTEERED:
-            return torch.zeros(self.directions.W_dec.shape[1])
-        return self.length(row.feature, row.dose) * self.directions.unit(row.feature, row.condition, row.draw)
+            return torch.zeros(self.site.W_dec.shape[1])
+        return self.length(row.feature, row.dose) * self.unit(row.feature, row.condition, row.draw)
 
     def _setting(self, rows: Sequence[ActionRow]) -> SetFeatures:
         sae = self._sae
-        members = [() if r.condition == UNSTEERED else self.directions.of(r.feature, r.condition, r.draw) for r in rows]
-        features = torch.full((len(rows), max(1, *map(len, members))), NO_FEATURE, dtype=torch.int64)
+        pushed = [() if r.condition == UNSTEERED else self.pushed(r.feature, r.condition, r.draw) for r in rows]
+        features = torch.full((len(rows), max(1, *map(len, pushed))), NO_FEATURE, dtype=torch.int64)
         targets = torch.zeros(features.shape)
-        for i, (row, some) in enumerate(zip(rows, members, strict=True)):
-            if not some:
-                continue
-            features[i, : len(some)] = torch.tensor(some)
-            if self.plan.operator == "clamp":
+        for i, (row, ids) in enumerate(zip(rows, pushed, strict=True)):
+            features[i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+            if self.plan.operator == "clamp" and ids:
                 if reason := self.obstacle(row.feature, row.condition):
                     raise Undefined(f"{reason}.", at="features", fix="leave it out, or use more text.")
-                targets[i, : len(some)] = row.dose * self._maxima[list(some)].float()
+                targets[i, : len(ids)] = row.dose * self._maxima[list(ids)].float()
+        drawn = {i: d for i, row in enumerate(rows) if (d := _direction(row.condition)) is not None}
         along = None
-        if any(row.condition == "random" for row in rows):
+        if drawn:
             along = sae.directions(features.clamp_min(0).to(sae.W_dec.device)).detach().float().cpu().clone()
-            for i, row in enumerate(rows):
-                if row.condition == "random":
-                    own = along[i, : len(members[i])]
-                    along[i, : len(own)] = turned_at_random(own, self.plan.seed, row.feature, row.draw)
+            for i, direction in drawn.items():
+                own, row = along[i, : len(pushed[i])], rows[i]
+                along[i, : len(own)] = turned(own, direction, seed=self.plan.seed, feature=row.feature, draw=row.draw)
         return SetFeatures(sae, features, targets, along, self.site.norm_limit)
 
 
-def actions_of(site: Site, W_dec: Tensor, features: pd.DataFrame, plan: SteeringPlan) -> Actions:
-    """The actions of a plan on a feature table that `check_features` let pass.
+def _direction(condition: str) -> DrawDirection | None:
+    """How a placebo draws its direction; None for what is pushed along decoder rows."""
+    return PLACEBOS[condition].direction if condition in PLACEBOS else None
 
-    Args:
-        site: Model, hook, and what is there.
-        W_dec: Decoder, `[d_sae, d_model]`.
-        features: Columns feature; matched (its placebo features, see `matched_features`) if that placebo is
-            planned; members (list of int) where rows stand for several features at once.
-        plan: What is to be run.
+
+def _length(row: Tensor, feature: int) -> float:
+    if not bool(torch.isfinite(row).all()):
+        raise BadFile(f"the decoder row of feature {feature} holds NaN or infinity.", at="W_dec")
+    length = float(row.norm())
+    if length == 0:
+        raise Undefined(f"the decoder row of feature {feature} is zero.", at="W_dec", fix="leave this feature out.")
+    return length
+
+
+def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
+    """The actions of a plan on a feature table, which must hold `columns` and those of the planned placebos.
 
     Raises:
         ConfigError: The operator needs the SAE or the features' maxima, and the site has them not.
+        SaeffectError: As `check_features`.
     """
-    ids = [int(f) for f in features["feature"]]
-
-    def lists(column: str) -> Mapping[int, Sequence[int]]:
-        return dict(zip(ids, map(list, features[column]), strict=True)) if column in features else {}
-
-    matched = lists("matched") if plan.feature_columns else {}
-    made = Actions(site, Directions(W_dec, plan.seed, matched, lists("members")), plan)
+    table = check_features(site, features, (*columns, *plan.placebo_columns))
+    ids = table["feature"].tolist()
+    members = table["members"] if "members" in table else [[feature] for feature in ids]
+    made = Actions(
+        site,
+        plan,
+        table,
+        members={feature: tuple(map(int, own)) for feature, own in zip(ids, members, strict=True)},
+        placebo_features={
+            name: dict(zip(ids, map(list, table[column]), strict=True))
+            for name in plan.placebos
+            if (column := PLACEBOS[name].column)
+        },
+    )
     if plan.operator != "add":
         _ = made._sae
     if plan.operator == "clamp":
@@ -167,12 +206,8 @@ def actions_of(site: Site, W_dec: Tensor, features: pd.DataFrame, plan: Steering
     return made
 
 
-def obstacles(site: Site, W_dec: Tensor, features: pd.DataFrame, plan: SteeringPlan) -> dict[tuple[int, str], str]:
-    """Which features cannot be steered under which condition, and why; `run_trials` leaves these out.
-
-    Returns:
-        Reason by (feature, condition).
-    """
-    made = actions_of(site, W_dec, features, plan)
-    found = {(int(f), c): made.obstacle(int(f), c) for f in features["feature"] for c in plan.conditions}
+def obstacles(site: Site, features: pd.DataFrame, plan: SteeringPlan) -> dict[tuple[int, str], str]:
+    """Why features cannot be steered, by (feature, condition); `run_trials` leaves these out."""
+    made = actions_of(site, features, plan)
+    found = {(feature, c): made.obstacle(feature, c) for feature in made.members for c in plan.conditions}
     return {key: reason for key, reason in found.items() if reason}

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, unknown_name
+from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
-from saeffect.steering.different_prompts import continue_prompts
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.encoders import RememberedVectors, TextVectors
+from saeffect.steering.generate import Progress, continue_prompts, generate
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
-from saeffect.steering.placebo import STEERED
-from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.placebos import BASELINES, STEERED
+from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
-from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.steering.trials import TRIAL_COLUMNS, in_order
 
-__all__ = ["BASELINES", "BASELINE_COLUMNS", "naming_prompt", "run_baselines"]
+__all__ = ["BASELINE_COLUMNS", "MeanDifferences", "naming_prompt", "run_baselines"]
 
-BASELINES = ("prompt", "mean_difference")
-BASELINE_COLUMNS = (*TRIAL_COLUMNS, "perplexity", "reason")
+BASELINE_COLUMNS = (*TRIAL_COLUMNS, "reason")
 
 
 def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
@@ -46,13 +45,12 @@ def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
 
 def run_baselines(
     site: Site,
-    W_dec: Tensor,
     features: pd.DataFrame,
     plan: SteeringPlan,
     *,
     vectors: TextVectors,
     mean_differences: Mapping[int, Tensor | str],
-    baselines: Sequence[str] = BASELINES,
+    baselines: Sequence[str] = tuple(BASELINES),
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Texts of the baselines, with the same prompts and sampling noise as the trials of `run_trials`.
@@ -61,11 +59,8 @@ def run_baselines(
     vector (see `MeanDifferences`) the model is pushed as hard as along the feature, at the same positions.
 
     Args:
-        site: Model, hook and unit of doses.
-        W_dec: Decoder, `[d_sae, d_model]`.
-        features: Columns feature and top_tokens.
-        plan: One dose; prompts, samples, sampling, operator, unit, positions, seed and batch_size are used.
-        vectors: As in `run_trials`.
+        site: As `run_trials`, and so are features (placebos' columns apart) and vectors.
+        plan: One dose; placebos are not run.
         mean_differences: For each feature the vector, `[d_model]`, or why there is none.
         baselines: Which, of `BASELINES`.
         progress: Called with rows done and in all.
@@ -85,11 +80,10 @@ def run_baselines(
             raise unknown_name("baseline", name, BASELINES, at="baselines")
     if len(plan.doses) != 1:
         raise ConfigError(f"baselines are run at one dose. Got {list(plan.doses)}.", at="doses")
-    table = check_features(site, W_dec, features, ("top_tokens",))
+    actions = actions_of(site, features, plan.model_copy(update={"placebos": ()}), ["top_tokens"])
+    table = actions.table
     top = {int(f): list(tokens) for f, tokens in zip(table["feature"], table["top_tokens"], strict=True)}
-    # Matched placebos are not run here, so the table need not have them.
-    actions = actions_of(site, W_dec, table, replace(plan, placebos=()))
-    run = _Baselines(site, actions, plan, RememberedVectors.of(vectors), mean_differences, top)
+    run = _Baselines(actions, RememberedVectors(vectors), mean_differences, top)
     each = len(table) * len(plan.prompts) * plan.samples
     records: list[dict[str, Any]] = []
     for number, name in enumerate(baselines):
@@ -98,103 +92,131 @@ def run_baselines(
             if progress is not None:
                 progress(before + round(each * done / total), len(baselines) * each)
 
-        records += run.named(report) if name == "prompt" else run.pushed(report)
+        records += run.records(name, run.named(report) if name == "prompt" else run.pushed(report))
         report(1, 1)
-    result = pd.DataFrame(records, columns=list(BASELINE_COLUMNS))
-    order = result.assign(_order=result["condition"].map({name: i for i, name in enumerate(baselines)}))
-    order = order.sort_values(["feature", "prompt", "sample", "_order"], kind="stable")
-    return order.drop(columns="_order").reset_index(drop=True)
+    return in_order(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
+
+
+Texts = dict[tuple[int, str, int], list[int] | str]
+"""Token ids by feature, prompt and sample; or why there are none."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Baselines:
-    site: Site
     actions: Actions
-    plan: SteeringPlan
-    vectors: RememberedVectors
+    vectors: TextVectors
     mean_differences: Mapping[int, Tensor | str]
     top_tokens: Mapping[int, Sequence[str]]
 
-    def named(self, progress: Progress) -> list[dict[str, Any]]:
-        """Rows of the baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
-        plan, lm, name = self.plan, self.site.lm, "prompt"
-        prompts = range(len(plan.prompts))
-        naming = {(f, p): naming_prompt(top, plan.prompts[p]) for f, top in self.top_tokens.items() for p in prompts}
-        possible = [place for place, given in naming.items() if given]
-        rows = [(*place, sample) for place in possible for sample in range(plan.samples)]
+    def named(self, progress: Progress) -> Texts:
+        """The baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
+        plan, lm = self.actions.plan, self.actions.site.lm
+        places = [(f, text, sample) for f in self.top_tokens for text in plan.prompts for sample in range(plan.samples)]
+        naming = {(f, text): naming_prompt(self.top_tokens[f], text) for f, text, _ in places}
+        possible = [(f, text, sample) for f, text, sample in places if naming[f, text]]
         outputs = continue_prompts(
             lm,
-            [lm.encode_prompt(naming[feature, prompt]) for feature, prompt, _ in rows],
-            [NoiseCell(plan.seed, plan.prompts[prompt], sample) for _, prompt, sample in rows],
-            plan.sampling,
+            [lm.encode_prompt(naming[f, text]) for f, text, _ in possible],
+            [NoiseCell(plan.seed, text, sample) for _, text, sample in possible],
+            plan,
             batch_size=plan.batch_size,
             progress=progress,
         )
-        of = dict(zip(rows, outputs, strict=True))
-        records = []
-        for prompt in prompts:
-            features = [f for f, p in possible if p == prompt]
-            texts = [of[feature, prompt, sample] for feature in features for sample in range(plan.samples)]
-            records += self._measured(features, prompt, name, texts)
-            for feature in self.top_tokens:
-                if not naming[feature, prompt]:
-                    why = "no top token is a word that a prompt could name"
-                    records += self._missing(feature, prompt, name, why)
-        return records
+        reason = "no top token is a word that a prompt could name"
+        return dict.fromkeys(places, reason) | dict(zip(possible, outputs, strict=True))
 
-    def pushed(self, progress: Progress) -> list[dict[str, Any]]:
-        """Rows of the baseline "mean_difference", all features of a prompt in one batch."""
-        name = "mean_difference"
+    def pushed(self, progress: Progress) -> Texts:
+        """The baseline "mean_difference", all features of a prompt in one batch."""
+        plan, site = self.actions.plan, self.actions.site
         vectors = {feature: self._vector(feature) for feature in self.top_tokens}
-        known = {feature: vector for feature, vector in vectors.items() if isinstance(vector, Tensor)}
-        records = []
-        for prompt, text in enumerate(self.plan.prompts):
+        rows = [(f, sample, v) for f, v in vectors.items() if isinstance(v, Tensor) for sample in range(plan.samples)]
+        texts: Texts = {}
+        for done, text in enumerate(plan.prompts):
             for feature, reason in vectors.items():
-                records += self._missing(feature, prompt, name, reason) if isinstance(reason, str) else []
-            if known:
-                records += self._measured(list(known), prompt, name, self._pushed(text, list(known.values())))
-            progress(prompt + 1, len(self.plan.prompts))
-        return records
+                if isinstance(reason, str):
+                    texts |= {(feature, text, sample): reason for sample in range(plan.samples)}
+            if rows:
+                outputs = generate(
+                    site.lm,
+                    site.hook,
+                    site.lm.encode_prompt(text),
+                    [NoiseCell(plan.seed, text, sample) for _, sample, _ in rows],
+                    plan,
+                    intervention=Intervention(AddVectors(torch.stack([v for *_, v in rows])), plan.positions),
+                    batch_size=plan.batch_size,
+                )
+                texts |= {(f, text, sample): ids for (f, sample, _), ids in zip(rows, outputs, strict=True)}
+            progress(done + 1, len(plan.prompts))
+        return texts
 
     def _vector(self, feature: int) -> Tensor | str:
         if reason := self.actions.obstacle(feature, STEERED):
             return reason
-        length = self.actions.length(feature, float(self.plan.doses[0]))
+        length = self.actions.length(feature, self.actions.plan.doses[0])
         if not math.isfinite(length):
             return "an ablation takes away another length at each token, so no vector is its equal"
         found = self.mean_differences.get(feature, "no means were measured")
         return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
 
-    def _pushed(self, text: str, vectors: list[Tensor]) -> list[list[int]]:
-        """All samples of one prompt along each vector in turn."""
-        plan, lm = self.plan, self.site.lm
-        cells = [NoiseCell(plan.seed, text, sample) for sample in range(plan.samples)]
-        rows = [vector for vector in vectors for _ in cells]
-        return generate(
-            lm,
-            self.site.hook,
-            lm.encode_prompt(text),
-            cells * len(vectors),
-            plan.sampling,
-            intervention=Intervention(AddVectors(torch.stack(rows)), plan.positions),
-            batch_size=plan.batch_size,
-        )
-
-    def _measured(self, features: list[int], prompt: int, name: str, outputs: list[list[int]]) -> list[dict[str, Any]]:
-        text = self.plan.prompts[prompt]
-        places = [(feature, sample) for feature in features for sample in range(self.plan.samples)]
-        about = [join_tokens(self.top_tokens[feature]) for feature, _ in places]
-        measured = measure_texts(self.site.lm, text, outputs, about, self.vectors, with_perplexity=True)
-        return [
-            {**self._called(feature, prompt, name), "sample": sample, **found, "reason": ""}
-            for (feature, sample), found in zip(places, measured, strict=True)
-        ]
-
-    def _missing(self, feature: int, prompt: int, name: str, reason: str) -> list[dict[str, Any]]:
+    def records(self, name: str, texts: Texts) -> list[dict[str, Any]]:
+        """A row for each text, or reason why there is none."""
+        plan = self.actions.plan
+        called = {"condition": name, "dose": 0.0 if name == "prompt" else plan.doses[0], "coefficient": math.nan}
         nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
-        called = self._called(feature, prompt, name)
-        return [{**called, "sample": s, **nothing, "reason": reason} for s in range(self.plan.samples)]
+        records = []
+        for prompt, text in enumerate(plan.prompts):
+            places = [(feature, sample) for feature in self.top_tokens for sample in range(plan.samples)]
+            outputs = {place: texts[place[0], text, place[1]] for place in places}
+            written = {place: ids for place, ids in outputs.items() if not isinstance(ids, str)}
+            about = [join_tokens(self.top_tokens[feature]) for feature, _ in written]
+            measured = measure_texts(self.actions.site.lm, text, list(written.values()), about, self.vectors)
+            found = dict(zip(written, measured, strict=True))
+            for (feature, sample), output in outputs.items():
+                row = {"feature": feature, "prompt": prompt, "sample": sample} | called
+                reason = output if isinstance(output, str) else ""
+                records.append(row | found.get((feature, sample), nothing) | {"reason": reason})
+        return records
 
-    def _called(self, feature: int, prompt: int, name: str) -> dict[str, Any]:
-        dose = 0.0 if name == "prompt" else float(self.plan.doses[0])
-        return {"feature": feature, "prompt": prompt, "condition": name, "dose": dose, "coefficient": math.nan}
+
+class MeanDifferences:
+    """For each feature: mean activation of the model where the feature fires, minus that on general text.
+
+    Wu et al. (2025, AxBench) found this vector, which needs no SAE, ahead of SAE features in steering.
+    """
+
+    def __init__(self, features: Sequence[int], d_model: int) -> None:
+        self.features = tuple(int(f) for f in features)
+        self._there = torch.zeros(len(self.features), d_model, dtype=torch.float64)
+        self._n_there = torch.zeros(len(self.features), dtype=torch.int64)
+        self._general = torch.zeros(d_model, dtype=torch.float64)
+        self._n_general = 0
+
+    def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
+        """Take in some tokens.
+
+        Args:
+            x: Activations of the model, `[n_tokens, d_model]`, any float dtype.
+            feature_acts: Of the features in order, `[n_tokens, n_features]`.
+            general: Which tokens are of the text to compare with, bool `[n_tokens]`.
+        """
+        if feature_acts.shape != (len(x), len(self.features)) or general.shape != (len(x),):
+            raise ShapeMismatch(
+                f"{len(x)} tokens, but activations of shape {tuple(feature_acts.shape)} for"
+                f" {len(self.features)} features and a mask of {tuple(general.shape)}."
+            )
+        wide, fires = x.double(), feature_acts > 0
+        self._there += fires.double().T @ wide
+        self._n_there += fires.sum(dim=0)
+        self._general += wide[general].sum(dim=0)
+        self._n_general += int(general.sum())
+
+    def vector(self, feature: int) -> Tensor | str:
+        """The difference, float32 `[d_model]`; or why there is none."""
+        place = self.features.index(int(feature))
+        n = int(self._n_there[place])
+        if not n or not self._n_general:
+            return "the feature never fired on the text" if not n else "there is no text to compare with"
+        found = self._there[place] / n - self._general / self._n_general
+        if not float(found.norm()) > 0:
+            return "the two means are equal"
+        return found.float()

@@ -2,13 +2,10 @@
 
 Too weak and nothing happens; too strong and the model babbles the top tokens, which is similar to them but
 proves little. The score of a text is therefore *gain x fluency*, both against the unsteered text of the same
-prompt and sampling noise, and the dose with the best mean score wins, if it is above 0. Fluency is never credited to a
-loss: a text that became less similar scores its loss whole, and one that broke into what no vector is known for scores
-no gain. Otherwise the most broken texts would win wherever steering gains nothing.
+prompt and sampling noise, and the dose with the best mean score wins, if it is above 0.
 
 A placebo at every dose shows what any push of that strength does to the same numbers. It has no say in the choice:
-what is sought is the dose at which the feature speaks best, and how far it speaks beyond a placebo is for the test
-to say, on other prompts.
+how far the feature speaks beyond a placebo is for the test to say, on other prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from saeffect.steering.placebo import PLACEBOS, STEERED, UNSTEERED
+from saeffect.steering.placebos import PLACEBOS, STEERED, UNSTEERED
 
 __all__ = ["RESPONSE_COLUMNS", "best_dose", "dose_response", "score_doses"]
 
@@ -33,13 +30,10 @@ _MEANS = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
 
 
 def best_dose(scores: pd.DataFrame) -> float | None:
-    """The dose of highest mean score over the steered rows, the smaller one of equals; placebos have no say.
+    """The dose of highest mean score over the steered rows, the smaller one of equals; None without a score above 0.
 
     Args:
         scores: As `score_doses` gives, of one arm or of several, one below the other: arms count alike.
-
-    Returns:
-        None where no dose has a mean score above 0.
 
     Example:
         >>> scores = pd.DataFrame({"condition": "steered", "dose": [0.2, 0.4, 0.8], "score": [0.1, 0.3, -0.2]})
@@ -62,14 +56,9 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     which never repeats itself and whose distinct-2 is fine). A text scores gain x fluency: a loop of top
     tokens has much gain and little fluency, an untouched text the reverse. A loss is not multiplied: it would
     shrink with the fluency, and of two losses the more broken text would score higher. Averaging products, not
-    multiplying averages, keeps half of the texts from lending their gain to the other half's fluency.
-
-    A text without a known word has no similarity. That counts as no gain and not as no text: steering broke it, or
-    nothing can be shown. Left out are only features of which no text at all has a similarity, as their top tokens are
-    unknown whatever is done.
-
-    Args:
-        trials: As `run_trials` gives, with perplexity.
+    multiplying averages, keeps half of the texts from lending their gain to the other half's fluency. A text without a
+    known word counts as no gain: steering broke it, or nothing can be shown. Left out are only features of which no
+    text at all has a similarity, as their top tokens are unknown whatever is done.
 
     Returns:
         One row per condition ("steered", then each placebo) and dose, ascending: condition, dose, n (texts),
@@ -83,7 +72,7 @@ def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> p
     """How a feature's influence grows with the dose, and what it costs in fluency.
 
     Args:
-        trials: As `run_trials` gives, with perplexity.
+        trials: As `run_trials` gives.
         direct: As `direct_effects` gives for the same features and doses; None leaves its columns NaN.
 
     Returns:

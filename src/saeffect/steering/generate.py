@@ -1,23 +1,34 @@
-"""Many continuations of one prompt at once, each row with its own intervention and its own noise."""
+"""Many continuations at once: of one prompt, each row with its own intervention, or of different prompts.
+
+A prompt that all rows share is read once. Rows differ from the hook on, at the positions that the intervention changes
+and after them. So the positions before the first of those go through the whole model in one row, and the others in one
+row up to the hook, where the row becomes as many as there are vectors. What follows works on all rows, by broadcasting
+where it meets a tensor of before the hook (a mask, or the residual stream that half a block adds to). Keys and values
+of past positions lie in memory that is set aside once.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
-from saeffect.steering.prompt_pass import last_logits, read_prompt
-from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise_
+from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
-__all__ = ["Progress", "end_tokens", "forbidden_tokens", "generate", "until_end"]
+__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt"]
+
+_SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
 Progress = Callable[[int, int], None]
 """Called with (how much is done, how much there is in all), in rows if nothing else is said."""
@@ -37,13 +48,12 @@ def generate(
 ) -> list[list[int]]:
     """Continue one prompt once per row.
 
-    All rows have the same prompt, so there is no padding. A row's output depends on its own vector and noise
-    cell only; beside which rows it is computed does not matter, except that matrix products over another
-    number of rows may round differently (in float64 and float32 that hardly ever changes a token, in bfloat16
-    now and then it does). With the same batches the same machine gives the same tokens.
+    A row's output depends on its own vector and noise cell only; beside which rows it is computed does not matter,
+    except that matrix products over another number of rows may round differently (in float64 and float32 that hardly
+    ever changes a token, in bfloat16 now and then it does). With the same batches the same machine gives the same
+    tokens.
 
     Args:
-        lm: The model.
         hook: Where to intervene, a TransformerLens name.
         prompt_ids: Token ids of the prompt, at least one, see `LanguageModel.encode_prompt`.
         cells: One a row: the noise that the row is sampled with.
@@ -61,48 +71,128 @@ def generate(
         ConfigError: The prompt has no tokens, `batch_size` is below 1, or the hook is not in the model.
         ShapeMismatch: The intervention has not one row per cell.
     """
-    if len(prompt_ids) == 0:
-        raise ConfigError("the prompt has no tokens; expected at least one.", at="prompts")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
+    _check([prompt_ids], batch_size)
     if intervention is not None and intervention.operator.n_rows != len(cells):
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
-    forbidden = forbidden_tokens(lm, sampling.allow_end)
+    n_steps = sampling.max_new_tokens
     outputs: list[list[int]] = []
     with fused(lm):
         for first in range(0, len(cells), batch_size):
-            some = cells[first : first + batch_size]
+            batch = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(some)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
-            done = _Tokens(progress, len(cells), sampling.max_new_tokens, first)
-            outputs += _continue(lm, hook, prompt_ids, some, sampling, edit=edit, forbidden=forbidden, done=done)
+                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
+
+            def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
+                if progress is not None:
+                    progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
+
+            start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
+            # A prompt that was steered is in the keys and values; its generated tokens are left alone.
+            with nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit):
+                outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Tells how far a batch is, counting the rows before it.
+@torch.inference_mode()
+def continue_prompts(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[NoiseCell],
+    sampling: Sampling,
+    *,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> list[list[int]]:
+    """Continue each of many prompts once, without intervention and without padding.
 
-    Attributes:
-        progress: Called with tokens done and in all; None for nobody.
-        n_rows: Of all batches.
-        each: Tokens a row.
-        before: Rows of earlier batches.
+    Padding needs masks and positions that not every architecture takes, and moves what the others compute. Here all
+    rows begin at their first token and go on together: the passes that read the rest of a longer prompt are those that
+    write the first tokens after a shorter one. A row's output is what `generate` gives for its prompt alone, up to the
+    rounding of another batch.
+
+    Args:
+        prompts: Token ids of each row's prompt, at least one each; lengths may differ.
+        progress: Called after each batch, with rows done and in all. The others are as in `generate`.
+
+    Returns:
+        New token ids, one list a row in the order of `prompts`.
+
+    Raises:
+        ConfigError: A prompt has no tokens, or `batch_size` is below 1.
+        ShapeMismatch: Not one cell per prompt.
     """
+    if len(prompts) != len(cells):
+        raise ShapeMismatch(f"{len(prompts)} prompts, but {len(cells)} noise cells.")
+    _check(prompts, batch_size)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    outputs: dict[int, list[int]] = {}
+    with fused(lm):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            own = [prompts[i] for i in batch]
+            n_read = len(own[0])
+            logits, cache = last_logits(lm, torch.tensor([list(ids[:n_read]) for ids in own], device=lm.device))
+            if _can_spread(cache):
+                cache = _with_room(cache, len(own), len(own[-1]) + sampling.max_new_tokens - 1 - n_read)
+            texts = _continue(lm, own, [cells[i] for i in batch], sampling, (logits, cache))
+            outputs |= dict(zip(batch, texts, strict=True))
+            if progress is not None:
+                progress(len(outputs), len(prompts))
+    return [outputs[i] for i in range(len(prompts))]
 
-    progress: Progress | None
-    n_rows: int
-    each: int
-    before: int
 
-    def __call__(self, rows: int, tokens: int) -> None:
-        """`rows` rows of this batch have `tokens` tokens each."""
-        if self.progress is not None:
-            self.progress(self.before * self.each + rows * tokens, self.n_rows * self.each)
+def _continue(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[NoiseCell],
+    sampling: Sampling,
+    start: tuple[Tensor, Any],
+    *,
+    edit: PositionedEdit | None = None,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> list[list[int]]:
+    """One batch, its prompts in order of length and read as far as the shortest goes: a token of every row a pass."""
+    n_steps = sampling.max_new_tokens
+    lengths = [len(ids) for ids in prompts]
+    shortest, longest = lengths[0], lengths[-1]
+    rows = torch.tensor([[*ids, *[0] * (longest + n_steps - len(ids))] for ids in prompts], device=lm.device)
+    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
+    forbidden = _forbidden_tokens(lm, sampling.allow_end)
+    # Rows of one length are at the same step of their texts.
+    alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
+    logits, cache = start
+    for position in range(shortest, longest + n_steps):
+        if position > shortest:
+            if edit is not None:
+                edit.start = position - 1
+            logits, cache = last_logits(lm, rows[:, position - 1 : position].contiguous(), cache)
+        for length, where in alike:
+            step = position - length
+            if 0 <= step < n_steps:
+                penalise(logits[where], rows[where, length:position], sampling.frequency_penalty)
+                logits[where].index_fill_(1, forbidden, -math.inf)
+                rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
+                if sampling.allow_end:
+                    ended[where] |= torch.isin(rows[where, position], ends)
+        if sampling.allow_end and bool(ended.all()):
+            report(n_steps)
+            break
+        report(position - longest + 1)
+    final = set(ends.tolist())
+    texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
+    return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
 
 
-def end_tokens(lm: LanguageModel) -> list[int]:
+def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
+    if not all(len(ids) for ids in prompts):
+        raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
+
+
+def _end_tokens(lm: LanguageModel) -> list[int]:
     """Ids that end a text, by the tokenizer and by the model's generation settings."""
     settings = getattr(lm.model, "generation_config", None)
     found: set[int] = set()
@@ -111,59 +201,164 @@ def end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def _continue(
-    lm: LanguageModel,
-    hook: str,
-    prompt_ids: Sequence[int],
-    cells: Sequence[NoiseCell],
-    sampling: Sampling,
-    *,
-    edit: PositionedEdit | None,
-    forbidden: Tensor,
-    done: _Tokens,
-) -> list[list[int]]:
-    """One batch: the prompt once, then a token of every row a pass."""
-    n_rows, n_steps = len(cells), sampling.max_new_tokens
-    ends = torch.tensor(end_tokens(lm), dtype=torch.int64, device=lm.device)
-    generated = torch.empty((n_rows, n_steps), dtype=torch.int64, device=lm.device)
-    ended = torch.zeros(n_rows, dtype=torch.bool, device=lm.device)
-    logits, cache = read_prompt(lm, hook, prompt_ids, n_rows, edit, room=n_steps - 1)
-    with _editing(lm, hook, edit):
-        for step in range(n_steps):
-            if step:
-                if edit is not None:
-                    edit.start = len(prompt_ids) + step - 1
-                logits, cache = last_logits(lm, generated[:, step - 1 : step], cache)
-            penalise_(logits, generated[:, :step], sampling.frequency_penalty)
-            logits.index_fill_(1, forbidden, -math.inf)
-            generated[:, step] = next_tokens(logits, cells, step, sampling)
-            if sampling.allow_end:
-                ended |= torch.isin(generated[:, step], ends)
-                if bool(ended.all()):
-                    generated = generated[:, : step + 1]
-                    done(n_rows, n_steps)
-                    break
-            done(n_rows, step + 1)
-    final = set(ends.tolist())
-    return [until_end(row, final) for row in generated.tolist()]
-
-
-def until_end(ids: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first one that ends a text."""
-    for i, token in enumerate(ids):
-        if token in ends:
-            return ids[:i]
-    return ids
-
-
-def forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
+def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
     """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.
-    forbidden[end_tokens(lm)] = not allow_end
+    forbidden[_end_tokens(lm)] = not allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
 
 
-def _editing(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
-    # A prompt that was steered is in the keys and values; its generated tokens are left alone.
-    return nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit)
+def read_prompt(
+    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
+) -> tuple[Tensor, Any]:
+    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache of keys and values to go on from.
+
+    Args:
+        hook: Where `edit` acts, a TransformerLens name.
+        prompt_ids: At least one token.
+        n_rows: How many rows are wanted; `edit` must have as many, None for no intervention.
+        room: How many tokens are to follow.
+    """
+    ids = torch.tensor([list(prompt_ids)], device=lm.device)
+    try:
+        logits, cache = _read_once(lm, hook, ids, n_rows, edit)
+    except (_UnknownCacheError, RuntimeError) as error:
+        # What keeps more than keys and values, or wants the same number of rows in all its parts (Bloom's position
+        # bias), reads the prompt once a row.
+        if not isinstance(error, _UnknownCacheError) and not _is_about_shapes(error):
+            raise
+        logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
+    return logits, _with_room(cache, n_rows, room) if _can_spread(cache) else cache
+
+
+def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
+
+    Only the last position meets the unembedding, where the architecture knows how: over a long prompt the
+    logits of all positions would be the largest tensor by far.
+    """
+    model: Any = lm.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
+    # of times slower than for a dense copy of it.
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+    finally:
+        dense.remove()
+    return result.logits[:, -1].float(), result.past_key_values
+
+
+class _UnknownCacheError(Exception):
+    """The model's cache has parts that are not known here."""
+
+
+def _read_once(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    if edit is None:
+        logits, cache = last_logits(lm, ids)
+        return logits.repeat(n_rows, 1), _known(cache)
+    point = parse_hook(hook, lm.n_layers)
+    edit.start = 0
+    n_alike = edit.where(ids.shape[1]).start
+    cache = None
+    if n_alike:
+        _, cache = last_logits(lm, ids[:, :n_alike])
+        # The attention of these layers comes after the hook.
+        _spread(_known(cache), point.layer + (point.kind != "hook_resid_pre"), n_rows)
+    edit.start = n_alike
+    with edited(lm, hook, lambda x: edit(x.expand(n_rows, -1, -1).contiguous())):
+        logits, cache = last_logits(lm, ids[:, n_alike:], cache)
+    if len(logits) != n_rows:
+        raise _UnknownCacheError  # a model that cuts its output to the rows that it was given
+    return logits, _known(cache)
+
+
+def _read_in_every_row(
+    lm: LanguageModel, hook: str, ids: Tensor, n_rows: int, edit: PositionedEdit | None
+) -> tuple[Tensor, Any]:
+    rows = ids.expand(n_rows, -1).contiguous()
+    if edit is None:
+        return last_logits(lm, rows)
+    edit.start = 0
+    with edited(lm, hook, edit):
+        return last_logits(lm, rows)
+
+
+def _is_about_shapes(error: RuntimeError) -> bool:
+    """Whether torch refused tensors that do not fit each other. It has no class of error for that, only words."""
+    return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
+
+
+def _known(cache: Any) -> Any:
+    if not _can_spread(cache):
+        raise _UnknownCacheError
+    return cache
+
+
+def _can_spread(cache: Any) -> bool:
+    """Whether a cache of transformers is keys and values alone, so that all of it is known here."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and len(cache.layers) > 0 and all(type(x) in known for x in cache.layers)
+
+
+def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
+    """Give the layers from `first_layer` on `n_rows` rows where they have one, without copying."""
+    for layer in cache.layers[first_layer:]:
+        if layer.keys is not None:  # some models reuse the keys of another layer
+            layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
+
+
+def _with_room(cache: Any, n_rows: int, room: int) -> Any:
+    """The cache with `n_rows` rows in every layer, and memory for `room` further positions where nothing slides.
+
+    Growing by concatenation copies all that is there for each token.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    _spread(cache, 0, n_rows)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.keys is not None:
+            cache.layers[i] = _roomy_layer()(layer.keys, layer.values, room)
+    return cache
+
+
+@functools.cache
+def _roomy_layer() -> Any:
+    """The class, made on first use: importing transformers takes seconds."""
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        """Writes new keys and values behind the old ones; `keys` and `values` are views of what is filled."""
+
+        def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+            super().__init__()
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self._memory = tuple(_roomy(x, room) for x in (keys, values))
+            self._fill(keys.shape[2])
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            start = self.get_seq_length()
+            stop = start + key_states.shape[2]
+            for memory, new in zip(self._memory, (key_states, value_states), strict=True):
+                memory[:, :, start:stop] = new
+            return self._fill(stop)
+
+        def _fill(self, length: int) -> tuple[Tensor, Tensor]:
+            keys, values = (memory[:, :, :length] for memory in self._memory)
+            self.keys, self.values = keys, values
+            return keys, values
+
+    return RoomyLayer
+
+
+def _roomy(x: Tensor, room: int) -> Tensor:
+    n_rows, heads, length, width = x.shape
+    memory = x.new_empty(n_rows, heads, length + room, width)
+    memory[:, :, :length] = x
+    return memory

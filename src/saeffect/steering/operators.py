@@ -1,12 +1,22 @@
 """What an intervention does to the residual stream, and at which positions.
 
-An *operator* changes activations `[rows, positions, d_model]`, each row of the batch in its own way; here it
-adds a vector to each. An `Intervention` says where it is applied. `Intervention.edit` binds both to one
-prompt and gives the callable that `saeffect.lm.edited` wants.
+An *operator* changes activations `[rows, positions, d_model]`, each row of the batch in its own way. An `Intervention`
+says where it is applied. `Intervention.edit` binds both to one prompt and gives the callable that `saeffect.lm.edited`
+wants.
+
+Adding a decoder row pushes every position alike. Setting a feature's activation pushes a position only as far
+as the feature is not there already, and leaves alone what the SAE does not explain: with activation a, target t
+and decoder row d, an activation x becomes x + (t - a) d. That equals decoding the changed activations and
+putting the SAE's error back (Templeton et al. 2024, "Golden Gate Claude").
+
+At the attention sink, most often a text's first token, the residual is tens of times longer than elsewhere. SAEs are
+not trained on it, and what they read there (activations a hundred times a feature's maximum) means nothing: setting
+features there would break the model's attention, not say anything. So longer activations than a limit are left alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,39 +24,44 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
+from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["POSITIONS", "AddVectors", "Intervention", "Operator", "PositionedEdit", "Positions", "span"]
+__all__ = [
+    "NO_FEATURE",
+    "POSITIONS",
+    "AddVectors",
+    "Intervention",
+    "Operator",
+    "PositionedEdit",
+    "SetFeatures",
+    "span",
+]
 
 Positions = Literal["all", "generated", "prompt"]
 POSITIONS: tuple[Positions, ...] = ("all", "generated", "prompt")
 
 
 class Operator(Protocol):
-    """Changes activations, one way a row. Implementations are immutable and do not change their input."""
+    """Changes activations, one way a row. Implementations are immutable and do not change their input.
+
+    `take` gives the operator for the rows `first` up to, not including, `last`; `apply` new activations for `x`,
+    `[n_rows, positions, d_model]`, of the same shape, dtype and device.
+    """
 
     @property
-    def n_rows(self) -> int:
-        """How many rows of a batch it knows."""
-        ...
+    def n_rows(self) -> int: ...
 
-    def take(self, first: int, last: int) -> Operator:
-        """The same operator for the rows `first` up to, not including, `last`."""
-        ...
+    def take(self, first: int, last: int) -> Operator: ...
 
-    def apply(self, x: Tensor) -> Tensor:
-        """New activations for `x`, `[n_rows, positions, d_model]`, same shape, dtype and device."""
-        ...
+    def apply(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class AddVectors:
-    """Adds one vector a row.
+    """Adds one vector a row: `vectors`, float32 `[n_rows, d_model]`, in the units of the activation.
 
     The sum is taken in float32 and rounded once to the dtype of the activation, so that a vector of zeros
     leaves every bit as it was.
-
-    Attributes:
-        vectors: Float32 `[n_rows, d_model]`, in the units of the activation.
     """
 
     vectors: Tensor
@@ -67,14 +82,79 @@ class AddVectors:
 
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[0] != self.n_rows or x.shape[-1] != self.vectors.shape[1]:
-            raise ShapeMismatch(
-                f"activations of shape {tuple(x.shape)} met steering vectors of shape"
-                f" {tuple(self.vectors.shape)}; expected as many rows and the same width."
-            )
+            said = f"activations of shape {tuple(x.shape)} met steering vectors of shape {tuple(self.vectors.shape)}"
+            raise ShapeMismatch(f"{said}; expected as many rows and the same width.")
         # float64 models stay float64; half-precision ones are summed in float32.
         wide = torch.promote_types(x.dtype, torch.float32)
         vectors = self.vectors.to(device=x.device, dtype=wide)
         return (x.to(wide) + vectors[:, None, :]).to(x.dtype)
+
+
+NO_FEATURE = -1
+"""Fills up rows that set fewer features than others."""
+
+
+@dataclass(frozen=True, eq=False)
+class SetFeatures:
+    """Sets features to given activations and keeps the SAE's error.
+
+    Attributes:
+        sae: In the units of the model's activations.
+        features: Int64 `[n_rows, n_features]`, no feature twice in a row; -1 for none.
+        targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
+        along: Directions to push along in place of the features' own, float32 `[n_rows, n_features, d_in]`: a
+            placebo is pushed as hard at each position as the feature would be, but elsewhere. None: their own.
+        norm_limit: Activations with a longer Euclidean norm are left as they are; see `NormLimit` for the usual one.
+    """
+
+    sae: SparseAutoencoder
+    features: Tensor
+    targets: Tensor
+    along: Tensor | None = None
+    norm_limit: float = math.inf
+
+    def __post_init__(self) -> None:
+        shape, wanted = tuple(self.features.shape), (*self.features.shape, self.sae.cfg.d_in)
+        if len(shape) != 2 or 0 in shape or shape != tuple(self.targets.shape):
+            said = f"features have shape {shape}, targets {tuple(self.targets.shape)}"
+            raise ShapeMismatch(f"{said}; expected both [rows, features], not empty.")
+        first, last = int(self.features.min()), int(self.features.max())
+        if first < NO_FEATURE or last >= self.sae.cfg.d_sae:
+            raise ShapeMismatch(f"features run from {first} to {last}, but the SAE has {self.sae.cfg.d_sae}.")
+        ordered = self.features.sort(dim=1).values
+        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
+            raise ConfigError("a row sets the same feature twice.", at="features")
+        if self.along is not None and self.along.shape != wanted:
+            raise ShapeMismatch(f"directions have shape {tuple(self.along.shape)}; expected {wanted}.")
+        if not bool((torch.isfinite(self.targets) & (self.targets >= 0)).all()):
+            raise ConfigError("a target activation is negative, NaN or infinite; it must be at least 0.", at="targets")
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.features)
+
+    def take(self, first: int, last: int) -> SetFeatures:
+        along = None if self.along is None else self.along[first:last]
+        return SetFeatures(self.sae, self.features[first:last], self.targets[first:last], along, self.norm_limit)
+
+    @torch.no_grad()
+    def apply(self, x: Tensor) -> Tensor:
+        if x.shape[0] != self.n_rows:
+            raise ShapeMismatch(f"activations of {x.shape[0]} rows met {self.n_rows} rows of features to set.")
+        wide = torch.promote_types(x.dtype, torch.float32)
+        at_sae = x.to(self.sae.W_dec.device)  # the SAE stays where it was loaded, whatever the model runs on
+        features, targets = self.features.to(at_sae.device), self.targets.to(at_sae.device)
+        known = features.clamp_min(0)
+        # One position at a time over all rows: the activations of all features of a long prompt would not fit.
+        change = torch.empty(*x.shape[:2], features.shape[1], device=at_sae.device)
+        for position in range(x.shape[1]):
+            acts = self.sae.encode(at_sae[:, position]).gather(1, known)
+            change[:, position] = targets - acts
+        change *= (features != NO_FEATURE)[:, None, :]
+        change *= (at_sae.to(wide).norm(dim=-1) <= self.norm_limit)[:, :, None]
+        along = self.sae.directions(known) if self.along is None else self.along.to(at_sae.device)
+        moved = torch.einsum("rpf,rfd->rpd", change, along) * self.sae.output_scale(at_sae)
+        return (x.to(wide) + moved.to(x.device, wide)).to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +180,7 @@ class Intervention:
         return Intervention(self.operator.take(first, last), self.positions)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.lm.edited`, for rows that share a prompt.
-
-        Args:
-            prompt_length: Its tokens, BOS included.
-            n_bos: How many of them are BOS, see `LanguageModel.n_bos`.
+        """The callable for `saeffect.lm.edited`: rows share a prompt of so many tokens, the first `n_bos` of them BOS.
 
         Raises:
             ConfigError: There is no position to act at: the prompt is BOS alone, or one token and `positions` is
@@ -126,10 +202,7 @@ class PositionedEdit:
     """Applies an operator at the wanted positions of each forward pass.
 
     With a cache of keys and values a pass sees only the newest positions, so whoever drives the model sets
-    `start` before each pass: 0 for the prompt, then the number of tokens already in the cache.
-
-    Attributes:
-        start: Absolute position of the first activation of the next pass.
+    `start`, the absolute position of the first, before each pass.
     """
 
     def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:
@@ -156,7 +229,7 @@ class PositionedEdit:
 
 
 def span(positions: Positions, start: int, length: int, prompt_length: int) -> slice:
-    """Which of `length` positions, the first of them at absolute position `start`, are acted at.
+    """Which of `length` positions from absolute position `start` on are acted at, BOS apart.
 
     Example:
         >>> span("prompt", 0, 5, 5), span("generated", 0, 5, 5)  # a prompt of five tokens

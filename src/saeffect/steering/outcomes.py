@@ -1,123 +1,71 @@
-"""What is measured on a generated text: what it is about, whether it repeats itself, whether it is fluent."""
+"""What is measured of an intervention: the registry of outcomes, and the numbers that are read off generated texts.
+
+A steered text that repeats the feature's top tokens proves that the model can be made to say what is added to
+it. The fairer question is whether it also says *other* words of the domain, which were not put in.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 
-from saeffect.errors import ShapeMismatch
+from saeffect.errors import ShapeMismatch, unknown_name
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.tokens import normalise_token
+from saeffect.steering.encoders import RememberedVectors, TextVectors
 
 __all__ = [
-    "RememberedVectors",
-    "Similarity",
-    "TextVectors",
+    "OUTCOMES",
+    "Outcome",
     "distinct_2",
     "join_tokens",
+    "keyword_score",
     "measure_texts",
+    "off_list_score",
+    "outcome_named",
     "perplexity",
+    "score_texts",
+    "shuffled_references",
     "similarity",
+    "text_words",
 ]
 
-Vector = npt.NDArray[np.floating]
-
-
-class TextVectors(Protocol):
-    """Anything that turns a text into one vector: word vectors averaged, or a sentence encoder."""
-
-    def mean_vector(self, text: str) -> Vector | None:
-        """The vector of a text, `[dim]`; None when the text has nothing that it knows."""
-        ...
-
-
-class RememberedVectors:
-    """Text vectors computed once per text: top tokens and unsteered texts come up again and again.
-
-    Args:
-        vectors: Where they come from.
-    """
-
-    def __init__(self, vectors: TextVectors) -> None:
-        self._vectors = vectors
-        self._known: dict[str, Vector | None] = {}
-
-    @classmethod
-    def of(cls, vectors: TextVectors) -> RememberedVectors:
-        """`vectors` with a memory; the same object if it has one."""
-        return vectors if isinstance(vectors, cls) else cls(vectors)
-
-    def mean_vector(self, text: str) -> Vector | None:
-        """As the vectors give it."""
-        if text not in self._known:
-            self._known[text] = self._vectors.mean_vector(text)
-        return self._known[text]
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Cosine of two texts' vectors.
-
-    Attributes:
-        value: From -1 to 1; NaN when undefined.
-        reason: Why it is undefined, else "".
-    """
-
-    value: float
-    reason: str = ""
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
 def join_tokens(tokens: Sequence[str]) -> str:
-    """Top tokens as one text, joined by spaces, without their leading-space marks.
-
-    Example:
-        >>> join_tokens(["Ġtreatment", " drug", "▁dose"])
-        'treatment drug dose'
-    """
+    """Top tokens as one text: `["Ġtreatment", " drug", "▁dose"]` is "treatment drug dose"."""
     return " ".join(token.lstrip("Ġ▁ \t\n").rstrip() for token in tokens).strip()
 
 
-def similarity(text: str, reference: str, vectors: TextVectors) -> Similarity:
-    """How much a text is about what the reference is about: the paper's outcome.
-
-    Args:
-        text: A generated continuation.
-        reference: A feature's top tokens, see `join_tokens`.
-        vectors: Where the texts' vectors come from.
-
-    Returns:
-        Cosine similarity; NaN with a reason when either text has no vector.
-    """
+def similarity(text: str, reference: str, vectors: TextVectors) -> float:
+    """Cosine of a text and top tokens (see `join_tokens`), the paper's outcome; NaN where either has no direction."""
     units = []
-    for words, what in ((reference, "top tokens"), (text, "generated text")):
+    for words in (reference, text):
         vector = vectors.mean_vector(words)
-        if vector is None:
-            return Similarity(math.nan, f"no word of the {what} is in the embedding")
-        length = float(np.linalg.norm(vector))
-        if not (math.isfinite(length) and length > 0):
-            return Similarity(math.nan, f"the vector of the {what} has no direction")
+        length = math.nan if vector is None else float(np.linalg.norm(vector))
+        if vector is None or not (math.isfinite(length) and length > 0):
+            return math.nan
         units.append(np.asarray(vector, dtype=np.float64) / length)
-    return Similarity(float(units[0] @ units[1]))
+    return float(units[0] @ units[1])
 
 
 def distinct_2(token_ids: Sequence[int]) -> float:
     """Share of different pairs among the pairs of neighbouring tokens: 1 is no repetition, near 0 a loop.
 
-    Returns:
-        Above 0, at most 1; NaN for fewer than two tokens.
+    NaN for fewer than two tokens.
 
     Source:
         Li et al. (2016), A Diversity-Promoting Objective Function for Neural Conversation Models.
-
-    Example:
-        >>> distinct_2([5, 7, 5, 7, 5])  # four pairs, two of them different
-        0.5
     """
     pairs = list(itertools.pairwise(token_ids))
     return len(set(pairs)) / len(pairs) if pairs else math.nan
@@ -125,19 +73,9 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 
 @torch.inference_mode()
 def perplexity(
-    lm: LanguageModel,
-    prompt_ids: Sequence[int],
-    continuations: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
+    lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """How surprised the unsteered model is by continuations of one prompt.
-
-    Args:
-        lm: The model, without intervention.
-        prompt_ids: The prompt they continue, at least one token.
-        continuations: Token ids, of any lengths.
-        batch_size: Rows at once; the logits of `batch_size` continuations are held in memory.
+    """How surprised the unsteered model is by continuations (token ids, of any lengths) of one prompt.
 
     Returns:
         exp of the mean negative log-probability (nats) of a continuation's tokens, float64 `[n]`, at least 1
@@ -152,12 +90,12 @@ def perplexity(
     # Equal lengths together: causal attention makes padding at the end harmless, but not free.
     order = [i for i in np.argsort([len(c) for c in continuations], kind="stable") if len(continuations[i])]
     for first in range(0, len(order), batch_size):
-        some = order[first : first + batch_size]
-        longest = max(len(continuations[i]) for i in some)
-        rows = [[*prompt_ids, *continuations[i], *[0] * (longest - len(continuations[i]))] for i in some]
+        batch = order[first : first + batch_size]
+        longest = max(len(continuations[i]) for i in batch)
+        rows = [[*prompt_ids, *continuations[i], *[0] * (longest - len(continuations[i]))] for i in batch]
         input_ids = torch.tensor(rows, device=lm.device)
         logits = lm.model(input_ids=input_ids, use_cache=False).logits[:, len(prompt_ids) - 1 : -1]
-        for row, i in enumerate(some):
+        for row, i in enumerate(batch):
             targets = torch.tensor(list(continuations[i]), device=lm.device)
             surprise = torch.nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets)
             result[i] = np.exp(surprise.item())
@@ -170,31 +108,204 @@ def measure_texts(
     outputs: Sequence[Sequence[int]],
     references: Sequence[str],
     vectors: TextVectors,
-    *,
-    with_perplexity: bool,
 ) -> list[dict[str, Any]]:
-    """What trials record of each text.
-
-    Args:
-        lm: The model, without intervention.
-        prompt: What the texts continue.
-        outputs: Token ids of the continuations.
-        references: What each is compared with, see `join_tokens`.
-        vectors: Where the texts' vectors come from.
-        with_perplexity: Whether to measure it.
-
-    Returns:
-        For each text: text, similarity, distinct2, and perplexity if wanted.
-    """
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt."""
+    # Features share the unsteered texts: score each different text once.
+    different = list(dict.fromkeys(tuple(ids) for ids in outputs))
+    surprise = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
     records: list[dict[str, Any]] = []
     for ids, reference in zip(outputs, references, strict=True):
         text = lm.decode(list(ids))
-        found = similarity(text, reference, vectors).value
-        records.append({"text": text, "similarity": found, "distinct2": distinct_2(ids)})
-    if with_perplexity:
-        # Features share the unsteered texts: score each different text once.
-        different = list(dict.fromkeys(tuple(ids) for ids in outputs))
-        scores = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
-        for record, ids in zip(records, outputs, strict=True):
-            record["perplexity"] = scores[tuple(ids)]
+        record = {"text": text, "similarity": similarity(text, reference, vectors), "distinct2": distinct_2(ids)}
+        records.append(record | {"perplexity": surprise[tuple(ids)]})
     return records
+
+
+def text_words(text: str) -> list[str]:
+    """The words of a text, lower case; hyphens and apostrophes within a word stay."""
+    return [word.replace("’", "'") for word in _WORD.findall(text.casefold())]
+
+
+def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
+    """Share of a text's words that are one of the feature's top tokens; NaN without either kind of words.
+
+    Example:
+        >>> keyword_score("Drug trials test a drug", [" drug", "Ġdose"])
+        0.4
+    """
+    words, wanted = text_words(text), _words_of(top_tokens)
+    return sum(word in wanted for word in words) / len(words) if words and wanted else math.nan
+
+
+def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[str]) -> float:
+    """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
+
+    Top tokens are often pieces of words, so a word that begins with one of them (of three letters or more)
+    does not count either: " cardi" puts "cardiac" in, so "cardiac" proves nothing. NaN for a text without words, or an
+    empty vocabulary.
+
+    Example:
+        >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
+        0.2
+    """
+    words = text_words(text)
+    if not words or not vocabulary:
+        return math.nan
+    own = _words_of(top_tokens)
+    stems = tuple(token for token in own if len(token) >= 3)
+    found = (word for word in words if word in vocabulary)
+    return sum(word not in own and not word.startswith(stems) for word in found) / len(words)
+
+
+def _words_of(top_tokens: Sequence[str]) -> set[str]:
+    return {word for token in top_tokens if (word := normalise_token(token)) and any(map(str.isalnum, word))}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One outcome.
+
+    Attributes:
+        name: What study files and tables call it.
+        label: What reports call it.
+        measures: What it measures, as the end of "the effect of steering on the ...".
+        unit: Of effects. Shares ("share of ...") are written as percentages in reports.
+        alternative: "greater": steering with a feature should raise it, and the test is one-sided. "less": it
+            should fall, see `under`. "two-sided": a side effect, which may go either way.
+        score: Its value for (text, the feature's top tokens, the domain's words in lower case). None for what is
+            measured while texts are generated, by `measure_texts`, or without texts, see `direct`.
+        column: Where its numbers stand; the name if empty.
+        direct: Whether that is a column of `direct_effects` (one number a prompt, relative to the unsteered model),
+            not of the trials (one a text).
+        logarithm: Whether effects are of the natural logarithm: ratios of perplexities, whose plain mean
+            would be that of the worst texts.
+        operator: Under which operator it is tested, see `under`.
+    """
+
+    name: str
+    label: str
+    measures: str
+    unit: str
+    alternative: Literal["greater", "less", "two-sided"]
+    score: Callable[[str, Sequence[str], Collection[str]], float] | None = None
+    column: str = ""
+    direct: bool = False
+    logarithm: bool = False
+    operator: str = "add"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "column", self.column or self.name)
+
+    def under(self, operator: str) -> Outcome:
+        """The same under an operator: an ablation takes the concept away, so what should rise should fall.
+
+        Example:
+            >>> outcome_named("similarity").under("ablate").alternative
+            'less'
+        """
+        falls = operator == "ablate" and self.alternative == "greater"
+        return replace(self, alternative="less" if falls else self.alternative, operator=operator)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether reports write it as a percentage, and its effects in percentage points."""
+        return self.unit.startswith("share")
+
+    @property
+    def effect_unit(self) -> str:
+        """The unit of effects as reports write it, such as "percentage points of words"."""
+        if self.is_share:
+            return self.unit.replace("share", "percentage points", 1)
+        return f"{self.unit}: a difference of logarithms" if self.logarithm else self.unit
+
+
+# fmt: off
+_BUILT_IN = (
+    Outcome("similarity", "similarity", "similarity of the text to its top tokens", "cosine", "greater"),
+    Outcome("keyword_score", "keyword score", "share of its top tokens among the text's words", "share of words",
+            "greater", score=lambda text, top_tokens, _: keyword_score(text, top_tokens)),
+    Outcome("off_list", "off-list words", "share of off-list domain words in the text", "share of words", "greater",
+            score=off_list_score),
+    Outcome("direct_effect", "direct effect", "log-probability of its top tokens", "nats", "greater",
+            column="delta_logprob", direct=True),
+    Outcome("kl", "KL", "distance that the next token's distribution moved", "nats", "two-sided", direct=True),
+    Outcome("perplexity", "perplexity", "logarithm of the text's perplexity", "nats a token", "two-sided",
+            logarithm=True),
+    Outcome("distinct2", "distinct-2", "share of different pairs of tokens in the text", "share of pairs", "two-sided"),
+)
+# fmt: on
+OUTCOMES = {outcome.name: outcome for outcome in _BUILT_IN}
+"""Every outcome by name, the usual primary one first; a new entry is known to study files, tests and reports."""
+
+
+def outcome_named(name: str) -> Outcome:
+    """The outcome of a name; `UnknownName` if there is none."""
+    if name not in OUTCOMES:
+        raise unknown_name("outcome", name, OUTCOMES, at="outcomes")
+    return OUTCOMES[name]
+
+
+def score_texts(
+    trials: pd.DataFrame, features: pd.DataFrame, *, vectors: TextVectors, vocabulary: Collection[str], seed: int
+) -> pd.DataFrame:
+    """Add the outcomes that need no model to a table of trials.
+
+    Args:
+        trials: Columns feature and text; a missing text has no score.
+        features: Columns feature and top_tokens; every feature of the trials, and the others that were tested. With
+            a column members, sets that share a feature are not compared with each other.
+        vectors: As in `run_trials`.
+        vocabulary: The domain's words, lower case.
+        seed: For `shuffled_references`.
+
+    Returns:
+        The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to
+        another feature's top tokens, NaN where undefined), and shuffled_feature (whose, see `shuffled_references`;
+        -1 for none).
+
+    Raises:
+        ShapeMismatch: A feature of the trials has no top tokens in the table.
+    """
+    top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
+    unknown = set(trials["feature"]) - set(top)
+    if unknown:
+        raise ShapeMismatch(f"the feature table has no feature {min(unknown)}.", at="features")
+    known = RememberedVectors(vectors)
+    other = shuffled_references(list(top), seed)
+    if "members" in features:
+        members = {int(f): set(ids) for f, ids in zip(features["feature"], features["members"], strict=True)}
+        other = {f: None if o is None or members[f] & members[o] else o for f, o in other.items()}
+    reference = {f: None if o is None else join_tokens(top[o]) for f, o in other.items()}
+    texts = list(zip(trials["feature"].tolist(), trials["text"].tolist(), strict=True))
+    scores = {
+        outcome.column: [
+            outcome.score(text, top[f], vocabulary) if isinstance(text, str) else math.nan for f, text in texts
+        ]
+        for outcome in OUTCOMES.values()
+        if outcome.score is not None
+    }
+    scores["similarity_shuffled"] = [
+        similarity(text, words, known) if isinstance(text, str) and (words := reference[f]) is not None else math.nan
+        for f, text in texts
+    ]
+    scored = pd.DataFrame(scores, index=trials.index, dtype=np.float64)
+    compared = trials["feature"].map({f: -1 if o is None else o for f, o in other.items()})
+    return pd.concat([trials, scored], axis=1).assign(shuffled_feature=compared.astype(np.int64))
+
+
+def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
+    """For each feature another one at random, none its own and none used twice; None if there is no other.
+
+    If texts steered with one feature come as near to the top tokens of another feature of the domain, then
+    steering brings up the domain at most, not what this feature says. The order of the features does not matter.
+
+    Example:
+        >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)
+        ({4: 9, 9: 4}, {4: None})
+    """
+    ordered = sorted(int(f) for f in features)
+    if len(ordered) < 2:
+        return dict.fromkeys(ordered, None)
+    # Each gets the next of a random cycle, so none gets itself.
+    cycle = np.random.default_rng([seed, 17]).permutation(ordered).tolist()
+    return dict(sorted(zip(cycle, [*cycle[1:], cycle[0]], strict=True)))

@@ -2,33 +2,136 @@
 
 Sampling is by the Gumbel-max trick: the token with the largest `logit / temperature + Gumbel noise` is a draw
 from the softmax. The noise is a function of (seed, prompt, sample, step, token) alone, so every condition, dose
-and feature of the same prompt and sample meets the same luck (*common random numbers*): their outputs differ
-because of the intervention, not because of the dice, and paired differences are much less noisy.
+and feature of the same prompt and sample meets the same noise (*common random numbers*): their outputs differ
+because of the intervention alone, and paired differences are much less noisy.
+
+With top_p only a few of fifty thousand tokens need any noise. A generator that runs through the vocabulary would draw
+it for all; a counter-based one, Philox 4x32-10, is evaluated where it is needed: word number `id` of step `step` of a
+cell is a fixed function of the three. The cell's name decides its key and half of its counter.
+
+Source:
+    Salmon et al. (2011), Parallel Random Numbers: As Easy as 1, 2, 3.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch, Undefined
-from saeffect.steering.noise import NoiseCell, exponential_noise, exponential_noise_at
+from saeffect.config import SamplingConfig
+from saeffect.config_keys import config_error
+from saeffect.errors import ShapeMismatch, Undefined
 
-__all__ = ["NoiseCell", "Sampling", "exponential_noise", "next_tokens", "penalise", "penalise_"]
+__all__ = [
+    "NoiseCell",
+    "Sampling",
+    "exponential_noise",
+    "exponential_noise_at",
+    "next_tokens",
+    "penalise",
+    "philox",
+]
 
 # How many of the most probable tokens are tried before the whole vocabulary is sorted: a trained model's set of
 # mass 0.3 has a handful.
 _FIRST_TRIES = (16, 128, 1024)
 # Tokens of which one maximum is taken before the most probable are looked for.
 _BLOCK = 64
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class NoiseCell:
+    """What the sampling noise of a row depends on; rows with equal cells share it.
+
+    The prompt is a text, not a number, so that leaving a prompt out changes no other.
+    """
+
+    seed: int
+    prompt: str
+    sample: int
+
+
+def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch.device | str = "cpu") -> Tensor:
+    """The noise of one step at every token: standard exponential draws, float32 `[d_vocab]`, above 0.
+
+    Minus its logarithm is Gumbel noise; the logarithm is taken only where needed.
+    """
+    blocks = torch.arange((d_vocab + 3) // 4, device=device)
+    words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
+    return _exponential(words.flatten()[:d_vocab])
+
+
+def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
+    """The same noise at some tokens only: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
+
+    `step` is how many tokens were generated before, `ids` are int64 `[rows, n]`.
+
+    Raises:
+        ShapeMismatch: Not as many cells as rows.
+    """
+    if ids.ndim != 2 or len(ids) != len(cells):
+        raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
+    # One call gives the words of four neighbouring tokens.
+    words = philox(*_counter(cells, step, ids >> 2))
+    word = ids & 3
+    low = torch.where(word == 0, words[0], words[1])
+    high = torch.where(word == 2, words[2], words[3])
+    return _exponential(torch.where(word < 2, low, high))
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox 4x32-10: four random words from a counter and a key, all int64 tensors of 32-bit values, broadcast.
+
+    Example:
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> [f"{int(word):08x}" for word in philox((zero, zero, zero, zero), (zero, zero))]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    a, b, c, d = counter
+    k, l = key  # noqa: E741
+    for number in range(_ROUNDS):
+        if number:
+            k, l = (k + _KEY_STEPS[0]) & _MASK, (l + _KEY_STEPS[1]) & _MASK  # noqa: E741
+        # A product of two 32-bit words wraps around to a negative int64, with the right 64 bits all the same.
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = ((second >> 32) & _MASK) ^ b ^ k, second & _MASK, ((first >> 32) & _MASK) ^ d ^ l, first & _MASK
+    return a, b, c, d
+
+
+def _counter(cells: Sequence[NoiseCell], step: int, blocks: Tensor) -> tuple[Words, tuple[Tensor, Tensor]]:
+    """Counter and key for blocks of four tokens, `[cells, n]`."""
+    names = torch.tensor([_name(cell) for cell in cells], device=blocks.device).view(-1, 4)
+    k, l, c, d = names.unsqueeze(-1).unbind(1)  # noqa: E741
+    return (blocks, torch.full_like(c, step), c, d), (k, l)
+
+
+@functools.lru_cache(maxsize=4096)
+def _name(cell: NoiseCell) -> tuple[int, ...]:
+    digest = hashlib.blake2b(repr((cell.seed, cell.prompt, cell.sample)).encode(), digest_size=16).digest()
+    return tuple(int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4))
+
+
+def _exponential(words: Tensor) -> Tensor:
+    """Standard exponential draws from 32-bit words: float32, from 1.2e-10 to 22.9, in steps of 2^-32 near 0."""
+    uniform = (words.double() + 0.5) * 2.0**-32
+    return (-torch.log1p(-uniform)).float()
+
+
+class Sampling(SamplingConfig):
     """How continuations are drawn. The defaults are the paper's, but for end-of-text.
 
     Attributes:
@@ -41,52 +144,35 @@ class Sampling:
         allow_end: Whether the model may end its text. By default end-of-text and every other special token
             are forbidden, so that all continuations have `max_new_tokens` tokens: their similarities and
             repetition are then measured on equal lengths, and a steered text cannot score by stopping early.
+
+    Raises:
+        ConfigError: A value is out of range.
     """
 
-    max_new_tokens: int = 50
-    temperature: float = 1.0
-    top_p: float = 0.3
-    frequency_penalty: float = 1.0
     allow_end: bool = False
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1. Got {self.max_new_tokens}.", at="max_new_tokens")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"temperature must be at least 0. Got {self.temperature}.", at="temperature")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be above 0 and at most 1. Got {self.top_p}.", at="top_p")
-        if not math.isfinite(self.frequency_penalty):
-            raise ConfigError(
-                f"frequency_penalty must be finite. Got {self.frequency_penalty}.", at="frequency_penalty"
-            )
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(type(self), error) from error
 
 
-def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Tensor:
-    """Logits less the penalty for each time a token was generated.
-
-    Args:
-        logits: Float32 `[rows, d_vocab]`; not changed.
-        generated: Token ids so far, int64 `[rows, steps]`.
-        frequency_penalty: In logits (nats).
+def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> None:
+    """Take the penalty (nats) off `logits` `[rows, d_vocab]`, in place, for each time a token was generated.
 
     Example:
-        >>> penalise(torch.zeros(1, 4), torch.tensor([[2, 0, 2]]), 0.5).tolist()
+        >>> logits = torch.zeros(1, 4)
+        >>> penalise(logits, torch.tensor([[2, 0, 2]]), 0.5)
+        >>> logits.tolist()
         [[-0.5, 0.0, -1.0, 0.0]]
     """
     if frequency_penalty == 0 or generated.shape[1] == 0:
-        return logits
-    return penalise_(logits.clone(), generated, frequency_penalty)
-
-
-def penalise_(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Tensor:
-    """`penalise` that changes `logits` themselves, at the generated tokens only, and returns them."""
-    if frequency_penalty == 0 or generated.shape[1] == 0:
-        return logits
+        return
     # Counted first: a sum of many small penalties would round differently. A token that is there twice is
     # written twice, with the same value.
     counts = (generated[:, :, None] == generated[:, None, :]).sum(dim=-1, dtype=logits.dtype)
-    return logits.scatter_(1, generated, logits.gather(1, generated) - frequency_penalty * counts)
+    logits.scatter_(1, generated, logits.gather(1, generated) - frequency_penalty * counts)
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
@@ -96,7 +182,6 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
         logits: `[rows, d_vocab]`, any float dtype, penalties already taken off; forbidden tokens at -inf.
         cells: The noise of each row.
         step: How many tokens were generated before.
-        sampling: Temperature and top_p.
 
     Returns:
         Token ids, int64 `[rows]`. A row's token depends on its own logits and cell only.
@@ -164,10 +249,7 @@ def _most_probable(logits: Tensor) -> Tensor:
 
 
 def _most_probable_first(logits: Tensor, n: int) -> Tensor:
-    """Ids of n of the largest logits of each row, largest first, lower ids first among equals.
-
-    Every token with a larger logit than the last of them is there; of those equal to it some may not be.
-    """
+    """Ids of n of the largest logits of each row, largest first, lower ids first among equals but the last."""
     if n >= logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
     ids = _largest(logits, n).sort(dim=-1).values

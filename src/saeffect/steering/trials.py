@@ -1,41 +1,49 @@
-"""The interventions themselves: every feature, prompt, sample, condition and dose, with its outcome."""
+"""The interventions themselves: texts and direct effects of every feature, prompt, sample, condition and dose."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from saeffect.errors import ShapeMismatch
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel
+from saeffect.parallel import barrier, device_of_process, gathered, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
-from saeffect.steering.generate import Progress, generate
+from saeffect.steering.encoders import RememberedVectors, TextVectors
+from saeffect.steering.generate import Progress, generate, last_logits
 from saeffect.steering.operators import Intervention
-from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
-from saeffect.steering.placebo import UNSTEERED
-from saeffect.steering.plan import Site, SteeringPlan, check_features
+from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.placebos import UNSTEERED
+from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
 
-__all__ = ["TRIAL_COLUMNS", "run_trials"]
+__all__ = [
+    "TRIAL_COLUMNS",
+    "direct_effects",
+    "features_of_process",
+    "in_order",
+    "kl_divergence",
+    "next_log_probabilities",
+    "run_trials",
+]
 
 TRIAL_COLUMNS = (
-    "feature",
-    "prompt",
-    "sample",
-    "condition",
-    "dose",
-    "coefficient",
-    "text",
-    "similarity",
-    "distinct2",
+    *("feature", "prompt", "sample", "condition", "dose", "coefficient"),
+    *("text", "similarity", "distinct2", "perplexity"),
 )
 
 
 def run_trials(
     site: Site,
-    W_dec: Tensor,
     features: pd.DataFrame,
     plan: SteeringPlan,
     *,
@@ -48,169 +56,264 @@ def run_trials(
 
     Features are worked off in chunks that fill a batch; the chunks follow from the feature table and the plan
     alone, so a run that is resumed with `done` ends with the same numbers as one that was never stopped.
-    Unsteered texts do not depend on the feature: each chunk generates them once, in the same batch as the steered
-    ones, and measures them against each of its features. So both sides of a difference come from the same matrix
-    products, and what changes nothing differs in nothing, also where another batch would be rounded differently.
+    Each chunk generates the unsteered texts once, in the same batch as the steered ones, and measures them against each
+    of its features. So both sides of a difference come from the same matrix products, and what changes nothing differs
+    in nothing, also where another batch would be rounded differently.
+
+    Processes that `torchrun` started take the chunks by turns, so every batch holds the same rows as in one process
+    and the table is the same, on the same kind of processor and number of threads. All of them call this with equal
+    arguments, and each gets the whole table. What a process was killed at is done again by whoever gets it.
 
     Args:
-        site: Model, hook and unit of doses.
-        W_dec: Decoder, `[d_sae, d_model]`; rows are looked up by feature number.
-        features: Columns feature and top_tokens (list of str), and matched (list of int, see `matched_features`)
-            if that placebo is planned; with a column members (list of int) each row stands for several features
-            steered at once. The whole selection, also on a resume.
+        site: Model, hook, decoder and unit of doses.
+        features: Columns feature and top_tokens (list of str), and those of the planned placebos, such as matched
+            (list of int); with a column members (list of int) each row stands for several features steered at once.
+            The whole selection, also on a resume.
         plan: What to run.
-        vectors: Where the texts' vectors come from, such as the word vectors of `saeffect.features`.
-        done: Rows that an earlier call with equal arguments gave to `on_chunk`.
-        on_chunk: Called with the rows of each chunk of features as soon as they are there.
-        progress: Called with rows done and in all, resumed ones included, after every token: rows that are under way
-            count by their share of tokens.
+        vectors: Where the texts' vectors come from.
+        done: Rows that an earlier call with equal arguments gave to `on_chunk`, in whichever process.
+        on_chunk: Called with the rows of each chunk of features as soon as they are there; two processes must not
+            write the same file.
+        progress: Called in the first process with rows done and in all of its share, resumed ones included, after
+            every token: rows that are under way count by their share of tokens.
 
     Returns:
-        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`, and
-        perplexity if planned. dose in the plan's unit (0 for unsteered), coefficient the multiple of the
-        decoder row that has that length (placebos get a vector of equal length; NaN when features are set, not
-        added), text the continuation alone, similarity to the feature's top tokens (NaN where undefined),
-        distinct2. Conditions that are impossible for a feature have no rows, see `obstacles`.
+        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's
+        unit (0 for unsteered), coefficient the multiple of the decoder row that has that length (placebos get a
+        vector of equal length; NaN when features are set, not added), text the continuation alone, similarity to the
+        feature's top tokens (NaN where undefined), distinct2, perplexity. Conditions that are impossible for a
+        feature have no rows, see `obstacles`.
 
     Raises:
-        SaeffectError: As `check_features`, `Directions`, `generate` and `Intervention.edit`.
+        SaeffectError: As `actions_of`, `generate` and `Intervention.edit`; `Interrupted` if another process is gone.
     """
-    table = check_features(site, W_dec, features, ("top_tokens", *plan.feature_columns))
-    run = _Run(site, actions_of(site, W_dec, table, plan), plan, RememberedVectors.of(vectors))
-    per_feature = len(plan.conditions) * len(plan.doses) * plan.samples
-    n_features = plan.features_at_once
-    finished = _finished(done, run, set(table["feature"].tolist()))
-    rows_each = len(plan.prompts) * (per_feature + plan.samples)
-    total = len(table) * rows_each
-    frames: list[pd.DataFrame] = []
-    for first in range(0, len(table), n_features):
-        chunk = table.iloc[first : first + n_features]
-        if done is not None and set(chunk["feature"]) <= finished:
-            frames.append(done[done["feature"].isin(chunk["feature"])])
-        else:
-            frames.append(run.chunk(chunk, _Share(progress, first * rows_each, len(chunk) * rows_each, total)))
-            if on_chunk is not None:
-                on_chunk(frames[-1])
-        if progress is not None:
-            progress((first + len(chunk)) * rows_each, total)
-    return run.ordered(pd.concat(frames, ignore_index=True))
+    actions = actions_of(site, features, plan, ["top_tokens"])
+    run = _Run(actions, RememberedVectors(vectors))
+    if join() == 1:
+        return run.table(actions.table, done, on_chunk, progress)
+    mine = actions.table.iloc[features_of_process(len(actions.table), plan, *rank_and_world())]
+    rows = run.table(mine, done, on_chunk, progress if is_first() else None) if len(mine) else None
+    barrier()  # which waits for the slowest, however long; what follows takes a moment
+    everything = pd.concat(_from_all(rows), ignore_index=True)
+    # Within a feature the rows are in their order already, and a feature is one process' alone.
+    return everything.sort_values("feature", kind="stable", ignore_index=True)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """Tells how far a chunk of features is, `before` rows being done and `rows` its own."""
+def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
+    """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk."""
+    return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
 
-    progress: Progress | None
-    before: int
-    rows: int
-    total: int
 
-    def __call__(self, share: float) -> None:
-        if self.progress is not None:
-            self.progress(self.before + int(share * self.rows), self.total)
+def _from_all(rows: pd.DataFrame | None) -> list[pd.DataFrame]:
+    """The tables of all processes, in order of rank; None for none. They travel as parquet, which keeps every bit."""
+    packed = io.BytesIO()
+    if rows is not None:
+        rows.to_parquet(packed, index=False)
+    data = torch.from_numpy(np.frombuffer(packed.getvalue() or b"\0", dtype=np.uint8).copy())
+    lengths = gathered(torch.tensor([len(packed.getvalue())], device=device_of_process()))
+    everything = gathered(data.to(device_of_process())).cpu().numpy()
+    tables: list[pd.DataFrame] = []
+    start = 0
+    for length in lengths.tolist():
+        if length:
+            tables.append(pd.read_parquet(io.BytesIO(everything[start : start + length].tobytes())))
+        start += max(1, length)
+    return tables
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    site: Site
     actions: Actions
-    plan: SteeringPlan
     vectors: TextVectors
 
-    def chunk(self, features: pd.DataFrame, done: _Share) -> pd.DataFrame:
-        """All rows of some features."""
-        plan = self.plan
+    @property
+    def plan(self) -> SteeringPlan:
+        return self.actions.plan
 
-        def so_far(tokens: int, of: int) -> None:
-            done((prompt + tokens / of) / len(plan.prompts))
+    def table(
+        self,
+        features: pd.DataFrame,
+        done: pd.DataFrame | None,
+        on_chunk: Callable[[pd.DataFrame], None] | None,
+        progress: Progress | None,
+    ) -> pd.DataFrame:
+        """The trials of some features, chunk by chunk."""
+        plan, at_once = self.plan, self.plan.features_at_once
+        rows_each = len(plan.prompts) * plan.samples * (1 + len(plan.conditions) * len(plan.doses))
+        finished = self._finished(done)
+        frames: list[pd.DataFrame] = []
+        for first in range(0, len(features), at_once):
+            chunk = features.iloc[first : first + at_once]
 
+            def so_far(share: float, before: int = first, n: int = len(chunk)) -> None:
+                if progress is not None:
+                    progress(before * rows_each + int(share * n * rows_each), len(features) * rows_each)
+
+            if done is not None and set(chunk["feature"]) <= finished:
+                frames.append(done[done["feature"].isin(chunk["feature"])])
+            else:
+                frames.append(self._chunk(chunk, so_far))
+                if on_chunk is not None:
+                    on_chunk(frames[-1])
+            so_far(1.0)
+        return self._ordered(pd.concat(frames, ignore_index=True))
+
+    def _chunk(self, features: pd.DataFrame, so_far: Callable[[float], None]) -> pd.DataFrame:
+        """All rows of the features that share a batch."""
+        plan, samples = self.plan, range(self.plan.samples)
         references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
-        layout = [
+        steered = [
             (feature, sample, condition, float(dose))
             for feature in references
-            for sample in range(plan.samples)
-            for condition in self.conditions(feature)
+            for sample in samples
+            for condition in self._conditions(feature)
             for dose in plan.doses
         ]
-        twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in range(plan.samples)]
+        twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in samples]
         # The first feature's stand for all: nothing is done to them.
-        generated = twins[: plan.samples] + layout
+        generated = twins[: plan.samples] + steered
         records: list[dict[str, Any]] = []
-        for prompt in range(len(plan.prompts)):
-            outputs = self._generate(prompt, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], so_far)
-            unsteered = outputs[: plan.samples] * len(references)
-            records += self._measure(prompt, twins + layout, unsteered + outputs[plan.samples :], references)
-        return self.ordered(pd.DataFrame(records))
+        for prompt, text in enumerate(plan.prompts):
 
-    def conditions(self, feature: int) -> list[str]:
-        """The planned conditions that are possible for a feature."""
-        return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
+            def tokens(n: int, of: int, before: int = prompt) -> None:
+                so_far((before + n / of) / len(plan.prompts))
 
-    def _generate(self, prompt: int, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
-        plan = self.plan
-        text = plan.prompts[prompt]
+            outputs = self._generate(text, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], tokens)
+            outputs = outputs[: plan.samples] * len(references) + outputs[plan.samples :]
+            layout = twins + steered
+            about = [references[feature] for feature, *_ in layout]
+            measured = measure_texts(self.actions.site.lm, text, outputs, about, self.vectors)
+            records += [
+                {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
+                | {"coefficient": self.actions.coefficient(feature, dose)}
+                | found
+                for (feature, sample, condition, dose), found in zip(layout, measured, strict=True)
+            ]
+        return self._ordered(pd.DataFrame(records))
+
+    def _generate(self, prompt: str, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
+        plan, site = self.plan, self.actions.site
         return generate(
-            self.site.lm,
-            self.site.hook,
-            self.site.lm.encode_prompt(text),
-            [NoiseCell(plan.seed, text, sample) for _, sample in (row.draw for row in rows)],
-            plan.sampling,
+            site.lm,
+            site.hook,
+            site.lm.encode_prompt(prompt),
+            [NoiseCell(plan.seed, prompt, row.draw[1]) for row in rows],
+            plan,
             intervention=Intervention(self.actions.operator(rows), plan.positions),
             batch_size=plan.batch_size,
             progress=progress,
         )
 
-    def _measure(
-        self,
-        prompt: int,
-        layout: list[tuple[int, int, str, float]],
-        outputs: list[list[int]],
-        references: dict[int, str],
-    ) -> list[dict[str, Any]]:
-        plan = self.plan
-        about = [references[feature] for feature, *_ in layout]
-        measured = measure_texts(
-            self.site.lm, plan.prompts[prompt], outputs, about, self.vectors, with_perplexity=plan.perplexity
-        )
-        return [
-            {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
-            | {"coefficient": self.actions.coefficient(feature, dose)}
-            | found
-            for (feature, sample, condition, dose), found in zip(layout, measured, strict=True)
-        ]
+    def _conditions(self, feature: int) -> list[str]:
+        """The planned conditions that are possible for a feature."""
+        return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
-    def ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
+    def _ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
         """Rows in the promised order, columns in the promised types."""
-        columns = [*TRIAL_COLUMNS, *(["perplexity"] if self.plan.perplexity else [])]
-        missing = [name for name in columns if name not in trials]
+        missing = [name for name in TRIAL_COLUMNS if name not in trials]
         if missing:
             raise ShapeMismatch(f"the finished trials lack the column(s) {', '.join(missing)}.", at="done")
-        rank = {condition: i for i, condition in enumerate((UNSTEERED, *self.plan.conditions))}
-        ranked = trials[columns].assign(_rank=trials["condition"].map(rank))
-        ranked = ranked.sort_values(["feature", "prompt", "sample", "_rank", "dose"], kind="stable")
-        numbers = {"feature": "int64", "prompt": "int64", "sample": "int64"}
-        return ranked.drop(columns="_rank").astype(numbers).reset_index(drop=True)
+        ordered = in_order(trials[list(TRIAL_COLUMNS)], (UNSTEERED, *self.plan.conditions))
+        return ordered.astype(dict.fromkeys(("feature", "prompt", "sample"), "int64"))
+
+    def _finished(self, done: pd.DataFrame | None) -> set[int]:
+        """Features of which `done` has exactly the planned rows."""
+        finished: set[int] = set()
+        if done is None or done.empty:
+            return finished
+        places = [(prompt, s) for prompt in range(len(self.plan.prompts)) for s in range(self.plan.samples)]
+        for feature, rows in done[done["feature"].isin(list(self.actions.members))].groupby("feature"):
+            number = int(feature)  # type: ignore[call-overload]
+            settings = [(c, float(dose)) for c in self._conditions(number) for dose in self.plan.doses]
+            wanted = [(*place, *setting) for place in places for setting in [(UNSTEERED, 0.0), *settings]]
+            found = rows[["prompt", "sample", "condition", "dose"]].itertuples(index=False, name=None)
+            if sorted(found) == sorted(wanted):
+                finished.add(number)
+        return finished
 
 
-def _finished(done: pd.DataFrame | None, run: _Run, known: set[int]) -> set[int]:
-    """Features of which `done` has exactly the planned rows."""
-    if done is None or done.empty:
-        return set()
-    plan = run.plan
-    keys = ["prompt", "sample", "condition", "dose"]
-    finished: set[int] = set()
-    for feature in done["feature"].unique().tolist():
-        if int(feature) not in known:
-            continue
-        settings = [(UNSTEERED, 0.0)] + [(c, float(d)) for c in run.conditions(int(feature)) for d in plan.doses]
-        wanted = {
-            (prompt, sample, condition, dose)
-            for prompt in range(len(plan.prompts))
-            for sample in range(plan.samples)
-            for condition, dose in settings
-        }
-        rows = done.loc[done["feature"] == feature, keys]
-        found = list(rows.itertuples(index=False, name=None))
-        if len(found) == len(wanted) and set(found) == wanted:
-            finished.add(int(feature))
-    return finished
+def direct_effects(
+    site: Site, features: pd.DataFrame, plan: SteeringPlan, *, progress: Progress | None = None
+) -> pd.DataFrame:
+    """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
+
+    Each batch holds one unsteered row, so that both sides of a difference come from the same matrix products.
+    The random placebo of a prompt is that of its sample 0.
+
+    Args:
+        site: As `run_trials`.
+        features: As `run_trials`, with top_token_ids (list of int) in place of top_tokens.
+        plan: Prompts, doses, operator, unit, positions, placebos, seed and batch_size are used.
+        progress: Called after each batch with rows done and in all.
+
+    Returns:
+        One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
+        delta_logprob (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without
+        top tokens), kl (nats; from the unsteered to the steered distribution, 0 when nothing changed).
+        Conditions that are impossible for a feature have no rows, see `obstacles`.
+
+    Raises:
+        SaeffectError: As `run_trials`.
+    """
+    actions = actions_of(site, features, plan, ["top_token_ids"])
+    table = actions.table
+    top = {int(f): [int(i) for i in ids] for f, ids in zip(table["feature"], table["top_token_ids"], strict=True)}
+    possible = [(f, c) for f in top for c in plan.conditions if not actions.obstacle(f, c)]
+    layout = [(f, condition, dose) for f, condition in possible for dose in plan.doses]
+    n_at_once = max(1, plan.batch_size - 1)
+    records: list[dict[str, Any]] = []
+    for prompt, text in enumerate(plan.prompts):
+        prompt_ids = site.lm.encode_prompt(text)
+        for first in range(0, len(layout), n_at_once):
+            batch = layout[first : first + n_at_once]
+            rows = [ActionRow(batch[0][0], UNSTEERED, 0.0, (prompt, 0))]
+            rows += [ActionRow(*steered, (prompt, 0)) for steered in batch]
+            intervention = Intervention(actions.operator(rows), plan.positions)
+            log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention)
+            kl = kl_divergence(log_p[0], log_p[1:]).tolist()
+            for row, (feature, condition, dose) in enumerate(batch):
+                ids = top[feature]
+                delta = float((log_p[row + 1, ids] - log_p[0, ids]).double().mean()) if ids else math.nan
+                records.append(
+                    {"feature": feature, "prompt": prompt, "condition": condition, "dose": float(dose)}
+                    | {"delta_logprob": delta, "kl": kl[row]}
+                )
+            if progress is not None:
+                progress(len(records), len(layout) * len(plan.prompts))
+    result = pd.DataFrame(records, columns=["feature", "prompt", "condition", "dose", "delta_logprob", "kl"])
+    return in_order(result, plan.conditions)
+
+
+@torch.inference_mode()
+def next_log_probabilities(
+    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], intervention: Intervention
+) -> Tensor:
+    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32."""
+    n_rows = intervention.operator.n_rows
+    input_ids = torch.tensor([list(prompt_ids)], device=lm.device).expand(n_rows, -1).contiguous()
+    with edited(lm, hook, intervention.edit(len(prompt_ids), lm.n_bos(prompt_ids))):
+        logits, _ = last_logits(lm, input_ids)
+    return logits.log_softmax(dim=-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row of q `[rows, d_vocab]` from p `[d_vocab]`, nats, at least 0.
+
+    Example:
+        >>> p = torch.tensor([0.5, 0.5]).log()
+        >>> q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]).log()
+        >>> [round(x, 4) for x in kl_divergence(p, q).tolist()]  # second: ln 2 - (ln 3) / 2
+        [0.0, 0.1438]
+    """
+    p = log_p.exp()
+    # What p never draws adds nothing, also where q forbids it.
+    terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(log_q))
+    return terms.sum(dim=-1).clamp_min(0)
+
+
+def in_order(rows: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
+    """Rows by feature, prompt, sample if there are any, condition in the given order, and dose."""
+    keys = [name for name in ("feature", "prompt", "sample") if name in rows]
+    rank = rows["condition"].map({condition: i for i, condition in enumerate(conditions)})
+    ordered = rows.assign(_rank=rank).sort_values([*keys, "_rank", "dose"], kind="stable", ignore_index=True)
+    return ordered.drop(columns="_rank")

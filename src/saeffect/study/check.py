@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
-from saeffect.errors import ConfigError, EmptySelection, SaeffectError
+from saeffect.errors import ConfigError, EmptySelection, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.io import SILENT, Log
-from saeffect.lm.accounting import loading_errors
+from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.corpora import read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_config, locate_adapter, locate_model, model_shape, quiet_transformers
-from saeffect.lm.tokens import known_tokens, token_texts
-from saeffect.sae.formats.saelens import load_sae
-from saeffect.study.arm_tables import arm_facts
-from saeffect.study.check_tokenizers import check_prompt, check_tokenizers
+from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
+from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_texts, with_bos
+from saeffect.sae.formats import load_sae
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
-from saeffect.study.stages.selection import study_verdicts
+from saeffect.study.stages.select import study_verdicts
 from saeffect.study.stages.steering_plan import outcome_vectors
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import beginning, shortage, study_rows
-from saeffect.study.training import check_training
+from saeffect.study.training import arm_recipe, check_training
 
 __all__ = ["CheckResult", "check_study"]
 
@@ -65,29 +63,31 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     Raises:
         SaeffectError: The first thing that is wrong.
     """
-    lines: list[str] = []
+    config, lines = study.config, list[str]()
     training = check_training(study)
     if training is not None:
         lines.append(training)
-    for name in study.config.arms:
+    for name in config.arms:
         lines += _check_arm(study, name, log)
         further = open_seeds(study, name)
         if further:
-            lines.append(f"arm {name}: further seeds {', '.join(one.name for one in further)}")
-    lines += check_tokenizers(study)
-    begins, others = _placed(
-        study, ("text",), lambda: beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
-    )
+            lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
+    lines += _check_tokenizers(study)
+    with placed(study.at("text")):
+        begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
     lines.append(f"{begins}; otherwise: {others}" if others else begins)
-    config = study.config
-    _placed(study, ("comparison", "tests"), lambda: check_tests(config.comparison.tests))
+    with placed(study.at("comparison", "tests")):
+        check_tests(config.comparison.tests)
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
-    vocabulary = _placed(study, ("selection", "vocabulary"), lambda: load_vocabulary(config.selection.vocabulary))
+    with placed(study.at("selection", "vocabulary")):
+        vocabulary = load_vocabulary(config.selection.vocabulary)
     lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
-    vectors = _placed(study, ("coherence", "embeddings"), lambda: load_embeddings(config.coherence.embeddings))
+    with placed(study.at("coherence", "embeddings")):
+        vectors = load_embeddings(config.coherence.embeddings)
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
-    verdicts = _placed(study, ("selection", "verdicts"), lambda: study_verdicts(study))
+    with placed(study.at("selection", "verdicts")):
+        verdicts = study_verdicts(study)
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
     lines.append(f"text: {_check_text(study)}")
@@ -154,38 +154,35 @@ def _check_steering(study: Study) -> list[str]:
         return []
     for key in ("prompts", "search_prompts"):
         for prompt in getattr(steering, key):
-            check_prompt(study, key, prompt, study.tokens.tokenizer.encode(prompt, add_special_tokens=False))
+            _check_prompt(study, key, prompt, study.tokens.tokenizer.encode(prompt, add_special_tokens=False))
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
-        beyond = [f for some in sets for f in some if not 0 <= f < d_sae]
+        beyond = [feature for members in sets for feature in members if not 0 <= feature < d_sae]
         if beyond:
             raise ConfigError(
                 f"there is no feature {beyond[0]}; the SAE has features 0 to {d_sae - 1}.",
                 at=study.at("steering", "together", name),
             )
     if steering.outcome_encoder is not None:
-        _placed(study, ("steering", "outcome_encoder"), lambda: outcome_vectors(study))
+        with placed(study.at("steering", "outcome_encoder")):
+            outcome_vectors(study)
     placebos = " and ".join(steering.placebos) or "nothing"
     return [f"steering: {steering.operator}, tested against {placebos}; outcomes: {', '.join(steering.outcomes)}"]
 
 
 def _matchable(study: Study, vocabulary: Vocabulary) -> str:
-    """How many of the words can be found: a feature's top tokens are single tokens.
-
-    Raises:
-        EmptySelection: Not one can.
-    """
+    """How many of the words can be found: a feature's top tokens are single tokens."""
     known = known_tokens(study.tokens.tokenizer)
     never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
-    some = f"such as {', '.join(never[:3])}" if never else ""
+    examples = f"such as {', '.join(never[:3])}" if never else ""
     if len(never) == len(vocabulary):
         raise EmptySelection(
-            f"not one of the {len(never):,} words is a token of these models, {some}; no feature could match.",
+            f"not one of the {len(never):,} words is a token of these models, {examples}; no feature could match.",
             at=study.at("selection", "vocabulary"),
             fix="use words as they stand in texts, one a line; most tokenizers have only common words whole.",
         )
-    said = f"{len(vocabulary):,} words"
-    return f"{said}, of which {len(never):,} can never match, no token being one of them, {some}" if never else said
+    n = f"{len(vocabulary):,} words"
+    return f"{n}, of which {len(never):,} can never match, no token being one of them, {examples}" if never else n
 
 
 def _check_text(study: Study) -> str:
@@ -193,13 +190,15 @@ def _check_text(study: Study) -> str:
     text = study.config.text
     for index, source in enumerate(text.sources):
         documents = read_corpus(source.path, field=source.field)
-        _placed(study, ("text", "sources", str(index)), partial(next, documents))
+        with placed(study.at("text", "sources", str(index))):
+            next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
     if not all(Path(source.path).exists() for source in text.sources):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
-    rows = _placed(study, ("text",), lambda: study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos))
+    with placed(study.at("text")):
+        rows = study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos)
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
     return f"{called}; only {short}" if short else called
 
@@ -209,23 +208,113 @@ def _check_disk(study: Study, out: Path) -> str:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise ConfigError(
-            f"{place} is a file, so no run can be written there.", at="--out", fix="choose another folder."
-        )
+        message = f"{place} is a file, so no run can be written there."
+        raise ConfigError(message, at="--out", fix="choose another folder.")
     # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
     needed = 2_000 * sum(study.sae_config(name).d_sae for name in study.config.arms) + 50_000_000
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise ConfigError(
-            f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed.",
-            at=str(place),
-            fix="make room.",
-        )
+        message = f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed."
+        raise ConfigError(message, at=str(place), fix="make room.")
     return f"disk: about {needed / 1e6:.0f} MB needed, {free / 1e9:.0f} GB free"
 
 
-def _placed(study: Study, keys: tuple[str, ...], load: Any) -> Any:
-    try:
-        return load()
-    except SaeffectError as error:
-        raise error.placed(study.at(*keys)) from None
+def _check_tokenizers(study: Study) -> list[str]:
+    """Compare the tokenizers of the arms, and the text with what the models can read; lines about both."""
+    tokens = study.tokens
+    lines = [f"arm {arm}'s own tokenizer {difference.words()}" for arm, difference in tokens.differences.items()]
+    if tokens.differences:
+        n = len(known_tokens(tokens.tokenizer) if tokens.shared is None else tokens.shared)
+        lines.append(f"every arm reads the control's tokens; top tokens are ranked over the {n:,} that all have")
+    else:
+        lines.append("every arm has the same tokens and cuts text alike")
+    if study.config.text.sources:
+        with placed(study.at("text", "sources")):
+            separator_id(tokens.tokenizer)
+    shapes = _shapes(study)
+    _check_context(study, shapes)
+    return lines + _check_embedded(study, shapes)
+
+
+def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> None:
+    """Refuse a prompt without positions to steer and to write at, which the steer stage would find out last of all.
+
+    `ids` are its tokens without BOS, which is neither steered nor enough of a prompt.
+    """
+    steering, at = study.steering, study.at("steering", key)
+    bos = find_bos_id(study.tokens.tokenizer, study.prepend_bos)
+    ids = with_bos(ids, bos)
+    n_own = len(ids) - (bos is not None)
+    if n_own == 0:
+        fix = "write something, or leave it out."
+        raise ConfigError(f"the prompt {prompt!r} has no tokens; expected at least one.", at=at, fix=fix)
+    if n_own == 1 and steering.positions == "prompt":
+        raise ConfigError(
+            f"the prompt {prompt!r} is one token, and positions: prompt steers at all of its tokens but the last;"
+            " expected at least two tokens.",
+            at=at,
+            fix="use a longer prompt, or positions: all or generated.",
+        )
+    shapes = _shapes(study)
+    longest = len(ids) + steering.max_new_tokens
+    positions = min((shape.n_positions for shape in shapes.values() if shape.n_positions), default=None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"the prompt {prompt[:40]!r} and its text come to {longest:,} tokens, but the model takes {positions:,}.",
+            at=at,
+            fix="use a shorter prompt, or fewer max_new_tokens.",
+        )
+    for arm, shape in shapes.items():
+        _refuse_unembedded(study, arm, shape, ids, f"the prompt {prompt[:40]!r}", at)
+
+
+def _shapes(study: Study) -> dict[str, ModelShape]:
+    """By arm, where a model's config.json tells."""
+    shapes = {name: model_shape(locate_model(arm.model)) for name, arm in study.config.arms.items()}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
+    """Refuse rows, of the study's text or of the SAEs' training, that are longer than a model's positions."""
+    for arm, shape in shapes.items():
+        wanted = {"text": study.config.text.context_size} if study.config.text.sources else {}
+        if study.config.training is not None:
+            wanted["training"] = arm_recipe(study, arm).context_size
+        for section, size in wanted.items():
+            if shape.n_positions and size > shape.n_positions:
+                raise ConfigError(
+                    f"rows of text have {size:,} tokens, but the model of {arm} takes {shape.n_positions:,}.",
+                    at=study.at(section, "context_size"),
+                    fix=f"set context_size to {shape.n_positions} or less.",
+                )
+
+
+def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
+    """Tokens that a model has no embedding for are refused where the text holds one, else reported."""
+    known = known_tokens(study.tokens.tokenizer)
+    short = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
+    if not short:
+        return []
+    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    rows = study_rows(study.config.text, lambda: lm, prepend_bos=study.prepend_bos)
+    for arm, shape in short.items():
+        _refuse_unembedded(study, arm, shape, rows.ids.flatten().tolist(), "the text", study.at("text"))
+    arm, shape = next(iter(short.items()))
+    beyond = [token for i, token in known.items() if i >= (shape.d_vocab or 0)]
+    return [f"{_shown(beyond)} without embedding in the model of {arm} ({shape.d_vocab:,} rows); no text has them"]
+
+
+def _refuse_unembedded(study: Study, arm: str, shape: ModelShape, ids: Iterable[int], what: str, at: str) -> None:
+    highest = max(ids, default=0)
+    if shape.d_vocab and highest >= shape.d_vocab:
+        token = known_tokens(study.tokens.tokenizer).get(highest, "")
+        raise ConfigError(
+            f"{what} holds the token {token!r} (id {highest:,}), but the embedding of {arm}'s model has"
+            f" {shape.d_vocab:,} rows.",
+            at=at,
+            fix="take the tokenizer that was saved with the model, or resize the model's embedding and save it.",
+        )
+
+
+def _shown(tokens: list[str]) -> str:
+    return f"{len(tokens):,} tokens of the tokenizer ({', '.join(tokens[:3])}{', ...' if len(tokens) > 3 else ''}) are"

@@ -17,27 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.io import SILENT, Log, fingerprint
+from saeffect.io import SILENT, Log, fingerprint, sole_writer
 from saeffect.parallel import from_first, is_first, join
-from saeffect.sole_writer import sole_writer
 from saeffect.study.check import check_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
-from saeffect.study.stages.comparison import comparison_inputs, run_comparison
+from saeffect.study.stages.compare import compare_inputs, run_compare
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
 from saeffect.study.stages.features import features_inputs, run_features
 from saeffect.study.stages.gate import gate_inputs, run_gate
-from saeffect.study.stages.matching import matching_inputs, run_matching
-from saeffect.study.stages.reporting import report_inputs, run_reporting
+from saeffect.study.stages.match import match_inputs, run_match
+from saeffect.study.stages.report import report_inputs, run_report
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
-from saeffect.study.stages.selection import run_selection, selection_inputs
-from saeffect.study.stages.steering import help_steering, run_steering, steering_inputs
+from saeffect.study.stages.select import run_select, select_inputs
+from saeffect.study.stages.steer import help_steer, run_steer, steer_inputs
 from saeffect.study.study import Study
 
 __all__ = ["STAGES", "run_study"]
 
-# What the first process says when no other is needed any more.
-_NOTHING_MORE = ""
+_NO_FURTHER_STAGES = ""  # of the first process to the others
 
 STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
 
@@ -91,11 +89,11 @@ def run_study(
 def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
     """In the first process: the stages in order, calling the others to those that can be shared."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
-    for step in _method(run, log):
+    for step in _method(run.study):
         if step.stage in stages:
-            inputs = step.inputs()
-            run.stage(step.key, inputs, partial(_with_help, step, inputs), log, redo=redo)
-        elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.inputs()):
+            inputs = step.read_inputs(run)
+            run.stage(step.key, inputs, partial(_work, step, run, inputs, log), log, redo=redo)
+        elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.read_inputs(run)):
             # Going on would mix this study's numbers with those of an older one.
             raise ConfigError(
                 f"the stage before is missing or out of date: {step.key}.",
@@ -104,99 +102,103 @@ def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
             )
     if "report" in stages:
         run.drop_kept()
-    from_first(_NOTHING_MORE)
+    from_first(_NO_FURTHER_STAGES)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A stage of one arm or of all: its inputs are read only when it is its turn.
+    """A stage of one arm or of all.
 
     Attributes:
         stage: One of `STAGES`.
-        key: Its name in the manifest.
-        inputs: Everything that its numbers depend on.
-        work: Does it, and gives the files that it wrote.
+        name: With the arm, its key in the manifest.
+        inputs: Everything that its numbers depend on, from (run, arm if any); called when it is its turn.
+        work: Does it with (run, arm if any, log), and gives the files that it wrote.
+        arm: Whose stage it is; None for that of all arms.
         help: What the other processes do of it at the same time; None if the first one is alone at it.
     """
 
     stage: str
-    key: str
-    inputs: Callable[[], Any]
-    work: Callable[[], Iterable[Path]]
-    help: Callable[[], None] | None = None
+    name: str
+    inputs: Callable[..., Any]
+    work: Callable[..., Iterable[Path]]
+    arm: str | None = None
+    help: Callable[..., None] | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.arm}" if self.arm else self.name
+
+    def given(self, run: RunFolder) -> tuple[Any, ...]:
+        return (run, self.arm) if self.arm else (run,)
+
+    def read_inputs(self, run: RunFolder) -> Any:
+        return self.inputs(*self.given(run))
 
 
-def _method(run: RunFolder, log: Log) -> Iterator[_Step]:
-    study = run.study
-    steering = study.config.steering
-
+def _method(study: Study) -> Iterator[_Step]:
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
-        yield _Step("gate", f"gate {arm}", partial(gate_inputs, study, arm), run_gate(run, arm, log))
-        yield _Step("features", f"features {arm}", partial(features_inputs, study, arm), run_features(run, arm, log))
+        yield _Step("gate", "gate", gate_inputs, run_gate, arm)
+        yield _Step("features", "features", features_inputs, run_features, arm)
 
     # How alike in meaning are the top tokens of each feature?
     for arm in study.config.arms:
-        yield _Step("coherence", f"coherence {arm}", partial(coherence_inputs, run, arm), run_coherence(run, arm))
+        yield _Step("coherence", "coherence", coherence_inputs, run_coherence, arm)
 
     # Which features are about the domain, by vocabulary and by people's verdicts?
-    yield _Step("select", "select", partial(selection_inputs, run), run_selection(run))
+    yield _Step("select", "select", select_inputs, run_select)
 
     # Which feature became which, and which are gone or new, beyond what other seeds of the same model show?
     # First the features of those further seeds, where the study has any.
     for arm in study.ordered_arms():
         if study.config.arms[arm].more_saes:
-            yield _Step("match", f"seeds {arm}", partial(seeds_inputs, run, arm), run_seeds(run, arm, log))
-    yield _Step("match", "match", partial(matching_inputs, run), run_matching(run, log))
+            yield _Step("match", "seeds", seeds_inputs, run_seeds, arm)
+    yield _Step("match", "match", match_inputs, run_match)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
     # the test does not use; what is measured, and which of it decides, was declared in the study file.
-    if steering is not None:
-        search = run_dose_search(run, steering, log)
-        help_search = partial(help_dose_search, run, steering)
-        yield _Step("steer", "dose search", partial(dose_inputs, run, steering), search, help_search)
+    if study.config.steering is not None:
+        yield _Step("steer", "dose search", dose_inputs, run_dose_search, help=help_dose_search)
         for arm in study.ordered_arms():
-            inputs = partial(steering_inputs, run, arm, steering)
-            test, help_test = run_steering(run, arm, steering, log), partial(help_steering, run, arm, steering)
-            yield _Step("steer", f"steer {arm}", inputs, test, help_test)
+            yield _Step("steer", "steer", steer_inputs, run_steer, arm, help_steer)
 
     # What differs between control and treatment, and is it more than between two SAEs of the control?
-    yield _Step("compare", "compare", partial(comparison_inputs, run), run_comparison(run))
+    yield _Step("compare", "compare", compare_inputs, run_compare)
 
     # Tell it.
-    yield _Step("report", "report", partial(report_inputs, run), run_reporting(run))
+    yield _Step("report", "report", report_inputs, run_report)
 
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     """Load the arms that are to be measured once before anything is written: broken weights show only then."""
-    study = run.study
     if "gate" in stages:
         # The control last: it is needed first, and the latest model stays in memory.
-        for arm in reversed(study.ordered_arms()):
-            if not run.is_done(f"gate {arm}", gate_inputs(study, arm)):
-                study.open_arm(arm, log)
+        for arm in reversed(run.study.ordered_arms()):
+            if not run.is_done(f"gate {arm}", gate_inputs(run, arm)):
+                run.study.open_arm(arm, log)
 
 
-def _with_help(step: _Step, inputs: Any) -> Iterable[Path]:
+def _work(step: _Step, run: RunFolder, inputs: Any, log: Log) -> Iterable[Path]:
     """The work of a stage, to which the other processes are called if there is something for them."""
     if step.help is not None:
         from_first(f"{step.key}\n{fingerprint(inputs)}")
-    return step.work()
+    return step.work(*step.given(run), log)
 
 
 def _help(study: Study, out: Path | str) -> RunFolder:
     """In every process but the first: a share of each stage to which it calls, until it is through."""
-    while (call := from_first()) != _NOTHING_MORE:
+    while (call := from_first()) != _NO_FURTHER_STAGES:
         key, wanted = call.split("\n")
         run = RunFolder(out, study)
-        step = next(step for step in _method(run, SILENT) if step.key == key)
-        if fingerprint(step.inputs()) != wanted or step.help is None:
+        step = next(step for step in _method(study) if step.key == key)
+        if fingerprint(step.read_inputs(run)) != wanted or step.help is None:
             raise ConfigError(
                 f"the processes see different files, or run different studies: the inputs of {key} differ.",
                 at=str(run.folder),
                 fix="let the study, its models and --out be in folders that all machines share.",
             )
-        step.help()
+        step.help(*step.given(run))
     return RunFolder(out, study)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 
+from saeffect.checksums import add_sealed, is_sealed
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.io import Log, atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
-from saeffect.study.kept_rows import KeptRows, drop_kept_rows
+from saeffect.io import (
+    SILENT,
+    Log,
+    atomic_path,
+    fingerprint,
+    hash_file,
+    read_json,
+    remove_leftovers,
+    versions,
+    write_json,
+)
 from saeffect.study.study import Study
 
-__all__ = ["RunFolder"]
+__all__ = ["KeptRows", "RunFolder", "drop_kept_rows"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
 # What a run has written only if it has written its manifest and its study, too.
@@ -32,15 +44,16 @@ class RunFolder:
         folder: The directory; it need not exist.
         study: The study that it belongs to.
 
+    Attributes:
+        damage: What in the manifest cannot be used, a line each.
+
     Raises:
         ConfigError: The directory belongs to a study of another name.
     """
 
     def __init__(self, folder: Path | str, study: Study) -> None:
-        self.folder = Path(folder)
-        self.study = study
+        self.folder, self.study = Path(folder), study
         self.damage: tuple[str, ...] = ()
-        """What in the manifest cannot be used, a line each."""
         self._manifest = self._read_manifest()
         found = self._manifest.get("study", study.config.name)
         if found != study.config.name:
@@ -66,49 +79,39 @@ class RunFolder:
             BadFile: The file is broken.
         """
         if not path.is_file():
-            raise NotFound(
-                f"there is no {path.relative_to(self.folder)}.",
-                at=str(self.folder),
-                fix="run the stage before this one.",
-            )
+            name = path.relative_to(self.folder)
+            raise NotFound(f"there is no {name}.", at=str(self.folder), fix="run the stage before this one.")
         try:
             return pd.read_parquet(path)
         except Exception as error:  # pyarrow raises many kinds
-            raise BadFile(
-                f"this table cannot be read: {error}.", at=str(path), fix="delete it and run again."
-            ) from error
+            fix = "delete it and run again."
+            raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
-        """A table, or None where the stage had nothing to write."""
-        return self.read_table(path) if path.is_file() else None
+        """A table, or None where the stage had nothing to write: what else stands there is not of this run."""
+        name = str(path.relative_to(self.folder))
+        known = any(name in note["outputs"] for note in self._manifest["stages"].values())
+        return self.read_table(path) if known and path.is_file() else None
 
     def kept(self, key: str, inputs: Any) -> KeptRows:
         """Where a stage keeps finished pieces of its work; they go when the manifest knows its files."""
         return KeptRows(self._kept_folder(key), fingerprint(inputs))
 
     @staticmethod
-    def write_table(path: Path, table: pd.DataFrame) -> None:
-        """Write a table atomically, the same bytes for the same values."""
+    def write_table(path: Path, table: pd.DataFrame) -> Path:
+        """Write a table atomically, the same bytes for the same values, and give its path back."""
         with atomic_path(path) as temporary:
             table.to_parquet(temporary, index=False, compression="zstd")
+        return path
 
     def digest(self, *paths: Path) -> str:
         """One hash over files that a stage reads; missing ones count as such."""
         return fingerprint([(str(p.relative_to(self.folder)), hash_file(p) if p.is_file() else None) for p in paths])
 
-    def stage(
-        self,
-        key: str,
-        inputs: Any,
-        work: Callable[[], Iterable[Path]],
-        log: Log,
-        *,
-        redo: bool = False,
-    ) -> bool:
+    def stage(self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], log: Log, *, redo: bool = False) -> bool:
         """Do a stage's work, unless it was done with the same inputs and its files are whole.
 
-        Files that an earlier time left and this one does not are removed, lest they be believed; not if somebody
-        changed them.
+        Files that an earlier time left and this one does not are removed, unless somebody changed them.
 
         Args:
             key: Name of the stage, with the arm for per-arm stages.
@@ -120,17 +123,15 @@ class RunFolder:
         Returns:
             Whether work was done.
         """
-        wanted = fingerprint(inputs)
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
             log(f"  {key}: finished before, skipped")
             return False
-        started = time.monotonic()
+        wanted, started = fingerprint(inputs), time.monotonic()
         outputs = {str(p.relative_to(self.folder)): hash_file(p) for p in work()}
         seconds = round(time.monotonic() - started, 1)
         self._remove_outdated(key, outputs)
-        note: dict[str, Any] = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds}
-        note["versions"] = versions()
+        note = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds, "versions": versions()}
         self._manifest["stages"][key] = note
         self._save()
         # Only now: killed before, the stage begins again, and must find them.
@@ -153,7 +154,7 @@ class RunFolder:
                     fix="remove the link, or choose another --out.",
                 )
         note = self.path("study.yaml")
-        is_ours = self._is_as_written(note)
+        is_ours = _is_as_written(note)
         foreign = [] if is_ours or not _is_there(note) else [note]
         if not is_ours and "study" not in self._manifest:
             foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
@@ -180,13 +181,8 @@ class RunFolder:
     def _folders(self) -> list[Path]:
         """Where a run writes, outer ones first."""
         outer = [self.path(name) for name in _FOLDERS]
-        inner = [
-            place
-            for folder in outer
-            if folder.name in {"arms", "partial"} and folder.is_dir()
-            for place in folder.iterdir()
-        ]
-        return outer + [place for place in inner if place.is_dir()]
+        nested = [self.path(name) for name in ("arms", "partial")]
+        return outer + [place for folder in nested if folder.is_dir() for place in folder.iterdir() if place.is_dir()]
 
     def _kept_folder(self, key: str) -> Path:
         return self.path("partial", key.replace(" ", "-"))
@@ -237,11 +233,8 @@ class RunFolder:
 
     def _versions(self) -> dict[str, Any]:
         """Versions that made the numbers: one set, or one a stage where they were not all the same."""
-        stages = self._manifest["stages"].items()
-        made = {key: note["versions"] for key, note in stages if key != "report" and "versions" in note}
-        different = {fingerprint(found): found for found in made.values()}
-        if not different:
-            return versions()
+        made = {key: note["versions"] for key, note in self._manifest["stages"].items() if key != "report"}
+        different = {fingerprint(found): found for found in made.values()} or {"": versions()}
         return next(iter(different.values())) if len(different) == 1 else made
 
     def _save(self) -> None:
@@ -251,45 +244,91 @@ class RunFolder:
             temporary.write_text(_HEAD + hashlib.sha256(config.encode()).hexdigest() + "\n" + config, encoding="utf-8")
         write_json(self.folder / "manifest.json", self._manifest)
 
-    def _is_as_written(self, path: Path) -> bool:
-        """Whether a `study.yaml` is one that `_save` wrote and nobody changed."""
-        if path.is_symlink() or not path.is_file():
-            return False
-        head, _, rest = path.read_bytes().partition(b"\n")
-        digest = hashlib.sha256(rest).hexdigest()
-        whole = hash_file(path)
-        now = hashlib.sha256(self.config_yaml().encode()).hexdigest()
-        # The first versions wrote no head.
-        return head == f"{_HEAD}{digest}".encode() or whole in {now, self._manifest.get("study_sha256")}
-
     def _read_manifest(self) -> dict[str, Any]:
         """What can be used of the manifest. A stage that it does not tell of is done again."""
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
-        try:
+        found = None
+        with contextlib.suppress(BadFile):
             found = read_json(path)
-        except BadFile:
-            found = None
         if not (
             isinstance(found, dict) and isinstance(found.get("stages"), dict) and isinstance(found.get("study"), str)
         ):
             self.damage = ("manifest.json is damaged, so it is not known which stages are done: all are done again",)
             return {"stages": {}}
-        stages = found["stages"]
-        whole = {key: note for key, note in stages.items() if _is_note(note)}
-        lost = [key for key in stages if key not in whole]
+        whole = {key: note for key, note in found["stages"].items() if _is_note(note)}
+        lost = [key for key in found["stages"] if key not in whole]
         self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in lost)
-        return {key: found[key] for key in ("study", "study_sha256") if key in found} | {"stages": whole}
+        return {"study": found["study"], "stages": whole}
+
+
+def _is_as_written(path: Path) -> bool:
+    """Whether a `study.yaml` is one that a run wrote and nobody changed."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    head, _, rest = path.read_bytes().partition(b"\n")
+    return head == f"{_HEAD}{hashlib.sha256(rest).hexdigest()}".encode()
 
 
 def _is_note(note: Any) -> bool:
     """Whether this is what `stage` notes about a stage."""
     if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
         return False
-    tables = (note.get("outputs"), note.get("versions", {}))
-    return all(isinstance(some, dict) and all(isinstance(v, str) for v in some.values()) for some in tables)
+    tables = (note.get("outputs"), note.get("versions"))
+    return all(isinstance(table, dict) and all(isinstance(v, str) for v in table.values()) for table in tables)
 
 
 def _is_there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
+
+
+_PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
+
+
+class KeptRows:
+    """Pieces of a table, one file each, whose names hold what they were made with and the hash of their content.
+
+    Every process reads the pieces of all, so that a run may go on with another number of processes.
+
+    Args:
+        folder: Where they lie, with those of other settings.
+        made_with: Fingerprint of everything that the rows depend on.
+    """
+
+    def __init__(self, folder: Path, made_with: str) -> None:
+        self._folder, self._made_with = folder, made_with[:16]
+
+    def read(self, log: Log = SILENT) -> pd.DataFrame | None:
+        """All pieces that are as they were written; None if there are none. A damaged one is as good as none."""
+        found = list(self.pieces(log))
+        return pd.concat(found, ignore_index=True) if found else None
+
+    def pieces(self, log: Log = SILENT) -> Iterator[pd.DataFrame]:
+        """The same one by one, where they are not of one table."""
+        for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
+            if is_sealed(file):
+                yield pd.read_parquet(file)
+            else:
+                log(f"  {file.name} is damaged, so what it holds is made again")
+
+    def add(self, rows: pd.DataFrame) -> None:
+        """Keep a piece.
+
+        Raises:
+            BadFile: It cannot be written.
+        """
+        content = io.BytesIO()
+        rows.to_parquet(content, index=False)
+        add_sealed(self._folder, self._made_with, ".parquet", content.getvalue())
+
+
+def drop_kept_rows(folder: Path) -> None:
+    """Delete the pieces in a folder, of whatever settings, and the folder if nothing else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if _PIECE.fullmatch(file.name) and not file.is_dir():
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

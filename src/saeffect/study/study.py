@@ -7,15 +7,15 @@ import functools
 import importlib.resources
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
-from saeffect.config import ArmConfig, ModelConfig, StudyConfig
+from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
-from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, unknown_name
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
@@ -31,9 +31,9 @@ from saeffect.lm.loading import (
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.saelens import load_sae, read_sae_config, weights_file
-from saeffect.study.residuals import Residuals
-from saeffect.study.texts import first_texts, study_rows
+from saeffect.sae.formats import load_sae, read_sae_config, weights_file
+from saeffect.steering import check_names
+from saeffect.study.texts import Residuals, first_texts, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
@@ -41,15 +41,7 @@ __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arm:
-    """One arm with its model and SAE in memory.
-
-    Attributes:
-        name: Its name in the study.
-        role: "control", "treatment" or "placebo".
-        lm: The language model.
-        sae: The SAE, float32.
-        hook: Where the SAE reads.
-    """
+    """One arm with its model and SAE (float32) in memory; `hook` is where the SAE reads."""
 
     name: str
     role: str
@@ -103,6 +95,9 @@ class Study:
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
         config = StudyConfig.read(raw, at=str(source))
+        if config.steering is not None:
+            with placed(f"{source}, steering"):
+                check_names(config.steering)
         return cls(config, source)
 
     @functools.cached_property
@@ -129,6 +124,12 @@ class Study:
         )
 
     @property
+    def steering(self) -> SteeringConfig:
+        """The section `steering`, of a study that has one."""
+        assert self.config.steering is not None
+        return self.config.steering
+
+    @property
     def differences(self) -> Mapping[str, TokenizerDifference]:
         """By arm, in what a model's own tokenizer differs from the control's."""
         return {} if self._one_tokenizer else self.tokens.differences
@@ -153,23 +154,18 @@ class Study:
             UnknownName: No such arm.
             SaeffectError: The model or SAE cannot be loaded, or they do not fit.
         """
-        arm = self.arm(name)
-        sae = load_sae(self.sae_folder(name), at=self.at("arms", name, "sae"))
+        arm, at = self.arm(name), self.at("arms", name, "sae")
+        sae = load_sae(self.sae_folder(name), at=at)
         hook = self.hook(name)
         lm = self._load(arm.model, name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
-        require_width(sae.cfg, lm.d_model, hook, lm.name, at=self.at("arms", name, "sae"))
+        require_width(sae.cfg, lm.d_model, hook, lm.name, at=at)
         if sae.cfg.module_path is not None:
-            require_module_output(lm, sae.cfg.module_path, at=self.at("arms", name, "sae"))
+            require_module_output(lm, sae.cfg.module_path, at=at)
         return Arm(name, arm.role, lm, sae, hook)
 
     def sae_folder(self, name: str) -> Path:
-        """Where an arm's SAE lies.
-
-        Raises:
-            NotFound: No such folder.
-            UnknownName: No such bundled SAE.
-        """
+        """Where an arm's SAE lies; errors as of `resolve_sae`."""
         return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
@@ -197,26 +193,25 @@ class Study:
         return read_sae_config(self.sae_folder(name), at=self.at("arms", name, "sae"))
 
     def hook(self, name: str) -> str:
-        """Where an arm's SAE reads: the study file's word, else the SAE's own.
+        """Where an arm's SAE reads: as the study file says, else as the SAE does.
 
         Raises:
             ConfigError: Neither says.
             IncompatibleSae: They contradict each other.
         """
-        said, own = self.arm(name).hook, self.sae_config(name).hook_name
-        said = said and (hook_of_module(said) or said)
+        wanted, own = self.arm(name).hook, self.sae_config(name).hook_name
+        wanted = wanted and (hook_of_module(wanted) or wanted)
         where = self.at("arms", name, "hook")
-        if said is None and own is None:
-            raise ConfigError(
-                "the SAE's cfg.json names no hook.", at=where, fix="set hook: blocks.<layer>.hook_resid_pre."
-            )
-        if said is not None and own is not None and said != own:
+        if wanted is None and own is None:
+            fix = "set hook: blocks.<layer>.hook_resid_pre."
+            raise ConfigError("the SAE's cfg.json names no hook.", at=where, fix=fix)
+        if wanted is not None and own is not None and wanted != own:
             raise IncompatibleSae(
-                f"the study says {said}, but the SAE was trained at {own}.",
+                f"the study says {wanted}, but the SAE was trained at {own}.",
                 at=where,
                 fix=f"set hook: {own}, or leave it out.",
             )
-        return str(said or own)
+        return str(wanted or own)
 
     @functools.cached_property
     def prepend_bos(self) -> bool | None:
@@ -225,10 +220,8 @@ class Study:
         Raises:
             ConfigError: The SAEs contradict each other.
         """
-        try:
+        with placed(self.at("text")):
             return resolve_prepend_bos(self.config.text.bos, self.bos_words)
-        except SaeffectError as error:
-            raise error.placed(self.at("text")) from None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
@@ -242,10 +235,8 @@ class Study:
     @functools.cached_property
     def _rows(self) -> TokenRows:
         control = self.by_role("control")[0]
-        try:
+        with placed(self.at("text")):
             return study_rows(self.config.text, lambda: self.arms[control].lm, prepend_bos=self.prepend_bos)
-        except SaeffectError as error:
-            raise error.placed(self.at("text")) from None
 
     def by_role(self, role: str) -> list[str]:
         """Names of the arms with this role, in the file's order."""
@@ -310,18 +301,18 @@ class Study:
         return held[1]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Arms(Mapping[str, Arm]):
-    def __init__(self, study: Study) -> None:
-        self._study = study
+    study: Study
 
     def __getitem__(self, name: str) -> Arm:
-        return self._study.open_arm(name)
+        return self.study.open_arm(name)
 
-    def __iter__(self) -> Any:
-        return iter(self._study.config.arms)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.study.config.arms)
 
     def __len__(self) -> int:
-        return len(self._study.config.arms)
+        return len(self.study.config.arms)
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:

@@ -1,25 +1,31 @@
-"""The text of a study as token rows: bundled ids, or files packed with the control model's tokenizer."""
+"""The text of a study: token rows of bundled ids or of files, and what stands at the hook on them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from saeffect.checksums import read_tensors
 from saeffect.config import TextConfig
-from saeffect.errors import BadFile, EmptySelection, SaeffectError
+from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.corpora import interleave, read_corpus
-from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import bundled_path
 from saeffect.lm.tokens import find_bos_id, tokens_added_before
 
-__all__ = ["beginning", "first_texts", "shortage", "study_rows"]
+__all__ = ["Residuals", "beginning", "first_texts", "machine_memory", "shortage", "study_rows"]
 
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
@@ -39,24 +45,19 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
 
 
 def shortage(text: TextConfig, rows: TokenRows) -> str:
-    """How much of the text that a study asks for there is, in words; "" if all of it.
-
-    Args:
-        text: Which text, and how much of it.
-        rows: As `study_rows` gives them.
-    """
+    """How much of the text that a study asks for there is in its rows, in words; "" if all of it."""
     if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
         return ""
-    said = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
+    there = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
     if len(rows.names) == 1 or text.bundled is not None:
-        return said
+        return there
     return (
-        f"{said}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
+        f"{there}: rows are taken from each source in turn, and {rows.names[len(rows) % len(rows.names)]!r} ends first"
     )
 
 
 def first_texts(text: TextConfig) -> list[str]:
-    """The beginnings of a few documents of each source; none of one that cannot be read, which is told elsewhere."""
+    """The beginnings of a few documents of each source; those that cannot be read are errors elsewhere."""
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
@@ -71,9 +72,6 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
         study_prepends: As `LanguageModel.prepend_bos`.
         words: `prepend_bos` of each arm's SAE, where it says so.
         tokenizer: The model's.
-
-    Raises:
-        ConfigError: As `find_bos_id`.
     """
     bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
     against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
@@ -92,19 +90,13 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
 
 
 def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     folder = bundled_path("texts", text.bundled or "", at="bundled")
-    try:
-        tensors = load_file(folder / "tokens.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise BadFile(f"the bundled text cannot be read: {error}.", at=str(folder), fix="install again.") from error
+    tensors, _ = read_tensors(folder / "tokens.safetensors", "the bundled text", fix="install again.")
     names = tuple(read_json(folder / "sources.json")["names"])
-    ids = tensors["ids"].astype(np.int32)
+    ids = tensors["ids"].numpy().astype(np.int32)
     if bos is not None:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
-    rows = TokenRows(ids, tensors["sources"].astype(np.int64), names)
+    rows = TokenRows(ids, tensors["sources"].numpy().astype(np.int64), names)
     return rows.head(max(1, text.tokens // rows.ids.shape[1]))
 
 
@@ -127,7 +119,73 @@ def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
 
 
 def _named(name: str, rows: Iterator[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
-    try:
+    with placed(f"source {name!r}"):
         yield from rows
-    except SaeffectError as error:
-        raise error.placed(f"source {name!r}") from None
+
+
+_BATCH = 8
+# Of the machine's memory, for all captures that are kept: control, which the placebo shares, and treatment. A pass of
+# the model gives them again, so what a machine keeps changes its time and no number.
+_SHARE = 1 / 8
+_WHERE_UNKNOWN = 4_000_000_000  # bytes, on systems that do not say how much memory they have
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or that its container may use."""
+    try:
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not every system has sysconf, or these names
+        found = _WHERE_UNKNOWN
+    for path in _CONTAINER_LIMITS:
+        try:
+            found = min(found, int(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such container, or "max"
+            continue
+    return max(found, 0)
+
+
+class Residuals:
+    """Captures activations batch by batch, and keeps the latest captures for as long as they fit into memory.
+
+    Args:
+        most_bytes: Of all captures that are kept; by default an eighth of the machine's memory (or of what its
+            container may use).
+    """
+
+    def __init__(self, most_bytes: int | None = None) -> None:
+        self._most_bytes = int(_SHARE * machine_memory()) if most_bytes is None else most_bytes
+        self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
+
+    def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Pieces of the text in order.
+
+        Yields:
+            Index of the first row; token ids, int64 `[batch, sequence]`; activations `[batch, sequence, d_model]` in
+            the model's dtype, on the CPU.
+        """
+        key = (lm.identity, str(lm.dtype), hook, rows.identity())
+        known = self._kept.get(key)
+        size = rows.ids.size * lm.d_model * lm.dtype.itemsize
+        remember = known is None and bool(lm.identity) and size <= self._most_bytes
+        captured: list[Tensor] = []
+        for index, start in enumerate(range(0, len(rows), _BATCH)):
+            ids = torch.from_numpy(rows.ids[start : start + _BATCH].astype("int64"))
+            if known is not None:
+                yield start, ids, known[index]
+                continue
+            with fused(lm):
+                x = capture(lm, hook, ids).cpu()
+            if remember:
+                captured.append(x)
+            yield start, ids, x
+        if remember:  # only what was captured to its end
+            self._make_room(size)
+            self._kept[key] = captured
+
+    def _make_room(self, size: int) -> None:
+        """Forget the oldest captures until there is room for one more."""
+        while (
+            self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self._most_bytes
+        ):
+            del self._kept[next(iter(self._kept))]

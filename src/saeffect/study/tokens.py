@@ -8,7 +8,7 @@ added tokens of its own for a chat is compared on all others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -48,17 +48,17 @@ class TokenizerDifference:
 
     def words(self) -> str:
         """All of it, to go on after the arm's name."""
-        said = []
+        parts = []
         if self.added:
-            said.append(f"adds {_counted(self.added)}")
+            parts.append(f"adds {_counted(self.added)}")
         if self.missing:
-            said.append(f"lacks {_counted(self.missing)}")
+            parts.append(f"lacks {_counted(self.missing)}")
         if self.renamed:
-            said.append(f"renames {_counted([f'{old} to {new}' for old, new in self.renamed])}")
+            parts.append(f"renames {_counted([f'{old} to {new}' for old, new in self.renamed])}")
         if self.cut is not None:
             text, ours, theirs = self.cut
-            said.append(f"cuts {text[:40]!r} into {'|'.join(theirs)[:60]!r} where control has {'|'.join(ours)[:60]!r}")
-        return "; ".join(said)
+            parts.append(f"cuts {text[:40]!r} into {'|'.join(theirs)[:60]!r} where control has {'|'.join(ours)[:60]!r}")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def study_tokens(
         shared &= {i for i, token in known.items() if own.get(i) == token}
         if found:
             differences[arm] = found
-    everywhere = len(shared) == len(known) and not any(one.added for one in differences.values())
+    everywhere = len(shared) == len(known) and not any(found.added for found in differences.values())
     return StudyTokens(ours, None if everywhere else frozenset(shared), differences, fingerprint(identities))
 
 
@@ -140,7 +140,7 @@ def _difference(ours: Any, theirs: Any, texts: Callable[[], Iterable[str]]) -> T
 def _cut(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], list[str]] | None:
     """The first text that they cut in different ways, from where it begins to differ: a text may be long."""
     for text in texts:
-        a, b = (list(one.encode(text, add_special_tokens=False)) for one in (ours, theirs))
+        a, b = (list(tokenizer.encode(text, add_special_tokens=False)) for tokenizer in (ours, theirs))
         if a != b:
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
             a, b = a[same:][:_SHOWN], b[same:][:_SHOWN]
@@ -149,11 +149,7 @@ def _cut(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], 
 
 
 def _refuse_another_vocabulary(ours: Any, theirs: Any, names: tuple[str, str], at: str) -> None:
-    """Refuse ids that are other tokens, unless a placeholder or special token merely got another name.
-
-    Raises:
-        IncompatibleModels: They are.
-    """
+    """Refuse ids that are other tokens, unless a placeholder or special token merely got another name."""
     mine, own = known_tokens(ours), known_tokens(theirs)
     added = {*getattr(ours, "added_tokens_decoder", {}), *getattr(theirs, "added_tokens_decoder", {})}
     other = [i for i, token in mine.items() if i in own and own[i] != token and i not in added]
@@ -167,7 +163,6 @@ def _refuse_another_vocabulary(ours: Any, theirs: Any, names: tuple[str, str], a
         )
 
 
-def _counted(tokens: Iterable[str]) -> str:
-    some = list(tokens)
-    shown = ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
-    return f"{len(some):,} token{'s' if len(some) != 1 else ''} ({shown})"
+def _counted(tokens: Sequence[str]) -> str:
+    shown = ", ".join(tokens[:3]) + (", ..." if len(tokens) > 3 else "")
+    return f"{len(tokens):,} token{'s' if len(tokens) != 1 else ''} ({shown})"

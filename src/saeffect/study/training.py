@@ -7,7 +7,7 @@ from typing import Any
 
 from saeffect.errors import ConfigError
 from saeffect.lm.loading import BUNDLED
-from saeffect.sae.training.recipe_config import SaeRecipe
+from saeffect.sae.training.config import SaeRecipe
 from saeffect.study.study import Study
 
 __all__ = ["arm_folder", "arm_recipe", "check_training"]

@@ -14,7 +14,7 @@ def arms():
 
 
 def answered(arms):
-    answer = compared(arms, n_boot=200, n_permutations=200).answer
+    answer = compared(arms).answer
     everything = " ".join([answer["headline"], *answer["sentences"], *answer["caveats"]])
     assert "significant" not in everything
     assert "nan" not in everything.split()

@@ -4,7 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.report.words.numbers import amount, amount_interval, fixed, is_defined, p_value, signed, undefined
+from saeffect.report.words.numbers import (
+    amount,
+    amount_interval,
+    bracketed,
+    difference,
+    fixed,
+    is_defined,
+    p_value,
+    signed,
+    undefined,
+)
+from saeffect.stats import Estimate
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), np.float64("nan"), pd.NA, "0.5"])
@@ -47,3 +58,34 @@ def test_a_p_is_never_zero() -> None:
 
 def test_undefined_always_says_why() -> None:
     assert undefined("") == "undefined: no reason was recorded"
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "unit", "text"),
+    [
+        (Estimate(0.0312, 0.0118, 0.0501), "share", "+3.1 percentage points, 95 % interval 1.2 to 5.0"),
+        (
+            Estimate(0.0031, 0.0012, 0.0050),
+            "share",
+            "+0.31 percentage points, 95 % interval 0.12 to 0.50",
+        ),
+        (Estimate(0.0, -0.01, 0.01), "share", "0.0 percentage points, 95 % interval \u22121.0 to 1.0"),
+        (Estimate(0.02, NAN, NAN), "share", "+2.0 percentage points, without an interval"),
+        (Estimate(0.1234, 0.05, 0.2), "coherence", "+0.123, 95 % interval 0.050 to 0.200"),
+    ],
+)
+def test_difference(estimate, unit, text):
+    assert difference(estimate, unit) == text.replace(" %", "\u202f%")
+
+
+def test_number_never_shows_a_signed_zero():
+    assert signed(-0.0001, 2) == "0.00"
+    assert fixed(-1234.5, 1) == "\u22121,234.5"
+
+
+def test_brackets_are_those_of_the_tables():
+    assert bracketed(Estimate(-0.018, -0.047, 0.010), "coherence") == "\u22120.018 [\u22120.047, 0.010]"
+    assert bracketed(Estimate(0.2, NAN, NAN), "share", full=True) == "+20.0 percentage points, without an interval"

@@ -1,62 +1,114 @@
-"""Every figure of the report, as SVG and PNG."""
+"""The report's figures. In: a comparison and the study around it. Out: each figure with its caption, as SVG and PNG.
+
+A figure is a function that gives a `Drawing`, and an entry in `FIGURES`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from saeffect.comparison import Comparison
-from saeffect.errors import Undefined
 from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
-from saeffect.report.figures.calibration import calibration
-from saeffect.report.figures.contrasts import contrasts
-from saeffect.report.figures.cross_activity import cross_activity
-from saeffect.report.figures.distributions import coherence, density, mean_activation, top_token_weights
-from saeffect.report.figures.doses import doses
-from saeffect.report.figures.fates import fates_by_activation, fates_by_decoder
-from saeffect.report.figures.forest import forests
-from saeffect.report.figures.match_counts import match_counts
-from saeffect.report.figures.partial_residuals import partial_residuals
-from saeffect.report.figures.style import ArmStyle, DrawnFigure, arm_styles, drawing, png_bytes, settle
+from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
+from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
+from saeffect.report.figures.matching import cross_activity, fates
+from saeffect.report.figures.steering import doses, forests
+from saeffect.report.figures.style import DrawnFigure, FigureKind
 
-__all__ = ["DrawnFigure", "draw_figures", "write_figures"]
+__all__ = ["FIGURES", "DrawnFigure", "draw_figures", "write_figures"]
 
-_Draw = Callable[[Comparison, Mapping[str, ArmStyle], ReportContext], DrawnFigure | tuple[DrawnFigure, ...]]
-# In the order of the page, which numbers them.
-_FIGURES: Mapping[str, tuple[str, _Draw]] = {
-    "calibration": ("False alarms beside findings", calibration),
-    "effects": ("Effects of steering", forests),
-    "doses": ("What more of a dose does", doses),
-    "match_counts": ("Matching words", match_counts),
-    "top_token_weights": ("Top-token weights", top_token_weights),
-    "mean_activation": ("Mean activations", mean_activation),
-    "density": ("Densities", density),
-    "coherence": ("Coherence", coherence),
-    "contrasts": ("Contrasts", contrasts),
-    "fates_by_decoder": ("Which feature became which, by what they write", fates_by_decoder),
-    "fates_by_activation": ("Which feature became which, by when they fire", fates_by_activation),
-    "cross_activity": ("Which features fire more after fine-tuning", cross_activity),
-    "partial_residuals": ("What goes with a strong effect", partial_residuals),
-}
+FIGURES = (
+    FigureKind(
+        "calibration",
+        "False alarms beside findings",
+        calibration,
+        "comparison/calibration.parquet, columns rate, low, high, nominal, treatment_findings, treatment_tests",
+    ),
+    FigureKind("effects", "Effects of steering", forests, group="effects"),
+    FigureKind(
+        "doses",
+        "What more of a dose does",
+        doses,
+        "steering/dose_response.parquet, means by arm, condition and dose of gain, direct_effect, perplexity, "
+        "distinct2, score",
+    ),
+    FigureKind(
+        "match_counts",
+        "How many {domain} words the features promote",
+        match_counts,
+        "comparison/match_counts.parquet, columns arm, matches, n",
+        paper="Figure 1",
+    ),
+    FigureKind(
+        "top_token_weights",
+        "How strongly domain features promote their top tokens",
+        top_token_weights,
+        "comparison/weights.parquet, columns arm, weight",
+        group="distributions",
+        paper="Figure 2",
+    ),
+    FigureKind(
+        "mean_activation",
+        "How strongly domain features fire",
+        mean_activation,
+        "comparison/activity.parquet, columns arm, mean_activation",
+        group="distributions",
+    ),
+    FigureKind(
+        "density",
+        "How often domain features fire",
+        density,
+        "comparison/activity.parquet, columns arm, density",
+        group="distributions",
+    ),
+    FigureKind(
+        "coherence",
+        "How coherent domain features are",
+        coherence,
+        "arms/*/coherence.parquet, column coherence, features with is_domain in selection.parquet",
+    ),
+    FigureKind(
+        "contrasts",
+        "Is it more than SAE noise?",
+        contrasts,
+        "comparison/contrasts.parquet, columns estimate, low, high",
+    ),
+    FigureKind(
+        "fates_by_decoder",
+        "Which feature became which, by what they write",
+        partial(fates, measure="decoder cosine"),
+        "comparison/fate_counts.parquet, rows of the decoder cosine: n_treatment, n_placebo, excess, called",
+        group="fates",
+    ),
+    FigureKind(
+        "fates_by_activation",
+        "Which feature became which, by when they fire",
+        partial(fates, measure="activation correlation"),
+        "comparison/fate_counts.parquet, rows of the activation correlation: n_treatment, n_placebo, excess, called",
+        group="fates",
+    ),
+    FigureKind(
+        "cross_activity",
+        "Which features fire more after fine-tuning",
+        cross_activity,
+        "comparison/cross_activity.parquet, columns mean_control, mean_treatment, q, is_domain",
+    ),
+    FigureKind(
+        "partial_residuals",
+        "What goes with a strong effect",
+        partial_residuals,
+        "comparison/partial_residuals.parquet, columns term, x, residual, arm; regression.parquet: estimate",
+    ),
+)
+"""In the order of the page, which numbers them."""
 
 
 def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:
     """Draw every figure, in the report's order; those without data carry the reason instead of a drawing."""
     context = context or ReportContext()
-    styles = arm_styles(zip(comparison.table1["arm"], comparison.table1["role"], strict=True))
-    drawn: list[DrawnFigure] = []
-    with drawing():
-        for name, (title, draw) in _FIGURES.items():
-            try:
-                some = draw(comparison, styles, context)
-            except Undefined as error:
-                some = DrawnFigure(name, title, "", "", None, reason=error.message)
-            drawn += some if isinstance(some, tuple) else (some,)
-        for one in drawn:
-            if one.figure is not None:
-                settle(one.figure)
-    return tuple(drawn)
+    return tuple(figure for kind in FIGURES for figure in kind.drawn(comparison, context))
 
 
 def write_figures(
@@ -74,10 +126,9 @@ def write_figures(
     """
     figures = draw_figures(comparison, context)
     for figure in figures:
-        if figure.figure is None:
-            continue
-        with atomic_path(Path(folder) / f"{figure.name}.svg") as temporary:
-            temporary.write_text(figure.svg, encoding="utf-8")
-        with atomic_path(Path(folder) / f"{figure.name}.png") as temporary:
-            temporary.write_bytes(png_bytes(figure))
+        if figure.figure is not None:
+            with atomic_path(Path(folder) / f"{figure.name}.svg") as temporary:
+                temporary.write_text(figure.svg, encoding="utf-8")
+            with atomic_path(Path(folder) / f"{figure.name}.png") as temporary:
+                temporary.write_bytes(figure.png)
     return figures

@@ -1,118 +1,138 @@
-"""Distributions of one number by arm: Figure 2 of the paper, and coherence."""
+"""Distributions of one number by arm: Figures 1 and 2 of the paper, and coherence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import NullLocator
 from scipy.stats import gaussian_kde
 
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.figures.style import (
-    MUTED,
-    ArmStyle,
-    DrawnFigure,
-    clean_axes,
-    new_figure,
-    safe_text,
-)
-from saeffect.report.words.numbers import amount, count
+from saeffect.report.figures.style import GRID, MUTED, ArmStyle, Drawing, arm_styles, clean_axes, new_figure, safe_text
+from saeffect.report.words.numbers import amount, count, percent
 
-__all__ = ["coherence", "density", "mean_activation", "top_token_weights"]
+__all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]
 
 FloatArray = npt.NDArray[np.float64]
 _GOLDEN = 0.6180339887498949  # its multiples spread points evenly, so that the jitter needs no random numbers
 
 
-def top_token_weights(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
+def match_counts(comparison: Comparison, context: ReportContext) -> Drawing:
+    """Features by number of top tokens in the vocabulary, one mark an arm and count.
+
+    Nearly all features have none, so that count is written out and the axis starts at one; the axis is
+    logarithmic because each further match is several times rarer.
+    """
+    table, least = comparison.match_counts, context.min_matches
+    if not (table["matches"] >= 1).any():
+        raise Undefined("no arm has a feature to count.")
+    none, domain = [], []
+    for name in arm_styles(comparison):
+        mine = table[table["arm"] == name]
+        for zero in mine[mine["matches"] == 0].to_dict("records"):
+            none.append(f"{name} {count(zero['n'])} ({percent(zero['share'])})")
+        domain.append(f"{name} {count(mine.loc[mine['matches'] >= least, 'n'].sum())}")
+    figure = new_figure(3.2)
+    _draw_counts(figure.add_subplot(), table[table["matches"] >= 1], arm_styles(comparison), least)
+    return Drawing(
+        figure,
+        f"Features by how many of their {context.top_k} top tokens are in the vocabulary; logarithmic scale. "
+        f"From {least} on (shaded) a feature counts as a domain feature, unless people's verdicts say no. "
+        f"Not drawn: features with no such token ({', '.join(none)}).",
+        f"Number of features by matching top tokens. With {least} or more: {'; '.join(domain)}.",
+    )
+
+
+def _draw_counts(ax: Axes, table: pd.DataFrame, styles: Mapping[str, ArmStyle], least: int) -> None:
+    deepest = int((table[table["n"] > 0] if (table["n"] > 0).any() else table)["matches"].max())
+    table = table[table["matches"] <= deepest]
+    top = max(1.0, float(table["n"].max()))
+    ax.axvspan(least - 0.5, deepest + 0.5, color=GRID, alpha=0.45, linewidth=0)
+    for number, (name, style) in enumerate(styles.items()):
+        rows = table[table["arm"] == name]
+        shift = 0.24 * (number - (len(styles) - 1) / 2)
+        x, n = rows["matches"].to_numpy() + shift, rows["n"].to_numpy(dtype=float)
+        ax.vlines(x, 0, n, color=style.colour, linewidth=1.6, linestyle=style.line, alpha=0.75)
+        filled = n > 0
+        ax.plot(x[filled], n[filled], style.marker, color=style.colour, markersize=5.5, label=safe_text(name, 24))
+        ax.plot(x[~filled], n[~filled], style.marker, color="#ffffff", markeredgecolor=style.colour, markersize=4)
+    ax.set_yscale("symlog", linthresh=1, linscale=0.35)
+    ax.set_yticks(
+        [0.0] + [step * 10.0**power for power in range(6) for step in (1, 3) if step * 10**power <= 1.5 * top]
+    )
+    ax.yaxis.set_major_formatter(lambda value, _: count(value))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set(xlim=(0.5, deepest + 0.5), ylim=(-0.12, 1.9 * top), ylabel="features")
+    ax.set_xlabel("top tokens in the vocabulary")
+    ax.set_xticks(np.arange(1, deepest + 1))
+    ax.text(least - 0.42, 1.75 * top, "domain features", color=MUTED, size=8, va="top", style="italic")
+    clean_axes(ax, grid="y")
+    ax.legend(loc="upper right", handletextpad=0.3, borderaxespad=0.1)
+
+
+def top_token_weights(comparison: Comparison, context: ReportContext) -> Drawing:
     """Weights of the top tokens of domain features, which the paper calls activations."""
-    groups = _by_arm(comparison.weights, "weight", styles)
-    unit = "cosine with the decoder row" if context.projection == "cosine" else "dot product with the decoder row"
-    return DrawnFigure(
-        name="top_token_weights",
-        group="distributions",
-        paper="Figure 2",
-        title="How strongly domain features promote their top tokens",
-        caption=(
-            f"Weights of the {context.top_k} top tokens of every domain feature: what the paper plots as activations. "
-            "The shape is the distribution, the dot its median, the bar its middle half; "
-            "each tick below is a token (at most 400 drawn)."
-        ),
-        alt=_alt("Top-token weights", groups),
-        figure=_ridges(groups, styles, f"top-token weight ({unit})", "tokens"),
+    groups = _by_arm(comparison, comparison.weights, "weight")
+    unit = "cosine" if context.projection == "cosine" else "dot product"
+    return Drawing(
+        _ridges(groups, comparison, f"top-token weight ({unit} with the decoder row)", "tokens"),
+        f"Weights of the {context.top_k} top tokens of every domain feature: what the paper plots as activations. "
+        "The shape is the distribution, the dot its median, the bar its middle half; "
+        "each tick below is a token (at most 400 drawn).",
+        _alt("Top-token weights", groups),
     )
 
 
-def mean_activation(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
+def mean_activation(comparison: Comparison, _context: ReportContext) -> Drawing:
     """Mean activation of domain features over the tokens on which they fire."""
-    del context
-    groups = _by_arm(comparison.activity, "mean_activation", styles)
-    return DrawnFigure(
-        name="mean_activation",
-        group="distributions",
-        title="How strongly domain features fire",
-        caption=(
-            "Mean activation of each domain feature over the tokens on which it fires, in units of the SAE's "
-            "input. Features that never fired are left out. Read as [[figure:top_token_weights]]."
-        ),
-        alt=_alt("Mean activations", groups),
-        figure=_ridges(groups, styles, "mean activation where active", "features"),
+    groups = _by_arm(comparison, comparison.activity, "mean_activation")
+    return Drawing(
+        _ridges(groups, comparison, "mean activation where active", "features"),
+        "Mean activation of each domain feature over the tokens on which it fires, in units of the SAE's "
+        "input. Features that never fired are left out. Read as [[figure:top_token_weights]].",
+        _alt("Mean activations", groups),
     )
 
 
-def density(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
+def density(comparison: Comparison, _context: ReportContext) -> Drawing:
     """Share of tokens on which each domain feature fires."""
-    del context
-    table = comparison.activity
+    table, unit = comparison.activity, "share of tokens"
     silent = int((table["density"] <= 0).sum())
-    groups = _by_arm(table[table["density"] > 0], "density", styles)
+    groups = _by_arm(comparison, table[table["density"] > 0], "density")
     note = f" {count(silent)} features that never fired are left out." if silent else ""
-    return DrawnFigure(
-        name="density",
-        group="distributions",
-        title="How often domain features fire",
-        caption=(
-            "Density: the share of tokens on which a domain feature fires, on a logarithmic scale."
-            f"{note} Read as [[figure:top_token_weights]]."
-        ),
-        alt=_alt("Densities", groups, "share of tokens"),
-        figure=_ridges(
-            groups, styles, "density (share of tokens, log scale)", "features", unit="share of tokens", log=True
-        ),
+    return Drawing(
+        _ridges(groups, comparison, "density (share of tokens, log scale)", "features", unit=unit, log=True),
+        "Density: the share of tokens on which a domain feature fires, on a logarithmic scale."
+        f"{note} Read as [[figure:top_token_weights]].",
+        _alt("Densities", groups, unit),
     )
 
 
-def coherence(comparison: Comparison, styles: Mapping[str, ArmStyle], context: ReportContext) -> DrawnFigure:
+def coherence(comparison: Comparison, context: ReportContext) -> Drawing:
     """Coherence of domain features."""
-    groups: dict[str, FloatArray] = {}
-    for name, arm in context.arms.items():
-        values = arm.of_domain(arm.coherence)["coherence"].to_numpy(dtype=np.float64)
-        groups[name] = values[np.isfinite(values)]
+    tables = [arm.of_domain(arm.coherence).assign(arm=name) for name, arm in context.arms.items()]
+    groups = _by_arm(comparison, pd.concat(tables), "coherence") if tables else {}
     missing = int(comparison.table2["n_undefined"].sum())
     note = f" {count(missing)} features without a defined coherence are left out, not counted as 0." if missing else ""
-    return DrawnFigure(
-        name="coherence",
-        title="How coherent domain features are",
-        caption=(
-            "Coherence of each domain feature: the weighted mean cosine between the word vectors of its top "
-            f"tokens, 1 when they mean the same.{note} Read as [[figure:top_token_weights]]."
-        ),
-        alt=_alt("Coherences", {name: groups[name] for name in styles if name in groups}),
-        figure=_ridges(groups, styles, "coherence", "features"),
+    return Drawing(
+        _ridges(groups, comparison, "coherence", "features"),
+        "Coherence of each domain feature: the weighted mean cosine between the word vectors of its top "
+        f"tokens, 1 when they mean the same.{note} Read as [[figure:top_token_weights]].",
+        _alt("Coherences", groups),
     )
 
 
-def _by_arm(table: pd.DataFrame, column: str, styles: Mapping[str, ArmStyle]) -> dict[str, FloatArray]:
+def _by_arm(comparison: Comparison, table: pd.DataFrame, column: str) -> dict[str, FloatArray]:
     groups = {}
-    for name in styles:
+    for name in arm_styles(comparison):
         values = table.loc[table["arm"] == name, column].to_numpy(dtype=np.float64)
         groups[name] = values[np.isfinite(values)]
     return groups
@@ -130,7 +150,7 @@ def _alt(what: str, groups: Mapping[str, FloatArray], unit: str = "") -> str:
 
 def _ridges(
     groups: Mapping[str, FloatArray],
-    styles: Mapping[str, ArmStyle],
+    comparison: Comparison,
     label: str,
     noun: str,
     *,
@@ -138,42 +158,42 @@ def _ridges(
     log: bool = False,
 ) -> Figure:
     """One row an arm: half-violin above, median and quartiles on the line, a tick for each value below."""
-    names = [name for name in styles if name in groups]
-    if not any(len(groups[name]) for name in names):
+    if not any(len(values) for values in groups.values()):
         raise Undefined(f"no domain feature has a value of {label.split(' (', maxsplit=1)[0]}.")
-    positions = {name: np.log10(groups[name]) if log else groups[name] for name in names}
-    every = np.concatenate([positions[name] for name in names])
+    positions = {name: np.log10(values) if log else values for name, values in groups.items()}
+    every = np.concatenate(list(positions.values()))
     margin = 0.08 * (float(np.ptp(every)) or 1.0)
     grid = np.linspace(float(every.min()) - margin, float(every.max()) + margin, 256)
-    shapes = {name: _density_curve(positions[name], grid) for name in names}
+    shapes = {name: _density_curve(values, grid) for name, values in positions.items()}
     tallest = max((float(shape.max()) for shape in shapes.values() if shape is not None), default=1.0)
-
-    figure = new_figure(0.7 + 0.92 * len(names))
+    figure = new_figure(0.7 + 0.92 * len(groups))
     ax = figure.add_subplot()
-    for row, name in enumerate(reversed(names)):
-        shape = shapes[name]
-        _row(ax, row, positions[name], grid, None if shape is None else 0.5 * shape / tallest, styles[name])
-        middle = f"median {amount(np.median(groups[name]), unit)}, " if len(groups[name]) else ""
+    styles = arm_styles(comparison)
+    for row, name in enumerate(reversed(list(groups))):
+        shape, values = shapes[name], groups[name]
+        _ridge(ax, row, positions[name], grid, None if shape is None else 0.5 * shape / tallest, styles[name])
+        middle = f"median {amount(np.median(values), unit)}, " if len(values) else ""
         ax.text(0.0, row + 0.56, safe_text(name, 24), transform=ax.get_yaxis_transform(), weight="bold", va="bottom",
                 color=styles[name].colour)  # fmt: skip
-        ax.text(1.0, row + 0.56, f"{middle}{count(len(groups[name]))} {noun}", transform=ax.get_yaxis_transform(),
+        ax.text(1.0, row + 0.56, f"{middle}{count(len(values))} {noun}", transform=ax.get_yaxis_transform(),
                 ha="right", va="bottom", color=MUTED, size=8)  # fmt: skip
-    ax.set(xlim=(grid[0], grid[-1]), ylim=(-0.28, len(names) - 0.18), xlabel=label, yticks=[])
+    ax.set(xlim=(grid[0], grid[-1]), ylim=(-0.28, len(groups) - 0.18), xlabel=label, yticks=[])
     clean_axes(ax, grid="x")
     if log:
-        _log_ticks(ax, grid)
+        ax.set_xticks(_log_ticks(grid[0], grid[-1]))
+        ax.xaxis.set_major_formatter(lambda position, _: f"{100 * 10.0**position:.6g} %")
     return figure
 
 
-def _row(ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: FloatArray | None, style: ArmStyle) -> None:
+def _ridge(ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: FloatArray | None, style: ArmStyle) -> None:
+    if not len(values):
+        ax.text(0.5, row + 0.1, "none", transform=ax.get_yaxis_transform(), color=MUTED, ha="center")
+        return
     if shape is not None:
         seen = (grid >= values.min()) & (grid <= values.max())  # a smooth curve must not invent values beyond the data
         x, y = grid[seen], row + shape[seen]
         ax.fill_between(x, row, y, color=style.colour, alpha=0.18, linewidth=0)
         ax.plot(x, y, color=style.colour, linestyle=style.line, linewidth=1.4)
-    if not len(values):
-        ax.text(0.5, row + 0.1, "none", transform=ax.get_yaxis_transform(), color=MUTED, ha="center")
-        return
     few = np.sort(values)[:: max(1, len(values) // 400)]
     jitter = 0.05 * ((np.arange(len(few)) * _GOLDEN) % 1.0)
     ax.plot(few, row - 0.1 - jitter, "|", color=style.colour, alpha=0.45, markersize=4, markeredgewidth=0.7)
@@ -189,25 +209,10 @@ def _density_curve(values: FloatArray, grid: FloatArray) -> FloatArray | None:
     return np.asarray(gaussian_kde(values)(grid), dtype=np.float64)
 
 
-def _log_ticks(ax: Axes, grid: FloatArray) -> None:
-    powers = range(math.ceil(grid[0]), math.floor(grid[-1]) + 1)
-    wanted = [float(power) for power in powers]
-    if len(wanted) < 2:  # less than a decade or two: 1, 2, 5 as well
-        wanted = [
-            power + math.log10(step)
-            for power in range(math.floor(grid[0]), math.ceil(grid[-1]) + 1)
-            for step in (1, 2, 5)
-        ]
-        wanted = [tick for tick in wanted if grid[0] <= tick <= grid[-1]]
-    ax.set_xticks(wanted)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda position, _: _share_label(10**position)))
-
-
-def _share_label(share: float) -> str:
-    """A share as a short percentage for an axis.
-
-    Example:
-        >>> _share_label(0.1), _share_label(0.0001)
-        ('10 %', '0.01 %')
-    """
-    return f"{100 * share:.6g} %"
+def _log_ticks(low: float, high: float) -> Sequence[float]:
+    """Whole powers of ten, and within less than two decades 1, 2, 5 as well."""
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    if len(powers) > 1:
+        return powers
+    every = [p + math.log10(step) for p in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
+    return [tick for tick in every if low <= tick <= high]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib import font_manager
@@ -17,30 +17,34 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from saeffect.comparison import Comparison
+from saeffect.errors import Undefined
 from saeffect.lm.tokens import printable_token
+from saeffect.report.context import ReportContext
 
 __all__ = [
+    "DASHED",
     "GRID",
     "INK",
     "MUTED",
     "PAPER",
-    "WIDTH",
+    "ROLE_STYLES",
     "ArmStyle",
     "DrawnFigure",
+    "Drawing",
+    "FigureKind",
     "arm_styles",
     "clean_axes",
-    "drawing",
     "inline_svg",
     "new_figure",
-    "png_bytes",
     "safe_text",
-    "settle",
-    "svg_text",
 ]
 
 INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#ffffff"
-WIDTH = 4.4  # inches: at 9 pt, still legible when scaled to a phone's 350 px
+DASHED: Mapping[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+"""The line of no effect, and the chosen dose."""
 
+_WIDTH = 4.4  # inches: at 9 pt, still legible when scaled to a phone's 350 px
 _FONT = "DejaVu Sans"  # ships with matplotlib, so that the layout is the same on every machine
 _RC: Mapping[str, Any] = {
     "font.family": [_FONT],
@@ -69,16 +73,27 @@ _RC: Mapping[str, Any] = {
     "savefig.dpi": 200,
 }
 
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How one arm is drawn in every figure: colour, marker and line style, each telling it apart alone."""
+
+    name: str
+    role: str
+    colour: str
+    marker: str
+    line: Any
+
+
 # Okabe & Ito's palette. Control and treatment are its blue and vermilion (far apart in lightness too);
 # the placebo is grey because it is the yardstick, not a finding.
-_CONTROL, _TREATMENT, _PLACEBO = "#0072b2", "#d55e00", "#6e7781"
-_OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_LOOKS: Mapping[str, tuple[str, str, str, str]] = {
-    "control": (_CONTROL, "o", "-", ""),
-    "treatment": (_TREATMENT, "s", (0, (6, 1.5)), "////"),  # type: ignore[dict-item]
-    "placebo": (_PLACEBO, "D", (0, (1.5, 1.5)), "...."),  # type: ignore[dict-item]
+ROLE_STYLES: Mapping[str, ArmStyle] = {
+    "control": ArmStyle("control", "control", "#0072b2", "o", "-"),
+    "treatment": ArmStyle("treatment", "treatment", "#d55e00", "s", (0, (6, 1.5))),
+    "placebo": ArmStyle("placebo", "placebo", "#6e7781", "D", (0, (1.5, 1.5))),
 }
-_SPARE_LOOKS = (("^", (0, (4, 1, 1, 1)), "xxxx"), ("v", (0, (8, 2)), "----"), ("P", (0, (3, 3)), "++++"))
+_SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_SPARE_MARKS = (("^", (0, (4, 1, 1, 1))), ("v", (0, (8, 2))), ("P", (0, (3, 3))))
 
 # In the report a figure's colours follow the page, which may be dark.
 _CSS_VARIABLES = {
@@ -86,22 +101,16 @@ _CSS_VARIABLES = {
     MUTED: "var(--muted)",
     GRID: "var(--line)",
     PAPER: "var(--paper)",
-    _CONTROL: "var(--control)",
-    _TREATMENT: "var(--treatment)",
-    _PLACEBO: "var(--placebo)",
+    **{style.colour: f"var(--{role})" for role, style in ROLE_STYLES.items()},
 }
 
 
-@dataclass(frozen=True)
-class ArmStyle:
-    """How one arm is drawn in every figure: colour, marker, line style and hatch, each telling it apart alone."""
+class Drawing(NamedTuple):
+    """A drawing, how to read it with the numbers that matter, and what a reader who cannot see it should know."""
 
-    name: str
-    role: str
-    colour: str
-    marker: str
-    line: Any
-    hatch: str
+    figure: Figure
+    caption: str
+    alt: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,11 +119,8 @@ class DrawnFigure:
 
     Attributes:
         name: File name without ending.
-        title: One line.
-        caption: How to read it, and the numbers that matter; `[[figure:name]]` refers to another.
-        alt: What a reader who cannot see it should know.
-        figure: The drawing; None where there was nothing to draw.
-        reason: Why there is no drawing; "" when there is one.
+        caption: `[[figure:name]]` in it refers to another.
+        figure: None where there was nothing to draw; then `reason` says why.
         source: Which files of the run folder, and which of their columns, it was made from.
         group: Neighbours of one group share a number on the page; "" for none.
         paper: Its number in the paper, where it reproduces a figure of it.
@@ -122,9 +128,9 @@ class DrawnFigure:
 
     name: str
     title: str
-    caption: str
-    alt: str
-    figure: Figure | None
+    caption: str = ""
+    alt: str = ""
+    figure: Figure | None = None
     reason: str = ""
     source: str = ""
     group: str = ""
@@ -132,64 +138,92 @@ class DrawnFigure:
 
     @functools.cached_property
     def svg(self) -> str:
-        """As a standalone SVG, "" without a drawing: drawn once, for the file and for the page."""
-        return svg_text(self)
+        """As a standalone SVG, drawn once for the file and for the page; its text stays text. "" without a drawing."""
+        return self._saved("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}).decode()
+
+    @functools.cached_property
+    def png(self) -> bytes:
+        """As a PNG of 200 dots per inch, without dates or program names; empty without a drawing."""
+        return self._saved("png", {"Software": None})
+
+    def _saved(self, kind: str, metadata: Mapping[str, None]) -> bytes:
+        """Equal figures give equal bytes."""
+        if self.figure is None:
+            return b""
+        buffer = io.BytesIO()
+        with _drawing():
+            if self.figure.get_layout_engine() is not None:
+                # Laid out once and for all: left to itself it would be at each saving, a little differently.
+                self.figure.draw_without_rendering()
+                self.figure.set_layout_engine(None)
+            self.figure.savefig(buffer, format=kind, metadata=metadata)
+        return buffer.getvalue()
 
 
-def arm_styles(arms: Iterable[tuple[str, str]]) -> dict[str, ArmStyle]:
-    """The look of each arm.
+@dataclass(frozen=True)
+class FigureKind:
+    """A figure that every report has: what it is called and made from, and how it is drawn.
 
-    Args:
-        arms: Name and role of each arm, in the order of the tables.
-
-    Example:
-        >>> arm_styles([("base", "control"), ("tuned", "treatment")])["tuned"].colour
-        '#d55e00'
+    Attributes:
+        title: `{domain}` stands for the study's domain.
+        draw: Makes it, or raises `Undefined` with the reason; a kind of several figures gives them whole.
     """
-    styles: dict[str, ArmStyle] = {}
-    taken: set[str] = set()
-    for name, role in arms:
-        if role in _LOOKS and role not in taken:
-            colour, marker, line, hatch = _LOOKS[role]
-        else:
-            spare = len(styles)
-            marker, line, hatch = _SPARE_LOOKS[spare % len(_SPARE_LOOKS)]  # type: ignore[assignment]
-            colour = _OTHERS[spare % len(_OTHERS)]
-        taken.add(role)
-        styles[name] = ArmStyle(name, role, colour, marker, line, hatch)
-    return styles
+
+    name: str
+    title: str
+    draw: Callable[[Comparison, ReportContext], Drawing | tuple[DrawnFigure, ...]]
+    source: str = ""
+    group: str = ""
+    paper: str = ""
+
+    def drawn(self, comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
+        """The figure of a study, or why there is none."""
+        title = self.title.replace("{domain}", context.domain)
+        about = DrawnFigure(self.name, title, source=self.source, group=self.group, paper=self.paper)
+        try:
+            with _drawing():
+                made = self.draw(comparison, context)
+        except Undefined as error:
+            return (replace(about, reason=error.message),)
+        return (replace(about, **made._asdict()),) if isinstance(made, Drawing) else made
 
 
-def drawing() -> AbstractContextManager[None]:
+def _drawing() -> AbstractContextManager[None]:
     """The settings in force while a figure is drawn or saved; nothing stays changed afterwards."""
     return matplotlib.rc_context(dict(_RC))
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure, `width` × `height` inches, with no global state behind it."""
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07))
+def arm_styles(comparison: Comparison) -> dict[str, ArmStyle]:
+    """The look of each arm, in the order of the tables: that of its role, and spare ones for further placebos."""
+    styles: dict[str, ArmStyle] = {}
+    for name, role in zip(comparison.table1["arm"], comparison.table1["role"], strict=True):
+        if role in {style.role for style in styles.values()}:
+            marker, line = _SPARE_MARKS[len(styles) % len(_SPARE_MARKS)]
+            styles[name] = ArmStyle(name, role, _SPARE_COLOURS[len(styles) % len(_SPARE_COLOURS)], marker, line)
+        else:
+            styles[name] = replace(ROLE_STYLES[role], name=name)
+    return styles
+
+
+def new_figure(height: float, *, layout: bool = True) -> Figure:
+    """An empty figure of a column's width, `height` inches high, with no global state behind it."""
+    engine = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07) if layout else None
+    figure = Figure(figsize=(_WIDTH, height), layout=engine)
     FigureCanvasAgg(figure)
     return figure
 
 
-def settle(figure: Figure) -> None:
-    """Lay the figure out once and for all; left to itself it does so at each saving, a little differently."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # "none" would leave one in place that has each saving draw twice
-
-
-def clean_axes(ax: Axes, *, grid: str | None = None) -> None:
+def clean_axes(ax: Axes, *, grid: str) -> None:
     """Take the box away, and draw grid lines along one axis only ("x" or "y") behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(length=3, width=0.8)
     if grid == "x":
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
-    if grid == "y":
+    else:
         ax.spines["bottom"].set_color(MUTED)
-    if grid:
-        ax.grid(True, axis=grid)  # type: ignore[arg-type]
-        ax.set_axisbelow(True)
+    ax.grid(True, axis=grid)  # type: ignore[arg-type]
+    ax.set_axisbelow(True)
 
 
 def safe_text(text: object, limit: int = 40) -> str:
@@ -205,28 +239,6 @@ def safe_text(text: object, limit: int = 40) -> str:
     return drawn if len(drawn) <= limit else drawn[: limit - 1] + "…"
 
 
-def svg_text(drawn: DrawnFigure) -> str:
-    """The figure as a standalone SVG; its text stays text, and equal figures give equal bytes."""
-    if drawn.figure is None:
-        return ""
-    buffer = io.StringIO()
-    with drawing():
-        drawn.figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    return buffer.getvalue()
-
-
-def png_bytes(drawn: DrawnFigure) -> bytes:
-    """The figure as a PNG of 200 dots per inch, without dates or program names."""
-    if drawn.figure is None:
-        return b""
-    buffer = io.BytesIO()
-    with drawing():
-        drawn.figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def inline_svg(drawn: DrawnFigure) -> str:
     """The figure as an `<svg>` element for the report: unique ids, the page's colours, no metadata.
 
@@ -234,9 +246,8 @@ def inline_svg(drawn: DrawnFigure) -> str:
     """
     text = drawn.svg
     text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)  # would apply to the whole page
+    for unwanted in (r"<!--.*?-->\s*", r"<metadata>.*?</metadata>\s*", r"<style[^>]*>.*?</style>"):
+        text = re.sub(unwanted, "", text, flags=re.DOTALL)  # a style would apply to the whole page
     text = re.sub(r'\bid="([^"]*)"', rf'id="figure-{drawn.name}-\1"', text)
     text = re.sub(r'(xlink:href|href)="#([^"]*)"', rf'href="#figure-{drawn.name}-\2"', text)
     text = re.sub(r"url\(#([^)]*)\)", rf"url(#figure-{drawn.name}-\1)", text)

@@ -1,24 +1,15 @@
-"""How the study was made: the design check, the quality of the SAEs, the dose search."""
+"""How the study was made: the design check, and the quality of the SAEs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import pandas as pd
-
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, short_fact, value_cell
-from saeffect.report.words.names import dose_axis
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, short_fact
 from saeffect.report.words.numbers import fixed, percent
-from saeffect.steering.placebo import STEERED
 
-__all__ = ["design_table", "dose_table", "field_label", "gate_table", "same_in_every_arm"]
+__all__ = ["design_table", "field_label", "gate_table", "same_in_every_arm"]
 
-
-_RESERVED = {"field", "differs", "status", "matters"}
-_RANKS = {"flaw": 0, "unknown": 1, "intended": 2, "small": 3, "same": 4}
-_ROUNDED = frozenset({"dead_share", "explained_variance", "ce_loss_score"})
+_RANKS = {"flaw": 0, "unknown": 1, "intended": 2, "small": 3}
 _FIELDS = {
     "d_sae": "features (d_sae)",
     "k": "active per token (k)",
@@ -31,47 +22,35 @@ _FIELDS = {
 }
 
 
-def design_table(comparison: Comparison) -> TableView:
+def design_table(comparison: Comparison, _context: ReportContext) -> TableView:
     """The design check: what differs or is unknown, worst first, each with what it means."""
-    table = _with_status(comparison.design)
-    names = [column for column in table.columns if column not in _RESERVED]
+    table, arms = comparison.design, list(comparison.table1["arm"])
     table = table[table["status"] != "same"].sort_values("status", key=lambda column: column.map(_RANKS), kind="stable")
-    rows = [
-        Row(
-            field_label(row["field"]),
-            (
-                Cell(
-                    str(row["status"]),
-                    tone="warn" if row["status"] in ("flaw", "unknown") else "",
-                    is_text=True,
-                ),
-                *(Cell(_fact(str(row["field"]), row[name]), is_text=True) for name in names),
-                Cell(str(row["matters"]), is_text=True, tone="muted"),
-            ),
-            strong=row["status"] == "flaw",
-        )
-        for _, row in table.iterrows()
-    ]
+    rows = []
+    for row in table.to_dict("records"):
+        status = Cell.words(row["status"], tone="warn" if row["status"] in ("flaw", "unknown") else "")
+        facts = [Cell.words(_fact(row["field"], row[arm])) for arm in arms]
+        cells = (status, *facts, Cell.words(row["matters"], tone="muted"))
+        rows.append(Row(field_label(row["field"]), cells, strong=row["status"] == "flaw"))
     return TableView(
         name="design",
         caption="How the arms differ",
         columns=(
             Column("Status", is_text=True),
-            *(Column(name, is_text=True) for name in names),
+            *(Column(arm, is_text=True) for arm in arms),
             Column("What it means", is_text=True),
         ),
         rows=tuple(rows),
         corner="Property",
-        stacks=True,
+        source="comparison/design.parquet, one row a property",
     )
 
 
 def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """Properties that are equal in every arm, as label-value pairs."""
-    table = _with_status(comparison.design)
-    names = [column for column in table.columns if column not in _RESERVED]
-    same = table[table["status"] == "same"]
-    pairs = [(field_label(row["field"]), _fact(str(row["field"]), row[names[0]])) for _, row in same.iterrows()]
+    table = comparison.design
+    same, arm = table[table["status"] == "same"], comparison.table1["arm"].iloc[0]
+    pairs = ((field_label(row["field"]), _fact(row["field"], row[arm])) for row in same.to_dict("records"))
     return tuple(pair for pair in pairs if pair[1] != "unknown")
 
 
@@ -83,15 +62,9 @@ def _fact(field: str, value: object) -> str:
         ('0.02\u202f%', '0.782', '0')
     """
     text = short_fact(value)
-    if field not in _ROUNDED or text == "unknown":
+    if text == "unknown" or field not in ("dead_share", "explained_variance", "ce_loss_score"):
         return text
     return percent(float(text), 2) if field == "dead_share" else fixed(float(text), 3)
-
-
-def _with_status(table: pd.DataFrame) -> pd.DataFrame:
-    if "status" in table.columns:
-        return table
-    return table.assign(status=["flaw" if differs else "same" for differs in table["differs"]])
 
 
 def field_label(field: object) -> str:
@@ -104,98 +77,33 @@ def field_label(field: object) -> str:
     return _FIELDS.get(str(field), str(field).replace("_", " "))
 
 
-_GATE_LINES: Mapping[str, tuple[str, str]] = {
+_GATE_LINES = {
     "explained_variance": ("Explained variance", ""),
     "ce_loss_score": ("CE loss score", ""),
-    "l0": ("L0: features active per token", "l0"),
-    "dead_share": ("Dead features", "share"),
-    "dead": ("Dead features", "count"),
+    "l0": ("L0: features active per token", ""),
     "l2_ratio": ("Length of output / input", ""),
-    "mean_log10_density": ("Mean log10 density", ""),
+    "dead_share": ("Dead features", "share"),
     "n_tokens": ("Tokens measured on", "count"),
 }
 
 
 def gate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
     """How well each SAE reproduces its model; None when nobody measured it."""
-    table = context.gate if context.gate is not None else _gate_of_facts(context)
-    if table is None or table.empty or "arm" not in table.columns:
+    if context.gate is None:
         return None
-    order = [name for name in comparison.table1["arm"] if name in set(table["arm"])]
-    by_arm = table.drop_duplicates("arm").set_index("arm").loc[order]
-    rows = []
-    for column in [name for name in by_arm.columns if name not in ("role", "reason")]:
-        label, unit = _GATE_LINES.get(str(column), (str(column).replace("_", " "), ""))
-        reasons = by_arm["reason"] if "reason" in by_arm.columns else pd.Series("not measured", index=order)
-        cells = []
-        for name in order:
-            value = by_arm.loc[name, column]
-            if isinstance(value, str | bool):
-                cells.append(Cell(short_fact(value), is_text=True))
-            else:
-                cells.append(value_cell(value, unit, reason=str(reasons[name] or "not measured")))
-        rows.append(Row(label, tuple(cells)))
-    columns = arm_columns(comparison.table1[comparison.table1["arm"].isin(order)])
-    return TableView("gate", "How well each SAE reproduces its model, on the study's text", columns, tuple(rows))
-
-
-_DOSE_COLUMNS: Mapping[str, str] = {
-    "n": "Texts",
-    "gain": "Gain",
-    "placebo_gain": "Gain, placebo",
-    "distinct2": "Distinct-2",
-    "perplexity": "Perplexity",
-    "fluency": "Fluency",
-    "score": "Score",
-}
-
-
-def dose_table(context: ReportContext) -> TableView | None:
-    """The dose search, one row a dose and arm; None when there was none."""
-    table = context.doses
-    if table is None or table.empty or "dose" not in table.columns:
-        return None
-    table = _steered_beside_placebo(table)
-    known = [column for column in _DOSE_COLUMNS if column in table.columns]
-    columns = known or [c for c in table.columns if c not in ("arm", "condition", "dose", "chosen", "reason")]
-    rows = []
-    for row in table.to_dict("records"):
-        chosen = bool(row.get("chosen", False))
-        reason = str(row.get("reason") or "not measured")
-        cells = tuple(value_cell(row[name], "count" if name == "n" else "", reason=reason) for name in columns)
-        label = f"{row['dose']:g}" + (" (chosen)" if chosen else "")
-        rows.append(Row(label, cells, strong=chosen, group=str(row.get("arm", ""))))
+    by_arm = context.gate.set_index("arm")
+    lines = [(label, unit, by_arm[name]) for name, (label, unit) in _GATE_LINES.items()]
+    for name in by_arm.columns[by_arm.columns.str.startswith("perplexity_")]:
+        lines.append((f"The model's perplexity, {name.removeprefix('perplexity_')} text", "", by_arm[name]))
     return TableView(
-        name="doses",
-        caption="The dose search",
-        columns=tuple(Column(_DOSE_COLUMNS.get(str(name), str(name).replace("_", " "))) for name in columns),
-        rows=tuple(rows),
-        corner="Dose",
-        stacks=True,
-        note=(
-            f"{dose_axis(context.steering).capitalize()}. Every number is a mean over texts; [[figure:doses]] shows "
-            "them."
+        name="gate",
+        caption="How well each SAE reproduces its model, and each model predicts the study's text",
+        columns=arm_columns(comparison.table1),
+        rows=tuple(
+            Row(label, tuple(Cell.value(values[arm], unit, reason="not measured") for arm in comparison.table1["arm"]))
+            for label, unit, values in lines
         ),
-        source="steering/dose_search.parquet, one row per arm, condition and dose",
+        stacks=False,
+        source="arms/*/gate.json, and dead features from arms/*/features.parquet, column n_active",
+        terms=("explained_variance", "ce_loss_score", "l0", "dead", "perplexity"),
     )
-
-
-def _steered_beside_placebo(table: pd.DataFrame) -> pd.DataFrame:
-    """The search's steered rows, with what the placebo gained at the same dose where one was run."""
-    if "condition" not in table.columns:
-        return table
-    steered = table[table["condition"] == STEERED]
-    placebo = table[table["condition"] != STEERED]
-    if placebo.empty:
-        return steered
-    gains = placebo.rename(columns={"gain": "placebo_gain"})[["arm", "dose", "placebo_gain"]]
-    return steered.merge(gains, on=["arm", "dose"], how="left")
-
-
-def _gate_of_facts(context: ReportContext) -> pd.DataFrame | None:
-    wanted = ("explained_variance", "ce_loss_score", "l0", "dead_share")
-    rows = [
-        {"arm": name, **{field: getattr(arm.facts, field) for field in wanted}} for name, arm in context.arms.items()
-    ]
-    table = pd.DataFrame(rows)
-    return None if table.empty or table[list(wanted)].isna().all(axis=None) else table

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from saeffect.report.words.numbers import amount, count, is_defined, undefined
+from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, undefined
 
-__all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "short_fact", "value_cell"]
+__all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "has_interval", "short_fact"]
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell: the value, a second smaller line, and a tone ("", "muted", "good", "warn") for the style sheet."""
 
     text: str
@@ -21,9 +21,37 @@ class Cell:
     tone: str = ""
     is_text: bool = False
 
+    @classmethod
+    def words(cls, text: object, *, sub: str = "", tone: str = "") -> Cell:
+        """Words in the place of a number."""
+        return cls(str(text), sub, tone, is_text=True)
 
-@dataclass(frozen=True)
-class Column:
+    @classmethod
+    def dash(cls) -> Cell:
+        """Where a number has no place."""
+        return cls("–", tone="muted")
+
+    @classmethod
+    def undefined(cls, reason: object = "") -> Cell:
+        """Where a number should stand and cannot: "undefined" and the reason."""
+        return cls.words(undefined(str(reason)), tone="muted")
+
+    @classmethod
+    def value(cls, value: Any, unit: str = "", *, reason: object = "", sub: str = "", sign: bool = False) -> Cell:
+        """A number in its unit, or why there is none."""
+        return cls(amount(value, unit, sign=sign), sub=sub) if is_defined(value) else cls.undefined(reason)
+
+    @classmethod
+    def estimate(
+        cls, value: Any, low: Any, high: Any, unit: str = "", *, reason: object = "", sign: bool = True
+    ) -> Cell:
+        """A number with its 95 % interval below it, or why the one or the other is missing."""
+        both = is_defined(low) and is_defined(high)
+        ends = amount_interval(low, high, unit) if both else f"interval {undefined(str(reason))}"
+        return cls.value(value, unit, reason=reason, sub=ends, sign=sign)
+
+
+class Column(NamedTuple):
     """Heading of a column; `role` is an arm's role where the column is an arm."""
 
     label: str
@@ -32,8 +60,7 @@ class Column:
     is_text: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row's heading and cells; `strong` rows carry the result, others support it.
 
     Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it. A row with a `key`
@@ -53,8 +80,17 @@ class Row:
 class TableView:
     """A whole table.
 
-    `stacks` tables turn into blocks on a narrow screen; `source` names the files it was made from; `paper` is its
-    number in the paper, where it reproduces a table of it. `[[table:name]]` in caption and note refers to another.
+    Attributes:
+        name: Its id on the page.
+        caption: One line; `[[table:name]]` in caption and note refers to another.
+        columns: Those beside the rows' headings.
+        rows: In order.
+        corner: Heading of the rows' headings.
+        stacks: Whether rows turn into blocks on a narrow screen.
+        note: What stands below it.
+        source: The files that it was made from.
+        paper: Its number in the paper, where it reproduces a table of it.
+        terms: Keys of the glossary's terms that it uses.
     """
 
     name: str
@@ -62,28 +98,24 @@ class TableView:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     corner: str = ""
-    stacks: bool = False
+    stacks: bool = True
     note: str = ""
     source: str = ""
     paper: str = ""
+    terms: tuple[str, ...] = ()
 
 
-def value_cell(value: Any, unit: str = "", *, sub: str = "", reason: str = "", sign: bool = False) -> Cell:
-    """A number in its unit, or "undefined" with the reason below it."""
-    if not is_defined(value):
-        return Cell(undefined(reason), tone="muted", is_text=True)
-    return Cell(amount(value, unit, sign=sign), sub=sub)
+def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
+    """Whether both ends, low and high, are numbers."""
+    return is_defined(row["low"]) and is_defined(row["high"])
 
 
 def arm_columns(table: pd.DataFrame) -> tuple[Column, ...]:
+    """A column for each row of a table with arm and role."""
     return tuple(
-        Column(str(name), _role_note(str(name), str(role)), role=str(role))
+        Column(str(name), "" if name == role else str(role), role=str(role))
         for name, role in zip(table["arm"], table["role"], strict=True)
     )
-
-
-def _role_note(name: str, role: str) -> str:
-    return "" if name == role else role
 
 
 def difference_unit(unit: str) -> str:
@@ -97,7 +129,12 @@ def difference_unit(unit: str) -> str:
 
 
 def short_fact(value: object) -> str:
-    """A fact as a cell: hashes cut to twelve digits, whole numbers grouped, unknown said so."""
+    """A fact as a cell: hashes cut to twelve digits, whole numbers grouped, unknown said so.
+
+    Example:
+        >>> short_fact("24576"), short_fact(None)
+        ('24,576', 'unknown')
+    """
     text = str(value)
     if text in ("", "nan", "None"):
         return "unknown"

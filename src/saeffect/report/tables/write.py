@@ -11,15 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saeffect.comparison import Comparison, MatchTables
+from saeffect.comparison import ArmTables, Comparison, MatchTables
 from saeffect.io import atomic_path, write_json
-from saeffect.report.context import ReportContext
-from saeffect.report.tables.steering_files import steering_tables
+from saeffect.report.context import ReportContext, baseline_summary, dose_summary, outcome_summary
 
-__all__ = ["write_tables"]
-
-_COMPARISON_TABLES = ("table1", "table2", "contrasts", "match_counts", "weights", "activity", "design")
-_EVIDENCE_TABLES = ("calibration", "by_chance", "power", "regression", "partial_residuals", "threats")
+__all__ = ["domain_features", "write_tables"]
 
 
 def write_tables(
@@ -31,20 +27,21 @@ def write_tables(
     field begins with a token (a spreadsheet would take "=1+1" for a formula).
 
     Args:
-        comparison: What to write; its answer becomes `answer.json`.
+        comparison: What to write: every table that it has; its answer becomes `answer.json`.
         folder: Where to; made if missing.
-        context: The study around it; adds `domain_features`, `gate`, `doses`, and the tables of
-            `saeffect.report.tables.steering_files.steering_tables`.
+        context: The study around it; adds those of `domain_features`, `gate`, `doses`, `steering_outcomes`
+            (`outcome_summary`), `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`,
+            `together_effects`, `dose_response` and `dose_response_by_arm` (`dose_summary`) that the study has.
 
     Returns:
         The files written.
     """
     folder = Path(folder)
-    tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in _COMPARISON_TABLES}
-    tables |= _evidence_tables(comparison)
-    if context is not None:
-        tables |= _study_tables(context)
-        tables |= steering_tables(context, [str(name) for name in comparison.table1["arm"]])
+    tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in Comparison.table_names()}
+    tables |= {name: getattr(comparison.matches, name) for name in MatchTables.names()}
+    tables |= dict(comparison.matches.further)
+    tables = {name: table for name, table in tables.items() if len(table.columns)}
+    tables |= _study_tables(context or ReportContext(), [str(name) for name in comparison.table1["arm"]])
     written = []
     for name, table in tables.items():
         plain = [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
@@ -58,52 +55,53 @@ def write_tables(
     return (*written, folder / "answer.json")
 
 
-def _evidence_tables(comparison: Comparison) -> dict[str, pd.DataFrame]:
-    """Tables that not every comparison makes: those without columns are left out."""
-    tables = {name: getattr(comparison, name) for name in _EVIDENCE_TABLES}
-    tables |= {name: getattr(comparison.matches, name) for name in MatchTables.names()}
-    return {name: table for name, table in tables.items() if len(table.columns)}
+def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.DataFrame]:
+    """Those of a study besides the comparison's; arms in `order`."""
+    results = context.steering
+    found = {"domain_features": _every_arm({name: domain_features(arm) for name, arm in context.arms.items()}, order)}
+    found |= {name: table for name, table in (("gate", context.gate), ("doses", context.doses)) if table is not None}
+    if results is not None:
+        found |= {
+            "steering_outcomes": outcome_summary(results, order, alpha=context.alpha),
+            "outcome_effects": _every_arm(results.outcome_effects, order),
+            "steering_baselines": baseline_summary(results, order),
+            "baseline_effects": _every_arm(results.baseline_effects, order),
+            "together_effects": _every_arm(results.together_effects, order),
+            "dose_response": pd.DataFrame() if results.dose_response is None else results.dose_response,
+            "dose_response_by_arm": dose_summary(results.dose_response, order),
+        }
+    return {name: table for name, table in found.items() if len(table)}
 
 
-def _study_tables(context: ReportContext) -> dict[str, pd.DataFrame]:
-    tables = {}
-    if context.arms:
-        tables["domain_features"] = pd.concat(
-            [_domain_features(context, name) for name in context.arms], ignore_index=True
-        )
-    if context.gate is not None:
-        tables["gate"] = context.gate
-    if context.doses is not None:
-        tables["doses"] = context.doses
-    return tables
+def _every_arm(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataFrame:
+    """The rows of every arm that has any, with a column arm before the others."""
+    shown = {arm: tables[arm] for arm in order if len(tables.get(arm, ()))}
+    if not shown:
+        return pd.DataFrame()
+    return pd.concat(shown, names=["arm"]).reset_index("arm").reset_index(drop=True)
 
 
-def _domain_features(context: ReportContext, name: str) -> pd.DataFrame:
-    """All domain features of an arm with their coherence, selection and effect in one row."""
-    arm = context.arms[name]
+def domain_features(arm: ArmTables) -> pd.DataFrame:
+    """All domain features of an arm, each with its coherence, selection and effect in one row.
+
+    Returns:
+        The columns of the arm's tables; `coherence_reason` and `effect_reason` say what is missing.
+    """
     rows = arm.of_domain(arm.features)
-    sources: Mapping[str, pd.DataFrame | None] = {
-        "coherence": arm.coherence,
-        "selection": arm.selection,
-        "effect": arm.effects,
-    }
-    for source, table in sources.items():
+    for source, table in (("coherence", arm.coherence), ("selection", arm.selection), ("effect", arm.effects)):
         if table is not None and not table.empty:
             fresh = [column for column in table.columns if column == "feature" or column not in rows.columns]
             extra = table[fresh].rename(columns={"reason": f"{source}_reason"})
             rows = rows.merge(extra, on="feature", how="left")
-    rows.insert(0, "arm", name)
     return rows
 
 
 def _plain(value: Any) -> Any:
     """A cell as plain Python: lists for arrays, None for what is not a number."""
-    if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value

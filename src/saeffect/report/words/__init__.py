@@ -1,1 +1,1 @@
-"""The report's sentences, numbers and terms."""
+"""The report's sentences: the answer, its threats, and how numbers, features, outcomes and terms are written."""

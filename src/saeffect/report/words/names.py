@@ -1,35 +1,46 @@
-"""What features, quantities, outcomes, controls and doses are called: tables, captions, axes and cards use these."""
+"""What features, quantities, outcomes and doses are called, and what the report's terms mean."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
 
+import yaml
+
+from saeffect.comparison import ArmTables
+from saeffect.comparison.quantities import wording
+from saeffect.errors import ConfigError
 from saeffect.lm.tokens import printable_token
 from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.words.numbers import amount, amount_interval, fixed, is_defined, percent
+from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
-    "OutcomeWords",
+    "Explainer",
+    "Term",
+    "add_term",
     "capital",
-    "control_words",
     "dose_axis",
-    "dose_meaning",
     "dose_words",
     "effect_text",
     "feature_names",
-    "feature_words",
     "first_tokens",
     "interval_text",
     "level_text",
-    "operator_words",
-    "outcome_words",
     "short_name",
+    "terms",
 ]
 
 
 def capital(text: str) -> str:
-    """The same with a capital at its beginning, and the rest as it is."""
+    """With a capital at its start, all else as it is.
+
+    Example:
+        >>> capital("share of SAEs")
+        'Share of SAEs'
+    """
     return text[:1].upper() + text[1:]
 
 
@@ -53,26 +64,16 @@ def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16
     )
 
 
-def feature_names(context: ReportContext, arm: str, limit: int = 3) -> Mapping[int, str]:
-    """By feature of an arm, its first top tokens; empty for an arm that the report does not know."""
-    if arm not in context.arms:
-        return {}
-    features = context.arms[arm].features
-    return {
-        int(feature): first_tokens(list(tokens), limit)
-        for feature, tokens in zip(features["feature"], features["top_tokens"], strict=True)
-    }
-
-
-def feature_words(context: ReportContext, role: str, wanted: Container[int], limit: int = 5) -> Mapping[int, str]:
-    """By number, the first top tokens, whole, of those features of a role's arm that are wanted."""
-    arm = context.arm_of(role)
+def feature_names(
+    arm: ArmTables | None, limit: int = 3, *, longest: int | None = 16, wanted: Container[int] | None = None
+) -> Mapping[int, str]:
+    """By feature of an arm (those that are wanted), its `first_tokens`; empty for an arm that is not known."""
     if arm is None:
         return {}
     return {
-        int(feature): first_tokens(list(tokens), limit, longest=None)
+        int(feature): first_tokens(list(tokens), limit, longest)
         for feature, tokens in zip(arm.features["feature"], arm.features["top_tokens"], strict=True)
-        if int(feature) in wanted
+        if wanted is None or int(feature) in wanted
     }
 
 
@@ -83,63 +84,8 @@ def short_name(quantity: str) -> str:
         >>> short_name("pass_rate"), short_name("coherence_mean_seeds")
         ('pass rate', 'mean coherence (SAEs as units)')
     """
-    words = {
-        "domain_share": "share of domain features",
-        "pass_rate": "pass rate",
-        "coherence_mean": "mean coherence",
-        "effect": "mean effect",
-    }
-    name = quantity.removesuffix("_seeds")
-    spoken = words.get(name, name.replace("_", " "))
-    return f"{spoken} (SAEs as units)" if quantity.endswith("_seeds") else spoken
-
-
-@dataclass(frozen=True)
-class OutcomeWords:
-    """An outcome in words: its name, the unit of effects as people read it, and as `numbers.amount` knows it."""
-
-    title: str
-    unit: str
-    amount_unit: str = ""
-
-
-_OUTCOMES: Mapping[str, OutcomeWords] = {
-    "similarity": OutcomeWords("similarity", "cosine"),
-    "keyword_score": OutcomeWords("keyword score", "percentage points of words", "points"),
-    "off_list": OutcomeWords("off-list words", "percentage points of words", "points"),
-    "direct_effect": OutcomeWords("direct effect", "nats"),
-    "kl": OutcomeWords("KL", "nats"),
-    "perplexity": OutcomeWords("perplexity", "nats a token: a difference of logarithms"),
-    "distinct2": OutcomeWords("distinct-2", "percentage points of pairs", "points"),
-}
-
-_CONTROLS: Mapping[str, str] = {
-    "matched": "matched placebo",
-    "random": "random direction",
-    "shuffled": "shuffled reference",
-    "prompt": "prompt that names it",
-    "mean_difference": "difference of means",
-}
-
-
-def outcome_words(name: str) -> OutcomeWords:
-    """The words of an outcome; of one that nobody knows, its name.
-
-    Example:
-        >>> outcome_words("off_list").title, outcome_words("my_score").title
-        ('off-list words', 'my score')
-    """
-    return _OUTCOMES.get(name, OutcomeWords(name.replace("_", " "), "in its own unit"))
-
-
-def control_words(name: str) -> str:
-    """What a control or baseline is called.
-
-    Example:
-        >>> control_words("mean_difference")
-        'difference of means'
-    """
-    return _CONTROLS.get(name, name.replace("_", " "))
+    short = wording(quantity.removesuffix("_seeds")).short
+    return f"{short} (SAEs as units)" if quantity.endswith("_seeds") else short
 
 
 def effect_text(value: object, outcome: str) -> str:
@@ -149,14 +95,16 @@ def effect_text(value: object, outcome: str) -> str:
         >>> effect_text(0.012, "off_list").split(), effect_text(0.0514, "similarity")
         (['+1.2', 'pp'], '+0.051')
     """
-    return amount(value, outcome_words(outcome).amount_unit, sign=True) if is_defined(value) else "undefined"
+    return amount(value, _unit(outcome), sign=True) if is_defined(value) else "undefined"
 
 
 def interval_text(low: object, high: object, outcome: str) -> str:
     """Both ends of an effect's interval in brackets, or that there is none."""
-    if not (is_defined(low) and is_defined(high)):
-        return "no interval"
-    return amount_interval(low, high, outcome_words(outcome).amount_unit)
+    return amount_interval(low, high, _unit(outcome)) if is_defined(low) and is_defined(high) else "no interval"
+
+
+def _unit(outcome: str) -> str:
+    return "points" if OUTCOMES[outcome].is_share else ""
 
 
 def level_text(value: object, outcome: str) -> str:
@@ -168,32 +116,51 @@ def level_text(value: object, outcome: str) -> str:
     """
     if not is_defined(value):
         return "undefined"
-    return percent(value) if outcome_words(outcome).amount_unit == "points" else fixed(value, 3)
+    return percent(value) if OUTCOMES[outcome].is_share else fixed(value)
 
 
-def _dose(results: SteeringResults | None) -> str:
-    """Which kind of dose it is."""
-    if results is None:
-        return "residual_norm"
-    return results.unit if results.operator == "add" else results.operator
+@dataclass(frozen=True)
+class _DoseWords:
+    """A kind of dose: the unit of an axis, what was done as the end of a sentence, and the glossary's line."""
+
+    axis: str
+    done: str
+    meaning: str
 
 
-_DOSE_UNITS = {
-    "residual_norm": "multiples of the hook's mean residual norm",
-    "coefficient": "multiples of the decoder row",
-    "clamp": "multiples of the feature's maximum activation",
+_ADDED = "by adding their direction to the residual stream, as long as {dose}"
+_DOSES = {
+    "residual_norm": _DoseWords(
+        "dose (multiples of the hook's mean residual norm)",
+        _ADDED + "the hook's mean residual norm",
+        "length of the added vector, in multiples of the mean residual norm at the hook.",
+    ),
+    "coefficient": _DoseWords(
+        "dose (multiples of the decoder row)",
+        _ADDED + "the decoder row",
+        "what the decoder row is multiplied by before it is added, the paper's coefficient.",
+    ),
+    "clamp": _DoseWords(
+        "dose (multiples of the feature's maximum activation)",
+        "by setting their activation to {dose}its maximum on the text, wherever the model is steered",
+        "what the feature's activation is set to, in multiples of its maximum on the text.",
+    ),
+    "ablate": _DoseWords(
+        "dose",
+        "by switching them off: their activation is set to 0",
+        "none here: an ablation sets the feature's activation to 0.",
+    ),
 }
 
 
-def dose_axis(results: SteeringResults | None) -> str:
-    """The label of a dose axis, in the unit of the operator.
+def _dose(results: SteeringResults | None) -> _DoseWords:
+    results = results or SteeringResults()
+    return _DOSES[results.unit if results.operator == "add" else results.operator]
 
-    Example:
-        >>> dose_axis(SteeringResults(operator="clamp"))
-        "dose (multiples of the feature's maximum activation)"
-    """
-    unit = _DOSE_UNITS.get(_dose(results), "")
-    return f"dose ({unit})" if unit else "dose"
+
+def dose_axis(results: SteeringResults | None) -> str:
+    """The label of a dose axis, in the unit of the operator."""
+    return _dose(results).axis
 
 
 def dose_words(results: SteeringResults) -> str:
@@ -203,26 +170,11 @@ def dose_words(results: SteeringResults) -> str:
         >>> dose_words(SteeringResults(operator="clamp", dose=5.0))
         'by setting their activation to 5 × its maximum on the text, wherever the model is steered'
     """
-    dose = f"{results.dose:g} × " if results.dose is not None else "some multiple of "
-    added = "by adding their direction to the residual stream, as long as "
-    return {
-        "ablate": "by switching them off: their activation is set to 0",
-        "clamp": f"by setting their activation to {dose}its maximum on the text, wherever the model is steered",
-        "residual_norm": f"{added}{dose}the hook's mean residual norm",
-    }.get(_dose(results), f"{added}{dose}the decoder row")
-
-
-def dose_meaning(results: SteeringResults | None) -> str:
-    """The glossary's line on doses."""
-    return {
-        "ablate": "none here: an ablation sets the feature's activation to 0.",
-        "clamp": "what the feature's activation is set to, in multiples of its maximum on the text.",
-        "coefficient": "what the decoder row is multiplied by before it is added, the paper's coefficient.",
-    }.get(_dose(results), "length of the added vector, in multiples of the mean residual norm at the hook.")
+    return _dose(results).done.format(dose="some multiple of " if results.dose is None else f"{results.dose:g} × ")
 
 
 _PUSHED = "and pushed along it, at each token, as far as the operator pushes along the feature's own"
-_OPERATORS: Mapping[str, Mapping[str, str]] = {
+_OPERATORS: Mapping[str, Mapping[str, str]] = {  # what each does to placebos and to several features, for the terms
     "add": {
         "placebo_texts": "texts steered as hard along a placebo",
         "random_push": "and pushed along as hard",
@@ -247,11 +199,62 @@ _OPERATORS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def operator_words(results: SteeringResults | None) -> Mapping[str, str]:
-    """What an operator does to placebos, to random directions and to several features, for the glossary.
+@dataclass(frozen=True)
+class Term:
+    """A term and what it means in a line or two; `terms.yaml` lists what is filled in from the study."""
 
-    Example:
-        >>> operator_words(SteeringResults(operator="ablate"))["placebo_texts"]
-        'texts with a placebo switched off instead'
+    name: str
+    meaning: str
+
+
+@cache
+def _registry() -> dict[str, Term]:
+    text = resources.files("saeffect.report").joinpath("terms.yaml").read_text(encoding="utf-8")
+    return {key: Term(entry["term"], entry["means"]) for key, entry in yaml.safe_load(text).items()}
+
+
+def add_term(key: str, term: Term) -> None:
+    """Explain one term more, in the glossary and at the first table that names its key.
+
+    Raises:
+        ConfigError: There is one of this key.
     """
-    return _OPERATORS[results.operator if results is not None else "add"]
+    if key in _registry():
+        raise ConfigError(f"there is a term {key!r} already.", at="key", fix="give it another key.")
+    _registry()[key] = term
+
+
+def terms(context: ReportContext) -> Mapping[str, Term]:
+    """Every term of the report, by key, with the study's own settings filled in."""
+    steering = context.steering or SteeringResults()
+    settings = {
+        "k": context.top_k,
+        "least": context.min_matches,
+        "alpha": context.alpha,
+        "domain": context.domain,
+        "percent": percent(context.alpha, 0),
+        "outcome": OUTCOMES[steering.deciding].label,
+        "dose": _dose(steering).meaning,
+        **_OPERATORS[steering.operator],
+    }
+    return {key: replace(term, meaning=term.meaning.format(**settings)) for key, term in _registry().items()}
+
+
+@dataclass
+class Explainer:
+    """Hands out each term's meaning once, at its first use."""
+
+    known: Mapping[str, Term]
+    explained: set[str] = field(default_factory=set)
+
+    def first(self, keys: Iterable[str]) -> tuple[Term, ...]:
+        """The known terms among `keys` that have not been explained yet.
+
+        Example:
+            >>> explain = Explainer(terms(ReportContext()))
+            >>> [len(explain.first(["p", "q"])), len(explain.first(["q", "pp"]))]
+            [2, 1]
+        """
+        fresh = [key for key in keys if key in self.known and key not in self.explained]
+        self.explained.update(fresh)
+        return tuple(self.known[key] for key in fresh)

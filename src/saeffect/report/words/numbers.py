@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import SupportsFloat, TypeGuard
 
 import numpy as np
+import pandas as pd
 
-from saeffect.comparison.judgement import Gap
+from saeffect.stats.estimate import Estimate
 
 __all__ = [
     "LEVEL",
@@ -35,37 +36,22 @@ LEVEL = f"95{THIN_SPACE}% interval"
 
 
 def is_defined(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number (None, NaN, NA and infinities are not).
+    """Whether `value` is a finite number (None, NaN, NA, text and infinities are not).
 
     Example:
         >>> is_defined(0), is_defined(float("nan")), is_defined(None)
         (True, False, False)
     """
-    if value is None or isinstance(value, str) or not isinstance(value, SupportsFloat):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
+    return isinstance(value, SupportsFloat) and value is not pd.NA and math.isfinite(value)
 
 
 def is_true(value: object) -> bool:
-    """Whether a cell holds True: missing ones do not.
-
-    Example:
-        >>> is_true(np.True_), is_true(float("nan")), is_true(None)
-        (True, False, False)
-    """
+    """Whether a cell holds True: missing ones do not."""
     return isinstance(value, bool | np.bool_) and bool(value)
 
 
 def undefined(reason: str = "") -> str:
-    """What stands where a number cannot: the word and the reason.
-
-    Example:
-        >>> undefined("no feature was tested")
-        'undefined: no feature was tested'
-    """
+    """What stands where a number cannot: the word and the reason."""
     return f"undefined: {reason or 'no reason was recorded'}"
 
 
@@ -88,33 +74,18 @@ def _is_zero(text: str) -> bool:
 
 
 def signed(value: SupportsFloat, digits: int = 3) -> str:
-    """As `fixed`, with a plus sign before what is above zero.
-
-    Example:
-        >>> signed(0.25, 2), signed(-0.25, 2), signed(0, 1)
-        ('+0.25', '−0.25', '0.0')
-    """
+    """As `fixed`, with a plus sign before what is above zero: "+0.25", "−0.25", "0.0"."""
     text = fixed(value, digits)
     return "+" + text if float(value) > 0 and not _is_zero(text) else text
 
 
 def count(value: SupportsFloat) -> str:
-    """A whole number with grouped thousands.
-
-    Example:
-        >>> count(24576)
-        '24,576'
-    """
+    """A whole number with grouped thousands."""
     return fixed(value, 0)
 
 
 def plural(n: int, noun: str) -> str:
-    """A number of things.
-
-    Example:
-        >>> plural(1, "prompt"), plural(1200, "text")
-        ('1 prompt', '1,200 texts')
-    """
+    """A number of things: "1 prompt", "1,200 texts"."""
     return f"{count(n)} {noun}{'' if n == 1 else 's'}"
 
 
@@ -140,12 +111,7 @@ def p_value(p: SupportsFloat) -> str:
 
 
 def interval(low: SupportsFloat, high: SupportsFloat, digits: int = 3) -> str:
-    """Both ends of an interval in brackets.
-
-    Example:
-        >>> interval(-0.1, 0.25, 2)
-        '[−0.10, 0.25]'
-    """
+    """Both ends of an interval in brackets: "[−0.10, 0.25]"."""
     return f"[{fixed(low, digits)}, {fixed(high, digits)}]"
 
 
@@ -195,54 +161,51 @@ def amount_interval(low: SupportsFloat, high: SupportsFloat, unit: str = "") -> 
     return f"[{', '.join(ends)}]"
 
 
-def difference(gap: Gap, *, short: bool = False) -> str:
+def difference(estimate: Estimate, unit: str, *, short: bool = False) -> str:
     """A difference with its interval, in words.
 
     Args:
-        gap: The difference; shares become percentage points, other units are left to the sentence around it.
+        estimate: The difference.
+        unit: Shares become percentage points, other units are left to the sentence around it.
         short: Leave out the unit and the words "95 % interval".
 
     Example:
-        >>> difference(Gap("base", "tuned", 0.031, 0.012, 0.05, "share")).replace(LEVEL, "LEVEL")
+        >>> difference(Estimate(0.031, 0.012, 0.05), "share").replace(LEVEL, "LEVEL")
         '+3.1 percentage points, LEVEL 1.2 to 5.0'
-        >>> difference(Gap("base", "tuned", -0.02, -0.05, 0.01, "coherence"), short=True)
+        >>> difference(Estimate(-0.02, -0.05, 0.01), "coherence", short=True)
         '−0.020, −0.050 to 0.010'
     """
-    middle, ends = _difference(gap, short=short)
+    middle, ends = _difference(estimate, unit, short=short)
     return f"{middle}, {'' if short else LEVEL + ' '}{' to '.join(ends)}" if ends else f"{middle}, without an interval"
 
 
-def bracketed(gap: Gap, *, full: bool = False) -> str:
+def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
     """A difference with its interval in brackets, as tables write it.
 
     Args:
-        gap: The difference; shares become percentage points.
+        estimate: The difference.
+        unit: Shares become percentage points.
         full: With the unit and the words "95 % interval", for its first mention.
 
     Example:
-        >>> bracketed(Gap("base", "tuned", 0.031, 0.012, 0.05, "share"))
+        >>> bracketed(Estimate(0.031, 0.012, 0.05), "share")
         '+3.1 [1.2, 5.0]'
     """
-    middle, ends = _difference(gap, short=not full)
+    middle, ends = _difference(estimate, unit, short=not full)
     return f"{middle}{', ' + LEVEL if full else ''} [{', '.join(ends)}]" if ends else f"{middle}, without an interval"
 
 
-def _difference(gap: Gap, *, short: bool) -> tuple[str, tuple[str, ...]]:
+def _difference(estimate: Estimate, unit: str, *, short: bool) -> tuple[str, tuple[str, ...]]:
     """The difference and the ends of its interval: decimals that give the interval's width two figures, at most 5."""
-    scale, digits = (100.0, 1) if gap.unit == "share" else (1.0, 3)
-    width = scale * (gap.high - gap.low) if gap.defined else 0.0
+    scale, digits = (100.0, 1) if unit == "share" else (1.0, 3)
+    width = scale * (estimate.high - estimate.low) if estimate.defined else 0.0
     if width > 0:
         digits = min(5, max(digits, 1 - math.floor(math.log10(width))))
-    unit = " percentage points" if gap.unit == "share" and not short else ""
-    ends = tuple(fixed(scale * end, digits) for end in (gap.low, gap.high)) if gap.defined else ()
-    return signed(scale * gap.estimate, digits) + unit, ends
+    points = " percentage points" if unit == "share" and not short else ""
+    ends = tuple(fixed(scale * end, digits) for end in (estimate.low, estimate.high)) if estimate.defined else ()
+    return signed(scale * estimate.value, digits) + points, ends
 
 
 def joined(parts: Sequence[str]) -> str:
-    """A list in words.
-
-    Example:
-        >>> joined(["3", "4", "5"])
-        '3, 4 and 5'
-    """
+    """A list in words: "3, 4 and 5"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

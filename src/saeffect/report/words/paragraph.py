@@ -8,7 +8,7 @@ Every number is read off a row of a table, and the paragraph knows which. What i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +16,16 @@ import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
 from saeffect.comparison.findings import Comparison, Trace
-from saeffect.comparison.judgement import ALL_SEEDS, Gap, Judgement, judge, told_row
+from saeffect.comparison.judgement import ALL_SEEDS, Judgement, headline_row
+from saeffect.comparison.quantities import wording
 from saeffect.diffing.cross_activity import activity_changes, most_changed
-from saeffect.lm.tokens import printable_token
-from saeffect.report.words.evidence import over_saes
-from saeffect.report.words.names import short_name
+from saeffect.report.words.names import first_tokens
 from saeffect.report.words.numbers import bracketed, count, fixed, joined, percent
+from saeffect.steering.placebos import control_label
 
-__all__ = ["Paragraph", "paragraph"]
+__all__ = ["Paragraph", "over_saes", "paragraph"]
 
-_EXAMPLES, _TOKENS = 2, 2
+_EXAMPLES = 2
 
 
 @dataclass
@@ -50,126 +50,103 @@ def paragraph(
     roles: Roles,
     found: Comparison,
     judged: Mapping[str, Judgement],
+    declared: Sequence[str],
     *,
     alpha: float,
 ) -> Paragraph:
-    """The answer in a few sentences; nothing in it is markup.
-
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        judged: Judgements of the declared quantities, by name, in the order of the study.
-        alpha: Highest q of a finding about a single feature.
-    """
+    """The answer in a few sentences, of the declared quantities in this order; nothing in it is markup."""
     text = Paragraph()
-    _quantities(text, found, judged, roles, _steering_control(arms))
-    if not int(found.table1["tested"].sum()):
+    _quantities(text, found, judged, declared, (roles, _steering_control(arms)))
+    if not found.table1["tested"].any():
         steered = any(arm.effects is not None and len(arm.effects) for arm in arms.values())
         said = "No steered feature could be tested" if steered else "No feature was steered"
         why = next((f" ({arm.unsteered})" for arm in arms.values() if arm.unsteered), "")
         text.say(f" {said}{why}, so what the features cause is not known.")
-    _activity(text, arms, roles, found.matches.cross_activity, alpha)
+    _activity(text, arms[roles.control], found.matches.cross_activity, alpha)
     _fates(text, found.matches.fate_counts)
     _threats(text, found)
     return text
 
 
 def _quantities(
-    text: Paragraph, found: Comparison, judged: Mapping[str, Judgement], roles: Roles, control: str
+    text: Paragraph,
+    found: Comparison,
+    judged: Mapping[str, Judgement],
+    declared: Sequence[str],
+    against: tuple[Roles, str],
 ) -> None:
-    """The first quantity beside its placebo, the others in a sentence each."""
-    compared = set(found.contrasts.loc[found.contrasts["comparison"] == "fine-tuning", "quantity"])
-    known = {name: one for name, one in judged.items() if one.status != "undefined" and name in compared}
+    """The first quantity beside its placebo, the others in a sentence each; steering has its say in any case."""
+    roles, control = against
+    known = [name for name in declared if judged[name].status != "undefined"]
     if not known:
-        why = "; ".join(dict.fromkeys(one.change.reason for one in judged.values() if one.change.reason))
-        text.say(f"None of the declared quantities can be compared ({why or 'no interval'}).")
-    for place, one in enumerate(known.values()):
+        reasons = dict.fromkeys(judged[name].change.reason for name in declared if judged[name].change.reason)
+        text.say(f"None of the declared quantities can be compared ({'; '.join(reasons) or 'no interval'}).")
+    for place, name in enumerate(known):
+        row = headline_row(found.contrasts, judged[name])
         if place == 0:
-            _first(text, one, told_row(found.contrasts, one), roles, control)
+            _first(text, judged[name], row, roles, control)
         else:
-            _other(text, one, told_row(found.contrasts, one), control)
-    if "pass_rate" not in judged and "pass_rate" in compared:  # steering has its say in any case
-        steered = judge(found.contrasts, "pass_rate")
-        if steered.status != "undefined":
-            _other(text, steered, told_row(found.contrasts, steered), control, ", not declared beforehand")
+            _other(text, judged[name], row, control)
+    if "pass_rate" not in declared and judged["pass_rate"].status != "undefined":
+        row = headline_row(found.contrasts, judged["pass_rate"])
+        _other(text, judged["pass_rate"], row, control, ", not declared beforehand")
 
 
-def _first(text: Paragraph, one: Judgement, row: pd.Series[Any], roles: Roles, control: str) -> None:
-    write, name = _writer(one), one.quantity
-    before, between = _SUBJECTS.get(name, (f"The {short_name(name)} is ", ""))
-    text.say(before)
-    _cite(text, write(float(row["value_a"])), row)
-    text.say(between.format(control=control) + " before fine-tuning and ")
-    _cite(text, write(float(row["value_b"])), row)
-    text.say(" after: ")
-    _cite(text, bracketed(one.told, full=True), row)
-    text.say(over_saes(one))
-    if one.seeds is not None and not one.by_seeds:
+def _first(text: Paragraph, judgement: Judgement, row: pd.Series[Any], roles: Roles, control: str) -> None:
+    name = judgement.quantity
+    before, between = wording(name).first
+    _cite(text, before, row, "value_a", between.format(control=control) + " before fine-tuning and ")
+    _cite(text, "", row, "value_b", " after: ")
+    text.cite(bracketed(judgement.headline, judgement.unit, full=True), "contrasts", **_place(row))
+    text.say(over_saes(judgement))
+    if judgement.seeds is not None and not judgement.by_seeds:
         text.say("; SAE noise included ")
-        _cite_gap(text, one.seeds, f"{name}_seeds", ALL_SEEDS)
-    for place, gap in enumerate(gap for gap in one.retraining if gap.defined):
+        over = {"quantity": f"{name}_seeds", "comparison": ALL_SEEDS, "a": judgement.control, "b": judgement.treatment}
+        text.cite(bracketed(judgement.seeds, judgement.unit), "contrasts", **over)
+    noise = {placebo: by_seed for placebo, by_seed in judgement.retraining.items() if by_seed.defined}
+    for place, (placebo, by_seed) in enumerate(noise.items()):
         text.say("; retraining the unchanged model's SAE gives " if place == 0 else ", ")
-        _cite_gap(text, gap, name, "retraining")
-        text.say(f" ({gap.b})")
-    if not roles.placebos and one.seeds is None:
+        where = {"quantity": name, "comparison": "retraining", "a": judgement.control, "b": placebo}
+        text.cite(bracketed(by_seed, judgement.unit), "contrasts", **where)
+        text.say(f" ({placebo})")
+    if not roles.placebos and judgement.seeds is None:
         text.say("; there is no placebo arm to show what retraining the SAE alone gives")
     text.say(".")
 
 
-def _other(text: Paragraph, one: Judgement, row: pd.Series[Any], control: str, remark: str = "") -> None:
-    write = _writer(one)
-    words = _OTHERS.get(one.quantity, ("The " + short_name(one.quantity) + " goes from ", " to ", ""))
-    before, between, after = (word.format(control=control) for word in words)
-    text.say(" " + before)
-    _cite(text, write(float(row["value_a"])), row)
-    text.say(between)
-    _cite(text, write(float(row["value_b"])), row)
-    text.say(after + " (")
-    _cite_gap(text, one.told, str(row["quantity"]), str(row["comparison"]))
-    text.say(f"{over_saes(one)}{remark}).")
+def _other(text: Paragraph, judgement: Judgement, row: pd.Series[Any], control: str, remark: str = "") -> None:
+    before, between, after = (words.format(control=control) for words in wording(judgement.quantity).goes)
+    _cite(text, " " + before, row, "value_a", between)
+    _cite(text, "", row, "value_b", after + " (")
+    size = bracketed(judgement.headline, judgement.unit)
+    text.cite(size, "contrasts", **_place(row), a=judgement.control, b=judgement.treatment)
+    text.say(f"{over_saes(judgement)}{remark}).")
 
 
-def _cite(text: Paragraph, words: str, row: pd.Series[Any]) -> None:
-    text.cite(words, "contrasts", quantity=str(row["quantity"]), comparison=str(row["comparison"]))
+def over_saes(judgement: Judgement) -> str:
+    """Whose difference it is, where it is not that of one SAE from one other."""
+    return f", {judgement.n_saes[1]} SAEs against {judgement.n_saes[0]}" if judgement.by_seeds else ""
 
 
-def _cite_gap(text: Paragraph, gap: Gap, name: str, comparison: str) -> None:
-    text.cite(bracketed(gap), "contrasts", quantity=name, comparison=comparison, a=gap.a, b=gap.b)
+def _place(row: pd.Series[Any]) -> dict[str, str]:
+    return {"quantity": str(row["quantity"]), "comparison": str(row["comparison"])}
 
 
-_SUBJECTS = {
-    "domain_share": ("Domain features make up ", " of the SAE"),
-    "pass_rate": ("Of the steered features ", " pass against {control}"),
-    "coherence_mean": ("The mean coherence of domain features is ", ""),
-    "effect": ("The mean effect of steering is ", ""),
-}
-_OTHERS = {
-    "domain_share": ("The share of domain features goes from ", " to ", ""),
-    "pass_rate": ("Steered, ", " of features pass against {control} before and ", " after"),
-    "coherence_mean": ("The domain features' mean coherence goes from ", " to ", ""),
-    "effect": ("The mean effect of steering goes from ", " to ", ""),
-}
-_CONTROLS = {
-    "matched": "matched placebos",
-    "random": "random directions",
-    "shuffled": "shuffled references",
-}
+def _cite(text: Paragraph, before: str, row: pd.Series[Any], column: str, after: str) -> None:
+    """A value of one arm between words."""
+    text.say(before)
+    value = float(row[column])
+    text.cite(percent(value) if row["unit"] == "share" else fixed(value), "contrasts", **_place(row))
+    text.say(after)
 
 
 def _steering_control(arms: Mapping[str, ArmTables]) -> str:
     """What the steered features had to beat."""
-    for arm in arms.values():
-        if arm.effects is not None and len(arm.effects):
-            return _CONTROLS.get(str(arm.effects["placebo"].iloc[0]), "their placebos")
-    return "their placebos"
+    placebos = (arm.effects["placebo"].iloc[0] for arm in arms.values() if arm.effects is not None and len(arm.effects))
+    return next((f"{control_label(str(placebo))}s" for placebo in placebos), "their placebos")
 
 
-def _writer(one: Judgement) -> Callable[[float], str]:
-    return percent if one.change.unit == "share" else (lambda value: fixed(value, 3))
-
-
-def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cross: pd.DataFrame, alpha: float) -> None:
+def _activity(text: Paragraph, control: ArmTables, cross: pd.DataFrame, alpha: float) -> None:
     """Domain features against all others, and the most changed ones by name."""
     if cross.empty:
         return
@@ -184,24 +161,20 @@ def _activity(text: Paragraph, arms: Mapping[str, ArmTables], roles: Roles, cros
         text.say(" (others: ")
         text.cite(percent(float(more[~domain].mean())), "cross_activity", is_domain=False)
         text.say(")")
-    tokens = arms[roles.control].features.set_index("feature")["top_tokens"]
-    changed = most_changed(cross, alpha=alpha, domain_only=True)
-    shown = [row for row in changed.head(_EXAMPLES).to_dict("records") if row["feature"] in tokens.index]
-    for place, row in enumerate(shown):
+    tokens = control.features.set_index("feature")["top_tokens"]
+    changed = most_changed(cross, alpha=alpha, domain_only=True).head(_EXAMPLES)
+    for place, row in enumerate(changed[changed["feature"].isin(tokens.index)].to_dict("records")):
+        size = (
+            f"{fixed(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
+        )
+        words = first_tokens(tokens[row["feature"]], longest=None)
         text.say(", most changed: " if place == 0 else " and ")
-        text.cite(_named(row, tokens[row["feature"]]), "cross_activity", feature=int(row["feature"]))
+        text.cite(f"{row['feature']} ({words}; {size})", "cross_activity", feature=int(row["feature"]))
     text.say(".")
 
 
-def _named(row: Mapping[Any, Any], tokens: list[str]) -> str:
-    shown = [printable_token(str(token)).strip() for token in tokens]
-    words = ", ".join(list({word.lower(): word for word in reversed(shown)}.values())[::-1][:_TOKENS])
-    size = f"{fixed(row['mean_treatment'] / row['mean_control'], 1)}×" if row["mean_control"] > 0 else "silent before"
-    return f"{row['feature']} ({words}; {size})"
-
-
 def _fates(text: Paragraph, counts: pd.DataFrame) -> None:
-    """Single features beyond what seeds show; the first measure speaks."""
+    """Single features beyond what seeds show, by the first measure."""
     if counts.empty:
         return
     measure = str(counts["measure"].iloc[0])
@@ -220,9 +193,7 @@ def _threats(text: Paragraph, found: Comparison) -> None:
     flaws = list(found.design.loc[found.design["status"] == "flaw", "field"])
     if flaws:
         text.say(f" The arms also differ in {joined(flaws)}, so fine-tuning need not be the cause.")
-        return
-    serious = 0 if found.threats.empty else int((found.threats["severity"] == "serious").sum())
-    if serious:
+    elif serious := int((found.threats["severity"] == "serious").sum()):
         text.say(" ")
         text.cite(count(serious), "threats", severity="serious")
         text.say(f" serious threat{'s' if serious > 1 else ''} to this answer {'are' if serious > 1 else 'is'} known.")

@@ -1,336 +1,384 @@
-"""What threatens the answer, how serious each threat is, and what to do about it."""
+"""What threatens the answer, how serious each threat is, and what to do about it.
+
+Each threat is read off a table; none is written for a study.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pandas as pd
 from scipy.special import stdtrit
 
-from saeffect.comparison.arms import ArmTables, Roles
+from saeffect.comparison.arms import ArmTables, Roles, top_token_coverage, untested_reason
 from saeffect.comparison.findings import Comparison
-from saeffect.comparison.judgement import ALPHA, judge
-from saeffect.comparison.measures import top_token_coverage
-from saeffect.report.words.evidence import too_many_alarms
+from saeffect.comparison.judgement import ALPHA, Judgement
+from saeffect.report.words.evidence import size, too_many_alarms
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import count, fixed, joined, percent
-from saeffect.report.words.steering_threats import steering_threats
-from saeffect.report.words.threat import SEVERITIES, Threat
 
-__all__ = ["threats"]
+__all__ = ["SEVERITIES", "Severity", "Threat", "threat_table", "threats"]
+
+Severity = Literal["serious", "moderate", "minor"]
+SEVERITIES: tuple[Severity, ...] = ("serious", "moderate", "minor")
+"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it holds for less."""
 
 # Below these an SAE leaves so much of its model out that its features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
-# Share of top tokens that the word vectors know, below which coherence speaks for the lesser part of them.
+# Share of top tokens that the word vectors know, below which coherence is that of the lesser part of them.
 _LITTLE_KNOWN = 0.5
 # With as many SAEs in all, a change of some two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
+_FEW_TESTED = 20
+# Shares of texts without a similarity: from the first on effects are less sure, above the second they may be wrong.
+_SOME_UNDEFINED, _MANY_UNDEFINED = 0.05, 0.2
 _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 
-def threats(
-    arms: Mapping[str, ArmTables],
-    roles: Roles,
-    found: Comparison,
-    tests: Sequence[str],
-) -> list[Threat]:
-    """Limits of this very comparison and then those of every comparison of its kind, the gravest first.
+@dataclass(frozen=True)
+class Threat:
+    """What is the matter, in full sentences; how serious; what to do; and the table that shows it, with its columns."""
 
-    Each is read off a table; none is written for a study.
+    threat: str
+    severity: Severity
+    remedy: str
+    source: str
 
-    Args:
-        arms: The arms by name.
-        roles: Who is control, treatment and placebo.
-        found: All tables.
-        tests: The declared quantities.
-    """
-    first, second = found.table1.set_index("arm"), found.table2.set_index("arm")
-    listed = [
+
+def threat_table(found: Sequence[Threat]) -> pd.DataFrame:
+    """Threats as a table, in the same order: `severity`, `threat`, `remedy`, `source`."""
+    return pd.DataFrame([asdict(threat) for threat in found], columns=["severity", "threat", "remedy", "source"])
+
+
+def threats(arms: Mapping[str, ArmTables], roles: Roles, found: Comparison, tests: Sequence[str]) -> list[Threat]:
+    """Limits of this very comparison and then those of every comparison of its kind, the gravest first."""
+    judged = found.judged
+    declared = [judged[name] for name in tests if name in judged]
+    listed = (
         *_of_alarms(found.calibration),
         *_of_design(found.design),
-        *_of_gate(arms, roles),
-        *_of_noise(found.contrasts, tests),
+        *_of_text(arms),
+        *_of_gate(arms),
+        *_of_noise(declared),
         *_of_seeds(arms, roles),
-        *steering_threats(arms, roles, first),
-        *_of_coverage(arms, roles),
-        *_of_coherence(roles, second),
-        *_of_selection(arms, roles),
+        *_of_testing(arms, found.table1.set_index("arm")),
+        *_of_undefined(arms),
+        *_of_trials(arms),
+        *_of_coverage(arms),
+        *_of_coherence(found.table2.set_index("arm"), roles),
+        *_of_selection(arms),
         *_of_scope(found, tests),
-    ]
-    return sorted(listed, key=lambda one: SEVERITIES.index(one.severity))
+    )
+    return sorted(listed, key=lambda threat: SEVERITIES.index(threat.severity))
 
 
-def _of_alarms(calibration: pd.DataFrame) -> list[Threat]:
+def _of_alarms(calibration: pd.DataFrame) -> Iterator[Threat]:
     source = "comparison/calibration.parquet: verdict"
-    bad = [] if calibration.empty else too_many_alarms(calibration, list(dict.fromkeys(calibration["test"])))
+    bad = [] if calibration.empty else too_many_alarms(calibration, dict.fromkeys(calibration["test"]))
     if bad:
-        return [
-            Threat(
-                "Where there is nothing to find, these tests found something more often than they promise: "
-                f"{', '.join(short_name(name) for name in bad)}. "
-                "Their findings in the treatment are not to be believed.",
-                "serious",
-                "Disregard what these tests find, or train more SAEs of the control's model until they keep their "
-                "promise.",
-                source,
-            )
-        ]
-    judged = pd.DataFrame() if calibration.empty else calibration[calibration["declared"] & (calibration["tests"] > 0)]
-    if judged.empty:
-        return [
-            Threat(
-                "Nobody knows how often these tests find something where there is nothing to find: no two SAEs of the "
-                "control's model could stand in for control and treatment.",
-                "moderate",
-                "Train two more SAEs of the control's model from other seeds, one as a placebo arm and one under "
-                "more_saes.",
-                source,
-            )
-        ]
-    return []
+        yield Threat(
+            "Where there is nothing to find, these tests found something more often than they promise: "
+            f"{', '.join(short_name(name) for name in bad)}. Their findings in the treatment are not to be believed.",
+            "serious",
+            "Disregard what these tests find, or train more SAEs of the control's model until they keep their promise.",
+            source,
+        )
+    elif calibration.empty or not (calibration["declared"] & (calibration["tests"] > 0)).any():
+        yield Threat(
+            "Nobody knows how often these tests find something where there is nothing to find: no two SAEs of the "
+            "control's model could stand in for control and treatment.",
+            "moderate",
+            "Train two more SAEs of the control's model from other seeds, one as a placebo arm and one under "
+            "more_saes.",
+            source,
+        )
 
 
-def _of_design(design: pd.DataFrame) -> list[Threat]:
-    found = [
-        Threat(
+def _of_design(design: pd.DataFrame) -> Iterator[Threat]:
+    for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False):
+        yield Threat(
             f"Design flaw ({field}). {matters}",
             "serious",
             "Make the arms equal in it and run again; until then the difference may come from it.",
             f"comparison/design.parquet: {field}",
         )
-        for field, matters in design.loc[design["status"] == "flaw", ["field", "matters"]].itertuples(index=False)
-    ]
     unknown = list(design.loc[design["status"] == "unknown", "field"])
     if unknown:
-        found.append(
-            Threat(
-                f"Not recorded for every arm, so not checked: {joined(unknown)}.",
-                "moderate",
-                "Record it beside the SAE (training.json), or train the SAEs here.",
-                "comparison/design.parquet: status",
-            )
+        yield Threat(
+            f"Not recorded for every arm, so not checked: {joined(unknown)}.",
+            "moderate",
+            "Record it beside the SAE (training.json), or train the SAEs here.",
+            "comparison/design.parquet: status",
         )
-    return found
 
 
-def _of_gate(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
+def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+    """A text that ended long before the study had what it asked for."""
+    short = next((arm.text_shortage for arm in arms.values() if arm.text_shortage), "")
+    if short:
+        yield Threat(
+            f"The text has only {short}: activity, examples and matches are of few tokens, and features that seldom "
+            "fire may seem dead.",
+            "moderate",
+            "Give the study more text.",
+            "arms/*/gate.json: text_shortage",
+        )
+
+
+def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     """SAEs that fit their model badly, by what was measured when the study began."""
-    found = []
     words = {
         "explained_variance": "reproduces {share} of the variance of its model's activations",
         "ce_loss_score": "keeps {share} of its model's predictive power",
     }
     for field, (worst, poor) in _POOR.items():
-        values = {name: getattr(arms[name].facts, field) for name in roles.ordered}
+        values = {name: getattr(arm.facts, field) for name, arm in arms.items()}
         # An undefined value is as bad as the worst: nothing says that the SAE fits.
         low = {name: float(value) for name, value in values.items() if value is not None and not float(value) >= poor}
+        shares = {name: "an undefined share" if math.isnan(value) else percent(value) for name, value in low.items()}
         if low:
-            parts = joined(
-                [
-                    f"{name}'s SAE "
-                    + words[field].format(share="an undefined share" if math.isnan(share) else percent(share))
-                    for name, share in low.items()
-                ]
+            parts = joined([f"{name}'s SAE {words[field].format(share=share)}" for name, share in shares.items()])
+            yield Threat(
+                f"{parts}: what it leaves out cannot show as a feature.",
+                "moderate" if all(value >= worst for value in low.values()) else "serious",
+                "Train the SAE longer or wider, at a hook where it fits.",
+                f"comparison/design.parquet: {field}",
             )
-            found.append(
-                Threat(
-                    f"{parts}: what it leaves out cannot show as a feature.",
-                    "moderate" if all(share >= worst for share in low.values()) else "serious",
-                    "Train the SAE longer or wider, at a hook where it fits.",
-                    f"comparison/design.parquet: {field}",
-                )
-            )
-    shares = {name: arms[name].facts.dead_share for name in roles.ordered}
-    dead = {name: float(share) for name, share in shares.items() if share is not None and share > _MANY_DEAD}
+    dead = [
+        f"{percent(arm.facts.dead_share)} in {name}"
+        for name, arm in arms.items()
+        if arm.facts.dead_share is not None and arm.facts.dead_share > _MANY_DEAD
+    ]
     if dead:
-        parts = joined([f"{percent(share)} in {name}" for name, share in dead.items()])
-        found.append(
-            Threat(
-                f"Many features never fired on the study's text ({parts}); about these nothing can be said.",
-                "moderate",
-                "Give the study more text, or train the SAE with a remedy for dead features.",
-                "comparison/design.parquet: dead_share",
-            )
+        yield Threat(
+            f"Many features never fired on the study's text ({joined(dead)}); about these nothing can be said.",
+            "moderate",
+            "Give the study more text, or train the SAE with a remedy for dead features.",
+            "comparison/design.parquet: dead_share",
         )
-    return found
 
 
-def _of_noise(contrasts: pd.DataFrame, tests: Sequence[str]) -> list[Threat]:
+def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
     """Declared quantities for which few SAEs, or none, show how much SAEs of one model differ."""
-    judged = [judge(contrasts, name) for name in tests if name in set(contrasts["quantity"])]
-    unknown = [one for one in judged if not one.retraining and one.seeds is None]
-    found = []
-    if judged and len(unknown) == len(judged):
-        found.append(
-            Threat(
-                "There is no placebo arm (the control's model with an SAE of another seed), "
-                "so SAE noise is unknown and no difference can be credited to fine-tuning.",
-                "serious",
-                "Train an SAE of the control's model from another seed and add it as an arm with role: placebo.",
-                "comparison/design.parquet: role",
-            )
+    if declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
+        yield Threat(
+            "There is no placebo arm (the control's model with an SAE of another seed), "
+            "so SAE noise is unknown and no difference can be credited to fine-tuning.",
+            "serious",
+            "Train an SAE of the control's model from another seed and add it as an arm with role: placebo.",
+            "comparison/design.parquet: role",
         )
-    sizes = {one.quantity: one.n_saes for one in judged if one.seeds is not None and sum(one.n_saes) < _ENOUGH_SAES}
-    for n_a, n_b in sorted(set(sizes.values())):
-        names = joined([short_name(name) for name, size in sizes.items() if size == (n_a, n_b)])
+    few: dict[tuple[int, int], list[str]] = {}
+    for judgement in declared:
+        if judgement.seeds is not None and sum(judgement.n_saes) < _ENOUGH_SAES:
+            few.setdefault(judgement.n_saes, []).append(short_name(judgement.quantity))
+    for (n_a, n_b), names in sorted(few.items()):
         reach = float(stdtrit(n_a + n_b - 2, 1 - ALPHA / 2)) * math.sqrt(1 / n_a + 1 / n_b)
-        found.append(
-            Threat(
-                f"Few SAEs show how much SAEs of one model differ ({_of_saes(n_a)} of the control's model, "
-                f"{_of_saes(n_b)} of the treatment's): a change of the {names} is credited to fine-tuning only if it "
-                f"is more than {fixed(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one "
-                "in twenty such studies still credits fine-tuning wrongly.",
-                "moderate",
-                "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering "
-                "(the pass rate, effects) needs placebo arms.",
-                "comparison/contrasts.parquet: p_noise, saes_a, saes_b",
-            )
+        saes = ["one SAE" if n == 1 else f"{n} SAEs" for n in (n_a, n_b)]
+        yield Threat(
+            f"Few SAEs show how much SAEs of one model differ ({saes[0]} of the control's model, {saes[1]} of the "
+            f"treatment's): a change of the {joined(names)} is credited to fine-tuning only if it is more than "
+            f"{fixed(reach, 1)} standard deviations of such SAEs. Smaller changes go unnoticed; one in twenty such "
+            "studies still credits fine-tuning wrongly.",
+            "moderate",
+            "Train further SAEs of both models from other seeds and name them under more_saes; what needs steering "
+            "(the pass rate, effects) needs placebo arms.",
+            "comparison/contrasts.parquet: p_noise, saes_a, saes_b",
         )
-    return found
 
 
-def _of_saes(n: int) -> str:
-    return "one SAE" if n == 1 else f"{n} SAEs"
-
-
-def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
+def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> Iterator[Threat]:
     single = [name for name in (roles.control, roles.treatment) if arms[name].seeds is None]
-    if not single:
-        return []
-    return [
-        Threat(
+    if single:
+        yield Threat(
             f"There is one SAE of {joined(single)}, so intervals do not hold the noise of SAE training: another seed "
             "would have given other features.",
             "moderate",
             "Train further SAEs from other seeds and name them under more_saes.",
             "comparison/contrasts.parquet: saes_a, saes_b",
         )
-    ]
 
 
-def _of_coverage(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
+def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator[Threat]:
+    """Features that were not tested, or few."""
+    tested = {name: int(table1.loc[name, "tested"]) for name in arms}
+    domain = {name: int(table1.loc[name, "domain_features"]) for name in arms}
+    source = "comparison/table1.parquet: tested, domain_features"
+    untested = [name for name, n in tested.items() if not n]
+    if untested:
+        reasons = "; ".join(dict.fromkeys(untested_reason(arms[name]) for name in untested))
+        yield Threat(
+            f"No feature of {joined(untested)} was tested by steering: {reasons}.",
+            "moderate",
+            "Steer features of every arm, or make no claim about what features cause.",
+            source,
+        )
+    few = [f"{count(n)} in {name}" for name, n in tested.items() if 0 < n < _FEW_TESTED]
+    if few:
+        yield Threat(
+            f"Few features were tested ({joined(few)}), so pass rates and effects are rough.",
+            "moderate",
+            "Raise steering.max_features.",
+            source,
+        )
+    partly = [f"{count(n)} of {count(domain[name])} in {name}" for name, n in tested.items() if 0 < n < domain[name]]
+    if partly:
+        yield Threat(
+            f"Not every domain feature was tested ({joined(partly)}): pass rates and effects are those of the "
+            "tested ones.",
+            "minor",
+            "Raise steering.max_features.",
+            source,
+        )
+
+
+def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+    """Texts without a similarity: they are left out of the test, and what broke them is left out with them."""
+    texts = {name: arm.interventions for name, arm in arms.items()}
+    shares = {name: trials["similarity"].isna().mean() for name, trials in texts.items() if trials is not None}
+    shares = {name: float(share) for name, share in shares.items() if not math.isnan(share)}
+    worst = max(shares.values(), default=0.0)
+    if worst:
+        listed = joined([f"{percent(share)} of texts in {name}" for name, share in shares.items()])
+        yield Threat(
+            f"Similarity was undefined in {listed}: no word of the text, or of the feature's top tokens, has a vector. "
+            "Such pairs are left out, so effects are those of the others.",
+            "serious" if worst > _MANY_UNDEFINED else "moderate" if worst > _SOME_UNDEFINED else "minor",
+            "Read the texts. Where steering breaks them, use a smaller dose; where they are of another language, use "
+            "word vectors that know it, or declare another outcome.",
+            "arms/*/interventions.parquet: similarity",
+        )
+
+
+def _of_trials(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+    if any(not untested_reason(arm) for arm in arms.values()):
+        yield Threat(
+            "The paper's rule passes about half of all features whose steering does nothing at all.",
+            "minor",
+            "Read our pass rate; the paper's stands beside it for comparison only.",
+            "comparison/table1.parquet: paper_rate",
+        )
+        yield Threat(
+            "A feature that passes moved the texts of these prompts more than its placebos did on average. "
+            "The test counts every prompt (every text, where prompts are few) as independent and does not say how "
+            "often one fixed placebo would pass too; read pass rates against each other, not as a share of "
+            "features that work.",
+            "minor",
+            "Compare pass rates between arms; steer with more prompts.",
+            "arms/*/effects.parquet: n_pairs, p",
+        )
+    source = "arms/*/interventions.parquet: dose"
+    doses = {name: _doses(arm) for name, arm in arms.items()}
+    if any(len(used) > 1 for used in doses.values()):
+        yield Threat(
+            "The paper's Table 1 pools the trials of several doses.", "moderate", "Read effects dose by dose.", source
+        )
+    elif len(set().union(*doses.values())) > 1:
+        listed = joined([f"{dose:g} in {name}" for name, used in doses.items() for dose in used])
+        yield Threat(
+            f"The arms were steered at different doses ({listed}), so their effects are not alike.",
+            "serious",
+            "Steer every arm at one dose.",
+            source,
+        )
+
+
+def _doses(arm: ArmTables) -> list[float]:
+    trials = arm.interventions
+    return [] if trials is None else sorted(set(trials.loc[trials["condition"] == "steered", "dose"].astype(float)))
+
+
+def _of_coverage(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
     """Word vectors that know few of the top tokens, as those of one language do in a vocabulary of many."""
-    shares = {name: top_token_coverage(arms[name]) for name in roles.ordered}
-    low = {name: share for name, share in shares.items() if share < _LITTLE_KNOWN}
-    if not low:
-        return []
-    listed = joined([f"{percent(share)} in {name}" for name, share in low.items()])
-    return [
-        Threat(
-            f"The word vectors know few of the features' top tokens ({listed}): they and the vocabulary judge features "
-            "by the lesser part of what these promote, so coherence and the number of domain features are too low.",
+    shares = {name: top_token_coverage(arm) for name, arm in arms.items()}
+    low = [f"{percent(share)} in {name}" for name, share in shares.items() if share < _LITTLE_KNOWN]
+    if low:
+        yield Threat(
+            f"The word vectors know few of the features' top tokens ({joined(low)}): they and the vocabulary judge "
+            "features by the lesser part of what these promote, so coherence and the number of domain features are too "
+            "low.",
             "serious",
             "If the model writes many languages, rank only tokens of the vectors' script (features.tokens: latin) or "
             "those that they know (features.tokens: embeddings); otherwise give vectors and a vocabulary of the "
             "model's language.",
             "arms/*/coherence.parquet: n_known; arms/*/features.parquet: top_tokens",
         )
-    ]
 
 
-def _of_coherence(roles: Roles, table2: pd.DataFrame) -> list[Threat]:
+def _of_coherence(table2: pd.DataFrame, roles: Roles) -> Iterator[Threat]:
     missing = {name: int(table2.loc[name, "n_undefined"]) for name in roles.ordered}
-    if not any(missing.values()):
-        return []
-    listed = joined([f"{count(n)} in {name}" for name, n in missing.items()])
-    return [
-        Threat(
+    if any(missing.values()):
+        listed = joined([f"{count(n)} in {name}" for name, n in missing.items()])
+        yield Threat(
             f"Coherence is undefined for some domain features ({listed}); they are left out of its mean, not counted "
             "as 0.",
             "minor",
             "Use word vectors that know more of the top tokens.",
             "comparison/table2.parquet: n_undefined",
         )
-    ]
 
 
-def _of_selection(arms: Mapping[str, ArmTables], roles: Roles) -> list[Threat]:
-    if any(_has_verdicts(arms[name].selection) for name in roles.ordered):
-        return []
-    return [
-        Threat(
+def _of_selection(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
+    verdicts = [arm.selection.filter(items=["n_yes", "n_no", "n_unsure"]).to_numpy() for arm in arms.values()]
+    if not any(counts.any() for counts in verdicts):
+        yield Threat(
             "No person has judged the features: domain features are those that the vocabulary picks.",
             "moderate",
             "Let people judge them blindly, name their verdicts under selection.verdicts, and run the study again.",
             "arms/*/selection.parquet: n_yes, n_no",
         )
-    ]
 
 
-def _of_scope(found: Comparison, tests: Sequence[str]) -> list[Threat]:
+def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
     """What no comparison of this kind can escape."""
-    contrasts = found.contrasts
-    n = int(((contrasts["comparison"] == "fine-tuning") & contrasts["low"].notna()).sum())
-    listed = [
-        Threat(
-            f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
-            f"misses zero by chance. The headline looks at {_COUNTED.get(len(tests), f'{len(tests)} quantities')} "
-            f"fixed in advance ({', '.join(short_name(name) for name in tests)}) and corrects for their number.",
-            "minor",
-            "Take contrasts that were not declared as questions for another study.",
-            "comparison/contrasts.parquet: declared",
-        ),
-        Threat(
-            "Intervals are over the features of these SAEs, taken as independent of each other, unless they are said "
-            "to be over SAE seeds. They do not cover other prompts, texts or vocabularies.",
-            "minor",
-            "Repeat the study with another text, other prompts and another vocabulary.",
-            "comparison/contrasts.parquet: remark",
-        ),
-    ]
+    n = int(((found.contrasts["comparison"] == "fine-tuning") & found.contrasts["low"].notna()).sum())
+    yield Threat(
+        f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "
+        f"misses zero by chance. The headline looks at {_COUNTED.get(len(tests), f'{len(tests)} quantities')} "
+        f"fixed in advance ({', '.join(short_name(name) for name in tests)}) and corrects for their number.",
+        "minor",
+        "Take contrasts that were not declared as questions for another study.",
+        "comparison/contrasts.parquet: declared",
+    )
+    yield Threat(
+        "Intervals are over the features of these SAEs, taken as independent of each other, unless they are said "
+        "to be over SAE seeds. They do not cover other prompts, texts or vocabularies.",
+        "minor",
+        "Repeat the study with another text, other prompts and another vocabulary.",
+        "comparison/contrasts.parquet: remark",
+    )
     if not found.matches.fate_counts.empty:
-        listed.append(
-            Threat(
-                "Features are matched on the study's text and only where they fire there. A feature that is called "
-                "gone may live on in several others, which is looked for among those that fire with it.",
-                "minor",
-                "Match on more text.",
-                "comparison/fates_control.parquet: fate",
-            )
+        yield Threat(
+            "Features are matched on the study's text and only where they fire there. A feature that is called "
+            "gone may live on in several others, which is looked for among those that fire with it.",
+            "minor",
+            "Match on more text.",
+            "comparison/fates_control.parquet: fate",
         )
     if not found.matches.cross_activity.empty:
-        listed.append(
-            Threat(
-                "That a feature of the control's SAE fires more in the fine-tuned model has no placebo here: any "
-                "further training, on any text, moves the activations of many features a little.",
-                "moderate",
-                "Read the sizes, and domain features against all others; or fine-tune once more on general text and "
-                "compare with that.",
-                "comparison/cross_activity.parquet: difference, is_domain",
-            )
+        yield Threat(
+            "That a feature of the control's SAE fires more in the fine-tuned model has no placebo here: any "
+            "further training, on any text, moves the activations of many features a little.",
+            "moderate",
+            "Read the sizes, and domain features against all others; or fine-tune once more on general text and "
+            "compare with that.",
+            "comparison/cross_activity.parquet: difference, is_domain",
         )
-    listed += _of_power(found.power)
-    return listed
-
-
-def _of_power(power: pd.DataFrame) -> list[Threat]:
-    """Declared tests that could hardly have found what they saw."""
-    if power.empty:
-        return []
-    rows = power[power["detectable"].notna() & power["observed"].notna() & ~power["test"].str.contains("feature ")]
-    weak = [str(row.test) for row in rows.itertuples() if abs(row.observed) < row.detectable]
-    if not weak:
-        return []
-    sizes = [
-        f"{short_name(row.test)} {_size(row.detectable, row.unit)}" for row in rows.itertuples() if row.test in weak
+    power = found.power  # declared tests that could hardly have found what they saw
+    weak = [
+        f"{short_name(row['test'])} {size(row)}"
+        for row in power.to_dict("records")
+        if "feature " not in row["test"] and abs(row["observed"]) < row["detectable"]
     ]
-    return [
-        Threat(
-            f"Smaller differences than these would mostly have been missed: {joined(sizes)}. "
+    if weak:
+        yield Threat(
+            f"Smaller differences than these would mostly have been missed: {joined(weak)}. "
             "That such a test found nothing does not mean that there is nothing.",
             "minor",
             "More SAEs of either model, and more features tested, make smaller differences visible.",
             "comparison/power.parquet: detectable, observed",
         )
-    ]
-
-
-def _size(value: float, unit: str) -> str:
-    return f"{fixed(100 * value, 1)} percentage points" if unit == "share" else fixed(value, 3)
-
-
-def _has_verdicts(selection: pd.DataFrame) -> bool:
-    columns = [column for column in ("n_yes", "n_no", "n_unsure") if column in selection.columns]
-    return bool(columns) and bool(selection[columns].to_numpy().sum())

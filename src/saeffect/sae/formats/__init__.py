@@ -1,1 +1,157 @@
-"""SAE files of others and ours, one format a file."""
+"""SAEs on disk: one format a file, all in `FORMATS`.
+
+In comes a folder with weights and a cfg.json, which is read once; out comes a `SparseAutoencoder`. A format is a module
+(or any object) with what `SaeFormat` lists; the first one that `matches` reads the folder, and SAELens' is the last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from saeffect.errors import BadFile, NotFound
+from saeffect.io import read_json
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats import compact, saelens, sparsify
+from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, save_compact
+from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
+from saeffect.sae.formats.weights import fill, read_weights
+
+__all__ = [
+    "FORMATS",
+    "SPARSITY",
+    "WEIGHTS",
+    "CompactSae",
+    "SaeFormat",
+    "fill",
+    "is_compact",
+    "load_compact",
+    "load_sae",
+    "read_sae_config",
+    "read_sparsity",
+    "read_weights",
+    "save_compact",
+    "save_sae",
+    "saved_dtype",
+    "weights_file",
+]
+
+# What people give for an SAE, by the end of its name.
+_PICKLED = "a pickled file, which can run anybody's code and is never loaded"
+_FILES = {
+    ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
+    ".npz": "an archive of NumPy arrays, which is not read",
+    ".json": "a file of settings alone",
+    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLED),
+}
+
+
+class SaeFormat(Protocol):
+    """What a format has. `raw` is what cfg.json says, of any type; `where` is what errors say about the place."""
+
+    weights: str
+    """Name of the file of weights."""
+
+    def matches(self, folder: Path, raw: Any) -> bool:
+        """Whether a folder is in this format."""
+        ...
+
+    def config(self, folder: Path, raw: Any, where: str) -> SaeConfig:
+        """What the SAE is."""
+        ...
+
+    def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
+        """The SAE; that the file of weights is there has been looked at."""
+        ...
+
+
+#: In the order in which they are asked.
+FORMATS: dict[str, SaeFormat] = {"compact": compact, "sparsify": sparsify, "saelens": saelens}
+
+
+def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
+    """Load an SAE from a folder in any of `FORMATS`, in float32, on the CPU.
+
+    Raises:
+        NotFound: A missing file.
+        BadFile: Truncated or malformed weights, missing tensors, NaN.
+        UnknownName: An architecture that this package does not have.
+        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not do.
+    """
+    folder = Path(folder)
+    where = at or str(folder)
+    raw, how = _opened(folder, where)
+    if not (folder / how.weights).is_file():
+        how.config(folder, raw, where)
+        raise NotFound(
+            f"there is no {how.weights} beside cfg.json{_what_lies_in(folder)}.",
+            at=where,
+            fix="give the folder that holds both.",
+        )
+    return how.load(folder, raw, where).eval().requires_grad_(False)
+
+
+def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
+    """What cfg.json says about an SAE.
+
+    Raises:
+        NotFound: No such folder, or no cfg.json in it.
+        BadFile: Not JSON, or without sizes that make sense.
+        UnknownName: An architecture that this package does not have.
+        IncompatibleSae: A normalisation or reshaping that this package does not do.
+    """
+    folder = Path(folder)
+    where = at or str(folder)
+    raw, how = _opened(folder, where)
+    return how.config(folder, raw, where)
+
+
+def weights_file(folder: Path | str) -> Path:
+    """Where a folder keeps, or should keep, its weights.
+
+    Raises:
+        NotFound: No such folder, or no cfg.json in it.
+        BadFile: cfg.json is not JSON.
+    """
+    return Path(folder) / _opened(Path(folder), str(folder))[1].weights
+
+
+def saved_dtype(folder: Path | str) -> str:
+    """The dtype that cfg.json names; else that of the weights."""
+    folder = Path(folder)
+    raw, how = _opened(folder, str(folder))
+    named = raw.get("dtype") if isinstance(raw, dict) else None
+    if named is None:
+        named = read_weights(folder / how.weights, str(folder), shapes={}, required=("W_dec",))["W_dec"].dtype
+    return str(named).removeprefix("torch.")
+
+
+def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
+    """What cfg.json says, and the format of the folder."""
+    fix = f"give a folder with cfg.json and {WEIGHTS}."
+    if folder.is_file():
+        kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")
+        beside = (folder.parent / "cfg.json").is_file()
+        raise BadFile(
+            f"{folder.name!r} is {kind}; an SAE is a folder.",
+            at=where,
+            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else fix,
+        )
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {str(folder)!r}.", at=where, fix=fix)
+    if not (folder / "cfg.json").is_file():
+        raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
+    raw = read_json(folder / "cfg.json")
+    return raw, next(how for how in FORMATS.values() if how.matches(folder, raw))
+
+
+def _what_lies_in(folder: Path) -> str:
+    """Words about what a folder that is no SAE's holds instead, if that is known."""
+    there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
+    for path in there:
+        if path.is_dir() and (path / "cfg.json").is_file():
+            return f", but folders with one, such as {path.name!r}"
+        kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
+        if kind and path.name not in ("cfg.json", SPARSITY):
+            return f"; {path.name!r} there is {kind}"
+    return ""

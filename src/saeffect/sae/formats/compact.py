@@ -19,21 +19,24 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, NotFound, ShapeMismatch
 from saeffect.io import atomic_path, read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.saelens import read_sae_config
-from saeffect.sae.formats.weights_file import read_weights
+from saeffect.sae.formats.saelens import WEIGHTS, config
+from saeffect.sae.formats.weights import read_weights
 
-__all__ = ["COMPACT_WEIGHTS", "STATISTICS", "CompactSae", "is_compact", "load_compact", "save_compact"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-COMPACT_WEIGHTS = "decoder.safetensors"
-STATISTICS = ("density", "mean_activation", "max_activation")
+__all__ = ["CompactSae", "config", "is_compact", "load", "load_compact", "matches", "save_compact", "weights"]
+
+weights = "decoder.safetensors"
+_STATISTICS = ("density", "mean_activation", "max_activation")
 _LEVELS = 127
 _CARD_ENDS = (
     "What lies here is its compact form: the decoder in eight bits, and how often and how strongly each feature"
@@ -49,7 +52,7 @@ class CompactSae:
         cfg: As of the whole SAE.
         W_dec: float32 `[d_sae, d_in]`; each number within half a `scale` of the original.
         b_dec: float32 `[d_in]`.
-        statistics: One row a feature: feature (int64) and `STATISTICS` (float64; mean_activation is NaN for a
+        statistics: One row a feature: feature (int64) and the statistics (float64; mean_activation is NaN for a
             feature that never fired).
     """
 
@@ -60,8 +63,28 @@ class CompactSae:
 
 
 def is_compact(folder: Path | str) -> bool:
-    """Whether a folder holds a compact SAE."""
-    return (Path(folder) / COMPACT_WEIGHTS).is_file()
+    """Whether a folder holds a compact SAE, and no whole one."""
+    return (Path(folder) / weights).is_file() and not (Path(folder) / WEIGHTS).is_file()
+
+
+def matches(folder: Path, raw: Any) -> bool:
+    """See `is_compact`."""
+    del raw
+    return is_compact(folder)
+
+
+def load(folder: Path, raw: Any, where: str) -> NoReturn:
+    """Refuse: there is no encoder.
+
+    Raises:
+        NotFound: Always.
+    """
+    config(folder, raw, where)
+    raise NotFound(
+        f"there is no {WEIGHTS} beside cfg.json: this is a compact SAE, its decoder alone.",
+        at=where,
+        fix="list it under more_saes, beside a whole one.",
+    )
 
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
@@ -69,7 +92,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
 
     Args:
         sae: The whole SAE, as loaded from `source`.
-        statistics: One row a feature with feature and `STATISTICS`, as `ActivityAccumulator.result` gives.
+        statistics: One row a feature with feature and the statistics, as `ActivityAccumulator.result` gives.
         source: The SAE's own folder; its model card goes along.
         folder: Where to write.
 
@@ -80,7 +103,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
     from safetensors.torch import save_file
 
     source, folder = Path(source), Path(folder)
-    missing = [name for name in ("feature", *STATISTICS) if name not in statistics]
+    missing = [name for name in ("feature", *_STATISTICS) if name not in statistics]
     if missing or statistics["feature"].tolist() != list(range(sae.cfg.d_sae)):
         said = f"lack {', '.join(missing)}" if missing else "are not one row a feature, in order"
         raise ShapeMismatch(f"the statistics {said}; the SAE has {sae.cfg.d_sae} features.", at="statistics")
@@ -91,9 +114,9 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
     # A row of zeros has no scale: any will do.
     steps = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
     tensors = {"W_dec": steps, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
-    for name in STATISTICS:
+    for name in _STATISTICS:
         tensors[name] = torch.tensor(statistics[name].to_numpy(dtype="float32", copy=True))
-    with atomic_path(folder / COMPACT_WEIGHTS) as temporary:
+    with atomic_path(folder / weights) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     cfg = read_json(source / "cfg.json")
     cfg["metadata"] = {**(cfg.get("metadata") or {}), "decoder_only": True}
@@ -120,21 +143,23 @@ def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
         BadFile: Truncated or malformed tensors, or numbers that are not finite.
         IncompatibleSae: Tensors whose shapes contradict cfg.json.
     """
+    import pandas as pd
+
     folder = Path(folder)
     where = at or str(folder)
-    cfg = read_sae_config(folder, at=at)
-    path = folder / COMPACT_WEIGHTS
+    cfg = config(folder, read_json(folder / "cfg.json"), where)
+    path = folder / weights
     if not path.is_file():
-        raise NotFound(f"there is no {COMPACT_WEIGHTS} beside cfg.json.", at=where, fix="is it a whole SAE?")
+        raise NotFound(f"there is no {weights} beside cfg.json.", at=where, fix="is it a whole SAE?")
     shapes: dict[str, tuple[int, ...]] = {"W_dec": (cfg.d_sae, cfg.d_in), "scale": (cfg.d_sae,), "b_dec": (cfg.d_in,)}
-    shapes |= dict.fromkeys(STATISTICS, (cfg.d_sae,))
+    shapes |= dict.fromkeys(_STATISTICS, (cfg.d_sae,))
     tensors = read_weights(path, where, shapes=shapes, required=tuple(shapes), dtypes={"W_dec": ("I8",)})
     for name in shapes:
         # A feature that never fired has no mean activation; everything else is a number.
         if name != "mean_activation" and not bool(torch.isfinite(tensors[name].float()).all()):
             raise BadFile(f"{name} holds NaN or infinite values.", at=where)
     statistics = pd.DataFrame({"feature": range(cfg.d_sae)}, dtype="int64")
-    for name in STATISTICS:
+    for name in _STATISTICS:
         statistics[name] = tensors[name].double().numpy()
     W_dec = tensors["W_dec"].float() * tensors["scale"].float()[:, None]
     return CompactSae(cfg, W_dec, tensors["b_dec"].float(), statistics)

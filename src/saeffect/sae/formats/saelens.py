@@ -1,52 +1,29 @@
-"""SAEs on disk as SAELens writes them: `cfg.json` and `sae_weights.safetensors`.
+"""SAEs on disk as SAELens writes them: `cfg.json` and `sae_weights.safetensors`, with a `sparsity.safetensors` perhaps.
 
-A `sparsity.safetensors` may lie beside them. Older releases put the hook at the top level of cfg.json, named
-the architecture only when it was not the standard one, and called TopK an activation function; all are read.
-So are checkpoints of SAELens' trainer (`saelens_checkpoint`) and sparsify's folders (`sparsify_format`).
+Older releases put the hook at the top level of cfg.json, named the architecture only when it was not the standard one,
+and called TopK an activation function; all are read. So is what SAELens' trainer keeps on the way (`save_model`): a
+running threshold becomes every feature's, and the scaling of inputs in `activation_scaler.json` is folded in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, ShapeMismatch, unknown_name
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.io import atomic_path, read_json, write_json
-from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.saelens_checkpoint import TRAINING_FORMS, for_inference
-from saeffect.sae.formats.sparsify import SPARSIFY_WEIGHTS, is_count, is_sparsify, sparsify_config, sparsify_tensors
-from saeffect.sae.formats.weights_file import read_weights
-from saeffect.sae.gated import GatedSae
-from saeffect.sae.jumprelu import JumpReluSae
-from saeffect.sae.standard import StandardSae
-from saeffect.sae.topk import TopKSae
+from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
+from saeffect.sae.formats.weights import fill, is_count, read_weights
 from saeffect.sae.trainable import TrainableSae
 
-__all__ = [
-    "ARCHITECTURES",
-    "SPARSITY",
-    "WEIGHTS",
-    "load_sae",
-    "read_sae_config",
-    "read_sparsity",
-    "save_sae",
-    "saved_dtype",
-    "weights_file",
-]
+__all__ = ["SPARSITY", "WEIGHTS", "config", "load", "matches", "read_sparsity", "save_sae", "weights"]
 
-# What can lie on disk. BatchTopK and Matryoshka SAEs are saved in their inference form, JumpReLU.
-
-ARCHITECTURES: Mapping[str, Callable[[SaeConfig], SparseAutoencoder]] = {
-    "standard": StandardSae,
-    "topk": TopKSae,
-    "jumprelu": JumpReluSae,
-    "gated": GatedSae,
-}
-WEIGHTS = "sae_weights.safetensors"
+WEIGHTS = weights = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
 # SAELens takes a file without a version for one from before 6.0 and drops its metadata, the hook's name too.
 _LAYOUT_VERSION = "6.0.0"
@@ -60,59 +37,75 @@ _TOP_LEVEL_METADATA = (
     "dataset_path",
     "prepend_bos",
 )
-_MATRICES = ("W_enc", "W_dec", "b_dec")
-# What people give for an SAE, by the end of its name.
-_PICKLED = "a pickled file, which can run anybody's code and is never loaded"
-_FILES: Mapping[str, str] = {
-    ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
-    ".npz": "an archive of NumPy arrays, which is not read",
-    ".json": "a file of settings alone",
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLED),
-}
 # Folded into the weights before saving, so nothing is left to do at inference. Older files say true or false.
 _FOLDED = ("none", "expected_average_only_in", None, False, True)
+# Tensors of one number a feature that only some files have; see `_our_names`.
+_OTHER_VECTORS = ("log_threshold", "scaling_factor")
 
 
-def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
-    """Read `cfg.json`.
-
-    Raises:
-        NotFound: No such folder, or no cfg.json in it.
-        BadFile: Not JSON, or without sizes that make sense.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: A normalisation or reshaping that this package does not do.
-    """
-    folder = Path(folder)
-    where = at or str(folder)
-    raw = _read_cfg(folder, where)
-    return sparsify_config(folder, raw, where) if is_sparsify(folder, raw) else _saelens_config(raw, where)
+def matches(folder: Path, raw: Any) -> bool:
+    """Whatever no other format claims: what is missing is then said in SAELens' words."""
+    del folder, raw
+    return True
 
 
-def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
-    """Load an SAE from a folder in SAELens' or sparsify's layout, in float32, on the CPU.
+def config(folder: Path, raw: Any, where: str) -> SaeConfig:
+    """What the SAE is at inference."""
+    del folder
+    sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
+    if not (sizes and all(is_count(size) for size in sizes.values())):
+        said = "".join(f" Got {key}={_shown(size)}." for key, size in sizes.items() if not is_count(size))
+        raise BadFile(
+            f"cfg.json gives no positive whole numbers d_in and d_sae.{said}",
+            at=where,
+            fix="check that it is an SAE's.",
+        )
+    reshaping = raw.get("reshape_activations", "none")
+    if reshaping != "none":
+        raise IncompatibleSae(
+            f"this SAE reads attention heads (reshape_activations={str(reshaping)!r}), which is not supported.",
+            at=where,
+            fix="use an SAE of the residual stream.",
+        )
+    normalisation = raw.get("normalize_activations", "none")
+    if normalisation not in (*_FOLDED, "layer_norm"):
+        raise IncompatibleSae(
+            f"this SAE needs normalize_activations={normalisation!r}; supported: none and layer_norm.",
+            at=where,
+            fix="fold the normalisation into the weights before saving.",
+        )
+    kind = _architecture(raw, where)
+    architecture = kind.saved_as or kind.architecture
+    has_k = "k" in ARCHITECTURES[architecture].keys
+    metadata = _metadata(raw, where)
+    loaded_with = metadata.get("model_from_pretrained_kwargs")
+    return SaeConfig(
+        architecture=architecture,
+        d_in=raw["d_in"],
+        d_sae=raw["d_sae"],
+        k=_k(raw, architecture, where) if has_k else None,
+        apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
+        normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
+        rescale_acts_by_decoder_norm=_flag(raw, "rescale_acts_by_decoder_norm", False, where) and has_k,
+        centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
+        metadata=metadata,
+    )
 
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed weights, missing tensors, NaN.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not do.
-    """
-    folder = Path(folder)
-    where = at or str(folder)
-    raw = _read_cfg(folder, where)
-    cfg, path = read_sae_config(folder, at=at), weights_file(folder)
-    if not path.is_file():
-        fix = "give the folder that holds both."
-        if cfg.metadata.get("decoder_only"):
-            fix = "this is a compact SAE, its decoder alone: list it under more_saes, beside a whole one."
-        raise NotFound(f"there is no {path.name} beside cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
-    if path.name == SPARSIFY_WEIGHTS:
-        tensors = sparsify_tensors(path, cfg, where)
-    else:
-        tensors = for_inference(folder, raw, read_weights(path, where, shapes=_shapes(cfg), required=_MATRICES), where)
-    sae = ARCHITECTURES[cfg.architecture](cfg)
-    _fill(sae, tensors, path.name, where)
-    return sae.eval().requires_grad_(False)
+
+def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
+    """The SAE in its inference form."""
+    cfg, kind = config(folder, raw, where), _architecture(raw, where)
+    shapes = dict.fromkeys(_OTHER_VECTORS, (cfg.d_sae,)) | kind.shapes(cfg)
+    tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=("W_enc", "W_dec", "b_dec"))
+    tensors = _our_names(tensors, where)
+    if kind.saved_as is None:
+        return _unscaled(fill(kind(cfg), tensors, WEIGHTS, where), folder, where)
+    rescaled = bool(raw.get("rescale_acts_by_decoder_norm", True))
+    trained = kind(replace(cfg, architecture=kind.architecture, rescale_acts_by_decoder_norm=rescaled))
+    assert isinstance(trained, TrainableSae)
+    sae = fill(trained, tensors, WEIGHTS, where).for_inference()
+    sae.cfg = cfg
+    return _unscaled(sae, folder, where)
 
 
 def save_sae(
@@ -152,7 +145,7 @@ def save_sae(
     folder = Path(folder)
     with atomic_path(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
-    write_json(folder / "cfg.json", _cfg_json(sae.cfg, dtype))
+    write_json(folder / "cfg.json", _cfg_json(sae, dtype))
     if sparsity is not None:
         with atomic_path(folder / SPARSITY) as temporary:
             save_file({"sparsity": sparsity.detach().float().cpu().contiguous()}, temporary)
@@ -175,123 +168,52 @@ def read_sparsity(folder: Path | str, *, at: str | None = None) -> Tensor | None
     return tensors["sparsity"].float()
 
 
-def weights_file(folder: Path | str) -> Path:
-    """Where a folder keeps, or should keep, its weights: SAELens' file, or sparsify's.
-
-    Raises:
-        NotFound: No such folder, or no cfg.json in it.
-        BadFile: cfg.json is not JSON.
-    """
-    folder = Path(folder)
-    return folder / (SPARSIFY_WEIGHTS if is_sparsify(folder, _read_cfg(folder, str(folder))) else WEIGHTS)
-
-
-def saved_dtype(folder: Path | str) -> str:
-    """The dtype that cfg.json names; else that of the weights."""
-    raw = _read_cfg(Path(folder), str(folder))
-    named = raw.get("dtype") if isinstance(raw, dict) else None
-    if named is None:
-        named = read_weights(weights_file(folder), str(folder), shapes={}, required=("W_dec",))["W_dec"].dtype
-    return str(named).removeprefix("torch.")
-
-
-def _read_cfg(folder: Path, where: str) -> Any:
-    fix = "give a folder with cfg.json and sae_weights.safetensors."
-    if folder.is_file():
-        kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")
-        beside = (folder.parent / "cfg.json").is_file()
-        raise BadFile(
-            f"{folder.name!r} is {kind}; an SAE is a folder.",
-            at=where,
-            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else fix,
-        )
-    if not (folder / "cfg.json").is_file():
-        raise NotFound(
-            f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}."
-            if folder.is_dir()
-            else f"there is no folder {str(folder)!r}.",
-            at=where,
-            fix=fix,
-        )
-    return read_json(folder / "cfg.json")
+def _cfg_json(sae: SparseAutoencoder, dtype: str) -> dict[str, Any]:
+    cfg = sae.cfg
+    raw: dict[str, Any] = {
+        "sae_lens_version": _LAYOUT_VERSION,
+        "architecture": sae.saelens_name,
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
+        "normalize_activations": cfg.normalize_activations,
+        "reshape_activations": "none",
+        "metadata": dict(cfg.metadata),
+    }
+    if cfg.k is not None:
+        raw |= {"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm}
+    return raw
 
 
-def _what_lies_in(folder: Path) -> str:
-    """Words about what a folder that is no SAE's holds instead, if that is known."""
-    there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
-    for path in there:
-        if path.is_dir() and (path / "cfg.json").is_file():
-            return f", but folders with one, such as {path.name!r}"
-        kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
-        if kind and path.name not in ("cfg.json", SPARSITY):
-            return f"; {path.name!r} there is {kind}"
-    return ""
-
-
-def _saelens_config(raw: Any, where: str) -> SaeConfig:
-    sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
-    if not (sizes and all(is_count(size) for size in sizes.values())):
-        said = "".join(f" Got {key}={_shown(size)}." for key, size in sizes.items() if not is_count(size))
-        raise BadFile(
-            f"cfg.json gives no positive whole numbers d_in and d_sae.{said}",
-            at=where,
-            fix="check that it is an SAE's.",
-        )
-    reshaping = raw.get("reshape_activations", "none")
-    if reshaping != "none":
-        raise IncompatibleSae(
-            f"this SAE reads attention heads (reshape_activations={str(reshaping)!r}), which is not supported.",
-            at=where,
-            fix="use an SAE of the residual stream.",
-        )
-    normalisation = raw.get("normalize_activations", "none")
-    if normalisation not in (*_FOLDED, "layer_norm"):
-        raise IncompatibleSae(
-            f"this SAE needs normalize_activations={normalisation!r}; supported: none and layer_norm.",
-            at=where,
-            fix="fold the normalisation into the weights before saving.",
-        )
-    architecture, k = _architecture(raw, where)
-    rescaled = _flag(raw, "rescale_acts_by_decoder_norm", False, where) and architecture == "topk"
-    metadata = _metadata(raw, where)
-    loaded_with = metadata.get("model_from_pretrained_kwargs")
-    return SaeConfig(
-        architecture=architecture,
-        d_in=raw["d_in"],
-        d_sae=raw["d_sae"],
-        k=k,
-        apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
-        normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
-        rescale_acts_by_decoder_norm=rescaled,
-        centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
-        metadata=metadata,
-    )
-
-
-def _architecture(raw: Mapping[str, Any], where: str) -> tuple[str, int | None]:
-    """(a key of `ARCHITECTURES`, k if it has one)"""
-    architecture = raw.get("architecture", "standard")
+def _architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]:
+    named = raw.get("architecture", "standard")
     activation = raw.get("activation_fn", raw.get("activation_fn_str"))
-    if architecture == "standard" and activation == "topk":
-        architecture = "topk"
-    architecture = TRAINING_FORMS.get(str(architecture), architecture)
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise unknown_name("SAE architecture", architecture, ARCHITECTURES, at=where)
+    if named == "standard" and activation == "topk":
+        named = "topk"
+    found = next((kind for kind in ARCHITECTURES.values() if kind.saelens_name == named), None)
+    if found is None:
+        valid = [kind.saelens_name for kind in ARCHITECTURES.values() if kind.saved_as is None]
+        raise unknown_name("SAE architecture", named, valid, at=where)
+    architecture = found.saved_as or found.architecture
     if activation not in (None, "relu", architecture):
         raise IncompatibleSae(
             f"this {architecture} SAE has activation_fn={_shown(activation)}; supported: relu, topk.",
             at=where,
             fix="use an SAE with one of these.",
         )
-    if architecture != "topk":
-        return architecture, None
+    return found
+
+
+def _k(raw: Mapping[str, Any], architecture: str, where: str) -> int:
     options = raw.get("activation_fn_kwargs")
     k = raw.get("k", options.get("k") if isinstance(options, dict) else None)
-    if not (is_count(k) and k <= raw["d_sae"]):
-        raise BadFile(
-            f"a topk SAE needs a whole number k with 0 < k <= d_sae={raw['d_sae']}. Got {_shown(k)}.", at=where
-        )
-    return architecture, k
+    if is_count(k) and k <= raw["d_sae"]:
+        return k
+    raise BadFile(
+        f"a {architecture} SAE needs a whole number k with 0 < k <= d_sae={raw['d_sae']}. Got {_shown(k)}.", at=where
+    )
 
 
 def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
@@ -316,42 +238,37 @@ def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return metadata
 
 
-def _cfg_json(cfg: SaeConfig, dtype: str) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "sae_lens_version": _LAYOUT_VERSION,
-        "architecture": cfg.architecture,
-        "d_in": cfg.d_in,
-        "d_sae": cfg.d_sae,
-        "dtype": dtype,
-        "device": "cpu",
-        "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
-        "normalize_activations": cfg.normalize_activations,
-        "reshape_activations": "none",
-        "metadata": dict(cfg.metadata),
-    }
-    if cfg.k is not None:
-        raw |= {"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm}
-    return raw
+def _our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Without what only some files have: thresholds as logarithms, and a factor of 1 on activations."""
+    found = dict(tensors)
+    if "log_threshold" in found:
+        found["threshold"] = found.pop("log_threshold").float().exp()
+    if not torch.all(found.pop("scaling_factor", torch.ones(1)) == 1):
+        raise IncompatibleSae(
+            "this SAE multiplies its activations by scaling_factor, which is not supported.", at=where
+        )
+    return found
 
 
-def _shapes(cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
-    """What a file of this SAE may hold; a running threshold of training forms is one number."""
-    vectors = ("b_enc", "b_mag", "b_gate", "r_mag", "threshold", "log_threshold", "scaling_factor")
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(vectors, (cfg.d_sae,))
-    matrices = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in)}
-    return shapes | matrices | {"b_dec": (cfg.d_in,), "topk_threshold": ()}
-
-
-def _fill(sae: SparseAutoencoder, tensors: Mapping[str, Tensor], file: str, where: str) -> None:
-    for name, parameter in sae.named_parameters():
-        if name not in tensors:
-            raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
-        tensor = tensors[name]
-        if not torch.isfinite(tensor).all():
-            raise BadFile(
-                f"{name} holds NaN or infinite values.",
-                at=where,
-                fix="the training run diverged; use another.",
-            )
-        with torch.no_grad():
-            parameter.copy_(tensor.float())
+@torch.no_grad()
+def _unscaled(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoencoder:
+    """Fold in the scaling of inputs that a checkpoint of an unfinished run keeps beside its weights."""
+    if (folder / "activation_whitening.safetensors").is_file():
+        raise IncompatibleSae(
+            "this checkpoint was trained on whitened inputs, which is not supported.",
+            at=where,
+            fix="use what the finished run saved.",
+        )
+    if not (folder / "activation_scaler.json").is_file():
+        return sae
+    kept = read_json(folder / "activation_scaler.json")
+    scale = kept.get("scaling_factor") if isinstance(kept, dict) else None
+    if scale is None:  # no scaling, or folded already
+        return sae
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < 1e30:
+        raise BadFile(f"activation_scaler.json gives scaling_factor={scale!r}; expected a positive number.", at=where)
+    # As SAELens folds it: activations keep the scaled size.
+    sae.W_enc.mul_(scale)
+    sae.W_dec.mul_(scale**-1)
+    sae.b_dec.mul_(scale**-1)
+    return sae

@@ -6,20 +6,18 @@ activation functions are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
-
-from torch import Tensor
+from typing import Any
 
 from saeffect.errors import BadFile, IncompatibleSae
 from saeffect.lm.hooks import hook_of_module
-from saeffect.sae.base import SaeConfig
-from saeffect.sae.formats.weights_file import read_weights
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats.weights import fill, is_count, read_weights
+from saeffect.sae.topk import TopKSae
 
-__all__ = ["SPARSIFY_WEIGHTS", "is_count", "is_sparsify", "sparsify_config", "sparsify_tensors"]
+__all__ = ["config", "load", "matches", "weights"]
 
-SPARSIFY_WEIGHTS = "sae.safetensors"
+weights = "sae.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 _REFUSED = {
     "transcode": "it is a transcoder, which rebuilds another module's output",
@@ -28,15 +26,15 @@ _REFUSED = {
 }
 
 
-def is_sparsify(folder: Path, raw: Any) -> bool:
+def matches(folder: Path, raw: Any) -> bool:
     """Whether a folder, with what its cfg.json says, is in sparsify's layout."""
     if not isinstance(raw, dict) or "d_sae" in raw:
         return False
-    return (folder / SPARSIFY_WEIGHTS).is_file() or "num_latents" in raw or "expansion_factor" in raw
+    return (folder / weights).is_file() or "num_latents" in raw or "expansion_factor" in raw
 
 
-def sparsify_config(folder: Path, raw: Mapping[str, Any], where: str) -> SaeConfig:
-    """From sparsify's `cfg.json`. The folder's name, such as layers.8, says the hook.
+def config(folder: Path, raw: Any, where: str) -> SaeConfig:
+    """What the SAE is. The folder's name, such as layers.8, says the hook.
 
     Raises:
         BadFile: No whole numbers that make sense for d_in, num_latents (or expansion_factor) and k.
@@ -67,25 +65,21 @@ def sparsify_config(folder: Path, raw: Mapping[str, Any], where: str) -> SaeConf
     return SaeConfig("topk", d_in, d_sae, k=k, metadata=metadata | ({"hook_name": hook_name} if hook_name else {}))
 
 
-def sparsify_tensors(path: Path, cfg: SaeConfig, where: str) -> dict[str, Tensor]:
-    """The tensors of `sae.safetensors` under our names, the encoder `[d_in, d_sae]`.
+def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
+    """The SAE.
 
     Raises:
-        BadFile: The file cannot be read, or one is missing.
+        BadFile: The file cannot be read, or a tensor is missing or not finite.
         IncompatibleSae: There is a skip connection, or a shape contradicts cfg.json.
     """
-    shapes = {"encoder.weight": (cfg.d_sae, cfg.d_in), "encoder.bias": (cfg.d_sae,)}
-    shapes |= {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
-    tensors = read_weights(path, where, shapes=shapes, required=tuple(_NAMES))
+    cfg = config(folder, raw, where)
+    ours = TopKSae.shapes(cfg)
+    shapes = {theirs: ours[name] for theirs, name in _NAMES.items()} | {"encoder.weight": ours["W_dec"]}
+    tensors = read_weights(folder / weights, where, shapes=shapes, required=tuple(_NAMES))
     if "W_skip" in tensors:
-        raise IncompatibleSae(f"{SPARSIFY_WEIGHTS} holds W_skip: {_REFUSED['skip_connection']}.", at=where)
-    found = {ours: tensors[theirs] for theirs, ours in _NAMES.items()}
-    return found | {"W_enc": found["W_enc"].T}
-
-
-def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a value of a JSON file is a whole number above 0; true is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        raise IncompatibleSae(f"{weights} holds W_skip: {_REFUSED['skip_connection']}.", at=where)
+    found = {name: tensors[theirs] for theirs, name in _NAMES.items()}
+    return fill(TopKSae(cfg), found | {"W_enc": found["W_enc"].T}, weights, where)
 
 
 def _product(d_in: Any, factor: Any) -> Any:

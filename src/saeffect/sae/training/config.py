@@ -1,43 +1,38 @@
-"""Every number that decides an SAE, given the activations. Defaults that differ by architecture are in one table."""
+"""A recipe: everything that decides an SAE. Keys of its YAML are the fields below; so is the page that lists them."""
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
-from saeffect.config import StrictModel
+from saeffect.config import BosRule, ModelConfig, StrictModel, TextSource
+from saeffect.config_keys import keys_table
+from saeffect.errors import ConfigError
+from saeffect.lm.hooks import parse_hook
+from saeffect.sae.base import ARCHITECTURES, SparseAutoencoder
 
-__all__ = ["Architecture", "SaeTrainingConfig", "architectures_of"]
+__all__ = ["SaeRecipe", "SaeTrainingConfig", "recipe_keys"]
 
-Architecture = Literal["standard", "topk", "batchtopk", "jumprelu", "gated", "matryoshka"]
+_TOKENS_IN_SHARDS = 1_048_576
+# SAEs in one pass over the activations take the same batches.
+_SHARED = ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs", "order_seed")
 
-# Fields that only some architectures have. Setting another's is a mistake worth hearing about.
-_ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "k": ("topk", "batchtopk", "matryoshka"),
-    "auxiliary_k": ("topk", "batchtopk", "matryoshka"),
-    "auxiliary_weight": ("topk", "batchtopk", "matryoshka"),
-    "rescale_acts_by_decoder_norm": ("topk", "batchtopk", "matryoshka"),
-    "threshold_rate": ("batchtopk", "matryoshka"),
-    "matryoshka_widths": ("matryoshka",),
-    "l1_coefficient": ("standard", "gated"),
-    "l0_coefficient": ("jumprelu",),
-    "l0_kind": ("jumprelu",),
-    "pre_act_coefficient": ("jumprelu",),
-    "threshold_at_start": ("jumprelu",),
-    "bandwidth": ("jumprelu",),
-}
+_HEAD = """# The keys of a recipe
 
-
-def architectures_of(field: str) -> tuple[str, ...]:
-    """Architectures that a field is a setting of; none if it is a setting of all of them."""
-    return _ONLY_FOR.get(field, ())
+What `saeffect train-sae` and `saeffect harvest` read from a YAML file, and a [study](study.md) from its section
+`training` (there without `model` and `hook`, which each arm has). Keys that are not here are refused; paths are
+relative to the file, as [in a study](study.md). This page is what `saeffect train-sae --keys` prints.
+"""
 
 
 class SaeTrainingConfig(StrictModel):
     """Everything that decides the SAE, given the activations. None means: as usual for the architecture."""
 
-    architecture: Architecture = Field("topk", description="What decides which features are active, and the loss.")
+    architecture: str = Field("topk", description="What decides which features are active, and the loss.")
     d_sae: int = Field(4608, ge=1, description="Number of features.")
     k: int = Field(32, ge=1, description="Active features a token (on average, for batchtopk and matryoshka).")
     matryoshka_widths: tuple[int, ...] | None = Field(
@@ -120,9 +115,17 @@ class SaeTrainingConfig(StrictModel):
     seed: int = Field(0, description="Of the weights, and of the order of the activations unless `data_seed` is given.")
     data_seed: int | None = Field(None, description="Order of the activations. None: the seed.")
 
+    @field_validator("architecture")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in _trainable():
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, _trainable()))})
+        return name
+
     @model_validator(mode="after")
     def _fits(self) -> SaeTrainingConfig:
-        for name, of in _ONLY_FOR.items():
+        for name in dict.fromkeys(key for kind in _trainable().values() for key in kind.keys):
+            of = _architectures_with(name)
             if self.architecture not in of and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is a setting of {', '.join(of)}, not of {self.architecture}")
         if self.has_k and self.k > self.d_sae:
@@ -135,14 +138,19 @@ class SaeTrainingConfig(StrictModel):
         return self
 
     @property
+    def kind(self) -> type[SparseAutoencoder]:
+        """The class of the architecture."""
+        return _trainable()[self.architecture]
+
+    @property
     def has_k(self) -> bool:
         """Whether the architecture keeps k features a token."""
-        return self.architecture in _ONLY_FOR["k"]
+        return "k" in self.kind.keys
 
     @property
     def unit_decoder(self) -> bool:
         """Whether decoder rows are kept at length 1."""
-        return self.has_k if self.decoder_rows is None else self.decoder_rows == "unit"
+        return self.kind.unit_rows if self.decoder_rows is None else self.decoder_rows == "unit"
 
     @property
     def decoder_norm_at_start(self) -> float:
@@ -158,3 +166,144 @@ class SaeTrainingConfig(StrictModel):
     def widths(self) -> tuple[int, ...]:
         """Features of each nested SAE."""
         return self.matryoshka_widths or tuple(sorted({max(1, self.d_sae // d) for d in (8, 4, 2, 1)}))
+
+    @property
+    def order_seed(self) -> int:
+        """What decides the order of the activations."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def unlike(self, other: SaeTrainingConfig) -> tuple[str, Any, Any] | None:
+        """What keeps two SAEs from training side by side: a key, and what each says; None if nothing does."""
+        for key in _SHARED:
+            mine, theirs = getattr(self, key), getattr(other, key)
+            if mine != theirs:
+                return ("data_seed" if key == "order_seed" else key), mine, theirs
+        return None
+
+
+class SaeRecipe(StrictModel):
+    """Model, hook, text and training: arms that are to be compared share all of it but the model."""
+
+    model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, adapter, dtype, ...")
+    hook: str = Field(description="TransformerLens name, such as blocks.8.hook_resid_pre.")
+    text: tuple[TextSource, ...] = Field(
+        min_length=1, description="Sources, each with name, path, field, licence; rows are taken from each in turn."
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of text to train on, over all sources. None: 1,048,576; if streamed, all there is.",
+    )
+    held_out_tokens: int = Field(81_920, ge=1, description="Tokens to measure on, from other documents.")
+    held_out: float = Field(0.06, gt=0, lt=0.5, description="Share of documents kept for measuring.")
+    context_size: int = Field(256, ge=8, description="Tokens a row.")
+    bos: BosRule = Field(
+        "auto",
+        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the SAE of"
+        " `init_from` says (prepend_bos); else as the tokenizer does.",
+    )
+    text_seed: int = Field(0, description="Order of the documents.")
+    activations: Literal["shards", "streamed"] = Field(
+        "shards",
+        description="shards: harvested to disk first, and shared by all SAEs of the model. streamed: the model runs"
+        " while the SAE trains; only the held-out activations are written.",
+    )
+    max_disk_gb: float | None = Field(
+        None, gt=0, description="The most that activations may take on disk, in GB of 10^9 bytes. None: what is free."
+    )
+    pool_rows: int = Field(512, ge=1, description="Rows of text in the shuffled buffer, if streamed.")
+    evaluation_rows: int = Field(8, ge=1, description="Held-out rows for the CE loss score during training.")
+    evaluation_tokens: int = Field(16_384, ge=1, description="Held-out tokens for the other measures during training.")
+    ce_rows: int = Field(48, ge=1, description="Held-out rows for the cross-entropy at the end.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float16", description="Of the saved weights.")
+    sae: SaeTrainingConfig = Field(default_factory=SaeTrainingConfig, description="How to train; the keys are below.")
+    saes: dict[str, dict[str, Any]] | None = Field(
+        None,
+        description="Several SAEs in one pass over the activations, by name: changes of `sae`, such as"
+        " {seed-0: {seed: 0}, wide: {d_sae: 9216}}. Each goes to a folder of its name. They share the order of the"
+        " data (`data_seed`, by default the seed in `sae`), and what else makes a batch.",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        parse_hook(self.hook, at="hook")
+        self.trainings()
+        if self.activations == "streamed" and self.tokens is None and self.sae.steps is None:
+            raise ValueError("streamed text has no known length: give tokens, or sae.steps")
+        return self
+
+    @property
+    def tokens_a_pass(self) -> int | None:
+        """Tokens of text in one pass over it; None where only the end will tell."""
+        return _TOKENS_IN_SHARDS if self.tokens is None and self.activations == "shards" else self.tokens
+
+    @property
+    def max_disk_bytes(self) -> int | None:
+        """The cap in bytes."""
+        return None if self.max_disk_gb is None else int(self.max_disk_gb * 1e9)
+
+    def trainings(self) -> dict[str, SaeTrainingConfig]:
+        """How each SAE is trained, by name; one alone is called "".
+
+        Raises:
+            ConfigError: A name that is no folder, or SAEs that cannot share batches.
+            UnknownName: A change of a key that does not exist.
+        """
+        if self.saes is None:
+            return {"": self.sae}
+        if not self.saes:
+            raise ConfigError("no SAE is named.", at="saes", fix="name one, or leave saes out.")
+        base = self.sae.model_dump(exclude_unset=True)
+        base["data_seed"] = self.sae.order_seed
+        found = {}
+        for name, changes in self.saes.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+                raise ConfigError(
+                    f"{name!r} is no name for a folder.", at="saes", fix="use letters, digits, dot, dash, underscore."
+                )
+            found[name] = config = SaeTrainingConfig.read(base | changes, at=f"saes.{name}")
+            if unlike := config.unlike(found[next(iter(found))]):
+                key, mine, first = unlike
+                raise ConfigError(
+                    f"SAEs that are trained side by side share {key}; got {first} and {mine}.",
+                    at=f"saes.{name}.{key}",
+                    fix="set it in sae alone, or give this SAE a recipe of its own: shards are shared anyway.",
+                )
+        return found
+
+    def folders(self, out: Path) -> dict[str, Path]:
+        """Where each SAE goes, by name."""
+        return {name: out / name if name else out for name in self.trainings()}
+
+    def of_one(self, name: str) -> SaeRecipe:
+        """The recipe of one of the SAEs as if it were alone."""
+        return self.model_copy(update={"sae": self.trainings()[name], "saes": None})
+
+
+def recipe_keys() -> str:
+    """The keys as a page of Markdown: a table for the recipe and one for each kind of mapping in it."""
+    return "\n".join(
+        [
+            _HEAD,
+            keys_table("Recipe", SaeRecipe),
+            keys_table("`sae`, and each of `saes`", SaeTrainingConfig, more=_of_architectures),
+            keys_table("`model`", ModelConfig),
+            keys_table("each of `text`", TextSource),
+        ]
+    )
+
+
+def _of_architectures(key: str) -> str:
+    if key == "architecture":
+        return f"One of {', '.join(_trainable())}."
+    of = _architectures_with(key)
+    return f"Only for {', '.join(of)}." if of else ""
+
+
+def _trainable() -> dict[str, type[SparseAutoencoder]]:
+    return {name: kind for name, kind in ARCHITECTURES.items() if kind.trainable}
+
+
+def _architectures_with(key: str) -> tuple[str, ...]:
+    """Architectures that a key is a setting of; none if it is a setting of all of them."""
+    return tuple(name for name, kind in _trainable().items() if key in kind.keys)

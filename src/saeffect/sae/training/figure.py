@@ -1,31 +1,32 @@
-"""The curves of a training, or of several over each other, from their metrics.jsonl."""
+"""The curves of a training, from its metrics.jsonl: for people, beside the SAE."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saeffect.errors import BadFile, EmptySelection
 from saeffect.io import atomic_path
-from saeffect.lm.tokens import printable_token
 from saeffect.sae.training.log import METRICS_FILE, loss_parts, read_metrics
 
 __all__ = ["FIGURES", "save_training_figure"]
 
 FIGURES = ("training.svg", "training.png")
+_METADATA: tuple[dict[str, Any], ...] = (
+    {"Date": None, "Creator": None, "Format": None, "Type": None},
+    {"Software": None},
+)
 
-# The look of the report's figures, which live above this floor.
+# The look of the report's figures, which are drawn on a higher floor.
 _INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
 _TRAIN, _HELD_OUT, _EVENT = "#0072b2", "#d55e00", "#8c959f"  # Okabe & Ito's blue and vermilion: far apart in grey too
-_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (4, 1, 1, 1)))
 _PART_COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_FONT = "DejaVu Sans"  # ships with matplotlib, so that the layout is the same on every machine
 _RC: Mapping[str, Any] = {
-    "font.family": [_FONT],
+    "font.family": ["DejaVu Sans"],  # ships with matplotlib, so that the layout is the same on every machine
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
@@ -35,7 +36,6 @@ _RC: Mapping[str, Any] = {
     "axes.linewidth": 0.8,
     "figure.facecolor": "#ffffff",
     "text.color": _INK,
-    "text.parse_math": False,  # names of folders are other people's: a dollar sign is a dollar sign
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
     "grid.color": _GRID,
@@ -60,8 +60,8 @@ class _Panel:
 
 
 _LOSS = _Panel("loss", "loss", ".3g", logarithmic=True)
-_MSE = _Panel("mse", "squared error (mse)", ".3g", logarithmic=True)
 _PANELS = (
+    _LOSS,
     _Panel("explained_variance", "explained variance", ".3f", ideal=1.0),
     _Panel("l0", "active features a token (l0)", ",.1f", logarithmic=True),
     _Panel("dead", "dead features", ",.0f"),
@@ -71,203 +71,139 @@ _PANELS = (
 )
 
 
-@dataclass(frozen=True)
 class _Run:
-    """One training: its rows, what it is called, and how it is drawn beside others."""
+    """The rows of a training that have a place on the axis of tokens."""
 
-    name: str
-    rows: list[dict[str, Any]]
-    colour: str
-    line: Any
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = [row for row in rows if _finite(row.get("tokens"))]
+        self.kinds = {row["kind"] for row in rows}
+        self.most = max((float(row["tokens"]) for row in self.rows), default=0.0)
+        # What to divide tokens by, and the label of the axis.
+        scales = ((1e9, 1e9, " (billions)"), (1e6, 1e6, " (millions)"), (1e4, 1e3, " (thousands)"), (-1, 1.0, ""))
+        self.divisor, unit = next((divisor, unit) for least, divisor, unit in scales if self.most >= least)
+        self.axis = f"tokens{unit}"
 
     def series(self, metric: str, kind: str) -> tuple[list[float], list[float]]:
         """Tokens and values, NaN where a row has none that is finite; empty where no row has one."""
-        rows = [r for r in self.rows if r["kind"] == kind and metric in r and _finite(r.get("tokens"))]
-        values = [float(r[metric]) if _finite(r[metric]) else math.nan for r in rows]
+        rows = [row for row in self.rows if row["kind"] == kind and metric in row]
+        values = [float(row[metric]) if _finite(row[metric]) else math.nan for row in rows]
         if not any(map(math.isfinite, values)):
             return [], []
-        return [float(r["tokens"]) for r in rows], values
+        return [row["tokens"] / self.divisor for row in rows], values
 
-    def has(self, metric: str) -> bool:
-        """Whether there is anything to draw."""
-        return any(self.series(metric, kind)[0] for kind in ("train", "evaluation"))
+    def has(self, panel: _Panel) -> bool:
+        found = any(self.series(panel.metric, kind)[0] for kind in ("train", "evaluation"))
+        return found or (panel is _LOSS and bool(self.parts()))
 
     def parts(self) -> dict[str, str]:
         """The parts of the loss and their labels, without those that are nearly always 0."""
         names = dict.fromkeys(name for row in self.rows if row["kind"] == "train" for name in row)
-        found = {name: self.series(name, "train")[1] for name in loss_parts(names)}
-        drawn = {name for name, values in found.items() if sum(map(bool, values)) > len(values) / 10}
-        return {name: label for name, label in loss_parts(names).items() if name in drawn}
+        values = {name: self.series(name, "train")[1] for name in loss_parts(names)}
+        return {
+            name: label
+            for name, label in loss_parts(names).items()
+            if sum(map(bool, values[name])) > len(values[name]) / 10
+        }
 
     def resamplings(self) -> list[tuple[float, int]]:
         """Tokens and the number of features, of each time that dead features were made anew."""
-        rows = [r for r in self.rows if r["kind"] == "event" and r.get("event") == "resampled"]
-        return [
-            (float(r["tokens"]), int(r["n_features"]) if _finite(r.get("n_features")) else 0)
-            for r in rows
-            if _finite(r.get("tokens"))
-        ]
+        rows = [row for row in self.rows if row.get("event") == "resampled"]
+        return [(row["tokens"] / self.divisor, int(row["n_features"])) for row in rows]
 
 
-def save_training_figure(folders: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
-    """Draw the curves of one training, or of several over each other, as training.svg and training.png.
+def save_training_figure(folder: Path) -> Path:
+    """Draw the curves of a training, beside its metrics.jsonl, as training.svg and training.png; the latter's path.
 
-    Panels: loss and its parts (of several trainings: the loss, and the squared error), explained variance, l0,
-    dead features, and, where they were measured, CE loss score, l2 ratio and mean log10 density, all against
-    tokens. Panels without data are left out. Lines are training batches, dots are held-out text.
-
-    Args:
-        folders: A folder with a metrics.jsonl, or several.
-        out: Folder for the figure; of one training its own by default.
-
-    Returns:
-        The PNG; the SVG is beside it.
+    Panels: loss and its parts, explained variance, l0, dead features, and, where they were measured, CE loss score,
+    l2 ratio and mean log10 density, all against tokens. Lines are training batches, dots are held-out text.
 
     Raises:
-        NotFound: A folder has no metrics.jsonl.
-        EmptySelection: No folders are given, or nothing has been measured yet.
-        BadFile: A metrics.jsonl is damaged, or the figure cannot be written.
-        ValueError: Several folders, and no `out`.
+        NotFound: The folder has no metrics.jsonl.
+        EmptySelection: Nothing has been measured yet.
+        BadFile: The metrics.jsonl is damaged, or the figure cannot be written.
     """
-    paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
-    if not paths:
-        raise EmptySelection("no folders of trainings are given.", at="folders")
-    if out is None and len(paths) > 1:
-        raise ValueError("`out` must say where the figure of several trainings goes")
-    runs = _read(paths)
     import matplotlib
 
+    run = _Run(read_metrics(folder / METRICS_FILE))
+    if run.kinds <= {"event"}:
+        raise EmptySelection(
+            "nothing has been measured yet: there is no row of metrics.",
+            at=str(folder / METRICS_FILE),
+            fix="let the training reach its first report.",
+        )
+    panels = [panel for panel in _PANELS if run.has(panel)]
+    if not panels:
+        raise EmptySelection("none of the known metrics has a finite value.", at=str(folder / METRICS_FILE))
     with matplotlib.rc_context(dict(_RC)):
-        figure = _draw(runs, paths)
-        target = Path(out) if out is not None else paths[0]
-        metadata: dict[str, dict[str, Any]] = {
-            "svg": {"Date": None, "Creator": None, "Format": None, "Type": None},
-            "png": {"Software": None},
-        }
+        figure = _draw(run, panels)
         try:
-            for name, ending in zip(FIGURES, ("svg", "png"), strict=True):
-                with atomic_path(target / name) as temporary:
-                    figure.savefig(temporary, format=ending, metadata=metadata[ending])
+            for name, metadata in zip(FIGURES, _METADATA, strict=True):
+                with atomic_path(folder / name) as temporary:
+                    figure.savefig(temporary, format=name.rpartition(".")[2], metadata=metadata)
         except OSError as error:
-            raise BadFile(f"the figure cannot be written: {error.strerror or error}.", at=str(target)) from error
-    return target / "training.png"
+            raise BadFile(f"the figure cannot be written: {error.strerror or error}.", at=str(folder)) from error
+    return folder / FIGURES[1]
 
 
-def _read(paths: Sequence[Path]) -> list[_Run]:
-    runs = []
-    for index, (path, name) in enumerate(zip(paths, _names(paths), strict=True)):
-        colour = _RUNS[index % len(_RUNS)]
-        line = _LINES[(index + index // len(_RUNS)) % len(_LINES)]
-        runs.append(_Run(name, read_metrics(path / METRICS_FILE), colour, line))
-        if not any(row["kind"] != "event" for row in runs[-1].rows):
-            raise EmptySelection(
-                "nothing has been measured yet: there is no row of metrics.",
-                at=str(path / METRICS_FILE),
-                fix="let the training reach its first report.",
-            )
-    return runs
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def _draw(runs: list[_Run], paths: Sequence[Path]) -> Any:
+def _draw(run: _Run, panels: list[_Panel]) -> Any:
     """A matplotlib figure of all panels, laid out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    first = [_LOSS, _MSE] if len(runs) > 1 else [_LOSS]
-    panels = [p for p in (*first, *_PANELS) if any(run.has(p.metric) for run in runs)]
-    if len(runs) == 1 and _LOSS not in panels and runs[0].parts():
-        panels.insert(0, _LOSS)
-    if not panels:
-        raise EmptySelection(
-            "none of the known metrics has a finite value.",
-            at=", ".join(str(path / METRICS_FILE) for path in paths),
-        )
     n_columns = min(2, len(panels))
     n_rows = math.ceil(len(panels) / n_columns)
-    names = _name_columns(runs, narrow=n_columns == 1)
-    height = 1.95 * n_rows + 0.5 + (0.2 * math.ceil(len(runs) / names) + 0.1 if len(runs) > 1 else 0)
     figure = Figure(
-        figsize=(3.8 * n_columns + 0.2, height),
+        figsize=(3.8 * n_columns + 0.2, 1.95 * n_rows + 0.5),
         layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.07, hspace=0.03, wspace=0.04),
     )
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(n_rows, n_columns)
     spare = n_rows * n_columns - len(panels)  # of an odd number the first is drawn wide
-    places = [divmod(index + (spare if index else 0), n_columns) for index in range(len(panels))]
-    most = max((row["tokens"] for run in runs for row in run.rows if _finite(row.get("tokens"))), default=0)
-    unit, divisor = _token_unit(most)
-    for index, (panel, (row, column)) in enumerate(zip(panels, places, strict=True)):
+    for index, panel in enumerate(panels):
+        row, column = divmod(index + (spare if index else 0), n_columns)
         ax = figure.add_subplot(grid[row, :] if spare and not index else grid[row, column])
-        _draw_panel(ax, panel, runs, divisor)
-        ax.set_xlim(0, (most or 1) * 1.015 / divisor)
+        _draw_panel(ax, panel, run)
+        ax.set_xlim(0, (run.most or 1) * 1.015 / run.divisor)
         if row + 1 == n_rows:
-            ax.set_xlabel(unit)
-    _legend(figure, runs)
+            ax.set_xlabel(run.axis)
+    _legend(figure, run)
     figure.draw_without_rendering()  # laid out once, or each saving would do it a little differently
     figure.set_layout_engine("none")
     return figure
 
 
-def _token_unit(most: float) -> tuple[str, float]:
-    """The label of the x axis, and what to divide tokens by."""
-    for least, divisor, unit in ((1e9, 1e9, "billions"), (1e6, 1e6, "millions"), (1e4, 1e3, "thousands")):
-        if most >= least:
-            return f"tokens ({unit})", divisor
-    return "tokens", 1.0
-
-
-def _draw_panel(ax: Any, panel: _Panel, runs: list[_Run], divisor: float) -> None:
-    alone = len(runs) == 1
-    drawn: list[float] = []  # every value, to choose the scale
-    for run in runs:
-        for tokens, _ in run.resamplings():
-            if alone:
-                ax.axvline(tokens / divisor, color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), zorder=1)
-            else:
-                ax.plot(tokens / divisor, 0, marker="|", markersize=7, color=run.colour, clip_on=False,
-                        transform=ax.get_xaxis_transform(), zorder=4)  # fmt: skip
-        look: dict[str, Any] = {"color": run.colour, "linestyle": run.line, "linewidth": 1.1}
-        if alone:  # the total is broad and below, so that a part that makes up nearly all of it shows
-            look = {"color": _INK, "linewidth": 2.0} if panel is _LOSS else {"color": _TRAIN}
-        measured, held_out = run.series(panel.metric, "train"), run.series(panel.metric, "evaluation")
-        drawn += _curve(ax, measured, divisor, label="total" if panel is _LOSS else panel.title, **look)
-        parts = run.parts() if alone and panel is _LOSS else {}
-        for index, (name, label) in enumerate(parts.items()):
-            colour, line = _PART_COLOURS[index % len(_PART_COLOURS)], _LINES[(index + 1) % len(_LINES)]
-            drawn += _curve(ax, run.series(name, "train"), divisor, color=colour, linestyle=line, label=label)
-        dots = _HELD_OUT if alone else run.colour
-        if held_out[0] and not measured[0]:
-            drawn += _curve(ax, held_out, divisor, color=dots, alpha=0.5, linewidth=1.0)
-        size = 4.2 if alone and len(held_out[0]) <= 30 else 3.4
-        drawn += _curve(ax, held_out, divisor, color=dots, linestyle="none", marker="o", markersize=size,
-                        markeredgecolor="white", markeredgewidth=0.5, zorder=5)  # fmt: skip
-        if parts:
-            ax.legend(loc="best", ncols=2 if len(parts) > 2 else 1, handlelength=2.6)
+def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
+    for tokens, _ in run.resamplings():
+        ax.axvline(tokens, color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), zorder=1)
+    measured, held_out = run.series(panel.metric, "train"), run.series(panel.metric, "evaluation")
+    # The total is broad and below, so that a part that makes up nearly all of it shows.
+    look: dict[str, Any] = {"color": _INK, "linewidth": 2.0} if panel is _LOSS else {"color": _TRAIN}
+    drawn = _curve(ax, measured, label="total" if panel is _LOSS else panel.title, **look)
+    parts = run.parts() if panel is _LOSS else {}
+    for index, (name, label) in enumerate(parts.items()):
+        colour, line = _PART_COLOURS[index % len(_PART_COLOURS)], _LINES[(index + 1) % len(_LINES)]
+        drawn += _curve(ax, run.series(name, "train"), color=colour, linestyle=line, label=label)
+    if held_out[0] and not measured[0]:
+        drawn += _curve(ax, held_out, color=_HELD_OUT, alpha=0.5, linewidth=1.0)
+    size = 4.2 if len(held_out[0]) <= 30 else 3.4
+    drawn += _curve(ax, held_out, color=_HELD_OUT, linestyle="none", marker="o", markersize=size,
+                    markeredgecolor="white", markeredgewidth=0.5, zorder=5)  # fmt: skip
+    if parts:
+        ax.legend(loc="best", ncols=2 if len(parts) > 2 else 1, handlelength=2.6)
     _scale(ax, panel, drawn)
     ax.set_title(panel.title, pad=6)
-    if alone:
-        ax.set_title(_end(runs[0], panel), loc="right", color=_MUTED, weight="normal", size=8.5, pad=6)
+    ax.set_title(_end(run, panel), loc="right", color=_MUTED, weight="normal", size=8.5, pad=6)
 
 
-def _curve(ax: Any, series: tuple[list[float], list[float]], divisor: float, **look: Any) -> list[float]:
+def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> list[float]:
     """Draw a curve (a dot where there is but one value); the finite values."""
     tokens, values = series
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         if len(finite) == 1:
             look = {"marker": "o", "markersize": 3.5, **look}
-        ax.plot([t / divisor for t in tokens], values, **{"linewidth": 1.4, "zorder": 3, **look})
+        ax.plot(tokens, values, **{"linewidth": 1.4, "zorder": 3, **look})
     return finite
 
 
@@ -315,44 +251,20 @@ def _end(run: _Run, panel: _Panel) -> str:
     return ""
 
 
-def _legend(figure: Any, runs: list[_Run]) -> None:
-    """What lines, dots and marks mean, below all panels; which training is which, above them."""
+def _legend(figure: Any, run: _Run) -> None:
+    """What lines, dots and marks mean, below all panels."""
     from matplotlib.lines import Line2D
 
-    alone = len(runs) == 1
-    kinds = {row["kind"] for run in runs for row in run.rows}
     handles = []
-    if "train" in kinds:
-        handles.append(Line2D([], [], color=_TRAIN if alone else _INK, linewidth=1.4, label="training batch"))
-    if "evaluation" in kinds:
-        handles.append(Line2D([], [], color=_HELD_OUT if alone else _INK, linestyle="none", marker="o", markersize=4.2,
-                              label="held-out text"))  # fmt: skip
-    marks = [mark for run in runs for mark in run.resamplings()]
-    if marks:
-        look: dict[str, Any] = {"linestyle": (0, (1.5, 2))} if alone else {"linestyle": "none", "marker": "|"}
-        label = "dead features resampled" + (f" ({sum(n for _, n in marks):,} in all)" if alone else "")
-        handles.append(Line2D([], [], color=_EVENT, linewidth=0.8, label=label, **look))
-    narrow = len(figure.axes) == 1
-    figure.legend(handles=handles, loc="outside lower left", ncols=1 if narrow else 3)
-    if not alone:
-        names = [Line2D([], [], color=r.colour, linestyle=r.line, label=_safe(r.name)) for r in runs]
-        columns = _name_columns(runs, narrow=narrow)
-        figure.legend(handles=names, loc="outside upper left", ncols=columns, handlelength=2.6)
-
-
-def _name_columns(runs: list[_Run], *, narrow: bool) -> int:
-    """In how many columns the names of the trainings fit."""
-    longest = max(len(run.name) for run in runs)
-    return 1 if narrow else 4 if longest <= 14 else 3 if longest <= 22 else 2
-
-
-def _safe(name: str, limit: int = 40) -> str:
-    """A name as it can be drawn: no character acts, and those that the font lacks are □."""
-    from matplotlib import font_manager
-
-    known = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
-    text = "".join(letter if ord(letter) in known else "□" for letter in printable_token(name))
-    return text if len(text) <= limit else "…" + text[1 - limit :]
+    if "train" in run.kinds:
+        handles.append(Line2D([], [], color=_TRAIN, linewidth=1.4, label="training batch"))
+    if "evaluation" in run.kinds:
+        dot: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4.2}
+        handles.append(Line2D([], [], color=_HELD_OUT, label="held-out text", **dot))
+    if marks := run.resamplings():
+        label = f"dead features resampled ({sum(n for _, n in marks):,} in all)"
+        handles.append(Line2D([], [], color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), label=label))
+    figure.legend(handles=handles, loc="outside lower left", ncols=1 if len(figure.axes) == 1 else 3)
 
 
 def _finite(value: object) -> bool:

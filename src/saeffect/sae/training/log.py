@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -15,34 +20,27 @@ from typing import Any, Literal
 
 from saeffect.errors import BadFile, NotFound
 from saeffect.io import Log, atomic_path
-from saeffect.sae.training.metrics_loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
-from saeffect.sae.training.pace import Pace, duration
+from saeffect.sae.base import ARCHITECTURES
+from saeffect.sae.training.loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
 
-__all__ = [
-    "LOSS_PARTS",
-    "METRICS_FILE",
-    "TrainingLog",
-    "loss_parts",
-    "progress_line",
-    "read_metrics",
-]
+__all__ = ["METRICS_FILE", "Pace", "TrainingLog", "duration", "loss_parts", "progress_line", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 
-#: Parts of the loss, which add up to it, and what a reader calls them. So is what a nested SAE adds, and any other key
-#: that ends with "_loss".
-LOSS_PARTS: Mapping[str, str] = {
-    "mse": "mse",
-    "l1": "l1",
-    "l0_penalty": "l0 penalty",
-    "sparsity": "sparsity",
-    "auxiliary": "auxiliary",
-    "mse_by_gate": "mse by gate",
-    "pre_act": "dead pre-activations",
-}
-_NESTED = "inner_mse_"
+_RESERVED = frozenset({"step", "tokens", "kind", "seconds", "event"})  # of the log itself
+# What a line of progress shows beside the loss: name in metrics.jsonl, words, format.
+_SHOWN = (
+    ("l0", "l0", ",.1f"),
+    ("explained_variance", "explained variance", ".3f"),
+    ("ce_loss_score", "CE loss score", ".3f"),
+    ("l2_ratio", "l2 ratio", ".3f"),
+    ("mean_log10_density", "mean log10 density", ".2f"),
+    ("dead", "dead", ",.0f"),
+)
 
-_RESERVED = frozenset({"step", "tokens", "kind", "seconds", "event"})
+_WINDOW = 60.0  # seconds that the rate is taken over
+_MARKS = 6  # but at least five intervals, so that their median means something
+_STALL = 10.0  # so many times slower than the median interval: the machine slept, or another process had it
 
 
 class TrainingLog:
@@ -61,7 +59,6 @@ class TrainingLog:
         config: Hyperparameters, for the logger.
         log: Receives lines of progress.
         logger: "none", "wandb" or "tensorboard".
-        run_name: What the logger calls the run; the folder's name by default.
 
     Raises:
         UnknownName: There is no such logger.
@@ -85,13 +82,11 @@ class TrainingLog:
         config: Mapping[str, Any],
         log: Log,
         logger: LoggerName = "none",
-        run_name: str = "",
     ) -> None:
         check_logger(logger)
         self._folder = Path(folder)
         self._total, self._batch_size, self._first, self._log = total_steps, batch_size, first_step, log
         self._config, self._logger_name = config, logger
-        self._run_name = run_name or self._folder.resolve().name
         self._logger: MetricsLogger | None = None
         self._file: io.FileIO | None = None
         self._pace = Pace(total_steps, first_step)
@@ -110,7 +105,7 @@ class TrainingLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._first and path.exists():
                 kept = [row for row in read_metrics(path) if row["step"] < self._first]
-            run = TrainingRun(self._folder, self._run_name, self._config, self._first, kept)
+            run = TrainingRun(self._folder, self._config, self._first, kept)
             self._logger = open_logger(self._logger_name, run, self._log)
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -228,18 +223,21 @@ class TrainingLog:
 
 
 def loss_parts(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that are parts of the loss, and what a reader calls each.
+    """Those of the names that are parts of the loss, which add up to it, and what a reader calls each.
 
     Example:
-        >>> loss_parts(["l0", "gate_loss", "mse", "loss", "inner_mse_64"])
-        {'mse': 'mse', 'inner_mse_64': 'mse of 64', 'gate_loss': 'gate'}
+        >>> loss_parts(["l0", "auxiliary", "mse", "loss", "inner_mse_64"])
+        {'mse': 'mse', 'auxiliary': 'auxiliary', 'inner_mse_64': 'mse of 64'}
     """
+    known = dict([("mse", "mse"), *(part for kind in ARCHITECTURES.values() for part in kind.loss_parts)])
     names = list(names)
-    known = {name: label for name, label in LOSS_PARTS.items() if name in names}
-    nested = [name for name in names if name.startswith(_NESTED)]
-    known |= {name: f"mse of {name.removeprefix(_NESTED)}" for name in nested}
-    others = [name for name in names if name.endswith("_loss") and name not in known and not name.startswith("ce_")]
-    return known | {name: name.removesuffix("_loss").replace("_", " ") for name in others}
+    found: dict[str, str] = {}
+    for part, label in known.items():
+        if part.endswith("_"):
+            found |= {name: label + name.removeprefix(part) for name in names if name.startswith(part)}
+        elif part in names:
+            found[part] = label
+    return found
 
 
 def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ()) -> str:
@@ -255,14 +253,7 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
         pieces.append(f"loss {_short(row['loss'])}" + (f" ({', '.join(parts)})" if parts else ""))
     else:
         pieces += parts
-    for name, label, spec in (
-        ("l0", "l0", ",.1f"),
-        ("explained_variance", "explained variance", ".3f"),
-        ("ce_loss_score", "CE loss score", ".3f"),
-        ("l2_ratio", "l2 ratio", ".3f"),
-        ("mean_log10_density", "mean log10 density", ".2f"),
-        ("dead", "dead", ",.0f"),
-    ):
+    for name, label, spec in _SHOWN:
         if name in row:
             pieces.append(f"{label} {float(row[name]):{spec}}")
     return "  ".join([*pieces, *tail])
@@ -319,3 +310,91 @@ def _short(value: float) -> str:
     """
     value = float(value)
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 100 else f"{value:.3g}"
+
+
+class Pace:
+    """How fast steps go, lately, and how long the rest takes.
+
+    The rate leaves out pauses that are announced, and intervals in which the machine plainly stood still. The
+    time that is left counts announced pauses in the share they had so far, since there are more to come.
+
+    Args:
+        total: Steps of the whole training.
+        first: Steps that were done before.
+        now: A clock in seconds.
+
+    Example:
+        >>> clock = iter([0.0, 10.0]); pace = Pace(100, 0, now=lambda: next(clock)); pace.mark(20)
+        >>> pace.steps_per_second(), pace.seconds_left()
+        (2.0, 40.0)
+    """
+
+    def __init__(self, total: int, first: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._first, self._now = total, first, now
+        self._paused = 0.0
+        self._marks: deque[tuple[int, float]] = deque()  # steps done, seconds without pauses
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count now."""
+        self._started, self._paused = self._now(), 0.0
+        self._marks = deque([(self._first, 0.0)])
+
+    def seconds(self) -> float:
+        """Since the start, pauses included."""
+        return self._now() - self._started
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of the block out of the rate."""
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self._paused += self._now() - begun
+
+    def mark(self, done: int) -> None:
+        """So many steps are done."""
+        active = self.seconds() - self._paused
+        if done <= self._marks[-1][0]:
+            return
+        self._marks.append((done, active))
+        while len(self._marks) > _MARKS and self._marks[1][1] < active - _WINDOW:
+            self._marks.popleft()
+
+    def steps_per_second(self) -> float:
+        """Over about the last minute; NaN as long as it is not known."""
+        marks = list(self._marks)
+        intervals = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
+        if not intervals:
+            return math.nan
+        usual = statistics.median(seconds / steps for steps, seconds in intervals)
+        intervals = [(steps, seconds) for steps, seconds in intervals if seconds <= _STALL * usual * steps]
+        seconds = sum(seconds for _, seconds in intervals)
+        return sum(steps for steps, _ in intervals) / seconds if seconds > 0 else math.nan
+
+    def seconds_left(self) -> float:
+        """Until the last step; NaN as long as it is not known."""
+        done = self._marks[-1][0]
+        rate = self.steps_per_second()
+        if not rate > 0:
+            return math.nan
+        return (self._total - done) * (1 / rate + self._paused / max(1, done - self._first))
+
+
+def duration(seconds: float) -> str:
+    """A stretch of time in the units that people use.
+
+    Example:
+        >>> [duration(s) for s in (45, 59.6, 720, 12000, 7200, 300_000)]
+        ['45 s', '1 min', '12 min', '3 h 20 min', '2 h', '3 d 11 h']
+    """
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min".removesuffix(" 0 min")
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h".removesuffix(" 0 h")

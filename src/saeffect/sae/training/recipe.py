@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saeffect.config import TextSource
-from saeffect.errors import ConfigError, EmptySelection, SaeffectError
+from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
 from saeffect.io import SILENT, Log, fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.corpora import StreamedText, interleave, is_held_out, read_corpus
-from saeffect.lm.harvest import ActivationStore, harvest, harvest_made_by
+from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, harvest_made_by
+from saeffect.lm.hooks import edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_language_model, locate_model
+from saeffect.lm.loading import load_language_model, locate_model, model_shape
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import barrier, is_first
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats.saelens import load_sae, read_sae_config
-from saeffect.sae.splice import spliced_losses
-from saeffect.sae.training.config import SaeTrainingConfig
-from saeffect.sae.training.metrics_loggers import LoggerName
-from saeffect.sae.training.model_card import is_carded, measured_before, write_card
-from saeffect.sae.training.quality import training_quality
-from saeffect.sae.training.recipe_check import (
-    refuse_before_harvest,
-    refuse_before_loading,
-    refuse_unfit_model,
-    refuse_unwritable_folders,
-)
-from saeffect.sae.training.recipe_config import SaeRecipe
-from saeffect.sae.training.run import refuse_strangers
+from saeffect.sae.formats import load_sae, read_sae_config
+from saeffect.sae.metrics import reconstruction, spliced_losses
+from saeffect.sae.training.card import card_is_current, measured_before, write_card
+from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
+from saeffect.sae.training.loggers import LoggerName, check_logger
+from saeffect.sae.training.run import copy_weights
+from saeffect.sae.training.step import new_sae
 from saeffect.sae.training.train import SaeJob, train_saes
 
-__all__ = ["SaeRecipe", "TextSource", "harvest_from_recipe", "text_rows", "train_from_recipe"]
+__all__ = ["harvest_from_recipe", "text_rows", "train_from_recipe"]
 
 
 def train_from_recipe(
@@ -69,28 +63,29 @@ def train_from_recipe(
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
-    folders = recipe.folders(out)
-    refuse_unwritable_folders({"--out": out, "--work": work})
-    trainings = recipe.trainings().items()
-    for folder in folders.values():
-        refuse_strangers(folder)
-    refuse_before_loading(recipe, logger)
+    _refuse_unwritable_folders({"--out": out, "--work": work})
+    folders, trainings = recipe.folders(out), recipe.trainings()
+    for name, config in trainings.items():
+        SaeJob(config, folders[name]).refuse_strangers()
+    _refuse_before_loading(recipe, logger)
     lm = _load(recipe, log)
 
     def refuse_others(activations: str) -> None:
-        for name, config in trainings:
+        for name, config in trainings.items():
             SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
 
     data = _activations(recipe, lm, work, log, refuse=refuse_others)
-    jobs = [SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype) for name, config in trainings]
-    train_saes(data.source, jobs, evaluate=data.while_training, logger=logger, log=log)
-    if is_first():
-        for name, job in zip(folders, jobs, strict=True):
-            one = recipe.of_one(name)
-            if not is_carded(one, job.out):
-                with job.folder(data.source.identity()).held():
-                    # Measured on what was saved, rounding to half precision included.
-                    write_card(one, job.out, data.at_the_end(load_sae(job.out)), log=log)
+    jobs = {
+        name: SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
+        for name, config in trainings.items()
+    }
+    train_saes(data.source, list(jobs.values()), evaluate=data.while_training, logger=logger, log=log)
+    for name, job in jobs.items() if is_first() else ():
+        alone = recipe.of_one(name)
+        if not card_is_current(alone, job.out):
+            with job.folder(data.source.identity()).held():
+                # Measured on what was saved, rounding to half precision included.
+                write_card(alone, job.out, data.at_the_end(load_sae(job.out)), log=log)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
     return measured if recipe.saes else measured[""]
@@ -113,8 +108,8 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
             fix="set activations: shards.",
         )
     log = log if is_first() else SILENT
-    refuse_unwritable_folders({"--work": Path(work)})
-    refuse_before_loading(recipe)
+    _refuse_unwritable_folders({"--work": Path(work)})
+    _refuse_before_loading(recipe)
     data = _activations(recipe, _load(recipe, log), Path(work), log)
     assert isinstance(data.source, ActivationStore)
     return [data.source.folder, data.held_out.folder]
@@ -169,7 +164,7 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
     words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
     lm = load_language_model(recipe.model, log=log, at="model")
     lm = replace(lm, prepend_bos=resolve_prepend_bos(recipe.bos, words))
-    refuse_unfit_model(recipe, lm)
+    _refuse_unfit_model(recipe, lm)
     return lm
 
 
@@ -206,9 +201,8 @@ class _Data:
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
-        quality = training_quality(sae, self.held_out, max_tokens=n_tokens)
         losses = spliced_losses(self.lm, sae, self.recipe.hook, self.rows.ids[:n_rows], self.limit)
-        return asdict(quality) | {
+        return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,
             "ce_sae": losses.sae,
@@ -225,7 +219,7 @@ def _activations(
     rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
     rows["held-out"] = text_rows(recipe, lm, held_out=True)
     text = StreamedText(lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed)
-    refuse_before_harvest(recipe, lm, rows.values(), work, n_training_rows=text.n_rows)
+    _refuse_before_harvest(recipe, lm, rows.values(), work, n_training_rows=text.n_rows)
     source: ActivationSource | None = None
     if streamed:
         source = StreamedActivations.open(lm, recipe.hook, text, pool_rows=recipe.pool_rows)
@@ -233,7 +227,7 @@ def _activations(
     stores = {}
     for part, ids in rows.items():
         folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.identity()])[:16]}"
-        stores[part] = ActivationStore.open(harvest(lm, recipe.hook, ids, folder, log=log))
+        stores[part] = harvest(lm, recipe.hook, ids, folder, log=log)
     if isinstance(source, StreamedActivations):
         limit, digest = source.limit, text.identity()
     else:
@@ -270,3 +264,86 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
     if config.steps is None:
         found["epochs"] = config.epochs
     return found
+
+
+# What can be wrong, found before anything heavy starts and before anything is written.
+
+
+def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> None:
+    """Whatever can be seen without the model's weights: logger, texts, and `init_from`, hook and rows by its size."""
+    check_logger(logger)
+    for index, source in enumerate(recipe.text):
+        try:
+            next(read_corpus(source.path, field=source.field))
+        except SaeffectError as error:
+            raise error.placed(f"text.{index}") from None
+    model = locate_model(recipe.model, at="model")
+    shape = model_shape(model)
+    if shape is not None:
+        parse_hook(recipe.hook, shape.n_layers, at="hook")
+        if shape.n_positions and recipe.context_size > shape.n_positions:
+            raise ConfigError(
+                f"rows have {recipe.context_size:,} tokens; {recipe.model.path} takes {shape.n_positions:,}.",
+                at="context_size",
+                fix=f"set context_size to {shape.n_positions} or less.",
+            )
+    for place, config in _places(recipe):
+        if config.init_from is None:
+            continue
+        cfg = read_sae_config(config.init_from, at=f"{place}.init_from")
+        for name, found, wanted in (
+            ("d_sae", cfg.d_sae, config.d_sae),
+            ("d_in", cfg.d_in, cfg.d_in if shape is None else shape.d_model),
+        ):
+            if found != wanted:
+                raise IncompatibleSae(
+                    f"this SAE has {name}={found}, but the one to be trained has {name}={wanted}.",
+                    at=f"{place}.init_from",
+                    fix="start from an SAE of the same size, trained at a hook of this model.",
+                )
+
+
+def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
+    """What the loaded model can tell: whether it has the hook, and `init_from` fits."""
+    parse_hook(recipe.hook, lm.n_layers, at="hook")
+    try:
+        with edited(lm, recipe.hook, lambda x: x):
+            pass
+    except SaeffectError as error:
+        error.at = "hook"
+        raise
+    for place, config in _places(recipe):
+        if config.init_from is not None:
+            # The same copy that training begins with, so that nothing can go wrong there that did not here.
+            sae = new_sae(config, lm.d_model)
+            copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
+
+
+def _refuse_before_harvest(
+    recipe: SaeRecipe, lm: LanguageModel, rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
+) -> None:
+    """What the tokenised text can tell: whether there is a batch, and room for the activations on disk."""
+    most = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
+    if most is not None and most < recipe.sae.batch_size:
+        raise EmptySelection(
+            f"the text gives at most {most:,} activations, fewer than one batch of {recipe.sae.batch_size:,}.",
+            at="sae.batch_size",
+            fix="give more text, or a smaller batch_size.",
+        )
+    total = sum(harvest_bytes(lm, part) for part in rows)
+    check_disk_space(work, total, recipe.max_disk_bytes)
+
+
+def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
+    """Refuse folders, by the option that gave them, that could not be made or written, without making them."""
+    for option, folder in folders.items():
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            continue
+        why = f"{str(there)!r} is a file" if not there.is_dir() else f"{str(there)!r} may not be written"
+        raise BadFile(f"nothing can be put into {str(folder)!r}: {why}.", at=option, fix="choose another folder.")
+
+
+def _places(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
+    """Key of the recipe and what it says, of each SAE."""
+    return [(f"saes.{name}" if name else "sae", config) for name, config in recipe.trainings().items()]

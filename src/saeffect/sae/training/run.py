@@ -1,4 +1,4 @@
-"""One SAE under way: its state, its checkpoints, what is measured on the way, and what is saved at the end."""
+"""One SAE under way: how it begins and goes on, its checkpoints, what is measured, and what is saved at the end."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, SaeffectError
+from saeffect.errors import BadFile, IncompatibleSae, SaeffectError
 from saeffect.io import fingerprint, hash_folder, read_json, write_json
 from saeffect.lm.activations import ActivationSource
 from saeffect.lm.checkpoint import TrainingFolder
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, save_sae
+from saeffect.sae.formats import SPARSITY, WEIGHTS, load_sae, save_sae
+from saeffect.sae.trainable import TrainableSae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.figure import FIGURES, save_training_figure
 from saeffect.sae.training.log import METRICS_FILE, TrainingLog
 from saeffect.sae.training.step import StepReport, TrainingStep, new_sae
 
-__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "complete", "refuse_strangers"]
+__all__ = ["Evaluation", "Position", "SaeJob", "SaeRun", "copy_weights"]
 
 Evaluation = Callable[[SparseAutoencoder], Mapping[str, float]]
 
@@ -53,6 +54,35 @@ class SaeJob:
         """The job's folder, if it trains on activations of this identity."""
         return TrainingFolder(self.out, self._made_by(activations), _LEAVES, keep=self.config.keep_checkpoints)
 
+    def refuse_strangers(self) -> None:
+        """Refuse a folder that holds files under an SAE's names which no training put there.
+
+        Raises:
+            ConfigError: It does.
+            BadFile: The note of a finished training is damaged.
+        """
+        TrainingFolder(self.out, "", _LEAVES).refuse_strangers()
+
+    def complete(self, activations: str) -> None:
+        """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
+
+        Raises:
+            InUse: Something is to be done, and another process is at work there.
+            BadFile: It cannot be written.
+        """
+        folder = self.folder(activations)
+        cfg = (folder.note() or {}).get("cfg")
+        damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(self.out / _CFG, cfg)
+        drawn = [self.out / name for name in FIGURES]
+        undrawn = any(not path.is_file() or not path.stat().st_size for path in drawn)
+        if damaged or undrawn or folder.checkpoint.owner() is not None:
+            with folder.held():
+                if damaged:
+                    write_json(self.out / _CFG, cfg)
+                if undrawn:
+                    save_training_figure(self.out)
+                folder.checkpoint.drop_all()
+
     def _made_by(self, activations: str) -> str:
         """Fingerprint of everything that decides the weights; how often things are written does not."""
         config = self.config.model_dump(
@@ -70,35 +100,6 @@ class Position:
     step: int
     epoch: int
     index: int
-
-
-def refuse_strangers(out: Path) -> None:
-    """Refuse a folder for an SAE that holds files under its names which no training put there.
-
-    Raises:
-        ConfigError: It does.
-        BadFile: The note of a finished training is damaged.
-    """
-    TrainingFolder(out, "", _LEAVES).refuse_strangers()
-
-
-def complete(folder: TrainingFolder) -> None:
-    """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left.
-
-    Raises:
-        InUse: Something is to be done, and another process is at work there.
-        BadFile: It cannot be written.
-    """
-    cfg = (folder.note() or {}).get("cfg")
-    damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(folder.path / _CFG, cfg)
-    undrawn = any(not path.is_file() or not path.stat().st_size for path in (folder.path / name for name in FIGURES))
-    if damaged or undrawn or folder.checkpoint.owner() is not None:
-        with folder.held():
-            if damaged:
-                write_json(folder.path / _CFG, cfg)
-            if undrawn:
-                save_training_figure(folder.path)
-            folder.checkpoint.drop_all()
 
 
 def _says(path: Path, cfg: dict[str, Any]) -> bool:
@@ -127,9 +128,7 @@ class SaeRun:
         sae = new_sae(config, source.d_in)
         sae.initialise(source.sample(20_000) * scale, config)
         if config.init_from is not None:
-            from saeffect.sae.training.warm_start import copy_weights
-
-            copy_weights(Path(config.init_from), sae, scale, unit_decoder=config.unit_decoder, at="init_from")
+            copy_weights(config.init_from, sae, scale, unit_decoder=config.unit_decoder, at="init_from")
         self.trainer = TrainingStep(sae, config, total_steps)
         self._metrics_every = config.metrics_every or max(30, -(-total_steps // _MOST_LINES))
         self.step = self.trainer.__call__
@@ -246,3 +245,52 @@ class SaeRun:
     def _goes_on(self) -> str:
         last = self.checkpoint.steps()
         return f"; it goes on from the checkpoint after step {last[-1]:,}" if last else ""
+
+
+@torch.no_grad()
+def copy_weights(
+    source: Path | str, sae: TrainableSae, scale: float, *, unit_decoder: bool = False, at: str | None = None
+) -> None:
+    """Copy the weights of an SAE on disk into one that is about to be trained on scaled inputs.
+
+    Every feature keeps its index, so that SAEs of different arms line up. The source may be of another architecture:
+    at inference all are JumpReLU SAEs with particular thresholds, and what the new one can express of it is kept:
+
+    | from \\ to | standard, topk | batchtopk, matryoshka | jumprelu | gated |
+    |---|---|---|---|---|
+    | standard, topk | as it is | threshold 0 | threshold of a fresh start | both biases alike |
+    | jumprelu | threshold dropped | median of the thresholds | as it is | exactly |
+    | gated | gates dropped | median of the thresholds | exactly | as it is |
+
+    Where a threshold or a gate is dropped, features fire more often at first; the penalty, or k, takes over.
+
+    Args:
+        source: Folder of an SAE that takes unscaled activations, in any format that `load_sae` reads.
+        sae: Changed in place, buffers and leaves included; a JumpReLU SAE must have its starting thresholds.
+        scale: What inputs are multiplied by in training: biases and thresholds grow by it, so that `fold_scale`
+            after no step at all gives the source again.
+        unit_decoder: Whether training keeps decoder rows at length 1; see `TrainableSae.start_from`.
+        at: For errors.
+
+    Raises:
+        IncompatibleSae: Another d_in or d_sae, or a source that normalises or centres its inputs as `sae` does not.
+        SaeffectError: The source cannot be loaded.
+    """
+    loaded = load_sae(source, at=at)
+    fixes = {
+        "d_in": "start from an SAE of the same size, at the same hook.",
+        "d_sae": f"set d_sae to {loaded.cfg.d_sae}: features keep their index.",
+        "normalize_activations": "start from an SAE that takes the residual stream as it is.",
+        "centre_input": "start from an SAE that takes the residual stream as it is.",
+    }
+    for name, fix in fixes.items():
+        found, expected = getattr(loaded.cfg, name), getattr(sae.cfg, name)
+        if found != expected:
+            said = f"this SAE has {name}={found!r}, but the one to be trained has {name}={expected!r}."
+            raise IncompatibleSae(said, at=at or str(source), fix=fix)
+    fresh = {name: t.clone() for name, t in sae.named_parameters() if name == "threshold"}
+    sae.start_from(loaded, unit_decoder=unit_decoder)
+    sae.fold_scale(1.0 / scale)
+    if loaded.as_start().threshold is None:
+        for name, tensor in fresh.items():  # starts in units of scaled inputs, as it was
+            sae.get_parameter(name).copy_(tensor)

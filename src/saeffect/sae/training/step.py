@@ -9,41 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saeffect.parallel import add_up
-from saeffect.sae.base import SaeConfig
-from saeffect.sae.batchtopk import BatchTopKSae
-from saeffect.sae.dead_features import resample
+from saeffect.parallel import add_up, gathered
+from saeffect.sae.base import ARCHITECTURES, SaeConfig
 from saeffect.sae.encoder import Encoder
-from saeffect.sae.gated import GatedSae
-from saeffect.sae.jumprelu import JumpReluSae
-from saeffect.sae.matryoshka import MatryoshkaSae
-from saeffect.sae.standard import StandardSae
-from saeffect.sae.topk import TopKSae
 from saeffect.sae.trainable import StepInputs, TrainableSae
-from saeffect.sae.training.config import Architecture, SaeTrainingConfig
+from saeffect.sae.training.config import SaeTrainingConfig
 
-__all__ = ["TRAINABLE", "StepReport", "TrainingStep", "gradient_norm", "new_sae", "penalty_coefficient", "rate_factor"]
+__all__ = ["StepReport", "TrainingStep", "gradient_norm", "new_sae", "penalty_coefficient", "rate_factor", "resample"]
 
-TRAINABLE: dict[Architecture, type[TrainableSae]] = {
-    "standard": StandardSae,
-    "topk": TopKSae,
-    "batchtopk": BatchTopKSae,
-    "jumprelu": JumpReluSae,
-    "gated": GatedSae,
-    "matryoshka": MatryoshkaSae,
-}
+# Anthropic's choice: a new feature starts with an encoder row a fifth as long as those of living features.
+_ENCODER_SHARE = 0.2
 
 
 def new_sae(config: SaeTrainingConfig, d_in: int) -> TrainableSae:
     """An SAE of the recipe's architecture and size, its weights not yet set."""
-    return TRAINABLE[config.architecture](
+    kind = ARCHITECTURES[config.architecture]
+    assert issubclass(kind, TrainableSae)
+    return kind(
         SaeConfig(
             config.architecture,
             d_in,
             config.d_sae,
             k=config.k if config.has_k else None,
             apply_b_dec_to_input=config.apply_b_dec_to_input,
-            rescale_acts_by_decoder_norm=config.has_k and config.rescale_acts_by_decoder_norm,
+            rescale_acts_by_decoder_norm=config.rescale_acts_by_decoder_norm,
         )
     )
 
@@ -91,8 +80,7 @@ class TrainingStep:
             betas=(config.adam_beta1, config.adam_beta2),
             fused=True,
         )
-        device = sae.W_dec.device
-        counts = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        counts = torch.zeros(config.d_sae, dtype=torch.int64, device=sae.W_dec.device)
         # Tokens since a feature last fired; tokens on which it fired in this window of steps and the one before.
         self.since_fired, self.fired, self.fired_before = counts, counts.clone(), counts.clone()
         self.tokens_counted = torch.zeros(2, dtype=torch.int64)  # in this window, in the one before
@@ -224,6 +212,51 @@ def penalty_coefficient(step: int, total: int, config: SaeTrainingConfig) -> flo
         >>> [penalty_coefficient(step, 10, config) for step in range(6)]
         [0.0, 2.0, 4.0, 6.0, 8.0, 8.0]
     """
-    full = config.l0_coefficient if config.architecture == "jumprelu" else config.l1_coefficient
+    penalty = ARCHITECTURES[config.architecture].penalty
+    full: float = getattr(config, penalty) if penalty else 0.0
     warmup = int(config.penalty_warmup_share * total)
     return full * min(1.0, step / warmup) if warmup else full
+
+
+@torch.no_grad()
+def resample(
+    sae: TrainableSae, optimizer: torch.optim.Optimizer, dead: Tensor, x: Tensor, sae_out: Tensor, *, seed: int
+) -> None:
+    """Start dead features anew at inputs that the SAE rebuilds badly, and forget the optimizer's moments of them.
+
+    Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the
+    input's direction with the mean length of living rows, the encoder row the same direction a fifth as long
+    as living rows, and every number that the architecture keeps for a feature (bias, threshold) zero.
+
+    Args:
+        sae: Changed in place.
+        optimizer: Over the SAE's leaves.
+        dead: Indices, int64 `[n_dead]`; nothing happens without any.
+        x: Scaled inputs of this process, float32 `[n, d_in]`.
+        sae_out: Their reconstructions.
+        seed: Of the draw; the same on every process, as is the outcome.
+
+    Source:
+        Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
+    """
+    if not len(dead):
+        return
+    inputs, losses = gathered(x), gathered((x - sae_out).square().sum(1))
+    chance = losses.double().square()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(chance.cpu() + 1e-30, len(dead), replacement=len(dead) > len(inputs), generator=generator)
+    directions = inputs[drawn.to(x.device)] - sae.b_dec.data
+    directions /= directions.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    alive = torch.ones(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+    alive[dead] = False
+    for name, share in (("W_dec", 1.0), ("W_enc", _ENCODER_SHARE)):
+        rows = sae.leaves()[name].data
+        length = rows[alive].norm(dim=1).mean() if bool(alive.any()) else rows.norm(dim=1).mean()
+        rows[dead] = directions * (length * share)
+    for name in sae.vectors:
+        sae.leaves()[name].data[dead] = 0.0
+    for name in ("W_dec", "W_enc", *sae.vectors):
+        state = optimizer.state[sae.leaves()[name]]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                state[moment][dead] = 0.0

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.interruption import Interruption
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import ActivationSource
 from saeffect.lm.checkpoint import TrainingFolder
-from saeffect.parallel import barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats.saelens import load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.log import TrainingLog
-from saeffect.sae.training.metrics_loggers import LoggerName
-from saeffect.sae.training.run import Evaluation, Position, SaeJob, SaeRun, complete
+from saeffect.sae.training.loggers import LoggerName
+from saeffect.sae.training.run import Evaluation, Position, SaeJob, SaeRun
 
 __all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
 
@@ -85,7 +84,7 @@ def train_saes(
     if is_first():
         for job in jobs:
             if job not in todo:
-                complete(job.folder(source.identity()))
+                job.complete(source.identity())
     if todo:
         try:
             _train(source, todo, evaluate=evaluate, logger=logger, log=log)
@@ -171,7 +170,7 @@ class _Plan:
 
 def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
     config = jobs[0].config
-    seed = _data_seed(config)
+    seed = config.order_seed
     _refuse_unlike(jobs)
     world = rank_and_world()[1]
     if config.batch_size < world:
@@ -196,26 +195,18 @@ def _plan(source: ActivationSource, jobs: Sequence[SaeJob]) -> _Plan:
 
 def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
     """Refuse jobs that cannot be trained side by side."""
-    config = jobs[0].config
     for job in jobs[1:]:
-        mine, first = {"data_seed": _data_seed(job.config)}, {"data_seed": _data_seed(config)}
-        for name in ("batch_size", "steps", "epochs", "checkpoint_every", "normalise_inputs"):
-            mine[name], first[name] = getattr(job.config, name), getattr(config, name)
-        for name, value in mine.items():
-            if value != first[name]:
-                raise ConfigError(
-                    f"SAEs that are trained side by side must share {name}; got {first[name]} and {value}.",
-                    at=name,
-                    fix="give them the same (for several seeds: one data_seed), or train them one after the other.",
-                )
+        if unlike := job.config.unlike(jobs[0].config):
+            key, mine, first = unlike
+            raise ConfigError(
+                f"SAEs that are trained side by side must share {key}; got {first} and {mine}.",
+                at=key,
+                fix="give them the same (for several seeds: one data_seed), or train them one after the other.",
+            )
     folders = [job.out.resolve() for job in jobs]
     for folder in folders:
         if folders.count(folder) > 1:
             raise ConfigError("two SAEs cannot be trained into one folder.", at=str(folder))
-
-
-def _data_seed(config: SaeTrainingConfig) -> int:
-    return config.seed if config.data_seed is None else config.data_seed
 
 
 def _too_few(batch_size: int) -> EmptySelection:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
-from saeffect.io import fingerprint, hash_file
+from saeffect.io import SILENT, Log, fingerprint, hash_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
@@ -27,17 +27,11 @@ def coherence_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     }
 
 
-def run_coherence(run: RunFolder, arm: str) -> Callable[[], Iterable[Path]]:
+def run_coherence(run: RunFolder, arm: str, _: Log = SILENT) -> Iterable[Path]:
     """Write `coherence.parquet`."""
-
-    def work() -> Iterable[Path]:
-        features = run.read_table(run.arm(arm, "features.parquet"))
-        vectors = load_embeddings(run.study.config.coherence.embeddings)
-        path = run.arm(arm, "coherence.parquet")
-        run.write_table(path, coherence(features, embeddings=vectors))
-        return [path]
-
-    return work
+    features = run.read_table(run.arm(arm, "features.parquet"))
+    vectors = load_embeddings(run.study.config.coherence.embeddings)
+    return [run.write_table(run.arm(arm, "coherence.parquet"), coherence(features, embeddings=vectors))]
 
 
 def embeddings_identity(study: Study) -> str:

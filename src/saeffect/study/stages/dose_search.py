@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from saeffect.config import SteeringConfig
 from saeffect.io import SILENT, Log, write_json
 from saeffect.steering import (
     RESPONSE_COLUMNS,
+    SteeringPlan,
     best_dose,
     direct_effects,
     dose_response,
-    run_trials_shared,
+    run_trials,
     score_doses,
 )
-from saeffect.steering.placebo import STEERED
+from saeffect.steering.placebos import STEERED
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import (
     encoder_identity,
     outcome_vectors,
-    plan_of_search,
     search_placebos,
     set_members,
     site_of,
@@ -33,16 +33,14 @@ from saeffect.study.stages.steering_plan import (
 
 __all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
-# 3: a dose-response table for every arm. 4: a placebo at every dose.
-# 5: fluency is not credited to losses, what is undefined is no gain, and without a gain no dose is chosen.
 VERSION = 5
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features"}
 
 
-def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
+def dose_inputs(run: RunFolder) -> dict[str, Any]:
     """What the chosen dose depends on."""
-    study = run.study
+    study, config = run.study, run.study.steering
     arms = study.ordered_arms()
     return {
         "version": VERSION,
@@ -57,7 +55,7 @@ def dose_inputs(run: RunFolder, config: SteeringConfig) -> dict[str, Any]:
     }
 
 
-def run_dose_search(run: RunFolder, config: SteeringConfig, log: Log) -> Callable[[], Iterable[Path]]:
+def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
 
     Control and treatment are searched alike and one dose serves every arm: arms steered at different
@@ -67,39 +65,38 @@ def run_dose_search(run: RunFolder, config: SteeringConfig, log: Log) -> Callabl
     Where no dose gains anything, the dose is null and the note says why. Then no arm is steered: a test of hours would
     measure what the search has shown already.
     """
-
-    def work() -> Iterable[Path]:
-        paths = [run.path("steering", name) for name in ("dose_search.parquet", "dose_response.parquet", "dose.json")]
-        table = pd.DataFrame(
-            {name: pd.Series(dtype=str) for name in ("arm", "condition")} | {"dose": pd.Series(dtype=float)}
-        )
-        response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
-        best: dict[str, float | None] = {}
-        if len(config.doses) > 1:
-            found = {name: _search_arm(run, name, config, log) for name in run.study.ordered_arms()}
-            searched = run.study.by_role("control") + run.study.by_role("treatment")
-            scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
-            table = pd.concat(scores, ignore_index=True) if scores else table
-            curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
-            response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
-            best = {name: best_dose(means) for name, (means, _) in found.items()}
-        chosen, note = _choose(table, config)
-        if chosen is None:
-            log(f"  warning: no feature is steered: {note}")
-        is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
-        run.write_table(paths[0], table.assign(chosen=is_chosen))
-        run.write_table(paths[1], response)
-        write_json(paths[2], {"dose": chosen, "unit": dose_unit(config), "note": note, "best": best})
-        return paths
-
-    return work
-
-
-def help_dose_search(run: RunFolder, config: SteeringConfig) -> None:
-    """What every other process does of the search: the texts of its features. The scores take a moment."""
+    config = run.study.steering
+    table = pd.DataFrame(
+        {name: pd.Series(dtype=str) for name in ("arm", "condition")} | {"dose": pd.Series(dtype=float)}
+    )
+    response = pd.DataFrame(columns=["arm", *RESPONSE_COLUMNS]).astype({"dose": float, "best": bool})
+    best: dict[str, float | None] = {}
     if len(config.doses) > 1:
+        found = {name: _search_arm(run, name, log) for name in run.study.ordered_arms()}
+        searched = run.study.by_role("control") + run.study.by_role("treatment")
+        scores = [found[name][0].assign(arm=name) for name in searched if len(found[name][0])]
+        table = pd.concat(scores, ignore_index=True) if scores else table
+        curves = [curve.assign(arm=name) for name, (_, curve) in found.items() if len(curve)]
+        response = pd.concat(curves, ignore_index=True)[list(response.columns)] if curves else response
+        best = {name: best_dose(means) for name, (means, _) in found.items()}
+    chosen, note = _choose(table, config)
+    if chosen is None:
+        log(f"  warning: no feature is steered: {note}")
+    is_chosen = (table["dose"] == chosen) & (table["condition"] == STEERED)
+    note_file = run.path("steering", "dose.json")
+    write_json(note_file, {"dose": chosen, "unit": dose_unit(config), "note": note, "best": best})
+    return [
+        run.write_table(run.path("steering", "dose_search.parquet"), table.assign(chosen=is_chosen)),
+        run.write_table(run.path("steering", "dose_response.parquet"), response),
+        note_file,
+    ]
+
+
+def help_dose_search(run: RunFolder) -> None:
+    """What every other process does of the search: the texts of its features. The scores take a moment."""
+    if len(run.study.steering.doses) > 1:
         for name in run.study.ordered_arms():
-            _search_arm(run, name, config, SILENT)
+            _search_arm(run, name, SILENT)
 
 
 def dose_unit(config: SteeringConfig) -> str:
@@ -132,16 +129,23 @@ def _why_no_dose(steered: pd.DataFrame) -> str:
     return why + (f" (similarity was undefined in {100 * share:.0f} % of them)" if share > 0 else "")
 
 
-def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, log: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _search_arm(run: RunFolder, arm: str, log: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores by condition and dose, and by feature, condition and dose."""
+    config = run.study.steering
     chosen = tested_features(run, arm, config.search_features, draw=1)
     if chosen.empty:
         return pd.DataFrame(), pd.DataFrame()
-    site, W_dec = site_of(run, run.study.open_arm(arm, log))
-    plan = plan_of_search(config, run.study.config.seed)
-    trials = run_trials_shared(
+    site = site_of(run, run.study.open_arm(arm, log))
+    # Every dose on the search prompts, one text each, beside the placebo that decides.
+    plan = SteeringPlan.from_section(
+        config,
+        seed=run.study.config.seed,
+        prompts=config.search_prompts,
+        samples=1,
+        placebos=search_placebos(config),
+    )
+    trials = run_trials(
         site,
-        W_dec,
         chosen,
         plan,
         vectors=outcome_vectors(run.study),
@@ -150,4 +154,4 @@ def _search_arm(run: RunFolder, arm: str, config: SteeringConfig, log: Log) -> t
     scores = score_doses(trials)
     if scores["score"].isna().all():
         log(f"  dose search, arm {arm}: no text has a similarity to its feature's top tokens")
-    return scores, dose_response(trials, direct_effects(site, W_dec, chosen, plan))
+    return scores, dose_response(trials, direct_effects(site, chosen, plan))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from saeffect.errors import EmptySelection
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
-from saeffect.features.token_choice import choosable_tokens
+from saeffect.features.vocabulary import choosable_tokens
 from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.unembedding import unembedding
-from saeffect.study.residuals import Residuals
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
+from saeffect.study.texts import Residuals
 
 __all__ = [
     "extract_features",
@@ -31,12 +31,12 @@ __all__ = [
     "shared_unembedding",
 ]
 
-# 2: rotary frequencies stay in float32; 3: passes as in harvests; 4: spaces of SentencePiece, ids behind holes.
 VERSION = 4
 
 
-def features_inputs(study: Study, arm: str) -> dict[str, Any]:
+def features_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     """What the feature table depends on."""
+    study = run.study
     return {
         "version": VERSION,
         "arm": study.identities[arm],
@@ -74,23 +74,19 @@ def shared_unembedding(lm: LanguageModel) -> Tensor:
     return W_U - W_U[:, sorted(lm.shared)].mean(dim=1, keepdim=True)
 
 
-def run_features(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
+def run_features(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Write `features.parquet` and `examples.parquet`."""
-
-    def work() -> Iterable[Path]:
-        opened = run.study.open_arm(arm, log)
-        rows = run.study.rows()
-        config = run.study.config.features
-        options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
-        ranked = ranked_tokens(run.study, opened.lm)
-        residuals = run.study.residuals
-        tables = extract_features(opened, rows, options, ranked=ranked, residuals=residuals, log=log)
-        paths = run.arm(arm, "features.parquet"), run.arm(arm, "examples.parquet")
-        run.write_table(paths[0], tables.features)
-        run.write_table(paths[1], tables.examples)
-        return paths
-
-    return work
+    opened = run.study.open_arm(arm, log)
+    rows = run.study.rows()
+    config = run.study.config.features
+    options = FeatureOptions(config.top_k, config.projection, rows.names, config.examples, config.window)
+    ranked = ranked_tokens(run.study, opened.lm)
+    residuals = run.study.residuals
+    tables = extract_features(opened, rows, options, ranked=ranked, residuals=residuals, log=log)
+    return [
+        run.write_table(run.arm(arm, "features.parquet"), tables.features),
+        run.write_table(run.arm(arm, "examples.parquet"), tables.examples),
+    ]
 
 
 @torch.inference_mode()
@@ -114,7 +110,7 @@ def extract_features(
         log: Receives lines of progress.
     """
     return extract_tables(
-        arm.sae,
+        arm.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         _batches(arm, rows, residuals or Residuals(), log),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from saeffect.features.vocabulary import load_vocabulary, select
 from saeffect.io import Log, fingerprint, hash_file
 from saeffect.lm.activations import kept_positions
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.compact import COMPACT_WEIGHTS, is_compact, load_compact
-from saeffect.sae.formats.saelens import load_sae, weights_file
+from saeffect.sae.formats import is_compact, load_compact, load_sae, weights_file
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
@@ -31,7 +30,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["SeedSae", "open_seed", "open_seeds", "run_seeds", "seed_folders", "seed_identities", "seeds_inputs"]
 
-VERSION = 3  # 2: passes as in harvests; 3: tokens as in features
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +41,7 @@ class SeedSae:
         name: What the tables call it.
         cfg: Its configuration.
         W_dec: float32 [d_sae, d_in].
-        sae: The SAE itself; None for a compact one.
+        sae: The SAE itself; None for a compact seed.
         statistics: One row a feature (feature, density, mean_activation, max_activation) recorded by whoever made a
             compact SAE; None for a whole one, which is run on the study's text.
     """
@@ -55,12 +54,7 @@ class SeedSae:
 
 
 def seed_folders(study: Study, arm: str) -> dict[str, Path]:
-    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's.
-
-    Raises:
-        NotFound: No such folder.
-        UnknownName: No such bundled SAE.
-    """
+    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's."""
     wanted = {
         name: [
             study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
@@ -77,11 +71,7 @@ def seed_folders(study: Study, arm: str) -> dict[str, Path]:
 
 
 def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
-    """Load a further SAE, whole or compact.
-
-    Raises:
-        SaeffectError: It cannot be loaded.
-    """
+    """Load a further SAE, whole or compact."""
     if is_compact(folder):
         compact = load_compact(folder, at=at)
         return SeedSae(name, compact.cfg, compact.W_dec, statistics=compact.statistics)
@@ -94,15 +84,14 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
 
     Raises:
         IncompatibleSae: One differs from the arm's own in more than the seed.
-        SaeffectError: One cannot be loaded.
     """
     own = study.sae_config(arm)
     found = []
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
         at = study.at("arms", arm, "more_saes", str(index))
-        one = open_seed(name, folder, at=at)
+        seed = open_seed(name, folder, at=at)
         for key in ("architecture", "d_in", "d_sae", "k", "hook_name", "prepend_bos"):
-            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, one.cfg))
+            mine, theirs = (getattr(cfg, key, cfg.metadata.get(key)) for cfg in (own, seed.cfg))
             unsaid = theirs is None if key == "hook_name" else key == "prepend_bos" and None in (mine, theirs)
             if mine != theirs and not unsaid:
                 raise IncompatibleSae(
@@ -110,7 +99,7 @@ def open_seeds(study: Study, arm: str) -> list[SeedSae]:
                     at=at,
                     fix="further SAEs of an arm differ in their seed alone.",
                 )
-        found.append(one)
+        found.append(seed)
     return found
 
 
@@ -119,7 +108,7 @@ def seed_identities(study: Study) -> dict[str, dict[str, str]]:
     found = {}
     for arm in study.config.arms:
         found[arm] = {
-            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(_weights(folder))])
+            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
             for name, folder in seed_folders(study, arm).items()
         }
     return found
@@ -140,53 +129,43 @@ def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     }
 
 
-def run_seeds(run: RunFolder, arm: str, log: Log) -> Callable[[], Iterable[Path]]:
+def run_seeds(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     """Write an arm's `seeds.parquet`: features, coherence and selection of its further SAEs."""
-
-    def work() -> Iterable[Path]:
-        study = run.study
-        opened = study.open_arm(arm, log)
-        vectors = load_embeddings(study.config.coherence.embeddings)
-        vocabulary = load_vocabulary(study.config.selection.vocabulary)
-        frames = []
-        for one in open_seeds(study, arm):
-            features = _features(study, opened, one, log)
-            chosen = select(
-                features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
-            )
-            table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
-            table.insert(0, "sae", pd.Series([one.name] * len(table), dtype="str"))
-            frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
-        path = run.arm(arm, "seeds.parquet")
-        run.write_table(path, pd.concat(frames, ignore_index=True))
-        return [path]
-
-    return work
+    study = run.study
+    opened = study.open_arm(arm, log)
+    vectors = load_embeddings(study.config.coherence.embeddings)
+    vocabulary = load_vocabulary(study.config.selection.vocabulary)
+    frames = []
+    for seed in open_seeds(study, arm):
+        features = _features(study, opened, seed, log)
+        chosen = select(
+            features, vocabulary=vocabulary, min_matches=study.config.selection.min_matches, verdicts=None, arm=arm
+        )
+        table = features.merge(coherence(features, embeddings=vectors), on="feature").merge(chosen, on="feature")
+        table.insert(0, "sae", pd.Series([seed.name] * len(table), dtype="str"))
+        frames.append(table.drop(columns=["top_token_ids", "top_tokens_dot", "top_tokens_cosine"]))
+    return [run.write_table(run.arm(arm, "seeds.parquet"), pd.concat(frames, ignore_index=True))]
 
 
 @torch.inference_mode()
-def _features(study: Study, arm: Arm, one: SeedSae, log: Log) -> pd.DataFrame:
+def _features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
     rows = study.rows()
     config = study.config.features
     table = feature_table(
-        one,
+        seed.W_dec,
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         options=FeatureOptions(config.top_k, config.projection, rows.names),
         valid=ranked_tokens(study, arm.lm),
     )
-    if one.sae is None:
-        recorded = one.statistics if one.statistics is not None else pd.DataFrame({"feature": table["feature"]})
+    if seed.sae is None:
+        recorded = seed.statistics if seed.statistics is not None else pd.DataFrame({"feature": table["feature"]})
         return table.merge(recorded, on="feature")
     activity = ActivityAccumulator(len(table), rows.names)
     limit = arm.norm_limit(rows)
     for start, ids, x in study.residuals.batches(arm.lm, arm.hook, rows):
         kept = kept_positions(x, limit)
         sources = np.repeat([rows.names[i] for i in rows.sources[start : start + len(ids)]], ids.shape[1])
-        activity.update(one.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
-        log.progress(f"seeds {one.name}", start + len(ids), len(rows), "rows")
+        activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
+        log.progress(f"seeds {seed.name}", start + len(ids), len(rows), "rows")
     return table.merge(activity.result()[["feature", "density", "mean_activation", "max_activation"]], on="feature")
-
-
-def _weights(folder: Path) -> Path:
-    return folder / COMPACT_WEIGHTS if is_compact(folder) else weights_file(folder)

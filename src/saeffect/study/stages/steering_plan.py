@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from saeffect.config import SteeringConfig
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import hash_folder, read_json
-from saeffect.steering import Site, SteeringPlan, TextVectors, load_text_vectors, matched_features
+from saeffect.steering import Site, TextVectors, load_text_vectors, matched_features
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
@@ -24,8 +22,6 @@ __all__ = [
     "matched_lists_of",
     "matched_placebos",
     "outcome_vectors",
-    "plan_of_search",
-    "plan_of_test",
     "search_placebos",
     "set_members",
     "site_of",
@@ -33,42 +29,9 @@ __all__ = [
 ]
 
 
-def plan_of_test(config: SteeringConfig, seed: int, dose: float) -> SteeringPlan:
-    """The plan of the test: the chosen dose on the test prompts, with placebos."""
-    return SteeringPlan(
-        prompts=config.prompts, doses=(dose,), samples=config.samples, placebos=config.placebos, **_same(config, seed)
-    )
-
-
-def plan_of_search(config: SteeringConfig, seed: int) -> SteeringPlan:
-    """The plan of the dose search: every dose on the search prompts, one text each, beside the placebo that decides."""
-    return SteeringPlan(
-        prompts=config.search_prompts,
-        doses=config.doses,
-        samples=1,
-        placebos=search_placebos(config),
-        **_same(config, seed),
-    )
-
-
 def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
     """What the search runs at every dose beside the features: the placebo that the test is against, if there is any."""
     return (config.primary_placebo,) if config.placebos else ()
-
-
-def _same(config: SteeringConfig, seed: int) -> dict[str, Any]:
-    return {
-        "operator": config.operator,
-        "unit": config.unit,
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_p": config.top_p,
-        "frequency_penalty": config.frequency_penalty,
-        "positions": config.positions,
-        "seed": seed,
-        "batch_size": config.batch_size,
-        "perplexity": True,
-    }
 
 
 def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
@@ -77,18 +40,17 @@ def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
     return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
 
 
-def site_of(run: RunFolder, arm: Arm) -> tuple[Site, Tensor]:
-    """Where an arm is steered, and its decoder."""
+def site_of(run: RunFolder, arm: Arm) -> Site:
+    """Where an arm is steered."""
     gate = read_json(run.arm(arm.name, "gate.json"))
     features = run.read_table(run.arm(arm.name, "features.parquet")).sort_values("feature")
     maxima = torch.from_numpy(features["max_activation"].to_numpy(dtype=np.float32, na_value=0.0).copy())
-    site = Site(
-        *(arm.lm, arm.hook, float(gate["mean_norm"])),
+    return Site(
+        *(arm.lm, arm.hook, arm.W_dec, float(gate["mean_norm"])),
         sae=arm.sae,
         max_acts=maxima,
         norm_limit=float(gate["norm_limit"]),
     )
-    return site, arm.W_dec
 
 
 def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
@@ -119,15 +81,14 @@ def matched_placebos(run: RunFolder, arm: str, chosen: list[int]) -> pd.DataFram
     # What the vocabulary says and people denied is no clean placebo either, nor is a member of a set that is steered.
     domain = selection.loc[selection["is_domain"] | selection["in_vocabulary"], "feature"].tolist()
     features = run.read_table(run.arm(arm, "features.parquet"))
-    table = matched_features(features, chosen, {*domain, *chosen, *set_members(run, arm)}, fewer=True)
+    table = matched_features(features, chosen, {*domain, *chosen, *set_members(run, arm)})
     names = features.set_index("feature")["top_tokens"]
     return table.assign(placebo_top_tokens=[list(names[placebo]) for placebo in table["placebo"]])
 
 
 def set_members(run: RunFolder, arm: str) -> list[int]:
     """The features of an arm that the study steers together with others, by number."""
-    config = run.study.config.steering
-    return sorted({feature for some in (config.together.get(arm, ()) if config else ()) for feature in some})
+    return sorted({feature for members in run.study.steering.together.get(arm, ()) for feature in members})
 
 
 def matched_lists_of(placebos: pd.DataFrame) -> dict[int, list[int]]:

@@ -1,0 +1,218 @@
+"""Where transformers' architectures keep their blocks and what is in them; and the unembedding.
+
+`HOOK_MAPPINGS` has an entry for each architecture that differs from the usual names; `register_hook_mapping` adds one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeffect.errors import ConfigError
+from saeffect.lm.language_model import LanguageModel
+
+__all__ = [
+    "HOOK_MAPPINGS",
+    "HookMapping",
+    "blocks",
+    "final_norm",
+    "mapping_of",
+    "register_hook_mapping",
+    "unembedding",
+]
+
+
+@dataclass(frozen=True)
+class HookMapping:
+    """Where an architecture keeps what the hooks read. Of several names the first that the model has counts.
+
+    Attributes:
+        blocks: Paths in the model of its list of blocks.
+        final_norm: Paths in the model of the normalisation before the unembedding.
+        attn_out: Modules of a block whose output is what attention adds to the stream; none: no `hook_attn_out`.
+        mlp_out: The same for the MLP.
+        resid_mid: Modules of a block whose input is the stream between the two.
+        signs: Parts of a block by which models of other types are known to be like this one.
+    """
+
+    blocks: tuple[str, ...] = (
+        "model.layers",  # Llama, Mistral, Qwen, Gemma, SmolLM, Phi, OLMo
+        "transformer.h",  # GPT-2, GPT-J, Bloom, Falcon
+        "gpt_neox.layers",  # Pythia
+        "model.decoder.layers",  # OPT
+        "model.language_model.layers",  # multimodal wrappers
+    )
+    final_norm: tuple[str, ...] = (
+        "model.norm",
+        "transformer.ln_f",
+        "gpt_neox.final_layer_norm",
+        "model.decoder.final_layer_norm",
+        "model.language_model.norm",
+        "model.final_layernorm",
+    )
+    attn_out: tuple[str, ...] = ("self_attn", "attn", "attention", "self_attention")
+    mlp_out: tuple[str, ...] = ("mlp", "feed_forward", "ffn")
+    resid_mid: tuple[str, ...] = ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm")
+    signs: tuple[str, ...] = ()
+
+
+_STANDARD = HookMapping()
+HOOK_MAPPINGS: dict[str, HookMapping] = {
+    # Gemma and OLMo normalise what each half adds before adding it; TransformerLens hooks the normalised value.
+    "gemma2": HookMapping(
+        attn_out=("post_attention_layernorm",),
+        mlp_out=("post_feedforward_layernorm",),
+        resid_mid=("pre_feedforward_layernorm",),
+        signs=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    # No norm before the MLP, which reads the stream as it is.
+    "olmo2": HookMapping(
+        attn_out=("post_attention_layernorm",),
+        mlp_out=("post_feedforward_layernorm",),
+        resid_mid=("mlp",),
+        signs=("post_feedforward_layernorm",),
+    ),
+    "glm4": HookMapping(
+        attn_out=("post_self_attn_layernorm",),
+        mlp_out=("post_mlp_layernorm",),
+        resid_mid=("post_attention_layernorm",),
+        signs=("post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
+    # Its attention and MLP add the stream themselves, so what they add cannot be told apart.
+    "bloom": HookMapping(attn_out=(), mlp_out=(), resid_mid=()),
+}
+"""By transformers' `model_type`; other models follow the first whose signs their blocks have, or else the defaults."""
+
+
+def register_hook_mapping(model_type: str, mapping: HookMapping) -> None:
+    """Make an architecture known: models whose configuration has this `model_type` are read by the mapping.
+
+    Raises:
+        ConfigError: There is a mapping of this type already.
+    """
+    if model_type in HOOK_MAPPINGS:
+        raise ConfigError(f"there is a hook mapping for {model_type!r} already.", at="HOOK_MAPPINGS")
+    HOOK_MAPPINGS[model_type] = mapping
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The model's list of transformer blocks.
+
+    Raises:
+        ConfigError: The architecture keeps them in none of the known places.
+    """
+    base = _unwrapped(model)
+    own = HOOK_MAPPINGS.get(_model_type(base), _STANDARD)
+    for path in own.blocks:
+        with contextlib.suppress(AttributeError):
+            found = base.get_submodule(path)
+            if isinstance(found, nn.ModuleList):
+                return found
+    raise ConfigError(
+        f"{type(base).__name__} keeps its blocks in none of the known places: {', '.join(own.blocks)}.",
+        fix="use a decoder-only model of a supported family (Llama, Mistral, Qwen, Gemma, GPT-2, Pythia), or describe"
+        " this one with saeffect.lm.architectures.register_hook_mapping.",
+    )
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The normalisation between the last block and the unembedding.
+
+    Raises:
+        ConfigError: It is in none of the known places.
+    """
+    base = _unwrapped(model)
+    paths = HOOK_MAPPINGS.get(_model_type(base), _STANDARD).final_norm
+    for path in paths:
+        with contextlib.suppress(AttributeError):
+            return base.get_submodule(path)
+    raise ConfigError(f"{type(base).__name__} keeps its final norm in none of: {', '.join(paths)}.")
+
+
+def mapping_of(model: nn.Module) -> HookMapping:
+    """The mapping by which a model is read."""
+    known = HOOK_MAPPINGS.get(_model_type(_unwrapped(model)))
+    if known is not None:
+        return known
+    parts = {name for name, _ in blocks(model)[0].named_children()}
+    return next((m for m in HOOK_MAPPINGS.values() if m.signs and parts.issuperset(m.signs)), _STANDARD)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """The model itself, without PEFT's wrapper."""
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
+
+
+def _model_type(base: Any) -> str:
+    return str(getattr(getattr(base, "config", None), "model_type", ""))
+
+
+@torch.no_grad()
+def unembedding(lm: LanguageModel) -> Tensor:
+    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
+
+    Where the final norm centres its input, the columns are also centred over `d_model`, since it feeds the
+    unembedding centred vectors only. What norm and head do is measured, not read off their classes.
+
+    Raises:
+        ConfigError: The final norm or the head does something that no such matrix stands for.
+
+    Source:
+        TransformerLens `fold_layer_norm` and `center_unembed`.
+    """
+    head = lm.model.get_output_embeddings()
+    scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])
+    _require_plain(head)
+    W_U = head.weight.detach().float().cpu().T.clone()
+    if scale is not None:
+        W_U *= scale[:, None]
+    if centres:
+        W_U -= W_U.mean(dim=0, keepdim=True)
+    W_U -= W_U.mean(dim=1, keepdim=True)
+    return W_U
+
+
+def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
+    """What a norm multiplies each dimension by, float32 `[d_model]` (None for 1), and whether it centres first."""
+    norm = copy.deepcopy(norm).float().cpu()
+    x = 100.0 * torch.randn(4, d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 50.0
+
+    def odd(vectors: Tensor) -> Tensor:
+        """Without the norm's bias."""
+        return (norm(vectors[None]) - norm(-vectors[None]))[0] / 2
+
+    weight = getattr(norm, "weight", None)
+    ones = torch.ones(d_model)
+    # Gemma and its kin store the scale less one.
+    scales = [ones] if weight is None else [weight.detach(), weight.detach() + 1.0, ones]
+    for centres in (False, True):
+        plain = x - x.mean(1, keepdim=True) if centres else x
+        plain = plain / plain.square().mean(1, keepdim=True).sqrt()
+        for scale in scales:
+            if torch.allclose(odd(x), plain * scale, rtol=1e-3, atol=1e-3 * float(scale.abs().max())):
+                return (None if scale is ones else scale), centres
+    raise ConfigError(
+        f"the final norm, {type(norm).__name__}, neither scales nor centres and scales its input, so no matrix stands"
+        " for the way from the residual stream to the logits.",
+        fix="use a model whose final norm is a LayerNorm or RMSNorm.",
+    )
+
+
+def _require_plain(head: nn.Module) -> None:
+    """The head multiplies by its weight and adds a constant; an adapter that is not merged adds more."""
+    weight: Any = head.weight
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    found = (head(x) - head(torch.zeros_like(x))).float()
+    expected = x.float() @ weight.float().T
+    rounding = 16 * torch.finfo(weight.dtype).eps
+    if not torch.allclose(found, expected, rtol=rounding, atol=rounding * float(expected.abs().max())):
+        raise ConfigError(
+            f"the unembedding, {type(head).__name__}, does more than multiply by its weight.",
+            fix="merge the adapter into the model (merge_and_unload).",
+        )

@@ -1,0 +1,295 @@
+"""Which feature became which, as flows; and which features of the control's SAE fire more after fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.ticker import NullLocator
+
+from saeffect.comparison import Comparison
+from saeffect.diffing.cross_activity import change_scores, most_changed
+from saeffect.diffing.matched_null import ONE_PLACEBO
+from saeffect.errors import Undefined
+from saeffect.report.context import ReportContext
+from saeffect.report.figures.style import (
+    DASHED,
+    INK,
+    MUTED,
+    ROLE_STYLES,
+    Drawing,
+    arm_styles,
+    clean_axes,
+    new_figure,
+    safe_text,
+)
+from saeffect.report.tables.matching import called_features
+from saeffect.report.tables.view import has_interval
+from saeffect.report.words.names import feature_names
+from saeffect.report.words.numbers import count, fixed, interval, is_defined, percent, signed
+
+__all__ = ["cross_activity", "fates"]
+
+_Counts = Mapping[tuple[str, str], Mapping[Any, Any]]  # by side and fate, a row of the fate counts
+_Span = tuple[float, float]
+
+_LEFT, _RIGHT, _BAR = 0.27, 0.73, 0.03  # the two bars of a flow, and how wide they are
+_GAP, _LEAST_APART = 0.03, 0.19
+_KEPT, _MOVED, _ABSORBED = "#b6c0ca", "#e69f00", "#56b4e9"
+_EXCESSES = (("control", "gone"), ("treatment", "new"))
+
+_DOMAIN, _OTHERS = "#009e73", "#9aa4ae"  # green as the domain's words in the lists
+_REACH = 3.0  # powers of two; what changed more is drawn on the edge
+_NAMED, _APART = 3, 0.42
+
+
+def fates(comparison: Comparison, context: ReportContext, *, measure: str) -> Drawing:
+    """Two flows below each other: to the treatment's SAE, and to another SAE of the control's model."""
+    counts = comparison.matches.fate_counts
+    rows = counts[counts["measure"] == measure] if len(counts) else counts
+    if rows.empty:
+        raise Undefined("features were not matched by this measure.")
+    if not rows["n_treatment"].notna().any():
+        raise Undefined(f"{rows['reason'].iloc[0]}.")
+    names = {style.role: safe_text(name, 16) for name, style in reversed(arm_styles(comparison).items())}
+    control, treatment = names["control"], names["treatment"]
+    found = {(str(row["side"]), str(row["fate"])): row for row in rows.to_dict("records")}
+    figure = new_figure(5.1)
+    axes = figure.subplots(2, 1)
+    _flow(axes[0], found, "treatment", f"Fine-tuning: {control} → {treatment}")
+    _flow(axes[1], found, "placebo", f"SAE noise: {control} → another seed, same model")
+    figure.supxlabel(_below(found), size=8.2, color=MUTED)
+    called = called_features(rows)
+    kept, gone = found["control", "kept"], found["control", "gone"]
+    return Drawing(
+        figure,
+        "Left: the control's features. Right: those of the other SAE. Both flows are judged by the same rule, by "
+        "similarity alone: kept ones match as well as features of two seeds do, gone and new ones match nothing "
+        "better than unrelated features do. Only what the upper flow shows beyond the lower one can be credited to "
+        f"fine-tuning: {_excess_words(found)}. "
+        + (
+            f"Single features called so (q ≤ {context.alpha:g}): {called}."
+            if called
+            else f"No single feature can be called moved, gone, absorbed or new (q ≤ {context.alpha:g})."
+        ),
+        f"Of {count(gone['n_features'])} features of {control}, "
+        f"{count(round(kept['n_treatment']))} are kept and {count(round(gone['n_treatment']))} gone in {treatment}; "
+        f"in an SAE of another seed {count(round(kept['n_placebo']))} and {count(round(gone['n_placebo']))}.",
+    )
+
+
+def _below(found: _Counts) -> str:
+    rows = [found[key] for key in _EXCESSES if has_interval(found[key])]
+    parts = [f"{row['fate']} {signed(row['excess'], 0)} {interval(row['low'], row['high'], 0)}" for row in rows]
+    return f"beyond SAE noise: {', '.join(parts)}" if parts else "excess over SAE noise: no interval"
+
+
+def _excess_words(found: _Counts) -> str:
+    parts = []
+    for side, fate in _EXCESSES:
+        row = found[side, fate]
+        if not has_interval(row):
+            parts.append(f"no interval for {fate} ones ({row['reason'] or 'no reason was recorded'})")
+            continue
+        apart = row["low"] > 0 or row["high"] < 0
+        parts.append(
+            f"{signed(row['excess'], 0)} {fate} (95 % interval {fixed(row['low'], 0)} to {fixed(row['high'], 0)}, "
+            f"which {'excludes' if apart else 'includes'} zero)"
+        )
+    remark = f" ({ONE_PLACEBO})" if any(found[key]["reason"] == ONE_PLACEBO for key in _EXCESSES) else ""
+    return " and ".join(parts) + remark
+
+
+class _Segment(NamedTuple):
+    """A part of a bar: features of one fate, and where it stands on the bar of height 1."""
+
+    fate: str
+    n: float
+    colour: str
+    span: _Span
+
+
+def _flow(ax: Axes, found: _Counts, other: str, title: str) -> None:
+    """One flow, from the control's features to those of the treatment or the placebo (`other`)."""
+
+    def n(side: str, fate: str, column: str = f"n_{other}") -> float:
+        value = found[side, fate][column]
+        return float(value) if is_defined(value) else 0.0
+
+    from_colour, to_colour = ROLE_STYLES["control"].colour, ROLE_STYLES[other].colour
+    absorbed = n("control", "absorbed", "called") if other == "treatment" else 0.0
+    left = _segments(
+        ("kept", n("control", "kept"), _KEPT),
+        ("moved", n("control", "moved"), _MOVED),
+        ("absorbed", absorbed, _ABSORBED),
+        ("gone", max(0.0, n("control", "gone") - absorbed), from_colour),
+    )
+    right = _segments(
+        ("kept", n("treatment", "kept"), _KEPT),
+        ("moved", n("treatment", "moved"), _MOVED),
+        ("new", n("treatment", "new"), to_colour),
+    )
+    for fate in ("kept", "moved"):
+        if fate in left and fate in right:
+            _ribbon(ax, left[fate].span, right[fate].span, left[fate].colour, 0.45)
+    if "absorbed" in left and "kept" in right:
+        low, high = left["absorbed"].span
+        foot = right["kept"].span[0]
+        _ribbon(ax, (low, high), (foot, foot + 0.6 * (high - low)), _ABSORBED, 0.7)
+    if "gone" in left:
+        _ending(ax, left["gone"].span, _LEFT + _BAR, _LEFT + _BAR + 0.15, from_colour)
+    if "new" in right:
+        _ending(ax, right["new"].span, _RIGHT - _BAR, _RIGHT - _BAR - 0.15, to_colour)
+    _bar(ax, _LEFT, list(left.values()), "right")
+    _bar(ax, _RIGHT - _BAR, list(right.values()), "left")
+    ax.set(xlim=(0, 1), ylim=(-0.02, 1.02))
+    ax.set_axis_off()
+    ax.set_title(title, size=8.8)
+
+
+def _segments(*parts: tuple[str, float, str]) -> dict[str, _Segment]:
+    """The parts that are not empty, by fate, from the top of the bar down."""
+    shown = [part for part in parts if part[1] > 0]
+    free = 1 - _GAP * max(0, len(shown) - 1)
+    total = sum(n for _, n, _ in shown)
+    segments, top = {}, 1.0
+    for fate, n, colour in shown:
+        height = free * n / total
+        segments[fate] = _Segment(fate, n, colour, (top - height, top))
+        top -= height + _GAP
+    return segments
+
+
+def _bar(ax: Axes, x: float, segments: Sequence[_Segment], align: str) -> None:
+    total = sum(segment.n for segment in segments)
+    at = 2.0
+    for fate, n, colour, (low, high) in segments:
+        ax.add_patch(Rectangle((x, low), _BAR, high - low, facecolor=colour, linewidth=0))
+        at = min((low + high) / 2, at - _LEAST_APART)
+        where = x - 0.02 if align == "right" else x + _BAR + 0.02
+        ax.text(where, at + 0.005, fate, ha=align, va="bottom", size=9, weight="bold", color=INK)
+        ax.text(where, at - 0.015, f"{count(round(n))} ({percent(n / total, 0)})", ha=align, va="top", size=8.4,
+                color=MUTED)  # fmt: skip
+
+
+def _ribbon(ax: Axes, left: _Span, right: _Span, colour: str, alpha: float) -> None:
+    a, b = _LEFT + _BAR, _RIGHT - _BAR
+    middle = (a + b) / 2
+    points = [
+        (a, left[1]), (middle, left[1]), (middle, right[1]), (b, right[1]),
+        (b, right[0]), (middle, right[0]), (middle, left[0]), (a, left[0]), (a, left[1]),
+    ]  # fmt: skip
+    codes = [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO, *[Path.CURVE4] * 3, Path.CLOSEPOLY]
+    ax.add_patch(PathPatch(Path(points, codes), facecolor=colour, alpha=alpha, linewidth=0))
+
+
+def _ending(ax: Axes, span: _Span, start: float, end: float, colour: str) -> None:
+    """A stream that thins out: no counterpart on the other side."""
+    low, high = span
+    middle, bend = (low + high) / 2, start + 0.6 * (end - start)
+    points = [(start, high), (bend, high), (bend, middle), (end, middle), (bend, middle), (bend, low), (start, low),
+              (start, high)]  # fmt: skip
+    codes = [Path.MOVETO, *[Path.CURVE4] * 6, Path.CLOSEPOLY]
+    ax.add_patch(PathPatch(Path(points, codes), facecolor=colour, alpha=0.35, linewidth=0))
+
+
+def cross_activity(comparison: Comparison, context: ReportContext) -> Drawing:
+    """Each feature's change against how much it fired, domain features in colour."""
+    cross = comparison.matches.cross_activity
+    if cross.empty:
+        raise Undefined("the control's SAE was not applied to the treatment's model.")
+    rows = _in_both_models(cross, context.alpha)
+    if rows.empty:
+        raise Undefined("no feature of the control's SAE fires in both models on this text.")
+    figure = new_figure(3.9)
+    ax = figure.add_subplot()
+    _points(ax, rows[~rows["domain"]], _OTHERS, 1.6, 0.55)
+    _points(ax, rows[rows["domain"]], _DOMAIN, 3.4, 0.95)
+    _name_most_changed(ax, rows, context)
+    _finish(ax, rows, context)
+    found = rows[rows["found"]]
+    domain = found[found["domain"]]
+    missing = int(((cross["mean_control"] > 0) | (cross["mean_treatment"] > 0)).sum()) - len(rows)
+    beyond = int((rows["ratio"].abs() > _REACH).sum())
+    listed = len(most_changed(cross, alpha=context.alpha)) > 0
+    return Drawing(
+        figure,
+        "Each dot is a feature of the control's SAE, applied to both models on the same text: to the right it "
+        "fires more, above the line more strongly in the fine-tuned model. "
+        f"Green: {context.domain} features. Filled: q ≤ {context.alpha:g} (signs flipped by row of text); hollow: not. "
+        + (f"Not drawn: {count(missing)} that fire in one model only. " if missing else "")
+        + (f"On the edge: {count(beyond)} that changed more than 8×. " if beyond else "")
+        + ("[[table:cross]] has the intervals of the most changed ones." if listed else
+           "No feature changed clearly enough to be listed."),
+        f"{count((found['ratio'] > 0).sum())} of {count(len(rows))} features fire more strongly in the fine-tuned "
+        f"model and {count((found['ratio'] < 0).sum())} more weakly; of the {count(rows['domain'].sum())} "
+        f"{context.domain} features {count((domain['ratio'] > 0).sum())} and {count((domain['ratio'] < 0).sum())}.",
+    )  # fmt: skip
+
+
+def _in_both_models(cross: pd.DataFrame, alpha: float) -> pd.DataFrame:
+    """Features that fire in both models: the logarithm of how much, and of after / before."""
+    rows = cross[(cross["mean_control"] > 0) & (cross["mean_treatment"] > 0)]
+    return pd.DataFrame(
+        {
+            "feature": rows["feature"],
+            "level": np.log10(rows["mean_control"].to_numpy(dtype=float)),
+            "ratio": np.log2((rows["mean_treatment"] / rows["mean_control"]).to_numpy(dtype=float)),
+            "found": (rows["q"] <= alpha).to_numpy(dtype=bool),
+            "domain": rows["is_domain"].to_numpy(dtype=bool),
+            "score": change_scores(rows),
+        }
+    ).reset_index(drop=True)
+
+
+def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float) -> None:
+    # Dots that fall on one spot are drawn once: thousands of them would weigh down the page.
+    seen = rows.assign(x=(rows["level"] / 0.02).round(), y=(rows["ratio"] / 0.03).round())
+    seen = seen.drop_duplicates(["x", "y", "found"])
+    for found, face in ((False, "none"), (True, colour)):
+        dots = seen[seen["found"] == found]
+        ax.plot(dots["level"], dots["ratio"].clip(-_REACH, _REACH), "o", color=colour, markerfacecolor=face,
+                markersize=size, alpha=alpha, markeredgewidth=0.5)  # fmt: skip
+
+
+def _name_most_changed(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
+    """Words beside the most changed domain features of either direction, none on top of another."""
+    domain = rows[rows["domain"] & rows["found"]]
+    words = feature_names(context.arm_of("control"), 2, longest=None, wanted=set(domain["feature"].astype(int)))
+    taken: list[float] = []
+    middle = float(rows["level"].median())
+    for direction in (domain[domain["ratio"] > 0], domain[domain["ratio"] < 0]):
+        n = 0
+        for row in direction.sort_values("score", key=np.abs, ascending=False, kind="stable").itertuples():
+            y = float(np.clip(row.ratio, -_REACH, _REACH))
+            if n == _NAMED or int(row.feature) not in words or any(abs(y - other) < _APART for other in taken):
+                continue
+            right = row.level > middle
+            ax.annotate(safe_text(words[int(row.feature)], 24), (row.level, y), xytext=(-5 if right else 5, 0),
+                        textcoords="offset points", ha="right" if right else "left", va="center", size=7.8, color=INK,
+                        bbox={"facecolor": "#ffffff", "edgecolor": "none", "alpha": 0.75, "pad": 0.8})  # fmt: skip
+            taken.append(y)
+            n += 1
+
+
+def _finish(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
+    ax.axhline(0, **DASHED)
+    reach = min(_REACH, max(1.0, float(rows["ratio"].abs().max()))) * 1.06
+    ax.set_ylim(-reach, reach)
+    ax.set_yticks(np.arange(-int(reach), int(reach) + 1))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{2.0**value:g}×")
+    least, most = float(rows["level"].min()), float(rows["level"].max())
+    ax.set_xticks(np.arange(int(np.floor(least)), int(np.ceil(most)) + 1))
+    ax.set_xlim(least - 0.15, most + 0.15)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(lambda value, _: f"{10.0**value:g}")
+    ax.set_xlabel("activation per token before fine-tuning")
+    ax.set_ylabel("after / before")
+    ax.text(0.0, 1.02, f"● {safe_text(context.domain, 20)} features", transform=ax.transAxes, color=_DOMAIN, size=8.5)
+    ax.text(1.0, 1.02, "● all others", transform=ax.transAxes, color=MUTED, size=8.5, ha="right")
+    clean_axes(ax, grid="y")

@@ -1,0 +1,248 @@
+"""What the sections of the page say in words, beside their tables: chance, steering, fates, regression, threats."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from saeffect.comparison import Answer, Comparison, Trace
+from saeffect.comparison.arms import roles_of
+from saeffect.report.context import ReportContext, SteeringResults
+from saeffect.report.tables.evidence import calibration_verdict, coherence_sentence
+from saeffect.report.tables.matching import cross_summary, fate_summary
+from saeffect.report.tables.steering import baseline_sentences
+from saeffect.report.words.evidence import power_sentence
+from saeffect.report.words.names import dose_words
+from saeffect.report.words.numbers import is_defined, joined, plural
+from saeffect.report.words.threats import SEVERITIES
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
+
+__all__ = [
+    "Evidence",
+    "Piece",
+    "SteeringSection",
+    "evidence",
+    "gravest",
+    "steering_section",
+    "threat_summary",
+    "traced_paragraph",
+]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A sentence or two for each section on evidence; "" where there is nothing to say.
+
+    `stagewise` says why features were not followed through training on, `gravest` are the threats to be quoted beside
+    the answer, `limits` says by section what cannot be concluded and why.
+    """
+
+    calibration: str
+    power: str
+    fates: str
+    cross: str
+    stagewise: str
+    regression: str
+    threats: str
+    gravest: tuple[str, ...]
+    limits: Mapping[str, str]
+
+
+def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
+    """The words of the sections; every table that is missing is said to be, with the reason."""
+    arms = comparison.table1[["arm", "role"]].itertuples(index=False)
+    deciding = context.steering.deciding if context.steering else "similarity"
+    stagewise = (
+        "Features were not followed through training: the treatment's SAE was not trained on from the control's, so "
+        "their numbers do not correspond."
+    )
+    return Evidence(
+        calibration=calibration_verdict(comparison),
+        power=power_sentence(comparison.power, roles_of(dict(arms)), deciding),
+        fates=fate_summary(comparison, context),
+        cross=cross_summary(comparison, context),
+        stagewise="" if len(comparison.matches.stagewise) else stagewise,
+        regression=coherence_sentence(comparison),
+        threats=threat_summary(comparison.threats),
+        gravest=tuple(gravest(comparison.threats)),
+        limits=_limits(comparison),
+    )
+
+
+def _limits(comparison: Comparison) -> dict[str, str]:
+    """Sections that have nothing to show, and why."""
+    limits = {"chance": "", "fates": "", "regression": ""}
+    counts, calibration = comparison.matches.fate_counts, comparison.calibration
+    if counts.empty:
+        limits["fates"] = "Features were not matched in this study, so nothing is known about which became which."
+    elif not counts["n_placebo"].notna().any():
+        limits["fates"] = (
+            f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
+            "feature to its nearest is in comparison/fates_control.parquet."
+        )
+    # Whether any declared test could be tried where there is nothing to find; any at all where none is declared.
+    declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration
+    shown = declared if len(declared) else calibration
+    if shown.empty or not (shown["tests"] > 0).any():
+        limits["chance"] = calibration_verdict(comparison)
+    if comparison.regression.empty or not comparison.regression["estimate"].notna().any():
+        limits["regression"] = coherence_sentence(comparison)
+    return limits
+
+
+def threat_summary(threats: pd.DataFrame) -> str:
+    """How many threats there are of each severity: the sentence above the list."""
+    counts = {name: int((threats["severity"] == name).sum()) for name in SEVERITIES}
+    listed = joined([f"{n} {name}" for name, n in counts.items() if n])
+    noun = "threat" if len(threats) == 1 else "threats"
+    lead = "" if counts["serious"] else " None of them is known to overturn the answer."
+    return f"{listed} {noun}, found by rule in the tables of this study.{lead}"
+
+
+def gravest(threats: pd.DataFrame) -> list[str]:
+    """The threats to quote beside the answer: up to five serious ones, or else the first three."""
+    serious = threats.loc[threats["severity"] == "serious", "threat"]
+    return [str(threat) for threat in (serious[:5] if len(serious) else threats["threat"][:3])]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of the paragraph: its text, the id that it links to ("" for none), and where it was read off."""
+
+    text: str
+    anchor: str = ""
+    source: str = ""
+
+
+def traced_paragraph(answer: Answer, anchors: Collection[str]) -> tuple[Piece, ...]:
+    """The answer's paragraph, each number with a link to the row of the page that shows it.
+
+    Args:
+        answer: With its traces.
+        anchors: The ids of the page: a number whose row the page does not show links to its table.
+    """
+    text, pieces, at = answer["paragraph"], [], 0
+    for trace in answer["traces"]:
+        anchor = next((name for name in _anchors_of(trace) if name in anchors), "")
+        where = ", ".join(f"{column} = {value}" for column, value in trace["row"].items())
+        pieces.append(Piece(text[at : trace["start"]]))
+        pieces.append(Piece(trace["text"], anchor, f"comparison/{trace['table']}.parquet, {where}"))
+        at = trace["start"] + len(trace["text"])
+    return tuple(piece for piece in (*pieces, Piece(text[at:])) if piece.text)
+
+
+def _anchors_of(trace: Trace) -> tuple[str, ...]:
+    """Ids that show the number, the best first."""
+    row, table = trace["row"], trace["table"]
+    if table == "contrasts":
+        quantity = str(row["quantity"])
+        return f"row-glance-{quantity.removesuffix('_seeds')}", f"row-contrasts-{quantity}", "table-contrasts"
+    if table == "cross_activity":
+        named = (f"row-cross-{row['feature']}", "table-cross") if "feature" in row else ()
+        return (*named, "activity-summary")
+    return {"fate_counts": ("table-fates",), "threats": ("table-threats",)}[table]
+
+
+@dataclass(frozen=True)
+class SteeringSection:
+    """Sentences of the section: how it was done, what cannot be concluded, the baselines, the dose.
+
+    `caveat` is what must be known before the answer is quoted; "" for nothing.
+    """
+
+    lead: str
+    caveat: str
+    limits: tuple[str, ...]
+    baselines: tuple[str, ...]
+    doses: tuple[str, ...]
+
+
+def steering_section(comparison: Comparison, context: ReportContext) -> SteeringSection:
+    """What the section on steering says in words."""
+    results = context.steering
+    tested = {str(row["arm"]): int(row["tested"]) for row in comparison.table1.to_dict("records")}
+    spoken = results if any(tested.values()) else None
+    return SteeringSection(
+        lead=_lead(spoken) if spoken is not None else "",
+        caveat=_ABLATED if spoken is not None and _below(spoken) else "",
+        limits=_steering_limits(results, tested),
+        baselines=baseline_sentences(comparison, context),
+        doses=_doses(results, context),
+    )
+
+
+def _lead(results: SteeringResults) -> str:
+    texts = ""
+    if results.n_prompts and results.samples:
+        texts = f", on {plural(results.n_prompts, 'prompt')} × {plural(results.samples, 'text')}"
+    others = [OUTCOMES[name].label for name in results.outcomes[1:]]
+    also = f" Declared beside it: {', '.join(others)}." if others else ""
+    reading = (
+        " A feature passes for an effect below zero: it had been bringing its concept in." if _below(results) else ""
+    )
+    return (
+        f"Features were steered {dose_words(results)}{texts}. What decides is the "
+        f"{OUTCOMES[results.deciding].label} of steered texts minus that under the "
+        f"{control_label(results.placebo)}, declared before the run.{also} What is marked exploratory was not.{reading}"
+    )
+
+
+def _below(results: SteeringResults) -> bool:
+    """Whether the test looks for effects below zero."""
+    return results.operator == "ablate" and OUTCOMES[results.deciding].alternative != "two-sided"
+
+
+_ABLATED = (
+    "Features were switched off, which takes their concept away: a feature passes for an effect below zero. One "
+    "that is off on these prompts changes no text and cannot pass, so a pass rate near 0 does not say that "
+    "features do nothing where they fire."
+)
+
+
+def _steering_limits(results: SteeringResults | None, tested: Mapping[str, int]) -> tuple[str, ...]:
+    """What cannot be concluded, one sentence each."""
+    measured = results is not None and any(len(table) for table in results.outcome_effects.values())
+    if not any(tested.values()) and not measured:
+        why = f" ({results.dose_note})" if results is not None and results.dose is None and results.dose_note else ""
+        return (f"No feature was steered{why}, so nothing can be said about what the features cause.",)
+    found = []
+    if results is not None and not results.placebos:
+        found.append(
+            "The study steers along no placebo: that a text changes cannot be told from what any push of that size "
+            "does, and no feature can pass."
+        )
+    if results is not None and results.n_prompts * results.samples == 1:
+        found.append("There is one prompt and one text: a single pair shows no spread, so no feature has an interval.")
+    elif results is not None and results.n_prompts == 1:
+        found.append("There is one prompt: whether the effects hold on any other cannot be said.")
+    for arm, n in tested.items():
+        if n == 0:
+            found.append(f"No feature of {arm} was tested: nothing can be said about what its features cause.")
+        elif n == 1:
+            found.append(f"One feature of {arm} was tested: the arm's mean has no interval.")
+    return tuple(found)
+
+
+def _doses(results: SteeringResults | None, context: ReportContext) -> tuple[str, ...]:
+    if results is None:
+        return ()
+    if results.dose is None:
+        return (f"No dose was chosen: {results.dose_note}.",) if results.dose_note else ()
+    if results.operator == "ablate":
+        return ("An ablation has one dose, so there is no dose-response curve.",)
+    if context.doses is None and results.dose_response is None:
+        return (
+            f"One dose, {results.dose:g}, was set in the study file and none searched for, so there is no "
+            "dose-response curve: whether another would do more is not known.",
+        )
+    found = ["One dose serves every arm: arms steered at different strengths could not be compared."]
+    own = [(arm, dose) for arm, dose in results.best_doses.items() if is_defined(dose)]
+    if own:
+        listed = ", ".join(f"{arm} {dose:g}" for arm, dose in own)
+        found.append(f"Each arm's own best dose in the search: {listed}; the one used: {results.dose:g}.")
+    if results.dose_note:
+        found.append(f"A reservation: {results.dose_note}.")
+    return tuple(found)

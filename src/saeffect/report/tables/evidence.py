@@ -1,0 +1,370 @@
+"""What chance gives, what could have been found, what goes with a strong effect, and what threatens the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saeffect.comparison import Comparison
+from saeffect.comparison.calibration import WITHIN
+from saeffect.report.context import ReportContext
+from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit, has_interval
+from saeffect.report.words.names import capital, short_name
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, plural, signed
+from saeffect.steering.outcomes import OUTCOMES
+
+__all__ = [
+    "TERM_NAMES",
+    "calibration_table",
+    "calibration_verdict",
+    "chance_table",
+    "coherence_sentence",
+    "power_table",
+    "regression_table",
+    "rule_label",
+    "test_label",
+    "threat_table",
+]
+
+
+def test_label(test: str) -> str:
+    """A test of the calibration or power table as a heading.
+
+    Example:
+        >>> test_label("domain_share"), test_label("feature in treatment")
+        ('Share of domain features', 'Feature in treatment')
+    """
+    return capital(short_name(test))
+
+
+def rule_label(rule: str, alpha: float) -> str:
+    """What counts as a finding, with the study's alpha in it.
+
+    Example:
+        >>> rule_label("p at most alpha", 0.05), rule_label("more than SAE noise", 0.05)
+        ('p ≤ 0.05', 'more than SAE noise')
+    """
+    rule = "any called, q at most alpha" if rule == "a feature is called at q at most alpha" else rule
+    return rule.replace("at most alpha", f"≤ {alpha:g}")
+
+
+def calibration_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Each test where there is nothing to find, and beside it the same test on the treatment.
+
+    Tests that the study declared come first; others that could not be tried go into the note.
+    """
+    table = comparison.calibration
+    if table.empty:
+        return None
+    declared = table["declared"].astype(bool)
+    shown = table[declared | (table["tests"] > 0)].sort_values("declared", ascending=False, kind="stable")
+    rows = [
+        Row(
+            test_label(str(row["test"])),
+            (_alarms(row), Cell(percent(row["nominal"], 0)), _promise(row), _findings(row)),
+            sub=rule_label(str(row["rule"]), context.alpha),
+            strong=bool(row["declared"]),
+        )
+        for row in shown.to_dict("records")
+    ]
+    not_tried = []
+    for reason, group in table[~declared & (table["tests"] == 0)].groupby("reason", sort=False):
+        tests = zip(group["test"], group["rule"], strict=True)
+        names = "; ".join(f"{short_name(test)}, {rule_label(rule, context.alpha)}" for test, rule in tests)
+        not_tried.append(f"{names} ({reason})")
+    return TableView(
+        name="calibration",
+        caption="False alarms where there is nothing to find, beside the findings",
+        source="comparison/calibration.parquet, one row per test and rule",
+        columns=(
+            Column("False alarms", "an SAE of the control's model in the treatment's place", role="placebo"),
+            Column("Promised", "at most"),
+            Column("Verdict", is_text=True),
+            Column("Findings", "in the treatment itself", role="treatment"),
+        ),
+        rows=tuple(rows),
+        corner="Test, and what counts as a finding",
+        note="Bold: tests that the study declared beforehand. "
+        + (f"Could not be tried: {'; '.join(not_tried)}." if not_tried else ""),
+        terms=("calibration", "false_alarm", "nominal", "stand_in", "wilson"),
+    )
+
+
+def _alarms(row: Mapping[Any, Any]) -> Cell:
+    if not row["tests"]:
+        return Cell.undefined(row["reason"] or "it was not tested")
+    sub = str(row["unit"])
+    if is_defined(row["low"]):
+        sub += f" · {percent(row['findings'] / row['tests'])} {interval(100 * row['low'], 100 * row['high'], 1)}"
+    elif row["tests"] > 1:
+        sub += f" · {percent(row['findings'] / row['tests'])}"
+    return Cell(f"{count(row['findings'])} of {count(row['tests'])}", sub=sub)
+
+
+def _findings(row: Mapping[Any, Any]) -> Cell:
+    findings, tests = row["treatment_findings"], row["treatment_tests"]
+    if not is_defined(tests) or not tests:
+        return Cell.undefined(row["reason"] or "it was not tested")
+    return Cell(f"{count(findings)} of {count(tests)}", sub=percent(findings / tests) if tests > 1 else "")
+
+
+def _promise(row: Mapping[Any, Any]) -> Cell:
+    """A promise counts as kept only where the data are enough to say so."""
+    if row["verdict"] == "more alarms than nominal":
+        return Cell.words("too many alarms", tone="warn")
+    if row["verdict"] != WITHIN or not is_defined(row["high"]):
+        return Cell.words("cannot be judged", tone="muted")
+    if row["high"] <= row["nominal"]:
+        return Cell.words("keeps its promise", tone="good")
+    return Cell.words("no excess seen", sub="too few trials to be sure")
+
+
+def calibration_verdict(comparison: Comparison) -> str:
+    """One or two plain sentences: may the findings be believed?"""
+    table = comparison.calibration
+    if table.empty:
+        return (
+            "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
+        )
+    known = table[(table["tests"] > 0) & table["rate"].notna()]
+    if known.empty:
+        stand_in = "no SAE of the control's model can stand in for the treatment"
+        why = next((reason for reason in table["reason"] if reason), stand_in)
+        return f"It cannot be said how often these tests raise false alarms: {why}."
+    declared = table[table["declared"].astype(bool)]
+    if len(declared) and not (declared["tests"] > 0).any():
+        why = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
+        return f"It cannot be said how often the declared tests raise false alarms: {why}."
+    bad = known[known["verdict"] != WITHIN]
+    if len(bad):
+        tests = zip(bad["test"], bad["rule"], strict=True)
+        names = "; ".join(dict.fromkeys(f"{short_name(test)} ({rule})" for test, rule in tests))
+        text = f"Not to be believed, since they raise more false alarms than they promise: {names}."
+    else:
+        text = "No test raised more false alarms than it promises."
+        between_saes = known.loc[known["unit"] != "features", "tests"]
+        if len(between_saes) and between_saes.max() < 60:
+            text += (
+                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
+                "would show a test that is badly miscalibrated, not one that is slightly so."
+            )
+    unjudged = int((table["tests"] == 0).sum())
+    if unjudged:
+        text += f" {count(unjudged)} of {count(len(table))} tests could not be tried; the table says why."
+    return text
+
+
+def chance_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """Findings beside the number that chance would give; None where there is nothing to say."""
+    if comparison.by_chance.empty:
+        return None
+    rows = []
+    for row in comparison.by_chance.to_dict("records"):
+        both = has_interval(row)
+        expected = Cell.undefined(row["reason"])
+        if is_defined(row["expected"]):
+            sub = f"[{_expected(row['low'])}, {_expected(row['high'])}]" if both else str(row["reason"])
+            expected = Cell(("at most " if row["bound"] else "") + _expected(row["expected"]), sub=sub)
+        cells = (
+            Cell(count(row["found"]), sub=f"of {count(row['among'])}"),
+            expected,
+            _beside_chance(row, both),
+            Cell.words(row["chance"], tone="muted"),
+        )
+        rows.append(Row(capital(str(row["finding"])), cells))
+    return TableView(
+        name="by_chance",
+        caption="How many findings chance alone would give",
+        source="comparison/by_chance.parquet, every row; its column source names the table behind each",
+        columns=(
+            Column("Found", "in the treatment", role="treatment"),
+            Column("By chance", "95 % of the time"),
+            Column("Found is", is_text=True),
+            Column("What chance is here", is_text=True),
+        ),
+        rows=tuple(rows),
+        corner="Finding",
+        terms=("prediction", "paper_rule", "q"),
+    )
+
+
+def _expected(value: float) -> str:
+    return count(round(value)) if abs(value) >= 10 or float(value).is_integer() else fixed(value, 1)
+
+
+def _beside_chance(row: Mapping[Any, Any], both: bool) -> Cell:
+    found = row["found"]
+    if is_defined(row["expected"]) and row["bound"]:
+        return Cell.words("more" if found > row["expected"] else "no more")
+    if not is_defined(row["expected"]) or not both:
+        return Cell.words("not comparable", tone="muted")
+    if row["low"] <= found <= row["high"]:
+        return Cell.words("what chance gives")
+    return Cell.words("more than chance" if found > row["high"] else "less than chance", tone="good")
+
+
+def power_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """The smallest difference that each test would probably have found, beside what was seen."""
+    table = comparison.power
+    if table.empty:
+        return None
+    return TableView(
+        name="power",
+        caption="What this study could have found",
+        source="comparison/power.parquet, every row: detectable, observed, n_a, n_b, alpha, power",
+        columns=(
+            Column("Smallest difference", f"found {percent(table['power'].iloc[0], 0)} of the time"),
+            Column("Seen"),
+            Column("Sample"),
+            Column("Reading", is_text=True),
+        ),
+        rows=tuple(_power_row(row) for row in table.to_dict("records")),
+        corner="Test",
+        note=" ".join(note for kind, note in _POWER_NOTES.items() if table["test"].str.contains(kind).any()),
+        terms=("power",),
+    )
+
+
+# What the names of the tests mean that do not speak for themselves, by a pattern.
+_POWER_NOTES = {
+    "_seeds$": "SAEs as units: each SAE counts once, so that the noise of SAE training is in the sample.",
+    "^feature in": "Feature in an arm: one steered feature tested alone, at its own p.",
+    "^only feature": (
+        "Only feature of several: as if it were the single one that works: its p must hold against them all."
+    ),
+}
+
+
+def _power_row(row: Mapping[Any, Any]) -> Row:
+    test, unit = str(row["test"]), difference_unit(str(row["unit"]))
+    detectable, below, observed = row["detectable"], row["detectable_below"], row["observed"]
+    single = test.startswith(("feature in", "only feature"))
+    sample = count(row["n_a"]) if row["n_a"] == row["n_b"] else f"{count(row['n_a'])} and {count(row['n_b'])}"
+    noun = "prompts or pairs" if single else "SAEs a side" if test.endswith("_seeds") else "features a side"
+    differs = is_defined(below) and is_defined(detectable) and abs(below - detectable) >= 1e-9
+    reading = Cell.words("cannot be said", tone="muted")
+    if is_defined(detectable) and is_defined(observed):
+        limit = below if observed < 0 and is_defined(below) else detectable
+        reading = Cell.words("too small to be found reliably" if abs(observed) < limit else "large enough to be found")
+    seen = Cell.dash()
+    if is_defined(observed):
+        seen = Cell.value(observed, unit, sub="median effect" if single else "", sign=True)
+    cells = (
+        Cell.value(detectable, unit, sub=f"{amount(below, unit)} downwards" if differs else "", reason=row["reason"]),
+        seen,
+        Cell(sample, sub=noun),
+        reading,
+    )
+    return Row(test_label(test), cells)
+
+
+TERM_NAMES = {
+    "intercept": ("Intercept", ""),
+    "coherence": ("Coherence", "from 0 to 1"),
+    "log10_density": ("Density", "fires ten times as often"),
+    "decoder_norm": ("Decoder norm", "per unit of length"),
+}
+"""Terms of the regression apart from arms: name, and what one unit of it is."""
+
+
+def regression_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """What each property adds to the effect of steering, all others equal."""
+    table = comparison.regression
+    if table.empty:
+        return None
+    outcome = OUTCOMES[context.steering.deciding if context.steering else "similarity"]
+    first = table.iloc[0]
+    clustered = str(first["errors"]).startswith("clustered")
+    how = (
+        "cluster-robust errors, clustered by SAE"
+        if clustered
+        else "HC3 errors: there are too few steered SAEs to cluster by"
+    )
+    left_out = int(first["n_left_out"])
+    left = f" {count(left_out)} without a coherence or an activity are left out." if left_out else ""
+    return TableView(
+        name="regression",
+        caption="What goes with a strong effect of steering",
+        source="comparison/regression.parquet, every row: term, estimate, low, high, p, n, errors",
+        columns=(Column("Adds to the effect", f"{outcome.label}, {outcome.effect_unit}; 95 % interval"), Column("p")),
+        rows=tuple(_regression_row(row) for row in table.to_dict("records")),
+        corner="Property",
+        stacks=False,
+        note=f"Least squares over {count(first['n'])} steered features of all arms; {how}.{left}",
+        terms=("regression", *(() if clustered else ("hc3",)), "cluster_robust", "partial_residual", "p"),
+    )
+
+
+def _regression_row(row: Mapping[Any, Any]) -> Row:
+    term = str(row["term"])
+    label, sub = TERM_NAMES.get(term, (f"Arm {term.removeprefix('arm ')}", "against control"))
+    reason = str(row["reason"]).replace(term, label.lower())
+    cells = (Cell.undefined(reason), Cell.dash())
+    if is_defined(row["estimate"]):
+        both = has_interval(row)
+        apart = both and (row["low"] > 0 or row["high"] < 0) and term != "intercept"
+        ends = interval(row["low"], row["high"]) if both else f"no interval: {reason}"
+        estimate = Cell(signed(row["estimate"]), sub=ends, tone="good" if apart else "")
+        cells = (estimate, Cell(p_value(row["p"]) if is_defined(row["p"]) else "–"))
+    return Row(label, cells, sub=sub, strong=term == "coherence")
+
+
+def coherence_sentence(comparison: Comparison) -> str:
+    """The paper's open question, answered: do coherent features have stronger effects?"""
+    table = comparison.regression
+    row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
+    if row is None or not is_defined(row["estimate"]):
+        why = row["reason"] if row and row["reason"] else "no feature was steered"
+        return f"Whether coherent features have stronger effects cannot be said: {why}."
+    step = 0.1 * float(row["estimate"])
+    if not has_interval(row):
+        return (
+            f"A coherence higher by 0.1 goes with an effect of {signed(step)}, but this has no interval "
+            f"({row['reason'] or 'no reason was recorded'}), so nothing follows from it."
+        )
+    ends = interval(0.1 * row["low"], 0.1 * row["high"])
+    if row["low"] > 0:
+        return (
+            "Yes, here more coherent features have stronger effects: a coherence higher by 0.1 goes with an effect "
+            f"larger by {fixed(step)} {ends}, other properties being equal. That is association; nothing here shows "
+            "that coherence is the cause."
+        )
+    if row["high"] < 0:
+        return (
+            "Here more coherent features have weaker effects: a coherence higher by 0.1 goes with an effect smaller by "
+            f"{fixed(-step)} ({ends} in the effect), other properties being equal."
+        )
+    return (
+        f"It cannot be said: a coherence higher by 0.1 goes with a change of the effect of {signed(step)} {ends}, and "
+        "that interval includes zero."
+    )
+
+
+_SEVERITIES = {
+    "serious": "the answer may be wrong for it",
+    "moderate": "the answer is less sure than its intervals say",
+    "minor": "the answer holds for less than it seems to",
+}
+
+
+def threat_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """Every threat, how serious, what to do."""
+    table = comparison.threats
+    if table.empty:
+        return None
+    return TableView(
+        name="threats",
+        caption="Threats to validity",
+        source="comparison/threats.parquet, every row; its column source names the table behind each",
+        columns=(Column("What", is_text=True), Column("What to do", is_text=True)),
+        rows=tuple(
+            Row(
+                capital(row["severity"]),
+                (Cell.words(row["threat"]), Cell.words(row["remedy"], sub=f"seen in {row['source']}")),
+                strong=row["severity"] == "serious",
+            )
+            for row in table.to_dict("records")
+        ),
+        corner="How serious",
+        note="; ".join(f"{name}: {means}" for name, means in _SEVERITIES.items()) + ".",
+    )

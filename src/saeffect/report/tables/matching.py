@@ -1,0 +1,340 @@
+"""Which feature became which, which fire more and less after fine-tuning, and how far warm-started ones turned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saeffect.comparison import Comparison
+from saeffect.diffing.cross_activity import activity_changes, most_changed
+from saeffect.report.context import ReportContext
+from saeffect.report.tables.view import Cell, Column, Row, TableView, has_interval
+from saeffect.report.words.names import capital, feature_names
+from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+
+__all__ = [
+    "called_features",
+    "cross_summary",
+    "cross_table",
+    "fate_summary",
+    "fate_table",
+    "notable_table",
+    "stagewise_table",
+]
+
+_MEASURES = {
+    "decoder cosine": "Matched by what they write (decoder cosine)",
+    "activation correlation": "Matched by when they fire (activation correlation)",
+}
+_FATES = {
+    ("control", "kept"): "Kept: has a counterpart",
+    ("control", "moved"): "Moved: its counterpart is further off",
+    ("control", "gone"): "Gone: has no counterpart",
+    ("control", "absorbed"): "Absorbed: others fire in its place",
+    ("treatment", "kept"): "Kept: was there before",
+    ("treatment", "moved"): "Moved: what it was is further off",
+    ("treatment", "new"): "New: matches nothing before",
+}
+_CALLED = ("moved", "gone", "absorbed", "new")
+_PER_FATE, _CANDIDATES = 6, 3  # notable features shown of each fate; and of each measure where none is called
+_EACH_WAY, _TURNED = 10, 10  # features shown that fire more, that fire less; that turned
+
+
+def fate_summary(comparison: Comparison, context: ReportContext) -> str:
+    """How many features more than between seeds have no counterpart, and how many single ones stand out."""
+    counts = comparison.matches.fate_counts
+    if counts.empty or not counts["n_placebo"].notna().any():
+        return ""
+    parts = []
+    rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
+    for row in rows[rows["n_placebo"].notna()].to_dict("records"):
+        ends = interval(row["low"], row["high"], 0) if has_interval(row) else f"no interval: {row['reason']}"
+        parts.append(
+            f"{_MEASURES[row['measure']]}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the "
+            f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
+            "the same model."
+        )
+    called = called_features(counts)
+    single = (
+        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {called}."
+        if called
+        else f"No single feature stands out as moved, gone or new (q ≤ {context.alpha:g})."
+    )
+    return " ".join([*parts, single])
+
+
+def called_features(counts: pd.DataFrame) -> str:
+    """How many single features are called moved, gone, absorbed and new, by rows of the fate counts; "" for none."""
+    sums = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
+    return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
+
+
+def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Features by fate, for fine-tuning beside another seed; None where nothing was matched."""
+    counts = comparison.matches.fate_counts
+    if counts.empty:
+        return None
+    bare = counts[counts["excess"].isna() | counts["low"].isna()]
+    reasons = dict.fromkeys(reason for reason in bare["reason"] if reason)
+    return TableView(
+        name="fates",
+        caption="Kept, moved, gone, absorbed and new features",
+        source="comparison/fate_counts.parquet, every row: n_treatment, n_placebo, excess, low, high, called",
+        columns=(
+            Column("Fine-tuning", "by similarity alone", role="treatment"),
+            Column("Another seed", "same model, same rule", role="placebo"),
+            Column("Excess", "fine-tuning − seed, 95 % interval"),
+            Column("Called", f"single features, q ≤ {context.alpha:g}"),
+        ),
+        rows=tuple(
+            Row(
+                _FATES[row["side"], row["fate"]],
+                (_number(row, "n_treatment"), _number(row, "n_placebo"), _excess(row), _called(row)),
+                sub=f"of the {row['side']}'s features",
+                strong=row["fate"] in ("gone", "new"),
+                group=_MEASURES[row["measure"]],
+            )
+            for row in counts.to_dict("records")
+        ),
+        corner="Fate",
+        note=f"No interval or no number: {'; '.join(reasons)}." if reasons else "",
+        terms=("counterpart", "fates", "absorbed", "excess", "called"),
+    )
+
+
+def _number(row: Mapping[Any, Any], column: str) -> Cell:
+    if is_defined(row[column]):
+        share = percent(row[column] / row["n_features"]) if row["n_features"] else ""
+        return Cell(count(round(row[column])), sub=share)
+    return Cell.dash() if row["fate"] == "absorbed" else Cell.undefined(row["reason"])
+
+
+def _excess(row: Mapping[Any, Any]) -> Cell:
+    if not is_defined(row["excess"]):
+        return Cell.dash()
+    text = amount(round(row["excess"]), "features", sign=True)
+    if not has_interval(row):
+        return Cell(text, sub="no interval")
+    apart = row["low"] > 0 or row["high"] < 0
+    return Cell(text, sub=interval(row["low"], row["high"], 0), tone="good" if apart else "")
+
+
+def _called(row: Mapping[Any, Any]) -> Cell:
+    if row["fate"] == "kept":
+        return Cell.dash()  # only what differs from seeds is called
+    return Cell(count(row["called"])) if is_defined(row["called"]) else Cell.undefined(row["reason"])
+
+
+def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """The moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
+    rows = _notable(comparison)
+    if rows.empty:
+        return None
+    called = bool((rows["q"] <= context.alpha).any())
+    words = {role: _words(context, role, rows) for role in ("control", "treatment")}
+    return TableView(
+        name="notable",
+        caption=(
+            "The features that moved, are gone, absorbed or new"
+            if called
+            else "The features that came nearest to being gone or new"
+        ),
+        source=(
+            "comparison/fates_control.parquet and fates_treatment.parquet: feature, match, similarity, drop, p, q, "
+            "fate; comparison/absorption.parquet: absorbed_by; arms/*/features.parquet: top_tokens"
+        ),
+        columns=(
+            Column("Feature, top tokens", is_text=True),
+            Column("Similarity", "to its nearest"),
+            Column("Drop", "against other seeds"),
+            Column("p, q"),
+            Column("Nearest, or absorbing features", is_text=True),
+        ),
+        rows=tuple(_notable_row(row, words, context) for row in rows.to_dict("records")),
+        corner="Fate",
+        note=(
+            ""
+            if called
+            else "None of them can be called gone or new: among so many features chance gives drops as large as these."
+        ),
+        terms=("mutual", "p", "q"),
+    )
+
+
+def _notable(comparison: Comparison) -> pd.DataFrame:
+    """Rows of both fate tables worth showing, a few a fate and measure, smallest q first."""
+    matches, parts = comparison.matches, []
+    parents: dict[int, list[int]] = {}
+    if len(matches.absorption):
+        absorbed = matches.absorption[matches.absorption["absorbed"]]
+        parents = dict(zip(absorbed["feature"], absorbed["absorbed_by"], strict=True))
+    for side, table in (("control", matches.fates_control), ("treatment", matches.fates_treatment)):
+        if table.empty or not table["p"].notna().any():
+            continue
+        found = table[table["fate"].isin(_CALLED)].sort_values(["q", "similarity"], kind="stable")
+        found = found.groupby(["measure", "fate"], sort=False).head(_PER_FATE)
+        if found.empty:
+            near = table[table["p"].notna() & (table["similarity"] < table["chance_at"])]
+            near = near.sort_values(["p", "similarity"], kind="stable").groupby("measure", sort=False)
+            found = near.head(_CANDIDATES).assign(fate=f"not called {'gone' if side == 'control' else 'new'}")
+        absorbing = [parents.get(feature, ()) if side == "control" else () for feature in found["feature"]]
+        parts.append(found.assign(side=side, parents=absorbing))
+    if not parts:
+        return pd.DataFrame()
+    rows = pd.concat(parts, ignore_index=True)
+    order = rows["measure"].map({name: i for i, name in enumerate(dict.fromkeys(rows["measure"]))})
+    return rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
+
+
+def _words(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int, str]:
+    """Top tokens of every feature that the table names in the SAE of this role."""
+    is_own = rows["side"] == role
+    parents = rows["parents"].explode().dropna() if role == "treatment" else []
+    return feature_names(
+        context.arm_of(role),
+        5,
+        longest=None,
+        wanted={*rows.loc[is_own, "feature"], *rows.loc[~is_own, "match"], *parents},
+    )
+
+
+def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]], context: ReportContext) -> Row:
+    side, feature = str(row["side"]), int(row["feature"])
+    other = words["treatment" if side == "control" else "control"]
+    others = row["parents"] if row["fate"] == "absorbed" else [int(row["match"])] if row["match"] >= 0 else []
+    arm = context.arm_of(side)
+    is_domain = arm is not None and feature in arm.domain
+    cells = (
+        Cell.words(
+            f"{feature} {words[side].get(feature, '')}".strip(), sub=f"{context.domain} feature" if is_domain else ""
+        ),
+        Cell(fixed(row["similarity"], 2) if is_defined(row["similarity"]) else "–"),
+        Cell(fixed(row["drop"], 2) if is_defined(row.get("drop")) else "–"),
+        Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
+        Cell.words("; ".join(f"{number} {other.get(number, '')}".strip() for number in others) or "nothing"),
+    )
+    return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
+
+
+def cross_summary(comparison: Comparison, context: ReportContext) -> str:
+    """Two sentences: how many features of the domain fire more, beside all others; or why that cannot be said."""
+    cross = comparison.matches.cross_activity
+    if cross.empty:
+        return "The control's SAE was not applied to the fine-tuned model, so which features fire more cannot be said."
+    if not cross["q"].notna().any():
+        reason = next((reason for reason in cross["reason"] if reason), "no feature could be tested")
+        return f"Which features fire more cannot be said: {reason}."
+    changes = activity_changes(cross, alpha=context.alpha)
+    more, less, domain = changes.more, changes.less, changes.domain
+    parts = [
+        f"Of {count(len(more))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
+        f"and {count(less.sum())} more weakly (q ≤ {context.alpha:g})."
+    ]
+    if domain.any() and not domain.all():
+        parts.append(
+            f"Of the {count(domain.sum())} {context.domain} features {percent(more[domain].mean())} fire more and "
+            f"{percent(less[domain].mean())} less; of all others {percent(more[~domain].mean())} and "
+            f"{percent(less[~domain].mean())}."
+        )
+    parts.append("Any further training moves the activations of many features a little, so read the sizes.")
+    return " ".join(parts)
+
+
+def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """The features that changed most each way, with intervals and q."""
+    found = most_changed(comparison.matches.cross_activity, alpha=context.alpha)
+    if found.empty:
+        return None
+    more, less = found[found["difference"] > 0].head(_EACH_WAY), found[found["difference"] < 0].head(_EACH_WAY)
+    shown = pd.concat([more, less], ignore_index=True)
+    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
+    return TableView(
+        name="cross",
+        caption="Features of the control's SAE that fire more or less after fine-tuning",
+        source=(
+            "comparison/cross_activity.parquet, rows with q at most alpha: mean_control, mean_treatment, difference, "
+            "low, high, q, is_domain; arms/*/features.parquet: top_tokens"
+        ),
+        columns=(
+            Column("Top tokens", is_text=True),
+            Column("Before", "activation per token"),
+            Column("After"),
+            Column("Change", "95 % interval"),
+            Column("After / before"),
+            Column("q"),
+        ),
+        rows=tuple(_cross_row(row, words, context.domain) for row in shown.to_dict("records")),
+        corner="Feature",
+        note=(
+            "The most changed ones of either direction, by the change divided by the square root of the mean level: "
+            f"bold are {context.domain} features. Every feature is in comparison/cross_activity.parquet."
+        ),
+        terms=("activation_per_token", "paired", "q"),
+    )
+
+
+def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) -> Row:
+    feature, is_more = int(row["feature"]), row["difference"] > 0
+    ends = (
+        f"[{_level(row['low'])}, {_level(row['high'])}]" if is_defined(row["low"]) else f"no interval: {row['reason']}"
+    )
+    ratio = f"{fixed(row['mean_treatment'] / row['mean_control'], 2)}×" if row["mean_control"] > 0 else "silent before"
+    cells = (
+        Cell.words(words.get(feature, "–"), sub=f"{domain} feature" if row["is_domain"] else ""),
+        Cell(_level(row["mean_control"])),
+        Cell(_level(row["mean_treatment"])),
+        Cell(("+" if is_more else "") + _level(row["difference"]), sub=ends),
+        Cell(ratio),
+        Cell(p_value(row["q"])),
+    )
+    sub = "fires more" if is_more else "fires less"
+    return Row(str(feature), cells, sub=sub, strong=bool(row["is_domain"]), key=str(feature))
+
+
+def _level(value: float) -> str:
+    """Activations per token span decades: three figures."""
+    return fixed(value, 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1)
+
+
+def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Features that turned most where the treatment's SAE was trained on from the control's."""
+    table = comparison.matches.stagewise
+    if table.empty:
+        return None
+    shown = table[table["decoder_rotation"].notna()].head(_TURNED)
+    words = feature_names(context.arm_of("control"), 5, longest=None, wanted=set(shown["feature"]))
+    rows = []
+    for row in shown.to_dict("records"):
+        known, excess, q = is_defined(row["null_rotation"]), row["excess_rotation"], row["q"]
+        cells = (
+            Cell.words(words.get(row["feature"], "–")),
+            Cell(f"{fixed(row['decoder_rotation'], 1)}°"),
+            Cell(f"{fixed(row['null_rotation'], 1)}°") if known else Cell.undefined(row["reason"]),
+            Cell(f"{signed(excess, 1)}°" if is_defined(excess) else "–"),
+            Cell(p_value(q) if is_defined(q) else "–"),
+        )
+        rows.append(Row(str(row["feature"]), cells, strong=is_defined(q) and q <= context.alpha))
+    n = int((table["q"] <= context.alpha).sum())
+    return TableView(
+        name="stagewise",
+        caption="How far features turned when the control's SAE was trained on",
+        source=(
+            "comparison/stagewise.parquet, the first rows: decoder_rotation, null_rotation, excess_rotation, q; "
+            "arms/*/features.parquet: top_tokens"
+        ),
+        columns=(
+            Column("Top tokens", is_text=True),
+            Column("Turned", "decoder row"),
+            Column("Training alone", "same model"),
+            Column("Beyond it"),
+            Column("q"),
+        ),
+        rows=tuple(rows),
+        corner="Feature",
+        note=f"{count(n)} of {count(len(table))} features turned further than training alone turns them "
+        f"(q ≤ {context.alpha:g}).",
+        terms=("rotation", "q"),
+    )

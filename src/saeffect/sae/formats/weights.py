@@ -1,0 +1,83 @@
+"""Tensors of an SAE's safetensors file, read only if they have the shapes that its cfg.json asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor
+
+from saeffect.checksums import open_tensors
+from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.sae.base import SparseAutoencoder
+
+__all__ = ["fill", "is_count", "read_weights"]
+
+AnySae = TypeVar("AnySae", bound=SparseAutoencoder)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def read_weights(
+    path: Path,
+    where: str,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    required: tuple[str, ...] = (),
+    dtypes: Mapping[str, tuple[str, ...]] | None = None,
+) -> dict[str, Tensor]:
+    """Read all tensors of a file. What is read is bounded by the file, whatever sizes cfg.json claims.
+
+    Args:
+        path: The file.
+        where: For errors.
+        shapes: Expected shapes by name, checked before anything is read; tensors of other names may have any.
+        required: Names that must be there.
+        dtypes: Allowed dtypes by name, in safetensors' words; floats for the other names in `shapes`.
+
+    Raises:
+        BadFile: The file is truncated or malformed, a name is missing, or a tensor holds no such numbers.
+        IncompatibleSae: Another shape.
+    """
+    with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
+        names = sorted(file.keys())
+        missing = [name for name in required if name not in names]
+        if missing:
+            raise BadFile(f"{path.name} has no {missing[0]}; it has: {', '.join(names[:20]) or 'nothing'}.", at=where)
+        for name in (name for name in shapes if name in names):
+            part = file.get_slice(name)
+            if tuple(part.get_shape()) != shapes[name]:
+                raise IncompatibleSae(
+                    f"{name} has shape {tuple(part.get_shape())}, but cfg.json asks for {shapes[name]}.",
+                    at=where,
+                    fix="cfg.json and the weights belong to different SAEs; find the pair.",
+                )
+            allowed = (dtypes or {}).get(name, _FLOATS)
+            if part.get_dtype() not in allowed:
+                raise BadFile(f"{name} holds {part.get_dtype()}; expected {' or '.join(allowed)}.", at=where)
+        return {name: file.get_tensor(name) for name in names}
+
+
+def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:
+    """Copy tensors into the parameters and buffers of the same names; the SAE.
+
+    Raises:
+        BadFile: One is missing, or holds NaN or infinity.
+    """
+    for name, own in (*sae.named_parameters(), *sae.named_buffers()):
+        if name not in tensors:
+            raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
+        if not torch.isfinite(tensors[name]).all():
+            raise BadFile(
+                f"{name} holds NaN or infinite values.", at=where, fix="the training run diverged; use another."
+            )
+        with torch.no_grad():
+            own.copy_(tensors[name].float())
+    return sae
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether a value of a JSON file is a whole number above 0; true is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,201 @@
+"""Where a training's metrics can go besides its own file: Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
+from saeffect.io import Log, atomic_path
+
+__all__ = ["LoggerName", "MetricsLogger", "TrainingRun", "check_logger", "open_logger"]
+
+LoggerName = Literal["none", "wandb", "tensorboard"]
+
+_ID_FILE = "run_id.txt"
+_NOT_CURVES = ("step", "kind", "event")
+
+
+class MetricsLogger(Protocol):
+    """Takes the rows of metrics.jsonl as they come."""
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """One row, as `TrainingLog` writes it."""
+
+    def close(self, *, failed: bool) -> None:
+        """No more rows will come; `failed` when an error or the user ended the training."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a logger is told about the training.
+
+    Attributes:
+        folder: Where the SAE goes; a logger keeps its files below it.
+        config: The hyperparameters.
+        first_step: Steps done before this process; more than 0 when a stopped run goes on.
+        earlier: Rows of metrics.jsonl from before; told again to a logger that was not there then.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    first_step: int = 0
+    earlier: Iterable[Mapping[str, Any]] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """What the run is called: like its folder."""
+        return self.folder.resolve().name
+
+    def plain_config(self) -> dict[str, Any]:
+        """The hyperparameters as JSON knows them; what it does not know becomes text."""
+        return json.loads(json.dumps(dict(self.config), default=str))
+
+
+def check_logger(name: str) -> None:
+    """Refuse a logger that cannot be used, before anything heavy starts.
+
+    Raises:
+        UnknownName: There is no such logger; the valid ones are listed.
+        NotFound: Its package is not installed; the error says what to install.
+    """
+    if name not in get_args(LoggerName):
+        raise unknown_name("logger", name, get_args(LoggerName), at="logger")
+    if name == "none":
+        return
+    spec = importlib.util.find_spec(name)
+    # Without an origin it is no package but some folder of that name, such as W&B leaves behind.
+    if spec is None or spec.origin is None:
+        raise NotFound(
+            f"the {name} logger needs the package {name!r}, which is not installed.",
+            at="logger",
+            fix=f'pip install "saeffect[{name}]".',
+        )
+
+
+def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
+    """The logger of that name, ready for rows; None for "none".
+
+    Raises:
+        UnknownName: There is no such logger.
+        NotFound: Its package is not installed.
+        ConfigError: Weights & Biases does not let the run begin.
+        BadFile: The folder's record of the run to continue is damaged, or nothing can be written there.
+    """
+    check_logger(name)
+    try:
+        if name == "wandb":
+            return _WeightsAndBiases(run, log)
+        if name == "tensorboard":
+            return _TensorBoard(run, log)
+    except OSError as error:
+        raise BadFile(f"the {name} logger cannot write: {error}.", at=str(run.folder)) from error
+    return None
+
+
+def _curves(row: Mapping[str, Any]) -> dict[str, float]:
+    """Names and values to draw: "train/mse", "evaluation/l0", "resampled/n_features"."""
+    prefix = row["event"] if row["kind"] == "event" else row["kind"]
+    return {f"{prefix}/{name}": value for name, value in row.items() if name not in _NOT_CURVES and value is not None}
+
+
+class _WeightsAndBiases:
+    """A run at Weights & Biases, or with WANDB_MODE=offline in the folder; a resumed training continues it.
+
+    A row goes out when a later step's comes, because rows of one step are one row there. Rows of a step
+    that the server already has are ignored by it.
+    """
+
+    def __init__(self, run: TrainingRun, log: Log) -> None:
+        import wandb
+
+        id_path = run.folder / "wandb" / _ID_FILE
+        known = _run_id(id_path) if run.first_step else None
+        identity = known or uuid.uuid4().hex[:8]
+        try:
+            self._run = wandb.init(
+                project=None if os.environ.get("WANDB_PROJECT") else "saeffect",
+                id=identity,
+                name=run.name,
+                dir=str(run.folder),
+                config=run.plain_config(),
+                resume="allow" if known else None,
+                # Its messages and its copy of the terminal would disturb ours.
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"Weights & Biases does not let the run begin: {error}",
+                at="logger",
+                fix="run `wandb login`; or set WANDB_MODE=offline and upload later with `wandb sync`.",
+            ) from error
+        with atomic_path(id_path) as temporary:
+            temporary.write_text(identity + "\n", encoding="utf-8")
+        if self._run.offline:
+            runs = run.folder / "wandb" / f"offline-run-*-{identity}"
+            log(f"Weights & Biases: offline; upload with `wandb sync {runs}`")
+        elif not self._run.disabled:
+            log(f"Weights & Biases: {self._run.url}")
+        if not known:
+            for row in run.earlier:
+                self.log(row)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._run.log(_curves(row), step=row["step"])
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _run_id(path: Path) -> str | None:
+    """The id of the run to continue; None where none was recorded."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,64}", text, re.ASCII):
+        raise BadFile(
+            f"this is no id of a Weights & Biases run: {text[:40]!r}.",
+            at=str(path),
+            fix="delete the file; the training then goes on under a new id.",
+        )
+    return text
+
+
+class _TensorBoard:
+    """Event files in the folder's `tensorboard`; what a stopped run logged after its checkpoint is hidden."""
+
+    def __init__(self, run: TrainingRun, log: Log) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run.folder / "tensorboard"
+        is_new = not any(folder.glob("events.*"))
+        self._writer = SummaryWriter(str(folder), purge_step=None if is_new else run.first_step)
+        if is_new or not run.first_step:
+            listing = json.dumps({"name": run.name, **run.plain_config()}, indent=2, ensure_ascii=False)
+            self._writer.add_text("config", "\n".join(f"    {line}" for line in listing.splitlines()))
+        if is_new:
+            for row in run.earlier:
+                self._add(row)
+        self._writer.flush()
+        log(f"TensorBoard: tensorboard --logdir {folder}")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self._add(row)
+        self._writer.flush()  # what waits in its queue is lost when the process is killed
+
+    def close(self, *, failed: bool) -> None:
+        del failed
+        self._writer.close()
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        for name, value in _curves(row).items():
+            if not isinstance(value, str) and math.isfinite(value):
+                self._writer.add_scalar(name, value, row["step"])

@@ -1,0 +1,169 @@
+"""Stage 7, the comparison: control against treatment, beside control against placebo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.comparison import ArmFacts, ArmTables, Comparison, compare
+from saeffect.diffing.methods import table_names
+from saeffect.features.coherence import unique_coverage
+from saeffect.features.embeddings import load_embeddings
+from saeffect.io import SILENT, Log, read_json, write_json
+from saeffect.report import with_answer
+from saeffect.sae.formats import saved_dtype
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.stages.match import read_matches
+from saeffect.study.stages.steering_plan import chosen_dose
+from saeffect.study.study import Study
+
+__all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_inputs", "read_comparison", "run_compare"]
+
+VERSION = 7
+_TABLES = Comparison.table_names()
+ARM_FILES = (
+    *("features.parquet", "coherence.parquet", "selection.parquet", "interventions.parquet", "direct_effects.parquet"),
+    *("effects.parquet", "outcome_effects.parquet", "baselines.parquet", "baseline_effects.parquet"),
+    *("together_effects.parquet", "seeds.parquet", "gate.json"),
+)
+
+
+def compare_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the comparison depends on."""
+    config = run.study.config
+    return {
+        "version": VERSION,
+        "arms": {name: arm.model_dump(mode="json") for name, arm in config.arms.items()},
+        "identities": dict(run.study.identities),
+        "tables": run.digest(
+            *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
+        ),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in table_names())),
+        "verdicts": config.selection.verdicts is not None,
+        "steered": config.steering is not None,
+        "embeddings": embeddings_identity(run.study),
+        "min_matches": config.selection.min_matches,
+        "comparison": config.comparison.model_dump(),
+        "seed": config.seed,
+    }
+
+
+def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
+    """Write `comparison/*.parquet` and `comparison/answer.json`."""
+    config, arms = run.study.config, arm_tables(run)
+    min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
+    found = compare(
+        arms,
+        min_matches=min_matches,
+        alpha=alpha,
+        seed=config.seed,
+        n_boot=config.comparison.n_boot,
+        n_permutations=config.comparison.n_permutations,
+        tests=tests,
+        matches=read_matches(run),
+    )
+    found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
+    answer = run.path("comparison", "answer.json")
+    write_json(answer, dict(found.answer))
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(found, name)) for name in _TABLES]
+    return [*tables, answer]
+
+
+def read_comparison(run: RunFolder) -> Comparison:
+    """Read a finished comparison back."""
+    tables: dict[str, pd.DataFrame] = {
+        name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
+    }
+    return Comparison(**tables, matches=read_matches(run), answer=read_json(run.path("comparison", "answer.json")))
+
+
+def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
+    """Every arm's tables, by name."""
+    vectors = load_embeddings(run.study.config.coherence.embeddings)
+    steered = run.study.config.steering is not None
+    dose, note = chosen_dose(run) if steered else (None, "")
+    found = {}
+    for name, arm in run.study.config.arms.items():
+        features = run.read_table(run.arm(name, "features.parquet"))
+        selection = run.read_table(run.arm(name, "selection.parquet"))
+        domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
+        measured = read_json(run.arm(name, "gate.json")) | {"dead_share": float((features["n_active"] == 0).mean())}
+        facts = arm_facts(run.study, name, measured)
+        found[name] = ArmTables(
+            name=name,
+            role=arm.role,
+            features=features,
+            coherence=run.read_table(run.arm(name, "coherence.parquet")),
+            selection=selection,
+            interventions=run.table_or_none(run.arm(name, "interventions.parquet")) if steered else None,
+            direct_effects=run.table_or_none(run.arm(name, "direct_effects.parquet")) if steered else None,
+            effects=run.table_or_none(run.arm(name, "effects.parquet")) if steered else None,
+            facts=facts,
+            coverage_unique=unique_coverage(domain, embeddings=vectors),
+            unsteered=note if dose is None else "",
+            text_shortage=measured["text_shortage"],
+            seeds=_seeds(run, name),
+        )
+    return found
+
+
+def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
+    """Further SAEs of an arm; None where their domain features would mean another thing than the first SAE's."""
+    if not run.study.config.arms[name].more_saes or run.study.config.selection.verdicts is not None:
+        return None
+    return run.read_table(run.arm(name, "seeds.parquet"))
+
+
+def _tokenizer(study: Study, name: str) -> str:
+    """The same for every arm whose own tokenizer does what the control's does."""
+    own = study.differences.get(name)
+    return "the control's" if own is None else f"the control's; its own {own.words()}"
+
+
+def _bos(read: bool | None, trained: Any) -> str | None:
+    """How the arm's text begins and how that of its SAE's training did, where both are known."""
+    if not isinstance(trained, bool):
+        return None
+    words = {True: "with BOS", False: "without BOS"}
+    return words[trained] if read == trained else f"{words[bool(read)]}, SAE trained {words[trained]}"
+
+
+def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
+    """What is recorded of how an arm was made; None where nobody recorded it.
+
+    `gate` holds the gate's measurements and the dead share on the study's text, if they were made.
+    """
+    arm = study.config.arms[name]
+    sae = study.sae_config(name)
+    meta = sae.metadata
+    # Before anything is measured, what the SAE says of itself.
+    quality = gate or meta.get("held_out") or {}
+
+    def integer(key: str) -> int | None:
+        return int(meta[key]) if isinstance(meta.get(key), int | float) else None
+
+    return ArmFacts(
+        role=arm.role,
+        model=arm.model.path + (f" + {arm.model.adapter}" if arm.model.adapter else ""),
+        tokenizer=_tokenizer(study, name),
+        hook=study.hook(name),
+        architecture=sae.architecture,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        training_tokens=integer("training_tokens"),
+        training_text=meta.get("training_text") or meta.get("dataset_path"),
+        training_text_sha256=meta.get("training_text_sha256"),
+        bos=_bos(study.prepend_bos, meta.get("prepend_bos")),
+        seed=integer("seed"),
+        normalisation=meta.get("training_normalisation") or sae.normalize_activations,
+        dtype=saved_dtype(study.sae_folder(name)),
+        explained_variance=quality.get("explained_variance"),
+        ce_loss_score=quality.get("ce_loss_score"),
+        l0=quality.get("l0"),
+        dead_share=quality.get("dead_share"),
+        same_as_control=quality.get("same_as_control"),
+    )

@@ -1,0 +1,212 @@
+"""Stage 5, which feature became which: fates beside other seeds, one SAE on two models, absorption, rotations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from saeffect.comparison import MatchTables, Resampling
+from saeffect.diffing.coactivity import FiringLog
+from saeffect.diffing.matching import Matching, Neighbours
+from saeffect.diffing.methods import METHODS, measure_all, table_names
+from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
+from saeffect.io import Log, read_json
+from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
+from saeffect.study.study import Arm, Study
+
+__all__ = ["match_inputs", "read_matches", "run_match"]
+
+VERSION = 3
+BoolArray = npt.NDArray[np.bool_]
+
+
+def match_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the fates depend on."""
+    study = run.study
+    files = ("features.parquet", "selection.parquet", "seeds.parquet")
+    return {
+        "version": VERSION,
+        "methods": list(METHODS),
+        "arms": dict(study.identities),
+        "saes": seed_identities(study),
+        "roles": {name: arm.role for name, arm in study.config.arms.items()},
+        "tables": run.digest(*(run.arm(name, file) for name in study.config.arms for file in files)),
+        "text": study.text_identity,
+        "comparison": study.config.comparison.model_dump(include={"alpha", "n_boot", "n_permutations"}),
+        "started_from": {name: _started_from(study, name) for name in study.config.arms},
+        "seed": study.config.seed,
+    }
+
+
+def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
+    """Write `comparison/fates_control.parquet` and the other tables of the registered diffing methods.
+
+    Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
+    """
+    found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
+    made = [name for name in table_names() if name in found]
+    return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
+
+
+def read_matches(run: RunFolder) -> MatchTables:
+    """Read what the stage wrote; a table that was not made has no columns."""
+    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in table_names()}
+    tables = {name: table for name, table in read.items() if table is not None}
+    known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
+    return MatchTables(**known, further=tables)
+
+
+def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame]:
+    study, config = run.study, run.study.config
+    control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
+    if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
+        log("  the arms' models differ in width, so no feature of one can be compared with one of the other")
+        return {}
+    logs, kept, seeds, saes = _Logs(study, log), {}, {}, {}
+    for name in study.ordered_arms():
+        opened = study.open_arm(name, log)
+        seeds[name], saes[name] = open_seeds(study, name), opened.sae
+        whole = {seed.name: seed.sae for seed in seeds[name] if seed.sae is not None}
+        kept[name] = logs.add(opened, {name: opened.sae, **whole})
+    views = _views(run, logs.common({name: kept[name] for name in (control, treatment)}), seeds, saes)
+    others = [*views[control][1:], *(view for name in study.by_role("placebo") for view in views[name])]
+    width = views[control][0].W_dec.shape[1]
+    selection = run.read_table(run.arm(control, "selection.parquet"))
+    return measure_all(
+        ModelPair(
+            control=views[control][0],
+            treatment=views[treatment][0],
+            others=[view for view in others if view.W_dec.shape[1] == width],
+            treatment_seeds=views[treatment][1:],
+            is_domain=selection["is_domain"].to_numpy(dtype=bool),
+            acts_of_both=lambda: logs.acts_of_both(study.open_arm(treatment), saes[control], control, kept[control]),
+            residuals=lambda name: logs.residuals(study.open_arm(name)),
+            alpha=config.comparison.alpha,
+            resampling=Resampling(config.seed, config.comparison.n_boot, config.comparison.n_permutations),
+            log=log,
+            keep=keep,
+        )
+    )
+
+
+class _KeptPairs:
+    """Matchings of pairs of SAEs, a piece each, until the manifest knows the tables."""
+
+    def __init__(self, kept: KeptRows, log: Log) -> None:
+        self._kept = kept
+        self._found = {tuple(piece.loc[0, _PAIR]): _matching_of(piece) for piece in kept.pieces(log)}
+
+    def read(self, measure: str, a: str, b: str) -> Matching | None:
+        return self._found.get((measure, a, b))
+
+    def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
+        sides = []
+        for name, side in (("forward", matching.forward), ("backward", matching.backward)):
+            columns: dict[str, Any] = dict(zip((*_PAIR, "side"), (measure, a, b, name), strict=True))
+            columns |= {"reason": list(side.reason)}
+            columns |= {f"index_{i}": column for i, column in enumerate(side.indices.T)}
+            columns |= {f"similarity_{i}": column for i, column in enumerate(side.similarity.T)}
+            sides.append(pd.DataFrame(columns))
+        self._kept.add(pd.concat(sides, ignore_index=True))
+
+
+_PAIR = ["measure", "a", "b"]
+
+
+def _matching_of(piece: pd.DataFrame) -> Matching:
+    sides = []
+    for _, rows in piece.groupby("side", sort=False):
+        indices, similarity = (
+            rows[[name for name in rows if name.startswith(f"{kind}_")]].to_numpy() for kind in ("index", "similarity")
+        )
+        sides.append(Neighbours(indices, similarity, tuple(rows["reason"])))
+    return Matching(str(piece.loc[0, "measure"]), *sides)
+
+
+class _Logs:
+    """Activations of SAEs on the study's text, one token after the other, kept sparse."""
+
+    def __init__(self, study: Study, log: Log) -> None:
+        self._study, self._log = study, log
+        self.of: dict[str, FiringLog] = {}
+
+    @torch.inference_mode()
+    def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
+        """Log SAEs of one arm's model; bool [n_tokens], the tokens that count there."""
+        rows = self._study.rows()
+        limit, kept = arm.norm_limit(rows), []
+        self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
+        for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
+            kept.append(kept_positions(x, limit).flatten().numpy())
+            for name, sae in saes.items():
+                self.of[name].update(sae.encode(x).flatten(0, 1))
+            self._log.progress(f"activations {arm.name}", start + len(ids), len(rows), "rows")
+        return np.concatenate(kept)
+
+    def common(self, kept: Mapping[str, BoolArray]) -> dict[str, FiringLog]:
+        """The logs of the tokens that count in all these arms."""
+        both = np.logical_and.reduce(list(kept.values()))
+        return {name: log.only(both) for name, log in self.of.items()}
+
+    @torch.inference_mode()
+    def acts_of_both(
+        self, treatment: Arm, sae: SparseAutoencoder, control: str, kept: BoolArray
+    ) -> Iterator[ActsOfBoth]:
+        """The control's SAE on the treatment's model, beside what it did on the control's."""
+        rows: TokenRows = self._study.rows()
+        limit, before, width = treatment.norm_limit(rows), self.of[control].matrix(), rows.context_size
+        for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
+            tokens = slice(start * width, (start + len(ids)) * width)
+            acts = torch.from_numpy(before[tokens].toarray()).view(len(ids), width, -1)
+            mask = kept_positions(x, limit) & torch.from_numpy(kept[tokens]).view(len(ids), width)
+            yield ActsOfBoth(acts, sae.encode(x), mask)
+            self._log.progress(f"cross-activity {treatment.name}", start + len(ids), len(rows), "rows")
+
+    @torch.inference_mode()
+    def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
+        """What stands at an arm's hook."""
+        rows = self._study.rows()
+        limit = arm.norm_limit(rows)
+        for _, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
+            yield ResidualBatch(ids, x, kept_positions(x, limit))
+
+
+def _views(
+    run: RunFolder,
+    logs: Mapping[str, FiringLog],
+    seeds: Mapping[str, list[SeedSae]],
+    saes: Mapping[str, SparseAutoencoder],
+) -> dict[str, list[SaeView]]:
+    """Each arm's SAEs, its own first."""
+    views = {}
+    columns = ["feature", "density", "decoder_norm"]
+    start = run.study.sae_folder(run.study.by_role("control")[0]).name
+    for name, further in seeds.items():
+        features = run.read_table(run.arm(name, "features.parquet"))[columns]
+        warm = _started_from(run.study, name) == start
+        views[name] = [SaeView(name, saes[name].W_dec.detach(), features, logs.get(name), saes[name], warm)]
+        table = run.read_table(run.arm(name, "seeds.parquet")) if further else pd.DataFrame()
+        for seed in further:
+            mine = table[table["sae"] == seed.name][columns].reset_index(drop=True)
+            views[name].append(SaeView(seed.name, seed.W_dec, mine, logs.get(seed.name), seed.sae))
+    return views
+
+
+def _started_from(study: Study, arm: str) -> str | None:
+    """Name of the folder of the SAE that an arm's SAE was trained on from; None if from none, or nobody says."""
+    own = study.config.arms[arm].training.get("init_from")
+    if own:
+        return Path(str(own)).name
+    note = study.sae_folder(arm) / "training.json"
+    recipe = read_json(note).get("recipe") if note.is_file() else None
+    started = ((recipe or {}).get("sae") or {}).get("init_from")
+    return Path(str(started)).name if started else None

@@ -1,0 +1,171 @@
+"""Stage 8, the report: tables, figures and one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.comparison import ArmTables
+from saeffect.config import SteeringConfig, TextConfig
+from saeffect.io import SILENT, Log, read_json
+from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
+from saeffect.steering.outcomes import OUTCOMES
+from saeffect.steering.placebos import control_label
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
+from saeffect.study.stages.steering_plan import chosen_dose
+
+__all__ = ["report_inputs", "run_report"]
+
+VERSION = 5
+
+
+def report_inputs(run: RunFolder) -> dict[str, Any]:
+    """What the report depends on."""
+    files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
+    files += [run.path("steering", "dose.json")]
+    files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
+    return {
+        "version": VERSION,
+        "comparison": compare_inputs(run),
+        "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
+        "config": run.config_yaml(),
+        "provenance": run.provenance(),
+    }
+
+
+def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
+    """Write `tables/`, `figures/` and `report.html`."""
+    comparison = read_comparison(run)
+    context = _context(run)
+    tables = write_tables(comparison, run.path("tables"), context=context)
+    figures = write_figures(comparison, run.path("figures"), context=context)
+    page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
+    drawn = _drawn(run.path("figures"), {figure.name for figure in figures if figure.figure is not None})
+    return [*tables, *sorted(drawn), page]
+
+
+def _drawn(folder: Path, names: set[str]) -> list[Path]:
+    """The pictures of this report; none where nothing could be drawn, and so no folder was made."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
+
+
+def _context(run: RunFolder) -> ReportContext:
+    config, arms = run.study.config, arm_tables(run)
+    doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
+    return ReportContext(
+        study=config.name,
+        title=config.title,
+        facts=_facts(run, arms),
+        arms=arms,
+        examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
+        prompts=config.steering.prompts if config.steering else (),
+        gate=_gate_table(run, arms),
+        steering=_steering_results(run),
+        doses=doses if doses is not None and len(doses) else None,
+        config=run.config_yaml(),
+        provenance=run.provenance(),
+        domain=config.selection.domain or Path(config.selection.vocabulary).stem,
+        min_matches=config.selection.min_matches,
+        top_k=config.features.top_k,
+        alpha=config.comparison.alpha,
+        projection=config.features.projection,
+        max_features=500,
+    )
+
+
+def _gate_table(run: RunFolder, arms: Mapping[str, ArmTables]) -> pd.DataFrame:
+    gates = {name: read_json(run.arm(name, "gate.json")) for name in arms}
+    measures = ("explained_variance", "ce_loss_score", "l0", "l2_ratio")
+    return pd.DataFrame(
+        {"arm": name}
+        | {measure: gate[measure] for measure in measures}
+        | {"dead_share": arms[name].facts.dead_share, "n_tokens": gate["tokens"]}
+        | {f"perplexity_{source}": value for source, value in gate["perplexity"].items()}
+        for name, gate in gates.items()
+    )
+
+
+def _facts(run: RunFolder, arms: Mapping[str, ArmTables]) -> tuple[tuple[str, str], ...]:
+    config = run.study.config
+    control, treatment = run.study.by_role("control")[0], run.study.by_role("treatment")[0]
+    gate = read_json(run.arm(control, "gate.json"))
+    facts = [
+        ("Base model", str(arms[control].facts.model)),
+        ("Fine-tuned model", str(arms[treatment].facts.model)),
+        ("Hook", run.study.hook(control)),
+        ("Text", _text(config.text, gate["text_shortage"])),
+    ]
+    if config.features.tokens != ("all",):
+        scripts = f"of the scripts {', '.join(config.features.tokens)}"
+        facts.append(("Top tokens", "known to the word vectors" if "embeddings" in config.features.tokens else scripts))
+    if config.steering is not None:
+        steering, (dose, _) = config.steering, chosen_dose(run)
+        facts.append(("Steering", f"{_number(len(steering.prompts), 'prompt')} × {_number(steering.samples, 'text')}"))
+        facts.append(("Dose", _dose_words(steering, dose, gate["mean_norm"])))
+        facts.append(("Tested against", _tested_against(steering)))
+        facts.append(("Declared outcomes", ", ".join(OUTCOMES[name].label for name in steering.outcomes)))
+    facts.append(("Seed", str(config.seed)))
+    return tuple(facts)
+
+
+def _text(text: TextConfig, short: str) -> str:
+    called = text.bundled or ", ".join(source.name for source in text.sources)
+    return f"{called} (only {short})" if short else called
+
+
+def _number(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _tested_against(steering: SteeringConfig) -> str:
+    """The placebo that decides first."""
+    names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
+    return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
+
+
+def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) -> str:
+    if dose is None:
+        return "none: the search found no gain, so no feature was steered"
+    if steering.operator == "ablate":
+        return "features switched off"
+    if steering.operator == "clamp":
+        return f"features clamped to {dose:g} × their maximum"
+    if steering.unit == "coefficient":
+        return f"{dose:g} × the decoder row"
+    return f"{dose:g} × the mean residual norm ({mean_norm:.0f})"
+
+
+def _steering_results(run: RunFolder) -> SteeringResults | None:
+    """The steer stage's tables and settings; None for a study that does not steer."""
+    config = run.study.config.steering
+    if config is None:
+        return None
+    found = read_json(run.path("steering", "dose.json"))
+    dose, note = chosen_dose(run)
+    response = run.table_or_none(run.path("steering", "dose_response.parquet"))
+    return SteeringResults(
+        operator=config.operator,
+        unit=config.unit,
+        dose=dose,
+        dose_note=note,
+        best_doses=found.get("best") or {},
+        outcomes=config.outcomes,
+        placebo=config.primary_placebo,
+        placebos=config.placebos,
+        n_prompts=len(config.prompts),
+        samples=config.samples,
+        outcome_effects=_tables(run, "outcome_effects"),
+        baseline_effects=_tables(run, "baseline_effects"),
+        together_effects=_tables(run, "together_effects"),
+        dose_response=response if response is not None and len(response) else None,
+    )
+
+
+def _tables(run: RunFolder, name: str) -> Mapping[str, pd.DataFrame]:
+    found = {arm: run.table_or_none(run.arm(arm, f"{name}.parquet")) for arm in run.study.config.arms}
+    return {arm: table for arm, table in found.items() if table is not None and len(table)}

@@ -1,0 +1,250 @@
+"""Stage 6, interventions: the test of every chosen feature at the dose that the search chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.features.vocabulary import load_vocabulary
+from saeffect.io import SILENT, Log
+from saeffect.lm.activations import kept_positions
+from saeffect.steering import (
+    MeanDifferences,
+    RememberedVectors,
+    SteeringPlan,
+    direct_effects,
+    effects,
+    features_together,
+    obstacles,
+    outcome_effects,
+    outcome_named,
+    run_baselines,
+    run_trials,
+    score_texts,
+)
+from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.stages.steering_plan import (
+    chosen_dose,
+    encoder_identity,
+    matched_lists_of,
+    matched_placebos,
+    outcome_vectors,
+    set_members,
+    site_of,
+    tested_features,
+)
+from saeffect.study.study import Arm
+
+__all__ = ["STEERING_FILES", "help_steer", "run_steer", "steer_inputs"]
+
+VERSION = 6
+_TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
+STEERING_FILES = (
+    *("interventions", "direct_effects", "effects", "outcome_effects"),
+    *("matched_placebos", "baselines", "baseline_effects", "together", "together_effects"),
+)
+"""Tables of an arm; the last five only where the study asks for them."""
+
+
+def steer_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
+    """What an arm's interventions depend on."""
+    study, config = run.study, run.study.steering
+    files = [run.arm(arm, name) for name in ("features.parquet", "selection.parquet", "gate.json")]
+    declared = config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses", "together"})
+    return {
+        "version": VERSION,
+        "arm": study.identities[arm],
+        "tables": run.digest(*files, run.path("steering", "dose.json")),
+        "encoder": encoder_identity(study),
+        "vocabulary": load_vocabulary(study.config.selection.vocabulary).sha256,
+        "text": study.text_identity,
+        "seed": study.config.seed,
+        "alpha": study.config.comparison.alpha,
+        "steering": declared | {"together": [list(members) for members in config.together.get(arm, ())]},
+    }
+
+
+def run_steer(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
+    """Write the `STEERING_FILES` of an arm.
+
+    Texts are kept chunk by chunk while they are generated, so a killed run goes on where it was.
+    """
+    chosen, sets = _steered(run, arm)
+    if chosen.empty:
+        dose, note = chosen_dose(run)
+        log(f"  arm {arm} " + (f"is not steered: {note}" if dose is None else "has no domain feature to test"))
+    tables: dict[str, pd.DataFrame] = {}
+    kept = run.kept(f"steer {arm}", steer_inputs(run, arm))
+    if len(chosen) or sets:
+        test = _SteeringTest(run, run.study.open_arm(arm, log), log)
+        if len(chosen):
+            tables |= test.features(chosen, kept)
+        if sets:
+            tables |= test.together(sets)
+    if "matched" in run.study.steering.placebos and tables:
+        steered = sorted({*chosen["feature"].tolist(), *set_members(run, arm)})
+        tables["matched_placebos"] = matched_placebos(run, arm, steered)
+    return [run.write_table(run.arm(arm, f"{name}.parquet"), tables[name]) for name in STEERING_FILES if name in tables]
+
+
+def help_steer(run: RunFolder, arm: str) -> None:
+    """What every other process does of the stage: the texts of its features, in the order of the first process."""
+    chosen, sets = _steered(run, arm)
+    if len(chosen) or sets:
+        test = _SteeringTest(run, run.study.open_arm(arm), SILENT)
+        if len(chosen):
+            test.texts(chosen, run.kept(f"steer {arm}", steer_inputs(run, arm)))
+        if sets:
+            test.texts(test.joined(sets))
+
+
+def _steered(run: RunFolder, arm: str) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
+    """An arm's features and sets of features that are steered: none without a dose."""
+    config = run.study.steering
+    chosen = tested_features(run, arm, config.max_features)
+    return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
+
+
+class _SteeringTest:
+    """The test of one arm, with its model in memory."""
+
+    def __init__(self, run: RunFolder, arm: Arm, log: Log) -> None:
+        self._run, self._arm, self._log = run, arm, log
+        self._config, self._seed = run.study.steering, run.study.config.seed
+        dose, _ = chosen_dose(run)
+        assert dose is not None  # else nothing is steered
+        self._dose = dose
+        self._plan = SteeringPlan.from_section(self._config, seed=self._seed, doses=(dose,))
+        self._site = site_of(run, arm)
+        self._vectors = RememberedVectors(outcome_vectors(run.study))
+        self._words = load_vocabulary(run.study.config.selection.vocabulary).words
+
+    def features(self, chosen: pd.DataFrame, kept: KeptRows) -> dict[str, pd.DataFrame]:
+        """Each feature by itself, beside its placebos, and for some the baselines."""
+        tables = self._tested(chosen, kept)
+        sample = self._baseline_sample(chosen)
+        if self._config.baselines and len(sample):
+            tables["baselines"] = self._scored(self._baseline_texts(sample), chosen)
+            tables["baseline_effects"] = self._baseline_effects(tables["interventions"], tables["baselines"])
+        return tables
+
+    def together(self, sets: tuple[tuple[int, ...], ...]) -> dict[str, pd.DataFrame]:
+        """Sets of features, each steered at once."""
+        rows = self.joined(sets)
+        tables = self._tested(rows)
+        joint = tables["effects"].merge(rows[["feature", "members"]], on="feature")
+        return {"together": tables["interventions"], "together_effects": joint.rename(columns={"feature": "set"})}
+
+    def joined(self, sets: tuple[tuple[int, ...], ...]) -> pd.DataFrame:
+        """A row a set, in the form of a feature."""
+        name = self._arm.name
+        features = self._run.read_table(self._run.arm(name, "features.parquet"))
+        placebos = matched_lists_of(matched_placebos(self._run, name, set_members(self._run, name)))
+        return features_together(features, sets, placebos)
+
+    def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
+        """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
+        return run_trials(
+            self._site,
+            chosen,
+            self._plan,
+            vectors=self._vectors,
+            done=kept.read(self._log) if kept else None,
+            on_chunk=kept.add if kept else None,
+            progress=partial(self._log.progress, f"steer {self._arm.name}", unit="texts"),
+        )
+
+    def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:
+        config, trials = self._config, self._scored(self.texts(chosen, kept), chosen)
+        direct = direct_effects(self._site, chosen, self._plan)
+        placebo = config.primary_placebo
+        same: dict[str, Any] = {"seed": self._seed, "dose": self._dose}
+        same["obstacles"] = obstacles(self._site, chosen, self._plan)
+        tested = effects(
+            trials,
+            direct,
+            alpha=self._run.study.config.comparison.alpha,
+            placebo=placebo,
+            outcome=outcome_named(config.outcomes[0]).under(config.operator),
+            **same,
+        )
+        controls = (placebo, *(name for name in config.placebos if name != placebo))
+        every = outcome_effects(
+            trials, direct, declared=config.outcomes, placebos=controls, operator=config.operator, **same
+        )
+        return {
+            "interventions": trials,
+            "direct_effects": direct,
+            "effects": tested.assign(declared=True),
+            "outcome_effects": every,
+        }
+
+    def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+        return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
+
+    def _baseline_sample(self, tested: pd.DataFrame) -> pd.DataFrame:
+        """A random sample of the tested features, which depends on the seed alone."""
+        limit = self._config.baseline_features
+        if len(tested) <= limit:
+            return tested
+        numbers = tested["feature"].to_numpy()
+        chosen = np.random.default_rng([self._seed, 2]).choice(numbers, size=limit, replace=False)
+        return tested[tested["feature"].isin(chosen)].reset_index(drop=True)
+
+    def _baseline_texts(self, sample: pd.DataFrame) -> pd.DataFrame:
+        wanted, features = self._config.baselines, sample["feature"].tolist()
+        return run_baselines(
+            self._site,
+            sample,
+            self._plan,
+            vectors=self._vectors,
+            mean_differences=self._mean_differences(features) if "mean_difference" in wanted else {},
+            baselines=wanted,
+            progress=partial(self._log.progress, f"baselines {self._arm.name}", unit="texts"),
+        )
+
+    @torch.inference_mode()
+    def _mean_differences(self, features: list[int]) -> dict[int, Tensor | str]:
+        """For each feature the mean residual where it fires minus that of general text; or why there is none.
+
+        General text is the source called general; without one, all of the text.
+        """
+        arm, rows = self._arm, self._run.study.rows()
+        limit = arm.norm_limit(rows)
+        sums = MeanDifferences(features, arm.lm.d_model)
+        place = rows.names.index("general") if "general" in rows.names else None
+        seen = 0
+        for start, ids, x in self._run.study.residuals.batches(arm.lm, arm.hook, rows):
+            kept = kept_positions(x, limit)
+            acts = arm.sae.encode(x)[..., features]
+            sources = torch.from_numpy(np.asarray(rows.sources[start : start + len(ids)]))
+            general = torch.ones_like(sources, dtype=torch.bool) if place is None else sources == place
+            sums.add(x[kept].float(), acts[kept], general[:, None].expand(ids.shape)[kept])
+            seen += ids.numel()
+            if seen >= _TOKENS:
+                break
+        return {feature: sums.vector(feature) for feature in features}
+
+    def _baseline_effects(self, trials: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
+        """What steering does beyond each baseline: as `outcome_effects`, without primary, for no test hangs on it."""
+        features = baselines["feature"].unique()
+        steered = trials[trials["feature"].isin(features) & trials["condition"].isin(["unsteered", "steered"])]
+        both = pd.concat([steered, baselines], ignore_index=True).drop(columns="similarity_shuffled")
+        why = baselines[baselines["reason"] != ""].drop_duplicates(["feature", "condition"])
+        table = outcome_effects(
+            both,
+            declared=self._config.outcomes,
+            placebos=self._config.baselines,
+            seed=self._seed,
+            dose=self._dose,
+            operator=self._config.operator,
+            obstacles={(int(row.feature), str(row.condition)): str(row.reason) for row in why.itertuples()},
+        )
+        return table.rename(columns={"placebo": "baseline", "placebo_mean": "baseline_mean"}).drop(columns="primary")
