@@ -35,12 +35,7 @@ __all__ = [
 
 
 def capital(text: str) -> str:
-    """With a capital at its start, all else as it is.
-
-    Example:
-        >>> capital("share of SAEs")
-        'Share of SAEs'
-    """
+    """With a capital at its start, all else as it is: "Share of SAEs"."""
     return text[:1].upper() + text[1:]
 
 
@@ -248,13 +243,7 @@ class Explainer:
     explained: set[str] = field(default_factory=set)
 
     def first(self, keys: Iterable[str]) -> tuple[Term, ...]:
-        """The known terms among `keys` that have not been explained yet.
-
-        Example:
-            >>> explain = Explainer(terms(ReportContext()))
-            >>> [len(explain.first(["p", "q"])), len(explain.first(["q", "pp"]))]
-            [2, 1]
-        """
+        """The known terms among `keys` that have not been explained yet."""
         fresh = [key for key in keys if key in self.known and key not in self.explained]
         self.explained.update(fresh)
         return tuple(self.known[key] for key in fresh)
