@@ -52,12 +52,9 @@ _TIE = 1e-12
 def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
     """Cut features into groups of similar traits: int64 [n], numbers from 0.
 
-    Groups are halved at the median of one trait after the other while both halves keep `min_size` features.
-    Only the order of a trait's values matters, so a logarithm changes nothing.
-
-    Args:
-        traits: [n, n_traits]; features with a NaN among theirs get `NO_STRATUM`.
-        min_size: Fewest features in a group (unless there are fewer in all).
+    Groups are halved at the median of one trait of `traits` [n, n_traits] after the other while both halves keep
+    `min_size` features. Only the order of a trait's values matters, so a logarithm changes nothing. Features with a NaN
+    among their traits get `NO_STRATUM`.
 
     Example:
         >>> strata([[1.0], [9.0], [2.0], [8.0], [float("nan")]], min_size=2).tolist()
@@ -202,8 +199,8 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
     """By how many more features something holds for the treatment than for the placebo, same features.
 
     Features are resampled with what all SAEs show for them. With several placebos the scatter of their counts is
-    added, once for the treatment's own seed and once for their mean, and Student's t knows how few they are; with
-    one, the interval knows nothing of differences between whole SAEs, and `reason` says so.
+    added, once for the treatment's own seed and once for their mean, with Student's t since they are few; with one, the
+    interval does not hold differences between whole SAEs, and `reason` says so.
 
     Args:
         own: bool [n], whether it holds for each feature in the treatment.

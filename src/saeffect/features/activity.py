@@ -58,11 +58,7 @@ class ActivityAccumulator:
         return int(self._tokens.sum())
 
     def update(self, feature_acts: Tensor, sources: Sequence[str]) -> None:
-        """Add a batch.
-
-        Args:
-            feature_acts: [n, d_sae], any float dtype. Values at or below 0 are inactive.
-            sources: [n], the name of each token's source.
+        """Add a batch: `feature_acts` [n, d_sae], any float dtype, and the name of each token's source, [n].
 
         Raises:
             ShapeMismatch: The shape is not [n, d_sae], or there are not n sources.

@@ -64,10 +64,8 @@ class WordVectors:
         """One row a word, `vectors` [len(words), dim]; of a word that occurs twice the first row counts."""
         matrix = np.asarray(vectors, dtype=np.float32)
         if matrix.ndim != 2 or len(matrix) != len(words):
-            raise ShapeMismatch(
-                f"vectors must be [{len(words)}, dim], one row a word. Got {list(matrix.shape)} instead.",
-                at=name,
-            )
+            message = f"vectors must be [{len(words)}, dim], one row a word. Got {list(matrix.shape)} instead."
+            raise ShapeMismatch(message, at=name)
         rows: dict[str, int] = {}
         for row, word in enumerate(words):
             rows.setdefault(word, row)

@@ -119,9 +119,7 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
 def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -> MatchCounts:
     """Count, for each feature, the top tokens whose word is in the vocabulary.
 
-    Args:
-        top_tokens: One sequence of tokens a feature, decoded (" cancer") or in the tokenizer's notation ("Ġcancer").
-        vocabulary: The words.
+    Tokens may be decoded (" cancer") or in the tokenizer's notation ("Ġcancer").
 
     Raises:
         ConfigError: A feature's tokens are one string instead of a sequence of strings.
