@@ -16,7 +16,9 @@ demo: .venv/.installed
 
 test: check unit real browser
 
-check: lint types layers doctests
+# mypy keeps one core busy, the rest the other.
+check: .venv/.installed-test
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target TEST_JOBS=1 types lint layers doctests
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests scripts

@@ -4,8 +4,8 @@ Names are loaded when first used, so that importing the package takes no time.
 
 Example:
     >>> import saeffect as sx
-    >>> sx.coherence_score([" cancer", " tumor"], [2.0, 1.0]) > 0.7
-    True
+    >>> sx.Study.open("bundled:smollm2-medical").config.name
+    'smollm2-medical'
 """
 
 from __future__ import annotations
@@ -16,72 +16,76 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Arm": "saeffect.study.study",
-    "ArmTables": "saeffect.comparison",
     "Comparison": "saeffect.comparison",
     "LanguageModel": "saeffect.lm.language_model",
-    "ModelConfig": "saeffect.config",
-    "ReportContext": "saeffect.report",
     "SaeffectError": "saeffect.errors",
     "SparseAutoencoder": "saeffect.sae.base",
-    "SteeringPlan": "saeffect.steering",
     "Study": "saeffect.study.study",
     "StudyConfig": "saeffect.config",
     "capture": "saeffect.lm.hooks",
-    "coherence_score": "saeffect.features.coherence",
-    "compare": "saeffect.comparison",
-    "count_matches": "saeffect.features.vocabulary",
-    "direct_effects": "saeffect.steering",
+    "coherence": "saeffect.features.coherence",
+    "compare": "saeffect.study.notebook",
     "edited": "saeffect.lm.hooks",
     "effects": "saeffect.steering",
-    "explained_variance": "saeffect.sae.metrics",
     "extract_features": "saeffect.study.stages.features",
-    "load_embeddings": "saeffect.features.embeddings",
     "load_language_model": "saeffect.lm.loading",
     "load_sae": "saeffect.sae.formats",
-    "load_vocabulary": "saeffect.features.vocabulary",
-    "project": "saeffect.features.projection",
-    "read_verdicts": "saeffect.review.verdicts",
+    "match_features": "saeffect.study.notebook",
     "run_study": "saeffect.study.run",
-    "run_trials": "saeffect.steering",
-    "save_sae": "saeffect.sae.formats",
-    "score_coherence": "saeffect.features.coherence:coherence",
+    "save_sae": "saeffect.sae.formats.saelens",
     "select": "saeffect.features.vocabulary",
-    "unembedding": "saeffect.lm.architectures",
-    "write_report": "saeffect.report",
+    "steer": "saeffect.study.notebook",
+    "train_sae": "saeffect.study.notebook",
+    "write_report": "saeffect.study.notebook",
+}
+
+# Names of 0.1.0 that are not here any more, and where to find what they did.
+_RENAMED = {
+    "Arm": "saeffect.study.study.Arm",
+    "ArmTables": "saeffect.comparison.ArmTables",
+    "ModelConfig": "saeffect.config.ModelConfig",
+    "ReportContext": "saeffect.report.ReportContext",
+    "SteeringPlan": "saeffect.steering.SteeringPlan",
+    "coherence_score": "saeffect.features.coherence.coherence_score",
+    "count_matches": "saeffect.features.vocabulary.count_matches",
+    "direct_effects": "saeffect.steering.direct_effects",
+    "explained_variance": "saeffect.sae.metrics.explained_variance",
+    "load_embeddings": "saeffect.features.embeddings.load_embeddings",
+    "load_vocabulary": "saeffect.features.vocabulary.load_vocabulary",
+    "project": "saeffect.features.projection.project",
+    "read_verdicts": "saeffect.review.verdicts.read_verdicts",
+    "run_trials": "saeffect.steer, or saeffect.steering.run_trials",
+    "score_coherence": "saeffect.coherence",
+    "unembedding": "saeffect.lm.architectures.unembedding",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
-    from saeffect.comparison import ArmTables, Comparison, compare
-    from saeffect.config import ModelConfig, StudyConfig
+    from saeffect.comparison import Comparison
+    from saeffect.config import StudyConfig
     from saeffect.errors import SaeffectError
-    from saeffect.features.coherence import coherence as score_coherence
-    from saeffect.features.coherence import coherence_score
-    from saeffect.features.embeddings import load_embeddings
-    from saeffect.features.projection import project
-    from saeffect.features.vocabulary import count_matches, load_vocabulary, select
-    from saeffect.lm.architectures import unembedding
+    from saeffect.features.coherence import coherence
+    from saeffect.features.vocabulary import select
     from saeffect.lm.hooks import capture, edited
     from saeffect.lm.language_model import LanguageModel
     from saeffect.lm.loading import load_language_model
-    from saeffect.report import ReportContext, write_report
-    from saeffect.review.verdicts import read_verdicts
     from saeffect.sae.base import SparseAutoencoder
-    from saeffect.sae.formats import load_sae, save_sae
-    from saeffect.sae.metrics import explained_variance
-    from saeffect.steering import SteeringPlan, direct_effects, effects, run_trials
+    from saeffect.sae.formats import load_sae
+    from saeffect.sae.formats.saelens import save_sae
+    from saeffect.steering import effects
+    from saeffect.study.notebook import compare, match_features, steer, train_sae, write_report
     from saeffect.study.run import run_study
     from saeffect.study.stages.features import extract_features
-    from saeffect.study.study import Arm, Study
+    from saeffect.study.study import Study
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'saeffect' has no attribute {name!r}")
-    module, _, attribute = _HOME[name].partition(":")
-    return getattr(importlib.import_module(module), attribute or name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _RENAMED:  # not an AttributeError: `from saeffect import ...` would lose its message
+        raise ImportError(f"saeffect.{name} is now {_RENAMED[name]}.")
+    raise AttributeError(f"module 'saeffect' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

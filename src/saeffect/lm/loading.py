@@ -148,11 +148,11 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
     return config.adapter
 
 
-def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
+def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
     """Load weights, tokenizer and adapter; the adapter is merged into the weights.
 
     Args:
-        config: Where, in which dtype, on which device.
+        config: Where, in which dtype, on which device; or only where, as `ModelConfig.path`.
         at: Key of the study file, for error messages.
         log: Receives one line before each slow step.
 
@@ -163,6 +163,7 @@ def load_language_model(config: ModelConfig, *, at: str | None = None, log: Log 
         IncompatibleModels: An adapter that does not fit the base model.
         ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
+    config = ModelConfig(path=config) if isinstance(config, str) else config
     base = locate_model(config, log=log, at=at)
     place = locate_adapter(config, at=at)
     adapter_at = f"{at}.adapter" if at else str(place)

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison import ArmFacts, ArmTables, Comparison, compare
+from saeffect.config import ComparisonConfig
 from saeffect.diffing.methods import table_names
 from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
@@ -21,7 +22,7 @@ from saeffect.study.stages.match import read_matches
 from saeffect.study.stages.steering_plan import chosen_dose
 from saeffect.study.study import Study
 
-__all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_inputs", "read_comparison", "run_compare"]
+__all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]
 
 VERSION = 7
 _TABLES = Comparison.table_names()
@@ -54,23 +55,27 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
 
 def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `comparison/*.parquet` and `comparison/answer.json`."""
-    config, arms = run.study.config, arm_tables(run)
-    min_matches, alpha, tests = config.selection.min_matches, config.comparison.alpha, config.comparison.tests
-    found = compare(
-        arms,
-        min_matches=min_matches,
-        alpha=alpha,
-        seed=config.seed,
-        n_boot=config.comparison.n_boot,
-        n_permutations=config.comparison.n_permutations,
-        tests=tests,
-        matches=read_matches(run),
-    )
-    found = with_answer(found, arms, tests=tests, min_matches=min_matches, alpha=alpha)
+    found = compare_arms(run, run.study.config.comparison, seed=run.study.config.seed)
     answer = run.path("comparison", "answer.json")
     write_json(answer, dict(found.answer))
     tables = [run.write_table(run.path("comparison", f"{name}.parquet"), getattr(found, name)) for name in _TABLES]
     return [*tables, answer]
+
+
+def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Comparison:
+    """The comparison of a run's arms, with the answer in words; nothing is written."""
+    arms, min_matches = arm_tables(run), run.study.config.selection.min_matches
+    found = compare(
+        arms,
+        min_matches=min_matches,
+        alpha=settings.alpha,
+        seed=seed,
+        n_boot=settings.n_boot,
+        n_permutations=settings.n_permutations,
+        tests=settings.tests,
+        matches=read_matches(run),
+    )
+    return with_answer(found, arms, tests=settings.tests, min_matches=min_matches, alpha=settings.alpha)
 
 
 def read_comparison(run: RunFolder) -> Comparison:

@@ -18,7 +18,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.steering_plan import chosen_dose
 
-__all__ = ["report_inputs", "run_report"]
+__all__ = ["report_context", "report_inputs", "run_report"]
 
 VERSION = 5
 
@@ -40,7 +40,7 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
 def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     """Write `tables/`, `figures/` and `report.html`."""
     comparison = read_comparison(run)
-    context = _context(run)
+    context = report_context(run)
     tables = write_tables(comparison, run.path("tables"), context=context)
     figures = write_figures(comparison, run.path("figures"), context=context)
     page = write_report(comparison, run.path("report.html"), context=context, figures=figures)
@@ -54,7 +54,8 @@ def _drawn(folder: Path, names: set[str]) -> list[Path]:
     return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
 
 
-def _context(run: RunFolder) -> ReportContext:
+def report_context(run: RunFolder) -> ReportContext:
+    """What the report shows of a run beside its comparison."""
     config, arms = run.study.config, arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(

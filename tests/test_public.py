@@ -1,0 +1,54 @@
+"""The names of `import saeffect`: few, all in docs/python.md, which runs; old ones say what they are called now."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import saeffect
+import tiny_study
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_each_name_is_loaded_and_used_on_the_page() -> None:
+    used = set(re.findall(r"\bsx\.(\w+)", "\n".join(_blocks())))
+    assert used == set(saeffect.__all__) - {"__version__"}
+    assert len(used) <= 22
+    assert all(callable(getattr(saeffect, name)) for name in used)
+
+
+@pytest.mark.parametrize("name", sorted(saeffect._RENAMED))
+def test_an_old_name_says_what_it_is_called_now(name: str) -> None:
+    with pytest.raises(ImportError, match=rf"saeffect.{name} is now saeffect\.") as caught:
+        getattr(saeffect, name)
+    path = str(caught.value).rstrip(".").rsplit(" ", 1)[1]
+    module, _, attribute = path.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute), path
+
+
+def test_a_name_that_never_was_is_an_attribute_error() -> None:
+    assert not hasattr(saeffect, "nothing")
+
+
+@pytest.mark.real
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_study.make_study(tmp_path)
+    (tmp_path / "text.jsonl").rename(tmp_path / "notes.jsonl")
+    (tmp_path / "study.yaml").write_text((tmp_path / "study.yaml").read_text().replace("./text.jsonl", "./notes.jsonl"))
+    names: dict[str, object] = {}
+    for block in _blocks():
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert len(names["found"]) == 2 and names["found"]["effect"].notna().all()
+    assert names["matches"]["cosine"].max() > 0.9
+    assert names["logits"].shape[-1] == names["lm"].d_vocab
+    assert Path(names["page"]).stat().st_size > 100_000
+    assert (tmp_path / "saes" / "notes" / "cfg.json").is_file()
