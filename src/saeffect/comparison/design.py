@@ -32,7 +32,7 @@ _WHY = {
 # Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
 _MEASURED: dict[str, tuple[float, bool, str]] = {
     "explained_variance": (0.02, False, "an SAE that fits its model worse finds poorer features"),
-    "ce_loss_score": (0.02, False, "an SAE that loses more of the model's behaviour speaks less for the model"),
+    "ce_loss_score": (0.02, False, "an SAE that loses more of the model's behaviour tells less about the model"),
     "l0": (0.10, True, "more active features per token make each one broader"),
     "dead_share": (0.05, False, "features that never fire cannot be of the domain, which lowers shares"),
 }
