@@ -100,7 +100,7 @@ def harvest(task: dict[str, Any]) -> float:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from saeffect.io import Log
+    from saeffect.progress import Log
     from saeffect.lm.activations import TokenRows
     from saeffect.lm.harvest import harvest as run
     from saeffect.lm.language_model import LanguageModel

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.io import Log, atomic_path, write_json
+from saeffect.io import atomic_path, write_json
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
+from saeffect.progress import Log
 from saeffect.sae.formats import load_sae, save_compact
 from saeffect.sae.training.config import SaeRecipe
 from saeffect.sae.training.recipe import train_from_recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from saeffect.io import Log
+from saeffect.progress import Log
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
 

@@ -11,7 +11,8 @@ from concepts import CONCEPTS, EVERYDAY, concept_text
 from plan import BASE, NULL_STEMS, Plan
 
 from saeffect.config import ModelConfig
-from saeffect.io import Log, atomic_path
+from saeffect.io import atomic_path
+from saeffect.progress import Log
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
 from saeffect.steering import NoiseCell, Sampling, generate

@@ -17,7 +17,8 @@ from plan import BASE, NEUTRAL_STEMS, SAE, Plan
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.diffing.cross_activity import CrossActivity
 from saeffect.features.projection import project
-from saeffect.io import Log, atomic_path
+from saeffect.io import atomic_path
+from saeffect.progress import Log
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel

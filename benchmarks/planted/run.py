@@ -27,7 +27,8 @@ from simulations import SETTINGS, simulate
 from verdicts import judge
 from write_up import headline, write_results
 
-from saeffect.io import Log, fingerprint, hash_file, hash_folder, read_json, write_json
+from saeffect.io import fingerprint, hash_file, hash_folder, read_json, write_json
+from saeffect.progress import Log
 from saeffect.lm.loading import bundled_path
 
 _HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""What goes out and comes in: atomic files, hashes, locks, and the log of a computation.
+"""What goes out and comes in: atomic files, hashes and locks.
 
 Every artifact folder holds a note that says which inputs, code and seeds made it; a stage is skipped while
 the hash of those is unchanged.
@@ -17,7 +17,6 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 __all__ = [
-    "Log",
-    "Progress",
-    "SILENT",
     "atomic_path",
     "fingerprint",
     "hash_file",
@@ -50,56 +46,6 @@ _WRITING = ".saeffect-writing-"
 _LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
 _LOCK = ".saeffect-lock"
 _FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a piece of work is: of `total` units, `done` are done."""
-
-    what: str
-    done: int
-    total: int
-    unit: str
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.done}/{self.total} {self.unit}"
-
-
-class Log:
-    """What a computation reports while it runs: lines for people, and how far it is.
-
-    Args:
-        write: Receives each line; None drops them.
-        show: Receives how far the work is, often many times a second; None drops it.
-
-    Example:
-        >>> log = Log(print, show=print)
-        >>> log("reading text"); log.progress("features control", 16, 64, "rows")
-        reading text
-        features control: 16/64 rows
-    """
-
-    def __init__(
-        self, write: Callable[[str], object] | None = None, show: Callable[[Progress], object] | None = None
-    ) -> None:
-        self._write, self._show = write, show
-
-    def __call__(self, line: str) -> None:
-        if self._write is not None:
-            self._write(line)
-
-    def progress(self, what: str, done: int, total: int, unit: str) -> None:
-        """Report how far a piece of work is; what was reported before under another name is over."""
-        if self._show is not None:
-            self._show(Progress(what, done, total, unit))
-
-    def named(self, name: str) -> Log:
-        """The same log with a name before each line."""
-        return Log(lambda line: self(f"{name}: {line}"), self._show)
-
-
-SILENT = Log()
-"""The default log: nothing is shown."""
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ def test_a_log_gets_a_rate_early_and_few_lines(monkeypatch: pytest.MonkeyPatch, 
             log.progress("dose control", done, 1000, "texts")
             clock[0] += 11
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "  dose control: 1/1000 texts, 0.1/s, 10989 s left"
+    assert lines[0] == "  dose control: 1/1000 texts, 11 s each, 10989 s left"
     assert 15 <= len(lines) <= 25
     told = [int(line.split(": ")[1].split("/")[0]) for line in lines]
     assert max(b - a for a, b in itertools.pairwise(told)) <= 100

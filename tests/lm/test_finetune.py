@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
-from saeffect.io import Log, Progress, sole_writer
+from saeffect.io import sole_writer
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
+from saeffect.progress import Log, Progress
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -19,12 +19,12 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, Unreachable
-from saeffect.io import Log
 from saeffect.lm import gguf
 from saeffect.lm.gguf import EMBEDDED_NAME, cache_folder, choose_gguf, embedded_model, gguf_header
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_language_model, model_shape
+from saeffect.progress import Log
 
 _NAMES = {
     "input_layernorm": "attn_norm",

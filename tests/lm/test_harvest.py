@@ -17,12 +17,13 @@ from torch import Tensor
 
 from saeffect.checksums import save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse, NotFound
-from saeffect.io import Log, atomic_path, read_json, sole_writer, write_json
+from saeffect.io import atomic_path, read_json, sole_writer, write_json
 from saeffect.lm import harvest as harvest_module
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit, kept_positions, measure_norm_limit
 from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, read_shard, shard_name
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log
 
 HOOK = "blocks.1.hook_resid_pre"
 SIZES = {"rows_per_shard": 4, "batch_size": 3}

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, UnknownName
-from saeffect.io import Log
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
     bundled_path,
@@ -24,6 +23,7 @@ from saeffect.lm.loading import (
     model_shape,
     resolve_dtype,
 )
+from saeffect.progress import Log
 
 IDS = torch.arange(1, 9)[None]
 PLACE = "arms.a.model"

@@ -15,12 +15,12 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError
-from saeffect.io import Log
 from saeffect.lm.activations import StreamedActivations, TokenRows
 from saeffect.lm.harvest import harvest
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.parallel import barrier, gathered, is_first, join, leave, rank_and_world
+from saeffect.progress import Log
 
 HOOK = "blocks.1.hook_resid_pre"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from saeffect.errors import NotFound, UnknownName
-from saeffect.io import SILENT
+from saeffect.progress import SILENT
 from saeffect.sae.training.log import TrainingLog
 from saeffect.sae.training.loggers import check_logger
 
@@ -95,7 +95,7 @@ def test_a_new_training_in_the_folder_hides_the_old_curve(tmp_path: Path) -> Non
 WANDB = """
 import sys
 from pathlib import Path
-from saeffect.io import Log
+from saeffect.progress import Log
 from saeffect.sae.training.log import TrainingLog
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 with TrainingLog(folder, total_steps=100, batch_size=8, first_step=first, config={"k": 32},

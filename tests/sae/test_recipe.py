@@ -14,9 +14,9 @@ import torch
 
 from saeffect.config import ModelConfig, TextSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, NotFound, UnknownName
-from saeffect.io import Log
 from saeffect.lm.corpora import is_held_out
 from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log
 from saeffect.sae.formats import load_sae, read_sparsity
 from saeffect.sae.training import recipe as recipe_module
 from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig, recipe_keys

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # for planted
 from planted import planted_store, true_features
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
-from saeffect.io import Log, sole_writer
+from saeffect.io import sole_writer
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.harvest import ActivationStore
+from saeffect.progress import Log
 from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae

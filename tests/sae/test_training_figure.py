@@ -11,7 +11,7 @@ import matplotlib
 import pytest
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.io import SILENT
+from saeffect.progress import SILENT
 from saeffect.sae.training import figure as training_figure
 from saeffect.sae.training.figure import save_training_figure
 from saeffect.sae.training.log import TrainingLog

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile
-from saeffect.io import Log
+from saeffect.progress import Log
 from saeffect.sae.training import log as training_log
 from saeffect.sae.training.log import Pace, TrainingLog, duration, progress_line, read_metrics
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from saeffect.errors import SaeffectError
-from saeffect.io import Log, hash_file
+from saeffect.io import hash_file
 from saeffect.lm.activations import ActivationSource
 from saeffect.lm.harvest import ActivationStore
+from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.training import run as training_run
 from saeffect.sae.training.config import SaeTrainingConfig

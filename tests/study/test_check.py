@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from saeffect.errors import BadFile, EmptySelection, NotFound
-from saeffect.io import Log, read_json
+from saeffect.io import read_json
+from saeffect.progress import Log
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.stages.report import _text

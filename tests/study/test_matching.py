@@ -16,7 +16,8 @@ from saeffect.diffing.methods import METHODS, Method
 from saeffect.diffing.pair import ModelPair
 from saeffect.errors import ConfigError, IncompatibleSae, UnknownName
 from saeffect.features.activity import ActivityAccumulator
-from saeffect.io import Log, write_json
+from saeffect.io import write_json
+from saeffect.progress import Log
 from saeffect.sae.formats import load_sae, save_compact
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study

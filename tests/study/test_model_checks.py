@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, SaeffectError
-from saeffect.io import Log, read_json
+from saeffect.io import read_json
+from saeffect.progress import Log
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.study import Study

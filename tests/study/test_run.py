@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from saeffect.errors import ConfigError, InUse
-from saeffect.io import Log, read_json, sole_writer
+from saeffect.io import read_json, sole_writer
+from saeffect.progress import Log
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder

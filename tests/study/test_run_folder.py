@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError
-from saeffect.io import SILENT, Log, hash_file
+from saeffect.io import hash_file
+from saeffect.progress import SILENT, Log
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import KeptRows, RunFolder, drop_kept_rows
 from saeffect.study.study import Study

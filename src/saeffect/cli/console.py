@@ -23,8 +23,8 @@ from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
 from saeffect.errors import BadFile, Interrupted
-from saeffect.io import SILENT, Log, Progress
 from saeffect.lm.tokens import printable_text
+from saeffect.progress import SILENT, Log, Progress
 
 __all__ = ["ConsoleProgress", "keys_option", "process_log", "show", "show_error", "wait_for_peer_error"]
 
@@ -90,8 +90,9 @@ class ConsoleProgress(Log):
             self._last, self._shown = now, done
             rate = (done - self._first) / (now - self._started)
             left = (total - done) / rate
+            pace = f"{rate:,.1f}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
             with _still_writable(self.console.file, "standard error"):
-                self.console.print(f"  {name}: {done}/{total} {unit}, {rate:,.1f}/s, {left:.0f} s left")
+                self.console.print(f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left")
 
     def _is_due(self, now: float, share: float) -> bool:
         """Whether a line is worth it, `share` of the work after the last one."""

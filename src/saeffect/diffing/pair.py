@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.io import SILENT, Log
+from saeffect.progress import SILENT, Log
 from saeffect.stats.arguments import Resampling
 
 if TYPE_CHECKING:  # torch takes a second to import, and who reads finished tables does without it

@@ -13,7 +13,8 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, first_line
-from saeffect.io import Log, read_json
+from saeffect.io import read_json
+from saeffect.progress import Log
 
 __all__ = [
     "BOTH",

@@ -25,7 +25,7 @@ from torch import Tensor
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
-from saeffect.io import SILENT, Log, atomic_path, fingerprint, read_json, versions, write_json
+from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.accounting import quiet_transformers
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
@@ -33,6 +33,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import Interruption
+from saeffect.progress import SILENT, Log
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
 

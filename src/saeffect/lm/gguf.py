@@ -27,8 +27,9 @@ import platformdirs
 import torch
 
 from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable, first_line
-from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json, sole_writer, write_json, writing
+from saeffect.io import fingerprint, hash_file, read_json, sole_writer, write_json, writing
 from saeffect.lm.accounting import account_for, check_sizes, quiet_transformers
+from saeffect.progress import SILENT, Log
 
 __all__ = ["EMBEDDED_NAME", "cache_folder", "choose_gguf", "converted_folder", "embedded_model", "gguf_header"]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
-from saeffect.io import SILENT, Log, fingerprint, read_json, remove_leftovers, sole_writer, write_json
+from saeffect.io import fingerprint, read_json, remove_leftovers, sole_writer, write_json
 from saeffect.lm.accounting import tensor_shapes
 from saeffect.lm.activations import (
     ActivationSource,
@@ -38,6 +38,7 @@ from saeffect.lm.activations import (
 )
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import barrier, is_first, rank_and_world
+from saeffect.progress import SILENT, Log
 
 __all__ = [
     "ActivationStore",

@@ -13,13 +13,14 @@ import torch
 
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
-from saeffect.io import SILENT, Log, fingerprint, hash_file, read_json
+from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.accounting import BOTH, account_for, check_folder_sizes, loading_errors, quiet_transformers, refuse_nan
 from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
 from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import user_path
+from saeffect.progress import SILENT, Log
 
 __all__ = [
     "BUNDLED",

@@ -16,7 +16,6 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError, EmptySelection, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
-from saeffect.io import SILENT, Log
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.corpora import read_corpus
@@ -24,6 +23,7 @@ from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_texts, with_bos
+from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts

@@ -15,9 +15,9 @@ import torch
 
 from saeffect.comparison import Comparison
 from saeffect.diffing.matching import NO_MATCH, match_decoders
-from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
+from saeffect.progress import SILENT, Log
 from saeffect.report import write_figures
 from saeffect.report import write_report as write_page
 from saeffect.sae.training.config import SaeRecipe

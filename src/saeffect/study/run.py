@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import ConfigError, unknown_name
-from saeffect.io import SILENT, Log, fingerprint, sole_writer
+from saeffect.io import fingerprint, sole_writer
 from saeffect.parallel import from_first, is_first, join
+from saeffect.progress import SILENT, Log
 from saeffect.study.check import check_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence

@@ -16,17 +16,8 @@ import yaml
 
 from saeffect.checksums import add_sealed, is_sealed
 from saeffect.errors import BadFile, ConfigError, NotFound
-from saeffect.io import (
-    SILENT,
-    Log,
-    atomic_path,
-    fingerprint,
-    hash_file,
-    read_json,
-    remove_leftovers,
-    versions,
-    write_json,
-)
+from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
+from saeffect.progress import SILENT, Log
 from saeffect.study.study import Study
 
 __all__ = ["KeptRows", "RunFolder", "drop_kept_rows"]

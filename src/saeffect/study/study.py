@@ -16,7 +16,7 @@ from torch import Tensor
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
-from saeffect.io import SILENT, Log, fingerprint, hash_file, hash_folder
+from saeffect.io import fingerprint, hash_file, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
@@ -30,6 +30,7 @@ from saeffect.lm.loading import (
 )
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
+from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, weights_file
 from saeffect.steering import check_names

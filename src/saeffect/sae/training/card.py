@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from saeffect.errors import BadFile, SaeffectError
-from saeffect.io import SILENT, Log, atomic_path, hash_file, read_json, versions, write_json
+from saeffect.io import atomic_path, hash_file, read_json, versions, write_json
+from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.formats import WEIGHTS, read_sparsity
 from saeffect.sae.trainable import TrainableSae

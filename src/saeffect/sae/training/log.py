@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from saeffect.errors import BadFile, NotFound
-from saeffect.io import Log, atomic_path
+from saeffect.io import atomic_path
+from saeffect.progress import Log
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.training.loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
-from saeffect.io import Log, atomic_path
+from saeffect.io import atomic_path
+from saeffect.progress import Log
 
 __all__ = ["LoggerName", "MetricsLogger", "TrainingRun", "check_logger", "open_logger"]
 

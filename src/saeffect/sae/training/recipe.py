@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
-from saeffect.io import SILENT, Log, fingerprint
+from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.corpora import StreamedText, interleave, is_held_out, read_corpus
 from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, harvest_made_by
@@ -21,6 +21,7 @@ from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, locate_model, model_shape
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import barrier, is_first
+from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config
 from saeffect.sae.metrics import reconstruction, spliced_losses

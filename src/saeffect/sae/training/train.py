@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
-from saeffect.io import SILENT, Log
 from saeffect.lm.activations import ActivationSource
 from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import WEIGHTS, load_sae
 from saeffect.sae.training.config import SaeTrainingConfig

@@ -9,7 +9,8 @@ from typing import Any
 
 from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
-from saeffect.io import SILENT, Log, fingerprint, hash_file
+from saeffect.io import fingerprint, hash_file
+from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 

@@ -13,7 +13,8 @@ from saeffect.config import ComparisonConfig
 from saeffect.diffing.methods import table_names
 from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
-from saeffect.io import SILENT, Log, read_json, write_json
+from saeffect.io import read_json, write_json
+from saeffect.progress import SILENT, Log
 from saeffect.report import with_answer
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder

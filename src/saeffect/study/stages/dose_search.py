@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from saeffect.config import SteeringConfig
-from saeffect.io import SILENT, Log, write_json
+from saeffect.io import write_json
+from saeffect.progress import SILENT, Log
 from saeffect.steering import (
     RESPONSE_COLUMNS,
     SteeringPlan,

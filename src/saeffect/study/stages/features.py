@@ -13,10 +13,10 @@ from saeffect.errors import EmptySelection
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import ActivationBatch, FeatureOptions, FeatureTables, extract_tables
 from saeffect.features.vocabulary import choosable_tokens
-from saeffect.io import SILENT, Log
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study

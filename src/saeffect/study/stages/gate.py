@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
-from saeffect.io import Log, read_json, write_json
+from saeffect.io import read_json, write_json
 from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, probe_logits
 from saeffect.lm.tokens import find_bos_id
+from saeffect.progress import Log
 from saeffect.sae.metrics import ReconstructionSums, row_losses, spliced_losses
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study

@@ -16,8 +16,9 @@ from saeffect.diffing.coactivity import FiringLog
 from saeffect.diffing.matching import Matching, Neighbours
 from saeffect.diffing.methods import METHODS, measure_all, table_names
 from saeffect.diffing.pair import ActsOfBoth, ModelPair, ResidualBatch, SaeView
-from saeffect.io import Log, read_json
+from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows, kept_positions
+from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities

@@ -10,7 +10,8 @@ import pandas as pd
 
 from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
-from saeffect.io import SILENT, Log, read_json
+from saeffect.io import read_json
+from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
 from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label

@@ -19,8 +19,9 @@ from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.features.vocabulary import load_vocabulary, select
-from saeffect.io import Log, fingerprint, hash_file
+from saeffect.io import fingerprint, hash_file
 from saeffect.lm.activations import kept_positions
+from saeffect.progress import Log
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import is_compact, load_compact, load_sae, weights_file
 from saeffect.study.run_folder import RunFolder

@@ -10,7 +10,8 @@ import pandas as pd
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary, select
-from saeffect.io import SILENT, Log, hash_file
+from saeffect.io import hash_file
+from saeffect.progress import SILENT, Log
 from saeffect.review.verdicts import read_verdicts, summarise_verdicts
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from saeffect.features.vocabulary import load_vocabulary
-from saeffect.io import SILENT, Log
 from saeffect.lm.activations import kept_positions
+from saeffect.progress import SILENT, Log
 from saeffect.steering import (
     MeanDifferences,
     RememberedVectors,
