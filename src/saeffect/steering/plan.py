@@ -1,4 +1,4 @@
-"""What is steered, where, how, and how often: the inputs that all steps of this room share."""
+"""What is steered, where, how, and how often: the inputs that all steps of steering share."""
 
 from __future__ import annotations
 
