@@ -56,17 +56,11 @@ def write_report(
     context: ReportContext | None = None,
     figures: Sequence[DrawnFigure] | None = None,
 ) -> Path:
-    """Write the report of a study, atomically.
+    """Write the report of a study, atomically; ConfigError if the comparison has no answer yet.
 
     The page holds its own styles, pictures and script, loads nothing, and can be read without scripts. The same input
-    gives the same bytes.
-
-    Args:
-        context: The study around the comparison; without it the report has no list of features.
-        figures: What `write_figures` returned; None to draw them here.
-
-    Raises:
-        ConfigError: The comparison has no answer yet.
+    gives the same bytes. `figures` are those of `write_figures` (None: draw them here). Without `context` the page has
+    no list of features.
     """
     page = render_report(comparison, context=context, figures=figures)
     with atomic_path(path) as temporary:

@@ -106,8 +106,6 @@ def _excess_words(found: _Counts) -> str:
 
 
 class _Segment(NamedTuple):
-    """Features of one fate as a part of a bar of height 1."""
-
     fate: str
     n: float
     colour: str
@@ -188,7 +186,6 @@ def _ribbon(ax: Axes, left: _Span, right: _Span, colour: str, alpha: float) -> N
 
 
 def _ending(ax: Axes, span: _Span, start: float, end: float, colour: str) -> None:
-    """A stream that fades out: no counterpart."""
     low, high = span
     middle, bend = (low + high) / 2, start + 0.6 * (end - start)
     points = [(start, high), (bend, high), (bend, middle), (end, middle), (bend, middle), (bend, low), (start, low),
@@ -256,7 +253,6 @@ def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float
 
 
 def _name_most_changed(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
-    """Label the most changed domain features of either direction, without overlaps."""
     domain = rows[rows["domain"] & rows["found"]]
     words = feature_names(context.arm_of("control"), 2, longest=None, wanted=set(domain["feature"].astype(int)))
     taken: list[float] = []

@@ -196,7 +196,6 @@ def _whisker(ax: Axes, y: float, interval: tuple[float, float], colour: str, wid
 
 
 def _label(feature: int, names: Mapping[int, str]) -> str:
-    """Top tokens, cut to their maximum width, and the feature's number."""
     tokens = safe_text(names.get(feature, ""), 40)
     font = FontProperties(size=_LABEL)
     while len(tokens) > 1 and TextToPath().get_text_width_height_descent(tokens, font, ismath=False)[0] > _TOKENS:

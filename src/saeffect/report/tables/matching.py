@@ -294,7 +294,6 @@ def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) ->
 
 
 def _level(value: float) -> str:
-    """Activations per token to three significant figures."""
     return fixed(value, 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1)
 
 

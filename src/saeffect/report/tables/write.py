@@ -86,7 +86,6 @@ def domain_features(arm: ArmTables) -> pd.DataFrame:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as plain Python: lists for arrays, None for undefined numbers."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):

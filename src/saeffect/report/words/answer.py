@@ -31,16 +31,13 @@ __all__ = ["with_answer"]
 def with_answer(
     found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
 ) -> Comparison:
-    """The comparison with its threats and its answer.
+    """The comparison (of `saeffect.comparison.compare`, for these arms) with its threats and its answer.
 
     A change is credited to fine-tuning only if its judgement says so. Every difference has its interval, over all SAEs
     where both models have several; a difference without one has the reason.
 
-    Args:
-        found: What `saeffect.comparison.compare` returned for these arms.
-        tests: The declared quantities passed to `compare`; the headline covers these.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        alpha: Highest q of a passing feature, and of findings about single features.
+    `tests` are the declared quantities passed to `compare`; the headline covers these. `min_matches` top tokens in the
+    vocabulary make a feature count under a projection. `alpha` is the highest q of a finding or a passing feature.
     """
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     arms = {name: arms[name] for name in roles.ordered}

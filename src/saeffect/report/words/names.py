@@ -116,8 +116,6 @@ def level_text(value: object, outcome: str) -> str:
 
 @dataclass(frozen=True)
 class _DoseWords:
-    """Words for a kind of dose: the axis label, the end of a sentence, and the glossary entry."""
-
     axis: str
     done: str
     meaning: str

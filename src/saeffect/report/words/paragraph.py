@@ -31,7 +31,6 @@ class Paragraph:
     traces: list[Trace] = field(default_factory=list)
 
     def say(self, text: str) -> None:
-        """Add words."""
         self.text += text
 
     def cite(self, text: str, table: str, **row: Any) -> None:
@@ -140,7 +139,6 @@ def _steering_control(arms: Mapping[str, ArmTables]) -> str:
 
 
 def _activity(text: Paragraph, control: ArmTables, cross: pd.DataFrame, alpha: float) -> None:
-    """Domain features against all others, and the most changed ones by name."""
     if cross.empty:
         return
     changes = activity_changes(cross, alpha=alpha)

@@ -114,7 +114,6 @@ def _of_design(design: pd.DataFrame) -> Iterator[Threat]:
 
 
 def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """Texts that ended long before the requested length."""
     short = next((arm.text_shortage for arm in arms.values() if arm.text_shortage), "")
     if short:
         yield Threat(
@@ -127,7 +126,6 @@ def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
 
 
 def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """SAEs that fit their model badly, by the quality gate."""
     words = {
         "explained_variance": "reproduces {share} of the variance of its model's activations",
         "ce_loss_score": "keeps {share} of its model's predictive power",
@@ -160,7 +158,6 @@ def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
 
 
 def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
-    """Declared quantities with few SAEs, or none, to show SAE noise."""
     if declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
         yield Threat(
             "There is no placebo arm (the control's model with an SAE of another seed), "
@@ -289,7 +286,6 @@ def _doses(arm: ArmTables) -> list[float]:
 
 
 def _of_coverage(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """Word vectors that know few of the top tokens, e.g. of other languages."""
     shares = {name: top_token_coverage(arm) for name, arm in arms.items()}
     low = [f"{percent(share)} in {name}" for name, share in shares.items() if share < _LITTLE_KNOWN]
     if low:
