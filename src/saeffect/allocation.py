@@ -18,7 +18,7 @@ _SIZES = (2**31 - 1, 2**25)
 
 
 def keep_freed_memory() -> bool:
-    """Make the C library keep freed memory (mallopt(3)); returns whether it does (glibc only). For programs."""
+    """Make glibc keep freed memory (mallopt(3)); returns False with other C libraries. For programs, not on import."""
     if not sys.platform.startswith("linux"):
         return False
     try:

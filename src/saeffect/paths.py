@@ -73,8 +73,7 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
 def decode_utf8(data: bytes, *, at: str) -> str:
     """The text of `data`, without a byte order mark.
 
-    BadFile for invalid UTF-8 or a null byte (UTF-16); the message gives the byte, its position (from 0) and line (from
-    1).
+    BadFile for invalid UTF-8 or a null byte (UTF-16); the message gives byte, position (from 0) and line (from 1).
 
     Example:
         >>> decode_utf8(bytes.fromhex("efbbbf") + b"cancer", at="words.txt")

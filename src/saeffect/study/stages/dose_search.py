@@ -62,7 +62,7 @@ def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
     gets a dose-response table but does not influence the dose; nor do placebo interventions, see
     `saeffect.steering.dose`.
 
-    If no dose has an effect, the dose is null, a note says why, and no arm is steered.
+    If the search finds no gain, the dose is null, a note says why, and no arm is steered.
     """
     config = run.study.steering
     table = pd.DataFrame(
