@@ -206,10 +206,7 @@ def roles_of(roles: Mapping[str, str]) -> Roles:
 
 @dataclass(frozen=True)
 class PassCounts:
-    """How many features were tested and passed, by our test and by the paper's rule.
-
-    A feature is tested when its p is defined; `paper_tested` of those could be judged by the paper's rule.
-    """
+    """Features tested (with a defined p) and passed; `paper_tested` of those could be judged by the paper's rule."""
 
     tested: int
     passed: int

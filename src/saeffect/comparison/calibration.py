@@ -1,8 +1,5 @@
-"""False alarms of the comparison, and how many findings chance alone would give.
-
-SAEs of the control's model differ by their seed alone. Each takes the treatment's place, and everything is compared
-again: what is found then is a false alarm.
-"""
+"""False alarms when an SAE of the control's model, which differs by its seed alone, takes the treatment's place; and
+how many findings chance alone would give."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Every number of one arm against the same number of another, with an interval and a p.
-
-"fine-tuning" is treatment minus control. "retraining" is placebo minus control: the same model, another SAE, hence SAE
-noise. "beyond retraining" is (treatment - control) - (placebo - control). The control cancels, so treatment is compared
-with placebo directly.
-"""
+"""Every number of one arm against the same number of another, with an interval and a p."""
 
 from __future__ import annotations
 
@@ -127,6 +122,10 @@ def contrasts(
 
 def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
     """Pairs to compare, each with the name of the comparison.
+
+    "fine-tuning" is treatment minus control; "retraining" is placebo minus control: the same model, another SAE, hence
+    SAE noise; "beyond retraining" is treatment minus placebo, as the control cancels in (treatment - control) -
+    (placebo - control).
 
     Example:
         >>> compared("base", "tuned", ["again"])[1:]

@@ -33,9 +33,7 @@ class Answer(TypedDict):
     """The answer as plain text without markup.
 
     Attributes:
-        headline: The answer in a sentence.
         paragraph: The answer with its numbers in about ninety words, complete in itself.
-        sentences: One finding a sentence.
         caveats: The threats to it, gravest first (column `threat` of `Comparison.threats`).
     """
 
@@ -59,9 +57,8 @@ class MatchTables:
     """Which feature became which; a table without columns was not made.
 
     Attributes:
-        fates_control: What became of each feature of the control, by each measure
-            (`saeffect.diffing.correspondence.measure`, as the next three).
-        fates_treatment: The same of the treatment's features.
+        fates_control: What became of each feature of the control, by each measure; as `fates_treatment`, `fate_counts`
+            and `fates_null` made by `saeffect.diffing.correspondence.measure`.
         fate_counts: Kept, moved, gone, absorbed and new features beside those between seeds.
         fates_null: Calls where an SAE of the control's model replaces the treatment's.
         cross_activity: The control's SAE on both models (`CrossActivity.result`), with `is_domain`.

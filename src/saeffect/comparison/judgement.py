@@ -1,8 +1,5 @@
-"""When may a difference be credited to fine-tuning?
-
-A quantity of a whole SAE is one number. Do the treatment's SAEs lie outside of where another SAE of the control's model
-would? `noise_p` gives the p, `judge` the status.
-"""
+"""When may a difference be credited to fine-tuning? When the treatment's SAEs lie outside of where another SAE of the
+control's model would: `noise_p` gives the p, `judge` the status."""
 
 from __future__ import annotations
 
@@ -55,7 +52,6 @@ class Judgement:
     """What can be said about one quantity.
 
     Attributes:
-        quantity: Its name in the contrasts.
         status: "undefined": no interval. "unseparated": the interval of treatment minus control excludes zero, but no
             second SAE of the control's model separates fine-tuning from SAE noise: there is none, or none that differs
             from the control's, which does not show how much others would. "beyond": more than SAE noise. "noise": not

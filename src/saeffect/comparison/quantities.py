@@ -76,7 +76,6 @@ class Quantity:
     Attributes:
         name: As in the column `quantity` of the contrasts, and in `comparison.tests` of a study.
         label: Of its rows; `{min_matches}` becomes the number.
-        kind: The statistic (`Kind`).
         read: From (arm, min_matches) to the data of the statistic. "share": (how many, of how many); "token mean" and
             "token variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
         seed_values: One number a feature, in a Series whose index may name further levels (feature, prompt), for rows

@@ -1,9 +1,5 @@
-"""Contrasts whose unit is the SAE: seed, then feature, then prompt.
-
-An interval over the features of one SAE leaves out the noise of SAE training. With several SAEs a model, seeds are
-resampled, and the interval includes it. A fourth comparison, "all seeds", is every SAE of the fine-tuned model against
-every SAE of the control's, placebos included.
-"""
+"""Contrasts whose unit is the SAE. With several SAEs a model, seeds are resampled, and intervals include the noise of
+SAE training. "all seeds" compares every SAE of the fine-tuned model with every SAE of the control's."""
 
 from __future__ import annotations
 

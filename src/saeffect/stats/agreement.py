@@ -1,8 +1,5 @@
-"""Agreement of raters who judge the same items, beyond chance.
-
-1 is perfect agreement, 0 chance, below 0 systematic disagreement. Krippendorff's rule of thumb: 0.8 is reliable, 0.667
-the least for a tentative conclusion.
-"""
+"""Agreement of raters beyond chance: 1 is perfect, 0 chance, below 0 systematic disagreement. Krippendorff's rule of
+thumb: 0.8 is reliable, 0.667 the least for a tentative conclusion."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Checks of arguments that all statistics share.
-
-Arguments of the wrong shape or kind raise a `SaeffectError`. Data without an answer (none, one, NaN among them) give
-NaN, with the reason from `fault`.
-"""
+"""Checks of arguments: a wrong shape or kind raises a `SaeffectError`; data without an answer (none, one, NaN among
+them) give NaN, with the reason from `fault`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Bootstrap intervals, for one sample, many rows, two independent samples, and values in clusters.
-
-Resamples are drawn in blocks, so that memory does not grow with `n_boot * n`.
-"""
+"""Bootstrap intervals, for one sample, many rows, two independent samples, and values in clusters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Differences between two arms, for features with several numbers each, counts, and ranks.
-
-Whole features are resampled, so intervals are as wide as the number of features allows. Memory is bounded.
-"""
+"""Differences between two arms, of clustered values, counts and ranks; whole features are resampled."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Intervals for values in nested groups: prompts in features in SAE seeds.
-
-Each outermost group is resampled whole. Its mean already carries the sampling error of the groups within it; to
-resample those too would count that error twice (tests/stats/test_nested.py shows both).
-"""
+"""Intervals for values in nested groups: prompts in features in SAE seeds."""
 
 from __future__ import annotations
 
@@ -62,7 +58,8 @@ class NestedMean:
 def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 2000, seed: Seed = 0) -> NestedMean:
     """Mean of means over nested groups, the outermost resampled whole (the hierarchical bootstrap).
 
-    Every group counts alike within the one above it, however many values it has.
+    Every group counts alike within the one above it, however many values it has. A group's mean already carries the
+    sampling error within the group; to resample there too would count it twice (tests/stats/test_nested.py).
     Source: Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
 
     Args:

@@ -1,8 +1,5 @@
-"""Permutation tests: sign flips of paired differences, and two independent samples.
-
-Small data are enumerated (exact p). Otherwise p = (b + 1) / (m + 1), from m random permutations of which b are at least
-as extreme (Phipson & Smyth 2010, Permutation p-values should never be zero).
-"""
+"""Permutation tests: exact for small data, else p = (b + 1) / (m + 1), b of m random permutations being at least as
+extreme (Phipson & Smyth 2010, Permutation p-values should never be zero)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Shares of successes, their differences and ratios, with intervals (statsmodels') that hold for few trials too.
-
-Groups are `a` (the reference) and `b`; every comparison is of b against a.
-"""
+"""Shares of successes, their differences and ratios (b against a), with intervals that hold for few trials too."""
 
 from __future__ import annotations
 
