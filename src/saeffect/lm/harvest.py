@@ -1,8 +1,4 @@
-"""Run a model over text up to one hook, keep what stands there in shards on disk, and read them as batches.
-
-A harvest can be killed at any moment: whole shards stay, and the next run continues after the last one.
-Every SAE of the same model trains from the same shards.
-"""
+"""Run a model over text up to one hook, write the activations to shards on disk, and read them as batches."""
 
 from __future__ import annotations
 
@@ -69,22 +65,19 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
-    Under `torchrun` each process writes its share of the shards; the files are those of one process.
+    A harvest that was killed continues after its last whole shard. Under `torchrun` each process writes its share of
+    the shards (the files are those of one process); `rows` and `out` must then be the same in every process.
 
     Args:
-        lm: The model.
         hook: TransformerLens name.
-        rows: The text, the same in every process.
-        out: Folder for `harvest.json` and the shards; one that all processes share.
+        out: Folder for `harvest.json` and the shards.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
-        log: Receives a line of progress after each shard.
 
     Raises:
-        ConfigError: As `check_rows` and `capture`; the folder holds the harvest of something else; or the shards
-            would not fit on the disk.
+        ConfigError: As `check_rows`; the folder holds another harvest; or the disk is too small for the shards.
         EmptySelection: No rows.
-        BadFile: A shard cannot be written, whole shards stay; or `harvest.json` is damaged.
+        BadFile: A shard cannot be written; or `harvest.json` is damaged.
         InUse: Another process harvests into this folder.
         Interrupted: Ctrl-C; whole shards stay.
     """
@@ -132,17 +125,14 @@ def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shar
 
 
 def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
-    """The most that the shards of these rows can take, in bytes: the first position of a row is never kept."""
+    """The most that the shards of these rows can take, in bytes."""
     return len(rows) * (rows.context_size - 1) * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
-    """Refuse shards of `expected` bytes that go beyond the cap, in bytes, or what the disk has free.
+    """Refuse (ConfigError) shards of `expected` bytes that exceed the cap, in bytes, or what the disk has free.
 
-    What lies in the folder already counts as a part of them.
-
-    Raises:
-        ConfigError: They will not fit; the message gives both sizes.
+    Files already in the folder count as a part of them.
     """
     if cap is not None and expected > cap:
         raise ConfigError(
@@ -162,16 +152,12 @@ def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> Non
 
 
 def shard_name(index: int) -> str:
-    """File name of the shard with this index."""
+    """File name of a shard."""
     return f"shard-{index:05d}.safetensors"
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Read one shard: `activations` `[n, d_in]`, and `row`, `position` and `source` of each, int32 `[n]`.
-
-    Raises:
-        BadFile: It is truncated, no safetensors file, or holds other bits than were written.
-    """
+    """A shard's `activations` `[n, d_in]`, and `row`, `position`, `source` of each, int32 `[n]`. BadFile: damaged."""
     return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
@@ -180,8 +166,8 @@ class ActivationStore(ActivationSource):
     """A folder of shards, read as shuffled batches.
 
     Attributes:
-        folder: Where `harvest.json` and the shards lie.
-        note: What `harvest.json` says: what made it, the norm limit, names of sources.
+        folder: The folder with `harvest.json` and the shards.
+        note: The contents of `harvest.json`: what made it, the norm limit, names of sources.
     """
 
     folder: Path
@@ -210,11 +196,7 @@ class ActivationStore(ActivationSource):
         return _shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
-        """Which positions were kept.
-
-        Raises:
-            BadFile: The note does not say it.
-        """
+        """Which positions were kept; BadFile if the note lacks it."""
         found: Any = self.note.get("norm_limit")
         values: list[Any] = (
             [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
@@ -244,13 +226,10 @@ class ActivationStore(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`.
+        """See `ActivationSource`; BadFile, naming it, for a damaged shard.
 
-        Shards are visited in a shuffled order, a pool of `pool_shards` at a time, and tokens are shuffled within the
-        pool. A thread reads the next pool while one is used, so memory stays at two pools however long the text.
-
-        Raises:
-            BadFile: A shard is truncated or no safetensors file; the error names it.
+        Shards come in a shuffled order, `pool_shards` at a time, and tokens are shuffled within such a pool. Memory
+        holds two pools: a thread reads the next one.
         """
         shards = self.shards()
         lengths = [_shape(shard)[0] for shard in shards]
@@ -312,7 +291,7 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 
 def _missing(out: Path, starts: range) -> list[int]:
-    """First rows of the shards that are not there."""
+    """First rows of the missing shards."""
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 
@@ -345,7 +324,7 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 
 def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
-    """Shards are copied one by one: joined at once they would take twice the memory."""
+    """A pool of shards, copied one by one: joined at once they would take twice the memory."""
     part = read_shard(shards[0])["activations"]
     joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)
     at = 0

@@ -61,11 +61,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
-    """Folder or file of a bundled artifact, `kind` being its folder under `bundled/`.
-
-    Raises:
-        UnknownName: There is none of that name; the message lists those that exist.
-    """
+    """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName, with a list, if there is none."""
     root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
     found = root / name
     if name in ("", ".", "..") or "/" in name or not found.exists():
@@ -76,7 +72,7 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
 
 
 def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
-    """Where the base weights are: a local path, or the hub id to hand to transformers.
+    """Where the base weights are: a local path, or the hub id for transformers.
 
     Raises:
         NotFound: A path that does not exist, or a folder without a config.json.
@@ -152,15 +148,12 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
     """Load weights, tokenizer and adapter; the adapter is merged into the weights.
 
-    Args:
-        config: Where, in which dtype, on which device; or only where, as `ModelConfig.path`.
-        at: Key of the study file, for error messages.
-        log: Receives one line before each slow step.
+    `config` may be just a path or id, as `ModelConfig.path`; `at` is its key in the study file, for error messages.
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights
-            do not have; or an adapter that is pickled.
+        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights do
+            not have; or an adapter that is pickled.
         IncompatibleModels: An adapter that does not fit the base model.
         ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
@@ -208,11 +201,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
 
 
 def load_config(base: Path | str, config: ModelConfig) -> Any:
-    """The configuration of a located model, as transformers reads it.
-
-    Raises:
-        BadFile: It names sizes that the weights do not have.
-    """
+    """A located model's configuration in transformers; BadFile if it names sizes that the weights do not have."""
     from transformers import AutoConfig
 
     place, options = _source(base, config)
@@ -222,11 +211,7 @@ def load_config(base: Path | str, config: ModelConfig) -> Any:
 
 
 def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
-    """The tokenizer of a located model, loaded with the model's own options.
-
-    Raises:
-        NotFound: There is none, or it cannot be loaded.
-    """
+    """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     place, options = _source(base, config)
@@ -241,7 +226,7 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
-    """What to hand to `from_pretrained`."""
+    """What to pass to `from_pretrained`."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, None)
     return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
@@ -256,7 +241,7 @@ def _gguf_of(base: Path | str, at: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
+    """Width of the residual stream, number of blocks, positions and tokens (None if config.json names none)."""
 
     d_model: int
     n_layers: int
@@ -265,11 +250,7 @@ class ModelShape:
 
 
 def model_shape(place: Path | str) -> ModelShape | None:
-    """The shape that a located model's config.json names; None where only loading would tell.
-
-    Raises:
-        BadFile: config.json is not JSON, or names a size that is no number.
-    """
+    """Shape in a located model's config.json; None if only loading can show it; BadFile if it is damaged."""
     if not isinstance(place, Path):
         return None
     if (gguf := _gguf_of(place, None)) is not None:
