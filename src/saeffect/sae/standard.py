@@ -1,4 +1,4 @@
-"""The L1 SAE: a ReLU keeps features positive, a penalty keeps them few (the paper's)."""
+"""The L1 SAE: a ReLU keeps features positive, a penalty keeps them few."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ class StandardSae(TrainableSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`.
-
-        Source:
-            Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE with l1 and decoder norms.
-        """
+        """See `TrainableSae`. Source: Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE (l1, decoder norms)."""
         W_dec = self.W_dec.data
         norm = W_dec.norm(dim=1)
         centred = self.centred(x)

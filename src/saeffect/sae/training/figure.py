@@ -110,9 +110,9 @@ class _Run:
 
 
 def save_training_figure(folder: Path) -> Path:
-    """Draw the curves of a training, beside its metrics.jsonl, as training.svg and training.png; the latter's path.
+    """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
 
-    A panel for each metric that was measured. Lines are training batches, dots are held-out text.
+    A panel for each metric. Lines are training batches, dots are held-out text.
 
     Raises:
         NotFound: The folder has no metrics.jsonl.
@@ -194,7 +194,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
 
 
 def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> list[float]:
-    """Draw a curve (a dot where there is but one value); the finite values."""
+    """Draw a curve (a dot for a single value); the finite values."""
     finite = [value for value in series[1] if math.isfinite(value)]
     if finite:
         dot = {"marker": "o", "markersize": 3.5} if len(finite) == 1 else {}

@@ -1,4 +1,4 @@
-"""From text and a model to SAEs with their model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
+"""From text and a model to SAEs with model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
 
 from __future__ import annotations
 
@@ -45,22 +45,19 @@ def train_from_recipe(
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    Stopped at any moment, the same call goes on from there. Under `torchrun` every process calls it; the first
-    one speaks, measures and writes.
+    If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs, measures and writes.
 
     Args:
-        recipe: What to train.
         out: Folder for the SAE; for several, of their folders.
         work: Folder for activations; arms with the same model share them.
         logger: Where metrics go besides metrics.jsonl.
-        log: Receives lines of progress.
 
     Returns:
-        The measurements that the model card shows; of several SAEs, one such mapping by name.
+        The measurements in the model card; of several SAEs, one such mapping by name.
 
     Raises:
-        SaeffectError: What is wrong; nothing was written if it could be known before the harvest.
-        Interrupted: Ctrl-C; the message says how to go on.
+        SaeffectError: Anything wrong; where possible before the harvest, and then nothing is written.
+        Interrupted: Ctrl-C; the message says how to resume.
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
@@ -93,10 +90,7 @@ def train_from_recipe(
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone: every SAE of this model, hook and text then trains from these shards.
-
-    Returns:
-        The folders of training and held-out activations.
+    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations.
 
     Raises:
         ConfigError: The recipe streams its activations.
@@ -119,8 +113,7 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
     """Packed rows from each source in turn: training rows, or those of the held-out documents.
 
-    The documents are shuffled, unless the activations are streamed: the text may then be larger than memory, and
-    held-out documents are taken in the order in which they come.
+    Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
 
     Raises:
         SaeffectError: A source cannot be read, or has too little text.
@@ -171,7 +164,7 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Activations to train on, and what SAEs are measured on."""
+    """Activations to train on, and the data on which SAEs are measured."""
 
     recipe: SaeRecipe
     lm: LanguageModel
@@ -182,7 +175,7 @@ class _Data:
     text: str  # SHA-256 of the training text
 
     def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """The measures that are followed during training, on a part of the held-out text."""
+        """The measures taken during training, on a part of the held-out text."""
         found = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
         names = ("explained_variance", "l2_ratio", "l0", "mean_log10_density", "ce_loss_score")
         return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
@@ -229,7 +222,7 @@ def _activations(
 
 
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
-    """What cfg.json says about where the SAE comes from."""
+    """What cfg.json records about the SAE's origin."""
     a_pass = recipe.tokens_a_pass
     seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
     found = {
@@ -261,7 +254,7 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
 
 
 def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> None:
-    """Whatever can be seen without the model's weights: logger, texts, and `init_from`, hook and rows by its size."""
+    """Checks that need no weights: logger, texts, and `init_from`, hook and rows by the model's sizes."""
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
@@ -295,7 +288,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
 
 
 def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
-    """What the loaded model can tell: whether it has the hook, and `init_from` fits."""
+    """Checks on the loaded model: whether it has the hook, and `init_from` fits."""
     parse_hook(recipe.hook, lm.n_layers, at="hook")
     try:
         with edited(lm, recipe.hook, lambda x: x):
@@ -313,7 +306,7 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
 def _refuse_before_harvest(
     recipe: SaeRecipe, lm: LanguageModel, rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
 ) -> None:
-    """What the tokenised text can tell: whether there is a batch, and room for the activations on disk."""
+    """Checks on the tokenised text: whether there is a batch, and disk space for the activations."""
     most = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
     if most is not None and most < recipe.sae.batch_size:
         raise EmptySelection(
@@ -326,7 +319,7 @@ def _refuse_before_harvest(
 
 
 def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
-    """Refuse folders, by the option that gave them, that could not be made or written, without making them."""
+    """Refuse folders, by their option, that could not be made or written, without making them."""
     for option, folder in folders.items():
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
@@ -336,5 +329,5 @@ def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
 
 
 def _places(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
-    """Key of the recipe and what it says, of each SAE."""
+    """Key and value in the recipe, of each SAE."""
     return [(f"saes.{name}" if name else "sae", config) for name, config in recipe.trainings().items()]

@@ -51,30 +51,27 @@ def train_saes(
 ) -> list[SparseAutoencoder]:
     """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
 
-    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of
-    the training beside them. A run that was stopped, also with `kill -9`, continues from its last checkpoint
-    and ends with the same weights; one that is finished is not repeated. Under `torchrun` each process takes
-    its share of every batch, and the first one measures and writes, to folders that all of them see.
+    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of the
+    training. A run that was stopped, also with `kill -9`, resumes from its last checkpoint and ends with the same
+    weights; a finished one is not repeated. Under `torchrun` each process takes its share of every batch; the first one
+    measures, logs and writes, to folders that all processes share.
 
     Args:
-        source: Activations.
         jobs: They share batch size, number of steps and order of the data.
-        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
-            the first process alone.
+        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
         logger: Where metrics go besides metrics.jsonl.
-        log: Receives lines of progress, in the first process.
 
     Returns:
         The SAEs as they were saved, in the order of the jobs.
 
     Raises:
-        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or
-            jobs that cannot share batches or folders.
+        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs
+            that cannot share batches or folders.
         EmptySelection: Fewer activations than one batch.
-        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
-            read; a folder cannot be written.
+        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be read; a
+            folder cannot be written.
         InUse: Another process trains into one of the folders.
-        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
+        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to resume.
     """
     log = log if is_first() else SILENT
     todo = [job for job in jobs if not _is_finished(job, source, log)]
@@ -150,7 +147,7 @@ def _train(
 
 
 def _finish(runs: Sequence[SaeRun]) -> None:
-    """Save every SAE before the first checkpoint goes: a kill in between repeats what is missing, no more."""
+    """Save every SAE before deleting the first checkpoint, so that a kill in between loses nothing."""
     if is_first():
         for run in runs:
             run.finish()
@@ -160,7 +157,7 @@ def _finish(runs: Sequence[SaeRun]) -> None:
 
 
 def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
-    """Checkpoints of all runs, and only then no more of the old ones: there is always a step that all have."""
+    """Save all runs' checkpoints, and only then delete old ones: there is always a step that all have."""
     if is_first():
         for run in runs:
             run.save_checkpoint(position)
@@ -232,7 +229,7 @@ def _batches(
 
 
 def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
-    """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
+    """Return all runs to the newest step of which each has a readable checkpoint; where to resume."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
     # Each process reads the checkpoints that the first one wrote.
     seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
