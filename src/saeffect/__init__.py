@@ -39,7 +39,7 @@ _HOME = {
     "write_report": "saeffect.study.notebook",
 }
 
-# Names of 0.1.0 that are not here any more, and where to find what they did.
+# Names removed since 0.1.0, and their replacements.
 _RENAMED = {
     "Arm": "saeffect.study.study.Arm",
     "ArmTables": "saeffect.comparison.ArmTables",

@@ -1,11 +1,6 @@
-"""How a long run gets its memory: freed memory is kept, and large tensors lie on large pages.
+"""Memory settings of long runs, at the price of staying at peak memory use.
 
-A forward pass makes and drops hundreds of tensors of some megabytes. The C library gives each back to the system
-at once and asks for fresh pages for the next, and the processor is stopped at every page. Kept memory makes
-harvesting the embedded model about a fifth faster; what a process holds grows to its largest moment and stays there.
-
-Sparse products read rows in no order. On pages of 4 KB nearly every row must be looked up first; on pages of
-2 MB, which Linux gives to those who ask, a training step is some 5 % faster.
+Keeping freed memory makes harvesting about a fifth faster, 2 MB pages make training some 5 % faster.
 """
 
 from __future__ import annotations
@@ -18,19 +13,12 @@ __all__ = ["keep_freed_memory", "use_large_pages"]
 
 # The numbers of mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# mallopt takes an int. Where that is too much for it, the most that older releases take.
+# The largest int, and the largest value that older releases of glibc take.
 _SIZES = (2**31 - 1, 2**25)
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library of this process to keep freed memory. For programs, not for importing.
-
-    Returns:
-        Whether the C library takes it: only glibc does.
-
-    Source:
-        mallopt(3).
-    """
+    """Make glibc keep freed memory (mallopt(3)); returns False with other C libraries. For programs, not on import."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -42,9 +30,8 @@ def keep_freed_memory() -> bool:
 
 
 def use_large_pages() -> None:
-    """Have torch ask for large pages. For programs, before they make their first tensor; the user's choice stands.
+    """Have torch ask for large pages, unless the user chose otherwise. For programs, before their first tensor.
 
-    Source:
-        THP_MEM_ALLOC_ENABLE in PyTorch's CPU allocator (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
+    Source: THP_MEM_ALLOC_ENABLE in PyTorch (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -1,4 +1,4 @@
-"""Damage that shows: files that hold the checksum of their own content, in their name or in their metadata."""
+"""Detect damaged files: a checksum of the content in the file's name or metadata."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHECKSUM = "saeffect_crc32"
 
 
 def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
-    """Add a file to a folder, atomically, under a name that holds the hash of its content, so that damage shows.
+    """Add a file to a folder, atomically, under a name that holds the hash of its content.
 
     Example:
         >>> import tempfile
@@ -37,7 +37,7 @@ def add_sealed(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file that `add_sealed` made is there as it was made."""
+    """Whether a file of `add_sealed` exists and is undamaged."""
     return not path.is_symlink() and path.is_file() and hash_file(path)[:32] == path.stem.rpartition("-")[2]
 
 
@@ -45,17 +45,9 @@ def is_sealed(path: Path) -> bool:
 def open_tensors(
     path: Path, what: str, *, fix: str, at: str | None = None, framework: Literal["pt", "numpy"] = "pt"
 ) -> Iterator[Any]:
-    """A safetensors file, open; one that cannot be read, now or while the block lasts, is one error.
+    """An open safetensors file; a file that cannot be read, now or during the block, raises BadFile.
 
-    Args:
-        path: The file.
-        what: It is, for the message: "this shard".
-        fix: What to do about a damaged one.
-        at: Where, for the message; the path by default.
-        framework: Whose tensors it gives.
-
-    Raises:
-        BadFile: It is truncated or no safetensors file.
+    Messages name the file by `what` ("this shard"), its place by `at` (default: the path), and the remedy by `fix`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -69,7 +61,7 @@ def open_tensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically, with a checksum in its metadata that `read_tensors` looks at."""
+    """Write a safetensors file, atomically, with a checksum in its metadata for `read_tensors`."""
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -79,10 +71,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the metadata of a safetensors file of `save_tensors` or any other program.
+    """The tensors, on the CPU, and the metadata of a safetensors file of any program.
 
-    Raises:
-        BadFile: As `open_tensors`; or it is not what was written: some bits in it have changed.
+    BadFile as `open_tensors`, or if the checksum of `save_tensors` does not match.
     """
     with open_tensors(path, what, fix=fix) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -95,7 +86,7 @@ def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """CRC-32 over names, types, shapes and bytes; it costs a tenth of SHA-256, and shards are read again and again."""
+    """CRC-32 over names, types, shapes and bytes; ten times faster than SHA-256."""
     import torch
 
     total = zlib.crc32(json.dumps(sorted(metadata.items())).encode())

@@ -1,7 +1,4 @@
-"""Configuration: frozen, strict, and free of input and output.
-
-A study file is YAML; its keys are the fields below. Unknown keys are refused with a suggestion.
-"""
+"""Configuration of a study: the fields below are the keys of its YAML file. Frozen, strict, no input or output."""
 
 from __future__ import annotations
 
@@ -53,12 +50,7 @@ class StrictModel(BaseModel):
 
     @classmethod
     def read(cls, values: Any, *, at: str) -> Self:
-        """Validate plain data.
-
-        Raises:
-            UnknownName: A key that does not exist; the message lists the valid ones.
-            ConfigError: A value of the wrong kind or out of range; the message names the key.
-        """
+        """Validate plain data; UnknownName for an unknown key (valid ones listed), ConfigError for a wrong value."""
         try:
             return cls.model_validate(values)
         except SaeffectError as error:  # from a validator that knows more than pydantic
@@ -74,7 +66,6 @@ def _all_different(what: str, values: Sequence[object]) -> None:
 
 
 def _plain(prompts: Sequence[str]) -> list[str]:
-    """Prompts that differ in case or spacing alone are the same prompt."""
     return [" ".join(prompt.casefold().split()) for prompt in prompts]
 
 
@@ -205,7 +196,7 @@ class SelectionConfig(StrictModel):
 
 
 class InterventionConfig(StrictModel):
-    """What is done to a model: the keys that the steering section and every `saeffect.steering.SteeringPlan` share."""
+    """What is done to a model: keys shared by the steering section and `saeffect.steering.SteeringPlan`."""
 
     operator: Literal["add", "clamp", "ablate"] = Field(
         "add",
@@ -247,7 +238,7 @@ class InterventionConfig(StrictModel):
 
 
 class SamplingConfig(StrictModel):
-    """How texts are sampled: the keys that the steering section and every `saeffect.steering.Sampling` share."""
+    """How texts are sampled: keys shared by the steering section and `saeffect.steering.Sampling`."""
 
     max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
@@ -256,7 +247,7 @@ class SamplingConfig(StrictModel):
 
 
 class SteeringConfig(SamplingConfig, InterventionConfig):
-    """Interventions: what is done, to how many features, with which controls, and what is measured of it."""
+    """Interventions: operator and doses, features, controls, and outcomes."""
 
     coefficient: float | None = Field(
         None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
@@ -288,18 +279,18 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
 
     @property
     def unit(self) -> Literal["residual_norm", "coefficient"]:
-        """What a dose of the operator "add" counts."""
+        """Unit of a dose of the operator "add"."""
         return "residual_norm" if self.coefficient is None else "coefficient"
 
     @property
     def primary_placebo(self) -> str:
-        """What the test compares with."""
+        """The placebo that the test compares with."""
         return "matched" if "matched" in self.placebos or not self.placebos else self.placebos[0]
 
     @model_validator(mode="before")
     @classmethod
     def _resolved(cls, value: Any) -> Any:
-        """Doses and search prompts that follow from the rest, so that the resolved study says them."""
+        """Fill in doses and search prompts that follow from other keys."""
         if not isinstance(value, dict):
             return value
         value = dict(value)

@@ -1,4 +1,4 @@
-"""Study and recipe files: YAML, read strictly. Whatever is in them, the outcome is plain values or an error of ours."""
+"""Study and recipe files: YAML, read strictly into plain values; all problems raise SaeffectError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from saeffect.paths import decode_utf8, read_bytes, resolve_paths, user_path
 
 __all__ = ["read_config_file"]
 
-# Far beyond any study; what is larger was not written to be read.
+# Far beyond any study.
 _LARGEST_FILE = 10_000_000  # bytes
 _MOST_VALUES = 100_000
 _DEEPEST = 40
@@ -31,17 +31,14 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 def read_config_file(path: Path | str, kind: str, *, relative_to: Path | None = None, fix: str | None = None) -> Any:
     """The values of a YAML file, every path in them made absolute.
 
-    Args:
-        path: The file.
-        kind: What it is, for messages: "study", "recipe".
-        relative_to: What paths in it are relative to, in place of the file's own folder.
-        fix: What to do if there is no such file.
+    `kind` names the file in messages ("study", "recipe"); `relative_to` replaces the file's folder as base of relative
+    paths; `fix` is the remedy if there is no such file.
 
     Raises:
-        NotFound: No such file, or a path in it that is there only as seen from the current folder.
-        BadFile: Not YAML in UTF-8; nested too deeply, or in a circle; a tag that is no plain value; a date that is
-            none; a number of thousands of digits. The message gives the line.
-        ConfigError: A key that stands twice in a mapping (the message gives both lines), or what can be no path.
+        NotFound: No such file, or a path in it that exists only relative to the current folder.
+        BadFile: Not YAML in UTF-8; nested too deeply or circular; an unknown tag; an invalid date; a number of
+            thousands of digits. The message gives the line.
+        ConfigError: A repeated key in a mapping (the message gives both lines), or an impossible path.
     """
     file = user_path(path)
     if not file.exists():
@@ -69,10 +66,7 @@ def read_config_file(path: Path | str, kind: str, *, relative_to: Path | None = 
 
 
 class _Builder:
-    """Plain values from the nodes of a YAML file.
-
-    Aliases and merge keys are followed, but counted: a few lines of them can stand for billions of values.
-    """
+    """Plain values from YAML nodes. Aliases and merge keys are counted: a few lines can give billions of values."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -81,7 +75,6 @@ class _Builder:
         self._scalars = yaml.constructor.SafeConstructor()
 
     def build(self, node: yaml.Node) -> Any:
-        """The value of a node."""
         self._values += 1
         if self._values > _MOST_VALUES:
             raise BadFile(
@@ -157,7 +150,7 @@ class _Builder:
 
 
 def _open_brackets(text: str) -> int:
-    """The most brackets that are open at once."""
+    """Largest depth of open brackets."""
     return max(
         itertools.accumulate(1 if found[0] in "[{" else -1 for found in re.finditer(r"[\[{\]}]", text)), default=0
     )

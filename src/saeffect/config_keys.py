@@ -1,4 +1,4 @@
-"""Keys of a YAML file: tables of Markdown from the descriptions beside the fields, and errors that name a key."""
+"""Keys of a YAML file: Markdown tables from the field descriptions, and errors that name a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["config_error", "keys_table"]
 
 
 def config_error(model: type[BaseModel], error: ValidationError, *, at: str = "") -> ConfigError:
-    """What pydantic found first, as an error of ours that names the key."""
+    """The first pydantic error, as a SaeffectError that names the key."""
     first = error.errors()[0]
     keys = [str(part) for part in first["loc"]]
     place = ", ".join(filter(None, [at, ".".join(keys)]))
@@ -48,12 +48,8 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str] = lambda _: "") -> str:
     """A section of Markdown: a row for each key of a mapping, with its default and its meaning.
 
-    A default that follows from other keys is described by the field's `json_schema_extra`, {"default": ...}.
-
-    Args:
-        title: Heading of the section.
-        model: Whose fields are the keys.
-        more: For a key, what to add to its meaning.
+    A field's `json_schema_extra`, {"default": ...}, describes a default that depends on other keys. `more` gives text
+    to append to a key's meaning.
 
     Example:
         >>> from saeffect.config import CoherenceConfig
@@ -72,7 +68,7 @@ def _row(name: str, field: FieldInfo, more: str) -> str:
 
 
 def _choices(annotation: Any) -> tuple[Any, ...]:
-    """What a Literal, an optional one, or each of a list of them may be."""
+    """The choices of a Literal, an optional one, or a list of one."""
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return arguments

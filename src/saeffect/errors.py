@@ -17,7 +17,7 @@
 Each message says what is wrong and what was expected; `at` says where, `fix` what to do.
 """
 
-# ruff: noqa: N818 - they are named after what went wrong; the base class says that they are errors
+# ruff: noqa: N818 - errors are named after the problem, without a suffix
 from __future__ import annotations
 
 import contextlib
@@ -45,12 +45,7 @@ __all__ = [
 
 
 class SaeffectError(Exception):
-    """Base of all errors below.
-
-    Args:
-        message: What is wrong and what was expected, one or two sentences.
-        at: Where: a file, a key of the study file, or an argument.
-        fix: What to do about it.
+    """Base of all errors below; `at` is a file, a key of the study file, or an argument.
 
     Example:
         >>> print(NotFound("no folder 'sae'.", at="arms.control.sae", fix="train one."))
@@ -76,7 +71,7 @@ class SaeffectError(Exception):
         return "\n".join(lines)
 
     def placed(self, at: str) -> SaeffectError:
-        """The same error, with `at` in front of what it already says about the place."""
+        """The same error, with `at` in front of its place."""
         self.at = f"{at}, {self.at}" if self.at else at
         return self
 
@@ -126,11 +121,7 @@ class Undefined(SaeffectError):
 
 
 class Interrupted(SaeffectError):
-    """Stopped by the user; the message says how to resume.
-
-    Args:
-        by_another: Stopped because another process of the same run did, which says why.
-    """
+    """Stopped by the user, or (`by_another`) by the end of another process; the message says how to resume."""
 
     exit_code = 130
 
@@ -142,7 +133,7 @@ class Interrupted(SaeffectError):
 
 
 def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | None = None) -> UnknownName:
-    """An `UnknownName` that lists the valid names and, where one is near, suggests it.
+    """An `UnknownName` that lists the valid names and suggests a similar one.
 
     Example:
         >>> print(unknown_name("projection", "cosin", ["dot", "cosine"]))
@@ -157,7 +148,7 @@ def unknown_name(kind: str, name: object, valid: Iterable[str], *, at: str | Non
 
 @contextlib.contextmanager
 def placed(at: str) -> Iterator[None]:
-    """Put `at` in front of what an error that leaves the block says about its place.
+    """Put `at` in front of the place of an error that leaves the block.
 
     Example:
         >>> with placed("study.yaml"):
@@ -173,7 +164,7 @@ def placed(at: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line; its kind if it says nothing.
+    """First line of another library's error; its class name if it is empty.
 
     Example:
         >>> first_line(KeyError()), first_line(OSError("no such file\\nand more"))

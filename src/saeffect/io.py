@@ -1,8 +1,4 @@
-"""What goes out and comes in: atomic files, hashes and locks.
-
-Every artifact folder holds a note that says which inputs, code and seeds made it; a stage is skipped while
-the hash of those is unchanged.
-"""
+"""Atomic files, hashes and locks."""
 
 from __future__ import annotations
 
@@ -38,9 +34,9 @@ __all__ = [
     "writing",
 ]
 
-# Packages whose numbers could matter.
+# Packages whose versions could affect numbers.
 _TRACKED = ("saeffect", "torch", "transformers", "peft", "numpy", "scipy", "statsmodels", "pandas", "safetensors")
-# Nobody else names a file so: what a killed process leaves can be told from what a user keeps.
+# A unique prefix, so that files left by a killed process cannot be mistaken for the user's.
 _WRITING = ".saeffect-writing-"
 # The second is what safetensors writes to, beside the file that it is asked for.
 _LEFTOVER = re.compile(re.escape(_WRITING) + r".*\.[a-z0-9_]{8}(\.[^.]+)?|\.tmp[A-Za-z0-9]{6}")
@@ -50,10 +46,7 @@ _FULL = {os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn what the system says against writing to a file or folder into one error.
-
-    Raises:
-        BadFile: The disk is full, has no room for one more file, or does not let itself be written to.
+    """Turn system errors when writing to a file or folder into BadFile: disk full, too many files, not writable.
 
     Example:
         >>> with writing("numbers.csv"):
@@ -79,7 +72,7 @@ def writing(path: Path | str) -> Iterator[None]:
 
 
 def _disk_error(error: Exception, path: Path) -> str | None:
-    """Why a path cannot be written; None if the error is about another file, such as one that is read meanwhile."""
+    """Why a path cannot be written; None if the error is about another file, such as one being read."""
     if isinstance(error, OSError) and error.errno is not None:
         named = path if error.filename is None else Path(os.fsdecode(error.filename))
         about = named.parent == path.parent or named in (path, *path.parents) or path in named.parents
@@ -91,12 +84,10 @@ def _disk_error(error: Exception, path: Path) -> str | None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise.
+    """A temporary path beside `path` that replaces it if the block succeeds, and is deleted otherwise.
 
-    The data are flushed to disk before the rename, so a reader sees the old file or the whole new one.
-
-    Raises:
-        BadFile: As `writing`; the old file is as it was.
+    Data are flushed to disk before the rename, so readers see the old file or the complete new one. BadFile as
+    `writing`, with the old file unchanged.
 
     Example:
         >>> import tempfile; folder = Path(tempfile.mkdtemp())
@@ -122,7 +113,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path | str) -> None:
-    """Delete what `atomic_path` was writing in a folder when its process was killed. Nobody may be writing now."""
+    """Delete temporary files of `atomic_path` from a killed process. Nobody may be writing to the folder."""
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
         if _LEFTOVER.fullmatch(path.name) and path.is_file() and not path.is_symlink():
@@ -149,12 +140,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        NotFound: There is no such file.
-        BadFile: It is not UTF-8 JSON.
-    """
+    """Read a UTF-8 JSON file; NotFound if there is none, BadFile if it is not valid."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -171,11 +157,7 @@ def hash_file(path: Path | str) -> str:
 
 
 def hash_folder(path: Path | str) -> str:
-    """SHA-256 over the relative names and contents of every file in a folder (or of one file).
-
-    Raises:
-        NotFound: Nothing is there.
-    """
+    """SHA-256 over relative names and contents of all files in a folder (or one file); NotFound if there is nothing."""
     path = Path(path)
     if not path.exists():
         raise NotFound(f"there is nothing at {str(path)!r}.", at=str(path), fix="check the path.")
@@ -199,7 +181,7 @@ def fingerprint(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages whose numbers could matter."""
+    """Versions of Python, the platform and the packages that could affect numbers."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in _TRACKED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -209,18 +191,11 @@ def versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a folder while the block runs. The folder need not exist; if it is empty at the end, it is gone again.
+    """Lock a folder for the block. A missing folder is created, and removed at the end if empty.
 
-    The operating system lets go of the lock when the process ends, however it ends: what `kill -9` leaves behind
-    is an empty file that keeps nobody out.
-
-    Args:
-        folder: What to hold.
-        wait: Called where another process holds it, before this one waits for its end; None to be refused.
-
-    Raises:
-        InUse: Another process holds the folder.
-        BadFile: The folder cannot be made, or written to.
+    The system releases the lock when the process ends, also after `kill -9`; the empty file left then locks nobody out.
+    If another process holds the folder, `wait` is called before waiting for its end; InUse if `wait` is None. BadFile
+    if the folder cannot be made or written to.
     """
     from filelock import FileLock, Timeout
 
@@ -245,7 +220,7 @@ def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -
     try:
         yield
     finally:
-        # Before the release: whoever opened the file in the meantime finds that it is not the folder's any more.
+        # Before the release, so that a process that has just opened the file finds it deleted.
         (folder / _LOCK).unlink(missing_ok=True)
         lock.release()
         _remove_empty(missing)
@@ -253,7 +228,7 @@ def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -
 
 def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
     for _ in range(100):
-        # Who held it may have left nothing, and taken the folder away.
+        # The previous holder may have removed the empty folder.
         with contextlib.suppress(FileNotFoundError):
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=timeout)
@@ -262,7 +237,7 @@ def _acquire(lock: FileLock, folder: Path, *, timeout: float) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the deepest first, up to one that holds something."""
+    """Remove folders, the deepest first, up to one that is not empty."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

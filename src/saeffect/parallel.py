@@ -1,4 +1,4 @@
-"""One process of many: what `torchrun` says about this one, and how they wait for each other."""
+"""Several processes under `torchrun`: rank, and exchange between processes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ __all__ = [
     "rank_and_world",
 ]
 
-# However long one process works alone, the others wait: gloo gives up after half an hour, NCCL after ten minutes. A
-# process that ends is noticed by its closed connection, whatever the limit.
+# Others wait while one process works alone; defaults are 30 minutes (gloo) and 10 (NCCL). A process that ends is
+# noticed at once by its closed connection.
 _LONG_TIMEOUT = timedelta(days=365)
 
 # Both have no class of error for it, only words: gloo's "Connection closed by peer", "Connection reset by peer", "Read
@@ -46,10 +46,9 @@ _PEER_LOST = re.compile(
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process' number, from 0, and how many there are: (0, 1) unless `torchrun` says otherwise.
+    """This process' number, from 0, and the number of processes: (0, 1) without `torchrun`.
 
-    Raises:
-        ConfigError: RANK and WORLD_SIZE contradict each other.
+    ConfigError if RANK and WORLD_SIZE contradict each other.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
@@ -62,21 +61,21 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once. True for a process that is alone."""
+    """Whether this process does the writing. True for a single process."""
     return rank_and_world()[0] == 0
 
 
 def device_of_process() -> str:
-    """Where tensors that processes exchange must be: this process' own GPU, or "cpu"."""
+    """Device of tensors that processes exchange: this process' own GPU, or "cpu"."""
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def join() -> int:
-    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs; the number of processes.
+    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs; returns the number of processes.
 
-    Nothing happens where the process is alone, or PyTorch's process group is there already.
+    Does nothing for a single process, or if PyTorch's process group exists.
     """
     import torch
     import torch.distributed as dist
@@ -96,10 +95,7 @@ def join() -> int:
 
 @functools.cache
 def end_with_launcher() -> None:
-    """See to it that this process ends when the `torchrun` that started it is gone, if one did.
-
-    A `torchrun` that is killed can end nobody: its processes would go on for hours, and hold their folder.
-    """
+    """Make this process end when the `torchrun` that started it dies; it would otherwise run on and hold its folder."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by other means, whose end need not be that of the work
         return
     launcher = os.getppid()
@@ -113,7 +109,7 @@ def end_with_launcher() -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if this process is in one; else PyTorch warns at exit."""
+    """Leave the process group, if in one; else PyTorch warns at exit."""
     import torch.distributed as dist
 
     _long_timeout_group.cache_clear()
@@ -122,10 +118,9 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait until every process is here, for days if it must be.
+    """Wait for all processes, for days if needed.
 
-    Raises:
-        Interrupted: One of them is gone; so for `from_first`, `add_up` and `gathered`.
+    Here and in `from_first`, `add_up` and `gathered`: Interrupted if one of them is gone.
     """
     if join() > 1:
         import torch.distributed as dist
@@ -135,7 +130,7 @@ def barrier() -> None:
 
 
 def from_first(message: str = "") -> str:
-    """The first process' message, in every process; they wait for it, for days if they must."""
+    """The first process' message, in every process; they wait for it, for days if needed."""
     messages: list[Any] = [message]
     if join() > 1:
         import torch.distributed as dist
@@ -156,7 +151,7 @@ def add_up(*tensors: Tensor) -> None:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """The tensors of all processes, one after the other in order of rank; lengths of axis 0 may differ."""
+    """The tensors of all processes, concatenated in order of rank; lengths of axis 0 may differ."""
     world = join()
     if world == 1:
         return values
@@ -176,7 +171,7 @@ def gathered(values: Tensor) -> Tensor:
 
 @functools.cache
 def _long_timeout_group(world_group: Any) -> Any:
-    """The group of all processes with a timeout of days. On CPUs: waiting would keep a GPU busy."""
+    """The group of all processes with a timeout of days. On CPUs, as waiting keeps a GPU busy."""
     del world_group  # the key of the cache
     import torch.distributed as dist
 
@@ -185,7 +180,7 @@ def _long_timeout_group(world_group: Any) -> Any:
 
 @contextlib.contextmanager
 def _translate_peer_loss() -> Iterator[None]:
-    """Raise `Interrupted` for what gloo and NCCL raise when another process is gone; other errors pass."""
+    """Raise `Interrupted` for the errors of gloo and NCCL when another process is gone; others pass."""
     try:
         yield
     except RuntimeError as error:
@@ -199,10 +194,10 @@ def _translate_peer_loss() -> Iterator[None]:
 
 
 class Interruption:
-    """While the block lasts, Ctrl-C or SIGTERM sets `asked`, for the end of a step; a second one interrupts at once.
+    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at once.
 
-    A signal that the process was started to ignore (by nohup, or in the background of a script) stays ignored.
-    In a thread that is not the main one signals cannot be caught, and stay as they are.
+    Signals that the process ignores (nohup, background jobs) stay ignored. Outside the main thread signals are not
+    caught.
     """
 
     def __init__(self) -> None:

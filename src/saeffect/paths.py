@@ -1,4 +1,4 @@
-"""Files that people name: what a path is relative to, errors for what can be no path or file, and UTF-8 text."""
+"""Paths and text files from the user: resolution, errors, and UTF-8 decoding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 def user_path(text: Path | str, *, at: str | None = None) -> Path:
-    """A path as a person wrote it; `~` stands for the home folder. Nothing need be there.
+    """A path as typed by the user, which need not exist; `~` is the home folder.
 
-    Raises:
-        ConfigError: No file could have this name: a null character in it, half a character, too many letters, the
-            home folder of nobody, a folder on the way that may not be entered.
+    ConfigError if no file could have this name: null character, lone surrogate, too long, unknown home folder, or a
+    folder on the way that may not be entered.
 
     Example:
         >>> user_path("saes/control").as_posix()
@@ -47,11 +46,7 @@ def user_path(text: Path | str, *, at: str | None = None) -> Path:
 
 
 def refuse_special(path: Path, kind: str) -> None:
-    """Refuse what is there but neither a file nor a folder: reading a pipe would wait for ever.
-
-    Raises:
-        BadFile: A pipe, a socket or a device.
-    """
+    """Raise BadFile for a pipe, socket or device: reading a pipe would block for ever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise BadFile(
             f"the {kind} is a pipe or a device, not a file.", at=str(path), fix="write what it gives to a file first."
@@ -59,16 +54,10 @@ def refuse_special(path: Path, kind: str) -> None:
 
 
 def read_bytes(path: Path | str, kind: str) -> bytes:
-    """The bytes of a file that the user named.
+    """The bytes of a file that the user named; `~` is the home folder, `kind` its name in messages ("vocabulary").
 
-    Args:
-        path: The file; `~` stands for the home folder.
-        kind: What it should be, for the message: "vocabulary", "verdicts".
-
-    Raises:
-        NotFound: There is no such file.
-        BadFile: It is a folder or a pipe, or may not be read.
-        ConfigError: It can be no path.
+    NotFound if there is no such file, BadFile if it is a folder, a pipe or not readable, ConfigError for an impossible
+    path.
     """
     file = user_path(path)
     refuse_special(file, f"{kind} file")
@@ -84,10 +73,7 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
 def decode_utf8(data: bytes, *, at: str) -> str:
     """The text of `data`, without a byte order mark.
 
-    A null byte counts as an error too: UTF-16 without a byte order mark is valid UTF-8 full of them.
-
-    Raises:
-        BadFile: A byte is not UTF-8; the message gives the byte, its position (from 0) and its line (from 1).
+    BadFile for invalid UTF-8 or a null byte (UTF-16); the message gives byte, position (from 0) and line (from 1).
 
     Example:
         >>> decode_utf8(bytes.fromhex("efbbbf") + b"cancer", at="words.txt")
@@ -119,13 +105,7 @@ def _not_utf8(data: bytes, position: int, at: str) -> BadFile:
 
 
 class _Kind(NamedTuple):
-    """A kind of path key.
-
-    Attributes:
-        name: What may be meant instead of a path, where nothing of that name lies beside the file.
-        bundled: Folder of artifacts that come with the package and go by their bare names.
-        to_be_made: What is not there yet may still be made, so nothing is refused.
-    """
+    """Kind of a path key: allowed names, folder of bundled artifacts, and whether the path may be created later."""
 
     name: re.Pattern[str] | None = None
     bundled: str = ""
@@ -153,19 +133,14 @@ _KINDS = {
 
 
 def resolve_paths(values: Any, folder: Path, *, at: str) -> Any:
-    """The contents of a study or recipe file, with every path in it made absolute.
+    """The contents of a study or recipe file, `values`, with every path in it made absolute.
 
-    A path is relative to the file's own folder, whatever the current folder is. What has the form of a name (a hub
-    id, a bundled word list) stays one, unless something of that name lies beside the file; bundled names always win.
-
-    Args:
-        values: Mappings, lists and plain values, as read from the file.
-        folder: The file's folder.
-        at: The file, for errors.
+    Paths are relative to the file's folder. Names (a hub id, a bundled word list) stay names unless such a file exists
+    there; bundled names always win.
 
     Raises:
-        ConfigError: A value under a path's key that can be no path.
-        NotFound: Nothing lies beside the file, but something of that name does in the current folder.
+        ConfigError: An impossible path.
+        NotFound: The path exists only relative to the current folder.
     """
     return _resolved(values, folder.resolve(), at, ())
 

@@ -1,4 +1,4 @@
-"""What a computation says while it runs: lines for people, and how far it is."""
+"""Log lines and progress of a computation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Log", "Progress", "SILENT"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a piece of work is: of `total` units, `done` are done."""
+    """Progress of a piece of work: `done` of `total` units."""
 
     what: str
     done: int
@@ -22,11 +22,7 @@ class Progress:
 
 
 class Log:
-    """What a computation reports while it runs: lines for people, and how far it is.
-
-    Args:
-        write: Receives each line; None drops them.
-        show: Receives how far the work is, often many times a second; None drops it.
+    """Receiver of log lines (`write`) and progress (`show`, often many times a second); None drops them.
 
     Example:
         >>> log = Log(print, show=print)
@@ -45,7 +41,7 @@ class Log:
             self._write(line)
 
     def progress(self, what: str, done: int, total: int, unit: str) -> None:
-        """Report how far a piece of work is; what was reported before under another name is over."""
+        """Report progress of a piece of work; a new name ends the previous piece."""
         if self._show is not None:
             self._show(Progress(what, done, total, unit))
 

@@ -1,4 +1,4 @@
-"""`saeffect`: the commands, and the one place where errors become messages and exit codes."""
+"""`saeffect`: the commands, and where errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 something is wrong with the input, 130 stopped by Ctrl-C."""
+    """Run the command line. Exit codes: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
@@ -84,7 +84,7 @@ def main() -> None:
         show_error(str(error))
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        # torchrun passes Ctrl-C on to all processes: the first one says so for them.
+        # torchrun passes Ctrl-C on to all processes; only the first one reports it.
         if os.environ.get("RANK", "0") == "0":
             show_error("Interrupted: stopped. What is finished is kept; run the same command again to go on.")
         sys.exit(_STOPPED)

@@ -1,4 +1,4 @@
-"""`saeffect check`: validate a study without computing anything; and the page of its keys."""
+"""`saeffect check`: validate a study without running a model; and the page of its keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ the names that come with the package (`medical`, `glove-wiki-gigaword-100`) none
 
 
 def study_keys() -> str:
-    """The keys of a study file as a page of Markdown: a table for the file and one for each kind of mapping in it."""
+    """The keys of a study file as a Markdown page: a table for the file and one per kind of mapping in it."""
     from saeffect import config
     from saeffect.config_keys import keys_table
     from saeffect.steering import BASELINES, OUTCOMES, PLACEBOS

@@ -1,7 +1,6 @@
-"""What the command line shows: progress bars on a terminal, plain lines elsewhere, errors in one form.
+"""Terminal output: progress bars on a terminal, plain lines elsewhere, errors in one form.
 
-All that reaches a terminal goes through here: names in files, and the files' own names, may hold escape sequences.
-Under `torchrun` the first process alone shows anything.
+Escapes control sequences in text from files and file names. Under `torchrun` only the first process prints.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from saeffect.progress import SILENT, Log, Progress
 
 __all__ = ["ConsoleProgress", "keys_option", "process_log", "show", "show_error", "wait_for_peer_error"]
 
-# Between lines of progress where there is no terminal: so many seconds at least, and a tenth of the work or half as
-# much time again. So there is a rate early on, and a day of work does not fill a log.
+# Minimum seconds between progress lines without a terminal; also a tenth of the work or half the elapsed time, so that
+# a rate shows early and a day of work does not fill a log.
 _LINE_EVERY, _WORK, _TIME = 10.0, 0.1, 1.5
 _PEER_SECONDS = 5.0  # `torchrun` looks after its processes every tenth of a second
 
@@ -41,7 +40,7 @@ class _Rate(ProgressColumn):
 
 
 class ConsoleProgress(Log):
-    """Shows lines and progress on standard error: a bar on a terminal, now and then a line elsewhere."""
+    """Lines and progress on standard error: a bar on a terminal, occasional lines elsewhere."""
 
     def __init__(self) -> None:
         super().__init__(self._print, self._move)
@@ -95,7 +94,7 @@ class ConsoleProgress(Log):
                 self.console.print(f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left")
 
     def _is_due(self, now: float, share: float) -> bool:
-        """Whether a line is worth it, `share` of the work after the last one."""
+        """Whether to print a line, `share` of the work after the last one."""
         much = share >= _WORK or now - self._started >= _TIME * (self._last - self._started)
         return much and now - self._last >= _LINE_EVERY
 
@@ -106,13 +105,13 @@ class ConsoleProgress(Log):
 
 
 def show(line: str = "") -> None:
-    """Print a line of the outcome to standard output. Nothing in it can act on the terminal."""
+    """Print a result line to standard output, with control sequences escaped."""
     with _still_writable(sys.stdout, "standard output"):
         typer.echo(printable_text(line))
 
 
 def keys_option(text: str, page: Callable[[], str]) -> Any:
-    """The option --keys, which shows a page of keys and ends the command."""
+    """The option --keys: print a page of keys and exit."""
 
     def show_page(wanted: bool) -> None:
         if wanted:
@@ -123,7 +122,7 @@ def keys_option(text: str, page: Callable[[], str]) -> Any:
 
 
 def show_error(text: str) -> None:
-    """Print an error to standard error, without a traceback and without reading its text as markup."""
+    """Print an error to standard error, without a traceback or markup."""
     console = Console(file=sys.stderr, stderr=False, highlight=False)
     with contextlib.suppress(BadFile), _still_writable(sys.stderr, "standard error"):
         console.print(Text(printable_text(text)), style="red" if console.is_terminal else None, soft_wrap=True)
@@ -131,11 +130,11 @@ def show_error(text: str) -> None:
 
 @contextlib.contextmanager
 def _still_writable(stream: IO[str], name: str) -> Iterator[None]:
-    """Raise one error for a stream that takes no more, such as a log on a full disk, and write no more to it."""
+    """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it."""
     try:
         yield
     except OSError as error:
-        # What waits in its buffer would be tried again at the end of the process, with a traceback.
+        # Python would flush its buffer again at exit, with a traceback.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise BadFile(
@@ -147,9 +146,9 @@ def _still_writable(stream: IO[str], name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_log() -> Iterator[Log]:
-    """While inside, this process may be one of many: the first one gets a log that is shown, the others a silent one.
+    """A log for the block: shown in the first process, silent in the others.
 
-    All leave together, also after an error, so that whoever waits for this process notices that it is gone.
+    All processes leave the group together, also after an error, so that those waiting for this one notice.
     """
     from saeffect.parallel import is_first, leave, rank_and_world
 
@@ -166,10 +165,9 @@ def process_log() -> Iterator[Log]:
 
 
 def wait_for_peer_error(error: BaseException) -> None:
-    """Among processes of `torchrun`, give the process whose error says most time to show it, which ends all others.
+    """Wait so that the `torchrun` process with the most informative error shows it first, which ends the others.
 
-    What is wrong for all is shown by the first process, what is wrong for one by that one; who merely finds another
-    gone comes last. A process that is still there after the wait shows its own.
+    Order: an error of all processes (shown by the first one), of one process, of those that find another gone.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_PEER_SECONDS)
@@ -178,7 +176,7 @@ def wait_for_peer_error(error: BaseException) -> None:
 
 
 def _stop_at_first_signal() -> None:
-    """Ctrl-C arrives twice, from the terminal and from `torchrun`: the second must not break off the end."""
+    """Ignore the second Ctrl-C, which comes from `torchrun` after the terminal's and would interrupt the shutdown."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
 

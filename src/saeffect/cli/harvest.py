@@ -1,4 +1,4 @@
-"""`saeffect harvest`: write the activations to disk that a recipe, or a study's arm, trains on."""
+"""`saeffect harvest`: write the training activations of a recipe, or a study's arm, to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`saeffect run`: all stages of a study; and a command for each single one."""
+"""`saeffect run`: all stages of a study, and one command per stage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(study: StudyFile, out: Out = None, redo: _Redo = False) -> None:
 
 
 def stage_command(stage: str) -> Callable[..., None]:
-    """The command of a single stage, called as the stage is."""
+    """The command of a single stage, named after it."""
 
     def command(study: StudyFile, out: Out = None, redo: _Redo = False) -> None:
         _run(study, out, (stage,), redo)

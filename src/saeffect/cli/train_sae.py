@@ -61,7 +61,7 @@ def train_sae(
 
 
 def read_recipe(recipe: str, arm: str | None) -> tuple[Any, Path | None]:
-    """The recipe of a file or of a study's arm, and the folder where the study looks for the arm's SAE."""
+    """The recipe of a file or of a study's arm, and where the study expects the arm's SAE."""
     from saeffect.sae.training.config import SaeRecipe
 
     if arm is not None:

@@ -1,7 +1,4 @@
-"""One arm: its tables, its facts, and the numbers that are read off them.
-
-Tables and quantities of the comparison are made of these numbers and nothing else.
-"""
+"""One arm: its tables, its facts, and the numbers that all comparisons read from them."""
 
 from __future__ import annotations
 
@@ -52,25 +49,19 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class ArmFacts:
-    """How an arm was made, in plain strings and numbers; None where nobody recorded it.
+    """How an arm was made, in plain strings and numbers; None where not recorded.
 
     Attributes:
-        role: "control", "treatment" or "placebo".
-        model: Name of the language model.
-        tokenizer: "the control's", and in what the model's own differs.
+        tokenizer: "the control's", and how the model's own differs.
         hook: Where the SAE reads, for instance "blocks.26.hook_resid_pre".
         architecture: Kind of SAE ("topk", "standard", ...).
-        d_sae: Number of features.
         k: Features that may fire per token (TopK), or None.
-        training_tokens: Tokens that the SAE was trained on.
-        training_text: Name of that text.
-        training_text_sha256: Its hash: two texts of one name need not be equal.
-        bos: Whether texts begin with a BOS token; and those of the SAE's training, if they did otherwise.
-        seed: Seed of the SAE's training.
+        training_text: Name of the text that the SAE was trained on.
+        training_text_sha256: Its hash: two texts of one name may differ.
+        bos: Whether texts begin with a BOS token, and how the SAE's training differed, if it did.
         normalisation: How activations were scaled before the SAE.
-        dtype: Number format of the SAE's weights.
-        explained_variance: Share of the variance that the SAE keeps on held-out tokens, at most 1.
-        ce_loss_score: Share of the loss that it recovers, at most 1.
+        explained_variance: On held-out tokens, at most 1.
+        ce_loss_score: Share of the loss that the SAE recovers, at most 1.
         l0: Mean number of features active per token.
         dead_share: Share of features that never fired on the held-out tokens.
         same_as_control: Whether the model was seen to do what the control's does.
@@ -102,19 +93,16 @@ class ArmTables:
     """The tables of one arm, as the earlier stages wrote them.
 
     Attributes:
-        name: Name of the arm in the study.
-        role: "control", "treatment" or "placebo".
         features: One row a feature: top tokens with weights, activity.
         coherence: One row a feature: coherence (NaN where undefined), n_known, reason.
         selection: One row a feature: matches under each projection, in_vocabulary, is_domain.
         interventions: One row per feature, prompt, sample, condition and dose; None if nothing was steered.
         direct_effects: One row per feature, prompt and condition; None if not measured.
         effects: One row a tested feature; None if nothing was steered.
-        facts: How the arm was made.
-        coverage_unique: Share of the distinct top tokens of domain features that the word vectors have,
-            0 to 1; NaN if not measured.
-        unsteered: Why no feature was steered; "" where some were, or nobody asked for it.
-        text_shortage: How much of the text that the study asks for there is, in words; "" for all of it.
+        coverage_unique: Share of the distinct top tokens of domain features that the word vectors have, 0 to 1; NaN if
+            not measured.
+        unsteered: Why no feature was steered; "" where some were, or steering was not requested.
+        text_shortage: How much of the requested text there is, in words; "" for all of it.
         seeds: One row per further SAE of the same model (column `sae`) and feature, with the columns of features,
             coherence and selection; None without further SAEs.
     """
@@ -176,7 +164,7 @@ class ArmTables:
 
 @dataclass(frozen=True)
 class Roles:
-    """Which arm plays which part: names of arms, placebos in the study's order."""
+    """Names of the arms by role, placebos in the study's order."""
 
     control: str
     treatment: str
@@ -189,13 +177,9 @@ class Roles:
 
 
 def roles_of(roles: Mapping[str, str]) -> Roles:
-    """Read who is control, treatment and placebo.
+    """The arms by role, from the role of each arm name.
 
-    Args:
-        roles: Role of each arm, by the arm's name.
-
-    Raises:
-        ConfigError: Not exactly one control and one treatment, or a role that does not exist.
+    Raises `ConfigError` without exactly one control and one treatment, or for an unknown role.
 
     Example:
         >>> roles_of({"base": "control", "tuned": "treatment", "again": "placebo"}).placebos
@@ -222,11 +206,7 @@ def roles_of(roles: Mapping[str, str]) -> Roles:
 
 @dataclass(frozen=True)
 class PassCounts:
-    """How many features were tested and passed, by our test and by the paper's rule.
-
-    A feature counts as tested when its p is defined. `paper_tested` is how many of those the paper's
-    rule could judge.
-    """
+    """Features tested (with a defined p) and passed; `paper_tested` of those could be judged by the paper's rule."""
 
     tested: int
     passed: int
@@ -278,10 +258,9 @@ def top_token_coverage(arm: ArmTables, *, domain_only: bool = False) -> float:
 
 
 def weights_of(arm: ArmTables) -> pd.DataFrame:
-    """Top-token weights of the domain features: what the paper calls their activations.
+    """Top-token weights of the domain features (the paper's "activations"); weights that are not finite are left out.
 
-    One row a token: `feature`, `rank` (0: the token that the feature promotes most), `weight`. Weights that are not
-    finite are left out.
+    One row a token: `feature`, `rank` (0: the token that the feature promotes most), `weight`.
     """
     rows = arm.of_domain(arm.features)
     lists = [np.asarray(list(weights), dtype=np.float64) for weights in rows["top_weights"]]
@@ -312,10 +291,7 @@ def effect_of(arm: ArmTables) -> FloatArray:
 
 
 def direct_effect_of(arm: ArmTables) -> FloatArray:
-    """Direct effect beyond that of the placebo direction, per tested feature, in nats.
-
-    Taken from the direct-effects table: mean over prompts and doses, steered minus placebo; finite only.
-    """
+    """Direct effect beyond the placebo's, per tested feature, in nats (mean over prompts and doses); finite only."""
     if arm.direct_effects is None or arm.direct_effects.empty:
         return np.empty(0)
     means = arm.direct_effects.pivot_table(
@@ -333,11 +309,10 @@ def placebo_of(arm: ArmTables) -> str:
 
 
 def steered_minus_placebo(arm: ArmTables) -> pd.Series[Any]:
-    """How much more similar a steered text is than its placebo, which shares prompt and sampling noise with it.
+    """Similarity of a steered text minus that of its placebo, which shares prompt and sampling noise with it.
 
-    Returns:
-        Difference in cosine similarity, indexed by feature, prompt and sample (its mean over doses); only where both
-        are defined, so empty where nothing was steered or that placebo was not run.
+    Cosine similarity (mean over doses), indexed by feature, prompt and sample; only where both are defined, so empty
+    where nothing was steered or that placebo was not run.
     """
     placebo, trials, keys = placebo_of(arm), arm.interventions, ["feature", "prompt", "sample"]
     if trials is None:

@@ -1,13 +1,5 @@
-"""How often does this very comparison find something where there is nothing to find?
-
-SAEs of the control's model differ by their seed alone. Each of them is put in the treatment's place, and everything
-is compared again. What is found then is a false alarm. A test whose alarms are more frequent than its nominal rate
-cannot be believed when it finds something in the treatment.
-
-Beside it: how many findings chance alone would give (`chance_table`). "Chance" is not one thing: each row says which.
-For what is counted in whole SAEs it is another SAE of the control's model; for tests of single features it is a feature
-that does nothing.
-"""
+"""False alarms when an SAE of the control's model, which differs by its seed alone, takes the treatment's place; and
+how many findings chance alone would give."""
 
 from __future__ import annotations
 
@@ -56,19 +48,18 @@ def calibration_table(
     """Alarms of every test where an SAE of the control's model takes the treatment's place.
 
     Args:
-        tables: What was found in the study itself: "contrasts" with the rows over seeds, "judgements" made of these,
-            "regression", and "fates_null" and "cross_activity" where there are such.
+        tables: Of the study itself: "contrasts" with the rows over seeds, "judgements" made of these, "regression",
+            and, where they exist, "fates_null" and "cross_activity".
         tests: Declared quantities; those of `CALIBRATED` are added.
-        alpha: Highest q of a finding about a feature.
 
     Returns:
         One row a test and rule: `test`; `rule`, what counts as a finding; `unit` of which there are `tests`;
         `declared`; `nominal`, the rate that the test promises not to exceed; `findings` among the tests of the null;
         their `rate` with Wilson's interval `low`, `high`; `treatment_tests`, `treatment_findings` for the real one;
         `verdict`: "within nominal" unless `low` is above `nominal`; `reason` where it cannot be judged. Pairs of SAEs
-        share SAEs, so they are not quite independent and the interval is a little too narrow. An interval is the same
-        in either direction, so it counts once for two SAEs; the rule of the headline counts every SAE that takes the
-        treatment's place once, and fates every ordered pair. The test "any declared quantity" is the headline itself.
+        share SAEs, so the interval is a little too narrow. Two SAEs count once for an interval, which is the same in
+        either direction; the headline rule counts each SAE in the treatment's place once, and fates every ordered pair.
+        The test "any declared quantity" is the headline itself.
     """
     compared = {row for quantity in QUANTITIES.values() for row in quantity.rows}
     names = [name for name in dict.fromkeys((*tests, *CALIBRATED)) if name in compared]
@@ -133,10 +124,7 @@ def _quantity_rows(
 def _headline_alarms(
     names: Sequence[str], tests: Sequence[str], saes: Sequence[ArmTables], pairs: _Pairs, min_matches: int
 ) -> tuple[dict[str, list[bool]], list[bool]]:
-    """Alarms of the rule of the headline, quantity by quantity and for all that were declared together.
-
-    Each SAE in turn is the treatment's, and all others are the control's and its placebos'.
-    """
+    """Alarms of the headline rule, per quantity and for all declared ones, each SAE in turn as the treatment's."""
     usable = {name: _usable(name, saes, min_matches) for name in names}
     alarms: dict[str, list[bool]] = {name: [] for name in names}
     together = []
@@ -272,14 +260,13 @@ _ABSENT = {  # by side: the fate, and how it is called
 def chance_table(arms: Mapping[str, ArmTables], roles: Roles, matches: MatchTables, *, alpha: float) -> pd.DataFrame:
     """What was found in the treatment, and how many such findings chance would give.
 
-    Args:
-        matches: Which feature became which.
-        alpha: Highest q of a finding about a single feature.
+    Chance is another SAE of the control's model for what is counted in whole SAEs, and a feature without effect for
+    tests of single features.
 
     Returns:
         One row a kind of finding: `finding`; `found` of them `among` so many; `expected` by chance, 95 % of the time
-        from `low` to `high` (NaN where that is unknown, and `reason` says why); `bound`, whether `expected` is the
-        most that chance gives rather than its mean; `chance`, what chance is here; `source`, the table.
+        from `low` to `high` (NaN where unknown, with the `reason`); `bound`, whether `expected` is the most that chance
+        gives rather than its mean; `chance`, what chance is here; `source`, the table.
     """
     treatment, saes = arms[roles.treatment], control_saes(arms, roles)
     rows = [_domain(treatment, saes), *_steered(treatment, alpha), *_absent(matches.fate_counts)]

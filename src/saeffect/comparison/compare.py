@@ -34,18 +34,14 @@ def compare(
     tests: Sequence[str] = PRIMARY,
     matches: MatchTables | None = None,
 ) -> Comparison:
-    """Compare the arms of a study: all tables but the threats, and no words, which `saeffect.report.with_answer` adds.
+    """Compare the arms of a study: all tables but the threats and the words (`saeffect.report.with_answer`).
 
     The same input and seed give the same tables to the last digit. Intervals are at 95 % whatever `alpha` is.
 
     Args:
-        arms: The arms by name: one control, one treatment, any number of placebos.
+        arms: By name: one control, one treatment, any number of placebos.
         alpha: Highest q at which the tested features were said to pass, and of findings about single features.
-        seed: Seed of every resample.
-        n_boot: Resamples of an interval.
-        n_permutations: Permutations of a test.
         tests: What was declared before the run (`quantities.declarable`); all else is exploration.
-        matches: Which feature became which, if that was looked at.
 
     Raises:
         ConfigError: Roles other than these, an arm whose name is not its key, or too few resamples.
@@ -65,11 +61,7 @@ def compare(
 
 
 def check_tests(tests: Sequence[str]) -> None:
-    """Refuse a declared test that does not exist.
-
-    Raises:
-        UnknownName: The message lists those that do.
-    """
+    """Raise `UnknownName`, which lists the tests that exist, for a declared test that does not."""
     for name in tests:
         if name not in declarable():
             raise unknown_name("test", name, declarable(), at="comparison.tests")
@@ -125,7 +117,7 @@ def _tables(
 
 
 def _check_names(arms: Mapping[str, ArmTables]) -> None:
-    """Refuse an arm that goes by two names or two roles: its numbers would land in the wrong row."""
+    """Refuse an arm with two names or two roles: its numbers would end up in the wrong row."""
     for key, arm in arms.items():
         if key != arm.name or arm.role != arm.facts.role:
             raise ConfigError(

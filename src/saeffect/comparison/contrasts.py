@@ -1,10 +1,4 @@
-"""Every number of one arm against the same number of another, with an interval and a p.
-
-Three comparisons are made. "fine-tuning" is treatment minus control. "retraining" is placebo minus
-control: the same model, another SAE, hence what differs there is SAE noise. "beyond retraining" is what
-fine-tuning did on top of that: (treatment - control) - (placebo - control). The control cancels, and
-both brackets share it, so they are not independent: treatment is compared with placebo directly.
-"""
+"""Every number of one arm against the same number of another, with an interval and a p."""
 
 from __future__ import annotations
 
@@ -37,9 +31,8 @@ _BY_FEATURES = "bootstrap over features, permutation test"
 class Contrast:
     """One quantity in arm `a` and arm `b`; `estimate` is b against a, between `low` and `high` (95 %).
 
-    `reason` says why an estimate, interval or p is NaN, and is empty where all are defined. `declared` says
-    whether the study named the test beforehand; all else is exploration. `saes_a` and `saes_b` count the SAEs
-    behind either side, and `remark` says what noise the interval does not hold.
+    `reason` says why an estimate, interval or p is NaN, else "". `declared`: the study named the test beforehand.
+    `saes_a` and `saes_b` count SAEs on either side. `remark` says which noise the interval leaves out.
     """
 
     quantity: str
@@ -70,7 +63,7 @@ class Contrast:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two arms and a quantity, and all that it takes to write its rows."""
+    """Two arms and a quantity, with all that its rows need."""
 
     comparison: str
     a: ArmTables
@@ -88,7 +81,7 @@ class _Pair:
 
     @property
     def name(self) -> str:
-        """Names its random streams."""
+        """Name of its random streams."""
         return f"{self.quantity.name}|{self.a.name}|{self.b.name}"
 
     def row(self, values: tuple[float, float], estimate: Estimate, method: str) -> Contrast:
@@ -116,9 +109,7 @@ def contrasts(
 ) -> pd.DataFrame:
     """All contrasts of a study, long form.
 
-    Returns:
-        One row per quantity and pair of arms, columns as the fields of `Contrast`.
-        Shares and rates are from 0 to 1.
+    One row per quantity and pair of arms, columns as the fields of `Contrast`. Shares and rates are from 0 to 1.
     """
     control, treatment, *placebos = [arms[name] for name in roles.ordered]
     rows = [
@@ -130,7 +121,11 @@ def contrasts(
 
 
 def compared(control: _T, treatment: _T, placebos: Iterable[_T]) -> list[tuple[str, _T, _T]]:
-    """What is compared with what, each with the name of the comparison.
+    """Pairs to compare, each with the name of the comparison.
+
+    "fine-tuning" is treatment minus control; "retraining" is placebo minus control: the same model, another SAE, hence
+    SAE noise; "beyond retraining" is treatment minus placebo, as the control cancels in (treatment - control) -
+    (placebo - control).
 
     Example:
         >>> compared("base", "tuned", ["again"])[1:]
@@ -205,7 +200,7 @@ def _averages(pair: _Pair) -> list[Contrast]:
 def _mean_range(pair: _Pair) -> list[Contrast]:
     """The difference of the means, divided by the mean of the two ranges (Gupta & Sica 2024, Table 2)."""
     a, b = pair.read()
-    # Under the name of the mean it gets the resamples of the mean, so that the two rows agree.
+    # Uses the resamples of the mean (by its name), so that the two rows agree.
     name = f"{pair.quantity.name.rpartition('_')[0]}_mean"
     mean = _averages(replace(pair, quantity=replace(pair.quantity, name=name, kind="mean")))[0]
     scale = (float(np.ptp(a)) + float(np.ptp(b))) / 2 if len(a) and len(b) else 0.0

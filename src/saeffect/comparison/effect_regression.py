@@ -1,9 +1,4 @@
-"""What goes with a strong effect of steering: coherence, activity, decoder norm, or the arm? (The paper's question.)
-
-One row a steered feature. The activity is the logarithm to base 10 of the density, since densities span decades.
-Features of one SAE resemble each other. Errors clustered by SAE know that, but need more SAEs than terms; below, each
-feature counts on its own (HC3) and every arm but the control has a term of its own. `errors` says which it was.
-"""
+"""Regression of the effect of steering on coherence, activity, decoder norm and arm (the paper's question)."""
 
 from __future__ import annotations
 
@@ -20,21 +15,20 @@ from saeffect.stats.regression import ols_robust
 __all__ = ["EffectRegression", "effect_regression"]
 
 _PROPERTIES = ("coherence", "log10_density", "decoder_norm")
-# Rows of unit length differ by rounding alone, which is no property of a feature.
+# Decoder rows of unit length differ by rounding alone.
 _FLAT = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class EffectRegression:
-    """The fit and what to plot of it.
+    """The fit, and partial residuals to plot.
 
     Attributes:
-        terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`,
-            `estimate` (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3"
-            or "clustered by SAE"), `reason` (why a number is NaN, or what noise an interval does not hold),
-            `n_left_out` features.
-        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual`, what the
-            other terms leave unexplained (the residual plus the term's own part). Its slope is the estimate.
+        terms: One row a term (`intercept`, the properties, `arm <name>`, 1 for that arm's features): `term`, `estimate`
+            (cosine similarity per unit of the term), `low`, `high`, `p`, `n` features, `errors` ("HC3" or "clustered by
+            SAE"), `reason` (why a number is NaN, or which noise an interval leaves out), `n_left_out` features.
+        partial_residuals: One row a feature and property: `feature`, `arm`, `term`, `x`, and `residual`, what the other
+            terms leave unexplained (the residual plus the term's own part). Its slope is the estimate.
     """
 
     terms: pd.DataFrame
@@ -44,16 +38,14 @@ class EffectRegression:
 def effect_regression(arms: Mapping[str, ArmTables], roles: Roles) -> EffectRegression:
     """Regress the effect of each steered feature on its properties and its arm.
 
-    Features without an effect, a coherence or an activity are left out. A property that is the same in every
-    feature has no estimate, and the others are fitted without it.
-
-    Source:
-        Least squares with HC3 or cluster-robust errors (`saeffect.stats.ols_robust`); partial residuals after
-        Larsen & McCleary (1972).
+    The activity is log10 of the density. Features without an effect, a coherence or an activity are left out; so is a
+    property that is the same in every feature. Errors are clustered by SAE where there are more SAEs than terms.
+    Otherwise each feature counts on its own (HC3), and every arm but the control has a term.
+    Source: `saeffect.stats.ols_robust`; partial residuals after Larsen & McCleary (1972).
     """
     data = _data(arms, roles)
     usable = data.dropna(subset=["effect", *_PROPERTIES]).reset_index(drop=True)
-    # With a term for every arm the residuals of each arm add up to 0 and no spread of arms is left to see.
+    # With a term for every arm the residuals of each arm add up to 0: no spread between arms is left.
     clustered = usable["arm"].nunique() > len(_PROPERTIES) + 2
     dummies = [f"arm {name}" for name in ([roles.treatment] if clustered else roles.ordered[1:])]
     columns = [*_PROPERTIES, *dummies]

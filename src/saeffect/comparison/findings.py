@@ -1,4 +1,4 @@
-"""What a comparison found: all its tables by name, and the same in words."""
+"""The result of a comparison: its tables, and the answer in words."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ class Trace(TypedDict):
 
     Attributes:
         start: Index of its first character in the paragraph.
-        text: The characters themselves.
         table: Name of the table: a file `comparison/<table>.parquet`.
-        row: What picks the row or rows, by column.
+        row: The values, by column, that select the row or rows.
     """
 
     start: int
@@ -31,13 +30,10 @@ class Trace(TypedDict):
 
 
 class Answer(TypedDict):
-    """Plain text, a sentence or a few each; nothing in it is markup.
+    """The answer as plain text without markup.
 
     Attributes:
-        headline: The answer in a sentence.
-        paragraph: The answer with its numbers in about ninety words, to be forwarded as it stands.
-        traces: Where each number of the paragraph comes from, in its order.
-        sentences: What was found, one thing a sentence.
+        paragraph: The answer with its numbers in about ninety words, complete in itself.
         caveats: The threats to it, gravest first (column `threat` of `Comparison.threats`).
     """
 
@@ -61,16 +57,15 @@ class MatchTables:
     """Which feature became which; a table without columns was not made.
 
     Attributes:
-        fates_control: What became of each feature of the control, by each measure
-            (`saeffect.diffing.correspondence.measure`).
-        fates_treatment: The same of the treatment's features (there).
-        fate_counts: Kept, moved, gone, absorbed and new features beside what seeds show (there).
-        fates_null: Calls where an SAE of the control's model stands in for the treatment (there).
+        fates_control: What became of each feature of the control, by each measure; as `fates_treatment`, `fate_counts`
+            and `fates_null` made by `saeffect.diffing.correspondence.measure`.
+        fate_counts: Kept, moved, gone, absorbed and new features beside those between seeds.
+        fates_null: Calls where an SAE of the control's model replaces the treatment's.
         cross_activity: The control's SAE on both models (`CrossActivity.result`), with `is_domain`.
         absorption: Parents of features that seemed gone (`saeffect.diffing.absorption`).
         stagewise: How far each feature turned, where the treatment's SAE was trained on from the control's
             (`saeffect.diffing.stagewise`).
-        further: Tables of diffing methods that were registered besides these, by name.
+        further: Tables of other registered diffing methods, by name.
     """
 
     fates_control: pd.DataFrame = field(default_factory=_none)
@@ -90,7 +85,7 @@ class MatchTables:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Comparison:
-    """Everything that the comparison found; rows are ordered control, treatment, placebos.
+    """All that the comparison found; rows are ordered control, treatment, placebos.
 
     Attributes:
         table1: One row an arm: domain features, passing, similarities (`tables.table1`).
@@ -99,16 +94,13 @@ class Comparison:
         judgements: What may be credited to fine-tuning, one row a quantity (`judgement.judgement_table`).
         match_counts: Features by number of top tokens in the vocabulary (Figure 1).
         weights: Top-token weights of domain features (Figure 2).
-        activity: Density and activation of domain features.
         design: How the arms differ besides the model (`design.design_check`).
         calibration: Alarms where there is nothing to find (`calibration.calibration_table`).
         power: What could have been found (`power.power_table`).
         by_chance: Findings beside how many chance would give (`calibration.chance_table`).
         threats: What threatens the answer, and what to do about it (`saeffect.report.words.threats`).
         regression: What goes with a strong effect (`effect_regression.EffectRegression.terms`).
-        partial_residuals: The same to plot (`EffectRegression.partial_residuals`).
-        matches: Which feature became which.
-        answer: The same in plain sentences; empty until `saeffect.report.with_answer` writes it.
+        answer: In plain sentences; empty until `saeffect.report.with_answer` writes it.
     """
 
     table1: pd.DataFrame

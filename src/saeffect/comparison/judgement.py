@@ -1,10 +1,5 @@
-"""When may a difference be credited to fine-tuning? One rule, for the quantities that were fixed in advance.
-
-SAEs of one model differ by their seed alone, and by how much only several of them can show. A quantity of a whole
-SAE (a share, a mean) is therefore one number, and the question is whether the treatment's SAEs lie where another SAE
-of the control's model would. `noise_p` answers it; `judge` turns it into one of five readings, and `judgement_table`
-keeps them.
-"""
+"""When may a difference be credited to fine-tuning? When the treatment's SAEs lie outside of where another SAE of the
+control's model would: `noise_p` gives the p, `judge` the status."""
 
 from __future__ import annotations
 
@@ -57,23 +52,18 @@ class Judgement:
     """What can be said about one quantity.
 
     Attributes:
-        quantity: Its name in the contrasts.
-        unit: Of every difference below.
-        control: Name of the control arm.
-        treatment: Name of the treatment arm.
         status: "undefined": no interval. "unseparated": the interval of treatment minus control excludes zero, but no
-            second SAE of the control's model can tell fine-tuning from SAE noise: there is none, or none that differs
-            from the control's, which says nothing about how much others would. "beyond": more than SAE noise.
-            "noise": not clearly more than that, though an interval (one SAE each, or all SAEs) excludes zero.
-            "unclear": none does.
+            second SAE of the control's model separates fine-tuning from SAE noise: there is none, or none that differs
+            from the control's, which does not show how much others would. "beyond": more than SAE noise. "noise": not
+            clearly more than that, though an interval (one SAE each, or all SAEs) excludes zero. "unclear": none does.
         change: Treatment minus control, one SAE each.
         retraining: Placebo minus control, by placebo.
         beyond: Treatment minus placebo, by placebo.
-        seeds: All SAEs of the treatment's model minus all of the control's, with an interval that holds the noise of
+        seeds: All SAEs of the treatment's model minus all of the control's, with an interval that includes the noise of
             SAE training; None where there is none.
         n_saes: SAEs of the control's and of the treatment's model behind it.
-        p: How likely SAE noise alone would set the treatment this far apart; for declared quantities after Holm's
-            correction for their number. NaN where nobody knows.
+        p: How likely SAE noise alone would give a difference this large; for declared quantities after Holm's
+            correction for their number. NaN where unknown.
     """
 
     quantity: str
@@ -95,40 +85,27 @@ class Judgement:
 
     @property
     def headline(self) -> Estimate:
-        """The difference that the reading speaks of: over all SAEs where these decide, else treatment minus control."""
+        """The difference that was judged: over all SAEs where these decide, else treatment minus control."""
         return self.seeds if self.seeds is not None and self.by_seeds else self.change
 
 
 def exceeds_noise(change: Estimate, beyond: Iterable[Estimate], p: float) -> bool:
     """Whether one SAE of the treatment's model differs from the control's by more than SAE noise.
 
-    The interval of treatment minus control excludes zero, and that of treatment minus each placebo on the same side:
-    then it is more than the sampling error of the features. And the treatment lies outside of where one more SAE of the
-    control's model is to be expected, as its SAEs so far show: then it is more than the noise of the seed.
-
-    With one placebo that takes a change eleven times as large as the placebo's: two SAEs hardly tell how much SAEs
-    differ. Two placebos ask for about five standard deviations, three for 3.6.
-
-    If fine-tuning did nothing, a quantity passes in at most 5 % of studies, however much seeds matter, and in far
-    fewer where they do not (tests/comparison/test_judgement.py).
-
-    Args:
-        change: Treatment minus control.
-        beyond: Treatment minus placebo, each placebo.
-        p: As `noise_p` gives it; NaN, where SAEs show no noise, exceeds nothing.
+    The intervals of treatment minus control (`change`) and minus each placebo (`beyond`) must exclude zero on the same
+    side (more than the sampling error of features), and the treatment must lie outside of where the control model's
+    SAEs predict one more (more than seed noise: `p` of `noise_p` at most 5 %; NaN exceeds nothing). With one placebo
+    that needs a change eleven times the placebo's; two placebos need about five standard deviations, three 3.6. If
+    fine-tuning did nothing, a quantity passes in at most 5 % of studies, and in far fewer where seeds matter little.
     """
     return change.sign != 0 and all(apart.sign == change.sign for apart in beyond) and p <= ALPHA
 
 
 def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
-    """How likely one more SAE of the control's model would lie as far off as the treatment's, from differences alone.
+    """How likely one more SAE of the control's model would lie as far off as the treatment's.
 
-    Args:
-        change: Treatment minus control.
-        retraining: Placebo minus control, each placebo.
-
-    Returns:
-        Two-sided p of Student's t for one value more; NaN without a placebo, or where all of them equal the control.
+    Two-sided p of Student's t for one more value; NaN without a placebo, or where all of them equal the control.
+    `change` is treatment minus control, `retraining` placebo minus control for each placebo.
 
     Example:
         >>> round(noise_p(Estimate(0.5, 0.4, 0.6), [Estimate(0.1, -0.1, 0.3)]), 3)  # t with one degree of freedom
@@ -143,9 +120,9 @@ def noise_p(change: Estimate, retraining: Iterable[Estimate]) -> float:
 def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
     """The contrasts with `p_noise` and `p_noise_holm`, on the rows of "fine-tuning" alone.
 
-    The former says how likely SAE noise alone would set control and treatment this far apart: p over all SAEs where
-    there is such a row, else `noise_p`. The latter is Holm's correction over the declared quantities, so that a study
-    in which fine-tuning did nothing credits it with anything at all in at most 5 %.
+    `p_noise` is how likely SAE noise alone would give a difference this large: p over all SAEs where there is such a
+    row, else `noise_p`. `p_noise_holm` is Holm's correction over the declared quantities: a study in which fine-tuning
+    did nothing credits it with anything in at most 5 %.
     """
     tuned = contrasts["comparison"] == "fine-tuning"
     quantities = contrasts["quantity"]
@@ -159,15 +136,11 @@ def add_noise_p(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
-    """Judge one quantity.
+    """Judge one quantity of the contrasts, which may include the rows of `seed_contrasts`.
 
-    Where both models have several SAEs these alone decide: the change is more than SAE noise if p over SAEs is at
-    most 5 %. With one SAE of the treatment's model `exceeds_noise` decides. Declared quantities are corrected for
-    their number where `add_noise_p` worked it out.
-
-    Args:
-        contrasts: The table of `saeffect.comparison.contrasts`, with the rows of `seed_contrasts` if there are any.
-        quantity: A value of its column `quantity`.
+    With several SAEs of both models these alone decide: p over SAEs must be at most 5 %. With one SAE of the
+    treatment's model `exceeds_noise` decides. Declared quantities are corrected for their number where `add_noise_p`
+    did so.
     """
     if "p_noise" in contrasts:
         row = contrasts[(contrasts["quantity"] == quantity) & (contrasts["comparison"] == "fine-tuning")].iloc[0]
@@ -193,15 +166,11 @@ def judge(contrasts: pd.DataFrame, quantity: str) -> Judgement:
 
 
 def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
-    """Every quantity judged once, to be stored: what speaks of a reading takes it from here.
+    """Every quantity judged once, from the contrasts of `add_noise_p`.
 
-    Args:
-        contrasts: As `add_noise_p` gives it.
-
-    Returns:
-        One row a quantity: `quantity`, `label`, `declared`, `status` and `p` (`Judgement`); then the row of the
-        contrasts that the reading speaks of: `comparison` ("fine-tuning", or "all seeds" where these decide), `a`, `b`,
-        `value_a`, `value_b`, `estimate`, `low`, `high`, `unit`, `reason`, `saes_a`, `saes_b`.
+    One row a quantity: `quantity`, `label`, `declared`, `status` and `p` (`Judgement`); then the row of the contrasts
+    that was judged: `comparison` ("fine-tuning", or "all seeds" where these decide), `a`, `b`, `value_a`, `value_b`,
+    `estimate`, `low`, `high`, `unit`, `reason`, `saes_a`, `saes_b`.
     """
     rows = []
     for first in contrasts[contrasts["comparison"] == "fine-tuning"].to_dict("records"):
@@ -215,12 +184,7 @@ def judgement_table(contrasts: pd.DataFrame) -> pd.DataFrame:
 
 
 def judgements_of(table: pd.DataFrame, contrasts: pd.DataFrame) -> dict[str, Judgement]:
-    """Stored judgements with the differences behind them, by quantity.
-
-    Args:
-        table: As `judgement_table` gives it.
-        contrasts: The table that it was made of.
-    """
+    """Judgements by quantity, from a `judgement_table` and the contrasts that it was made of."""
     return {
         str(row.quantity): replace(_evidence(contrasts, str(row.quantity), float(row.p)), status=row.status)
         for row in table.itertuples()

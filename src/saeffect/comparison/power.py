@@ -1,4 +1,4 @@
-"""What this study could have found: the smallest true differences that its tests detect in four cases of five."""
+"""The smallest true differences that the tests of this study detect in four cases of five."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from saeffect.stats.power import (
 __all__ = ["POWER", "power_table"]
 
 POWER = 0.8
-# The test of a feature flips signs: every pattern up to so many pairs, above that so many at random.
+# The test of a feature tries every pattern of signs up to so many pairs, above that so many at random.
 _EXACT, _FLIPS = 14, 10_000
 _COLUMNS = ("test", "unit", "n_a", "n_b", "spread", "alpha", "power", "detectable", "detectable_below", "observed")
 
@@ -43,18 +43,17 @@ def power_table(
     """The smallest difference of treatment and control that each declared test would have found.
 
     Args:
-        contrasts: As `contrasts` gives it, with the rows over seeds; what was observed is read from there.
+        contrasts: With the rows over seeds; observed differences are read from there.
         alpha: Highest q at which a steered feature passes.
 
     Returns:
-        One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test
-        of a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features
-        or SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
-        control's share); `alpha`, for SAEs as units that of the only one of the declared quantities that differs, after
-        Holm's correction; `power`; `detectable`, the smallest difference; `detectable_below`, the same
-        downwards where it is not the same; `observed`; `method`; `reason`. A single feature has two rows: alone at
-        alpha, and where it is the only one of its arm's features to be found (alpha / number of features, as
-        Benjamini-Hochberg then asks).
+        One row a test: `test` (a quantity, `<quantity>_seeds` for SAEs as units, or "feature in <arm>" for the test of
+        a single steered feature); `unit` of the difference; `n_a`, `n_b` units of control and treatment (features or
+        SAEs; prompts for a feature, or pairs of texts where prompts are few); `spread` (standard deviation, or the
+        control's share); `alpha`, for SAEs as units after Holm's correction, if no other declared quantity differs;
+        `power`; `detectable`, the smallest difference; `detectable_below`, the same downwards where it is not the same;
+        `observed`; `method`; `reason`. A single feature has two rows: alone at alpha, and as the only one found in its
+        arm (alpha / number of features, as Benjamini-Hochberg then requires).
     """
     rows: list[dict[str, Any]] = []
     n_declared = max(1, sum(bool((contrasts["quantity"] == quantity).any()) for quantity in tests))
@@ -93,7 +92,7 @@ def _between_features(
 
 
 def _between_saes(row: pd.Series[Any], values: Sequence[FloatArray], n_declared: int) -> dict[str, Any]:
-    """SAEs as units, at the level that Holm's correction asks of the only quantity that differs."""
+    """SAEs as units, at the level that Holm's correction requires of the only quantity that differs."""
     n_a, n_b = map(len, values)
     spread = _pooled_sd(*values)
     at = ALPHA / n_declared

@@ -1,9 +1,4 @@
-"""What is compared between two arms: the one list of quantities.
-
-A quantity says what it is in one arm, by which statistic two arms are compared, and how it is spoken of. Contrasts,
-contrasts over SAE seeds, power, calibration, the answer in words and the figures all read this list, so that a new
-quantity is one entry (`add_quantity`).
-"""
+"""The list of quantities compared between two arms; every table, figure and sentence reads it (`add_quantity`)."""
 
 from __future__ import annotations
 
@@ -34,24 +29,22 @@ __all__ = ["QUANTITIES", "Kind", "Quantity", "Wording", "add_quantity", "declara
 Kind = Literal["share", "mean", "median", "count mean", "token mean", "token variance", "mean range", "dominance"]
 """The statistic, and how two arms are compared by it.
 
-"share": of all features those that have something; "mean", "median": of one number a feature; "count mean": of one
-small whole number a feature; "token mean", "token variance": of several numbers a feature, resampled together;
-"mean range": the difference of means in units of the mean of the two ranges; "dominance": Cliff's delta. The last two
-are properties of a pair of arms and have no value in one arm.
+"share": of features with a property; "mean", "median": of one number a feature; "count mean": of one small whole number
+a feature; "token mean", "token variance": of several numbers a feature, resampled together; "mean range": the
+difference of means over the mean of the two ranges; "dominance": Cliff's delta. The last two have no value in one arm.
 """
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How a quantity is spoken of. `{control}` stands for what steered features had to beat.
+    """How a quantity is named in sentences. `{control}` is replaced by what steered features had to beat.
 
     Attributes:
         short: Without an article: "pass rate".
         phrase: With one, for the middle of a sentence: "the share of tested features that pass".
-        larger: A clause of the headline, for a rise.
-        smaller: The same for a fall.
-        first: What stands before and behind its value, as the first quantity of the paragraph.
-        goes: What stands before its first value, between the two and behind the second, in a later sentence.
+        larger: A clause of the headline, for a rise; `smaller` for a fall.
+        first: Text before and after its value, as the first quantity of the paragraph.
+        goes: Text before its first value, between the two and after the second, in a later sentence.
     """
 
     short: str
@@ -70,7 +63,7 @@ def _wording(
     first: tuple[str, str] | None = None,
     goes: tuple[str, str, str] | None = None,
 ) -> Wording:
-    """A wording of which only what reads badly by default is given."""
+    """A wording; what is not given has a default."""
     larger, smaller = changed or (f"the {short} is larger", f"the {short} is smaller")
     first, goes = first or (f"The {short} is ", ""), goes or (f"The {short} goes from ", " to ", "")
     return Wording(short, phrase or f"the {short}", larger, smaller, first, goes)
@@ -83,14 +76,12 @@ class Quantity:
     Attributes:
         name: As in the column `quantity` of the contrasts, and in `comparison.tests` of a study.
         label: Of its rows; `{min_matches}` becomes the number.
-        unit: Of the value and of the difference.
-        kind: The statistic (`Kind`).
-        read: (arm, min_matches) to what the statistic is of. "share": (how many, of how many); "token mean" and "token
-            variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
+        read: From (arm, min_matches) to the data of the statistic. "share": (how many, of how many); "token mean" and
+            "token variance": values and the feature of each, both [n]; otherwise one number a feature, float64 [n].
         seed_values: One number a feature, in a Series whose index may name further levels (feature, prompt), for rows
-            over SAE seeds in every comparison of arms; None for a quantity that gets only the row over all SAEs.
+            over SAE seeds in every comparison of arms; None for a quantity with only the row over all SAEs.
         steered: Whether an arm has it only if its features were steered.
-        words: How it is spoken of, where "the <name>" does not do.
+        words: How it is named, where "the <name>" does not do.
     """
 
     name: str
@@ -109,7 +100,7 @@ class Quantity:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Names of its rows in the contrasts: its own, and the same as a ratio or as a change in %."""
+        """Names of its rows in the contrasts: its own, and its ratio or change in %."""
         more = {"share": "_ratio", "token mean": "_change", "token variance": "_change"}.get(self.kind)
         return (self.name, f"{self.name}{more}") if more else (self.name,)
 
@@ -222,10 +213,9 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _ALL}
 
 
 def add_quantity(quantity: Quantity) -> None:
-    """Compare one quantity more; a study can then declare it as a test.
+    """Add a quantity to the comparison; a study can then declare it as a test.
 
-    Raises:
-        ConfigError: There is one of this name.
+    Raises `ConfigError` when the name is taken.
 
     Example:
         >>> dead = Quantity("dead_share", "Share of features that never fire", "share", "share",
@@ -240,13 +230,13 @@ def add_quantity(quantity: Quantity) -> None:
 
 
 def declarable() -> tuple[str, ...]:
-    """What a study can declare as a test. A ratio says what its difference says, around 1 instead of 0."""
+    """What a study can declare as a test; no ratios, which test the same as their differences."""
     rows = (row for quantity in QUANTITIES.values() for row in quantity.rows)
     return (*(row for row in rows if not row.endswith("_ratio")), "fates", "cross_activity")
 
 
 def wording(name: str) -> Wording:
-    """How a quantity is spoken of; of other names it is made from the name.
+    """How a quantity is named in sentences; for unknown names made from the name.
 
     Example:
         >>> wording("pass_rate").phrase, wording("weight_mean").larger
@@ -259,12 +249,8 @@ def wording(name: str) -> Wording:
 def sae_value(quantity: str, arm: ArmTables, min_matches: int) -> float:
     """One number of a whole SAE: a share, a mean, a median or a variance over its features.
 
-    Args:
-        quantity: A name; others than those of `QUANTITIES` have no such number.
-        arm: The SAE.
-
-    Returns:
-        NaN where the SAE has nothing to count or average, and for what only a pair of SAEs has.
+    NaN where the SAE has nothing to count or average, for what only a pair of SAEs has, and for names not in
+    `QUANTITIES`.
     """
     known = QUANTITIES.get(quantity)
     if known is None or known.of_a_pair:

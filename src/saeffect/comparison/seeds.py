@@ -1,11 +1,5 @@
-"""Contrasts whose unit is the SAE: seed, then feature, then prompt.
-
-An interval over the features of one SAE asks what other features of that SAE would show. Train the SAE again and
-all of them are others. With several SAEs a model the seeds themselves are resampled, and the interval holds that
-noise. Besides the three comparisons of `contrasts` there is a fourth, "all seeds": every SAE of the fine-tuned model
-against every SAE of the control's model, placebos included. Each SAE then is one number, and it decides what is
-credited to fine-tuning (`judgement`).
-"""
+"""Contrasts whose unit is the SAE. With several SAEs a model, seeds are resampled, and intervals include the noise of
+SAE training. "all seeds" compares every SAE of the fine-tuned model with every SAE of the control's."""
 
 from __future__ import annotations
 
@@ -37,15 +31,11 @@ def control_saes(arms: Mapping[str, ArmTables], roles: Roles) -> list[ArmTables]
 def seed_contrasts(
     arms: Mapping[str, ArmTables], roles: Roles, *, min_matches: int, resampling: Resampling
 ) -> list[Contrast]:
-    """Rows over SAE seeds; none for two SAEs in all.
+    """Rows over SAE seeds, as of `contrasts`; none for two SAEs in all.
 
-    Every SAE counts alike, whatever the number of its features. With (treatment - control) - (placebo - control)
-    the control cancels: "beyond retraining" is treatment against placebo. Where no arm has more than one SAE, only
-    "all seeds" is left: the treatment's against the control's and the placebos'.
-
-    Returns:
-        Rows as of `contrasts`. Where a side has a single SAE the row's `remark` says what that means: its interval
-        does not hold the noise of SAE training, or, for "all seeds", takes it to be that of the other side.
+    Every SAE counts alike, whatever its number of features. Where no arm has more than one SAE, only "all seeds" is
+    left: the treatment's against the control's and the placebos'. Where a side has a single SAE, `remark` says that the
+    interval leaves out the noise of SAE training or, for "all seeds", takes it to be that of the other side.
     """
     saes = {name: arms[name].saes for name in roles.ordered}
     control, treatment = saes[roles.control], saes[roles.treatment]
@@ -67,16 +57,10 @@ def seed_contrasts(
 
 
 def all_saes_contrast(quantity: str, a: Sequence[ArmTables], b: Sequence[ArmTables], *, min_matches: int) -> Contrast:
-    """Every SAE of one model against every SAE of another, each of them one number.
+    """Every SAE of one model against every SAE of another, each of them one number; an arm's own SAE comes first.
 
-    Args:
-        quantity: As in the contrasts.
-        a: SAEs of the one model, first the arm's own.
-        b: SAEs of the other.
-
-    Returns:
-        The row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have
-        such a number, or where the SAEs of either side are all alike.
+    Returns the row `<quantity>_seeds` of the comparison "all seeds"; NaN with a reason where fewer than three SAEs have
+    such a number, or where the SAEs of either side are all alike.
     """
     values = [np.array([sae_value(quantity, sae, min_matches) for sae in saes]) for saes in (a, b)]
     without = [sae.name for side, saes in zip(values, (a, b), strict=True)
@@ -140,10 +124,7 @@ def _nested(
 def _mean_over_seeds(
     quantity: Quantity, saes: Sequence[ArmTables], resampling: Resampling
 ) -> tuple[NestedMean, int, str]:
-    """The mean over SAEs, how many of them have a value, and which have none.
-
-    What needs steering leaves out SAEs that were not steered without a word.
-    """
+    """The mean over SAEs, how many have a value, and which have none (not those that were never steered)."""
     assert quantity.seed_values is not None  # those without are not asked for
     if quantity.steered:
         saes = [sae for sae in saes if sae.interventions is not None] or saes
@@ -155,7 +136,7 @@ def _mean_over_seeds(
     if not used:
         return NestedMean(float("nan"), np.empty(0), np.empty(0), absent), len(names), absent
     levels = [values[name].index.to_frame(index=False).assign(sae_seed=name) for name in used]
-    # Whatever is below the SAE but the innermost level, which the values themselves are.
+    # All levels below the SAE but the innermost, which is that of the values.
     outer = [level for level in values[used[0]].index.names[:-1] if level is not None]
     table = pd.concat(levels, ignore_index=True)[["sae_seed", *outer]]
     seed = resampling.seed_for(quantity.name, "seeds", *names)

@@ -31,12 +31,10 @@ __all__ = ["activity", "match_counts", "table1", "table2", "weights"]
 def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resampling) -> pd.DataFrame:
     """Domain features, how many pass when steered, and the similarities: the paper's Table 1, one row an arm.
 
-    Returns:
-        Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`,
-        `passed`, `paper_passed`), shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`), and
-        means: cosine similarity of steered, unsteered and placebo trials, and effect of tested features.
-        Their 95 % intervals resample whole features, with all their trials. NaN if nothing was tested; `reason` says
-        why not.
+    Counts (`n_features`, `in_vocabulary`, `domain_features`, `matches_dot`, `matches_cosine`, `tested`, `passed`,
+    `paper_passed`), shares from 0 to 1 (`pass_rate` with Wilson's interval, `paper_rate`), and means: cosine similarity
+    of steered, unsteered and placebo trials, and effect of tested features. 95 % intervals of means resample whole
+    features, with all their trials. NaN if nothing was tested; `reason` says why not.
     """
     rows = []
     for name, arm in arms.items():
@@ -73,11 +71,10 @@ def table1(arms: Mapping[str, ArmTables], *, min_matches: int, resampling: Resam
 def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataFrame:
     """Coherence of the domain features: the paper's Table 2, one row an arm.
 
-    Returns:
-        `n_defined` and `n_undefined` count domain features with and without a coherence; mean and median with
-        95 % bootstrap intervals over features, `minimum`, `maximum` and `range` are of the defined ones.
-        `coverage_unique` and `coverage_total` are the shares (0 to 1) of top tokens that the word
-        vectors have, each distinct token counted once, or every time. NaN where nothing is defined.
+    `n_defined` and `n_undefined` count domain features with and without a coherence; mean and median with 95 %
+    bootstrap intervals over features, `minimum`, `maximum` and `range` are of the defined ones. `coverage_unique` and
+    `coverage_total` are the shares (0 to 1) of top tokens that the word vectors have, each distinct token counted once,
+    or every time. NaN where nothing is defined.
     """
     rows = []
     for name, arm in arms.items():
@@ -110,8 +107,7 @@ def table2(arms: Mapping[str, ArmTables], *, resampling: Resampling) -> pd.DataF
 def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     """How many features have 0, 1, 2, ... top tokens in the vocabulary: the paper's Figure 1.
 
-    Returns:
-        `arm`, `matches` (0 to the number of top tokens), `n` features, their `share` of the arm's features.
+    Columns `arm`, `matches` (0 to the number of top tokens), `n` features, their `share` of the arm's features.
     """
     deepest = max(int(arm.features["top_tokens"].map(len).max()) if arm.n_features else 0 for arm in arms.values())
     frames = []
@@ -125,8 +121,7 @@ def match_counts(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
 def weights(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     """Every top-token weight of every domain feature (the paper's "activations", its Figure 2).
 
-    Returns:
-        `arm`, `feature`, `rank` (0: the most promoted token), `weight` in units of the study's projection.
+    Columns `arm`, `feature`, `rank` (0: the most promoted token), `weight` in units of the study's projection.
     """
     return _stacked({name: weights_of(arm) for name, arm in arms.items()})
 
@@ -134,9 +129,8 @@ def weights(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
 def activity(arms: Mapping[str, ArmTables]) -> pd.DataFrame:
     """How often and how strongly each domain feature fires on the text.
 
-    Returns:
-        `arm`, `feature`, `density` (share of tokens), `mean_activation` (where active; NaN if never),
-        `max_activation`.
+    Columns `arm`, `feature`, `density` (share of tokens), `mean_activation` (where active; NaN if never),
+    `max_activation`.
     """
     columns = ["feature", "density", "mean_activation", "max_activation"]
     return _stacked({name: arm.of_domain(arm.features)[columns] for name, arm in arms.items()})

@@ -1,4 +1,4 @@
-"""The browsable list of domain features: one card each, with everything that the study knows about it."""
+"""The list of domain features on the page: one card each, with all that the study found about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["Context", "FeatureCard", "FeatureList", "IntervalMark", "feature_lists", "showcase"]
 
-_WIDTH, _EDGE = 100.0, 4.0  # of an interval mark, and what is kept free at its ends for the dot
+_WIDTH, _EDGE = 100.0, 4.0  # width of an interval mark, and margin for the dot
 _MAX_CONTEXTS = 4
 Pair = tuple[str, str]
 _Row = Mapping[Any, Any]
@@ -40,7 +40,7 @@ _Row = Mapping[Any, Any]
 
 @dataclass(frozen=True)
 class IntervalMark:
-    """Where an effect and its interval sit on the common scale of all cards, 0 to 100."""
+    """An effect and its interval as positions from 0 to 100 on a scale that all cards share."""
 
     low: float
     high: float
@@ -50,7 +50,7 @@ class IntervalMark:
 
 @dataclass(frozen=True)
 class Context:
-    """A max-activating context: where it is from, its top activation, and its marked text."""
+    """A max-activating context: its source, its top activation and its marked text."""
 
     source: str
     activation: str
@@ -59,7 +59,7 @@ class Context:
 
 @dataclass(frozen=True)
 class FeatureCard:
-    """One domain feature. `keys` are numbers to sort by, `numbers` label-value pairs, `find` what search looks in."""
+    """One domain feature: `keys` are numbers to sort by, `numbers` label-value pairs, `find` is the searched text."""
 
     arm: str
     role: str
@@ -80,7 +80,7 @@ class FeatureCard:
 
 @dataclass(frozen=True)
 class FeatureList:
-    """The cards of one arm, largest effect first; `total` counts those beyond the cap too."""
+    """The cards of one arm, largest effect first; `total` also counts features beyond `max_features`."""
 
     arm: str
     role: str
@@ -112,7 +112,7 @@ def feature_lists(context: ReportContext, order: Sequence[str]) -> tuple[Feature
 
 
 def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCard, ...]:
-    """The features with the largest effects of treatment, then control: chosen by rule, not by hand."""
+    """The features with the largest effects in the treatment, then in the control."""
     chosen: list[FeatureCard] = []
     for arm in sorted(lists, key=lambda arm: arm.role != "treatment"):
         if arm.role != "placebo":
@@ -122,7 +122,6 @@ def showcase(lists: Sequence[FeatureList], per_arm: int = 3) -> tuple[FeatureCar
 
 
 def _all_columns(arm: ArmTables) -> pd.DataFrame:
-    """Domain features with coherence, selection and effects beside them, in the order of the list."""
     rows = domain_features(arm)
     if "effect" not in rows.columns:
         rows["effect"] = np.nan
@@ -138,7 +137,6 @@ def _by_feature(table: pd.DataFrame | None, wanted: pd.Series[Any]) -> dict[Any,
 
 
 def _common_scale(arms: Sequence[ArmTables]) -> tuple[float, float]:
-    """Smallest and largest end of any effect's interval, zero included."""
     ends = [0.0]
     for arm in arms:
         if arm.effects is not None and len(arm.effects):
@@ -161,7 +159,6 @@ def _mark(row: _Row, scale: tuple[float, float]) -> IntervalMark | None:
 
 
 def _card(arm: ArmTables, row: _Row, outcomes: Sequence[Pair], scale: tuple[float, float]) -> FeatureCard:
-    """All fields of a card but the texts."""
     matched = row.get("matched")
     matched = list(matched) if isinstance(matched, list | tuple | np.ndarray) else []
     top = chips(list(row["top_tokens"]), list(row["top_weights"]), matched)
@@ -205,7 +202,6 @@ def _ends(row: _Row) -> str:
 
 
 def _steering(row: _Row) -> list[Pair]:
-    """The effect and what it was made of, or why there is none."""
     if not is_defined(row.get("p")):
         reason = row.get("effect_reason")
         return [("Effect", undefined(reason if isinstance(reason, str) and reason else "this feature was not tested"))]

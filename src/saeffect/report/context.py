@@ -1,4 +1,4 @@
-"""What the report needs to know besides the comparison, and what steering did, summed up by arm."""
+"""The study around a comparison as the report needs it, and summaries by arm of what steering did."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ DOSE_MEASURES = ("gain", "perplexity", "distinct2", "score", "direct_effect", "k
 
 @dataclass(frozen=True, eq=False)
 class SteeringResults:
-    """The tables of the steer stage, and how it steered; an arm without rows may be missing from them.
+    """Settings and tables of the steer stage; arms without rows may be missing from the tables.
 
     Attributes:
         operator: "add", "clamp" or "ablate".
-        unit: What a dose of "add" counts: "residual_norm" or "coefficient".
-        dose: The dose of the test; None where none is known.
-        dose_note: What speaks against trusting the choice of the dose, or how it came about; "" for nothing.
+        unit: Unit of the dose of "add": "residual_norm" or "coefficient".
+        dose: Dose of the test; None if unknown.
+        dose_note: Reservations about the chosen dose, or how it was chosen; "" for none.
         best_doses: Each searched arm's own best dose, None where no dose had a score.
-        outcomes: Declared before the run, the deciding one first.
+        outcomes: Declared outcomes, the deciding one first.
         placebo: The control that decides.
-        placebos: The controls that were asked for; empty for none.
-        n_prompts: Prompts of the test; 0 where unknown.
-        samples: Texts a prompt.
-        outcome_effects: For each arm a row per feature, outcome and placebo, see `saeffect.steering.outcome_effects`.
-        baseline_effects: The same with baseline in the place of placebo.
-        together_effects: For each arm a row a set of features steered at once: set, members, and the columns of
+        placebos: Requested controls; may be empty.
+        n_prompts: Prompts of the test; 0 if unknown.
+        samples: Texts per prompt; 0 if unknown.
+        outcome_effects: By arm, a row per feature, outcome and placebo (`saeffect.steering.outcome_effects`).
+        baseline_effects: The same with baselines instead of placebos.
+        together_effects: By arm, a row per set of features steered at once: set, members, and the columns of
             `saeffect.steering.effects`.
-        dose_response: A row per arm, feature and dose, see `saeffect.steering.dose_response`; None for none.
+        dose_response: A row per arm, feature and dose (`saeffect.steering.dose_response`).
     """
 
     operator: str = "add"
@@ -81,7 +81,7 @@ class SteeringResults:
         return outcome in self.outcomes
 
     def in_order(self, found: Sequence[str]) -> list[str]:
-        """Outcomes with the declared ones first, in the order of their declaration.
+        """The given outcomes, declared ones first in their declared order.
 
         Example:
             >>> SteeringResults(outcomes=("off_list", "similarity")).in_order(["kl", "similarity", "off_list"])
@@ -93,27 +93,24 @@ class SteeringResults:
 
 @dataclass(frozen=True, eq=False)
 class ReportContext:
-    """The study around a comparison. Every part may be missing; the report then says so and goes on.
+    """The study around a comparison. Every part may be missing; the report then says so.
 
     Attributes:
-        study: Name of the study.
-        title: Heading of the report; made from the name when empty.
-        facts: Label and value pairs for the line under the title: models, hook, text, prompts, dose.
-        arms: Tables of each arm, by name: the source of the list of features.
-        examples: Each arm's max-activating contexts, by name: feature, rank, activation, position, tokens,
-            activations, source.
-        prompts: The prompts that were steered on, in the order of the interventions' `prompt` column.
-        gate: Quality of each arm's SAE and model, one row an arm, with a column `arm`; None when it is not known.
-        steering: What the steer stage found besides the arms' own tables; None when it is not known.
-        doses: The dose search: `arm` (optional), `dose`, any numeric columns, and `chosen` (bool).
+        title: Heading of the report; built from `study` if empty.
+        facts: Label-value pairs below the title: models, hook, text, prompts, dose.
+        arms: Tables by arm.
+        examples: Max-activating contexts by arm: feature, rank, activation, position, tokens, activations, source.
+        prompts: Steered prompts; the interventions' column `prompt` is an index into them.
+        gate: Quality of SAE and model, one row per arm, with a column `arm`.
+        doses: The dose search: `arm` (optional), `dose`, numeric columns, and `chosen` (bool).
         config: The resolved study file, YAML text.
         provenance: Versions, hashes and seeds; may be nested.
-        domain: What the vocabulary is about, in a word, for instance "medical".
+        domain: Subject of the vocabulary in a word, e.g. "medical".
         min_matches: Top tokens in the vocabulary that make a domain feature.
-        top_k: Top tokens a feature.
-        alpha: Highest q at which a feature passed.
+        top_k: Top tokens per feature.
+        alpha: A feature passes at q <= alpha.
         projection: Scale of the top tokens, "cosine" or "dot".
-        max_features: Features listed for each arm; the rest are in the tables.
+        max_features: Features listed per arm; the tables hold all of them.
     """
 
     study: str = "study"
@@ -135,24 +132,18 @@ class ReportContext:
     max_features: int = 200
 
     def arm_of(self, role: str) -> ArmTables | None:
-        """The first arm of a role; None where the report knows none."""
+        """The first arm of a role, or None."""
         return next((arm for arm in self.arms.values() if arm.role == role), None)
 
 
 def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: float) -> pd.DataFrame:
-    """Mean effect over an arm's features, for every outcome against every control.
-
-    Args:
-        results: The steer stage's tables.
-        order: The arms, in the order of the rows.
-        alpha: Highest q at which a feature passes.
+    """Mean effect over an arm's features, for every outcome and control; features pass at q <= alpha.
 
     Returns:
-        One row per arm, outcome (declared ones first) and control (the deciding one first): arm, outcome, control,
-        declared, decides (whether this is the one test that decides what passes), unit, alternative, n_features,
-        n_defined (with an effect), mean with its 95 % interval low, high over features (Student's t), n_tested (with a
-        q), n_passed (q <= alpha; for two-sided outcomes it says that something changed, either way), reversed_share
-        (mean over features), reason ("" when the mean is defined).
+        One row per arm (in `order`), outcome (declared ones first) and control (the deciding one first): arm, outcome,
+        control, declared, decides (the one test that decides what passes), unit, alternative, n_features, n_defined
+        (with effect), mean with 95 % interval low, high over features (Student's t), n_tested (with q), n_passed (for
+        two-sided outcomes in either direction), reversed_share (mean over features), reason ("" if mean is defined).
     """
     rows = []
     for shared, features in _groups(results, results.outcome_effects, order, "placebo"):
@@ -172,16 +163,12 @@ def outcome_summary(results: SteeringResults, order: Sequence[str], *, alpha: fl
 
 
 def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataFrame:
-    """What steering does beyond each baseline, over the features that the baselines were run for.
-
-    Args:
-        results: The steer stage's tables.
-        order: The arms, in the order of the rows.
+    """Steering minus each baseline, over the features that the baselines were run for.
 
     Returns:
-        One row per arm, outcome and baseline: arm, outcome, baseline, declared, unit, n_features, n_defined, mean, low,
-        high as in `outcome_summary`; n_above and n_below count features on which steering does more, and less,
-        n_clearly_above and n_clearly_below those whose own 95 % interval lies wholly on that side; reason.
+        One row per arm (in `order`), outcome and baseline: arm, outcome, baseline, declared, unit, and n_features,
+        n_defined, mean, low, high, reason as in `outcome_summary`; n_above, n_below: features where steering does more
+        or less; n_clearly_above, n_clearly_below: those whose own 95 % interval lies wholly on that side of zero.
     """
     rows = []
     for shared, features in _groups(results, results.baseline_effects, order, "baseline"):
@@ -200,16 +187,12 @@ def baseline_summary(results: SteeringResults, order: Sequence[str]) -> pd.DataF
 
 
 def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.DataFrame:
-    """The dose search by arm, condition and dose: means over features.
-
-    Args:
-        response: As `saeffect.steering.dose_response` gives, with a column arm; None for none.
-        order: The arms, in the order of the rows.
+    """Means over features of the dose search (`saeffect.steering.dose_response` with a column arm; None for none).
 
     Returns:
-        One row per arm, condition ("steered", then the placebo) and dose: arm, condition, dose, n_features, for each
-        of `DOSE_MEASURES` its mean with a 95 % interval `<measure>_low` and `<measure>_high` over features (Student's
-        t; of perplexity the geometric mean), and n_best: features whose dose of best concept × fluency this is.
+        One row per arm (in `order`), condition ("steered", then the placebo) and dose: arm, condition, dose,
+        n_features; each of `DOSE_MEASURES` as a mean with 95 % interval `<measure>_low`, `<measure>_high` (Student's t
+        over features; geometric mean for perplexity); n_best: features whose concept × fluency is best at this dose.
     """
     numbers = (measure + end for measure in DOSE_MEASURES for end in ("", "_low", "_high"))
     columns = ["arm", "condition", "dose", "n_features", *numbers, "n_best"]
@@ -228,18 +211,14 @@ def dose_summary(response: pd.DataFrame | None, order: Sequence[str]) -> pd.Data
 
 
 def primary_effects(effects: pd.DataFrame | None) -> dict[str, Any]:
-    """The mean over an arm's features of the deciding effect.
-
-    Returns:
-        n_features, n_defined, mean, low, high, reason, as in `outcome_summary`.
-    """
+    """Mean deciding effect over features: n_features, n_defined, mean, low, high, reason as in `outcome_summary`."""
     return _mean(pd.DataFrame({"effect": [], "reason": []}) if effects is None or effects.empty else effects)
 
 
 def _groups(
     results: SteeringResults, tables: Mapping[str, pd.DataFrame], order: Sequence[str], against: str
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """(what all summaries say, its rows) of every arm, outcome and what it is compared with, in the tables' order."""
+    """(identifying columns, rows) for every arm, outcome and comparator, in the tables' order."""
     for arm in order:
         table = tables.get(arm)
         if table is None or table.empty:

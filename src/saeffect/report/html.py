@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file, answer first, that loads nothing and trusts no string."""
+"""The report as one self-contained HTML file that starts with the answer, loads nothing and escapes every string."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 @dataclass(frozen=True)
 class _Explained:
-    """A table of the page (or none), and the terms that appear there for the first time."""
+    """A table of the page (or None), and the terms that first appear there."""
 
     table: TableView | None
     terms: tuple[Term, ...]
@@ -45,8 +45,6 @@ class _Explained:
 
 @dataclass(frozen=True)
 class _Picture:
-    """A figure as the template places it."""
-
     figure: DrawnFigure
     svg: Markup
 
@@ -58,19 +56,11 @@ def write_report(
     context: ReportContext | None = None,
     figures: Sequence[DrawnFigure] | None = None,
 ) -> Path:
-    """Write the report of a study, atomically.
+    """Write the report of a study, atomically; ConfigError if the comparison has no answer yet.
 
-    The page holds its own styles, pictures and script; it opens from a disk or a mail, loads nothing, and needs no
-    script to be read. The same input gives the same bytes.
-
-    Args:
-        comparison: What was found, with its answer.
-        path: The file, for instance `runs/mine/report.html`.
-        context: The study around the comparison; without it the report has no list of features.
-        figures: What `write_figures` returned, to draw them once only.
-
-    Raises:
-        ConfigError: The comparison has no answer yet.
+    The page holds its own styles, pictures and script, loads nothing, and can be read without scripts. The same input
+    gives the same bytes. `figures` are those of `write_figures` (None: draw them here). Without `context` the page has
+    no list of features.
     """
     page = render_report(comparison, context=context, figures=figures)
     with atomic_path(path) as temporary:
@@ -112,7 +102,7 @@ def render_report(
         showcase=showcase(lists),
         glossary=sorted(terms(context).values(), key=lambda term: term.name.lower()),
         provenance=tuple(_flat(context.provenance)),
-        style=Markup(style),  # our own files: the only strings that are not escaped, with the figures
+        style=Markup(style),  # our own files; only these and the figures are not escaped
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     ) + "\n"  # fmt: skip
@@ -134,7 +124,7 @@ def _environment(numbers: Numbering) -> Environment:
 
 
 def _seen(value: Any) -> Any:
-    """What a template writes, without anything that acts on the page around it; markup stays markup."""
+    """Make control and bidirectional characters visible in all that a template writes; markup stays markup."""
     return type(value)(printable_text(value)) if isinstance(value, str) else value
 
 
@@ -143,10 +133,7 @@ def _read(name: str) -> str:
 
 
 def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explained]:
-    """Every table in page order, each with the terms that it is the first to use.
-
-    Sections that use terms and have no table of their own stand before the table that follows them.
-    """
+    """Tables (and sections without one) in page order, each with the terms that it is the first to use."""
     steered = bool((comparison.table1["tested"] > 0).any())
     forest = ("forest", "interval", "pass", "q", *(("common_noise",) if context.steering else ()))
     sections = {
@@ -168,7 +155,7 @@ def _tables(comparison: Comparison, context: ReportContext) -> dict[str, _Explai
 def _pictures(
     drawn: Iterable[DrawnFigure], words: Evidence, tables: Collection[str], steering: SteeringSection
 ) -> dict[str, _Picture]:
-    """Figures that the page places: one that could not be drawn is left out where a sentence says the same."""
+    """Figures of the page, without those that could not be drawn and whose reason a sentence gives."""
     said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
@@ -180,13 +167,12 @@ def _pictures(
 
 
 def _anchors(views: Sequence[TableView]) -> set[str]:
-    """Ids that a number of the answer may link to."""
     rows = {f"row-{view.name}-{row.key}" for view in views for row in view.rows if row.key}
     return rows | {f"table-{view.name}" for view in views} | {"activity-summary"}
 
 
 def _design_summary(comparison: Comparison) -> str:
-    """One line above the design check: how many differences there are that could pass for an effect."""
+    """One sentence above the design check: how many differences could be mistaken for an effect."""
     table = comparison.design
     flaws = [field_label(name) for name in table.loc[table["status"] == "flaw", "field"]]
     unknown = int((table["status"] == "unknown").sum())
@@ -199,7 +185,6 @@ def _design_summary(comparison: Comparison) -> str:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested provenance as label-value pairs, sorted by label."""
     pairs: list[tuple[str, str]] = []
     for key in sorted(values, key=str):
         label, value = f"{prefix}{key}", values[key]
@@ -213,15 +198,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Numbering:
-    """What each table and figure of a page is called: `labels["table:power"]` is "Table 4", say.
-
-    A text refers to one as `[[table:power]]`.
-    """
+    """Labels of a page, e.g. `labels["table:power"]` is "Table 4"; a text refers to it as `[[table:power]]`."""
 
     labels: Mapping[str, str]
 
     def refer(self, text: str) -> Markup:
-        """A text of ours with its references as links and no break before "%"; everything else is escaped.
+        """One of our texts with its references as links and no break before "%"; everything else is escaped.
 
         Example:
             >>> Numbering({"table:power": "Table 4"}).refer("See [[table:power]] & more.")
@@ -238,7 +220,7 @@ class Numbering:
 
 
 def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> Numbering:
-    """Number what stands on a page, in its order; figures of one group share a number, told apart by letters."""
+    """Number tables and figures in page order; figures of one group share a number and differ by letter."""
     labels = {f"table:{view.name}": f"Table {n}" for n, view in enumerate(tables, start=1)}
     groups = groupby(enumerate(figures), key=lambda place: place[1].group or place[0])  # without one, each its own
     for n, (_, places) in enumerate(groups, start=1):
@@ -249,5 +231,4 @@ def number_page(tables: Iterable[TableView], figures: Iterable[DrawnFigure]) -> 
 
 
 def _letter(place: int) -> str:
-    """a to z, then aa, ab, ..."""
     return (_letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)

@@ -1,4 +1,4 @@
-"""What the sections of the page say in words, beside their tables: chance, steering, fates, regression, threats."""
+"""Sentences of the page's sections beside their tables: chance, steering, fates, regression, threats."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """A sentence or two for each section on evidence; "" where there is nothing to say.
+    """The sentences of each section on evidence; "" for none.
 
-    `stagewise` says why features were not followed through training on, `gravest` are the threats to be quoted beside
+    `stagewise` says why features were not followed through continued training, `gravest` are the threats quoted beside
     the answer, `limits` says by section what cannot be concluded and why.
     """
 
@@ -52,7 +52,7 @@ class Evidence:
 
 
 def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
-    """The words of the sections; every table that is missing is said to be, with the reason."""
+    """The sentences of the sections; for a missing table, the reason."""
     arms = comparison.table1[["arm", "role"]].itertuples(index=False)
     deciding = context.steering.deciding if context.steering else "similarity"
     stagewise = (
@@ -73,7 +73,6 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
 
 
 def _limits(comparison: Comparison) -> dict[str, str]:
-    """Sections that have nothing to show, and why."""
     limits = {"chance": "", "fates": "", "regression": ""}
     counts, calibration = comparison.matches.fate_counts, comparison.calibration
     if counts.empty:
@@ -83,7 +82,7 @@ def _limits(comparison: Comparison) -> dict[str, str]:
             f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
             "feature to its nearest is in comparison/fates_control.parquet."
         )
-    # Whether any declared test could be tried where there is nothing to find; any at all where none is declared.
+    # Whether any declared test (any at all, if none is declared) could be tried where there is nothing to find.
     declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration
     shown = declared if len(declared) else calibration
     if shown.empty or not (shown["tests"] > 0).any():
@@ -94,7 +93,7 @@ def _limits(comparison: Comparison) -> dict[str, str]:
 
 
 def threat_summary(threats: pd.DataFrame) -> str:
-    """How many threats there are of each severity: the sentence above the list."""
+    """The number of threats of each severity, in a sentence above the list."""
     counts = {name: int((threats["severity"] == name).sum()) for name in SEVERITIES}
     listed = joined([f"{n} {name}" for name, n in counts.items() if n])
     noun = "threat" if len(threats) == 1 else "threats"
@@ -103,14 +102,14 @@ def threat_summary(threats: pd.DataFrame) -> str:
 
 
 def gravest(threats: pd.DataFrame) -> list[str]:
-    """The threats to quote beside the answer: up to five serious ones, or else the first three."""
+    """The threats quoted beside the answer: up to five serious ones, or else the first three."""
     serious = threats.loc[threats["severity"] == "serious", "threat"]
     return [str(threat) for threat in (serious[:5] if len(serious) else threats["threat"][:3])]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the paragraph: its text, the id that it links to ("" for none), and where it was read off."""
+    """A part of the paragraph: its text, the id that it links to ("" for none), and the table row it comes from."""
 
     text: str
     anchor: str = ""
@@ -118,12 +117,7 @@ class Piece:
 
 
 def traced_paragraph(answer: Answer, anchors: Collection[str]) -> tuple[Piece, ...]:
-    """The answer's paragraph, each number with a link to the row of the page that shows it.
-
-    Args:
-        answer: With its traces.
-        anchors: The ids of the page: a number whose row the page does not show links to its table.
-    """
+    """The answer's paragraph; each number links to its row or else its table, if in `anchors` (ids of the page)."""
     text, pieces, at = answer["paragraph"], [], 0
     for trace in answer["traces"]:
         anchor = next((name for name in _anchors_of(trace) if name in anchors), "")
@@ -135,7 +129,6 @@ def traced_paragraph(answer: Answer, anchors: Collection[str]) -> tuple[Piece, .
 
 
 def _anchors_of(trace: Trace) -> tuple[str, ...]:
-    """Ids that show the number, the best first."""
     row, table = trace["row"], trace["table"]
     if table == "contrasts":
         quantity = str(row["quantity"])
@@ -148,10 +141,7 @@ def _anchors_of(trace: Trace) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SteeringSection:
-    """Sentences of the section: how it was done, what cannot be concluded, the baselines, the dose.
-
-    `caveat` is what must be known before the answer is quoted; "" for nothing.
-    """
+    """Sentences on steering; `caveat` must be known before the answer is quoted ("" for none)."""
 
     lead: str
     caveat: str
@@ -161,7 +151,7 @@ class SteeringSection:
 
 
 def steering_section(comparison: Comparison, context: ReportContext) -> SteeringSection:
-    """What the section on steering says in words."""
+    """The sentences of the section on steering."""
     results = context.steering
     tested = {str(row["arm"]): int(row["tested"]) for row in comparison.table1.to_dict("records")}
     spoken = results if any(tested.values()) else None
@@ -203,7 +193,6 @@ _ABLATED = (
 
 
 def _steering_limits(results: SteeringResults | None, tested: Mapping[str, int]) -> tuple[str, ...]:
-    """What cannot be concluded, one sentence each."""
     measured = results is not None and any(len(table) for table in results.outcome_effects.values())
     if not any(tested.values()) and not measured:
         why = f" ({results.dose_note})" if results is not None and results.dose is None and results.dose_note else ""

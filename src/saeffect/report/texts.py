@@ -1,7 +1,4 @@
-"""Tokens and generated texts as the page shows them: cut to length, marked, every odd character visible.
-
-Nothing here writes HTML. Strings stay strings until the template escapes them.
-"""
+"""Tokens and texts for the page: cut, marked, hidden characters visible. Plain strings: the template escapes them."""
 
 from __future__ import annotations
 
@@ -50,9 +47,9 @@ class Chip:
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of text with one mark: `level` 0 is plain, 1 to 5 stronger and stronger.
+    """A stretch of text with one mark, from `level` 0 (plain) to 5 (strongest).
 
-    `value` is the activation in words for the tooltip; `strongest` marks the token that the context was chosen for.
+    `value` is the activation as text for the tooltip; `strongest` marks the token at the context's maximum.
     """
 
     text: str
@@ -63,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Generated:
-    """One generated text: under which condition, how similar to the top tokens, with the top words marked."""
+    """One generated text: its condition, its similarity to the top tokens, and the text with top words marked."""
 
     condition: str
     title: str
@@ -73,10 +70,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Trial:
-    """The texts of one prompt and sample side by side, and which pair it is: typical, best or worst.
-
-    `same` says that steering and placebos changed nothing: every text is that of the unsteered model.
-    """
+    """Texts of one prompt and sample: a typical, best or worst pair. `same`: all equal the unsteered text."""
 
     which: str
     prompt: str
@@ -109,7 +103,7 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
 
 
 def context_runs(tokens: Sequence[str], activations: Sequence[float], position: int) -> tuple[Run, ...]:
-    """A context around its strongest token (at `position`); neighbours that do not activate the feature are merged.
+    """A context around its strongest token (at `position`); neighbours with zero activation are merged.
 
     Example:
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
@@ -128,7 +122,6 @@ def context_runs(tokens: Sequence[str], activations: Sequence[float], position: 
 
 
 def _merged(runs: Iterable[Run]) -> list[Run]:
-    """Neighbours without a mark as one."""
     merged: list[Run] = []
     for run in runs:
         if not run.level and merged and not merged[-1].level:
@@ -149,7 +142,7 @@ def visible_text(text: str, limit: int = _LONGEST_TEXT) -> str:
 
 
 def text_runs(text: str, words: Collection[str]) -> tuple[Run, ...]:
-    """A generated text with the given words (as `normalise_token` gives them) marked, whole ones of three letters on.
+    """A generated text with the given words (see `normalise_token`) marked: whole words of at least three letters.
 
     Example:
         >>> [(run.text, run.level) for run in text_runs("Take the drug.", {"drug"})]
@@ -168,12 +161,8 @@ def representative_trials(
 ) -> tuple[Trial, ...]:
     """The typical (median), best and worst pair of one feature, by steered minus placebo similarity.
 
-    The rule chooses the pairs, so that nobody can pick the flattering one.
-
-    Args:
-        table: The feature's rows of the interventions; of several doses, the one with most rows is shown.
-        prompts: In the order of the column `prompt`.
-        top_tokens: The feature's; whole words of them are marked in the texts.
+    `table` holds the feature's rows of the interventions; of several doses, the one with most rows is used. Column
+    `prompt` is an index into `prompts`. Whole words of `top_tokens` are marked in the texts.
     """
     if table is None or not (table["condition"] == "steered").any():
         return ()
@@ -204,7 +193,6 @@ def representative_trials(
 
 
 def _generated(rows: pd.DataFrame, words: Collection[str]) -> tuple[Generated, ...]:
-    """The texts of one pair, indexed by condition."""
     found = []
     for condition, title in _CONDITIONS.items():
         if condition in rows.index:
@@ -215,7 +203,7 @@ def _generated(rows: pd.DataFrame, words: Collection[str]) -> tuple[Generated, .
 
 
 def _places(difference: np.ndarray) -> list[tuple[str, int]]:
-    """Positions of the median, best and worst pair; fewer where there are fewer pairs."""
+    """Positions of the median, best and worst pair; fewer if there are fewer pairs."""
     defined = np.flatnonzero(np.isfinite(difference))
     if not len(defined):
         return [("first", 0)]

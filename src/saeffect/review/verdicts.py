@@ -1,8 +1,4 @@
-"""Verdicts in a CSV file: read strictly, and summed up per feature.
-
-One row is one person's answer about one feature of one arm. What people type into `label` and `note` is text
-and stays text, whatever a spreadsheet would make of it.
-"""
+"""Verdicts in a CSV file, one row per person, feature and arm: read strictly, and summed up per feature."""
 
 from __future__ import annotations
 
@@ -29,23 +25,22 @@ _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> pd.DataFrame:
-    """Read verdicts.
+    """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
     Args:
-        path: A CSV file in UTF-8, separated by commas, whose first line names the columns feature, arm,
-            rater, verdict, label and note, in any order. Verdicts are yes, no or unsure, in any case.
-        arms: The arms there are; None to take any name.
+        path: Comma-separated; the first line names the columns feature, arm, rater, verdict, label and note in any
+            order. Verdicts are yes, no or unsure, in any case.
+        arms: Valid arms; None for any.
 
     Returns:
-        One row a verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note
-        (str, without spaces around them; "" where nothing was written).
+        One row per verdict, in the file's order: feature (int64), arm, rater, verdict (lower case), label, note
+        (stripped str, "" if empty).
 
     Raises:
         NotFound: There is no such file.
-        BadFile: Not UTF-8, not CSV, a column missing or too many, a row of another length, nothing in it.
-        ConfigError: A feature that is no whole number, an empty arm or rater, the same feature, arm and rater
-            twice; the message gives the line, as do those of `BadFile` and `UnknownName`.
-        UnknownName: A verdict or an arm that is none of the valid ones.
+        BadFile: Not UTF-8, not CSV, a column missing or too many, a row of another length, no rows.
+        ConfigError: A feature that is no whole number, an empty arm or rater, or a repeated feature, arm and rater.
+        UnknownName: An invalid verdict or arm; the message gives the line, as do those of `BadFile` and `ConfigError`.
     """
     text = decode_utf8(read_bytes(path, "verdicts"), at=str(path))
     seen: dict[tuple[int, str, str], int] = {}
@@ -67,16 +62,11 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
 
 
 def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Sum up the verdicts on one arm.
-
-    Args:
-        verdicts: As `read_verdicts` returns them.
-        arm: Name of the arm; without a verdict, the result has no row.
+    """Sum up the verdicts on one arm, as read by `read_verdicts`; no verdicts give no rows.
 
     Returns:
-        One row a reviewed feature, by number: feature (int64); n_yes, n_no, n_unsure (int64); label (str),
-        the one given most often with a yes, case aside, and the earliest of those on a tie, "" if there is
-        none; majority (bool), more yes than no. Unsure counts for neither.
+        One row per reviewed feature, by number: feature, n_yes, n_no, n_unsure (int64); label (str), the commonest
+        among yes verdicts, case aside, the earliest on a tie, "" for none; majority (bool), more yes than no.
 
     Example:
         >>> rows = [(7, "control", "ann", "yes", "cancer", ""), (7, "control", "ben", "unsure", "", "half")]

@@ -1,8 +1,5 @@
-"""Do people who judge the same items agree, beyond what chance would give?
-
-1 is perfect agreement, 0 what raters would reach by chance, below 0 systematic disagreement. By
-Krippendorff's rule of thumb 0.8 is reliable and 0.667 the least on which to base a tentative conclusion.
-"""
+"""Agreement of raters beyond chance: 1 is perfect, 0 chance, below 0 systematic disagreement. Krippendorff's rule of
+thumb: 0.8 is reliable, 0.667 the least for a tentative conclusion."""
 
 from __future__ import annotations
 
@@ -25,19 +22,11 @@ _METRICS = ("nominal", "ordinal", "interval")
 
 
 def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, level: float = 0.95) -> Estimate:
-    """How far two raters agree beyond chance.
+    """How far two raters agree beyond chance: Cohen's kappa, with n the number of items.
 
-    Args:
-        a: Length n, the first rater's label of each item; labels are anything hashable.
-        b: Length n, the second rater's labels of the same items in the same order.
-
-    Returns:
-        Kappa, at most 1, with n the number of items. NaN for no items, missing labels, or when both raters
-        gave one and the same label throughout (chance alone explains that). No interval when they agree on
-        everything.
-
-    Source:
-        Cohen (1960); the large-sample standard error of Fleiss, Cohen & Everitt (1969) through statsmodels.
+    `a` and `b` are the labels (anything hashable) of the same n items in the same order. NaN for no items, missing
+    labels, or when both raters gave one and the same label throughout. No interval when they agree on everything.
+    Source: Cohen (1960); standard error of Fleiss, Cohen & Everitt (1969), through statsmodels.
 
     Example:
         >>> cohens_kappa(["yes", "yes", "no", "no"], ["yes", "no", "no", "no"]).value
@@ -82,17 +71,14 @@ def krippendorff_alpha(
 ) -> Estimate:
     """How far any number of raters agree beyond chance, also when not everybody judged everything.
 
+    Returns alpha, at most 1, with n the items that at least two raters judged. NaN when there are none or only one
+    label occurs. The interval resamples whole items; there is none where that gives none.
+    Source: Krippendorff (2011), Computing Krippendorff's alpha-reliability.
+
     Args:
         ratings: One row an item, one column a rater; None or NaN where a rater did not judge the item.
-        metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the
-            more ranks lie between; "interval": the squared difference. The last two need numbers.
-
-    Returns:
-        Alpha, at most 1, with n the items that at least two raters judged (others cannot show agreement). NaN
-        when there are none or only one label occurs; no interval where resampling items cannot give one.
-
-    Source:
-        Krippendorff (2011), Computing Krippendorff's alpha-reliability. The interval resamples items whole.
+        metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the more ranks
+            lie between; "interval": the squared difference. The last two need numbers.
 
     Example:
         >>> krippendorff_alpha([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value

@@ -1,8 +1,5 @@
-"""What every statistic asks of its arguments, and what it says when they do not fit.
-
-Arguments of the wrong shape or kind raise a `SaeffectError`. Data that merely have no answer (none, one, NaN among
-them) never raise and never lose values in silence: the statistic is NaN and `fault` gives the reason.
-"""
+"""Checks of arguments: a wrong shape or kind raises a `SaeffectError`; data without an answer (none, one, NaN among
+them) give NaN, with the reason from `fault`."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 Seed: TypeAlias = int | np.random.Generator
 
 LEVEL = 0.95
-"""Of every interval that a study reports."""
+"""Confidence of every interval that a study reports."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,9 @@ class Resampling:
 
 
 def sample(values: npt.ArrayLike, name: str = "values", *, ndim: int = 1) -> FloatArray:
-    """The values as a float64 array of `ndim` dimensions; NaN is let through, for `fault` to report.
+    """The values as a float64 array of `ndim` dimensions; NaN passes, for `fault` to report.
 
-    Raises:
-        Undefined: They are not numbers.
-        ShapeMismatch: They have another number of dimensions.
+    Raises `Undefined` for what is not a number, `ShapeMismatch` for another number of dimensions.
 
     Example:
         >>> sample([True, 2])
@@ -99,10 +94,9 @@ def fault(values: FloatArray, name: str = "values") -> str:
 
 
 def generator(seed: Seed) -> np.random.Generator:
-    """A random generator of its own for an integer seed; a generator is used (and moved on) as it is.
+    """A new random generator for an integer seed; a generator is used (and moved on) as it is.
 
-    Raises:
-        ConfigError: The seed is neither a non-negative integer nor a generator.
+    Raises `ConfigError` when the seed is neither a non-negative integer nor a generator.
     """
     if isinstance(seed, np.random.Generator):
         return seed
@@ -120,7 +114,7 @@ def check_level(level: float) -> None:
 def check_resamples(n_boot: int, level: float) -> None:
     """Refuse so few resamples that not one is expected beyond each end of the interval."""
     check_level(level)
-    # Rounded first: 2 / (1 - 0.95) is 39.99999999999996 or 40.00000000000004 as the arithmetic falls.
+    # Rounded first: 2 / (1 - 0.95) is 39.99999999999996 or 40.00000000000004, depending on rounding.
     fewest = math.ceil(round(2 / (1 - level), 6))
     if isinstance(n_boot, bool) or not isinstance(n_boot, int | np.integer) or n_boot < fewest:
         raise ConfigError(

@@ -1,9 +1,4 @@
-"""Intervals by resampling: draw from the data as if they were the world, and see how much the answer moves.
-
-`bootstrap` for one sample, `bootstrap_means` for the means of many, `bootstrap_difference` for two independent ones,
-`cluster_bootstrap` where values come in groups that are not independent (many samples of one prompt, many features
-of one SAE). Resamples are drawn in blocks, so that memory does not grow with `n_boot * n`.
-"""
+"""Bootstrap intervals, for one sample, many rows, two independent samples, and values in clusters."""
 
 from __future__ import annotations
 
@@ -39,22 +34,12 @@ _BLOCK = 2_000_000
 def bootstrap(
     values: npt.ArrayLike, statistic: Average = "mean", *, n_boot: int = 2000, level: float = 0.95, seed: Seed = 0
 ) -> Estimate:
-    """The mean or median, and how far it could have been from this by sampling error.
+    """The mean or median of independent draws [n], with a bias-corrected and accelerated (BCa) interval.
 
-    The interval is bias-corrected and accelerated (BCa). Where BCa is not defined (every resample falls on
-    the same side of the estimate, or leaving any value out changes nothing) it is the plain percentile
-    interval. Intervals from fewer than about ten values are too narrow, as with every bootstrap.
-
-    Args:
-        values: Shape [n], independent draws.
-        statistic: "mean" or "median".
-
-    Returns:
-        In the unit of the values, with n their number. All NaN for no values or for NaN among them; no interval for
-        one value, or when all values are equal (resampling cannot see a spread then).
-
-    Source:
-        Efron (1987), Better bootstrap confidence intervals; the acceleration is by the jackknife.
+    Where BCa is undefined (every resample on one side of the estimate, or leaving out any value changes nothing) the
+    interval is the plain percentile one. From fewer than about ten values it is too narrow, as with every bootstrap. n
+    is the number of values. All NaN for no values or NaN among them; no interval for one value or equal values.
+    Source: Efron (1987), Better bootstrap confidence intervals; acceleration by the jackknife.
 
     Example:
         >>> bootstrap([1, 2, 3, 4, 10]).value
@@ -79,20 +64,12 @@ def bootstrap(
 def bootstrap_means(
     rows: npt.ArrayLike, *, n_boot: int = 2000, level: float = 0.95, seed: Seed = 0
 ) -> tuple[FloatArray, FloatArray]:
-    """Intervals of the mean of every row, the expanded percentile one of `bootstrap_difference`.
+    """Expanded percentile intervals of the mean of every row of [n_rows, n], independent draws along a row.
 
-    All rows are resampled alike, so a row's interval does not depend on which other rows are there. From six values of
-    normal data it covers 93 % in place of 95, from twelve what it promises.
-
-    Args:
-        rows: Shape [n_rows, n], independent draws along a row.
-
-    Returns:
-        Ends of the intervals, low and high, float64 [n_rows]. NaN for fewer than two values a row, for rows with NaN or
-        infinity, and for rows of equal values (resampling cannot see a spread then).
-
-    Source:
-        Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
+    All rows are resampled alike, so a row's interval does not depend on the other rows. For normal data a 95 % interval
+    from six values covers 93 %, from twelve 95. Returns low and high ends, float64 [n_rows]: NaN for fewer than two
+    values a row, for rows with NaN or infinity, and for rows of equal values.
+    Source: Hesterberg (2015), What Teachers Should Know About the Bootstrap.
 
     Example:
         >>> low, high = bootstrap_means([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.0, 2.0]])
@@ -107,7 +84,7 @@ def bootstrap_means(
     if n < 2:
         return low, high
     known = np.isfinite(data).all(axis=1) & (data.max(axis=1) > data.min(axis=1))
-    # How often each value is drawn is all that a mean needs to know.
+    # A mean needs only how often each value is drawn.
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n
     ends = expanded_shares(level, n)
     for i in np.flatnonzero(known):
@@ -126,20 +103,10 @@ def bootstrap_difference(
 ) -> Estimate:
     """How much larger the mean or median is in `b` than in `a`, with the sampling error of both.
 
-    Each sample is resampled on its own; the interval is the expanded percentile one, which is as wide as Student's
-    for normal data.
-
-    Args:
-        a: Shape [n_a], the reference sample.
-        b: Shape [n_b], the other sample, independent of `a` (for pairs, bootstrap their differences).
-        statistic: "mean" or "median".
-
-    Returns:
-        statistic(b) - statistic(a) with n = n_a + n_b. All NaN when a sample is empty or holds NaN; no
-        interval when a sample has one value, or neither sample varies.
-
-    Source:
-        Hesterberg (2015), What Teachers Should Know About the Bootstrap (expanded percentile interval).
+    The samples, [n_a] and [n_b], are independent (for pairs, bootstrap their differences), and each is resampled on its
+    own. The interval is the expanded percentile one, as wide as Student's for normal data. n = n_a + n_b. All NaN when
+    a sample is empty or holds NaN; no interval when a sample has one value, or neither varies.
+    Source: Hesterberg (2015), What Teachers Should Know About the Bootstrap.
 
     Example:
         >>> bootstrap_difference([1, 2, 3], [4, 5, 9]).value
@@ -171,22 +138,13 @@ def cluster_bootstrap(
     level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """The mean of values that come in clusters, and how far it could have been from this with other clusters.
+    """The mean of values that come in clusters (the samples of a prompt, the features of an SAE).
 
-    Values of one cluster (the samples of one prompt, the features of one SAE) resemble each other, so a
-    hundred of them tell less than a hundred independent ones: clusters are resampled whole, with all their
-    values. The interval is the expanded percentile one; from fewer than about ten clusters it is too narrow.
-
-    Args:
-        values: Shape [n].
-        clusters: Length n, the label of each value's cluster; anything hashable.
-
-    Returns:
-        The mean over all values, with n the number of clusters. All NaN for no values, NaN among them or
-        missing labels; no interval for a single cluster, or when all values are equal.
-
-    Source:
-        Field & Welsh (2007), Bootstrapping clustered data (the cluster bootstrap).
+    `clusters` holds the label (anything hashable) of each value's cluster. Whole clusters are resampled, since the
+    values of one resemble each other. The expanded percentile interval is too narrow for fewer than about ten clusters.
+    n is the number of clusters. All NaN for no values, NaN among them or missing labels; no interval for one cluster or
+    equal values.
+    Source: Field & Welsh (2007), Bootstrapping clustered data.
 
     Example:
         >>> cluster_bootstrap([1, 1, 5, 5], ["x", "x", "y", "y"]).value
@@ -219,10 +177,8 @@ def cluster_bootstrap(
 def expanded_shares(level: float, n_drawn: int) -> list[float]:
     """The shares of replicates below either end: percentiles a little outside the nominal ones.
 
-    Resamples of n units spread too little by (n - 1) / n, and normal quantiles are too near for few of them.
-
-    Args:
-        n_drawn: Units resampled, those of the smaller sample; at least 2.
+    Resamples of n units spread too little by (n - 1) / n, and normal quantiles are too near for few units. `n_drawn`
+    counts the units resampled (of the smaller sample), at least 2.
     """
     reach = float(stdtrit(n_drawn - 1, (1 + level) / 2)) * math.sqrt(n_drawn / (n_drawn - 1))
     upper = float(ndtr(reach))

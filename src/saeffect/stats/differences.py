@@ -1,8 +1,4 @@
-"""How much larger something is in arm `b` than in arm `a`: for features with several numbers each, counts, and ranks.
-
-A feature brings all its numbers along (ten token weights, say), so intervals are as wide as the number of features
-allows, not the number of weights. A resample is a product with sums per feature, drawn in blocks of bounded memory.
-"""
+"""Differences between two arms, of clustered values, counts and ranks; whole features are resampled."""
 
 from __future__ import annotations
 
@@ -23,18 +19,12 @@ _Sums = tuple[FloatArray, FloatArray, FloatArray]  # count, sum and sum of squar
 def clustered_difference(
     a: tuple[FloatArray, IntArray], b: tuple[FloatArray, IntArray], moment: str, resampling: Resampling, name: str
 ) -> tuple[Estimate, Estimate]:
-    """Compare the mean or the variance of clustered values between two arms.
+    """Difference b - a of the mean or the variance of clustered values, and the change 100 (b / a - 1) in %.
 
-    Args:
-        a: Values [n] and the cluster of each [n], first arm.
-        b: The same of the second arm.
-        moment: "mean" or "variance" (ddof 1).
-
-    Returns:
-        The difference b - a, and the change 100 (b / a - 1) in %. Expanded percentile intervals from resampling whole
-        clusters within each arm; two-sided p from permuting whole clusters between the arms. For the variance both
-        arms are centred on their own mean first, so that a difference in means alone does not count. Intervals and p
-        are NaN, with a reason, when an arm has fewer than two clusters.
+    `a` and `b` are values [n] and the cluster of each [n]; `moment` is "mean" or "variance" (ddof 1). Expanded
+    percentile intervals from resampling whole clusters within each arm; two-sided p from permuting whole clusters
+    between the arms. For the variance both arms are first centred on their own mean, so that a difference in means
+    alone does not count. Intervals and p are NaN, with a reason, when an arm has fewer than two clusters.
 
     Example:
         >>> a, b = (np.array([1.0, 3.0, 2.0]), np.array([0, 0, 1])), (np.array([4.0, 2.0]), np.array([0, 1]))
@@ -62,14 +52,10 @@ def clustered_difference(
 
 
 def count_difference(a: IntArray, b: IntArray, resampling: Resampling, name: str) -> Estimate:
-    """Compare the mean of small whole numbers (match counts), one a feature.
+    """Difference b - a of the means of small whole numbers (match counts), one a feature: int64 [n_a] and [n_b].
 
-    The same bootstrap and permutation as for any mean; drawn through the table of counts (multinomial and
-    multivariate hypergeometric), so that an SAE with 100,000 features costs no more than one with 100.
-
-    Args:
-        a: Counts of the first arm, int64 [n_a], not negative.
-        b: Counts of the second arm, int64 [n_b].
+    No count may be negative. Bootstrap and permutation are drawn from the table of counts (multinomial and multivariate
+    hypergeometric), so that 100,000 features cost no more than 100.
 
     Example:
         >>> count_difference(np.array([0, 0, 1]), np.array([2, 2, 3]), Resampling(), "x").value
@@ -92,20 +78,12 @@ def count_difference(a: IntArray, b: IntArray, resampling: Resampling, name: str
 
 
 def cliffs_delta(a: FloatArray, b: FloatArray, resampling: Resampling, name: str) -> Estimate:
-    """Pick one value of each arm: how much more often is b's the larger one than a's?
+    """Cliff's delta, P(b > a) - P(b < a) for one random value of each arm.
 
-    1: every value of b exceeds every value of a; 0: neither tends to be larger; -1: every value of a is larger.
-
-    Args:
-        a: Finite values of the first arm, float64 [n_a].
-        b: Finite values of the second arm, float64 [n_b].
-
-    Returns:
-        P(b > a) - P(b < a), with an expanded percentile interval and the p of the Mann-Whitney test. All NaN when an
-        arm has fewer than two values.
-
-    Source:
-        Cliff (1993), Dominance statistics.
+    1: every value of b exceeds every value of a; -1: the reverse; 0: neither tends to be larger. Values are finite,
+    float64 [n_a] and [n_b]. Expanded percentile interval, p of the Mann-Whitney test; all NaN when an arm has fewer
+    than two values.
+    Source: Cliff (1993), Dominance statistics.
 
     Example:
         >>> found = cliffs_delta(np.array([1.0, 2.0, 3.0]), np.array([2.0, 3.0, 4.0]), Resampling(), "x")
@@ -145,11 +123,7 @@ def _moment(counts: FloatArray, sums: _Sums, moment: str) -> FloatArray:
 
 
 def _wins(a: FloatArray, b: FloatArray, times_a: FloatArray, times_b: FloatArray) -> FloatArray:
-    """Pairs in which b is larger minus those in which a is, with each value taken so many times: [n_resamples].
-
-    Sums over sorted values, as a matrix of all pairs would not fit into memory for many features; of whole numbers, so
-    they are exact. `times_a` is [n_resamples, n_a], `times_b` [n_resamples, n_b].
-    """
+    """Pairs in which b is larger minus those in which a is: [n_resamples], without a matrix of all pairs."""
     order = np.argsort(a, kind="stable")
     below = np.zeros((len(times_a), len(a) + 1))
     np.cumsum(times_a[:, order], axis=1, out=below[:, 1:])
@@ -166,7 +140,7 @@ def _draw(n: int, size: int, rng: np.random.Generator) -> FloatArray:
 
 
 def _chunks(total: int, n_units: int) -> list[int]:
-    """Resamples of `n_units` units at a time: where units are many they are fewer, so that memory stays bounded."""
+    """Numbers of resamples of `n_units` units to draw at a time, so that memory stays bounded."""
     size = max(1, min(_CHUNK, _CELLS // n_units))
     return [min(size, total - start) for start in range(0, total, size)]
 
@@ -186,7 +160,7 @@ def _permuted_p(a: _Sums, b: _Sums, moment: str, observed: float, resampling: Re
 def _two_sided_p(shuffled: FloatArray, observed: float) -> float:
     if not math.isfinite(observed):
         return math.nan
-    # The slack keeps ties counted as ties when sums are added up in another order; what is undefined may be anything.
+    # The slack counts ties as ties when sums are added in another order; an undefined value counts as extreme.
     extreme = int(np.sum(~(np.abs(shuffled) < abs(observed) * (1 - 1e-9) - 1e-12)))
     return (extreme + 1) / (len(shuffled) + 1)
 

@@ -1,4 +1,4 @@
-"""A number with its interval, its p, and the reason why something of it is missing: what every statistic gives."""
+"""A number with its interval, its p, and the reason why any of them is missing."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ __all__ = ["Estimate", "undefined"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and the range in which the true number plausibly lies.
-
-    A 95 % interval is made so that, over many repeated studies, 95 of 100 such intervals hold the truth. `p` is the
-    share of imaginary studies without any effect that would show at least as much as this one.
+    """A number with its confidence interval.
 
     Attributes:
-        value: The estimate, in the unit of the data; NaN when the data do not define it.
-        low: Lower end of the interval, same unit; NaN when there is no interval.
-        high: Upper end of the interval, same unit; NaN when there is no interval.
-        n: Independent units behind it: values, trials, items or clusters; 0 where nobody recorded it.
+        value: In the unit of the data, as are `low` and `high`; NaN when the data do not define it.
+        low: NaN when there is no interval, as `high`.
+        n: Independent units behind it: values, trials, items or clusters; 0 where not recorded.
         reason: Why `value` or the interval is NaN; "" when all three are defined.
-        p: For no effect, from 0 to 1; NaN where it was not tested or is undefined.
+        p: For no effect, 0 to 1; NaN where it was not tested or is undefined.
 
     Example:
         >>> print(Estimate(0.5, 0.25, 0.75, n=12))
@@ -57,7 +53,7 @@ class Estimate:
 
 
 def undefined(reason: str, n: int = 0, value: float = math.nan) -> Estimate:
-    """A number without an interval, or not even a number, and why.
+    """An estimate without an interval, or without a value too, and why.
 
     Example:
         >>> print(undefined("one value shows no spread", 1, 2.5))

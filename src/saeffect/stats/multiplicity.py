@@ -1,4 +1,4 @@
-"""Many tests at once: test 300 useless features at 5 % and about 15 pass by chance."""
+"""Corrections for many tests: of 300 useless features tested at 5 %, about 15 pass by chance."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ __all__ = ["benjamini_hochberg", "holm"]
 
 
 def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
-    """For each p its q: call everything up to here a finding, and about this share of findings is false.
+    """For each p its q: of all findings up to this q, about this share is false.
 
-    Args:
-        p: Shape [n], p-values of independent (or positively dependent) tests; NaN for tests that had no
-            answer.
-
-    Returns:
-        q, float64, shape [n], each between its p and 1. NaN stays NaN and does not count as a test.
-
-    Source:
-        Benjamini & Hochberg (1995), Controlling the false discovery rate, through statsmodels.
+    `p` is [n], of independent (or positively dependent) tests; NaN for tests without an answer. Returns float64 [n],
+    each between its p and 1. NaN stays NaN and does not count as a test.
+    Source: Benjamini & Hochberg (1995), Controlling the false discovery rate, through statsmodels.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
@@ -32,19 +26,11 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
 
 
 def holm(p: npt.ArrayLike) -> FloatArray:
-    """For each p an adjusted one: with all up to 0.05 called findings, the chance of even one false one is 5 %.
+    """For each p an adjusted one: among all findings up to 0.05, the chance of any false one is at most 5 %.
 
-    For a handful of declared tests of which each alone would be a headline. It holds however they depend on each
-    other.
-
-    Args:
-        p: Shape [n], p-values; NaN for tests that had no answer.
-
-    Returns:
-        Float64, shape [n], each between its p and 1. NaN stays NaN and does not count as a test.
-
-    Source:
-        Holm (1979), A simple sequentially rejective multiple test procedure, through statsmodels.
+    For a few declared tests, however they depend on each other. `p` is [n], NaN for tests without an answer. Returns
+    float64 [n], each between its p and 1; NaN stays NaN and does not count as a test.
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure, through statsmodels.
 
     Example:
         >>> holm([0.01, 0.04, 0.02, float("nan")])

@@ -1,10 +1,4 @@
-"""Intervals for values that lie in groups within groups: prompts in features in SAE seeds.
-
-A feature's eight prompts resemble each other, and so do the features of one SAE. How would the answer differ with
-other SAEs, other features *and* other prompts? Each outermost group is resampled whole. Its mean already carries the
-sampling error of the features and prompts that it holds; resampling those within it once more would count that error
-twice, and a 95 % interval would hold the truth 99 times in a hundred (tests/stats/test_nested.py shows both).
-"""
+"""Intervals for values in nested groups: prompts in features in SAE seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +18,7 @@ from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["NestedMean", "nested_mean", "nested_mean_difference"]
 
-# Percentiles of so few resampled groups do not reach far enough.
+# Percentiles of fewer resampled groups give intervals that are too narrow.
 _FEW = 20
 
 
@@ -34,10 +28,9 @@ class NestedMean:
 
     Attributes:
         value: Mean over the outermost groups of the mean over their groups, and so on; NaN when undefined.
-        group_means: Means of the groups that show spread, float64 `[n]`: those of the first level that has
-            more than one.
+        group_means: Means of the groups of the first level with more than one group, float64 `[n]`.
         replicates: The value of each resample of those, float64 `[n_boot]`; empty when there is no interval.
-        reason: Why something is NaN, or what the interval does not hold, else "".
+        reason: Why something is NaN, or which noise the interval leaves out, else "".
 
     Example:
         >>> levels = pd.DataFrame({"sae_seed": [0, 0, 1, 1], "feature": [0, 1, 0, 1]})
@@ -53,7 +46,7 @@ class NestedMean:
 
     @property
     def n(self) -> int:
-        """How many groups show the spread."""
+        """Number of groups that show the spread."""
         return len(self.group_means)
 
     @property
@@ -63,18 +56,16 @@ class NestedMean:
 
 
 def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 2000, seed: Seed = 0) -> NestedMean:
-    """Mean of means over nested groups, the outermost of them resampled whole (the hierarchical bootstrap).
+    """Mean of means over nested groups, the outermost resampled whole (the hierarchical bootstrap).
 
-    Every group counts alike within the one above it, however many values it has.
+    Every group counts alike within the one above it, however many values it has. A group's mean already carries the
+    sampling error within the group; to resample there too would count it twice (tests/stats/test_nested.py).
+    Source: Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
 
     Args:
-        values: Shape [n].
-        levels: One column a level, outermost first (sae_seed, feature, prompt); n rows. Labels need only be
-            unique within the group above. Levels with a single group show no spread and are passed over, with
-            a remark: with one SAE seed the interval does not know the noise of SAE training.
-
-    Source:
-        Davison & Hinkley (1997), Bootstrap Methods and their Application, section 3.8 (strategy 1).
+        levels: One column a level, outermost first (sae_seed, feature, prompt); as many rows as `values` [n]. Labels
+            need only be unique within the group above. Levels with a single group are skipped, with a remark: with one
+            SAE seed the interval leaves out the noise of SAE training.
 
     Example:
         >>> levels = pd.DataFrame({"seed": [0, 0, 0, 1], "feature": [1, 1, 2, 1]})
@@ -108,22 +99,12 @@ def nested_mean(values: npt.ArrayLike, levels: pd.DataFrame, *, n_boot: int = 20
 def nested_mean_difference(a: NestedMean, b: NestedMean, *, level: float = 0.95) -> Estimate:
     """`b - a` of two independent nested means, with Welch's t test of the group means.
 
-    With a the placebo arm and b the treatment this is also the difference in differences, since the control is
-    taken off both: (treatment - control) - (placebo - control). The interval is Student's below 20 groups a side, from
-    there on the percentiles that a t interval would have for normal data, a little outside the nominal ones: resamples
-    of n groups spread too little by (n - 1) / n.
-
-    Args:
-        a: The reference.
-        b: What is compared with it.
-
-    Returns:
-        The difference with its two-sided p, n the groups of the smaller side; NaN with a reason where either side
-        shows no spread. A remark in `reason` beside an interval says what noise it does not hold.
-
-    Source:
-        Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946); Hesterberg (2015), What Teachers
-        Should Know About the Bootstrap (expanded percentile interval).
+    With the placebo arm as a and the treatment as b this is also (treatment - control) - (placebo - control). The
+    interval is Student's below 20 groups a side. From there on it is the expanded percentile one: resamples of n groups
+    spread too little by (n - 1) / n. p is two-sided, n the groups of the smaller side. NaN with a reason where either
+    side shows no spread; `reason` beside an interval says which noise it leaves out.
+    Source: Welch (1947), The generalization of 'Student's' problem; Satterthwaite (1946); Hesterberg (2015), What
+    Teachers Should Know About the Bootstrap.
 
     Example:
         >>> seeds = pd.DataFrame({"sae_seed": [0, 1, 2]})

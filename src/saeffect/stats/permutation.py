@@ -1,9 +1,5 @@
-"""Tests by reshuffling: if the labels meant nothing, how often would shuffled labels look this good?
-
-`sign_flip_many` for paired differences, `permutation_test` for two independent samples. Small data are enumerated
-(exact p); otherwise p = (b + 1) / (m + 1) from m random reshufflings of which b look at least as good, so that p is
-never 0 (Phipson & Smyth 2010, Permutation p-values should never be zero).
-"""
+"""Permutation tests: exact for small data, else p = (b + 1) / (m + 1), b of m random permutations being at least as
+extreme (Phipson & Smyth 2010, Permutation p-values should never be zero)."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ __all__ = ["permutation_test", "sign_flip_many"]
 _ALTERNATIVES = ("greater", "less", "two-sided")
 _EXACT_UP_TO = 14  # pairs: 16,384 sign patterns
 _BLOCK = 2_000_000  # values held at once
-# Sums equal on paper differ in the last digits when added in another order; they must count as ties.
+# Equal sums differ in the last digits when added in another order; they must count as ties.
 _TIE = 1e-12
 
 
@@ -34,21 +30,15 @@ def sign_flip_many(
     n_permutations: int = 10_000,
     seed: Seed = 0,
 ) -> FloatArray:
-    """How often the paired differences of a row would average this high if plus and minus were equally likely for each.
+    """Sign-flip test of the mean of paired differences, for every row.
 
-    Under "no effect" each difference (treated minus control of one pair) could as well have had the other sign. All
-    sign patterns are tried for up to 14 pairs, random ones for more. All rows see the same patterns, so a row's p does
-    not depend on which other rows are there.
+    Without an effect each difference (treated minus control of one pair) could as well have the other sign. All sign
+    patterns are tried for up to 14 pairs, `n_permutations` random ones for more. All rows see the same patterns, so a
+    row's p does not depend on the other rows.
 
-    Args:
-        differences: Shape [n_features, n_pairs]; pairs independent of each other.
-        alternative: "greater" (the mean is above 0), "less" or "two-sided".
-        n_permutations: Random sign patterns when n_pairs > 14.
-        seed: Integer or numpy Generator; without effect for fewer pairs.
-
-    Returns:
-        p, float64, shape [n_features]; n pairs give no less than 1 / 2**n, and 1 where all differences are zero. NaN
-        for rows that hold NaN or infinity, and for all when n_pairs is 0.
+    `differences` is [n_features, n_pairs], pairs independent of each other; `alternative` is "greater" (the mean is
+    above 0), "less" or "two-sided". Returns p, float64 [n_features]; at least 1 / 2**n for n pairs, and 1 where all
+    differences are zero. NaN for rows with NaN or infinity, and for all when n_pairs is 0.
 
     Example:
         >>> sign_flip_many([[1, 2, 3, 4], [-1, 2, 3, 4], [1, 2, float("nan"), 4]])
@@ -74,18 +64,11 @@ def permutation_test(
     n_permutations: int = 10_000,
     seed: Seed = 0,
 ) -> float:
-    """How often two groups would differ this much, either way, if it were random which value belongs to which group.
+    """Two-sided p of statistic(b) - statistic(a) when values are assigned to the groups at random.
 
-    Strictly it tests for the same distribution, so groups of unlike spread can be told apart too.
-    All ways to split the values are tried when there are at most `n_permutations`, else that many random.
-
-    Args:
-        a: Shape [n_a], the reference group.
-        b: Shape [n_b], the other group, independent of `a`.
-        statistic: "mean" or "median": what is compared.
-
-    Returns:
-        Two-sided p of statistic(b) - statistic(a). All values equal: 1. NaN when a group is empty or holds NaN.
+    The groups, [n_a] and [n_b], are independent. Strictly it tests for the same distribution, so unlike spread can give
+    a small p too. All splits are tried when there are at most `n_permutations`, else that many random ones. 1 when all
+    values are equal, NaN when a group is empty or holds NaN.
 
     Example:
         >>> permutation_test([1, 2, 3], [4, 5, 6])  # 2 of the 20 splits

@@ -1,8 +1,4 @@
-"""What could a study have found? The smallest difference that a test of this size detects, most of the time.
-
-A study that finds nothing says little unless it could have found something. Each function gives the true
-difference at which the test, as it was made, finds something with the asked probability (the power).
-"""
+"""The smallest true difference that a test of given size finds with a given probability (the power)."""
 
 from __future__ import annotations
 
@@ -28,14 +24,13 @@ _STUDIES = 20_000
 
 @dataclass(frozen=True)
 class Detectable:
-    """The smallest true difference that is found with the asked power.
+    """The smallest true difference that is found with the requested power.
 
     Attributes:
         difference: In the unit of the data, above 0; NaN when undefined.
-        low_side: For proportions, how far below the reference it must be instead (above 0, NaN where even 0 is
-            not far enough); otherwise equal to `difference`.
+        low_side: For proportions, how far below the reference it must be instead (above 0, NaN where even 0 is not far
+            enough); otherwise equal to `difference`.
         n: Independent units: the smaller group, or the pairs.
-        method: Which test, in words.
         reason: Why `difference` is NaN; "" when it is defined.
 
     Example:
@@ -55,13 +50,8 @@ def detectable_mean_difference(
 ) -> Detectable:
     """For two independent groups compared by their means (two-sided t test).
 
-    Args:
-        spread: Pooled standard deviation, unit of the data.
-        n_a: Independent units of the first group.
-        n_b: Of the second.
-
-    Source:
-        Cohen (1988), Statistical Power Analysis, chapter 2.
+    `spread` is the pooled standard deviation; `n_a` and `n_b` count independent units.
+    Source: Cohen (1988), Statistical Power Analysis, chapter 2.
 
     Example:
         >>> round(detectable_mean_difference(1.0, 64, 64).difference, 2)
@@ -76,14 +66,10 @@ def detectable_mean_difference(
 def detectable_few_means(
     spread: float, n_a: int, n_b: int, *, alpha: float = 0.05, power: float = 0.8, seed: int = 0
 ) -> Detectable:
-    """For two groups of very few values, tested by `cautious_difference`.
+    """For two groups of very few values (one of them may have a single value), tested by `cautious_difference`.
 
-    Worked out by simulating 20,000 studies, since the larger of two p-values has no formula.
-
-    Args:
-        spread: Standard deviation within a group, the same in both.
-        n_a: Values of the first group.
-        n_b: Of the second; one of the groups may have a single value.
+    From 20,000 simulated studies, since the larger of two p-values has no formula. `spread` is the standard deviation
+    within a group, the same in both.
 
     Example:
         >>> round(detectable_few_means(1.0, 3, 3).difference, 1), round(detectable_few_means(1.0, 2, 1).difference, 0)
@@ -109,14 +95,9 @@ def detectable_few_means(
 
 
 def detectable_paired_mean(spread: float, n: int, *, alpha: float = 0.05, power: float = 0.8) -> Detectable:
-    """For one group of differences that should lie above 0 (one-sided t test).
+    """For `n` differences that should lie above 0 (one-sided t test), with standard deviation `spread`.
 
-    Args:
-        spread: Standard deviation of the differences.
-        n: How many.
-
-    Source:
-        Cohen (1988), chapter 2.
+    Source: Cohen (1988), chapter 2.
 
     Example:
         >>> round(detectable_paired_mean(1.0, 27).difference, 2)
@@ -131,16 +112,9 @@ def detectable_proportion_difference(
 ) -> Detectable:
     """For two independent proportions (two-sided, on the arcsine scale).
 
-    Args:
-        p_a: The reference proportion, 0 to 1.
-        n_a: Trials behind it.
-        n_b: Trials of the other.
-
-    Returns:
-        `difference` is how far above `p_a` the other must be, NaN where 1 is not far enough.
-
-    Source:
-        Cohen (1988), chapter 6 (effect size h).
+    `n_a` trials are behind the reference `p_a`, `n_b` behind the other. `difference` is how far above `p_a` the other
+    must be, NaN where 1 is not far enough.
+    Source: Cohen (1988), chapter 6 (effect size h).
 
     Example:
         >>> round(detectable_proportion_difference(0.5, 196, 196).difference, 2)
@@ -167,7 +141,7 @@ def _t_power(shift: float, freedom: int, alpha: float, sides: int) -> float:
     from scipy.stats import nct, t
 
     critical = float(t.isf(alpha / sides, freedom))
-    # Far out the non-central t runs out of digits, where the answer is 1 anyway.
+    # For large shifts the non-central t has too few digits; the answer is 1 there.
     found = float(np.nan_to_num(nct.sf(critical, freedom, shift), nan=1.0))
     return found + (float(np.nan_to_num(nct.cdf(-critical, freedom, shift))) if sides == 2 else 0.0)
 
@@ -184,11 +158,7 @@ def _solved(
 
 
 def _solve(power_at: Callable[[float], float], alpha: float, power: float) -> float:
-    """The effect at which the power is reached.
-
-    The search of statsmodels' `solve_power` stops too near for two or three values at a small alpha, without a word:
-    8.2 in place of 9.8 for two against two at 0.0167, 9.9 in place of 14.7 for two against three at 0.001.
-    """
+    """The effect at which the power is reached; statsmodels' `solve_power` stops too early for two or three values."""
     from scipy.optimize import brentq
 
     if not 0 < alpha < power < 1:

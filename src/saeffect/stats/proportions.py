@@ -1,8 +1,4 @@
-"""Shares of successes: pass rates, their differences and ratios, with intervals that hold for few trials too.
-
-The intervals are statsmodels'; here are the reasons where there is none. Groups are called `a` (the reference, say the
-control) and `b`; every comparison is of b against a.
-"""
+"""Shares of successes, their differences and ratios (b against a), with intervals that hold for few trials too."""
 
 from __future__ import annotations
 
@@ -16,18 +12,10 @@ __all__ = ["newcombe_difference", "risk_ratio", "wilson"]
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
-    """The share of successes, and which true shares are plausible after only n trials.
+    """The share of `k` successes in `n` trials, 0 to 1, with Wilson's interval.
 
-    Args:
-        k: Successes, 0 to n.
-        n: Trials.
-
-    Returns:
-        Between 0 and 1, ends included; the interval has a width even for 0 of n and n of n. NaN for no
-        trials.
-
-    Source:
-        Wilson (1927), the score interval.
+    The interval has a width even for 0 of n and n of n. NaN for no trials.
+    Source: Wilson (1927), the score interval.
 
     Example:
         >>> print(wilson(5, 10))
@@ -40,25 +28,16 @@ def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
     if n == 0:
         return undefined("there are no trials")
     low, high = proportion_confint(k, n, alpha=1 - level, method="wilson")
-    # On paper the ends for k = 0 and k = n are 0 and 1; the arithmetic misses them by a last digit.
+    # The exact ends for k = 0 and k = n are 0 and 1; rounding misses them by a last digit.
     return Estimate(k / n, float(low) if k else 0.0, float(high) if k < n else 1.0, n)
 
 
 def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
-    """By how much b's share of successes exceeds a's: 0.1 is ten percentage points more, below 0 is fewer.
+    """p_b - p_a, the difference of two shares: 0.1 is ten percentage points more in b.
 
-    Args:
-        k_a: Successes in a.
-        n_a: Trials in a.
-        k_b: Successes in b.
-        n_b: Trials in b, independent of those in a.
-
-    Returns:
-        p_b - p_a, between -1 and 1, with n = n_a + n_b and the two-sided p of Fisher's exact test. NaN when a group has
-        no trials.
-
-    Source:
-        Newcombe (1998), method 10: the Wilson intervals of both groups combined.
+    `k` counts successes, `n` trials; the groups are independent. n = n_a + n_b; p is two-sided, of Fisher's exact test.
+    NaN when a group has no trials.
+    Source: Newcombe (1998), method 10, which combines the Wilson intervals of both groups.
 
     Example:
         >>> print(newcombe_difference(48, 80, 56, 70))
@@ -77,20 +56,11 @@ def newcombe_difference(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0
 
 
 def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> Estimate:
-    """How many times as often b succeeds as a: 2 is twice as often, 1 is no difference, 0.5 is half as often.
+    """p_b / p_a, how many times as often b succeeds as a.
 
-    Args:
-        k_a: Successes in a.
-        n_a: Trials in a.
-        k_b: Successes in b.
-        n_b: Trials in b, independent of those in a.
-
-    Returns:
-        p_b / p_a, at least 0, with n = n_a + n_b. NaN when a group has no trials or a has no successes. No
-        interval when b has no successes, or when every trial of both groups succeeded.
-
-    Source:
-        Katz et al. (1978): normal interval for the logarithm of the ratio.
+    `k` counts successes, `n` trials; the groups are independent. n = n_a + n_b. NaN when a group has no trials or a has
+    no successes. No interval when b has no successes, or every trial of both groups succeeded.
+    Source: Katz et al. (1978), the normal interval for the logarithm of the ratio.
 
     Example:
         >>> print(risk_ratio(10, 100, 20, 100))

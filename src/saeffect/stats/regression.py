@@ -1,4 +1,4 @@
-"""Which properties go with an outcome, the others held fixed: linear regression with robust errors."""
+"""Linear regression with robust errors."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def ols_robust(
     *,
     level: float = 0.95,
 ) -> pd.DataFrame:
-    """By how much the outcome changes when one column grows by 1 and the other columns stay as they are.
+    """By how much the outcome changes when one column grows by 1 and the others stay fixed. An association, not a
+    cause.
 
-    An intercept (the outcome where every column is 0) comes first. Errors need not be equally large
-    everywhere (HC3); with `clusters` they need not be independent within a cluster either. An association,
-    not yet a cause.
+    An intercept (the outcome where every column is 0) comes first. Errors may be unequal (HC3) and, with `clusters`,
+    dependent within a cluster.
 
     Args:
         y: Shape [n], the outcome.
@@ -35,16 +35,13 @@ def ols_robust(
         clusters: Length n, the label of each row's cluster (a prompt, an SAE), or None for independent rows.
 
     Returns:
-        One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided,
-        for "no association"), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t is used
-        with n - n_terms degrees of freedom, or n_clusters - 1. With clusters a term that a single one of them
-        determines has no error.
+        One row a term: `term`, `estimate`, `low`, `high` (unit of y per unit of the column), `p` (two-sided, of no
+        association), `n` (rows) and `reason`, why numbers of the row are NaN. Student's t with n - n_terms degrees of
+        freedom, or n_clusters - 1. A term that a single cluster determines has no error.
 
-    Source:
-        MacKinnon & White (1985) for HC3, through statsmodels. For clusters the jackknife that leaves out one after
-        the other (CV3: MacKinnon, Nielsen & Webb 2023, Cluster-robust inference: a guide to empirical practice):
-        Liang & Zeger's errors are too small for fewer than some 20 clusters (7 to 8 false findings in a hundred
-        with 6 to 12 of them, where the jackknife gives 3 to 5).
+    Source: MacKinnon & White (1985) for HC3, through statsmodels. Clusters: the jackknife that leaves out one after the
+    other (CV3: MacKinnon, Nielsen & Webb 2023, Cluster-robust inference: a guide to empirical practice). With 6 to 12
+    clusters Liang & Zeger's errors give 7 to 8 false findings in a hundred, the jackknife 3 to 5.
 
     Example:
         >>> ols_robust([1, 3, 5, 8], pd.DataFrame({"dose": [0, 1, 2, 3]}))[["term", "estimate"]].round(2)
@@ -108,7 +105,7 @@ def _no_fit(outcome: FloatArray, design: FloatArray, X: pd.DataFrame) -> str:
     flat = [str(name) for position, name in enumerate(X.columns, start=1) if np.ptp(design[:, position]) == 0]
     if flat:
         return f"{', '.join(flat)}: the same in every row, so its part cannot be told from the intercept's"
-    # About their means, since a large offset beside a small spread looks like a second intercept.
+    # Centred, since a large offset beside a small spread looks like a second intercept.
     columns = design[:, 1:] - design[:, 1:].mean(axis=0)
     if n_terms > 1 and np.linalg.matrix_rank(columns) < n_terms - 1:
         return "the columns are linearly dependent, so their parts cannot be told apart"
@@ -148,7 +145,7 @@ def _leave_one_cluster_out(
     for code in range(n_clusters):
         kept = design[codes != code] / scale
         inverse = np.linalg.pinv(kept, rcond=1e-12)
-        # Where a term is left undetermined, so is what it was estimated from.
+        # A term that the clusters left do not determine has no row of the identity here.
         determined &= np.abs(inverse @ kept - np.eye(len(estimate))).max(axis=1) < 1e-6
         deviations[code] = inverse @ outcome[codes != code] / scale - estimate
     error = np.sqrt((n_clusters - 1) / n_clusters * (deviations**2).sum(axis=0))

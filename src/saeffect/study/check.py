@@ -1,4 +1,4 @@
-"""Validate a study without computing: names, files, shapes, tokenizers, disk, and the design."""
+"""Validate a study without running a model: names, files, shapes, tokenizers, disk space, design."""
 
 from __future__ import annotations
 
@@ -41,28 +41,14 @@ _COUNTED = 2_000_000  # tokens of text; more take minutes, and are hardly too fe
 
 @dataclass(frozen=True, eq=False)
 class CheckResult:
-    """What a check found; a study with an error does not get this far.
-
-    Attributes:
-        lines: What was checked, a line each.
-        design: The design check: in what the arms differ besides the model.
-    """
+    """Result of a check without errors: `lines`, what was checked; `design`, how the arms differ besides the model."""
 
     lines: tuple[str, ...]
     design: pd.DataFrame
 
 
 def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) -> CheckResult:
-    """Check everything that can be checked without running a model.
-
-    Args:
-        study: The study.
-        out: Where the run is to go.
-        log: Receives a line if the embedded model must be fetched.
-
-    Raises:
-        SaeffectError: The first thing that is wrong.
-    """
+    """Check all that can be checked without running a model; SaeffectError for the first problem."""
     config, lines = study.config, list[str]()
     training = check_training(study)
     if training is not None:
@@ -115,7 +101,7 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
 
 
 def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | None:
-    """Open an adapter, and compare it with a base model that is on this machine; a line if it names another one."""
+    """Open an adapter and compare it with a local base model; a line if it names another base."""
     place, where = locate_adapter(config, at=at), f"{at}.adapter"
     if place is None:
         return None
@@ -127,7 +113,7 @@ def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | Non
 
 
 def _same_files(study: Study, name: str, model: Path | str) -> str | None:
-    """A line if the treatment's weights are, byte by byte, those of the control."""
+    """A line if the treatment's weights are byte for byte the control's."""
     arms = study.config.arms
     control = arms[study.by_role("control")[0]].model
     if arms[name].role != "treatment" or control.adapter or arms[name].model.adapter:
@@ -148,7 +134,7 @@ def _weight_files(model: Path) -> list[Path]:
 
 
 def _check_steering(study: Study) -> list[str]:
-    """What is declared, the prompts, the encoder of texts, and whether the features to steer together are there."""
+    """Check the declared tests, the prompts, the text encoder, and the features to steer together."""
     steering = study.config.steering
     if steering is None:
         return []
@@ -171,7 +157,7 @@ def _check_steering(study: Study) -> list[str]:
 
 
 def _matchable(study: Study, vocabulary: Vocabulary) -> str:
-    """How many of the words can be found: a feature's top tokens are single tokens."""
+    """How many words can be a top token; the others are not single tokens."""
     known = known_tokens(study.tokens.tokenizer)
     never = vocabulary.unmatched(token_texts(study.tokens.tokenizer, max(known) + 1))
     examples = f"such as {', '.join(never[:3])}" if never else ""
@@ -186,7 +172,6 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
 
 
 def _check_text(study: Study) -> str:
-    """Open every source, and count the tokens of those on this machine."""
     text = study.config.text
     for index, source in enumerate(text.sources):
         documents = read_corpus(source.path, field=source.field)
@@ -220,7 +205,7 @@ def _check_disk(study: Study, out: Path) -> str:
 
 
 def _check_tokenizers(study: Study) -> list[str]:
-    """Compare the tokenizers of the arms, and the text with what the models can read; lines about both."""
+    """Lines comparing the tokenizers of the arms, and the text with the models' vocabularies."""
     tokens = study.tokens
     lines = [f"arm {arm}'s own tokenizer {difference.words()}" for arm, difference in tokens.differences.items()]
     if tokens.differences:
@@ -237,10 +222,7 @@ def _check_tokenizers(study: Study) -> list[str]:
 
 
 def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> None:
-    """Refuse a prompt without positions to steer and to write at, which the steer stage would find out last of all.
-
-    `ids` are its tokens without BOS, which is neither steered nor enough of a prompt.
-    """
+    """Refuse a prompt without positions to steer and write at; `ids` are its tokens without BOS."""
     steering, at = study.steering, study.at("steering", key)
     bos = find_bos_id(study.tokens.tokenizer, study.prepend_bos)
     ids = with_bos(ids, bos)
@@ -269,13 +251,13 @@ def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> No
 
 
 def _shapes(study: Study) -> dict[str, ModelShape]:
-    """By arm, where a model's config.json tells."""
+    """Shapes by arm, where a config.json gives them."""
     shapes = {name: model_shape(locate_model(arm.model)) for name, arm in study.config.arms.items()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
-    """Refuse rows, of the study's text or of the SAEs' training, that are longer than a model's positions."""
+    """Refuse rows of the study's or the training text that are longer than a model's positions."""
     for arm, shape in shapes.items():
         wanted = {"text": study.config.text.context_size} if study.config.text.sources else {}
         if study.config.training is not None:
@@ -290,7 +272,7 @@ def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:
 
 
 def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
-    """Tokens that a model has no embedding for are refused where the text holds one, else reported."""
+    """Refuse texts with a token that a model has no embedding for; report such tokens that no text has."""
     known = known_tokens(study.tokens.tokenizer)
     short = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
     if not short:

@@ -1,7 +1,4 @@
-"""What a notebook does by single calls: match and steer features, train SAEs, compare and report a finished run.
-
-`docs/python.md` uses each of them once, and a test runs that page.
-"""
+"""Single calls for notebooks, each used in `docs/python.md`: match and steer features, train, compare and report."""
 
 from __future__ import annotations
 
@@ -34,22 +31,16 @@ _ROWS = 8  # of text in one pass of the model
 
 
 def match_features(control: Arm, treatment: Arm) -> pd.DataFrame:
-    """For each feature of the control, the treatment's feature whose decoder row has the highest cosine to its own.
+    """For each feature of the control, the treatment's feature whose decoder row has the highest cosine with it.
 
-    Decoder rows can be compared if both SAEs read the same hook of models with a common ancestor. Two SAEs of one
-    model, trained from different seeds, share few features: read the cosines beside those of a placebo arm.
-
-    Args:
-        control: Any arm.
-        treatment: Another of the same width.
+    Only meaningful if both SAEs read the same hook of models with a common ancestor. SAEs of one model from different
+    seeds share few features, so compare the cosines with those of a placebo arm. ShapeMismatch if the decoders differ
+    in width.
 
     Returns:
-        One row a feature of the control: feature; match (number in the treatment's SAE; <NA> for none); cosine, and
+        One row per control feature: feature; match (number in the treatment's SAE; <NA> for none); cosine, and
         runner_up, that of the second nearest; mutual (the match's nearest is this feature); reason ("" when all is
         defined).
-
-    Raises:
-        ShapeMismatch: The decoders differ in width.
     """
     matching = match_decoders(control.W_dec, treatment.W_dec)
     nearest = matching.forward
@@ -75,27 +66,22 @@ def steer(
     embeddings: str = "glove-wiki-gigaword-100",
     **plan: Any,
 ) -> pd.DataFrame:
-    """Generate texts with each feature's direction added, along placebos and unsteered, from the same random numbers.
+    """Trials for `effects`: texts steered along each feature, along placebos and unsteered, with common random numbers.
+
+    One row per feature, prompt, sample, condition and dose. ConfigError if a value of the plan is out of range; other
+    errors as `saeffect.steering.run_trials`.
 
     Args:
-        arm: Model, SAE and hook.
         features: Rows of the feature table: columns feature and top_tokens (list of str).
-        rows: Text on which the hook's mean norm, the unit of doses, and each feature's largest activation are measured.
-        embeddings: Word vectors, or a text encoder, for the similarity of texts to top tokens.
-        **plan: Of `SteeringPlan`: prompts, doses, operator, placebos, samples, max_new_tokens, seed and so on.
-
-    Returns:
-        The trials, one row per feature, prompt, sample, condition and dose, as `effects` takes them.
-
-    Raises:
-        ConfigError: A value of the plan is out of range.
-        SaeffectError: As `saeffect.steering.run_trials`.
+        rows: Text for the hook's mean norm (the unit of doses) and each feature's largest activation.
+        embeddings: Word vectors or text encoder for the similarity of texts to top tokens.
+        **plan: Fields of `SteeringPlan`: prompts, doses, operator, placebos, samples, max_new_tokens, seed and so on.
     """
     return run_trials(_site(arm, rows), features, SteeringPlan(**plan), vectors=load_text_vectors(embeddings))
 
 
 def _site(arm: Arm, rows: TokenRows) -> Site:
-    """Where the arm is steered, measured on the text, attention sinks left out."""
+    """The steering site of the arm, measured on the text without attention sinks."""
     limit = arm.norm_limit(rows)
     largest = torch.zeros(arm.sae.cfg.d_sae)
     norm, count = 0.0, 0
@@ -111,38 +97,22 @@ def _site(arm: Arm, rows: TokenRows) -> Site:
 def train_sae(
     recipe: SaeRecipe | Mapping[str, Any], out: Path | str, *, work: Path | str = "work", log: Log = SILENT
 ) -> Mapping[str, Any]:
-    """Train the SAE of a recipe, or go on with it, and write it with its model card.
+    """Train the SAE of a recipe, or resume, and write it to `out`; returns the model card's held-out measurements.
 
-    Args:
-        recipe: Keys as in a recipe file, see `docs/recipe.md`.
-        out: Folder for the SAE.
-        work: Folder for activations; SAEs of the same model share them.
-        log: Receives lines and progress.
-
-    Returns:
-        The measurements on held-out text that the model card shows.
-
-    Raises:
-        ConfigError: A value of the recipe is out of range.
-        UnknownName: A key that a recipe does not have.
-        SaeffectError: As `saeffect.sae.training.recipe.train_from_recipe`.
+    `recipe` has the keys of a recipe file, see `docs/recipe.md`. SAEs of the same model share the activations in
+    `work`. ConfigError for a value out of range, UnknownName for an unknown key; other errors as
+    `saeffect.sae.training.recipe.train_from_recipe`.
     """
     checked = recipe if isinstance(recipe, SaeRecipe) else SaeRecipe.read(dict(recipe), at="recipe")
     return train_from_recipe(checked, out, work=work, log=log)
 
 
 def compare(run: RunFolder, *, seed: int | None = None, **settings: Any) -> Comparison:
-    """Compare the arms of a finished run again, from its tables and without a model; nothing is written.
+    """Compare the arms of a finished run again, from its tables; runs no model and writes nothing.
 
-    Args:
-        run: As `run_study` returns it.
-        seed: Of resamples; the study's own if None.
-        **settings: Keys of the study's `comparison` section to change: alpha, n_boot, n_permutations, tests.
-
-    Raises:
-        ConfigError: A setting is out of range.
-        UnknownName: A setting, or a declared test, that does not exist.
-        NotFound: A table of the run is missing.
+    `settings` replace keys of the `comparison` section (alpha, n_boot, n_permutations, tests); `seed`, for resampling,
+    is the study's own if None. ConfigError for a setting out of range, UnknownName for an unknown setting or declared
+    test, NotFound if a table of the run is missing.
     """
     own = run.study.config.comparison
     changed = type(own).read(own.model_dump() | settings, at="comparison")
@@ -150,13 +120,7 @@ def compare(run: RunFolder, *, seed: int | None = None, **settings: Any) -> Comp
 
 
 def write_report(run: RunFolder, comparison: Comparison, path: Path | str) -> Path:
-    """Write the report of a run with this comparison in place of its own, as one self-contained page.
-
-    Args:
-        run: As `run_study` returns it.
-        comparison: As `compare` gives.
-        path: Of the page; replaced if there.
-    """
+    """Write the report of a run with this comparison instead of its own, as one self-contained HTML page."""
     context = report_context(run)
     with tempfile.TemporaryDirectory() as folder:
         figures = write_figures(comparison, Path(folder), context=context)

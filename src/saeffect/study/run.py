@@ -1,11 +1,9 @@
 """A study from beginning to end. Read this first: it is the method section, one stage a paragraph.
 
-Each stage reads files and writes files, and is skipped while the hash of everything its numbers depend on is
-unchanged. Killed at any moment, the next run goes on after the last finished stage (interventions: after the last
-finished batch of texts) and ends with the same numbers.
+A stage is skipped while the hash of everything its numbers depend on is unchanged. After an interruption, the next run
+resumes after the last finished stage (steering: the last finished batch of texts) with the same numbers.
 
-Under `torchrun` the first process goes through the stages and is alone in writing; the others wait until it calls
-them to a stage that can be shared, which is what takes hours: steering.
+Under `torchrun` only the first process writes; the others wait and join in the shared stages (steering).
 """
 
 from __future__ import annotations
@@ -49,26 +47,23 @@ def run_study(
     redo: bool = False,
     log: Log = SILENT,
 ) -> RunFolder:
-    """Run the stages of a study in order, skipping those already done.
+    """Run the stages of a study in order, skipping those already done; returns the run directory.
+
+    Under `torchrun` every process makes the same call and gets the directory; the tables equal those of one process
+    with as many threads.
 
     Args:
-        study: What to compare.
         out: The run directory.
-        stages: Which of `STAGES`; those before them must be up to date.
-        redo: Do the named stages even if they were done with the same inputs.
-        log: Receives lines, and the progress of each stage.
-
-    Returns:
-        The run directory. Under `torchrun` every process calls this with the same arguments, and every one gets it;
-        the tables are those of one process with as many threads.
+        stages: Some of `STAGES`; earlier ones must be up to date.
+        redo: Repeat the named stages even if their inputs are unchanged.
 
     Raises:
-        UnknownName: A stage that does not exist.
-        ConfigError: An earlier stage has not been run with this study as it now stands; or a process sees other files;
-            or something stands in the directory that no run wrote.
+        UnknownName: An unknown stage.
+        ConfigError: An earlier stage is not up to date; processes see different files; or the directory holds something
+            that no run wrote.
         InUse: Another run is writing to the directory.
         Interrupted: Another process of the same run is gone.
-        SaeffectError: What is wrong with the study; nothing was changed in the directory by the failing stage.
+        SaeffectError: A problem in the study; the failing stage changed nothing in the directory.
     """
     for name in stages:
         if name not in STAGES:
@@ -88,7 +83,7 @@ def run_study(
 
 
 def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
-    """In the first process: the stages in order, calling the others to those that can be shared."""
+    """The first process: run the stages in order, calling the others to the shared ones."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
     for step in _method(run.study):
         if step.stage in stages:
@@ -108,16 +103,7 @@ def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
 
 @dataclass(frozen=True)
 class _Step:
-    """A stage of one arm or of all.
-
-    Attributes:
-        stage: One of `STAGES`.
-        name: With the arm, its key in the manifest.
-        inputs: Everything that its numbers depend on, from (run, arm if any); called when it is its turn.
-        work: Does it with (run, arm if any, log), and gives the files that it wrote.
-        arm: Whose stage it is; None for that of all arms.
-        help: What the other processes do of it at the same time; None if the first one is alone at it.
-    """
+    """A stage of one arm or of all; `inputs` is called, and `help` run in the other processes, when its turn comes."""
 
     stage: str
     name: str
@@ -144,7 +130,7 @@ def _method(study: Study) -> Iterator[_Step]:
         yield _Step("gate", "gate", gate_inputs, run_gate, arm)
         yield _Step("features", "features", features_inputs, run_features, arm)
 
-    # How alike in meaning are the top tokens of each feature?
+    # How similar in meaning are the top tokens of each feature?
     for arm in study.config.arms:
         yield _Step("coherence", "coherence", coherence_inputs, run_coherence, arm)
 
@@ -169,12 +155,12 @@ def _method(study: Study) -> Iterator[_Step]:
     # What differs between control and treatment, and is it more than between two SAEs of the control?
     yield _Step("compare", "compare", compare_inputs, run_compare)
 
-    # Tell it.
+    # The report.
     yield _Step("report", "report", report_inputs, run_report)
 
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
-    """Load the arms that are to be measured once before anything is written: broken weights show only then."""
+    """Load the arms to be measured before anything is written: only loading finds broken weights."""
     if "gate" in stages:
         # The control last: it is needed first, and the latest model stays in memory.
         for arm in reversed(run.study.ordered_arms()):
@@ -183,14 +169,14 @@ def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
 
 
 def _work(step: _Step, run: RunFolder, inputs: Any, log: Log) -> Iterable[Path]:
-    """The work of a stage, to which the other processes are called if there is something for them."""
+    """The work of a stage; calls the other processes if they share it."""
     if step.help is not None:
         from_first(f"{step.key}\n{fingerprint(inputs)}")
     return step.work(*step.given(run), log)
 
 
 def _help(study: Study, out: Path | str) -> RunFolder:
-    """In every process but the first: a share of each stage to which it calls, until it is through."""
+    """The other processes: do a share of each stage that the first process calls to, until it ends."""
     while (call := from_first()) != _NO_FURTHER_STAGES:
         key, wanted = call.split("\n")
         run = RunFolder(out, study)

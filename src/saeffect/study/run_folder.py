@@ -23,23 +23,16 @@ from saeffect.study.study import Study
 __all__ = ["KeptRows", "RunFolder", "drop_kept_rows"]
 
 _FOLDERS = ("arms", "comparison", "figures", "partial", "steering", "tables")
-# What a run has written only if it has written its manifest and its study, too.
+# A run writes these only after its manifest and study.
 _WITH_MANIFEST = ("manifest.json", "comparison", "figures", "report.html", "steering", "tables")
 _HEAD = "# The study as saeffect ran it. SHA-256 of the lines below: "
 
 
 class RunFolder:
-    """Reads and writes one run directory. Nothing is written before a first stage has finished.
+    """Reads and writes one run directory, which need not exist; nothing is written before a first stage has finished.
 
-    Args:
-        folder: The directory; it need not exist.
-        study: The study that it belongs to.
-
-    Attributes:
-        damage: What in the manifest cannot be used, a line each.
-
-    Raises:
-        ConfigError: The directory belongs to a study of another name.
+    `damage` lists what in the manifest cannot be used, a line each. ConfigError if the directory belongs to a study of
+    another name.
     """
 
     def __init__(self, folder: Path | str, study: Study) -> None:
@@ -63,12 +56,7 @@ class RunFolder:
         return self.folder / "arms" / name / file
 
     def read_table(self, path: Path) -> pd.DataFrame:
-        """Read a table that a stage wrote.
-
-        Raises:
-            NotFound: The stage has not run.
-            BadFile: The file is broken.
-        """
+        """Read a table of a stage; NotFound if the stage has not run, BadFile if the file is broken."""
         if not path.is_file():
             name = path.relative_to(self.folder)
             raise NotFound(f"there is no {name}.", at=str(self.folder), fix="run the stage before this one.")
@@ -79,40 +67,35 @@ class RunFolder:
             raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix=fix) from error
 
     def table_or_none(self, path: Path) -> pd.DataFrame | None:
-        """A table, or None where the stage had nothing to write: what else stands there is not of this run."""
+        """A table, or None where the stage wrote none; a file that the manifest does not list is ignored."""
         name = str(path.relative_to(self.folder))
         known = any(name in note["outputs"] for note in self._manifest["stages"].values())
         return self.read_table(path) if known and path.is_file() else None
 
     def kept(self, key: str, inputs: Any) -> KeptRows:
-        """Where a stage keeps finished pieces of its work; they go when the manifest knows its files."""
+        """Where a stage keeps finished pieces of its work; deleted when the manifest lists its files."""
         return KeptRows(self._kept_folder(key), fingerprint(inputs))
 
     @staticmethod
     def write_table(path: Path, table: pd.DataFrame) -> Path:
-        """Write a table atomically, the same bytes for the same values, and give its path back."""
+        """Write a table atomically (same values, same bytes) and return its path."""
         with atomic_path(path) as temporary:
             table.to_parquet(temporary, index=False, compression="zstd")
         return path
 
     def digest(self, *paths: Path) -> str:
-        """One hash over files that a stage reads; missing ones count as such."""
+        """One hash over files that a stage reads, missing ones included."""
         return fingerprint([(str(p.relative_to(self.folder)), hash_file(p) if p.is_file() else None) for p in paths])
 
     def stage(self, key: str, inputs: Any, work: Callable[[], Iterable[Path]], log: Log, *, redo: bool = False) -> bool:
-        """Do a stage's work, unless it was done with the same inputs and its files are whole.
+        """Do a stage's work unless it was done with the same inputs and its files are whole; True if work was done.
 
-        Files that an earlier time left and this one does not are removed, unless somebody changed them.
+        Files of an earlier time that are not written again are removed, unless somebody changed them.
 
         Args:
             key: Name of the stage, with the arm for per-arm stages.
-            inputs: JSON-able: everything that the stage's numbers depend on.
-            work: Does it, and gives the files that it wrote.
-            log: Receives a line.
-            redo: Do it in any case.
-
-        Returns:
-            Whether work was done.
+            inputs: Everything that the stage's numbers depend on, JSON-able.
+            work: Does the work and returns the files it wrote.
         """
         if not redo and self.is_done(key, inputs):
             drop_kept_rows(self._kept_folder(key))
@@ -125,18 +108,13 @@ class RunFolder:
         note = {"fingerprint": wanted, "outputs": outputs, "seconds": seconds, "versions": versions()}
         self._manifest["stages"][key] = note
         self._save()
-        # Only now: killed before, the stage begins again, and must find them.
+        # Only now: a stage killed earlier begins again and needs them.
         drop_kept_rows(self._kept_folder(key))
         log(f"  {key}: {seconds:.1f} s")
         return True
 
     def refuse_foreign(self) -> None:
-        """Refuse to write where something stands that no run wrote, or out of the directory.
-
-        Raises:
-            ConfigError: A `study.yaml` that is not as a run left it; results without the manifest and the study
-                that a run writes with them; a link in the place of a folder.
-        """
+        """ConfigError for a changed or foreign `study.yaml`, results without manifest and study, or a linked folder."""
         for folder in self._folders():
             if folder.is_symlink():
                 raise ConfigError(
@@ -157,12 +135,12 @@ class RunFolder:
             )
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed run was writing. Only for who alone writes here."""
+        """Delete temporary files of a killed run. Only safe for the sole writer."""
         for folder in (self.folder, *self._folders()):
             remove_leftovers(folder)
 
     def drop_kept(self) -> None:
-        """Delete the pieces of work of all stages: every one is done, or not part of this study any more."""
+        """Delete the kept pieces of all stages, once every stage is done or no longer part of the study."""
         folder = self.path("partial")
         for stage in folder.iterdir() if folder.is_dir() else ():
             drop_kept_rows(stage)
@@ -170,7 +148,7 @@ class RunFolder:
             folder.rmdir()
 
     def _folders(self) -> list[Path]:
-        """Where a run writes, outer ones first."""
+        """The folders that a run writes to, outer ones first."""
         outer = [self.path(name) for name in _FOLDERS]
         nested = [self.path(name) for name in ("arms", "partial")]
         return outer + [place for folder in nested if folder.is_dir() for place in folder.iterdir() if place.is_dir()]
@@ -186,10 +164,7 @@ class RunFolder:
                 path.unlink()
 
     def _file(self, name: str) -> Path | None:
-        """The file of this name; None if there is none, or it is not inside the directory, or behind a link.
-
-        Run directories travel: what a manifest says may be anybody's.
-        """
+        """The file of this name; None if missing, outside the directory or behind a link: a manifest is not trusted."""
         path = self.folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return None
@@ -208,7 +183,7 @@ class RunFolder:
         return all(path is not None and hash_file(path) == digest for path, digest in files)
 
     def provenance(self) -> dict[str, Any]:
-        """Versions, seed and input hashes: what made the numbers."""
+        """Versions, seed and input hashes behind the numbers."""
         return {
             "versions": self._versions(),
             "seed": self.study.config.seed,
@@ -223,7 +198,7 @@ class RunFolder:
         return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100))
 
     def _versions(self) -> dict[str, Any]:
-        """Versions that made the numbers: one set, or one a stage where they were not all the same."""
+        """Versions behind the numbers: one set, or one per stage if they differ."""
         made = {key: note["versions"] for key, note in self._manifest["stages"].items() if key != "report"}
         different = {fingerprint(found): found for found in made.values()} or {"": versions()}
         return next(iter(different.values())) if len(different) == 1 else made
@@ -236,7 +211,7 @@ class RunFolder:
         write_json(self.folder / "manifest.json", self._manifest)
 
     def _read_manifest(self) -> dict[str, Any]:
-        """What can be used of the manifest. A stage that it does not tell of is done again."""
+        """The usable part of the manifest. A stage that is not in it is done again."""
         path = self.folder / "manifest.json"
         if not path.is_file():
             return {"stages": {}}
@@ -255,7 +230,7 @@ class RunFolder:
 
 
 def _is_as_written(path: Path) -> bool:
-    """Whether a `study.yaml` is one that a run wrote and nobody changed."""
+    """Whether a `study.yaml` was written by a run and not changed since."""
     if path.is_symlink() or not path.is_file():
         return False
     head, _, rest = path.read_bytes().partition(b"\n")
@@ -263,7 +238,7 @@ def _is_as_written(path: Path) -> bool:
 
 
 def _is_note(note: Any) -> bool:
-    """Whether this is what `stage` notes about a stage."""
+    """Whether this is a valid manifest entry of a stage."""
     if not isinstance(note, dict) or not isinstance(note.get("fingerprint"), str):
         return False
     tables = (note.get("outputs"), note.get("versions"))
@@ -278,25 +253,22 @@ _PIECE = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.parquet")
 
 
 class KeptRows:
-    """Pieces of a table, one file each, whose names hold what they were made with and the hash of their content.
+    """Pieces of a table, one file each, named by `made_with` and the hash of their content.
 
-    Every process reads the pieces of all, so that a run may go on with another number of processes.
-
-    Args:
-        folder: Where they lie, with those of other settings.
-        made_with: Fingerprint of everything that the rows depend on.
+    `made_with` is a fingerprint of everything that the rows depend on; `folder` may hold pieces with other
+    fingerprints. Every process reads all pieces, so a run may resume with another number of processes.
     """
 
     def __init__(self, folder: Path, made_with: str) -> None:
         self._folder, self._made_with = folder, made_with[:16]
 
     def read(self, log: Log = SILENT) -> pd.DataFrame | None:
-        """All pieces that are as they were written; None if there are none. A damaged one is as good as none."""
+        """All intact pieces as one table; None if there are none."""
         found = list(self.pieces(log))
         return pd.concat(found, ignore_index=True) if found else None
 
     def pieces(self, log: Log = SILENT) -> Iterator[pd.DataFrame]:
-        """The same one by one, where they are not of one table."""
+        """The intact pieces one by one, where they belong to different tables."""
         for file in sorted(self._folder.glob(f"{self._made_with}-*.parquet")):
             if is_sealed(file):
                 yield pd.read_parquet(file)
@@ -304,18 +276,14 @@ class KeptRows:
                 log(f"  {file.name} is damaged, so what it holds is made again")
 
     def add(self, rows: pd.DataFrame) -> None:
-        """Keep a piece.
-
-        Raises:
-            BadFile: It cannot be written.
-        """
+        """Keep a piece; BadFile if it cannot be written."""
         content = io.BytesIO()
         rows.to_parquet(content, index=False)
         add_sealed(self._folder, self._made_with, ".parquet", content.getvalue())
 
 
 def drop_kept_rows(folder: Path) -> None:
-    """Delete the pieces in a folder, of whatever settings, and the folder if nothing else is in it."""
+    """Delete all pieces in a folder, whatever their fingerprint, and the folder if it is then empty."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for file in folder.iterdir():

@@ -1,4 +1,4 @@
-"""A study: its configuration, where its paths point, and its arms opened one at a time."""
+"""A study: its configuration, resolved paths, and its arms, opened one at a time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Arm:
         return self.sae.W_dec.detach()
 
     def norm_limit(self, rows: TokenRows) -> NormLimit:
-        """Which residuals are outliers: the SAE's own limit if it recorded one, else measured on `rows`."""
+        """Norm above which residuals are outliers: the SAE's recorded limit, else measured on `rows`."""
         meta = self.sae.cfg.metadata
         if meta.get("norm_limit") and meta.get("mean_norm"):
             return NormLimit(float(meta["mean_norm"]), float(meta["norm_limit"]))
@@ -65,12 +65,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """A study file, read and validated, with its paths resolved.
-
-    Attributes:
-        config: The configuration; paths in it are absolute, see `saeffect.paths.resolve_paths`.
-        source: The study file.
-    """
+    """A study file, read and validated. Paths in `config` are absolute, see `saeffect.paths.resolve_paths`."""
 
     config: StudyConfig
     source: Path
@@ -79,18 +74,18 @@ class Study:
     def open(cls, path: str | Path) -> Self:
         """Read a study file, or a bundled study (`bundled:smollm2-medical`).
 
-        Paths in the file are relative to the file's own folder, those in a bundled study to the current one.
+        Paths are relative to the file's folder; in a bundled study, to the current folder.
 
         Raises:
-            NotFound: No such file, or a path in it that is there only as seen from the current folder.
+            NotFound: No such file, or a path in it that exists only relative to the current folder.
             UnknownName: No such bundled study, or an unknown key in the file.
             BadFile: Not YAML, or not a mapping.
-            ConfigError: A value is out of range, a key stands twice, or a path can be none.
+            ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
         bundled = str(path).startswith(BUNDLED)
         source = _bundled_study(str(path)) if bundled else user_path(path)
         names = ", ".join(BUNDLED + name for name in bundled_studies())
-        # What a bundled study names is the user's, and nothing is ever written into the package.
+        # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
         if not isinstance(raw, dict):
@@ -103,7 +98,7 @@ class Study:
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:
-        """The arms by name, opened when first asked for; the latest model stays in memory."""
+        """The arms by name, opened on first use; only the latest model stays in memory."""
         return _Arms(self)
 
     @functools.cached_property
@@ -126,13 +121,13 @@ class Study:
 
     @property
     def steering(self) -> SteeringConfig:
-        """The section `steering`, of a study that has one."""
+        """The section `steering`; for studies that have one."""
         assert self.config.steering is not None
         return self.config.steering
 
     @property
     def differences(self) -> Mapping[str, TokenizerDifference]:
-        """By arm, in what a model's own tokenizer differs from the control's."""
+        """By arm, how a model's own tokenizer differs from the control's."""
         return {} if self._one_tokenizer else self.tokens.differences
 
     @property
@@ -141,7 +136,7 @@ class Study:
 
     @property
     def called(self) -> str:
-        """What to open it with: its path, or bundled:<name>."""
+        """The argument for `open`: its path, or bundled:<name>."""
         return BUNDLED + self.source.stem if self.source.parent == _bundled_folder() else str(self.source)
 
     def at(self, *keys: str) -> str:
@@ -149,12 +144,7 @@ class Study:
         return f"{self.source.name}, {'.'.join(keys)}"
 
     def open_arm(self, name: str, log: Log = SILENT) -> Arm:
-        """Load one arm's model and SAE.
-
-        Raises:
-            UnknownName: No such arm.
-            SaeffectError: The model or SAE cannot be loaded, or they do not fit.
-        """
+        """Load one arm's model and SAE; UnknownName for an unknown arm, SaeffectError if they do not load or fit."""
         arm, at = self.arm(name), self.at("arms", name, "sae")
         sae = load_sae(self.sae_folder(name), at=at)
         hook = self.hook(name)
@@ -166,16 +156,11 @@ class Study:
         return Arm(name, arm.role, lm, sae, hook)
 
     def sae_folder(self, name: str) -> Path:
-        """Where an arm's SAE lies; errors as of `resolve_sae`."""
+        """Folder of an arm's SAE; errors as `resolve_sae`."""
         return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
-        """Where one of an arm's SAEs lies, as the study file calls it.
-
-        Raises:
-            NotFound: No such folder.
-            UnknownName: No such bundled SAE.
-        """
+        """Folder of an SAE as named in the study file; NotFound, or UnknownName for an unknown bundled SAE."""
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
         if user_path(sae, at=where).is_file():
@@ -194,11 +179,9 @@ class Study:
         return read_sae_config(self.sae_folder(name), at=self.at("arms", name, "sae"))
 
     def hook(self, name: str) -> str:
-        """Where an arm's SAE reads: as the study file says, else as the SAE does.
+        """Hook of an arm's SAE: from the study file, else from the SAE.
 
-        Raises:
-            ConfigError: Neither says.
-            IncompatibleSae: They contradict each other.
+        ConfigError if neither names one, IncompatibleSae if they differ.
         """
         wanted, own = self.arm(name).hook, self.sae_config(name).hook_name
         wanted = wanted and (hook_of_module(wanted) or wanted)
@@ -216,10 +199,9 @@ class Study:
 
     @functools.cached_property
     def prepend_bos(self) -> bool | None:
-        """Whether rows and prompts begin with BOS: the study file's word, else the SAEs'; None: as the tokenizer does.
+        """Whether rows and prompts begin with BOS: from the study file, else the SAEs; None: the tokenizer's default.
 
-        Raises:
-            ConfigError: The SAEs contradict each other.
+        ConfigError if the SAEs contradict each other.
         """
         with placed(self.at("text")):
             return resolve_prepend_bos(self.config.text.bos, self.bos_words)
@@ -244,12 +226,12 @@ class Study:
         return [name for name, arm in self.config.arms.items() if arm.role == role]
 
     def ordered_arms(self) -> list[str]:
-        """Control, placebos, treatment: arms that share a model stand together, so it is loaded once."""
+        """Control, placebos, treatment: arms that share a model are neighbours, so it is loaded once."""
         return self.by_role("control") + self.by_role("placebo") + self.by_role("treatment")
 
     @functools.cached_property
     def identities(self) -> Mapping[str, dict[str, str]]:
-        """Hashes of every arm's model and SAE files, and its hook: what a stage's numbers depend on."""
+        """Hashes of every arm's model and SAE files, and its hook."""
         models: dict[ModelConfig, str] = {}
         found = {}
         for name, arm in self.config.arms.items():
@@ -274,18 +256,14 @@ class Study:
         if text.bundled is not None:
             content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
         else:
-            # A file counts by its content, so that a study may move to another folder.
+            # Files are hashed by content, so a study may move to another folder.
             content = [
                 (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
             ]
         return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
 
     def arm(self, name: str) -> ArmConfig:
-        """What the study file says about an arm.
-
-        Raises:
-            UnknownName: No such arm.
-        """
+        """The configuration of an arm; UnknownName if there is no such arm."""
         if name not in self.config.arms:
             raise unknown_name("arm", name, self.config.arms, at=str(self.source))
         return self.config.arms[name]
@@ -293,7 +271,7 @@ class Study:
     def _load(self, model: ModelConfig, name: str, log: Log) -> LanguageModel:
         held = self.__dict__.get("_held")
         if held is None or held[0] != model:
-            # One model at a time: two would not fit on a small machine.
+            # One model at a time: two may not fit into memory.
             self.__dict__["_held"] = None
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
@@ -317,11 +295,7 @@ class _Arms(Mapping[str, Arm]):
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
-    """Refuse an SAE whose width is not the model's.
-
-    Raises:
-        IncompatibleSae: It is not.
-    """
+    """Raise IncompatibleSae if the SAE's width differs from the model's."""
     if sae.d_in != d_model:
         trained = sae.metadata.get("model_name")
         raise IncompatibleSae(
@@ -332,7 +306,7 @@ def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: st
 
 
 def bundled_studies() -> list[str]:
-    """Names of the studies that come with the package."""
+    """Names of the bundled studies."""
     return sorted(path.stem for path in _bundled_folder().glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""The text of a study: token rows of bundled ids or of files, and what stands at the hook on them."""
+"""The text of a study: token rows from bundled ids or files, and activations on them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,8 @@ __all__ = ["Residuals", "beginning", "first_texts", "machine_memory", "shortage"
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
     """Rows of text, sources in turn, at most `text.tokens` tokens, each with the model's BOS token in front, if any.
 
-    Args:
-        text: Which text.
-        model: Gives the model whose tokenizer cuts files into tokens.
-        prepend_bos: As `LanguageModel.prepend_bos` of that model; bundled ids without BOS need no model.
-
-    Raises:
-        SaeffectError: A source cannot be read, or has less than one row of text.
+    `model` gives the model whose tokenizer cuts files into tokens; it is not called for bundled ids without BOS.
+    SaeffectError if a source cannot be read, or has less than one row of text.
     """
     if text.bundled is None:
         return _packed(text, model())
@@ -45,7 +40,7 @@ def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_
 
 
 def shortage(text: TextConfig, rows: TokenRows) -> str:
-    """How much of the text that a study asks for there is in its rows, in words; "" if all of it."""
+    """How much of the requested text the rows hold, in words; "" if all."""
     if len(rows) >= max(1, text.tokens // rows.ids.shape[1]):
         return ""
     there = f"{rows.ids.size:,} of the {text.tokens:,} tokens that text.tokens asks for"
@@ -57,7 +52,7 @@ def shortage(text: TextConfig, rows: TokenRows) -> str:
 
 
 def first_texts(text: TextConfig) -> list[str]:
-    """The beginnings of a few documents of each source; those that cannot be read are errors elsewhere."""
+    """The beginnings of a few documents of each source; unreadable sources are skipped."""
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
@@ -66,12 +61,9 @@ def first_texts(text: TextConfig) -> list[str]:
 
 
 def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
-    """How rows and prompts begin, in words, and who would have it otherwise ("" for nobody).
+    """How rows and prompts begin, in words, and which settings disagree ("" for none).
 
-    Args:
-        study_prepends: As `LanguageModel.prepend_bos`.
-        words: `prepend_bos` of each arm's SAE, where it says so.
-        tokenizer: The model's.
+    `study_prepends` is as `LanguageModel.prepend_bos`; `words` is `prepend_bos` of each arm's SAE, where recorded.
     """
     bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
     against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
@@ -124,15 +116,14 @@ def _named(name: str, rows: Iterator[NDArray[np.int32]]) -> Iterator[NDArray[np.
 
 
 _BATCH = 8
-# Of the machine's memory, for all captures that are kept: control, which the placebo shares, and treatment. A pass of
-# the model gives them again, so what a machine keeps changes its time and no number.
+# Share of memory for kept captures (control with placebo, treatment). It changes the time, not the numbers.
 _SHARE = 1 / 8
 _WHERE_UNKNOWN = 4_000_000_000  # bytes, on systems that do not say how much memory they have
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this machine has, or that its container may use."""
+    """Memory of this machine, or of its container if that may use less, in bytes."""
     try:
         found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not every system has sysconf, or these names
@@ -146,23 +137,16 @@ def machine_memory() -> int:
 
 
 class Residuals:
-    """Captures activations batch by batch, and keeps the latest captures for as long as they fit into memory.
-
-    Args:
-        most_bytes: Of all captures that are kept; by default an eighth of the machine's memory (or of what its
-            container may use).
-    """
+    """Captures activations batch by batch and keeps the latest, up to `most_bytes` (default: an eighth of memory)."""
 
     def __init__(self, most_bytes: int | None = None) -> None:
         self._most_bytes = int(_SHARE * machine_memory()) if most_bytes is None else most_bytes
         self._kept: dict[tuple[str, ...], list[Tensor]] = {}  # the oldest first
 
     def batches(self, lm: LanguageModel, hook: str, rows: TokenRows) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Pieces of the text in order.
+        """Pieces of the text: first row, ids int64 `[batch, sequence]`, activations `[batch, sequence, d_model]`.
 
-        Yields:
-            Index of the first row; token ids, int64 `[batch, sequence]`; activations `[batch, sequence, d_model]` in
-            the model's dtype, on the CPU.
+        Activations have the model's dtype and are on the CPU.
         """
         key = (lm.identity, str(lm.dtype), hook, rows.identity())
         known = self._kept.get(key)
@@ -184,7 +168,6 @@ class Residuals:
             self._kept[key] = captured
 
     def _make_room(self, size: int) -> None:
-        """Forget the oldest captures until there is room for one more."""
         while (
             self._kept and sum(x.nbytes for captured in self._kept.values() for x in captured) + size > self._most_bytes
         ):

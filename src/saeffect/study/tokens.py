@@ -1,8 +1,6 @@
-"""The tokens of a study: every model reads, names and writes text with the control's tokenizer.
+"""The tokens of a study: every model uses the control's tokenizer, so that all see the same ids.
 
-Models of one study must see the same ids, or a difference between them may come from how their text was cut. So all
-of them use the control's tokenizer, and top tokens are ranked over the tokens that every model has: a fine-tune that
-added tokens of its own for a chat is compared on all others.
+Top tokens are ranked over the tokens that every model has; tokens that a fine-tune added are left out.
 """
 
 from __future__ import annotations
@@ -22,20 +20,20 @@ from saeffect.lm.tokens import known_tokens, tokenizer_identity
 
 __all__ = ["StudyTokens", "TokenizerDifference", "study_tokens"]
 
-# What tokenizers of one vocabulary have been seen to cut in different ways.
+# Texts that tokenizers of one vocabulary have cut differently.
 _PROBES = ("Two  spaces, a\ttab\nand a line.", " Don't", "naïve café ½ №", "1234567 3.14", "你好", "🩺")
 _SHOWN = 8  # tokens
 
 
 @dataclass(frozen=True)
 class TokenizerDifference:
-    """In what an arm's own tokenizer differs from the control's.
+    """How an arm's own tokenizer differs from the control's.
 
     Attributes:
         added: Tokens that only the arm has.
         missing: Tokens that only the control has.
-        renamed: Ids that are another token in the arm: (the control's, the arm's).
-        cut: A text that it cuts in another way, the control's pieces, and its own; None if none was found.
+        renamed: Ids with different tokens: (the control's, the arm's).
+        cut: A text that is cut differently, the control's pieces, and the arm's; None if none was found.
     """
 
     added: tuple[str, ...] = ()
@@ -47,7 +45,7 @@ class TokenizerDifference:
         return bool(self.added or self.missing or self.renamed or self.cut)
 
     def words(self) -> str:
-        """All of it, to go on after the arm's name."""
+        """The differences in words, to follow the arm's name."""
         parts = []
         if self.added:
             parts.append(f"adds {_counted(self.added)}")
@@ -63,13 +61,12 @@ class TokenizerDifference:
 
 @dataclass(frozen=True, eq=False)
 class StudyTokens:
-    """The control's tokenizer, and which of its tokens all models share.
+    """The control's tokenizer, and the tokens that all models share.
 
     Attributes:
-        tokenizer: The control's.
-        shared: Ids that are the same token in every model; None where all have the same tokens.
+        shared: Ids that are the same token in every model; None if all have the same tokens.
         differences: By arm, for those whose own tokenizer differs.
-        identity: SHA-256 of all tokenizers; None where all arms have one and the same files.
+        identity: SHA-256 of all tokenizers; None if all arms have identical files.
     """
 
     tokenizer: Any
@@ -78,7 +75,7 @@ class StudyTokens:
     identity: str | None = None
 
     def used_by(self, lm: LanguageModel) -> LanguageModel:
-        """The model with the study's tokens instead of its own."""
+        """The model with the study's tokenizer instead of its own."""
         if self.identity is None:
             return lm
         return dataclasses.replace(lm, tokenizer=self.tokenizer, shared=self.shared)
@@ -87,17 +84,14 @@ class StudyTokens:
 def study_tokens(
     models: Mapping[str, ModelConfig], control: str, texts: Callable[[], Iterable[str]], at: Callable[[str], str]
 ) -> StudyTokens:
-    """Load the tokenizer of every model and compare it with the control's.
+    """Load the tokenizer of every model, by arm, and compare it with the control's.
 
-    Args:
-        models: By arm.
-        control: Which arm is the control.
-        texts: Gives texts of the study that all tokenizers should cut alike; asked for where rules differ.
-        at: Where an arm's model is named, for error messages.
+    `texts` gives texts that all tokenizers should cut alike, and is called only if their rules differ; `at` gives an
+    arm's place for error messages.
 
     Raises:
         SaeffectError: A tokenizer cannot be loaded.
-        IncompatibleModels: Two models have different tokens, beyond some that were added.
+        IncompatibleModels: Two models have different tokens, apart from added ones.
     """
     loaded: dict[tuple[str, str | None], Any] = {}
     of_arm = {}
@@ -138,7 +132,7 @@ def _difference(ours: Any, theirs: Any, texts: Callable[[], Iterable[str]]) -> T
 
 
 def _cut(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], list[str]] | None:
-    """The first text that they cut in different ways, from where it begins to differ: a text may be long."""
+    """The first text that they cut differently, from the first difference on."""
     for text in texts:
         a, b = (list(tokenizer.encode(text, add_special_tokens=False)) for tokenizer in (ours, theirs))
         if a != b:
@@ -149,7 +143,7 @@ def _cut(ours: Any, theirs: Any, texts: Iterable[str]) -> tuple[str, list[str], 
 
 
 def _refuse_another_vocabulary(ours: Any, theirs: Any, names: tuple[str, str], at: str) -> None:
-    """Refuse ids that are other tokens, unless a placeholder or special token merely got another name."""
+    """Refuse ids with different tokens, except placeholders or special tokens that were only renamed."""
     mine, own = known_tokens(ours), known_tokens(theirs)
     added = {*getattr(ours, "added_tokens_decoder", {}), *getattr(theirs, "added_tokens_decoder", {})}
     other = [i for i, token in mine.items() if i in own and own[i] != token and i not in added]

@@ -1,4 +1,4 @@
-"""How the SAE of a study's arm is trained: the section `training`, with the arm's model and hook."""
+"""Training recipe of an arm's SAE: the section `training` with the arm's model and hook."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from saeffect.study.study import Study
 
 __all__ = ["arm_folder", "arm_recipe", "check_training"]
 
-# What each arm has of its own; one arm has one SAE.
+# Set for each arm; one arm has one SAE.
 _OF_THE_ARM = {"model": "arms.<arm>.model", "hook": "arms.<arm>.hook", "saes": "arms.<arm>.sae"}
 
 
 def arm_recipe(study: Study, arm: str) -> SaeRecipe:
     """The recipe by which an arm's SAE is trained.
 
-    Raises:
-        UnknownName: No such arm, or an unknown key in `training`.
-        ConfigError: The study has no section `training`, the arm no hook, or a value is out of range.
+    UnknownName for an unknown arm or key in `training`; ConfigError if the study has no section `training`, the arm no
+    hook, or a value is out of range.
     """
     config, section = study.arm(arm), study.config.training
     if section is None:
@@ -47,26 +46,21 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
     recipe = SaeRecipe.read(values, at=study.at("training"))
     if not config.training:
         return recipe
-    # What is wrong now is wrong with the arm's changes: without them all was well.
+    # Without the arm's changes the recipe is valid, so the error is in them.
     changed: dict[str, Any] = {**(section.get("sae") or {}), **config.training}
     return SaeRecipe.read({**values, "sae": changed}, at=study.at("arms", arm, "training"))
 
 
 def arm_folder(study: Study, arm: str) -> Path | None:
-    """Where the study looks for an arm's SAE; None for one that comes with the package.
-
-    Raises:
-        UnknownName: No such arm.
-    """
+    """Where the study expects an arm's SAE; None for a bundled one. UnknownName if there is no such arm."""
     sae = study.arm(arm).sae
     return None if sae.startswith(BUNDLED) else Path(sae)
 
 
 def check_training(study: Study) -> str | None:
-    """Validate the recipes of all arms; a line that says so, None for a study that says nothing about training.
+    """Validate the recipes of all arms, and return a line about them, None for a study without training settings.
 
-    Raises:
-        ConfigError: A recipe is wrong, or an arm has changes of a recipe that is not there.
+    ConfigError if a recipe is wrong, or an arm changes a recipe that does not exist.
     """
     config = study.config
     if config.training is None and not any(arm.training for arm in config.arms.values()):

@@ -106,7 +106,7 @@ FIGURES = (
 
 
 def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:
-    """Draw every figure, in the report's order; those without data carry the reason instead of a drawing."""
+    """Draw every figure, in the report's order; a figure without data carries the reason instead of a drawing."""
     context = context or ReportContext()
     return tuple(figure for kind in FIGURES for figure in kind.drawn(comparison, context))
 
@@ -114,15 +114,10 @@ def draw_figures(comparison: Comparison, context: ReportContext | None = None) -
 def write_figures(
     comparison: Comparison, folder: Path | str, *, context: ReportContext | None = None
 ) -> tuple[DrawnFigure, ...]:
-    """Write each figure as `<name>.svg` and `<name>.png` (200 dots per inch), atomically.
+    """Write each figure as `<name>.svg` and `<name>.png` (200 dots per inch), atomically; `folder` is made if missing.
 
-    Args:
-        comparison: What to draw.
-        folder: Where to; made if missing.
-        context: The study around it; without it effects, coherence and doses have no data.
-
-    Returns:
-        The figures, to be passed on to `write_report`. One that could not be drawn has no files, and says why.
+    Returns the figures for `write_report`. One without data has no files and carries the reason; without `context`
+    effects, coherence and doses have no data.
     """
     figures = draw_figures(comparison, context)
     for figure in figures:

@@ -22,15 +22,11 @@ from saeffect.report.words.numbers import amount, count, percent
 __all__ = ["coherence", "density", "match_counts", "mean_activation", "top_token_weights"]
 
 FloatArray = npt.NDArray[np.float64]
-_GOLDEN = 0.6180339887498949  # its multiples spread points evenly, so that the jitter needs no random numbers
+_GOLDEN = 0.6180339887498949  # its multiples spread evenly: jitter without random numbers
 
 
 def match_counts(comparison: Comparison, context: ReportContext) -> Drawing:
-    """Features by number of top tokens in the vocabulary, one mark an arm and count.
-
-    Nearly all features have none, so that count is written out and the axis starts at one; the axis is
-    logarithmic because each further match is several times rarer.
-    """
+    """Features by number of top tokens in the vocabulary, from one on; one mark per arm and number, log counts."""
     table, least = comparison.match_counts, context.min_matches
     if not (table["matches"] >= 1).any():
         raise Undefined("no arm has a feature to count.")
@@ -157,7 +153,7 @@ def _ridges(
     unit: str = "",
     log: bool = False,
 ) -> Figure:
-    """One row an arm: half-violin above, median and quartiles on the line, a tick for each value below."""
+    """One row per arm: half-violin, median and quartiles on the line, and a tick per value below it."""
     if not any(len(values) for values in groups.values()):
         raise Undefined(f"no domain feature has a value of {label.split(' (', maxsplit=1)[0]}.")
     positions = {name: np.log10(values) if log else values for name, values in groups.items()}
@@ -203,14 +199,14 @@ def _ridge(ax: Axes, row: int, values: FloatArray, grid: FloatArray, shape: Floa
 
 
 def _density_curve(values: FloatArray, grid: FloatArray) -> FloatArray | None:
-    """Kernel density estimate; None for fewer than three values or when all are equal."""
+    """Kernel density estimate; None for fewer than three values or if all are equal."""
     if len(values) < 3 or float(np.ptp(values)) < 1e-12:
         return None
     return np.asarray(gaussian_kde(values)(grid), dtype=np.float64)
 
 
 def _log_ticks(low: float, high: float) -> Sequence[float]:
-    """Whole powers of ten, and within less than two decades 1, 2, 5 as well."""
+    """Whole powers of ten; in a range below two decades also 2 and 5 times these."""
     powers = range(math.ceil(low), math.floor(high) + 1)
     if len(powers) > 1:
         return powers

@@ -1,4 +1,4 @@
-"""How far findings can be believed: false alarms, SAE noise, and what goes with a strong effect."""
+"""How reliable the findings are: false alarms, SAE noise, and properties that go with a strong effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _DRAWN_QUANTITIES = (*PRIMARY, "effect", "direct_effect", "weight_mean", "mean_a
 
 
 def calibration(comparison: Comparison, context: ReportContext) -> Drawing:
-    """One line a test and rule: rate of false alarms with its interval, the promise, and the rate of findings."""
+    """One line per test and rule: false-alarm rate with its interval, the nominal rate, and the rate of findings."""
     table = comparison.calibration
     rows = table[(table["tests"] > 0) & table["rate"].notna()] if len(table) else table
     if rows.empty:
@@ -76,7 +76,7 @@ def _alarm_line(ax: Axes, y: float, row: Mapping[Any, Any], alpha: float) -> Non
 
 
 def contrasts(comparison: Comparison, _context: ReportContext) -> Drawing:
-    """One row a quantity, each on its own scale: the change by fine-tuning above that by retraining alone."""
+    """One row per quantity, each on its own scale: change by fine-tuning above change by retraining alone."""
     table = comparison.contrasts
     rows = table[table["comparison"].isin(["fine-tuning", "retraining"]) & table["estimate"].notna()]
     rows = rows[rows["quantity"].isin(_DRAWN_QUANTITIES)]
@@ -129,7 +129,7 @@ def _differences(ax: Axes, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], n
 
 
 def partial_residuals(comparison: Comparison, _context: ReportContext) -> Drawing:
-    """One panel a property; dots are features, the line has the regression's slope."""
+    """One panel per property; dots are features, the line has the regression's slope."""
     table, terms = comparison.partial_residuals, comparison.regression
     if table.empty:
         reason = next((reason for reason in terms["reason"] if reason), "") if len(terms) else ""

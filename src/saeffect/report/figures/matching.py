@@ -1,4 +1,4 @@
-"""Which feature became which, as flows; and which features of the control's SAE fire more after fine-tuning."""
+"""Fates of features as flows, and features of the control's SAE that fire more after fine-tuning."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _NAMED, _APART = 3, 0.42
 
 
 def fates(comparison: Comparison, context: ReportContext, *, measure: str) -> Drawing:
-    """Two flows below each other: to the treatment's SAE, and to another SAE of the control's model."""
+    """Two flows from the control's SAE: to the treatment's SAE, and to another SAE of the control's model."""
     counts = comparison.matches.fate_counts
     rows = counts[counts["measure"] == measure] if len(counts) else counts
     if rows.empty:
@@ -106,8 +106,6 @@ def _excess_words(found: _Counts) -> str:
 
 
 class _Segment(NamedTuple):
-    """A part of a bar: features of one fate, and where it stands on the bar of height 1."""
-
     fate: str
     n: float
     colour: str
@@ -153,7 +151,6 @@ def _flow(ax: Axes, found: _Counts, other: str, title: str) -> None:
 
 
 def _segments(*parts: tuple[str, float, str]) -> dict[str, _Segment]:
-    """The parts that are not empty, by fate, from the top of the bar down."""
     shown = [part for part in parts if part[1] > 0]
     free = 1 - _GAP * max(0, len(shown) - 1)
     total = sum(n for _, n, _ in shown)
@@ -189,7 +186,6 @@ def _ribbon(ax: Axes, left: _Span, right: _Span, colour: str, alpha: float) -> N
 
 
 def _ending(ax: Axes, span: _Span, start: float, end: float, colour: str) -> None:
-    """A stream that thins out: no counterpart on the other side."""
     low, high = span
     middle, bend = (low + high) / 2, start + 0.6 * (end - start)
     points = [(start, high), (bend, high), (bend, middle), (end, middle), (bend, middle), (bend, low), (start, low),
@@ -199,7 +195,7 @@ def _ending(ax: Axes, span: _Span, start: float, end: float, colour: str) -> Non
 
 
 def cross_activity(comparison: Comparison, context: ReportContext) -> Drawing:
-    """Each feature's change against how much it fired, domain features in colour."""
+    """Change of each feature against how much it fired before; domain features in colour."""
     cross = comparison.matches.cross_activity
     if cross.empty:
         raise Undefined("the control's SAE was not applied to the treatment's model.")
@@ -233,7 +229,6 @@ def cross_activity(comparison: Comparison, context: ReportContext) -> Drawing:
 
 
 def _in_both_models(cross: pd.DataFrame, alpha: float) -> pd.DataFrame:
-    """Features that fire in both models: the logarithm of how much, and of after / before."""
     rows = cross[(cross["mean_control"] > 0) & (cross["mean_treatment"] > 0)]
     return pd.DataFrame(
         {
@@ -248,7 +243,7 @@ def _in_both_models(cross: pd.DataFrame, alpha: float) -> pd.DataFrame:
 
 
 def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float) -> None:
-    # Dots that fall on one spot are drawn once: thousands of them would weigh down the page.
+    # Coinciding dots are drawn once, to keep the page small.
     seen = rows.assign(x=(rows["level"] / 0.02).round(), y=(rows["ratio"] / 0.03).round())
     seen = seen.drop_duplicates(["x", "y", "found"])
     for found, face in ((False, "none"), (True, colour)):
@@ -258,7 +253,6 @@ def _points(ax: Axes, rows: pd.DataFrame, colour: str, size: float, alpha: float
 
 
 def _name_most_changed(ax: Axes, rows: pd.DataFrame, context: ReportContext) -> None:
-    """Words beside the most changed domain features of either direction, none on top of another."""
     domain = rows[rows["domain"] & rows["found"]]
     words = feature_names(context.arm_of("control"), 2, longest=None, wanted=set(domain["feature"].astype(int)))
     taken: list[float] = []

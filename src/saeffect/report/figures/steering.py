@@ -42,7 +42,7 @@ MOST_ROWS = 40
 """Features that a forest plot shows at most."""
 
 _LOWEST = 10  # of the rows of a capped plot, how many show the smallest effects
-_ROW, _BELOW = 0.168, 0.56  # inches: a row, and what stands below the axis
+_ROW, _BELOW = 0.168, 0.56  # inches: height of a row, and space below the axis
 _LEFT, _RIGHT = 0.42, 0.875  # of the width: labels before, q after
 _TOKENS = 94.0  # points that the top tokens may take before they are cut
 _LABEL, _NUMBER = 7.8, 7.4  # points
@@ -50,7 +50,7 @@ _BEYOND = 0.4  # how far intervals are drawn beyond the outermost effects, in mu
 
 
 class _Scale(NamedTuple):
-    """What all arms share: the ends of the axis, what effects are multiplied by, and what they are of."""
+    """What all arms share: axis limits, factor of the effects, outcome and control."""
 
     low: float
     high: float
@@ -60,7 +60,7 @@ class _Scale(NamedTuple):
 
 
 def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
-    """One forest plot an arm, all on one scale: features sorted by effect, the arm's mean above them."""
+    """One forest plot per arm, all on one scale: features sorted by effect, the arm's mean above them."""
     styles = arm_styles(comparison)
     tables = {name: _tested(context.arms[name].effects) for name in styles if name in context.arms}
     if not any(len(table) for table in tables.values()):
@@ -92,7 +92,6 @@ def forests(comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure
 
 
 def _tested(table: pd.DataFrame | None) -> pd.DataFrame:
-    """Features with an effect, the largest first."""
     if table is None or table.empty:
         return pd.DataFrame()
     rows = table[np.isfinite(table["effect"])]
@@ -100,7 +99,7 @@ def _tested(table: pd.DataFrame | None) -> pd.DataFrame:
 
 
 def _scale(rows: pd.DataFrame) -> _Scale:
-    """Wide enough for every effect and every interval but huge ones: that of two pairs would leave nothing to see."""
+    """A scale that holds all effects and intervals; very wide intervals are cut."""
     effects = rows["effect"].to_numpy(dtype=float)
     low, high = min(0.0, float(effects.min())), max(0.0, float(effects.max()))
     spread = (high - low) or 1.0
@@ -114,7 +113,7 @@ def _scale(rows: pd.DataFrame) -> _Scale:
 
 def _forest(table: pd.DataFrame, style: ArmStyle, scale: _Scale, names: Mapping[int, str], reading: str) -> Drawing:
     shown = table
-    if len(table) > MOST_ROWS:  # the largest effects and, so that nobody sees only those, some of the smallest
+    if len(table) > MOST_ROWS:  # the largest effects and some of the smallest
         shown = pd.concat([table.head(MOST_ROWS - _LOWEST), table.tail(_LOWEST)], ignore_index=True)
     hidden = len(table) - len(shown)
     mean = primary_effects(table)
@@ -151,7 +150,7 @@ def _draw_forest(
     style: ArmStyle,
     scale: _Scale,
 ) -> None:
-    """The mean on row 0, features below it from row 1.6, a gap where some are left out."""
+    """The mean on row 0, features from row 1.6 on, and a gap where some are left out."""
     y = 1.6 + np.arange(len(shown), dtype=float)
     if hidden:
         y[len(shown) - _LOWEST :] += 1.0
@@ -185,7 +184,7 @@ def _draw_forest(
 
 
 def _whisker(ax: Axes, y: float, interval: tuple[float, float], colour: str, width: float, scale: _Scale) -> None:
-    """An interval in the outcome's unit, none where it is undefined, with an arrow where it leaves the scale."""
+    """An interval in the outcome's unit, with an arrow where it leaves the scale; nothing if undefined."""
     if not (is_defined(interval[0]) and is_defined(interval[1])):
         return
     ends = scale.factor * interval[0], scale.factor * interval[1]
@@ -197,7 +196,6 @@ def _whisker(ax: Axes, y: float, interval: tuple[float, float], colour: str, wid
 
 
 def _label(feature: int, names: Mapping[int, str]) -> str:
-    """Top tokens, cut to the width that they may take in the file, and the feature's number."""
     tokens = safe_text(names.get(feature, ""), 40)
     font = FontProperties(size=_LABEL)
     while len(tokens) > 1 and TextToPath().get_text_width_height_descent(tokens, font, ismath=False)[0] > _TOKENS:
@@ -277,7 +275,7 @@ def _line(ax: Axes, rows: pd.DataFrame, measure: str, style: ArmStyle, shift: fl
 
 
 def _placebo_line(ax: Axes, rows: pd.DataFrame, measure: str, style: ArmStyle, shift: float) -> None:
-    """Without bars: what counts is where it lies, and six lines with bars could not be read."""
+    """Without error bars: six lines with bars would be unreadable."""
     x, y = rows["dose"].to_numpy(dtype=float) + shift, rows[measure].to_numpy(dtype=float)
     ax.plot(x, y, marker=style.marker, color=style.colour, markerfacecolor=PAPER, zorder=2.5, **_DOTTED)
 

@@ -1,4 +1,4 @@
-"""How every figure looks: colours that colour-blind readers tell apart, marks that survive grey, stable bytes."""
+"""Style of all figures: colours for colour-blind readers, marks that work in grey, reproducible bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _RC: Mapping[str, Any] = {
     "axes.facecolor": "none",
     "figure.facecolor": PAPER,
     "text.color": INK,
-    "text.parse_math": False,  # names of arms are other people's strings: a dollar sign is a dollar sign
+    "text.parse_math": False,  # a dollar sign in an arm's name is no formula
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
@@ -76,7 +76,7 @@ _RC: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class ArmStyle:
-    """How one arm is drawn in every figure: colour, marker and line style, each telling it apart alone."""
+    """Colour, marker and line style of one arm; each alone is enough to tell arms apart."""
 
     name: str
     role: str
@@ -106,7 +106,7 @@ _CSS_VARIABLES = {
 
 
 class Drawing(NamedTuple):
-    """A drawing, how to read it with the numbers that matter, and what a reader who cannot see it should know."""
+    """A figure, its caption with the main numbers, and its text alternative."""
 
     figure: Figure
     caption: str
@@ -115,15 +115,15 @@ class Drawing(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DrawnFigure:
-    """A figure and what is said about it.
+    """A figure with its texts.
 
     Attributes:
         name: File name without ending.
-        caption: `[[figure:name]]` in it refers to another.
-        figure: None where there was nothing to draw; then `reason` says why.
-        source: Which files of the run folder, and which of their columns, it was made from.
+        caption: `[[figure:name]]` in it refers to another figure.
+        figure: None without data; then `reason` says why.
+        source: Files of the run folder, and their columns, behind the figure.
         group: Neighbours of one group share a number on the page; "" for none.
-        paper: Its number in the paper, where it reproduces a figure of it.
+        paper: Its number in the paper, if it reproduces a figure of the paper.
     """
 
     name: str
@@ -138,12 +138,12 @@ class DrawnFigure:
 
     @functools.cached_property
     def svg(self) -> str:
-        """As a standalone SVG, drawn once for the file and for the page; its text stays text. "" without a drawing."""
+        """The figure as a standalone SVG with selectable text, drawn once for file and page; "" without a drawing."""
         return self._saved("svg", {"Date": None, "Creator": None, "Format": None, "Type": None}).decode()
 
     @functools.cached_property
     def png(self) -> bytes:
-        """As a PNG of 200 dots per inch, without dates or program names; empty without a drawing."""
+        """The figure as a PNG of 200 dots per inch, without dates or program names; empty without a drawing."""
         return self._saved("png", {"Software": None})
 
     def _saved(self, kind: str, metadata: Mapping[str, None]) -> bytes:
@@ -153,7 +153,7 @@ class DrawnFigure:
         buffer = io.BytesIO()
         with _drawing():
             if self.figure.get_layout_engine() is not None:
-                # Laid out once and for all: left to itself it would be at each saving, a little differently.
+                # Lay out once: a new layout at each saving would differ slightly.
                 self.figure.draw_without_rendering()
                 self.figure.set_layout_engine(None)
             self.figure.savefig(buffer, format=kind, metadata=metadata)
@@ -162,11 +162,9 @@ class DrawnFigure:
 
 @dataclass(frozen=True)
 class FigureKind:
-    """A figure that every report has: what it is called and made from, and how it is drawn.
+    """A figure of every report; `{domain}` in `title` is replaced by the study's domain.
 
-    Attributes:
-        title: `{domain}` stands for the study's domain.
-        draw: Makes it, or raises `Undefined` with the reason; a kind of several figures gives them whole.
+    `draw` returns a `Drawing` or several finished figures; without data it raises `Undefined` with the reason.
     """
 
     name: str
@@ -177,7 +175,7 @@ class FigureKind:
     paper: str = ""
 
     def drawn(self, comparison: Comparison, context: ReportContext) -> tuple[DrawnFigure, ...]:
-        """The figure of a study, or why there is none."""
+        """The figures of a study, or one without a drawing that carries the reason."""
         title = self.title.replace("{domain}", context.domain)
         about = DrawnFigure(self.name, title, source=self.source, group=self.group, paper=self.paper)
         try:
@@ -189,12 +187,11 @@ class FigureKind:
 
 
 def _drawing() -> AbstractContextManager[None]:
-    """The settings in force while a figure is drawn or saved; nothing stays changed afterwards."""
     return matplotlib.rc_context(dict(_RC))
 
 
 def arm_styles(comparison: Comparison) -> dict[str, ArmStyle]:
-    """The look of each arm, in the order of the tables: that of its role, and spare ones for further placebos."""
+    """The style of each arm, in the order of the tables: that of its role; further placebos get spare ones."""
     styles: dict[str, ArmStyle] = {}
     for name, role in zip(comparison.table1["arm"], comparison.table1["role"], strict=True):
         if role in {style.role for style in styles.values()}:
@@ -206,7 +203,7 @@ def arm_styles(comparison: Comparison) -> dict[str, ArmStyle]:
 
 
 def new_figure(height: float, *, layout: bool = True) -> Figure:
-    """An empty figure of a column's width, `height` inches high, with no global state behind it."""
+    """An empty figure of column width, `height` in inches, without pyplot's global state."""
     engine = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07) if layout else None
     figure = Figure(figsize=(_WIDTH, height), layout=engine)
     FigureCanvasAgg(figure)
@@ -214,7 +211,7 @@ def new_figure(height: float, *, layout: bool = True) -> Figure:
 
 
 def clean_axes(ax: Axes, *, grid: str) -> None:
-    """Take the box away, and draw grid lines along one axis only ("x" or "y") behind the data."""
+    """Remove the frame, and draw grid lines along one axis only ("x" or "y"), behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(length=3, width=0.8)
     if grid == "x":
@@ -227,7 +224,7 @@ def clean_axes(ax: Axes, *, grid: str) -> None:
 
 
 def safe_text(text: object, limit: int = 40) -> str:
-    """A name as it can be drawn: control and bidirectional marks visible, characters the font lacks as □.
+    """A name as the font can draw it: control and bidirectional marks visible, missing characters as □.
 
     Example:
         >>> safe_text("tuned 漢")
@@ -240,10 +237,7 @@ def safe_text(text: object, limit: int = 40) -> str:
 
 
 def inline_svg(drawn: DrawnFigure) -> str:
-    """The figure as an `<svg>` element for the report: unique ids, the page's colours, no metadata.
-
-    What the figure holds of other people's strings was escaped when the SVG was written and stays so.
-    """
+    """The figure as an `<svg>` element for the report: unique ids, page colours, no metadata; strings stay escaped."""
     text = drawn.svg
     text = text[text.index("<svg") :]
     for unwanted in (r"<!--.*?-->\s*", r"<metadata>.*?</metadata>\s*", r"<style[^>]*>.*?</style>"):

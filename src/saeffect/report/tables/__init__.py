@@ -39,4 +39,4 @@ TABLES: Mapping[str, Callable[[Comparison, ReportContext], TableView | None]] = 
     "design": design_table,
     "gate": gate_table,
 }
-"""By name, in the order of the page, which numbers them; None in the place of a table that a study does not have."""
+"""By name, in the order of the page, which numbers them; None for a table that a study does not have."""

@@ -1,4 +1,4 @@
-"""What chance gives, what could have been found, what goes with a strong effect, and what threatens the answer."""
+"""Chance findings, power, properties that go with a strong effect, and threats to the answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def test_label(test: str) -> str:
-    """A test of the calibration or power table as a heading.
+    """Heading of a test of the calibration or power table.
 
     Example:
         >>> test_label("domain_share"), test_label("feature in treatment")
@@ -38,7 +38,7 @@ def test_label(test: str) -> str:
 
 
 def rule_label(rule: str, alpha: float) -> str:
-    """What counts as a finding, with the study's alpha in it.
+    """What counts as a finding, with the study's alpha.
 
     Example:
         >>> rule_label("p at most alpha", 0.05), rule_label("more than SAE noise", 0.05)
@@ -49,9 +49,9 @@ def rule_label(rule: str, alpha: float) -> str:
 
 
 def calibration_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Each test where there is nothing to find, and beside it the same test on the treatment.
+    """Each test where there is nothing to find, beside the same test on the treatment.
 
-    Tests that the study declared come first; others that could not be tried go into the note.
+    Declared tests come first; the note lists undeclared ones that could not be tried.
     """
     table = comparison.calibration
     if table.empty:
@@ -109,7 +109,7 @@ def _findings(row: Mapping[Any, Any]) -> Cell:
 
 
 def _promise(row: Mapping[Any, Any]) -> Cell:
-    """A promise counts as kept only where the data are enough to say so."""
+    """The test keeps its promise only if the interval's upper end is within the nominal rate."""
     if row["verdict"] == "more alarms than nominal":
         return Cell.words("too many alarms", tone="warn")
     if row["verdict"] != WITHIN or not is_defined(row["high"]):
@@ -120,7 +120,7 @@ def _promise(row: Mapping[Any, Any]) -> Cell:
 
 
 def calibration_verdict(comparison: Comparison) -> str:
-    """One or two plain sentences: may the findings be believed?"""
+    """In a few plain sentences: may the findings be believed?"""
     table = comparison.calibration
     if table.empty:
         return (
@@ -155,7 +155,7 @@ def calibration_verdict(comparison: Comparison) -> str:
 
 
 def chance_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """Findings beside the number that chance would give; None where there is nothing to say."""
+    """Findings beside the number expected by chance; None without any."""
     if comparison.by_chance.empty:
         return None
     rows = []
@@ -204,7 +204,7 @@ def _beside_chance(row: Mapping[Any, Any], both: bool) -> Cell:
 
 
 def power_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """The smallest difference that each test would probably have found, beside what was seen."""
+    """The smallest difference that each test would probably have found, beside the observed one."""
     table = comparison.power
     if table.empty:
         return None
@@ -225,7 +225,7 @@ def power_table(comparison: Comparison, _context: ReportContext) -> TableView | 
     )
 
 
-# What the names of the tests mean that do not speak for themselves, by a pattern.
+# Explanations of test names, by a pattern of the name.
 _POWER_NOTES = {
     "_seeds$": "SAEs as units: each SAE counts once, so that the noise of SAE training is in the sample.",
     "^feature in": "Feature in an arm: one steered feature tested alone, at its own p.",
@@ -310,7 +310,7 @@ def _regression_row(row: Mapping[Any, Any]) -> Row:
 
 
 def coherence_sentence(comparison: Comparison) -> str:
-    """The paper's open question, answered: do coherent features have stronger effects?"""
+    """The paper's open question: do coherent features have stronger effects?"""
     table = comparison.regression
     row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
     if row is None or not is_defined(row["estimate"]):
@@ -348,7 +348,7 @@ _SEVERITIES = {
 
 
 def threat_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """Every threat, how serious, what to do."""
+    """Every threat with its severity and remedy."""
     table = comparison.threats
     if table.empty:
         return None

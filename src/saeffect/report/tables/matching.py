@@ -1,4 +1,4 @@
-"""Which feature became which, which fire more and less after fine-tuning, and how far warm-started ones turned."""
+"""Fates of features, features that fire more or less after fine-tuning, and how far warm-started ones turned."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _EACH_WAY, _TURNED = 10, 10  # features shown that fire more, that fire less; th
 
 
 def fate_summary(comparison: Comparison, context: ReportContext) -> str:
-    """How many features more than between seeds have no counterpart, and how many single ones stand out."""
+    """How many more features than between seeds have no counterpart, and how many single ones differ beyond noise."""
     counts = comparison.matches.fate_counts
     if counts.empty or not counts["n_placebo"].notna().any():
         return ""
@@ -67,13 +67,13 @@ def fate_summary(comparison: Comparison, context: ReportContext) -> str:
 
 
 def called_features(counts: pd.DataFrame) -> str:
-    """How many single features are called moved, gone, absorbed and new, by rows of the fate counts; "" for none."""
+    """How many features are called moved, gone, absorbed and new, from the fate counts; "" for none."""
     sums = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
     return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Features by fate, for fine-tuning beside another seed; None where nothing was matched."""
+    """Features by fate, for fine-tuning beside another seed; None if nothing was matched."""
     counts = comparison.matches.fate_counts
     if counts.empty:
         return None
@@ -129,7 +129,7 @@ def _called(row: Mapping[Any, Any]) -> Cell:
 
 
 def notable_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """The moved, gone, absorbed and new features with their words; else the ones that came nearest to it."""
+    """The moved, gone, absorbed and new features with their top tokens, or else those nearest to it."""
     rows = _notable(comparison)
     if rows.empty:
         return None
@@ -165,7 +165,7 @@ def notable_table(comparison: Comparison, context: ReportContext) -> TableView |
 
 
 def _notable(comparison: Comparison) -> pd.DataFrame:
-    """Rows of both fate tables worth showing, a few a fate and measure, smallest q first."""
+    """The rows of both fate tables with the smallest q, a few per fate and measure."""
     matches, parts = comparison.matches, []
     parents: dict[int, list[int]] = {}
     if len(matches.absorption):
@@ -190,7 +190,6 @@ def _notable(comparison: Comparison) -> pd.DataFrame:
 
 
 def _words(context: ReportContext, role: str, rows: pd.DataFrame) -> Mapping[int, str]:
-    """Top tokens of every feature that the table names in the SAE of this role."""
     is_own = rows["side"] == role
     parents = rows["parents"].explode().dropna() if role == "treatment" else []
     return feature_names(
@@ -220,7 +219,7 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
 
 
 def cross_summary(comparison: Comparison, context: ReportContext) -> str:
-    """Two sentences: how many features of the domain fire more, beside all others; or why that cannot be said."""
+    """How many domain features fire more, beside all others, in two sentences; or why that cannot be said."""
     cross = comparison.matches.cross_activity
     if cross.empty:
         return "The control's SAE was not applied to the fine-tuned model, so which features fire more cannot be said."
@@ -244,7 +243,7 @@ def cross_summary(comparison: Comparison, context: ReportContext) -> str:
 
 
 def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """The features that changed most each way, with intervals and q."""
+    """The features that changed most in either direction, with intervals and q."""
     found = most_changed(comparison.matches.cross_activity, alpha=context.alpha)
     if found.empty:
         return None
@@ -295,12 +294,11 @@ def _cross_row(row: Mapping[Any, Any], words: Mapping[int, str], domain: str) ->
 
 
 def _level(value: float) -> str:
-    """Activations per token span decades: three figures."""
     return fixed(value, 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1)
 
 
 def stagewise_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Features that turned most where the treatment's SAE was trained on from the control's."""
+    """The features that turned most, if the treatment's SAE was trained on from the control's."""
     table = comparison.matches.stagewise
     if table.empty:
         return None

@@ -19,7 +19,7 @@ __all__ = ["at_a_glance", "contrast_table", "paper_table_1", "paper_table_2"]
 
 
 def at_a_glance(comparison: Comparison, _context: ReportContext) -> TableView:
-    """The headline's quantities: each arm, the change, what retraining alone gives, and the reading."""
+    """The headline's quantities: each arm, the change, the change by retraining alone, and the reading."""
     arms, contrasts = comparison.table1, comparison.contrasts
     placebos = list(arms.loc[arms["role"] == "placebo", "arm"])
     rows = []
@@ -63,7 +63,7 @@ def _difference_cell(estimate: Estimate, unit: str) -> Cell:
 
 
 def _saes_behind(judged: Judgement) -> str:
-    """How many SAEs decide; where the treatment has one alone, how far the change reaches with SAE noise."""
+    """How many SAEs decide, or else the interval with SAE noise; "" if there is neither."""
     if judged.by_seeds:
         return f"over {judged.n_saes[0]} and {judged.n_saes[1]} SAEs"
     if judged.seeds is None:
@@ -73,7 +73,7 @@ def _saes_behind(judged: Judgement) -> str:
 
 
 def _alarms_cell(calibration: pd.DataFrame, quantity: str) -> Cell:
-    """How often this test finds something in a stand-in: the rule of the headline where it could be tried."""
+    """False alarms of this test in a stand-in, by the headline's rule where it could be tried."""
     if len(calibration):
         calibration = calibration[(calibration["test"] == quantity) & (calibration["tests"] > 0)]
     if calibration.empty:
@@ -95,12 +95,7 @@ def _reading(judged: Judgement) -> Cell:
 
 
 class _Line(NamedTuple):
-    """A row of a table with an arm a column.
-
-    Attributes:
-        column: Where its numbers stand; "label_low" and "label_high" of `interval` have the ends.
-        of: What it is a part of: a column, or "counted/all".
-    """
+    """A table row with one cell per arm, read from `column`; `of` names its total: a column, or "counted/all"."""
 
     label: str
     column: str
@@ -112,7 +107,7 @@ class _Line(NamedTuple):
 
 
 def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
-    """The paper's Table 1: domain features, passing, similarities; one column an arm."""
+    """The paper's Table 1: domain features, passing, similarities; one column per arm."""
     table = comparison.table1
     matching = f"with {context.min_matches}+ {context.domain} top tokens"
     outcome = context.steering.deciding if context.steering else "similarity"
@@ -145,7 +140,7 @@ def paper_table_1(comparison: Comparison, context: ReportContext) -> TableView:
 
 
 def paper_table_2(comparison: Comparison, _context: ReportContext) -> TableView:
-    """The paper's Table 2: coherence of the domain features; one column an arm."""
+    """The paper's Table 2: coherence of the domain features; one column per arm."""
     lines = (
         _Line("Domain features with a coherence", "n_defined", "count"),
         _Line("Undefined", "n_undefined", "count", sub="left out, not counted as 0"),
@@ -200,7 +195,6 @@ def _arm_cell(row: Mapping[Any, Any], line: _Line) -> Cell:
 
 
 def _why_undefined(row: Mapping[Any, Any]) -> str:
-    """Why a number of the paper's tables is missing; the second leaves it to its counts to tell."""
     if "tested" in row:
         return row["reason"] or ("fewer than two features were tested" if row["tested"] else "no feature was tested")
     if row["n_defined"] == 0:

@@ -1,4 +1,4 @@
-"""What steering did: outcomes against controls, simpler means, features steered at once, and the dose search."""
+"""What steering did: outcomes against controls, baselines, features steered at once, and the dose search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["baseline_sentences", "baseline_table", "dose_table", "outcome_pairs"
 
 
 def outcome_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Every outcome × control, one column an arm; None where no outcome was recorded."""
+    """Every outcome and control, one column per arm; None if no outcome was recorded."""
     results, arms = context.steering, comparison.table1
     if results is None:
         return None
@@ -82,7 +82,6 @@ def _why_no_interval(table: pd.DataFrame) -> str:
 
 
 def _pass_rows(arms: pd.DataFrame, table: pd.DataFrame) -> Sequence[Row]:
-    """Ours and the paper's rule, one below the other."""
     reversed_share = table[table["decides"]].drop_duplicates("arm").set_index("arm")["reversed_share"]
     ours, papers, reverses = [], [], []
     for row in arms.to_dict("records"):
@@ -115,11 +114,7 @@ def _outcome_cell(row: Mapping[Any, Any] | None, outcome: str) -> Cell:
 
 
 def outcome_pairs(context: ReportContext, arm: str) -> Mapping[int, tuple[tuple[str, str], ...]]:
-    """For each feature of an arm its outcomes beside the deciding control, and the other controls of the decision.
-
-    Returns:
-        By feature, label-value pairs for its card.
-    """
+    """By feature, pairs for its card: deciding outcome minus every control, other outcomes minus the deciding one."""
     results = context.steering
     if results is None or arm not in results.outcome_effects:
         return {}
@@ -154,16 +149,13 @@ _SIMPLER = {
 
 
 def _compared_on(results: SteeringResults) -> str:
-    """The outcome that steering and baselines are compared on: the first declared one that both have.
-
-    The direct effect is none: a baseline has texts only.
-    """
+    """The first declared outcome that both steering and baselines have (baselines give texts only)."""
     found = dict.fromkeys(str(name) for table in results.baseline_effects.values() for name in table["outcome"])
     return next(iter(results.in_order(list(found))), "")
 
 
 def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[str, ...]:
-    """One plain sentence a baseline, over the features of all arms; none where no baseline was run."""
+    """One sentence per baseline, over the features of all arms; none if no baseline was run."""
     results = context.steering
     outcome = _compared_on(results) if results is not None else ""
     if results is None or not outcome:
@@ -179,7 +171,6 @@ def baseline_sentences(comparison: Comparison, context: ReportContext) -> tuple[
 
 
 def _baseline_sentence(baseline: str, rows: pd.DataFrame, outcome: str) -> str:
-    """The verdict first, then the counts on both sides: nobody sees only the flattering one."""
     n, above, below = (int(rows[name].sum()) for name in ("n_defined", "n_above", "n_below"))
     clear_above, clear_below = (int(rows[name].sum()) for name in ("n_clearly_above", "n_clearly_below"))
     what = _SIMPLER.get(baseline, control_label(baseline))
@@ -259,7 +250,7 @@ def _level(row: Mapping[Any, Any], name: str, outcome: str) -> Cell:
 
 
 def together_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """One row a set of features steered at once, beside its members alone; None where the study steers no sets."""
+    """One row per set of features steered at once, beside its members alone; None without sets."""
     results = context.steering
     if results is None:
         return None
@@ -327,7 +318,7 @@ _DOSE_COLUMNS = {
 
 
 def dose_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
-    """The dose search, one row a dose and arm; None when there was none."""
+    """The dose search, one row per dose and arm; None without one."""
     if context.doses is None:
         return None
     table = context.doses[context.doses["condition"] == STEERED]

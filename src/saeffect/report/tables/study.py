@@ -23,7 +23,7 @@ _FIELDS = {
 
 
 def design_table(comparison: Comparison, _context: ReportContext) -> TableView:
-    """The design check: what differs or is unknown, worst first, each with what it means."""
+    """The design check: what differs or is unknown, worst first, each with its meaning."""
     table, arms = comparison.design, list(comparison.table1["arm"])
     table = table[table["status"] != "same"].sort_values("status", key=lambda column: column.map(_RANKS), kind="stable")
     rows = []
@@ -55,7 +55,7 @@ def same_in_every_arm(comparison: Comparison) -> tuple[tuple[str, str], ...]:
 
 
 def _fact(field: str, value: object) -> str:
-    """A fact with no more digits than it deserves.
+    """A fact with sensible precision.
 
     Example:
         >>> _fact("dead_share", "0.000217"), _fact("explained_variance", "0.78231"), _fact("seed", "0")
@@ -68,7 +68,7 @@ def _fact(field: str, value: object) -> str:
 
 
 def field_label(field: object) -> str:
-    """What the report calls a recorded fact.
+    """The report's name of a recorded fact.
 
     Example:
         >>> field_label("k"), field_label("training_tokens")
@@ -88,7 +88,7 @@ _GATE_LINES = {
 
 
 def gate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
-    """How well each SAE reproduces its model; None when nobody measured it."""
+    """How well each SAE reproduces its model; None if it was not measured."""
     if context.gate is None:
         return None
     by_arm = context.gate.set_index("arm")

@@ -1,4 +1,4 @@
-"""What a table of the report is made of: columns, rows, and cells of finished text."""
+"""Parts of a report table: columns, rows, and cells of finished text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit
 
 
 class Cell(NamedTuple):
-    """One cell: the value, a second smaller line, and a tone ("", "muted", "good", "warn") for the style sheet."""
+    """One cell: its text, a smaller second line, and a tone ("", "muted", "good", "warn") for the style sheet."""
 
     text: str
     sub: str = ""
@@ -23,17 +23,17 @@ class Cell(NamedTuple):
 
     @classmethod
     def words(cls, text: object, *, sub: str = "", tone: str = "") -> Cell:
-        """Words in the place of a number."""
+        """A cell of text."""
         return cls(str(text), sub, tone, is_text=True)
 
     @classmethod
     def dash(cls) -> Cell:
-        """Where a number has no place."""
+        """A cell without a number, by design."""
         return cls("–", tone="muted")
 
     @classmethod
     def undefined(cls, reason: object = "") -> Cell:
-        """Where a number should stand and cannot: "undefined" and the reason."""
+        """A cell whose number is undefined: "undefined" and the reason."""
         return cls.words(undefined(str(reason)), tone="muted")
 
     @classmethod
@@ -45,14 +45,14 @@ class Cell(NamedTuple):
     def estimate(
         cls, value: Any, low: Any, high: Any, unit: str = "", *, reason: object = "", sign: bool = True
     ) -> Cell:
-        """A number with its 95 % interval below it, or why the one or the other is missing."""
+        """A number with its 95 % interval below it; the reason replaces whichever is missing."""
         both = is_defined(low) and is_defined(high)
         ends = amount_interval(low, high, unit) if both else f"interval {undefined(str(reason))}"
         return cls.value(value, unit, reason=reason, sub=ends, sign=sign)
 
 
 class Column(NamedTuple):
-    """Heading of a column; `role` is an arm's role where the column is an arm."""
+    """Heading of a column; `role` is the arm's role if the column is an arm."""
 
     label: str
     sub: str = ""
@@ -61,10 +61,10 @@ class Column(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row's heading and cells; `strong` rows carry the result, others support it.
+    """A row's heading and cells; `strong` rows carry the result.
 
-    Rows with the same `group` follow each other under one heading, with `tag` as a mark beside it. A row with a `key`
-    can be linked to, as `#row-<table>-<key>`.
+    Adjacent rows of one `group` share a heading; `tag` is a mark beside it. A row with a `key` has the id
+    `row-<table>-<key>`.
     """
 
     label: str
@@ -78,19 +78,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class TableView:
-    """A whole table.
+    """A table of the page.
 
     Attributes:
         name: Its id on the page.
-        caption: One line; `[[table:name]]` in caption and note refers to another.
-        columns: Those beside the rows' headings.
-        rows: In order.
-        corner: Heading of the rows' headings.
-        stacks: Whether rows turn into blocks on a narrow screen.
-        note: What stands below it.
-        source: The files that it was made from.
-        paper: Its number in the paper, where it reproduces a table of it.
-        terms: Keys of the glossary's terms that it uses.
+        caption: One line; `[[table:name]]` in caption and note refers to another table.
+        corner: Heading of the column of row headings.
+        stacks: Whether rows become blocks on a narrow screen.
+        note: Text below the table.
+        source: Files behind the table.
+        paper: Its number in the paper, if it reproduces a table of the paper.
+        terms: Glossary keys of the terms that it uses.
     """
 
     name: str
@@ -111,7 +109,7 @@ def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
 
 
 def arm_columns(table: pd.DataFrame) -> tuple[Column, ...]:
-    """A column for each row of a table with arm and role."""
+    """One column per row of a table with the columns arm and role."""
     return tuple(
         Column(str(name), "" if name == role else str(role), role=str(role))
         for name, role in zip(table["arm"], table["role"], strict=True)
@@ -129,7 +127,7 @@ def difference_unit(unit: str) -> str:
 
 
 def short_fact(value: object) -> str:
-    """A fact as a cell: hashes cut to twelve digits, whole numbers grouped, unknown said so.
+    """A fact as a cell: hashes cut to twelve digits, whole numbers grouped, missing ones "unknown".
 
     Example:
         >>> short_fact("24576"), short_fact(None)

@@ -1,4 +1,4 @@
-"""Every table as CSV and JSON: numbers at full precision, what is undefined left empty with its reason beside it."""
+"""Every table as CSV and JSON at full precision; undefined values are empty, with their reason in another column."""
 
 from __future__ import annotations
 
@@ -21,20 +21,15 @@ __all__ = ["domain_features", "write_tables"]
 def write_tables(
     comparison: Comparison, folder: Path | str, *, context: ReportContext | None = None
 ) -> tuple[Path, ...]:
-    """Write each table as `<name>.csv` and `<name>.json`, atomically.
+    """Write each table as `<name>.csv` and `<name>.json`, and the answer as `answer.json`, atomically.
 
     Numbers keep every digit. NaN is an empty field in CSV and null in JSON. Lists are JSON text in CSV, so that no
-    field begins with a token (a spreadsheet would take "=1+1" for a formula).
+    field begins with a token (a spreadsheet would take "=1+1" for a formula); text that starts like a formula gets a
+    leading apostrophe in CSV. `folder` is made if missing.
 
-    Args:
-        comparison: What to write: every table that it has; its answer becomes `answer.json`.
-        folder: Where to; made if missing.
-        context: The study around it; adds those of `domain_features`, `gate`, `doses`, `steering_outcomes`
-            (`outcome_summary`), `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`,
-            `together_effects`, `dose_response` and `dose_response_by_arm` (`dose_summary`) that the study has.
-
-    Returns:
-        The files written.
+    The context adds those that it has of `domain_features`, `gate`, `doses`, `steering_outcomes` (`outcome_summary`),
+    `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`, `together_effects`,
+    `dose_response` and `dose_response_by_arm` (`dose_summary`).
     """
     folder = Path(folder)
     tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in Comparison.table_names()}
@@ -56,7 +51,6 @@ def write_tables(
 
 
 def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.DataFrame]:
-    """Those of a study besides the comparison's; arms in `order`."""
     results = context.steering
     found = {"domain_features": _every_arm({name: domain_features(arm) for name, arm in context.arms.items()}, order)}
     found |= {name: table for name, table in (("gate", context.gate), ("doses", context.doses)) if table is not None}
@@ -74,7 +68,6 @@ def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.Data
 
 
 def _every_arm(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataFrame:
-    """The rows of every arm that has any, with a column arm before the others."""
     shown = {arm: tables[arm] for arm in order if len(tables.get(arm, ()))}
     if not shown:
         return pd.DataFrame()
@@ -82,11 +75,7 @@ def _every_arm(tables: Mapping[str, pd.DataFrame], order: list[str]) -> pd.DataF
 
 
 def domain_features(arm: ArmTables) -> pd.DataFrame:
-    """All domain features of an arm, each with its coherence, selection and effect in one row.
-
-    Returns:
-        The columns of the arm's tables; `coherence_reason` and `effect_reason` say what is missing.
-    """
+    """An arm's domain features with all columns of its tables; `coherence_reason` and `effect_reason` explain gaps."""
     rows = arm.of_domain(arm.features)
     for source, table in (("coherence", arm.coherence), ("selection", arm.selection), ("effect", arm.effects)):
         if table is not None and not table.empty:
@@ -97,7 +86,6 @@ def domain_features(arm: ArmTables) -> pd.DataFrame:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as plain Python: lists for arrays, None for what is not a number."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -108,7 +96,6 @@ def _plain(value: Any) -> Any:
 
 
 def _field(value: Any) -> str:
-    """A CSV field of a plain value."""
     if value is None:
         return ""
     if isinstance(value, list):
@@ -117,5 +104,5 @@ def _field(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float | int):
         return repr(value)
-    text = str(value)  # which is a formula to a spreadsheet if it begins so
+    text = str(value)  # a spreadsheet takes these starts for a formula
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,4 +1,4 @@
-"""The comparison in plain sentences: the headline, what was found, and what it does not show."""
+"""The comparison in plain sentences: the headline, what was found, and its limits."""
 
 from __future__ import annotations
 
@@ -31,17 +31,13 @@ __all__ = ["with_answer"]
 def with_answer(
     found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
 ) -> Comparison:
-    """The comparison with its threats and its answer.
+    """The comparison (of `saeffect.comparison.compare`, for these arms) with its threats and its answer.
 
-    Nothing is called a change by fine-tuning unless its judgement says so, and every difference comes with its
-    interval: that over all SAEs where both models have several. What has no interval is named, with the reason.
+    A change is credited to fine-tuning only if its judgement says so. Every difference has its interval, over all SAEs
+    where both models have several; a difference without one has the reason.
 
-    Args:
-        found: What `saeffect.comparison.compare` gave for these arms.
-        arms: The arms by name.
-        tests: The declared quantities, as they were handed to `compare`: the headline speaks of these.
-        min_matches: Top tokens in the vocabulary that make a feature count under a projection.
-        alpha: Highest q at which a feature passed, and of findings about single features.
+    `tests` are the declared quantities passed to `compare`; the headline covers these. `min_matches` top tokens in the
+    vocabulary make a feature count under a projection. `alpha` is the highest q of a finding or a passing feature.
     """
     roles = roles_of({name: arm.role for name, arm in arms.items()})
     arms = {name: arms[name] for name in roles.ordered}
@@ -187,12 +183,11 @@ def _effects(table1: pd.DataFrame, judged: Judgement, roles: Roles, outcome: str
 
 
 def _ends(low: float, high: float) -> str:
-    """An interval in brackets; nothing where there is none."""
     return "" if math.isnan(low) else f" ({fixed(low)} to {fixed(high)})"
 
 
 def _difference(judged: Judgement, roles: Roles) -> str:
-    """Treatment against control, the same for SAE noise, and what follows."""
+    """Treatment minus control, the same for SAE noise, and the verdict."""
     phrase, change = wording(judged.quantity).phrase, judged.change
     if judged.status == "undefined":
         why = change.reason or "no interval"
@@ -210,7 +205,7 @@ def _difference(judged: Judgement, roles: Roles) -> str:
 
 
 def _over_all_saes(judged: Judgement) -> str:
-    """The difference over all SAEs of both models, and whether its interval leaves zero out; "" without one."""
+    """The difference over all SAEs of both models, and whether its interval excludes zero; "" without one."""
     if judged.seeds is None:
         return ""
     n_a, n_b = judged.n_saes
@@ -225,7 +220,7 @@ def _over_all_saes(judged: Judgement) -> str:
 
 def _verdict(judged: Judgement, roles: Roles) -> str:
     noise = "how much SAEs of one model differ is not known"
-    if not math.isnan(judged.p):  # how often seeds alone would set the SAEs so far apart
+    if not math.isnan(judged.p):  # probability of so large a difference between seeds
         noise = f"noise alone would give as much with p = {fixed(judged.p)}"
     if judged.by_seeds:  # where both models have several SAEs, these decide
         if judged.status == "beyond":

@@ -1,4 +1,4 @@
-"""Fates, cross-activity, calibration and power in sentences; each is "" where there is nothing to say."""
+"""Fates, cross-activity, calibration and power in sentences; "" if there is nothing to say."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MEASURES = {
 
 
 def fate_sentences(counts: pd.DataFrame, roles: Roles) -> list[str]:
-    """What became of the features, a sentence a measure; none where nothing was matched."""
+    """Fates of the features, a sentence per measure; none if nothing was matched."""
     if counts.empty:
         return []
     return [
@@ -46,7 +46,7 @@ def _fates(how: str, rows: pd.DataFrame, roles: Roles) -> str:
         f"Of {count(gone['n_features'])} features of {roles.control} that can be judged {how}, {joined(words)}; of "
         f"those of {roles.treatment}, {called['treatment', 'new']} are new."
     )
-    # Without a counterpart by similarity alone, beside what other seeds show: the same rule for both.
+    # By similarity alone: the same rule for fine-tuning and for other seeds.
     parts = [
         f"{fixed(row['n_treatment'], 0)} {what} against {fixed(row['n_placebo'], 0)} in an SAE of another seed (excess "
         f"{signed(row['excess'], 0)}, {LEVEL} {signed(row['low'], 0)} to {signed(row['high'], 0)})"
@@ -115,7 +115,7 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
 
 
 def too_many_alarms(calibration: pd.DataFrame, quantities: Iterable[str]) -> list[str]:
-    """Those of the quantities whose test raised more alarms than its nominal rate where nothing was to be found."""
+    """The quantities whose test raised more alarms than its nominal rate where there was nothing to find."""
     if calibration.empty:
         return []
     bad = set(calibration.loc[(calibration["tests"] > 0) & (calibration["verdict"] != WITHIN), "test"])
@@ -123,7 +123,7 @@ def too_many_alarms(calibration: pd.DataFrame, quantities: Iterable[str]) -> lis
 
 
 def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str) -> str:
-    """The smallest differences that would probably have been found; `outcome` is what steering was to move."""
+    """The smallest differences that would probably have been found; `outcome` is the outcome of steering."""
     if power.empty:
         return ""
     known = power[power["detectable"].notna() & ~power["test"].str.startswith(("feature in", "only feature"))]
@@ -144,6 +144,6 @@ def power_sentence(power: pd.DataFrame, roles: Roles, outcome: str) -> str:
 
 
 def size(row: dict[Any, Any]) -> str:
-    """The detectable difference of a row of the power table, with its unit where it is a share."""
+    """The detectable difference of a row of the power table, with its unit if it is a share."""
     value = row["detectable"]
     return f"{fixed(100 * value, 1)} percentage points" if row["unit"] == "share" else fixed(value)

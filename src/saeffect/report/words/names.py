@@ -1,4 +1,4 @@
-"""What features, quantities, outcomes and doses are called, and what the report's terms mean."""
+"""Names of features, quantities, outcomes and doses, and the report's glossary."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ __all__ = [
 
 
 def capital(text: str) -> str:
-    """With a capital at its start, all else as it is: "Share of SAEs"."""
+    """The text with its first letter in upper case, all else unchanged."""
     return text[:1].upper() + text[1:]
 
 
 def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16) -> str:
-    """A feature's first top tokens, each visible and cut to length; whole without one.
+    """A feature's first top tokens, visible and cut to `longest` characters (None: whole).
 
-    Tokens that differ in capitals or a leading space only are one word here.
+    Tokens that differ only in capitals or a leading space count once.
 
     Example:
         >>> first_tokens([" insulin", " Insulin", " dose", " drug"]), first_tokens(["\\n", " "])
@@ -62,7 +62,7 @@ def first_tokens(tokens: Sequence[str], limit: int = 2, longest: int | None = 16
 def feature_names(
     arm: ArmTables | None, limit: int = 3, *, longest: int | None = 16, wanted: Container[int] | None = None
 ) -> Mapping[int, str]:
-    """By feature of an arm (those that are wanted), its `first_tokens`; empty for an arm that is not known."""
+    """The `first_tokens` of an arm's features (all, or those `wanted`); empty if the arm is unknown."""
     if arm is None:
         return {}
     return {
@@ -73,7 +73,7 @@ def feature_names(
 
 
 def short_name(quantity: str) -> str:
-    """A quantity as it is spoken of in a sentence, without an article.
+    """Name of a quantity within a sentence, without an article.
 
     Example:
         >>> short_name("pass_rate"), short_name("coherence_mean_seeds")
@@ -94,7 +94,7 @@ def effect_text(value: object, outcome: str) -> str:
 
 
 def interval_text(low: object, high: object, outcome: str) -> str:
-    """Both ends of an effect's interval in brackets, or that there is none."""
+    """Both ends of an effect's interval in brackets, or "no interval"."""
     return amount_interval(low, high, _unit(outcome)) if is_defined(low) and is_defined(high) else "no interval"
 
 
@@ -116,8 +116,6 @@ def level_text(value: object, outcome: str) -> str:
 
 @dataclass(frozen=True)
 class _DoseWords:
-    """A kind of dose: the unit of an axis, what was done as the end of a sentence, and the glossary's line."""
-
     axis: str
     done: str
     meaning: str
@@ -159,7 +157,7 @@ def dose_axis(results: SteeringResults | None) -> str:
 
 
 def dose_words(results: SteeringResults) -> str:
-    """What was done to the features, dose included, as the end of a sentence.
+    """How features were steered, dose included, as the end of a sentence.
 
     Example:
         >>> dose_words(SteeringResults(operator="clamp", dose=5.0))
@@ -196,7 +194,7 @@ _OPERATORS: Mapping[str, Mapping[str, str]] = {  # what each does to placebos an
 
 @dataclass(frozen=True)
 class Term:
-    """A term and what it means in a line or two; `terms.yaml` lists what is filled in from the study."""
+    """A term and its meaning in a line or two; `terms.yaml` lists the values filled in from the study."""
 
     name: str
     meaning: str
@@ -209,18 +207,14 @@ def _registry() -> dict[str, Term]:
 
 
 def add_term(key: str, term: Term) -> None:
-    """Explain one term more, in the glossary and at the first table that names its key.
-
-    Raises:
-        ConfigError: There is one of this key.
-    """
+    """Add a term to the glossary and to the first table that names its key; ConfigError if the key exists."""
     if key in _registry():
         raise ConfigError(f"there is a term {key!r} already.", at="key", fix="give it another key.")
     _registry()[key] = term
 
 
 def terms(context: ReportContext) -> Mapping[str, Term]:
-    """Every term of the report, by key, with the study's own settings filled in."""
+    """Every term of the report, by key, with the study's settings filled in."""
     steering = context.steering or SteeringResults()
     settings = {
         "k": context.top_k,
@@ -237,7 +231,7 @@ def terms(context: ReportContext) -> Mapping[str, Term]:
 
 @dataclass
 class Explainer:
-    """Hands out each term's meaning once, at its first use."""
+    """Gives each term's meaning once, at its first use."""
 
     known: Mapping[str, Term]
     explained: set[str] = field(default_factory=set)

@@ -1,4 +1,4 @@
-"""How numbers are written, in one place: sentences, tables, captions and figures all use these."""
+"""Number formats of all sentences, tables, captions and figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LEVEL = f"95{THIN_SPACE}% interval"
 
 
 def is_defined(value: object) -> TypeGuard[float]:
-    """Whether `value` is a finite number (None, NaN, NA, text and infinities are not).
+    """Whether `value` is a finite number (not None, NaN, NA, text or infinite).
 
     Example:
         >>> is_defined(0), is_defined(float("nan")), is_defined(None)
@@ -46,17 +46,17 @@ def is_defined(value: object) -> TypeGuard[float]:
 
 
 def is_true(value: object) -> bool:
-    """Whether a cell holds True: missing ones do not."""
+    """Whether a cell holds True; False for missing ones."""
     return isinstance(value, bool | np.bool_) and bool(value)
 
 
 def undefined(reason: str = "") -> str:
-    """What stands where a number cannot: the word and the reason."""
+    """Text in place of an undefined number: "undefined" and the reason."""
     return f"undefined: {reason or 'no reason was recorded'}"
 
 
 def fixed(value: SupportsFloat, digits: int = 3) -> str:
-    """A number with a fixed number of decimals, grouped thousands and a true minus sign; never a signed zero.
+    """A number with fixed decimals, grouped thousands and a true minus sign; zero is never signed.
 
     Example:
         >>> fixed(-1234.5678, 2), fixed(-0.0001), fixed(float("nan"))
@@ -74,7 +74,7 @@ def _is_zero(text: str) -> bool:
 
 
 def signed(value: SupportsFloat, digits: int = 3) -> str:
-    """As `fixed`, with a plus sign before what is above zero: "+0.25", "−0.25", "0.0"."""
+    """As `fixed`, with a plus sign before positive numbers: "+0.25", "−0.25", "0.0"."""
     text = fixed(value, digits)
     return "+" + text if float(value) > 0 and not _is_zero(text) else text
 
@@ -101,7 +101,7 @@ def percent(share: SupportsFloat, digits: int = 1) -> str:
 
 
 def p_value(p: SupportsFloat) -> str:
-    """A p or q value: three decimals, and never a bare zero.
+    """A p or q value with three decimals, "< 0.001" below that.
 
     Example:
         >>> p_value(0.0312), p_value(0.00001)
@@ -115,7 +115,7 @@ def interval(low: SupportsFloat, high: SupportsFloat, digits: int = 3) -> str:
     return f"[{fixed(low, digits)}, {fixed(high, digits)}]"
 
 
-_SCALES = {  # by unit: what to multiply by, digits, what stands behind
+_SCALES = {  # by unit: factor, digits, suffix
     "share": (100, 1, THIN_SPACE + "%"),
     "share of tokens": (100, 3, THIN_SPACE + "%"),
     "points": (100, 1, THIN_SPACE + "pp"),
@@ -127,14 +127,10 @@ _SCALES = {  # by unit: what to multiply by, digits, what stands behind
 
 
 def amount(value: SupportsFloat, unit: str = "", *, sign: bool = False) -> str:
-    """A number in its unit: shares as percentages, counts whole, ratios with a multiplication sign.
+    """A number in its unit; `sign` puts a plus before positive values (not before ratios).
 
-    Args:
-        value: The number, in the unit itself (a share is between 0 and 1).
-        unit: "share" (0 to 1), "points" (a difference of two shares), the same two "of tokens" (they are small, and
-            get more digits), "ratio", "percent" or "%" (already times 100), "features", "count", "pairs", or
-            anything else, which gets about three figures.
-        sign: Write a plus sign before positive values (for differences); ratios have none.
+    `unit` is "share" (0 to 1), "points" (difference of two shares), either followed by " of tokens" (more digits),
+    "ratio", "percent" or "%" (already times 100), "features", "count", "pairs"; any other gives about three figures.
 
     Example:
         >>> amount(0.25, "share", sign=True).split(), amount(12, "features"), amount(1.5, "ratio")
@@ -162,12 +158,7 @@ def amount_interval(low: SupportsFloat, high: SupportsFloat, unit: str = "") -> 
 
 
 def difference(estimate: Estimate, unit: str, *, short: bool = False) -> str:
-    """A difference with its interval, in words.
-
-    Args:
-        estimate: The difference.
-        unit: Shares become percentage points, other units are left to the sentence around it.
-        short: Leave out the unit and the words "95 % interval".
+    """A difference with its interval; shares as percentage points, other units unnamed. `short` leaves out all words.
 
     Example:
         >>> difference(Estimate(0.031, 0.012, 0.05), "share").replace(LEVEL, "LEVEL")
@@ -180,12 +171,7 @@ def difference(estimate: Estimate, unit: str, *, short: bool = False) -> str:
 
 
 def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
-    """A difference with its interval in brackets, as tables write it.
-
-    Args:
-        estimate: The difference.
-        unit: Shares become percentage points.
-        full: With the unit and the words "95 % interval", for its first mention.
+    """A difference with its interval in brackets, shares as points; `full` adds the unit and "95 % interval".
 
     Example:
         >>> bracketed(Estimate(0.031, 0.012, 0.05), "share")
@@ -196,7 +182,7 @@ def bracketed(estimate: Estimate, unit: str, *, full: bool = False) -> str:
 
 
 def _difference(estimate: Estimate, unit: str, *, short: bool) -> tuple[str, tuple[str, ...]]:
-    """The difference and the ends of its interval: decimals that give the interval's width two figures, at most 5."""
+    """The difference and its interval's ends; decimals give the interval's width two figures, at most 5."""
     scale, digits = (100.0, 1) if unit == "share" else (1.0, 3)
     width = scale * (estimate.high - estimate.low) if estimate.defined else 0.0
     if width > 0:

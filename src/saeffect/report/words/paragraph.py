@@ -1,9 +1,4 @@
-"""The answer in one short paragraph, to be forwarded as it stands.
-
-What changed, by how much, how sure that is, beside which placebo, and what steering says, in about ninety words.
-Every number is read off a row of a table, and the paragraph knows which. What it leaves out stands in
-`Answer.sentences` and in the sections of the report.
-"""
+"""The answer in one paragraph of about ninety words; each number is stored with its table row."""
 
 from __future__ import annotations
 
@@ -30,17 +25,16 @@ _EXAMPLES = 2
 
 @dataclass
 class Paragraph:
-    """Text that remembers which table each of its numbers was read off."""
+    """Text that records the table row of each of its numbers."""
 
     text: str = ""
     traces: list[Trace] = field(default_factory=list)
 
     def say(self, text: str) -> None:
-        """Add words."""
         self.text += text
 
     def cite(self, text: str, table: str, **row: Any) -> None:
-        """Add a number, with the row that it was read off."""
+        """Add a number and its table row."""
         self.traces.append(Trace(start=len(self.text), text=text, table=table, row=row))
         self.text += text
 
@@ -54,7 +48,7 @@ def paragraph(
     *,
     alpha: float,
 ) -> Paragraph:
-    """The answer in a few sentences, of the declared quantities in this order; nothing in it is markup."""
+    """The answer in a few sentences of plain text, with the declared quantities in the given order."""
     text = Paragraph()
     _quantities(text, found, judged, declared, (roles, _steering_control(arms)))
     if not found.table1["tested"].any():
@@ -75,7 +69,7 @@ def _quantities(
     declared: Sequence[str],
     against: tuple[Roles, str],
 ) -> None:
-    """The first quantity beside its placebo, the others in a sentence each; steering has its say in any case."""
+    """The first quantity beside its placebo, then one sentence each; the pass rate comes even if undeclared."""
     roles, control = against
     known = [name for name in declared if judged[name].status != "undefined"]
     if not known:
@@ -124,7 +118,7 @@ def _other(text: Paragraph, judgement: Judgement, row: pd.Series[Any], control: 
 
 
 def over_saes(judgement: Judgement) -> str:
-    """Whose difference it is, where it is not that of one SAE from one other."""
+    """How many SAEs the difference is over; "" if it is that of single SAEs."""
     return f", {judgement.n_saes[1]} SAEs against {judgement.n_saes[0]}" if judgement.by_seeds else ""
 
 
@@ -133,7 +127,6 @@ def _place(row: pd.Series[Any]) -> dict[str, str]:
 
 
 def _cite(text: Paragraph, before: str, row: pd.Series[Any], column: str, after: str) -> None:
-    """A value of one arm between words."""
     text.say(before)
     value = float(row[column])
     text.cite(percent(value) if row["unit"] == "share" else fixed(value), "contrasts", **_place(row))
@@ -141,13 +134,11 @@ def _cite(text: Paragraph, before: str, row: pd.Series[Any], column: str, after:
 
 
 def _steering_control(arms: Mapping[str, ArmTables]) -> str:
-    """What the steered features had to beat."""
     placebos = (arm.effects["placebo"].iloc[0] for arm in arms.values() if arm.effects is not None and len(arm.effects))
     return next((f"{control_label(str(placebo))}s" for placebo in placebos), "their placebos")
 
 
 def _activity(text: Paragraph, control: ArmTables, cross: pd.DataFrame, alpha: float) -> None:
-    """Domain features against all others, and the most changed ones by name."""
     if cross.empty:
         return
     changes = activity_changes(cross, alpha=alpha)
@@ -174,7 +165,6 @@ def _activity(text: Paragraph, control: ArmTables, cross: pd.DataFrame, alpha: f
 
 
 def _fates(text: Paragraph, counts: pd.DataFrame) -> None:
-    """Single features beyond what seeds show, by the first measure."""
     if counts.empty:
         return
     measure = str(counts["measure"].iloc[0])

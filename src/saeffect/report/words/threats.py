@@ -1,7 +1,4 @@
-"""What threatens the answer, how serious each threat is, and what to do about it.
-
-Each threat is read off a table; none is written for a study.
-"""
+"""Threats to the answer, each read off a table: how serious they are, and what to do about them."""
 
 from __future__ import annotations
 
@@ -24,24 +21,24 @@ __all__ = ["SEVERITIES", "Severity", "Threat", "threat_table", "threats"]
 
 Severity = Literal["serious", "moderate", "minor"]
 SEVERITIES: tuple[Severity, ...] = ("serious", "moderate", "minor")
-"""Serious: the answer may be wrong for it. Moderate: it is less sure than its interval. Minor: it holds for less."""
+"""Serious: the answer may be wrong. Moderate: it is less certain than its interval. Minor: it is less general."""
 
-# Below these an SAE leaves so much of its model out that its features may not be the model's.
+# Limits of serious and moderate threats: below them the features may not be the model's.
 _POOR = {"explained_variance": (0.5, 0.7), "ce_loss_score": (0.8, 0.9)}
 _MANY_DEAD = 0.2
-# Share of top tokens that the word vectors know, below which coherence is that of the lesser part of them.
+# Share of top tokens that the word vectors know; below it, coherence covers less than half of them.
 _LITTLE_KNOWN = 0.5
-# With as many SAEs in all, a change of some two standard deviations can be told from noise.
+# With this many SAEs in all, a change of about two standard deviations can be told from noise.
 _ENOUGH_SAES = 5
 _FEW_TESTED = 20
-# Shares of texts without a similarity: from the first on effects are less sure, above the second they may be wrong.
+# Shares of texts without a similarity: limits of moderate and serious threats.
 _SOME_UNDEFINED, _MANY_UNDEFINED = 0.05, 0.2
 _COUNTED = {1: "one quantity", 2: "two quantities", 3: "three quantities"}
 
 
 @dataclass(frozen=True)
 class Threat:
-    """What is the matter, in full sentences; how serious; what to do; and the table that shows it, with its columns."""
+    """A problem in full sentences, its severity and remedy, and the table and columns that show it."""
 
     threat: str
     severity: Severity
@@ -55,7 +52,7 @@ def threat_table(found: Sequence[Threat]) -> pd.DataFrame:
 
 
 def threats(arms: Mapping[str, ArmTables], roles: Roles, found: Comparison, tests: Sequence[str]) -> list[Threat]:
-    """Limits of this very comparison and then those of every comparison of its kind, the gravest first."""
+    """Limits of this comparison, then those of every comparison of its kind, the gravest first."""
     judged = found.judged
     declared = [judged[name] for name in tests if name in judged]
     listed = (
@@ -117,7 +114,6 @@ def _of_design(design: pd.DataFrame) -> Iterator[Threat]:
 
 
 def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """A text that ended long before the study had what it asked for."""
     short = next((arm.text_shortage for arm in arms.values() if arm.text_shortage), "")
     if short:
         yield Threat(
@@ -130,14 +126,13 @@ def _of_text(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
 
 
 def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """SAEs that fit their model badly, by what was measured when the study began."""
     words = {
         "explained_variance": "reproduces {share} of the variance of its model's activations",
         "ce_loss_score": "keeps {share} of its model's predictive power",
     }
     for field, (worst, poor) in _POOR.items():
         values = {name: getattr(arm.facts, field) for name, arm in arms.items()}
-        # An undefined value is as bad as the worst: nothing says that the SAE fits.
+        # An undefined value counts as the worst.
         low = {name: float(value) for name, value in values.items() if value is not None and not float(value) >= poor}
         shares = {name: "an undefined share" if math.isnan(value) else percent(value) for name, value in low.items()}
         if low:
@@ -163,7 +158,6 @@ def _of_gate(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
 
 
 def _of_noise(declared: Sequence[Judgement]) -> Iterator[Threat]:
-    """Declared quantities for which few SAEs, or none, show how much SAEs of one model differ."""
     if declared and all(not judgement.retraining and judgement.seeds is None for judgement in declared):
         yield Threat(
             "There is no placebo arm (the control's model with an SAE of another seed), "
@@ -204,7 +198,6 @@ def _of_seeds(arms: Mapping[str, ArmTables], roles: Roles) -> Iterator[Threat]:
 
 
 def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator[Threat]:
-    """Features that were not tested, or few."""
     tested = {name: int(table1.loc[name, "tested"]) for name in arms}
     domain = {name: int(table1.loc[name, "domain_features"]) for name in arms}
     source = "comparison/table1.parquet: tested, domain_features"
@@ -237,7 +230,7 @@ def _of_testing(arms: Mapping[str, ArmTables], table1: pd.DataFrame) -> Iterator
 
 
 def _of_undefined(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """Texts without a similarity: they are left out of the test, and what broke them is left out with them."""
+    """Texts without a similarity: the test leaves them out, though steering may have broken them."""
     texts = {name: arm.interventions for name, arm in arms.items()}
     shares = {name: trials["similarity"].isna().mean() for name, trials in texts.items() if trials is not None}
     shares = {name: float(share) for name, share in shares.items() if not math.isnan(share)}
@@ -293,7 +286,6 @@ def _doses(arm: ArmTables) -> list[float]:
 
 
 def _of_coverage(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
-    """Word vectors that know few of the top tokens, as those of one language do in a vocabulary of many."""
     shares = {name: top_token_coverage(arm) for name, arm in arms.items()}
     low = [f"{percent(share)} in {name}" for name, share in shares.items() if share < _LITTLE_KNOWN]
     if low:
@@ -334,7 +326,6 @@ def _of_selection(arms: Mapping[str, ArmTables]) -> Iterator[Threat]:
 
 
 def _of_scope(found: Comparison, tests: Sequence[str]) -> Iterator[Threat]:
-    """What no comparison of this kind can escape."""
     n = int(((found.contrasts["comparison"] == "fine-tuning") & found.contrasts["low"].notna()).sum())
     yield Threat(
         f"The table holds {n} contrasts of control with treatment: of such intervals, about one in twenty "

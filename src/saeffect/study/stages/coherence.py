@@ -20,7 +20,6 @@ VERSION = 1
 
 
 def coherence_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
-    """What the scores depend on."""
     return {
         "version": VERSION,
         "features": run.digest(run.arm(arm, "features.parquet")),
@@ -36,7 +35,7 @@ def run_coherence(run: RunFolder, arm: str, _: Log = SILENT) -> Iterable[Path]:
 
 
 def embeddings_identity(study: Study) -> str:
-    """Hash of the vectors."""
+    """Hash of the word vectors."""
     name = study.config.coherence.embeddings
     if Path(name).is_file():
         return hash_file(name)

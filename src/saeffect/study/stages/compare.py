@@ -1,4 +1,4 @@
-"""Stage 7, the comparison: control against treatment, beside control against placebo."""
+"""Stage 7, the comparison: control against treatment, with control against placebo as reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ ARM_FILES = (
 
 
 def compare_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the comparison depends on."""
     config = run.study.config
     return {
         "version": VERSION,
@@ -64,7 +63,7 @@ def run_compare(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
 
 
 def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Comparison:
-    """The comparison of a run's arms, with the answer in words; nothing is written."""
+    """The comparison of a run's arms, with the answer in words; writes nothing."""
     arms, min_matches = arm_tables(run), run.study.config.selection.min_matches
     found = compare(
         arms,
@@ -80,7 +79,7 @@ def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Co
 
 
 def read_comparison(run: RunFolder) -> Comparison:
-    """Read a finished comparison back."""
+    """Read a finished comparison."""
     tables: dict[str, pd.DataFrame] = {
         name: run.read_table(run.path("comparison", f"{name}.parquet")) for name in _TABLES
     }
@@ -118,20 +117,20 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
 
 
 def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
-    """Further SAEs of an arm; None where their domain features would mean another thing than the first SAE's."""
+    """Further SAEs of an arm; None if their domain features are defined differently from the first SAE's."""
     if not run.study.config.arms[name].more_saes or run.study.config.selection.verdicts is not None:
         return None
     return run.read_table(run.arm(name, "seeds.parquet"))
 
 
 def _tokenizer(study: Study, name: str) -> str:
-    """The same for every arm whose own tokenizer does what the control's does."""
+    """The arm's tokenizer in words: the control's, and how its own differs."""
     own = study.differences.get(name)
     return "the control's" if own is None else f"the control's; its own {own.words()}"
 
 
 def _bos(read: bool | None, trained: Any) -> str | None:
-    """How the arm's text begins and how that of its SAE's training did, where both are known."""
+    """Whether the study's text and the SAE's training text begin with BOS, in words; None if not recorded."""
     if not isinstance(trained, bool):
         return None
     words = {True: "with BOS", False: "without BOS"}
@@ -139,14 +138,11 @@ def _bos(read: bool | None, trained: Any) -> str | None:
 
 
 def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> ArmFacts:
-    """What is recorded of how an arm was made; None where nobody recorded it.
-
-    `gate` holds the gate's measurements and the dead share on the study's text, if they were made.
-    """
+    """Recorded facts about how an arm was made, None where not recorded; `gate` has the gate's measurements, if any."""
     arm = study.config.arms[name]
     sae = study.sae_config(name)
     meta = sae.metadata
-    # Before anything is measured, what the SAE says of itself.
+    # Before the gate has measured, the values recorded with the SAE.
     quality = gate or meta.get("held_out") or {}
 
     def integer(key: str) -> int | None:

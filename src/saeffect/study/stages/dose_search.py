@@ -1,4 +1,4 @@
-"""Stage 5a, the dose search: how strongly to steer, found on prompts that the test does not use."""
+"""Stage 5a, the dose search: choose the steering strength on prompts that the test does not use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ _NOT_SEARCHED |= {"baselines", "baseline_features"}
 
 
 def dose_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the chosen dose depends on."""
     study, config = run.study, run.study.steering
     arms = study.ordered_arms()
     return {
@@ -59,12 +58,11 @@ def dose_inputs(run: RunFolder) -> dict[str, Any]:
 def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `steering/dose.json`, `steering/dose_search.parquet` and `steering/dose_response.parquet`.
 
-    Control and treatment are searched alike and one dose serves every arm: arms steered at different
-    strengths could not be compared. The placebo arm gets a dose-response table too, but no say in the dose, and so
-    do the placebo interventions that stand beside every feature at every dose: see `saeffect.steering.dose`.
+    One dose, from control and treatment, serves every arm: different strengths could not be compared. The placebo arm
+    gets a dose-response table but does not influence the dose; nor do placebo interventions, see
+    `saeffect.steering.dose`.
 
-    Where no dose gains anything, the dose is null and the note says why. Then no arm is steered: a test of hours would
-    measure what the search has shown already.
+    If the search finds no gain, the dose is null, a note says why, and no arm is steered.
     """
     config = run.study.steering
     table = pd.DataFrame(
@@ -94,21 +92,21 @@ def run_dose_search(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def help_dose_search(run: RunFolder) -> None:
-    """What every other process does of the search: the texts of its features. The scores take a moment."""
+    """The share of the other processes: generate the texts of their features."""
     if len(run.study.steering.doses) > 1:
         for name in run.study.ordered_arms():
             _search_arm(run, name, SILENT)
 
 
 def dose_unit(config: SteeringConfig) -> str:
-    """What a dose counts, in words."""
+    """The unit of a dose, in words."""
     if config.operator == "add":
         return "mean residual norms" if config.unit == "residual_norm" else "decoder rows"
     return "maximum activations" if config.operator == "clamp" else "ablations"
 
 
 def _choose(table: pd.DataFrame, config: SteeringConfig) -> tuple[float | None, str]:
-    """The dose for all arms, and what speaks against trusting the choice; None, and why there is none."""
+    """The dose for all arms (None if there is none), and reasons to doubt the choice or for having none."""
     if len(config.doses) == 1:
         return config.doses[0], "set in the study file" if config.operator != "ablate" else "an ablation has no dose"
     chosen = best_dose(table)

@@ -35,7 +35,6 @@ VERSION = 4
 
 
 def features_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
-    """What the feature table depends on."""
     study = run.study
     return {
         "version": VERSION,
@@ -46,14 +45,14 @@ def features_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
 
 
 def features_settings(study: Study) -> dict[str, Any]:
-    """What the study file says of top tokens and contexts, with the word vectors where these choose tokens."""
+    """Settings of top tokens and contexts, with the word vectors where these choose tokens."""
     config = study.config.features
     chooses = config.tokens == ("embeddings",)
     return config.model_dump() | ({"embeddings": embeddings_identity(study)} if chooses else {})
 
 
 def ranked_tokens(study: Study, lm: LanguageModel) -> Tensor:
-    """Bool [d_vocab]: the tokens that can be top tokens of the study's features."""
+    """Bool [d_vocab]: the tokens that can be top tokens in this study."""
     choice = study.config.features.tokens
     vectors = load_embeddings(study.config.coherence.embeddings) if choice == ("embeddings",) else None
     ranked: Tensor = lm.plain_tokens() & choosable_tokens(lm.token_strings(), choice, vectors)
@@ -67,7 +66,7 @@ def ranked_tokens(study: Study, lm: LanguageModel) -> Tensor:
 
 
 def shared_unembedding(lm: LanguageModel) -> Tensor:
-    """`unembedding`, centred over the tokens that all models of the study have: an added one changes no other."""
+    """`unembedding`, centred over the tokens that all models share, so that added tokens change no other."""
     W_U = unembedding(lm)
     if lm.shared is None:
         return W_U
@@ -99,15 +98,10 @@ def extract_features(
     residuals: Residuals | None = None,
     log: Log = SILENT,
 ) -> FeatureTables:
-    """The feature table of an arm and its max-activating contexts.
+    """The feature table of an arm, measured on `rows`, and its max-activating contexts.
 
-    Args:
-        arm: Model and SAE.
-        rows: Text on which activity is measured.
-        options: How many top tokens, on which scale, and so on.
-        ranked: Bool [d_vocab], the tokens that can be top tokens; all plain ones if None.
-        residuals: Remembers activations between arms that share a model.
-        log: Receives lines of progress.
+    `ranked` is bool [d_vocab], the tokens that can be top tokens (all plain ones if None). `residuals` keeps
+    activations for arms that share a model.
     """
     return extract_tables(
         arm.W_dec,
@@ -123,7 +117,7 @@ def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Itera
     limit = arm.norm_limit(rows)
     for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
         sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
-        # BOS is no text: it stands in no context either.
+        # BOS is no text, so it is left out of contexts too.
         n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit)
         yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
         log.progress(f"features {arm.name}", start + len(ids), len(rows), "rows")

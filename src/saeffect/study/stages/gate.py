@@ -31,7 +31,6 @@ VERSION = 4
 
 
 def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
-    """What the gate's numbers depend on."""
     study = run.study
     control = study.by_role("control")[0]
     return {
@@ -82,7 +81,7 @@ def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
 
 
 def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
-    """What the model does on a few fixed tokens, what merging its adapter did, and whether it is as the control's."""
+    """Outputs on fixed tokens, effect of merging the adapter, and whether the model equals the control's."""
     logprobs = probe_logits(arm.lm.model).log_softmax(-1).max(-1).values
     control = run.arm(run.study.by_role("control")[0], "gate.json")
     same = None
@@ -95,7 +94,6 @@ def _of_model(run: RunFolder, arm: Arm) -> dict[str, Any]:
 
 
 def _remarks(measured: dict[str, Any]) -> list[str]:
-    """Lines about the model and its adapter."""
     lines, adapter = [], measured["adapter"]
     if adapter is not None:
         lines.append(f"its adapter changes logits by up to {adapter['effect']:.3g}, merging by {adapter['error']:.1e}")
@@ -108,16 +106,9 @@ def _remarks(measured: dict[str, Any]) -> list[str]:
 
 @torch.inference_mode()
 def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any]:
-    """Explained variance, CE loss score, l0 and l2 ratio on the study's text.
+    """Explained variance, CE loss score, l0, l2 ratio, mean norm at the hook (unit of doses), and outlier norm limit.
 
-    Args:
-        arm: Model and SAE.
-        rows: The study's text; as many rows as make `config.tokens` are used.
-        config: How many tokens.
-
-    Returns:
-        The measures, the hook's mean residual norm (unit of doses), the norm limit for outliers, and what
-        `model_on_text` gives.
+    Measured on `config.tokens` tokens of the study's text. Also returns the values of `model_on_text`.
     """
     head = rows.head(max(1, config.tokens // rows.ids.shape[1]))
     arm.lm.refuse_rows(rows.ids)
@@ -161,24 +152,21 @@ def _complaint(measured: dict[str, Any], config: GateConfig) -> str:
     return "; ".join(parts)
 
 
-# Nats a token by which the other beginning may be better. Gemma 3 270M loses 1.8 without its BOS.
+# Nats per token by which the other beginning may be better. Gemma 3 270M loses 1.8 without its BOS.
 _MARGIN = 0.5
 _BATCH = 4
 
 
 def model_on_text(lm: LanguageModel, head: TokenRows, losses: NDArray[np.float64], text: TokenRows) -> dict[str, Any]:
-    """What the gate records of the model alone.
+    """Measurements of the model without its SAE.
 
-    Args:
-        lm: The model.
-        head: The rows that it was measured on.
-        losses: Its mean cross-entropy on each of them, float64 `[n_rows]`, in nats.
-        text: All of the study's text, whose token frequencies are counted.
+    `losses` is the mean cross-entropy of each row of `head`, float64 `[n_rows]`, in nats; `text` gives token
+    frequencies.
 
     Returns:
         perplexity and unigram_perplexity (of the source's token frequencies) by source; prepend_bos, whether rows begin
-        with BOS; ce_with_bos and ce_without_bos, in nats a token on equal tokens of some of the rows, NaN for a
-        tokenizer without BOS.
+        with BOS; ce_with_bos and ce_without_bos, nats per token on equal tokens of some rows, NaN for a tokenizer
+        without BOS.
     """
     measured: dict[str, Any] = {"perplexity": {}, "unigram_perplexity": {}}
     for index, name in enumerate(text.names):
@@ -196,7 +184,7 @@ def model_on_text(lm: LanguageModel, head: TokenRows, losses: NDArray[np.float64
 
 
 def complaint_about_model(measured: Mapping[str, Any]) -> str:
-    """What is absurd about the model's own predictions, "" if nothing is."""
+    """Implausible values in the model's own predictions, in words; "" if none."""
     parts = []
     for name, found in measured["perplexity"].items():
         most = measured["unigram_perplexity"][name]
@@ -218,21 +206,18 @@ def complaint_about_model(measured: Mapping[str, Any]) -> str:
 
 
 def words_of_perplexity(measured: Mapping[str, Any]) -> str:
-    """The model's perplexity on each source, for people."""
+    """The model's perplexity on each source, in words."""
     return "perplexity " + ", ".join(f"{value:,.4g} on {name}" for name, value in measured["perplexity"].items())
 
 
 def _entropy(ids: NDArray[np.int32]) -> float:
-    """Entropy of the frequencies of tokens, in nats."""
+    """Entropy of the token frequencies, in nats."""
     share = np.unique(ids, return_counts=True)[1] / ids.size
     return float(-(share * np.log(share)).sum())
 
 
 def _both_beginnings(lm: LanguageModel, rows: TokenRows) -> tuple[float, float]:
-    """Mean cross-entropy on the same tokens in rows with BOS in front, and in rows without; NaN if there is no BOS.
-
-    The first token of text is predicted with BOS alone, so it does not count.
-    """
+    """Mean cross-entropy of the same tokens with and without BOS in front, first token left out; NaN without a BOS."""
     n_bos = lm.n_bos(rows.ids[0])
     try:
         bos = lm.bos_id if n_bos else find_bos_id(lm.tokenizer, prepend=True)

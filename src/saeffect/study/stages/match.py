@@ -1,4 +1,4 @@
-"""Stage 5, which feature became which: fates beside other seeds, one SAE on two models, absorption, rotations."""
+"""Stage 5, matching features: fates compared with other seeds, one SAE on two models, absorption, rotations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def match_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the fates depend on."""
     study = run.study
     files = ("features.parquet", "selection.parquet", "seeds.parquet")
     return {
@@ -49,17 +48,14 @@ def match_inputs(run: RunFolder) -> dict[str, Any]:
 
 
 def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
-    """Write `comparison/fates_control.parquet` and the other tables of the registered diffing methods.
-
-    Each pair of SAEs is kept as soon as it is matched, so a killed run goes on where it was.
-    """
+    """Write `comparison/fates_control.parquet` and the tables of the other diffing methods, resuming pair by pair."""
     found = _match(run, log, _KeptPairs(run.kept("match", match_inputs(run)), log))
     made = [name for name in table_names() if name in found]
     return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
 
 
 def read_matches(run: RunFolder) -> MatchTables:
-    """Read what the stage wrote; a table that was not made has no columns."""
+    """Read the tables of this stage; a missing one has no columns."""
     read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in table_names()}
     tables = {name: table for name, table in read.items() if table is not None}
     known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
@@ -100,7 +96,7 @@ def _match(run: RunFolder, log: Log, keep: _KeptPairs) -> dict[str, pd.DataFrame
 
 
 class _KeptPairs:
-    """Matchings of pairs of SAEs, a piece each, until the manifest knows the tables."""
+    """Matchings of pairs of SAEs, one piece each, kept until the manifest lists the tables."""
 
     def __init__(self, kept: KeptRows, log: Log) -> None:
         self._kept = kept
@@ -134,7 +130,7 @@ def _matching_of(piece: pd.DataFrame) -> Matching:
 
 
 class _Logs:
-    """Activations of SAEs on the study's text, one token after the other, kept sparse."""
+    """Activations of SAEs on the study's text, token by token, stored sparse."""
 
     def __init__(self, study: Study, log: Log) -> None:
         self._study, self._log = study, log
@@ -142,7 +138,7 @@ class _Logs:
 
     @torch.inference_mode()
     def add(self, arm: Arm, saes: Mapping[str, SparseAutoencoder]) -> BoolArray:
-        """Log SAEs of one arm's model; bool [n_tokens], the tokens that count there."""
+        """Log SAEs of one arm's model; returns bool [n_tokens], the tokens that count."""
         rows = self._study.rows()
         limit, kept = arm.norm_limit(rows), []
         self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
@@ -162,7 +158,7 @@ class _Logs:
     def acts_of_both(
         self, treatment: Arm, sae: SparseAutoencoder, control: str, kept: BoolArray
     ) -> Iterator[ActsOfBoth]:
-        """The control's SAE on the treatment's model, beside what it did on the control's."""
+        """Activations of the control's SAE on the treatment's and on the control's model."""
         rows: TokenRows = self._study.rows()
         limit, before, width = treatment.norm_limit(rows), self.of[control].matrix(), rows.context_size
         for start, ids, x in self._study.residuals.batches(treatment.lm, self._study.hook(control), rows):
@@ -174,7 +170,6 @@ class _Logs:
 
     @torch.inference_mode()
     def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
-        """What stands at an arm's hook."""
         rows = self._study.rows()
         limit = arm.norm_limit(rows)
         for _, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
@@ -203,7 +198,7 @@ def _views(
 
 
 def _started_from(study: Study, arm: str) -> str | None:
-    """Name of the folder of the SAE that an arm's SAE was trained on from; None if from none, or nobody says."""
+    """Folder name of the SAE from which an arm's SAE was initialised; None if none or not recorded."""
     own = study.config.arms[arm].training.get("init_from")
     if own:
         return Path(str(own)).name

@@ -25,7 +25,6 @@ VERSION = 5
 
 
 def report_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the report depends on."""
     files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
     files += [run.path("steering", "dose.json")]
     files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
@@ -50,13 +49,13 @@ def run_report(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
 
 
 def _drawn(folder: Path, names: set[str]) -> list[Path]:
-    """The pictures of this report; none where nothing could be drawn, and so no folder was made."""
+    """The figures of this report; none if nothing could be drawn."""
     found = folder.iterdir() if folder.is_dir() else ()
     return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
 
 
 def report_context(run: RunFolder) -> ReportContext:
-    """What the report shows of a run beside its comparison."""
+    """What the report shows of a run besides its comparison."""
     config, arms = run.study.config, arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(
@@ -125,7 +124,7 @@ def _number(n: int, noun: str) -> str:
 
 
 def _tested_against(steering: SteeringConfig) -> str:
-    """The placebo that decides first."""
+    """The placebos in words, the primary test's first."""
     names = sorted(steering.placebos, key=lambda name: name != steering.primary_placebo)
     return ", ".join(control_label(name) for name in names) or "nothing: no placebo"
 
@@ -143,7 +142,7 @@ def _dose_words(steering: SteeringConfig, dose: float | None, mean_norm: float) 
 
 
 def _steering_results(run: RunFolder) -> SteeringResults | None:
-    """The steer stage's tables and settings; None for a study that does not steer."""
+    """The steer stage's tables and settings; None for a study without steering."""
     config = run.study.config.steering
     if config is None:
         return None

@@ -1,4 +1,4 @@
-"""Further SAEs of an arm's model, from other seeds: what they show is the noise of SAE training."""
+"""Further SAEs of an arm's model, from other seeds: they show the noise of SAE training."""
 
 from __future__ import annotations
 
@@ -36,15 +36,13 @@ VERSION = 3
 
 @dataclass(frozen=True, eq=False)
 class SeedSae:
-    """A further SAE of an arm's model: whole, or its decoder with what its features were seen to do.
+    """A further SAE of an arm's model: whole, or compact (decoder and feature statistics, `sae` is None).
 
     Attributes:
-        name: What the tables call it.
-        cfg: Its configuration.
+        name: Its name in the tables.
         W_dec: float32 [d_sae, d_in].
-        sae: The SAE itself; None for a compact seed.
-        statistics: One row a feature (feature, density, mean_activation, max_activation) recorded by whoever made a
-            compact SAE; None for a whole one, which is run on the study's text.
+        statistics: Recorded statistics of a compact seed, one row per feature (feature, density, mean_activation,
+            max_activation); None for a whole one, which is run on the study's text.
     """
 
     name: str
@@ -55,7 +53,7 @@ class SeedSae:
 
 
 def seed_folders(study: Study, arm: str) -> dict[str, Path]:
-    """Folders of an arm's further SAEs by the names that tables call them by: unlike any arm's or other SAE's."""
+    """Folders of an arm's further SAEs by their names in the tables, which differ from all arms' and other SAEs'."""
     wanted = {
         name: [
             study.resolve_sae(name, sae, study.at("arms", name, "more_saes", str(index)))
@@ -81,11 +79,7 @@ def open_seed(name: str, folder: Path, *, at: str | None = None) -> SeedSae:
 
 
 def open_seeds(study: Study, arm: str) -> list[SeedSae]:
-    """Load all further SAEs of an arm.
-
-    Raises:
-        IncompatibleSae: One differs from the arm's own in more than the seed.
-    """
+    """Load all further SAEs of an arm; IncompatibleSae if one differs from the arm's own in more than the seed."""
     own = study.sae_config(arm)
     found = []
     for index, (name, folder) in enumerate(seed_folders(study, arm).items()):
@@ -116,7 +110,6 @@ def seed_identities(study: Study) -> dict[str, dict[str, str]]:
 
 
 def seeds_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
-    """What the tables of an arm's further SAEs depend on."""
     study = run.study
     return {
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""Stage 4, selection: domain features are those with enough top tokens in the vocabulary, and people's yes."""
+"""Stage 4, selection: domain features have enough top tokens in the vocabulary and were not rejected by people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ VERSION = 2
 
 
 def select_inputs(run: RunFolder) -> dict[str, Any]:
-    """What the selection depends on."""
     config = run.study.config.selection
     return {
         "version": VERSION,
@@ -50,7 +49,7 @@ def study_verdicts(study: Study) -> pd.DataFrame | None:
 
 
 def run_select(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
-    """Write every arm's `selection.parquet`; all arms at once, so that a refusal leaves none of them."""
+    """Write every arm's `selection.parquet`: all at once, so an error leaves none of them."""
     config = run.study.config.selection
     vocabulary = load_vocabulary(config.vocabulary)
     verdicts = study_verdicts(run.study)

@@ -1,4 +1,4 @@
-"""Stage 6, interventions: the test of every chosen feature at the dose that the search chose."""
+"""Stage 6, interventions: test every chosen feature at the dose of the search."""
 
 from __future__ import annotations
 
@@ -54,7 +54,6 @@ STEERING_FILES = (
 
 
 def steer_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
-    """What an arm's interventions depend on."""
     study, config = run.study, run.study.steering
     files = [run.arm(arm, name) for name in ("features.parquet", "selection.parquet", "gate.json")]
     declared = config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses", "together"})
@@ -72,10 +71,7 @@ def steer_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
 
 
 def run_steer(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
-    """Write the `STEERING_FILES` of an arm.
-
-    Texts are kept chunk by chunk while they are generated, so a killed run goes on where it was.
-    """
+    """Write the `STEERING_FILES` of an arm. Texts are kept in chunks, so an interrupted run resumes there."""
     chosen, sets = _steered(run, arm)
     if chosen.empty:
         dose, note = chosen_dose(run)
@@ -95,7 +91,7 @@ def run_steer(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
 
 
 def help_steer(run: RunFolder, arm: str) -> None:
-    """What every other process does of the stage: the texts of its features, in the order of the first process."""
+    """The share of the other processes: generate the texts of their features, in the order of the first process."""
     chosen, sets = _steered(run, arm)
     if len(chosen) or sets:
         test = _SteeringTest(run, run.study.open_arm(arm), SILENT)
@@ -106,15 +102,13 @@ def help_steer(run: RunFolder, arm: str) -> None:
 
 
 def _steered(run: RunFolder, arm: str) -> tuple[pd.DataFrame, tuple[tuple[int, ...], ...]]:
-    """An arm's features and sets of features that are steered: none without a dose."""
+    """The features and sets of features of an arm to steer; none without a dose."""
     config = run.study.steering
     chosen = tested_features(run, arm, config.max_features)
     return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
 
 
 class _SteeringTest:
-    """The test of one arm, with its model in memory."""
-
     def __init__(self, run: RunFolder, arm: Arm, log: Log) -> None:
         self._run, self._arm, self._log = run, arm, log
         self._config, self._seed = run.study.steering, run.study.config.seed
@@ -127,7 +121,7 @@ class _SteeringTest:
         self._words = load_vocabulary(run.study.config.selection.vocabulary).words
 
     def features(self, chosen: pd.DataFrame, kept: KeptRows) -> dict[str, pd.DataFrame]:
-        """Each feature by itself, beside its placebos, and for some the baselines."""
+        """Each feature by itself, with its placebos, and for some features the baselines."""
         tables = self._tested(chosen, kept)
         sample = self._baseline_sample(chosen)
         if self._config.baselines and len(sample):
@@ -136,21 +130,20 @@ class _SteeringTest:
         return tables
 
     def together(self, sets: tuple[tuple[int, ...], ...]) -> dict[str, pd.DataFrame]:
-        """Sets of features, each steered at once."""
         rows = self.joined(sets)
         tables = self._tested(rows)
         joint = tables["effects"].merge(rows[["feature", "members"]], on="feature")
         return {"together": tables["interventions"], "together_effects": joint.rename(columns={"feature": "set"})}
 
     def joined(self, sets: tuple[tuple[int, ...], ...]) -> pd.DataFrame:
-        """A row a set, in the form of a feature."""
+        """One row per set, in the form of a feature."""
         name = self._arm.name
         features = self._run.read_table(self._run.arm(name, "features.parquet"))
         placebos = matched_lists_of(matched_placebos(self._run, name, set_members(self._run, name)))
         return features_together(features, sets, placebos)
 
     def texts(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> pd.DataFrame:
-        """The interventions, shared over processes: every one calls this, and every one gets the whole table."""
+        """The interventions, shared over processes: every process calls this and gets the whole table."""
         return run_trials(
             self._site,
             chosen,
@@ -190,7 +183,7 @@ class _SteeringTest:
         return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
 
     def _baseline_sample(self, tested: pd.DataFrame) -> pd.DataFrame:
-        """A random sample of the tested features, which depends on the seed alone."""
+        """A random sample of the tested features that depends only on the seed."""
         limit = self._config.baseline_features
         if len(tested) <= limit:
             return tested
@@ -212,10 +205,7 @@ class _SteeringTest:
 
     @torch.inference_mode()
     def _mean_differences(self, features: list[int]) -> dict[int, Tensor | str]:
-        """For each feature the mean residual where it fires minus that of general text; or why there is none.
-
-        General text is the source called general; without one, all of the text.
-        """
+        """By feature: mean residual where it fires minus that of source "general" (or all text), or why undefined."""
         arm, rows = self._arm, self._run.study.rows()
         limit = arm.norm_limit(rows)
         sums = MeanDifferences(features, arm.lm.d_model)
@@ -233,7 +223,7 @@ class _SteeringTest:
         return {feature: sums.vector(feature) for feature in features}
 
     def _baseline_effects(self, trials: pd.DataFrame, baselines: pd.DataFrame) -> pd.DataFrame:
-        """What steering does beyond each baseline: as `outcome_effects`, without primary, for no test hangs on it."""
+        """Effects of steering beyond each baseline: as `outcome_effects`, without primary, as no test uses them."""
         features = baselines["feature"].unique()
         steered = trials[trials["feature"].isin(features) & trials["condition"].isin(["unsteered", "steered"])]
         both = pd.concat([steered, baselines], ignore_index=True).drop(columns="similarity_shuffled")

@@ -1,4 +1,4 @@
-"""What the dose search and the test share: the plan, the site, the features, and what texts are measured with."""
+"""Shared by the dose search and the test: plan, site, features, and outcome vectors."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 
 
 def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
-    """What the search runs at every dose beside the features: the placebo that the test is against, if there is any."""
+    """Placebos that the search runs at every dose: the one that the test compares with, if any."""
     return (config.primary_placebo,) if config.placebos else ()
 
 
 def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
-    """The dose that the search chose, and what speaks against trusting it; None, and why no feature is steered."""
+    """The dose of the search (None if there is none), and reasons to doubt it or why no feature is steered."""
     found = read_json(run.path("steering", "dose.json"))
     return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
 
 
 def site_of(run: RunFolder, arm: Arm) -> Site:
-    """Where an arm is steered."""
+    """The steering site of an arm."""
     gate = read_json(run.arm(arm.name, "gate.json"))
     features = run.read_table(run.arm(arm.name, "features.parquet")).sort_values("feature")
     maxima = torch.from_numpy(features["max_activation"].to_numpy(dtype=np.float32, na_value=0.0).copy())
@@ -54,11 +54,7 @@ def site_of(run: RunFolder, arm: Arm) -> Site:
 
 
 def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 0) -> pd.DataFrame:
-    """The domain features that are steered: all of them, or a random sample that depends on the seed alone.
-
-    Returns:
-        Their rows of the feature table, and matched: their placebo features, see `matched_placebos`.
-    """
+    """The domain features to steer (all, or a sample that depends only on the seed) and their `matched_placebos`."""
     selection = run.read_table(run.arm(arm, "selection.parquet"))
     chosen = selection.loc[selection["is_domain"], "feature"].to_numpy(dtype=np.int64)
     if limit is not None and len(chosen) > limit:
@@ -71,14 +67,13 @@ def tested_features(run: RunFolder, arm: str, limit: int | None, *, draw: int = 
 
 
 def matched_placebos(run: RunFolder, arm: str, chosen: list[int]) -> pd.DataFrame:
-    """Placebo features of some features; none where no feature outside the domain resembles it.
+    """Placebo features of `chosen`, as `matched_features` (feature, rank, placebo, distance), and their top tokens.
 
-    Returns:
-        As `matched_features`: feature, rank, placebo, distance; and what the placebo's top tokens are. The text of
-        prompt p and sample s is steered along the placebo of rank (p + s) modulo the feature's number of placebos.
+    A feature gets none if no feature outside the domain resembles it. The text of prompt p and sample s is steered
+    along the placebo of rank (p + s) modulo the feature's number of placebos.
     """
     selection = run.read_table(run.arm(arm, "selection.parquet"))
-    # What the vocabulary says and people denied is no clean placebo either, nor is a member of a set that is steered.
+    # Features in the vocabulary but rejected by people, and members of steered sets, are no clean placebos either.
     domain = selection.loc[selection["is_domain"] | selection["in_vocabulary"], "feature"].tolist()
     features = run.read_table(run.arm(arm, "features.parquet"))
     table = matched_features(features, chosen, {*domain, *chosen, *set_members(run, arm)})
@@ -87,17 +82,17 @@ def matched_placebos(run: RunFolder, arm: str, chosen: list[int]) -> pd.DataFram
 
 
 def set_members(run: RunFolder, arm: str) -> list[int]:
-    """The features of an arm that the study steers together with others, by number."""
+    """Numbers of an arm's features that the study steers in sets."""
     return sorted({feature for members in run.study.steering.together.get(arm, ()) for feature in members})
 
 
 def matched_lists_of(placebos: pd.DataFrame) -> dict[int, list[int]]:
-    """The placebo features by feature, nearest first; features without any are missing."""
+    """Placebo features by feature, nearest first; features without any are missing."""
     return {int(feature): rows["placebo"].tolist() for feature, rows in placebos.groupby("feature")}  # type: ignore[call-overload]
 
 
 def outcome_vectors(study: Study) -> TextVectors:
-    """What texts are turned into vectors with."""
+    """The vectors that texts are compared by."""
     steering = study.config.steering
     if steering is None or steering.outcome_encoder is None:
         return load_embeddings(study.config.coherence.embeddings)
@@ -105,7 +100,7 @@ def outcome_vectors(study: Study) -> TextVectors:
 
 
 def encoder_identity(study: Study) -> str:
-    """Hash of those vectors' file or folder; the name of what lies elsewhere."""
+    """Hash of the encoder's file or folder; its name if it is not local."""
     name = study.config.steering.outcome_encoder if study.config.steering else None
     if name is None:
         return embeddings_identity(study)
