@@ -31,7 +31,7 @@ class StandardSae(TrainableSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`. Source: Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE (l1, decoder norms)."""
+        """See `TrainableSae`. Source: Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE (l1, norms)."""
         W_dec = self.W_dec.data
         norm = W_dec.norm(dim=1)
         centred = self.centred(x)
