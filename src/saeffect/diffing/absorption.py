@@ -1,8 +1,4 @@
-"""Is a feature gone, or do other features now stand for what it stood for?
-
-A feature without a counterpart may have been absorbed: features of the other SAE fire where it fired, and their
-decoder rows together point where its row pointed. Then the model still has what it stood for.
-"""
+"""Absorption: features of the other SAE that together fire where a lost feature fired and write what it wrote."""
 
 from __future__ import annotations
 
@@ -48,28 +44,24 @@ _EMPTY: dict[str, Any] = {
 def absorption(
     features: Sequence[int] | IntArray, control: SaeView, treatment: SaeView, *, seed: int = 0
 ) -> pd.DataFrame:
-    """Look for the parents of features that seem gone.
+    """Look for the parents of features that seem gone (idea: Chanin et al. 2024, A is for Absorption; the check is our
+    own).
 
     Args:
         features: Control features without a counterpart.
-        control: The control's SAE, with its firing log.
-        treatment: The treatment's, with a log of the same tokens.
+        control: With its firing log.
+        treatment: With a log of the same tokens.
         seed: Of the draw of features to compare with.
 
     Returns:
         One row a feature, in the order given: `feature`; `n_active`, tokens on which it fired; `absorbed`;
-        `absorbed_by`, treatment features, the largest part first; `weights` of their unit rows in the sum;
-        `recall`, the share of its tokens on which any of them fires; `recall_each`; `chance_recall`, the share
-        of tokens on which one of them would fire if each fired as often as on the whole text, independently;
-        `cosine` of the sum with its decoder row; `cosine_p`, rank of that cosine among those of other control
-        features built from the same candidates; `reason`, why it is
-        not called absorbed. Numbers are NaN where it fired too seldom or nothing fires with it.
+        `absorbed_by`, treatment features, the largest part first; `weights` of their unit rows in the sum; `recall`,
+        the share of its tokens on which any of them fires; `recall_each`; `chance_recall`, `recall` if each fired
+        independently at its overall density; `cosine` of the sum with its decoder row; `cosine_p`, rank of that cosine
+        among those of other control features built from the same candidates; `reason`, why it is not called absorbed.
+        Numbers are NaN where it fired too seldom or nothing fires with it.
 
-    Raises:
-        ShapeMismatch: The logs are missing or of different text, or the decoders differ in width.
-
-    Source:
-        The idea of absorption: Chanin et al. (2024), A is for Absorption. The check is this package's own.
+    Raises `ShapeMismatch` if the logs are missing or of different text, or the decoders differ in width.
     """
     if control.firing is None or treatment.firing is None or control.firing.n_tokens != treatment.firing.n_tokens:
         raise ShapeMismatch("both SAEs' logs are needed, and they must be of the same text.", at="treatment")

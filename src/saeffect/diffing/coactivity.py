@@ -1,4 +1,4 @@
-"""Which features of two SAEs fire together on the same tokens: activations kept sparse, and matching by them."""
+"""Which features of two SAEs fire together on the same tokens: sparse activations, and matching by them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _BLOCK_CELLS = 16_000_000  # entries of the d_sae_a × d_sae_b matrix at once: 1
 
 
 class FiringLog:
-    """Remembers the activations above 0 of one SAE on a text, token by token, in 8 bytes each.
+    """Stores the activations above 0 of one SAE, 8 bytes each (1M tokens with 32 active features: 256 MB).
 
-    A million tokens with 32 active features are 256 MB. Logs of two SAEs can be compared when they were fed
-    the same tokens in the same order.
+    Logs can be compared when they were fed the same tokens in the same order.
 
     Example:
         >>> log = FiringLog(3)
@@ -42,9 +41,7 @@ class FiringLog:
     def update(self, feature_acts: Tensor) -> None:
         """Add tokens: `feature_acts` [n, d_sae], any float dtype; values at or below 0 are inactive.
 
-        Raises:
-            ShapeMismatch: The shape is not [n, d_sae].
-            BadFile: An activation is NaN or infinite.
+        Raises `ShapeMismatch` for another shape, `BadFile` for NaN or infinite activations.
         """
         if feature_acts.ndim != 2 or feature_acts.shape[1] != self.d_sae:
             raise ShapeMismatch(
@@ -74,7 +71,7 @@ class FiringLog:
         return csr_matrix((values, features, pointers), shape=(self.n_tokens, self.d_sae))
 
     def only(self, tokens: npt.NDArray[np.bool_]) -> FiringLog:
-        """The same log without the tokens that are False in `tokens`, bool [n_tokens]."""
+        """The log of the tokens that are True in `tokens`, bool [n_tokens]."""
         kept = self.matrix()[np.flatnonzero(tokens)]
         log = FiringLog(self.d_sae)
         log.n_tokens = kept.shape[0]
@@ -84,25 +81,20 @@ class FiringLog:
 
 
 def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 10, min_coactive: int = 5) -> Matching:
-    """Nearest neighbours by Pearson's correlation of activations over the same tokens.
+    """Nearest neighbours by Pearson's correlation of activations over the same tokens, inactive ones as 0.
 
-    Tokens on which a feature is off count as 0. Features that never fire together correlate below 0 and are
-    no neighbours, which is why only pairs that do are ever computed: a block of features of `a` against all
-    of `b` at a time, summed in float64.
+    Only pairs that fire together are computed, in float64: all others correlate below 0 and are no neighbours.
 
     Args:
-        a: Activations of one SAE.
-        b: Those of the other on the same tokens.
         n: Neighbours a feature.
         min_active: Tokens on which a feature must fire to be matched.
         min_coactive: Tokens on which both must fire.
 
     Returns:
-        Correlations above 0, at most 1, and 0 where no feature fires along. A feature that never fires, fires too
-        seldom, or always fires alike has no neighbours, with the reason.
+        Correlations above 0, at most 1; 0 where no feature fires along. A feature that never fires, fires too seldom,
+        or always with the same strength has no neighbours, with the reason.
 
-    Raises:
-        ShapeMismatch: The logs have different numbers of tokens.
+    Raises `ShapeMismatch` if the logs have different numbers of tokens.
 
     Example:
         >>> a, b = FiringLog(1), FiringLog(2)

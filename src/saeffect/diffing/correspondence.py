@@ -1,8 +1,6 @@
-"""Fates by both measures, for the treatment and for every SAE of the control's model put in its place.
+"""Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires).
 
-Two measures are used side by side: the cosine of decoder rows (what a feature writes) and the correlation of
-activations on the same text (when it fires). Seeds of the control's model are the null: what matches badly between
-them was not moved by fine-tuning. Putting each of them in the treatment's place shows how often that goes wrong.
+Other seeds of the control's model are the null; put in the treatment's place, they show the rate of false calls.
 """
 
 from __future__ import annotations
@@ -30,16 +28,15 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 
     Returns:
         fates_control: The control's features, by each measure (`measure`): the columns of `Fates.control`; `mutual`,
-            whether it and its match are each other's nearest; `assigned`, its partner in the best one-to-one pairing
-            (-1 for none) and `assigned_similarity`; `other_seeds_similarity`, its best match in the treatment's further
-            SAEs, on average (NaN without any). The fate "absorbed" stands for "gone" where other features stand for it.
-        fates_treatment: The same of the treatment's features, without the last.
-        fate_counts: `Fates.counts` by measure, with rows for absorbed features.
-        fates_null: One row per measure, side and ordered pair (`reference`, `stand_in`) of SAEs of the control's model,
-            judged by the rest of them, and for the treatment (`stand_in` its name, `is_null` False): features
-            `tested`, `low_p` (p at most alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs there
-            is no fate.
-        absorption: As `absorption` gives it, of the features that were gone by one measure; `measures` that said so.
+        whether it and its match are each other's nearest; `assigned`, its partner in the best one-to-one pairing (-1
+        for none) and `assigned_similarity`; `other_seeds_similarity`, its mean best match in the treatment's further
+        SAEs (NaN without any). "absorbed" replaces "gone" where `absorption` finds parents. fates_treatment: The same
+        of the treatment's features, without the last. fate_counts: `Fates.counts` by measure, with rows for absorbed
+        features. fates_null: One row per measure, side and ordered pair (`reference`, `stand_in`) of SAEs of the
+        control's model, judged by the rest of them, and for the treatment (`stand_in` its name, `is_null` False):
+        features `tested`, `low_p` (p at most alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs
+        there is no fate. absorption: As `absorption` gives it, of the features gone by a measure; `measures` names
+        these.
 
     Raises:
         ConfigError: Two SAEs of one name.
@@ -58,7 +55,7 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 
 
 class _Pairs:
-    """Matchings between SAEs by one measure, each made once and read either way."""
+    """Matchings between SAEs by one measure, each made once."""
 
     def __init__(self, name: str, pair: ModelPair, total: int) -> None:
         self.measure = name
@@ -132,7 +129,7 @@ def _by_measure(name: str, pair: ModelPair) -> dict[str, pd.DataFrame]:
 
 
 def _nulls(pairs: _Pairs, pair: ModelPair, others: Sequence[SaeView], real: Fates) -> pd.DataFrame:
-    """Calls for every ordered pair of SAEs of the control's model, beside the treatment's."""
+    """Calls for every ordered pair of SAEs of the control's model, and for the treatment's."""
     rows = [*_calls(pairs.measure, pair.control, pair.treatment, real, pair.alpha, is_null=False)]
     saes = [pair.control, *others]
     for reference, held_out in permutations(saes, 2):
@@ -183,7 +180,7 @@ def _relabelled(control_table: pd.DataFrame, absorbed: pd.DataFrame) -> pd.DataF
 
 
 def _recounted(counts: pd.DataFrame, control_table: pd.DataFrame) -> pd.DataFrame:
-    """A row for absorbed features behind the one of the gone, which are fewer by as many."""
+    """Adds a row for absorbed features and subtracts them from the gone ones."""
     frames = []
     for name, group in counts.groupby("measure", sort=False):
         rows = group.copy()

@@ -1,8 +1,7 @@
-"""One SAE applied to two models on the same text: which features fire more after fine-tuning, which less.
+"""One SAE on two models and the same text: which features fire more after fine-tuning, which less.
 
-Tokens of one row of text are not independent, so rows are the units: each gives one difference a feature.
-Intervals are about other rows of such text. They know nothing of other fine-tunes, and any fine-tune changes a
-little everywhere: with enough text everything is significant, so read the sizes, beside those of a null fine-tune.
+Rows of text are the units, since tokens of a row are not independent. Intervals are over rows of such text, not over
+fine-tunes. With enough text every difference is significant: compare sizes with those of a null fine-tune.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 
 
 class CrossActivity:
-    """Streaming differences of feature activity between two models, one a row of text and feature.
+    """Streaming differences of feature activity between two models, by row of text and feature.
 
     Holds `n_rows × d_sae` differences twice in float32: 400 MB for 2,000 rows and 24,576 features.
 
@@ -67,9 +66,8 @@ class CrossActivity:
         """Add rows of text.
 
         Args:
-            control: `feature_acts` [B, S, d_sae] of the SAE on the control model, any float dtype; active
-                above 0.
-            treatment: The same SAE, the same tokens, the treatment model.
+            control: `feature_acts` [B, S, d_sae] of the SAE on the control model, any float dtype; active above 0.
+            treatment: The same SAE and tokens on the treatment model.
             mask: bool [B, S], True at tokens that count; all if None. Rows without any are left out.
 
         Raises:
@@ -105,11 +103,11 @@ class CrossActivity:
         """One row a feature; `n_permutations` random sign patterns are drawn from `seed` above 14 rows.
 
         Returns:
-            `feature`; `mean_control`, `mean_treatment` (activation per token, off tokens as 0) and their
-            `difference` with `low`, `high` (Student's t, rows as units), two-sided `p` (signs of rows flipped) and `q`
-            (Benjamini-Hochberg over features); `density_control`, `density_treatment` (share of tokens on
-            which it fires), `density_difference` with `density_low`, `_high`, `_p`, `_q`; `n_rows` on which
-            the activations differ; `reason` where something is NaN. Differences are treatment minus control.
+            `feature`; `mean_control`, `mean_treatment` (activation per token, inactive ones as 0) and their
+            `difference` (treatment minus control, as all) with `low`, `high` (95 %, Student's t over rows), two-sided
+            `p` (sign flips of rows) and `q` (Benjamini-Hochberg over features); `density_control`, `density_treatment`
+            (share of tokens on which it fires), `density_difference` with `density_low`, `_high`, `_p`, `_q`; `n_rows`
+            on which the activations differ; `reason` where something is NaN.
         """
         n_tokens = np.array(self._tokens, dtype=np.float64)
         total = n_tokens.sum() if self.n_rows else np.nan
@@ -176,7 +174,7 @@ def _interval(sums: FloatArray, n_tokens: FloatArray) -> tuple[FloatArray, Float
 
 @dataclass(frozen=True, eq=False)
 class ActivityChanges:
-    """Features that could be tested, one entry each: fires `more` or `less` (q at most alpha), is of the `domain`."""
+    """Tested features, one entry each: fires `more` or `less` (q at most alpha), is of the `domain`."""
 
     more: pd.Series[Any]
     less: pd.Series[Any]
@@ -184,9 +182,9 @@ class ActivityChanges:
 
 
 def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
-    """Which features fire more, which less, and which are of the domain (none where the table does not say).
+    """Which features fire more, which less, and which are of the domain (none if the table has no such column).
 
-    `cross` is the table of `CrossActivity.result`, not empty; `alpha` the highest q of a finding.
+    `cross` is the table of `CrossActivity.result`, not empty.
     """
     tested = cross[cross["q"].notna()]
     found = tested["q"] <= alpha
@@ -198,9 +196,8 @@ def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
 def change_scores(cross: pd.DataFrame) -> FloatArray:
     """How much each feature changed, float64 [n]; NaN where it fires in neither model.
 
-    The change of the mean activation per token, divided by the square root of the mean activation per token of both
-    models together. Plain changes are led by features that are always on, relative ones by those that fired once;
-    the root lies between them, and is the scale on which a sum of rare events varies.
+    The change of the mean activation per token, divided by the square root of the mean over both models (the scale on
+    which sums of rare events vary): neither features that are always on nor those that fired once lead.
 
     Example:
         >>> table = pd.DataFrame({"mean_control": [1.0, 0.0], "mean_treatment": [7.0, 0.0], "difference": [6.0, 0.0]})
@@ -217,7 +214,7 @@ def change_scores(cross: pd.DataFrame) -> FloatArray:
 def most_changed(cross: pd.DataFrame, *, alpha: float, domain_only: bool = False) -> pd.DataFrame:
     """Features whose activations differ with q at most `alpha`, most changed first, with their `score`.
 
-    Of the table of `CrossActivity.result`; only those with `is_domain` if `domain_only`.
+    `cross` is the table of `CrossActivity.result`; only rows with `is_domain` if `domain_only`.
     """
     if cross.empty:
         return cross.assign(score=pd.Series(dtype="float64"))

@@ -1,8 +1,6 @@
-"""Kept, moved, gone, new: what became of the features, beside what becomes of them when only the seed changes.
+"""Kept, moved, gone, new: what became of the features, judged by what a change of seed alone does to them.
 
-Two SAEs of one model share some features and not others. So nothing here is judged by a fixed similarity: what
-counts as kept, as a counterpart at all, and as a surprising drop is all read off the placebos, SAEs of the
-control's model trained from other seeds.
+All thresholds come from placebos: SAEs of the control's model trained from other seeds.
 """
 
 from __future__ import annotations
@@ -51,20 +49,19 @@ class Fates:
 
     Attributes:
         control: One row a control feature: `feature`, `match` (nearest treatment feature), `similarity`,
-            `placebo_similarity` (mean of the placebos' best), `drop`, `stratum`, `kept_at`, `chance_at` (the
-            thresholds of its stratum), `p`, `q`, `fate`, `reason`. The fate is "gone" (a drop with q at most
-            alpha, to where unrelated features are as near), "moved" (such a drop, but a counterpart is left),
-            "kept" (no such drop, and matched as well as between seeds), "unclear" (matched badly, but so are
-            features of another seed), or "" where undefined.
-        treatment: One row a treatment feature, the same without placebo_similarity and drop: "new" (fewer
-            than expected of the placebo's features match the control so badly, q at most alpha, and nothing is
-            near), "moved", "kept", "unclear".
-        counts: One row per side and fate: `called` features by the tables above; `n_treatment` and
-            `n_placebo` by similarity alone, the same rule for both SAEs; their difference `excess` with its
-            interval `low`, `high`; `n_features`; `reason`. Where seeds match poorly no single feature can be
-            called gone, but an excess can still show.
-        drift: Median drop over control features. Far above the margin it says that the treatment's SAE
-            matches worse as a whole, which with a single placebo cannot be told from a poor seed.
+            `placebo_similarity` (mean of the placebos' best), `drop`, `stratum`, `kept_at`, `chance_at` (the thresholds
+            of its stratum), `p`, `q`, `fate`, `reason`. Fates: "gone" (a drop with q at most alpha, to where unrelated
+            features are as near), "moved" (such a drop, but a counterpart is left), "kept" (no such drop, and matched
+            as well as between seeds), "unclear" (matched badly, but so are features of another seed), "" where
+            undefined.
+        treatment: One row a treatment feature, the same without placebo_similarity and drop: "new" (fewer than expected
+            of the placebo's features match the control so badly, q at most alpha, and nothing is near), "moved",
+            "kept", "unclear".
+        counts: One row per side and fate: `called` features by the tables above; `n_treatment` and `n_placebo` by
+            similarity alone, the same rule for both SAEs; their difference `excess` with its interval `low`, `high`;
+            `n_features`; `reason`. An excess can show even where seeds match too poorly to call single features gone.
+        drift: Median drop over control features. Far above the margin: the treatment's SAE matches worse as a whole,
+            which with a single placebo cannot be told from a poor seed.
     """
 
     control: pd.DataFrame
@@ -75,7 +72,7 @@ class Fates:
 
 @dataclass(frozen=True, eq=False)
 class _Levels:
-    """Similarities [n_saes, n] of some features, thresholds [n] to judge them by, and which [n] have all of these."""
+    """Similarities [n_saes, n] of some features, their thresholds [n], and which [n] have all of these."""
 
     similarity: FloatArray
     kept_at: FloatArray
@@ -105,10 +102,9 @@ def fates(
 ) -> Fates:
     """Say which features were kept, moved, lost and added, relative to other seeds of the same model.
 
-    A drop is judged feature by feature: if fine-tuning did nothing, the treatment's SAE is one more seed, and
-    its similarity to a control feature is one of a kind with the placebos' (`exchangeable_p`). A new feature
-    has no such partner, so it is ranked among the placebo's features like it (`conformal_p`). If the
-    treatment's SAE shares the control's seed the former test errs on the side of "kept".
+    A drop is judged by feature: without an effect, the treatment's SAE is one more seed, exchangeable with the placebos
+    (`exchangeable_p`). If it shares the control's seed, the test errs towards "kept". A new feature is ranked among
+    similar features of the placebo (`conformal_p`).
 
     Args:
         treatment: Control (`a`) against treatment (`b`), with at least two neighbours.
@@ -117,10 +113,9 @@ def fates(
         treatment_features: The same of the treatment.
         placebo_features: The same of each placebo.
         alpha: Highest q at which a drop, or a lack of any counterpart, is a finding.
-        resampling: Seed and number of resamples of the intervals.
+        resampling: For the intervals.
 
-    Raises:
-        ShapeMismatch: A table or matching is of another SAE, or measures differ.
+    Raises `ShapeMismatch` if a table or matching is of another SAE, or measures differ.
     """
     _check(treatment, placebos, [control_features, treatment_features, *placebo_features])
     if not placebos:
@@ -168,7 +163,7 @@ def _lost(
 def _gained(
     treatment: Matching, placebos: Sequence[Matching], features: Sequence[pd.DataFrame], alpha: float
 ) -> tuple[pd.DataFrame, list[_Levels]]:
-    """The treatment's features, and as levels those of the treatment and each placebo: all against the control."""
+    """The treatment's features, and as levels those of the treatment and each placebo, all against the control."""
     backward = [matching.backward for matching in (treatment, *placebos)]
     read = [_traits(frame) for frame in features]
     reasons = [_first([why, _reasons(found)]) for (_, why), found in zip(read, backward, strict=True)]

@@ -1,11 +1,8 @@
-"""What two seeds of the same model show, as the null for what fine-tuning is said to have changed.
+"""Tests of what fine-tuning changed, with two seeds of the same model as the null.
 
-Is one feature's number unusual beside those of features like it? Where every SAE has a number for the same feature (how
-well it is matched, how far it rotated), `exchangeable_p`: if fine-tuning did nothing, the treatment's number is one of
-a kind with the placebos'. Where the SAEs have different features, `conformal_p`: rank the number among those of placebo
-features, stratum by stratum. Strata hold features of similar traits, since rare features match badly anyway.
-
-By how many more features does something hold than between seeds? `excess_paired` and `excess_unpaired`.
+`exchangeable_p` where every SAE has a number for the same feature, `conformal_p` where the SAEs have different
+features, both among features of similar traits (strata), since rare features match badly anyway. `excess_paired` and
+`excess_unpaired` count by how many more features something holds than between seeds.
 """
 
 from __future__ import annotations
@@ -50,11 +47,10 @@ _TIE = 1e-12
 
 
 def strata(traits: npt.ArrayLike, min_size: int) -> IntArray:
-    """Cut features into groups of similar traits: int64 [n], numbers from 0.
+    """Cut features into groups of similar traits: int64 [n], numbers from 0; `NO_STRATUM` for a NaN trait.
 
     Groups are halved at the median of one trait of `traits` [n, n_traits] after the other while both halves keep
-    `min_size` features. Only the order of a trait's values matters, so a logarithm changes nothing. Features with a NaN
-    among their traits get `NO_STRATUM`.
+    `min_size` features. Only the order of a trait's values matters.
 
     Example:
         >>> strata([[1.0], [9.0], [2.0], [8.0], [float("nan")]], min_size=2).tolist()
@@ -91,26 +87,22 @@ def _halves(values: FloatArray, members: IntArray, depth: int, min_size: int) ->
 def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0.0) -> tuple[FloatArray, FloatArray]:
     """Is the first SAE's number lower than the others' for the same feature, by more than chance?
 
-    If nothing sets the first SAE apart, each feature's numbers could be dealt to the SAEs in any order. A
-    feature's score for an SAE is that SAE's number minus the mean of the others', divided by the mean
-    deviation in the feature's stratum (the same however the numbers are dealt). The scores of the first SAE
-    are ranked among those of all others, over all features. With one other SAE its scores are the mirror
-    image of the first's: then p asks whether large drops outnumber large rises.
+    Under the null each feature's numbers are exchangeable between SAEs. A feature's score for an SAE is that SAE's
+    number minus the mean of the others', divided by the mean deviation in the feature's stratum. The first SAE's scores
+    are ranked among those of all others, over all features. With one other SAE, whose scores are the first's negated, p
+    asks whether large drops outnumber large rises (the sign symmetry behind knockoffs and target-decoy counting: Barber
+    & Candès 2015).
 
     Args:
         values: [n_saes, n], first the SAE in question, then at least one placebo; NaN where undefined.
         groups: int64 [n], as `strata` gives them.
-        margin: A drop that counts for nothing, in units of `values`: two SAEs may differ a little as a whole.
+        margin: A drop that does not count, in units of `values`, for differences between whole SAEs.
 
     Returns:
         p [n] and the drop (mean of the others minus the first's) [n]; NaN where a value or, for p, the stratum is
         undefined.
 
-    Raises:
-        ShapeMismatch: Fewer than two SAEs, or `groups` does not fit.
-
-    Source:
-        The sign symmetry behind knockoffs and target-decoy counting: Barber & Candès (2015).
+    Raises `ShapeMismatch` for fewer than two SAEs, or if `groups` does not fit.
 
     Example:
         >>> p, drop = exchangeable_p([[0.1, 0.9, 0.8], [0.9, 0.9, 0.8]], np.zeros(3, dtype=int))
@@ -142,26 +134,20 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
 def conformal_p(
     values: npt.ArrayLike, groups: IntArray, null: npt.ArrayLike, null_groups: IntArray, *, margin: float = 0.0
 ) -> FloatArray:
-    """How low is each value among null values of features like it?
+    """How low is each value among null values of similar features?
 
-    Within a stratum values are centred on the median and divided by the mean deviation, both of values and
-    null values together. These scores are ranked among the null scores of all strata, each weighted so that
-    the null has as many features of a stratum as the values have. If nothing sets the values apart, theirs
-    and the null's are one of a kind in every stratum, whatever its shape.
+    Within a stratum, values and null values are centred on their joint median and divided by their mean deviation. The
+    scores are ranked among the null scores of all strata, weighted so that the null has as many features of a stratum
+    as the values have (Bates et al. 2023, Testing for outliers with conformal p-values: Benjamini-Hochberg is valid for
+    them; weights: Tibshirani et al. 2019).
 
     Args:
         values: [n], NaN where undefined, of strata `groups`, int64 [n].
-        groups: See there.
         null: [n_null], the same number for features that nothing was done to, of strata `null_groups`.
-        null_groups: See there.
-        margin: Added to the values before they are ranked: a lack that counts for nothing.
+        margin: Added to the values before they are ranked: a difference that does not count.
 
     Returns:
         p [n], at least about 1 / n_null. NaN where the value is undefined or its stratum has no null value.
-
-    Source:
-        Bates et al. (2023), Testing for outliers with conformal p-values: Benjamini-Hochberg holds for them;
-        the weights are those of Tibshirani et al. (2019).
 
     Example:
         >>> conformal_p([0.1, 0.3], np.array([0, 0]), [0.2, 0.4, 0.6], np.array([0, 0, 0])).round(6).tolist()
@@ -196,20 +182,16 @@ def quantile_per_stratum(values: npt.ArrayLike, groups: IntArray, q: float, aske
 
 
 def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, name: str) -> Estimate:
-    """By how many more features something holds for the treatment than for the placebo, same features.
+    """Count of features in the treatment minus the mean count in the placebos, same features, with a 95 % interval.
 
-    Features are resampled with what all SAEs show for them. With several placebos the scatter of their counts is
-    added, once for the treatment's own seed and once for their mean, with Student's t since they are few; with one, the
-    interval does not hold differences between whole SAEs, and `reason` says so.
+    Features are resampled together in all SAEs. With several placebos the scatter of their counts is added, for the
+    treatment's own seed and for the placebos' mean (Student's t). With one, the interval lacks differences between
+    whole SAEs, and `reason` says so.
 
     Args:
         own: bool [n], whether it holds for each feature in the treatment.
         placebos: bool [n_placebos, n].
-        resampling: Seed and number of resamples.
-        name: Gives this number a random stream of its own.
-
-    Returns:
-        Count in the treatment minus the mean count in the placebos, with a 95 % interval.
+        name: Gives this number its own random stream.
 
     Example:
         >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
@@ -229,7 +211,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
 
 
 def excess_unpaired(own: BoolArray, placebos: Sequence[BoolArray], resampling: Resampling, name: str) -> Estimate:
-    """`excess_paired` where each SAE has features of its own, as for new ones: they are resampled in each on its own.
+    """`excess_paired` where each SAE has its own features, as for new ones: each SAE is resampled on its own.
 
     `placebos` are arrays of any length; their counts are scaled to the n features of `own`.
 

@@ -1,7 +1,4 @@
-"""Which feature of one SAE resembles which of another: nearest neighbours both ways, and the best one-to-one pairing.
-
-Nothing of size `n_a × n_b` is ever held: blocks of rows are made, their best entries kept, and let go.
-"""
+"""Matching the features of two SAEs: nearest neighbours both ways, and the best one-to-one pairing, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -34,9 +31,8 @@ class Neighbours:
     """For each feature of one SAE, the features of the other that resemble it most.
 
     Attributes:
-        indices: int64 [n_features, n], best first, equals in order of their number; `NO_MATCH` where there are fewer.
-        similarity: float64 [n_features, n], at most 1. Without a neighbour NaN, or 0 where to have none is an answer:
-            activations that never meet do not correlate.
+        indices: int64 [n_features, n], best first, ties by number; `NO_MATCH` where there are fewer.
+        similarity: float64 [n_features, n], at most 1. Without a neighbour NaN, or 0 for correlations of activations.
         reason: [n_features], why a feature has no neighbour at all; "" if it has one.
     """
 
@@ -56,18 +52,15 @@ class Neighbours:
 
     @property
     def runner_up(self) -> FloatArray:
-        """Similarity to the second nearest, [n_features]; NaN where only one was looked for."""
+        """Similarity to the second nearest, [n_features]; NaN where only one was sought."""
         return self.similarity[:, 1] if self.similarity.shape[1] > 1 else np.full(len(self.similarity), np.nan)
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Neighbours between two SAEs, `a` (the reference) and `b`.
+    """Neighbours between two SAEs: `forward` from `a` (the reference) to `b`, `backward` from `b` to `a`.
 
-    Attributes:
-        measure: "decoder cosine" or "activation correlation".
-        forward: One row a feature of `a`; indices are features of `b`.
-        backward: One row a feature of `b`; indices are features of `a`.
+    `measure` is "decoder cosine" or "activation correlation".
     """
 
     measure: str
@@ -96,10 +89,8 @@ class Matching:
 
 
 class TopPairs:
-    """Keeps the best entries of each row and of each column of a matrix that arrives in blocks of rows.
-
-    Equal entries are ranked by their number, so the result does not depend on how the rows were cut. The whole matrix
-    is [n_a, n_b], and n entries are kept.
+    """Keeps the n best entries of each row and column of a matrix [n_a, n_b] that arrives in blocks of rows; ties by
+    number.
 
     Attributes:
         forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
@@ -120,10 +111,7 @@ class TopPairs:
         )
 
     def add(self, first: int, block: Tensor) -> None:
-        """Add rows `first`, `first + 1`, ...: float [n_rows, n_b], minus infinity where no pair is possible.
-
-        Blocks must come in order of their rows.
-        """
+        """Add rows `first`, `first + 1`, ..., in order: float [n_rows, n_b], minus infinity for impossible pairs."""
         rows = slice(first, first + len(block))
         indices, values = _top(block, self._n)
         self.forward[0][rows, : indices.shape[1]] = indices
@@ -139,10 +127,10 @@ class TopPairs:
 def match_decoders(
     W_dec_a: Tensor, W_dec_b: Tensor, *, n: int = 8, use_a: BoolArray | None = None, use_b: BoolArray | None = None
 ) -> Matching:
-    """Nearest neighbours by the cosine of decoder rows.
+    """Nearest neighbours by the cosine of decoder rows, from -1 to 1.
 
-    The search runs in float32, a block of rows at a time; what it finds is measured again and ranked in float64, so
-    equal rows have equal similarities.
+    Searched in float32, ranked in float64. A feature left out, or with a decoder of zeros, has no neighbours and is
+    nobody's.
 
     Args:
         W_dec_a: [d_sae_a, d_in], any float dtype.
@@ -150,9 +138,6 @@ def match_decoders(
         n: Neighbours a feature.
         use_a: bool [d_sae_a], False for features to leave out (such as those that never fire); all if None.
         use_b: The same for `b`.
-
-    Returns:
-        Cosines from -1 to 1. A feature left out, or with a decoder of zeros, has no neighbours and is nobody's.
 
     Raises:
         ShapeMismatch: Widths differ, or a mask does not fit.
@@ -194,8 +179,8 @@ def neighbours_of(
 ) -> Neighbours:
     """The first `n` of ranked candidates, [n_features, at least n].
 
-    `reason` says why a feature cannot be compared at all; those that could and found no neighbour get `none` for a
-    reason and `absent` for a similarity.
+    `reason` says why a feature cannot be compared at all; those without a neighbour get the reason `none` and the
+    similarity `absent`.
     """
     kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
     comparable = np.array([not why for why in reason], dtype=bool)
@@ -207,7 +192,7 @@ def neighbours_of(
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """The partner in `b` of each feature of `a`, int64 [n_a], and the other way round, `NO_MATCH` for none.
+    """Partners in `b` of the features of `a`, int64 [n_a], and the other way round; `NO_MATCH` for none.
 
     `similarity`, float64 [n_a], is that of a feature of `a` with its partner; NaN for none.
     """
@@ -218,14 +203,11 @@ class Assignment:
 
 
 def assign(matching: Matching) -> Assignment:
-    """Pair features one to one so that the similarities add up to the most.
+    """Pair features one to one with the largest sum of similarities (Jonker & Volgenant 1987 for sparse graphs, in
+    scipy).
 
-    Only pairs of the nearest-neighbour graph are considered, which keeps the problem sparse: with n neighbours there
-    are at most 2 n edges a feature. No pair of similarity 0 or below is made. The same input gives the same pairing,
+    Only nearest neighbours are paired (at most 2 n edges a feature), and none at similarity 0 or below. Deterministic,
     ties included.
-
-    Source:
-        Jonker & Volgenant (1987) for sparse graphs, through scipy.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 0.0], [0.9, 0.1]]), torch.tensor([[1.0, 0.05], [0.6, 0.8]])
@@ -272,7 +254,7 @@ def _edges(matching: Matching) -> tuple[IntArray, IntArray, FloatArray]:
 
 
 def _top(block: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The best n columns of each row, best first and equals by number: int64 and float64 [n_rows, <= n]."""
+    """The best n columns of each row, best first, ties by number: int64 and float64 [n_rows, <= n]."""
     width = block.shape[1]
     n = min(n, width)
     values, indices = block.topk(min(n + 1, width), dim=1)
@@ -289,7 +271,7 @@ def _top(block: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _ranked(number: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row by falling value, equals by `number`."""
+    """Each row by falling value, ties by `number`."""
     by_number = number.argsort(dim=1)
     values, indices = values.gather(1, by_number), indices.gather(1, by_number)
     order = values.argsort(dim=1, descending=True, stable=True)
@@ -297,7 +279,7 @@ def _ranked(number: Tensor, indices: Tensor, values: Tensor) -> tuple[Tensor, Te
 
 
 def _in_float64(indices: Tensor, rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates ranked anew by cosines summed in float64."""
+    """Candidates ranked anew by cosines in float64."""
     exact = torch.full(indices.shape, -torch.inf, dtype=torch.float64)
     norms = torch.linalg.vector_norm(others.detach(), dim=1, dtype=torch.float64)
     for first in range(0, len(indices), _RERANK_ROWS):

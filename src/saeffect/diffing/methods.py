@@ -1,4 +1,4 @@
-"""The registry of diffing methods: a new one is an entry of `METHODS`, and the study runs it and writes its tables."""
+"""The registry of diffing methods: the study runs every entry of `METHODS` and writes its tables."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Method:
     """A way to say which features differ between two models.
 
     Attributes:
-        measure: From a pair of models its tables by name, each of which becomes `comparison/<name>.parquet`. A table
-            that cannot be made of these models is left out, or has no columns.
-        tables: Names of all tables it may make. The first has a row a feature (or several, by different measures): its
-            `feature`, how much it changed, `p`, `q`, and the `reason` where one of these is NaN.
-        change: The column of that table that says how much: treatment minus control, or minus the null.
-        interval: The columns of the interval's ends; None if the method gives none.
+        measure: From a pair of models its tables by name, written to `comparison/<name>.parquet`. A table that cannot
+            be made is left out, or has no columns.
+        tables: Names of all tables. The first has rows by feature (and measure): `feature`, how much it changed, `p`,
+            `q`, and the `reason` where one of these is NaN.
+        change: Its column of the change: treatment minus control, or minus the null.
+        interval: Its columns of the interval's ends; None without an interval.
     """
 
     measure: Callable[[ModelPair], dict[str, pd.DataFrame]]
@@ -34,10 +34,8 @@ class Method:
     interval: tuple[str, str] | None = ("low", "high")
 
     def changes(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The method's first table in the form that all methods share: feature, change, low, high, p, q, reason.
-
-        Raises:
-            BadFile: A column is missing.
+        """The first table in the common form: feature, change, low, high, p, q, reason; `BadFile` if a column is
+        missing.
         """
         low, high = self.interval or (None, None)
         wanted = {"feature": "feature", "change": self.change, "low": low, "high": high}
@@ -74,8 +72,7 @@ def table_names() -> list[str]:
 def measure_all(pair: ModelPair) -> dict[str, pd.DataFrame]:
     """The tables of every registered method, by name; those that could not be made are left out.
 
-    Raises:
-        BadFile: A method's table lacks a column that every method gives, or is not among those it names.
+    Raises `BadFile` if a method's table lacks a common column, or is not among those it names.
     """
     tables: dict[str, pd.DataFrame] = {}
     for name, method in METHODS.items():

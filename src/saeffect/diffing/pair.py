@@ -1,4 +1,4 @@
-"""What a diffing method may read of two models: their SAEs, what these fire on, and the activations themselves."""
+"""The input of diffing methods: SAEs of two models, their firing, and the activations."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["ActsOfBoth", "Keep", "ModelPair", "ResidualBatch", "SaeView"]
 
 @dataclass(frozen=True, eq=False)
 class SaeView:
-    """An SAE and what it did on the study's text.
+    """An SAE and its activity on the study's text.
 
     Attributes:
-        name: What to call it; that of its arm for an arm's own SAE.
+        name: That of its arm for an arm's own SAE.
         W_dec: [d_sae, d_in].
         features: One row a feature in order, with `density` and `decoder_norm`.
-        firing: Its activations on the text, the same tokens for every SAE; None where only the decoder is known.
-        sae: The SAE itself; None where only the decoder is known.
+        firing: Its activations, on the same tokens for every SAE; None where only the decoder is known.
+        sae: None where only the decoder is known.
         warm_started: Training went on from the control's SAE, so feature i is still feature i.
     """
 
@@ -50,7 +50,7 @@ class SaeView:
 
 
 class ResidualBatch(NamedTuple):
-    """What stands at an arm's hook: ids int64 [B, S]; x [B, S, d_in]; mask bool [B, S], the tokens that count."""
+    """Activations at an arm's hook: ids int64 [B, S]; x [B, S, d_in]; mask bool [B, S], the tokens that count."""
 
     ids: Tensor
     x: Tensor
@@ -66,13 +66,13 @@ class ActsOfBoth(NamedTuple):
 
 
 class Keep(Protocol):
-    """Where matchings are kept, so that a stopped comparison need not make them again."""
+    """Stores matchings, so that a stopped comparison need not make them again."""
 
     def read(self, measure: str, a: str, b: str) -> Matching | None:
-        """What was kept for these SAEs, by name; None for nothing."""
+        """The matching stored for these SAEs, by name; None for none."""
 
     def write(self, measure: str, a: str, b: str, matching: Matching) -> None:
-        """Keep it."""
+        """Store it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,18 +80,15 @@ class ModelPair:
     """Control and treatment of a study, as every diffing method gets them.
 
     Attributes:
-        control: The control's SAE.
-        treatment: The treatment's.
         others: Further SAEs of the control's model, trained from other seeds: the null of most methods.
         treatment_seeds: Further SAEs of the treatment's model.
         is_domain: Bool [d_sae], the control's domain features.
         acts_of_both: Runs the control's SAE on both models, over the whole text in batches.
-        residuals: Gives the activations at an arm's hook, by the arm's name, over the whole text in batches. The
-            arm's model is loaded for it; only one model is in memory at a time.
+        residuals: Gives the activations at an arm's hook, by the arm's name, over the whole text in batches; loads the
+            arm's model, one at a time.
         alpha: Highest q of a finding.
-        resampling: Seed and numbers of resamples and permutations.
-        log: Receives progress.
-        keep: Where matchings are kept; nowhere if None.
+        resampling: Also gives the number of permutations.
+        keep: Store for matchings; None for no store.
     """
 
     control: SaeView

@@ -1,8 +1,7 @@
-"""How far each feature turned when an SAE was trained on from the control's: feature i stays feature i.
+"""Stage-wise diffing: how far each feature turned when training went on from the control's SAE with the fine-tuned
+model.
 
-Stage-wise diffing: the control's SAE is the start, and training goes on with the fine-tuned model's
-activations. Features keep their numbers, so no matching is needed. What training on alone does is the null: the
-same warm start on the same model.
+Features keep their numbers, so no matching is needed. The null is the same warm start on the control's model.
 """
 
 from __future__ import annotations
@@ -42,17 +41,16 @@ def rotations(start: SparseAutoencoder, end: SparseAutoencoder) -> pd.DataFrame:
     """What changed in each feature between two SAEs that number their features alike.
 
     Returns:
-        One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to
-        180) between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a
-        gated SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start.
-        NaN where a vector is 0.
+        One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to 180)
+        between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a gated
+        SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start. NaN where
+        a vector is 0.
 
     Raises:
         ShapeMismatch: The SAEs differ in shape.
         BadFile: A weight is NaN or infinite.
 
-    Source:
-        Bricken et al. (2024), Stage-wise model diffing. Angles after Kahan, exact for tiny ones too.
+    Source: Bricken et al. (2024), Stage-wise model diffing. Angles after Kahan, exact for tiny ones too.
     """
     biases = _bias(start), _bias(end)
     pairs = {"W_dec": (start.W_dec, end.W_dec), "W_enc": (start.W_enc, end.W_enc), "b_enc": biases}
@@ -90,25 +88,19 @@ def stagewise(
 ) -> pd.DataFrame:
     """Which features turned further than training on alone turns them, those that turned most first.
 
-    p compares a feature's rotation with the same feature's under the nulls (`exchangeable_p`): seldom firing
-    features, which drift in any training, do not stand out for that.
+    p compares a feature's rotation with the same feature's under the nulls (`exchangeable_p`), since seldom firing
+    features drift in any training. Errors as in `rotations`.
 
     Args:
         start: The SAE that all others were trained on from.
         treatment: Trained on with the fine-tuned model's activations.
         nulls: Trained on with the control's, as long and with the same settings; may be empty.
-        features: One row a feature of `start` with `TRAITS`, to compare like with like. Features of density 0 are not
-            tested.
+        features: One row a feature of `start` with `TRAITS`, for strata. Features of density 0 are not tested.
 
     Returns:
-        The columns of `rotations`; `null_rotation` (mean of the nulls, degrees); `excess_rotation`;
-        `percentile`, the share (0 to 100) of null rotations in the feature's stratum that are no larger; `p`;
-        `q` (Benjamini-Hochberg); `reason` where these are NaN. Sorted by `decoder_rotation`, largest first,
-        undefined ones last.
-
-    Raises:
-        ShapeMismatch: The SAEs do not fit `start`.
-        BadFile: A weight is NaN or infinite.
+        The columns of `rotations`; `null_rotation` (mean of the nulls, degrees); `excess_rotation`; `percentile`, the
+        share (0 to 100) of null rotations in the feature's stratum that are no larger; `p`; `q` (Benjamini-Hochberg);
+        `reason` where these are NaN. Sorted by `decoder_rotation`, largest first, undefined ones last.
     """
     table = rotations(start, treatment)
     own = table["decoder_rotation"].to_numpy()

@@ -1,4 +1,4 @@
-"""What features do on text, batch by batch: how often and how strongly each fires, and where it fires most."""
+"""How often and how strongly features fire on text, and where most; in one pass over batches."""
 
 from __future__ import annotations
 
@@ -26,14 +26,10 @@ _COLUMNS = {
 
 
 class ActivityAccumulator:
-    """Streaming counts, sums and maxima of `feature_acts`, one a feature.
+    """Streaming counts, sums and maxima of `feature_acts`, one a feature; *active* means above 0.
 
-    A feature is *active* on a token where its activation is above 0. Counts, sums and maxima do not depend on
-    how the tokens were cut into batches: activations are added one after the other, in float64.
-
-    Args:
-        d_sae: Number of features.
-        sources: Names of the text sources that tokens may come from; each gets a density of its own.
+    Results do not depend on how tokens were batched: sums are sequential, in float64. Each of `sources`, the names of
+    the text sources, gets its own density.
 
     Example:
         >>> activity = ActivityAccumulator(d_sae=2, sources=("general", "domain"))
@@ -63,7 +59,7 @@ class ActivityAccumulator:
         Raises:
             ShapeMismatch: The shape is not [n, d_sae], or there are not n sources.
             UnknownName: A source was not named on creation.
-            BadFile: An activation is NaN or plus infinity. The batch is then not counted at all.
+            BadFile: An activation is NaN or plus infinity; the batch is then not counted.
         """
         if feature_acts.ndim != 2 or feature_acts.shape[1] != self.d_sae:
             raise ShapeMismatch(
@@ -89,13 +85,12 @@ class ActivityAccumulator:
         self._max.scatter_reduce_(0, feature, value, "amax")
 
     def result(self) -> pd.DataFrame:
-        """One row a feature, over all tokens so far.
+        """One row a feature, over all tokens so far; activations in the SAE's own units.
 
         Returns:
-            feature (int64); density, the share of tokens on which it is active; mean_activation over those
-            tokens (NaN if n_active is 0); max_activation (0 if never active); n_active (int64); and
-            density_<source>, the share of that source's tokens. Densities and the maximum are NaN where no
-            token was seen. Activations are in the SAE's own units.
+            feature (int64); density, the share of tokens on which it is active; mean_activation over those tokens (NaN
+            if n_active is 0); max_activation (0 if never active); n_active (int64); and density_<source>, the share of
+            that source's tokens. Densities and the maximum are NaN where no token was seen.
         """
         tokens, n_active = self.n_tokens, self._active.sum(dim=0).numpy()
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that is wanted
@@ -114,12 +109,10 @@ class ActivityAccumulator:
 class ExampleCollector:
     """Keeps, for every feature, the `n_examples` sequences that activate it most.
 
-    A sequence counts once, with its highest position (the first of equals); of equal peaks the earlier sequence is
-    kept. Nothing but `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids is held.
+    A sequence counts once, at its highest position (the first of equals); of equal peaks the earlier sequence is kept.
+    Memory: `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids.
 
     Args:
-        d_sae: Number of features.
-        n_examples: Contexts to keep a feature.
         window: Tokens of context before the peak; `window // 3` follow it. Both stop at the sequence's ends.
 
     Raises:
@@ -161,9 +154,8 @@ class ExampleCollector:
         Args:
             feature_acts: [B, S, d_sae], any float dtype; only values above 0 make an example.
             token_ids: int [B, S].
-            mask: bool [B, S], True at positions that count; all by default. A peak is never elsewhere. A
-                masked tail is taken for padding and left out of contexts; other masked positions (a first
-                token of outlying norm, say) are shown, with activation 0.
+            mask: bool [B, S], True at positions that count, the only ones for peaks; all by default. A masked tail is
+                padding and left out of contexts; other masked positions are shown with activation 0.
             sources: [B], the name of each sequence's text source; "" by default.
 
         Raises:
@@ -201,15 +193,12 @@ class ExampleCollector:
         self._source[feature, place] = torch.tensor(codes)[sequence]
 
     def result(self, token_strings: Sequence[str]) -> pd.DataFrame:
-        """The contexts, one row each, by feature and then rank; `token_strings` are copied as they are, however odd.
+        """The contexts, one row each, by feature and then rank; `ShapeMismatch` if a kept token id has no string.
 
         Returns:
-            feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in
-            `tokens`), tokens (list of str), activations (list of float, one a token), source. A feature that
-            never fired has no row, one that fired in few sequences has fewer than `n_examples`.
-
-        Raises:
-            ShapeMismatch: A kept token id has no string.
+            feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`),
+            tokens (list of str, copied unchanged), activations (list of float, one a token), source. A feature that
+            fired in fewer than `n_examples` sequences has fewer rows, or none.
         """
         highest = int(self._tokens.max())
         if highest >= len(token_strings):
@@ -235,11 +224,7 @@ class ExampleCollector:
         return pd.DataFrame(columns).astype(_COLUMNS)
 
     def _merge(self, peaks: Tensor, numbers: Tensor) -> Tensor:
-        """Sort the batch's peaks [d_sae, B] in among those kept, and keep the best.
-
-        Gives int64 [d_sae, n_examples]: where each kept one came from, a former place or `n_examples` + its row in the
-        batch. Contexts of former places have moved along; new ones are the caller's to fill in.
-        """
+        """Merge the batch's peaks [d_sae, B]; int64 [d_sae, n_examples]: old place, or `n_examples` + row in the batch."""
         peak = torch.cat([self._peak, peaks], dim=1)
         sequence = torch.cat([self._sequence, numbers.expand(self.d_sae, -1)], dim=1)
         earliest = sequence.argsort(dim=1, stable=True)

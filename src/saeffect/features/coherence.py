@@ -1,4 +1,4 @@
-"""How much a feature's top tokens mean the same thing: equation 1 of the paper, which stands in `_batch`."""
+"""Coherence of a feature's top tokens: equation 1 of Gupta & Sica (2024), computed in `_batch`."""
 
 from __future__ import annotations
 
@@ -29,27 +29,24 @@ _NUMBERS_PER_BATCH = 100_000  # of a vector each: batches stay in the processor'
 def coherence_score(
     tokens: Sequence[str], weights: Sequence[float], *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
 ) -> float:
-    """Coherence of one feature's top tokens: the weighted mean cosine of their pairs.
+    """Coherence of one feature's top tokens: the weighted mean cosine of their pairs (Gupta & Sica 2024, equation 1).
 
     Σ_{i<j} w_i w_j cos(e_i, e_j) / (Σ_{i<j} w_i w_j + ε) over the tokens whose word (`normalise_token`: no
-    leading-space mark, lower case) the embedding has. Tokens of one word stay separate items, of cosine 1, as
-    in the paper's figures: " heart", "heart" and " Heart" together count as coherent.
+    leading-space mark, lower case) has an embedding. Tokens of one word stay separate items, of cosine 1, as in the
+    paper's figures: " heart", "heart" and " Heart" together count as coherent.
 
     Args:
-        tokens: Top tokens, in plain, GPT-2 (`Ġ`) or SentencePiece (`▁`) spelling.
+        tokens: In plain, GPT-2 (`Ġ`) or SentencePiece (`▁`) spelling.
         weights: One a token, any common scale.
         embeddings: A bundled name, a file, or loaded vectors.
 
     Returns:
-        1 for one word repeated, about 0 for unrelated words, at most 1 where the weights have one sign. NaN
-        where it is undefined (see `coherence`, whose table says why).
+        1 for one word repeated, about 0 for unrelated words, at most 1 where the weights have one sign. NaN where
+        undefined (`coherence` gives the reason).
 
     Raises:
         ShapeMismatch: Not one weight a token.
-        ConfigError: `tokens` is a single string, or holds something that is not one.
-
-    Source:
-        Gupta & Sica (2024), equation 1.
+        ConfigError: `tokens` is a single string, or holds a non-string.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog", "car"], [[1, 0], [3, 4], [0, 1]], name="toy")
@@ -61,22 +58,20 @@ def coherence_score(
 
 
 def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
-    """Coherence of every feature of a table.
+    """Coherence of every feature of a table, see `coherence_score`.
 
     Args:
         features: Columns `feature`, `top_tokens` (lists of str), `top_weights` (lists of float, as long).
-        embeddings: A bundled name, a file, or loaded vectors.
 
     Returns:
-        One row a feature, with the index of `features`: feature; coherence, see `coherence_score`, NaN where
-        fewer than two tokens are known, a weight of a known token is not finite, or the products of weights
-        vanish, cancel or overflow; n_known, the top tokens that the embedding has; reason, "" where coherence
-        is defined.
+        One row a feature, with the index of `features`: feature; coherence, NaN where fewer than two tokens are known,
+        a weight of a known token is not finite, or the products of weights vanish, cancel or overflow; n_known, the top
+        tokens with an embedding; reason, "" where coherence is defined.
 
     Raises:
         BadFile: A column is missing.
         ShapeMismatch: A feature has not one weight a token.
-        ConfigError: A list of tokens holds something that is not a string.
+        ConfigError: A list of tokens holds a non-string.
     """
     _require_columns(features, "feature", "top_tokens", "top_weights")
     vectors = _loaded(embeddings)
@@ -100,11 +95,11 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
 
 
 def unique_coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> float:
-    """Share of the different words among the top tokens that the embedding has; NaN without tokens.
+    """Share of the distinct words among the top tokens that have an embedding; NaN without tokens.
 
     Raises:
         BadFile: There is no column `top_tokens`.
-        ConfigError: A list of tokens holds something that is not a string.
+        ConfigError: A list of tokens holds a non-string.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")
@@ -128,7 +123,7 @@ def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
 
 
 def _strings(tokens: Sequence[str]) -> Sequence[str]:
-    """The tokens, once it is sure that each is a string."""
+    """The tokens, after checking that each is a string."""
     if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
         wrong: list[object] = [tokens]
     else:
@@ -159,7 +154,7 @@ def _look_up(
 
 
 def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[np.int64], FloatArray]:
-    """For each of `rows` its place (-1 if unknown) among the unit vectors that occur, and these, float64 [n, dim]."""
+    """Each row's index (-1 unknown) into the unit vectors in use, and these, float64 [n, dim]."""
     known = rows >= 0
     used, inverse = np.unique(rows[known], return_inverse=True)
     directions = vectors.vectors[used].astype(np.float64)  # float64, or cosines of 1 would wobble
@@ -170,11 +165,7 @@ def _directions(rows: NDArray[np.int64], vectors: WordVectors) -> tuple[NDArray[
 
 
 def _batch(places: NDArray[np.int64], directions: FloatArray, weights: FloatArray) -> FloatArray:
-    """Equation 1 for each row; NaN where it is undefined. places, weights: [n, k]; float64 [n].
-
-    Token j meets all earlier ones at once, in the sum of w_i e_i over i < j: k steps instead of k² pairs. Half of
-    ‖Σ w_i e_i‖² - Σ w_i² would cancel where one weight is far above the others.
-    """
+    """Equation 1 by row, float64 [n], NaN where undefined; k steps, as ‖Σ w_i e_i‖² - Σ w_i² would cancel."""
     n, k = places.shape
     w = np.where(places >= 0, weights, 0.0)
     earlier = np.zeros((n, directions.shape[1]))

@@ -1,4 +1,4 @@
-"""Word vectors: the bundled GloVe subset, and whatever the user brings."""
+"""Word vectors: the bundled GloVe subset, or the user's own."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class WordVectors:
     """Words and their vectors.
 
     Attributes:
-        words: Row of each word in `vectors`. Spelled as in the source; look-ups of tokens are lower-case.
+        words: Row of each word in `vectors`, spelled as in the source; look-ups of tokens are lower-case.
         vectors: float32 [n, dim], finite, read-only.
-        name: A bundled name, or the file they came from.
+        name: A bundled name, or the source file.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
@@ -61,7 +61,7 @@ class WordVectors:
 
     @classmethod
     def from_rows(cls, words: Sequence[str], vectors: object, *, name: str) -> WordVectors:
-        """One row a word, `vectors` [len(words), dim]; of a word that occurs twice the first row counts."""
+        """One row a word, `vectors` [len(words), dim]; of a repeated word the first row counts."""
         matrix = np.asarray(vectors, dtype=np.float32)
         if matrix.ndim != 2 or len(matrix) != len(words):
             message = f"vectors must be [{len(words)}, dim], one row a word. Got {list(matrix.shape)} instead."
@@ -83,20 +83,20 @@ class WordVectors:
         return word in self.words
 
     def get(self, word: str) -> FloatArray | None:
-        """The vector [dim] of exactly this word, case and all, or None."""
+        """The vector [dim] of exactly this word (case-sensitive), or None."""
         row = self.words.get(word)
         return None if row is None else self.vectors[row]
 
     def row(self, word: str) -> int:
-        """Row of exactly this word; -1 if it is not there or its vector is 0, which has no direction."""
+        """Row of exactly this word; -1 if it is unknown or its vector is 0."""
         row = self.words.get(word, -1)
         return row if row >= 0 and self.vectors[row].any() else -1
 
     def mean_vector(self, text: str) -> FloatArray | None:
         """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is known.
 
-        Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as
-        one word if it is known, else as its parts.
+        Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as one word if
+        it is known, else as its parts.
         """
         known: list[int] = []
         for match in _WORD.finditer(text.lower()):
@@ -108,8 +108,7 @@ class WordVectors:
     def similarity(self, text_a: str, text_b: str) -> float:
         """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word.
 
-        A mean over frequent words is much the same in any English text, so values near 0.9 are ordinary
-        between unrelated sentences: compare values with each other, not with 0.
+        Values near 0.9 are ordinary between unrelated sentences: compare values with each other, not with 0.
         """
         a, b = self.mean_vector(text_a), self.mean_vector(text_b)
         if a is None or b is None:
@@ -119,16 +118,15 @@ class WordVectors:
 
 
 def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:
-    """Load word vectors by name (one of `BUNDLED_EMBEDDINGS`) or from a file; the last few stay in memory.
+    """Load word vectors by name (one of `BUNDLED_EMBEDDINGS`) or from a file; the last few are cached.
 
-    The kind of a file is found from its content: GloVe text (`word x1 ... xd` a line), word2vec text (the
-    same after a line `count dim`), both also gzipped, so that gensim's downloads work as they are; word2vec
-    binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`; `.safetensors` as bundled here
-    (`vectors`, with the words in a `.words.txt` beside it). Pickles, gensim's `.kv` among them, are never
-    loaded.
+    Formats, detected from the content: GloVe text (`word x1 ... xd` a line), word2vec text (the same after a line
+    `count dim`), both also gzipped; word2vec binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`;
+    `.safetensors` as bundled here (`vectors`, with the words in a `.words.txt` beside it). Pickles, including gensim's
+    `.kv`, are refused.
 
     Raises:
-        UnknownName: Not a bundled name, and it does not look like a path.
+        UnknownName: Neither a bundled name nor a path.
         NotFound: There is no such file.
         BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
 

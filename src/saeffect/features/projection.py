@@ -1,15 +1,11 @@
 """The tokens that each feature promotes: `W_dec @ W_U`, streamed over features.
 
-Two scales of the same product:
+- `dot` is `W_dec[f] · W_U[:, t]`, as in the paper: the change of the token's logit per unit of the feature, up to the
+  final norm's scale.
+- `cosine` divides that by `‖W_U[:, t]‖`. With tied embeddings a few rare tokens of large norm lead most `dot` rankings.
 
-- `dot` is `W_dec[f] · W_U[:, t]`: by how much one unit of the feature moves the token's logit, but for the
-  final norm's scale. It is the paper's.
-- `cosine` divides that by `‖W_U[:, t]‖`, so that a token is judged by its direction only. Where embeddings
-  are tied, a few rare tokens have large norms and lead the `dot` ranking of nearly every direction.
-
-The decoder row's own norm is *not* divided out of either: it would not change a feature's ranking, and SAEs
-differ in whether they fix it to 1. A `cosine` weight is thus a true cosine times `‖W_dec[f]‖`; divide it by
-the table's `decoder_norm` for the cosine itself.
+Neither divides by the decoder row's norm, which does not change a feature's ranking: for the true cosine, divide a
+`cosine` weight by the table's `decoder_norm`.
 """
 
 from __future__ import annotations
@@ -41,20 +37,19 @@ _SMALL = {torch.float32: 1e-8, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """The top tokens of every feature, and the shape of its dot product over the vocabulary.
+    """The top tokens of every feature, and the moments of its dot product over the vocabulary; all on the CPU.
 
-    The moments are those of the population of valid tokens (divided by n, not n - 1), always of the *dot*
-    product, whichever scale ranks the tokens. All tensors are on the CPU.
+    Moments are of the population of valid tokens (divided by n), always of the *dot* product.
 
     Attributes:
         projection: The scale that ranks: "dot" or "cosine".
-        indices: int64 [d_sae, top_k], token ids, best first; equal weights in order of token id.
+        indices: int64 [d_sae, top_k], token ids, best first; ties by token id.
         weights: float32 [d_sae, top_k], on the ranking scale.
         mean: float64 [d_sae].
         std: float64 [d_sae], 0 for a row of equal values.
         skewness: float64 [d_sae], NaN where `std` is 0.
-        kurtosis: float64 [d_sae], the plain fourth standardised moment, 3 for a normal distribution, not the
-            excess over it: SAELens' feature statistics define it so. NaN where `std` is 0.
+        kurtosis: float64 [d_sae], the fourth standardised moment (3 for a normal distribution), not the excess, as in
+            SAELens' feature statistics. NaN where `std` is 0.
     """
 
     projection: str
@@ -76,32 +71,26 @@ def project(
     chunk: int = 512,
     dtype: str = "auto",
 ) -> Projection:
-    """The `top_k` tokens that each decoder row promotes most.
+    """The `top_k` tokens that each decoder row promotes most (Gupta & Sica 2024 rank by the dot product).
 
-    Holds `chunk × d_vocab` products at a time or fewer, never `d_sae × d_vocab`.
+    Holds at most `chunk × d_vocab` products at a time.
 
     Args:
         W_dec: [d_sae, d_in], any float dtype, taken as float32.
         W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it (norm folded in, centred).
-        top_k: How many tokens to keep.
         projection: "dot" or "cosine", see the module.
-        valid: bool [d_vocab]; tokens where it is False are never chosen and do not count in the moments.
-            Under "cosine" tokens whose unembedding is zero (up to float32 rounding of the largest) are not
-            chosen either, since they have no direction; they do count in the moments.
-        chunk: Features per matrix product, at most. Changes memory, and the moments by float32 rounding at most.
-        dtype: Of the products among which the top tokens are looked for: "float32", "bfloat16", or "auto" for the
-            faster one, bfloat16 where the processor multiplies it and there is much to multiply. Top tokens and weights
-            are the same in all (see `top_tokens`), and so are mean and std, but for the rounding of float32; skewness
-            and kurtosis from bfloat16 are typically off by 1e-4 (see `TileMoments`).
+        valid: bool [d_vocab]; tokens where it is False are never chosen and not in the moments. Under "cosine", tokens
+            whose unembedding is zero (up to float32 rounding) are not chosen either, but are in the moments.
+        chunk: Features per matrix product. Changes memory, and moments by float32 rounding at most.
+        dtype: Of the products in which top tokens are searched: "float32", "bfloat16", or "auto" for the faster one.
+            Top tokens and weights do not depend on it (see `top_tokens`), nor do mean and std beyond float32 rounding;
+            skewness and kurtosis from bfloat16 are typically off by 1e-4 (see `TileMoments`).
 
     Raises:
         UnknownName: `projection` is neither "dot" nor "cosine", or `dtype` is unknown.
         ShapeMismatch: The matrices are not two-dimensional, do not fit, or `valid` has another length.
         ConfigError: `top_k` or `chunk` is below 1, or fewer than `top_k` tokens can be chosen.
         BadFile: A weight is NaN or infinite, or a product or norm overflows float32.
-
-    Source:
-        Gupta & Sica (2024) rank by the dot product; the moments are those of SAELens' feature statistics.
 
     Example:
         >>> W_U = torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]])
@@ -173,21 +162,19 @@ def _stream(
 
 
 class TileMoments:
-    """Mean, standard deviation, skewness and kurtosis of every row's products, from the tiles as they pass.
+    """Mean, standard deviation, skewness and kurtosis of every row's products, accumulated tile by tile.
 
-    The mean is `W_dec @ mean(W_U)`, in float64. The sums of powers are taken while a tile is in the cache, in float32
-    over a tile and in float64 over tiles, of products that are already centred, so that nothing cancels.
+    Products are centred, so sums of powers do not cancel (float32 in a tile, float64 over tiles). The mean is `W_dec @
+    mean(W_U)` in float64; the standard deviation of bfloat16 products comes from the covariance of W_U. Their rounding
+    (0.2 % of the typical product) averages out to about 1e-4 in skewness and kurtosis over 50,000 tokens. Where a few
+    tokens hold most of a moment, true products replace those of the top tokens, but tokens at the other end may still
+    change skewness by 0.02 and kurtosis by a percent.
 
-    Products in bfloat16 are off by some 0.2 % of the typical product each, which over 50,000 tokens averages out to
-    about 10^-4 in skewness and kurtosis; the standard deviation does not depend on it, since it is taken from the
-    covariance of W_U. Where a few tokens hold most of a moment, nothing averages out. Those are mostly the top tokens,
-    whose true products take the place of the rounded ones; a few tokens at the other end may still put skewness off by
-    0.02 and kurtosis by a percent. What is proven is less: if e_t bounds the error of token t's product and E_p is the
-    p-th root of the mean of e_t^p, then by Minkowski's inequality the p-th roots of the absolute p-th moments are off
-    by at most E_p. So a row whose variance in the products differs from the true one by more than one part in 1,000, or
-    is small beside that of other directions, is computed again in float64.
+    Proven bound: with e_t the error of token t's product and E_p the p-th root of the mean of e_t^p, the p-th roots of
+    the absolute p-th moments are off by at most E_p (Minkowski). A row whose variance in the products is off by more
+    than 1 in 1,000, or small beside that of other directions, is computed again in float64.
 
-    One object serves all rows, at most `n_rows` at a time; only `valid` tokens count, bool [d_vocab], or all if None.
+    At most `n_rows` rows at a time; only tokens of `valid` count, bool [d_vocab], all if None.
     """
 
     def __init__(self, tiles: UnembeddingTiles, n_rows: int, valid: Tensor | None) -> None:
@@ -204,7 +191,7 @@ class TileMoments:
         self._sums.zero_()
 
     def add(self, products: Tensor, maxima: Tensor) -> None:
-        """One tile's products [r, width]; puts the largest of each block into `maxima` [r, n_blocks]."""
+        """Add one tile's products [r, width]; puts the largest of each block into `maxima` [r, n_blocks]."""
         n = len(products)
         powers = self._powers[:n]
         product, square = powers[:, 0], powers[:, 1]
@@ -218,7 +205,7 @@ class TileMoments:
     def result(self, rows: Rows, change: Tensor) -> Tensor:
         """Mean, std, skewness and kurtosis of the rows whose tiles were added: float64 [4, r].
 
-        `change` [4, r] is to be added to the sums of the first four powers, see `TopTokens.find`.
+        `change` [4, r] is added to the sums of the first four powers, see `TopTokens.find`.
         """
         tiles = self._tiles
         if self._covariance is None:
@@ -244,7 +231,7 @@ class TileMoments:
         return shape
 
     def _again(self, rows: Tensor) -> Tensor:
-        """Rows float64 [r, d_in] for which the products say too little, in float64; two passes."""
+        """Moments of rows float64 [r, d_in] in float64, two passes."""
         products = exact_products(rows, self._tiles.tokens)[:, self._kept]
         mean = products.mean(dim=1)
         deviation = products - mean[:, None]
@@ -261,7 +248,6 @@ class TileMoments:
 
 
 def _product_dtype(name: str, W_dec: Tensor, W_U: Tensor) -> torch.dtype:
-    """In which dtype candidates are looked for."""
     if name not in PRODUCT_DTYPES:
         raise unknown_name("dtype", name, PRODUCT_DTYPES, at="dtype")
     if name != "auto":

@@ -1,7 +1,4 @@
-"""One row a feature: its top tokens, the shape of its projection, its decoder norm and its activity.
-
-Nothing here knows a model: the caller brings the unembedding, the token strings, and batches of activations.
-"""
+"""One row a feature: its top tokens, the moments of its projection, its decoder norm and its activity."""
 
 from __future__ import annotations
 
@@ -41,13 +38,9 @@ class FeatureOptions:
 
 @dataclass(frozen=True, eq=False)
 class ActivationBatch:
-    """A batch of whole sequences and what the SAE makes of them.
+    """Whole sequences and their activations: `token_ids` int [B, S]; `feature_acts` [B, S, d_sae], any float dtype.
 
-    Attributes:
-        token_ids: int [B, S].
-        feature_acts: [B, S, d_sae], any float dtype.
-        sources: [B], the name of each sequence's text source.
-        mask: bool [B, S], True at positions that count; None for all.
+    `sources` [B] names each sequence's text source; `mask` is bool [B, S], True at positions that count, None for all.
     """
 
     token_ids: Tensor
@@ -58,7 +51,7 @@ class ActivationBatch:
 
 @dataclass(frozen=True, eq=False)
 class FeatureTables:
-    """What is known of an arm's features.
+    """The tables of an arm's features.
 
     Attributes:
         features: One row a feature: the columns of `feature_table` and of `ActivityAccumulator.result`.
@@ -79,20 +72,19 @@ def feature_table(
     options: FeatureOptions | None = None,
     valid: Tensor | None = None,
 ) -> pd.DataFrame:
-    """What the decoder says of each feature.
+    """The columns of the feature table that come from the decoder.
 
     Args:
         W_dec: [d_sae, d_in].
         W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it.
-        token_strings: [d_vocab], the text of each token, kept as it is.
+        token_strings: [d_vocab], kept unchanged.
         options: `top_k` and `projection` are used; the defaults if None.
         valid: bool [d_vocab], False for tokens that must not be chosen, such as special and unused ones.
 
     Returns:
-        feature (int64); top_tokens (list of str), top_token_ids (list of int), top_weights (list of float),
-        best first on the scale of `options.projection`; top_tokens_dot, top_tokens_cosine; projection_mean,
-        _std, _skewness, _kurtosis of the dot product over the vocabulary; decoder_norm, the Euclidean norm of
-        the decoder row.
+        feature (int64); top_tokens (list of str), top_token_ids (list of int), top_weights (list of float), best first
+        on the scale of `options.projection`; top_tokens_dot, top_tokens_cosine; projection_mean, _std, _skewness,
+        _kurtosis of the dot product over the vocabulary; decoder_norm, the Euclidean norm of the decoder row.
 
     Raises:
         ShapeMismatch: Widths differ, or `token_strings` is not one a token.
@@ -144,15 +136,13 @@ def extract_tables(
 ) -> FeatureTables:
     """The feature table with activity, and the max-activating contexts, from one pass over the batches.
 
-    Batches are used as they come and let go, so a generator keeps memory to one batch. How the sequences are
-    cut into batches does not matter.
-
-    Arguments are those of `feature_table`, and the `batches`: what the SAE makes of some text.
+    Other arguments as in `feature_table`. Memory holds one batch if `batches` is a generator; how sequences are batched
+    does not matter.
 
     Raises:
         EmptySelection: No position counts in any batch.
         UnknownName: A batch's source is not among `options.sources`.
-        SaeffectError: As `feature_table`, `ActivityAccumulator` and `ExampleCollector`.
+        SaeffectError: As `feature_table`, `ActivityAccumulator.update` and `ExampleCollector`.
     """
     options = options or FeatureOptions()
     table = feature_table(W_dec, W_U, token_strings, options=options, valid=valid)

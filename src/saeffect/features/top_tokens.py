@@ -1,21 +1,20 @@
-"""The exact top tokens of some rows of W_dec, out of products with W_U that are known up to a bound.
+"""The exact top tokens of some rows of W_dec, from products with W_U that are known up to a bound.
 
 A row x promotes token t by x·u_t. Write n = |x|, ū for the mean over tokens (rounded to float32), s for a power of two
-that brings the longest u_t - ū to a length of at most 1 and not far below, and c_t = s (u_t - ū). Then
-x·u_t = n z_t / s + x·ū with z_t = (x / n)·c_t: within a row the order of z_t is that of x·u_t, and no z_t is above 1.
-The products computed are z'_t = X·V_t, where X is x / n and V_t is c_t, both rounded to the dtype of the tiles.
+that brings the longest u_t - ū to a length of at most 1 and not far below, and c_t = s (u_t - ū). Then x·u_t = n z_t /
+s + x·ū with z_t = (x / n)·c_t, so z_t ranks a row's tokens, and no z_t is above 1. The computed products are z'_t =
+X·V_t, with X = x / n and V_t = c_t, both rounded to the dtype of the tiles.
 
-The bound. z_t - X·V_t = X·(c_t - V_t) + (x/n - X)·c_t, so by Cauchy-Schwarz it is at most |X| e_t + a (|V_t| + e_t)
-with e_t = |c_t - V_t| and a = |x/n - X|. These lengths are measured and not assumed. Products of two bfloat16 numbers
-are exact in float32, those of two float32 numbers are not; K of them, added in float32 in whatever order, are off by at
-most (K + 1) 2^-24 |X| |V_t| to first order. Last, z'_t may itself be rounded to bfloat16, by 2^-8 of its size.
-Numbers that vanish (squares below 2^-126, what a processor flushes to zero) are covered by an absolute term, which
-the scaling makes meaningful. `tests/features/test_projection_exact.py` tries to break it.
+Bound: z_t - X·V_t = X·(c_t - V_t) + (x/n - X)·c_t, so by Cauchy-Schwarz it is at most |X| e_t + a (|V_t| + e_t), with
+e_t = |c_t - V_t| and a = |x/n - X|, both measured. Products of bfloat16 numbers are exact in float32, those of float32
+numbers are not; a sum of K in float32, in any order, is off by at most (K + 1) 2^-24 |X| |V_t| to first order. Last,
+z'_t may be rounded to bfloat16, by 2^-8 of its size. An absolute term covers squares below 2^-126, which a processor
+may flush to zero. `tests/features/test_projection_exact.py` tests the bound.
 
-The search. Of every block of columns only the largest product is looked at. Less its slack, the k-th largest of those
-is a floor that the k-th best token reaches; blocks and then columns whose product plus slack stays under the floor hold
-no top token. What is left, some twenty tokens a row, is evaluated in float64 and rounded to float32. So the result does
-not depend on the dtype of the products, on how they were cut up, or on the processor.
+Search: the largest product of every block of columns, less its slack, is taken; the k-th largest of these is a floor
+that the k-th best token reaches. Blocks, then columns, whose product plus slack is below the floor hold no top token.
+The rest, some twenty tokens a row, is evaluated in float64 and rounded to float32. So the result does not depend on the
+products' dtype, their tiling, or the processor.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _DENSE_SHARE, _DENSE_BLOCKS = 0.125, 64
 
 
 class Rows:
-    """Some rows of W_dec [r, d_in], made ready for the products: `dtype` is that of the tiles."""
+    """Rows of W_dec [r, d_in], prepared for products in the tiles' `dtype`."""
 
     def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
         self.exact = rows.double()
@@ -57,29 +56,27 @@ class Rows:
 
 
 class UnembeddingTiles:
-    """W_U's valid columns, in an order and a shape that make the largest products of a row cheap to find.
+    """W_U's valid columns, laid out so that the largest products of a row are cheap to find.
 
-    Columns come in the order of their lengths, cut into tiles, and each tile into blocks of `block` columns among which
-    the tile's columns are dealt: blocks of one tile are alike, and columns of one block are too.
+    Columns are sorted by length and cut into tiles; a tile's columns are dealt into blocks of `block` columns.
 
     Args:
         W_U: Float [d_in, d_vocab], finite.
-        valid: Bool [d_vocab]: tokens to lay out; all if None.
-        block: Columns a block.
+        valid: Bool [d_vocab]; all if None.
         dtype: Of the tiles: torch.float32 or torch.bfloat16.
 
     Attributes:
         tokens: W_U transposed, float32 [d_vocab, d_in], in the order of the vocabulary.
         norms: Length of each row of `tokens`, float64 [d_vocab].
-        centre: Mean over valid tokens, float64 [d_in]; `origin` is the same as it was subtracted, rounded.
+        centre: Mean over valid tokens, float64 [d_in]; `origin` is its rounded value, as subtracted.
         largest: Largest size of a valid token's number in each dimension, float64 [d_in].
-        scale: Columns were multiplied by this power of two.
+        scale: Power of two by which columns were multiplied.
         tiles: [n_tiles, width, d_in].
-        ids: Token of each column, int64 [n_tiles * width]; -1 for a column of zeros that fills up the first tile.
-        mean: Mean of the tiles' columns, float64 [d_in]: small, but for rounding it would be 0.
+        ids: Token of each column, int64 [n_tiles * width]; -1 for the zero columns that pad the first tile.
+        mean: Mean of the tiles' columns, float64 [d_in]: 0 up to rounding.
         spread: Sum over dimensions of the variance of the valid tokens, times `scale` squared.
-        covariance: The same as a matrix [d_in, d_in]; None in float32, where the products tell as much.
-        rounding: Share of its size by which a product may be off from being rounded to the tiles' dtype.
+        covariance: The same as a matrix [d_in, d_in]; None in float32, where it is not needed.
+        rounding: Largest relative error of a product from rounding to the tiles' dtype.
     """
 
     def __init__(self, W_U: Tensor, valid: Tensor | None, block: int, dtype: torch.dtype) -> None:
@@ -104,9 +101,8 @@ class UnembeddingTiles:
         self._fill()
 
     def _survey(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms and centre; least and greatest number of the valid tokens in each dimension, float64 [d_in].
-
-        A few tokens at a time, since all of them in float64 would be twice as large as W_U.
+        """Norms, centre, least and greatest number of the valid tokens by dimension, float64 [d_in], a few tokens at a
+        time.
         """
         n, d_in = self.tokens.shape
         self.norms = torch.empty(n, dtype=torch.float64, device=self.tokens.device)
@@ -124,7 +120,7 @@ class UnembeddingTiles:
         return low, high
 
     def _fill(self) -> None:
-        """The tiles, and what is measured on them."""
+        """Make the tiles and measure them."""
         _, width, d_in = self.tiles.shape
         device, coarse = self.tiles.device, self.tiles.dtype != torch.float32
         self._length, self._error = torch.empty(2, len(self.ids), device=device)
@@ -151,7 +147,7 @@ class UnembeddingTiles:
         self.covariance = None if gram is None else gram / self.n_valid - torch.outer(off, off)
 
     def slack(self, rows: Rows) -> Tensor:
-        """How far z' before its last rounding may be from z, for any of the rows: float32, one a column."""
+        """Bound on z' minus z before the last rounding, for all of the rows: float32, one a column."""
         d_in = self.tokens.shape[1]
         # The lengths are float32 sums themselves, and subtracting the centre was off by a rounding.
         longer = 1 + (d_in + 8) * _UNIT
@@ -222,7 +218,7 @@ class _Scale:
         return (highest >= floor).logical_and_(self._columns[block])
 
     def weights(self, products: Tensor, token: Tensor | slice) -> Tensor:
-        """Weights in float32 of true products float64 [..., n] with some tokens; minus infinity for no choice."""
+        """Weights in float32 of true products float64 [..., n]; minus infinity for tokens that cannot be chosen."""
         values = (products if self._divisor is None else products / self._divisor[token]).float()
         return values.masked_fill_(~self._choosable[token], -torch.inf)
 
@@ -230,8 +226,8 @@ class _Scale:
 class TopTokens:
     """Finds the `top_k` best tokens of rows on one or more scales.
 
-    `scales` holds by name: float64 [d_vocab], what a token's product is divided by, or None for 1; and bool [d_vocab],
-    the tokens that can be chosen, all of them valid ones and at least `top_k`.
+    `scales` holds by name: float64 [d_vocab], the divisor of a token's product, or None for 1; and bool [d_vocab], the
+    tokens that can be chosen, all of them valid ones and at least `top_k`.
     """
 
     def __init__(self, tiles: UnembeddingTiles, top_k: int, scales: dict[str, tuple[Tensor | None, Tensor]]) -> None:
@@ -242,17 +238,16 @@ class TopTokens:
         self._scales = {name: _Scale(tiles, *scale) for name, scale in scales.items()}
 
     def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """The best tokens, and what evaluating them says of the products' rounding.
+        """The best tokens, and the correction of the products' power sums.
 
         Args:
             products: Each tile's, [n_tiles, r, width], contiguous.
             maxima: Largest product of each block, float32 [r, n_blocks].
-            rows: What was multiplied.
 
         Returns:
-            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], equal weights by token id; and float64
-            [4, r], by how much the sums of the first four powers of a row's products change if those of the tokens that
-            were evaluated are replaced by the true ones.
+            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], ties by token id; and float64 [4, r],
+            the change of the sums of the first four powers of a row's products when true products replace the evaluated
+            ones.
         """
         tiles = self._tiles
         slack, zero = tiles.slack(rows), rows.length == 0
@@ -281,7 +276,7 @@ class TopTokens:
         return found, torch.stack(change)
 
     def _evaluate_whole(self, rows: Rows, which: Tensor, found: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Rows for which the bound says too little: every product of theirs, in float64."""
+        """Evaluate every product in float64, for rows that the bound does not cover."""
         for part in which.split(_DENSE_ROWS):
             products = exact_products(rows.exact[part], self._tiles.tokens)
             for name, scale in self._scales.items():
@@ -307,7 +302,7 @@ class TopTokens:
         return floors, alive
 
     def _doubt(self, products: Tensor, slack: Tensor) -> Tensor:
-        """How far the true z may be from the products, with room for the rounding of what is done to both."""
+        """Bound on the distance of the true z from the products, including later rounding."""
         return torch.add(slack * (1 + _MARGIN), products.abs(), alpha=self._tiles.rounding + _MARGIN)
 
     def _candidates(
@@ -356,8 +351,7 @@ class TopTokens:
 def exact_products(rows: Tensor, tokens: Tensor) -> Tensor:
     """`rows @ tokens.T` in float64 [r, d_vocab], for a few rows float64 [r, d_in] and float32 tokens [d_vocab, d_in].
 
-    Raises:
-        BadFile: A product overflows float32.
+    Raises `BadFile` if a product overflows float32.
     """
     products = torch.empty(len(rows), len(tokens), dtype=torch.float64, device=rows.device)
     for start in range(0, len(tokens), _DENSE_TOKENS):

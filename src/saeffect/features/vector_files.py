@@ -1,8 +1,4 @@
-"""Files of word vectors: one reader for each format that people hold them in.
-
-`read_vectors` tells the format from the first bytes. Every reader gives words and a float32 matrix, and stops at the
-first line that cannot be right.
-"""
+"""Readers of word vector files, one a format; `read_vectors` detects the format from the first bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
-    """Words as they are spelled, in the file's order, and their vectors, float32 [n, dim], finite.
+    """Words as spelled, in the file's order, and their vectors, float32 [n, dim], finite.
 
     Raises:
         NotFound: The list of words beside a `.safetensors` is missing.
@@ -95,7 +91,7 @@ def _read(path: Path) -> tuple[list[str], FloatArray]:
 
 
 def _is_binary(start: bytes) -> bool:
-    """Whether a file begins as word2vec's binary format does, or at any rate not as text."""
+    """Whether a file begins as word2vec's binary format does, or at least not as text."""
     if re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return True
     # Numbers without such bytes are rare: after a header, what follows a word of text is a number in letters.
@@ -237,7 +233,7 @@ def _binary_records(stream: BinaryIO, dim: int, path: Path) -> Iterator[tuple[st
 
 
 def _check_npz(path: Path) -> None:
-    """Compare what the two arrays of an .npz say of themselves with the file, before reading them."""
+    """Compare the declared sizes of the two arrays of an .npz with the file, before reading them."""
     with zipfile.ZipFile(path) as archive:
         texts = [name for name in archive.namelist() if name.endswith((".txt", ".vec", ".bin"))]
         if texts:
@@ -283,7 +279,7 @@ def _read_npz(path: Path) -> tuple[list[str], FloatArray]:
 
 
 def _read_safetensors(path: Path) -> tuple[list[str], FloatArray]:
-    """The bundled layout: tensor `vectors` [n, dim], and `<stem>.words.txt`, whose hash the metadata hold."""
+    """The bundled layout: tensor `vectors` [n, dim], and `<stem>.words.txt`, whose hash is in the metadata."""
     words_path = path.with_suffix(".words.txt")
     refuse_special(words_path, "list of words")
     try:

@@ -1,14 +1,4 @@
-"""Which features belong to a domain, and which tokens can be top tokens at all.
-
-A domain feature has enough top tokens in a list of the domain's words. The match is exact: a token counts when its word
-(no leading space, lower case) is in the list. "Cancer" and " cancer" are two tokens of one word and count as two, as in
-the paper's published features. There "hearth" and "otherapy" count too, so the paper seems to have looked for its words
-*inside* tokens; here whole words must match.
-
-A large vocabulary holds words of a hundred languages, and the tokens that a direction promotes most come from all of
-them. Word vectors and word lists of one language then know few of a feature's top tokens. So the ranking can be left
-to the tokens of some scripts, or to those that the vectors know.
-"""
+"""Which features belong to a domain (by the words of their top tokens), and which tokens can be top tokens at all."""
 
 from __future__ import annotations
 
@@ -53,21 +43,21 @@ _VERDICT_COLUMNS = ("feature", "n_yes", "n_no", "n_unsure", "label", "majority")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A reference list of a domain's words, in lower case; by its bundled name or path; and the hash of the file."""
+    """A domain's words, in lower case; its bundled name or path; and the hash of the file."""
 
     name: str
     words: frozenset[str]
     sha256: str
 
     def __contains__(self, token: object) -> bool:
-        """Whether the word of a token is in the list; `token` may still have its space mark and its case."""
+        """Whether the word of a token is in the list; `token` may have a space mark and capitals."""
         return isinstance(token, str) and unicodedata.normalize("NFC", normalise_token(token)) in self.words
 
     def __len__(self) -> int:
         return len(self.words)
 
     def unmatched(self, tokens: Iterable[str]) -> list[str]:
-        """The words, sorted, that none of these tokens is: they can never be found among top tokens."""
+        """The words, sorted, that are no token of these and so can never be found among top tokens."""
         return sorted(self.words - {unicodedata.normalize("NFC", normalise_token(token)) for token in tokens})
 
 
@@ -79,23 +69,22 @@ class MatchCounts(NamedTuple):
 
 
 def bundled_vocabularies() -> list[str]:
-    """Names of the word lists that come with the package, sorted."""
+    """Names of the bundled word lists, sorted."""
     return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.txt"))
 
 
 def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
     """Read a word list: a bundled one by its name, or a text file.
 
-    A file holds one word a line, in UTF-8; `#` starts a comment; case, leading space marks, quotation marks around a
-    word and characters that are not seen do not matter. The name of a bundled list wins over a file of that name in
-    the current folder: write `./medical` for the file.
+    A file holds one word a line, in UTF-8; `#` starts a comment. Case, leading space marks, quotation marks around a
+    word and invisible characters are ignored. A bundled name wins over a file: write `./medical` for the file.
 
     Raises:
         UnknownName: Neither the name of a bundled list nor a path (no folder, no suffix, no such file).
-        NotFound: A path at which there is no file.
-        BadFile: Not UTF-8, or a line with several words or columns; the message gives the place.
-        ConfigError: It can be no path.
-        EmptySelection: Not one word.
+        NotFound: There is no such file.
+        BadFile: Not UTF-8, or a line with several words or columns; names the line.
+        ConfigError: Not a possible path.
+        EmptySelection: No words.
 
     Example:
         >>> medical = load_vocabulary("medical")
@@ -119,10 +108,9 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
 def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -> MatchCounts:
     """Count, for each feature, the top tokens whose word is in the vocabulary.
 
-    Tokens may be decoded (" cancer") or in the tokenizer's notation ("Ġcancer").
-
-    Raises:
-        ConfigError: A feature's tokens are one string instead of a sequence of strings.
+    The word (no leading space, lower case) must match exactly: "Cancer" and " cancer" count as two. The paper seems to
+    match inside tokens ("hearth", "otherapy"). Tokens may be decoded (" cancer") or in the tokenizer's notation
+    ("Ġcancer"). `ConfigError` if a feature's tokens are one string.
 
     Example:
         >>> words = Vocabulary("two", frozenset({"cancer", "tumor"}), sha256="")
@@ -155,20 +143,18 @@ def select(
         features: One row a feature: feature, top_tokens, top_tokens_dot, top_tokens_cosine.
         vocabulary: A bundled list's name, a path, or a loaded list.
         min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
-        verdicts: As `saeffect.review.summarise_verdicts` gives them. With them, a domain feature also needs a majority
-            of yes; one that nobody reviewed is none.
+        verdicts: As `saeffect.review.summarise_verdicts` gives. A domain feature then also needs a majority of yes.
         arm: Name of the arm, for error messages.
 
     Returns:
-        One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched
-        (list of str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64);
-        in_vocabulary (bool: matches >= min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed);
-        label (str); is_domain (bool).
+        One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched (list of
+        str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64); in_vocabulary (bool: matches >=
+        min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed); label (str); is_domain (bool).
 
     Raises:
-        ConfigError: `min_matches` is no positive integer, a column is missing, or the verdicts name a feature
-            twice or one that the arm does not have.
-        UnknownName, NotFound, BadFile, EmptySelection: As `load_vocabulary`.
+        ConfigError: `min_matches` is no positive integer, a column is missing, or the verdicts repeat a feature or name
+            one that the arm does not have.
+        SaeffectError: As `load_vocabulary`.
     """
     if isinstance(min_matches, bool) or not isinstance(min_matches, int | np.integer) or min_matches < 1:
         raise ConfigError(f"min_matches must be an integer >= 1. Got {min_matches!r} instead.", at="min_matches")
@@ -239,12 +225,7 @@ def _words(text: str, *, at: str) -> list[str]:
 
 
 def _word(entry: str) -> str:
-    """The form in which the words of lists and of tokens are compared.
-
-    Letters and their accents are one code point where Unicode has it, as in nearly all tokenizers; macOS and PDFs
-    take them apart. What is not seen (zero-width characters, soft hyphens, byte order marks) and quotation marks
-    around the word go.
-    """
+    """The compared form of a word: NFC, lower case, without invisible characters and surrounding quotation marks."""
     seen = "".join(c for c in unicodedata.normalize("NFC", entry) if c.isascii() or unicodedata.category(c) != "Cf")
     word = normalise_token(seen)
     if len(word) > 2 and word[0] in _QUOTES and word[-1] in _QUOTES:
@@ -253,23 +234,17 @@ def _word(entry: str) -> str:
 
 
 def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: WordVectors | None = None) -> Tensor:
-    """Which tokens of a vocabulary can be top tokens.
+    """Which tokens of a vocabulary can be top tokens, bool [d_vocab]; for multilingual vocabularies.
 
     Args:
-        tokens: The text of each token, [d_vocab].
-        choice: ("all",); ("embeddings",): tokens whose word (`normalise_token`) the vectors have; or names of scripts:
-            tokens all of whose letters are of these. Digits and punctuation are of every script, parts of a character
-            of none.
+        tokens: [d_vocab].
+        choice: ("all",); ("embeddings",): tokens whose word (`normalise_token`) has a vector; or names of scripts:
+            tokens all of whose letters are of these (by the names of the Unicode character database, after NFKC).
+            Digits and punctuation are of every script, parts of a character of none.
         vectors: Needed for ("embeddings",).
-
-    Returns:
-        Bool [d_vocab].
 
     Raises:
         UnknownName: A script that is not in `saeffect.config.SCRIPTS`.
-
-    Source:
-        Scripts are read off the names of characters in the Unicode character database, after NFKC.
 
     Example:
         >>> choosable_tokens([" Fieber", "fièvre", "лихорадка", "熱", "42"], ["latin"]).tolist()
@@ -295,7 +270,7 @@ def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: Word
 
 @cache
 def _script_of(character: str) -> str:
-    """The script of a letter, lower case, as in "hangul"; "" for what is no letter."""
+    """The script of a letter, lower case, as in "hangul"; "" for other characters."""
     if not unicodedata.category(character).startswith("L"):
         return ""
     name = unicodedata.name(character, "unknown").lower().replace("-", " ").split()[0]

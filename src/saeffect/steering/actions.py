@@ -1,4 +1,4 @@
-"""From what a trial is called (feature, condition, dose) to what is done to the model."""
+"""Maps a trial (feature, condition, dose) to the operator applied to the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Draw = tuple[int, ...]
 
 
 class ActionRow(NamedTuple):
-    """One row of a batch: which feature, under which condition, how strongly, and on which prompt and sample."""
+    """One row of a batch."""
 
     feature: int
     condition: str
@@ -35,17 +35,15 @@ class ActionRow(NamedTuple):
 class Actions:
     """Operators by feature, condition and dose; made by `actions_of`.
 
-    Added, a set of features goes along the sum of their decoder rows. Under "clamp" and "ablate" a placebo with drawn
-    directions is pushed at each position as far as the feature would be, but along those (several features as far as
-    all of them together); a placebo feature is clamped to the same multiple of its own maximum.
+    Under "add" a set of features is pushed along the sum of their decoder rows. Under "clamp" and "ablate" a placebo
+    with drawn directions moves each position as far as the features would, along those directions; a placebo feature is
+    clamped to the same multiple of its own maximum.
 
     Attributes:
-        site: Model, hook, and what is there.
-        plan: Gives the operator, the unit of doses, the placebos and the seed.
-        table: The feature table, checked, in order of feature.
-        members: Which features of the SAE a row of the table stands for.
-        placebo_features: By placebo and feature: the features pushed instead, nearest first; for several features at
-            once each is a sequence of as many features.
+        table: The checked feature table, sorted by feature.
+        members: SAE features of each table row.
+        placebo_features: By placebo and feature: the features pushed instead, nearest first; for a set, each entry is a
+            sequence of as many features.
     """
 
     site: Site
@@ -55,16 +53,16 @@ class Actions:
     placebo_features: Mapping[str, Mapping[int, Sequence[Any]]]
 
     def operator(self, rows: Sequence[ActionRow]) -> Operator:
-        """What is done to a batch, one row of it each; "unsteered" rows are left as they are, bit for bit."""
+        """The operator for a batch; "unsteered" rows are left unchanged, bit for bit."""
         if self.plan.operator == "add":
             return AddVectors(torch.stack([self._vector(row) for row in rows]))
         return self._setting(rows)
 
     def length(self, feature: int, dose: float) -> float:
-        """Length of what a dose adds, in the activation's units; for "clamp", to a token where the feature is off.
+        """Length of the added vector in the activation's units; for "clamp", where the feature is off. NaN for
+        "ablate".
 
-        NaN for "ablate": what it takes away is another length at each token. An SAE that standardises each token
-        puts its features back on the token's own scale; here that is a token of the mean norm.
+        For an SAE that standardises each token, the length at a token of mean norm.
         """
         if self.plan.operator == "ablate":
             return math.nan
@@ -81,11 +79,11 @@ class Actions:
         return self.length(feature, dose) / self.norm(feature)
 
     def norm(self, feature: int) -> float:
-        """Length of the feature's decoder row, or of the sum of its members' rows; `Undefined` for zero."""
+        """Norm of the feature's decoder row, or of the sum of its members' rows; `Undefined` for zero."""
         return _length(self._row(self.members[feature]), feature)
 
     def unit(self, feature: int, condition: str, draw: Draw = ()) -> Tensor:
-        """The direction of norm 1 that is pushed along, float32 `[d_model]`, on the CPU."""
+        """Unit vector of the push, float32 `[d_model]`, on the CPU."""
         row = self._row(self.pushed(feature, condition, draw))
         direction = _direction(condition)
         if direction is not None:
@@ -93,7 +91,7 @@ class Actions:
         return row.cpu() / _length(row, feature)
 
     def pushed(self, feature: int, condition: str, draw: Draw) -> tuple[int, ...]:
-        """The SAE's features that a trial pushes: the feature's members, or those of its placebo."""
+        """The SAE features that a trial pushes: the feature's members, or those of its placebo."""
         if condition not in self.placebo_features:
             return self.members[feature]
         placebos = self.placebo_features[condition].get(feature, ())
@@ -103,7 +101,7 @@ class Actions:
         return tuple(int(f) for f in chosen) if hasattr(chosen, "__len__") else (int(chosen),)
 
     def obstacle(self, feature: int, condition: str) -> str:
-        """Why a feature cannot be steered under a condition, "" if it can."""
+        """Why a feature cannot be steered under a condition; "" if it can."""
         members = self.members[feature]
         called = f"feature {feature}" if members == (feature,) else f"features {', '.join(map(str, members))}"
         if self.plan.operator == "clamp":
@@ -165,7 +163,7 @@ class Actions:
 
 
 def _direction(condition: str) -> DrawDirection | None:
-    """How a placebo draws its direction; None for what is pushed along decoder rows."""
+    """How a placebo draws its direction; None if it takes decoder rows."""
     return PLACEBOS[condition].direction if condition in PLACEBOS else None
 
 
@@ -179,11 +177,10 @@ def _length(row: Tensor, feature: int) -> float:
 
 
 def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
-    """The actions of a plan on a feature table, which must hold `columns` and those of the planned placebos.
+    """The actions of a plan. The feature table must hold `columns` and those of the planned placebos.
 
     Raises:
-        ConfigError: The operator needs the SAE or the features' maxima, and the site has them not.
-        SaeffectError: As `check_features`.
+        ConfigError: The operator needs the SAE or the features' maxima, and the site lacks them.
     """
     table = check_features(site, features, (*columns, *plan.placebo_columns))
     ids = table["feature"].tolist()

@@ -1,4 +1,4 @@
-"""What steering with a feature must beat to be worth it: naming the concept in the prompt, and a plain vector."""
+"""Baselines for steering with a feature: naming the concept in the prompt, and a mean-difference vector."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASELINE_COLUMNS = (*TRIAL_COLUMNS, "reason")
 
 
 def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
-    """A prompt that names the concept; "" for top tokens without a word.
+    """A prompt that names the concept; "" if no top token contains a word.
 
     Example:
         >>> naming_prompt([" drug", "Ġdose", " Drug"], "What is on your mind?")
@@ -53,27 +53,23 @@ def run_baselines(
     baselines: Sequence[str] = tuple(BASELINES),
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Texts of the baselines, with the same prompts and sampling noise as the trials of `run_trials`.
+    """Texts of the baselines, with the prompts and sampling noise of `run_trials`.
 
-    "prompt": the unsteered model continues "Talk about <top tokens>. <prompt>". "mean_difference": along that
-    vector (see `MeanDifferences`) the model is pushed as hard as along the feature, at the same positions.
+    "prompt": the unsteered model continues "Talk about <top tokens>. <prompt>". "mean_difference": the model is pushed
+    along that vector (see `MeanDifferences`) as far as along the feature, at the same positions.
 
     Args:
-        site: As `run_trials`, and so are features (placebos' columns apart) and vectors.
         plan: One dose; placebos are not run.
         mean_differences: For each feature the vector, `[d_model]`, or why there is none.
-        baselines: Which, of `BASELINES`.
-        progress: Called with rows done and in all.
 
     Returns:
-        One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name,
-        dose 0 for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is
-        impossible text is missing, the measures are NaN, and reason says why; else reason is "".
+        One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is
+        0 for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
+        missing, measures are NaN and reason says why; else reason is "".
 
     Raises:
         UnknownName: No such baseline.
         ConfigError: Several doses.
-        SaeffectError: As `run_trials`.
     """
     for name in baselines:
         if name not in BASELINES:
@@ -109,7 +105,7 @@ class _Baselines:
     top_tokens: Mapping[int, Sequence[str]]
 
     def named(self, progress: Progress) -> Texts:
-        """The baseline "prompt": each feature has prompts of its own, all of which go on side by side."""
+        """The baseline "prompt": each feature has its own prompts."""
         plan, lm = self.actions.plan, self.actions.site.lm
         places = [(f, text, sample) for f in self.top_tokens for text in plan.prompts for sample in range(plan.samples)]
         naming = {(f, text): naming_prompt(self.top_tokens[f], text) for f, text, _ in places}
@@ -159,7 +155,6 @@ class _Baselines:
         return found if isinstance(found, str) else length * found.float().cpu() / found.float().cpu().norm()
 
     def records(self, name: str, texts: Texts) -> list[dict[str, Any]]:
-        """A row for each text, or reason why there is none."""
         plan = self.actions.plan
         called = {"condition": name, "dose": 0.0 if name == "prompt" else plan.doses[0], "coefficient": math.nan}
         nothing = {"text": None, "similarity": math.nan, "distinct2": math.nan, "perplexity": math.nan}
@@ -192,12 +187,10 @@ class MeanDifferences:
         self._n_general = 0
 
     def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
-        """Take in some tokens.
+        """Add tokens: activations `x` `[n_tokens, d_model]`, and `feature_acts` `[n_tokens, n_features]` in order of
+        feature.
 
-        Args:
-            x: Activations of the model, `[n_tokens, d_model]`, any float dtype.
-            feature_acts: Of the features in order, `[n_tokens, n_features]`.
-            general: Which tokens are of the text to compare with, bool `[n_tokens]`.
+        `general`, bool `[n_tokens]`, marks the text to compare with.
         """
         if feature_acts.shape != (len(x), len(self.features)) or general.shape != (len(x),):
             raise ShapeMismatch(
@@ -211,7 +204,7 @@ class MeanDifferences:
         self._n_general += int(general.sum())
 
     def vector(self, feature: int) -> Tensor | str:
-        """The difference, float32 `[d_model]`; or why there is none."""
+        """The difference, float32 `[d_model]`, or why there is none."""
         place = self.features.index(int(feature))
         n = int(self._n_there[place])
         if not n or not self._n_general:

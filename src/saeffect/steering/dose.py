@@ -1,12 +1,4 @@
-"""Choosing how strongly to steer, on prompts that the test does not use.
-
-Too weak and nothing happens; too strong and the model babbles the top tokens, which is similar to them but
-proves little. The score of a text is therefore *gain x fluency*, both against the unsteered text of the same
-prompt and sampling noise, and the dose with the best mean score wins, if it is above 0.
-
-A placebo at every dose shows what any push of that strength does to the same numbers. It has no say in the choice:
-how far the feature speaks beyond a placebo is for the test to say, on other prompts.
-"""
+"""Choosing the dose, on prompts that the test does not use: the best mean of gain x fluency against the unsteered text."""
 
 from __future__ import annotations
 
@@ -30,10 +22,9 @@ _MEANS = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
 
 
 def best_dose(scores: pd.DataFrame) -> float | None:
-    """The dose of highest mean score over the steered rows, the smaller one of equals; None without a score above 0.
+    """The dose of highest mean score over the steered rows (ties: the smaller); None if no score is above 0.
 
-    Args:
-        scores: As `score_doses` gives, of one arm or of several, one below the other: arms count alike.
+    `scores` are those of `score_doses`, of one arm or several concatenated, which weigh the same.
 
     Example:
         >>> scores = pd.DataFrame({"condition": "steered", "dose": [0.2, 0.4, 0.8], "score": [0.1, 0.3, -0.2]})
@@ -48,40 +39,33 @@ def best_dose(scores: pd.DataFrame) -> float | None:
 
 
 def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
-    """Gain and fluency of steered texts against their unsteered twins, by dose.
+    """Gain and fluency of steered texts against the unsteered texts of the same prompt and noise, by dose.
 
-    gain = steered minus unsteered similarity. fluency = geometric mean of two ratios, each at most 1:
-    distinct-2 over the unsteered text's (falls when steering makes loops), and the unsteered text's
-    perplexity over the steered one's, both under the unsteered model (falls when steering makes word salad,
-    which never repeats itself and whose distinct-2 is fine). A text scores gain x fluency: a loop of top
-    tokens has much gain and little fluency, an untouched text the reverse. A loss is not multiplied: it would
-    shrink with the fluency, and of two losses the more broken text would score higher. Averaging products, not
-    multiplying averages, keeps half of the texts from lending their gain to the other half's fluency. A text without a
-    known word counts as no gain: steering broke it, or nothing can be shown. Left out are only features of which no
-    text at all has a similarity, as their top tokens are unknown whatever is done.
+    gain = steered minus unsteered similarity. fluency = geometric mean of two ratios, each at most 1: distinct-2 over
+    the unsteered text's (falls with loops), and the unsteered text's perplexity over the steered one's, both under the
+    unsteered model (falls with word salad). The score of a text is gain x fluency; a negative gain is not multiplied,
+    since a more broken text would then score higher. Scores are averaged per text. A text without a known word has gain
+    0. Features without any defined similarity, whose top tokens are unknown, are left out.
 
     Returns:
         One row per condition ("steered", then each placebo) and dose, ascending: condition, dose, n (texts),
-        n_undefined (those whose gain is undefined), and means of similarity, distinct2, perplexity, fluency (where
-        defined), gain and score, of features that are not left out; NaN where all are.
+        n_undefined (gain undefined), and means of similarity, distinct2, perplexity, fluency (where defined), gain and
+        score; NaN if all features are left out.
     """
     return _means(_scored(trials), ["condition", "dose"])
 
 
 def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> pd.DataFrame:
-    """How a feature's influence grows with the dose, and what it costs in fluency.
+    """Influence and fluency cost of each feature by dose.
 
-    Args:
-        trials: As `run_trials` gives.
-        direct: As `direct_effects` gives for the same features and doses; None leaves its columns NaN.
+    `trials` come from `run_trials`, `direct` from `direct_effects` for the same features and doses (None: NaN columns).
 
     Returns:
-        One row per feature, condition ("steered", then each placebo of that feature) and dose, in that order:
-        `RESPONSE_COLUMNS`. n texts, n_undefined as in `score_doses`; means over them of similarity (to the feature's
-        top tokens, whatever was steered along), gain, distinct2, perplexity, fluency and score, NaN for a feature of
-        which no text has a similarity; direct_effect (on the feature's top tokens) and kl (nats, means over
-        prompts); best, whether it is the feature's own dose of highest score (the smaller one of equals; none where
-        no score is above 0, and never a placebo's).
+        One row per feature, condition ("steered", then that feature's placebos) and dose, in that order:
+        `RESPONSE_COLUMNS`. n texts, n_undefined as in `score_doses`; means of similarity (to the feature's top tokens,
+        also for placebos), gain, distinct2, perplexity, fluency and score, NaN for a feature without any similarity;
+        direct_effect (on the feature's top tokens) and kl (nats, means over prompts); best: the feature's dose of
+        highest score (ties: the smaller; none if no score is above 0; never a placebo's).
     """
     by = ["feature", "condition", "dose"]
     table = _means(_scored(trials), by)
@@ -98,7 +82,7 @@ def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> p
 
 
 def _scored(trials: pd.DataFrame) -> pd.DataFrame:
-    """The texts of every condition but unsteered, with gain, fluency and score, NaN in features that are left out."""
+    """Texts of every condition but unsteered, with gain, fluency and score; NaN for features left out."""
     keys = ["feature", "prompt", "sample"]
     twins = trials[trials["condition"] == UNSTEERED].set_index(keys)[_MEASURED].add_suffix("_before")
     rows = trials[trials["condition"] != UNSTEERED].join(twins, on=keys)

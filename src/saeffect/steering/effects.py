@@ -1,4 +1,4 @@
-"""From trials to one line a feature: what steering did beyond placebo, with an interval and a test."""
+"""Effects of steering beyond placebo, one row a feature, with intervals and tests."""
 
 from __future__ import annotations
 
@@ -57,42 +57,38 @@ def effects(
 ) -> pd.DataFrame:
     """Effect of each feature on the primary outcome.
 
-    Pairs are prompts x samples: steered, placebo and unsteered text of a pair shared prompt and sampling
-    noise. The effect is the mean of (steered - unsteered) - (placebo - unsteered). Pairs in which one of the
-    three is undefined are left out and counted in `reason`. From six prompts on, samples of a prompt are averaged
-    first: they resemble each other, and what is tested is whether other prompts would show the effect too.
+    The effect is the mean over pairs (prompts x samples) of (steered - unsteered) - (placebo - unsteered). The texts of
+    a pair share prompt and sampling noise. Pairs with an undefined value are left out and counted in `reason`. With six
+    prompts or more, the samples of a prompt are averaged first, since they are not independent.
 
     Args:
-        trials: As `run_trials` gives.
         direct: As `direct_effects` gives; None leaves its columns NaN.
         alpha: FDR level.
         seed: For random sign patterns and resamples.
-        dose: Which dose is tested; not needed when the trials hold one.
+        dose: The dose tested; optional when the trials hold one.
         placebo: The condition to compare with.
-        outcome: A name in `OUTCOMES`, or a measure under another operator than "add": an ablation takes a concept
-            away, so `outcome_named("similarity").under("ablate")` is looked for below 0.
+        outcome: A name in `OUTCOMES`, or a measure under another operator: for an ablation,
+            `outcome_named("similarity").under("ablate")` tests for effects below 0.
         obstacles: Why features were not steered, see `saeffect.steering.obstacles`: their `reason`.
 
     Returns:
-        One row a feature, by number: feature; n_pairs; n_independent (prompts, or pairs with fewer than six prompts:
-        what the test and the interval count); unsteered_mean, steered_mean, placebo_mean (over the pairs); effect
-        with its 95 % interval (Student's t) effect_low, effect_high; bootstrap_low, bootstrap_high (the same
-        resampled, without assuming a normal distribution: expanded percentiles, 2,000 resamples); p (sign-flip test
-        that the effect is above 0, for an ablation below it, two-sided for outcomes without a direction); q
-        (Benjamini-Hochberg over these features); passed (q <= alpha); paper_pass (the paper's rule: the first steered
-        text is more similar than the first unsteered one; after an ablation less similar); direct_effect,
+        One row a feature, by number: feature; n_pairs; n_independent (units of test and interval: prompts, or pairs
+        with fewer than six prompts); unsteered_mean, steered_mean, placebo_mean; effect with its 95 % interval
+        (Student's t) effect_low, effect_high; bootstrap_low, bootstrap_high (95 %, expanded percentiles, 2,000
+        resamples); p (sign-flip test: effect above 0, for an ablation below 0, two-sided for outcomes without a
+        direction); q (Benjamini-Hochberg over these features); passed (q <= alpha); paper_pass (the paper's rule: the
+        first steered text is more similar than the first unsteered one, after an ablation less); direct_effect,
         direct_placebo (nats, means over prompts); kl (nats, steered); reversed_share (share of prompts whose mean
-        effect is on the other side of 0 than the test looks for; for outcomes without a direction, against the
-        overall effect); shuffled_effect with shuffled_low, shuffled_high, shuffled_p (how much more steering raised
-        the similarity to the feature's own top tokens than to those of another feature; NaN without the column
-        similarity_shuffled, see `score_texts`); outcome; placebo; reason ("" when all is defined). Fewer than two
-        pairs: NaN.
+        effect is opposite to the tested direction; for outcomes without a direction, to the overall effect);
+        shuffled_effect with shuffled_low, shuffled_high, shuffled_p (how much more steering raised the similarity to
+        the feature's own top tokens than to those of another feature; NaN without the column similarity_shuffled, see
+        `score_texts`); outcome; placebo; reason ("" when all is defined). NaN for fewer than two pairs.
 
     Raises:
-        ConfigError: The trials hold several doses and `dose` is not given, or not the one given; `alpha` is
-            not between 0 and 1.
+        ConfigError: The trials hold several doses and `dose` is not given, or not the given one; `alpha` is not between
+            0 and 1.
         EmptySelection: There are no steered trials, and no dose is given.
-        ShapeMismatch: A column is missing, or a trial is there twice.
+        ShapeMismatch: A column is missing, or a trial is repeated.
         UnknownName: No such outcome.
     """
     if not 0 < alpha < 1:
@@ -130,28 +126,20 @@ def outcome_effects(
     operator: str = "add",
     obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
-    """Effect of each feature on every outcome that was measured, against every control.
+    """Effect of each feature on every measured outcome, against every control; arguments and errors as in `effects`.
 
     Args:
         trials: As `run_trials` and `score_texts` give; outcomes without a column are left out.
-        direct: As `direct_effects` gives; None leaves its outcomes out.
-        declared: Outcomes that were declared before the run, the primary one first.
-        placebos: Conditions to compare with, the primary one first. Where the trials have it, similarity is
-            also compared with "shuffled": the same texts against another feature's top tokens.
-        seed: As in `effects`, and so is `dose`.
-        operator: What was done: "add", "clamp" or "ablate".
-        obstacles: As in `effects`.
+        declared: Outcomes declared before the run, the primary one first; `UnknownName` if one does not exist.
+        placebos: Conditions to compare with, the primary one first. If the trials have it, similarity is also compared
+            with "shuffled": the same texts against another feature's top tokens.
+        operator: "add", "clamp" or "ablate".
 
     Returns:
-        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs, n_independent; effect with its
-        95 % interval low, high (Student's t); p, q (over the features of one outcome and placebo), reversed_share,
+        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs, n_independent; effect with its 95
+        % interval low, high (Student's t); p, q (over the features of one outcome and placebo), reversed_share,
         unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater", "less" or "two-sided");
-        unit; declared (whether the outcome was declared before the run; all others are exploratory); primary
-        (whether it is the one test that decides what passes); reason.
-
-    Raises:
-        UnknownName: A declared outcome does not exist.
-        SaeffectError: As `effects`.
+        unit; declared (False: exploratory); primary (the one test that decides what passes); reason.
     """
     for name in declared:
         outcome_named(name)
@@ -178,7 +166,7 @@ def _check_columns(trials: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def _direct_means(direct: pd.DataFrame | None, dose: float, condition: str, column: str) -> pd.Series[float]:
-    """Means over prompts by feature; empty where there is nothing."""
+    """Means over prompts, by feature."""
     if direct is None:
         return pd.Series(dtype=np.float64)
     rows = direct[(direct["dose"] == dose) & (direct["condition"] == condition)]
@@ -186,7 +174,6 @@ def _direct_means(direct: pd.DataFrame | None, dose: float, condition: str, colu
 
 
 def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
-    """The dose given, or the only one in the trials."""
     _check_columns(trials, (*_KEYS, "condition", "dose", "similarity"))
     found = sorted(trials.loc[trials["condition"] == STEERED, "dose"].unique().tolist())
     if not found and dose is None:
@@ -202,11 +189,7 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
 def _pairs(
     trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair (feature, prompt, sample) and condition (unsteered, steered, placebo); NaN where none is.
-
-    Direct outcomes have one pair a prompt, sample 0, and 0 for unsteered. For "shuffled" the change of the similarity
-    to another feature's top tokens stands in the placebo's place.
-    """
+    """An outcome by pair (direct outcomes: one a prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
     columns = [UNSTEERED, STEERED, placebo]
     source = trials
     if measure.direct:
@@ -236,7 +219,7 @@ def _wide(rows: pd.DataFrame, column: str, conditions: list[str]) -> pd.DataFram
 
 
 def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacles | None = None) -> pd.DataFrame:
-    """One row a feature: what steering did beyond the placebo, over its complete pairs; NaN for fewer than two."""
+    """One row a feature: the effect beyond the placebo over complete pairs; NaN for fewer than two."""
     placebo = str(wide.columns[2])
     kept: list[npt.NDArray[np.float64]] = []
     records = []
@@ -262,7 +245,7 @@ def _summary(wide: pd.DataFrame, measure: Outcome, seed: int, obstacles: Obstacl
 
 
 def _one_feature(group: pd.DataFrame, placebo: str, measure: Outcome) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
-    """The feature's columns but p and q, and the differences of its complete pairs."""
+    """All columns but p and q, and the differences of the complete pairs."""
     complete = group.dropna()
     by_pair = complete[STEERED] - complete[placebo]
     differences = independent_values(by_pair, by_pair.index.get_level_values("prompt"))
@@ -286,7 +269,7 @@ def _one_feature(group: pd.DataFrame, placebo: str, measure: Outcome) -> tuple[d
 
 
 def _reversed_share(differences: pd.Series[float], measure: Outcome) -> float:
-    """Share of prompts whose mean difference goes the other way than expected, or against the overall effect."""
+    """Share of prompts whose mean difference opposes the tested direction, or else the overall effect."""
     by_prompt = differences.groupby(level="prompt").mean()
     two_sided = measure.alternative == "two-sided"
     down = float(differences.mean()) > 0 if two_sided else measure.alternative == "greater"

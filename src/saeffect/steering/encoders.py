@@ -1,4 +1,4 @@
-"""What turns a text into a vector: word vectors averaged, or an encoder mean-pooled (the paper's bert-base-uncased)."""
+"""Text vectors: word vectors averaged, or an encoder mean-pooled (the paper's bert-base-uncased)."""
 
 from __future__ import annotations
 
@@ -19,40 +19,31 @@ Vector = npt.NDArray[np.floating]
 
 
 class TextVectors(Protocol):
-    """Anything that turns a text into one vector: word vectors averaged, or a sentence encoder."""
+    """Anything that turns a text into one vector."""
 
     def mean_vector(self, text: str) -> Vector | None:
-        """The vector of a text, `[dim]`; None when the text has nothing that it knows."""
+        """The vector of a text, `[dim]`; None if nothing in the text is known."""
         ...
 
 
 class RememberedVectors:
-    """Text vectors computed once per text: top tokens and unsteered texts come up again and again.
-
-    Args:
-        vectors: Where they come from; what has a memory already is used as it is.
-    """
+    """Caches text vectors; vectors that already have a cache are used directly."""
 
     def __init__(self, vectors: TextVectors) -> None:
         self._vectors = vectors
         self._known: dict[str, Vector | None] = vectors._known if isinstance(vectors, RememberedVectors) else {}
 
     def mean_vector(self, text: str) -> Vector | None:
-        """As the vectors give it."""
         if text not in self._known:
             self._known[text] = self._vectors.mean_vector(text)
         return self._known[text]
 
 
 class MeanPooledEncoder:
-    """Last hidden states of an encoder, averaged over a text's tokens, special ones included.
+    """Last hidden states of an encoder, averaged over a text's tokens, special ones included (Gupta & Sica 2024).
 
-    Source:
-        Gupta & Sica (2024): mean pooling of bert-base-uncased. Sentence encoders that pool by the mean (most of
-        sentence-transformers) give their own vectors up to length, which a cosine does not see.
-
-    Args:
-        name: Hub id or folder of a model that transformers' AutoModel opens.
+    Sentence encoders that pool by the mean (most of sentence-transformers) give their own vectors up to length, which
+    does not affect a cosine. `name` is a hub id or folder of a model that transformers' AutoModel opens.
 
     Raises:
         NotFound: Neither a folder nor a model that can be downloaded.
@@ -78,7 +69,7 @@ class MeanPooledEncoder:
 
     @torch.inference_mode()
     def mean_vector(self, text: str) -> Vector | None:
-        """Float32 `[hidden_size]`; None for a text without tokens. Longer texts than the model takes are cut."""
+        """Float32 `[hidden_size]`; None for a text without tokens. Texts beyond the model's maximum length are cut."""
         longest = getattr(self._model.config, "max_position_embeddings", None)
         encoded = self._tokenizer(
             text, return_tensors="pt", truncation=longest is not None, max_length=longest, add_special_tokens=True
@@ -92,14 +83,9 @@ class MeanPooledEncoder:
 
 
 def load_text_vectors(name: str) -> TextVectors:
-    """Word vectors averaged (a bundled name or a vectors file), or else a mean-pooled encoder.
+    """Word vectors averaged, or else a mean-pooled encoder; errors as `load_embeddings` and `MeanPooledEncoder`.
 
-    Args:
-        name: "glove-wiki-gigaword-100", a vectors file, a folder of a transformers model, or a hub id such as
-            "bert-base-uncased".
-
-    Raises:
-        SaeffectError: As `load_embeddings` and `MeanPooledEncoder`.
+    `name` is "glove-wiki-gigaword-100", a vectors file, a folder of a transformers model, or a hub id.
     """
     if user_path(name, at="embeddings").is_dir():
         return MeanPooledEncoder(name)

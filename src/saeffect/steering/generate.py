@@ -1,10 +1,7 @@
-"""Many continuations at once: of one prompt, each row with its own intervention, or of different prompts.
+"""Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts.
 
-A prompt that all rows share is read once. Rows differ from the hook on, at the positions that the intervention changes
-and after them. So the positions before the first of those go through the whole model in one row, and the others in one
-row up to the hook, where the row becomes as many as there are vectors. What follows works on all rows, by broadcasting
-where it meets a tensor of before the hook (a mask, or the residual stream that half a block adds to). Keys and values
-of past positions lie in memory that is set aside once.
+A shared prompt is read once: rows are expanded only from the hook on, at the first changed position and after it. Keys
+and values are written to preallocated memory.
 """
 
 from __future__ import annotations
@@ -48,24 +45,21 @@ def generate(
 ) -> list[list[int]]:
     """Continue one prompt once per row.
 
-    A row's output depends on its own vector and noise cell only; beside which rows it is computed does not matter,
-    except that matrix products over another number of rows may round differently (in float64 and float32 that hardly
-    ever changes a token, in bfloat16 now and then it does). With the same batches the same machine gives the same
-    tokens.
+    A row's output depends on its own vector and noise cell only, but other batch sizes may round differently (this
+    rarely changes a token in float32 and float64, sometimes in bfloat16). Same batches and machine: same tokens.
 
     Args:
         hook: Where to intervene, a TransformerLens name.
-        prompt_ids: Token ids of the prompt, at least one, see `LanguageModel.encode_prompt`.
-        cells: One a row: the noise that the row is sampled with.
-        sampling: How tokens are chosen, and how many.
-        intervention: With one operator row per cell; None leaves the model as it is.
+        prompt_ids: At least one token, see `LanguageModel.encode_prompt`.
+        cells: Sampling noise, one a row.
+        intervention: One operator row per cell; None leaves the model as it is.
         batch_size: Rows at once. 64 rows of a 135M model take about 0.2 GB beside the weights.
-        progress: Called after every token, with tokens done and in all, over all rows; what an ended row leaves out
-            is done.
+        progress: Called after every token with tokens done and in all, over all rows; a row that ends early counts in
+            full.
 
     Returns:
-        New token ids, one list a row, without the prompt. With `sampling.allow_end` a row stops before its
-        end-of-text token and may be shorter, even empty.
+        New token ids, one list a row, without the prompt. With `sampling.allow_end` a row stops before its end-of-text
+        token and may be shorter, even empty.
 
     Raises:
         ConfigError: The prompt has no tokens, `batch_size` is below 1, or the hook is not in the model.
@@ -106,14 +100,12 @@ def continue_prompts(
 ) -> list[list[int]]:
     """Continue each of many prompts once, without intervention and without padding.
 
-    Padding needs masks and positions that not every architecture takes, and moves what the others compute. Here all
-    rows begin at their first token and go on together: the passes that read the rest of a longer prompt are those that
-    write the first tokens after a shorter one. A row's output is what `generate` gives for its prompt alone, up to the
-    rounding of another batch.
+    All rows start at their first token and advance together: while longer prompts are still read, shorter ones already
+    generate. A row's output is that of `generate` for its prompt alone, up to rounding.
 
     Args:
-        prompts: Token ids of each row's prompt, at least one each; lengths may differ.
-        progress: Called after each batch, with rows done and in all. The others are as in `generate`.
+        prompts: Token ids, at least one each; lengths may differ.
+        progress: Called after each batch with rows done and in all.
 
     Returns:
         New token ids, one list a row in the order of `prompts`.
@@ -152,7 +144,7 @@ def _continue(
     edit: PositionedEdit | None = None,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
-    """One batch, its prompts in order of length and read as far as the shortest goes: a token of every row a pass."""
+    """One batch, sorted by prompt length and read up to the shortest; each pass advances every row by one token."""
     n_steps = sampling.max_new_tokens
     lengths = [len(ids) for ids in prompts]
     shortest, longest = lengths[0], lengths[-1]
@@ -193,7 +185,7 @@ def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
 
 
 def _end_tokens(lm: LanguageModel) -> list[int]:
-    """Ids that end a text, by the tokenizer and by the model's generation settings."""
+    """Ids that end a text, by tokenizer and generation settings."""
     settings = getattr(lm.model, "generation_config", None)
     found: set[int] = set()
     for value in (getattr(lm.tokenizer, "eos_token_id", None), getattr(settings, "eos_token_id", None)):
@@ -212,13 +204,9 @@ def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
 def read_prompt(
     lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
 ) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache of keys and values to go on from.
+    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache of keys and values.
 
-    Args:
-        hook: Where `edit` acts, a TransformerLens name.
-        prompt_ids: At least one token.
-        n_rows: How many rows are wanted; `edit` must have as many, None for no intervention.
-        room: How many tokens are to follow.
+    `edit` (None or `n_rows` rows) acts at `hook`; `room` further tokens are planned.
     """
     ids = torch.tensor([list(prompt_ids)], device=lm.device)
     try:
@@ -235,8 +223,7 @@ def read_prompt(
 def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
     """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
 
-    Only the last position meets the unembedding, where the architecture knows how: over a long prompt the
-    logits of all positions would be the largest tensor by far.
+    Where the architecture allows it, only the last position is unembedded, which saves the largest tensor.
     """
     model: Any = lm.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -252,7 +239,7 @@ def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tupl
 
 
 class _UnknownCacheError(Exception):
-    """The model's cache has parts that are not known here."""
+    """The model's cache has unknown parts."""
 
 
 def _read_once(
@@ -289,7 +276,7 @@ def _read_in_every_row(
 
 
 def _is_about_shapes(error: RuntimeError) -> bool:
-    """Whether torch refused tensors that do not fit each other. It has no class of error for that, only words."""
+    """Whether torch refused tensors of unequal shape (it has no error class for that)."""
     return not isinstance(error, torch.OutOfMemoryError) and bool(_SHAPES.search(str(error)))
 
 
@@ -300,7 +287,7 @@ def _known(cache: Any) -> Any:
 
 
 def _can_spread(cache: Any) -> bool:
-    """Whether a cache of transformers is keys and values alone, so that all of it is known here."""
+    """Whether a transformers cache is keys and values alone."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     known = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -308,17 +295,14 @@ def _can_spread(cache: Any) -> bool:
 
 
 def _spread(cache: Any, first_layer: int, n_rows: int) -> None:
-    """Give the layers from `first_layer` on `n_rows` rows where they have one, without copying."""
+    """Expand the layers from `first_layer` on to `n_rows` rows, without copying."""
     for layer in cache.layers[first_layer:]:
         if layer.keys is not None:  # some models reuse the keys of another layer
             layer.keys, layer.values = (x.expand(n_rows, -1, -1, -1) for x in (layer.keys, layer.values))
 
 
 def _with_room(cache: Any, n_rows: int, room: int) -> Any:
-    """The cache with `n_rows` rows in every layer, and memory for `room` further positions where nothing slides.
-
-    Growing by concatenation copies all that is there for each token.
-    """
+    """The cache with `n_rows` rows, and memory for `room` further positions in layers without a sliding window."""
     from transformers.cache_utils import DynamicLayer
 
     _spread(cache, 0, n_rows)
@@ -334,7 +318,7 @@ def _roomy_layer() -> Any:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        """Writes new keys and values behind the old ones; `keys` and `values` are views of what is filled."""
+        """Writes keys and values in place; `keys` and `values` are views of the filled part."""
 
         def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
             super().__init__()

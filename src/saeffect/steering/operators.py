@@ -1,18 +1,4 @@
-"""What an intervention does to the residual stream, and at which positions.
-
-An *operator* changes activations `[rows, positions, d_model]`, each row of the batch in its own way. An `Intervention`
-says where it is applied. `Intervention.edit` binds both to one prompt and gives the callable that `saeffect.lm.edited`
-wants.
-
-Adding a decoder row pushes every position alike. Setting a feature's activation pushes a position only as far
-as the feature is not there already, and leaves alone what the SAE does not explain: with activation a, target t
-and decoder row d, an activation x becomes x + (t - a) d. That equals decoding the changed activations and
-putting the SAE's error back (Templeton et al. 2024, "Golden Gate Claude").
-
-At the attention sink, most often a text's first token, the residual is tens of times longer than elsewhere. SAEs are
-not trained on it, and what they read there (activations a hundred times a feature's maximum) means nothing: setting
-features there would break the model's attention, not say anything. So longer activations than a limit are left alone.
-"""
+"""Operators, which change activations `[rows, positions, d_model]` row by row, and interventions, which position them."""
 
 from __future__ import annotations
 
@@ -42,10 +28,10 @@ POSITIONS: tuple[Positions, ...] = ("all", "generated", "prompt")
 
 
 class Operator(Protocol):
-    """Changes activations, one way a row. Implementations are immutable and do not change their input.
+    """Changes activations row by row. Implementations are immutable and do not change their input.
 
-    `take` gives the operator for the rows `first` up to, not including, `last`; `apply` new activations for `x`,
-    `[n_rows, positions, d_model]`, of the same shape, dtype and device.
+    `take` gives the operator of rows `first` to `last` (exclusive); `apply` gives new activations for `x`, `[n_rows,
+    positions, d_model]`, of the same shape, dtype and device.
     """
 
     @property
@@ -60,8 +46,7 @@ class Operator(Protocol):
 class AddVectors:
     """Adds one vector a row: `vectors`, float32 `[n_rows, d_model]`, in the units of the activation.
 
-    The sum is taken in float32 and rounded once to the dtype of the activation, so that a vector of zeros
-    leaves every bit as it was.
+    The sum is float32 and rounded once to the activation's dtype, so a zero vector leaves every bit unchanged.
     """
 
     vectors: Tensor
@@ -96,15 +81,19 @@ NO_FEATURE = -1
 
 @dataclass(frozen=True, eq=False)
 class SetFeatures:
-    """Sets features to given activations and keeps the SAE's error.
+    """Sets features to given activations and keeps the SAE's error: x becomes x + (target - activation) * decoder row.
+
+    This equals decoding the changed activations and adding the error back (Templeton et al. 2024, "Golden Gate
+    Claude"). At attention sinks (mostly a text's first token) the residual is tens of times longer and the SAE's
+    activations mean nothing, so activations longer than `norm_limit` are left unchanged.
 
     Attributes:
         sae: In the units of the model's activations.
         features: Int64 `[n_rows, n_features]`, no feature twice in a row; -1 for none.
         targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
-        along: Directions to push along in place of the features' own, float32 `[n_rows, n_features, d_in]`: a
-            placebo is pushed as hard at each position as the feature would be, but elsewhere. None: their own.
-        norm_limit: Activations with a longer Euclidean norm are left as they are; see `NormLimit` for the usual one.
+        along: For placebos: directions to push along in place of the decoder rows, by the same amounts, float32
+            `[n_rows, n_features, d_in]`.
+        norm_limit: Euclidean norm; see `NormLimit` for the usual one.
     """
 
     sae: SparseAutoencoder
@@ -159,13 +148,10 @@ class SetFeatures:
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """An operator and the positions at which it acts. A BOS token in front of a prompt is never acted at.
+    """An operator and the positions at which it acts; never a BOS token in front of a prompt.
 
-    Attributes:
-        operator: What is done to each row.
-        positions: "all": every position. "prompt": the prompt's positions but the last (what the paper's code
-            did). "generated": the rest, that is every position that predicts a generated token: the last of
-            the prompt and all generated ones. "prompt" and "generated" are complements.
+    `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); or "generated": the
+    rest, that is the prompt's last position and all generated ones (those that predict a generated token).
     """
 
     operator: Operator
@@ -180,11 +166,10 @@ class Intervention:
         return Intervention(self.operator.take(first, last), self.positions)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.lm.edited`: rows share a prompt of so many tokens, the first `n_bos` of them BOS.
+        """The callable for `saeffect.lm.edited`, for rows that share a prompt of `prompt_length` tokens, `n_bos` of
+        them BOS.
 
-        Raises:
-            ConfigError: There is no position to act at: the prompt is BOS alone, or one token and `positions` is
-                "prompt".
+        Raises `ConfigError` if there is no position to act at: BOS alone, or one token with `positions` "prompt".
         """
         own = prompt_length - n_bos
         if own < 1 or (self.positions == "prompt" and own < 2):
@@ -201,8 +186,7 @@ class Intervention:
 class PositionedEdit:
     """Applies an operator at the wanted positions of each forward pass.
 
-    With a cache of keys and values a pass sees only the newest positions, so whoever drives the model sets
-    `start`, the absolute position of the first, before each pass.
+    With a cache, a pass sees only the newest positions: set `start`, the first's absolute position, before each pass.
     """
 
     def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:

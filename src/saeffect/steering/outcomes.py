@@ -1,8 +1,4 @@
-"""What is measured of an intervention: the registry of outcomes, and the numbers that are read off generated texts.
-
-A steered text that repeats the feature's top tokens proves that the model can be made to say what is added to
-it. The fairer question is whether it also says *other* words of the domain, which were not put in.
-"""
+"""The registry of outcomes, and the measures of generated texts."""
 
 from __future__ import annotations
 
@@ -60,12 +56,10 @@ def similarity(text: str, reference: str, vectors: TextVectors) -> float:
 
 
 def distinct_2(token_ids: Sequence[int]) -> float:
-    """Share of different pairs among the pairs of neighbouring tokens: 1 is no repetition, near 0 a loop.
+    """Share of distinct pairs among neighbouring tokens (1: no repetition, near 0: a loop); NaN for fewer than two
+    tokens.
 
-    NaN for fewer than two tokens.
-
-    Source:
-        Li et al. (2016), A Diversity-Promoting Objective Function for Neural Conversation Models.
+    Source: Li et al. (2016), A Diversity-Promoting Objective Function for Neural Conversation Models.
     """
     pairs = list(itertools.pairwise(token_ids))
     return len(set(pairs)) / len(pairs) if pairs else math.nan
@@ -75,14 +69,10 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 def perplexity(
     lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """How surprised the unsteered model is by continuations (token ids, of any lengths) of one prompt.
+    """Perplexity of continuations (token ids, of any lengths) of one prompt under the unsteered model.
 
-    Returns:
-        exp of the mean negative log-probability (nats) of a continuation's tokens, float64 `[n]`, at least 1
-        (1: the model expected every token); NaN for an empty continuation.
-
-    Raises:
-        ShapeMismatch: The prompt has no tokens.
+    exp of the mean negative log-probability (nats), float64 `[n]`, at least 1; NaN for an empty continuation.
+    `ShapeMismatch` for a prompt without tokens.
     """
     if len(prompt_ids) == 0:
         raise ShapeMismatch("the prompt has no tokens; expected at least one.")
@@ -127,7 +117,7 @@ def text_words(text: str) -> list[str]:
 
 
 def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
-    """Share of a text's words that are one of the feature's top tokens; NaN without either kind of words.
+    """Share of a text's words that are one of the feature's top tokens; NaN if either has no words.
 
     Example:
         >>> keyword_score("Drug trials test a drug", [" drug", "Ġdose"])
@@ -140,9 +130,8 @@ def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
 def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[str]) -> float:
     """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
 
-    Top tokens are often pieces of words, so a word that begins with one of them (of three letters or more)
-    does not count either: " cardi" puts "cardiac" in, so "cardiac" proves nothing. NaN for a text without words, or an
-    empty vocabulary.
+    Steering puts the top tokens in, so only other domain words show a wider effect. Words that begin with a top token
+    of three letters or more do not count either (" cardi" excludes "cardiac"). NaN without words or vocabulary.
 
     Example:
         >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
@@ -166,20 +155,18 @@ class Outcome:
     """One outcome.
 
     Attributes:
-        name: What study files and tables call it.
-        label: What reports call it.
-        measures: What it measures, as the end of "the effect of steering on the ...".
-        unit: Of effects. Shares ("share of ...") are written as percentages in reports.
-        alternative: "greater": steering with a feature should raise it, and the test is one-sided. "less": it
-            should fall, see `under`. "two-sided": a side effect, which may go either way.
-        score: Its value for (text, the feature's top tokens, the domain's words in lower case). None for what is
-            measured while texts are generated, by `measure_texts`, or without texts, see `direct`.
-        column: Where its numbers stand; the name if empty.
-        direct: Whether that is a column of `direct_effects` (one number a prompt, relative to the unsteered model),
-            not of the trials (one a text).
-        logarithm: Whether effects are of the natural logarithm: ratios of perplexities, whose plain mean
-            would be that of the worst texts.
-        operator: Under which operator it is tested, see `under`.
+        name: In study files and tables.
+        label: In reports.
+        measures: Completes "the effect of steering on the ...".
+        unit: Of effects. Shares ("share of ...") are percentages in reports.
+        alternative: "greater" (one-sided), "less" (see `under`), or "two-sided" for side effects.
+        score: Function of (text, the feature's top tokens, the domain's words in lower case); None for outcomes
+            measured during generation (`measure_texts`) or without texts (`direct`).
+        column: Of the table; `name` if empty.
+        direct: Whether it is a column of `direct_effects` (one a prompt, relative to the unsteered model) and not of
+            trials.
+        logarithm: Whether effects are of the natural logarithm (perplexities, where the worst texts would dominate).
+        operator: The operator under which it is tested.
     """
 
     name: str
@@ -197,7 +184,7 @@ class Outcome:
         object.__setattr__(self, "column", self.column or self.name)
 
     def under(self, operator: str) -> Outcome:
-        """The same under an operator: an ablation takes the concept away, so what should rise should fall.
+        """The same under an operator: for "ablate", what should rise should fall.
 
         Example:
             >>> outcome_named("similarity").under("ablate").alternative
@@ -213,7 +200,7 @@ class Outcome:
 
     @property
     def effect_unit(self) -> str:
-        """The unit of effects as reports write it, such as "percentage points of words"."""
+        """The unit of effects in reports, such as "percentage points of words"."""
         if self.is_share:
             return self.unit.replace("share", "percentage points", 1)
         return f"{self.unit}: a difference of logarithms" if self.logarithm else self.unit
@@ -252,19 +239,16 @@ def score_texts(
 
     Args:
         trials: Columns feature and text; a missing text has no score.
-        features: Columns feature and top_tokens; every feature of the trials, and the others that were tested. With
-            a column members, sets that share a feature are not compared with each other.
-        vectors: As in `run_trials`.
+        features: Columns feature and top_tokens, of all tested features. With a column members, sets that share a
+            feature are not compared with each other.
         vocabulary: The domain's words, lower case.
         seed: For `shuffled_references`.
 
     Returns:
-        The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to
-        another feature's top tokens, NaN where undefined), and shuffled_feature (whose, see `shuffled_references`;
-        -1 for none).
+        The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to another
+        feature's top tokens, NaN where undefined), and shuffled_feature (that feature, -1 for none).
 
-    Raises:
-        ShapeMismatch: A feature of the trials has no top tokens in the table.
+    Raises `ShapeMismatch` if a feature of the trials is not in the table.
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
     unknown = set(trials["feature"]) - set(top)
@@ -294,10 +278,10 @@ def score_texts(
 
 
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
-    """For each feature another one at random, none its own and none used twice; None if there is no other.
+    """For each feature another one at random, never its own and none used twice; None if there is no other.
 
-    If texts steered with one feature come as near to the top tokens of another feature of the domain, then
-    steering brings up the domain at most, not what this feature says. The order of the features does not matter.
+    Control: if texts come as near to another domain feature's top tokens, steering evokes the domain at most. The order
+    of the features does not matter.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)

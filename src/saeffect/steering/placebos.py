@@ -1,10 +1,4 @@
-"""What steering with a feature is compared with: no steering, and placebos that should do nothing in particular.
-
-Any push of that size changes the text. A placebo of equal norm shows how much of the change comes from being
-pushed at all; only what the feature does beyond that is the feature's effect. A random direction is one that no SAE
-ever wrote; a model may react to it less than to any feature. A feature that is not of the domain, with a decoder row as
-long, firing as often and as strongly, is the fairer placebo.
-"""
+"""Placebos: pushes of equal size, along random directions or along features outside the domain."""
 
 from __future__ import annotations
 
@@ -41,10 +35,10 @@ SHUFFLED = "shuffled"
 
 
 class DrawDirection(Protocol):
-    """Gives the direction that stands in for a decoder row, float32 `[d_model]`, of norm 1.
+    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`.
 
-    It depends on the arguments alone, so that order does not matter: the row, the study's seed, the feature (or number
-    of the set) that it is the placebo of, and which of its placebos, for trials (prompt, sample).
+    It depends on its arguments alone: the row, the study's seed, the feature (or number of the set) that it is the
+    placebo of, and, for trials, `draw` = (prompt, sample).
     """
 
     def __call__(self, row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor: ...
@@ -55,11 +49,11 @@ class Placebo:
     """A kind of placebo, which either draws a direction or pushes other features of the SAE.
 
     Attributes:
-        name: What study files call it, and the condition of its trials.
+        name: In study files; also the condition of its trials.
         label: What reports call one of them.
         direction: How its direction is drawn; None if it takes other features.
-        column: The column of the feature table that lists each feature's placebo features, nearest first. Prompts and
-            samples take turns, so that no single placebo decides all pairs of a feature.
+        column: Of the feature table: each feature's placebo features, nearest first, used in turn over prompts and
+            samples.
     """
 
     name: str
@@ -90,7 +84,7 @@ BASELINES = {"prompt": "prompt that names it", "mean_difference": "difference of
 
 
 def control_label(name: str) -> str:
-    """What reports call a placebo, the shuffled reference or a baseline; the name itself where it is not registered."""
+    """Report label of a placebo, the shuffled reference or a baseline; the name itself if it is not registered."""
     if name in PLACEBOS:
         return PLACEBOS[name].label
     return BASELINES.get(name, "shuffled reference" if name == SHUFFLED else name.replace("_", " "))
@@ -99,8 +93,7 @@ def control_label(name: str) -> str:
 def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
     """A direction uniform on the sphere, float32 `[d_model]`, of norm 1; arguments as in `DrawDirection`.
 
-    A fresh direction per trial makes the placebo's mean that of random directions at large; one for all trials would
-    add the same error to every difference of a feature, and no number of samples would average it out.
+    Draw anew for each trial: with one direction for all, its error would not average out over samples.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
     normal = rng.standard_normal(d_model)
@@ -108,9 +101,9 @@ def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, 
 
 
 def turned(rows: Tensor, direction: DrawDirection, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
-    """Directions as long as `rows` `[n, d_model]`, at the same angles to each other, but pointing where they are drawn.
+    """Directions of the lengths of `rows` `[n, d_model]` and with their mutual angles, but drawn anew.
 
-    Whatever is pushed along several features at once, the same amounts along these go equally far.
+    The same multiples of them therefore have a sum of the same length.
     """
     if len(rows) == 1:
         return direction(rows[0], seed=seed, feature=feature, draw=draw)[None] * rows.norm()
@@ -129,24 +122,22 @@ def matched_features(
 ) -> pd.DataFrame:
     """The features outside the domain that are nearest to each chosen one.
 
-    Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its
-    standard deviation over all features. Features that never fired have no mean activation and are matched with one
-    another. One feature may be the placebo of several.
+    Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its standard
+    deviation over all features. Features that never fired are matched with one another. One feature may be the placebo
+    of several.
 
     Args:
-        features: The feature table of the arm: feature, decoder_norm, density, mean_activation.
-        chosen: Features to be steered.
-        domain: All domain features of the arm: none of them is a placebo.
-        n: Placebos a feature; fewer, or none, where no more resemble it.
+        features: The arm's table: feature, decoder_norm, density, mean_activation.
+        domain: All domain features of the arm, none of which is a placebo.
+        n: Placebos a feature; fewer if no more are similar.
 
     Returns:
-        One row per chosen feature and rank: feature, rank (from 0, nearest first), placebo, distance (in
-        standard deviations). Ties go to the lower number.
+        One row per chosen feature and rank: feature, rank (from 0, nearest first), placebo, distance (in standard
+        deviations). Ties go to the lower number.
 
     Raises:
         ShapeMismatch: A column is missing, or a chosen feature is not in the table.
         ConfigError: `n` is below 1.
-
     """
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")

@@ -1,4 +1,4 @@
-"""What is steered, where, how, and how often: the inputs that all steps of steering share."""
+"""The inputs that all steps of steering share: site, plan and feature table."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ class Site:
     """Where a model is steered.
 
     Attributes:
-        lm: The model.
         hook: TransformerLens name.
         W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
-        mean_norm: Mean Euclidean norm of the activation there, in the activation's units: the unit of doses.
-        sae: The SAE at the hook; needed to clamp and to ablate.
+        mean_norm: Mean Euclidean norm of the activation at the hook, in its own units: the unit of doses.
+        sae: Needed to clamp and to ablate.
         max_acts: Largest activation of every feature on text, float32 `[d_sae]`; needed to clamp.
-        norm_limit: Longest activation that the SAE was trained on; clamping and ablating leave longer ones, the
-            attention sinks, as they are (see `SetFeatures`).
+        norm_limit: Longest activation that the SAE was trained on; longer ones are not clamped or ablated, see
+            `SetFeatures`.
     """
 
     lm: LanguageModel
@@ -60,21 +59,20 @@ class Site:
 
 
 class SteeringPlan(Sampling, InterventionConfig):
-    """Which interventions are run: the steering section's own keys, and what a run of it adds.
+    """Which interventions are run: the keys of a study's steering section, and those below.
 
     Attributes:
-        doses: How strongly, see `operator`; negative adds push away.
-        samples: Repetitions of each prompt, each with noise of its own.
-        operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the
-            feature's activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
-        placebos: Names in `PLACEBOS`; empty for none.
-        unit: What a dose of "add" counts: "residual_norm", or "coefficient": multiples of the decoder row, as
-            in the paper.
+        doses: Depend on `operator`; negative adds push away.
+        samples: Repetitions of each prompt, each with its own noise.
+        operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the feature's
+            activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
+        placebos: Names in `PLACEBOS`.
+        unit: Of doses of "add": "residual_norm", or "coefficient": multiples of the decoder row, as in the paper.
         seed: For sampling noise and random directions.
 
     Raises:
         ConfigError: A value is out of range, or values contradict each other.
-        UnknownName: An operator, unit, placebo or choice of positions that does not exist.
+        UnknownName: No such operator, unit, placebo or choice of positions.
     """
 
     placebos: tuple[str, ...] = ("random",)
@@ -91,7 +89,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
     @classmethod
     def from_section(cls, section: SteeringConfig, *, seed: int, **changes: Any) -> Self:
-        """The plan of a study's steering section, with some of its keys changed."""
+        """The plan of a study's steering section, with some keys changed."""
         keys = (*InterventionConfig.model_fields, *SamplingConfig.model_fields)
         given = {key: getattr(section, key) for key in keys} | {"unit": section.unit, "seed": seed}
         return cls(**given | changes)
@@ -104,17 +102,17 @@ class SteeringPlan(Sampling, InterventionConfig):
 
     @property
     def placebo_columns(self) -> tuple[str, ...]:
-        """What the feature table must hold for the placebos."""
+        """Columns of the feature table that the placebos need."""
         return tuple(column for name in self.placebos if (column := PLACEBOS[name].column))
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What is pushed along: the feature's direction, then the placebos."""
+        """ "steered", then the placebos."""
         return (STEERED, *self.placebos)
 
 
 def check_names(section: SteeringConfig) -> None:
-    """Refuse (`UnknownName`) placebos, baselines and outcomes of a steering section that are not registered."""
+    """Refuse (`UnknownName`) unregistered placebos, baselines and outcomes of a steering section."""
     registries: dict[str, Mapping[str, object]] = {"placebos": PLACEBOS, "baselines": BASELINES, "outcomes": OUTCOMES}
     for key, registry in registries.items():
         for name in getattr(section, key):
@@ -125,12 +123,11 @@ def check_names(section: SteeringConfig) -> None:
 def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """The feature table sorted by feature, after checking that it can be steered.
 
-    With a column members (list of int) each row stands for several features steered at once, and feature is
-    any number to call them by.
+    With a column members (list of int) each row is a set of features steered at once, and feature any number for it.
 
     Raises:
         EmptySelection: There are no features.
-        ShapeMismatch: A column is missing, a feature is there twice, or the decoder has no such row.
+        ShapeMismatch: A column is missing, a feature is repeated, or the decoder has no such row.
     """
     missing = [name for name in ("feature", *columns) if name not in features]
     if missing:
@@ -155,19 +152,18 @@ def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -
 def features_together(
     features: pd.DataFrame, sets: Sequence[Sequence[int]], matched: Mapping[int, Sequence[int]] | None = None
 ) -> pd.DataFrame:
-    """A table with one row for each set of features that are steered at once, as `run_trials` understands it.
+    """A table with one row for each set of features steered at once, for `run_trials`.
 
-    Added, a set goes along the sum of its decoder rows, the whole being as long as the dose says; clamped or
-    ablated, each of its features is set. Texts are compared with the top tokens of all of them.
+    Under "add" a set is pushed along the sum of its decoder rows, its length given by the dose; under "clamp" and
+    "ablate" each feature is set. Texts are compared with the top tokens of all of them.
 
     Args:
         features: Columns feature, top_tokens and top_token_ids.
-        sets: Which features belong together.
         matched: Placebo features of each feature, nearest first; a set gets one of each member's, none twice.
 
     Returns:
-        feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members'
-        in turn, each once), and matched (list of lists) if given; empty where a member has none.
+        feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in turn,
+        each once), and, if given, matched (list of lists; empty if a member has none).
 
     Raises:
         EmptySelection: No sets, or an empty one.

@@ -1,16 +1,8 @@
-"""Choosing the next token: temperature, top_p, frequency penalty, and noise that paired rows share.
+"""Sampling with temperature, top_p, frequency penalty, and Gumbel noise shared by paired rows.
 
-Sampling is by the Gumbel-max trick: the token with the largest `logit / temperature + Gumbel noise` is a draw
-from the softmax. The noise is a function of (seed, prompt, sample, step, token) alone, so every condition, dose
-and feature of the same prompt and sample meets the same noise (*common random numbers*): their outputs differ
-because of the intervention alone, and paired differences are much less noisy.
-
-With top_p only a few of fifty thousand tokens need any noise. A generator that runs through the vocabulary would draw
-it for all; a counter-based one, Philox 4x32-10, is evaluated where it is needed: word number `id` of step `step` of a
-cell is a fixed function of the three. The cell's name decides its key and half of its counter.
-
-Source:
-    Salmon et al. (2011), Parallel Random Numbers: As Easy as 1, 2, 3.
+The token with the largest `logit / temperature + Gumbel noise` is a draw from the softmax. The noise is a function of
+(seed, prompt, sample, step, token) alone (*common random numbers*), so paired differences come from the intervention
+alone. A counter-based generator, Philox 4x32-10 (Salmon et al. 2011), computes only the noise that top_p needs.
 """
 
 from __future__ import annotations
@@ -57,7 +49,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 class NoiseCell:
     """What the sampling noise of a row depends on; rows with equal cells share it.
 
-    The prompt is a text, not a number, so that leaving a prompt out changes no other.
+    The prompt is its text, not a number, so that leaving a prompt out changes no other.
     """
 
     seed: int
@@ -68,7 +60,7 @@ class NoiseCell:
 def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch.device | str = "cpu") -> Tensor:
     """The noise of one step at every token: standard exponential draws, float32 `[d_vocab]`, above 0.
 
-    Minus its logarithm is Gumbel noise; the logarithm is taken only where needed.
+    Minus its logarithm is Gumbel noise.
     """
     blocks = torch.arange((d_vocab + 3) // 4, device=device)
     words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
@@ -78,10 +70,8 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
     """The same noise at some tokens only: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
 
-    `step` is how many tokens were generated before, `ids` are int64 `[rows, n]`.
-
-    Raises:
-        ShapeMismatch: Not as many cells as rows.
+    `step` counts the tokens generated before, `ids` are int64 `[rows, n]`. `ShapeMismatch` unless there is a cell a
+    row.
     """
     if ids.ndim != 2 or len(ids) != len(cells):
         raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
@@ -132,21 +122,17 @@ def _exponential(words: Tensor) -> Tensor:
 
 
 class Sampling(SamplingConfig):
-    """How continuations are drawn. The defaults are the paper's, but for end-of-text.
+    """How continuations are drawn. The defaults are the paper's, except for end-of-text.
 
     Attributes:
-        max_new_tokens: Length of a continuation.
-        temperature: Logits are divided by it; 0 takes the most probable token.
-        top_p: Only the smallest set of most probable tokens with at least this mass may be drawn; of equally
-            probable ones the lower id goes first. 1 allows all.
-        frequency_penalty: Taken off a token's logit for each time it was already generated (the prompt does
-            not count), before the temperature.
-        allow_end: Whether the model may end its text. By default end-of-text and every other special token
-            are forbidden, so that all continuations have `max_new_tokens` tokens: their similarities and
-            repetition are then measured on equal lengths, and a steered text cannot score by stopping early.
+        temperature: 0 takes the most probable token.
+        top_p: Only the smallest set of most probable tokens with at least this mass may be drawn; ties go to the lower
+            id.
+        frequency_penalty: Subtracted from a token's logit, before the temperature, for each time it was generated.
+        allow_end: False forbids end-of-text and all other special tokens, so that all continuations have
+            `max_new_tokens` tokens and their similarities and repetition are comparable.
 
-    Raises:
-        ConfigError: A value is out of range.
+    Raises `ConfigError` for a value out of range.
     """
 
     allow_end: bool = False
@@ -176,21 +162,14 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Non
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
-    """One token a row.
+    """One token a row, int64 `[rows]`; depends on the row's own logits and cell only.
 
     Args:
         logits: `[rows, d_vocab]`, any float dtype, penalties already taken off; forbidden tokens at -inf.
-        cells: The noise of each row.
         step: How many tokens were generated before.
 
-    Returns:
-        Token ids, int64 `[rows]`. A row's token depends on its own logits and cell only.
-
-    Raises:
-        ShapeMismatch: Not as many cells as rows.
-
-    Source:
-        Holtzman et al. (2020), The Curious Case of Neural Text Degeneration (top_p).
+    Raises `ShapeMismatch` unless there is a cell a row. Source of top_p: Holtzman et al. (2020), The Curious Case of
+    Neural Text Degeneration.
     """
     if len(cells) != len(logits):
         raise ShapeMismatch(f"{len(logits)} rows of logits, but {len(cells)} noise cells.")
@@ -207,7 +186,7 @@ def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling:
 
 
 def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, top_p: float) -> Tensor:
-    """Gumbel-max within the top_p set, found among a few tokens first and only if need be among all."""
+    """Gumbel-max within the top_p set, searched among a few tokens first and all only if needed."""
     n_rows, d_vocab = scaled.shape
     chosen = torch.full((n_rows,), -1, dtype=torch.int64, device=scaled.device)
     pending = torch.arange(n_rows, device=scaled.device)
@@ -242,14 +221,14 @@ def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, to
 
 
 def _most_probable(logits: Tensor) -> Tensor:
-    """Argmax with the lowest id among equals, which `argmax` itself does not promise."""
+    """Argmax, ties to the lowest id (which `argmax` does not promise)."""
     ids = torch.arange(logits.shape[-1], device=logits.device)
     is_best = logits == logits.amax(dim=-1, keepdim=True)
     return torch.where(is_best, ids, logits.shape[-1]).amin(dim=-1)
 
 
 def _most_probable_first(logits: Tensor, n: int) -> Tensor:
-    """Ids of n of the largest logits of each row, largest first, lower ids first among equals but the last."""
+    """Ids of the n largest logits of each row, in falling order, ties to lower ids except for the last."""
     if n >= logits.shape[1]:
         return logits.sort(dim=-1, descending=True, stable=True).indices
     ids = _largest(logits, n).sort(dim=-1).values
@@ -258,11 +237,7 @@ def _most_probable_first(logits: Tensor, n: int) -> Tensor:
 
 
 def _largest(logits: Tensor, n: int) -> Tensor:
-    """Ids of n of the largest logits of each row, in any order.
-
-    Found among the n blocks with the largest maxima: each of those holds a logit as large as the n-th of these
-    maxima, and no other block holds a larger one.
-    """
+    """Ids of the n largest logits of each row, unordered; all lie in the n blocks with the largest maxima."""
     d_vocab = logits.shape[1]
     n_blocks = d_vocab // _BLOCK
     if n * 4 > n_blocks:

@@ -1,4 +1,4 @@
-"""The interventions themselves: texts and direct effects of every feature, prompt, sample, condition and dose."""
+"""Trials: texts and direct effects of every feature, prompt, sample, condition and dose."""
 
 from __future__ import annotations
 
@@ -54,38 +54,26 @@ def run_trials(
 ) -> pd.DataFrame:
     """Generate with and without intervention and measure the texts.
 
-    Features are worked off in chunks that fill a batch; the chunks follow from the feature table and the plan
-    alone, so a run that is resumed with `done` ends with the same numbers as one that was never stopped.
-    Each chunk generates the unsteered texts once, in the same batch as the steered ones, and measures them against each
-    of its features. So both sides of a difference come from the same matrix products, and what changes nothing differs
-    in nothing, also where another batch would be rounded differently.
-
-    Processes that `torchrun` started take the chunks by turns, so every batch holds the same rows as in one process
-    and the table is the same, on the same kind of processor and number of threads. All of them call this with equal
-    arguments, and each gets the whole table. What a process was killed at is done again by whoever gets it.
+    Features run in chunks that fill a batch and depend on the feature table and the plan alone, so a resumed run gives
+    the same numbers. Each chunk generates its unsteered texts in the same batch as the steered ones, so rounding is
+    equal on both sides of a difference. Processes started by `torchrun` share the chunks; all call this with equal
+    arguments, and each gets the whole table, the same as from one process on an equal processor with as many threads.
 
     Args:
-        site: Model, hook, decoder and unit of doses.
-        features: Columns feature and top_tokens (list of str), and those of the planned placebos, such as matched
-            (list of int); with a column members (list of int) each row stands for several features steered at once.
-            The whole selection, also on a resume.
-        plan: What to run.
-        vectors: Where the texts' vectors come from.
-        done: Rows that an earlier call with equal arguments gave to `on_chunk`, in whichever process.
-        on_chunk: Called with the rows of each chunk of features as soon as they are there; two processes must not
-            write the same file.
-        progress: Called in the first process with rows done and in all of its share, resumed ones included, after
-            every token: rows that are under way count by their share of tokens.
+        features: Columns feature and top_tokens (list of str), those of the planned placebos, such as matched (list of
+            int), and optionally members (see `features_together`). The whole selection, also on a resume.
+        done: Rows that an earlier call with equal arguments gave to `on_chunk`, in any process.
+        on_chunk: Called with the rows of each finished chunk; two processes must not write the same file.
+        progress: Called in the first process after every token, with rows done and in all of its share, resumed and
+            partial rows included.
 
     Returns:
-        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's
-        unit (0 for unsteered), coefficient the multiple of the decoder row that has that length (placebos get a
-        vector of equal length; NaN when features are set, not added), text the continuation alone, similarity to the
-        feature's top tokens (NaN where undefined), distinct2, perplexity. Conditions that are impossible for a
-        feature have no rows, see `obstacles`.
+        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit
+        (0 for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal
+        length; NaN when features are set, not added); text, the continuation alone; similarity to the feature's top
+        tokens (NaN where undefined); distinct2; perplexity. Impossible conditions have no rows, see `obstacles`.
 
-    Raises:
-        SaeffectError: As `actions_of`, `generate` and `Intervention.edit`; `Interrupted` if another process is gone.
+    Raises `Interrupted` if another process is gone; other errors as `actions_of`, `generate` and `Intervention.edit`.
     """
     actions = actions_of(site, features, plan, ["top_tokens"])
     run = _Run(actions, RememberedVectors(vectors))
@@ -105,7 +93,7 @@ def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: i
 
 
 def _from_all(rows: pd.DataFrame | None) -> list[pd.DataFrame]:
-    """The tables of all processes, in order of rank; None for none. They travel as parquet, which keeps every bit."""
+    """The tables of all processes, by rank; sent as parquet, which keeps every bit."""
     packed = io.BytesIO()
     if rows is not None:
         rows.to_parquet(packed, index=False)
@@ -209,7 +197,6 @@ class _Run:
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
     def _ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
-        """Rows in the promised order, columns in the promised types."""
         missing = [name for name in TRIAL_COLUMNS if name not in trials]
         if missing:
             raise ShapeMismatch(f"the finished trials lack the column(s) {', '.join(missing)}.", at="done")
@@ -237,23 +224,17 @@ def direct_effects(
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
 
-    Each batch holds one unsteered row, so that both sides of a difference come from the same matrix products.
-    The random placebo of a prompt is that of its sample 0.
+    Each batch holds one unsteered row, so rounding is equal on both sides of a difference. The random placebo of a
+    prompt is that of its sample 0.
 
     Args:
-        site: As `run_trials`.
         features: As `run_trials`, with top_token_ids (list of int) in place of top_tokens.
-        plan: Prompts, doses, operator, unit, positions, placebos, seed and batch_size are used.
-        progress: Called after each batch with rows done and in all.
+        plan: All keys but samples and those of sampling are used.
 
     Returns:
-        One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
-        delta_logprob (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without
-        top tokens), kl (nats; from the unsteered to the steered distribution, 0 when nothing changed).
-        Conditions that are impossible for a feature have no rows, see `obstacles`.
-
-    Raises:
-        SaeffectError: As `run_trials`.
+        One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose, delta_logprob
+        (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without top tokens), kl (nats;
+        of the steered distribution from the unsteered one). Impossible conditions have no rows, see `obstacles`.
     """
     actions = actions_of(site, features, plan, ["top_token_ids"])
     table = actions.table
@@ -312,7 +293,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def in_order(rows: pd.DataFrame, conditions: Sequence[str]) -> pd.DataFrame:
-    """Rows by feature, prompt, sample if there are any, condition in the given order, and dose."""
+    """Rows by feature, prompt, sample (if any), condition in the given order, and dose."""
     keys = [name for name in ("feature", "prompt", "sample") if name in rows]
     rank = rows["condition"].map({condition: i for i, condition in enumerate(conditions)})
     ordered = rows.assign(_rank=rank).sort_values([*keys, "_rank", "dose"], kind="stable", ignore_index=True)
