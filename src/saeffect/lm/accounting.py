@@ -160,7 +160,6 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
 
 
 def _asks_for_code(base: Path | str) -> bool:
-    """Whether a local model's config.json names code of its own."""
     with contextlib.suppress(SaeffectError):
         return isinstance(base, Path) and base.is_dir() and "auto_map" in read_json(base / "config.json")
     return False

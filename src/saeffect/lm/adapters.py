@@ -37,7 +37,6 @@ class AdapterFile:
 
     @property
     def kind(self) -> str:
-        """PEFT's name, such as LORA."""
         return str(self.config["peft_type"])
 
     def other_base(self, model: str, own_name: object = None) -> str | None:
@@ -228,7 +227,6 @@ def _peft_config(adapter: AdapterFile, where: str) -> Any:
 
 
 def _adapter_tensors(adapted: Any) -> dict[str, Tensor]:
-    """The adapter's tensors in the model, under the names that files give them."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))

@@ -129,7 +129,6 @@ def mapping_of(model: nn.Module) -> HookMapping:
 
 
 def _unwrapped(model: Any) -> nn.Module:
-    """The model itself, without PEFT's wrapper."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 
@@ -164,7 +163,6 @@ def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
     x = 100.0 * torch.randn(4, d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 50.0
 
     def odd(vectors: Tensor) -> Tensor:
-        """Without the norm's bias."""
         return (norm(vectors[None]) - norm(-vectors[None]))[0] / 2
 
     weight = getattr(norm, "weight", None)

@@ -138,7 +138,6 @@ class Checkpoint:
         return step
 
     def of_another_run(self) -> ConfigError:
-        """The error for a folder that another run marked as its own."""
         return ConfigError(
             "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
             " were exchanged.",

@@ -272,7 +272,6 @@ def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """JSON's name for the type of a value."""
     if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
         return json.dumps(value)
     kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}

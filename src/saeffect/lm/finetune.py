@@ -161,7 +161,6 @@ def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDAr
 def _make(
     config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]], folder: TrainingFolder, log: Log
 ) -> None:
-    """Measure, train, measure again, and write the results."""
     held_out = {name: rows for name, rows in texts.items() if name}
 
     def measure(model: Any, when: str) -> dict[str, float]:
@@ -191,7 +190,6 @@ def _make(
 
 
 def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
-    """The model with a fresh adapter, in evaluation mode."""
     from peft import LoraConfig, get_peft_model
 
     options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number

@@ -137,7 +137,6 @@ def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, l
 
 
 def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log, name: str | None = None) -> None:
-    """Write a GGUF file's model and tokenizer as a transformers folder."""
     # Imported here: transformers takes seconds to load, and most commands need no conversion.
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -270,7 +269,6 @@ def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, An
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there as they were made."""
     if not (folder / _NOTE).is_file():
         return False
     try:

@@ -152,7 +152,6 @@ def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> Non
 
 
 def shard_name(index: int) -> str:
-    """File name of a shard."""
     return f"shard-{index:05d}.safetensors"
 
 
@@ -296,7 +295,6 @@ def _missing(out: Path, starts: range) -> list[int]:
 
 
 def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
-    """The tensors of one shard, from passes that begin at these rows."""
     kept, row, position = [], [], []
     for start in starts:
         activations, mask = run_pass(lm, hook, rows.ids[start : min(start + starts.step, starts.stop)], limit)
@@ -314,7 +312,6 @@ def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: 
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """Tokens and width of a shard, from its header."""
     from safetensors import SafetensorError
 
     try:

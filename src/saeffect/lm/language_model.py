@@ -78,7 +78,6 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property

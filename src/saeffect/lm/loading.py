@@ -226,14 +226,12 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
-    """What to pass to `from_pretrained`."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, None)
     return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
 
 
 def _gguf_of(base: Path | str, at: str | None) -> Path | None:
-    """The GGUF file of a located model, if it is one."""
     if not isinstance(base, Path) or (base / "config.json").is_file():
         return None
     return choose_gguf(base, at=at)

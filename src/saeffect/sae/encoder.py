@@ -173,7 +173,6 @@ class Encoder:
     def _evaluated(
         self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
     ) -> ListedByFeature:
-        """The entries found, with their values in float32."""
         shape = (len(x), len(W))
         token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
         place = feature * len(x) + token
@@ -216,14 +215,11 @@ class _Product:
 
     @property
     def tiles(self) -> range:
-        """First features of the tiles."""
         return range(0, len(self.W), self.tile)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some tokens by some features."""
-
     hidden: Tensor  # [n, width]
     maxima: Tensor  # [n, n_blocks]: largest entry of each block; block b holds the features b, b + n_blocks, ...
     start: int  # first token
@@ -272,7 +268,6 @@ def _block_maxima(hidden: Tensor, block: int) -> Tensor:
 
 
 def _among_top_k(entries: SparseEntries, k: int) -> Tensor:
-    """For each entry, whether it is among its token's k largest."""
     n = entries.shape[0]
     counts = torch.bincount(entries.token, minlength=n)
     if not len(entries.values) or int(counts.max()) <= k:

@@ -185,13 +185,11 @@ class ListedByFeature:
     shape: tuple[int, int]
 
     def where(self, kept: Tensor) -> ListedByFeature:
-        """Only the entries for which the bool tensor `kept` is true."""
         if bool(kept.all()):
             return self
         return ListedByFeature(self.token[kept], self.feature[kept], self.values[kept], self.shape)
 
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
-        """See `Entries.inner`."""
         if not self.values.numel():
             return self.values.new_zeros(0)
         return _products(_csr(self._starts, self._token32, self.values, self.shape[::-1]), left, W)
@@ -232,7 +230,6 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]
 
 @cache
 def _silence_csr_beta_warning() -> None:
-    """Catch torch's warning, once a process, that its CSR layout is beta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
         torch.sparse_csr_tensor(

@@ -89,7 +89,6 @@ class ReconstructionSums:
             self._active += float((feature_acts > 0).sum())
 
     def explained_variance(self) -> float:
-        """See `explained_variance`."""
         n = self.n_tokens
         about_mean = self._squared_in - float(self._total.square().sum()) / n if n else 0.0
         if about_mean <= 1e-12 * self._squared_in or not n:
@@ -143,7 +142,6 @@ class SplicedLosses:
 
     @property
     def ce_loss_score(self) -> float:
-        """See the function of that name."""
         return ce_loss_score(self.clean, self.sae, self.zero)
 
 

@@ -52,9 +52,7 @@ class SaeFormat(Protocol):
     weights: str
     """Name of the file of weights."""
 
-    def matches(self, folder: Path, raw: Any) -> bool:
-        """Whether a folder is in this format."""
-        ...
+    def matches(self, folder: Path, raw: Any) -> bool: ...
 
     def config(self, folder: Path, raw: Any, where: str) -> SaeConfig:
         """What the SAE is."""
@@ -122,7 +120,6 @@ def saved_dtype(folder: Path | str) -> str:
 
 
 def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
-    """The content of cfg.json, and the format of the folder."""
     fix = f"give a folder with cfg.json and {WEIGHTS}."
     if folder.is_file():
         kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")

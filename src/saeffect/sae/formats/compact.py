@@ -59,7 +59,6 @@ def is_compact(folder: Path | str) -> bool:
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """See `is_compact`."""
     del raw
     return is_compact(folder)
 

@@ -47,7 +47,6 @@ def matches(folder: Path, raw: Any) -> bool:
 
 
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
-    """What the SAE is at inference."""
     del folder
     sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
     if not (sizes and all(is_count(size) for size in sizes.values())):
@@ -217,7 +216,6 @@ def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value of a file, shortened if long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 

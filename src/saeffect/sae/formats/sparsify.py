@@ -23,7 +23,6 @@ _REFUSED = {
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """Whether a folder and its cfg.json are in sparsify's layout."""
     if not isinstance(raw, dict) or "d_sae" in raw:
         return False
     return (folder / weights).is_file() or "num_latents" in raw or "expansion_factor" in raw

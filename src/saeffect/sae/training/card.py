@@ -44,7 +44,6 @@ def measured_before(folder: Path) -> Mapping[str, Any]:
 
 
 def _noted(folder: Path) -> Mapping[str, Any]:
-    """The note beside a card; nothing if it is missing or damaged."""
     note = None
     with contextlib.suppress(SaeffectError):
         note = read_json(folder / _NOTE)
@@ -118,7 +117,6 @@ def _model(recipe: SaeRecipe) -> str:
 
 
 def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
-    """What was trained on what, in one sentence."""
     s = recipe.sae
     parts = [f"{s.d_sae:,} features", *_architecture_words(s)]
     if s.steps is None:

@@ -139,12 +139,10 @@ class SaeTrainingConfig(StrictModel):
 
     @property
     def kind(self) -> type[SparseAutoencoder]:
-        """The class of the architecture."""
         return _trainable()[self.architecture]
 
     @property
     def has_k(self) -> bool:
-        """Whether the architecture keeps k features a token."""
         return "k" in self.kind.keys
 
     @property
@@ -159,7 +157,6 @@ class SaeTrainingConfig(StrictModel):
 
     @property
     def b_dec_at_start(self) -> str:
-        """Where the decoder's bias starts."""
         return self.b_dec_init or ("mean" if self.unit_decoder else "zeros")
 
     @property
@@ -239,7 +236,6 @@ class SaeRecipe(StrictModel):
 
     @property
     def max_disk_bytes(self) -> int | None:
-        """The cap in bytes."""
         return None if self.max_disk_gb is None else int(self.max_disk_gb * 1e9)
 
     def trainings(self) -> dict[str, SaeTrainingConfig]:
@@ -271,7 +267,6 @@ class SaeRecipe(StrictModel):
         return found
 
     def folders(self, out: Path) -> dict[str, Path]:
-        """Where each SAE goes, by name."""
         return {name: out / name if name else out for name in self.trainings()}
 
     def of_one(self, name: str) -> SaeRecipe:

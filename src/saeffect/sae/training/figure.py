@@ -104,7 +104,6 @@ class _Run:
         }
 
     def resamplings(self) -> list[tuple[float, int]]:
-        """Tokens and the number of features, of each time that dead features were made anew."""
         rows = [row for row in self.rows if row.get("event") == "resampled"]
         return [(row["tokens"] / self.divisor, int(row["n_features"])) for row in rows]
 
@@ -143,7 +142,6 @@ def save_training_figure(folder: Path) -> Path:
 
 
 def _draw(run: _Run, panels: list[_Panel]) -> Any:
-    """A matplotlib figure of all panels, laid out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -203,7 +201,6 @@ def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> lis
 
 
 def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
-    """Scale, limits, ticks and grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     positive = sorted(v for v in values if v > 0)
@@ -247,7 +244,6 @@ def _end(run: _Run, panel: _Panel) -> str:
 
 
 def _legend(figure: Any, run: _Run) -> None:
-    """What lines, dots and marks mean, below all panels."""
     from matplotlib.lines import Line2D
 
     handles = []

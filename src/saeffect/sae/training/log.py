@@ -297,7 +297,6 @@ class Pace:
         self.start()
 
     def start(self) -> None:
-        """Start the clock."""
         self._started, self._paused = self._now(), 0.0
         self._marks = deque([(self._first, 0.0)])
 
@@ -315,7 +314,6 @@ class Pace:
             self._paused += self._now() - begun
 
     def mark(self, done: int) -> None:
-        """Note how many steps are done."""
         active = self.seconds() - self._paused
         if done <= self._marks[-1][0]:
             return

@@ -46,7 +46,6 @@ class TrainingRun:
 
     @property
     def name(self) -> str:
-        """The run's name: that of its folder."""
         return self.folder.resolve().name
 
     def plain_config(self) -> dict[str, Any]:

@@ -181,7 +181,6 @@ class _Data:
         return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
 
     def at_the_end(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """All measures, on all of it."""
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
@@ -222,7 +221,6 @@ def _activations(
 
 
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
-    """What cfg.json records about the SAE's origin."""
     a_pass = recipe.tokens_a_pass
     seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
     found = {
@@ -329,5 +327,4 @@ def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
 
 
 def _places(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
-    """Key and value in the recipe, of each SAE."""
     return [(f"saes.{name}" if name else "sae", config) for name, config in recipe.trainings().items()]

@@ -35,8 +35,6 @@ _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "RE
 
 @dataclass(frozen=True)
 class SaeJob:
-    """One SAE to train, and its folder."""
-
     config: SaeTrainingConfig
     out: Path
     metadata: Mapping[str, Any] = field(default_factory=dict)  # where the activations come from; kept in cfg.json
@@ -111,7 +109,6 @@ class SaeRun:
         self.checkpoint = self.folder.checkpoint
 
     def restore(self, step: int) -> None:
-        """Go back to a checkpoint; as `Checkpoint.restore` raises."""
         self.checkpoint.restore(self.trainer.leaves, self.trainer.optimizer, self._state(), step=step)
 
     def save_checkpoint(self, position: Position) -> None:
@@ -157,7 +154,6 @@ class SaeRun:
         return self.trainer.state() | {"next_batch": self.next_batch}
 
     def _folded(self) -> SparseAutoencoder:
-        """A copy in unscaled units, in the form that is saved."""
         trained = self.trainer.sae
         twin = new_sae(self.job.config, trained.cfg.d_in)
         twin.load_state_dict(trained.state_dict())

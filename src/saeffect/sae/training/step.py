@@ -49,7 +49,6 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """What was minimised."""
         return sum(self.losses.values())
 
 

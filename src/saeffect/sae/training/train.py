@@ -36,7 +36,6 @@ def train_sae(
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> SparseAutoencoder:
-    """Train one SAE: `train_saes` with one job."""
     job = SaeJob(config, Path(out), metadata, dtype)
     return train_saes(source, [job], evaluate=evaluate, logger=logger, log=log)[0]
 
@@ -188,7 +187,6 @@ def _total_steps(source: ActivationSource, config: SaeTrainingConfig, world: int
 
 
 def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
-    """Refuse jobs that cannot be trained side by side."""
     for job in jobs[1:]:
         if unlike := job.config.unlike(jobs[0].config):
             key, mine, first = unlike
@@ -214,7 +212,6 @@ def _too_few(batch_size: int) -> EmptySelection:
 def _batches(
     source: ActivationSource, config: SaeTrainingConfig, total: int, start: Position
 ) -> Iterator[tuple[Position, Tensor]]:
-    """Batches from a position on, until the steps are done."""
     step, epoch, index = start.step, start.epoch, start.index
     while step < total:
         before = step
@@ -252,7 +249,6 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
 
 
 def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
-    """Restore all runs; the error if any process could not."""
     mine = None
     try:
         for run in runs:
@@ -266,7 +262,6 @@ def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
-    """One log a run in the process that writes; none in the others."""
     for run in runs if is_first() else ():
         name = run.job.out.resolve().name
         yield TrainingLog(
