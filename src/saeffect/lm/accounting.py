@@ -32,7 +32,7 @@ BOTH = (
     "this is both a model and an adapter, and nothing says which of them is meant.",
     "move the adapter into a folder of its own, and write model: {path: <base model>, adapter: <that folder>}.",
 )
-# Buffers that older versions of a model saved, which are computed anew.
+# Buffers that older versions of a model saved; they are recomputed.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
 # Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
 # experts name a width of dense layers that they need not have.
@@ -87,9 +87,8 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
     """Check that the model got all its tensors from the file, and has a place for every tensor of the file.
 
-    transformers fills in what is missing at random and ignores what it does not expect. `info` comes from
-    `from_pretrained` with `output_loading_info=True`; `log` receives a line about parts left out, such as an image
-    encoder or a value head.
+    transformers draws missing ones at random and ignores others. `info` comes from `from_pretrained` with
+    `output_loading_info=True`; `log` receives a line about parts left out, such as an image encoder or a value head.
 
     Raises:
         BadFile: A tensor is missing, or has no place in the language model.
@@ -178,7 +177,7 @@ def quiet_transformers() -> Iterator[None]:
     of_gguf.tqdm = lambda tensors, **_: tensors
     try:
         with warnings.catch_warnings():
-            # Deprecations between transformers and peft are theirs to mend.
+            # Deprecation warnings between transformers and peft.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:

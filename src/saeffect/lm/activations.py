@@ -38,8 +38,8 @@ __all__ = [
 
 # A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
 _OUTLIER_FACTOR = 3.0
-# How many tokens of a pool are given out, as a share of all but each row's first. Some are outliers of the norm,
-# and how many only the model can tell; a fixed number tells where batch n begins without running it.
+# Share of a pool's tokens (without each row's first) that is used. The rest allows for outliers of the norm: with a
+# fixed number, the place of batch n is known without running the model.
 _GIVEN_OUT = 0.99
 
 
@@ -49,8 +49,7 @@ class TokenRows:
 
     Attributes:
         ids: Token ids, int32 `[n_rows, context_size]`.
-        sources: Index into `names` of each row's source, int64 `[n_rows]`.
-        names: Names of the sources, such as ("general", "medical").
+        sources: Index into `names`, such as ("general", "medical"), of each row's source, int64 `[n_rows]`.
     """
 
     ids: NDArray[np.int32]
@@ -85,8 +84,8 @@ class TokenRows:
 class ActivationSource(Protocol):
     """Activations of one model at one hook, from shards or from a running model, as batches in a random order.
 
-    Batch n of an epoch depends only on the activations, the batch size, the seed and the epoch: not on interruptions,
-    nor on the number of processes. Every process gets the same batches.
+    Batch n of an epoch depends only on the activations, batch size, seed and epoch, not on interruptions or the number
+    of processes. Every process gets the same batches.
     """
 
     @property
@@ -140,12 +139,10 @@ def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
 
 
 def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
-    """Refuse rows that cannot be harvested, before anything heavy starts.
+    """Refuse rows that cannot be harvested; EmptySelection if there are none.
 
-    Raises:
-        ConfigError: No such hook or token ids; rows longer than the model's positions or shorter than two tokens (the
-            first never counts); or rows without the BOS token that this model's texts begin with.
-        EmptySelection: No rows.
+    ConfigError: no such hook or token ids; rows longer than the model's positions or shorter than two tokens (the first
+    never counts); or rows without the BOS token that this model's texts begin with.
     """
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
@@ -164,10 +161,9 @@ def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
 
 
 def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
-    """One forward pass over rows `[n_rows, context_size]`: the kept activations, and which positions those are.
+    """One forward pass over rows `[n_rows, context_size]`: the activations to keep, and which positions those are.
 
-    The activations are `[n_kept, d_model]` in text order, in the model's dtype, on the CPU; positions bool
-    `[n_rows, context_size]`.
+    Activations are `[n_kept, d_model]` in text order, of the model's dtype, on the CPU; positions are a bool per token.
     """
     x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
     mask = kept_positions(x, limit)
@@ -232,10 +228,9 @@ def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
 class StreamedActivations(ActivationSource):
     """Activations taken from a model as it runs over text; nothing is written to disk.
 
-    A pool is `pool_rows` rows of text, harvested `rows_a_pass` at once, then shuffled. 99 of 100 of its tokens are
-    used; where outliers leave fewer, some are used twice. A pool takes `pool_rows` x context_size x d_in numbers in the
-    model's dtype, and briefly twice that. Under `torchrun` each process runs its share of the passes and gets the whole
-    pool.
+    A pool is `pool_rows` rows of text, run `rows_a_pass` at once, then shuffled. 99 of 100 of its tokens are used;
+    where outliers leave fewer, some twice. It takes `pool_rows` x context_size x d_in numbers in the model's dtype,
+    briefly twice that. Under `torchrun` each process runs its share of the passes and gets the whole pool.
     """
 
     lm: LanguageModel
@@ -294,8 +289,7 @@ class StreamedActivations(ActivationSource):
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it.
 
-        Raises:
-            EmptySelection: The text is shorter than declared, or every position of a pool is an outlier.
+        EmptySelection if the text is shorter than declared, or every position of a pool is an outlier.
         """
         number, skip = divmod(start * batch_size, self._given_out(self.pool_rows))
         yield from cut_batches(self._pools(seed, epoch, number), batch_size, skip=skip)
@@ -315,7 +309,7 @@ class StreamedActivations(ActivationSource):
                     at=self.hook,
                     fix="look at the text there, and at the model.",
                 )
-            # Cyclic where outliers leave fewer tokens than are given out.
+            # Cyclic where outliers leave fewer tokens than are used.
             yield Pool(pool.activations, torch.from_numpy(np.resize(pool.order.numpy(), self._given_out(len(ids)))))
             del pool
             number += 1

@@ -19,7 +19,7 @@ __all__ = ["ADAPTER_CONFIG", "AdapterFile", "merge_adapter", "read_adapter", "re
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-# They act while the model runs, on its activations or its input, so no weights stand for them. (Prompt learning too.)
+# They act on activations or input while the model runs, so they cannot be merged into weights (nor can prompts).
 _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 # Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
 _ROUNDING, _MOST = 1e-4, 1e-3
@@ -137,7 +137,7 @@ def _refuse_rank(adapter: AdapterFile, where: str) -> None:
     ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
     wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
     widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
-    # LoKr never makes more of a large rank than a full matrix.
+    # In LoKr a large rank is at most a full matrix.
     if adapter.kind != "LOKR":
         wrong += [r for r in ranks if isinstance(r, int) and r > max(widest, 4096)]
     if wrong:
@@ -166,7 +166,7 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         return
     except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
-    # Names may be converted on the way in (mixtures of experts), and then there are fewer than in the file.
+    # Loading may merge tensors (mixtures of experts): then there are fewer than in the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
     _refuse_lost(adapter, result.unexpected_keys, missing, where)
 
@@ -177,9 +177,7 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     PEFT ignores tensors that have no place in the model, leaves missing ones at random values, and merges even where
     that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging.
 
-    Raises:
-        IncompatibleModels: A tensor of the adapter found no place, or has another value there.
-        ConfigError: The adapter cannot be merged, or merging changes the model.
+    IncompatibleModels: a tensor found no place, or has another value there. ConfigError: merging changes the model.
     """
     from peft import PeftModel
 

@@ -80,7 +80,7 @@ HOOK_MAPPINGS: dict[str, HookMapping] = {
         resid_mid=("post_attention_layernorm",),
         signs=("post_self_attn_layernorm", "post_mlp_layernorm"),
     ),
-    # Its attention and MLP add the stream themselves, so what they add cannot be told apart.
+    # Its attention and MLP add the stream themselves, so what they add cannot be separated.
     "bloom": HookMapping(attn_out=(), mlp_out=(), resid_mid=()),
 }
 """By transformers' `model_type`; other models follow the first whose signs their blocks have, or else the defaults."""
@@ -141,9 +141,8 @@ def _model_type(base: Any) -> str:
 def unembedding(lm: LanguageModel) -> Tensor:
     """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
 
-    Where the final norm centres its input, columns are also centred over `d_model`. Norm and head are measured.
-    ConfigError if no such matrix expresses what they do. Source: TransformerLens `fold_layer_norm` and
-    `center_unembed`.
+    Where the final norm centres its input, columns are also centred over `d_model`. Norm and head are measured;
+    ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
     """
     head = lm.model.get_output_embeddings()
     scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])

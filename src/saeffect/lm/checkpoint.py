@@ -26,10 +26,8 @@ _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 class Checkpoint:
     """Weights, Adam's moments, other tensors, and the number of finished steps, in files that are whole or absent.
 
-    Args:
-        folder: Where `step-00000500.safetensors` and so on go.
-        made_by: Fingerprint of everything that decides the run; another run's checkpoint is refused.
-        keep: How many of the newest stay.
+    `folder` keeps the `keep` newest, as `step-00000500.safetensors` and so on. `made_by` is a fingerprint of everything
+    that decides the run; another run's checkpoint is refused.
     """
 
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
@@ -66,8 +64,8 @@ class Checkpoint:
     ) -> None:
         """Save the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
 
-        Runs that resume together set `drop_old` to False and call it when all have saved. BadFile if the disk is full
-        or cannot be written; older checkpoints stay.
+        Runs that resume together set `drop_old` to False and call it when all have saved. BadFile: disk full or
+        unwritable.
         """
         tensors = {f"other.{name}": t for name, t in others.items()}
         for name, p in weights.items():
@@ -111,9 +109,7 @@ class Checkpoint:
     ) -> int:
         """Restore in place what `save` was given, from step `step` (0 for none) or the newest; the number of that step.
 
-        Raises:
-            ConfigError: The checkpoint is another run's.
-            BadFile: It cannot be read, or is damaged.
+        ConfigError if the checkpoint is another run's; BadFile if it is damaged.
         """
         if step is None:
             step = max(self.steps(), default=0)
@@ -155,7 +151,6 @@ class TrainingFolder:
     Other people's files stay; a folder where they are in the way is refused.
 
     Args:
-        path: The folder; it need not exist.
         made_by: Fingerprint of everything that decides the results, contents of files included.
         leaves: Names of the files that such a training leaves.
         keep: How many of the newest checkpoints stay.
@@ -195,10 +190,7 @@ class TrainingFolder:
     def held(self) -> Iterator[None]:
         """Keep others out while the block runs; half-written files are removed.
 
-        Raises:
-            InUse: Another process trains into this folder.
-            ConfigError: As `refuse_others`.
-            BadFile: As `refuse_others`; or the folder cannot be written to.
+        Raises what `refuse_others` raises; InUse if another process trains here; BadFile if the folder is not writable.
         """
         with sole_writer(self.path):
             self.refuse_others()
@@ -211,7 +203,7 @@ class TrainingFolder:
         write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
 
     def note(self) -> dict[str, Any] | None:
-        """A finished training's note; None without one; BadFile if it is damaged."""
+        """A finished training's note, None without one; BadFile if it is damaged."""
         path = self.path / _FINISHED
         if not path.is_file():
             return None

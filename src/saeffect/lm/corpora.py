@@ -33,10 +33,10 @@ _FORMATS = (
     " or a dataset id on the hub"
 )
 _READ = f"what is read: {_FORMATS}."
-# Of files; ids of datasets may hold dots too.
+# Of files; ids of datasets may contain dots too.
 _SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-# Characters of one line or paragraph. Compressed, a few megabytes could stand for a line that fills the memory.
+# Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
 _LONGEST = 2**27
 _SPLIT = "train"  # of datasets
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -53,8 +53,7 @@ def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
 
     Raises:
         NotFound: No such file or dataset.
-        BadFile: Not UTF-8, damaged, another format, a line too long, or a row without text in the field (with its
-            line).
+        BadFile: Not UTF-8, damaged, another format, too long a line, or a row without text (with its line).
         ConfigError: `source` is no valid path.
         EmptySelection: No document.
     """
@@ -293,8 +292,7 @@ class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
     Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
-    `held_out` of the documents is left out. `buffer` documents of each source are mixed by the seed; 1 keeps file
-    order.
+    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order.
     """
 
     lm: LanguageModel
@@ -321,9 +319,7 @@ class StreamedText:
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
 
-        Raises:
-            SaeffectError: A source cannot be read, or is shorter than a row; `at` names it.
-            EmptySelection: The text ends before `tokens` tokens.
+        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read.
         """
         streams = [self._stream(index) for index in range(len(self.sources))]
         count = 0

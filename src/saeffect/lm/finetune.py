@@ -101,8 +101,7 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the message says how to resume.
         BadFile: The loss is not finite; or something cannot be written.
-        ConfigError: `out` holds what another configuration, model, text or program made; or the model lacks the
-            modules.
+        ConfigError: `out` holds what another configuration, model, text or program made; or a module is missing.
         InUse: Another process trains into `out`.
     """
     out = Path(out)
@@ -289,7 +288,6 @@ def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> f
     """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`.
 
     At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted.
-    `batch_size`: rows a forward pass.
     """
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return math.exp(sum(float(_cross_entropy(model, part, "sum")) for part in parts) / rows[:, 1:].size)

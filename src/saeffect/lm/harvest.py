@@ -70,7 +70,6 @@ def harvest(
 
     Args:
         hook: TransformerLens name.
-        out: Folder for `harvest.json` and the shards.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
 
@@ -130,10 +129,7 @@ def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
-    """Refuse (ConfigError) shards of `expected` bytes that exceed the cap, in bytes, or what the disk has free.
-
-    Files already in the folder count as a part of them.
-    """
+    """ConfigError if shards of `expected` bytes, those present included, exceed the cap or the free disk space."""
     if cap is not None and expected > cap:
         raise ConfigError(
             f"the activations take {_size(expected)}; the cap is {_size(cap)}.",
@@ -162,12 +158,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ActivationStore(ActivationSource):
-    """A folder of shards, read as shuffled batches.
-
-    Attributes:
-        folder: The folder with `harvest.json` and the shards.
-        note: The contents of `harvest.json`: what made it, the norm limit, names of sources.
-    """
+    """A folder of shards, read as shuffled batches. `note`: contents of its harvest.json."""
 
     folder: Path
     note: dict[str, Any]
@@ -176,10 +167,7 @@ class ActivationStore(ActivationSource):
     def open(cls, folder: Path | str) -> ActivationStore:
         """Open a harvest.
 
-        Raises:
-            NotFound: No `harvest.json`.
-            BadFile: It is damaged.
-            EmptySelection: No shards.
+        NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards.
         """
         folder = Path(folder)
         store = cls(folder, _read_note(folder))
@@ -225,10 +213,9 @@ class ActivationStore(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`; BadFile, naming it, for a damaged shard.
+        """See `ActivationSource`; shards are shuffled, and tokens within `pool_shards` of them. BadFile: damaged shard.
 
-        Shards come in a shuffled order, `pool_shards` at a time, and tokens are shuffled within such a pool. Memory
-        holds two pools: a thread reads the next one.
+        Memory holds two pools: a thread reads the next one.
         """
         shards = self.shards()
         lengths = [_shape(shard)[0] for shard in shards]

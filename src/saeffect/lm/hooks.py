@@ -119,11 +119,9 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
 def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
     """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; later blocks do not run.
 
-    `input_ids` are int64 `[batch, sequence]`, without padding.
-
     Raises:
         ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
-        ShapeMismatch: `input_ids` has not two axes, or no tokens.
+        ShapeMismatch: `input_ids`, int64, are not `[batch, sequence]` (without padding), or empty.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ShapeMismatch(f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty.")
@@ -152,8 +150,8 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
 def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
     """While the block runs, every forward pass has the activation at `hook` replaced by `edit(activation)`.
 
-    `edit` gets and returns `[batch, sequence, d_model]`; it must not change its input in place. ConfigError if the
-    model has no such hook.
+    `edit` gets and returns `[batch, sequence, d_model]`; it must not change its input in place. ConfigError: no such
+    hook.
     """
     with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield

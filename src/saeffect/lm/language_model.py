@@ -47,7 +47,7 @@ class LanguageModel:
     """A causal language model of transformers with its tokenizer.
 
     Attributes:
-        model: The transformers model, in evaluation mode; its parameters take no gradients.
+        model: In evaluation mode; its parameters take no gradients.
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
         adapter: Effect of merging its adapter; None without one.
@@ -118,10 +118,7 @@ class LanguageModel:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The first token of every row of text and every prompt, or None; see `find_bos_id`.
-
-        It is not measured and not intervened on; the tokens after it are predicted from it.
-        """
+        """The first token of every row and prompt, or None (see `find_bos_id`); neither measured nor intervened on."""
         return find_bos_id(self.tokenizer, self.prepend_bos)
 
     def encode(self, text: str) -> list[int]:
@@ -139,11 +136,8 @@ class LanguageModel:
     def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
         """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`.
 
-        The last, short piece is dropped. Each row begins with BOS, if there is one.
-
-        Raises:
-            ConfigError: The tokenizer has no token to put between documents.
-            EmptySelection: The whole text is shorter than one row.
+        The last, short piece is dropped; each row begins with BOS, if there is one. ConfigError if the tokenizer has no
+        separator, EmptySelection if the text is shorter than a row.
         """
         separator, bos = separator_id(self.tokenizer), self.bos_id
         held: list[int] = []
@@ -183,7 +177,7 @@ class LanguageModel:
 
     @functools.cached_property
     def _plain_tokens(self) -> torch.Tensor:
-        # Kept: reading a vocabulary takes most of a second, and every batch of texts asks.
+        # Cached: reading a vocabulary takes most of a second, and every batch of texts needs it.
         known = known_tokens(self.tokenizer).keys() - special_tokens(self.tokenizer)
         if self.shared is not None:
             known &= self.shared
@@ -214,7 +208,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
 _BLOCK = 128
-# What attention functions are given that changes nothing for one packed pass without a cache.
+# Arguments of attention functions without effect on one packed pass without a cache.
 _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
 
 
@@ -254,7 +248,7 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # A mask, a soft cap, sinks, a position bias: transformers hands each of them over by name.
+        # transformers passes a mask, a soft cap, sinks or a position bias by name.
         special = [n for n, v in options.items() if n not in _HARMLESS and n != "sliding_window" and v is not None]
         causal = options.get("is_causal")
         plain = (
@@ -279,16 +273,10 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:
-    """Causal attention in blocks of queries: nothing beyond a block's last position is computed.
+    """Causal attention, `[batch, heads, sequence, d_head]` to `[batch, sequence, heads, d_head]` of the same dtype.
 
-    Args:
-        query: `[batch, heads, sequence, d_head]`.
-        key: `[batch, key heads, sequence, d_head]`; each key head serves `heads / key heads` queries in a row.
-        value: The same shape as `key`.
-        scaling: Factor of the scores; 1/sqrt(d_head) if None.
-
-    Returns:
-        `[batch, sequence, heads, d_head]` in the dtype of `query`; scores are rounded to that dtype too.
+    It skips what lies beyond a block of queries. Keys and values may have fewer heads; each serves `heads / key heads`
+    queries in a row. `scaling` of the scores is 1/sqrt(d_head) if None. Scores are rounded to the dtype of `query`.
     """
     batch, heads, length, width = query.shape
     shared = key.shape[1]

@@ -121,9 +121,7 @@ def _require_model(folder: Path, name: str, where: str | None) -> None:
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
     """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id.
 
-    Raises:
-        NotFound: A folder that is not there or is no adapter.
-        UnknownName: A `bundled:` name that does not exist.
+    NotFound if a folder is missing or no adapter; UnknownName for a `bundled:` name that does not exist.
     """
     where = f"{at}.adapter" if at else None
     if config.adapter is None:
@@ -148,7 +146,7 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
     """Load weights, tokenizer and adapter; the adapter is merged into the weights.
 
-    `config` may be just a path or id, as `ModelConfig.path`; `at` is its key in the study file, for error messages.
+    `config` may be just a path or id; `at` is its key in the study file, for error messages.
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
@@ -174,7 +172,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
             own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
             model, merged = merge_adapter(model, adapter, adapter_at)
             merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
-    # Parameters alone: the rotary frequencies are buffers, and rounded to bfloat16 they turn far positions wrong.
+    # Parameters only: rotary frequencies are buffers, and in bfloat16 they would rotate far positions wrongly.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = model.to(device).eval().requires_grad_(False)
@@ -191,7 +189,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
     if isinstance(folder, Path):
         check_folder_sizes(folder)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    # A pickle can run code while it is read.
+    # Reading a pickle can run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
@@ -278,7 +276,7 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
         if isinstance(place, Path):
             files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
-            # Weights by size and name only when they are large would miss edits, so every byte is read.
+            # Sizes and names would miss edits, so every byte is read.
             parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
         else:
             parts.append(place)

@@ -85,8 +85,7 @@ _ACTING = re.compile(
 
 
 def printable_text(text: str) -> str:
-    """The text, of several lines perhaps, with controls (but line feeds and tabs), bidirectional marks and invisible
-    characters as `U+` and their number.
+    """The text with what acts on a page or terminal shown as `U+` and its number; line feeds and tabs stay.
 
     Example:
         >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
@@ -121,10 +120,7 @@ def special_tokens(tokenizer: Any) -> set[int]:
 
 
 class ContinuationDecoder:
-    """Decodes ids as a continuation of text, spaces as they are.
-
-    SentencePiece drops the first space of what it decodes, so ids are decoded behind an ordinary token.
-    """
+    """Decodes ids as a continuation: spaces stay, which SentencePiece would drop at the beginning of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -26,8 +26,6 @@ class SaeConfig:
 
     Attributes:
         architecture: A key of `ARCHITECTURES`.
-        d_in: Width of the activations.
-        d_sae: Number of features.
         k: Active features a token (topk only).
         apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
         normalize_activations: "none" or "layer_norm" (each input standardised, undone on the output).
@@ -75,21 +73,16 @@ class SparseAutoencoder(nn.Module, ABC):
     """`feature_acts = activation((x - b_dec) @ W_enc + b_enc)`, `sae_out = feature_acts @ W_dec + b_dec`.
 
     Attributes:
-        architecture: Its name in recipes, and in `ARCHITECTURES`.
-        label: Its name in the field, for people.
-        saelens_name: Its name in SAELens' cfg.json.
+        architecture: Its name in recipes, and in `ARCHITECTURES`; `label` for people, `saelens_name` in SAELens'
+            cfg.json.
         saved_as: The architecture in which it is saved, if another.
         keys: Keys of a recipe that only some architectures have, this one among them.
         penalty: The key with the coefficient of its sparsity penalty.
         unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
         loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
             the rest of the name follows the label.
-        vectors: Names of the parameters with one number a feature, float32 `[d_sae]`; the first is the bias that
-            decides whether a feature is on.
-        W_enc: float32 `[d_in, d_sae]`.
-        b_enc: One of the vectors, in most architectures.
-        W_dec: float32 `[d_sae, d_in]`.
-        b_dec: float32 `[d_in]`.
+        vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
+        W_enc: float32 `[d_in, d_sae]`; `W_dec` `[d_sae, d_in]`; `b_dec` `[d_in]`; `b_enc`, in most, one of the vectors.
     """
 
     architecture: ClassVar[str]

@@ -19,8 +19,8 @@ _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 _VANISHING = 2.0**-56
 _NEAREST = 2.0**-8  # bfloat16: the same
 _ROWS = 512  # weights converted at a time: their length is then taken in the cache
-_BLOCK = 8  # features whose maximum stands for them when a product is looked through
-_WIDER = 4  # blocks whose maximum stands for them when a token's k-th largest entry is bounded
+_BLOCK = 8  # features a block; only its maximum is compared when a product is searched
+_WIDER = 4  # blocks merged into one when a token's k-th largest entry is bounded
 _TILE = 4096
 
 
@@ -32,8 +32,8 @@ class Encoder:
     Args:
         dtype: Of the product: torch.float32 or torch.bfloat16.
         chunk: Tokens a product; the buffer is at most `[chunk, d_sae]`.
-        dense_above: Share of entries above the floor from which `above` gives dense entries. It is fixed, not timed, so
-            that a run repeats bit by bit; benchmarks/sae_training.py measures the best value.
+        dense_above: Share of entries above the floor from which `above` gives dense entries; fixed, not timed, so that
+            a run repeats bit by bit (measured by benchmarks/sae_training.py).
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, *, chunk: int = 1024, dense_above: float = 0.04) -> None:
@@ -44,13 +44,8 @@ class Encoder:
     def above(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> Entries:
         """Entries where `x @ W.T + bias` is above `floor`, with its values there.
 
-        Dense entries hold the floor wherever the value is not above it. NaN counts as above, so that it is noticed.
-
-        Args:
-            x: Float32 `[n, d_in]`.
-            W: Encoder, one row a feature, float32 `[d_sae, d_in]`.
-            bias: Float32 `[d_sae]`.
-            floor: One number a feature, float32 `[d_sae]`; 0 without it.
+        All are float32: x `[n, d_in]`, W `[d_sae, d_in]`, bias and floor `[d_sae]` (0 without it). Dense entries hold
+        the floor wherever the value is not above it. NaN counts as above, so that it is noticed.
         """
         found: list[_Found] = []
         n_found = 0

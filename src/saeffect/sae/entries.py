@@ -16,11 +16,9 @@ __all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
-    """The entries of a matrix `[n_tokens, d_sae]` that count, and their values.
+    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count. Their `values` are float32, one an entry.
 
-    Attributes:
-        values: Float32, one an entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
-        shape: (n_tokens, d_sae).
+    `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
     """
 
     values: Tensor
@@ -174,10 +172,7 @@ class DenseEntries(Entries):
 
 @dataclass(frozen=True, eq=False)
 class ListedByFeature:
-    """Entries ordered by feature, then by token: the form in which they are evaluated and chosen.
-
-    Token and feature are int64 `[nnz]`, values float32; the shape is (n_tokens, d_sae).
-    """
+    """Entries ordered by feature, then token; both int64 `[nnz]`, values float32, `shape` (n_tokens, d_sae)."""
 
     token: Tensor
     feature: Tensor

@@ -34,11 +34,9 @@ class MatryoshkaSae(BatchTopKSae):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """See `BatchTopKSae`. "mse" is the whole SAE's; each smaller one adds "inner_mse_<width>".
 
-        Every nested SAE adds the same `b_dec`. A feature is part of its own group's reconstruction and of all wider
-        ones, so its gradient comes from the sum of their errors.
-
-        Source: Bussmann et al. (2025), Learning Multi-Level Features with Matryoshka SAEs; SAELens'
-        MatryoshkaBatchTopKTrainingSAE.
+        A feature is part of its own group's reconstruction and of all wider ones (each adds `b_dec`), so its gradient
+        comes from the sum of their errors. Source: Bussmann et al. (2025), Learning Multi-Level Features with
+        Matryoshka SAEs; SAELens' MatryoshkaBatchTopKTrainingSAE.
         """
         widths = step.config.widths
         groups = list(_groups(entries, widths))

@@ -32,11 +32,7 @@ def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
     """Share of the variance about the mean that the reconstruction keeps: R² pooled over tokens and dimensions.
 
     Both are `[n_tokens, d_in]` of any float dtype, summed in float64. At most 1; 0 for predicting the mean; negative
-    when worse than that.
-
-    Raises:
-        ShapeMismatch: The two shapes differ.
-        Undefined: All rows of `sae_in` are equal.
+    when worse than that. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
 
     Example:
         >>> explained_variance(torch.tensor([[2., 0.], [0., 4.]]), torch.tensor([[2., 1.], [0., 3.]]))
@@ -50,10 +46,8 @@ def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
 def ce_loss_score(clean: float, sae: float, zero: float) -> float:
     """(zero - sae) / (zero - clean): 1 is perfect, 0 no better than zeros; Undefined if zeros do not change the loss.
 
-    Args:
-        clean: Cross-entropy of the model as it is, nats a token.
-        sae: The same with the SAE's output in place of the activation.
-        zero: The same with zeros in its place.
+    All are cross-entropies in nats a token: `clean` of the model as it is, `sae` with the SAE's output at the hook,
+    `zero` with zeros there.
 
     Example:
         >>> ce_loss_score(clean=3.0, sae=3.5, zero=8.0)
@@ -108,10 +102,8 @@ class ReconstructionSums:
 def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
     """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
 
-    Returns:
-        explained_variance, l2_ratio (mean of norm out over norm in), l0 (mean active features a token), dead_share
-            (share of
-        features that fire on none of the tokens), mean_log10_density (mean of log10(firing rate + 1e-10)), n_tokens.
+    explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
+    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)

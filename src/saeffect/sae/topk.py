@@ -58,13 +58,9 @@ def auxiliary_loss(
 ) -> Tensor:
     """How badly dead features explain the residual; its gradients are added to those of the leaves.
 
-    Each token uses the `auxiliary_k` dead features with the largest pre-activations. The residual counts as a constant.
-    With fewer than `auxiliary_k` dead features the loss weighs proportionally less.
-
-    Args:
-        centred: The encoder's input, float32 `[n, d_in]`.
-        residual: `x - sae_out`, float32 `[n, d_in]`.
-        weight: Features are ranked by pre-activation times this, float32 `[d_sae]`.
+    Each token uses the `auxiliary_k` dead features with the largest pre-activations (times `weight`, float32
+    `[d_sae]`). `residual`, `x - sae_out`, counts as a constant; `centred` is the encoder's input, both float32 `[n,
+    d_in]`. With fewer than `auxiliary_k` dead features the loss weighs proportionally less.
 
     Source: Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
     """

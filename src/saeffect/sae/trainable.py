@@ -57,9 +57,6 @@ class StepResult:
 class TrainableSae(SparseAutoencoder):
     """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
 
-    `accumulate_gradients` finds the entries that are on (`Encoder`) and the loss's gradient at those; `backward` turns
-    that into gradients of the weights.
-
     Attributes:
         leaves_out_parallel: Whether `accumulate_gradients` uses `StepInputs.tangent`.
         running: Names of 0-dim float64 buffers that training updates, and that a checkpoint must keep.
@@ -74,7 +71,7 @@ class TrainableSae(SparseAutoencoder):
         super().__init__(cfg)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
         for name in self.running:
-            # Double, as in SAELens: a small rate times a small change is lost in float32.
+            # Float64, as in SAELens: a small rate times a small change is lost in float32.
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @property
@@ -106,9 +103,8 @@ class TrainableSae(SparseAutoencoder):
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
         """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose.
 
-        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`.
-
-        Source: SAELens' heuristic initialisation, after Anthropic's April 2024 update.
+        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`. Source: SAELens'
+        heuristic initialisation, after Anthropic's April 2024 update.
         """
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(self.W_dec.shape, generator=generator)
@@ -160,7 +156,7 @@ class TrainableSae(SparseAutoencoder):
         """Tensors besides the leaves that a checkpoint must keep; changed in place."""
         return {name: getattr(self, name) for name in self.running}
 
-    # To begin with another SAE's weights.
+    # Starting from another SAE's weights.
 
     @torch.no_grad()
     def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:

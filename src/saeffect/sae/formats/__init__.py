@@ -36,7 +36,7 @@ __all__ = [
     "weights_file",
 ]
 
-# What people give for an SAE, by the end of its name.
+# Files that people mistake for an SAE, by the end of their name.
 _PICKLED = "a pickled file, which can run anybody's code and is never loaded"
 _FILES = {
     ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
@@ -74,7 +74,7 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
         NotFound: A missing file.
         BadFile: Truncated or malformed weights, missing tensors, NaN.
         UnknownName: An architecture that this package does not have.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json, or a feature that this package does not support.
+        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not support.
     """
     folder = Path(folder)
     where = at or str(folder)

@@ -34,9 +34,8 @@ _CARD_ENDS = (
 class CompactSae:
     """The decoder of an SAE and its features' statistics on text. Without an encoder it cannot run on new text.
 
-    It holds what a comparison needs of further seeds of SAE training: feature directions, and how often and how
-    strongly
-    features fire. On disk: `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
+    It holds what comparisons need of further seeds: feature directions, and how often and how strongly features fire.
+    On disk: `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
 
     | tensor | dtype, shape | what |
     |---|---|---|
@@ -74,15 +73,9 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
-    """Write the compact form of an SAE, with its model card, to `folder`.
+    """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`.
 
-    Args:
-        sae: The whole SAE, as loaded from `source`, its own folder.
-        statistics: One row a feature, as `ActivityAccumulator.result` gives.
-
-    Raises:
-        ShapeMismatch: `statistics` lacks a column, or is not one row a feature in their order.
-        BadFile: The decoder holds NaN or infinity.
+    `statistics` has one row a feature, as `ActivityAccumulator.result` gives; else ShapeMismatch. BadFile: not finite.
     """
     from safetensors.torch import save_file
 
@@ -95,7 +88,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
     if not bool(torch.isfinite(W_dec).all()):
         raise BadFile("the decoder holds NaN or infinity.", at=str(source))
     scale = W_dec.abs().amax(dim=1) / _LEVELS
-    # A row of zeros has no scale: any will do.
+    # A row of zeros has no scale: use any.
     steps = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
     tensors = {"W_dec": steps, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
     for name in _STATISTICS:
@@ -122,10 +115,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
 def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
     """Read a compact SAE.
 
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed tensors, or numbers that are not finite.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json.
+    NotFound: a missing file. BadFile: damaged or not finite. IncompatibleSae: shapes that contradict cfg.json.
     """
     import pandas as pd
 

@@ -31,9 +31,8 @@ def matches(folder: Path, raw: Any) -> bool:
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
     """The SAE's configuration. The hook is the folder's name, such as layers.8.
 
-    Raises:
-        BadFile: d_in, num_latents (or expansion_factor) or k is no positive whole number.
-        IncompatibleSae: A transcoder, a skip connection, or another activation function than TopK.
+    BadFile if d_in, num_latents (or expansion_factor) or k is no positive whole number. IncompatibleSae for
+    transcoders, skip connections, or another activation function than TopK.
     """
     for key, why in _REFUSED.items():
         if raw.get(key):
@@ -61,12 +60,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-    """The SAE.
-
-    Raises:
-        BadFile: The file cannot be read, or a tensor is missing or not finite.
-        IncompatibleSae: A skip connection, or a shape that contradicts cfg.json.
-    """
+    """BadFile: damaged, a tensor missing or not finite. IncompatibleSae: a skip connection, shapes unlike cfg.json."""
     cfg = config(folder, raw, where)
     ours = TopKSae.shapes(cfg)
     shapes = {theirs: ours[name] for theirs, name in _NAMES.items()} | {"encoder.weight": ours["W_dec"]}

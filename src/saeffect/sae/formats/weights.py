@@ -31,7 +31,6 @@ def read_weights(
     """Read all tensors of a file. Memory is bounded by the file, whatever sizes cfg.json claims.
 
     Args:
-        where: For errors.
         shapes: Expected shapes by name, checked before anything is read; tensors of other names may have any.
         required: Names that must be there.
         dtypes: Allowed dtypes by name, in safetensors' words; floats for the other names in `shapes`.

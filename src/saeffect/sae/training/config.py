@@ -239,11 +239,7 @@ class SaeRecipe(StrictModel):
         return None if self.max_disk_gb is None else int(self.max_disk_gb * 1e9)
 
     def trainings(self) -> dict[str, SaeTrainingConfig]:
-        """How each SAE is trained, by name; a single one is called "".
-
-        Raises:
-            ConfigError: A name that cannot be a folder, SAEs that cannot share batches, or an unknown key.
-        """
+        """How each SAE is trained, by name, "" if single; ConfigError for invalid names, keys or combinations."""
         if self.saes is None:
             return {"": self.sae}
         if not self.saes:

@@ -19,7 +19,7 @@ _METADATA: tuple[dict[str, Any], ...] = (
     {"Software": None},
 )
 
-# The look of the report's figures, which are drawn on a higher floor.
+# As in the report's figures (that package may not be imported here).
 _INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
 _TRAIN, _HELD_OUT, _EVENT = "#0072b2", "#d55e00", "#8c959f"  # Okabe & Ito's blue and vermilion: far apart in grey too
 _LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (4, 1, 1, 1)))
@@ -111,12 +111,8 @@ class _Run:
 def save_training_figure(folder: Path) -> Path:
     """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
 
-    A panel for each metric. Lines are training batches, dots are held-out text.
-
-    Raises:
-        NotFound: The folder has no metrics.jsonl.
-        EmptySelection: Nothing has been measured yet.
-        BadFile: The metrics.jsonl is damaged, or the figure cannot be written.
+    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if it is empty,
+    BadFile if it is damaged or the figure cannot be written.
     """
     import matplotlib
 
@@ -172,7 +168,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
     for tokens, _ in run.resamplings():
         ax.axvline(tokens, color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), zorder=1)
     measured, held_out = run.series(panel.metric, "train"), run.series(panel.metric, "evaluation")
-    # The total is broad and below, so that a part that makes up nearly all of it shows.
+    # The total is a broad line at the back, so that a part that nearly equals it stays visible.
     look: dict[str, Any] = {"color": _INK, "linewidth": 2.0} if panel is _LOSS else {"color": _TRAIN}
     drawn = _curve(ax, measured, label="total" if panel is _LOSS else panel.title, **look)
     parts = run.parts() if panel is _LOSS else {}

@@ -155,7 +155,7 @@ class TrainingLog:
         assert self._file is not None
         data = line.encode()
         try:
-            # One unbuffered write, so that a kill or a full disk can tear no line but the last.
+            # One unbuffered write, so that a kill or a full disk can only damage the last line.
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -228,9 +228,7 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill.
 
-    Raises:
-        NotFound: There is no such file.
-        BadFile: It cannot be read, or a line before the last is no row of metrics.
+    NotFound if there is none; BadFile if it cannot be read, or a line before the last is damaged.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path

@@ -42,7 +42,7 @@ class TrainingRun:
     folder: Path
     config: Mapping[str, Any]
     first_step: int = 0  # steps done before this process; more than 0 when a stopped run goes on
-    earlier: Iterable[Mapping[str, Any]] = field(default=())  # told again to a logger that was not there then
+    earlier: Iterable[Mapping[str, Any]] = field(default=())  # sent again to a logger that did not exist then
 
     @property
     def name(self) -> str:
@@ -72,9 +72,7 @@ def check_logger(name: str) -> None:
 def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
     """The logger of that name, ready for rows; None for "none".
 
-    Raises:
-        ConfigError: Weights & Biases refuses the run.
-        BadFile: The folder's record of the run to continue is damaged, or nothing can be written there.
+    ConfigError if Weights & Biases refuses; BadFile if the record of the run to continue is damaged or unwritable.
     """
     try:
         if name == "wandb":

@@ -82,7 +82,7 @@ def train_from_recipe(
         alone = recipe.of_one(name)
         if not card_is_current(alone, job.out):
             with job.folder(data.source.identity()).held():
-                # Measured on what was saved, rounding to half precision included.
+                # Measured on the saved SAE, rounding to half precision included.
                 write_card(alone, job.out, data.at_the_end(load_sae(job.out)), log=log)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
@@ -92,9 +92,7 @@ def train_from_recipe(
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
     """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations.
 
-    Raises:
-        ConfigError: The recipe streams its activations.
-        SaeffectError: As `train_from_recipe`.
+    ConfigError if the recipe streams its activations; else as `train_from_recipe`.
     """
     if recipe.activations == "streamed":
         raise ConfigError(
@@ -111,12 +109,9 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
-    """Packed rows from each source in turn: training rows, or those of the held-out documents.
+    """Packed rows from each source in turn, of training or held-out documents; SaeffectError if a source fails.
 
     Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
-
-    Raises:
-        SaeffectError: A source cannot be read, or has too little text.
     """
     wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
     if wanted is None:
@@ -248,7 +243,7 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
     return found
 
 
-# What can be wrong, found before anything heavy starts and before anything is written.
+# Checks before anything heavy starts and before anything is written.
 
 
 def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> None:
@@ -296,7 +291,7 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
         raise
     for place, config in _places(recipe):
         if config.init_from is not None:
-            # The same copy that training begins with, so that nothing can go wrong there that did not here.
+            # The same copy as at the start of training, so that it cannot fail there.
             sae = new_sae(config, lm.d_model)
             copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
 

@@ -194,9 +194,8 @@ def copy_weights(
 ) -> None:
     """Copy the weights of an SAE on disk into one that is about to be trained on scaled inputs.
 
-    Every feature keeps its index, so that SAEs of different arms line up. The source may be of another architecture;
-    what
-    the new one can express of it is kept:
+    Every feature keeps its index, so that SAEs of different arms line up. The source may have another architecture;
+    what can be kept of it is:
 
     | from \\ to | standard, topk | batchtopk, matryoshka | jumprelu | gated |
     |---|---|---|---|---|
@@ -212,9 +211,7 @@ def copy_weights(
         scale: Factor of the inputs in training: biases and thresholds grow by it (`fold_scale` undoes that).
         unit_decoder: Whether training keeps decoder rows at length 1; see `TrainableSae.start_from`.
 
-    Raises:
-        IncompatibleSae: Another d_in or d_sae, or a source that normalises or centres its inputs as `sae` does not.
-        SaeffectError: The source cannot be loaded.
+    IncompatibleSae: another d_in or d_sae, or a source that normalises or centres inputs as `sae` does not.
     """
     loaded = load_sae(source, at=at)
     fixes = {

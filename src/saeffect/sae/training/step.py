@@ -84,10 +84,8 @@ class TrainingStep:
     def __call__(self, step: int, x: Tensor, n_tokens: int | None = None, *, stop: bool = False) -> StepReport:
         """Move step number `step`, from 0.
 
-        Args:
-            x: This process's part of the batch, scaled, float32 `[n, d_in]`.
-            n_tokens: Tokens of the whole batch; `n` with a single process.
-            stop: This process was asked to stop; the report says whether any was.
+        `x` is this process's part of the batch, scaled, float32 `[n, d_in]`; `n_tokens` counts the whole batch. `stop`:
+        this process was asked to stop; the report says whether any was.
         """
         n_tokens = len(x) if n_tokens is None else n_tokens
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate_factor(
@@ -210,11 +208,8 @@ def resample(
     direction with the mean length of living rows, the encoder row the same direction a fifth as long as living rows,
     and every other number of the feature (bias, threshold) zero.
 
-    Args:
-        dead: Indices, int64 `[n_dead]`.
-        x: Scaled inputs of this process, float32 `[n, d_in]`.
-        sae_out: Their reconstructions.
-        seed: Of the draw; the same on every process, as is the outcome.
+    `dead` are int64 `[n_dead]`; `x` this process's scaled inputs, float32 `[n, d_in]`, and `sae_out` their
+    reconstructions. The `seed`, and so the outcome, is the same on every process.
 
     Source: Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
