@@ -177,7 +177,9 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     PEFT ignores tensors that have no place in the model, leaves missing ones at random values, and merges even where
     that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging.
 
-    IncompatibleModels: a tensor found no place, or has another value there. ConfigError: merging changes the model.
+    Raises:
+        IncompatibleModels: A tensor found no place, or has another value there.
+        ConfigError: The adapter cannot be merged, or merging changes the model.
     """
     from peft import PeftModel
 

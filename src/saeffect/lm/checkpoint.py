@@ -64,8 +64,8 @@ class Checkpoint:
     ) -> None:
         """Save the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
 
-        Runs that resume together set `drop_old` to False and call it when all have saved. BadFile: disk full or
-        unwritable.
+        Runs that resume together set `drop_old` to False and call it when all have saved. If the disk is full or not
+        writable: BadFile, and older checkpoints stay.
         """
         tensors = {f"other.{name}": t for name, t in others.items()}
         for name, p in weights.items():

@@ -319,7 +319,8 @@ class StreamedText:
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
 
-        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read.
+        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read
+        or is shorter than a row.
         """
         streams = [self._stream(index) for index in range(len(self.sources))]
         count = 0

@@ -213,9 +213,9 @@ class ActivationStore(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`; shards are shuffled, and tokens within `pool_shards` of them. BadFile: damaged shard.
+        """See `ActivationSource`; BadFile for a damaged shard.
 
-        Memory holds two pools: a thread reads the next one.
+        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
         """
         shards = self.shards()
         lengths = [_shape(shard)[0] for shard in shards]

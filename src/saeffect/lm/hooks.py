@@ -150,8 +150,7 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
 def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
     """While the block runs, every forward pass has the activation at `hook` replaced by `edit(activation)`.
 
-    `edit` gets and returns `[batch, sequence, d_model]`; it must not change its input in place. ConfigError: no such
-    hook.
+    `edit` gets and returns `[batch, sequence, d_model]` and must not change its input. ConfigError: no such hook.
     """
     with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield

@@ -49,8 +49,7 @@ _BLANK = frozenset(
 def normalise_token(token: str) -> str:
     """The word of a token: no leading space or space mark, no trailing space, lower case.
 
-    Vocabulary and word embedding are looked up by this form. A leading letter Ġ is lost: it is byte-level BPE's space
-    mark.
+    Vocabulary and word embedding are looked up by this form. A leading letter Ġ is lost, as a space mark of BPE.
 
     Example:
         >>> [normalise_token(token) for token in ("ĠCancer", "▁cancer", " CANCER ", "\\ncancer")]

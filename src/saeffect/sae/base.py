@@ -73,8 +73,9 @@ class SparseAutoencoder(nn.Module, ABC):
     """`feature_acts = activation((x - b_dec) @ W_enc + b_enc)`, `sae_out = feature_acts @ W_dec + b_dec`.
 
     Attributes:
-        architecture: Its name in recipes, and in `ARCHITECTURES`; `label` for people, `saelens_name` in SAELens'
-            cfg.json.
+        architecture: Its name in recipes, and in `ARCHITECTURES`.
+        label: Its name in the field, for people.
+        saelens_name: Its name in SAELens' cfg.json.
         saved_as: The architecture in which it is saved, if another.
         keys: Keys of a recipe that only some architectures have, this one among them.
         penalty: The key with the coefficient of its sparsity penalty.
@@ -82,7 +83,10 @@ class SparseAutoencoder(nn.Module, ABC):
         loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
             the rest of the name follows the label.
         vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
-        W_enc: float32 `[d_in, d_sae]`; `W_dec` `[d_sae, d_in]`; `b_dec` `[d_in]`; `b_enc`, in most, one of the vectors.
+        W_enc: float32 `[d_in, d_sae]`.
+        b_enc: One of the vectors, in most architectures.
+        W_dec: float32 `[d_sae, d_in]`.
+        b_dec: float32 `[d_in]`.
     """
 
     architecture: ClassVar[str]

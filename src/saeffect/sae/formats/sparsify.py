@@ -60,7 +60,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-    """BadFile: damaged, a tensor missing or not finite. IncompatibleSae: a skip connection, shapes unlike cfg.json."""
+    """The SAE; BadFile if damaged or not finite, IncompatibleSae for a skip connection or shapes unlike cfg.json."""
     cfg = config(folder, raw, where)
     ours = TopKSae.shapes(cfg)
     shapes = {theirs: ours[name] for theirs, name in _NAMES.items()} | {"encoder.weight": ours["W_dec"]}
