@@ -1,4 +1,4 @@
-"""What loading a model must answer for: nothing missing, left over or undefined, sizes that are true, plain errors."""
+"""Checks on a model as it is loaded: no tensor missing, left over or NaN, true sizes; and loading errors as ours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BOTH = (
     "this is both a model and an adapter, and nothing says which of them is meant.",
     "move the adapter into a folder of its own, and write model: {path: <base model>, adapter: <that folder>}.",
 )
-# Buffers that older versions of a model saved, which are computed anew.
+# Buffers that older versions of a model saved; they are recomputed.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
 # Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
 # experts name a width of dense layers that they need not have.
@@ -57,13 +57,7 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_folder_sizes(folder: Path) -> None:
-    """Refuse a model's folder whose config.json names sizes that its safetensors files do not have.
-
-    transformers would first take memory for such a model.
-
-    Raises:
-        BadFile: As `check_sizes`.
-    """
+    """Refuse (BadFile) a config.json with sizes that the safetensors files lack; transformers would allocate them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
         shapes |= tensor_shapes(file)
@@ -76,11 +70,7 @@ def check_folder_sizes(folder: Path) -> None:
 
 
 def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], at: Path) -> None:
-    """Refuse sizes of a model that none of its tensors has.
-
-    Raises:
-        BadFile: A width is larger than the widest tensor, or there are more layers than tensors; the error names it.
-    """
+    """Refuse (BadFile) a width larger than the widest tensor, or more layers than tensors."""
     widest = max((int(size) for shape in shapes.values() for size in shape), default=0)
     for name, size in sizes.items():
         key = name.rpartition(".")[2]
@@ -95,15 +85,14 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 
 
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
-    """Every tensor that the model needs came from the file, and every tensor of the file went into the model.
+    """Check that the model got all its tensors from the file, and has a place for every tensor of the file.
 
-    transformers draws what is missing at random, and passes over what it has no place for. `info` is what
-    `from_pretrained` returned beside the model, with `output_loading_info=True`; `log` receives a line about parts that
-    are left out: an image encoder, a value head.
+    transformers draws missing ones at random and ignores others. `info` comes from `from_pretrained` with
+    `output_loading_info=True`; `log` receives a line about parts left out, such as an image encoder or a value head.
 
     Raises:
         BadFile: A tensor is missing, or has no place in the language model.
-        ConfigError: transformers found an adapter beside the model, and put it in unmerged.
+        ConfigError: transformers found an adapter beside the model and loaded it unmerged.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(BOTH[0], at=at, fix=BOTH[1])
@@ -170,7 +159,6 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
 
 
 def _asks_for_code(base: Path | str) -> bool:
-    """Whether a local model's config.json names code of its own."""
     with contextlib.suppress(SaeffectError):
         return isinstance(base, Path) and base.is_dir() and "auto_map" in read_json(base / "config.json")
     return False
@@ -178,7 +166,7 @@ def _asks_for_code(base: Path | str) -> bool:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress bars and notices for a while; ours say what matters."""
+    """Silence transformers' progress bars and notices while the block runs."""
     from transformers import modeling_gguf_pytorch_utils as of_gguf
     from transformers.utils import logging
 
@@ -189,7 +177,7 @@ def quiet_transformers() -> Iterator[None]:
     of_gguf.tqdm = lambda tensors, **_: tensors
     try:
         with warnings.catch_warnings():
-            # Deprecations between transformers and peft are theirs to mend.
+            # Deprecation warnings between transformers and peft.
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:

@@ -38,8 +38,8 @@ __all__ = [
 
 # A typical residual varies by some 20 %; attention sinks are 40 times as long. Three keeps the two apart.
 _OUTLIER_FACTOR = 3.0
-# How many tokens of a pool are given out, as a share of all but each row's first. Some are outliers of the norm,
-# and how many only the model can tell; a fixed number tells where batch n begins without running it.
+# Share of a pool's tokens (without each row's first) that is used. The rest allows for outliers of the norm: with a
+# fixed number, the place of batch n is known without running the model.
 _GIVEN_OUT = 0.99
 
 
@@ -49,8 +49,7 @@ class TokenRows:
 
     Attributes:
         ids: Token ids, int32 `[n_rows, context_size]`.
-        sources: Index into `names` of each row's source, int64 `[n_rows]`.
-        names: Names of the sources, such as ("general", "medical").
+        sources: Index into `names`, such as ("general", "medical"), of each row's source, int64 `[n_rows]`.
     """
 
     ids: NDArray[np.int32]
@@ -85,8 +84,8 @@ class TokenRows:
 class ActivationSource(Protocol):
     """Activations of one model at one hook, from shards or from a running model, as batches in a random order.
 
-    Batch n of an epoch depends on the activations, the batch size, the seed and the epoch alone: not on where
-    a run was stopped, nor on the number of processes. Every process of a run gets the same batches.
+    Batch n of an epoch depends only on the activations, batch size, seed and epoch, not on interruptions or the number
+    of processes. Every process gets the same batches.
     """
 
     @property
@@ -98,19 +97,16 @@ class ActivationSource(Protocol):
         return float(self.sample(20_000).norm(dim=1).mean())
 
     def identity(self) -> str:
-        """SHA-256 of what decides the activations and their order: a checkpoint of another one does not fit."""
+        """SHA-256 of what decides the activations and their order; checkpoints made with another one are refused."""
 
     def sample(self, n_tokens: int) -> Tensor:
         """The first `n_tokens` activations in text order, float32 `[n, d_in]`; fewer if there are fewer."""
 
     def n_batches(self, batch_size: int) -> int | None:
-        """How many batches an epoch has; None where only the end of the text will tell."""
+        """Batches an epoch; None if unknown before the text ends."""
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """One epoch from batch number `start` on, float32 `[batch_size, d_in]`; a short rest is left out.
-
-        The order depends on (seed, epoch). What comes before `start` costs next to nothing.
-        """
+        """One epoch from batch `start` on, float32 `[batch_size, d_in]`, without a short rest. Skipping is cheap."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,7 @@ def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLim
 def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
     """Bool `[batch, sequence]`: true where the residual is no outlier. The first position never counts.
 
-    The first token, BOS where rows begin with one, is the attention sink of most models: its residual is some 40 times
-    as long as the others and says nothing about the text.
+    The first token (often BOS) is most models' attention sink: its residual is some 40 times as long as the others.
     """
     kept = activations.float().norm(dim=-1) <= limit.limit
     kept[:, 0] = False
@@ -144,12 +139,10 @@ def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
 
 
 def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
-    """Refuse rows that cannot be harvested, before anything heavy starts.
+    """Refuse rows that cannot be harvested; EmptySelection if there are none.
 
-    Raises:
-        ConfigError: The model has no such hook, no such token ids, or fewer positions than a row; a row has fewer
-            than two tokens (the first never counts); or rows lack the BOS token that this model's texts begin with.
-        EmptySelection: No rows.
+    ConfigError: no such hook or token ids; rows longer than the model's positions or shorter than two tokens (the first
+    never counts); or rows without the BOS token that this model's texts begin with.
     """
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
@@ -168,14 +161,9 @@ def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
 
 
 def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
-    """One forward pass over rows `[n_rows, context_size]`.
+    """One forward pass over rows `[n_rows, context_size]`: the activations to keep, and which positions those are.
 
-    Returns:
-        The kept activations in text order `[n_kept, d_model]`, in the model's dtype, on the CPU; and which
-        positions those are, bool `[n_rows, context_size]`.
-
-    Raises:
-        ConfigError: As `capture`.
+    Activations are `[n_kept, d_model]` in text order, of the model's dtype, on the CPU; positions are a bool per token.
     """
     x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
     mask = kept_positions(x, limit)
@@ -184,8 +172,9 @@ def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLi
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """As many activations as memory holds, `[n_tokens, d_in]` of any float dtype, and the order in which they are given
-    out: numbers of the tokens, int64 `[n]`, which may leave some out or repeat them.
+    """Activations in memory, `[n_tokens, d_in]` of any float dtype, and the order in which they are used.
+
+    The order is numbers of the tokens, int64 `[n]`; it may leave some out or repeat them.
     """
 
     activations: Tensor
@@ -206,10 +195,7 @@ def shuffled(activations: Tensor, *seed: int) -> Pool:
 
 
 def cut_batches(pools: Iterable[Pool], batch_size: int, *, skip: int = 0) -> Iterator[Tensor]:
-    """Batches across pools, float32 `[batch_size, d_in]`; the last, short one is left out.
-
-    `skip` tokens of the first pool are passed over.
-    """
+    """Batches across pools, float32 `[batch_size, d_in]`, the first `skip` tokens and a short rest left out."""
     left: list[Tensor] = []
     at = skip
     for pool in pools:
@@ -240,12 +226,11 @@ def read_ahead(makers: Iterable[Callable[[], Pool]]) -> Iterator[Pool]:
 
 @dataclass(frozen=True, eq=False)
 class StreamedActivations(ActivationSource):
-    """A model that runs over text while a trainer takes the activations; nothing is written.
+    """Activations taken from a model as it runs over text; nothing is written to disk.
 
-    A pool is `pool_rows` rows of text, harvested (`rows_a_pass` at once), shuffled, and given out; then comes the next
-    one. Of its tokens 99 in 100 are given out; where outliers leave fewer than that, some twice. A pool takes
-    `pool_rows` x context_size x d_in numbers in the model's dtype, and twice that for a moment when it is put
-    together. Under `torchrun` each process runs its share of each pool's passes, and gets the whole pool.
+    A pool is `pool_rows` rows of text, run `rows_a_pass` at once, then shuffled. 99 of 100 of its tokens are used;
+    where outliers leave fewer, some twice. It takes `pool_rows` x context_size x d_in numbers in the model's dtype,
+    briefly twice that. Under `torchrun` each process runs its share of the passes and gets the whole pool.
     """
 
     lm: LanguageModel
@@ -262,7 +247,7 @@ class StreamedActivations(ActivationSource):
         """Check that model, hook and text fit, and measure the norm limit on the first rows.
 
         Raises:
-            ConfigError: As `check_rows` and `capture`; or a size is not positive.
+            ConfigError: As `check_rows`; or a size is not positive.
             EmptySelection: The text is shorter than one row.
         """
         if min(pool_rows, rows_a_pass) < 1:
@@ -304,9 +289,7 @@ class StreamedActivations(ActivationSource):
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it.
 
-        Raises:
-            ConfigError: As `capture`.
-            EmptySelection: The text is shorter than it says, or every position of a pool is an outlier.
+        EmptySelection if the text is shorter than declared, or every position of a pool is an outlier.
         """
         number, skip = divmod(start * batch_size, self._given_out(self.pool_rows))
         yield from cut_batches(self._pools(seed, epoch, number), batch_size, skip=skip)
@@ -326,7 +309,7 @@ class StreamedActivations(ActivationSource):
                     at=self.hook,
                     fix="look at the text there, and at the model.",
                 )
-            # Cyclic where outliers leave fewer tokens than are given out.
+            # Cyclic where outliers leave fewer tokens than are used.
             yield Pool(pool.activations, torch.from_numpy(np.resize(pool.order.numpy(), self._given_out(len(ids)))))
             del pool
             number += 1

@@ -1,9 +1,4 @@
-"""PEFT adapters: read, compared with the base model before anything large is loaded, and merged into its weights.
-
-PEFT passes over tensors that have no counterpart in the model, leaves parameters that the file does not give as it
-drew them, and merges where merging changes the model (tied embeddings, say). So every tensor is followed to its
-place, and the merged model must give the logits of the unmerged one on a few tokens.
-"""
+"""PEFT adapters: read, compared with the base model before anything large is loaded, and merged into its weights."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ __all__ = ["ADAPTER_CONFIG", "AdapterFile", "merge_adapter", "read_adapter", "re
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-# They act while the model runs, on its activations or its input, so no weights stand for them. (Prompt learning too.)
+# They act on activations or input while the model runs, so they cannot be merged into weights (nor can prompts).
 _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 # Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
 _ROUNDING, _MOST = 1e-4, 1e-3
@@ -42,17 +37,12 @@ class AdapterFile:
 
     @property
     def kind(self) -> str:
-        """PEFT's name, such as LORA."""
         return str(self.config["peft_type"])
 
     def other_base(self, model: str, own_name: object = None) -> str | None:
-        """One line if the adapter names another base model than `model`; None if it names that or none.
+        """One line if the adapter names another base model than `model` (or `own_name`, of its config.json), else None.
 
-        Only last parts of names are compared, since a copy of a model lies in another folder on every machine.
-
-        Args:
-            model: What the study calls the base model.
-            own_name: What that model's config.json calls it, if anything.
+        Only the last parts of names are compared: folders of a model differ between machines.
 
         Example:
             >>> AdapterFile(Path(), {"base_model_name_or_path": "org/other"}, {}).other_base("org/mine")
@@ -66,15 +56,11 @@ class AdapterFile:
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
-    """Read an adapter's configuration and the header of its weights; nothing large is loaded.
-
-    Args:
-        adapter: A folder, or a hub id, of which only configuration and safetensors are fetched.
-        where: Place for error messages.
+    """Read the configuration and the weights' header of an adapter, a folder or hub id. Nothing large is loaded.
 
     Raises:
         NotFound: It cannot be fetched.
-        BadFile: No weights in safetensors, truncated ones, or a configuration that is none.
+        BadFile: No weights in safetensors, truncated weights, or an invalid configuration.
         ConfigError: A kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
     folder = _on_this_machine(adapter, where)
@@ -103,7 +89,7 @@ def _on_this_machine(adapter: Path | str, where: str) -> Path:
 
 
 def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
-    """Kinds that no change of the weights stands for."""
+    """Refuse kinds of adapter that no change of the weights can replace."""
     from peft.config import PromptLearningConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -146,12 +132,12 @@ def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
 
 
 def _refuse_rank(adapter: AdapterFile, where: str) -> None:
-    """A rank that no tensor of the file has: PEFT would allocate it before it looks at the file."""
+    """Refuse a rank that no tensor of the file has: PEFT would allocate it first."""
     pattern = adapter.config.get("rank_pattern") or {}
     ranks = [adapter.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
     wrong = [r for r in ranks if r is not None and (not isinstance(r, int | list) or isinstance(r, bool))]
     widest = max((size for shape in adapter.shapes.values() for size in shape), default=0)
-    # LoKr never makes more of a large rank than a full matrix.
+    # In LoKr a large rank is at most a full matrix.
     if adapter.kind != "LOKR":
         wrong += [r for r in ranks if isinstance(r, int) and r > max(widest, 4096)]
     if wrong:
@@ -163,16 +149,7 @@ def _refuse_rank(adapter: AdapterFile, where: str) -> None:
 
 
 def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
-    """Refuse an adapter whose tensors have no place in the base model, or another shape there. No memory is needed.
-
-    Args:
-        adapter: The adapter.
-        base_config: The base model's configuration, of transformers.
-        where: Place for error messages.
-
-    Raises:
-        IncompatibleModels: It does not fit.
-    """
+    """IncompatibleModels if a tensor of the adapter has no place, or another shape, in the model. Needs no memory."""
     from peft import PeftModel
     from peft.utils.save_and_load import set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
@@ -189,7 +166,7 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
         return
     except _FROM_PEFT as error:
         raise _misfit(_reason(error), where) from error
-    # Names may be converted on the way in (mixtures of experts), and then there are fewer than in the file.
+    # Loading may merge tensors (mixtures of experts): then there are fewer than in the file.
     missing = set(expected) - set(tensors) if len(tensors) < len(expected) else set()
     _refuse_lost(adapter, result.unexpected_keys, missing, where)
 
@@ -197,12 +174,12 @@ def require_fit(adapter: AdapterFile, base_config: Any, where: str) -> None:
 def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
     """Load an adapter into the model and merge it there, in float32: bfloat16 would round small updates away.
 
-    Returns:
-        The merged model, and what merging was seen to do.
+    PEFT ignores tensors that have no place in the model, leaves missing ones at random values, and merges even where
+    that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging.
 
     Raises:
-        IncompatibleModels: A tensor of the adapter found no place, or another value there.
-        ConfigError: An adapter that cannot be merged, or whose merged model is another one than the unmerged.
+        IncompatibleModels: A tensor found no place, or has another value there.
+        ConfigError: The adapter cannot be merged, or merging changes the model.
     """
     from peft import PeftModel
 
@@ -250,7 +227,6 @@ def _peft_config(adapter: AdapterFile, where: str) -> Any:
 
 
 def _adapter_tensors(adapted: Any) -> dict[str, Tensor]:
-    """The adapter's tensors in the model, under the names that files give them."""
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -285,7 +261,7 @@ def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Itera
 
 
 def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
-    """Every tensor of the file is in the model as it is in the file."""
+    """Refuse a model in which a tensor of the file is missing or differs."""
     from safetensors import safe_open
 
     placed = adapted.state_dict() | _adapter_tensors(adapted)
@@ -319,7 +295,7 @@ def _misfit(reason: str, where: str) -> IncompatibleModels:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says something: PyTorch's first one only counts."""
+    """The informative line of an error: PyTorch's first one only counts."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
     return (f"there is no {told}" if isinstance(error, KeyError) else told).rstrip(".")
@@ -330,7 +306,7 @@ def _largest(difference: Tensor) -> float:
 
 
 def _last_part(name: str) -> str:
-    """Of a path, a hub id or a bundled name, in lower case.
+    """Last part of a path, a hub id or a bundled name, in lower case.
 
     Example:
         >>> _last_part("bundled:smollm2-135m-instruct") == _last_part("HuggingFaceTB/SmolLM2-135M-Instruct")

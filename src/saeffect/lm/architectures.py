@@ -1,7 +1,4 @@
-"""Where transformers' architectures keep their blocks and what is in them; and the unembedding.
-
-`HOOK_MAPPINGS` has an entry for each architecture that differs from the usual names; `register_hook_mapping` adds one.
-"""
+"""Where transformers' architectures keep their blocks and what is in them (`HOOK_MAPPINGS`); and the unembedding."""
 
 from __future__ import annotations
 
@@ -34,10 +31,10 @@ class HookMapping:
     Attributes:
         blocks: Paths in the model of its list of blocks.
         final_norm: Paths in the model of the normalisation before the unembedding.
-        attn_out: Modules of a block whose output is what attention adds to the stream; none: no `hook_attn_out`.
+        attn_out: Modules of a block whose output attention adds to the residual stream; none: no `hook_attn_out`.
         mlp_out: The same for the MLP.
-        resid_mid: Modules of a block whose input is the stream between the two.
-        signs: Parts of a block by which models of other types are known to be like this one.
+        resid_mid: Modules of a block whose input is the residual stream between the two.
+        signs: Parts of a block by which models of an unknown type are recognised.
     """
 
     blocks: tuple[str, ...] = (
@@ -83,29 +80,21 @@ HOOK_MAPPINGS: dict[str, HookMapping] = {
         resid_mid=("post_attention_layernorm",),
         signs=("post_self_attn_layernorm", "post_mlp_layernorm"),
     ),
-    # Its attention and MLP add the stream themselves, so what they add cannot be told apart.
+    # Its attention and MLP add the stream themselves, so what they add cannot be separated.
     "bloom": HookMapping(attn_out=(), mlp_out=(), resid_mid=()),
 }
 """By transformers' `model_type`; other models follow the first whose signs their blocks have, or else the defaults."""
 
 
 def register_hook_mapping(model_type: str, mapping: HookMapping) -> None:
-    """Make an architecture known: models whose configuration has this `model_type` are read by the mapping.
-
-    Raises:
-        ConfigError: There is a mapping of this type already.
-    """
+    """Read models whose configuration has this `model_type` by the mapping; ConfigError if the type has one already."""
     if model_type in HOOK_MAPPINGS:
         raise ConfigError(f"there is a hook mapping for {model_type!r} already.", at="HOOK_MAPPINGS")
     HOOK_MAPPINGS[model_type] = mapping
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of transformer blocks.
-
-    Raises:
-        ConfigError: The architecture keeps them in none of the known places.
-    """
+    """The model's list of transformer blocks; ConfigError if it is in none of the known places."""
     base = _unwrapped(model)
     own = HOOK_MAPPINGS.get(_model_type(base), _STANDARD)
     for path in own.blocks:
@@ -121,11 +110,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The normalisation between the last block and the unembedding.
-
-    Raises:
-        ConfigError: It is in none of the known places.
-    """
+    """The normalisation between last block and unembedding; ConfigError if it is in none of the known places."""
     base = _unwrapped(model)
     paths = HOOK_MAPPINGS.get(_model_type(base), _STANDARD).final_norm
     for path in paths:
@@ -135,7 +120,7 @@ def final_norm(model: nn.Module) -> nn.Module:
 
 
 def mapping_of(model: nn.Module) -> HookMapping:
-    """The mapping by which a model is read."""
+    """The mapping that applies to a model."""
     known = HOOK_MAPPINGS.get(_model_type(_unwrapped(model)))
     if known is not None:
         return known
@@ -144,7 +129,6 @@ def mapping_of(model: nn.Module) -> HookMapping:
 
 
 def _unwrapped(model: Any) -> nn.Module:
-    """The model itself, without PEFT's wrapper."""
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base
 
@@ -157,14 +141,8 @@ def _model_type(base: Any) -> str:
 def unembedding(lm: LanguageModel) -> Tensor:
     """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
 
-    Where the final norm centres its input, the columns are also centred over `d_model`, since it feeds the
-    unembedding centred vectors only. What norm and head do is measured, not read off their classes.
-
-    Raises:
-        ConfigError: The final norm or the head does something that no such matrix stands for.
-
-    Source:
-        TransformerLens `fold_layer_norm` and `center_unembed`.
+    Where the final norm centres its input, columns are also centred over `d_model`. Norm and head are measured;
+    ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
     """
     head = lm.model.get_output_embeddings()
     scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])
@@ -179,12 +157,11 @@ def unembedding(lm: LanguageModel) -> Tensor:
 
 
 def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
-    """What a norm multiplies each dimension by, float32 `[d_model]` (None for 1), and whether it centres first."""
+    """A norm's factor for each dimension, float32 `[d_model]` (None for 1), and whether it centres first."""
     norm = copy.deepcopy(norm).float().cpu()
     x = 100.0 * torch.randn(4, d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 50.0
 
     def odd(vectors: Tensor) -> Tensor:
-        """Without the norm's bias."""
         return (norm(vectors[None]) - norm(-vectors[None]))[0] / 2
 
     weight = getattr(norm, "weight", None)
@@ -205,7 +182,7 @@ def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
 
 
 def _require_plain(head: nn.Module) -> None:
-    """The head multiplies by its weight and adds a constant; an adapter that is not merged adds more."""
+    """Refuse a head that does more than multiply by its weight and add a constant, such as an unmerged adapter."""
     weight: Any = head.weight
     x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     found = (head(x) - head(torch.zeros_like(x))).float()

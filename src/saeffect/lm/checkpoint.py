@@ -1,4 +1,4 @@
-"""The folder that a training writes to: whose it is, its checkpoints on the way, and whether what it made is whole."""
+"""The folder that a training writes to: its owner, its checkpoints, and whether its results are whole."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 class Checkpoint:
     """Weights, Adam's moments, other tensors, and the number of finished steps, in files that are whole or absent.
 
-    Args:
-        folder: Where `step-00000500.safetensors` and so on go.
-        made_by: Fingerprint of everything that decides the run; another run's checkpoint is refused.
-        keep: How many of the newest stay.
+    `folder` keeps the `keep` newest, as `step-00000500.safetensors` and so on. `made_by` is a fingerprint of everything
+    that decides the run; another run's checkpoint is refused.
     """
 
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
@@ -37,7 +35,7 @@ class Checkpoint:
         self._made_by, self._keep = made_by, keep
 
     def owner(self) -> str | None:
-        """Fingerprint of the run that marked this folder as its own; None where no run did."""
+        """Fingerprint of the run that marked this folder as its own; None without one."""
         with contextlib.suppress(SaeffectError):
             mark = read_json(self.folder / _MARK)
             if isinstance(mark, dict) and isinstance(mark.get("made_by"), str):
@@ -45,13 +43,13 @@ class Checkpoint:
         return None
 
     def begin(self) -> None:
-        """Mark the folder as this run's; clear away what a kill left half-written."""
+        """Mark the folder as this run's; remove half-written files."""
         remove_leftovers(self.folder)
         if self.owner() != self._made_by:
             write_json(self.folder / _MARK, {"made_by": self._made_by})
 
     def steps(self) -> list[int]:
-        """Numbers of finished steps that there is a checkpoint of, rising."""
+        """Finished steps that have a checkpoint, rising."""
         numbers = [path.stem.removeprefix("step-") for path in self.folder.glob(_PATTERN)]
         return sorted(int(number) for number in numbers if number.isdecimal())
 
@@ -64,12 +62,10 @@ class Checkpoint:
         *,
         drop_old: bool = True,
     ) -> None:
-        """Keep the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
+        """Save the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
 
-        Runs that go on together from one step set `drop_old` to False, and call it when all of them have saved.
-
-        Raises:
-            BadFile: The disk is full, or cannot be written; older checkpoints stay.
+        Runs that resume together set `drop_old` to False and call it when all have saved. If the disk is full or not
+        writable: BadFile, and older checkpoints stay.
         """
         tensors = {f"other.{name}": t for name, t in others.items()}
         for name, p in weights.items():
@@ -88,14 +84,14 @@ class Checkpoint:
             self.drop_old(step)
 
     def drop_old(self, newest: int) -> None:
-        """Keep as many as wanted up to step `newest`; later ones are left over from before a return to an older one."""
+        """Keep as many as wanted up to step `newest`, none after it (left from before a return to an older step)."""
         steps = self.steps()
         kept = [step for step in steps if step <= newest][-self._keep :]
         for step in set(steps) - set(kept):
             self._file(step).unlink(missing_ok=True)
 
     def drop_all(self) -> None:
-        """Delete all checkpoints, and the folder unless it holds something else: the run is finished."""
+        """Delete all checkpoints, and the folder if it is empty then."""
         for step in self.steps():
             self._file(step).unlink(missing_ok=True)
         remove_leftovers(self.folder)
@@ -111,11 +107,9 @@ class Checkpoint:
         *,
         step: int | None = None,
     ) -> int:
-        """Fill what `save` was given in place, from step `step` (0 for none) or the newest; the number of that step.
+        """Restore in place what `save` was given, from step `step` (0 for none) or the newest; the number of that step.
 
-        Raises:
-            ConfigError: The checkpoint is another run's.
-            BadFile: It cannot be read, or some bits in it have changed.
+        ConfigError if the checkpoint is another run's; BadFile if it is damaged.
         """
         if step is None:
             step = max(self.steps(), default=0)
@@ -140,7 +134,6 @@ class Checkpoint:
         return step
 
     def of_another_run(self) -> ConfigError:
-        """The error for a folder that another run marked as its own."""
         return ConfigError(
             "this folder holds a checkpoint of another run: of another recipe, or of this one before model or text"
             " were exchanged.",
@@ -153,13 +146,12 @@ class Checkpoint:
 
 
 class TrainingFolder:
-    """One training's folder: one writer at a time, checkpoints on the way, and a note of what was made at the end.
+    """One training's folder: one writer at a time, checkpoints, and a note of the results at the end.
 
-    What somebody else put there stays: the folder is refused if it is in the way.
+    Other people's files stay; a folder where they are in the way is refused.
 
     Args:
-        path: The folder; it need not be there.
-        made_by: Fingerprint of everything that decides what is made, contents of files included.
+        made_by: Fingerprint of everything that decides the results, contents of files included.
         leaves: Names of the files that such a training leaves.
         keep: How many of the newest checkpoints stay.
     """
@@ -169,12 +161,7 @@ class TrainingFolder:
         self.checkpoint = Checkpoint(path / "checkpoint", made_by, keep=keep)
 
     def refuse_strangers(self) -> None:
-        """Refuse a folder with files under our names that no training of ours put there. `made_by` plays no part.
-
-        Raises:
-            ConfigError: There are some.
-            BadFile: The note of a finished training is damaged.
-        """
+        """ConfigError if no training wrote the files under our names; BadFile if the note is damaged."""
         if self.checkpoint.owner() is not None or self.note() is not None:
             return
         there = [name for name in (*self._leaves, self.checkpoint.folder.name) if os.path.lexists(self.path / name)]
@@ -186,12 +173,7 @@ class TrainingFolder:
             )
 
     def refuse_others(self) -> None:
-        """Refuse a folder of somebody else, or of another training, before anything heavy starts.
-
-        Raises:
-            ConfigError: It is; or as `refuse_strangers`.
-            BadFile: As `refuse_strangers`.
-        """
+        """As `refuse_strangers`, and ConfigError for another training's folder. Cheap: call it before heavy work."""
         self.refuse_strangers()
         note, owner = self.note(), self.checkpoint.owner()
         if note is not None and note["made_by"] != self._made_by:
@@ -206,12 +188,9 @@ class TrainingFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others out while the block runs; what a kill left half-written is cleared away.
+        """Keep others out while the block runs; half-written files are removed.
 
-        Raises:
-            InUse: Another process trains into this folder.
-            ConfigError: As `refuse_others`.
-            BadFile: As `refuse_others`; or the folder cannot be written to.
+        Raises what `refuse_others` raises; InUse if another process trains here; BadFile if the folder is not writable.
         """
         with sole_writer(self.path):
             self.refuse_others()
@@ -224,11 +203,7 @@ class TrainingFolder:
         write_json(self.path / _FINISHED, {"made_by": self._made_by, "files": hashes, **also})
 
     def note(self) -> dict[str, Any] | None:
-        """What a finished training noted; None without a note.
-
-        Raises:
-            BadFile: It is damaged, so nobody can tell what made the files.
-        """
+        """A finished training's note, None without one; BadFile if it is damaged."""
         path = self.path / _FINISHED
         if not path.is_file():
             return None
@@ -245,11 +220,7 @@ class TrainingFolder:
         )
 
     def damaged(self) -> list[str] | None:
-        """Names of files that are not as this training left them; None where it did not finish.
-
-        Raises:
-            BadFile: The note of a finished training is damaged.
-        """
+        """Names of files that differ from what this training left, None if unfinished. BadFile: a damaged note."""
         note = self.note()
         if note is None or note["made_by"] != self._made_by:
             return None

@@ -33,10 +33,10 @@ _FORMATS = (
     " or a dataset id on the hub"
 )
 _READ = f"what is read: {_FORMATS}."
-# Of files; ids of datasets may hold dots too.
+# Of files; ids of datasets may contain dots too.
 _SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-# Characters of one line or paragraph. Compressed, a few megabytes could stand for a line that fills the memory.
+# Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
 _LONGEST = 2**27
 _SPLIT = "train"  # of datasets
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,16 +47,15 @@ def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
 
     Args:
         source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph; `.csv` or `.tsv` with a line of
-            column names; each plain, with gzip or with zstd, whatever it is called; `.parquet`. Or a folder that
-            `save_to_disk` of the library datasets wrote, or a dataset id on the hub (streamed); their split "train".
-        field: Which field of a row, or column, holds the text.
+            column names; each plain, gzip or zstd whatever its name; `.parquet`. Or a folder from `save_to_disk` of the
+            library datasets, or a dataset id on the hub (streamed); of both the split "train".
+        field: Field of a row, or column, with the text.
 
     Raises:
-        NotFound: No such file, and no such dataset.
-        BadFile: Not UTF-8, damaged, of another format, endless, or a row without text in the field; the message gives
-            the line.
-        ConfigError: It can be no path.
-        EmptySelection: Not one document.
+        NotFound: No such file or dataset.
+        BadFile: Not UTF-8, damaged, another format, too long a line, or a row without text (with its line).
+        ConfigError: `source` is no valid path.
+        EmptySelection: No document.
     """
     path = user_path(source)
     refuse_special(path, "text")
@@ -78,7 +77,7 @@ def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out part: decided by its content, so duplicates stay together.
+    """Whether a document is held out: decided by its content, so duplicates stay together.
 
     Example:
         >>> sum(is_held_out(str(i), 0.1) for i in range(1000))
@@ -89,7 +88,7 @@ def is_held_out(text: str, share: float) -> bool:
 
 
 def _file(path: Path, field: str) -> Iterator[str]:
-    """The texts of a file; packed and Parquet files are known by their first bytes."""
+    """The texts of a file; compressed and Parquet files are recognised by their first bytes."""
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -272,7 +271,6 @@ def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, as JSON would call it."""
     if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
         return json.dumps(value)
     kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -293,9 +291,8 @@ def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDA
 class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
-    Rows of `context_size` tokens are taken from each source in turn, until the first of them ends or there are `tokens`
-    of them in all. The share `held_out` of the documents is left out. Of each source `buffer` documents are in memory,
-    to be mixed by the seed; 1 leaves them in file order.
+    Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
+    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order.
     """
 
     lm: LanguageModel
@@ -322,9 +319,8 @@ class StreamedText:
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
 
-        Raises:
-            SaeffectError: A source cannot be read, or is shorter than a row; `at` names it.
-            EmptySelection: The text ends before `tokens` are there.
+        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read
+        or is shorter than a row.
         """
         streams = [self._stream(index) for index in range(len(self.sources))]
         count = 0
@@ -350,7 +346,7 @@ class StreamedText:
 
 
 def _mixed(texts: Iterable[str], size: int, generator: np.random.Generator) -> Iterator[str]:
-    """The texts in a random order that looks `size` of them ahead."""
+    """The texts in a random order, from a buffer of `size` documents."""
     held: list[str] = []
     for text in texts:
         if len(held) < size:

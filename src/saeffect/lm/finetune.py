@@ -1,8 +1,4 @@
-"""Fine-tuning with LoRA: a small, plain, resumable loop that measures what it does to perplexity.
-
-Read `finetune` downwards: data, adapter, resume, then rate, loss, step, checkpoint, and at the end the
-held-out perplexities before and after that go into the model card.
-"""
+"""Fine-tuning with LoRA: a resumable loop that measures perplexity before and after. Read `finetune` downwards."""
 
 from __future__ import annotations
 
@@ -76,7 +72,7 @@ class FinetuneConfig(StrictModel):
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What came out.
+    """An adapter's folder, and how its training went.
 
     Attributes:
         folder: The adapter, in PEFT's layout, with README.md and training.json.
@@ -99,14 +95,13 @@ def finetune_keys() -> str:
 def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> FinetuneResult:
     """Train a LoRA adapter and write it to `out`.
 
-    A run that was stopped, also with `kill -9`, goes on from its last checkpoint (in `out/checkpoint`) and
-    ends with the same weights; one that is finished is not repeated.
+    A run that was stopped, also with `kill -9`, resumes from its last checkpoint (in `out/checkpoint`) and ends with
+    the same weights; a finished one is not repeated.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the message says how to go on.
+        Interrupted: Ctrl-C or SIGTERM; the message says how to resume.
         BadFile: The loss is not finite; or something cannot be written.
-        ConfigError: `out` holds what another configuration, another model or text, or somebody else made; or the
-            model has none of the modules.
+        ConfigError: `out` holds what another configuration, model, text or program made; or a module is missing.
         InUse: Another process trains into `out`.
     """
     out = Path(out)
@@ -157,7 +152,7 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
 
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
-    """Fingerprint of everything that decides the adapter: of texts and model the contents, wherever they lie."""
+    """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
     recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
     return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
 
@@ -165,7 +160,6 @@ def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDAr
 def _make(
     config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]], folder: TrainingFolder, log: Log
 ) -> None:
-    """Measure, train, measure again, and write what came out."""
     held_out = {name: rows for name, rows in texts.items() if name}
 
     def measure(model: Any, when: str) -> dict[str, float]:
@@ -195,7 +189,6 @@ def _make(
 
 
 def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
-    """The model with a fresh adapter, in evaluation mode."""
     from peft import LoraConfig, get_peft_model
 
     options: Any = {"lora_alpha": config.alpha}  # PEFT says int, and takes any number
@@ -214,7 +207,7 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
 
 
 def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
-    """Train from the last checkpoint to the end, where there is one too; the last loss, in nats."""
+    """Train from the last checkpoint, if any, to the end; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
     others = {"loss": torch.full((), math.nan, dtype=torch.float64)}
@@ -256,7 +249,7 @@ def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpo
 
 @contextlib.contextmanager
 def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
-    """The first Ctrl-C or SIGTERM is put off to the end of a step; a second one is an error with a way to go on."""
+    """Delay the first Ctrl-C or SIGTERM to the end of a step; the second raises an error that says how to resume."""
     try:
         with Interruption() as interruption:
             yield interruption
@@ -292,15 +285,9 @@ def _cross_entropy(model: Any, rows: NDArray[np.int32], reduction: str) -> Tenso
 
 @torch.inference_mode()
 def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
-    """exp of the mean next-token cross-entropy over all rows; a BOS in front is read, not predicted.
+    """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`.
 
-    Args:
-        model: A causal language model of transformers.
-        rows: Token ids, int32 `[n_rows, context_size]`.
-        batch_size: Rows a forward pass.
-
-    Returns:
-        Dimensionless, at least 1; the effective number of equally likely next tokens.
+    At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted.
     """
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return math.exp(sum(float(_cross_entropy(model, part, "sum")) for part in parts) / rows[:, 1:].size)

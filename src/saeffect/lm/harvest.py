@@ -1,8 +1,4 @@
-"""Run a model over text up to one hook, keep what stands there in shards on disk, and read them as batches.
-
-A harvest can be killed at any moment: whole shards stay, and the next run continues after the last one.
-Every SAE of the same model trains from the same shards.
-"""
+"""Run a model over text up to one hook, write the activations to shards on disk, and read them as batches."""
 
 from __future__ import annotations
 
@@ -69,22 +65,18 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
-    Under `torchrun` each process writes its share of the shards; the files are those of one process.
+    A harvest that was killed continues after its last whole shard. Under `torchrun` each process writes its share of
+    the shards (the files are those of one process); `rows` and `out` must then be the same in every process.
 
     Args:
-        lm: The model.
         hook: TransformerLens name.
-        rows: The text, the same in every process.
-        out: Folder for `harvest.json` and the shards; one that all processes share.
         rows_per_shard: Rows of text a shard.
         batch_size: Rows a forward pass.
-        log: Receives a line of progress after each shard.
 
     Raises:
-        ConfigError: As `check_rows` and `capture`; the folder holds the harvest of something else; or the shards
-            would not fit on the disk.
+        ConfigError: As `check_rows`; the folder holds another harvest; or the disk is too small for the shards.
         EmptySelection: No rows.
-        BadFile: A shard cannot be written, whole shards stay; or `harvest.json` is damaged.
+        BadFile: A shard cannot be written; or `harvest.json` is damaged.
         InUse: Another process harvests into this folder.
         Interrupted: Ctrl-C; whole shards stay.
     """
@@ -132,18 +124,12 @@ def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shar
 
 
 def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
-    """The most that the shards of these rows can take, in bytes: the first position of a row is never kept."""
+    """The most that the shards of these rows can take, in bytes."""
     return len(rows) * (rows.context_size - 1) * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
-    """Refuse shards of `expected` bytes that go beyond the cap, in bytes, or what the disk has free.
-
-    What lies in the folder already counts as a part of them.
-
-    Raises:
-        ConfigError: They will not fit; the message gives both sizes.
-    """
+    """ConfigError if shards of `expected` bytes, those present included, exceed the cap or the free disk space."""
     if cap is not None and expected > cap:
         raise ConfigError(
             f"the activations take {_size(expected)}; the cap is {_size(cap)}.",
@@ -162,27 +148,17 @@ def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> Non
 
 
 def shard_name(index: int) -> str:
-    """File name of the shard with this index."""
     return f"shard-{index:05d}.safetensors"
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Read one shard: `activations` `[n, d_in]`, and `row`, `position` and `source` of each, int32 `[n]`.
-
-    Raises:
-        BadFile: It is truncated, no safetensors file, or holds other bits than were written.
-    """
+    """A shard's `activations` `[n, d_in]`, and `row`, `position`, `source` of each, int32 `[n]`. BadFile: damaged."""
     return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
 @dataclass(frozen=True)
 class ActivationStore(ActivationSource):
-    """A folder of shards, read as shuffled batches.
-
-    Attributes:
-        folder: Where `harvest.json` and the shards lie.
-        note: What `harvest.json` says: what made it, the norm limit, names of sources.
-    """
+    """A folder of shards, read as shuffled batches. `note`: contents of its harvest.json."""
 
     folder: Path
     note: dict[str, Any]
@@ -191,10 +167,7 @@ class ActivationStore(ActivationSource):
     def open(cls, folder: Path | str) -> ActivationStore:
         """Open a harvest.
 
-        Raises:
-            NotFound: No `harvest.json`.
-            BadFile: It is damaged.
-            EmptySelection: No shards.
+        NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards.
         """
         folder = Path(folder)
         store = cls(folder, _read_note(folder))
@@ -210,11 +183,7 @@ class ActivationStore(ActivationSource):
         return _shape(self.shards()[0])[1]
 
     def norm_limit(self) -> NormLimit:
-        """Which positions were kept.
-
-        Raises:
-            BadFile: The note does not say it.
-        """
+        """Which positions were kept; BadFile if the note lacks it."""
         found: Any = self.note.get("norm_limit")
         values: list[Any] = (
             [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
@@ -244,13 +213,9 @@ class ActivationStore(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`.
+        """See `ActivationSource`; BadFile for a damaged shard.
 
-        Shards are visited in a shuffled order, a pool of `pool_shards` at a time, and tokens are shuffled within the
-        pool. A thread reads the next pool while one is used, so memory stays at two pools however long the text.
-
-        Raises:
-            BadFile: A shard is truncated or no safetensors file; the error names it.
+        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
         """
         shards = self.shards()
         lengths = [_shape(shard)[0] for shard in shards]
@@ -312,12 +277,11 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 
 def _missing(out: Path, starts: range) -> list[int]:
-    """First rows of the shards that are not there."""
+    """First rows of the missing shards."""
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 
 def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
-    """The tensors of one shard, from passes that begin at these rows."""
     kept, row, position = [], [], []
     for start in starts:
         activations, mask = run_pass(lm, hook, rows.ids[start : min(start + starts.step, starts.stop)], limit)
@@ -335,7 +299,6 @@ def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: 
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    """Tokens and width of a shard, from its header."""
     from safetensors import SafetensorError
 
     try:
@@ -345,7 +308,7 @@ def _shape(path: Path) -> tuple[int, ...]:
 
 
 def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
-    """Shards are copied one by one: joined at once they would take twice the memory."""
+    """A pool of shards, copied one by one: joined at once they would take twice the memory."""
     part = read_shard(shards[0])["activations"]
     joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)
     at = 0

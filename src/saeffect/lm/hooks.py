@@ -1,15 +1,4 @@
-"""Reading and editing activations inside any decoder-only transformers model, by TransformerLens names.
-
-`blocks.{i}.hook_resid_pre` is the residual stream that enters block i, `hook_resid_mid` after its attention,
-`hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add.
-
-The names follow TransformerLens; the values are the model's own. (With TransformerLens' default
-`center_writing_weights` LayerNorm models have their residuals centred: subtract the mean over dimensions
-to get those.)
-
-Where an architecture keeps them is in `saeffect.lm.architectures`. That is not believed but tried: on a few tokens the
-stream must be what was before plus what the halves add, or the hook is refused.
-"""
+"""Read and edit activations inside any decoder-only transformers model, by TransformerLens names (see `HookPoint`)."""
 
 from __future__ import annotations
 
@@ -42,7 +31,13 @@ Side = Literal["input", "output"]
 
 @dataclass(frozen=True)
 class HookPoint:
-    """Where to listen: a TransformerLens name, its block (from 0), and one of `HOOK_KINDS`."""
+    """A place to read or edit: a TransformerLens name, its block (from 0), and one of `HOOK_KINDS`.
+
+    `blocks.{i}.hook_resid_pre` is the residual stream that enters block i, `hook_resid_mid` after its attention,
+    `hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add. The values are the
+    model's own: to get those of TransformerLens' default `center_writing_weights` (LayerNorm models), subtract the mean
+    over dimensions. A hook is refused unless, on a few tokens, the stream is what was before plus what the halves add.
+    """
 
     name: str
     layer: int
@@ -54,7 +49,7 @@ class _Reached(BaseException):
 
 
 def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None) -> HookPoint:
-    """Read a hook name, or the name of a module of transformers as `hook_of_module` does.
+    """Read a hook name, or the name of a transformers module as `hook_of_module` does.
 
     Raises:
         UnknownName: The kind is not in `HOOK_KINDS`.
@@ -87,7 +82,7 @@ def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None)
 
 
 def hook_of_module(path: str) -> str | None:
-    """TransformerLens' name for what a module of transformers gives; None for other modules than blocks and halves.
+    """TransformerLens' name for the output of a transformers module; None for other modules than blocks and halves.
 
     Example:
         >>> hook_of_module("model.layers.8"), hook_of_module("transformer.h.3.mlp"), hook_of_module("lm_head")
@@ -103,13 +98,9 @@ def hook_of_module(path: str) -> str | None:
 
 
 def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
-    """Refuse an SAE of a module's output, such as "layers.8.mlp", where the hook of that name gives another tensor.
+    """IncompatibleSae if a module's output, such as that of "layers.8.mlp", is not the tensor at the hook of that name.
 
-    Gemma 2 and 3, for example, normalise what the MLP gives before adding it, and `hook_mlp_out` is what they add.
-
-    Raises:
-        IncompatibleSae: It does.
-        ConfigError: The model has no such hook.
+    Gemma 2 and 3, for example, normalise the MLP's output before adding it, and `hook_mlp_out` is what they add.
     """
     point = parse_hook(hook_of_module(path) or path, lm.n_layers, at=at)
     if point.kind not in ("hook_attn_out", "hook_mlp_out"):
@@ -126,16 +117,11 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
 
 @torch.inference_mode()
 def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
-    """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; it runs no further than that.
-
-    Args:
-        lm: The model.
-        hook: TransformerLens name.
-        input_ids: Token ids, int64 `[batch, sequence]`, without padding.
+    """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; later blocks do not run.
 
     Raises:
         ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
-        ShapeMismatch: `input_ids` has not two axes, or no tokens.
+        ShapeMismatch: `input_ids`, int64, are not `[batch, sequence]` (without padding), or empty.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ShapeMismatch(f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty.")
@@ -162,13 +148,9 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
-    """While inside, every forward pass has the activation at `hook` replaced by `edit(activation)`.
+    """While the block runs, every forward pass has the activation at `hook` replaced by `edit(activation)`.
 
-    `edit` gets and returns `[batch, sequence, d_model]`; it must not change its input in place. The hook is
-    removed when the block ends, also after an exception.
-
-    Raises:
-        ConfigError: The model has no such hook.
+    `edit` gets and returns `[batch, sequence, d_model]` and must not change its input. ConfigError: no such hook.
     """
     with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield
@@ -217,7 +199,7 @@ def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: E
 
 
 def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
-    """The module that a hook sits at, and whether it is what enters or what leaves it."""
+    """The module of a hook, and whether the hook is its input or its output."""
     block = blocks(model)[point.layer]
     if point.kind == "hook_resid_pre":
         return block, "input"
@@ -238,7 +220,7 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
 
 
 def _factor(model: nn.Module, point: HookPoint) -> float:
-    """How many times the stream is given what the hook's module gives; measured once for a block."""
+    """The stream's factor for the output of the hook's module; measured once for a block."""
     if point.kind in ("hook_resid_pre", "hook_resid_post"):
         return 1.0
     known = _FACTORS.setdefault(model, {})
@@ -257,7 +239,7 @@ def _factor(model: nn.Module, point: HookPoint) -> float:
 
 @torch.no_grad()
 def _measured(model: nn.Module, layer: int) -> dict[str, float]:
-    """By hook kind, the factor of its tensor in the stream, on a few tokens; NaN where none is known that fits."""
+    """By hook kind, the factor of its tensor in the stream, measured on a few tokens; NaN where no known one fits."""
     seen: dict[str, Tensor] = {}
 
     def store(kind: str) -> Edit:
@@ -281,10 +263,7 @@ def _measured(model: nn.Module, layer: int) -> dict[str, float]:
 
 
 def _fit(before: Tensor, after: Tensor, added: Tensor, named: object) -> float:
-    """The factor with which `before + factor * added` is `after`, but for rounding: 1, or what the configuration names.
-
-    The stream is rounded where it is kept, so each difference counts in units of its own rounding.
-    """
+    """The factor (1, or one in the configuration) with which `before + factor * added` is `after` up to rounding."""
     rounding = torch.finfo(added.dtype).eps * (before.abs() + after.abs() + added.abs()).double() + 1e-30
     change, part = (after.double() - before.double()) / rounding, added.double() / rounding
     size = float((part * part).sum())

@@ -1,4 +1,4 @@
-"""A language model as the rest of the package sees it: weights, tokenizer, a few sizes, and its faster forward pass."""
+"""A language model as the rest of the package uses it: weights, tokenizer, sizes, and a faster forward pass."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "probe
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """What merging an adapter was seen to do, on a few fixed tokens, in float32.
+    """Effect of merging an adapter, on a few fixed tokens, in float32.
 
     Attributes:
         effect: Largest change of a logit by the adapter.
-        error: Largest difference between the merged and the unmerged model's logits; of the size of rounding.
+        error: Largest difference between the merged and the unmerged model's logits: rounding.
         other_base: One line if the adapter names another base model.
     """
 
@@ -47,11 +47,10 @@ class LanguageModel:
     """A causal language model of transformers with its tokenizer.
 
     Attributes:
-        model: The transformers model, in evaluation mode; its parameters take no gradients.
-        tokenizer: The transformers tokenizer.
+        model: In evaluation mode; its parameters take no gradients.
         name: What the user called it; adapters are appended with a plus sign.
         identity: SHA-256 of the files it came from, for fingerprints.
-        adapter: What merging its adapter was seen to do; None without one.
+        adapter: Effect of merging its adapter; None without one.
         shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
         prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
     """
@@ -79,7 +78,6 @@ class LanguageModel:
 
     @property
     def d_model(self) -> int:
-        """Width of the residual stream."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
@@ -89,22 +87,18 @@ class LanguageModel:
 
     @property
     def d_vocab(self) -> int:
-        """How many token ids the model scores (rows of its unembedding, padding rows included)."""
+        """Number of token ids that the model scores (rows of its unembedding, padding rows included)."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def n_positions(self) -> int | None:
-        """The longest sequence that the model takes, in tokens; None where its configuration names none."""
+        """The longest sequence that the model takes, in tokens; None if its configuration names none."""
         config = self.model.config
         found = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
         return None if found is None else int(found)
 
     def refuse_rows(self, ids: NDArray[np.int32]) -> None:
-        """Refuse rows of tokens `[n_rows, context_size]` that the model cannot read.
-
-        Raises:
-            ConfigError: They are longer than its positions, or hold an id without an embedding.
-        """
+        """ConfigError if rows `[n_rows, context_size]` are too long or hold an id without an embedding."""
         context, most = ids.shape[1], self.n_positions
         if most is not None and context > most:
             raise ConfigError(
@@ -124,10 +118,7 @@ class LanguageModel:
 
     @functools.cached_property
     def bos_id(self) -> int | None:
-        """The token that every row of text and every prompt begins with; None for none, see `find_bos_id`.
-
-        Nothing is measured at it and no intervention touches it; what comes after is predicted from it.
-        """
+        """The first token of every row and prompt, or None (see `find_bos_id`); neither measured nor intervened on."""
         return find_bos_id(self.tokenizer, self.prepend_bos)
 
     def encode(self, text: str) -> list[int]:
@@ -135,24 +126,18 @@ class LanguageModel:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that the model is to go on from: as `encode`, after the BOS token if there is one."""
+        """Token ids of a text to continue: as `encode`, after the BOS token if there is one."""
         return with_bos(self.encode(text), self.bos_id)
 
     def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
-        """How many tokens at the beginning of a row or a prompt are BOS, 0 or 1: they are no text."""
+        """How many tokens at the beginning of a row or a prompt are BOS: 0 or 1."""
         return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
 
     def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
-        """Join documents with a separator and cut the stream into rows, so that no token is padding.
+        """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`.
 
-        The last, short piece is dropped. Where there is a BOS token each row begins with it.
-
-        Yields:
-            Token ids, int32 `[context_size]`.
-
-        Raises:
-            ConfigError: The tokenizer has no token to put between documents.
-            EmptySelection: The whole text is shorter than one row.
+        The last, short piece is dropped; each row begins with BOS, if there is one. ConfigError if the tokenizer has no
+        separator, EmptySelection if the text is shorter than a row.
         """
         separator, bos = separator_id(self.tokenizer), self.bos_id
         held: list[int] = []
@@ -171,7 +156,7 @@ class LanguageModel:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """What token ids add to the text before them, special tokens left out, spaces as they are."""
+        """The text of ids as a continuation: spaces as they are, special tokens left out."""
         return self._decoder(ids, skip_special_tokens=True)
 
     @functools.cached_property
@@ -187,12 +172,12 @@ class LanguageModel:
         return tuple(token_texts(self.tokenizer, self.d_vocab))
 
     def plain_tokens(self) -> torch.Tensor:
-        """Which ids may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
+        """Ids that may be top tokens or be written, bool `[d_vocab]`: known to the tokenizer, shared, not special."""
         return self._plain_tokens.clone()
 
     @functools.cached_property
     def _plain_tokens(self) -> torch.Tensor:
-        # Kept: reading a vocabulary takes most of a second, and every batch of texts asks.
+        # Cached: reading a vocabulary takes most of a second, and every batch of texts needs it.
         known = known_tokens(self.tokenizer).keys() - special_tokens(self.tokenizer)
         if self.shared is not None:
             known &= self.shared
@@ -223,18 +208,17 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Queries a product: enough rows for the product to run at full speed, few enough that little is hidden.
 _BLOCK = 128
-# What attention functions are given that changes nothing for one packed pass without a cache.
+# Arguments of attention functions without effect on one packed pass without a cache.
 _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions")
 
 
 @contextlib.contextmanager
 def fused(lm: LanguageModel) -> Iterator[None]:
-    """While inside, the model runs with faster equivalents where it has such parts, and as it is elsewhere.
+    """While the block runs, the model uses faster equivalents of some parts; for inference over much text on a CPU.
 
-    For passes over much text on a CPU: `gelu_new` is one operation instead of seven, attention skips what the causal
-    mask hides. What is computed stays the same but for rounding: in float32 one part in 10^6; in bfloat16 attention
-    scores are rounded to bfloat16, as transformers' own `eager` attention rounds them. Activation functions overwrite
-    their input, so this is for inference alone.
+    `gelu_new` is one operation instead of seven, and attention skips what the causal mask hides. Results differ by
+    rounding: one part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers'
+    `eager` attention. Activation functions overwrite their input, so gradients are not possible.
     """
     replaced: list[nn.Module] = []
     try:
@@ -252,7 +236,7 @@ def fused(lm: LanguageModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention(lm: LanguageModel) -> Iterator[None]:
-    """Put `causal_attention` in the place of transformers' `sdpa`, where it is faster: bfloat16 on a CPU."""
+    """Replace transformers' `sdpa` by `causal_attention` where that is faster: bfloat16 on a CPU."""
     chosen = getattr(lm.model.config, "_attn_implementation", None)
     if chosen != "sdpa" or lm.dtype != torch.bfloat16 or lm.device.type != "cpu":
         yield
@@ -264,7 +248,7 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        # A mask, a soft cap, sinks, a position bias: transformers hands each of them over by name.
+        # transformers passes a mask, a soft cap, sinks or a position bias by name.
         special = [n for n, v in options.items() if n not in _HARMLESS and n != "sliding_window" and v is not None]
         causal = options.get("is_causal")
         plain = (
@@ -289,16 +273,10 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:
-    """Causal attention in blocks of queries: nothing beyond a block's last position is computed.
+    """Causal attention, `[batch, heads, sequence, d_head]` to `[batch, sequence, heads, d_head]` of the same dtype.
 
-    Args:
-        query: `[batch, heads, sequence, d_head]`.
-        key: `[batch, key heads, sequence, d_head]`; each key head serves `heads / key heads` queries in a row.
-        value: The same shape as `key`.
-        scaling: Factor of the scores; 1/sqrt(d_head) if None.
-
-    Returns:
-        `[batch, sequence, heads, d_head]` in the dtype of `query`; scores are rounded to that dtype too.
+    It skips what lies beyond a block of queries. Keys and values may have fewer heads; each serves `heads / key heads`
+    queries in a row. `scaling` of the scores is 1/sqrt(d_head) if None. Scores are rounded to the dtype of `query`.
     """
     batch, heads, length, width = query.shape
     shared = key.shape[1]

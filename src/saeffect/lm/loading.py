@@ -61,11 +61,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
-    """Folder or file of a bundled artifact, `kind` being its folder under `bundled/`.
-
-    Raises:
-        UnknownName: There is none of that name; the message lists those that exist.
-    """
+    """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName, with a list, if there is none."""
     root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
     found = root / name
     if name in ("", ".", "..") or "/" in name or not found.exists():
@@ -76,7 +72,7 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
 
 
 def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
-    """Where the base weights are: a local path, or the hub id to hand to transformers.
+    """Where the base weights are: a local path, or the hub id for transformers.
 
     Raises:
         NotFound: A path that does not exist, or a folder without a config.json.
@@ -125,9 +121,7 @@ def _require_model(folder: Path, name: str, where: str | None) -> None:
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
     """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id.
 
-    Raises:
-        NotFound: A folder that is not there or is no adapter.
-        UnknownName: A `bundled:` name that does not exist.
+    NotFound if a folder is missing or no adapter; UnknownName for a `bundled:` name that does not exist.
     """
     where = f"{at}.adapter" if at else None
     if config.adapter is None:
@@ -152,15 +146,12 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
     """Load weights, tokenizer and adapter; the adapter is merged into the weights.
 
-    Args:
-        config: Where, in which dtype, on which device; or only where, as `ModelConfig.path`.
-        at: Key of the study file, for error messages.
-        log: Receives one line before each slow step.
+    `config` may be just a path or id; `at` is its key in the study file, for error messages.
 
     Raises:
         NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights
-            do not have; or an adapter that is pickled.
+        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights do
+            not have; or an adapter that is pickled.
         IncompatibleModels: An adapter that does not fit the base model.
         ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
     """
@@ -181,7 +172,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
             own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
             model, merged = merge_adapter(model, adapter, adapter_at)
             merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
-    # Parameters alone: the rotary frequencies are buffers, and rounded to bfloat16 they turn far positions wrong.
+    # Parameters only: rotary frequencies are buffers, and in bfloat16 they would rotate far positions wrongly.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = model.to(device).eval().requires_grad_(False)
@@ -198,7 +189,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
     if isinstance(folder, Path):
         check_folder_sizes(folder)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    # A pickle can run code while it is read.
+    # Reading a pickle can run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
     )
@@ -208,11 +199,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
 
 
 def load_config(base: Path | str, config: ModelConfig) -> Any:
-    """The configuration of a located model, as transformers reads it.
-
-    Raises:
-        BadFile: It names sizes that the weights do not have.
-    """
+    """A located model's configuration in transformers; BadFile if it names sizes that the weights do not have."""
     from transformers import AutoConfig
 
     place, options = _source(base, config)
@@ -222,11 +209,7 @@ def load_config(base: Path | str, config: ModelConfig) -> Any:
 
 
 def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = None) -> Any:
-    """The tokenizer of a located model, loaded with the model's own options.
-
-    Raises:
-        NotFound: There is none, or it cannot be loaded.
-    """
+    """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     place, options = _source(base, config)
@@ -241,14 +224,12 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
 
 
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
-    """What to hand to `from_pretrained`."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, None)
     return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
 
 
 def _gguf_of(base: Path | str, at: str | None) -> Path | None:
-    """The GGUF file of a located model, if it is one."""
     if not isinstance(base, Path) or (base / "config.json").is_file():
         return None
     return choose_gguf(base, at=at)
@@ -256,7 +237,7 @@ def _gguf_of(base: Path | str, at: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Width of the residual stream, number of blocks, positions and tokens (None where config.json names none)."""
+    """Width of the residual stream, number of blocks, positions and tokens (None if config.json names none)."""
 
     d_model: int
     n_layers: int
@@ -265,11 +246,7 @@ class ModelShape:
 
 
 def model_shape(place: Path | str) -> ModelShape | None:
-    """The shape that a located model's config.json names; None where only loading would tell.
-
-    Raises:
-        BadFile: config.json is not JSON, or names a size that is no number.
-    """
+    """Shape in a located model's config.json; None if only loading can show it; BadFile if it is damaged."""
     if not isinstance(place, Path):
         return None
     if (gguf := _gguf_of(place, None)) is not None:
@@ -299,7 +276,7 @@ def model_identity(config: ModelConfig, *, at: str | None = None) -> str:
     for place in (locate_model(config, at=at), locate_adapter(config, at=at)):
         if isinstance(place, Path):
             files = [place] if place.is_file() else sorted(p for p in place.iterdir() if p.is_file())
-            # Weights by size and name only when they are large would miss edits, so every byte is read.
+            # Sizes and names would miss edits, so every byte is read.
             parts.append([(p.name, hash_file(p)) for p in files if p.suffix in _COUNTED])
         else:
             parts.append(place)

@@ -1,9 +1,4 @@
-"""Tokens as people see them, and what a tokenizer does: which ids it has, their texts, what it puts before a text.
-
-A token is whatever a tokenizer's training made of its text, so it can be anything: half a character, markup, a mark
-that reverses the direction of the page. What a tokenizer does is measured, not read off its class: many have a
-`bos_token` that they never use, and some have none but put a token of another name first.
-"""
+"""Tokens for people, and what a tokenizer does: its ids, their texts, what it puts before a text (measured)."""
 
 from __future__ import annotations
 
@@ -54,8 +49,7 @@ _BLANK = frozenset(
 def normalise_token(token: str) -> str:
     """The word of a token: no leading space or space mark, no trailing space, lower case.
 
-    Vocabulary and word embedding are looked up by this form. A word that begins with the letter Ġ loses it: in a token
-    list that letter is the space mark of byte-level BPE.
+    Vocabulary and word embedding are looked up by this form. A leading letter Ġ is lost, as a space mark of BPE.
 
     Example:
         >>> [normalise_token(token) for token in ("ĠCancer", "▁cancer", " CANCER ", "\\ncancer")]
@@ -65,11 +59,11 @@ def normalise_token(token: str) -> str:
 
 
 def printable_token(token: str) -> str:
-    """The token as one line in which every character can be seen and none acts on the text around it.
+    """The token on one line, every character visible, none acting on the text around it.
 
-    A leading space mark becomes the plain space it stands for. Line feeds, carriage returns and tabs show as
-    backslash escapes; other controls, bidirectional marks, zero-width and blank characters, lone surrogates and
-    unassigned code points show as `U+` and their number. Markup is left alone: what writes the HTML escapes it.
+    A leading space mark becomes a space; line feeds, carriage returns and tabs become backslash escapes; other
+    controls, bidirectional marks, invisible characters, lone surrogates and unassigned code points become `U+` and
+    their number. Markup stays: escape it when writing HTML.
 
     Example:
         >>> printable_token("Ġtumor")
@@ -90,9 +84,7 @@ _ACTING = re.compile(
 
 
 def printable_text(text: str) -> str:
-    """The text without anything that acts on a terminal or on the page around it; it may have several lines.
-
-    Controls but line feeds and tabs, bidirectional marks and what else is not seen show as `U+` and their number.
+    """The text with what acts on a page or terminal shown as `U+` and its number; line feeds and tabs stay.
 
     Example:
         >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
@@ -115,23 +107,19 @@ _PROBES = ("a", "the", "1")  # whichever the tokenizer has a token for
 
 
 def known_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every id that the tokenizer knows, rising, with the token in its own notation; there may be holes."""
+    """Every id that the tokenizer knows, rising, with the token in its own notation; ids may be missing."""
     tokens = {int(i): token for token, i in tokenizer.get_vocab().items()}
     return dict(sorted(tokens.items()))
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for no text: beginnings and ends of texts, marks of a chat, masks."""
+    """Ids of no text: beginnings and ends of texts, marks of a chat, masks."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 class ContinuationDecoder:
-    """Decodes ids as what they add to the text before them, spaces as they are.
-
-    Decoders of SentencePiece drop the space at the very beginning of what they decode, so ids are decoded behind
-    an ordinary token, whose text is taken off again.
-    """
+    """Decodes ids as a continuation: spaces stay, which SentencePiece would drop at the beginning of a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -152,7 +140,7 @@ class ContinuationDecoder:
 
 
 def token_texts(tokenizer: Any, n: int) -> list[str]:
-    """The text of each id below `n`: a leading space stays; half a character is U+FFFD; `<unused i>` in the holes."""
+    """The text of each id below `n`: a leading space stays, half a character is U+FFFD, `<unused i>` if missing."""
     known, decode = known_tokens(tokenizer), ContinuationDecoder(tokenizer)
     return [decode([i]) if i in known else f"<unused {i}>" for i in range(n)]
 
@@ -172,7 +160,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
 
 
 def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
-    """Why transformers cannot load the tokenizer of a folder or hub id, by what it `said`, and what to do about it."""
+    """Why transformers cannot load a folder's or hub id's tokenizer, from its message `said`, and what to do."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     why = said.strip().splitlines()[0] if said.strip() else "no reason is given"
@@ -191,11 +179,7 @@ def tokenizer_trouble(place: Path | str, said: str) -> tuple[str, str]:
 
 
 def separator_id(tokenizer: Any) -> int:
-    """The id that stands between documents: `<|endoftext|>` if the vocabulary has it, else end of sequence, else [SEP].
-
-    Raises:
-        ConfigError: The tokenizer has none of these.
-    """
+    """The id between documents: `<|endoftext|>` if known, else end of sequence, else [SEP]; else ConfigError."""
     named = (getattr(tokenizer, f"{kind}_token_id", None) for kind in ("eos", "sep"))
     found = next((i for i in (tokenizer.get_vocab().get("<|endoftext|>"), *named) if i is not None), None)
     if found is None:
@@ -208,10 +192,7 @@ def separator_id(tokenizer: Any) -> int:
 
 
 def tokens_added_before(tokenizer: Any) -> list[int]:
-    """The ids that a tokenizer puts before a text of its own accord: none, or BOS; a few put several there.
-
-    What it puts behind the text (an end of sequence) does not count.
-    """
+    """The ids that a tokenizer puts before a text by itself: none, BOS, or (a few tokenizers) several."""
     for probe in _PROBES if tokenizer is not None else ():
         plain = list(tokenizer.encode(probe, add_special_tokens=False))
         if not plain:
@@ -224,15 +205,10 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 
 
 def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
-    """The id that rows of text and prompts begin with; None for none.
+    """The first id of rows of text and prompts, or None. `prepend`: whether there is one; None: as the tokenizer does.
 
-    Gemma, Llama and Mistral were trained on texts that all begin with one, and without it are other, far worse models;
-    SmolLM2 and GPT-2 were not.
-
-    `prepend` says whether there is to be one; None for the tokenizer's own way.
-
-    Raises:
-        ConfigError: There is to be one, and the tokenizer has none; or it puts several there.
+    Gemma, Llama and Mistral were trained with one and are far worse without it; SmolLM2 and GPT-2 were not. ConfigError
+    if there is to be one and the tokenizer has none, or it puts several tokens before a text.
     """
     if prepend is False:
         return None
@@ -257,7 +233,7 @@ def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
 
 
 def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
-    """Token ids with BOS in front, if there is to be one; not twice, where a text brings its own.
+    """Token ids with BOS in front, if there is one; not twice.
 
     Example:
         >>> with_bos([5, 6], 2), with_bos([2, 5, 6], 2), with_bos([5, 6], None)
@@ -267,13 +243,10 @@ def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
 
 
 def resolve_prepend_bos(rule: BosRule, words: Mapping[str, Any]) -> bool | None:
-    """Whether texts are to begin with BOS; None for the tokenizer's own way.
+    """Whether texts begin with BOS; None: as the tokenizer does.
 
-    The rule "auto" means what the SAEs say: `words` has `prepend_bos` of each SAE's cfg.json by the SAE's name; what is
-    neither true nor false says nothing.
-
-    Raises:
-        ConfigError: The SAEs contradict each other.
+    "auto" follows the SAEs: `words` has `prepend_bos` of each SAE's cfg.json (or None) by the SAE's name. ConfigError
+    if they contradict each other.
 
     Example:
         >>> [resolve_prepend_bos("auto", words) for words in ({"control": True, "treatment": None}, {"control": None})]

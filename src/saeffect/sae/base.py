@@ -1,4 +1,4 @@
-"""What every sparse autoencoder has in common: facts of its architecture, weights, and the way from input to output."""
+"""What every sparse autoencoder has: facts of its architecture, weights, and the way from input to output."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {}
 
 @dataclass(frozen=True)
 class SaeConfig:
-    """What an SAE is, in SAELens' words.
+    """What an SAE is, in SAELens' terms.
 
     Attributes:
         architecture: A key of `ARCHITECTURES`.
-        d_in: Width of the activations.
-        d_sae: Number of features.
         k: Active features a token (topk only).
         apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
-        normalize_activations: "none" or "layer_norm" (each input standardised, undone on the way out).
+        normalize_activations: "none" or "layer_norm" (each input standardised, undone on the output).
         rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
         centre_input: Whether it was trained on residuals centred over dimensions (TransformerLens'
             center_writing_weights): the mean is taken off the input and put back on the output.
@@ -49,20 +47,20 @@ class SaeConfig:
 
     @property
     def hook_name(self) -> str | None:
-        """The hook that the metadata name, if any, in TransformerLens' words."""
+        """The hook in the metadata, if any, as a TransformerLens name."""
         found = self.metadata.get("hook_name")
         return (hook_of_module(str(found)) or str(found)) if found else None
 
     @property
     def module_path(self) -> str | None:
-        """The module of transformers whose output the SAE reads, if the metadata name it so."""
+        """The transformers module whose output the SAE reads, if the metadata name one."""
         named = (self.metadata.get(key) for key in ("hookpoint", "hook_name"))
         return next((str(name) for name in named if name and hook_of_module(str(name))), None)
 
 
 @dataclass
 class Start:
-    """An SAE to begin with, in JumpReLU's form: `relu(pre) · (pre > threshold)`, `pre = x @ W_enc + b_enc`."""
+    """An SAE to begin training with, as a JumpReLU: `relu(pre) · (pre > threshold)`, `pre = x @ W_enc + b_enc`."""
 
     W_enc: Tensor
     b_enc: Tensor
@@ -78,16 +76,13 @@ class SparseAutoencoder(nn.Module, ABC):
         architecture: Its name in recipes, and in `ARCHITECTURES`.
         label: Its name in the field, for people.
         saelens_name: Its name in SAELens' cfg.json.
-        saved_as: The architecture in which it is saved, if that is another.
-        trainable: Whether it is a `TrainableSae`.
+        saved_as: The architecture in which it is saved, if another.
         keys: Keys of a recipe that only some architectures have, this one among them.
-        penalty: The key that holds the coefficient of its sparsity penalty.
+        penalty: The key with the coefficient of its sparsity penalty.
         unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
-        loss_parts: Parts of its loss and what a reader calls each, beside "mse", which all have. A name that ends with
-            an underscore stands for all that begin so: what follows it follows the label.
-        vectors: Names of the parameters with one number a feature, float32 `[d_sae]`; the first is the bias by which a
-            feature is on.
-        cfg: The configuration.
+        loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
+            the rest of the name follows the label.
+        vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
         W_enc: float32 `[d_in, d_sae]`.
         b_enc: One of the vectors, in most architectures.
         W_dec: float32 `[d_sae, d_in]`.
@@ -124,7 +119,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @classmethod
     def shapes(cls, cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parameters by name, in the order in which they are kept."""
+        """Shapes of the parameters by name, in order of storage."""
         vectors = dict.fromkeys(cls.vectors, (cfg.d_sae,))
         return {"W_enc": (cfg.d_in, cfg.d_sae), **vectors, "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
 
@@ -133,11 +128,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """From pre-activations `[..., d_sae]` to feature activations of the same shape, zero where off."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """`feature_acts`, float32 `[..., d_sae]`, at least 0, of activations `[..., d_in]` of any float dtype.
-
-        Raises:
-            ShapeMismatch: The last axis is not `d_in`.
-        """
+        """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others."""
         return self.activation(self.hidden_pre(self._normalised(x)[0]))
 
     def hidden_pre(self, sae_in: Tensor) -> Tensor:
@@ -153,15 +144,12 @@ class SparseAutoencoder(nn.Module, ABC):
         return feature_acts @ self.W_dec + self.b_dec
 
     def directions(self, features: Tensor) -> Tensor:
-        """What one unit of each feature's activation adds to a reconstruction of normalised inputs.
-
-        Features are int64 of any shape; float32 `[*features.shape, d_in]`.
-        """
+        """What a unit of each feature (int64) adds to normalised reconstructions, float32 `[*features.shape, d_in]`."""
         rows = self.W_dec[features]
         return rows / rows.norm(dim=-1, keepdim=True) if self.cfg.rescale_acts_by_decoder_norm else rows
 
     def output_scale(self, x: Tensor) -> Tensor | float:
-        """By what normalised reconstructions of `x` are multiplied on the way out, `[..., 1]`, or 1."""
+        """The factor of normalised reconstructions of `x` in the output, `[..., 1]`, or 1."""
         return self._normalised(x)[2]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +158,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return self.decode(self.activation(self.hidden_pre(sae_in))) * scale + mean
 
     def as_start(self) -> Start:
-        """This SAE in the form from which a training of any architecture can begin."""
+        """This SAE in the form with which a training of any architecture can begin."""
         return Start(self.W_enc, self.b_enc, self.W_dec, self.b_dec, threshold=None)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:

@@ -1,8 +1,4 @@
-"""BatchTopK SAE: the k · n_tokens largest pre-activations of a whole batch, however they fall on its tokens.
-
-A token of many features may use more of them than a simple one. At inference there is no batch, so a threshold
-that was followed during training takes its place: the SAE is saved as a JumpReLU SAE.
-"""
+"""BatchTopK SAE: the k · n_tokens largest pre-activations of a whole batch; a token may have more or fewer than k."""
 
 from __future__ import annotations
 
@@ -25,6 +21,8 @@ __all__ = ["BatchTopKSae"]
 
 class BatchTopKSae(TopKSae):
     """Keeps the `k · n_tokens` largest pre-activations of a batch, and of those the positive ones.
+
+    At inference there is no batch, so it is saved as a JumpReLU SAE with the threshold that training followed.
 
     Attributes:
         topk_threshold: Running mean of the smallest activation kept in a batch (times the decoder norm with
@@ -53,8 +51,7 @@ class BatchTopKSae(TopKSae):
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
         """See `TrainableSae`. The batch is that of all processes.
 
-        Source:
-            Bussmann et al. (2024), BatchTopK Sparse Autoencoders; SAELens' BatchTopKTrainingSAE.
+        Source: Bussmann et al. (2024), BatchTopK Sparse Autoencoders; SAELens' BatchTopKTrainingSAE.
         """
         centred = self.centred(x)
         weight = self.W_dec.data.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else None
@@ -67,7 +64,7 @@ class BatchTopKSae(TopKSae):
     def reconstruct(
         self, entries: Entries, x: Tensor, centred: Tensor, step: StepInputs
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss of the reconstruction, its gradients (into the leaves, anew), and the reconstruction."""
+        """The loss of the reconstruction (its gradients replace those of the leaves), and the reconstruction."""
         W_dec = self.W_dec.data
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)
         error = sae_out - x
@@ -86,8 +83,8 @@ class BatchTopKSae(TopKSae):
     def for_inference(self) -> JumpReluSae:
         """A JumpReLU SAE, its own copy, with the running threshold in every feature.
 
-        Decoder norms by which features were ranked are folded in: the decoder rows then have length 1. The
-        metadata gets SAELens' `training_architecture`.
+        Decoder norms by which features were ranked are folded in: decoder rows then have length 1. The metadata gets
+        SAELens' `training_architecture`.
         """
         sae = JumpReluSae(
             dataclasses.replace(
@@ -135,7 +132,7 @@ class BatchTopKSae(TopKSae):
 
 
 def _as_dense_if_many(entries: SparseEntries, step: StepInputs) -> Entries:
-    """Whole matrices where so large a share is active that sparse products would be slower."""
+    """Dense matrices if so many entries are active that sparse products would be slower."""
     n_tokens, d_sae = entries.shape
     if len(entries.values) <= step.encoder.dense_above * n_tokens * d_sae:
         return entries

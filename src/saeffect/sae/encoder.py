@@ -1,19 +1,5 @@
-"""The encoder's product, and which of its entries are worth keeping.
-
-This is the one dense product that training cannot avoid. It may run in bfloat16: the result then only says
-which entries could be on, within a proven bound of the rounding, and those are evaluated again in float32.
-The buffers live as long as the encoder, since touching fresh memory costs more than the arithmetic.
-
-The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, and by Cauchy-
-Schwarz that is at most |x| |w - V| + |x - X| |V|. Rounding to nearest is off by at most 2^-8 of a number, so |w - V|
-is at most 2^-8 |w|. It would measure a good 40 % of that, but to measure it is another pass over all weights, and costs
-more than evaluating the candidates that it would save. |x - X| is measured: activations are few. The product of
-two bfloat16 numbers is exact in float32; adding K of them in float32, in whatever order, is off by at most K 2^-24
-(|X| |V| + |bias|), and so is the value that is computed in float32 afterwards. All of that is added to the bias,
-which is then rounded upwards, so that the sum before its own rounding to bfloat16 is never below the float32
-value. Rounding keeps order and sign: what is positive, or at or above a threshold, stays so. Numbers so small that
-a processor takes them for zero, or whose squares vanish, are covered by an absolute term.
-`tests/sae/test_encoder.py` tries to break each step.
+"""The encoder's product, in float32 or, within a proven bound of the rounding (see `_slack`), in bfloat16; and its
+largest entries, evaluated in float32.
 """
 
 from __future__ import annotations
@@ -33,19 +19,21 @@ _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 _VANISHING = 2.0**-56
 _NEAREST = 2.0**-8  # bfloat16: the same
 _ROWS = 512  # weights converted at a time: their length is then taken in the cache
-_BLOCK = 8  # features whose maximum stands for them when a product is looked through
-_WIDER = 4  # blocks whose maximum stands for them when a token's k-th largest entry is bounded
+_BLOCK = 8  # features a block; only its maximum is compared when a product is searched
+_WIDER = 4  # blocks merged into one when a token's k-th largest entry is bounded
 _TILE = 4096
 
 
 class Encoder:
     """Finds the entries of `x @ W.T + bias` that are above a floor, or among the largest.
 
+    In bfloat16 the product only selects candidates; their values are float32. Buffers live as long as the encoder.
+
     Args:
         dtype: Of the product: torch.float32 or torch.bfloat16.
         chunk: Tokens a product; the buffer is at most `[chunk, d_sae]`.
-        dense_above: Share of entries above the floor from which `above` gives dense entries. It is a number and
-            not a stopwatch, so that a run repeats bit by bit; benchmarks/sae_training.py measures where it lies.
+        dense_above: Share of entries above the floor from which `above` gives dense entries; fixed, not timed, so that
+            a run repeats bit by bit (measured by benchmarks/sae_training.py).
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, *, chunk: int = 1024, dense_above: float = 0.04) -> None:
@@ -54,15 +42,10 @@ class Encoder:
         self._gap = 0.0  # how far the last product's entries may lie above the true ones, before rounding
 
     def above(self, x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None) -> Entries:
-        """Entries where `x @ W.T + bias` is above `floor`; values are `x @ W.T + bias` there.
+        """Entries where `x @ W.T + bias` is above `floor`, with its values there.
 
-        Dense entries hold the floor wherever the value is not above it. NaN counts as above, so that it is seen.
-
-        Args:
-            x: Float32 `[n, d_in]`.
-            W: Encoder, one row a feature, float32 `[d_sae, d_in]`.
-            bias: Float32 `[d_sae]`.
-            floor: One number a feature, float32 `[d_sae]`; 0 without it.
+        All are float32: x `[n, d_in]`, W `[d_sae, d_in]`, bias and floor `[d_sae]` (0 without it). Dense entries hold
+        the floor wherever the value is not above it. NaN counts as above, so that it is noticed.
         """
         found: list[_Found] = []
         n_found = 0
@@ -77,9 +60,7 @@ class Encoder:
         return listed.where(~(listed.values <= (0.0 if floor is None else floor[listed.feature]))).entries()
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
-        """Of each token the k largest entries of `(x @ W.T + bias) * weight`, and of those the positive ones.
-
-        The values are those of `x @ W.T + bias`.
+        """Of each token the k largest entries of `(x @ W.T + bias) * weight`, if positive; values are without weight.
 
         Shapes are those of `above`; `weight` is positive, float32 `[d_sae]`, and 1 without it.
         """
@@ -136,10 +117,7 @@ class Encoder:
         return _Product(rounded, weights, raised)
 
     def _tile(self, product: _Product, start: int, first: int, *, kept: bool = False) -> _Tile:
-        """A chunk of tokens by a tile of features, rounded.
-
-        The next tile takes its place, unless all of them are `kept` until the next chunk.
-        """
+        """A rounded chunk of tokens by a tile of features; the next call overwrites it unless all tiles are `kept`."""
         part, tile = product.x[start : start + self.chunk], product.tile
         weights, bias = product.W[first : first + tile], product.bias[first : first + tile]
         name, n_slots, slot = ("tiles", len(product.tiles), first // tile) if kept else ("tile", 1, 0)
@@ -149,10 +127,7 @@ class Encoder:
         return _Tile(hidden, _block_maxima(hidden, _BLOCK), start, first)
 
     def _tiles(self, product: _Product, start: int, k: int) -> tuple[list[_Tile], Tensor]:
-        """All tiles of a chunk, and the largest entry of each of many blocks of features.
-
-        The k-th largest of a token's maxima bounds its k-th largest entry from below.
-        """
+        """All tiles of a chunk, and block maxima, whose k-th largest bounds a token's k-th largest entry from below."""
         tiles = [self._tile(product, start, first, kept=True) for first in product.tiles]
         n_blocks = sum(tile.maxima.shape[1] for tile in tiles)
         wider = max(1, min(_WIDER, n_blocks // (4 * k)))  # maxima of maxima, as long as that leaves enough of them
@@ -173,10 +148,7 @@ class Encoder:
         return torch.mul(W, weight[:, None], out=self._buffer("weighted", W.shape, W, torch.float32)), bias * weight
 
     def _at_least(self, tile: _Tile, floor: Tensor | None) -> _Found:
-        """Positive entries of a tile at or above the floor (a number, or one a row, out of products like it).
-
-        Few blocks hold any, and only those are looked into.
-        """
+        """Positive entries of a tile at or above the floor (a number, or one a row, of products like it)."""
         bits, maxima = _bits(tile.hidden), _bits(tile.maxima)
         lowest = torch.ones((1, 1), dtype=bits.dtype, device=bits.device)
         if floor is not None and self.dtype != torch.float32:
@@ -196,7 +168,6 @@ class Encoder:
     def _evaluated(
         self, found: list[_Found], x: Tensor, W: Tensor, bias: Tensor, floor: Tensor | None = None
     ) -> ListedByFeature:
-        """The entries that were found, with their values in float32."""
         shape = (len(x), len(W))
         token, feature = torch.cat([f.token for f in found]), torch.cat([f.feature for f in found])
         place = feature * len(x) + token
@@ -234,19 +205,16 @@ class _Product:
 
     @property
     def tile(self) -> int:
-        """Features at once: few enough for a processor to look through the result while it is in the cache."""
+        """Features at once: few enough for the result to be searched while it is in the cache."""
         return len(self.W) if self.W.is_cuda else min(_TILE, len(self.W))
 
     @property
     def tiles(self) -> range:
-        """First features of the tiles."""
         return range(0, len(self.W), self.tile)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some tokens by some features."""
-
     hidden: Tensor  # [n, width]
     maxima: Tensor  # [n, n_blocks]: largest entry of each block; block b holds the features b, b + n_blocks, ...
     start: int  # first token
@@ -260,11 +228,16 @@ class _Found:
     values: Tensor | None  # float32; None where only an upper bound is known
 
 
+# The bound. Write X for x rounded to bfloat16, V for w. Then x·w - X·V = x·(w - V) + (x - X)·V, which by Cauchy-Schwarz
+# is at most |x| |w - V| + |x - X| |V|. Rounding to nearest is off by at most 2^-8 of a number, so |w - V| is at most
+# 2^-8 |w| (measuring it would cost a pass over all weights); |x - X| is measured. The product of two bfloat16 numbers
+# is exact in float32; adding K of them in float32, in any order, is off by at most K 2^-24 (|X| |V| + |bias|), and so
+# is the later float32 value. All of that is added to the bias, which is then rounded upwards, so that the sum before
+# its own rounding to bfloat16 is never below the float32 value. Rounding keeps order and sign. Numbers so small that a
+# processor flushes them to zero, or whose squares vanish, are covered by an absolute term. tests/sae/test_encoder.py
+# tests each step.
 def _slack(x: Tensor, rounded: Tensor, length: Tensor, added: Tensor) -> Tensor:
-    """How far the sum over bfloat16 products may be below the float32 value; see the head of this file.
-
-    `length` is that of each row of the weights, `added` the sum of the sizes of what is added to each product.
-    """
+    """How far the sum over bfloat16 products may be below the float32 value; `added` is the added terms' total size."""
     d_in = x.shape[1]
     longest = torch.linalg.vector_norm(x, dim=1).max()
     longest_error = torch.linalg.vector_norm(x - rounded, dim=1).max()
@@ -281,10 +254,7 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _block_maxima(hidden: Tensor, block: int) -> Tensor:
-    """Largest entry of each of many blocks of at most so many features; of a block without a positive one, any.
-
-    Folded in halves, which runs at the speed of the cache; an odd width is folded no further.
-    """
+    """Largest entry of each of many blocks of at most so many features; of a block without a positive one, any."""
     bits = _bits(hidden)
     while block > 1 and bits.shape[1] % 2 == 0:
         half, block = bits.shape[1] // 2, block // 2
@@ -293,7 +263,6 @@ def _block_maxima(hidden: Tensor, block: int) -> Tensor:
 
 
 def _among_top_k(entries: SparseEntries, k: int) -> Tensor:
-    """Bool, one an entry: whether it is among its token's k largest."""
     n = entries.shape[0]
     counts = torch.bincount(entries.token, minlength=n)
     if not len(entries.values) or int(counts.max()) <= k:

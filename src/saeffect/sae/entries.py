@@ -1,9 +1,5 @@
-"""Feature activations that are mostly zero, and the four products that training needs of them.
-
-A ReLU's or a TopK's gradient is zero wherever the feature is off. Of 1,024 × 24,576 feature activations some
-60,000 are on, so everything behind the encoder's product can run on those. `SparseEntries` does; `DenseEntries`
-does the same on whole matrices, for the start of a run, when half of all features are on. Architectures are
-written once for both: `values` is one number an entry, and `per_feature(v)` brings a number a feature along.
+"""Feature activations that are mostly zero, and the products that training needs of them: `SparseEntries` for the few
+that are on, `DenseEntries` for whole matrices at the start of a run, when half of all features are on.
 """
 
 from __future__ import annotations
@@ -20,11 +16,9 @@ __all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
-    """Which entries of a matrix `[n_tokens, d_sae]` count, and their values.
+    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count. Their `values` are float32, one an entry.
 
-    Attributes:
-        values: Float32, one an entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
-        shape: (n_tokens, d_sae).
+    `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
     """
 
     values: Tensor
@@ -178,10 +172,7 @@ class DenseEntries(Entries):
 
 @dataclass(frozen=True, eq=False)
 class ListedByFeature:
-    """Entries ordered by feature, then by token: how they are evaluated and chosen before they become `SparseEntries`.
-
-    Token and feature are int64 `[nnz]`, values float32; the shape is (n_tokens, d_sae).
-    """
+    """Entries ordered by feature, then token; both int64 `[nnz]`, values float32, `shape` (n_tokens, d_sae)."""
 
     token: Tensor
     feature: Tensor
@@ -189,19 +180,17 @@ class ListedByFeature:
     shape: tuple[int, int]
 
     def where(self, kept: Tensor) -> ListedByFeature:
-        """Only the entries for which the bool tensor `kept` is true."""
         if bool(kept.all()):
             return self
         return ListedByFeature(self.token[kept], self.feature[kept], self.values[kept], self.shape)
 
     def inner(self, left: Tensor, W: Tensor) -> Tensor:
-        """See `Entries.inner`."""
         if not self.values.numel():
             return self.values.new_zeros(0)
         return _products(_csr(self._starts, self._token32, self.values, self.shape[::-1]), left, W)
 
     def entries(self) -> SparseEntries:
-        """The same by token; nothing is sorted again for what goes by feature."""
+        """The same ordered by token; the order by feature is kept beside it."""
         order = torch.sort(self._token32, stable=True).indices
         entries = SparseEntries(self.token[order], self.feature[order], self.values[order], self.shape)
         place = torch.empty_like(order)
@@ -236,7 +225,6 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, ...]
 
 @cache
 def _silence_csr_beta_warning() -> None:
-    """torch says once a process that its CSR layout is beta; let it say so where nobody hears."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
         torch.sparse_csr_tensor(

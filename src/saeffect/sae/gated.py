@@ -1,4 +1,4 @@
-"""Gated SAE: the encoder says which features are on, and apart from that how strongly (Rajamanoharan et al. 2024)."""
+"""Gated SAE: the encoder decides separately which features are on and how strongly (Rajamanoharan et al. 2024)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ class GatedSae(StandardSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`.
+        """See `TrainableSae`. The gate's step function passes no gradient.
 
-        The step function of the gate passes no gradient. Gates learn from the L1 penalty on their positive part and
-        from a second reconstruction, made of the gates in place of the magnitudes; the decoder learns from both.
-
-        Source:
-            Rajamanoharan et al. (2024), Improving Dictionary Learning with Gated Sparse Autoencoders, with
-            penalty by decoder norms and a decoder that is not detached, as in SAELens' GatedTrainingSAE.
+        Gates learn from the L1 penalty on their positive part and from a second reconstruction, made of the gates in
+        place of the magnitudes; the decoder learns from both. Source: Rajamanoharan et al. (2024), Improving Dictionary
+        Learning with Gated Sparse Autoencoders, with penalty by decoder norms and no detached decoder, as in SAELens'
+        GatedTrainingSAE.
         """
         W_dec, b_dec = self.W_dec.data, self.b_dec.data
         norm, growth = W_dec.norm(dim=1), self.r_mag.data.exp()
@@ -93,7 +91,7 @@ class GatedSae(StandardSae):
 
     @torch.no_grad()
     def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
-        """See `TrainableSae`; another gated SAE's gates and magnitudes are kept apart as they are."""
+        """See `TrainableSae`; another gated SAE's gates and magnitudes are copied unchanged."""
         if not isinstance(source, GatedSae):
             super().start_from(source, unit_decoder=unit_decoder)
             return

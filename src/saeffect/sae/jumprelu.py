@@ -1,4 +1,4 @@
-"""JumpReLU SAE: a feature is off until it passes a threshold of its own (Rajamanoharan et al. 2024)."""
+"""JumpReLU SAE: a feature is off below a threshold of its own (Rajamanoharan et al. 2024)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _TANH_SCALE = 4.0  # Anthropic's and SAELens' steepness of the smooth count
 class JumpReluSae(TrainableSae):
     """`feature_acts = hidden_pre` where above `threshold` (float32 `[d_sae]`) and 0, else 0.
 
-    The jump has no useful slope, so training borrows one: within half a `bandwidth` of its threshold a feature
-    counts as being on in proportion, for the threshold's gradient alone (a straight-through estimator with a
-    rectangular kernel). Entries further below their threshold take no part.
+    The threshold's gradient is a straight-through estimator with a rectangular kernel: within half a `bandwidth` of its
+    threshold a feature counts as on in proportion. Entries further below take no part.
     """
 
     architecture, label = "jumprelu", "JumpReLU"
@@ -50,9 +49,8 @@ class JumpReluSae(TrainableSae):
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
         """See `TrainableSae`.
 
-        Source:
-            Rajamanoharan et al. (2024), Jumping Ahead; Anthropic's January 2025 update for `tanh` and the
-            penalty on dead features; as in SAELens' JumpReLUTrainingSAE, which trains the threshold itself.
+        Source: Rajamanoharan et al. (2024), Jumping Ahead; Anthropic's January 2025 update for `tanh` and the penalty
+        on dead features; as in SAELens' JumpReLUTrainingSAE, which trains the threshold itself.
         """
         half = step.config.bandwidth / 2
         W_dec, threshold = self.W_dec.data, self.threshold.data.clamp_(min=0.0)
@@ -83,7 +81,7 @@ class JumpReluSae(TrainableSae):
         return StepResult(losses, entries.counts(), sae_out)
 
     def after_step(self, step: StepInputs) -> None:
-        """Thresholds stay at or above zero: under it, negative activations would pass."""
+        """Keep thresholds at or above zero: below, negative activations would pass."""
         super().after_step(step)
         self.threshold.data.clamp_(min=0.0)
 

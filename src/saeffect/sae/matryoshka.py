@@ -1,7 +1,5 @@
-"""Matryoshka BatchTopK SAE: the first features must rebuild the input alone, the rest only refine it.
-
-Nested SAEs share features: the first `widths[0]`, the first `widths[1]`, and so on. Each has its own
-reconstruction loss, so that general features stay in front instead of being absorbed by special ones.
+"""Matryoshka BatchTopK SAE: nested SAEs (the first `widths[0]` features, the first `widths[1]`, ...) must each rebuild
+the input, so that general features stay in front instead of being absorbed by special ones.
 """
 
 from __future__ import annotations
@@ -36,12 +34,9 @@ class MatryoshkaSae(BatchTopKSae):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """See `BatchTopKSae`. "mse" is the whole SAE's; each smaller one adds "inner_mse_<width>".
 
-        Every nested SAE adds the same `b_dec`. A feature takes part in the reconstruction of its own group and
-        of all wider ones, so its gradient comes from the sum of their errors, added up from the outside in.
-
-        Source:
-            Bussmann et al. (2025), Learning Multi-Level Features with Matryoshka SAEs; SAELens'
-            MatryoshkaBatchTopKTrainingSAE.
+        A feature is part of its own group's reconstruction and of all wider ones (each adds `b_dec`), so its gradient
+        comes from the sum of their errors. Source: Bussmann et al. (2025), Learning Multi-Level Features with
+        Matryoshka SAEs; SAELens' MatryoshkaBatchTopKTrainingSAE.
         """
         widths = step.config.widths
         groups = list(_groups(entries, widths))

@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs, and what the model loses by it: small functions, each tested by hand."""
+"""How well an SAE reconstructs, and what the model loses by it."""
 
 from __future__ import annotations
 
@@ -29,21 +29,10 @@ __all__ = [
 
 
 def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
-    """Share of the variance about the mean that the reconstruction keeps.
+    """Share of the variance about the mean that the reconstruction keeps: R² pooled over tokens and dimensions.
 
-    Args:
-        sae_in: Activations `[n_tokens, d_in]`, any float dtype; summed in float64.
-        sae_out: Reconstructions of the same rows.
-
-    Returns:
-        Dimensionless, at most 1; 0 for predicting the mean; negative when worse than that.
-
-    Raises:
-        ShapeMismatch: The two shapes differ.
-        Undefined: All rows of `sae_in` are equal.
-
-    Source:
-        R² pooled over tokens and dimensions.
+    Both are `[n_tokens, d_in]` of any float dtype, summed in float64. At most 1; 0 for predicting the mean; negative
+    when worse than that. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
 
     Example:
         >>> explained_variance(torch.tensor([[2., 0.], [0., 4.]]), torch.tensor([[2., 1.], [0., 3.]]))
@@ -55,18 +44,10 @@ def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
 
 
 def ce_loss_score(clean: float, sae: float, zero: float) -> float:
-    """Share of the loss that the hook's activation saves which its reconstruction saves too.
+    """(zero - sae) / (zero - clean): 1 is perfect, 0 no better than zeros; Undefined if zeros do not change the loss.
 
-    Args:
-        clean: Cross-entropy of the model as it is, nats a token.
-        sae: The same with the SAE's output in place of the activation.
-        zero: The same with zeros in its place.
-
-    Returns:
-        (zero - sae) / (zero - clean): 1 is perfect, 0 no better than zeros.
-
-    Raises:
-        Undefined: Zeroing the hook does not change the loss.
+    All are cross-entropies in nats a token: `clean` of the model as it is, `sae` with the SAE's output at the hook,
+    `zero` with zeros there.
 
     Example:
         >>> ce_loss_score(clean=3.0, sae=3.5, zero=8.0)
@@ -86,7 +67,7 @@ class ReconstructionSums:
         self._total = torch.zeros(d_in, dtype=torch.float64)
 
     def add(self, sae_in: Tensor, sae_out: Tensor, feature_acts: Tensor | None = None) -> None:
-        """Take in a batch `[n_tokens, d_in]` (and its feature activations `[n_tokens, d_sae]`, for l0)."""
+        """Add a batch `[n_tokens, d_in]` (and its feature activations `[n_tokens, d_sae]`, for l0)."""
         if sae_in.shape != sae_out.shape or sae_in.ndim != 2:
             raise ShapeMismatch(
                 f"activations have shape {tuple(sae_in.shape)} and reconstructions {tuple(sae_out.shape)};"
@@ -102,7 +83,6 @@ class ReconstructionSums:
             self._active += float((feature_acts > 0).sum())
 
     def explained_variance(self) -> float:
-        """See `explained_variance`."""
         n = self.n_tokens
         about_mean = self._squared_in - float(self._total.square().sum()) / n if n else 0.0
         if about_mean <= 1e-12 * self._squared_in or not n:
@@ -122,10 +102,8 @@ class ReconstructionSums:
 def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
     """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
 
-    Returns:
-        explained_variance, l2_ratio (mean norm out over norm in), l0 (mean active features a token), dead_share (share
-        of features that fire on none of the tokens), mean_log10_density (mean over features of
-        log10(firing rate + 1e-10)), n_tokens.
+    explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
+    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
@@ -156,7 +134,6 @@ class SplicedLosses:
 
     @property
     def ce_loss_score(self) -> float:
-        """See the function of that name."""
         return ce_loss_score(self.clean, self.sae, self.zero)
 
 
@@ -172,8 +149,8 @@ def spliced_losses(
 ) -> SplicedLosses:
     """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
 
-    `rows` are token ids, int32 `[n_rows, context_size]`. Positions that SAEs do not train on (the first, and outliers
-    of the norm) stay as they are each time. A BOS in front is never predicted.
+    `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
+    replaced. A BOS in front is never predicted.
     """
 
     def replacing(new: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:

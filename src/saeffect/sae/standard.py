@@ -1,4 +1,4 @@
-"""The L1 SAE: a ReLU keeps features positive, a penalty keeps them few (the paper's)."""
+"""The L1 SAE: a ReLU keeps features positive, a penalty keeps them few."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ class StandardSae(TrainableSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`.
-
-        Source:
-            Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE with l1 and decoder norms.
-        """
+        """See `TrainableSae`. Source: Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE (l1, norms)."""
         W_dec = self.W_dec.data
         norm = W_dec.norm(dim=1)
         centred = self.centred(x)
@@ -46,7 +42,7 @@ class StandardSae(TrainableSae):
         d_out = error.mul_(2.0 / step.n_tokens)
         d_acts = entries.inner(d_out, W_dec)
         d_acts += entries.per_feature(norm * (step.coefficient / step.n_tokens))
-        # The penalty pulls on the decoder too: along each row, by how much its feature was active.
+        # The penalty has a gradient for the decoder too: along each row, by its feature's activation.
         total = entries.feature_sums(entries.values) / step.n_tokens
         pull = self.pull_on_norms(step.coefficient * total, norm)
         self.backward(entries, d_acts.mul_(entries.values > 0), d_out, centred, pull)

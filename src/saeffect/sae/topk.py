@@ -34,11 +34,7 @@ class TopKSae(TrainableSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`.
-
-        Source:
-            Gao et al. (2024), section 2.4 and appendix A.2 (auxiliary loss).
-        """
+        """See `TrainableSae`. Source: Gao et al. (2024), section 2.4 and appendix A.2 (auxiliary loss)."""
         assert self.cfg.k is not None
         W_dec = self.W_dec.data
         centred = self.centred(x)
@@ -60,20 +56,13 @@ class TopKSae(TrainableSae):
 def auxiliary_loss(
     sae: TrainableSae, centred: Tensor, residual: Tensor, step: StepInputs, *, weight: Tensor | None = None
 ) -> Tensor:
-    """How badly dead features explain what the living ones leave over; its gradients are added to the leaves'.
+    """How badly dead features explain the residual; its gradients are added to those of the leaves.
 
-    Each token uses the `auxiliary_k` dead features with the largest pre-activations. The residual counts as
-    a constant. With fewer than `auxiliary_k` dead features the loss weighs proportionally less.
+    Each token uses the `auxiliary_k` dead features with the largest pre-activations (times `weight`, float32
+    `[d_sae]`); with fewer the loss weighs proportionally less. `centred` is the encoder's input; `residual`,
+    `x - sae_out`, counts as a constant. Both are float32 `[n, d_in]`.
 
-    Args:
-        sae: Its leaves hold the main loss's gradients already.
-        centred: What the encoder was given, float32 `[n, d_in]`.
-        residual: `x - sae_out`, float32 `[n, d_in]`.
-        step: `dead`, `n_tokens` and the recipe.
-        weight: Features are ranked by pre-activation times this, float32 `[d_sae]`.
-
-    Source:
-        Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
+    Source: Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
     """
     dead, config = step.dead, step.config
     rows, decoder = sae.W_rows[dead], sae.W_dec.data[dead]

@@ -1,9 +1,4 @@
-"""What the trainer asks of an architecture, and what all architectures share while they are trained.
-
-A training step is written out by hand: an architecture finds the entries that are on (`Encoder`), computes its
-loss and the loss's gradient with respect to those entries, and `backward` turns that into gradients of the
-weights. Autograd would multiply by the zeros.
-"""
+"""What training asks of an architecture. Gradients are written by hand: autograd would multiply by the zeros."""
 
 from __future__ import annotations
 
@@ -27,15 +22,15 @@ _ROWS = 4096  # features whose gradients are worked on at a time: they then stay
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step knows besides its batch.
+    """Inputs of a step besides its batch.
 
     Attributes:
-        n_tokens: Tokens of the whole batch, over all processes: every loss is a sum over this process's tokens
-            divided by it, so that losses and gradients add up over processes.
+        n_tokens: Tokens of the whole batch, over all processes: every loss is a sum over this process's tokens divided
+            by it, so that losses and gradients add up over processes.
         coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
         dead: Indices of features that have not fired for long, int64 `[n_dead]`.
-        tangent: For rows that keep their length, the part of the decoder's gradient that is parallel to them is to be
-            left out at once; for architectures that cannot (`leaves_out_parallel`), `before_step` takes it off.
+        tangent: Leave out the part of the decoder's gradient parallel to rows that keep their length. Architectures
+            without `leaves_out_parallel` ignore it; then `before_step` takes that part off.
     """
 
     config: SaeTrainingConfig
@@ -50,8 +45,8 @@ class StepInputs:
 class StepResult:
     """What a step measured on this process's tokens.
 
-    Losses are 0-dim float32, each already divided by `StepInputs.n_tokens`; "mse" (sum over dimensions of the squared
-    error) is always there, and what is minimised is the sum of all of them.
+    Losses are 0-dim float32, each already divided by `StepInputs.n_tokens`, and their sum is minimised; "mse" (sum over
+    dimensions of the squared error) is always present.
     """
 
     losses: Mapping[str, Tensor]
@@ -63,7 +58,7 @@ class TrainableSae(SparseAutoencoder):
     """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
 
     Attributes:
-        leaves_out_parallel: Whether `accumulate_gradients` honours `StepInputs.tangent`.
+        leaves_out_parallel: Whether `accumulate_gradients` uses `StepInputs.tangent`.
         running: Names of 0-dim float64 buffers that training updates, and that a checkpoint must keep.
     """
 
@@ -76,7 +71,7 @@ class TrainableSae(SparseAutoencoder):
         super().__init__(cfg)
         self.W_enc = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in).T)
         for name in self.running:
-            # Double, as in SAELens: a small rate times a small change is lost in float32.
+            # Float64, as in SAELens: a small rate times a small change is lost in float32.
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @property
@@ -85,9 +80,9 @@ class TrainableSae(SparseAutoencoder):
         return self.W_enc.data.T
 
     def leaves(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, by name: contiguous tensors that share memory with the parameters.
+        """The optimizer's parameters by name, the same contiguous tensors on every call; they share the SAE's memory.
 
-        "W_enc" is `[d_sae, d_in]`. Their `.grad` is what `accumulate_gradients` fills. The same tensors on every call.
+        "W_enc" is `[d_sae, d_in]`. `accumulate_gradients` fills their `.grad`.
         """
         if not hasattr(self, "_leaves"):
             found = {}
@@ -108,10 +103,8 @@ class TrainableSae(SparseAutoencoder):
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
         """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose.
 
-        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`.
-
-        Source:
-            SAELens' heuristic initialisation, after Anthropic's April 2024 update.
+        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`. Source: SAELens'
+        heuristic initialisation, after Anthropic's April 2024 update.
         """
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(self.W_dec.shape, generator=generator)
@@ -123,17 +116,17 @@ class TrainableSae(SparseAutoencoder):
 
     @abstractmethod
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """Losses on a batch of scaled inputs, float32 `[n, d_in]`; fills the leaves' `.grad` anew."""
+        """Losses on a batch of scaled inputs, float32 `[n, d_in]`; replaces the leaves' `.grad`."""
 
     @classmethod
     def in_words(cls, config: SaeTrainingConfig) -> list[str]:
-        """What of the recipe is the architecture's own, for the model card."""
+        """The architecture's own settings in the recipe, for the model card."""
         del config
         return []
 
     @torch.no_grad()
     def after_step(self, step: StepInputs) -> None:
-        """Put constraints back after the optimizer's step."""
+        """Restore constraints after the optimizer's step."""
         if step.config.unit_decoder:
             for rows in self.W_dec.data.split(_ROWS):
                 rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-8))
@@ -148,32 +141,29 @@ class TrainableSae(SparseAutoencoder):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Let the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded).
+        """Make the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded).
 
-        With inputs s·x the activations are s times what the decoder rows need to rebuild x, so both biases shrink
-        by s and the matrices stay: activations are then in the residual's units.
+        Both biases are divided by `scale`; the matrices stay, since feature activations shrink likewise.
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
 
     def for_inference(self) -> SparseAutoencoder:
-        """What is saved: the SAE itself, unless its training form is not its inference form."""
+        """The SAE that is saved: this one, unless its inference form differs."""
         return self
 
     def running_state(self) -> dict[str, Tensor]:
         """Tensors besides the leaves that a checkpoint must keep; changed in place."""
         return {name: getattr(self, name) for name in self.running}
 
-    # To begin with another SAE's weights.
+    # Starting from another SAE's weights.
 
     @torch.no_grad()
     def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
-        """Copy another SAE's weights, of whatever architecture: each feature keeps its index.
+        """Copy another SAE's weights, of whatever architecture, in this one's units; each feature keeps its index.
 
-        Args:
-            source: In the units in which this one is to be.
-            unit_decoder: Whether decoder rows are kept at length 1: their lengths move into the encoder, and features
-                that were ranked by activation are then ranked by activation times length.
+        With `unit_decoder` the lengths of decoder rows move into the encoder, and features that were ranked by
+        activation are then ranked by activation times length.
         """
         start = source.as_start()
         ranked_alike = source.cfg.rescale_acts_by_decoder_norm <= self.cfg.rescale_acts_by_decoder_norm
@@ -192,27 +182,26 @@ class TrainableSae(SparseAutoencoder):
         self.set_start(start)
 
     def set_start(self, start: Start) -> None:
-        """Take over biases and thresholds, as far as the architecture has them; the matrices are set."""
+        """Copy the biases and thresholds that the architecture has; the matrices are set."""
         self.b_enc.data.copy_(start.b_enc)
 
     # Parts of a step.
 
     def centred(self, x: Tensor) -> Tensor:
-        """What the encoder sees of an input."""
+        """The encoder's input for an SAE's input."""
         return x - self.b_dec.data if self.cfg.apply_b_dec_to_input else x
 
     @torch.no_grad()
     def backward(
         self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor, pull: Tensor | None = None
     ) -> None:
-        """From gradients at the entries (whose values are the activations) to those of the weights, made anew.
+        """From gradients at the entries (whose values are the activations) to those of the weights, which are replaced.
 
         Args:
-            entries: Active features.
             d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
             d_out: Loss by `sae_out`, float32 `[n, d_in]`.
-            centred: What the encoder was given, float32 `[n, d_in]`.
-            pull: What a decoder row's gradient gets of the row itself, float32 `[d_sae]`; see `pull_on_norms`.
+            centred: The encoder's input, float32 `[n, d_in]`.
+            pull: Multiple of each decoder row to add to its gradient, float32 `[d_sae]`; see `pull_on_norms`.
         """
         W_dec, d_W_dec, d_W_enc = self.W_dec.data, self.gradient("W_dec"), self.gradient("W_enc")
         for start in range(0, len(W_dec), _ROWS):
@@ -232,10 +221,9 @@ class TrainableSae(SparseAutoencoder):
 
     @staticmethod
     def row_parallel_part(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
-        """What takes the part along each row off the decoder's gradient, in multiples of the row; None to leave it.
+        """Minus the part of the decoder's gradient along each row (of length 1), in multiples of the row.
 
-        The gradient of a row is a sum of `d_out` weighted by activations, so its product with the row (of length 1) is
-        the same sum of `d_acts = d_out @ W_dec.T` at the entries, which are known already.
+        `d_acts = d_out @ W_dec.T` suffices for it. None if `step.tangent` is off.
         """
         return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
 
@@ -254,5 +242,5 @@ def project_out_rows(gradient: Tensor, rows: Tensor) -> None:
 
 
 def squared_error(error: Tensor) -> Tensor:
-    """Sum of all squares of float32 `[n, d_in]`, 0-dim; row by row, so that rounding does not add up."""
+    """Sum of all squares of float32 `[n, d_in]`, 0-dim; row by row, against rounding."""
     return torch.linalg.vector_norm(error, dim=1).square_().sum()

@@ -36,7 +36,7 @@ __all__ = [
     "weights_file",
 ]
 
-# What people give for an SAE, by the end of its name.
+# Files that people mistake for an SAE, by the end of their name.
 _PICKLED = "a pickled file, which can run anybody's code and is never loaded"
 _FILES = {
     ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
@@ -47,21 +47,19 @@ _FILES = {
 
 
 class SaeFormat(Protocol):
-    """What a format has. `raw` is what cfg.json says, of any type; `where` is what errors say about the place."""
+    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors."""
 
     weights: str
     """Name of the file of weights."""
 
-    def matches(self, folder: Path, raw: Any) -> bool:
-        """Whether a folder is in this format."""
-        ...
+    def matches(self, folder: Path, raw: Any) -> bool: ...
 
     def config(self, folder: Path, raw: Any, where: str) -> SaeConfig:
         """What the SAE is."""
         ...
 
     def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-        """The SAE; that the file of weights is there has been looked at."""
+        """The SAE; its file of weights exists."""
         ...
 
 
@@ -76,7 +74,7 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
         NotFound: A missing file.
         BadFile: Truncated or malformed weights, missing tensors, NaN.
         UnknownName: An architecture that this package does not have.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not do.
+        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not support.
     """
     folder = Path(folder)
     where = at or str(folder)
@@ -96,9 +94,9 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
 
     Raises:
         NotFound: No such folder, or no cfg.json in it.
-        BadFile: Not JSON, or without sizes that make sense.
+        BadFile: Not JSON, or without valid sizes.
         UnknownName: An architecture that this package does not have.
-        IncompatibleSae: A normalisation or reshaping that this package does not do.
+        IncompatibleSae: A normalisation or reshaping that this package does not support.
     """
     folder = Path(folder)
     where = at or str(folder)
@@ -107,17 +105,12 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
 
 
 def weights_file(folder: Path | str) -> Path:
-    """Where a folder keeps, or should keep, its weights.
-
-    Raises:
-        NotFound: No such folder, or no cfg.json in it.
-        BadFile: cfg.json is not JSON.
-    """
+    """Where a folder keeps, or should keep, its weights. NotFound: no cfg.json; BadFile: it is not JSON."""
     return Path(folder) / _opened(Path(folder), str(folder))[1].weights
 
 
 def saved_dtype(folder: Path | str) -> str:
-    """The dtype that cfg.json names; else that of the weights."""
+    """The dtype in cfg.json, else that of the weights."""
     folder = Path(folder)
     raw, how = _opened(folder, str(folder))
     named = raw.get("dtype") if isinstance(raw, dict) else None
@@ -127,7 +120,6 @@ def saved_dtype(folder: Path | str) -> str:
 
 
 def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
-    """What cfg.json says, and the format of the folder."""
     fix = f"give a folder with cfg.json and {WEIGHTS}."
     if folder.is_file():
         kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")
@@ -146,7 +138,7 @@ def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
 
 
 def _what_lies_in(folder: Path) -> str:
-    """Words about what a folder that is no SAE's holds instead, if that is known."""
+    """What a folder without an SAE holds instead, if known."""
     there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
     for path in there:
         if path.is_dir() and (path / "cfg.json").is_file():

@@ -1,18 +1,4 @@
-"""A further seed of an SAE in a quarter of the space: its decoder in eight bits, and how its features behaved.
-
-To tell fine-tuning from the noise of SAE training one needs several SAEs of one model, but of the second and third
-only what enters a comparison: the direction of every feature (top tokens, coherence, matching, steering) and how
-often and how strongly it fires. What is lost is the encoder, so a compact SAE cannot be run on new text.
-
-A folder holds `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
-
-| tensor | dtype, shape | what |
-|---|---|---|
-| `W_dec` | int8 `[d_sae, d_in]` | decoder rows, each divided by its scale and rounded |
-| `scale` | float32 `[d_sae]` | largest absolute number of a row / 127 |
-| `b_dec` | float32 `[d_in]` | decoder bias |
-| `density`, `mean_activation`, `max_activation` | float32 `[d_sae]` | see `saeffect.features.activity` |
-"""
+"""Compact SAEs: further seeds in a quarter of the space, the decoder in eight bits and feature statistics."""
 
 from __future__ import annotations
 
@@ -46,7 +32,18 @@ _CARD_ENDS = (
 
 @dataclass(frozen=True, eq=False)
 class CompactSae:
-    """The decoder of an SAE and what its features did on text."""
+    """The decoder of an SAE and its features' statistics on text. Without an encoder it cannot run on new text.
+
+    It holds what comparisons need of further seeds: feature directions, and how often and how strongly features fire.
+    On disk: `cfg.json`, SAELens' with `"decoder_only": true` in its metadata, and `decoder.safetensors`:
+
+    | tensor | dtype, shape | what |
+    |---|---|---|
+    | `W_dec` | int8 `[d_sae, d_in]` | decoder rows, each divided by its scale and rounded |
+    | `scale` | float32 `[d_sae]` | largest absolute number of a row / 127 |
+    | `b_dec` | float32 `[d_in]` | decoder bias |
+    | `density`, `mean_activation`, `max_activation` | float32 `[d_sae]` | see `saeffect.features.activity` |
+    """
 
     cfg: SaeConfig  # as of the whole SAE
     W_dec: Tensor  # float32 [d_sae, d_in]; each number within half a `scale` of the original
@@ -56,18 +53,17 @@ class CompactSae:
 
 
 def is_compact(folder: Path | str) -> bool:
-    """Whether a folder holds a compact SAE, and no whole one."""
+    """Whether a folder holds only a compact SAE."""
     return (Path(folder) / weights).is_file() and not (Path(folder) / WEIGHTS).is_file()
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """See `is_compact`."""
     del raw
     return is_compact(folder)
 
 
 def load(folder: Path, raw: Any, where: str) -> NoReturn:
-    """Refuse: there is no encoder."""
+    """Always refuses: there is no encoder."""
     config(folder, raw, where)
     raise NotFound(
         f"there is no {WEIGHTS} beside cfg.json: this is a compact SAE, its decoder alone.",
@@ -77,17 +73,10 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
-    """Write the compact form of an SAE, with its model card, to a folder.
+    """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`.
 
-    Args:
-        sae: The whole SAE, as loaded from `source`.
-        statistics: One row a feature with feature and the statistics, as `ActivityAccumulator.result` gives.
-        source: The SAE's own folder.
-        folder: Where to write.
-
-    Raises:
-        ShapeMismatch: `statistics` lacks a column, or is not one row a feature in their order.
-        BadFile: The decoder holds NaN or infinity.
+    `statistics` has one row a feature, as `ActivityAccumulator.result` gives, else ShapeMismatch. BadFile if the
+    decoder holds NaN or infinity.
     """
     from safetensors.torch import save_file
 
@@ -100,7 +89,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
     if not bool(torch.isfinite(W_dec).all()):
         raise BadFile("the decoder holds NaN or infinity.", at=str(source))
     scale = W_dec.abs().amax(dim=1) / _LEVELS
-    # A row of zeros has no scale: any will do.
+    # A row of zeros has no scale: use any.
     steps = (W_dec / scale.where(scale > 0, torch.ones(()))[:, None]).round().to(torch.int8)
     tensors = {"W_dec": steps, "scale": scale, "b_dec": sae.b_dec.detach().float().cpu()}
     for name in _STATISTICS:
@@ -127,10 +116,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
 def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
     """Read a compact SAE.
 
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed tensors, or numbers that are not finite.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json.
+    NotFound: a missing file. BadFile: damaged or not finite. IncompatibleSae: shapes that contradict cfg.json.
     """
     import pandas as pd
 

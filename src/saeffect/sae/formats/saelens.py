@@ -1,8 +1,5 @@
-"""SAEs on disk as SAELens writes them: `cfg.json` and `sae_weights.safetensors`, with a `sparsity.safetensors` perhaps.
-
-Older releases put the hook at the top level of cfg.json, named the architecture only when it was not the standard one,
-and called TopK an activation function; all are read. So is what SAELens' trainer keeps on the way (`save_model`): a
-running threshold becomes every feature's, and the scaling of inputs in `activation_scaler.json` is folded in.
+"""SAEs on disk as SAELens writes them: `cfg.json`, `sae_weights.safetensors` and perhaps `sparsity.safetensors`. Older
+releases and the checkpoints of SAELens' trainer (`save_model`) are read too, with thresholds and scaling folded in.
 """
 
 from __future__ import annotations
@@ -44,13 +41,12 @@ _OTHER_VECTORS = ("log_threshold", "scaling_factor")
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """Whatever no other format claims: what is missing is then said in SAELens' words."""
+    """Whatever no other format claims: errors then name SAELens' files."""
     del folder, raw
     return True
 
 
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
-    """What the SAE is at inference."""
     del folder
     sizes = {key: raw.get(key) for key in ("d_in", "d_sae")} if isinstance(raw, dict) else {}
     if not (sizes and all(is_count(size) for size in sizes.values())):
@@ -111,13 +107,13 @@ def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
 def save_sae(
     sae: SparseAutoencoder, folder: Path | str, *, dtype: str = "float32", sparsity: Tensor | None = None
 ) -> Path:
-    """Write an SAE in SAELens' layout, in the form that it has at inference.
+    """Write an SAE in SAELens' layout, in its inference form.
 
     Args:
         sae: With any scaling of the inputs already folded into its weights.
-        folder: Made if need be.
-        dtype: Of the saved weights: "float32", "float16" or "bfloat16". Thresholds stay float32, so that they are
-            exactly those of the SAE (SAELens rounds them when it loads, unless it is told `dtype="float32"`).
+        folder: Created if missing.
+        dtype: Of the saved weights: "float32", "float16" or "bfloat16". Thresholds stay float32, exactly those of the
+            SAE (SAELens rounds them when it loads, unless given `dtype="float32"`).
         sparsity: log10 of each feature's firing rate, float `[d_sae]`; SAELens adds 1e-10 to the rate.
 
     Raises:
@@ -153,11 +149,7 @@ def save_sae(
 
 
 def read_sparsity(folder: Path | str, *, at: str | None = None) -> Tensor | None:
-    """log10 of each feature's firing rate as saved beside the weights, float32 `[d_sae]`; None without the file.
-
-    Raises:
-        BadFile: It cannot be read, or holds something else.
-    """
+    """log10 of each feature's saved firing rate, float32 `[d_sae]`; None without the file; BadFile if damaged."""
     path = Path(folder) / SPARSITY
     where = at or str(folder)
     if not path.is_file():
@@ -224,7 +216,6 @@ def _flag(raw: Mapping[str, Any], key: str, default: bool, where: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value of somebody's file, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
@@ -239,7 +230,7 @@ def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Without what only some files have: thresholds as logarithms, and a factor of 1 on activations."""
+    """Undo what only some files have: thresholds as logarithms, and a factor of 1 on activations."""
     found = dict(tensors)
     if "log_threshold" in found:
         found["threshold"] = found.pop("log_threshold").float().exp()
@@ -252,7 +243,7 @@ def _our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _unscaled(sae: SparseAutoencoder, folder: Path, where: str) -> SparseAutoencoder:
-    """Fold in the scaling of inputs that a checkpoint of an unfinished run keeps beside its weights."""
+    """Fold in the scaling of inputs that a checkpoint of an unfinished run has in a separate file."""
     if (folder / "activation_whitening.safetensors").is_file():
         raise IncompatibleSae(
             "this checkpoint was trained on whitened inputs, which is not supported.",

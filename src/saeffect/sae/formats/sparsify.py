@@ -1,8 +1,4 @@
-"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`. They are read, not written.
-
-Its SAEs are TopK SAEs. Transcoders (they rebuild another module's output), skip connections and other
-activation functions are refused.
-"""
+"""SAEs on disk as EleutherAI's sparsify writes them: `cfg.json` and `sae.safetensors`. TopK only, and read only."""
 
 from __future__ import annotations
 
@@ -27,18 +23,16 @@ _REFUSED = {
 
 
 def matches(folder: Path, raw: Any) -> bool:
-    """Whether a folder, with what its cfg.json says, is in sparsify's layout."""
     if not isinstance(raw, dict) or "d_sae" in raw:
         return False
     return (folder / weights).is_file() or "num_latents" in raw or "expansion_factor" in raw
 
 
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
-    """What the SAE is. The folder's name, such as layers.8, says the hook.
+    """The SAE's configuration. The hook is the folder's name, such as layers.8.
 
-    Raises:
-        BadFile: No whole numbers that make sense for d_in, num_latents (or expansion_factor) and k.
-        IncompatibleSae: A transcoder, a skip connection, or another activation function than TopK.
+    BadFile if d_in, num_latents (or expansion_factor) or k is no positive whole number. IncompatibleSae for
+    transcoders, skip connections, or another activation function than TopK.
     """
     for key, why in _REFUSED.items():
         if raw.get(key):
@@ -66,12 +60,7 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-    """The SAE.
-
-    Raises:
-        BadFile: The file cannot be read, or a tensor is missing or not finite.
-        IncompatibleSae: There is a skip connection, or a shape contradicts cfg.json.
-    """
+    """The SAE; BadFile if damaged or not finite, IncompatibleSae for a skip connection or shapes unlike cfg.json."""
     cfg = config(folder, raw, where)
     ours = TopKSae.shapes(cfg)
     shapes = {theirs: ours[name] for theirs, name in _NAMES.items()} | {"encoder.weight": ours["W_dec"]}

@@ -1,4 +1,4 @@
-"""Tensors of an SAE's safetensors file, read only if they have the shapes that its cfg.json asks for."""
+"""Tensors of an SAE's safetensors file, read only if they have the shapes that its cfg.json names."""
 
 from __future__ import annotations
 
@@ -28,17 +28,15 @@ def read_weights(
     required: tuple[str, ...] = (),
     dtypes: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Tensor]:
-    """Read all tensors of a file. What is read is bounded by the file, whatever sizes cfg.json claims.
+    """Read all tensors of a file. Memory is bounded by the file, whatever sizes cfg.json claims.
 
     Args:
-        path: The file.
-        where: For errors.
         shapes: Expected shapes by name, checked before anything is read; tensors of other names may have any.
         required: Names that must be there.
         dtypes: Allowed dtypes by name, in safetensors' words; floats for the other names in `shapes`.
 
     Raises:
-        BadFile: The file is truncated or malformed, a name is missing, or a tensor holds no such numbers.
+        BadFile: The file is truncated or malformed, a name is missing, or a tensor has another dtype.
         IncompatibleSae: Another shape.
     """
     with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
@@ -61,11 +59,7 @@ def read_weights(
 
 
 def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:
-    """Copy tensors into the parameters and buffers of the same names; the SAE.
-
-    Raises:
-        BadFile: One is missing, or holds NaN or infinity.
-    """
+    """The SAE, with tensors copied into its parameters and buffers by name; BadFile if one is missing or not finite."""
     for name, own in (*sae.named_parameters(), *sae.named_buffers()):
         if name not in tensors:
             raise BadFile(f"{file} has no {name}; it has: {', '.join(sorted(tensors))}.", at=where)
@@ -79,5 +73,5 @@ def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> A
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a value of a JSON file is a whole number above 0; true is none."""
+    """Whether a value of a JSON file is a whole number above 0 (true is not)."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

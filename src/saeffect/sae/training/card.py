@@ -36,11 +36,7 @@ def card_is_current(recipe: SaeRecipe, folder: Path) -> bool:
 
 
 def measured_before(folder: Path) -> Mapping[str, Any]:
-    """The measurements in the folder's card.
-
-    Raises:
-        BadFile: It has none.
-    """
+    """The measurements in the folder's card; BadFile if it has none."""
     found = _noted(folder).get("held_out")
     if not isinstance(found, dict):
         raise BadFile(f"{_NOTE} holds no measurements.", at=str(folder), fix="run the same command again.")
@@ -48,7 +44,6 @@ def measured_before(folder: Path) -> Mapping[str, Any]:
 
 
 def _noted(folder: Path) -> Mapping[str, Any]:
-    """What lies beside a card; nothing where it is missing or damaged."""
     note = None
     with contextlib.suppress(SaeffectError):
         note = read_json(folder / _NOTE)
@@ -58,13 +53,8 @@ def _noted(folder: Path) -> Mapping[str, Any]:
 def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, log: Log = SILENT) -> None:
     """Write README.md and training.json beside an SAE, and the measurements into its cfg.json.
 
-    A README.md that somebody else wrote, or changed, stays.
-
-    Args:
-        recipe: Of this one SAE.
-        folder: The SAE's, with what training saved.
-        measured: On held-out text: as `reconstruction` gives, and ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
-        log: Receives a line.
+    A README.md that somebody else wrote, or changed, stays. `recipe` is that of this one SAE. `measured`, on held-out
+    text: as `reconstruction` gives, and ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
     """
     cfg = read_json(folder / "cfg.json")
     cfg["metadata"]["held_out"] = dict(measured)
@@ -127,7 +117,6 @@ def _model(recipe: SaeRecipe) -> str:
 
 
 def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
-    """What was trained on what, in one sentence."""
     s = recipe.sae
     parts = [f"{s.d_sae:,} features", *_architecture_words(s)]
     if s.steps is None:

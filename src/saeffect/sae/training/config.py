@@ -30,7 +30,7 @@ relative to the file, as [in a study](study.md). This page is what `saeffect tra
 
 
 class SaeTrainingConfig(StrictModel):
-    """Everything that decides the SAE, given the activations. None means: as usual for the architecture."""
+    """Everything that decides the SAE, given the activations. None means the architecture's default."""
 
     architecture: str = Field("topk", description="What decides which features are active, and the loss.")
     d_sae: int = Field(4608, ge=1, description="Number of features.")
@@ -139,12 +139,10 @@ class SaeTrainingConfig(StrictModel):
 
     @property
     def kind(self) -> type[SparseAutoencoder]:
-        """The class of the architecture."""
         return _trainable()[self.architecture]
 
     @property
     def has_k(self) -> bool:
-        """Whether the architecture keeps k features a token."""
         return "k" in self.kind.keys
 
     @property
@@ -159,7 +157,6 @@ class SaeTrainingConfig(StrictModel):
 
     @property
     def b_dec_at_start(self) -> str:
-        """Where the decoder's bias starts."""
         return self.b_dec_init or ("mean" if self.unit_decoder else "zeros")
 
     @property
@@ -173,7 +170,7 @@ class SaeTrainingConfig(StrictModel):
         return self.seed if self.data_seed is None else self.data_seed
 
     def unlike(self, other: SaeTrainingConfig) -> tuple[str, Any, Any] | None:
-        """What keeps two SAEs from training side by side: a key, and what each says; None if nothing does."""
+        """Why two SAEs cannot train side by side: a key and its two values; None if they can."""
         for key in _SHARED:
             mine, theirs = getattr(self, key), getattr(other, key)
             if mine != theirs:
@@ -182,7 +179,7 @@ class SaeTrainingConfig(StrictModel):
 
 
 class SaeRecipe(StrictModel):
-    """Model, hook, text and training: arms that are to be compared share all of it but the model."""
+    """Model, hook, text and training: arms to be compared share all of it but the model."""
 
     model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, adapter, dtype, ...")
     hook: str = Field(description="TransformerLens name, such as blocks.8.hook_resid_pre.")
@@ -234,20 +231,15 @@ class SaeRecipe(StrictModel):
 
     @property
     def tokens_a_pass(self) -> int | None:
-        """Tokens of text in one pass over it; None where only the end will tell."""
+        """Tokens of text in one pass over it; None if unknown before the end."""
         return _TOKENS_IN_SHARDS if self.tokens is None and self.activations == "shards" else self.tokens
 
     @property
     def max_disk_bytes(self) -> int | None:
-        """The cap in bytes."""
         return None if self.max_disk_gb is None else int(self.max_disk_gb * 1e9)
 
     def trainings(self) -> dict[str, SaeTrainingConfig]:
-        """How each SAE is trained, by name; one alone is called "".
-
-        Raises:
-            ConfigError: A name that is no folder, SAEs that cannot share batches, or a key that does not exist.
-        """
+        """How each SAE is trained, by name, "" if single; ConfigError for invalid names, keys or combinations."""
         if self.saes is None:
             return {"": self.sae}
         if not self.saes:
@@ -271,7 +263,6 @@ class SaeRecipe(StrictModel):
         return found
 
     def folders(self, out: Path) -> dict[str, Path]:
-        """Where each SAE goes, by name."""
         return {name: out / name if name else out for name in self.trainings()}
 
     def of_one(self, name: str) -> SaeRecipe:
@@ -304,5 +295,5 @@ def _trainable() -> dict[str, type[SparseAutoencoder]]:
 
 
 def _architectures_with(key: str) -> tuple[str, ...]:
-    """Architectures that a key is a setting of; none if it is a setting of all of them."""
+    """Architectures that a key is a setting of; none if all have it."""
     return tuple(name for name, kind in _trainable().items() if key in kind.keys)

@@ -19,7 +19,7 @@ _METADATA: tuple[dict[str, Any], ...] = (
     {"Software": None},
 )
 
-# The look of the report's figures, which are drawn on a higher floor.
+# As in the report's figures (that package may not be imported here).
 _INK, _MUTED, _GRID = "#1f2328", "#59636e", "#d8dee4"
 _TRAIN, _HELD_OUT, _EVENT = "#0072b2", "#d55e00", "#8c959f"  # Okabe & Ito's blue and vermilion: far apart in grey too
 _LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1.5, 1.5)), (0, (4, 1, 1, 1)))
@@ -104,20 +104,15 @@ class _Run:
         }
 
     def resamplings(self) -> list[tuple[float, int]]:
-        """Tokens and the number of features, of each time that dead features were made anew."""
         rows = [row for row in self.rows if row.get("event") == "resampled"]
         return [(row["tokens"] / self.divisor, int(row["n_features"])) for row in rows]
 
 
 def save_training_figure(folder: Path) -> Path:
-    """Draw the curves of a training, beside its metrics.jsonl, as training.svg and training.png; the latter's path.
+    """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
 
-    A panel for each metric that was measured. Lines are training batches, dots are held-out text.
-
-    Raises:
-        NotFound: The folder has no metrics.jsonl.
-        EmptySelection: Nothing has been measured yet.
-        BadFile: The metrics.jsonl is damaged, or the figure cannot be written.
+    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing has
+    been measured, BadFile if it is damaged or the figure cannot be written.
     """
     import matplotlib
 
@@ -143,7 +138,6 @@ def save_training_figure(folder: Path) -> Path:
 
 
 def _draw(run: _Run, panels: list[_Panel]) -> Any:
-    """A matplotlib figure of all panels, laid out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -174,7 +168,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
     for tokens, _ in run.resamplings():
         ax.axvline(tokens, color=_EVENT, linewidth=0.8, linestyle=(0, (1.5, 2)), zorder=1)
     measured, held_out = run.series(panel.metric, "train"), run.series(panel.metric, "evaluation")
-    # The total is broad and below, so that a part that makes up nearly all of it shows.
+    # The total is a broad line at the back, so that a part that nearly equals it stays visible.
     look: dict[str, Any] = {"color": _INK, "linewidth": 2.0} if panel is _LOSS else {"color": _TRAIN}
     drawn = _curve(ax, measured, label="total" if panel is _LOSS else panel.title, **look)
     parts = run.parts() if panel is _LOSS else {}
@@ -194,7 +188,7 @@ def _draw_panel(ax: Any, panel: _Panel, run: _Run) -> None:
 
 
 def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> list[float]:
-    """Draw a curve (a dot where there is but one value); the finite values."""
+    """Draw a curve (a dot for a single value); the finite values."""
     finite = [value for value in series[1] if math.isfinite(value)]
     if finite:
         dot = {"marker": "o", "markersize": 3.5} if len(finite) == 1 else {}
@@ -203,7 +197,6 @@ def _curve(ax: Any, series: tuple[list[float], list[float]], **look: Any) -> lis
 
 
 def _scale(ax: Any, panel: _Panel, values: list[float]) -> None:
-    """Scale, limits, ticks and grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     positive = sorted(v for v in values if v > 0)
@@ -247,7 +240,6 @@ def _end(run: _Run, panel: _Panel) -> str:
 
 
 def _legend(figure: Any, run: _Run) -> None:
-    """What lines, dots and marks mean, below all panels."""
     from matplotlib.lines import Line2D
 
     handles = []

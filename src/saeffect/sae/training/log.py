@@ -1,4 +1,4 @@
-"""What a training says while it runs: a line that a person can read, and one of metrics.jsonl."""
+"""What a training reports while it runs: lines of progress for people, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ _STALL = 10.0  # so many times slower than the median interval: the machine slep
 class TrainingLog:
     """metrics.jsonl, lines of progress and, if wanted, Weights & Biases or TensorBoard. A context manager.
 
-    Each line of metrics.jsonl is an object: "step" (the step that is done, from 0), "tokens" (seen by then),
-    "kind" ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and
-    the metrics; a metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step`
-    on, left by a run that was stopped, are dropped; `batch_size` is over all processes.
+    Each line of metrics.jsonl is an object: "step" (the finished step, from 0), "tokens" (seen by then), "kind"
+    ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and the metrics; a
+    metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step` on, left by a run
+    that was stopped, are dropped; `batch_size` is over all processes.
 
     Raises:
         UnknownName, NotFound: There is no such logger, or its package is not installed.
-        BadFile: The folder cannot be written (any more), or its metrics.jsonl is damaged before its last line.
+        BadFile: The folder cannot be written, or its metrics.jsonl is damaged before its last line.
         ConfigError: The logger refuses.
 
     Example:
@@ -109,16 +109,13 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close both; a logger's trouble at the end is said, not raised."""
+        """Close both; a logger's failure to close is reported, not raised."""
         if self._file is not None:
             self._file.close()
         self._close_logger(failed=kind is not None)
 
     def metrics(self, step: int, row: Mapping[str, float], *, kind: Literal["train", "evaluation"] = "train") -> None:
-        """Record and say what was measured after a step, on the batch just trained on or on held-out text.
-
-        The line of progress and the figure know "loss" (the total), its parts, and the names in `_SHOWN`.
-        """
+        """Record what was measured after a step; lines and figure use "loss", its parts, and the names in `_SHOWN`."""
         if kind == "train":
             self._pace.mark(step + 1)
         seconds = self._record(step, kind, row)
@@ -129,7 +126,7 @@ class TrainingLog:
             self._log(progress_line(head, row, self._time_words(step + 1, seconds)))
 
     def event(self, step: int, event: str, **numbers: float) -> None:
-        """Record and say something that happened after a step: `event(999, "resampled", n_features=12)`."""
+        """Record and report an event after a step: `event(999, "resampled", n_features=12)`."""
         self._record(step, "event", numbers, event=event)
         said = [
             f"{_short(value)} {name[2:]}" if name.startswith("n_") else f"{name} {_short(value)}"
@@ -138,7 +135,7 @@ class TrainingLog:
         self._log(f"step {step + 1:,}/{self._total:,}  {event} {', '.join(said)}".rstrip())
 
     def pause(self) -> AbstractContextManager[None]:
-        """While the block lasts, time does not count for tokens/s: `with log.pause(): evaluate()`."""
+        """While the block runs, time does not count for tokens/s: `with log.pause(): evaluate()`."""
         return self._pace.pause()
 
     def _record(self, step: int, kind: str, numbers: Mapping[str, Any], **more: str) -> float:
@@ -158,7 +155,7 @@ class TrainingLog:
         assert self._file is not None
         data = line.encode()
         try:
-            # One unbuffered write, so that a kill or a full disk can tear no line but the last.
+            # One unbuffered write, so that a kill or a full disk can only damage the last line.
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -192,7 +189,7 @@ class TrainingLog:
 
 
 def loss_parts(names: Iterable[str]) -> dict[str, str]:
-    """Those of the names that are parts of the loss, which add up to it, and what a reader calls each.
+    """Those of the names that are parts of the loss (they add up to it), and their labels.
 
     Example:
         >>> loss_parts(["l0", "auxiliary", "mse", "loss", "inner_mse_64"])
@@ -210,7 +207,7 @@ def loss_parts(names: Iterable[str]) -> dict[str, str]:
 
 
 def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ()) -> str:
-    """One line of progress, of what the row holds.
+    """One line of progress.
 
     Example:
         >>> progress_line("step 30/90", {"loss": 12.3, "mse": 10.1, "l1": 2.2, "l0": 54.31, "dead": 12}, ["9 s left"])
@@ -229,11 +226,9 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or of the one in a folder; a torn last line, left by a kill, is no row.
+    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill.
 
-    Raises:
-        NotFound: There is no such file.
-        BadFile: It cannot be read, or a line before the last is no row of metrics.
+    NotFound if there is none; BadFile if it cannot be read, or a line before the last is damaged.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path
@@ -284,8 +279,8 @@ def _short(value: float) -> str:
 class Pace:
     """How fast steps go, lately, and how long the rest of `total` takes, `first` of which were done before.
 
-    The rate leaves out pauses that are announced, and intervals in which the machine plainly stood still. The
-    time that is left counts announced pauses in the share they had so far, since there are more to come.
+    The rate leaves out announced pauses, and intervals in which the machine was suspended. The time left includes
+    announced pauses in their share so far.
 
     Example:
         >>> clock = iter([0.0, 10.0]); pace = Pace(100, 0, now=lambda: next(clock)); pace.mark(20)
@@ -300,7 +295,6 @@ class Pace:
         self.start()
 
     def start(self) -> None:
-        """Begin to count now."""
         self._started, self._paused = self._now(), 0.0
         self._marks = deque([(self._first, 0.0)])
 
@@ -318,7 +312,6 @@ class Pace:
             self._paused += self._now() - begun
 
     def mark(self, done: int) -> None:
-        """So many steps are done."""
         active = self.seconds() - self._paused
         if done <= self._marks[-1][0]:
             return
@@ -327,7 +320,7 @@ class Pace:
             self._marks.popleft()
 
     def steps_per_second(self) -> float:
-        """Over about the last minute; NaN as long as it is not known."""
+        """Over about the last minute; NaN while unknown."""
         marks = list(self._marks)
         intervals = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
         if not intervals:
@@ -338,7 +331,7 @@ class Pace:
         return sum(steps for steps, _ in intervals) / seconds if seconds > 0 else math.nan
 
     def seconds_left(self) -> float:
-        """Until the last step; NaN as long as it is not known."""
+        """Until the last step; NaN while unknown."""
         done = self._marks[-1][0]
         rate = self.steps_per_second()
         if not rate > 0:
@@ -347,7 +340,7 @@ class Pace:
 
 
 def duration(seconds: float) -> str:
-    """A stretch of time in the units that people use.
+    """A time in the units that people use.
 
     Example:
         >>> [duration(s) for s in (45, 59.6, 720, 12000, 7200, 300_000)]

@@ -37,29 +37,24 @@ class MetricsLogger(Protocol):
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a logger is told about the training. It keeps its files below the SAE's folder."""
+    """The training that a logger records. The logger's files go below the SAE's folder."""
 
     folder: Path
     config: Mapping[str, Any]
     first_step: int = 0  # steps done before this process; more than 0 when a stopped run goes on
-    earlier: Iterable[Mapping[str, Any]] = field(default=())  # told again to a logger that was not there then
+    earlier: Iterable[Mapping[str, Any]] = field(default=())  # sent again to a logger that did not exist then
 
     @property
     def name(self) -> str:
-        """What the run is called: like its folder."""
         return self.folder.resolve().name
 
     def plain_config(self) -> dict[str, Any]:
-        """The hyperparameters as JSON knows them; what it does not know becomes text."""
+        """The hyperparameters for JSON; other values become text."""
         return json.loads(json.dumps(dict(self.config), default=str))
 
 
 def check_logger(name: str) -> None:
-    """Refuse a logger that cannot be used, before anything heavy starts.
-
-    Raises:
-        UnknownName, NotFound: There is no such logger, or its package is not installed.
-    """
+    """Refuse an unknown logger (UnknownName), or one whose package is not installed (NotFound)."""
     if name not in get_args(LoggerName):
         raise unknown_name("logger", name, get_args(LoggerName), at="logger")
     if name == "none":
@@ -77,9 +72,7 @@ def check_logger(name: str) -> None:
 def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
     """The logger of that name, ready for rows; None for "none".
 
-    Raises:
-        ConfigError: Weights & Biases does not let the run begin.
-        BadFile: The folder's record of the run to continue is damaged, or nothing can be written there.
+    ConfigError if Weights & Biases refuses; BadFile if the record of the run to continue is damaged or unwritable.
     """
     try:
         if name == "wandb":
@@ -98,11 +91,7 @@ def _curves(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _WeightsAndBiases:
-    """A run at Weights & Biases, or with WANDB_MODE=offline in the folder; a resumed training continues it.
-
-    A row goes out when a later step's comes, because rows of one step are one row there. Rows of a step
-    that the server already has are ignored by it.
-    """
+    """A run at Weights & Biases, or offline in the folder (WANDB_MODE); a row is sent once a later step's comes."""
 
     def __init__(self, run: TrainingRun, log: Log) -> None:
         import wandb
@@ -146,7 +135,7 @@ class _WeightsAndBiases:
 
 
 def _run_id(path: Path) -> str | None:
-    """The id of the run to continue; None where none was recorded."""
+    """The id of the run to continue; None if none was recorded."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()

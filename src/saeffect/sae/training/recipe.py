@@ -1,4 +1,4 @@
-"""From text and a model to SAEs with their model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
+"""From text and a model to SAEs with model cards: what `saeffect train-sae` runs. Read `train_from_recipe`."""
 
 from __future__ import annotations
 
@@ -45,22 +45,19 @@ def train_from_recipe(
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    Stopped at any moment, the same call goes on from there. Under `torchrun` every process calls it; the first
-    one speaks, measures and writes.
+    If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs, measures and writes.
 
     Args:
-        recipe: What to train.
         out: Folder for the SAE; for several, of their folders.
         work: Folder for activations; arms with the same model share them.
         logger: Where metrics go besides metrics.jsonl.
-        log: Receives lines of progress.
 
     Returns:
-        The measurements that the model card shows; of several SAEs, one such mapping by name.
+        The measurements in the model card; of several SAEs, one such mapping by name.
 
     Raises:
-        SaeffectError: What is wrong; nothing was written if it could be known before the harvest.
-        Interrupted: Ctrl-C; the message says how to go on.
+        SaeffectError: Anything wrong; where possible before the harvest, and then nothing is written.
+        Interrupted: Ctrl-C; the message says how to resume.
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
@@ -85,7 +82,7 @@ def train_from_recipe(
         alone = recipe.of_one(name)
         if not card_is_current(alone, job.out):
             with job.folder(data.source.identity()).held():
-                # Measured on what was saved, rounding to half precision included.
+                # Measured on the saved SAE, rounding to half precision included.
                 write_card(alone, job.out, data.at_the_end(load_sae(job.out)), log=log)
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
@@ -93,14 +90,9 @@ def train_from_recipe(
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone: every SAE of this model, hook and text then trains from these shards.
+    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations.
 
-    Returns:
-        The folders of training and held-out activations.
-
-    Raises:
-        ConfigError: The recipe streams its activations.
-        SaeffectError: As `train_from_recipe`.
+    ConfigError if the recipe streams its activations; else as `train_from_recipe`.
     """
     if recipe.activations == "streamed":
         raise ConfigError(
@@ -117,13 +109,9 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
-    """Packed rows from each source in turn: training rows, or those of the held-out documents.
+    """Packed rows from each source in turn, of training or held-out documents; SaeffectError if a source fails.
 
-    The documents are shuffled, unless the activations are streamed: the text may then be larger than memory, and
-    held-out documents are taken in the order in which they come.
-
-    Raises:
-        SaeffectError: A source cannot be read, or has too little text.
+    Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
     """
     wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
     if wanted is None:
@@ -171,7 +159,7 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Activations to train on, and what SAEs are measured on."""
+    """Activations to train on, and the data on which SAEs are measured."""
 
     recipe: SaeRecipe
     lm: LanguageModel
@@ -182,13 +170,12 @@ class _Data:
     text: str  # SHA-256 of the training text
 
     def while_training(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """The measures that are followed during training, on a part of the held-out text."""
+        """The measures taken during training, on a part of the held-out text."""
         found = self._measure(sae, self.recipe.evaluation_tokens, self.recipe.evaluation_rows)
         names = ("explained_variance", "l2_ratio", "l0", "mean_log10_density", "ce_loss_score")
         return {"dead": round(found["dead_share"] * sae.cfg.d_sae)} | {name: found[name] for name in names}
 
     def at_the_end(self, sae: SparseAutoencoder) -> dict[str, float]:
-        """All measures, on all of it."""
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
@@ -229,7 +216,6 @@ def _activations(
 
 
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
-    """What cfg.json says about where the SAE comes from."""
     a_pass = recipe.tokens_a_pass
     seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
     found = {
@@ -257,11 +243,11 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
     return found
 
 
-# What can be wrong, found before anything heavy starts and before anything is written.
+# Checks before anything heavy starts and before anything is written.
 
 
 def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> None:
-    """Whatever can be seen without the model's weights: logger, texts, and `init_from`, hook and rows by its size."""
+    """Checks that need no weights: logger, texts, and `init_from`, hook and rows by the model's sizes."""
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
@@ -295,7 +281,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
 
 
 def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
-    """What the loaded model can tell: whether it has the hook, and `init_from` fits."""
+    """Checks on the loaded model: whether it has the hook, and `init_from` fits."""
     parse_hook(recipe.hook, lm.n_layers, at="hook")
     try:
         with edited(lm, recipe.hook, lambda x: x):
@@ -305,7 +291,7 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
         raise
     for place, config in _places(recipe):
         if config.init_from is not None:
-            # The same copy that training begins with, so that nothing can go wrong there that did not here.
+            # The same copy as at the start of training, so that it cannot fail there.
             sae = new_sae(config, lm.d_model)
             copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
 
@@ -313,7 +299,7 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
 def _refuse_before_harvest(
     recipe: SaeRecipe, lm: LanguageModel, rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
 ) -> None:
-    """What the tokenised text can tell: whether there is a batch, and room for the activations on disk."""
+    """Checks on the tokenised text: whether there is a batch, and disk space for the activations."""
     most = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
     if most is not None and most < recipe.sae.batch_size:
         raise EmptySelection(
@@ -326,7 +312,7 @@ def _refuse_before_harvest(
 
 
 def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
-    """Refuse folders, by the option that gave them, that could not be made or written, without making them."""
+    """Refuse folders, by their option, that could not be made or written, without making them."""
     for option, folder in folders.items():
         there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
         if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
@@ -336,5 +322,4 @@ def _refuse_unwritable_folders(folders: Mapping[str, Path]) -> None:
 
 
 def _places(recipe: SaeRecipe) -> Iterable[tuple[str, SaeTrainingConfig]]:
-    """Key of the recipe and what it says, of each SAE."""
     return [(f"saes.{name}" if name else "sae", config) for name, config in recipe.trainings().items()]

@@ -1,4 +1,4 @@
-"""One SAE under way: how it begins and goes on, its checkpoints, what is measured, and what is saved at the end."""
+"""One SAE in training: how it begins and resumes, its checkpoints, what is measured, and what is saved at the end."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ _LEAVES = (WEIGHTS, _CFG, SPARSITY, METRICS_FILE, *FIGURES, "training.json", "RE
 
 @dataclass(frozen=True)
 class SaeJob:
-    """One SAE to train, and its folder."""
-
     config: SaeTrainingConfig
     out: Path
     metadata: Mapping[str, Any] = field(default_factory=dict)  # where the activations come from; kept in cfg.json
@@ -51,7 +49,7 @@ class SaeJob:
         TrainingFolder(self.out, "", _LEAVES).refuse_strangers()
 
     def complete(self, activations: str) -> None:
-        """In the folder of a finished SAE: make again what needs no training, and clear away what a kill left."""
+        """In the folder of a finished SAE: make again what needs no training, and remove half-written files."""
         folder = self.folder(activations)
         cfg = (folder.note() or {}).get("cfg")
         damaged = isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and not _says(self.out / _CFG, cfg)
@@ -66,7 +64,7 @@ class SaeJob:
                 folder.checkpoint.drop_all()
 
     def _made_by(self, activations: str) -> str:
-        """Fingerprint of everything that decides the weights; how often things are written does not."""
+        """Fingerprint of everything that decides the weights, without how often things are written."""
         config = self.config.model_dump(
             mode="json",
             exclude={"metrics_every", "evaluate_every", "checkpoint_every", "keep_checkpoints", "init_from"},
@@ -95,7 +93,7 @@ def _says(path: Path, cfg: dict[str, Any]) -> bool:
 
 
 class SaeRun:
-    """One job under way; inputs are multiplied by `scale`."""
+    """One job in training; inputs are multiplied by `scale`."""
 
     def __init__(self, job: SaeJob, source: ActivationSource, total_steps: int, scale: float) -> None:
         config = job.config
@@ -111,7 +109,6 @@ class SaeRun:
         self.checkpoint = self.folder.checkpoint
 
     def restore(self, step: int) -> None:
-        """Go back to a checkpoint; as `Checkpoint.restore` raises."""
         self.checkpoint.restore(self.trainer.leaves, self.trainer.optimizer, self._state(), step=step)
 
     def save_checkpoint(self, position: Position) -> None:
@@ -123,7 +120,7 @@ class SaeRun:
         )
 
     def check(self, report: StepReport, step: int) -> None:
-        """Refuse to go on from a loss or a gradient's norm that is not finite."""
+        """Refuse a loss or a gradient's norm that is not finite."""
         clipped = self.job.config.clip_gradient_norm is not None
         if not math.isfinite(report.loss):
             raise self._diverged(f"the loss became {report.loss}", step)
@@ -131,7 +128,7 @@ class SaeRun:
             raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
 
     def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
-        """What is due after a step: a line of metrics, a measurement on held-out text, a note of resampled features.
+        """After a step, write what is due: metrics, a measurement on held-out text, a note of resampled features.
 
         `x` is the whole batch, unscaled; `evaluate` measures an SAE in unscaled units.
         """
@@ -146,7 +143,7 @@ class SaeRun:
             log.metrics(step, measured, kind="evaluation")
 
     def finish(self) -> None:
-        """Save the SAE, draw the curve, and note that this is done; the checkpoints stay."""
+        """Save the SAE, draw the curve, and note that the training is done; the checkpoints stay."""
         self._refuse_broken(self.trainer.total_steps - 1)
         out = self.job.out
         save_sae(self._folded(), out, dtype=self.job.dtype, sparsity=self.trainer.log10_density().cpu())
@@ -157,7 +154,6 @@ class SaeRun:
         return self.trainer.state() | {"next_batch": self.next_batch}
 
     def _folded(self) -> SparseAutoencoder:
-        """A copy in unscaled units, in the form that is saved."""
         trained = self.trainer.sae
         twin = new_sae(self.job.config, trained.cfg.d_in)
         twin.load_state_dict(trained.state_dict())
@@ -180,7 +176,7 @@ class SaeRun:
         }
 
     def _refuse_broken(self, step: int) -> None:
-        """A checkpoint of weights that are not finite would be of no use, and push a good one out."""
+        """Refuse to save weights that are not finite: they would replace a good checkpoint."""
         for name, leaf in self.trainer.leaves.items():
             if not math.isfinite(float(leaf.detach().sum())) and not torch.isfinite(leaf).all():
                 raise self._diverged(f"{name} became NaN or infinite", step)
@@ -198,8 +194,8 @@ def copy_weights(
 ) -> None:
     """Copy the weights of an SAE on disk into one that is about to be trained on scaled inputs.
 
-    Every feature keeps its index, so that SAEs of different arms line up. The source may be of another architecture:
-    at inference all are JumpReLU SAEs with particular thresholds, and what the new one can express of it is kept:
+    Every feature keeps its index, so that SAEs of different arms line up. The source may have another architecture;
+    what can be kept of it is:
 
     | from \\ to | standard, topk | batchtopk, matryoshka | jumprelu | gated |
     |---|---|---|---|---|
@@ -212,14 +208,10 @@ def copy_weights(
     Args:
         source: Folder of an SAE that takes unscaled activations, in any format that `load_sae` reads.
         sae: Changed in place, buffers and leaves included; a JumpReLU SAE must have its starting thresholds.
-        scale: What inputs are multiplied by in training: biases and thresholds grow by it, so that `fold_scale`
-            after no step at all gives the source again.
+        scale: Factor of the inputs in training: biases and thresholds grow by it (`fold_scale` undoes that).
         unit_decoder: Whether training keeps decoder rows at length 1; see `TrainableSae.start_from`.
-        at: For errors.
 
-    Raises:
-        IncompatibleSae: Another d_in or d_sae, or a source that normalises or centres its inputs as `sae` does not.
-        SaeffectError: The source cannot be loaded.
+    IncompatibleSae: another d_in or d_sae, or a source that normalises or centres inputs as `sae` does not.
     """
     loaded = load_sae(source, at=at)
     fixes = {

@@ -49,7 +49,6 @@ class StepReport:
 
     @property
     def loss(self) -> float:
-        """What was minimised."""
         return sum(self.losses.values())
 
 
@@ -85,11 +84,8 @@ class TrainingStep:
     def __call__(self, step: int, x: Tensor, n_tokens: int | None = None, *, stop: bool = False) -> StepReport:
         """Move step number `step`, from 0.
 
-        Args:
-            step: Its number.
-            x: This process's part of the batch, scaled, float32 `[n, d_in]`.
-            n_tokens: Tokens of the whole batch; `n` without other processes.
-            stop: This process was asked to stop; the report says whether any was.
+        `x` is this process's part of the batch, scaled, float32 `[n, d_in]`; `n_tokens` counts the whole batch. `stop`:
+        this process was asked to stop; the report says whether any was.
         """
         n_tokens = len(x) if n_tokens is None else n_tokens
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate_factor(
@@ -143,7 +139,7 @@ class TrainingStep:
         self.tokens_counted[0] += n_tokens
 
     def _resample(self, step: int, x: Tensor, sae_out: Tensor) -> int:
-        """Close the window of counts if it is full, and start dead features anew if it is time; how many."""
+        """Close the window of counts if it is full, and resample dead features if due; how many."""
         config, n_resampled = self.config, 0
         if (step + 1) % config.dead_window:
             return 0
@@ -162,9 +158,7 @@ class TrainingStep:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> float:
-    """Norm of gradients taken together: what `torch.nn.utils.clip_grad_norm_` finds.
-
-    Lengths are taken row by row, which goes at the memory's speed and adds up less rounding.
+    """Norm of all gradients together, as in `torch.nn.utils.clip_grad_norm_`; row by row: fast, and with less rounding.
 
     Example:
         >>> gradient_norm([torch.tensor([[3.0, 0.0], [0.0, 4.0]]), torch.tensor([12.0])])
@@ -175,7 +169,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> float:
 
 
 def rate_factor(step: int, total: int, config: SaeTrainingConfig) -> float:
-    """What the learning rate is multiplied by at a step: a rise, a plateau, a fall.
+    """The factor of the learning rate at a step: a rise, a plateau, a fall.
 
     Example:
         >>> config = SaeTrainingConfig(warmup_share=0.2, decay_share=0.5)
@@ -208,22 +202,16 @@ def penalty_coefficient(step: int, total: int, config: SaeTrainingConfig) -> flo
 def resample(
     sae: TrainableSae, optimizer: torch.optim.Optimizer, dead: Tensor, x: Tensor, sae_out: Tensor, *, seed: int
 ) -> None:
-    """Start dead features anew at inputs that the SAE rebuilds badly, and forget the optimizer's moments of them.
+    """Restart dead features at inputs that the SAE rebuilds badly, and reset the optimizer's moments of them.
 
-    Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the
-    input's direction with the mean length of living rows, the encoder row the same direction a fifth as long
-    as living rows, and every number that the architecture keeps for a feature (bias, threshold) zero.
+    Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the input's
+    direction with the mean length of living rows, the encoder row the same direction a fifth as long as living rows,
+    and every other number of the feature (bias, threshold) zero.
 
-    Args:
-        sae: Changed in place.
-        optimizer: Over the SAE's leaves.
-        dead: Indices, int64 `[n_dead]`.
-        x: Scaled inputs of this process, float32 `[n, d_in]`.
-        sae_out: Their reconstructions.
-        seed: Of the draw; the same on every process, as is the outcome.
+    `dead` are int64 `[n_dead]`; `x` this process's scaled inputs, float32 `[n, d_in]`, and `sae_out` their
+    reconstructions. The `seed`, and so the outcome, is the same on every process.
 
-    Source:
-        Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
+    Source: Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
     if not len(dead):
         return

@@ -36,7 +36,6 @@ def train_sae(
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> SparseAutoencoder:
-    """Train one SAE: `train_saes` with one job."""
     job = SaeJob(config, Path(out), metadata, dtype)
     return train_saes(source, [job], evaluate=evaluate, logger=logger, log=log)[0]
 
@@ -51,30 +50,27 @@ def train_saes(
 ) -> list[SparseAutoencoder]:
     """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
 
-    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of
-    the training beside them. A run that was stopped, also with `kill -9`, continues from its last checkpoint
-    and ends with the same weights; one that is finished is not repeated. Under `torchrun` each process takes
-    its share of every batch, and the first one measures and writes, to folders that all of them see.
+    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of the
+    training. A run that was stopped, also with `kill -9`, resumes from its last checkpoint and ends with the same
+    weights; a finished one is not repeated. Under `torchrun` each process takes its share of every batch; the first one
+    measures, logs and writes, to folders that all processes share.
 
     Args:
-        source: Activations.
         jobs: They share batch size, number of steps and order of the data.
-        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps; called in
-            the first process alone.
+        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
         logger: Where metrics go besides metrics.jsonl.
-        log: Receives lines of progress, in the first process.
 
     Returns:
         The SAEs as they were saved, in the order of the jobs.
 
     Raises:
-        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or
-            jobs that cannot share batches or folders.
+        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs
+            that cannot share batches or folders.
         EmptySelection: Fewer activations than one batch.
-        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be
-            read; a folder cannot be written.
+        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be read; a
+            folder cannot be written.
         InUse: Another process trains into one of the folders.
-        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to go on.
+        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to resume.
     """
     log = log if is_first() else SILENT
     todo = [job for job in jobs if not _is_finished(job, source, log)]
@@ -150,7 +146,7 @@ def _train(
 
 
 def _finish(runs: Sequence[SaeRun]) -> None:
-    """Save every SAE before the first checkpoint goes: a kill in between repeats what is missing, no more."""
+    """Save every SAE before deleting the first checkpoint, so that a kill in between loses nothing."""
     if is_first():
         for run in runs:
             run.finish()
@@ -160,7 +156,7 @@ def _finish(runs: Sequence[SaeRun]) -> None:
 
 
 def _save_checkpoints(runs: Sequence[SaeRun], position: Position) -> None:
-    """Checkpoints of all runs, and only then no more of the old ones: there is always a step that all have."""
+    """Save all runs' checkpoints, and only then delete old ones: there is always a step that all have."""
     if is_first():
         for run in runs:
             run.save_checkpoint(position)
@@ -191,7 +187,6 @@ def _total_steps(source: ActivationSource, config: SaeTrainingConfig, world: int
 
 
 def _refuse_unlike(jobs: Sequence[SaeJob]) -> None:
-    """Refuse jobs that cannot be trained side by side."""
     for job in jobs[1:]:
         if unlike := job.config.unlike(jobs[0].config):
             key, mine, first = unlike
@@ -217,7 +212,6 @@ def _too_few(batch_size: int) -> EmptySelection:
 def _batches(
     source: ActivationSource, config: SaeTrainingConfig, total: int, start: Position
 ) -> Iterator[tuple[Position, Tensor]]:
-    """Batches from a position on, until the steps are done."""
     step, epoch, index = start.step, start.epoch, start.index
     while step < total:
         before = step
@@ -232,7 +226,7 @@ def _batches(
 
 
 def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
-    """Take all runs back to the newest step that each has a readable checkpoint of; where to go on."""
+    """Return all runs to the newest step of which each has a readable checkpoint; where to resume."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
     # Each process reads the checkpoints that the first one wrote.
     seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
@@ -255,7 +249,6 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
 
 
 def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
-    """Restore all runs; the error if any process could not."""
     mine = None
     try:
         for run in runs:
@@ -269,7 +262,6 @@ def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
-    """One log a run in the process that writes; none in the others."""
     for run in runs if is_first() else ():
         name = run.job.out.resolve().name
         yield TrainingLog(
