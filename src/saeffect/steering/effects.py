@@ -187,7 +187,7 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
 def _pairs(
     trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair (direct outcomes: one a prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
+    """An outcome by pair (direct ones: by prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
     columns = [UNSTEERED, STEERED, placebo]
     source = trials
     if measure.direct:

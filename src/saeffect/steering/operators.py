@@ -1,4 +1,4 @@
-"""Operators, which change activations `[rows, positions, d_model]` row by row, and interventions, which position them."""
+"""Operators change activations `[rows, positions, d_model]` row by row; interventions say at which positions."""
 
 from __future__ import annotations
 
