@@ -23,7 +23,7 @@ _CANDIDATES = 16  # features that fire most often where it fired, to build its d
 _MAX_PARENTS = 4  # of those, the most that may be needed
 _MIN_ACTIVE = 10  # tokens on which the feature must have fired
 _MIN_COACTIVE = 5  # tokens that a candidate must share with it
-_MIN_LIFT = 2.0  # times as often as elsewhere a candidate must fire there: one that fires everywhere stands for nothing
+_MIN_LIFT = 2.0  # times as often as elsewhere a candidate must fire there: one that fires everywhere explains nothing
 _MIN_RECALL = 0.5  # share of its tokens on which a parent must fire
 _MIN_COSINE = 0.6  # between its decoder row and the best sum (no negative weights) of the parents' rows
 _ALPHA = 0.05  # highest p of that cosine among those of other features' rows and the same candidates
@@ -46,15 +46,13 @@ def absorption(
 ) -> pd.DataFrame:
     """Look for the parents of control features without a counterpart (idea: Chanin et al. 2024, A is for Absorption).
 
-    The SAEs need firing logs of the same tokens; `seed` is for the draw of features to compare with.
-
-    Returns:
-        One row a feature, in the order given: `feature`; `n_active`, tokens on which it fired; `absorbed`;
-        `absorbed_by`, treatment features, the largest part first; `weights` of their unit rows in the sum; `recall`,
-        the share of its tokens on which any of them fires; `recall_each`; `chance_recall`, `recall` if each fired
-        independently at its overall density; `cosine` of the sum with its decoder row; `cosine_p`, rank of that cosine
-        among those of other control features built from the same candidates; `reason`, why it is not called absorbed.
-        Numbers are NaN where it fired too seldom or nothing fires with it.
+    The SAEs need firing logs of the same tokens; `seed` is for the draw of features to compare with. One row a feature,
+    in the order given: `feature`; `n_active`, tokens on which it fired; `absorbed`; `absorbed_by`, treatment features,
+    the largest part first; `weights` of their unit rows in the sum; `recall`, the share of its tokens on which any of
+    them fires; `recall_each`; `chance_recall`, `recall` if each fired independently at its overall density; `cosine` of
+    the sum with its decoder row; `cosine_p`, rank of that cosine among those of other control features built from the
+    same candidates; `reason`, why it is not called absorbed. Numbers are NaN where it fired too seldom or nothing fires
+    with it.
 
     Raises `ShapeMismatch` if the logs are missing or of different text, or the decoders differ in width.
     """

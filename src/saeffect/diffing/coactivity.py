@@ -39,10 +39,7 @@ class FiringLog:
         self._values: list[npt.NDArray[np.float32]] = []
 
     def update(self, feature_acts: Tensor) -> None:
-        """Add tokens: `feature_acts` [n, d_sae], any float dtype; values at or below 0 are inactive.
-
-        Raises `ShapeMismatch` for another shape, `BadFile` for NaN or infinite activations.
-        """
+        """Add tokens: `feature_acts` [n, d_sae], any float dtype; `ShapeMismatch`, or `BadFile` if not finite."""
         if feature_acts.ndim != 2 or feature_acts.shape[1] != self.d_sae:
             raise ShapeMismatch(
                 f"feature_acts must be [n, {self.d_sae}]. Got {list(feature_acts.shape)} instead.", at="feature_acts"

@@ -57,7 +57,7 @@ class Fates:
             similarity alone, the same rule for both SAEs; their difference `excess` with its interval `low`, `high`;
             `n_features`; `reason`. An excess can show even where seeds match too poorly to call single features gone.
         drift: Median drop over control features. Far above the margin: the treatment's SAE matches worse as a whole,
-            which with a single placebo cannot be told from a poor seed.
+            which with a single placebo may be a poor seed.
     """
 
     control: pd.DataFrame

@@ -18,7 +18,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 NO_MATCH = -1
-"""Stands for a feature number where there is no neighbour."""
+"""In place of a feature number: no neighbour."""
 
 _ROWS = 1024  # of `a` in one matrix product
 # Neighbours kept beyond those asked for, since ranks are settled in float64 after a search in float32.

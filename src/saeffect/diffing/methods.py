@@ -68,10 +68,7 @@ def table_names() -> list[str]:
 
 
 def measure_all(pair: ModelPair) -> dict[str, pd.DataFrame]:
-    """The tables of every registered method, by name; those that could not be made are left out.
-
-    Raises `BadFile` if a method's table lacks a common column, or is not among those it names.
-    """
+    """The tables of every method that could be made, by name; `BadFile` for an undeclared one or a missing column."""
     tables: dict[str, pd.DataFrame] = {}
     for name, method in METHODS.items():
         found = {key: table for key, table in method.measure(pair).items() if len(table.columns)}

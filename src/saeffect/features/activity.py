@@ -109,10 +109,8 @@ class ExampleCollector:
     """Keeps, for every feature, the `n_examples` sequences that activate it most.
 
     A sequence counts once, at its highest position (the first of equals); of equal peaks the earlier sequence is kept.
-    Memory: `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids.
-
-    Args:
-        window: Tokens of context before the peak; `window // 3` follow it. Both stop at the sequence's ends.
+    `window` tokens of context before the peak are kept and `window // 3` after it, both within the sequence. Memory:
+    `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids.
 
     Raises `ConfigError`: `n_examples` is below 1, or `window` below 0.
 

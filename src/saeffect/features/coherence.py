@@ -53,17 +53,12 @@ def coherence_score(
 
 
 def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> pd.DataFrame:
-    """Coherence of every feature of a table, see `coherence_score`.
+    """Coherence of every feature of a table, see `coherence_score`; one row a feature, with the index of `features`.
 
-    Args:
-        features: Columns `feature`, `top_tokens` (lists of str), `top_weights` (lists of float, as long).
-
-    Returns:
-        One row a feature, with the index of `features`: feature; coherence, NaN where fewer than two tokens are known,
-        a weight of a known token is not finite, or the products of weights vanish, cancel or overflow; n_known, the top
-        tokens with an embedding; reason, "" where coherence is defined.
-
-    Raises `BadFile`: a column is missing; otherwise as `coherence_score`.
+    `features` has columns `feature`, `top_tokens` (lists of str) and `top_weights` (lists of float, as long). Gives
+    feature; coherence, NaN where fewer than two tokens are known, a weight of a known token is not finite, or the
+    products of weights vanish, cancel or overflow; n_known, the top tokens with an embedding; reason, "" where
+    coherence is defined. Raises `BadFile` if a column is missing; otherwise as `coherence_score`.
     """
     _require_columns(features, "feature", "top_tokens", "top_weights")
     vectors = _loaded(embeddings)
@@ -113,7 +108,6 @@ def _loaded(embeddings: str | Path | WordVectors) -> WordVectors:
 
 
 def _strings(tokens: Sequence[str]) -> Sequence[str]:
-    """The tokens, after checking that each is a string."""
     if isinstance(tokens, str | bytes) or not hasattr(tokens, "__len__"):
         wrong: list[object] = [tokens]
     else:

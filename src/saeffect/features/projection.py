@@ -120,7 +120,6 @@ def project_both(
 def _stream(
     W_dec: Tensor, W_U: Tensor, top_k: int, wanted: tuple[str, ...], valid: Tensor | None, chunk: int, dtype: str
 ) -> dict[str, Projection]:
-    """Every wanted scale from one pass over the features."""
     _check_shapes(W_dec, W_U, valid, chunk)
     W_dec, W_U = W_dec.detach(), W_U.detach()
     _check_finite(W_U, "W_U")
@@ -195,10 +194,7 @@ class TileMoments:
         self._sums[:, :n] += torch.stack([second, third, fourth])
 
     def result(self, rows: Rows, change: Tensor) -> Tensor:
-        """Mean, std, skewness and kurtosis of the rows whose tiles were added: float64 [4, r].
-
-        `change` [4, r] is added to the sums of the first four powers, see `TopTokens.find`.
-        """
+        """Mean, std, skewness and kurtosis, float64 [4, r]; `change` [4, r] as `TopTokens.find` gives it."""
         tiles = self._tiles
         if self._covariance is None:
             change = torch.zeros_like(change)  # float32 needs none, and so does not depend on what was looked for

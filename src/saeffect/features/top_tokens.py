@@ -30,7 +30,7 @@ __all__ = ["Rows", "TopTokens", "UnembeddingTiles", "exact_products"]
 
 _UNIT = 2.0**-24  # float32: rounding is off by at most this share
 _VANISHING = 2.0**-56  # squares of what is below 2^-63 may vanish from a length, in up to 16,384 dimensions
-_FARTHEST = 2.0**100  # beyond, or below its inverse, float32 has no room for the scaling
+_FARTHEST = 2.0**100  # beyond, or below its inverse, the scaling does not fit float32
 _MARGIN = 2.0**-19  # for the rounding of sums and quotients of float32 numbers
 _WIDTH = 2048  # columns of a tile: a product of 512 rows by a tile stays in the cache
 # Sizes that fit in the cache.

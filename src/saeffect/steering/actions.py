@@ -161,7 +161,6 @@ class Actions:
 
 
 def _direction(condition: str) -> DrawDirection | None:
-    """How a placebo draws its direction; None if it takes decoder rows."""
     return PLACEBOS[condition].direction if condition in PLACEBOS else None
 
 

@@ -59,12 +59,10 @@ def run_baselines(
     along that vector (see `MeanDifferences`) as far as along the feature, at the same positions. The plan has one dose;
     its placebos are not run. `mean_differences` holds for each feature the vector, `[d_model]`, or why there is none.
 
-    Returns:
-        One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is
-        0 for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
-        missing, measures are NaN and reason says why; else reason is "".
-
-    Raises `UnknownName`: no such baseline; `ConfigError`: several doses.
+    One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is 0
+    for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
+    missing, measures are NaN and reason says why; else reason is "". Raises `UnknownName` for another baseline,
+    `ConfigError` for several doses.
     """
     for name in baselines:
         if name not in BASELINES:
@@ -179,10 +177,7 @@ class MeanDifferences:
         self._n_general = 0
 
     def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
-        """Add tokens: `x` `[n_tokens, d_model]`, `feature_acts` `[n_tokens, n_features]` in order of feature.
-
-        `general`, bool `[n_tokens]`, marks the text to compare with.
-        """
+        """Add `x` `[n_tokens, d_model]`, `feature_acts` `[n_tokens, n_features]`; `general`: bool, general text."""
         if feature_acts.shape != (len(x), len(self.features)) or general.shape != (len(x),):
             raise ShapeMismatch(
                 f"{len(x)} tokens, but activations of shape {tuple(feature_acts.shape)} for"

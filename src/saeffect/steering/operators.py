@@ -44,10 +44,7 @@ class Operator(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AddVectors:
-    """Adds one vector a row: `vectors`, float32 `[n_rows, d_model]`, in the units of the activation.
-
-    The sum is float32 and rounded once to the activation's dtype, so a zero vector leaves every bit unchanged.
-    """
+    """Adds vectors, float32 `[n_rows, d_model]`, in the activation's units; zeros leave every bit unchanged."""
 
     vectors: Tensor
 

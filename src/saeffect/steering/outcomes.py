@@ -226,18 +226,13 @@ def outcome_named(name: str) -> Outcome:
 def score_texts(
     trials: pd.DataFrame, features: pd.DataFrame, *, vectors: TextVectors, vocabulary: Collection[str], seed: int
 ) -> pd.DataFrame:
-    """Add the outcomes that need no model to a table of trials.
+    """Add the outcomes that need no model to a table of trials (columns feature and text; a missing text has no score).
 
-    Args:
-        trials: Columns feature and text; a missing text has no score.
-        features: Columns feature and top_tokens, of all tested features. With a column members, sets that share a
-            feature are not compared with each other. `ShapeMismatch` if a feature of the trials is missing.
-        vocabulary: The domain's words, lower case.
-
-    Returns:
-        The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to another
-        feature's top tokens, see `shuffled_references`; NaN where undefined), and shuffled_feature (that feature, -1
-        for none).
+    `features` has columns feature and top_tokens, of all tested features (`ShapeMismatch` if one of the trials is
+    missing); with a column members, sets that share a feature are not compared with each other. `vocabulary` holds the
+    domain's words, lower case. Gives the trials with a column for each outcome that has a `score`, similarity_shuffled
+    (cosine similarity to another feature's top tokens, see `shuffled_references`; NaN where undefined), and
+    shuffled_feature (that feature, -1 for none).
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
     unknown = set(trials["feature"]) - set(top)

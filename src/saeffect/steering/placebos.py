@@ -114,20 +114,13 @@ _MATCHED_ON = ("decoder_norm", "density", "mean_activation")
 def matched_features(
     features: pd.DataFrame, chosen: Sequence[int], domain: Collection[int], *, n: int = 4
 ) -> pd.DataFrame:
-    """The features outside the domain that are nearest to each chosen one.
+    """The `n` features outside the domain (fewer if no more are similar) that are nearest to each chosen one.
 
     Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its standard
     deviation over all features. Features that never fired are matched with one another. One feature may be the placebo
-    of several.
-
-    Args:
-        features: The arm's table: feature, decoder_norm, density, mean_activation.
-        domain: All domain features of the arm, none of which is a placebo.
-        n: Placebos a feature; fewer if no more are similar.
-
-    Returns:
-        One row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo, distance
-        (in standard deviations).
+    of several. `features` needs columns feature, decoder_norm, density, mean_activation; `domain` holds all domain
+    features. One row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo,
+    distance (in standard deviations).
 
     Raises `ShapeMismatch`: a column is missing, or a chosen feature is not in the table; `ConfigError`: `n` is below 1.
     """

@@ -150,15 +150,12 @@ def features_together(
     """A table with one row for each set of features steered at once, for `run_trials`.
 
     Under "add" a set is pushed along the sum of its decoder rows, its length given by the dose; under "clamp" and
-    "ablate" each feature is set. Texts are compared with the top tokens of all of them.
+    "ablate" each feature is set. Texts are compared with the top tokens of all of them. `features` needs columns
+    feature, top_tokens and top_token_ids; `matched` lists placebo features of each feature, nearest first: a set gets
+    one of each member's, none twice.
 
-    Args:
-        features: Columns feature, top_tokens and top_token_ids.
-        matched: Placebo features of each feature, nearest first; a set gets one of each member's, none twice.
-
-    Returns:
-        feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in turn,
-        each once), and, if given, matched (list of lists; empty if a member has none).
+    Columns: feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in
+    turn, each once), and, if given, matched (list of lists; empty if a member has none).
 
     Raises `EmptySelection`: no sets, or an empty one; `ShapeMismatch`: a feature is not in the table.
     """

@@ -60,10 +60,7 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """The same noise at some tokens: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
-
-    `step` counts the tokens before, `ids` are int64 `[rows, n]`. `ShapeMismatch` unless there is a cell a row.
-    """
+    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only; `ShapeMismatch` unless there is a cell a row."""
     if ids.ndim != 2 or len(ids) != len(cells):
         raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
     # One call gives the words of four neighbouring tokens.

@@ -221,12 +221,10 @@ def direct_effects(
     """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
 
     `features` need top_token_ids (list of int) in place of top_tokens; the plan's samples and sampling are not used.
-    The random placebo of a prompt is that of its sample 0.
-
-    Returns:
-        One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose, delta_logprob
-        (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without top tokens), kl (nats;
-        of the steered distribution from the unsteered one). Impossible conditions have no rows, see `obstacles`.
+    The random placebo of a prompt is that of its sample 0. One row per feature, prompt, condition and dose, in that
+    order: feature, prompt, condition, dose, delta_logprob (nats; mean over the top tokens of steered minus unsteered
+    log-probability; NaN without top tokens), kl (nats; of the steered distribution from the unsteered one). Impossible
+    conditions have no rows, see `obstacles`.
     """
     actions = actions_of(site, features, plan, ["top_token_ids"])
     table = actions.table
