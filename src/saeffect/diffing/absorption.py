@@ -44,14 +44,9 @@ _EMPTY: dict[str, Any] = {
 def absorption(
     features: Sequence[int] | IntArray, control: SaeView, treatment: SaeView, *, seed: int = 0
 ) -> pd.DataFrame:
-    """Look for the parents of features that seem gone (idea: Chanin et al. 2024, A is for Absorption; the check is our
-    own).
+    """Look for the parents of control features without a counterpart (idea: Chanin et al. 2024, A is for Absorption).
 
-    Args:
-        features: Control features without a counterpart.
-        control: With its firing log.
-        treatment: With a log of the same tokens.
-        seed: Of the draw of features to compare with.
+    The SAEs need firing logs of the same tokens; `seed` is for the draw of features to compare with.
 
     Returns:
         One row a feature, in the order given: `feature`; `n_active`, tokens on which it fired; `absorbed`;
@@ -95,7 +90,7 @@ def _parents(row: FloatArray, null: FloatArray, here: Any, now: FloatArray, dens
     possible = np.flatnonzero((together >= _MIN_COACTIVE) & (recall >= _MIN_LIFT * density))
     if not len(possible):
         return {"reason": "no feature fires with it more often than elsewhere"}
-    # Equals in order of their number, so that the choice is the same every time.
+    # Ties by number, so that the choice is reproducible.
     candidates = possible[np.argsort(-recall[possible], kind="stable")][:_CANDIDATES]
     weights, cosine, chosen = _build(row, now[candidates])
     if not len(chosen):

@@ -84,15 +84,13 @@ def match_activity(a: FiringLog, b: FiringLog, *, n: int = 8, min_active: int = 
     """Nearest neighbours by Pearson's correlation of activations over the same tokens, inactive ones as 0.
 
     Only pairs that fire together are computed, in float64: all others correlate below 0 and are no neighbours.
+    Correlations are above 0, at most 1; 0 where no feature fires along. A feature that never fires, fires too seldom,
+    or always with the same strength has no neighbours, with the reason.
 
     Args:
         n: Neighbours a feature.
         min_active: Tokens on which a feature must fire to be matched.
         min_coactive: Tokens on which both must fire.
-
-    Returns:
-        Correlations above 0, at most 1; 0 where no feature fires along. A feature that never fires, fires too seldom,
-        or always with the same strength has no neighbours, with the reason.
 
     Raises `ShapeMismatch` if the logs have different numbers of tokens.
 
@@ -170,7 +168,6 @@ def _correlations(
 
 
 def _ones(acts: Any) -> Any:
-    """1 wherever there is an activation."""
     fires = acts.copy()
     fires.data = np.ones_like(fires.data)
     return fires

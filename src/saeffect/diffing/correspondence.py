@@ -1,7 +1,4 @@
-"""Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires).
-
-Other seeds of the control's model are the null; put in the treatment's place, they show the rate of false calls.
-"""
+"""Fates by two measures: cosine of decoder rows (what a feature writes), correlation of activations (when it fires)."""
 
 from __future__ import annotations
 
@@ -28,19 +25,18 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 
     Returns:
         fates_control: The control's features, by each measure (`measure`): the columns of `Fates.control`; `mutual`,
-        whether it and its match are each other's nearest; `assigned`, its partner in the best one-to-one pairing (-1
-        for none) and `assigned_similarity`; `other_seeds_similarity`, its mean best match in the treatment's further
-        SAEs (NaN without any). "absorbed" replaces "gone" where `absorption` finds parents. fates_treatment: The same
-        of the treatment's features, without the last. fate_counts: `Fates.counts` by measure, with rows for absorbed
-        features. fates_null: One row per measure, side and ordered pair (`reference`, `stand_in`) of SAEs of the
-        control's model, judged by the rest of them, and for the treatment (`stand_in` its name, `is_null` False):
-        features `tested`, `low_p` (p at most alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs
-        there is no fate. absorption: As `absorption` gives it, of the features gone by a measure; `measures` names
-        these.
+            whether it and its match are each other's nearest; `assigned`, its partner in the best one-to-one pairing
+            (-1 for none) and `assigned_similarity`; `other_seeds_similarity`, its mean best match in the treatment's
+            further SAEs (NaN without any). "absorbed" replaces "gone" where `absorption` finds parents.
+        fates_treatment: The same of the treatment's features, without the last.
+        fate_counts: `Fates.counts` by measure, with rows for absorbed features.
+        fates_null: One row per measure, side and ordered pair (`reference`, `stand_in`) of SAEs of the control's model,
+            judged by the rest of them, and for the treatment (`stand_in` its name, `is_null` False): features `tested`,
+            `low_p` (p at most alpha), `called` (q at most alpha), `drift`, `reason`. Without other SAEs there is no
+            fate.
+        absorption: As `absorption` gives it, of the features gone by a measure; `measures` names these.
 
-    Raises:
-        ConfigError: Two SAEs of one name.
-        ShapeMismatch: Decoders of different width, or logs of different text.
+    Raises `ConfigError`: two SAEs of one name; `ShapeMismatch`: decoders of different width, or logs of different text.
     """
     names = [view.name for view in (pair.control, pair.treatment, *pair.others, *pair.treatment_seeds)]
     if len(set(names)) < len(names):

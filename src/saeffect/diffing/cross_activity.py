@@ -102,12 +102,11 @@ class CrossActivity:
     def result(self, *, n_permutations: int = 10_000, seed: int = 0) -> pd.DataFrame:
         """One row a feature; `n_permutations` random sign patterns are drawn from `seed` above 14 rows.
 
-        Returns:
-            `feature`; `mean_control`, `mean_treatment` (activation per token, inactive ones as 0) and their
-            `difference` (treatment minus control, as all) with `low`, `high` (95 %, Student's t over rows), two-sided
-            `p` (sign flips of rows) and `q` (Benjamini-Hochberg over features); `density_control`, `density_treatment`
-            (share of tokens on which it fires), `density_difference` with `density_low`, `_high`, `_p`, `_q`; `n_rows`
-            on which the activations differ; `reason` where something is NaN.
+        `feature`; `mean_control`, `mean_treatment` (activation per token, inactive ones as 0) and their `difference`
+        (treatment minus control, as all) with `low`, `high` (95 %, Student's t over rows), two-sided `p` (sign flips of
+        rows) and `q` (Benjamini-Hochberg over features); `density_control`, `density_treatment` (share of tokens on
+        which it fires), `density_difference` with `density_low`, `_high`, `_p`, `_q`; `n_rows` on which the activations
+        differ; `reason` where something is NaN.
         """
         n_tokens = np.array(self._tokens, dtype=np.float64)
         total = n_tokens.sum() if self.n_rows else np.nan
@@ -182,10 +181,7 @@ class ActivityChanges:
 
 
 def activity_changes(cross: pd.DataFrame, *, alpha: float) -> ActivityChanges:
-    """Which features fire more, which less, and which are of the domain (none if the table has no such column).
-
-    `cross` is the table of `CrossActivity.result`, not empty.
-    """
+    """Features that fire more, less, and are of the domain, from a non-empty table of `CrossActivity.result`."""
     tested = cross[cross["q"].notna()]
     found = tested["q"] <= alpha
     no_domain = pd.Series(False, index=tested.index)
@@ -212,10 +208,7 @@ def change_scores(cross: pd.DataFrame) -> FloatArray:
 
 
 def most_changed(cross: pd.DataFrame, *, alpha: float, domain_only: bool = False) -> pd.DataFrame:
-    """Features whose activations differ with q at most `alpha`, most changed first, with their `score`.
-
-    `cross` is the table of `CrossActivity.result`; only rows with `is_domain` if `domain_only`.
-    """
+    """Rows of `CrossActivity.result` with q at most `alpha`, most changed first, with their `score`."""
     if cross.empty:
         return cross.assign(score=pd.Series(dtype="float64"))
     rows = cross.assign(score=change_scores(cross))

@@ -1,7 +1,4 @@
-"""Kept, moved, gone, new: what became of the features, judged by what a change of seed alone does to them.
-
-All thresholds come from placebos: SAEs of the control's model trained from other seeds.
-"""
+"""Kept, moved, gone, new: what became of the features, judged by what a change of seed alone does to them."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 _KEPT_QUANTILE = 0.05  # a feature is kept if this share of the placebo's features of its stratum match worse
-# A best match below this quantile of the placebo's second-best matches is no counterpart: unrelated features are as
-# near.
+# A best match below this quantile of the placebo's second-best matches (unrelated features) is no counterpart.
 _CHANCE_QUANTILE = 0.95
 _MARGIN = 0.02  # of similarity, a drop that counts for nothing: SAEs differ a little as a whole
 
@@ -109,11 +105,8 @@ def fates(
     Args:
         treatment: Control (`a`) against treatment (`b`), with at least two neighbours.
         placebos: Control against each placebo, by the same measure. May be empty.
-        control_features: One row a feature with the columns `TRAITS`; density 0 means never fires.
-        treatment_features: The same of the treatment.
-        placebo_features: The same of each placebo.
+        control_features: One row a feature with the columns `TRAITS` (density 0: never fires); so are the other tables.
         alpha: Highest q at which a drop, or a lack of any counterpart, is a finding.
-        resampling: For the intervals.
 
     Raises `ShapeMismatch` if a table or matching is of another SAE, or measures differ.
     """
@@ -275,7 +268,6 @@ def _traits(features: pd.DataFrame) -> tuple[FloatArray, list[str]]:
 
 
 def _reasons(neighbours: Neighbours) -> list[str]:
-    """Why a feature has no similarity."""
     return [why if nan else "" for why, nan in zip(neighbours.reason, np.isnan(neighbours.best), strict=True)]
 
 

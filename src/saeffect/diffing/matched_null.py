@@ -1,9 +1,4 @@
-"""Tests of what fine-tuning changed, with two seeds of the same model as the null.
-
-`exchangeable_p` where every SAE has a number for the same feature, `conformal_p` where the SAEs have different
-features, both among features of similar traits (strata), since rare features match badly anyway. `excess_paired` and
-`excess_unpaired` count by how many more features something holds than between seeds.
-"""
+"""Tests of what fine-tuning changed, with two seeds of the same model as the null, among features of similar traits."""
 
 from __future__ import annotations
 
@@ -134,20 +129,17 @@ def exchangeable_p(values: npt.ArrayLike, groups: IntArray, *, margin: float = 0
 def conformal_p(
     values: npt.ArrayLike, groups: IntArray, null: npt.ArrayLike, null_groups: IntArray, *, margin: float = 0.0
 ) -> FloatArray:
-    """How low is each value among null values of similar features?
+    """How low is each value among null values of similar features? p [n], at least about 1 / n_null.
 
     Within a stratum, values and null values are centred on their joint median and divided by their mean deviation. The
     scores are ranked among the null scores of all strata, weighted so that the null has as many features of a stratum
     as the values have (Bates et al. 2023, Testing for outliers with conformal p-values: Benjamini-Hochberg is valid for
-    them; weights: Tibshirani et al. 2019).
+    them; weights: Tibshirani et al. 2019). NaN where the value is undefined or its stratum has no null value.
 
     Args:
         values: [n], NaN where undefined, of strata `groups`, int64 [n].
         null: [n_null], the same number for features that nothing was done to, of strata `null_groups`.
         margin: Added to the values before they are ranked: a difference that does not count.
-
-    Returns:
-        p [n], at least about 1 / n_null. NaN where the value is undefined or its stratum has no null value.
 
     Example:
         >>> conformal_p([0.1, 0.3], np.array([0, 0]), [0.2, 0.4, 0.6], np.array([0, 0, 0])).round(6).tolist()
@@ -186,12 +178,8 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
 
     Features are resampled together in all SAEs. With several placebos the scatter of their counts is added, for the
     treatment's own seed and for the placebos' mean (Student's t). With one, the interval lacks differences between
-    whole SAEs, and `reason` says so.
-
-    Args:
-        own: bool [n], whether it holds for each feature in the treatment.
-        placebos: bool [n_placebos, n].
-        name: Gives this number its own random stream.
+    whole SAEs, and `reason` says so. `own` is bool [n], `placebos` bool [n_placebos, n]; `name` gives this number its
+    own random stream.
 
     Example:
         >>> excess_paired(np.array([True, True, False]), np.array([[True, False, False]]), Resampling(), "gone").value
@@ -201,7 +189,7 @@ def excess_paired(own: BoolArray, placebos: BoolArray, resampling: Resampling, n
     value = float(own.sum() - placebos.sum(axis=1).mean()) if n else math.nan
     if n < 2:
         return undefined(f"{n} features are too few for an interval", n, value)
-    # A feature is known by what each SAE shows: few patterns, so a resample is one multinomial draw.
+    # Features differ only by which SAEs show it: few patterns, so a resample is one multinomial draw.
     patterns, counts = np.unique(np.vstack([own, placebos]), axis=1, return_counts=True)
     if patterns.shape[1] == 1:
         return undefined("every feature shows the same in every SAE, so there is no spread", n, value)

@@ -1,4 +1,4 @@
-"""Matching the features of two SAEs: nearest neighbours both ways, and the best one-to-one pairing, in blocks of rows."""
+"""Matching the features of two SAEs: nearest neighbours both ways, and the best one-to-one pairing."""
 
 from __future__ import annotations
 
@@ -89,8 +89,7 @@ class Matching:
 
 
 class TopPairs:
-    """Keeps the n best entries of each row and column of a matrix [n_a, n_b] that arrives in blocks of rows; ties by
-    number.
+    """Keeps the n best entries of each row and column of a matrix [n_a, n_b] given in blocks of rows; ties by number.
 
     Attributes:
         forward: Column numbers int64 [n_a, n] and entries float64 [n_a, n]; `NO_MATCH` and minus infinity for none.
@@ -133,15 +132,12 @@ def match_decoders(
     nobody's.
 
     Args:
-        W_dec_a: [d_sae_a, d_in], any float dtype.
-        W_dec_b: [d_sae_b, d_in].
+        W_dec_a: [d_sae_a, d_in], any float dtype, as `W_dec_b`.
         n: Neighbours a feature.
-        use_a: bool [d_sae_a], False for features to leave out (such as those that never fire); all if None.
-        use_b: The same for `b`.
+        use_a: bool [d_sae_a], False for features to leave out (such as those that never fire); all if None. So is
+            `use_b`.
 
-    Raises:
-        ShapeMismatch: Widths differ, or a mask does not fit.
-        BadFile: A weight is NaN or infinite.
+    Raises `ShapeMismatch`: widths differ, or a mask does not fit; `BadFile`: a weight is NaN or infinite.
 
     Example:
         >>> found = match_decoders(torch.eye(2), torch.tensor([[0.0, 2.0], [3.0, 0.0]]), n=1)
@@ -177,11 +173,7 @@ def match_decoders(
 def neighbours_of(
     indices: Tensor, values: Tensor, reason: list[str], n: int, none: str, *, absent: float
 ) -> Neighbours:
-    """The first `n` of ranked candidates, [n_features, at least n].
-
-    `reason` says why a feature cannot be compared at all; those without a neighbour get the reason `none` and the
-    similarity `absent`.
-    """
+    """The first `n` of ranked candidates; without any, `none` is the reason and `absent` the similarity."""
     kept, similarity = indices[:, :n].numpy(), values[:, :n].double().numpy()
     comparable = np.array([not why for why in reason], dtype=bool)
     missing = np.where(comparable, absent, np.nan)[:, None]
@@ -203,8 +195,7 @@ class Assignment:
 
 
 def assign(matching: Matching) -> Assignment:
-    """Pair features one to one with the largest sum of similarities (Jonker & Volgenant 1987 for sparse graphs, in
-    scipy).
+    """Pair features one to one with the largest sum of similarities (Jonker & Volgenant 1987, sparse).
 
     Only nearest neighbours are paired (at most 2 n edges a feature), and none at similarity 0 or below. Deterministic,
     ties included.
@@ -226,8 +217,8 @@ def assign(matching: Matching) -> Assignment:
     if len(a):
         players = np.unique(a)
         n = len(players)
-        # Each player may also stay alone: an edge to a dummy of its own. Every player takes exactly one edge,
-        # so a constant on all costs changes nothing; it keeps them above 0, which scipy takes for "no edge".
+        # An edge to its own dummy leaves a player alone. Each takes exactly one edge, so a constant on all costs
+        # changes nothing; it keeps them above 0, which scipy takes for "no edge".
         alone = float(similarity.max()) + 1.0
         costs = np.concatenate([alone - similarity, np.full(n, alone)])
         rows = np.concatenate([np.searchsorted(players, a), np.arange(n)])
@@ -259,7 +250,7 @@ def _top(block: Tensor, n: int) -> tuple[Tensor, Tensor]:
     n = min(n, width)
     values, indices = block.topk(min(n + 1, width), dim=1)
     if n < width:
-        # Which of several equal entries topk keeps is its own affair: rows with a tie at the edge are sorted.
+        # topk keeps any of several equal entries, so rows with a tie at the edge are sorted.
         tied = (values[:, n - 1] == values[:, n]) & (values[:, n] > -torch.inf)
         values, indices = values[:, :n], indices[:, :n]
         for rows in tied.nonzero()[:, 0].split(256):

@@ -34,9 +34,7 @@ class Method:
     interval: tuple[str, str] | None = ("low", "high")
 
     def changes(self, table: pd.DataFrame) -> pd.DataFrame:
-        """The first table in the common form: feature, change, low, high, p, q, reason; `BadFile` if a column is
-        missing.
-        """
+        """The first table as feature, change, low, high, p, q, reason; `BadFile` if a column is missing."""
         low, high = self.interval or (None, None)
         wanted = {"feature": "feature", "change": self.change, "low": low, "high": high}
         wanted |= {name: name for name in ("p", "q", "reason")}

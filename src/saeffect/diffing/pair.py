@@ -84,10 +84,8 @@ class ModelPair:
         treatment_seeds: Further SAEs of the treatment's model.
         is_domain: Bool [d_sae], the control's domain features.
         acts_of_both: Runs the control's SAE on both models, over the whole text in batches.
-        residuals: Gives the activations at an arm's hook, by the arm's name, over the whole text in batches; loads the
-            arm's model, one at a time.
+        residuals: Gives the activations at the hook of a named arm, over the whole text in batches; loads its model.
         alpha: Highest q of a finding.
-        resampling: Also gives the number of permutations.
         keep: Store for matchings; None for no store.
     """
 

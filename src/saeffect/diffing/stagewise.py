@@ -1,8 +1,4 @@
-"""Stage-wise diffing: how far each feature turned when training went on from the control's SAE with the fine-tuned
-model.
-
-Features keep their numbers, so no matching is needed. The null is the same warm start on the control's model.
-"""
+"""Stage-wise diffing: how far each feature turned when the control's SAE was trained on with the fine-tuned model."""
 
 from __future__ import annotations
 
@@ -38,19 +34,14 @@ def measure(pair: ModelPair) -> dict[str, pd.DataFrame]:
 
 
 def rotations(start: SparseAutoencoder, end: SparseAutoencoder) -> pd.DataFrame:
-    """What changed in each feature between two SAEs that number their features alike.
+    """What changed in each feature between two SAEs that number their features alike (Bricken et al. 2024).
 
-    Returns:
-        One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to 180)
-        between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a gated
-        SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start. NaN where
-        a vector is 0.
+    One row a feature: `feature`; `decoder_rotation` and `encoder_rotation`, the angles in degrees (0 to 180, exact for
+    tiny ones) between the decoder rows and between the encoder columns; `bias_change`, end minus start of b_enc (of a
+    gated SAE b_gate: when it is on), NaN where there is none; `norm_ratio` of the decoder rows, end over start. NaN
+    where a vector is 0.
 
-    Raises:
-        ShapeMismatch: The SAEs differ in shape.
-        BadFile: A weight is NaN or infinite.
-
-    Source: Bricken et al. (2024), Stage-wise model diffing. Angles after Kahan, exact for tiny ones too.
+    Raises `ShapeMismatch`: the SAEs differ in shape; `BadFile`: a weight is NaN or infinite.
     """
     biases = _bias(start), _bias(end)
     pairs = {"W_dec": (start.W_dec, end.W_dec), "W_enc": (start.W_enc, end.W_enc), "b_enc": biases}
@@ -88,13 +79,12 @@ def stagewise(
 ) -> pd.DataFrame:
     """Which features turned further than training on alone turns them, those that turned most first.
 
-    p compares a feature's rotation with the same feature's under the nulls (`exchangeable_p`), since seldom firing
-    features drift in any training. Errors as in `rotations`.
+    The null is the same warm start on the control's model: p compares a feature's rotation with the same feature's
+    under the nulls (`exchangeable_p`), since seldom firing features drift in any training. Errors as in `rotations`.
 
     Args:
         start: The SAE that all others were trained on from.
-        treatment: Trained on with the fine-tuned model's activations.
-        nulls: Trained on with the control's, as long and with the same settings; may be empty.
+        nulls: Trained on with the control's model, as long and with the same settings; may be empty.
         features: One row a feature of `start` with `TRAITS`, for strata. Features of density 0 are not tested.
 
     Returns:
@@ -135,7 +125,6 @@ def stagewise(
 
 
 def _bias(sae: SparseAutoencoder) -> Tensor | None:
-    """What is added to the pre-activations, [d_sae]."""
     found: Tensor | None = getattr(sae, "b_enc", None)
     return getattr(sae, "b_gate", None) if found is None else found
 

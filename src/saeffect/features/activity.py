@@ -85,12 +85,11 @@ class ActivityAccumulator:
         self._max.scatter_reduce_(0, feature, value, "amax")
 
     def result(self) -> pd.DataFrame:
-        """One row a feature, over all tokens so far; activations in the SAE's own units.
+        """One row a feature, over all tokens so far.
 
-        Returns:
-            feature (int64); density, the share of tokens on which it is active; mean_activation over those tokens (NaN
-            if n_active is 0); max_activation (0 if never active); n_active (int64); and density_<source>, the share of
-            that source's tokens. Densities and the maximum are NaN where no token was seen.
+        feature (int64); density, the share of tokens on which it is active; mean_activation over those tokens (in the
+        SAE's units, NaN if n_active is 0); max_activation (0 if never active); n_active (int64); density_<source>, the
+        share of that source's tokens. Densities and the maximum are NaN where no token was seen.
         """
         tokens, n_active = self.n_tokens, self._active.sum(dim=0).numpy()
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that is wanted
@@ -115,8 +114,7 @@ class ExampleCollector:
     Args:
         window: Tokens of context before the peak; `window // 3` follow it. Both stop at the sequence's ends.
 
-    Raises:
-        ConfigError: `n_examples` is below 1, or `window` below 0.
+    Raises `ConfigError`: `n_examples` is below 1, or `window` below 0.
 
     Example:
         >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
@@ -158,9 +156,8 @@ class ExampleCollector:
                 padding and left out of contexts; other masked positions are shown with activation 0.
             sources: [B], the name of each sequence's text source; "" by default.
 
-        Raises:
-            ShapeMismatch: Shapes do not fit.
-            BadFile: An activation that counts is NaN or plus infinity, or a token id is negative.
+        Raises `ShapeMismatch`: shapes do not fit; `BadFile`: an activation that counts is NaN or plus infinity, or a
+        token id is negative.
         """
         acts, token_ids = feature_acts.detach(), token_ids.detach()
         self._check(acts, token_ids, mask, sources)
@@ -183,22 +180,21 @@ class ExampleCollector:
         at = positions.cpu()[sequence, feature, None] + self._offsets  # [n_new, width]
         outside = (at < 0) | (at > last[sequence, None])
         at = at.clamp(0, length - 1)
-        # Taken on the batch's own device: only the windows travel.
+        # On the batch's own device: only the windows are copied.
         windows = acts[sequence[:, None], at, feature[:, None]].float().cpu()
         self._acts[feature, place] = windows.masked_fill(outside, 0)
         tokens = token_ids.cpu()[sequence[:, None], at].int()
         self._tokens[feature, place] = tokens.masked_fill(outside, _OUTSIDE)
-        # Sources are numbered as they turn up.
+        # Sources are numbered in order of appearance.
         codes = [self._names.setdefault(name, len(self._names)) for name in sources or [""] * n_sequences]
         self._source[feature, place] = torch.tensor(codes)[sequence]
 
     def result(self, token_strings: Sequence[str]) -> pd.DataFrame:
         """The contexts, one row each, by feature and then rank; `ShapeMismatch` if a kept token id has no string.
 
-        Returns:
-            feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`),
-            tokens (list of str, copied unchanged), activations (list of float, one a token), source. A feature that
-            fired in fewer than `n_examples` sequences has fewer rows, or none.
+        feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`), tokens
+        (list of str, copied unchanged), activations (list of float, one a token), source. A feature that fired in fewer
+        than `n_examples` sequences has fewer rows, or none.
         """
         highest = int(self._tokens.max())
         if highest >= len(token_strings):
@@ -224,7 +220,7 @@ class ExampleCollector:
         return pd.DataFrame(columns).astype(_COLUMNS)
 
     def _merge(self, peaks: Tensor, numbers: Tensor) -> Tensor:
-        """Merge the batch's peaks [d_sae, B]; int64 [d_sae, n_examples]: old place, or `n_examples` + row in the batch."""
+        """Merge peaks [d_sae, B]; int64 [d_sae, n_examples]: old place, or `n_examples` + row in the batch."""
         peak = torch.cat([self._peak, peaks], dim=1)
         sequence = torch.cat([self._sequence, numbers.expand(self.d_sae, -1)], dim=1)
         earliest = sequence.argsort(dim=1, stable=True)

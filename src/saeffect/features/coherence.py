@@ -19,7 +19,7 @@ __all__ = ["EPSILON", "coherence", "coherence_score", "unique_coverage"]
 EPSILON = 1e-8
 """The ε of the equation."""
 
-# Below this the sum of weight products no longer drowns ε (an error above 1 %), so the quotient says nothing.
+# Below this sum of weight products ε causes an error above 1 %.
 _SMALLEST_SUM = 100 * EPSILON
 # Products of mixed sign that cancel to less than this share of their sizes leave only rounding errors.
 _CANCELLED = 1e-9
@@ -32,21 +32,16 @@ def coherence_score(
     """Coherence of one feature's top tokens: the weighted mean cosine of their pairs (Gupta & Sica 2024, equation 1).
 
     Σ_{i<j} w_i w_j cos(e_i, e_j) / (Σ_{i<j} w_i w_j + ε) over the tokens whose word (`normalise_token`: no
-    leading-space mark, lower case) has an embedding. Tokens of one word stay separate items, of cosine 1, as in the
-    paper's figures: " heart", "heart" and " Heart" together count as coherent.
+    leading-space mark, lower case) has an embedding. Tokens of one word (" heart", "heart", " Heart") stay separate
+    items of cosine 1, as in the paper's figures. The score is 1 for one word repeated, about 0 for unrelated words, at
+    most 1 where the weights have one sign; NaN where undefined (`coherence` gives the reason).
 
     Args:
         tokens: In plain, GPT-2 (`Ġ`) or SentencePiece (`▁`) spelling.
         weights: One a token, any common scale.
         embeddings: A bundled name, a file, or loaded vectors.
 
-    Returns:
-        1 for one word repeated, about 0 for unrelated words, at most 1 where the weights have one sign. NaN where
-        undefined (`coherence` gives the reason).
-
-    Raises:
-        ShapeMismatch: Not one weight a token.
-        ConfigError: `tokens` is a single string, or holds a non-string.
+    Raises `ShapeMismatch`: not one weight a token; `ConfigError`: `tokens` is a single string, or holds a non-string.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog", "car"], [[1, 0], [3, 4], [0, 1]], name="toy")
@@ -68,10 +63,7 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
         a weight of a known token is not finite, or the products of weights vanish, cancel or overflow; n_known, the top
         tokens with an embedding; reason, "" where coherence is defined.
 
-    Raises:
-        BadFile: A column is missing.
-        ShapeMismatch: A feature has not one weight a token.
-        ConfigError: A list of tokens holds a non-string.
+    Raises `BadFile`: a column is missing; otherwise as `coherence_score`.
     """
     _require_columns(features, "feature", "top_tokens", "top_weights")
     vectors = _loaded(embeddings)
@@ -97,9 +89,7 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
 def unique_coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> float:
     """Share of the distinct words among the top tokens that have an embedding; NaN without tokens.
 
-    Raises:
-        BadFile: There is no column `top_tokens`.
-        ConfigError: A list of tokens holds a non-string.
+    Raises `BadFile`: there is no column `top_tokens`; `ConfigError`: a list of tokens holds a non-string.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")

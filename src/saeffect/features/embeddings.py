@@ -29,12 +29,11 @@ _WORD_PART = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """Words and their vectors.
+    """Words and their vectors; `name` is a bundled name, or the source file.
 
     Attributes:
         words: Row of each word in `vectors`, spelled as in the source; look-ups of tokens are lower-case.
         vectors: float32 [n, dim], finite, read-only.
-        name: A bundled name, or the source file.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
@@ -152,6 +151,6 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
 
 @lru_cache(maxsize=4)
 def _cached(path: Path, name: str, mtime_ns: int, size: int) -> WordVectors:  # noqa: ARG001
-    # Time and size are part of the key, so that a file that was written anew is read anew.
+    # Time and size are part of the key, so that a changed file is read again.
     words, vectors = read_vectors(path)
     return WordVectors.from_rows(words, vectors, name=name)

@@ -2,10 +2,8 @@
 
 - `dot` is `W_dec[f] · W_U[:, t]`, as in the paper: the change of the token's logit per unit of the feature, up to the
   final norm's scale.
-- `cosine` divides that by `‖W_U[:, t]‖`. With tied embeddings a few rare tokens of large norm lead most `dot` rankings.
-
-Neither divides by the decoder row's norm, which does not change a feature's ranking: for the true cosine, divide a
-`cosine` weight by the table's `decoder_norm`.
+- `cosine` divides that by `‖W_U[:, t]‖`, since with tied embeddings a few rare tokens of large norm lead most `dot`
+  rankings. Divide by the table's `decoder_norm` for the true cosine.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _FEWEST_ROWS = 128
 _LARGE = 2**32  # multiplications from which bfloat16 pays
 _ROWS = 32  # whose moments are evaluated in float64 at a time
 _MISMATCH = 1e-3  # share of the variance
-# Share of the variance of the average direction, below which the products' rounding, or the covariance's, is too near.
+# Share of the average direction's variance below which rounding of products or covariance matters.
 _SMALL = {torch.float32: 1e-8, torch.bfloat16: 1e-2}
 
 
@@ -39,17 +37,14 @@ _SMALL = {torch.float32: 1e-8, torch.bfloat16: 1e-2}
 class Projection:
     """The top tokens of every feature, and the moments of its dot product over the vocabulary; all on the CPU.
 
-    Moments are of the population of valid tokens (divided by n), always of the *dot* product.
+    Moments are of the population of valid tokens (divided by n), always of the *dot* product, float64 [d_sae].
 
     Attributes:
         projection: The scale that ranks: "dot" or "cosine".
         indices: int64 [d_sae, top_k], token ids, best first; ties by token id.
         weights: float32 [d_sae, top_k], on the ranking scale.
-        mean: float64 [d_sae].
-        std: float64 [d_sae], 0 for a row of equal values.
-        skewness: float64 [d_sae], NaN where `std` is 0.
-        kurtosis: float64 [d_sae], the fourth standardised moment (3 for a normal distribution), not the excess, as in
-            SAELens' feature statistics. NaN where `std` is 0.
+        skewness: NaN where `std` is 0 (a row of equal values), as is kurtosis.
+        kurtosis: The fourth standardised moment (3 for a normal distribution), not the excess, as in SAELens.
     """
 
     projection: str
@@ -81,10 +76,9 @@ def project(
         projection: "dot" or "cosine", see the module.
         valid: bool [d_vocab]; tokens where it is False are never chosen and not in the moments. Under "cosine", tokens
             whose unembedding is zero (up to float32 rounding) are not chosen either, but are in the moments.
-        chunk: Features per matrix product. Changes memory, and moments by float32 rounding at most.
+        chunk: Features per matrix product.
         dtype: Of the products in which top tokens are searched: "float32", "bfloat16", or "auto" for the faster one.
-            Top tokens and weights do not depend on it (see `top_tokens`), nor do mean and std beyond float32 rounding;
-            skewness and kurtosis from bfloat16 are typically off by 1e-4 (see `TileMoments`).
+            Beyond float32 rounding only skewness and kurtosis depend on it, typically by 1e-4 (see `TileMoments`).
 
     Raises:
         UnknownName: `projection` is neither "dot" nor "cosine", or `dtype` is unknown.
@@ -164,17 +158,15 @@ def _stream(
 class TileMoments:
     """Mean, standard deviation, skewness and kurtosis of every row's products, accumulated tile by tile.
 
-    Products are centred, so sums of powers do not cancel (float32 in a tile, float64 over tiles). The mean is `W_dec @
-    mean(W_U)` in float64; the standard deviation of bfloat16 products comes from the covariance of W_U. Their rounding
-    (0.2 % of the typical product) averages out to about 1e-4 in skewness and kurtosis over 50,000 tokens. Where a few
-    tokens hold most of a moment, true products replace those of the top tokens, but tokens at the other end may still
-    change skewness by 0.02 and kurtosis by a percent.
+    Only tokens of `valid` count, bool [d_vocab], all if None. Products are centred, so sums of powers do not cancel.
+    The standard deviation of bfloat16 products comes from the covariance of W_U. Their rounding (0.2 % of the typical
+    product) averages out to about 1e-4 in skewness and kurtosis over 50,000 tokens. Where a few tokens hold most of a
+    moment, top tokens get their true products, but those at the other end may still change skewness by 0.02 and
+    kurtosis by a percent. A row whose variance in the products is off by more than 1 in 1,000, or small beside that of
+    other directions, is computed again in float64.
 
     Proven bound: with e_t the error of token t's product and E_p the p-th root of the mean of e_t^p, the p-th roots of
-    the absolute p-th moments are off by at most E_p (Minkowski). A row whose variance in the products is off by more
-    than 1 in 1,000, or small beside that of other directions, is computed again in float64.
-
-    At most `n_rows` rows at a time; only tokens of `valid` count, bool [d_vocab], all if None.
+    the absolute p-th moments are off by at most E_p (Minkowski).
     """
 
     def __init__(self, tiles: UnembeddingTiles, n_rows: int, valid: Tensor | None) -> None:
@@ -299,7 +291,7 @@ def _check_shapes(W_dec: Tensor, W_U: Tensor, valid: Tensor | None, chunk: int) 
 
 
 def _check_finite(weights: Tensor, name: str) -> None:
-    # Neither a mask nor a copy as large as the weights, unless something is wrong.
+    # Allocates a mask of the weights' size only on an error.
     if weights.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(weights)).tolist())):
         bad = int(weights.numel() - torch.isfinite(weights).sum())
         raise BadFile(f"{name} holds {bad} NaN or infinite values.", at=name, fix="get the weights again.")

@@ -19,14 +19,10 @@ __all__ = ["ActivationBatch", "FeatureOptions", "FeatureTables", "extract_tables
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How the tables are made.
+    """How the tables are made; each of `sources`, the names of the text sources, gets a column `density_<source>`.
 
-    Attributes:
-        top_k: Top tokens a feature.
-        projection: The scale of `top_tokens` and `top_weights`: "dot" or "cosine".
-        sources: Names of the text sources; each gets a column `density_<source>`.
-        n_examples: Max-activating contexts a feature.
-        window: Tokens before the peak in a context; a third as many follow it.
+    `projection` is the scale of `top_tokens` and `top_weights`, "dot" or "cosine". A max-activating context has
+    `window` tokens before the peak and a third as many after it.
     """
 
     top_k: int = 10
@@ -51,12 +47,10 @@ class ActivationBatch:
 
 @dataclass(frozen=True, eq=False)
 class FeatureTables:
-    """The tables of an arm's features.
+    """The tables of an arm's features; `n_tokens` counted.
 
-    Attributes:
-        features: One row a feature: the columns of `feature_table` and of `ActivityAccumulator.result`.
-        examples: One row a max-activating context, see `ExampleCollector.result`.
-        n_tokens: Tokens that counted.
+    `features` has the columns of `feature_table` and `ActivityAccumulator.result`; `examples` is
+    `ExampleCollector.result`.
     """
 
     features: pd.DataFrame
@@ -84,13 +78,9 @@ def feature_table(
     Returns:
         feature (int64); top_tokens (list of str), top_token_ids (list of int), top_weights (list of float), best first
         on the scale of `options.projection`; top_tokens_dot, top_tokens_cosine; projection_mean, _std, _skewness,
-        _kurtosis of the dot product over the vocabulary; decoder_norm, the Euclidean norm of the decoder row.
+        _kurtosis of the dot product over the vocabulary; decoder_norm (Euclidean).
 
-    Raises:
-        ShapeMismatch: Widths differ, or `token_strings` is not one a token.
-        UnknownName: `options.projection` is neither "dot" nor "cosine".
-        ConfigError: `options.top_k` is more than the tokens that can be chosen.
-        BadFile: A weight is NaN or infinite.
+    Raises `ShapeMismatch` if `token_strings` is not one a token; other errors as `project`.
     """
     options = options or FeatureOptions()
     if options.projection not in PROJECTIONS:
@@ -139,10 +129,8 @@ def extract_tables(
     Other arguments as in `feature_table`. Memory holds one batch if `batches` is a generator; how sequences are batched
     does not matter.
 
-    Raises:
-        EmptySelection: No position counts in any batch.
-        UnknownName: A batch's source is not among `options.sources`.
-        SaeffectError: As `feature_table`, `ActivityAccumulator.update` and `ExampleCollector`.
+    Raises `EmptySelection`: no position counts in any batch; `UnknownName`: a batch's source is not among
+    `options.sources`; `SaeffectError`: as `feature_table`, `ActivityAccumulator.update` and `ExampleCollector`.
     """
     options = options or FeatureOptions()
     table = feature_table(W_dec, W_U, token_strings, options=options, valid=valid)

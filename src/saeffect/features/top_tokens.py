@@ -1,8 +1,8 @@
 """The exact top tokens of some rows of W_dec, from products with W_U that are known up to a bound.
 
 A row x promotes token t by x·u_t. Write n = |x|, ū for the mean over tokens (rounded to float32), s for a power of two
-that brings the longest u_t - ū to a length of at most 1 and not far below, and c_t = s (u_t - ū). Then x·u_t = n z_t /
-s + x·ū with z_t = (x / n)·c_t, so z_t ranks a row's tokens, and no z_t is above 1. The computed products are z'_t =
+that brings the longest u_t - ū to a length of at most 1 and not far below, and c_t = s (u_t - ū). Then x·u_t = n z_t/s
++ x·ū with z_t = (x / n)·c_t, so z_t ranks a row's tokens, and no z_t is above 1. The computed products are z'_t =
 X·V_t, with X = x / n and V_t = c_t, both rounded to the dtype of the tiles.
 
 Bound: z_t - X·V_t = X·(c_t - V_t) + (x/n - X)·c_t, so by Cauchy-Schwarz it is at most |X| e_t + a (|V_t| + e_t), with
@@ -33,7 +33,7 @@ _VANISHING = 2.0**-56  # squares of what is below 2^-63 may vanish from a length
 _FARTHEST = 2.0**100  # beyond, or below its inverse, float32 has no room for the scaling
 _MARGIN = 2.0**-19  # for the rounding of sums and quotients of float32 numbers
 _WIDTH = 2048  # columns of a tile: a product of 512 rows by a tile stays in the cache
-# How much is done at a time, so that it stays in the cache.
+# Sizes that fit in the cache.
 _PART = 1024  # tokens in float64
 _PAIRS = 128  # pairs evaluated
 _SEARCH_ROWS = 64
@@ -101,9 +101,7 @@ class UnembeddingTiles:
         self._fill()
 
     def _survey(self, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms, centre, least and greatest number of the valid tokens by dimension, float64 [d_in], a few tokens at a
-        time.
-        """
+        """Norms, centre, least and greatest number of the valid tokens by dimension, float64 [d_in], in parts."""
         n, d_in = self.tokens.shape
         self.norms = torch.empty(n, dtype=torch.float64, device=self.tokens.device)
         total = torch.zeros(d_in, dtype=torch.float64, device=self.tokens.device)
@@ -120,7 +118,6 @@ class UnembeddingTiles:
         return low, high
 
     def _fill(self) -> None:
-        """Make the tiles and measure them."""
         _, width, d_in = self.tiles.shape
         device, coarse = self.tiles.device, self.tiles.dtype != torch.float32
         self._length, self._error = torch.empty(2, len(self.ids), device=device)
@@ -238,16 +235,11 @@ class TopTokens:
         self._scales = {name: _Scale(tiles, *scale) for name, scale in scales.items()}
 
     def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """The best tokens, and the correction of the products' power sums.
+        """By scale the best tokens: weights float32 [r, top_k] and ids int64 [r, top_k], ties by id; and a correction.
 
-        Args:
-            products: Each tile's, [n_tiles, r, width], contiguous.
-            maxima: Largest product of each block, float32 [r, n_blocks].
-
-        Returns:
-            By scale, weights float32 [r, top_k] and token ids int64 [r, top_k], ties by token id; and float64 [4, r],
-            the change of the sums of the first four powers of a row's products when true products replace the evaluated
-            ones.
+        The correction, float64 [4, r], is the change of the sums of the first four powers of a row's products when true
+        products replace the evaluated ones. `products` of the tiles are [n_tiles, r, width], contiguous; `maxima` of
+        the blocks float32 [r, n_blocks].
         """
         tiles = self._tiles
         slack, zero = tiles.slack(rows), rows.length == 0
@@ -325,9 +317,8 @@ class TopTokens:
         return row[order], token[order], near[which, within][order].double()
 
     def _pair_products(self, rows: Tensor, row: Tensor, token: Tensor) -> Tensor:
-        """`rows[row] · tokens[token]`, float64, one a pair."""
         values = torch.empty(len(row), dtype=torch.float64, device=rows.device)
-        # Into the same memory again and again: touching fresh memory costs ten times the arithmetic.
+        # Reuses memory: touching fresh memory costs ten times the arithmetic.
         for start in range(0, len(row), _PAIRS):
             here = slice(start, start + _PAIRS)
             n = len(row[here])
@@ -349,10 +340,7 @@ class TopTokens:
 
 
 def exact_products(rows: Tensor, tokens: Tensor) -> Tensor:
-    """`rows @ tokens.T` in float64 [r, d_vocab], for a few rows float64 [r, d_in] and float32 tokens [d_vocab, d_in].
-
-    Raises `BadFile` if a product overflows float32.
-    """
+    """`rows @ tokens.T`, float64 [r, d_vocab], for a few float64 rows [r, d_in]; `BadFile` on float32 overflow."""
     products = torch.empty(len(rows), len(tokens), dtype=torch.float64, device=rows.device)
     for start in range(0, len(tokens), _DENSE_TOKENS):
         here = slice(start, start + _DENSE_TOKENS)

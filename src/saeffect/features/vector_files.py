@@ -31,8 +31,7 @@ _PICKLE_SUFFIXES = frozenset({".kv", ".model", ".pkl", ".pickle"})
 _LONGEST_WORD = 4096  # bytes; a "word" beyond this in a binary file means that we are lost in it
 _LARGEST_DIM = 100_000
 _LONGEST_LINE = 1 << 22  # bytes
-# Numbers of real vectors shrink to a third or so. What shrinks more than this, beyond a size that does no harm, holds
-# next to nothing and would fill the memory.
+# Real vectors compress to about a third. A file that compresses more than this could fill the memory.
 _MOST_SHRUNK = 50
 _HARMLESS = 1 << 28  # bytes
 # What zipfile and numpy raise for files that are no .npz, encrypted (RuntimeError), or packed in an unknown way.
@@ -91,7 +90,6 @@ def _read(path: Path) -> tuple[list[str], FloatArray]:
 
 
 def _is_binary(start: bytes) -> bool:
-    """Whether a file begins as word2vec's binary format does, or at least not as text."""
     if re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         return True
     # Numbers without such bytes are rare: after a header, what follows a word of text is a number in letters.

@@ -144,17 +144,14 @@ def select(
         vocabulary: A bundled list's name, a path, or a loaded list.
         min_matches: How many top tokens must be in it, at least 1; 2 in the paper.
         verdicts: As `saeffect.review.summarise_verdicts` gives. A domain feature then also needs a majority of yes.
-        arm: Name of the arm, for error messages.
+        arm: For error messages.
 
     Returns:
         One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched (list of
         str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64); in_vocabulary (bool: matches >=
         min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed); label (str); is_domain (bool).
 
-    Raises:
-        ConfigError: `min_matches` is no positive integer, a column is missing, or the verdicts repeat a feature or name
-            one that the arm does not have.
-        SaeffectError: As `load_vocabulary`.
+    Raises `ConfigError` (also for verdicts that repeat a feature or name an unknown one), and as `load_vocabulary`.
     """
     if isinstance(min_matches, bool) or not isinstance(min_matches, int | np.integer) or min_matches < 1:
         raise ConfigError(f"min_matches must be an integer >= 1. Got {min_matches!r} instead.", at="min_matches")
@@ -234,17 +231,13 @@ def _word(entry: str) -> str:
 
 
 def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: WordVectors | None = None) -> Tensor:
-    """Which tokens of a vocabulary can be top tokens, bool [d_vocab]; for multilingual vocabularies.
+    """Which tokens [d_vocab] of a (multilingual) vocabulary can be top tokens, bool [d_vocab].
 
-    Args:
-        tokens: [d_vocab].
-        choice: ("all",); ("embeddings",): tokens whose word (`normalise_token`) has a vector; or names of scripts:
-            tokens all of whose letters are of these (by the names of the Unicode character database, after NFKC).
-            Digits and punctuation are of every script, parts of a character of none.
-        vectors: Needed for ("embeddings",).
+    `choice` is ("all",); ("embeddings",): tokens whose word (`normalise_token`) is in `vectors`; or names of scripts:
+    tokens all of whose letters are of these (by the names of the Unicode character database, after NFKC). Digits and
+    punctuation are of every script, parts of a character of none.
 
-    Raises:
-        UnknownName: A script that is not in `saeffect.config.SCRIPTS`.
+    Raises `UnknownName`: a script that is not in `saeffect.config.SCRIPTS`.
 
     Example:
         >>> choosable_tokens([" Fieber", "fièvre", "лихорадка", "熱", "42"], ["latin"]).tolist()

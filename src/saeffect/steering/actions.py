@@ -42,8 +42,7 @@ class Actions:
     Attributes:
         table: The checked feature table, sorted by feature.
         members: SAE features of each table row.
-        placebo_features: By placebo and feature: the features pushed instead, nearest first; for a set, each entry is a
-            sequence of as many features.
+        placebo_features: By placebo and feature: the features pushed instead (for sets: sequences), nearest first.
     """
 
     site: Site
@@ -59,8 +58,7 @@ class Actions:
         return self._setting(rows)
 
     def length(self, feature: int, dose: float) -> float:
-        """Length of the added vector in the activation's units; for "clamp", where the feature is off. NaN for
-        "ablate".
+        """Length of what is added, in the activation's units ("clamp": where the feature is off); NaN for "ablate".
 
         For an SAE that standardises each token, the length at a token of mean norm.
         """
@@ -179,8 +177,7 @@ def _length(row: Tensor, feature: int) -> float:
 def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
     """The actions of a plan. The feature table must hold `columns` and those of the planned placebos.
 
-    Raises:
-        ConfigError: The operator needs the SAE or the features' maxima, and the site lacks them.
+    Raises `ConfigError` if the operator needs the SAE or the features' maxima, and the site lacks them.
     """
     table = check_features(site, features, (*columns, *plan.placebo_columns))
     ids = table["feature"].tolist()

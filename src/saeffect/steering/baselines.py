@@ -56,20 +56,15 @@ def run_baselines(
     """Texts of the baselines, with the prompts and sampling noise of `run_trials`.
 
     "prompt": the unsteered model continues "Talk about <top tokens>. <prompt>". "mean_difference": the model is pushed
-    along that vector (see `MeanDifferences`) as far as along the feature, at the same positions.
-
-    Args:
-        plan: One dose; placebos are not run.
-        mean_differences: For each feature the vector, `[d_model]`, or why there is none.
+    along that vector (see `MeanDifferences`) as far as along the feature, at the same positions. The plan has one dose;
+    its placebos are not run. `mean_differences` holds for each feature the vector, `[d_model]`, or why there is none.
 
     Returns:
         One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is
         0 for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
         missing, measures are NaN and reason says why; else reason is "".
 
-    Raises:
-        UnknownName: No such baseline.
-        ConfigError: Several doses.
+    Raises `UnknownName`: no such baseline; `ConfigError`: several doses.
     """
     for name in baselines:
         if name not in BASELINES:
@@ -174,10 +169,7 @@ class _Baselines:
 
 
 class MeanDifferences:
-    """For each feature: mean activation of the model where the feature fires, minus that on general text.
-
-    Wu et al. (2025, AxBench) found this vector, which needs no SAE, ahead of SAE features in steering.
-    """
+    """Mean activation of the model where a feature fires, minus that on general text (Wu et al. 2025, AxBench)."""
 
     def __init__(self, features: Sequence[int], d_model: int) -> None:
         self.features = tuple(int(f) for f in features)
@@ -187,8 +179,7 @@ class MeanDifferences:
         self._n_general = 0
 
     def add(self, x: Tensor, feature_acts: Tensor, general: Tensor) -> None:
-        """Add tokens: activations `x` `[n_tokens, d_model]`, and `feature_acts` `[n_tokens, n_features]` in order of
-        feature.
+        """Add tokens: `x` `[n_tokens, d_model]`, `feature_acts` `[n_tokens, n_features]` in order of feature.
 
         `general`, bool `[n_tokens]`, marks the text to compare with.
         """

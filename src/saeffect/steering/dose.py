@@ -1,4 +1,4 @@
-"""Choosing the dose, on prompts that the test does not use: the best mean of gain x fluency against the unsteered text."""
+"""Choosing the dose by mean gain x fluency against the unsteered text, on prompts that the test does not use."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _ORDER = (
     *("p", "q", "passed", "paper_pass", "direct_effect", "direct_placebo", "kl", "reversed_share"),
     *("shuffled_effect", "shuffled_low", "shuffled_high", "shuffled_p", "outcome", "placebo", "reason"),
 )
-# What the summary calls them, and what they are called beside the primary effect.
+# Names in the summary: names beside the primary effect.
 _SHUFFLED = {
     "effect": "shuffled_effect",
     "effect_low": "shuffled_low",
@@ -66,10 +66,9 @@ def effects(
         alpha: FDR level.
         seed: For random sign patterns and resamples.
         dose: The dose tested; optional when the trials hold one.
-        placebo: The condition to compare with.
         outcome: A name in `OUTCOMES`, or a measure under another operator: for an ablation,
             `outcome_named("similarity").under("ablate")` tests for effects below 0.
-        obstacles: Why features were not steered, see `saeffect.steering.obstacles`: their `reason`.
+        obstacles: As `saeffect.steering.obstacles` gives, for `reason`.
 
     Returns:
         One row a feature, by number: feature; n_pairs; n_independent (units of test and interval: prompts, or pairs
@@ -79,14 +78,14 @@ def effects(
         direction); q (Benjamini-Hochberg over these features); passed (q <= alpha); paper_pass (the paper's rule: the
         first steered text is more similar than the first unsteered one, after an ablation less); direct_effect,
         direct_placebo (nats, means over prompts); kl (nats, steered); reversed_share (share of prompts whose mean
-        effect is opposite to the tested direction; for outcomes without a direction, to the overall effect);
-        shuffled_effect with shuffled_low, shuffled_high, shuffled_p (how much more steering raised the similarity to
-        the feature's own top tokens than to those of another feature; NaN without the column similarity_shuffled, see
-        `score_texts`); outcome; placebo; reason ("" when all is defined). NaN for fewer than two pairs.
+        effect opposes the tested direction, or else the overall effect); shuffled_effect with shuffled_low,
+        shuffled_high, shuffled_p (how much more steering raised the similarity to the feature's own top tokens than to
+        those of another feature; NaN without the column similarity_shuffled, see `score_texts`); outcome; placebo;
+        reason ("" when all is defined). NaN for fewer than two pairs.
 
     Raises:
-        ConfigError: The trials hold several doses and `dose` is not given, or not the given one; `alpha` is not between
-            0 and 1.
+        ConfigError: The trials hold several doses and no `dose` is given, or not that one; `alpha` is not between 0 and
+            1.
         EmptySelection: There are no steered trials, and no dose is given.
         ShapeMismatch: A column is missing, or a trial is repeated.
         UnknownName: No such outcome.
@@ -166,7 +165,6 @@ def _check_columns(trials: pd.DataFrame, columns: Sequence[str]) -> None:
 
 
 def _direct_means(direct: pd.DataFrame | None, dose: float, condition: str, column: str) -> pd.Series[float]:
-    """Means over prompts, by feature."""
     if direct is None:
         return pd.Series(dtype=np.float64)
     rows = direct[(direct["dose"] == dose) & (direct["condition"] == condition)]
@@ -189,7 +187,7 @@ def _tested_dose(trials: pd.DataFrame, dose: float | None) -> float:
 def _pairs(
     trials: pd.DataFrame, direct: pd.DataFrame | None, measure: Outcome, dose: float, placebo: str
 ) -> pd.DataFrame:
-    """An outcome by pair (direct outcomes: one a prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
+    """An outcome by pair (direct ones: by prompt, unsteered 0) and condition; "shuffled" replaces the placebo."""
     columns = [UNSTEERED, STEERED, placebo]
     source = trials
     if measure.direct:

@@ -42,12 +42,11 @@ class RememberedVectors:
 class MeanPooledEncoder:
     """Last hidden states of an encoder, averaged over a text's tokens, special ones included (Gupta & Sica 2024).
 
-    Sentence encoders that pool by the mean (most of sentence-transformers) give their own vectors up to length, which
-    does not affect a cosine. `name` is a hub id or folder of a model that transformers' AutoModel opens.
+    `name` is a hub id or folder of a model that transformers' AutoModel opens; sentence encoders that pool by the mean
+    give their own vectors up to length.
 
-    Raises:
-        NotFound: Neither a folder nor a model that can be downloaded.
-        BadFile: The folder holds no encoder with a tokenizer.
+    Raises `NotFound`: neither a folder nor a model that can be downloaded; `BadFile`: the folder holds no encoder with
+    a tokenizer.
     """
 
     def __init__(self, name: str) -> None:

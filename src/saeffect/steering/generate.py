@@ -1,7 +1,6 @@
 """Batched generation: many continuations of one prompt, each row with its own intervention, or of different prompts.
 
-A shared prompt is read once: rows are expanded only from the hook on, at the first changed position and after it. Keys
-and values are written to preallocated memory.
+A shared prompt is read once: rows are expanded only from the hook on, at the first changed position and after it.
 """
 
 from __future__ import annotations
@@ -43,10 +42,11 @@ def generate(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue one prompt once per row.
+    """Continue one prompt once per row: new token ids, one list a row, without the prompt.
 
     A row's output depends on its own vector and noise cell only, but other batch sizes may round differently (this
-    rarely changes a token in float32 and float64, sometimes in bfloat16). Same batches and machine: same tokens.
+    rarely changes a token in float32 and float64, sometimes in bfloat16). With `sampling.allow_end` a row stops before
+    its end-of-text token and may be shorter, even empty.
 
     Args:
         hook: Where to intervene, a TransformerLens name.
@@ -54,16 +54,10 @@ def generate(
         cells: Sampling noise, one a row.
         intervention: One operator row per cell; None leaves the model as it is.
         batch_size: Rows at once. 64 rows of a 135M model take about 0.2 GB beside the weights.
-        progress: Called after every token with tokens done and in all, over all rows; a row that ends early counts in
-            full.
+        progress: Called after every token with tokens done and in all; a row that ends early counts in full.
 
-    Returns:
-        New token ids, one list a row, without the prompt. With `sampling.allow_end` a row stops before its end-of-text
-        token and may be shorter, even empty.
-
-    Raises:
-        ConfigError: The prompt has no tokens, `batch_size` is below 1, or the hook is not in the model.
-        ShapeMismatch: The intervention has not one row per cell.
+    Raises `ConfigError`: the prompt has no tokens, `batch_size` is below 1, or the hook is not in the model;
+    `ShapeMismatch`: the intervention has not one row per cell.
     """
     _check([prompt_ids], batch_size)
     if intervention is not None and intervention.operator.n_rows != len(cells):
@@ -82,7 +76,7 @@ def generate(
                     progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
 
             start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
-            # A prompt that was steered is in the keys and values; its generated tokens are left alone.
+            # A steered prompt is in the keys and values; its generated tokens are not steered.
             with nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit):
                 outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
@@ -98,21 +92,13 @@ def continue_prompts(
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> list[list[int]]:
-    """Continue each of many prompts once, without intervention and without padding.
+    """Continue each of many prompts once, unsteered and without padding: new token ids, one list a row.
 
-    All rows start at their first token and advance together: while longer prompts are still read, shorter ones already
-    generate. A row's output is that of `generate` for its prompt alone, up to rounding.
+    While longer prompts are still read, shorter ones already generate. A row's output is that of `generate` for its
+    prompt alone, up to rounding. `prompts` are token ids, at least one each, of any lengths; `progress` is called after
+    each batch with rows done and in all.
 
-    Args:
-        prompts: Token ids, at least one each; lengths may differ.
-        progress: Called after each batch with rows done and in all.
-
-    Returns:
-        New token ids, one list a row in the order of `prompts`.
-
-    Raises:
-        ConfigError: A prompt has no tokens, or `batch_size` is below 1.
-        ShapeMismatch: Not one cell per prompt.
+    Raises `ConfigError`: a prompt has no tokens, or `batch_size` is below 1; `ShapeMismatch`: not one cell per prompt.
     """
     if len(prompts) != len(cells):
         raise ShapeMismatch(f"{len(prompts)} prompts, but {len(cells)} noise cells.")
@@ -185,7 +171,6 @@ def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
 
 
 def _end_tokens(lm: LanguageModel) -> list[int]:
-    """Ids that end a text, by tokenizer and generation settings."""
     settings = getattr(lm.model, "generation_config", None)
     found: set[int] = set()
     for value in (getattr(lm.tokenizer, "eos_token_id", None), getattr(settings, "eos_token_id", None)):
@@ -204,16 +189,15 @@ def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
 def read_prompt(
     lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
 ) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache of keys and values.
+    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens.
 
-    `edit` (None or `n_rows` rows) acts at `hook`; `room` further tokens are planned.
+    `edit`, None or with `n_rows` rows, acts at `hook`.
     """
     ids = torch.tensor([list(prompt_ids)], device=lm.device)
     try:
         logits, cache = _read_once(lm, hook, ids, n_rows, edit)
     except (_UnknownCacheError, RuntimeError) as error:
-        # What keeps more than keys and values, or wants the same number of rows in all its parts (Bloom's position
-        # bias), reads the prompt once a row.
+        # Other caches, or models that need equal rows in all parts (Bloom's position bias), read the prompt by row.
         if not isinstance(error, _UnknownCacheError) and not _is_about_shapes(error):
             raise
         logits, cache = _read_in_every_row(lm, hook, ids, n_rows, edit)
@@ -221,15 +205,11 @@ def read_prompt(
 
 
 def last_logits(lm: LanguageModel, input_ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits after the last token of each row, float32 `[rows, d_vocab]`, and the cache of keys and values.
-
-    Where the architecture allows it, only the last position is unembedded, which saves the largest tensor.
-    """
+    """Logits after each row's last token, float32 `[rows, d_vocab]`, and the cache of keys and values."""
     model: Any = lm.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    # The last position of many is a slice with gaps, for which the processor's bfloat16 product is hundreds
-    # of times slower than for a dense copy of it.
+    # On a CPU the bfloat16 product of a strided slice is hundreds of times slower than that of a dense copy.
     dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     try:
         result = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)

@@ -1,4 +1,4 @@
-"""Operators, which change activations `[rows, positions, d_model]` row by row, and interventions, which position them."""
+"""Operators change activations `[rows, positions, d_model]` row by row; interventions say at which positions."""
 
 from __future__ import annotations
 
@@ -162,12 +162,10 @@ class Intervention:
             raise unknown_name("choice of positions", self.positions, POSITIONS, at="positions")
 
     def take(self, first: int, last: int) -> Intervention:
-        """The same intervention for a slice of the rows."""
         return Intervention(self.operator.take(first, last), self.positions)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
-        """The callable for `saeffect.lm.edited`, for rows that share a prompt of `prompt_length` tokens, `n_bos` of
-        them BOS.
+        """The callable for `saeffect.lm.edited`; rows share a prompt of that length, its first `n_bos` tokens BOS.
 
         Raises `ConfigError` if there is no position to act at: BOS alone, or one token with `positions` "prompt".
         """
@@ -184,10 +182,7 @@ class Intervention:
 
 
 class PositionedEdit:
-    """Applies an operator at the wanted positions of each forward pass.
-
-    With a cache, a pass sees only the newest positions: set `start`, the first's absolute position, before each pass.
-    """
+    """Applies an operator in each forward pass; set `start`, the pass' first absolute position, before each."""
 
     def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:
         self.operator = operator

@@ -56,11 +56,7 @@ def similarity(text: str, reference: str, vectors: TextVectors) -> float:
 
 
 def distinct_2(token_ids: Sequence[int]) -> float:
-    """Share of distinct pairs among neighbouring tokens (1: no repetition, near 0: a loop); NaN for fewer than two
-    tokens.
-
-    Source: Li et al. (2016), A Diversity-Promoting Objective Function for Neural Conversation Models.
-    """
+    """Share of distinct pairs among neighbouring tokens (Li et al. 2016); NaN for fewer than two tokens."""
     pairs = list(itertools.pairwise(token_ids))
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
@@ -69,15 +65,14 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 def perplexity(
     lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """Perplexity of continuations (token ids, of any lengths) of one prompt under the unsteered model.
+    """exp of the mean negative log-probability (nats) of continuations of one prompt under the unsteered model.
 
-    exp of the mean negative log-probability (nats), float64 `[n]`, at least 1; NaN for an empty continuation.
-    `ShapeMismatch` for a prompt without tokens.
+    Float64 `[n]`, at least 1; NaN for an empty continuation. `ShapeMismatch` for a prompt without tokens.
     """
     if len(prompt_ids) == 0:
         raise ShapeMismatch("the prompt has no tokens; expected at least one.")
     result = np.full(len(continuations), math.nan)
-    # Equal lengths together: causal attention makes padding at the end harmless, but not free.
+    # Equal lengths together: padding at the end is harmless under causal attention, but costs time.
     order = [i for i in np.argsort([len(c) for c in continuations], kind="stable") if len(continuations[i])]
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
@@ -155,18 +150,14 @@ class Outcome:
     """One outcome.
 
     Attributes:
-        name: In study files and tables.
-        label: In reports.
         measures: Completes "the effect of steering on the ...".
         unit: Of effects. Shares ("share of ...") are percentages in reports.
         alternative: "greater" (one-sided), "less" (see `under`), or "two-sided" for side effects.
-        score: Function of (text, the feature's top tokens, the domain's words in lower case); None for outcomes
-            measured during generation (`measure_texts`) or without texts (`direct`).
+        score: Function of (text, the feature's top tokens, the domain's words in lower case); None for outcomes of
+            `measure_texts` and `direct_effects`.
         column: Of the table; `name` if empty.
-        direct: Whether it is a column of `direct_effects` (one a prompt, relative to the unsteered model) and not of
-            trials.
+        direct: Whether the column is of `direct_effects` (one number a prompt), not of trials.
         logarithm: Whether effects are of the natural logarithm (perplexities, where the worst texts would dominate).
-        operator: The operator under which it is tested.
     """
 
     name: str
@@ -240,15 +231,13 @@ def score_texts(
     Args:
         trials: Columns feature and text; a missing text has no score.
         features: Columns feature and top_tokens, of all tested features. With a column members, sets that share a
-            feature are not compared with each other.
+            feature are not compared with each other. `ShapeMismatch` if a feature of the trials is missing.
         vocabulary: The domain's words, lower case.
-        seed: For `shuffled_references`.
 
     Returns:
         The trials with a column for each outcome that has a `score`, similarity_shuffled (cosine similarity to another
-        feature's top tokens, NaN where undefined), and shuffled_feature (that feature, -1 for none).
-
-    Raises `ShapeMismatch` if a feature of the trials is not in the table.
+        feature's top tokens, see `shuffled_references`; NaN where undefined), and shuffled_feature (that feature, -1
+        for none).
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
     unknown = set(trials["feature"]) - set(top)
@@ -280,8 +269,7 @@ def score_texts(
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
     """For each feature another one at random, never its own and none used twice; None if there is no other.
 
-    Control: if texts come as near to another domain feature's top tokens, steering evokes the domain at most. The order
-    of the features does not matter.
+    Control: if texts come as near to another domain feature's top tokens, steering evokes the domain at most.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)

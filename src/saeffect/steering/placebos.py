@@ -91,20 +91,14 @@ def control_label(name: str) -> str:
 
 
 def random_direction(d_model: int, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
-    """A direction uniform on the sphere, float32 `[d_model]`, of norm 1; arguments as in `DrawDirection`.
-
-    Draw anew for each trial: with one direction for all, its error would not average out over samples.
-    """
+    """A direction uniform on the sphere, float32 `[d_model]`, of norm 1; see `DrawDirection`. Draw one per trial."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, feature, len(draw), *draw]))
     normal = rng.standard_normal(d_model)
     return torch.from_numpy((normal / np.linalg.norm(normal)).astype(np.float32))
 
 
 def turned(rows: Tensor, direction: DrawDirection, *, seed: int, feature: int, draw: tuple[int, ...] = ()) -> Tensor:
-    """Directions of the lengths of `rows` `[n, d_model]` and with their mutual angles, but drawn anew.
-
-    The same multiples of them therefore have a sum of the same length.
-    """
+    """Directions of the lengths of `rows` `[n, d_model]` and with their mutual angles, but drawn anew."""
     if len(rows) == 1:
         return direction(rows[0], seed=seed, feature=feature, draw=draw)[None] * rows.norm()
     drawn = [direction(row, seed=seed, feature=feature, draw=(*draw, i)) for i, row in enumerate(rows[: rows.shape[1]])]
@@ -132,12 +126,10 @@ def matched_features(
         n: Placebos a feature; fewer if no more are similar.
 
     Returns:
-        One row per chosen feature and rank: feature, rank (from 0, nearest first), placebo, distance (in standard
-        deviations). Ties go to the lower number.
+        One row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo, distance
+        (in standard deviations).
 
-    Raises:
-        ShapeMismatch: A column is missing, or a chosen feature is not in the table.
-        ConfigError: `n` is below 1.
+    Raises `ShapeMismatch`: a column is missing, or a chosen feature is not in the table; `ConfigError`: `n` is below 1.
     """
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")

@@ -29,11 +29,10 @@ class Site:
     Attributes:
         hook: TransformerLens name.
         W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
-        mean_norm: Mean Euclidean norm of the activation at the hook, in its own units: the unit of doses.
+        mean_norm: Mean Euclidean norm of the activation at the hook, in its units: the unit of doses.
         sae: Needed to clamp and to ablate.
         max_acts: Largest activation of every feature on text, float32 `[d_sae]`; needed to clamp.
-        norm_limit: Longest activation that the SAE was trained on; longer ones are not clamped or ablated, see
-            `SetFeatures`.
+        norm_limit: Longest activation in the SAE's training; longer ones are not clamped or ablated, see `SetFeatures`.
     """
 
     lm: LanguageModel
@@ -66,13 +65,10 @@ class SteeringPlan(Sampling, InterventionConfig):
         samples: Repetitions of each prompt, each with its own noise.
         operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the feature's
             activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
-        placebos: Names in `PLACEBOS`.
         unit: Of doses of "add": "residual_norm", or "coefficient": multiples of the decoder row, as in the paper.
-        seed: For sampling noise and random directions.
 
-    Raises:
-        ConfigError: A value is out of range, or values contradict each other.
-        UnknownName: No such operator, unit, placebo or choice of positions.
+    Raises `ConfigError`: a value is out of range, or values contradict each other; `UnknownName`: no such operator,
+    unit, placebo or choice of positions.
     """
 
     placebos: tuple[str, ...] = ("random",)
@@ -107,7 +103,7 @@ class SteeringPlan(Sampling, InterventionConfig):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """ "steered", then the placebos."""
+        """The conditions of steered trials: "steered", then the placebos."""
         return (STEERED, *self.placebos)
 
 
@@ -125,9 +121,8 @@ def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -
 
     With a column members (list of int) each row is a set of features steered at once, and feature any number for it.
 
-    Raises:
-        EmptySelection: There are no features.
-        ShapeMismatch: A column is missing, a feature is repeated, or the decoder has no such row.
+    Raises `EmptySelection`: there are no features; `ShapeMismatch`: a column is missing, a feature is repeated, or the
+    decoder has no such row.
     """
     missing = [name for name in ("feature", *columns) if name not in features]
     if missing:
@@ -165,9 +160,7 @@ def features_together(
         feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in turn,
         each once), and, if given, matched (list of lists; empty if a member has none).
 
-    Raises:
-        EmptySelection: No sets, or an empty one.
-        ShapeMismatch: A feature is not in the table.
+    Raises `EmptySelection`: no sets, or an empty one; `ShapeMismatch`: a feature is not in the table.
     """
     if not len(sets) or not all(len(members) for members in sets):
         raise EmptySelection("there is no set of features to steer together, or one of them is empty.", at="together")

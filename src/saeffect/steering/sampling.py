@@ -1,8 +1,7 @@
 """Sampling with temperature, top_p, frequency penalty, and Gumbel noise shared by paired rows.
 
 The token with the largest `logit / temperature + Gumbel noise` is a draw from the softmax. The noise is a function of
-(seed, prompt, sample, step, token) alone (*common random numbers*), so paired differences come from the intervention
-alone. A counter-based generator, Philox 4x32-10 (Salmon et al. 2011), computes only the noise that top_p needs.
+(seed, prompt, sample, step, token) alone (*common random numbers*), by Philox 4x32-10 (Salmon et al. 2011).
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ __all__ = [
     "philox",
 ]
 
-# How many of the most probable tokens are tried before the whole vocabulary is sorted: a trained model's set of
-# mass 0.3 has a handful.
+# Most probable tokens tried before the whole vocabulary is sorted (a set of mass 0.3 has a handful).
 _FIRST_TRIES = (16, 128, 1024)
-# Tokens of which one maximum is taken before the most probable are looked for.
+# Tokens per block maximum in the search for the most probable ones.
 _BLOCK = 64
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,10 +45,7 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class NoiseCell:
-    """What the sampling noise of a row depends on; rows with equal cells share it.
-
-    The prompt is its text, not a number, so that leaving a prompt out changes no other.
-    """
+    """What the sampling noise of a row depends on; rows with equal cells share it."""
 
     seed: int
     prompt: str
@@ -58,20 +53,16 @@ class NoiseCell:
 
 
 def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch.device | str = "cpu") -> Tensor:
-    """The noise of one step at every token: standard exponential draws, float32 `[d_vocab]`, above 0.
-
-    Minus its logarithm is Gumbel noise.
-    """
+    """Standard exponential draws at every token, float32 `[d_vocab]`, above 0; minus the logarithm is Gumbel noise."""
     blocks = torch.arange((d_vocab + 3) // 4, device=device)
     words = torch.stack(philox(*_counter([cell], step, blocks[None])), dim=-1)
     return _exponential(words.flatten()[:d_vocab])
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """The same noise at some tokens only: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
+    """The same noise at some tokens: entry (r, i) is `exponential_noise(cells[r], step, d_vocab)[ids[r, i]]`.
 
-    `step` counts the tokens generated before, `ids` are int64 `[rows, n]`. `ShapeMismatch` unless there is a cell a
-    row.
+    `step` counts the tokens before, `ids` are int64 `[rows, n]`. `ShapeMismatch` unless there is a cell a row.
     """
     if ids.ndim != 2 or len(ids) != len(cells):
         raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
@@ -155,21 +146,16 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Non
     """
     if frequency_penalty == 0 or generated.shape[1] == 0:
         return
-    # Counted first: a sum of many small penalties would round differently. A token that is there twice is
-    # written twice, with the same value.
+    # Counted first, since a sum of small penalties rounds differently. Repeated tokens are rewritten with equal values.
     counts = (generated[:, :, None] == generated[:, None, :]).sum(dim=-1, dtype=logits.dtype)
     logits.scatter_(1, generated, logits.gather(1, generated) - frequency_penalty * counts)
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
-    """One token a row, int64 `[rows]`; depends on the row's own logits and cell only.
+    """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020).
 
-    Args:
-        logits: `[rows, d_vocab]`, any float dtype, penalties already taken off; forbidden tokens at -inf.
-        step: How many tokens were generated before.
-
-    Raises `ShapeMismatch` unless there is a cell a row. Source of top_p: Holtzman et al. (2020), The Curious Case of
-    Neural Text Degeneration.
+    `logits` are `[rows, d_vocab]`, any float dtype, penalties already taken off, forbidden tokens at -inf; `step`
+    counts the tokens generated before. `ShapeMismatch` unless there is a cell a row.
     """
     if len(cells) != len(logits):
         raise ShapeMismatch(f"{len(logits)} rows of logits, but {len(cells)} noise cells.")
@@ -203,8 +189,8 @@ def _draw_from_nucleus(scaled: Tensor, cells: Sequence[NoiseCell], step: int, to
         mass = (values - total[pending]).exp().double()
         # A token stays if those before it do not reach top_p yet; the first always does.
         kept = mass.cumsum(dim=-1) - mass < top_p
-        # Equal logits are common in half precision, and of those equal to the last one tried some were left
-        # out, so the set is known only if it ends strictly above them.
+        # Ties are common in half precision, and some with the last one tried were left out: the set is known only if
+        # it ends strictly above them.
         n_kept = kept.sum(dim=-1, keepdim=True)
         known = (values.gather(1, n_kept - 1) > values[:, -1:])[:, 0] | (n_tried == d_vocab)
         # Nothing beyond the largest set needs noise.

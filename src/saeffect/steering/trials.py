@@ -54,18 +54,16 @@ def run_trials(
 ) -> pd.DataFrame:
     """Generate with and without intervention and measure the texts.
 
-    Features run in chunks that fill a batch and depend on the feature table and the plan alone, so a resumed run gives
-    the same numbers. Each chunk generates its unsteered texts in the same batch as the steered ones, so rounding is
-    equal on both sides of a difference. Processes started by `torchrun` share the chunks; all call this with equal
-    arguments, and each gets the whole table, the same as from one process on an equal processor with as many threads.
+    Features run in chunks that depend on the feature table and the plan alone, so a resumed run gives the same numbers.
+    Each chunk generates its unsteered texts in the batch of the steered ones, so both sides of a difference round
+    alike. Processes started by `torchrun` share the chunks; all need equal arguments, and each gets the whole table.
 
     Args:
         features: Columns feature and top_tokens (list of str), those of the planned placebos, such as matched (list of
             int), and optionally members (see `features_together`). The whole selection, also on a resume.
         done: Rows that an earlier call with equal arguments gave to `on_chunk`, in any process.
         on_chunk: Called with the rows of each finished chunk; two processes must not write the same file.
-        progress: Called in the first process after every token, with rows done and in all of its share, resumed and
-            partial rows included.
+        progress: Called in the first process after every token, with rows done (also resumed and partial) and in all.
 
     Returns:
         One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit
@@ -83,7 +81,7 @@ def run_trials(
     rows = run.table(mine, done, on_chunk, progress if is_first() else None) if len(mine) else None
     barrier()  # which waits for the slowest, however long; what follows takes a moment
     everything = pd.concat(_from_all(rows), ignore_index=True)
-    # Within a feature the rows are in their order already, and a feature is one process' alone.
+    # Rows of a feature are in order already and come from one process.
     return everything.sort_values("feature", kind="stable", ignore_index=True)
 
 
@@ -147,7 +145,6 @@ class _Run:
         return self._ordered(pd.concat(frames, ignore_index=True))
 
     def _chunk(self, features: pd.DataFrame, so_far: Callable[[float], None]) -> pd.DataFrame:
-        """All rows of the features that share a batch."""
         plan, samples = self.plan, range(self.plan.samples)
         references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
         steered = [
@@ -158,7 +155,7 @@ class _Run:
             for dose in plan.doses
         ]
         twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in samples]
-        # The first feature's stand for all: nothing is done to them.
+        # The first feature's unsteered rows serve for all.
         generated = twins[: plan.samples] + steered
         records: list[dict[str, Any]] = []
         for prompt, text in enumerate(plan.prompts):
@@ -193,7 +190,6 @@ class _Run:
         )
 
     def _conditions(self, feature: int) -> list[str]:
-        """The planned conditions that are possible for a feature."""
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
 
     def _ordered(self, trials: pd.DataFrame) -> pd.DataFrame:
@@ -224,12 +220,8 @@ def direct_effects(
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
 
-    Each batch holds one unsteered row, so rounding is equal on both sides of a difference. The random placebo of a
-    prompt is that of its sample 0.
-
-    Args:
-        features: As `run_trials`, with top_token_ids (list of int) in place of top_tokens.
-        plan: All keys but samples and those of sampling are used.
+    `features` need top_token_ids (list of int) in place of top_tokens; the plan's samples and sampling are not used.
+    The random placebo of a prompt is that of its sample 0.
 
     Returns:
         One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose, delta_logprob
@@ -287,7 +279,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
         [0.0, 0.1438]
     """
     p = log_p.exp()
-    # What p never draws adds nothing, also where q forbids it.
+    # Tokens of probability 0 under p add nothing, also where q is 0.
     terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(log_q))
     return terms.sum(dim=-1).clamp_min(0)
 
