@@ -246,9 +246,7 @@ class StreamedActivations(ActivationSource):
     ) -> StreamedActivations:
         """Check that model, hook and text fit, and measure the norm limit on the first rows.
 
-        Raises:
-            ConfigError: As `check_rows`; or a size is not positive.
-            EmptySelection: The text is shorter than one row.
+        ConfigError as `check_rows`, or if a size is not positive; EmptySelection if the text is shorter than one row.
         """
         if min(pool_rows, rows_a_pass) < 1:
             raise ConfigError(

@@ -146,14 +146,13 @@ class Checkpoint:
 
 
 class TrainingFolder:
-    """One training's folder: one writer at a time, checkpoints, and a note of the results at the end.
+    """One training's folder: one writer at a time, the newest `keep` checkpoints, and a note of the results.
 
     Other people's files stay; a folder where they are in the way is refused.
 
     Args:
         made_by: Fingerprint of everything that decides the results, contents of files included.
         leaves: Names of the files that such a training leaves.
-        keep: How many of the newest checkpoints stay.
     """
 
     def __init__(self, path: Path, made_by: str, leaves: Sequence[str], *, keep: int = 1) -> None:

@@ -277,7 +277,6 @@ def _read_note(folder: Path) -> dict[str, Any]:
 
 
 def _missing(out: Path, starts: range) -> list[int]:
-    """First rows of the missing shards."""
     return [start for start in starts if not (out / shard_name(start // starts.step)).is_file()]
 
 

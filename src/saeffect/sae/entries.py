@@ -16,9 +16,9 @@ __all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
-    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count. Their `values` are float32, one an entry.
+    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count.
 
-    `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
+    Their `values` are float32, one an entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
     """
 
     values: Tensor

@@ -182,9 +182,9 @@ def spliced_losses(
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
-    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`.
+    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`, of ids int64 `[n_rows, n]`.
 
-    `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last; token ids are int64 `[n_rows, n]`.
+    `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
     """
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     means: NDArray[np.float64] = losses.view(len(ids), -1).double().mean(dim=1).cpu().numpy()

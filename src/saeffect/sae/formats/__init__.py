@@ -54,9 +54,7 @@ class SaeFormat(Protocol):
 
     def matches(self, folder: Path, raw: Any) -> bool: ...
 
-    def config(self, folder: Path, raw: Any, where: str) -> SaeConfig:
-        """What the SAE is."""
-        ...
+    def config(self, folder: Path, raw: Any, where: str) -> SaeConfig: ...
 
     def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
         """The SAE; its file of weights exists."""

@@ -114,10 +114,7 @@ def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path 
 
 
 def load_compact(folder: Path | str, *, at: str | None = None) -> CompactSae:
-    """Read a compact SAE.
-
-    NotFound: a missing file. BadFile: damaged or not finite. IncompatibleSae: shapes that contradict cfg.json.
-    """
+    """Read a compact SAE. NotFound: no file; BadFile: damaged or not finite; IncompatibleSae: wrong shapes."""
     import pandas as pd
 
     folder = Path(folder)

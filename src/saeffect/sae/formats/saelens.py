@@ -89,7 +89,6 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-    """The SAE in its inference form."""
     cfg, kind = config(folder, raw, where), _architecture(raw, where)
     shapes = dict.fromkeys(_OTHER_VECTORS, (cfg.d_sae,)) | kind.shapes(cfg)
     tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=("W_enc", "W_dec", "b_dec"))

@@ -147,12 +147,10 @@ class SaeTrainingConfig(StrictModel):
 
     @property
     def unit_decoder(self) -> bool:
-        """Whether decoder rows are kept at length 1."""
         return self.kind.unit_rows if self.decoder_rows is None else self.decoder_rows == "unit"
 
     @property
     def decoder_norm_at_start(self) -> float:
-        """Length of the decoder rows at the start."""
         return (1.0 if self.unit_decoder else 0.1) if self.decoder_init_norm is None else self.decoder_init_norm
 
     @property

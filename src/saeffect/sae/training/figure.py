@@ -70,8 +70,6 @@ _PANELS = (
 
 
 class _Run:
-    """The rows of a training that have a place on the axis of tokens."""
-
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.rows = [row for row in rows if _finite(row.get("tokens"))]
         self.kinds = {row["kind"] for row in rows}

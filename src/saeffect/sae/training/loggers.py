@@ -135,7 +135,6 @@ class _WeightsAndBiases:
 
 
 def _run_id(path: Path) -> str | None:
-    """The id of the run to continue; None if none was recorded."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()

@@ -52,8 +52,7 @@ def train_from_recipe(
         work: Folder for activations; arms with the same model share them.
         logger: Where metrics go besides metrics.jsonl.
 
-    Returns:
-        The measurements in the model card; of several SAEs, one such mapping by name.
+    Returns the measurements in the model card; of several SAEs, one such mapping by name.
 
     Raises:
         SaeffectError: Anything wrong; where possible before the harvest, and then nothing is written.
@@ -159,8 +158,6 @@ def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
 
 @dataclass(frozen=True, eq=False)
 class _Data:
-    """Activations to train on, and the data on which SAEs are measured."""
-
     recipe: SaeRecipe
     lm: LanguageModel
     source: ActivationSource  # to train on

@@ -93,7 +93,6 @@ def train_saes(
 
 
 def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
-    """Whether the job's folder holds the SAE that the job would make, as it was when it was finished."""
     folder = job.folder(source.identity())
     damaged = folder.damaged()
     if damaged == [] and not (folder.note() or {}).get("files"):
