@@ -57,7 +57,7 @@ class TrainingLog:
         ConfigError: The logger refuses.
 
     Example:
-        >>> import tempfile; from saeffect.io import SILENT; folder = Path(tempfile.mkdtemp())
+        >>> import tempfile; from saeffect.progress import SILENT; folder = Path(tempfile.mkdtemp())
         >>> with TrainingLog(folder, total_steps=2, batch_size=8, first_step=0, config={}, log=SILENT) as log:
         ...     log.metrics(0, {"mse": 2.5})
         >>> read_metrics(folder)[0]["tokens"]
