@@ -52,6 +52,11 @@ coverage: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not browser and not simulation" \
 		--cov=saeffect --cov-branch --cov-report=term:skip-covered tests
 
+# Small changes to the statistics, one at a time: how many do the tests notice? About an hour.
+mutants: .venv/.installed-test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(TEST_JOBS)
+
 format: .venv/.installed-test
 	$(BIN)/ruff check --fix src tests scripts
 	$(BIN)/ruff format src tests scripts
