@@ -98,20 +98,20 @@ def test_interrupted_processes_end_with_one_process_files(prepared: Path, tmp_pa
     shutil.copytree(prepared / "before", run)
     arguments = ("steer", prepared / "study.yaml", "--out", run)
     processes = side_by_side(arguments, arguments)
-    wait_until(lambda: any(run.glob("partial/steer-control/*.parquet")), processes)
+    wait_until(lambda: any(run.glob("partial/steer-control/[!.]*.parquet")), processes)
     for process in processes:
         process.kill()
         process.communicate()
     assert not (run / "arms/control/interventions.parquet").exists()
 
     together = torchrun(2, *arguments)
-    wait_until(lambda: any(run.glob("partial/steer-placebo/*.parquet")), [together])
+    wait_until(lambda: any(run.glob("partial/steer-placebo/[!.]*.parquet")), [together])
     together.send_signal(signal.SIGINT)  # torchrun passes it on
     _, errors = together.communicate()
     assert together.returncode != 0
     assert errors.count("Interrupted: stopped. What is finished is kept") == 1, errors
     assert (run / "arms/control/interventions.parquet").exists()
-    kept = list(run.glob("partial/steer-placebo/*"))
+    kept = list(run.glob("partial/steer-placebo/[!.]*"))
     assert kept or (run / "arms/placebo/interventions.parquet").exists()  # on a quick machine it was just finished
 
     last = side_by_side(*[arguments] * 3)
