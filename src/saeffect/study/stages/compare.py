@@ -19,8 +19,8 @@ from saeffect.report import with_answer
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.match import read_matches
-from saeffect.study.stages.steering_plan import chosen_dose
 from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.config import SteeringConfig
-from saeffect.io import write_json
+from saeffect.io import read_json, write_json
 from saeffect.progress import SILENT, Log
 from saeffect.steering import (
     RESPONSE_COLUMNS,
@@ -32,11 +32,17 @@ from saeffect.study.stages.steering_plan import (
     tested_features,
 )
 
-__all__ = ["dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
+__all__ = ["chosen_dose", "dose_inputs", "dose_unit", "help_dose_search", "run_dose_search"]
 
 VERSION = 5
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
 _NOT_SEARCHED |= {"baselines", "baseline_features"}
+
+
+def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
+    """The dose of the search (None if there is none), and reasons to doubt it or why no feature is steered."""
+    found = read_json(run.path("steering", "dose.json"))
+    return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
 
 
 def dose_inputs(run: RunFolder) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from saeffect.steering.outcomes import OUTCOMES
 from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
-from saeffect.study.stages.steering_plan import chosen_dose
+from saeffect.study.stages.dose_search import chosen_dose
 
 __all__ = ["report_context", "report_inputs", "run_report"]
 

@@ -17,7 +17,6 @@ from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.study import Arm, Study
 
 __all__ = [
-    "chosen_dose",
     "encoder_identity",
     "matched_lists_of",
     "matched_placebos",
@@ -32,12 +31,6 @@ __all__ = [
 def search_placebos(config: SteeringConfig) -> tuple[str, ...]:
     """Placebos that the search runs at every dose: the one that the test compares with, if any."""
     return (config.primary_placebo,) if config.placebos else ()
-
-
-def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
-    """The dose of the search (None if there is none), and reasons to doubt it or why no feature is steered."""
-    found = read_json(run.path("steering", "dose.json"))
-    return None if found["dose"] is None else float(found["dose"]), str(found.get("note") or "")
 
 
 def site_of(run: RunFolder, arm: Arm) -> Site:
