@@ -165,6 +165,17 @@ def test_full_disk_under_the_log_is_an_error(
     assert "Traceback" not in shown.err and "a result" not in shown.out
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_full_disk_under_the_help_is_an_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert _typed(monkeypatch, *arguments) == 2
+    assert "standard output cannot be written: No space left on device." in capsys.readouterr().err
+
+
 def test_commands_print_through_the_console_alone() -> None:
     folder = Path(command_line.__file__).parent
     for path in folder.glob("*.py"):

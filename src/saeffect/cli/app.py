@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli.check import check
-from saeffect.cli.console import show, show_error, wait_for_peer_error
+from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
 from saeffect.cli.finetune import finetune
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
@@ -71,8 +72,11 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
     use_large_pages()
+    # typer itself prints the help.
+    shows_help = "--help" in sys.argv
     try:
-        code = app(standalone_mode=False)
+        with still_writable(sys.stdout, "standard output") if shows_help else contextlib.nullcontext():
+            code = app(standalone_mode=False)
         if code == _STOPPED:  # what typer makes of Ctrl-C
             raise KeyboardInterrupt
         if code:

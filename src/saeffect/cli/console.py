@@ -25,7 +25,15 @@ from saeffect.errors import BadFile, Interrupted
 from saeffect.lm.tokens import printable_text
 from saeffect.progress import SILENT, Log, Progress
 
-__all__ = ["ConsoleProgress", "keys_option", "process_log", "show", "show_error", "wait_for_peer_error"]
+__all__ = [
+    "ConsoleProgress",
+    "keys_option",
+    "process_log",
+    "show",
+    "show_error",
+    "still_writable",
+    "wait_for_peer_error",
+]
 
 # Minimum seconds between progress lines without a terminal; also a tenth of the work or half the elapsed time, so that
 # a rate shows early and a day of work does not fill a log.
@@ -71,7 +79,7 @@ class ConsoleProgress(Log):
 
     def _print(self, line: str) -> None:
         self._finish()
-        with _still_writable(self.console.file, "standard error"):
+        with still_writable(self.console.file, "standard error"):
             self.console.print(escape(printable_text(line)), soft_wrap=True)
 
     def _move(self, progress: Progress) -> None:
@@ -90,7 +98,7 @@ class ConsoleProgress(Log):
             rate = (done - self._first) / (now - self._started)
             left = (total - done) / rate
             pace = f"{rate:,.1f}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s each"
-            with _still_writable(self.console.file, "standard error"):
+            with still_writable(self.console.file, "standard error"):
                 self.console.print(f"  {name}: {done}/{total} {unit}, {pace}, {left:.0f} s left")
 
     def _is_due(self, now: float, share: float) -> bool:
@@ -106,7 +114,7 @@ class ConsoleProgress(Log):
 
 def show(line: str = "") -> None:
     """Print a result line to standard output, with control sequences escaped."""
-    with _still_writable(sys.stdout, "standard output"):
+    with still_writable(sys.stdout, "standard output"):
         typer.echo(printable_text(line))
 
 
@@ -124,12 +132,12 @@ def keys_option(text: str, page: Callable[[], str]) -> Any:
 def show_error(text: str) -> None:
     """Print an error to standard error, without a traceback or markup."""
     console = Console(file=sys.stderr, stderr=False, highlight=False)
-    with contextlib.suppress(BadFile), _still_writable(sys.stderr, "standard error"):
+    with contextlib.suppress(BadFile), still_writable(sys.stderr, "standard error"):
         console.print(Text(printable_text(text)), style="red" if console.is_terminal else None, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _still_writable(stream: IO[str], name: str) -> Iterator[None]:
+def still_writable(stream: IO[str], name: str) -> Iterator[None]:
     """Raise one error if a stream cannot be written (a log on a full disk, say), and stop writing to it."""
     try:
         yield
