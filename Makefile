@@ -35,7 +35,7 @@ doctests: .venv/.installed-test
 
 unit: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation" \
-		--ignore=tests/test_layers.py tests/study tests/sae tests # the longest files first
+		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/study tests/sae tests # the longest files first
 
 real: .venv/.installed-test
 	$(BIN)/pytest -m real
@@ -48,9 +48,8 @@ simulations: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) -m simulation --sample $(SAMPLE)
 
 # Branch coverage of src/ by the unit layer.
-coverage: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile -m "not real and not browser and not simulation" \
-		--cov=saeffect --cov-branch --cov-report=term:skip-covered tests
+coverage:
+	@$(MAKE) --no-print-directory unit UNIT_FLAGS="--cov=saeffect --cov-branch --cov-report=term:skip-covered"
 
 # Small changes to the statistics, one at a time: how many do the tests notice? About an hour.
 mutants: .venv/.installed-test

@@ -45,18 +45,22 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def _named(path: Path, node: ast.AST) -> list[str]:
+    """What a node of a file imports, by whole names; nothing if it is no import."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    package = ["saeffect", *path.relative_to(ROOT).parts[:-1]]
+    up = package[: len(package) - node.level + 1] if node.level else []
+    module = ".".join([*up, *([node.module] if node.module else [])])
+    return [f"{module}.{alias.name}" for alias in node.names]
+
+
 def _imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, part of saeffect that is imported), wherever in the file the import stands."""
-    package = ["saeffect", *path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(_tree(path)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            up = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*up, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        for name in names:
+        for name in _named(path, node):
             parts = name.split(".")
             if parts[0] == "saeffect" and len(parts) > 1:
                 yield node.lineno, parts[1]
@@ -102,18 +106,14 @@ def test_an_upward_import_would_be_seen(tmp_path: Path, monkeypatch: pytest.Monk
 def _needs(path: Path) -> set[str]:
     """The modules that must be loaded before this one: what it imports outside of functions, each by its whole name."""
     inner = {id(node) for function in _functions(path) for node in ast.walk(function)}
-    package = ["saeffect", *path.relative_to(ROOT).parts[:-1]]
     modules = {_module_name(other) for other in MODULES}
     names: set[str] = set()
     for statement in _tree(path).body:
         if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
             continue
         for node in ast.walk(statement):
-            if isinstance(node, ast.ImportFrom) and id(node) not in inner:
-                up = package[: len(package) - node.level + 1] if node.level else []
-                module = ".".join([*up, *([node.module] if node.module else [])])
-                inside = {f"{module}.{alias.name}" for alias in node.names}
-                names |= {name if name in modules else module for name in inside}
+            if id(node) not in inner:
+                names |= {name if name in modules else name.rpartition(".")[0] for name in _named(path, node)}
     return names
 
 

@@ -48,19 +48,19 @@ _WIDTHS = {
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "block_count")
 
 
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor in a safetensors file, from its header; safetensors' own error if it is none."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
+def tensor_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of an open safetensors file, from its header."""
+    return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
 
 
 def check_folder_sizes(folder: Path) -> None:
     """Refuse (BadFile) a config.json with sizes that the safetensors files lack; transformers would allocate them."""
+    from safetensors import safe_open
+
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
-        shapes |= tensor_shapes(file)
+        with safe_open(file, framework="pt") as tensors:  # `loading_errors` translates its errors
+            shapes |= tensor_shapes(tensors)
     config: Any = None
     with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it
         config = read_json(folder / "config.json")

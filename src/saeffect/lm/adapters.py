@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, ConfigError, IncompatibleModels, NotFound, first_line, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.accounting import tensor_shapes
@@ -112,20 +113,14 @@ def _refuse_kind(config: Mapping[str, Any], where: str) -> None:
 
 
 def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
-    from safetensors import SafetensorError
-
     if not file.is_file():
         raise BadFile(
             f"the adapter has no {_WEIGHTS}; pickled adapters (.bin) are never loaded.",
             at=where,
             fix="save it again with safe_serialization=True.",
         )
-    try:
-        shapes = tensor_shapes(file)
-    except (SafetensorError, OSError) as error:
-        raise BadFile(
-            f"{_WEIGHTS} cannot be read: {first_line(error)}.", at=where, fix="copy or download it again."
-        ) from error
+    with open_tensors(file, _WEIGHTS, at=where, fix="copy or download it again.") as tensors:
+        shapes = tensor_shapes(tensors)
     if not shapes:
         raise BadFile(f"{_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
     return shapes

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeffect.checksums import read_tensors, save_tensors
+from saeffect.checksums import open_tensors, read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
 from saeffect.io import fingerprint, read_json, remove_leftovers, sole_writer, write_json
-from saeffect.lm.accounting import tensor_shapes
 from saeffect.lm.activations import (
     ActivationSource,
     NormLimit,
@@ -298,12 +297,8 @@ def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: 
 
 
 def _shape(path: Path) -> tuple[int, ...]:
-    from safetensors import SafetensorError
-
-    try:
-        return tensor_shapes(path)["activations"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise BadFile(f"this shard cannot be read: {error}.", at=str(path), fix=_MAKE_AGAIN) from error
+    with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as tensors:
+        return tuple(tensors.get_slice("activations").get_shape())
 
 
 def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ import torch
 
 from saeffect.comparison import Comparison
 from saeffect.diffing.matching import NO_MATCH, match_decoders
-from saeffect.lm.activations import TokenRows, kept_positions
-from saeffect.lm.hooks import capture
+from saeffect.lm.activations import TokenRows, run_pass
 from saeffect.progress import SILENT, Log
-from saeffect.report import write_figures
 from saeffect.report import write_report as write_page
 from saeffect.sae.training.config import SaeRecipe
 from saeffect.sae.training.recipe import train_from_recipe
@@ -85,10 +82,8 @@ def _site(arm: Arm, rows: TokenRows) -> Site:
     limit = arm.norm_limit(rows)
     largest = torch.zeros(arm.sae.cfg.d_sae)
     norm, count = 0.0, 0
-    n_bos = arm.lm.n_bos(rows.ids[0])
-    for ids in torch.from_numpy(rows.ids.astype("int64")).split(_ROWS):
-        x = capture(arm.lm, arm.hook, ids).cpu()[:, n_bos:]
-        x = x[kept_positions(x, limit)].float()
+    for start in range(0, len(rows), _ROWS):
+        x = run_pass(arm.lm, arm.hook, rows.ids[start : start + _ROWS], limit)[0].float()
         largest = torch.maximum(largest, arm.sae.encode(x).max(0).values)
         norm, count = norm + float(x.norm(dim=1).sum()), count + len(x)
     return Site(arm.lm, arm.hook, arm.W_dec, norm / count, arm.sae, largest, limit.limit)
@@ -121,7 +116,4 @@ def compare(run: RunFolder, *, seed: int | None = None, **settings: Any) -> Comp
 
 def write_report(run: RunFolder, comparison: Comparison, path: Path | str) -> Path:
     """Write the report of a run with this comparison instead of its own, as one self-contained HTML page."""
-    context = report_context(run)
-    with tempfile.TemporaryDirectory() as folder:
-        figures = write_figures(comparison, Path(folder), context=context)
-        return write_page(comparison, path, context=context, figures=figures)
+    return write_page(comparison, path, context=report_context(run))

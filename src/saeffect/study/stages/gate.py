@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.io import read_json, write_json
-from saeffect.lm.activations import TokenRows, kept_positions
-from saeffect.lm.hooks import capture
+from saeffect.lm.activations import TokenRows, run_pass
 from saeffect.lm.language_model import LanguageModel, probe_logits
 from saeffect.lm.tokens import find_bos_id
 from saeffect.progress import Log
@@ -28,6 +27,7 @@ from saeffect.study.texts import beginning, shortage
 __all__ = ["complaint_about_model", "gate_inputs", "measure_gate", "model_on_text", "run_gate", "words_of_perplexity"]
 
 VERSION = 4
+_ROWS = 8  # of text in one pass of the model
 
 
 def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
@@ -116,9 +116,8 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
     sums = ReconstructionSums(arm.sae.cfg.d_in)
     fired = torch.zeros(arm.sae.cfg.d_sae, dtype=torch.bool)
     norm = 0.0
-    for ids in torch.from_numpy(head.ids.astype("int64")).split(8):
-        x = capture(arm.lm, arm.hook, ids).cpu()
-        x = x[kept_positions(x, limit)].float()
+    for start in range(0, len(head), _ROWS):
+        x = run_pass(arm.lm, arm.hook, head.ids[start : start + _ROWS], limit)[0].float()
         feature_acts = arm.sae.encode(x)
         sums.add(x, arm.sae(x), feature_acts)
         fired |= (feature_acts > 0).any(0)
