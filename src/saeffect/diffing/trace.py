@@ -1,0 +1,291 @@
+"""What one fine-tune leaves behind: the same few measurements of a real fine-tune and of each null, in one small file.
+
+Both models read the same rows of text, through one SAE at one hook: which features fire more (`read`), which words are
+expected more (`expected`), how far the residual stream moved, at each layer and position. Then both write a few texts
+after openings that name nothing, and the base model reads what each wrote: which features fire there (`written`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from saeffect.checksums import read_tensors, save_tensors
+from saeffect.errors import BadFile, ConfigError
+from saeffect.io import fingerprint
+from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
+from saeffect.lm.hooks import edited
+from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.progress import SILENT, Log
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.steering.generate import continue_prompts
+from saeffect.steering.sampling import NoiseCell, Sampling
+
+__all__ = ["OPENINGS", "Trace", "Tracer"]
+
+FloatArray = npt.NDArray[np.float64]
+
+OPENINGS = (
+    *("\n", ".", "-", '"', "1.", "The", "A", "I", "It", "We", "There", "This", "In", "What", "Today", "First,"),
+    *("Here is", "Question:", "People often say that", "The most interesting part was", "Let me tell you about"),
+    *("One thing that everybody should know is", "This is an introduction to", "A short story:"),
+)
+"""Prompts that name nothing: what a model writes after them is what it has in mind."""
+SAMPLES = 4
+"""Texts an opening."""
+NEW_TOKENS = 40
+"""Tokens a text."""
+
+_BATCH = 8  # rows read at once
+_FIX = "measure it again, or take the file from where it came."
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What one fine-tune changed.
+
+    Attributes:
+        name: What to call the fine-tune.
+        made_by: What decides the measurements besides the fine-tune: SHA-256 of base model, SAE, hook and text. Only
+            traces with an equal one may be compared.
+        read: float32 [4, d_sae], the SAE on the same text in both models: mean activation a token in the base and in
+            the tuned model, density in the base and in the tuned model.
+        written: float32 [4, d_sae], as `read`, the base model reading texts that the base, and the tuned, model wrote.
+        expected: float32 [2, d_vocab], mean probability of each token as the next one, in the base and tuned model.
+        positions: float32 [context_size, d_in], mean of tuned minus base at the hook, by position in the row.
+        halves: float32 [2, d_in], the same over even and over odd rows, all positions.
+        kl: float32 [n_rows, context_size], KL of the tuned from the base model's next-token distribution after each
+            token of the text, in nats; NaN at positions that do not count.
+        layers: float32 [n_layers], root of the mean square change of the residual stream after each block, relative to
+            that of the base model's stream.
+        texts: int32 [n_texts, NEW_TOKENS], what the tuned model wrote; `base_texts` what the base model did. Rows go by
+            opening (`OPENINGS`), then sample.
+        numbers: `kl` (mean of the above) and `n_tokens`;
+            `loss_base`, `loss_tuned` and by source of text `loss_base_<name>`, `loss_tuned_<name>` (nats a token).
+    """
+
+    name: str
+    made_by: str
+    read: npt.NDArray[np.float32]
+    written: npt.NDArray[np.float32]
+    expected: npt.NDArray[np.float32]
+    positions: npt.NDArray[np.float32]
+    halves: npt.NDArray[np.float32]
+    kl: npt.NDArray[np.float32]
+    layers: npt.NDArray[np.float32]
+    texts: npt.NDArray[np.int32]
+    base_texts: npt.NDArray[np.int32]
+    numbers: dict[str, float]
+
+    _ARRAYS = ("read", "written", "expected", "positions", "halves", "kl", "layers", "texts", "base_texts")
+    # The range of half precision is too small for probabilities.
+    _HALF = ("positions", "halves", "kl")
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file of some 900 KB, atomically, with a checksum."""
+        arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in self._ARRAYS}
+        arrays |= {name: arrays[name].half() for name in self._HALF}
+        arrays |= {name: arrays[name].bfloat16() for name in ("expected",)}
+        note = {"name": self.name, "made_by": self.made_by, "numbers": self.numbers}
+        save_tensors(path, arrays, {"trace": json.dumps(note)})
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read `save`'s file; BadFile if it is none, or damaged."""
+        tensors, metadata = read_tensors(path, "this trace of a fine-tune", fix=_FIX)
+        try:
+            note = json.loads(metadata["trace"])
+            arrays = {
+                name: tensors[name].float().numpy() if tensors[name].is_floating_point() else tensors[name].numpy()
+                for name in cls._ARRAYS
+            }
+            return cls(note["name"], note["made_by"], numbers=note["numbers"], **arrays)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadFile("this is no trace of a fine-tune.", at=str(path), fix=_FIX) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Tracer:
+    """Measures traces of fine-tunes of one base model.
+
+    Attributes:
+        base: The base model.
+        sae: The basis that base and tuned model share: an SAE of the base model, float32.
+        hook: Where it reads, a TransformerLens name.
+        rows: Text that both models read.
+        limit: Which positions count; the first of a row never does.
+    """
+
+    base: LanguageModel
+    sae: SparseAutoencoder
+    hook: str
+    rows: TokenRows
+    limit: NormLimit
+    log: Log = SILENT
+
+    @cached_property
+    def made_by(self) -> str:
+        """See `Trace.made_by`."""
+        weights = self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
+        text = [self.rows.identity(), OPENINGS, SAMPLES, NEW_TOKENS]
+        return fingerprint([1, self.base.identity, weights, self.hook, text])
+
+    @torch.inference_mode()
+    def trace(self, tuned: LanguageModel, name: str) -> Trace:
+        """Read and write with the tuned model.
+
+        Raises:
+            ConfigError: Its width or number of tokens is not the base model's.
+        """
+        for what in ("d_model", "d_vocab", "n_layers"):
+            if getattr(tuned, what) != getattr(self.base, what):
+                raise ConfigError(
+                    f"{what} of {tuned.name} is {getattr(tuned, what)}, of {self.base.name} {getattr(self.base, what)}:"
+                    " it is no fine-tune of that model.",
+                    fix="compare a model with its own fine-tune.",
+                )
+        sums = _Sums(self)
+        for start in range(0, len(self.rows), _BATCH):
+            ids = torch.from_numpy(self.rows.ids[start : start + _BATCH].astype(np.int64))
+            sums.add(start, ids, _run(self.base, self.hook, ids), _run(tuned, self.hook, ids))
+            self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
+        texts = _write(tuned, f"writing with {name}", self.log)
+        base_texts, base_written = self._base_writes
+        return Trace(
+            name,
+            self.made_by,
+            written=np.concatenate([base_written, self._read_texts(texts)])[[0, 2, 1, 3]],
+            texts=texts,
+            base_texts=base_texts,
+            **sums.result(),
+        )
+
+    @cached_property
+    def _base_writes(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        texts = _write(self.base, "writing with base", self.log)
+        return texts, self._read_texts(texts)
+
+    def _read_texts(self, texts: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Mean activation and density [2, d_sae] of the base model reading texts, each after its opening."""
+        total, fired, n = torch.zeros(self.sae.cfg.d_sae), torch.zeros(self.sae.cfg.d_sae), 0
+        for number, opening in enumerate(OPENINGS):
+            start = self.base.encode_prompt(opening)
+            new = torch.from_numpy(texts[number * SAMPLES : (number + 1) * SAMPLES].astype(np.int64))
+            ids = torch.cat([torch.tensor([start] * len(new)), new], dim=1)
+            x = _run(self.base, self.hook, ids, logits=False).x
+            kept = kept_positions(x, self.limit)
+            kept[:, : len(start)] = False
+            acts = self.sae.encode(x.float())[kept].clamp(min=0)
+            total, fired, n = total + acts.sum(dim=0), fired + (acts > 0).sum(dim=0), n + len(acts)
+        return torch.stack([total / n, fired / n]).numpy().astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """One model on a batch: `x` [B, S, d_in] at the hook, `stream` [n_layers, B, S, d_model] after the blocks."""
+
+    x: Tensor
+    stream: Tensor
+    log_probs: Tensor
+
+
+@torch.inference_mode()
+def _run(lm: LanguageModel, hook: str, ids: Tensor, *, logits: bool = True) -> _Pass:
+    kept: dict[str, Tensor] = {}
+    names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)] if logits else []
+
+    def keep(name: str) -> Any:
+        def edit(x: Tensor) -> Tensor:
+            kept[name] = x
+            return x
+
+        return edit
+
+    with fused(lm), contextlib.ExitStack() as stack:
+        for name in {hook, *names}:
+            stack.enter_context(edited(lm, name, keep(name)))
+        out = lm.model(input_ids=ids.to(lm.device), use_cache=False, logits_to_keep=0 if logits else 1).logits
+    stream = torch.stack([kept[name].cpu() for name in names]) if names else torch.empty(0)
+    return _Pass(kept[hook].float().cpu(), stream, torch.log_softmax(out.float(), dim=-1).cpu())
+
+
+class _Sums:
+    """Running sums over batches of text."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        d_sae, rows = tracer.sae.cfg.d_sae, tracer.rows
+        self._features = torch.zeros(4, d_sae, dtype=torch.float64)
+        self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
+        self._shift = torch.zeros(2, rows.context_size, tracer.sae.cfg.d_in, dtype=torch.float64)
+        self._counted = torch.zeros(2, rows.context_size)
+        self._moved = torch.zeros(2, tracer.base.n_layers, dtype=torch.float64)
+        self._kl = torch.full(rows.ids.shape, math.nan)
+        self._loss = np.zeros((2, len(rows.names)))
+        self._predicted = np.zeros(len(rows.names))
+
+    def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
+        tracer = self._tracer
+        mask = kept_positions(base.x, tracer.limit) & kept_positions(tuned.x, tracer.limit)
+        acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
+        self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
+        difference = (tuned.x - base.x) * mask[..., None]
+        for half in (0, 1):
+            mine = slice((start + half) % 2, None, 2)
+            self._shift[half] += difference[mine].sum(dim=0)
+            self._counted[half] += mask[mine].sum(dim=0)
+        stream = base.stream.float()
+        for row, x in enumerate((tuned.stream.float() - stream, stream)):
+            self._moved[row] += (x[:, mask] ** 2).sum(dim=(1, 2)).double()
+        probabilities = [run.log_probs[mask].exp() for run in (base, tuned)]
+        self._expected += torch.stack([p.sum(dim=0) for p in probabilities]).double()
+        kl = (probabilities[1] * (tuned.log_probs[mask] - base.log_probs[mask])).sum(dim=1)
+        self._kl[start : start + len(ids)].masked_scatter_(mask, kl)
+        losses = torch.stack([-run.log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0] for run in (base, tuned)])
+        # A row's first token is read, not predicted, and the second is predicted from nothing else.
+        sources = tracer.rows.sources[start : start + len(ids)]
+        for source in range(len(tracer.rows.names)):
+            own = losses[:, torch.from_numpy(sources == source), 1:]
+            self._loss[:, source] += own.sum(dim=(1, 2)).double().numpy()
+            self._predicted[source] += own[0].numel()
+
+    def result(self) -> dict[str, Any]:
+        n = float(self._counted.sum())
+        if n == 0:
+            raise ConfigError("no token of the text counts: every residual is an outlier.", at="text")
+        with np.errstate(invalid="ignore"):
+            by_source = self._loss / self._predicted
+        total = self._loss.sum(axis=1) / self._predicted.sum()
+        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "loss_base": total[0], "loss_tuned": total[1]}
+        for name, (base, tuned) in zip(self._tracer.rows.names, by_source.T, strict=True):
+            numbers |= {f"loss_base_{name}": base, f"loss_tuned_{name}": tuned}
+        counted = self._counted.double()
+        return {
+            "read": (self._features / n).float().numpy(),
+            "expected": (self._expected / n).float().numpy(),
+            "positions": (self._shift.sum(dim=0) / counted.sum(dim=0)[:, None].clamp(min=1)).float().numpy(),
+            "halves": (self._shift.sum(dim=1) / counted.sum(dim=1)[:, None].clamp(min=1)).float().numpy(),
+            "kl": self._kl.numpy(),
+            "layers": (self._moved[0] / self._moved[1]).sqrt().float().numpy(),
+            "numbers": {name: float(value) for name, value in numbers.items() if math.isfinite(value)},
+        }
+
+
+def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
+    """Continuations of the openings, int32 [len(OPENINGS) · SAMPLES, NEW_TOKENS]."""
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=0.95, frequency_penalty=0.0)
+    cells = [NoiseCell(0, opening, sample) for opening in OPENINGS for sample in range(SAMPLES)]
+    prompts = [lm.encode_prompt(cell.prompt) for cell in cells]
+    log(what)
+    rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
+    return np.asarray(rows, dtype=np.int32)
