@@ -331,6 +331,11 @@ class ComparisonConfig(StrictModel):
         min_length=1,
         description="Quantities of the contrasts that are tested; fixed before the run, all others are exploratory.",
     )
+    crossed: tuple[Literal["direct_effect", "activity", "coherence", "reconstruction", "steering"], ...] = Field(
+        (),
+        description="Read and steer each arm's SAE on both models, so that what the model does and what the SAE does"
+        " come apart. All but steering take minutes; steering doubles the texts or more.",
+    )
 
 
 class StudyConfig(StrictModel):
@@ -365,6 +370,8 @@ class StudyConfig(StrictModel):
         roles = Counter(arm.role for arm in self.arms.values())
         if roles["control"] != 1 or roles["treatment"] != 1:
             raise ValueError("a study has exactly one control and one treatment arm")
+        for name in {"direct_effect", "steering"} & set(self.comparison.crossed) if self.steering is None else ():
+            raise ValueError(f"comparison.crossed: {name} needs the section steering")
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")

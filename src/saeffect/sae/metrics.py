@@ -130,7 +130,7 @@ class SplicedLosses:
     sae: float  # the SAE's reconstruction at the hook
     zero: float  # zeros at the hook
     n_tokens: int  # predictions averaged over
-    clean_by_row: NDArray[np.float64]  # `clean` of each row, [n_rows]
+    by_row: dict[str, NDArray[np.float64]]  # `clean`, `sae` and `zero` of each row, [n_rows]
 
     @property
     def ce_loss_score(self) -> float:
@@ -166,7 +166,7 @@ def spliced_losses(
         "zero": lambda: replacing(torch.zeros_like),
     }
     totals = dict.fromkeys(ways, 0.0)
-    count, by_row = 0, []
+    count, by_row = 0, {name: list[NDArray[np.float64]]() for name in ways}
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         for name, way in ways.items():
@@ -174,11 +174,10 @@ def spliced_losses(
                 logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             totals[name] += float(loss)
-            if name == "clean":
-                by_row.append(row_losses(logits, ids))
+            by_row[name].append(row_losses(logits, ids))
         count += ids[:, 1:].numel()
     clean, spliced, zero = (totals[name] / count for name in ways)
-    return SplicedLosses(clean, spliced, zero, count, np.concatenate(by_row))
+    return SplicedLosses(clean, spliced, zero, count, {name: np.concatenate(rows) for name, rows in by_row.items()})
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
