@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +108,7 @@ def factorial(
     *,
     asked: Iterable[str] = ("direct_effect", "activity", "coherence", "reconstruction", "steering"),
     nulls: Mapping[str, Sequence[float]] | None = None,
+    unmeasured: str = "",
     resampling: Resampling | None = None,
 ) -> pd.DataFrame:
     """The effects of model and dictionary on every quantity that was asked for.
@@ -118,6 +119,7 @@ def factorial(
             prompt or row of text, the same ones everywhere; empty where there are none); unit; reason.
         asked: As in the study's `comparison.crossed`.
         nulls: By quantity, (c,n) − (c,c) of fine-tunes n that learnt nothing new: see `against_nulls`.
+        unmeasured: Why features' quantities were not measured, for `reason` where a table has none.
         resampling: For p of shares.
 
     Returns:
@@ -135,6 +137,8 @@ def factorial(
     for quantity in CROSSED.values():
         if quantity.asked in wanted:
             cells = _cells(crossed, roles, quantity)
+            if not cells.there and unmeasured:
+                cells = replace(cells, reason=unmeasured)
             rows += split_cells(quantity, cells, resampling, (nulls or {}).get(quantity.name, ()))
     return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
 
@@ -290,15 +294,11 @@ def _null(value: float, nulls: Sequence[float]) -> dict[str, Any]:
 def _model_share(cells: Cells, resampling: Resampling) -> Estimate:
     parts, changes = _paired(cells)
     found = sum_of_independent(parts, _WEIGHTS["model"])
-    # Signs of the features' changes are as likely either way; features of the smaller SAE weigh more.
-    weighted = np.concatenate([change / len(change) for change in changes])
-    p = sign_flip_many(
-        weighted[None],
-        alternative="two-sided",
-        n_permutations=resampling.n_permutations,
-        seed=resampling.seed_for("crossed", "model"),
-    )
-    return Estimate(found.value, found.low, found.high, found.n, found.reason, float(p[0]) if weighted.any() else 1.0)
+    # The sign of a feature's change is as likely either way; features of the smaller SAE weigh more.
+    weighted = np.concatenate([change[change != 0] / len(change) for change in changes])
+    seed, n = resampling.seed_for("crossed", "model"), resampling.n_permutations
+    p = sign_flip_many(weighted[None], alternative="two-sided", n_permutations=n, seed=seed)
+    return replace(found, p=float(p[0]) if len(weighted) else 1.0)
 
 
 def _rest_share(cells: Cells, resampling: Resampling) -> Estimate:
@@ -327,7 +327,7 @@ def _with_permutations(
 ) -> Estimate:
     seed = resampling.seed_for("crossed", name)
     p = permutation_test(parts[0], parts[1], n_permutations=resampling.n_permutations, seed=seed)
-    return Estimate(found.value, found.low, found.high, found.n, found.reason, p)
+    return replace(found, p=p)
 
 
 _SHARES: Mapping[str, Callable[[Cells, Resampling], Estimate]] = {

@@ -125,7 +125,7 @@ def _error(data: Sequence[FloatArray], weights: Sequence[float]) -> tuple[float,
     # Neither source can be larger than the whole, which an estimate of a small rest can miss.
     variance = max(features + prompts - rest, features, prompts)
     both = features**2 / of_features + prompts**2 / of_prompts
-    return math.sqrt(variance), max(variance**2 / both, min(of_features, of_prompts))
+    return math.sqrt(variance), max(variance**2 / both, min(of_features, of_prompts)) if both else math.nan
 
 
 def _student(value: float, error: float, freedom: float, level: float, n: int) -> Estimate:

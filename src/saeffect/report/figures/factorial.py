@@ -62,7 +62,7 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
         ax.text(-0.015, y, label, transform=ax.get_yaxis_transform(), color=colour, ha="right", va="center", size=8.2)
         if effect in rows.index:
             _mark(ax, y, rows.loc[effect], factor, (colour, marker, size))
-    ax.set_title(safe_text(first["label"], 44), size=8.8, pad=5)
+    ax.set_title(safe_text(first["label"], 44), loc="left", size=8.8, pad=5)
     noun, start = _NOUNS.get(unit, unit), factor * float(first["mean_cc"])
     noun = f"{noun}, from {start:.3g}".removeprefix(", ").replace("-", "−") if np.isfinite(start) else noun
     ax.text(1.0, 1.04, noun, transform=ax.transAxes, size=7.8, color=MUTED, ha="right", va="bottom")

@@ -22,6 +22,7 @@ from saeffect.features.projection import project
 from saeffect.features.vocabulary import load_vocabulary
 from saeffect.io import read_json
 from saeffect.lm.activations import kept_positions
+from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.sae.metrics import spliced_losses
@@ -37,6 +38,7 @@ from saeffect.steering import (
     score_texts,
 )
 from saeffect.steering.placebos import STEERED
+from saeffect.steering.trials import TRIAL_COLUMNS
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.dose_search import chosen_dose
@@ -44,7 +46,7 @@ from saeffect.study.stages.features import features_settings, ranked_tokens, sha
 from saeffect.study.stages.steering_plan import encoder_identity, outcome_vectors, site_of, tested_features
 from saeffect.study.study import Arm, Study
 
-__all__ = ["cross_inputs", "help_cross", "run_cross"]
+__all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
 
 VERSION = 1
 _TOKENS = 32_768  # of the study's text, on which activity is measured: features vary more than rows of text
@@ -83,22 +85,36 @@ def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
         log(f"  nothing is crossed: {reason}")
         return [run.write_table(path, no_factorial(asked, reason))]
     found: dict[str, list[pd.DataFrame]] = {control: [], treatment: []}
-    for sae, table in _Crossing(run, log).measured():
+    crossing = _Crossing(run, log)
+    for sae, table in crossing.measured():
         found[sae].append(table)
     tables = {sae: pd.concat(parts, ignore_index=True) for sae, parts in found.items()}
     config = study.config.comparison
     resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
-    split = factorial(tables, Roles(control, treatment, ()), asked=asked, resampling=resampling)
+    roles, why = Roles(control, treatment, ()), crossing.unmeasured()
+    split = factorial(tables, roles, asked=asked, unmeasured=why, resampling=resampling)
     written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
     return [*written, run.write_table(path, split)]
 
 
 def help_cross(run: RunFolder) -> None:
     """The share of the other processes: generate the texts of their features, cell by cell."""
-    if "steering" in run.study.config.comparison.crossed and not _obstacle(run.study):
-        crossing = _Crossing(run, SILENT)
-        for cell, model in crossing.cells():
-            crossing.texts(cell, model)
+    if not _obstacle(run.study):
+        _Crossing(run, SILENT).all_texts()
+
+
+def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[str, float]:
+    """By quantity, (c,n) − (c,c) of a further fine-tune n of the control's model: what `factorial` takes as `nulls`.
+
+    All but texts, as the cross stage measures it, which must have run.
+    """
+    study, (control, _) = run.study, _arms(run.study)
+    sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
+    cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
+    parts = list(_Crossing(run, log).without_texts(cell, lm.name))
+    known = run.read_table(run.arm(control, "crossed.parquet"))
+    on_base = known[known["model"] == control].groupby("quantity")["value"].mean()
+    return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
 
 
 def _arms(study: Study) -> tuple[str, str]:
@@ -134,32 +150,38 @@ class _Crossing:
 
     def measured(self) -> Iterator[tuple[str, pd.DataFrame]]:
         """The rows of each cell, with the arm whose SAE it is; all but texts are kept by cell for a resumed run."""
+        texts = self.all_texts()
         kept = self._run.kept("cross", cross_inputs(self._run))
         done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in kept.pieces(self._log)}
         for cell, model in self.cells():
-            rows = done.get((cell.name, model))
+            place = cell.name, model
+            rows = done.get(place)
             if rows is None:
-                rows = pd.concat([_none(model), *self._without_texts(cell, model)], ignore_index=True)
+                rows = pd.concat([_none(model), *self.without_texts(cell, model)], ignore_index=True)
                 rows = rows.assign(sae=cell.name)
                 kept.add(rows)
             parts = [rows[rows["quantity"] != ""].drop(columns="sae")]
-            if "steering" in self._asked:
-                parts += self._steered(cell, model)
+            if place in texts:
+                parts += self._steered(cell, model, texts[place])
             yield cell.name, pd.concat(parts, ignore_index=True)[list(CROSSED_COLUMNS)]
 
-    def texts(self, cell: Arm, model: str) -> pd.DataFrame | None:
-        """Trials of a cell; None if nothing is steered. Those of the steer stage where dose and noise are the same."""
-        chosen = self._chosen[cell.name]
-        if self._dose is None or chosen.empty:
-            return None
+    def all_texts(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """Trials by SAE and model, shared over processes: each makes this call and gets all; none if not asked for."""
+        if "steering" not in self._asked or self._dose is None:
+            return {}
+        cells = ((cell, model) for cell, model in self.cells() if len(self._chosen[cell.name]))
+        return {(cell.name, model): self._texts(cell, model) for cell, model in cells}
+
+    def _texts(self, cell: Arm, model: str) -> pd.DataFrame:
+        """Trials of a cell; those of the steer stage where dose and noise are the same."""
         known = self._known(cell, model, "interventions")
         if known is not None:
-            return known
+            return known[list(TRIAL_COLUMNS)]
         # Every process reads the same pieces, and takes its share of what is missing.
         kept = self._run.kept(f"cross {cell.name} {model}", cross_inputs(self._run))
         return run_trials(
             self._site(cell),
-            chosen,
+            self._chosen[cell.name],
             self._plan,
             vectors=self._vectors,
             done=kept.read(self._log),
@@ -212,7 +234,16 @@ class _Crossing:
             return None
         return self._run.table_or_none(self._run.arm(model, f"{table}.parquet"))
 
-    def _without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
+    def unmeasured(self) -> str:
+        """Why quantities of features were not measured; "" where they were."""
+        empty = [name for name, chosen in self._chosen.items() if chosen.empty]
+        if empty:
+            return f"{' and '.join(empty)}: no domain feature"
+        steered = _STEERED & self._asked
+        return chosen_dose(self._run)[1] if steered and self._dose is None else ""
+
+    def without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
+        """The rows of a cell, all but those of texts."""
         chosen = self._chosen[cell.name]
         self._log(f"  {cell.name}'s SAE on the model of {model}")
         if "direct_effect" in self._asked and len(chosen) and self._dose is not None:
@@ -240,10 +271,7 @@ class _Crossing:
             sides.append(means.reindex(index=features, columns=prompts))
         return sides[0] - sides[1]
 
-    def _steered(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
-        texts = self.texts(cell, model)
-        if texts is None:
-            return
+    def _steered(self, cell: Arm, model: str, texts: pd.DataFrame) -> Iterator[pd.DataFrame]:
         config, chosen, seed = self._study.steering, self._chosen[cell.name], self._study.config.seed
         yield _rows("steering_effect", model, self._beyond_placebo(texts, "similarity"))
         words = load_vocabulary(self._study.config.selection.vocabulary).words
@@ -289,7 +317,7 @@ class _Crossing:
         for start, ids, x in self._study.residuals.batches(cell.lm, cell.hook, rows):
             kept = kept_positions(x, limit)
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
-            both = torch.stack([(acts > 0).sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
+            both = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(both.numpy())
             if "reconstruction" in asked and start < len(head):
                 sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
