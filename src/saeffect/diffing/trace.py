@@ -61,7 +61,7 @@ class Trace:
         made_by: What decides the measurements besides the fine-tune: SHA-256 of base model, SAE, hook and text. Only
             traces with an equal one may be compared.
         read: float32 [4, d_sae], the SAE on the same text in both models: mean activation a token in the base and in
-            the tuned model, density in the base and in the tuned model.
+            the tuned model, density in the base and in the tuned model. [4, 0] if there was no SAE.
         written: float32 [4, d_sae], as `read`, the base model reading texts that the base, and the tuned, model wrote.
         expected: float32 [2, d_vocab], mean probability of each token as the next one, in the base and tuned model.
         positions: float32 [context_size, d_in], mean of tuned minus base at the hook, by position in the row.
@@ -130,14 +130,14 @@ class Tracer:
 
     Attributes:
         base: The base model.
-        sae: The basis that base and tuned model share: an SAE of the base model, float32.
-        hook: Where it reads, a TransformerLens name.
+        sae: The basis that base and tuned model share: an SAE of the base model, float32. None: no features.
+        hook: Where it reads, a TransformerLens name; without an SAE, of the residual stream.
         rows: Text that both models read.
         limit: Which positions count; the first of a row never does.
     """
 
     base: LanguageModel
-    sae: SparseAutoencoder
+    sae: SparseAutoencoder | None
     hook: str
     rows: TokenRows
     limit: NormLimit
@@ -146,7 +146,7 @@ class Tracer:
     @cached_property
     def made_by(self) -> str:
         """See `Trace.made_by`."""
-        weights = self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
+        weights = "" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
         text = [self.rows.identity(), OPENINGS, SAMPLES, NEW_TOKENS]
         return fingerprint([2, self.base.identity, weights, self.hook, text])
 
@@ -192,6 +192,8 @@ class Tracer:
 
     def _read_texts(self, texts: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Mean activation and density [2, d_sae] of the base model reading texts, each after its opening."""
+        if self.sae is None:
+            return np.empty((2, 0), dtype=np.float32)
         total, fired, n = torch.zeros(self.sae.cfg.d_sae), torch.zeros(self.sae.cfg.d_sae), 0
         for number, opening in enumerate(OPENINGS):
             start = self.base.encode_prompt(opening)
@@ -239,10 +241,11 @@ class _Sums:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        d_sae, rows = tracer.sae.cfg.d_sae, tracer.rows
+        sae, rows = tracer.sae, tracer.rows
+        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, tracer.base.d_model)
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
         self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
-        self._shift = torch.zeros(2, rows.context_size, tracer.sae.cfg.d_in, dtype=torch.float64)
+        self._shift = torch.zeros(2, rows.context_size, d_in, dtype=torch.float64)
         self._counted = torch.zeros(2, rows.context_size)
         self._norm = 0.0
         self._moved = torch.zeros(2, tracer.base.n_layers, dtype=torch.float64)
@@ -253,9 +256,10 @@ class _Sums:
     def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
         tracer = self._tracer
         mask = kept_positions(base.x, tracer.limit) & kept_positions(tuned.x, tracer.limit)
-        acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
-        self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         self._norm += float(base.x[mask].norm(dim=1).double().sum())
+        if tracer.sae is not None:
+            acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
+            self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (tuned.x - base.x) * mask[..., None]
         for half in (0, 1):
             mine = slice((start + half) % 2, None, 2)
