@@ -95,6 +95,7 @@ def test_few_nulls_give_no_p_and_the_reason(basis: Basis, nulls: list[Trace]) ->
 
 def test_standardised_changes_by_hand() -> None:
     """Two features in one stratum; roots of their means change by 1 and 0; the nulls scatter about 0."""
+
     def trace(read: tuple[float, float]) -> Trace:
         one = make_trace(0, d_sae=2)
         rows = np.array([[1.0, 1.0], read, [0.1, 0.1], [0.1, 0.1]], dtype=np.float32)

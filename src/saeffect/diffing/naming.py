@@ -189,9 +189,7 @@ def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
     return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])
 
 
-def name_changes(
-    trace: Trace, nulls: Sequence[Trace], basis: Basis, *, alpha: float = 0.05
-) -> dict[str, pd.DataFrame]:
+def name_changes(trace: Trace, nulls: Sequence[Trace], basis: Basis, *, alpha: float = 0.05) -> dict[str, pd.DataFrame]:
     """Which features, and which groups of them, changed more than in the nulls.
 
     Returns:
