@@ -184,7 +184,7 @@ def prediction_p(score: float, nulls: FloatArray) -> float:
     Example:
         >>> nulls = np.array([1.0, 2.0, 4.0])
         >>> round(prediction_p(3.0, nulls), 3), round(prediction_p(40.0, nulls), 3)
-        (0.5, 0.03)
+        (0.5, 0.032)
     """
     k = len(nulls)
     logs = np.log(np.maximum(nulls, 1e-300))
