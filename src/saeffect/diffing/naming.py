@@ -331,9 +331,8 @@ def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha:
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
         members = basis.neighbours[first, : SIZES[size]]
-        if taken[first] or taken[members].mean() > 0.5:  # told already
+        if taken[members].any():  # its score would count a change that is listed already
             continue
-        members = members[~taken[members]]
         taken[members] = True
         score = float(tests.scores[size, first])
         tokens = _name(members, z * np.sign(score), basis)

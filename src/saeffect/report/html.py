@@ -26,8 +26,8 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
-from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.learned import learned
+from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
 __all__ = ["Numbering", "number_page", "render_report", "write_report"]
