@@ -32,6 +32,7 @@ __all__ = [
     "GroupTests",
     "group_tests",
     "name_changes",
+    "prediction_limit",
     "prediction_p",
     "standardised",
 ]
