@@ -16,6 +16,7 @@ from saeffect.errors import ConfigError, UnknownName
 from saeffect.io import read_json
 from saeffect.study import run as method
 from saeffect.study.run import run_study
+from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages import cross
 from saeffect.study.study import Study
 from tiny_study import make_model, make_sae, make_study
@@ -120,6 +121,17 @@ def test_the_control_is_not_steered_again_and_the_dose_is_the_controls(
     for name in ("comparison/factorial", "arms/control/crossed", "arms/treatment/crossed"):
         ours, first = (pd.read_parquet(place / f"{name}.parquet") for place in (run, folder / "run"))
         pd.testing.assert_frame_equal(ours, first)
+
+
+def test_a_null_is_measured_as_the_treatment_is(folder: Path) -> None:
+    study = Study.open(folder / "study.yaml")
+    run = RunFolder(folder / "run", study)
+    found = cross.null_effects(run, study.open_arm("treatment").lm)
+    split = pd.read_parquet(folder / "run" / "comparison" / "factorial.parquet")
+    model = split[split["effect"] == "model"].set_index("quantity")
+    assert set(found) == set(CROSSED) - {"steering_effect", "pass_rate"}
+    for quantity in ("direct_effect", "density", "explained_variance"):
+        assert found[quantity] == pytest.approx(model.loc[quantity, "mean_ct"] - model.loc[quantity, "mean_cc"])
 
 
 def test_a_stopped_stage_goes_on_with_the_same_numbers(
