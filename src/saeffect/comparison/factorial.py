@@ -242,7 +242,8 @@ def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQ
     named = zip(("features", quantity.over), left, strict=True)
     said = [f"{what} left out, being undefined in a cell: {n}" for what, n in named if n]
     why = f"; {reasons[0]}" if said and reasons else ""
-    return Cells(*(tuple(pair[i] for pair in kept) for i in (0, 1)), "; ".join(said) + why)
+    before, after = zip(*kept, strict=True)
+    return Cells(before, after, "; ".join(said) + why)
 
 
 def _matrix(rows: pd.DataFrame, quantity: CrossedQuantity) -> FloatArray:
@@ -258,7 +259,7 @@ def split_cells(
     quantity: CrossedQuantity, cells: Cells, resampling: Resampling, nulls: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
     """The rows of `factorial` of one quantity, one an effect."""
-    means, rows = cells.means(), []
+    means, rows = cells.means(), list[dict[str, Any]]()
     for effect in EFFECTS:
         error = freedom = math.nan
         if not cells.there:
@@ -268,15 +269,16 @@ def split_cells(
         else:
             tables, weights = cells.tables(effect), _WEIGHTS[effect]
             if quantity.kind == "whole":  # the same rows of text in all cells: one number a row
-                tables, weights = [sum(w * table for w, table in zip(weights, tables, strict=True)).T], (1.0,)
-            result = two_way_mean(tables, weights)
+                result = two_way_mean([(weights[0] * tables[0] + weights[1] * tables[1]).T])
+            else:
+                result = two_way_mean(tables, weights)
             found, error, freedom = result.estimate, result.error, result.freedom
             if effect in ("model", "rest") and not any(table.any() for table in tables):
                 found = undefined("no value differs between the models", found.n, 0.0)
         n_columns = cells.on_control[0].shape[1] if cells.there and quantity.over else 0
         n_features = sum(map(len, cells.on_control)) if cells.there and quantity.kind != "whole" else 0
-        row = {"quantity": quantity.name, "label": quantity.label, "effect": effect, "unit": quantity.unit}
-        row |= {"estimate": found.value, "low": found.low, "high": found.high, "p": found.p}
+        row: dict[str, Any] = {"quantity": quantity.name, "label": quantity.label, "effect": effect}
+        row |= {"unit": quantity.unit, "estimate": found.value, "low": found.low, "high": found.high, "p": found.p}
         row |= {"n_features": n_features, "n_prompts": n_columns, "error": error, "freedom": freedom, **means}
         said = (cells.reason, found.reason) if cells.there else (found.reason,)
         row["reason"] = "; ".join(filter(None, said))

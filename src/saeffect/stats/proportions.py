@@ -144,9 +144,9 @@ def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -
     both, only_b, only_a = (int(x.sum()) for x in (first * second, (1 - first) * second, first * (1 - second)))
     neither = n - both - only_a - only_b
     margins = (both + only_b) * (only_a + neither) * (both + only_a) * (only_b + neither)
-    agreement = both * neither - only_a * only_b
+    agreement = float(both * neither - only_a * only_b)
     if agreement > 0:
-        agreement = max(agreement - n / 2, 0)  # Newcombe's correction
+        agreement = max(agreement - n / 2, 0.0)  # Newcombe's correction
     phi = agreement / math.sqrt(margins) if margins else 0.0
     one, two = bounded_mean(first, level), bounded_mean(second, level)
 

@@ -54,7 +54,8 @@ def factorial_sentence(rows: pd.DataFrame) -> str:
 
 def factorial_estimate(row: Mapping[Any, Any]) -> Estimate:
     """A row as an `Estimate`, shares of tokens as shares are written."""
-    return Estimate(*(float(row[name]) for name in ("estimate", "low", "high")), p=float(row["p"]))
+    value, low, high, p = (float(row[name]) for name in ("estimate", "low", "high", "p"))
+    return Estimate(value, low, high, p=p)
 
 
 def _of_model(row: Mapping[Any, Any]) -> str:
