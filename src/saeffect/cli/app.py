@@ -13,6 +13,7 @@ from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli.check import check
 from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
 from saeffect.cli.finetune import finetune
+from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.train_sae import train_sae
@@ -43,6 +44,9 @@ app.command(
     help="Train sparse autoencoders on a model's activations. Stopped, the same command goes on. Many processes:"
     " torchrun --nproc-per-node=N -m saeffect train-sae ...",
 )(train_sae)
+app.command(
+    "guard", help="Judge a fine-tune by a budget of what it may change: exit code 0 kept, 1 broken, 2 wrong input."
+)(guard)
 app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 
@@ -67,7 +71,7 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Run the command line. Exit codes: 0 done, 1 a budget is broken (guard), 2 wrong input, 130 stopped by Ctrl-C."""
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()
