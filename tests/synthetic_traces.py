@@ -10,6 +10,7 @@ import numpy as np
 from saeffect.diffing.trace import Trace
 
 D_SAE, D_VOCAB, N_ROWS, CONTEXT = 60, 80, 6, 8
+TOP_TOKENS = (np.arange(D_SAE)[:, None] + np.arange(3) - 5) % D_VOCAB  # of features 10 to 19: tokens 5 to 16
 
 
 def trace(

@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from saeffect.diffing.budget import Budget, budget_keys
-from saeffect.diffing.guard import BASES, Group, Rows, Verdict, judge
+from saeffect.diffing.guard import Group, Rows, Verdict, _corrected, _scores, _tested, judge
+from saeffect.diffing.naming import BASES, standardised
 from saeffect.errors import ConfigError, IncompatibleModels, UnknownName
-from synthetic_traces import D_SAE, N_ROWS, nulls, trace
+from synthetic_traces import D_SAE, N_ROWS, TOP_TOKENS, nulls, trace
 
 ROWS = Rows(np.arange(N_ROWS) % 2, ("general", "domain"))
 GROUP = Group(np.arange(10, 20), np.arange(5, 15))
@@ -28,7 +29,7 @@ def budget(*, alpha: float = 0.05, texts: dict[str, Any] | None = None, **groups
 
 
 def judged(found: Budget, tuned: Any, others: Any, **groups: Group) -> dict[str, Verdict]:
-    return {v.rule: v for v in judge(found, groups, tuned, others, ROWS)}
+    return {v.rule: v for v in judge(found, groups, tuned, others, ROWS, TOP_TOKENS)}
 
 
 def test_a_group_that_rose_breaks_what_forbids_it_and_nothing_else() -> None:
@@ -50,26 +51,39 @@ def test_changes_that_do_not_matter_are_not_broken_budgets() -> None:
 
 
 def test_the_score_and_its_p_by_hand() -> None:
-    """One member in one basis: its log ratio against the nulls', and scipy's test of one value against many."""
-    only = Group(np.array([7]), np.empty(0, dtype=np.int64))
-    blank = {basis: np.zeros_like(getattr(trace(0), basis)) for basis in ("written", "expected")}
-    everyone = [replace(t, **blank) for t in (trace(0, moved={"read": ([7], 0.5)}), *nulls(12))]
-    found = judged(budget(a={}), everyone[0], everyone[1:], a=only)["group a"]
-    floor = 1e-3
-    ratio = np.array([math.log((t.read[1, 7] + floor) / (t.read[0, 7] + floor)) for t in everyone])
-    assert found.score == pytest.approx((ratio[0] - ratio[1:].mean()) / ratio[1:].std(ddof=1), rel=1e-5)
-    assert found.p == pytest.approx(stats.ttest_ind(ratio[1:], ratio[:1]).pvalue, rel=1e-5)
-    far = np.abs(ratio - ratio.mean())
+    """Scipy's test of one value against many, on means of the standardised changes."""
+    tuned, others = trace(0, moved={"read": (range(10, 20), 0.3)}), nulls(12)
+    found = judged(budget(a={}), tuned, others, a=GROUP)["group a"]
+    own = standardised(tuned, others, TOP_TOKENS)["combined"][10:20].mean()
+    rest = [
+        standardised(null, [t for t in others if t is not null], TOP_TOKENS)["combined"][10:20].mean()
+        for null in others
+    ]
+    assert found.score == pytest.approx((own - np.mean(rest)) / np.std(rest, ddof=1), rel=1e-9)
+    assert found.p == pytest.approx(stats.ttest_ind(rest, [own]).pvalue, rel=1e-9)
+    everyone = np.array([own, *rest])
+    far = np.abs(everyone - everyone.mean())
     assert found.rank == pytest.approx((far >= far[0]).mean())
-    assert found.value == pytest.approx(math.exp(ratio[0] - np.median(ratio[1:])), rel=1e-5)
+    sums = [np.log((t.read[1, 10:20].sum() + 1e-3) / (t.read[0, 10:20].sum() + 1e-3)) for t in (tuned, *others)]
+    assert found.value == pytest.approx(math.exp(sums[0] - np.median(sums[1:])), rel=1e-5)
+
+
+def test_without_an_sae_words_alone_are_judged() -> None:
+    bare = {name: np.zeros((4, 0), np.float32) for name in ("read", "written")}
+    tuned, *others = [replace(t, **bare) for t in (trace(0, moved=UP), *nulls(12))]
+    words = Group(np.empty(0, dtype=np.int64), GROUP.tokens)
+    found = judge(budget(a={}), {"a": words}, tuned, others, ROWS)[0]
+    logs = [np.log(t.expected[1, 5:15] / t.expected[0, 5:15]).mean() for t in (tuned, *others)]
+    assert found.p == pytest.approx(stats.ttest_ind(logs[1:], logs[:1]).pvalue, rel=1e-4)
+    assert (found.status, found.members) == ("broken", 0)
 
 
 def test_what_every_fine_tune_does_to_a_group_cancels() -> None:
     shifted = {basis: (members, 5.0) for basis, (members, _) in UP.items()}
     found = judged(budget(a={}), trace(0, moved=shifted), nulls(20, moved=shifted), a=GROUP)["group a"]
     plain = judged(budget(a={}), trace(0), nulls(20), a=GROUP)["group a"]
-    assert found.status == "kept"
-    assert found.score == pytest.approx(plain.score, abs=0.1)
+    assert found.status == plain.status == "kept"
+    assert found.value == pytest.approx(plain.value, rel=0.05)
 
 
 def test_rules_are_corrected_for_their_number_and_within_nulls_has_its_own_level() -> None:
@@ -80,7 +94,9 @@ def test_rules_are_corrected_for_their_number_and_within_nulls_has_its_own_level
     assert (one["group a"].level, one["group b"].level) == (0.05, pytest.approx(0.01))
 
 
-@pytest.mark.parametrize("n, reason", [(0, "without nulls"), (1, "one null shows no spread"), (9, "no p is below 0.1")])
+@pytest.mark.parametrize(
+    "n, reason", [(0, "without nulls"), (1, "one null shows no spread"), (2, "two nulls"), (9, "no p is below 0.1")]
+)
 def test_too_few_nulls_judge_no_group(n: int, reason: str) -> None:
     found = judged(budget(a={}, texts={"general": {"kl": 1}}), trace(0, moved=UP), nulls(n), a=GROUP)
     assert found["group a"].status == "unjudged" and reason in found["group a"].reason
@@ -144,31 +160,27 @@ def test_the_page_of_keys_names_them_all() -> None:
         assert f"| `{key}` |" in page
 
 
-def _alarms(n_studies: int, n_nulls: int, spread: float = 0.2) -> float:
+def _alarms(n_studies: int, n_nulls: int, seed: int) -> float:
+    """How often any of three rules is broken, over studies whose fine-tune is one more null."""
     rules, broken = budget(a={}, b={}, c={}), 0
     groups = {"a": GROUP, "b": OTHER, "c": Group(np.arange(0, D_SAE, 7), np.arange(0, 70, 9))}
     for study in range(n_studies):
-        others = nulls(n_nulls, first=1000 * study + 1, spread=spread)
-        tested = [v.status for v in _once(rules, groups, trace(1000 * study, spread=spread), others)]
-        broken += "broken" in tested
+        everyone = nulls(n_nulls + 1, first=1000 * (seed + study))
+        scores = _scores(groups, everyone, TOP_TOKENS)
+        verdicts = _corrected(rules, [_tested(rules, name, groups, everyone, scores) for name in groups])
+        broken += any(verdict.status == "broken" for verdict in verdicts)
     return broken / n_studies
-
-
-def _once(rules: Budget, groups: dict[str, Group], tuned: Any, others: Any) -> list[Verdict]:
-    from saeffect.diffing.guard import _judge_groups
-
-    return _judge_groups(rules, groups, tuned, others)
 
 
 @pytest.mark.simulation
 @pytest.mark.parametrize("n_nulls", [10, 24])
 def test_fine_tunes_that_taught_nothing_rarely_break_a_budget(n_nulls: int) -> None:
-    """Any of three rules at 5 %: 400 studies, whose share has a standard error of 1.1 %."""
-    assert _alarms(400, n_nulls) < 0.05 + 3 * 0.011
+    """Any of three rules at 5 %: 200 studies, whose share has a standard error of 1.5 %."""
+    assert _alarms(200, n_nulls, seed=0) < 0.05 + 3 * 0.0155
 
 
 def test_fine_tunes_that_taught_nothing_rarely_break_a_budget_quickly() -> None:
-    assert _alarms(30, 12) <= 5 / 30
+    assert _alarms(12, 12, seed=500) <= 3 / 12
 
 
 def test_each_null_judged_by_the_others_gives_the_rate_beside_the_verdict() -> None:

@@ -17,6 +17,7 @@ from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
 __all__ = ["app", "main"]
@@ -38,6 +39,9 @@ app.command(
 app.command("check", help="Validate a study without computing anything.")(check)
 for _stage, _help in STAGE_HELP.items():
     app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
+    verify
+)
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
@@ -71,7 +75,10 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a budget is broken (guard), 2 wrong input, 130 stopped by Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 broken (guard) or in disagreement (verify), 2 wrong input, 130 stopped by Ctrl-C.
+    """
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()

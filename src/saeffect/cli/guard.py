@@ -56,9 +56,7 @@ def guard(
 
     rules = read_budget(budget)
     with ConsoleProgress() as log:
-        verdicts = judged(
-            base, tuned, rules, nulls=nulls, sae=sae, text=text or ("bundled:smollm2-sampled",), log=log
-        )
+        verdicts = judged(base, tuned, rules, nulls=nulls, sae=sae, text=text or ("bundled:smollm2-sampled",), log=log)
     _show_table(verdicts)
     show(headline(verdicts))
     if out is not None:
@@ -68,7 +66,7 @@ def guard(
         raise typer.Exit(1)
     if any(verdict.status == "unjudged" for verdict in verdicts) and not allow_unjudged:
         show_error(
-            "Not every rule could be judged.\n  fix: give --nulls with enough nulls, or --allow-unjudged to pass anyway."
+            "Not every rule could be judged.\n  fix: give --nulls with enough nulls, or --allow-unjudged to pass."
         )
         raise typer.Exit(2)
 

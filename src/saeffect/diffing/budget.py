@@ -89,6 +89,17 @@ class Budget(StrictModel):
         description="How often a fine-tune that taught nothing may break any rule for a group, all rules together.",
     )
 
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules, as their verdicts have them."""
+        limits = [
+            f"{kind.replace('_', ' ')} {source}"
+            for source, limit in self.texts.items()
+            for kind in ("kl", "perplexity_ratio")
+            if getattr(limit, kind) is not None
+        ]
+        return (*(f"group {name}" for name in self.groups), *limits)
+
     @model_validator(mode="after")
     def _something(self) -> Self:
         if not self.groups and not self.texts:

@@ -1,12 +1,11 @@
 """Has a fine-tune kept its budget? Each rule for a group of features is judged against fine-tunes that taught nothing.
 
-A group's score is fixed beforehand. Each basis (`read`, `written`, `expected`) gives one number: the mean over the
-group of its features' (or words') changes, each in units of how much features of like activity change in nulls. The
-score is the sum of the three, each divided by its standard deviation over the nulls. Adding one constant to a feature's
-change in every fine-tune changes nothing: what all of them do to a group cancels.
+A group's score is fixed beforehand: the mean over its features of the combined standardised change of
+`saeffect.diffing.naming.standardised`, for the fine-tune among the nulls, and for each null among the others. Without
+an SAE it is the mean logarithm of how much more its words are expected.
 
 With `MANY_NULLS` or more, p is Student's for one more value among the nulls' scores (assumption: a group's score is
-normal over nulls; the rank of the fine-tune among them stands beside it). With fewer, p is that rank.
+normal over nulls; the rank of the fine-tune among them, free of it, stands beside). With fewer, p is that rank.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.diffing.budget import ALL_TEXT, Budget, GroupRule
+from saeffect.diffing.naming import standardised
 from saeffect.diffing.trace import Trace
 from saeffect.errors import IncompatibleModels, unknown_name
 from saeffect.stats.arguments import FloatArray, IntArray
 from saeffect.stats.multiplicity import holm
 from saeffect.stats.student import cautious_difference
 
-__all__ = ["BASES", "MANY_NULLS", "Group", "Rows", "Verdict", "judge"]
+__all__ = ["MANY_NULLS", "Group", "Rows", "Verdict", "judge", "refuse_other_nulls", "refuse_other_texts"]
 
-BASES = ("read", "written", "expected")
 MANY_NULLS = 10
 """Nulls from which a parametric tail is used."""
 
 Status = Literal["kept", "broken", "unjudged", "reported"]
-_NEIGHBOURS = 256  # features of like activity that share a scale
-# Added to activations and probabilities: below this a ratio is noise.
+# Added to sums over a group before a ratio is taken: below these it is noise.
 _FLOORS = {"read": 1e-3, "written": 1e-3, "expected": 1e-7}
 
 
@@ -93,7 +91,12 @@ class Verdict:
 
 
 def judge(
-    budget: Budget, groups: Mapping[str, Group], trace: Trace, nulls: Sequence[Trace], rows: Rows
+    budget: Budget,
+    groups: Mapping[str, Group],
+    trace: Trace,
+    nulls: Sequence[Trace],
+    rows: Rows,
+    top_tokens: IntArray | None = None,
 ) -> list[Verdict]:
     """Every rule of a budget, groups first.
 
@@ -102,47 +105,75 @@ def judge(
         trace: Of the fine-tune.
         nulls: Of fine-tunes that taught nothing; may be empty.
         rows: The sources of the text's rows.
+        top_tokens: int64 [d_sae, k], ids of the tokens that each feature promotes; None without an SAE.
 
     Raises:
         IncompatibleModels: A null was measured with another base model, SAE, hook or text.
         UnknownName: A limit on a text that there is not.
     """
+    refuse_other_nulls(nulls, trace.made_by)
+    refuse_other_texts(budget, rows.names)
+    scores = _scores(groups, [trace, *nulls], top_tokens)
+    found = _corrected(budget, [_tested(budget, name, groups, [trace, *nulls], scores) for name in budget.groups])
+    broken = [0] * len(found)
+    for k in range(1, len(nulls) + 1) if len(nulls) > 2 else ():
+        others = {name: np.delete(all_of, 0) for name, all_of in scores.items()}
+        alone = {name: np.r_[own[k - 1], np.delete(own, k - 1)] for name, own in others.items()}
+        traces = [nulls[k - 1], *nulls[: k - 1], *nulls[k:]]
+        verdicts = _corrected(budget, [_tested(budget, name, groups, traces, alone) for name in budget.groups])
+        broken = [n + (verdict.status == "broken") for n, verdict in zip(broken, verdicts, strict=True)]
+    found = [replace(verdict, nulls_broken=n) for verdict, n in zip(found, broken, strict=True)]
+    return found + _judge_limits(budget, trace, nulls, rows)
+
+
+def refuse_other_nulls(nulls: Sequence[Trace], made_by: str) -> None:
+    """IncompatibleModels for a null that was measured with something else."""
     for null in nulls:
-        if null.made_by != trace.made_by:
+        if null.made_by != made_by:
             raise IncompatibleModels(
                 f"the null {null.name!r} was measured with another base model, SAE, hook or text, or with other rows of"
                 " it, so the fine-tune cannot be compared with it.",
                 at="nulls",
                 fix="give the base model, SAE and text that the nulls were made with, or make nulls for these.",
             )
-    found = _judge_groups(budget, groups, trace, nulls)
-    if len(nulls) > 2:
-        broken = {name: 0 for name in budget.groups}
-        for k, null in enumerate(nulls):
-            others = [*nulls[:k], *nulls[k + 1 :]]
-            for name, verdict in zip(budget.groups, _judge_groups(budget, groups, null, others), strict=True):
-                broken[name] += verdict.status == "broken"
-        found = [replace(v, nulls_broken=n) for v, n in zip(found, broken.values(), strict=True)]
-    return found + _judge_limits(budget, trace, nulls, rows)
 
 
-def _judge_groups(
-    budget: Budget, groups: Mapping[str, Group], trace: Trace, nulls: Sequence[Trace]
-) -> list[Verdict]:
-    scored = _Scores(trace, nulls)
-    first = [_score(name, rule, groups[name], scored) for name, rule in budget.groups.items()]
+def refuse_other_texts(budget: Budget, names: Sequence[str]) -> None:
+    """UnknownName for a limit on a source of text that there is not."""
+    for source in budget.texts:
+        if source != ALL_TEXT and source not in names:
+            raise unknown_name("source of text", source, (*names, ALL_TEXT), at="texts")
+
+
+def _scores(groups: Mapping[str, Group], traces: Sequence[Trace], top_tokens: IntArray | None) -> dict[str, FloatArray]:
+    """By group, float64 [1 + n_nulls]: the score of the fine-tune, and of each null among the others."""
+    if len(traces) < 4:  # a null needs two others
+        return {name: np.full(len(traces), math.nan) for name in groups}
+    if top_tokens is None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logs = [np.nan_to_num(np.log(t.expected[1] / t.expected[0]), posinf=0.0, neginf=0.0) for t in traces]
+        return {name: np.array([change[group.tokens].mean() for change in logs]) for name, group in groups.items()}
+    others = [[t for j, t in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
+    z = [standardised(one, rest, top_tokens)["combined"] for one, rest in zip(traces, others, strict=True)]
+    return {name: np.array([change[group.features].mean() for change in z]) for name, group in groups.items()}
+
+
+def _corrected(budget: Budget, first: Sequence[Verdict]) -> list[Verdict]:
+    """The verdicts on groups, from scores and p."""
+    rules = list(budget.groups.values())
     # What is only reported is no test; what cannot be judged has no p.
-    tested = [math.nan if rule.may == "either" else v.p for rule, v in zip(budget.groups.values(), first, strict=True)]
+    tested = [math.nan if rule.may == "either" else v.p for rule, v in zip(rules, first, strict=True)]
     n_tested = sum(math.isfinite(p) for p in tested)
     verdicts = []
-    for rule, verdict, corrected in zip(budget.groups.values(), first, holm(tested), strict=True):
+    for rule, verdict, corrected in zip(rules, first, holm(tested), strict=True):
         level = budget.alpha if rule.within_nulls is None else 1 - rule.within_nulls
-        least = _least_p(len(nulls)) * n_tested
+        least = _least_p(verdict.nulls) * n_tested
         if verdict.status == "unjudged" or rule.may == "either":
             verdicts.append(replace(verdict, level=level))
         elif least > level:
-            short = f"with {len(nulls)} nulls and {n_tested} rules no p is below {min(least, 1):.2g}, and {level:g} is asked"
-            verdicts.append(replace(verdict, status="unjudged", reason=f"{short}; give more nulls"))
+            short = f"with {verdict.nulls} nulls and {n_tested} rules no p is below {min(least, 1):.2g}"
+            why = f"{short}, and {level:g} is asked; give more nulls"
+            verdicts.append(replace(verdict, status="unjudged", level=level, reason=why))
         else:
             credited = corrected <= level and _matters(rule, verdict)
             status: Status = "broken" if credited and _forbidden(rule, verdict.score) else "kept"
@@ -165,111 +196,66 @@ def _matters(rule: GroupRule, verdict: Verdict) -> bool:
     return rule.at_least == 1 or factor >= rule.at_least
 
 
-def _score(name: str, rule: GroupRule, group: Group, scored: _Scores) -> Verdict:
-    """A verdict with score and p, "reported" for now; "unjudged" where there is no p."""
-    allowed = {
-        "rise": "may rise, not fall",
-        "fall": "may fall, not rise",
-        "either": "may do either",
-        "neither": "may neither rise nor fall",
-    }[rule.may]
-    if rule.at_least > 1:
-        allowed += f" by a factor of {rule.at_least:g}"
+_ALLOWED = {
+    "rise": "may rise, not fall",
+    "fall": "may fall, not rise",
+    "either": "may do either",
+    "neither": "may neither rise nor fall",
+}
+
+
+def _tested(
+    budget: Budget, name: str, groups: Mapping[str, Group], traces: Sequence[Trace], scores: Mapping[str, FloatArray]
+) -> Verdict:
+    """A verdict with score and p of the first trace among the others: "reported" for now, "unjudged" without a p."""
+    rule, group, (own, *others) = budget.groups[name], groups[name], scores[name]
+    n = len(others)
+    least = f" by a factor of {rule.at_least:g}" if rule.at_least > 1 else ""
     head = Verdict(
-        f"group {name}", allowed, "unjudged", limit=rule.at_least, nulls=scored.n_nulls, members=len(group.features)
+        f"group {name}",
+        _ALLOWED[rule.may] + least,
+        "unjudged",
+        limit=rule.at_least,
+        nulls=n,
+        members=len(group.features),
     )
-    if scored.n_nulls < 2:
-        why = "one null shows no spread" if scored.n_nulls else "without nulls it cannot be told from what any does"
-        return replace(head, reason=f"cannot be judged: {why}")
-    score, others = scored.of(group)
-    test = cautious_difference(others, [score])
-    spread = float(np.std(others, ddof=1))
-    if not spread > 0 or not math.isfinite(score):
-        return replace(head, reason="the group is silent, in the base model and in the fine-tuned ones")
-    rank = scored.rank(score, others)
-    basis, factor = scored.factor(group, rises=test.value > 0)
-    p = test.p if scored.n_nulls >= MANY_NULLS else rank
+    if n < 3:
+        few = {0: "without nulls it cannot be told from what any fine-tune does", 1: "one null shows no spread"}
+        return replace(head, reason=f"cannot be judged: {few.get(n, 'two nulls show too little of their spread')}")
+    test, spread = cautious_difference(others, [own]), float(np.std(others, ddof=1))
+    if not spread > 0 or not math.isfinite(test.p):
+        return replace(head, reason="cannot be judged: the group is silent in all models")
+    everyone = np.abs(scores[name] - scores[name].mean())
+    rank = float((everyone >= everyone[0] * (1 - 1e-12)).mean())
+    basis, factor = _factor(group, traces, rises=test.value > 0)
     said = {"read": "reading the text", "written": "in what it writes", "expected": "as words it expects"}[basis]
     return replace(
         head,
         status="reported",
         value=factor,
         score=test.value / spread,
-        p=p,
+        p=test.p if n >= MANY_NULLS else rank,
         rank=rank,
         reason=f"{factor:.2f} times the median null, {said}",
     )
 
 
-class _Scores:
-    """The scores of groups, for one fine-tune among nulls."""
-
-    def __init__(self, trace: Trace, nulls: Sequence[Trace]) -> None:
-        self._traces = [trace, *nulls]
-        self.n_nulls = len(nulls)
-        self._levels: dict[str, FloatArray] = {}
-        self._changes: dict[str, FloatArray] = {}
-        for basis in BASES:
-            levels = np.stack([getattr(t, basis)[:2] for t in self._traces]).astype(np.float64)
-            if levels.shape[2] == 0:  # without an SAE
-                continue
-            self._levels[basis] = levels
-            changes = np.log((levels[:, 1] + _FLOORS[basis]) / (levels[:, 0] + _FLOORS[basis]))
-            if self.n_nulls > 1:
-                changes = changes / _pooled_scale(changes[1:], levels[0, 0])
-            self._changes[basis] = changes
-
-    def of(self, group: Group) -> tuple[float, FloatArray]:
-        """The score of the fine-tune, and of the nulls, float64 [n_nulls]."""
-        total = np.zeros(len(self._traces))
-        for basis, changes in self._changes.items():
-            members = group.tokens if basis == "expected" else group.features
-            if len(members):
-                means = changes[:, members].mean(axis=1)
-                spread = float(np.std(means[1:], ddof=1))
-                total += means / spread if spread > 0 else 0.0
-        return float(total[0]), total[1:]
-
-    @staticmethod
-    def rank(score: float, others: FloatArray) -> float:
-        """Two-sided: every one of the fine-tune and the nulls is held against the mean of all of them."""
-        everyone = np.array([score, *others])
-        far = np.abs(everyone - everyone.mean())
-        return float((far >= far[0] * (1 - 1e-12)).mean())
-
-    def factor(self, group: Group, *, rises: bool) -> tuple[str, float]:
-        """The basis in which the group as a whole changed most in this direction, and by what factor beyond nulls."""
-        found = {}
-        for basis, levels in self._levels.items():
-            members = group.tokens if basis == "expected" else group.features
-            if len(members):
-                sums = levels[:, :, members].sum(axis=2)
-                ratios = np.log((sums[:, 1] + _FLOORS[basis]) / (sums[:, 0] + _FLOORS[basis]))
-                found[basis] = float(ratios[0] - np.median(ratios[1:]))
-        basis = max(found, key=lambda name: found[name] if rises else -found[name])
-        return basis, math.exp(found[basis])
-
-
-def _pooled_scale(changes: FloatArray, activity: FloatArray) -> FloatArray:
-    """How much features of like activity change in nulls: [n] from changes [n_nulls, n] and activity [n].
-
-    The standard deviation over nulls of each feature, then its median over the neighbours in order of activity.
-    """
-    from scipy.ndimage import median_filter
-
-    order = np.argsort(activity, kind="stable")
-    own = np.std(changes, axis=0, ddof=1)[order]
-    smooth = median_filter(own, size=min(_NEIGHBOURS, len(own)), mode="nearest")
-    scale = np.empty_like(own)
-    scale[order] = smooth
-    return np.maximum(scale, 1e-9)
+def _factor(group: Group, traces: Sequence[Trace], *, rises: bool) -> tuple[str, float]:
+    """The basis in which the group as a whole changed most in this direction, and by what factor beyond nulls."""
+    found = {}
+    for basis, floor in _FLOORS.items():
+        members = group.tokens if basis == "expected" else group.features
+        if len(members):
+            sums = np.stack([getattr(t, basis)[:2, members].sum(axis=1, dtype=np.float64) for t in traces]) + floor
+            ratios = np.log(sums[:, 1] / sums[:, 0])
+            found[basis] = float(ratios[0] - np.median(ratios[1:]))
+    basis = max(found, key=lambda name: found[name] if rises else -found[name])
+    return basis, math.exp(found[basis])
 
 
 def _judge_limits(budget: Budget, trace: Trace, nulls: Sequence[Trace], rows: Rows) -> list[Verdict]:
     verdicts = []
     for source, limits in budget.texts.items():
-        if source != ALL_TEXT and source not in rows.names:
-            raise unknown_name("source of text", source, (*rows.names, ALL_TEXT), at="texts")
         for kind, most in (("kl", limits.kl), ("perplexity_ratio", limits.perplexity_ratio)):
             if most is None:
                 continue
@@ -277,12 +263,16 @@ def _judge_limits(budget: Budget, trace: Trace, nulls: Sequence[Trace], rows: Ro
             over = sum(_measured(null, kind, source, rows) > most for null in nulls)
             unit = " nats" if kind == "kl" else ""
             label = f"{kind.replace('_', ' ')} {source}"
-            head = Verdict(label, f"at most {most:g}{unit}", "unjudged", value, most, nulls=len(nulls), nulls_broken=over)
+            head = Verdict(
+                label, f"at most {most:g}{unit}", "unjudged", value, most, nulls=len(nulls), nulls_broken=over
+            )
             if not math.isfinite(value):
                 verdicts.append(replace(head, reason=f"no token of {source!r} counts"))
             else:
                 status: Status = "broken" if value > most else "kept"
-                said = "measured on this text as it is" if nulls else "measured on this text as it is; no nulls beside it"
+                said = (
+                    "measured on this text as it is" if nulls else "measured on this text as it is; no nulls beside it"
+                )
                 verdicts.append(replace(head, status=status, reason=said))
     return verdicts
 

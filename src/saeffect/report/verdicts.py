@@ -16,7 +16,7 @@ from saeffect.lm.tokens import printable_text
 __all__ = ["COLUMNS", "cells", "headline", "junit", "markdown", "plain", "write_verdicts"]
 
 COLUMNS = ("rule", "budget", "verdict", "measured", "p", "false alarms")
-_MARKS = {"kept": "✅", "broken": "❌", "unjudged": "❔", "reported": "ℹ️"}  # noqa: RUF001 - it is a sign
+_MARKS = {"kept": "✅", "broken": "❌", "unjudged": "❔", "reported": "ℹ️"}
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:

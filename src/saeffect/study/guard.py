@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ import torch
 from saeffect.config import ModelConfig, TextConfig
 from saeffect.config_file import read_config_file
 from saeffect.diffing.budget import Budget, GroupRule
-from saeffect.diffing.guard import Group, Rows, Verdict, judge
+from saeffect.diffing.guard import Group, Rows, Verdict, judge, refuse_other_nulls, refuse_other_texts
 from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleModels, NotFound, placed
+from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound, placed
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import Vocabulary, count_matches, load_vocabulary
 from saeffect.lm.activations import TokenRows, first_limit
@@ -28,13 +29,15 @@ from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
+from saeffect.stats.arguments import IntArray
 from saeffect.study.study import require_width
 from saeffect.study.texts import study_rows
 
-__all__ = ["guard", "load_nulls", "read_budget", "resolve_groups"]
+__all__ = ["guard", "load_nulls", "read_budget", "resolve_groups", "tuned_config"]
 
 _ROWS, _TOKENS = 192, 64  # of text, as traces have
-_CONTEXT = 256  # rows are cut from pieces of this length
+_CONTEXT = 128  # tokens of the pieces of a file that rows are the beginnings of
+_ENOUGH = 65_536  # tokens of a bundled text
 _TOP = 10  # top tokens a feature
 
 
@@ -68,22 +71,29 @@ def guard(
     if model_identity(configs[0], at="BASE") == model_identity(configs[1], at="TUNED"):
         raise ConfigError("base and tuned are the same model.", at="TUNED", fix="give the fine-tune second.")
     opened = _open_sae(sae) if sae is not None else None
+    words: Mapping[str, Any] = {} if opened is None else {"base": opened.cfg.metadata.get("prepend_bos")}
     lm = load_language_model(configs[0], at="BASE", log=log)
-    rows = _text_rows(text, lm, opened)
+    lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos("auto", words))
+    rows = _text_rows(text, lm)
     hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
     if opened is not None:
         hook = str(opened.cfg.hook_name)
         require_width(opened.cfg, lm.d_model, hook, lm.name, at="--sae")
-    groups = resolve_groups(budget, lm, opened)
+    groups, top_tokens = resolve_groups(budget, lm, opened)
+    tracer = Tracer(lm, opened, hook, rows, first_limit(lm, hook, rows.ids[:8]), log=log)
+    refuse_other_texts(budget, rows.names)
+    refuse_other_nulls(traces, tracer.made_by)
     other = load_language_model(configs[1], at="TUNED", log=log)
-    trace = Tracer(lm, opened, hook, rows, first_limit(lm, hook, rows.ids[:8]), log).trace(other, other.name)
+    if other.d_vocab == lm.d_vocab:  # else the tracer says so
+        other = dataclasses.replace(other, tokenizer=lm.tokenizer, prepend_bos=lm.prepend_bos)
+    trace = tracer.trace(other, other.name)
     if not np.nanmax(np.abs(trace.kl)) > 0:
         raise ConfigError(
             "both models predict the same everywhere, so nothing was fine-tuned.",
             at="TUNED",
             fix="check that this is the trained model, and that its adapter was trained and saved.",
         )
-    return judge(budget, groups, trace, traces, Rows(rows.sources, rows.names))
+    return judge(budget, groups, trace, traces, Rows(rows.sources, rows.names), top_tokens)
 
 
 def read_budget(path: Path | str) -> Budget:
@@ -119,25 +129,29 @@ def tuned_config(base: str, tuned: str) -> ModelConfig:
     return ModelConfig(path=tuned)
 
 
-def resolve_groups(budget: Budget, lm: LanguageModel, sae: SparseAutoencoder | None) -> dict[str, Group]:
-    """The features and tokens behind each group of a budget."""
-    tops = _top_tokens(lm, sae) if sae is not None and any(r.vocabulary for r in budget.groups.values()) else []
+def resolve_groups(
+    budget: Budget, lm: LanguageModel, sae: SparseAutoencoder | None
+) -> tuple[dict[str, Group], IntArray | None]:
+    """The features and tokens behind each group of a budget, and the top tokens of all features, int64 [d_sae, k]."""
+    top_tokens = _top_tokens(lm, sae) if sae is not None and budget.groups else None
     strings, plain = lm.token_strings(), lm.plain_tokens().numpy()
+    tops = None if top_tokens is None else [[strings[i] for i in row] for row in top_tokens]
+    none = np.empty(0, dtype=np.int64)
     found = {}
     for name, rule in budget.groups.items():
         with placed(f"groups.{name}"):
             if rule.vocabulary is None:
-                found[name] = Group(_listed(rule, sae), np.empty(0, dtype=np.int64))
-            else:
-                words = load_vocabulary(rule.vocabulary)
-                tokens = np.array([i for i, token in enumerate(strings) if plain[i] and token in words], dtype=np.int64)
-                found[name] = Group(_matching(rule, words, tops) if tops else np.empty(0, dtype=np.int64), tokens)
-                if not len(tokens):
-                    raise EmptySelection(f"no word of {words.name!r} is a token of {lm.name}.", fix="add shorter words.")
-    return found
+                found[name] = Group(_listed(rule, sae), none)
+                continue
+            words = load_vocabulary(rule.vocabulary)
+            tokens = np.array([i for i, token in enumerate(strings) if plain[i] and token in words], dtype=np.int64)
+            found[name] = Group(none if tops is None else _matching(rule, words, tops), tokens)
+            if not len(tokens):
+                raise EmptySelection(f"no word of {words.name!r} is a token of {lm.name}.", fix="add shorter words.")
+    return found, top_tokens
 
 
-def _listed(rule: GroupRule, sae: SparseAutoencoder | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _listed(rule: GroupRule, sae: SparseAutoencoder | None) -> IntArray:
     if sae is None:
         raise ConfigError("features are an SAE's, and none was given.", fix="give --sae, or name a vocabulary.")
     wrong = [feature for feature in rule.features if not 0 <= feature < sae.cfg.d_sae]
@@ -146,23 +160,22 @@ def _listed(rule: GroupRule, sae: SparseAutoencoder | None) -> np.ndarray[Any, n
     return np.array(rule.features, dtype=np.int64)
 
 
-def _matching(rule: GroupRule, words: Vocabulary, tops: list[list[str]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _matching(rule: GroupRule, words: Vocabulary, tops: Sequence[Sequence[str]]) -> IntArray:
     counts = count_matches(tops, words).counts
     chosen = np.flatnonzero(counts >= rule.min_matches)
     if not len(chosen):
         raise EmptySelection(
-            f"no feature of the SAE has {rule.min_matches} of its {_TOP} top tokens in {words.name!r}; the most that any"
-            f" has is {counts.max()}.",
+            f"no feature of the SAE has {rule.min_matches} of its {_TOP} top tokens in {words.name!r}; the most is"
+            f" {counts.max()}.",
             fix="lower min_matches, add words, or list the features.",
         )
     return chosen
 
 
 @torch.inference_mode()
-def _top_tokens(lm: LanguageModel, sae: SparseAutoencoder) -> list[list[str]]:
-    strings = lm.token_strings()
-    found = project(sae.W_dec.detach(), unembedding(lm), _TOP, valid=lm.plain_tokens())
-    return [[strings[i] for i in row] for row in found.indices.tolist()]
+def _top_tokens(lm: LanguageModel, sae: SparseAutoencoder) -> IntArray:
+    found: IntArray = project(sae.W_dec.detach(), unembedding(lm), _TOP, valid=lm.plain_tokens()).indices.numpy()
+    return found
 
 
 def _open_sae(sae: str) -> SparseAutoencoder:
@@ -173,9 +186,8 @@ def _open_sae(sae: str) -> SparseAutoencoder:
     return opened
 
 
-def _text_rows(text: Sequence[str], lm: LanguageModel, sae: SparseAutoencoder | None) -> TokenRows:
-    words: Mapping[str, Any] = {} if sae is None else {"base": sae.cfg.metadata.get("prepend_bos")}
-    rows = study_rows(_text_config(text), lambda: lm, prepend_bos=resolve_prepend_bos("auto", words)).head(_ROWS)
+def _text_rows(text: Sequence[str], lm: LanguageModel) -> TokenRows:
+    rows = study_rows(_text_config(text), lambda: lm, prepend_bos=lm.prepend_bos).head(_ROWS)
     if len(rows) < 2:
         raise EmptySelection(
             f"the text fills one row of {rows.context_size} tokens: what happens in one says nothing about others.",
@@ -188,9 +200,9 @@ def _text_rows(text: Sequence[str], lm: LanguageModel, sae: SparseAutoencoder | 
 def _text_config(text: Sequence[str]) -> TextConfig:
     bundled = [name.removeprefix(BUNDLED) for name in text if name.startswith(BUNDLED)]
     if bundled and len(text) > 1:
-        raise IncompatibleModels("a bundled text goes with no other.", at="--text", fix="give one of the two.")
+        raise ConfigError("a bundled text goes with no other.", at="--text", fix="give one of the two.")
     if bundled:
-        return TextConfig(bundled=bundled[0], tokens=_ROWS * _CONTEXT)
+        return TextConfig(bundled=bundled[0], tokens=_ENOUGH)
     sources = []
     for entry in text:
         name, equals, path = entry.partition("=")
