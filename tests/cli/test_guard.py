@@ -49,7 +49,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     measure = traces.Tracer.trace
 
     def once(self: traces.Tracer, tuned: Any, name: str) -> Trace:
-        key = f"{name} {self.made_by}"
+        key = f"{tuned.identity} {self.made_by}"
         if key not in known:
             known[key] = measure(self, tuned, name)
         return known[key]
@@ -81,7 +81,7 @@ def _null(measured: Trace, k: int) -> Trace:
 
 
 def budget(folder: Path, **values: Any) -> None:
-    (folder / "budget.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "budget.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def command(folder: Path, *more: str, tuned: str = "tuned", text: str = "general.jsonl") -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from saeffect.cli.app import main
+from saeffect.io import hash_file
 from saeffect.study.verify import differing, verify
 from tiny_study import make_study
 
@@ -30,7 +31,11 @@ def call(arguments: list[str]) -> int:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    make_study(folder)
+    roles = {"control": "base", "treatment": "tuned"}
+    arms = {role: {"role": role, "model": f"./{model}", "sae": f"./saes/{role}"} for role, model in roles.items()}
+    steering = {"prompts": ["The river", "My doctor said"], "max_features": 3, "samples": 1, "max_new_tokens": 6}
+    few = {"n_boot": 40, "n_permutations": 100}
+    make_study(folder, arms=arms, comparison=few, steering=steering | {"doses": [0.5], "baselines": []})
     assert call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")]) == 0
     return folder / "run"
 
@@ -59,14 +64,14 @@ def named(found: Any) -> dict[str, list[str]]:
     return lines
 
 
-def test_a_finished_run_agrees_and_is_left_alone(run: Path, capsys: Any) -> None:
-    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert call(["verify", str(run)]) == 0
+def test_a_finished_run_agrees_and_is_left_alone(finished: Path, capsys: Any) -> None:
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    assert call(["verify", str(finished)]) == 0
     assert "Everything agrees" in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
 
 
-def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run: Path, capsys: Any) -> None:
+def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run: Path) -> None:
     tables = ["table1", "table2", "contrasts", "judgements", "match_counts", "weights", "activity", "power"]
     files = [f"comparison/{name}.parquet" for name in tables]
     files += [f"arms/treatment/{name}.parquet" for name in ("effects", "outcome_effects", "coherence")]
@@ -94,7 +99,6 @@ def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run
     }
     for name, column in columns.items():
         assert any(what.startswith(f"{column} is") and "recomputed" in what for what in found[name]), found[name]
-    assert "disagree" in capsys.readouterr().out
 
 
 def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) -> None:
@@ -105,18 +109,18 @@ def test_a_changed_measurement_is_named_and_what_follows_from_it_too(run: Path) 
     assert any(one.file == "arms/treatment/effects.parquet" for one in found)
 
 
-def test_a_change_that_the_manifest_was_made_to_agree_with_is_found(run: Path) -> None:
-    from saeffect.io import hash_file
-
+def test_a_change_that_the_manifest_was_made_to_agree_with_is_found(run: Path, capsys: Any) -> None:
     name = "comparison/contrasts.parquet"
     change(run / name, "estimate")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     manifest["stages"]["compare"]["outputs"][name] = hash_file(run / name)
     (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     (run / "tables" / "table2.csv").unlink()
-    found = named(verify(run))
-    assert found.keys() == {name, "tables/table2.csv"}
-    assert found[name][0].startswith("estimate is")
+    assert call(["verify", str(run)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.partition(":")[0] for line in lines[:-1]} == {name, "tables/table2.csv"}
+    assert any(line.startswith(name) and "estimate is" in line for line in lines)
+    assert lines[-1] == "3 disagree."
 
 
 def test_what_is_no_finished_run_is_wrong_input(run: Path, tmp_path: Path, capsys: Any) -> None:

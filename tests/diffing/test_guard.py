@@ -52,7 +52,7 @@ def test_changes_that_do_not_matter_are_not_broken_budgets() -> None:
 
 def test_the_score_and_its_p_by_hand() -> None:
     """Scipy's test of one value against many, on means of the standardised changes."""
-    tuned, others = trace(0, moved={"read": (range(10, 20), 0.3)}), nulls(12)
+    tuned, others = trace(0, moved={"read": (range(10, 20), 1.5)}), nulls(12)
     found = judged(budget(a={}), tuned, others, a=GROUP)["group a"]
     own = standardised(tuned, others, TOP_TOKENS)["combined"][10:20].mean()
     rest = [
@@ -109,7 +109,8 @@ def test_few_nulls_judge_by_rank_where_that_is_enough() -> None:
 
 
 def test_a_silent_group_is_not_judged() -> None:
-    quiet = [replace(t, read=t.read * 0, written=t.written * 0) for t in (trace(0), *nulls(20))]
+    even = trace(0).expected[[0, 0]]
+    quiet = [replace(t, read=t.read * 0, written=t.written * 0, expected=even) for t in (trace(0), *nulls(20))]
     silent = Group(np.arange(3), np.empty(0, dtype=np.int64))
     assert judged(budget(a={}), quiet[0], quiet[1:], a=silent)["group a"].status == "unjudged"
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show, show_error, still_writable
+from saeffect.errors import ConfigError
 from saeffect.paths import user_path
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def guard(
     from saeffect.study.guard import read_budget
 
     rules = read_budget(budget)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError("this is a file, and a folder was expected.", at=f"--out {out}", fix="choose another --out.")
     with ConsoleProgress() as log:
-        verdicts = judged(base, tuned, rules, nulls=nulls, sae=sae, text=text or ("bundled:smollm2-sampled",), log=log)
+        verdicts = judged(base, tuned, rules, nulls=nulls, sae=sae, text=text or (), log=log)
     _show_table(verdicts)
     show(headline(verdicts))
     if out is not None:

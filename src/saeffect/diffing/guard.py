@@ -270,10 +270,7 @@ def _judge_limits(budget: Budget, trace: Trace, nulls: Sequence[Trace], rows: Ro
                 verdicts.append(replace(head, reason=f"no token of {source!r} counts"))
             else:
                 status: Status = "broken" if value > most else "kept"
-                said = (
-                    "measured on this text as it is" if nulls else "measured on this text as it is; no nulls beside it"
-                )
-                verdicts.append(replace(head, status=status, reason=said))
+                verdicts.append(replace(head, status=status, reason="measured on this text as it is"))
     return verdicts
 
 

@@ -13,7 +13,7 @@ from saeffect.diffing.guard import MANY_NULLS, Verdict
 from saeffect.io import atomic_path, write_json
 from saeffect.lm.tokens import printable_text
 
-__all__ = ["COLUMNS", "cells", "headline", "junit", "markdown", "plain", "write_verdicts"]
+__all__ = ["COLUMNS", "cells", "false_alarms", "headline", "junit", "markdown", "plain", "write_verdicts"]
 
 COLUMNS = ("rule", "budget", "verdict", "measured", "p", "false alarms")
 _MARKS = {"kept": "✅", "broken": "❌", "unjudged": "❔", "reported": "ℹ️"}
@@ -51,10 +51,10 @@ def cells(verdict: Verdict) -> tuple[str, ...]:
 
 def false_alarms(verdict: Verdict) -> str:
     """How often a fine-tune that taught nothing would break this rule: what is promised, and what the nulls did."""
-    if not verdict.nulls:
-        return "unknown: no nulls"
+    if not verdict.nulls or verdict.status in ("unjudged", "reported"):
+        return "-" if verdict.nulls else "unknown: no nulls"
     seen = f"{verdict.nulls_broken} of {verdict.nulls} nulls"
-    if math.isnan(verdict.level) or verdict.status in ("unjudged", "reported"):
+    if math.isnan(verdict.level):
         return seen
     return f"at most {verdict.level:.3g}; {seen}"
 

@@ -30,7 +30,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.stats.arguments import IntArray
-from saeffect.study.study import require_width
+from saeffect.study.study import Arm, require_width
 from saeffect.study.texts import study_rows
 
 __all__ = ["guard", "load_nulls", "read_budget", "resolve_groups", "tuned_config"]
@@ -38,6 +38,7 @@ __all__ = ["guard", "load_nulls", "read_budget", "resolve_groups", "tuned_config
 _ROWS, _TOKENS = 192, 64  # of text, as traces have
 _CONTEXT = 128  # tokens of the pieces of a file that rows are the beginnings of
 _ENOUGH = 65_536  # tokens of a bundled text
+_BUNDLED_TEXT = "bundled:smollm2-sampled"
 _TOP = 10  # top tokens a feature
 
 
@@ -48,7 +49,7 @@ def guard(
     *,
     nulls: Path | str | None = None,
     sae: str | None = None,
-    text: Sequence[str] = ("bundled:smollm2-sampled",),
+    text: Sequence[str] = (),
     log: Log = SILENT,
 ) -> list[Verdict]:
     """Judge a fine-tune of a base model by a budget; writes nothing.
@@ -58,7 +59,7 @@ def guard(
         tuned: A model, or an adapter of the base model.
         nulls: Folder with `null-*.safetensors`, traces of fine-tunes that taught nothing.
         sae: Of the base model: a folder, or bundled:<name>. None: groups are judged by the expected words alone.
-        text: A bundled text, or files, each as a path or as <source>=<path>.
+        text: A bundled text, or files, each as a path or as <source>=<path>; none for the bundled model: its text.
 
     Raises:
         ConfigError: Base and fine-tune are the same model or give the same predictions; a text of one row; a group of
@@ -74,15 +75,12 @@ def guard(
     words: Mapping[str, Any] = {} if opened is None else {"base": opened.cfg.metadata.get("prepend_bos")}
     lm = load_language_model(configs[0], at="BASE", log=log)
     lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos("auto", words))
+    text = text or ((_BUNDLED_TEXT,) if base.startswith(BUNDLED) else ())
     rows = _text_rows(text, lm)
-    hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
-    if opened is not None:
-        hook = str(opened.cfg.hook_name)
-        require_width(opened.cfg, lm.d_model, hook, lm.name, at="--sae")
-    groups, top_tokens = resolve_groups(budget, lm, opened)
-    tracer = Tracer(lm, opened, hook, rows, first_limit(lm, hook, rows.ids[:8]), log=log)
+    tracer = _tracer(lm, opened, rows, log)
     refuse_other_texts(budget, rows.names)
     refuse_other_nulls(traces, tracer.made_by)
+    groups, top_tokens = resolve_groups(budget, lm, opened)
     other = load_language_model(configs[1], at="TUNED", log=log)
     if other.d_vocab == lm.d_vocab:  # else the tracer says so
         other = dataclasses.replace(other, tokenizer=lm.tokenizer, prepend_bos=lm.prepend_bos)
@@ -94,6 +92,18 @@ def guard(
             fix="check that this is the trained model, and that its adapter was trained and saved.",
         )
     return judge(budget, groups, trace, traces, Rows(rows.sources, rows.names), top_tokens)
+
+
+def _tracer(lm: LanguageModel, sae: SparseAutoencoder | None, rows: TokenRows, log: Log) -> Tracer:
+    """As a study measures its nulls: on the beginnings of rows, with its limit of the residual's norm."""
+    if sae is None:
+        hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
+        limit = first_limit(lm, hook, rows.ids[:8])
+    else:
+        hook = str(sae.cfg.hook_name)
+        require_width(sae.cfg, lm.d_model, hook, lm.name, at="--sae")
+        limit = Arm("base", "control", lm, sae, hook).norm_limit(rows)
+    return Tracer(lm, sae, hook, TokenRows(rows.ids[:, :_TOKENS], rows.sources, rows.names), limit, log=log)
 
 
 def read_budget(path: Path | str) -> Budget:
@@ -194,10 +204,14 @@ def _text_rows(text: Sequence[str], lm: LanguageModel) -> TokenRows:
             at="--text",
             fix=f"give more text; {_ROWS} rows are read of more.",
         )
-    return TokenRows(rows.ids[:, :_TOKENS], rows.sources, rows.names)
+    lm.refuse_rows(rows.ids)
+    return rows
 
 
 def _text_config(text: Sequence[str]) -> TextConfig:
+    if not text:
+        fix = "give one or more: --text general=web.jsonl --text domain=notes.txt."
+        raise ConfigError("there is no text for the models to read.", at="--text", fix=fix)
     bundled = [name.removeprefix(BUNDLED) for name in text if name.startswith(BUNDLED)]
     if bundled and len(text) > 1:
         raise ConfigError("a bundled text goes with no other.", at="--text", fix="give one of the two.")
