@@ -14,6 +14,7 @@ from saeffect.diffing.trace import Trace
 
 __all__ = ["headline", "judge", "logit_lens"]
 
+_NAMED = 3  # groups that the report's headline names
 _WORDS = 2  # of a name's ten words that must be the concept's, the product's rule for domain features
 
 
@@ -21,13 +22,16 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
     """The claims about one fine-tune, each null judged among the others.
 
     Returns:
-        claims: names of the claimed groups, the clearest first. right: whether the first of them that fires more is
-        the concept's. place: the concept's first place among all groups, claimed or not; p: its p.
+        claims: names of the claimed groups, the clearest first. right: whether one of the first three, which the report's
+        headline names, fires more and is the concept's; first: whether it is the very first. place: the concept's first
+        place among all groups, claimed or not; p: its p.
     """
     nulls = [trace for other, trace in traces.items() if other.is_null and other != pair]
     groups = name_changes(traces[pair], nulls, basis, alpha=alpha)["change_groups"]
     claims = groups[groups["claimed"].astype(bool)]
-    more = claims[claims["direction"] == "more"]
+    named = [
+        row["direction"] == "more" and is_about(row["tokens"], pair) for row in claims.head(_NAMED).to_dict("records")
+    ]
     own = [row for row in groups.to_dict("records") if row["direction"] == "more" and is_about(row["tokens"], pair)]
     return {
         "name": pair.name,
@@ -37,7 +41,8 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
         "tuned_on": pair.seed % 2 == 0 if pair.is_null else pair.concept in TUNED_ON,
         "kl": traces[pair].numbers["kl"],
         "claims": [f"{row['name']} ({row['direction']})" for row in claims.to_dict("records")],
-        "right": bool(len(more)) and is_about(more.iloc[0]["tokens"], pair),
+        "right": any(named),
+        "first": named[:1] == [True],
         "place": int(own[0]["group"]) if own else None,
         "p": float(own[0]["p"]) if own else None,
         "logit_lens": (lens := logit_lens(traces[pair], basis)),
@@ -73,6 +78,7 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if mine:
             found |= {
                 f"claimed_{level}": sum(row["right"] for row in mine),
+                f"first_{level}": sum(row["first"] for row in mine),
                 f"wrong_{level}": sum(bool(row["claims"]) and not row["right"] for row in mine),
                 f"logit_lens_{level}": sum(row["logit_lens_right"] for row in mine),
             }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from figure import draw
 from judging import headline, judge
-from pairs import LEVELS, PAIRS, Pair
+from pairs import LEVELS, PAIRS
 from tracing import Instrument
 from training import own_texts, train
 
@@ -51,12 +51,12 @@ def main() -> None:
     found = headline(rows)
     write_json(options.out / "results.json", {**found, "fine_tunes": rows})
     with atomic_path(options.out / "results.md") as temporary:
-        temporary.write_text(table(pairs, rows), encoding="utf-8")
+        temporary.write_text(table(rows), encoding="utf-8")
     draw(rows, options.out)
     print(json.dumps(found))  # noqa: T201
 
 
-def table(pairs: list[Pair], rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """One line a fine-tune, as Markdown."""
     lines = [
         "| fine-tune | KL | claimed, the clearest first | its own concept: place, p | top of the mean difference |",
