@@ -22,9 +22,9 @@ def judge(pair: Pair, traces: Mapping[Pair, Trace], basis: Basis, alpha: float =
     """The claims about one fine-tune, each null judged among the others.
 
     Returns:
-        claims: names of the claimed groups, the clearest first. right: whether one of the first three, which the report's
-        headline names, fires more and is the concept's; first: whether it is the very first. place: the concept's first
-        place among all groups, claimed or not; p: its p.
+        claims: names of the claimed groups, the clearest first. right: whether one of the first three, which the
+        report's headline names, fires more and is the concept's; first: whether it is the very first. place: the
+        concept's first place among all groups, claimed or not; p: its p.
     """
     nulls = [trace for other, trace in traces.items() if other.is_null and other != pair]
     groups = name_changes(traces[pair], nulls, basis, alpha=alpha)["change_groups"]
