@@ -15,6 +15,7 @@ from saeffect.errors import SaeffectError, unknown_name
 __all__ = [
     "ArmConfig",
     "BosRule",
+    "ChangesConfig",
     "CoherenceConfig",
     "ComparisonConfig",
     "FeaturesConfig",
@@ -333,6 +334,13 @@ class ComparisonConfig(StrictModel):
     )
 
 
+class ChangesConfig(StrictModel):
+    """What both models read to find what fine-tuning changed: the first rows of the text, each cut."""
+
+    rows: int = Field(192, ge=2, description="Rows of the text, from the first on.")
+    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -347,6 +355,12 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
     coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
     selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
+    nulls: str | None = Field(
+        None,
+        description="Fine-tunes that teach nothing, to judge changes by: a folder that `saeffect finetune RECIPE --null"
+        " 20 --study STUDY` made, or bundled:smollm2-medical.",
+    )
+    changes: ChangesConfig = Field(ChangesConfig(), description="What both models read to find what changed.")
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",
