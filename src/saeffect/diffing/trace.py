@@ -29,10 +29,10 @@ from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.steering.generate import continue_prompts
+from saeffect.steering.generate import continue_prompts, last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 
-__all__ = ["OPENINGS", "Trace", "Tracer"]
+__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -46,6 +46,8 @@ SAMPLES = 4
 """Texts an opening."""
 NEW_TOKENS = 40
 """Tokens a text."""
+EARLY = 8
+"""Positions after a row's first whose change has halves of its own."""
 
 _BATCH = 8  # rows read at once
 _FIX = "measure it again, or take the file from where it came."
@@ -60,18 +62,21 @@ class Trace:
         made_by: What decides the measurements besides the fine-tune: SHA-256 of base model, SAE, hook and text. Only
             traces with an equal one may be compared.
         read: float32 [4, d_sae], the SAE on the same text in both models: mean activation a token in the base and in
-            the tuned model, density in the base and in the tuned model.
+            the tuned model, density in the base and in the tuned model. [4, 0] if there was no SAE.
         written: float32 [4, d_sae], as `read`, the base model reading texts that the base, and the tuned, model wrote.
         expected: float32 [2, d_vocab], mean probability of each token as the next one, in the base and tuned model.
         positions: float32 [context_size, d_in], mean of tuned minus base at the hook, by position in the row.
         halves: float32 [2, d_in], the same over even and over odd rows, all positions.
+        early: float32 [2, EARLY, d_in], the same at each of the positions 1 to `EARLY` (fewer in shorter rows).
         kl: float32 [n_rows, context_size], KL of the tuned from the base model's next-token distribution after each
             token of the text, in nats; NaN at positions that do not count.
         layers: float32 [n_layers], root of the mean square change of the residual stream after each block, relative to
             that of the base model's stream.
         texts: int32 [n_texts, NEW_TOKENS], what the tuned model wrote; `base_texts` what the base model did. Rows go by
             opening (`OPENINGS`), then sample.
-        numbers: `kl` (mean of the above) and `n_tokens`;
+        openings: float32 [n_openings], KL of the tuned from the base model's distribution of the first token after each
+            opening, in nats.
+        numbers: `kl` (mean of the above), `n_tokens`, and `norm`, the base model's mean residual norm at the hook;
             `loss_base`, `loss_tuned` and by source of text `loss_base_<name>`, `loss_tuned_<name>` (nats a token).
     """
 
@@ -86,11 +91,16 @@ class Trace:
     layers: npt.NDArray[np.float32]
     texts: npt.NDArray[np.int32]
     base_texts: npt.NDArray[np.int32]
+    early: npt.NDArray[np.float32]
+    openings: npt.NDArray[np.float32]
     numbers: dict[str, float]
 
-    _ARRAYS = ("read", "written", "expected", "positions", "halves", "kl", "layers", "texts", "base_texts")
+    _ARRAYS = (
+        *("read", "written", "expected", "positions", "halves", "kl", "layers", "texts", "base_texts", "early"),
+        "openings",
+    )
     # The range of half precision is too small for probabilities.
-    _HALF = ("positions", "halves", "kl")
+    _HALF = ("positions", "halves", "early", "kl")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file of some 900 KB, atomically, with a checksum."""
@@ -121,14 +131,14 @@ class Tracer:
 
     Attributes:
         base: The base model.
-        sae: The basis that base and tuned model share: an SAE of the base model, float32.
-        hook: Where it reads, a TransformerLens name.
+        sae: The basis that base and tuned model share: an SAE of the base model, float32. None: no features.
+        hook: Where it reads, a TransformerLens name; without an SAE, of the residual stream.
         rows: Text that both models read.
         limit: Which positions count; the first of a row never does.
     """
 
     base: LanguageModel
-    sae: SparseAutoencoder
+    sae: SparseAutoencoder | None
     hook: str
     rows: TokenRows
     limit: NormLimit
@@ -137,12 +147,12 @@ class Tracer:
     @cached_property
     def made_by(self) -> str:
         """See `Trace.made_by`."""
-        return fingerprint([1, self.measured_on, OPENINGS, SAMPLES, NEW_TOKENS])
+        return fingerprint([2, self.measured_on, OPENINGS, SAMPLES, NEW_TOKENS])
 
     @cached_property
     def measured_on(self) -> dict[str, str]:
         """What `made_by` tells apart: hashes by name."""
-        weights = self.sae.W_dec.detach().float().cpu().numpy().tobytes()
+        weights = b"" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes()
         return {
             "base model": self.base.identity,
             "SAE": hashlib.sha256(weights).hexdigest(),
@@ -177,6 +187,7 @@ class Tracer:
             written=np.concatenate([base_written, self._read_texts(texts)])[[0, 2, 1, 3]],
             texts=texts,
             base_texts=base_texts,
+            openings=_divergence(_first_words(tuned), self._base_first_words).numpy(),
             **sums.result(),
         )
 
@@ -185,8 +196,14 @@ class Tracer:
         texts = _write(self.base, "writing with base", self.log)
         return texts, self._read_texts(texts)
 
+    @cached_property
+    def _base_first_words(self) -> Tensor:
+        return _first_words(self.base)
+
     def _read_texts(self, texts: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Mean activation and density [2, d_sae] of the base model reading texts, each after its opening."""
+        if self.sae is None:
+            return np.empty((2, 0), dtype=np.float32)
         total, fired, n = torch.zeros(self.sae.cfg.d_sae), torch.zeros(self.sae.cfg.d_sae), 0
         for number, opening in enumerate(OPENINGS):
             start = self.base.encode_prompt(opening)
@@ -234,11 +251,13 @@ class _Sums:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        d_sae, rows = tracer.sae.cfg.d_sae, tracer.rows
+        sae, rows = tracer.sae, tracer.rows
+        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, tracer.base.d_model)
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
         self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
-        self._shift = torch.zeros(2, rows.context_size, tracer.sae.cfg.d_in, dtype=torch.float64)
+        self._shift = torch.zeros(2, rows.context_size, d_in, dtype=torch.float64)
         self._counted = torch.zeros(2, rows.context_size)
+        self._norm = 0.0
         self._moved = torch.zeros(2, tracer.base.n_layers, dtype=torch.float64)
         self._kl = torch.full(rows.ids.shape, math.nan)
         self._loss = np.zeros((2, len(rows.names)))
@@ -247,8 +266,10 @@ class _Sums:
     def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
         tracer = self._tracer
         mask = kept_positions(base.x, tracer.limit) & kept_positions(tuned.x, tracer.limit)
-        acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
-        self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
+        self._norm += float(base.x[mask].norm(dim=1).double().sum())
+        if tracer.sae is not None:
+            acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
+            self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (tuned.x - base.x) * mask[..., None]
         for half in (0, 1):
             mine = slice((start + half) % 2, None, 2)
@@ -276,15 +297,18 @@ class _Sums:
         with np.errstate(invalid="ignore"):
             by_source = self._loss / self._predicted
         total = self._loss.sum(axis=1) / self._predicted.sum()
-        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "loss_base": total[0], "loss_tuned": total[1]}
+        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "norm": self._norm / n}
+        numbers |= {"loss_base": total[0], "loss_tuned": total[1]}
         for name, (base, tuned) in zip(self._tracer.rows.names, by_source.T, strict=True):
             numbers |= {f"loss_base_{name}": base, f"loss_tuned_{name}": tuned}
         counted = self._counted.double()
+        early = slice(1, 1 + EARLY)
         return {
             "read": (self._features / n).float().numpy(),
             "expected": (self._expected / n).float().numpy(),
             "positions": (self._shift.sum(dim=0) / counted.sum(dim=0)[:, None].clamp(min=1)).float().numpy(),
             "halves": (self._shift.sum(dim=1) / counted.sum(dim=1)[:, None].clamp(min=1)).float().numpy(),
+            "early": (self._shift[:, early] / counted[:, early, None].clamp(min=1)).float().numpy(),
             "kl": self._kl.numpy(),
             "layers": (self._moved[0] / self._moved[1]).sqrt().float().numpy(),
             "numbers": {name: float(value) for name, value in numbers.items() if math.isfinite(value)},
@@ -299,3 +323,14 @@ def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
     log(what)
     rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
     return np.asarray(rows, dtype=np.int32)
+
+
+def _first_words(lm: LanguageModel) -> Tensor:
+    """Log probabilities of the first token after each opening, float32 [n_openings, d_vocab]."""
+    logits = [last_logits(lm, torch.tensor([lm.encode_prompt(opening)], device=lm.device))[0] for opening in OPENINGS]
+    return torch.log_softmax(torch.cat(logits), dim=1).cpu()
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL of p from q in nats, float32 [n], from log probabilities [n, d_vocab]."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)
