@@ -218,7 +218,7 @@ def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
 
     `gelu_new` is one operation instead of seven, and attention skips what the causal mask hides. Results differ by
     rounding: one part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers'
-    `eager` attention. Activation functions overwrite their input, so where `gradients` are wanted they stay as they are.
+    `eager` attention. Activation functions overwrite their input; where `gradients` are wanted, they stay as they are.
     """
     replaced: list[nn.Module] = []
     try:

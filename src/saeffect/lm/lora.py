@@ -22,7 +22,7 @@ __all__ = ["fast_training", "next_token_loss"]
 
 @contextlib.contextmanager
 def fast_training(lm: LanguageModel) -> Iterator[None]:
-    """While the block runs, a model with a LoRA adapter inside trains faster; layers of other kinds stay as they are."""
+    """While the block runs, a model with a LoRA adapter in its layers trains faster; other layers stay as they are."""
     from peft.tuners.lora import Linear
 
     replaced: list[nn.Module] = []

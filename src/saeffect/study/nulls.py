@@ -17,19 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files
+from saeffect.config import ChangesConfig
+from saeffect.diffing.naming import FEWEST_NULLS
+from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, InUse
+from saeffect.errors import BadFile, ConfigError, InUse, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
-from saeffect.lm.activations import TokenRows
+from saeffect.lm.activations import NormLimit, TokenRows
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import load_language_model, model_identity
+from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
 from saeffect.progress import SILENT, Log
+from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Sampling, generate
 from saeffect.study.study import Study
+from saeffect.study.texts import study_rows
 
-__all__ = ["NullsResult", "make_nulls", "null_recipe", "study_tracer", "training_tokens"]
+__all__ = [
+    "NullsResult",
+    "check_nulls",
+    "make_nulls",
+    "null_recipe",
+    "nulls_folder",
+    "study_tracer",
+    "traced_rows",
+    "training_tokens",
+]
 
 Kind = Literal["own", "general"]
 
@@ -43,7 +56,7 @@ _STEMS = (
     "Many people believe",
 )
 _LENGTH = 96  # tokens of a text, its stem included
-_BATCH = 125  # texts of one stem, written at once; one file
+_BATCH = 128  # texts of one stem, written at once; one file
 _POOL = 1.5  # times what one null reads, so that each reads other texts
 _EVALUATION_ROWS = 8  # perplexities are for the card alone
 # What may differ between nulls of one folder.
@@ -127,10 +140,49 @@ def training_tokens(recipe: FinetuneConfig) -> int:
 def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
     """What measures fine-tunes of the study's control model, with the control's SAE on the first rows of its text."""
     arm = study.open_arm(study.by_role("control")[0], log)
-    rows, changes = study.rows(), study.config.changes
+    rows = study.rows()
+    return Tracer(arm.lm, arm.sae, arm.hook, traced_rows(rows, study.config.changes), arm.norm_limit(rows), log)
+
+
+def traced_rows(rows: TokenRows, changes: ChangesConfig) -> TokenRows:
+    """The part of a study's text that traces are measured on."""
     first = rows.head(changes.rows)
-    cut = TokenRows(first.ids[:, : changes.tokens_per_row], first.sources, first.names)
-    return Tracer(arm.lm, arm.sae, arm.hook, cut, arm.norm_limit(rows), log)
+    return TokenRows(first.ids[:, : changes.tokens_per_row], first.sources, first.names)
+
+
+def nulls_folder(study: Study) -> Path | None:
+    """The folder of the study's nulls, None if it has none; UnknownName for an unknown bundled one."""
+    nulls = study.config.nulls
+    if nulls is None:
+        return None
+    if nulls.startswith(BUNDLED):
+        return bundled_path("nulls", nulls.removeprefix(BUNDLED), at=study.at("nulls"))
+    return Path(nulls)
+
+
+def check_nulls(study: Study) -> str:
+    """How many nulls the study has, and what follows, in words; what `read_nulls` raises. Runs no model."""
+    folder = nulls_folder(study)
+    if folder is None:
+        return "nulls: none, so nothing says which changes are usual"
+    control, text = study.by_role("control")[0], study.config.text
+    config, changes = study.config.arms[control].model, study.config.changes
+    made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
+    if all(Path(source.path).exists() for source in text.sources):
+        tokenizer = study.tokens.tokenizer
+        lm = LanguageModel(None, tokenizer, control, model_identity(config), prepend_bos=study.prepend_bos)
+        some = (
+            text
+            if text.bundled
+            else text.model_copy(update={"tokens": min(text.tokens, changes.rows * text.context_size)})
+        )
+        with placed(study.at("text")):
+            rows = traced_rows(study_rows(some, lambda: lm, prepend_bos=study.prepend_bos), changes)
+        tracer = Tracer(lm, load_sae(study.sae_folder(control)), study.hook(control), rows, NormLimit(1.0, 1.0))
+        made_by, measured, unsaid = tracer.made_by, tracer.measured_on, ""
+    n = len(read_nulls(folder, made_by, measured=measured, at=study.at("nulls")))
+    few = f", and nothing is named by fewer than {FEWEST_NULLS}" if n < FEWEST_NULLS else ""
+    return f"nulls: {n}; by counting them alone p is never below {smallest_p(n):.2g}{few}{unsaid}"
 
 
 def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
@@ -214,12 +266,14 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
 
 
 def _written(lm: LanguageModel, index: int) -> list[str]:
+    # Nothing is cut off the distribution: on average such text teaches the model exactly nothing.
     stem = _STEMS[index % len(_STEMS)]
     start, prompt = lm.encode(stem), lm.encode_prompt(stem)
-    sampling = Sampling(max_new_tokens=_LENGTH, temperature=1.0, top_p=0.95, frequency_penalty=0.0)
+    room = _LENGTH if lm.n_positions is None else min(_LENGTH, lm.n_positions)
+    sampling = Sampling(max_new_tokens=max(1, room - len(prompt)), temperature=1.0, top_p=1.0, frequency_penalty=0.0)
     cells = [NoiseCell(0, stem, index * _BATCH + i) for i in range(_BATCH)]
     rows = generate(lm, "blocks.0.hook_resid_pre", prompt, cells, sampling, batch_size=_BATCH)
-    return [lm.decode((start + row)[:_LENGTH]) for row in rows]
+    return [lm.decode(start + row) for row in rows]
 
 
 @dataclass(frozen=True, eq=False)
