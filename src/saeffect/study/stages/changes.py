@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,15 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import shared_unembedding
 from saeffect.study.study import Study
 
-__all__ = ["changes_inputs", "run_changes"]
+__all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
 
 VERSION = 1
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
+CHANGE_TABLES = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
@@ -44,7 +46,10 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "control": control,
         "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
-        "features": run.digest(run.arm(study.by_role("control")[0], "features.parquet")),
+        "tables": run.digest(
+            *(run.arm(study.by_role("control")[0], file) for file in ("features.parquet", "selection.parquet"))
+        ),
+        "domain": study.config.selection.subject,
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
         "nulls": _identity(nulls_folder(study)),
@@ -78,7 +83,9 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     started = time.monotonic()
     trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
     seconds = time.monotonic() - started
-    found = _judged(trace, nulls, basis, study.config.comparison.alpha)
+    selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
+    declared = {study.config.selection.subject: selection["is_domain"].to_numpy(dtype=bool)}
+    found = _judged(trace, nulls, basis, declared, study.config.comparison.alpha)
     if folder is None:
         rate = _FORWARDS * tracer.rows.ids.size / seconds / _TRAINING
         found = {name: _with_reason(table, _missing(study, rate)) for name, table in found.items()}
@@ -92,9 +99,11 @@ def _size(lm: LanguageModel) -> tuple[int, ...]:
     return lm.d_model, lm.d_vocab, lm.n_layers
 
 
-def _judged(trace: Trace, nulls: list[Trace], basis: Basis, alpha: float) -> dict[str, pd.DataFrame]:
+def _judged(
+    trace: Trace, nulls: list[Trace], basis: Basis, declared: Mapping[str, BoolArray], alpha: float
+) -> dict[str, pd.DataFrame]:
     """The tables of naming; each feature's change also with p and q of its own."""
-    found = name_changes(trace, nulls, basis, alpha=alpha)
+    found = name_changes(trace, nulls, basis, declared=declared, alpha=alpha)
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     for name in (*BASES, "combined"):
         own, others = _changes(trace, nulls, name, basis.top_tokens)
@@ -136,7 +145,7 @@ def _basis(run: RunFolder, control: str, base: LanguageModel) -> Basis:
 
 
 def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
-    return table.assign(reason=missing) if len(table) else table
+    return table.assign(reason=missing) if len(table) and "reason" in table else table
 
 
 def _missing(study: Study, rate: float) -> str:
