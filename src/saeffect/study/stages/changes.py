@@ -19,7 +19,7 @@ from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import locate_adapter
+from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
@@ -87,8 +87,8 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     declared = {study.config.selection.subject: selection["is_domain"].to_numpy(dtype=bool)}
     found = _judged(trace, nulls, basis, declared, study.config.comparison.alpha)
     if folder is None:
-        rate = _FORWARDS * tracer.rows.ids.size / seconds / _TRAINING
-        found = {name: _with_reason(table, _missing(study, rate)) for name, table in found.items()}
+        _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
+        found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
     path = run.path("comparison", "trace.safetensors")
     trace.save(path)
     tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
@@ -148,16 +148,23 @@ def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
     return table.assign(reason=missing) if len(table) and "reason" in table else table
 
 
-def _missing(study: Study, rate: float) -> str:
-    """What a study without nulls lacks, what they would cost, and the command; `rate` in training tokens a second."""
-    called = shlex.quote(study.called)
-    command = f"saeffect finetune RECIPE --null {_WANTED} --study {called} --out nulls, then nulls: nulls in the study"
+def _missing(study: Study) -> str:
+    """What a study without nulls lacks, and the command that makes it; nothing that differs from run to run."""
+    called = study.called if study.called.startswith(BUNDLED) else study.source.name
     tokens = _recipe_tokens(study)
-    if tokens is None:
-        cost = "RECIPE being the one of the fine-tuning"
-    else:
-        cost = f"about {max(1, math.ceil(_WANTED * tokens / rate / 60)):,} minutes for {_WANTED}"
-    return f"no null fine-tunes, so nothing says what is usual: {command} ({cost})"
+    cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
+    return (
+        f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
+        f" {shlex.quote(called)} --out nulls, then nulls: nulls in the study{cost}"
+    )
+
+
+def _say_cost(study: Study, rate: float, log: Log) -> None:
+    """How long nulls would take on this machine, at `rate` tokens read a second by one model."""
+    tokens = _recipe_tokens(study)
+    if tokens is not None:
+        minutes = math.ceil(_WANTED * tokens * _TRAINING / rate / 60)
+        log(f"  no null fine-tunes to compare with; {_WANTED} would take about {minutes:,} minutes here")
 
 
 def _recipe_tokens(study: Study) -> int | None:
