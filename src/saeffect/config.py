@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +16,7 @@ from saeffect.errors import SaeffectError, unknown_name
 __all__ = [
     "ArmConfig",
     "BosRule",
+    "ChangesConfig",
     "CoherenceConfig",
     "ComparisonConfig",
     "FeaturesConfig",
@@ -194,6 +196,11 @@ class SelectionConfig(StrictModel):
     min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
 
+    @property
+    def subject(self) -> str:
+        """What the domain is called."""
+        return self.domain or PurePath(self.vocabulary).stem
+
 
 class InterventionConfig(StrictModel):
     """What is done to a model: keys shared by the steering section and `saeffect.steering.SteeringPlan`."""
@@ -333,6 +340,13 @@ class ComparisonConfig(StrictModel):
     )
 
 
+class ChangesConfig(StrictModel):
+    """What both models read to find what fine-tuning changed: the first rows of the text, each cut."""
+
+    rows: int = Field(192, ge=2, description="Rows of the text, from the first on.")
+    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -347,6 +361,12 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
     coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
     selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
+    nulls: str | None = Field(
+        None,
+        description="Fine-tunes that teach nothing, to judge changes by: a folder that `saeffect finetune RECIPE --null"
+        " 20 --study STUDY` made, or bundled:smollm2-medical.",
+    )
+    changes: ChangesConfig = Field(ChangesConfig(), description="What both models read to find what changed.")
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",

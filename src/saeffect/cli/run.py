@@ -23,6 +23,7 @@ STAGE_HELP = {
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
     "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
+    "changes": "Judge what changed between the models against null fine-tunes.",
     "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",

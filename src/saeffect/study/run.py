@@ -20,6 +20,7 @@ from saeffect.parallel import from_first, is_first, join
 from saeffect.progress import SILENT, Log
 from saeffect.study.check import check_study
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
 from saeffect.study.stages.compare import compare_inputs, run_compare
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
@@ -36,7 +37,7 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "match", "changes", "steer", "compare", "report")
 
 
 def run_study(
@@ -143,6 +144,10 @@ def _method(study: Study) -> Iterator[_Step]:
         if study.config.arms[arm].more_saes:
             yield _Step("match", "seeds", seeds_inputs, run_seeds, arm)
     yield _Step("match", "match", match_inputs, run_match)
+
+    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
+    # taught nothing?
+    yield _Step("changes", "changes", changes_inputs, run_changes)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
