@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -44,13 +45,15 @@ def rows() -> TokenRows:
 
 
 @pytest.fixture(scope="module")
-def tracer(tiny_llama: LanguageModel, rows: TokenRows) -> Tracer:
+def tracer(tiny_llama: LanguageModel, rows: TokenRows) -> Iterator[Tracer]:
     sae = StandardSae(SaeConfig("standard", 32, 24, apply_b_dec_to_input=False))
     generator = torch.Generator().manual_seed(3)
     for parameter in sae.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     sae.requires_grad_(False)
-    return Tracer(tiny_llama, sae, HOOK, rows, NormLimit(1.0, 1e6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saeffect.diffing.trace.NEW_TOKENS", 3)
+        yield Tracer(tiny_llama, sae, HOOK, rows, NormLimit(1.0, 1e6))
 
 
 @pytest.fixture(scope="module")

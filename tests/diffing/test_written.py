@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from saeffect.diffing.trace import OPENINGS, SAMPLES
 from saeffect.diffing.written import (
@@ -20,7 +19,9 @@ from saeffect.diffing.written import (
     written_words,
 )
 from saeffect.errors import EmptySelection, Undefined
-from saeffect.lm.hooks import capture, edited
+from saeffect.lm.hooks import edited
+from saeffect.steering.generate import continue_prompts
+from saeffect.steering.sampling import NoiseCell, Sampling
 from synthetic_trace import made
 
 HOOK = "blocks.1.hook_resid_post"
@@ -110,19 +111,21 @@ def test_steering_adds_the_difference_at_every_position(tiny_llama, monkeypatch)
     table = difference_steering(tiny_llama, HOOK, trace, [null], doses=[0.0001, 1e4])
     assert table["fine_tune"].tolist() == ["tuned"] * 2 * SAMPLES + ["null-1"] * 2 * SAMPLES
     assert table["is_null"].tolist() == [False] * 2 * SAMPLES + [True] * 2 * SAMPLES
-    strong = table[table["dose"] == 1e4].groupby("fine_tune")["text"].agg(set)
-    ids = torch.tensor([tiny_llama.encode_prompt("Here is")])
-    bos = tiny_llama.n_bos(ids[0].tolist())
+    ids = tiny_llama.encode_prompt("Here is")
 
     def push(x):
         x = x.clone()
-        x[:, bos:] += difference_vector(trace, 1e4)
+        x[:, tiny_llama.n_bos(ids) :] += difference_vector(trace, 1e4)
         return x
 
-    assert not torch.equal(capture(tiny_llama, HOOK, ids), push(capture(tiny_llama, HOOK, ids)))
+    cells = [NoiseCell(0, "Here is", sample) for sample in range(SAMPLES)]
+    sampling = Sampling(max_new_tokens=1, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     with edited(tiny_llama, HOOK, push):
-        likely = tiny_llama.model(ids).logits[0, -1].softmax(0).topk(20).indices
-    assert strong["tuned"] <= {tiny_llama.decode([int(i)]) for i in likely}
+        expected = continue_prompts(tiny_llama, [ids] * SAMPLES, cells, sampling)
+    strong = table[(table["dose"] == 1e4) & ~table["is_null"]]
+    assert strong["text"].tolist() == [tiny_llama.decode(new) for new in expected]
+    weak = table[table["dose"] == 0.0001].groupby("fine_tune")["text"].agg(list)
+    assert weak["tuned"] == weak["null-1"] != strong["text"].tolist()
     with pytest.raises(EmptySelection, match="no dose"):
         difference_steering(tiny_llama, HOOK, trace, [], doses=[])
 

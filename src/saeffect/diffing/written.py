@@ -119,7 +119,7 @@ def difference_steering(
     if not doses:
         raise EmptySelection("there is no dose to steer with.", at="doses", fix="give one, such as 1.0.")
     traces = (trace, *nulls)
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=0.95, frequency_penalty=0.0)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     places = [(t, dose, sample) for t in traces for dose in doses for sample in range(SAMPLES)]
     vectors = torch.stack([difference_vector(t, dose) for t, dose, _ in places])
     records = []

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from saeffect.errors import Undefined
-from saeffect.report.figures.style import PAPER, ROLE_STYLES, DrawnFigure
+from saeffect.report.figures.style import PAPER, ROLE_STYLES, DrawnFigure, FigureKind
 from saeffect.report.figures.where import where, written
 from synthetic_where import where_tables
 
@@ -21,13 +21,13 @@ def marks(ax: Axes) -> list[str]:
     return [str(line.get_markerfacecolor()) for line in found]
 
 
-def texts(drawing) -> set[str]:
-    root = ElementTree.fromstring(DrawnFigure("x", "x", **drawing._asdict()).svg)
+def texts(figure: DrawnFigure) -> set[str]:
+    root = ElementTree.fromstring(figure.svg)
     return {"".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def test_layers_and_words_are_drawn_and_named():
-    drawing = where(where_tables())
+    (drawing,) = FigureKind("where", "Where", lambda *_: where(where_tables())).drawn(None, None)
     assert len(drawing.figure.axes) == 3
     assert {"patients", "\\n", "<b>$x$", "fever", "layer", "nulls: median, range"} <= texts(drawing)
     assert "5 of 6 layers changed more than in any of them" in drawing.caption
