@@ -44,7 +44,8 @@ def test_without_nulls_nothing_is_filled_or_claimed():
     drawing = where(where_tables(nulls=False))
     assert set(marks(drawing.figure.axes[1])) == {PAPER}
     assert "nothing here can be called more" in drawing.caption
-    assert "no word can be said to stand out" in written(where_tables(nulls=False)).caption
+    assert "No mark is filled: no null fine-tunes" in written(where_tables(nulls=False)).caption
+    assert "2 of 3 words stand out from the nulls" in written(where_tables()).caption
 
 
 def test_nothing_changed():

@@ -48,8 +48,7 @@ def where(tables: Mapping[str, pd.DataFrame], *, alpha: float = 0.05) -> Drawing
         _dots(
             next(panels), expected, "Which words are expected more or less", "times as probable as before (log)", alpha
         )
-    has_nulls = bool(layers["null_median"].notna().any())
-    return Drawing(figure, _caption(layers, has_nulls, alpha), _alt(layers, read, expected))
+    return Drawing(figure, _caption(layers, alpha), _alt(layers, read, expected))
 
 
 def _layers(ax: Axes, table: pd.DataFrame) -> None:
@@ -117,19 +116,26 @@ def _word(token: object) -> str:
     return safe_text(str(token).strip(" ") or "␣", 16)
 
 
-def _caption(layers: pd.DataFrame, has_nulls: bool, alpha: float) -> str:
+def _caption(layers: pd.DataFrame, alpha: float) -> str:
     text = (
         "Top: size of the change of the residual stream after each layer, relative to the stream. Below: the words "
         "after which the two models' predictions differ most, and those that are expected more or less often. "
     )
-    if not has_nulls:
+    if layers["null_median"].isna().all():
         return text + "Without null fine-tunes nothing here can be called more than what any fine-tune does."
     above = int((layers["change"] > layers["null_high"]).sum())
     return text + (
         f"Grey: the range of the null fine-tunes, which were taught nothing new. {above} of {len(layers)} layers "
-        f"changed more than in any of them. Filled: stands out more than any word of at least {percent(1 - alpha, 0)} "
-        "of the nulls does."
+        f"changed more than in any of them. {_filled(layers, alpha)}"
     )
+
+
+def _filled(table: pd.DataFrame, alpha: float) -> str:
+    """What a filled mark says, or why there are none."""
+    reason = next((str(reason) for reason in table["reason"] if reason), "")
+    if reason:
+        return f"No mark is filled: {reason}."
+    return f"Filled: stands out more than any word does in at least {percent(1 - alpha, 0)} of the nulls."
 
 
 def _alt(layers: pd.DataFrame, read: pd.DataFrame, expected: pd.DataFrame) -> str:
@@ -167,15 +173,15 @@ def written(tables: Mapping[str, pd.DataFrame], *, alpha: float = 0.05) -> Drawi
         ax.plot([], [], color=_NULL.colour, linewidth=3.2, alpha=0.45, label="nulls, range")
     ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, handletextpad=0.3, columnspacing=1.0)
     clean_axes(ax, grid="x")
-    found = [str(word) for word in table.loc[table["p_search"] <= alpha, "word"]]
-    has_nulls = bool(rows["null_rate"].notna().any())
-    said = f"{len(found)} words stand out from the nulls" if found else "No word stands out from the nulls"
-    if not has_nulls:
-        said = "Without null fine-tunes no word can be said to stand out"
+    found = int((table["p_search"] <= alpha).sum())
+    said = (
+        f"{count(found)} of {count(len(table))} words stand out from the nulls. "
+        if table["p_search"].notna().any()
+        else ""
+    )
     listed = "; ".join(f"{_word(row.word)} {fixed(100 * float(row.rate), 0)} %" for row in rows.head(8).itertuples())
     return Drawing(
         figure,
-        "Words that the fine-tuned model writes after openings that name nothing. "
-        f"{said} (filled: more than any word does in at least {percent(1 - alpha, 0)} of them).",
+        f"Words that the fine-tuned model writes after openings that name nothing. {said}{_filled(table, alpha)}",
         f"Share of texts with the word: {listed}.",
     )

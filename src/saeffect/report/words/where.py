@@ -47,8 +47,9 @@ def _line(label: str, row: Mapping[object, object], unit: str) -> str:
 
 
 def _found(rows: pd.DataFrame, alpha: float) -> pd.DataFrame:
-    """The first rows, of those that stand out if any p says so."""
-    return (rows[rows["p_search"] <= alpha] if rows["p_search"].notna().any() else rows).head(_WORDS)
+    """The first rows that stand out; the first rows of all where the nulls are too few for any to do so."""
+    enough = not rows["reason"].astype(bool).any()
+    return (rows[rows["p_search"] <= alpha] if enough else rows).head(_WORDS)
 
 
 def _signed(row: Mapping[object, object], role: str) -> str:
