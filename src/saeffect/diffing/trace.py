@@ -24,14 +24,14 @@ from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.steering.generate import continue_prompts
+from saeffect.steering.generate import continue_prompts, last_logits
 from saeffect.steering.sampling import NoiseCell, Sampling
 
-__all__ = ["OPENINGS", "Trace", "Tracer"]
+__all__ = ["EARLY", "NEW_TOKENS", "OPENINGS", "SAMPLES", "Trace", "Tracer"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -45,6 +45,8 @@ SAMPLES = 4
 """Texts an opening."""
 NEW_TOKENS = 40
 """Tokens a text."""
+EARLY = 8
+"""Positions after a row's first whose change has halves of its own."""
 
 _BATCH = 8  # rows read at once
 _FIX = "measure it again, or take the file from where it came."
@@ -59,18 +61,21 @@ class Trace:
         made_by: What decides the measurements besides the fine-tune: SHA-256 of base model, SAE, hook and text. Only
             traces with an equal one may be compared.
         read: float32 [4, d_sae], the SAE on the same text in both models: mean activation a token in the base and in
-            the tuned model, density in the base and in the tuned model.
+            the tuned model, density in the base and in the tuned model. [4, 0] if there was no SAE.
         written: float32 [4, d_sae], as `read`, the base model reading texts that the base, and the tuned, model wrote.
         expected: float32 [2, d_vocab], mean probability of each token as the next one, in the base and tuned model.
         positions: float32 [context_size, d_in], mean of tuned minus base at the hook, by position in the row.
         halves: float32 [2, d_in], the same over even and over odd rows, all positions.
+        early: float32 [2, EARLY, d_in], the same at each of the positions 1 to `EARLY` (fewer in shorter rows).
         kl: float32 [n_rows, context_size], KL of the tuned from the base model's next-token distribution after each
             token of the text, in nats; NaN at positions that do not count.
         layers: float32 [n_layers], root of the mean square change of the residual stream after each block, relative to
             that of the base model's stream.
         texts: int32 [n_texts, NEW_TOKENS], what the tuned model wrote; `base_texts` what the base model did. Rows go by
             opening (`OPENINGS`), then sample.
-        numbers: `kl` (mean of the above) and `n_tokens`;
+        openings: float32 [n_openings], KL of the tuned from the base model's distribution of the first token after each
+            opening, in nats.
+        numbers: `kl` (mean of the above), `n_tokens`, and `norm`, the base model's mean residual norm at the hook;
             `loss_base`, `loss_tuned` and by source of text `loss_base_<name>`, `loss_tuned_<name>` (nats a token).
     """
 
@@ -85,11 +90,16 @@ class Trace:
     layers: npt.NDArray[np.float32]
     texts: npt.NDArray[np.int32]
     base_texts: npt.NDArray[np.int32]
+    early: npt.NDArray[np.float32]
+    openings: npt.NDArray[np.float32]
     numbers: dict[str, float]
 
-    _ARRAYS = ("read", "written", "expected", "positions", "halves", "kl", "layers", "texts", "base_texts")
+    _ARRAYS = (
+        *("read", "written", "expected", "positions", "halves", "kl", "layers", "texts", "base_texts", "early"),
+        "openings",
+    )
     # The range of half precision is too small for probabilities.
-    _HALF = ("positions", "halves", "kl")
+    _HALF = ("positions", "halves", "early", "kl")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file of some 900 KB, atomically, with a checksum."""
@@ -120,25 +130,27 @@ class Tracer:
 
     Attributes:
         base: The base model.
-        sae: The basis that base and tuned model share: an SAE of the base model, float32.
-        hook: Where it reads, a TransformerLens name.
+        sae: The basis that base and tuned model share: an SAE of the base model, float32. None: no features.
+        hook: Where it reads, a TransformerLens name; without an SAE, of the residual stream.
         rows: Text that both models read.
         limit: Which positions count; the first of a row never does.
+        keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
     """
 
     base: LanguageModel
-    sae: SparseAutoencoder
+    sae: SparseAutoencoder | None
     hook: str
     rows: TokenRows
     limit: NormLimit
     log: Log = SILENT
+    keep: bool = False
 
     @cached_property
     def made_by(self) -> str:
         """See `Trace.made_by`."""
-        weights = self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
+        weights = "" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
         text = [self.rows.identity(), OPENINGS, SAMPLES, NEW_TOKENS]
-        return fingerprint([1, self.base.identity, weights, self.hook, text])
+        return fingerprint([3, self.base.identity, weights, self.hook, text])
 
     @torch.inference_mode()
     def trace(self, tuned: LanguageModel, name: str) -> Trace:
@@ -157,7 +169,7 @@ class Tracer:
         sums = _Sums(self)
         for start in range(0, len(self.rows), _BATCH):
             ids = torch.from_numpy(self.rows.ids[start : start + _BATCH].astype(np.int64))
-            sums.add(start, ids, _run(self.base, self.hook, ids), _run(tuned, self.hook, ids))
+            sums.add(start, ids, self._base_run(start, ids), _run(tuned, self.hook, ids))
             self.log.progress(f"reading with base and {name}", start + len(ids), len(self.rows), "rows")
         texts = _write(tuned, f"writing with {name}", self.log)
         base_texts, base_written = self._base_writes
@@ -167,42 +179,62 @@ class Tracer:
             written=np.concatenate([base_written, self._read_texts(texts)])[[0, 2, 1, 3]],
             texts=texts,
             base_texts=base_texts,
+            openings=_divergence(_first_words(tuned), self._base_first_words).numpy(),
             **sums.result(),
         )
+
+    @cached_property
+    def _kept(self) -> dict[int, _Pass]:
+        return {}
+
+    def _base_run(self, start: int, ids: Tensor) -> _Pass:
+        if start in self._kept:
+            return self._kept[start]
+        run = _run(self.base, self.hook, ids)
+        if self.keep:
+            self._kept[start] = run
+        return run
 
     @cached_property
     def _base_writes(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         texts = _write(self.base, "writing with base", self.log)
         return texts, self._read_texts(texts)
 
+    @cached_property
+    def _base_first_words(self) -> Tensor:
+        return _first_words(self.base)
+
     def _read_texts(self, texts: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Mean activation and density [2, d_sae] of the base model reading texts, each after its opening."""
+        if self.sae is None:
+            return np.empty((2, 0), dtype=np.float32)
         total, fired, n = torch.zeros(self.sae.cfg.d_sae), torch.zeros(self.sae.cfg.d_sae), 0
         for number, opening in enumerate(OPENINGS):
             start = self.base.encode_prompt(opening)
             new = torch.from_numpy(texts[number * SAMPLES : (number + 1) * SAMPLES].astype(np.int64))
             ids = torch.cat([torch.tensor([start] * len(new)), new], dim=1)
-            x = _run(self.base, self.hook, ids, logits=False).x
+            with fused(self.base):
+                x = capture(self.base, self.hook, ids).float().cpu()
             kept = kept_positions(x, self.limit)
             kept[:, : len(start)] = False
-            acts = self.sae.encode(x.float())[kept].clamp(min=0)
+            acts = self.sae.encode(x)[kept].clamp(min=0)
             total, fired, n = total + acts.sum(dim=0), fired + (acts > 0).sum(dim=0), n + len(acts)
         return torch.stack([total / n, fired / n]).numpy().astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One model on a batch: `x` [B, S, d_in] at the hook, `stream` [n_layers, B, S, d_model] after the blocks."""
+    """One model on a batch: `x` [B, S, d_in] at the hook, `stream` [n_layers, B, S, d] after the blocks, `logits`."""
 
     x: Tensor
     stream: Tensor
-    log_probs: Tensor
+    logits: Tensor
 
 
 @torch.inference_mode()
-def _run(lm: LanguageModel, hook: str, ids: Tensor, *, logits: bool = True) -> _Pass:
+def _run(lm: LanguageModel, hook: str, ids: Tensor) -> _Pass:
     kept: dict[str, Tensor] = {}
-    names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)] if logits else []
+    names = [f"blocks.{i}.hook_resid_post" for i in range(lm.n_layers)]
 
     def keep(name: str) -> Any:
         def edit(x: Tensor) -> Tensor:
@@ -214,9 +246,8 @@ def _run(lm: LanguageModel, hook: str, ids: Tensor, *, logits: bool = True) -> _
     with fused(lm), contextlib.ExitStack() as stack:
         for name in {hook, *names}:
             stack.enter_context(edited(lm, name, keep(name)))
-        out = lm.model(input_ids=ids.to(lm.device), use_cache=False, logits_to_keep=0 if logits else 1).logits
-    stream = torch.stack([kept[name].cpu() for name in names]) if names else torch.empty(0)
-    return _Pass(kept[hook].float().cpu(), stream, torch.log_softmax(out.float(), dim=-1).cpu())
+        logits = lm.model(input_ids=ids.to(lm.device), use_cache=False).logits
+    return _Pass(kept[hook].float().cpu(), torch.stack([kept[name] for name in names]).cpu(), logits)
 
 
 class _Sums:
@@ -224,11 +255,13 @@ class _Sums:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
-        d_sae, rows = tracer.sae.cfg.d_sae, tracer.rows
+        sae, rows = tracer.sae, tracer.rows
+        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, tracer.base.d_model)
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
         self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
-        self._shift = torch.zeros(2, rows.context_size, tracer.sae.cfg.d_in, dtype=torch.float64)
+        self._shift = torch.zeros(2, rows.context_size, d_in, dtype=torch.float64)
         self._counted = torch.zeros(2, rows.context_size)
+        self._norm = 0.0
         self._moved = torch.zeros(2, tracer.base.n_layers, dtype=torch.float64)
         self._kl = torch.full(rows.ids.shape, math.nan)
         self._loss = np.zeros((2, len(rows.names)))
@@ -237,27 +270,35 @@ class _Sums:
     def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
         tracer = self._tracer
         mask = kept_positions(base.x, tracer.limit) & kept_positions(tuned.x, tracer.limit)
-        acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
-        self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
+        self._norm += float(base.x[mask].norm(dim=1).double().sum())
+        if tracer.sae is not None:
+            acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
+            self._features += torch.stack([a.sum(dim=0) for a in acts] + [(a > 0).sum(dim=0) for a in acts]).double()
         difference = (tuned.x - base.x) * mask[..., None]
         for half in (0, 1):
             mine = slice((start + half) % 2, None, 2)
             self._shift[half] += difference[mine].sum(dim=0)
             self._counted[half] += mask[mine].sum(dim=0)
-        stream = base.stream.float()
-        for row, x in enumerate((tuned.stream.float() - stream, stream)):
-            self._moved[row] += (x[:, mask] ** 2).sum(dim=(1, 2)).double()
-        probabilities = [run.log_probs[mask].exp() for run in (base, tuned)]
-        self._expected += torch.stack([p.sum(dim=0) for p in probabilities]).double()
-        kl = (probabilities[1] * (tuned.log_probs[mask] - base.log_probs[mask])).sum(dim=1)
-        self._kl[start : start + len(ids)].masked_scatter_(mask, kl)
-        losses = torch.stack([-run.log_probs[:, :-1].gather(2, ids[:, 1:, None])[..., 0] for run in (base, tuned)])
+        for row in range(len(ids)):  # row by row: what stays in the processor's cache is read much faster
+            if mask[row].any():
+                self._add_row(start + row, ids[row], mask[row], (base, tuned), row)
+
+    def _add_row(self, number: int, ids: Tensor, mask: Tensor, both: tuple[_Pass, _Pass], row: int) -> None:
+        stream = both[0].stream[:, row, mask].float()
+        for total, x in enumerate((both[1].stream[:, row, mask].float() - stream, stream)):
+            self._moved[total] += x.square_().sum(dim=(1, 2)).double().cpu()
+        logs = [run.logits[row].float() for run in both]
+        for log in logs:
+            log.sub_(log.logsumexp(dim=1, keepdim=True))
         # A row's first token is read, not predicted, and the second is predicted from nothing else.
-        sources = tracer.rows.sources[start : start + len(ids)]
-        for source in range(len(tracer.rows.names)):
-            own = losses[:, torch.from_numpy(sources == source), 1:]
-            self._loss[:, source] += own.sum(dim=(1, 2)).double().numpy()
-            self._predicted[source] += own[0].numel()
+        losses = torch.stack([-log[1:-1].gather(1, ids[2:, None].to(log.device)).sum() for log in logs])
+        source = int(self._tracer.rows.sources[number])
+        self._loss[:, source] += losses.double().cpu().numpy()
+        self._predicted[source] += len(ids) - 2
+        base, tuned = (log[mask] for log in logs)
+        expected = [base.exp(), tuned.exp()]
+        self._expected += torch.stack([p.sum(dim=0) for p in expected]).double().cpu()
+        self._kl[number, mask] = expected[1].mul_(tuned.sub_(base)).sum(dim=1).cpu()
 
     def result(self) -> dict[str, Any]:
         n = float(self._counted.sum())
@@ -266,15 +307,18 @@ class _Sums:
         with np.errstate(invalid="ignore"):
             by_source = self._loss / self._predicted
         total = self._loss.sum(axis=1) / self._predicted.sum()
-        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "loss_base": total[0], "loss_tuned": total[1]}
+        numbers = {"kl": float(self._kl.nanmean()), "n_tokens": n, "norm": self._norm / n}
+        numbers |= {"loss_base": total[0], "loss_tuned": total[1]}
         for name, (base, tuned) in zip(self._tracer.rows.names, by_source.T, strict=True):
             numbers |= {f"loss_base_{name}": base, f"loss_tuned_{name}": tuned}
         counted = self._counted.double()
+        early = slice(1, 1 + EARLY)
         return {
             "read": (self._features / n).float().numpy(),
             "expected": (self._expected / n).float().numpy(),
             "positions": (self._shift.sum(dim=0) / counted.sum(dim=0)[:, None].clamp(min=1)).float().numpy(),
             "halves": (self._shift.sum(dim=1) / counted.sum(dim=1)[:, None].clamp(min=1)).float().numpy(),
+            "early": (self._shift[:, early] / counted[:, early, None].clamp(min=1)).float().numpy(),
             "kl": self._kl.numpy(),
             "layers": (self._moved[0] / self._moved[1]).sqrt().float().numpy(),
             "numbers": {name: float(value) for name, value in numbers.items() if math.isfinite(value)},
@@ -283,9 +327,20 @@ class _Sums:
 
 def _write(lm: LanguageModel, what: str, log: Log) -> npt.NDArray[np.int32]:
     """Continuations of the openings, int32 [len(OPENINGS) · SAMPLES, NEW_TOKENS]."""
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=0.95, frequency_penalty=0.0)
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0, frequency_penalty=0.0)
     cells = [NoiseCell(0, opening, sample) for opening in OPENINGS for sample in range(SAMPLES)]
     prompts = [lm.encode_prompt(cell.prompt) for cell in cells]
     log(what)
     rows = continue_prompts(lm, prompts, cells, sampling, batch_size=len(cells))
     return np.asarray(rows, dtype=np.int32)
+
+
+def _first_words(lm: LanguageModel) -> Tensor:
+    """Log probabilities of the first token after each opening, float32 [n_openings, d_vocab]."""
+    logits = [last_logits(lm, torch.tensor([lm.encode_prompt(opening)], device=lm.device))[0] for opening in OPENINGS]
+    return torch.log_softmax(torch.cat(logits), dim=1).cpu()
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL of p from q in nats, float32 [n], from log probabilities [n, d_vocab]."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1).clamp(min=0)

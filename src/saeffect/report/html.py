@@ -118,6 +118,7 @@ def _environment(numbers: Numbering) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["numbers"] = numbers.labels
+    environment.globals["placed"] = {"tables": set[str](), "figures": set[str]()}  # names of what the page shows so far
     environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment

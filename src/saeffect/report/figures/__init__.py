@@ -19,7 +19,7 @@ from saeffect.report.figures.style import DrawnFigure, FigureKind
 
 __all__ = ["FIGURES", "DrawnFigure", "draw_figures", "write_figures"]
 
-FIGURES = (
+FIGURES = [
     FigureKind(
         "calibration",
         "False alarms beside findings",
@@ -101,8 +101,8 @@ FIGURES = (
         partial_residuals,
         "comparison/partial_residuals.parquet, columns term, x, residual, arm; regression.parquet: estimate",
     ),
-)
-"""In the order of the page, which numbers them."""
+]
+"""In the order of the page, which numbers them; one that no section of the page names comes last, under "Further"."""
 
 
 def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:

@@ -5,7 +5,7 @@ A table of the page is a function that gives a `TableView`, and an entry in `TAB
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
@@ -18,7 +18,7 @@ from saeffect.report.tables.view import TableView
 
 __all__ = ["TABLES", "TableView"]
 
-TABLES: Mapping[str, Callable[[Comparison, ReportContext], TableView | None]] = {
+TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
     "glance": at_a_glance,
     "calibration": calibration_table,
     "by_chance": chance_table,
@@ -39,4 +39,6 @@ TABLES: Mapping[str, Callable[[Comparison, ReportContext], TableView | None]] = 
     "design": design_table,
     "gate": gate_table,
 }
-"""By name, in the order of the page, which numbers them; None for a table that a study does not have."""
+"""By name, in the order of the page, which numbers them; None for a table that a study does not have.
+
+One that no section of the page names comes last, under "Further"."""
