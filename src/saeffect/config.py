@@ -21,6 +21,7 @@ __all__ = [
     "GateConfig",
     "InterventionConfig",
     "ModelConfig",
+    "PutBackConfig",
     "SCRIPTS",
     "SamplingConfig",
     "SelectionConfig",
@@ -333,6 +334,30 @@ class ComparisonConfig(StrictModel):
     )
 
 
+class PutBackConfig(StrictModel):
+    """How much of what fine-tuning does is carried by the features that changed most: they are put back."""
+
+    rows: int = Field(24, ge=2, description="Rows of each source of text; an interval's units.")
+    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+    sizes: tuple[int, ...] = Field(
+        (1, 2, 5, 10, 20, 50, 100, 200),
+        min_length=1,
+        description="Numbers of features, the most changed first; all of them come last.",
+    )
+    sizes_reversed: tuple[int, ...] = Field(
+        (20, 100), description="The same when the fine-tuned model's values are put into the base model."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("sizes", "sizes_reversed"):
+            sizes = getattr(self, name)
+            if min(sizes, default=1) < 1:
+                raise ValueError(f"{name}: a set has at least one feature, not {min(sizes)}")
+            _all_different(f"number in {name}", sizes)
+        return self
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -347,6 +372,9 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
     coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
     selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
+    put_back: PutBackConfig | None = Field(
+        PutBackConfig(), description="What the changed features cause, or `null` for a study without it."
+    )
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",

@@ -87,7 +87,8 @@ def test_all_features_of_an_sae_without_error_are_the_whole_activation(
     table = _table(lm, _complete(), both, [FeatureSet("changed", 64)], edited)
     mine = table[table["features"] == "changed"]
     assert len(mine) == 4  # two sources, two measures
-    assert mine[["share", "low", "high"]].to_numpy() == pytest.approx(1.0, abs=1e-4)
+    assert mine["effect"].to_numpy() == pytest.approx(mine["whole"].to_numpy(), abs=1e-5)
+    assert mine.loc[mine["measure"] == "kl", ["share", "low", "high"]].to_numpy() == pytest.approx(1.0, abs=1e-4)
     assert set(mine["edited"]) == {edited}
 
 
@@ -113,8 +114,10 @@ def test_no_features_do_nothing(pair: tuple[LanguageModel, LanguageModel, BothRe
     nothing = FeatureSet("empty", 0, members=np.zeros((12, 0), dtype=np.int64))
     table = _table(tuned, _random_sae(), both, [nothing])
     mine = table[table["features"] == "empty"]
-    assert mine[["share", "low", "high", "effect"]].to_numpy().tolist() == [[0.0] * 4] * 4
-    assert set(mine["p"]) == {1.0}
+    assert (mine["effect"] == 0).all()
+    of_kl = mine[mine["measure"] == "kl"]
+    assert of_kl[["share", "low", "high"]].to_numpy().tolist() == [[0.0] * 3] * 2
+    assert set(of_kl["p"]) == {1.0}
 
 
 class _Block(nn.Module):
@@ -250,10 +253,10 @@ def test_a_set_without_a_match_keeps_its_row(pair: tuple[LanguageModel, Language
     sets = sets_of_group(both, _random_sae(), "most", range(90))
     table = _table(tuned, _random_sae(), both, sets)
     mine = table[table["features"] == "most"].set_index(["measure", "source", "kind"])
-    assert np.isfinite(mine.loc[("loss", "domain", "own"), "share"])
-    assert np.isnan(mine.loc[("loss", "domain", "matched"), "share"])
-    assert "fewer than 90" in mine.loc[("loss", "domain", "matched"), "reason"]
-    assert ("loss", "domain", "difference") not in mine.index
+    assert np.isfinite(mine.loc[("kl", "domain", "own"), "share"])
+    assert np.isnan(mine.loc[("kl", "domain", "matched"), "share"])
+    assert "fewer than 90" in mine.loc[("kl", "domain", "matched"), "reason"]
+    assert ("kl", "domain", "difference") not in mine.index
 
 
 def test_the_table(pair: tuple[LanguageModel, LanguageModel, BothRead]) -> None:
@@ -267,15 +270,14 @@ def test_the_table(pair: tuple[LanguageModel, LanguageModel, BothRead]) -> None:
     # whole, model, two sizes with match and difference, all: for each source, model and measure (model: of loss only).
     tuned_rows, base_rows = ((table["edited"] == edited).sum() for edited in ("tuned", "base"))
     assert (tuned_rows, base_rows) == (2 * (9 + 8), 2 * (6 + 5))
-    one = table[(table["edited"] == "tuned") & (table["source"] == "domain") & (table["measure"] == "loss")]
+    one = table[(table["edited"] == "tuned") & (table["source"] == "domain") & (table["measure"] == "kl")]
     by = one.set_index(["features", one["n_features"].fillna(-1).astype(int), "kind"])
     own, matched, difference = (by.loc[("changed", 5, kind)] for kind in ("own", "matched", "difference"))
     assert difference["share"] == pytest.approx(own["share"] - matched["share"])
     assert own["share"] == pytest.approx(own["effect"] / own["whole"])
     assert (own["n_rows"], own["n_tokens"]) == (6, 48)
-    there = put_back_table(pd.concat(pieces), both.rows, sets)
-    back = there[(there["edited"] == "base") & (there["source"] == "domain") & (there["features"] == "model")]
-    assert float(back["effect"].iloc[0]) == pytest.approx(-by.loc[("model", -1, "own"), "effect"])
+    models = table[(table["features"] == "model") & (table["source"] == "domain")].set_index("edited")["effect"]
+    assert models["base"] == pytest.approx(-models["tuned"])
 
 
 def test_models_that_are_alike_have_no_share(tiny_llama: LanguageModel) -> None:
@@ -312,7 +314,9 @@ def test_half_precision_is_put_back_in_float32(tiny_llama: LanguageModel) -> Non
     assert both.base.dtype == torch.bfloat16
     table = _table(tuned, _complete(), both, [FeatureSet("changed", 64)])
     # Subtracted in float32, the sum is the other model's value again before it is rounded.
-    assert table[table["features"] == "changed"]["share"].to_numpy() == pytest.approx(1.0, abs=1e-4)
+    mine = table[table["features"] == "changed"]
+    assert mine["effect"].to_numpy() == pytest.approx(mine["whole"].to_numpy(), abs=1e-5)
+    assert (mine["whole"] != 0).all()
 
 
 def test_rows_that_are_done_are_left_out(pair: tuple[LanguageModel, LanguageModel, BothRead], monkeypatch: Any) -> None:

@@ -1,15 +1,15 @@
 """What a change of features causes: their activations are put back to the other model's while a model reads text.
 
-At the hook, `x' = x - Σ_f (a_f(x) - a_f(x_other)) d_f` over some features f; behind it the model runs as it is. With all
-features and what the SAE leaves over, `x'` is `x_other`, the whole activation. How much of what the whole does is done
-by some features is their share. Features are chosen on other text than what they are measured on, and beside each set
-stands one of as many features that resemble it in density and activity, drawn anew for each row of text.
+At the hook, `x' = x - Σ_f (a_f(x) - a_f(x_other)) d_f` over some features f; behind it the model runs as it is. With
+all features and what the SAE leaves over, `x'` is `x_other`, the whole activation. How much of what the whole does is
+done by some features is their share. Features are chosen on other text than what they are measured on, and beside each
+set stands one of as many features that resemble it in density and activity, drawn anew for each row of text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -73,7 +73,7 @@ class BothRead:
 
 @torch.inference_mode()
 def read(lm: LanguageModel, hook: str, rows: TokenRows, log: Log = SILENT) -> Tensor:
-    """Activations at a hook on all rows, [n_rows, context_size, d_model], of the model's dtype; errors: `check_rows`."""
+    """Activations at a hook, [n_rows, context_size, d_model], of the model's dtype; errors as `check_rows`."""
     check_rows(lm, hook, rows)
     found = []
     with fused(lm):
@@ -138,7 +138,9 @@ def sets_of_changed(
             "one row of text cannot both choose features and measure them.", at="text", fix="give more text."
         )
     halves = _halves(both.rows.sources) if order is None else np.zeros(len(both.rows), dtype=np.int64)
-    n_rows, changed, matched = len(both.rows), {}, {}
+    n_rows = len(both.rows)
+    changed: dict[int, IntArray] = {}
+    matched: dict[int, IntArray | None] = {}
     for half in np.unique(halves):
         mine = np.flatnonzero(halves == half)
         traits = _traits(both, sae, mine if order is not None else np.flatnonzero(halves != half))
@@ -148,10 +150,11 @@ def sets_of_changed(
             own = changed.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
             own[mine] = ranked[:n]
             others = _matched(traits, ranked[:n], len(mine), np.random.default_rng([seed, n, int(half)]))
-            if others is None:
+            there = matched.setdefault(n, np.zeros((n_rows, n), dtype=np.int64))
+            if others is None or there is None:
                 matched[n] = None
-            elif matched.setdefault(n, np.zeros((n_rows, n), dtype=np.int64)) is not None:
-                matched[n][mine] = others
+            else:
+                there[mine] = others
     sets = []
     for n, members in changed.items():
         sets += [FeatureSet("changed", n, "own", members), _as_match("changed", n, matched[n])]
@@ -207,7 +210,8 @@ def outcomes(
         if set(range(rows.start, rows.stop)) <= set(done):
             continue
         with torch.inference_mode(), fused(lm):
-            yield _batch(rest, sae, both, measured, edited, rows)
+            found = _batch(rest, sae, both, measured, edited, rows)
+        yield found
         log.progress(f"features put back into {lm.name}", rows.stop, n, "rows")
 
 

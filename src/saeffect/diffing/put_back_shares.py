@@ -58,9 +58,7 @@ def put_back_table(found: pd.DataFrame, rows: TokenRows, sets: Sequence[FeatureS
     return table.astype({"n_features": "Int64", "reason": "str"})
 
 
-def _of_source(
-    found: pd.DataFrame, sets: Sequence[FeatureSet], other: FloatArray | None
-) -> Iterator[dict[str, Any]]:
+def _of_source(found: pd.DataFrame, sets: Sequence[FeatureSet], other: FloatArray | None) -> Iterator[dict[str, Any]]:
     keys = ["features", "n_features", "kind"]
     for measure in ("loss", "kl"):
         values = {key: rows.sort_values("row")[measure].to_numpy() for key, rows in found.groupby(keys)}
