@@ -11,7 +11,7 @@ import pytest
 
 from saeffect.diffing.put_back_shares import COLUMNS
 from saeffect.errors import Undefined
-from saeffect.report.figures.put_back import put_back
+from saeffect.report.figures.put_back import draw_shares
 from saeffect.report.words.put_back import put_back_sentence
 
 _NAN = (math.nan, math.nan, math.nan)
@@ -101,7 +101,7 @@ def test_the_picture() -> None:
             rows.append(_rows(measure, "changed", n, **kinds, difference=(share, 0.0, 1.0)))
         rows.append(_rows(measure, "changed", 4608, own=(0.9, 0.8, 0.95)))
     table = _table(*rows)
-    drawn = put_back(table)
+    drawn = draw_shares(table)
     assert len(drawn.figure.axes) == 2
     lines = {line.get_label(): line for line in drawn.figure.axes[0].get_lines()}
     own = next(line for line in lines.values() if len(line.get_xdata()) == 5)
@@ -111,9 +111,9 @@ def test_the_picture() -> None:
     of_loss = unclear["measure"] == "loss"
     unclear.loc[of_loss, ["share", "low", "high"]] = math.nan
     unclear.loc[of_loss, "reason"] = "it hardly differs"
-    half = put_back(unclear)
+    half = draw_shares(unclear)
     assert len(half.figure.axes) == 1 and "is undefined: it hardly differs." in half.caption
     with pytest.raises(Undefined, match="it hardly differs"):
-        put_back(unclear[of_loss])
+        draw_shares(unclear[of_loss])
     with pytest.raises(Undefined, match="source 'code'"):
-        put_back(table, source="code")
+        draw_shares(table, source="code")

@@ -7,7 +7,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
+from saeffect.report.context import ReportContext
 from saeffect.report.figures.style import (
     DASHED,
     GRID,
@@ -22,13 +24,21 @@ from saeffect.report.figures.style import (
 from saeffect.report.words.numbers import count, is_defined, percent
 from saeffect.report.words.put_back import put_back_sentence
 
-__all__ = ["put_back"]
+__all__ = ["draw_shares", "put_back"]
 
 _MEASURES = {"loss": "of the change in loss", "kl": "of the change in predictions (KL)"}
 _LEAST, _MOST = -0.25, 1.3  # shares beyond are cut off
 
 
-def put_back(table: pd.DataFrame, *, source: str = "domain", subject: str = "medical", n_named: int = 20) -> Drawing:
+def put_back(comparison: Comparison, context: ReportContext) -> Drawing:
+    """The study's `draw_shares`."""
+    table = comparison.matches.further.get("put_back")
+    if table is None or table.empty:
+        raise Undefined("no features were put back.")
+    return draw_shares(table, subject=context.domain)
+
+
+def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "medical", n_named: int = 20) -> Drawing:
     """Share carried by the most changed features over their number, beside matched features and the whole activation.
 
     `table` is that of `saeffect.diffing.put_back_shares.put_back_table`; `source` is the text, and `subject` what to
