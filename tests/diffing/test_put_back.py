@@ -158,10 +158,10 @@ def test_a_linear_model_by_hand() -> None:
     base, tuned = _toy([0, 0, 0], [0, 0, 0], [0, 0, 0]), _toy([a, b, 0], [0, 0, 0], [0, 0, 0])
     hook = "blocks.0.hook_resid_pre"
     # Position 0 never counts. Then: token 0 predicts 0; token 0 predicts 1; token 1 predicts 2.
-    ids = np.array([[1, 0, 0, 1, 2], [1, 0, 0, 1, 2], [1, 0, 1, 1, 2]], dtype=np.int32)
-    rows = TokenRows(ids, np.zeros(3, dtype=np.int64), ("domain",))
+    ids = np.array([[1, 0, 0, 1, 2], [1, 0, 0, 1, 2], [1, 0, 1, 1, 2]] * 4, dtype=np.int32)
+    rows = TokenRows(ids, np.zeros(12, dtype=np.int64), ("domain",))
     both = BothRead.of(rows, read(base, hook, rows), read(tuned, hook, rows), NO_LIMIT)
-    members = np.array([[0], [0], [5]])  # the third row puts back what did not change
+    members = np.array([[0], [0], [5]] * 4)  # every third row puts back what did not change
     sets = [FeatureSet("first", 1, members=members), FeatureSet("all", 6)]
     found = pd.concat(list(outcomes(tuned, _complete(3), hook, both, sets, edited="tuned")))
 
@@ -181,7 +181,7 @@ def test_a_linear_model_by_hand() -> None:
         mine = found[found["features"] == name].sort_values("row")
         # Four predictions a row: the first, of position 0, is uniform, as are the rest not counted above.
         rest = 2 * uniform
-        assert mine["loss"].to_numpy() == pytest.approx((np.array(values) + rest) / 4, rel=1e-5), name
+        assert mine["loss"].to_numpy() == pytest.approx((np.array(values * 4) + rest) / 4, rel=1e-5), name
     kl = found.set_index(["features", "row"])["kl"]
     assert kl["none", 0] == pytest.approx(2 * divergence["none"] / 4, rel=1e-4)
     assert kl["first", 0] == pytest.approx(2 * divergence["first"] / 4, rel=1e-4)
@@ -240,7 +240,8 @@ def test_matched_features_are_others_like_them_drawn_anew() -> None:
     assert (own.n, own.kind, matched.n, matched.kind) == (3, "own", 3, "matched")
     assert own.members.tolist() == [[2, 3, 4]] * 40
     assert all(len(set(row)) == 3 and not set(row) & {2, 3, 4} for row in matched.members)
-    assert matched.members.max() < 16  # the density of the others is far away
+    # Features 48 to 63 fire as rarely as 0 to 15; the density of the others is far away.
+    assert ((matched.members < 16) | (matched.members >= 48)).all()
     assert len({tuple(row) for row in matched.members}) > 5
     again = sets_of_group(both, _complete(), "rare", [2, 3, 4])[1]
     assert np.array_equal(matched.members, again.members)
@@ -315,8 +316,8 @@ def test_half_precision_is_put_back_in_float32(tiny_llama: LanguageModel) -> Non
     table = _table(tuned, _complete(), both, [FeatureSet("changed", 64)])
     # Subtracted in float32, the sum is the other model's value again before it is rounded.
     mine = table[table["features"] == "changed"]
-    assert mine["effect"].to_numpy() == pytest.approx(mine["whole"].to_numpy(), abs=1e-5)
-    assert (mine["whole"] != 0).all()
+    assert mine["effect"].to_numpy() == pytest.approx(mine["whole"].to_numpy(), abs=2e-4)
+    assert (mine["whole"].abs() > 1e-3).all()
 
 
 def test_rows_that_are_done_are_left_out(pair: tuple[LanguageModel, LanguageModel, BothRead], monkeypatch: Any) -> None:
@@ -340,16 +341,15 @@ def test_outliers_and_first_tokens_are_not_edited(pair: tuple[LanguageModel, Lan
     assert (~limited.mask[:, 1:]).sum() >= 1
 
 
-def test_the_model_is_as_before_after_an_error(
-    pair: tuple[LanguageModel, LanguageModel, BothRead], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_as_before_after_an_error(pair: tuple[LanguageModel, LanguageModel, BothRead]) -> None:
     _, tuned, both = pair
     before = tuned.model(input_ids=torch.tensor([[1, 2, 3]])).logits
     sae = _random_sae()
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks(tuned.model)[2].mlp, "forward", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            list(outcomes(tuned, sae, HOOK, both, [FeatureSet("changed", 96)], edited="tuned"))
+    breaks = blocks(tuned.model)[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(outcomes(tuned, sae, HOOK, both, [FeatureSet("changed", 96)], edited="tuned"))
+    breaks.remove()
+    assert all("forward" not in vars(module) for module in tuned.model.modules())
     assert torch.equal(tuned.model(input_ids=torch.tensor([[1, 2, 3]])).logits, before)
 
 

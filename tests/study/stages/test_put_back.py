@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from saeffect.config import StudyConfig
 from saeffect.diffing import put_back as method
 from saeffect.diffing.put_back_shares import COLUMNS
 from saeffect.errors import ConfigError
-from saeffect.progress import SILENT
+from saeffect.progress import SILENT, Log, Progress
 from saeffect.study.run import _method
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.put_back import put_back_inputs, put_back_rows, run_put_back
@@ -61,18 +60,15 @@ def test_it_resumes_with_the_same_numbers(path: Path, tmp_path: Path, monkeypatc
     study = Study.open(path)
     _, whole = _run(study, tmp_path / "whole")
     run = RunFolder(tmp_path / "stopped", study)
-    runs = []
 
-    def stop(message: str, done: int, *_: Any) -> None:
-        runs.append(message)
-        if "put back" in message and done == 5:
+    def stop(progress: Progress) -> None:
+        if "put back" in progress.what and progress.done == 5:
             raise KeyboardInterrupt
 
-    log = SimpleNamespace(progress=stop)
     with pytest.raises(KeyboardInterrupt):
-        run.stage("put back", put_back_inputs(run), lambda: run_put_back(run, log), SILENT)  # type: ignore[arg-type]
+        run.stage("put back", put_back_inputs(run), lambda: run_put_back(run, Log(show=stop)), SILENT)
     assert len(list(run.path("partial", "put-back").glob("*.parquet"))) == 5
-    measured = []
+    measured: list[Any] = []
     monkeypatch.setattr(method, "_batch", _counting(method._batch, measured))
     run, table = _run(study, tmp_path / "stopped")
     assert len(measured) == 3 + 8  # of the tuned model's 8 rows, 5 were done
@@ -133,7 +129,7 @@ def test_what_cannot_be_put_back(path: Path, tmp_path: Path) -> None:
     study.rows()
     short = _changed(path, text=yaml.safe_load(path.read_text())["text"] | {"tokens": 256, "context_size": 128})
     assert len(study.rows()) == 1 and len(short.rows()) == 2
-    assert list(run_put_back(RunFolder(tmp_path / "one", study), lines.append)) == []  # type: ignore[arg-type]
+    assert list(run_put_back(RunFolder(tmp_path / "one", study), Log(lines.append))) == []
     assert lines == ["  one row of text cannot both choose features and measure what they cause"]
     _, table = _run(short, tmp_path / "two")
     assert table["share"].isna().all()
