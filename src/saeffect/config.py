@@ -23,6 +23,7 @@ __all__ = [
     "GateConfig",
     "InterventionConfig",
     "ModelConfig",
+    "PutBackConfig",
     "SCRIPTS",
     "SamplingConfig",
     "SelectionConfig",
@@ -347,6 +348,30 @@ class ChangesConfig(StrictModel):
     tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
 
 
+class PutBackConfig(StrictModel):
+    """How much of what fine-tuning does is carried by the features that changed most: they are put back."""
+
+    rows: int = Field(24, ge=2, description="Rows of each source of text; an interval's units.")
+    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
+    sizes: tuple[int, ...] = Field(
+        (1, 2, 5, 10, 20, 50, 100, 200),
+        min_length=1,
+        description="Numbers of features, the most changed first; all of them come last.",
+    )
+    sizes_reversed: tuple[int, ...] = Field(
+        (20, 100), description="The same when the fine-tuned model's values are put into the base model."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for name in ("sizes", "sizes_reversed"):
+            sizes = getattr(self, name)
+            if min(sizes, default=1) < 1:
+                raise ValueError(f"{name}: a set has at least one feature, not {min(sizes)}")
+            _all_different(f"number in {name}", sizes)
+        return self
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -367,6 +392,9 @@ class StudyConfig(StrictModel):
         " 20 --study STUDY` made, or bundled:smollm2-medical.",
     )
     changes: ChangesConfig = Field(ChangesConfig(), description="What both models read to find what changed.")
+    put_back: PutBackConfig | None = Field(
+        PutBackConfig(), description="What the changed features cause, or `null` for a study without it."
+    )
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",
