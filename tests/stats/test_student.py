@@ -113,6 +113,7 @@ def test_few_clusters_leave_the_values_alone(n_clusters: int) -> None:
     assert len(found) == (n_clusters if n_clusters >= MIN_CLUSTERS else 2 * n_clusters)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy of equal values
 def test_one_side_without_spread_borrows_the_others() -> None:
     found = cautious_difference([1.0, 1.0], [2.0, 4.0])
     peers = [scipy_stats.ttest_ind([2.0, 4.0], [1.0, 1.0], equal_var=equal) for equal in (True, False)]
