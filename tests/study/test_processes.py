@@ -28,7 +28,7 @@ STEERING = {
     "search_features": 2,
     "max_features": 6,
     "samples": 2,
-    "max_new_tokens": 16,
+    "max_new_tokens": 24,
     "top_p": 1.0,
     "baseline_features": 1,
     "batch_size": 6,
