@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from saeffect.diffing.matched_null import NO_STRATUM, strata
 from saeffect.diffing.trace import Trace
@@ -32,6 +32,7 @@ __all__ = [
     "GroupTests",
     "group_tests",
     "name_changes",
+    "prediction_limit",
     "prediction_p",
     "standardised",
 ]
@@ -45,6 +46,7 @@ FEWEST_NULLS = 5
 SIZES = (1, 3, 8, 20)
 """Features a group: one feature and those nearest to it."""
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
+_BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
 
 
@@ -194,6 +196,13 @@ def prediction_p(score: float, nulls: FloatArray) -> float:
     return max(tail, (1 + reached) / (k + 1)) if reached else tail
 
 
+def prediction_limit(nulls: FloatArray, alpha: float) -> float:
+    """The number that one more null fine-tune exceeds with probability `alpha`, by the tail of `prediction_p`."""
+    logs = np.log(np.maximum(nulls, 1e-300))
+    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
+    return math.exp(float(logs.mean()) + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
+
+
 def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
     """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
     sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
@@ -230,6 +239,9 @@ def name_changes(
         `declared_changes`: a row a declared group and basis: name, basis, n_features, z (mean over its features),
         null_low, null_high (range of the nulls'), p (two-sided), reason.
         `null_groups`: a row a null: null, highest (score of any group), kl.
+        `change_numbers`: a row a number of `Trace.numbers` that both models have or that compares them: name ("kl",
+        or "perplexity" and the source of text), base, tuned (NaN for kl), change (of the logarithm), null_low,
+        null_high (range of the nulls' changes), p (two-sided), reason.
     """
     changes = _changes(trace, basis)
     declared = declared or {}
@@ -240,6 +252,7 @@ def name_changes(
             "change_groups": _empty(_GROUP_COLUMNS),
             "declared_changes": _declared(declared, {}, [], why),
             "null_groups": _empty(_NULL_COLUMNS),
+            "change_numbers": _numbers(trace, [], why),
         }
     z = standardised(trace, nulls, basis.top_tokens)
     others = [standardised(null, [*nulls[:i], *nulls[i + 1 :]], basis.top_tokens) for i, null in enumerate(nulls)]
@@ -251,6 +264,7 @@ def name_changes(
         "change_groups": _groups(trace, tests, z["combined"], basis, alpha),
         "declared_changes": _declared(declared, z, others, ""),
         "null_groups": pd.DataFrame(null_rows),
+        "change_numbers": _numbers(trace, nulls, ""),
     }
 
 
@@ -265,14 +279,37 @@ def _declared(
         for basis in ("combined", *BASES):
             row: dict[str, Any] = {"name": name, "basis": basis, "n_features": int(members.sum())}
             reason = why or ("" if members.any() else "no feature is of this group")
-            z = low = high = p = math.nan
-            if not reason:
-                z, null = float(own[basis][members].mean()), np.array([o[basis][members].mean() for o in others])
-                low, high = float(null.min()), float(null.max())
-                t = (z - float(null.mean())) / max(float(null.std(ddof=1)) * math.sqrt(1 + 1 / len(null)), 1e-12)
-                p = 2 * float(stdtr(len(null) - 1, -abs(t)))
-            rows.append(row | {"z": z, "null_low": low, "null_high": high, "p": p, "reason": reason})
+            row["z"] = math.nan if reason else float(own[basis][members].mean())
+            rows.append(
+                row | _against(row["z"], [float(o[basis][members].mean()) for o in others if not reason], reason)
+            )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
+
+
+def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
+    def change(one: Trace, source: str | None) -> float:
+        if source is None:
+            return math.log(max(one.numbers["kl"], 1e-12))
+        return one.numbers[f"loss_tuned{source}"] - one.numbers[f"loss_base{source}"]
+
+    rows = []
+    for source in (None, *(key.removeprefix("loss_base") for key in trace.numbers if key.startswith("loss_base"))):
+        ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
+        row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
+        row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
+        rows.append(row | _against(row["change"], [change(one, source) for one in nulls], why))
+    return pd.DataFrame(rows)
+
+
+def _against(own: float, nulls: Sequence[float], why: str) -> dict[str, Any]:
+    """The range of the nulls' numbers, and the two-sided p of one more null: Student's t."""
+    low = high = p = math.nan
+    if not why:
+        null = np.array(nulls)
+        low, high = float(null.min()), float(null.max())
+        t = (own - float(null.mean())) / max(float(null.std(ddof=1)) * math.sqrt(1 + 1 / len(null)), 1e-12)
+        p = 2 * float(stdtr(len(null) - 1, -abs(t)))
+    return {"null_low": low, "null_high": high, "p": p, "reason": why}
 
 
 def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
@@ -295,9 +332,8 @@ def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha:
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
         members = basis.neighbours[first, : SIZES[size]]
-        if taken[first] or taken[members].mean() > 0.5:  # told already
+        if taken[members].any():  # its score would count a change that is listed already
             continue
-        members = members[~taken[members]]
         taken[members] = True
         score = float(tests.scores[size, first])
         tokens = _name(members, z * np.sign(score), basis)
