@@ -15,6 +15,7 @@ from saeffect.errors import SaeffectError, unknown_name
 __all__ = [
     "ArmConfig",
     "BosRule",
+    "ChangesConfig",
     "CoherenceConfig",
     "ComparisonConfig",
     "FeaturesConfig",
@@ -108,7 +109,12 @@ class ArmConfig(StrictModel):
         " with an SAE of another seed."
     )
     model: ModelConfig = Field(description="Which language model; the keys are below.")
-    sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
+    sae: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder in SAELens' layout, or bundled:<name>. Without one in every arm (and steering: null), the"
+        " models alone are compared; with one and the same in both arms, no dictionaries are.",
+    )
     more_saes: tuple[str, ...] = Field(
         (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
     )
@@ -119,6 +125,8 @@ class ArmConfig(StrictModel):
 
     @model_validator(mode="after")
     def _different_seeds(self) -> Self:
+        if self.more_saes and self.sae is None:
+            raise ValueError("more_saes are seeds beside sae, which is missing")
         _all_different("SAE", (self.sae, *self.more_saes))
         return self
 
@@ -189,7 +197,9 @@ class CoherenceConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """What makes a feature one of the domain."""
 
-    vocabulary: str = Field("medical", description="Bundled name, or a text file with a word a line.")
+    vocabulary: str | None = Field(
+        "medical", description="Bundled name, or a text file with a word a line; null: no feature is of a domain."
+    )
     domain: str = Field("", description="What to call the domain; by default the vocabulary's name.")
     min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
@@ -333,6 +343,13 @@ class ComparisonConfig(StrictModel):
     )
 
 
+class ChangesConfig(StrictModel):
+    """The text of traces, which the fine-tune's and those of null fine-tunes share."""
+
+    rows: int = Field(192, ge=2, description="The first rows of the study's text,")
+    tokens_per_row: int = Field(64, ge=2, description="each cut to so many tokens.")
+
+
 class StudyConfig(StrictModel):
     """A whole study: its YAML file has these keys."""
 
@@ -347,6 +364,7 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
     coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
     selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
+    changes: ChangesConfig = Field(ChangesConfig(), description="What the models' change is measured on.")
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",
@@ -365,6 +383,11 @@ class StudyConfig(StrictModel):
         roles = Counter(arm.role for arm in self.arms.values())
         if roles["control"] != 1 or roles["treatment"] != 1:
             raise ValueError("a study has exactly one control and one treatment arm")
+        without = [name for name, arm in self.arms.items() if arm.sae is None]
+        if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
+            raise ValueError(
+                f"arms.{without[0]}.sae is missing; a study without SAEs has none in either arm, and steering: null"
+            )
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")

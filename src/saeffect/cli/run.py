@@ -22,6 +22,7 @@ STAGE_HELP = {
     "features": "Make the feature tables: top tokens, moments, activity, contexts.",
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
+    "changes": "Measure what the fine-tune changed, on the base model's features.",
     "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
     "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
     "compare": "Compare the arms.",
@@ -47,6 +48,7 @@ def stage_command(stage: str) -> Callable[..., None]:
 def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None:
     from saeffect.io import read_json
     from saeffect.parallel import is_first
+    from saeffect.study.first import findings
     from saeffect.study.run import run_study
     from saeffect.study.study import Study
 
@@ -56,6 +58,9 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
         log(f"study {study.config.name}: {', '.join(study.config.arms)}")
         finished = run_study(study, folder, stages=stages, redo=redo, log=log)
     if "report" in stages and is_first():
-        headline = read_json(finished.path("comparison", "answer.json"))["headline"]
-        for line in ("", headline, "", f"report: {finished.path('report.html').resolve()}"):
+        if study.has_saes:
+            headline = (str(read_json(finished.path("comparison", "answer.json"))["headline"]),)
+        else:
+            headline = findings(finished)
+        for line in ("", *headline, "", f"report: {finished.path('report.html').resolve()}"):
             show(line)

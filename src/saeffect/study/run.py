@@ -20,6 +20,7 @@ from saeffect.parallel import from_first, is_first, join
 from saeffect.progress import SILENT, Log
 from saeffect.study.check import check_study
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
 from saeffect.study.stages.compare import compare_inputs, run_compare
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
@@ -36,7 +37,7 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "changes", "match", "steer", "compare", "report")
 
 
 def run_study(
@@ -124,6 +125,12 @@ class _Step:
 
 
 def _method(study: Study) -> Iterator[_Step]:
+    # What the fine-tune changed: predictions, words, layers; with an SAE, which of the base model's features.
+    changes = _Step("changes", "changes", changes_inputs, run_changes)
+    if not study.has_saes:
+        yield changes
+        return
+
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
@@ -137,12 +144,15 @@ def _method(study: Study) -> Iterator[_Step]:
     # Which features are about the domain, by vocabulary and by people's verdicts?
     yield _Step("select", "select", select_inputs, run_select)
 
+    yield changes
+
     # Which feature became which, and which are gone or new, beyond what other seeds of the same model show?
     # First the features of those further seeds, where the study has any.
     for arm in study.ordered_arms():
         if study.config.arms[arm].more_saes:
             yield _Step("match", "seeds", seeds_inputs, run_seeds, arm)
-    yield _Step("match", "match", match_inputs, run_match)
+    if not study.one_sae:
+        yield _Step("match", "match", match_inputs, run_match)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
@@ -161,7 +171,7 @@ def _method(study: Study) -> Iterator[_Step]:
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     """Load the arms to be measured before anything is written: only loading finds broken weights."""
-    if "gate" in stages:
+    if "gate" in stages and run.study.has_saes:
         # The control last: it is needed first, and the latest model stays in memory.
         for arm in reversed(run.study.ordered_arms()):
             if not run.is_done(f"gate {arm}", gate_inputs(run, arm)):
