@@ -1,0 +1,282 @@
+"""What changed, by name, or honest silence: groups of features that changed more than in null fine-tunes.
+
+Each trace gives every feature a change on three bases: how much it fires on the same text (`read`), on what each model
+writes (`written`), and how much more its top tokens are expected (`expected`). A change is measured in units of what
+it does in null fine-tunes of the same recipe. Groups of features were fixed beforehand, by their decoder rows alone;
+the p of each group counts the search over all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.special import stdtr
+
+from saeffect.diffing.matched_null import NO_STRATUM, strata
+from saeffect.diffing.trace import Trace
+from saeffect.errors import BadFile, ShapeMismatch
+from saeffect.stats.arguments import FloatArray
+from saeffect.stats.multiplicity import benjamini_hochberg
+
+__all__ = ["BASES", "Basis", "FEWEST_NULLS", "group_tests", "name_changes", "standardised"]
+
+IntArray = npt.NDArray[np.int64]
+
+BASES = ("read", "written", "expected")
+"""Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
+FEWEST_NULLS = 5
+"""With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
+SIZES = (1, 3, 8, 20)
+"""Features a group: one feature and those nearest to it."""
+_STRATUM = 200  # fewest features (or tokens) of like density that share a scale
+_SHOWN = 40  # groups in the table
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """The features that both models share, as far as naming needs them.
+
+    Attributes:
+        W_dec: float [d_sae, d_in], decoder rows.
+        W_U: float [d_in, d_vocab], the unembedding that named the features (`saeffect.lm.architectures.unembedding`).
+        top_tokens: int [d_sae, k], ids of the tokens that each feature promotes most, the first most.
+        strings: Every token as text, by id.
+    """
+
+    W_dec: npt.NDArray[np.float32]
+    W_U: npt.NDArray[np.float32]
+    top_tokens: IntArray
+    strings: Sequence[str]
+
+    def neighbours(self, n: int) -> IntArray:
+        """Each feature and the n - 1 most similar ones, int64 [d_sae, n]: the mean of two cosines, of decoder rows and
+        of what they do to the logits."""
+        rows = _unit(self.W_dec.astype(np.float32))
+        logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
+        both = np.concatenate([rows, _unit(logits)], axis=1) / math.sqrt(2)
+        n = min(n, len(both))
+        found = np.empty((len(both), n), dtype=np.int64)
+        for start in range(0, len(both), 1024):
+            similar = both[start : start + 1024] @ both.T
+            similar[np.arange(len(similar)), np.arange(start, start + len(similar))] = np.inf  # itself first
+            part = np.argpartition(-similar, n - 1, axis=1)[:, :n]
+            order = np.argsort(-np.take_along_axis(similar, part, axis=1), axis=1, kind="stable")
+            found[start : start + 1024] = np.take_along_axis(part, order, axis=1)
+        return found
+
+
+def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """R [d_in, d_in] such that lengths and angles of x @ R are those of x @ W_U."""
+    values, vectors = np.linalg.eigh((W_U @ W_U.T).astype(np.float64))
+    return (vectors * np.sqrt(np.clip(values, 0, None))).astype(np.float32)
+
+
+def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
+    """Changes on each basis on a scale on which their noise depends little on how often something happens.
+
+    Square roots of mean activations; logarithms of probabilities.
+    """
+    expected = trace.expected.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(expected[1] / expected[0])
+    ratio[~np.isfinite(ratio)] = 0.0  # padding rows of the unembedding are never expected
+    roots = {name: np.sqrt(getattr(trace, name).astype(np.float64)[:2]) for name in ("read", "written")}
+    changes = {name: root[1] - root[0] for name, root in roots.items()}
+    return changes | {"expected": ratio[top_tokens].mean(axis=1)}
+
+
+def standardised(trace: Trace, nulls: Sequence[Trace], top_tokens: IntArray) -> dict[str, FloatArray]:
+    """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
+
+    z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
+    feature's own over the nulls, and that of features that fire as often. If the z of one fine-tune spread wider than
+    the nulls' as a whole, they are divided by how much wider (a fine-tune that moved everything has not moved anything
+    in particular). "combined" is the sum over bases divided by the square root of their number.
+
+    Raises:
+        ShapeMismatch: Fewer than two nulls.
+        BadFile: A null was measured with another base model, SAE, hook or text.
+
+    Source:
+        Shrinkage towards a pooled variance: Smyth 2004. Division by the spread: the empirical null of Efron 2004.
+    """
+    own = _comparable([trace, *nulls])
+    if len(nulls) < 2:
+        raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(nulls)} instead.", at="nulls")
+    density = trace.read[2].astype(np.float64)
+    groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
+    groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
+    changes = [_raw(one, top_tokens) for one in own]
+    found = {name: _z(changes[0][name], np.stack([c[name] for c in changes[1:]]), groups) for name in BASES}
+    return found | {"combined": np.sum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
+
+
+def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
+    """z [n] of changes `own` [n] among those of nulls [K, n]."""
+    mean = nulls.mean(axis=0)
+    variance = ((nulls - mean) ** 2).sum(axis=0) / (len(nulls) - 1)
+    pooled = np.empty_like(variance)
+    for group in np.unique(groups):
+        pooled[groups == group] = variance[groups == group].mean()
+    scale = np.sqrt((variance + pooled) / 2 * (1 + 1 / len(nulls)))
+    z = np.divide(own - mean, scale, out=np.zeros_like(own), where=scale > 0)
+    spread = float(np.median(np.abs(z - np.median(z)))) * 1.4826
+    return np.asarray(z / max(1.0, spread))
+
+
+def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
+    for trace in traces[1:]:
+        if trace.made_by != traces[0].made_by:
+            raise BadFile(
+                f"the null {trace.name!r} was measured with another base model, SAE, hook or text.",
+                at="nulls",
+                fix="measure the nulls again for this study: saeffect finetune <recipe> --null <how many> --study ...",
+            )
+    return traces
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTests:
+    """Scores of all groups of a trace, by size and first feature, and what nulls reach.
+
+    Attributes:
+        scores: float64 [len(SIZES), d_sae].
+        highest: float64 [K], the largest score, of either sign, in each null: what the search finds in nothing.
+    """
+
+    scores: FloatArray
+    highest: FloatArray
+
+    def p(self, score: float) -> float:
+        """How likely is a score this large somewhere in a null fine-tune? The larger of two answers.
+
+        Counting: (1 + nulls that reach it) / (K + 1), except that a score above all nulls may have less, by the other:
+        the prediction interval of a further null's logarithm, by Student's t.
+        """
+        k = len(self.highest)
+        reached = int((self.highest >= score).sum())
+        logs = np.log(self.highest)
+        spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / k)
+        t = (math.log(max(score, 1e-300)) - float(logs.mean())) / max(spread, 1e-12)
+        tail = float(stdtr(k - 1, -t))
+        return max(tail, (1 + reached) / (k + 1)) if reached else tail
+
+
+def group_tests(trace: Trace, nulls: Sequence[Trace], basis: Basis, neighbours: IntArray) -> GroupTests:
+    """Scores of every group in the trace and, each null among the others, in the nulls."""
+    own = standardised(trace, nulls, basis.top_tokens)["combined"]
+    others = [
+        standardised(null, [*nulls[:i], *nulls[i + 1 :]], basis.top_tokens)["combined"] for i, null in enumerate(nulls)
+    ]
+    sums = np.stack([_sums(z, neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
+    scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
+    return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
+
+
+def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
+    """Mean z of groups of each size [sizes, d_sae]."""
+    running = np.cumsum(z[neighbours], axis=1)
+    return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])
+
+
+def name_changes(trace: Trace, nulls: Sequence[Trace], basis: Basis, *, alpha: float = 0.05) -> dict[str, pd.DataFrame]:
+    """Which features, and which groups of them, changed more than in the nulls.
+
+    Returns:
+        `changes`: a row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
+        (means there; NaN for "combined"), change (their difference), z (see `standardised`), reason.
+        `change_groups`: the highest groups that do not overlap, first the highest: group (from 1), name (its tokens),
+        features, n_features, direction ("more" or "less"), score, p (counts the search over all groups), q, share (of
+        all change of mean activation on the text, in these features), claimed (p at most alpha), reason.
+    """
+    changes = _changes(trace, basis)
+    if len(nulls) < FEWEST_NULLS:
+        why = f"{len(nulls)} null fine-tunes; {FEWEST_NULLS} or more are needed to say what is usual"
+        return {"changes": changes.assign(z=np.nan, reason=why), "change_groups": _no_groups(why)}
+    z = standardised(trace, nulls, basis.top_tokens)
+    changes["z"] = np.concatenate([z[name] for name in (*BASES, "combined")])
+    changes["reason"] = ""
+    neighbours = basis.neighbours(max(SIZES))
+    tests = group_tests(trace, nulls, basis, neighbours)
+    return {"changes": changes, "change_groups": _groups(trace, tests, neighbours, z["combined"], basis, alpha)}
+
+
+def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
+    expected = trace.expected.astype(np.float64)[:, basis.top_tokens].mean(axis=2)
+    means = {"read": trace.read[:2], "written": trace.written[:2], "expected": expected}
+    n = len(basis.W_dec)
+    nothing = np.full((2, n), np.nan)
+    parts = []
+    for name in (*BASES, "combined"):
+        base, tuned = means.get(name, nothing)
+        parts.append(pd.DataFrame({"feature": np.arange(n), "basis": name, "base": base, "tuned": tuned}))
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(change=table["tuned"] - table["base"])
+
+
+def _groups(
+    trace: Trace, tests: GroupTests, neighbours: IntArray, z: FloatArray, basis: Basis, alpha: float
+) -> pd.DataFrame:
+    moved = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
+    taken = np.zeros(len(z), dtype=bool)
+    rows: list[dict[str, Any]] = []
+    for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
+        size, first = divmod(int(flat), tests.scores.shape[1])
+        members = neighbours[first, : SIZES[size]]
+        if taken[first] or taken[members].mean() > 0.5:  # told already
+            continue
+        members = members[~taken[members]]
+        taken[members] = True
+        score = float(tests.scores[size, first])
+        tokens = _name(members, z * np.sign(score), basis)
+        p = tests.p(abs(score))
+        rows.append(
+            {
+                "group": len(rows) + 1,
+                "name": ", ".join(tokens[:3]),
+                "tokens": tokens,
+                "features": members.tolist(),
+                "n_features": len(members),
+                "direction": "more" if score > 0 else "less",
+                "score": score,
+                "p": p,
+                "share": float(moved[members].sum() / moved.sum()) if moved.sum() > 0 else math.nan,
+                "claimed": p <= alpha,
+                "reason": "" if p <= alpha else "null fine-tunes reach as much",
+            }
+        )
+        if len(rows) == _SHOWN:
+            break
+    table = pd.DataFrame(rows)
+    table.insert(list(table).index("p") + 1, "q", benjamini_hochberg(table["p"].to_numpy()))
+    return table
+
+
+def _name(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
+    """Ten words for a group: the top tokens of its members, those of the most changed members first."""
+    weight = np.clip(z[members], 0.0, None)
+    votes: dict[str, float] = {}
+    for feature, its_weight in zip(members, weight, strict=True):
+        for rank, token in enumerate(basis.top_tokens[feature]):
+            word = basis.strings[token].strip().lower()
+            votes[word] = votes.get(word, 0.0) + float(its_weight) / (rank + 1)
+    return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
+
+
+def _no_groups(why: str) -> pd.DataFrame:
+    columns: Mapping[str, Any] = {
+        **{"group": "int64", "name": "str", "tokens": object, "features": object, "n_features": "int64"},
+        **{"direction": "str", "score": float, "p": float, "q": float, "share": float, "claimed": bool},
+    }
+    table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+    return table.assign(reason=pd.Series([why] if False else [], dtype="str"))

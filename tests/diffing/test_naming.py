@@ -1,0 +1,145 @@
+"""Naming what changed: standardised changes, groups, and their p against null fine-tunes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, name_changes, standardised
+from saeffect.diffing.trace import Trace
+from saeffect.errors import BadFile, ShapeMismatch
+
+D_SAE, D_IN, D_VOCAB = 240, 16, 300
+
+
+def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_sae: int = D_SAE) -> Trace:
+    """A fine-tune that changes every mean by some 10 %, and those of some features by more."""
+    rng, base = np.random.default_rng(seed), np.random.default_rng(0)
+    means = {name: base.exponential(1.0, d_sae) for name in ("read", "written")}
+    expected = base.dirichlet(np.ones(D_VOCAB))
+
+    def tuned(x: np.ndarray, moved: list[int]) -> np.ndarray:
+        new = x * np.exp(0.1 * rng.normal(size=len(x)))
+        new[moved] *= math.exp(by)
+        return new
+
+    arrays = {
+        name: np.stack([x, tuned(x, moved or []), np.full(d_sae, 0.1), np.full(d_sae, 0.1)]).astype(np.float32)
+        for name, x in means.items()
+    }
+    words = [f * 1 for f in moved or []]
+    return Trace(
+        f"fine-tune {seed}",
+        "same",
+        **arrays,
+        expected=np.stack([expected, tuned(expected, words)]).astype(np.float32),
+        positions=np.zeros((4, D_IN), dtype=np.float32),
+        halves=np.zeros((2, D_IN), dtype=np.float32),
+        kl=np.zeros((2, 4), dtype=np.float32),
+        layers=np.zeros(2, dtype=np.float32),
+        texts=np.zeros((1, 4), dtype=np.int32),
+        base_texts=np.zeros((1, 4), dtype=np.int32),
+        numbers={"kl": 0.1},
+    )
+
+
+@pytest.fixture
+def basis() -> Basis:
+    """Features 0 to 7 lie close together and promote the words 0 to 7."""
+    rng = np.random.default_rng(1)
+    W_dec = rng.normal(size=(D_SAE, D_IN)).astype(np.float32)
+    W_dec[:8] = W_dec[0] + 0.2 * rng.normal(size=(8, D_IN))
+    top = rng.integers(8, D_VOCAB, size=(D_SAE, 3))
+    top[:8] = [[i, (i + 1) % 8, (i + 2) % 8] for i in range(8)]
+    strings = [f" word{i}" for i in range(D_VOCAB)]
+    return Basis(W_dec, rng.normal(size=(D_IN, D_VOCAB)).astype(np.float32), top, strings)
+
+
+@pytest.fixture
+def nulls() -> list[Trace]:
+    return [make_trace(100 + i) for i in range(8)]
+
+
+def test_a_group_that_changed_is_claimed_by_its_words(basis: Basis, nulls: list[Trace]) -> None:
+    tables = name_changes(make_trace(1, moved=list(range(8)), by=0.5), nulls, basis)
+    first = tables["change_groups"].iloc[0]
+    assert first["claimed"]
+    assert first["direction"] == "more"
+    assert first["p"] < 0.01
+    assert set(first["features"]) <= set(range(8))
+    assert set(first["tokens"]) <= {f"word{i}" for i in range(8)}
+
+
+def test_a_group_that_fires_less_is_claimed_as_less(basis: Basis, nulls: list[Trace]) -> None:
+    groups = name_changes(make_trace(1, moved=list(range(8)), by=-0.5), nulls, basis)["change_groups"]
+    assert groups["direction"].iloc[0] == "less"
+    assert groups["claimed"].iloc[0]
+
+
+def test_nothing_is_claimed_of_a_further_null(basis: Basis, nulls: list[Trace]) -> None:
+    groups = name_changes(make_trace(200), nulls, basis)["change_groups"]
+    assert not groups["claimed"].any()
+    assert (groups["reason"] == "null fine-tunes reach as much").all()
+    assert groups["n_features"].sum() == len({f for row in groups["features"] for f in row})
+
+
+def test_few_nulls_give_no_p_and_the_reason(basis: Basis, nulls: list[Trace]) -> None:
+    tables = name_changes(make_trace(1), nulls[: FEWEST_NULLS - 1], basis)
+    assert len(tables["change_groups"]) == 0
+    assert tables["changes"]["z"].isna().all()
+    assert "4 null fine-tunes" in tables["changes"]["reason"].iloc[0]
+
+
+def test_standardised_changes_by_hand() -> None:
+    """Two features in one stratum; roots of their means change by 1 and 0; the nulls scatter about 0."""
+
+    def trace(read: tuple[float, float]) -> Trace:
+        one = make_trace(0, d_sae=2)
+        rows = np.array([[1.0, 1.0], read, [0.1, 0.1], [0.1, 0.1]], dtype=np.float32)
+        return replace(one, read=rows, written=rows)
+
+    top = np.zeros((2, 1), dtype=np.int64)
+    nulls = [trace((1.0, 4.0)), trace((1.0, 0.0)), trace((1.0, 1.0))]  # changes of roots: 0 0 0 and 1 -1 0
+    z = standardised(trace((4.0, 1.0)), nulls, top)
+    # Variances 0 and 1, pooled 1/2: scales sqrt(1/4 · 4/3) and sqrt(3/4 · 4/3) = 1.
+    plain = np.array([1 / math.sqrt(1 / 3), 0.0])
+    spread = np.median(np.abs(plain - np.median(plain))) * 1.4826
+    assert z["read"] == pytest.approx(plain / max(1.0, spread))
+
+
+def test_p_counts_the_nulls_that_reach_the_score() -> None:
+    tests = GroupTests(np.zeros((1, 1)), np.array([2.0, 3.0, 4.0, 5.0]))
+    assert tests.p(4.0) == pytest.approx(3 / 5)
+    assert tests.p(1.0) == 1.0
+    # Above all: Student's t of a further logarithm.
+    logs = np.log([2.0, 3.0, 4.0, 5.0])
+    t = (math.log(100) - logs.mean()) / (logs.std(ddof=1) * math.sqrt(5 / 4))
+    from scipy.stats import t as student
+
+    assert tests.p(100.0) == pytest.approx(student.sf(t, 3))
+
+
+def test_neighbours_are_found_by_the_decoder(basis: Basis) -> None:
+    near = basis.neighbours(8)
+    assert near[:, 0].tolist() == list(range(D_SAE))
+    assert set(near[0]) == set(range(8))
+
+
+def test_a_null_of_another_study_is_refused(basis: Basis, nulls: list[Trace]) -> None:
+    with pytest.raises(BadFile, match="measured with another"):
+        standardised(make_trace(1), [*nulls, replace(nulls[0], made_by="other")], basis.top_tokens)
+    with pytest.raises(ShapeMismatch, match="at least two"):
+        standardised(make_trace(1), nulls[:1], basis.top_tokens)
+
+
+@pytest.mark.simulation
+def test_false_claims_are_as_rare_as_promised(basis: Basis) -> None:
+    """200 further nulls against 20: at most alpha of them are claimed for anything, within Monte-Carlo error."""
+    claims = 0
+    for study in range(200):
+        nulls = [make_trace(1000 * study + i) for i in range(1, 21)]
+        claims += bool(name_changes(make_trace(1000 * study), nulls, basis)["change_groups"]["claimed"].any())
+    assert claims <= 200 * 0.05 + 2.5 * math.sqrt(200 * 0.05 * 0.95)
