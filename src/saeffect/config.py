@@ -137,7 +137,7 @@ class TextConfig(StrictModel):
     bundled: str | None = Field(None, description="Bundled token ids, such as smollm2-sampled.")
     sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
     tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
-    context_size: int = Field(256, ge=8, description="Tokens a row, for files.")
+    context_size: int = Field(256, ge=8, description="Tokens a row; bundled rows are cut to so many.")
     bos: BosRule = Field(
         "auto",
         description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"

@@ -54,9 +54,10 @@ def first_findings(
         groups: The table `change_groups` of named groups of features, if it was made.
         decode: Text of a list of ids; None: the tokens joined.
     """
+    words = plain & np.array([sum(map(str.isalpha, token)) > 1 for token in tokens])
     lines = [_losses(trace), _distance(trace)]
     for less, verb in ((False, "more"), (True, "less")):
-        ids = more_expected(trace, plain, less=less)[:_SHOWN]
+        ids = more_expected(trace, words, less=less)[:_SHOWN]
         if len(ids):
             lines.append(f"words expected {verb} often: " + ", ".join(_ratio(trace, tokens, int(i)) for i in ids))
     if len(top_tokens):
@@ -86,7 +87,7 @@ def _distance(trace: Trace) -> str:
 
 def _ratio(trace: Trace, tokens: Sequence[str], i: int) -> str:
     base, tuned = trace.expected[:, i]
-    return f"{tokens[i].strip() or repr(tokens[i])} (× {tuned / base:.2g})"
+    return f"{tokens[i].strip()} (× {tuned / base:.2g})"
 
 
 def _named(groups: pd.DataFrame | None) -> list[str]:
