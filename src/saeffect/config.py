@@ -344,10 +344,10 @@ class ComparisonConfig(StrictModel):
 
 
 class ChangesConfig(StrictModel):
-    """The text of traces, which the fine-tune's and those of null fine-tunes share."""
+    """What both models read to find what fine-tuning changed: the first rows of the text, each cut."""
 
-    rows: int = Field(192, ge=2, description="The first rows of the study's text,")
-    tokens_per_row: int = Field(64, ge=2, description="each cut to so many tokens.")
+    rows: int = Field(192, ge=2, description="Rows of the text, from the first on.")
+    tokens_per_row: int = Field(64, ge=8, description="Of each row, from its beginning.")
 
 
 class StudyConfig(StrictModel):
@@ -364,7 +364,12 @@ class StudyConfig(StrictModel):
     features: FeaturesConfig = Field(FeaturesConfig(), description="How features are named and exemplified.")
     coherence: CoherenceConfig = Field(CoherenceConfig(), description="Which word vectors.")
     selection: SelectionConfig = Field(SelectionConfig(), description="What makes a feature one of the domain.")
-    changes: ChangesConfig = Field(ChangesConfig(), description="What the models' change is measured on.")
+    nulls: str | None = Field(
+        None,
+        description="Fine-tunes that teach nothing, to judge changes by: a folder that `saeffect finetune RECIPE --null"
+        " 20 --study STUDY` made, or bundled:smollm2-medical.",
+    )
+    changes: ChangesConfig = Field(ChangesConfig(), description="What both models read to find what changed.")
     steering: SteeringConfig | None = Field(
         default_factory=lambda: SteeringConfig.model_validate({}),
         description="What is done to features, and what is measured of it.",

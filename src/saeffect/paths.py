@@ -128,6 +128,7 @@ _KINDS = {
     "vocabulary": _Kind(_WORD, "vocabularies"),
     "embeddings": _Kind(_WORD, "embeddings"),
     "outcome_encoder": _Kind(_ENCODER, "embeddings"),
+    "nulls": _Kind(to_be_made=True),
     "verdicts": _Kind(),
 }
 

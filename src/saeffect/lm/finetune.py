@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.config_keys import keys_table
@@ -27,6 +26,7 @@ from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
+from saeffect.lm.lora import fast_training, next_token_loss
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import Interruption
 from saeffect.progress import SILENT, Log
@@ -170,7 +170,8 @@ def _make(
     before = measure(lm.model, "before: ")
     model = _with_adapter(lm, config)
     folder.checkpoint.begin()
-    loss = _train(model, texts[""], config, folder.checkpoint, log)
+    with fast_training(lm):
+        loss = _train(model, texts[""], config, folder.checkpoint, log)
     after = measure(model, "after:  ")
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
@@ -269,7 +270,8 @@ def _rate(step: int, config: FinetuneConfig) -> float:
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32]) -> float:
-    loss = _cross_entropy(model, rows, "mean")
+    ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
+    loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -277,10 +279,11 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32])
     return float(loss.detach())
 
 
-def _cross_entropy(model: Any, rows: NDArray[np.int32], reduction: str) -> Tensor:
+def _cross_entropy(model: Any, rows: NDArray[np.int32]) -> float:
+    """Sum over all predicted tokens."""
     ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
 
 
 @torch.inference_mode()
@@ -290,7 +293,7 @@ def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> f
     At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted.
     """
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return math.exp(sum(float(_cross_entropy(model, part, "sum")) for part in parts) / rows[:, 1:].size)
+    return math.exp(sum(_cross_entropy(model, part) for part in parts) / rows[:, 1:].size)
 
 
 def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:

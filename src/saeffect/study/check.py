@@ -25,6 +25,7 @@ from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_
 from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_texts, with_bos
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
+from saeffect.study.nulls import check_nulls
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
@@ -73,6 +74,7 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         vectors = load_embeddings(config.coherence.embeddings)
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
+    lines.append(check_nulls(study))
     with placed(study.at("selection", "verdicts")):
         verdicts = study_verdicts(study)
     if verdicts is not None:

@@ -37,7 +37,7 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "changes", "match", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "match", "changes", "steer", "compare", "report")
 
 
 def run_study(
@@ -125,10 +125,9 @@ class _Step:
 
 
 def _method(study: Study) -> Iterator[_Step]:
-    # What the fine-tune changed: predictions, words, layers; with an SAE, which of the base model's features.
-    changes = _Step("changes", "changes", changes_inputs, run_changes)
+    # Without SAEs, what changed between the models themselves is all that there is to find.
     if not study.has_saes:
-        yield changes
+        yield _Step("changes", "changes", changes_inputs, run_changes)
         return
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
@@ -144,8 +143,6 @@ def _method(study: Study) -> Iterator[_Step]:
     # Which features are about the domain, by vocabulary and by people's verdicts?
     yield _Step("select", "select", select_inputs, run_select)
 
-    yield changes
-
     # Which feature became which, and which are gone or new, beyond what other seeds of the same model show?
     # First the features of those further seeds, where the study has any.
     for arm in study.ordered_arms():
@@ -153,6 +150,10 @@ def _method(study: Study) -> Iterator[_Step]:
             yield _Step("match", "seeds", seeds_inputs, run_seeds, arm)
     if not study.one_sae:
         yield _Step("match", "match", match_inputs, run_match)
+
+    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
+    # taught nothing?
+    yield _Step("changes", "changes", changes_inputs, run_changes)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that

@@ -1,64 +1,174 @@
-"""Stage 6, what changed: the fine-tune's trace, measured through the control's SAE, or without one."""
+"""What changed between the models, read on the control's SAE and judged against null fine-tunes."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shlex
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from saeffect.diffing.trace import Trace, Tracer
-from saeffect.lm.activations import TokenRows, first_limit
-from saeffect.lm.hooks import parse_hook
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
+from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.trace import Trace
+from saeffect.errors import NotFound
+from saeffect.io import fingerprint, hash_file, read_json
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import locate_adapter
 from saeffect.progress import Log
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.stats.arguments import FloatArray
+from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.study.nulls import nulls_folder, study_tracer
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.features import shared_unembedding
 from saeffect.study.study import Study
 
-__all__ = ["changes_inputs", "read_trace", "run_changes", "trace_rows"]
+__all__ = ["changes_inputs", "read_trace", "run_changes"]
 
 VERSION = 1
+_WANTED = 20  # nulls, in what is said of their cost
+_TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
+_FORWARDS = 2  # models that read in a trace
+IntArray = npt.NDArray[np.int64]
 
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
     study = run.study
-    arms = {role: study.identities[study.by_role(role)[0]] for role in ("control", "treatment")}
+    control, treatment = (study.identities[study.by_role(role)[0]] for role in ("control", "treatment"))
     return {
         "version": VERSION,
-        # Of the treatment, the model alone.
-        "arms": {name: {k: v for k, v in arm.items() if k != "sae" or name == "control"} for name, arm in arms.items()},
+        "control": control,
+        "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
+        "features": run.digest(run.arm(study.by_role("control")[0], "features.parquet")),
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
+        "nulls": _identity(nulls_folder(study)),
+        "alpha": study.config.comparison.alpha,
     }
 
 
+def _identity(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    return fingerprint([(path.name, hash_file(path)) for path in null_files(folder).values()])
+
+
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
-    """Write `comparison/trace.safetensors`."""
+    """Write `comparison/trace.safetensors` and the tables of what changed; without nulls p is NaN, with a reason.
+
+    Nothing if the treatment's model is no fine-tune of the control's: another width, depth or number of tokens.
+    """
     study = run.study
-    treatment = study.by_role("treatment")[0]
-    found = _tracer(study, log).trace(study.open_model(treatment, log), treatment)
+    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    tracer = study_tracer(study, log)
+    folder, nulls = nulls_folder(study), list[Trace]()
+    if folder is not None:
+        nulls = read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at=study.at("nulls"))
+    tuned = study.open_model(treatment, log)
+    if _size(tuned) != _size(tracer.base):
+        log("  the arms' models differ in size, so neither is a fine-tune of the other")
+        return []
+    alike = {"tokenizer": tracer.base.tokenizer, "shared": tracer.base.shared}
+    started = time.monotonic()
+    trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
+    seconds = time.monotonic() - started
+    found = {}
+    if tracer.sae is not None:
+        basis = _basis(tracer.sae, run.read_table(run.arm(control, "features.parquet")), tracer.base)
+        found = _judged(trace, nulls, basis, study.config.comparison.alpha)
+    if folder is None:
+        rate = _FORWARDS * tracer.rows.ids.size / seconds / _TRAINING
+        found = {name: _with_reason(table, _missing(study, rate)) for name, table in found.items()}
     path = run.path("comparison", "trace.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path)
-    return [path]
+    trace.save(path)
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
+    return [path, *tables]
 
 
 def read_trace(run: RunFolder) -> Trace:
-    """The trace that this stage wrote."""
-    return Trace.load(run.path("comparison", "trace.safetensors"))
+    """The trace that this stage wrote; NotFound if the models differ in size, or it has not run."""
+    path = run.path("comparison", "trace.safetensors")
+    if not path.is_file():
+        fix = "compare a model with its own fine-tune: of equal width, depth and number of tokens."
+        raise NotFound("there is no trace of the fine-tune.", at=str(path), fix=fix)
+    return Trace.load(path)
 
 
-def trace_rows(study: Study) -> TokenRows:
-    """The text of traces: the first rows of the study's, each cut."""
-    settings = study.config.changes
-    rows = study.rows().head(settings.rows)
-    return TokenRows(rows.ids[:, : settings.tokens_per_row], rows.sources, rows.names)
+def _size(lm: LanguageModel) -> tuple[int, ...]:
+    return lm.d_model, lm.d_vocab, lm.n_layers
 
 
-def _tracer(study: Study, log: Log) -> Tracer:
-    control = study.by_role("control")[0]
-    rows, hook = trace_rows(study), study.hook(control)
-    if not study.has_saes:
-        lm = study.open_model(control, log)
-        parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
-        return Tracer(lm, None, hook, rows, first_limit(lm, hook, rows.ids[:8]), log)
-    arm = study.open_arm(control, log)
-    return Tracer(arm.lm, arm.sae, hook, rows, arm.norm_limit(study.rows()), log)
+def _judged(trace: Trace, nulls: list[Trace], basis: Basis, alpha: float) -> dict[str, pd.DataFrame]:
+    """The tables of naming; each feature's change also with p and q of its own."""
+    found = name_changes(trace, nulls, basis, alpha=alpha)
+    table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
+    for name in (*BASES, "combined"):
+        own, others = _changes(trace, nulls, name, basis.top_tokens)
+        if len(others):
+            p = pooled_p(own, others, trace.read[2])
+            rows = table["basis"] == name
+            table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
+            table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
+    found["changes"] = table
+    return found
+
+
+def _changes(trace: Trace, nulls: list[Trace], name: str, top: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Changes of features [n], and in nulls [K, n]; no nulls where "combined" has too few to be measured."""
+    if name != "combined":
+        own, *others = (_change(one, name, top) for one in (trace, *nulls))
+        return own, np.array(others)
+    if len(nulls) < 3:  # each is measured in units of the others'
+        return np.empty(0), np.empty(0)
+    left = [[*nulls[:i], *nulls[i + 1 :]] for i in range(len(nulls))]
+    apart = [standardised(null, rest, top)[name] for null, rest in zip(nulls, left, strict=True)]
+    return standardised(trace, nulls, top)[name], np.array(apart)
+
+
+def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:
+    """Of probabilities the logarithm, of mean activations the square root, whose noise depends little on the mean."""
+    if name == "expected":
+        base, tuned = np.log(trace.expected.astype(np.float64)[:, top].mean(axis=2) + 1e-12)
+    else:
+        base, tuned = np.sqrt(getattr(trace, name)[:2].astype(np.float64))
+    return np.asarray(tuned - base)
+
+
+def _basis(sae: SparseAutoencoder, features: pd.DataFrame, base: LanguageModel) -> Basis:
+    features = features.sort_values("feature")
+    W_dec = sae.W_dec.detach().float().cpu().numpy()
+    top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
+    return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings())
+
+
+def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
+    return table.assign(reason=missing) if len(table) else table
+
+
+def _missing(study: Study, rate: float) -> str:
+    """What a study without nulls lacks, what they would cost, and the command; `rate` in training tokens a second."""
+    called = shlex.quote(study.called)
+    command = f"saeffect finetune RECIPE --null {_WANTED} --study {called} --out nulls, then nulls: nulls in the study"
+    tokens = _recipe_tokens(study)
+    if tokens is None:
+        cost = "RECIPE being the one of the fine-tuning"
+    else:
+        cost = f"about {max(1, math.ceil(_WANTED * tokens / rate / 60)):,} minutes for {_WANTED}"
+    return f"no null fine-tunes, so nothing says what is usual: {command} ({cost})"
+
+
+def _recipe_tokens(study: Study) -> int | None:
+    """Tokens that the treatment's fine-tuning read, where its adapter says so."""
+    place = locate_adapter(study.config.arms[study.by_role("treatment")[0]].model)
+    note = place / "training.json" if isinstance(place, Path) else None
+    if note is None or not note.is_file():
+        return None
+    tokens = read_json(note).get("tokens")
+    return tokens if isinstance(tokens, int) else None
