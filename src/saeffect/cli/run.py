@@ -48,8 +48,8 @@ def stage_command(stage: str) -> Callable[..., None]:
 def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None:
     from saeffect.io import read_json
     from saeffect.parallel import is_first
-    from saeffect.study.first import findings
     from saeffect.study.run import run_study
+    from saeffect.study.stages.models_report import findings
     from saeffect.study.study import Study
 
     with process_log() as log:

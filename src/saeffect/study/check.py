@@ -13,7 +13,7 @@ import pandas as pd
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
-from saeffect.errors import ConfigError, EmptySelection, placed
+from saeffect.errors import ConfigError, EmptySelection, IncompatibleModels, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
@@ -59,6 +59,8 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         further = open_seeds(study, name) if config.arms[name].more_saes else []
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
+    if not study.has_saes:
+        _check_sizes(study)
     lines += _check_tokenizers(study)
     with placed(study.at("text")):
         begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
@@ -261,6 +263,18 @@ def _shapes(study: Study) -> dict[str, ModelShape]:
     """Shapes by arm, where a config.json gives them."""
     shapes = {name: model_shape(locate_model(arm.model)) for name, arm in study.config.arms.items()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _check_sizes(study: Study) -> None:
+    """Without SAEs, whose width is compared with each model's: IncompatibleModels if the models differ in width."""
+    widths = {name: (shape.d_model, shape.n_layers) for name, shape in _shapes(study).items()}
+    if len(set(widths.values())) > 1:
+        said = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
+        raise IncompatibleModels(
+            f"the models differ in width or depth: {said}.",
+            at=study.at("arms"),
+            fix="compare a model with its own fine-tune.",
+        )
 
 
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:

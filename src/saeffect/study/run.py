@@ -27,6 +27,7 @@ from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run
 from saeffect.study.stages.features import features_inputs, run_features
 from saeffect.study.stages.gate import gate_inputs, run_gate
 from saeffect.study.stages.match import match_inputs, run_match
+from saeffect.study.stages.models_report import models_report_inputs, run_models_report
 from saeffect.study.stages.report import report_inputs, run_report
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.select import run_select, select_inputs
@@ -128,6 +129,7 @@ def _method(study: Study) -> Iterator[_Step]:
     # Without SAEs, what changed between the models themselves is all that there is to find.
     if not study.has_saes:
         yield _Step("changes", "changes", changes_inputs, run_changes)
+        yield _Step("report", "report", models_report_inputs, run_models_report)
         return
 
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.

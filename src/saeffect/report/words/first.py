@@ -11,7 +11,7 @@ import pandas as pd
 
 from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace
 
-__all__ = ["first_findings", "is_same", "more_expected"]
+__all__ = ["first_findings", "is_same", "more_expected", "word_tokens"]
 
 _SHOWN = 8  # words, features
 _LEAST = 20  # tokens on which a feature must fire, in one of the models, for its rise or fall to be told
@@ -36,6 +36,11 @@ def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = Fa
     return order[share[order] > 0]
 
 
+def word_tokens(tokens: Sequence[str], plain: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Bool [d_vocab]: the plain tokens with two letters or more."""
+    return plain & np.array([sum(map(str.isalpha, token)) > 1 for token in tokens])
+
+
 def first_findings(
     trace: Trace,
     tokens: Sequence[str],
@@ -54,7 +59,7 @@ def first_findings(
         groups: The table `change_groups` of named groups of features, if it was made.
         decode: Text of a list of ids; None: the tokens joined.
     """
-    words = plain & np.array([sum(map(str.isalpha, token)) > 1 for token in tokens])
+    words = word_tokens(tokens, plain)
     lines = [_losses(trace), _distance(trace)]
     for less, verb in ((False, "more"), (True, "less")):
         ids = more_expected(trace, words, less=less)[:_SHOWN]
