@@ -26,13 +26,14 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
+from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
 __all__ = ["Numbering", "number_page", "page_environment", "page_style", "render_report", "write_report"]
 
 _TEMPLATES = (
-    *("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
+    *("report.html.j2", "pieces.html.j2", "learned.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
     "models.html.j2",
 )
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
@@ -93,6 +94,7 @@ def render_report(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
+        learned=learned(comparison.matches.further, context.domain, alpha=context.alpha),
         paragraph=traced_paragraph(comparison.answer, _anchors(views)),
         evidence=words,
         threats=len(comparison.threats),
@@ -128,6 +130,7 @@ def page_environment(numbers: Numbering | None = None) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["numbers"] = numbers.labels
+    environment.globals["placed"] = {"tables": set[str](), "figures": set[str]()}  # names of what the page shows so far
     environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment
@@ -169,6 +172,7 @@ def _pictures(
     said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
+    missing |= set() if "learned" in tables else {"learned"}
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn
