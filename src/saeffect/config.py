@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -203,6 +204,11 @@ class SelectionConfig(StrictModel):
     domain: str = Field("", description="What to call the domain; by default the vocabulary's name.")
     min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
+
+    @property
+    def subject(self) -> str:
+        """What the domain is called."""
+        return self.domain or PurePath(self.vocabulary or "domain").stem
 
 
 class InterventionConfig(StrictModel):

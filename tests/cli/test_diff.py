@@ -140,7 +140,11 @@ def test_an_equal_model_under_another_name(here: Path, things: Path, capsys: pyt
         (("base", "tuned", "--text", "none.jsonl"), "none.jsonl", ""),
         (("base", "tuned", "--text", "short.txt"), "one row of 128 tokens", "text.context_size"),
         (("base", "tuned", "--text", "notes.jsonl", "--sae", "./nowhere"), "no SAE folder './nowhere'", "org/name"),
-        (("base", "tuned", "--text", "notes.jsonl", "--sae", "notes.jsonl"), "is a file; an SAE is a folder", "cfg.json"),
+        (
+            ("base", "tuned", "--text", "notes.jsonl", "--sae", "notes.jsonl"),
+            "is a file; an SAE is a folder",
+            "cfg.json",
+        ),
         (("base", "tuned", "--text", "notes.jsonl", "--sae", "wide"), "d_in=16", "trained on this model"),
         (("base", "wider", "--text", "notes.jsonl"), "width", "its own fine-tune"),
         (("base", "foreign", "--text", "notes.jsonl"), "tokenizers", "its own fine-tune"),

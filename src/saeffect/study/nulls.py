@@ -32,7 +32,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering import NoiseCell, Sampling, generate
 from saeffect.study.study import Study
-from saeffect.study.texts import study_rows
+from saeffect.study.texts import machine_memory, study_rows
 
 __all__ = [
     "NullsResult",
@@ -59,6 +59,7 @@ _STEMS = (
 _LENGTH = 96  # tokens of a text, its stem included
 _BATCH = 128  # texts of one stem, written at once; one file
 _POOL = 1.5  # times what one null reads, so that each reads other texts
+_SHARE = 1 / 8  # of memory, for what the base model computes
 _EVALUATION_ROWS = 8  # perplexities are for the card alone
 # What may differ between nulls of one folder.
 _FREE = {"text", "control_text", "field", "licence", "checkpoint_every", "evaluation_rows", "seed", "model"}
@@ -203,13 +204,17 @@ def check_nulls(study: Study) -> str:
 
 def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
     control = study.config.arms[study.by_role("control")[0]].model
-    if model_identity(recipe.model) != model_identity(control):
+    if recipe.model.adapter or model_identity(recipe.model) != model_identity(control):
         raise ConfigError(
-            f"the recipe fine-tunes {recipe.model.path}, and the study's control is {control.path}: another model.",
+            f"the recipe fine-tunes {recipe.model.path}, and the study's control is {control.path}: another model,"
+            " or one with an adapter.",
             at=study.at("arms", study.by_role("control")[0], "model"),
-            fix="take the recipe of a fine-tune of the control.",
+            fix="take the recipe of a fine-tune of the control; save a control with an adapter as a whole model first.",
         )
-    return study_tracer(study, log)
+    tracer = study_tracer(study, log)
+    # The base model's logits and layers are needed for every null: kept where there is room.
+    size = tracer.rows.ids.size * (tracer.base.d_vocab + tracer.base.n_layers * tracer.base.d_model)
+    return dataclasses.replace(tracer, keep=size * tracer.base.dtype.itemsize <= machine_memory() * _SHARE)
 
 
 def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, log: Log) -> str:

@@ -157,6 +157,10 @@ def _method(study: Study) -> Iterator[_Step]:
     # taught nothing?
     yield _Step("changes", "changes", changes_inputs, run_changes)
 
+    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
+    # taught nothing?
+    yield _Step("changes", "changes", changes_inputs, run_changes)
+
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
     # the test does not use; what is measured, and which of it decides, was declared in the study file.

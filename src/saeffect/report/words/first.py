@@ -101,7 +101,7 @@ def _named(groups: pd.DataFrame | None) -> list[str]:
         return []
     claimed = groups[groups["claimed"].astype(bool)]
     return [
-        f"{row.direction}: {row.name} ({row.n_features} features; q {row.q:.2g})"
+        f"{row.direction} than in any null fine-tune: {row.name} ({row.n_features} features; q {row.q:.2g})"
         for row in claimed.head(_SHOWN).itertuples(index=False)
     ]
 

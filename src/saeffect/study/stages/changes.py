@@ -16,13 +16,12 @@ import pandas as pd
 
 from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
-from saeffect.diffing.trace import Trace
+from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import locate_adapter
+from saeffect.lm.loading import BUNDLED, locate_adapter
 from saeffect.progress import Log
-from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 from saeffect.study.nulls import nulls_folder, study_tracer
@@ -30,13 +29,15 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import shared_unembedding
 from saeffect.study.study import Study
 
-__all__ = ["changes_inputs", "read_trace", "run_changes"]
+__all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
 VERSION = 1
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
+CHANGE_TABLES = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
@@ -46,7 +47,10 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "control": control,
         "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
-        "features": run.digest(run.arm(study.by_role("control")[0], "features.parquet")),
+        "tables": run.digest(
+            *(run.arm(study.by_role("control")[0], file) for file in ("features.parquet", "selection.parquet"))
+        ),
+        "domain": study.config.selection.subject,
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
         "nulls": _identity(nulls_folder(study)),
@@ -79,13 +83,10 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     started = time.monotonic()
     trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
     seconds = time.monotonic() - started
-    found = {}
-    if tracer.sae is not None:
-        basis = _basis(tracer.sae, run.read_table(run.arm(control, "features.parquet")), tracer.base)
-        found = _judged(trace, nulls, basis, study.config.comparison.alpha)
+    found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
     if folder is None:
-        rate = _FORWARDS * tracer.rows.ids.size / seconds / _TRAINING
-        found = {name: _with_reason(table, _missing(study, rate)) for name, table in found.items()}
+        _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
+        found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
     path = run.path("comparison", "trace.safetensors")
     trace.save(path)
     tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
@@ -105,9 +106,14 @@ def _size(lm: LanguageModel) -> tuple[int, ...]:
     return lm.d_model, lm.d_vocab, lm.n_layers
 
 
-def _judged(trace: Trace, nulls: list[Trace], basis: Basis, alpha: float) -> dict[str, pd.DataFrame]:
+def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]) -> dict[str, pd.DataFrame]:
     """The tables of naming; each feature's change also with p and q of its own."""
-    found = name_changes(trace, nulls, basis, alpha=alpha)
+    config = run.study.config
+    selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
+    chosen = selection["is_domain"].to_numpy(dtype=bool)
+    declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
+    basis = _basis(run, control, tracer.base)
+    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha)
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     for name in (*BASES, "combined"):
         own, others = _changes(trace, nulls, name, basis.top_tokens)
@@ -141,27 +147,34 @@ def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:
     return np.asarray(tuned - base)
 
 
-def _basis(sae: SparseAutoencoder, features: pd.DataFrame, base: LanguageModel) -> Basis:
-    features = features.sort_values("feature")
-    W_dec = sae.W_dec.detach().float().cpu().numpy()
+def _basis(run: RunFolder, control: str, base: LanguageModel) -> Basis:
+    features = run.read_table(run.arm(control, "features.parquet")).sort_values("feature")
+    W_dec = run.study.open_arm(control).W_dec.float().cpu().numpy()
     top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
     return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings())
 
 
 def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
-    return table.assign(reason=missing) if len(table) else table
+    return table.assign(reason=missing) if len(table) and "reason" in table else table
 
 
-def _missing(study: Study, rate: float) -> str:
-    """What a study without nulls lacks, what they would cost, and the command; `rate` in training tokens a second."""
-    called = shlex.quote(study.called)
-    command = f"saeffect finetune RECIPE --null {_WANTED} --study {called} --out nulls, then nulls: nulls in the study"
+def _missing(study: Study) -> str:
+    """What a study without nulls lacks, and the command that makes it; nothing that differs from run to run."""
+    called = study.called if study.called.startswith(BUNDLED) else study.source.name
     tokens = _recipe_tokens(study)
-    if tokens is None:
-        cost = "RECIPE being the one of the fine-tuning"
-    else:
-        cost = f"about {max(1, math.ceil(_WANTED * tokens / rate / 60)):,} minutes for {_WANTED}"
-    return f"no null fine-tunes, so nothing says what is usual: {command} ({cost})"
+    cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
+    return (
+        f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
+        f" {shlex.quote(called)} --out nulls, then nulls: nulls in the study{cost}"
+    )
+
+
+def _say_cost(study: Study, rate: float, log: Log) -> None:
+    """How long nulls would take on this machine, at `rate` tokens read a second by one model."""
+    tokens = _recipe_tokens(study)
+    if tokens is not None:
+        minutes = math.ceil(_WANTED * tokens * _TRAINING / rate / 60)
+        log(f"  no null fine-tunes to compare with; {_WANTED} would take about {minutes:,} minutes here")
 
 
 def _recipe_tokens(study: Study) -> int | None:
