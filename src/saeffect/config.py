@@ -113,8 +113,7 @@ class ArmConfig(StrictModel):
     sae: str | None = Field(
         None,
         min_length=1,
-        description="Folder in SAELens' layout, or bundled:<name>. Without one in every arm (and steering: null), the"
-        " models alone are compared; with one and the same in both arms, no dictionaries are.",
+        description="Folder in SAELens' layout, or bundled:<name>. In every arm or, unsteered, none.",
     )
     more_saes: tuple[str, ...] = Field(
         (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
@@ -198,9 +197,7 @@ class CoherenceConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """What makes a feature one of the domain."""
 
-    vocabulary: str | None = Field(
-        "medical", description="Bundled name, or a text file with a word a line; null: no feature is of a domain."
-    )
+    vocabulary: str | None = Field("medical", description="Bundled name, or a text file with a word a line; or null.")
     domain: str = Field("", description="What to call the domain; by default the vocabulary's name.")
     min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
@@ -396,9 +393,7 @@ class StudyConfig(StrictModel):
             raise ValueError("a study has exactly one control and one treatment arm")
         without = [name for name, arm in self.arms.items() if arm.sae is None]
         if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
-            raise ValueError(
-                f"arms.{without[0]}.sae is missing; a study without SAEs has none in either arm, and steering: null"
-            )
+            raise ValueError(f"arms.{without[0]}.sae is missing; without it, no arm has one, and steering is null")
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")
