@@ -51,7 +51,13 @@ def diff(
         if not answer.lines:
             show("no difference: on this text, both models predict the same to the last digit.")
             return
-        for line in ("", *answer.lines, *(() if sae else (_NO_SAE,)), *(() if nulls else (_NO_NULLS,)), ""):
+        for line in (
+            "",
+            *answer.lines,
+            *(() if sae else (_NO_SAE,)),
+            *(() if study.config.nulls else (_NO_NULLS,)),
+            "",
+        ):
             show(line)
         run = answer.rest(log)
     if run.path("report.html").is_file():

@@ -32,8 +32,9 @@ from saeffect.study.study import Study
 __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
-_TOKENS = 24_576  # of text: as many rows as a trace reads
-_CONTEXT = 128
+_ROWS, _CONTEXT = 192, 96  # of text: as many rows as a trace reads
+_NULLS_OF = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
+_BUNDLED_NULLS = "smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
 
 
@@ -47,7 +48,7 @@ class DiffRequest:
         sae: An SAE of the base model: folder, bundled:<name>, or a folder of a hub repository (org/name/folder).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
         vocabulary: Bundled name or file of a domain's words.
-        nulls: Folder of null fine-tunes' traces, or bundled:<name>.
+        nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
         name: What to call the study.
     """
 
@@ -82,8 +83,9 @@ def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
         "selection": {"vocabulary": _path(request.vocabulary)},
         "steering": None,
     }
-    if request.nulls is not None:
-        values["nulls"] = _path(request.nulls)
+    nulls = request.nulls or _bundled_nulls(request)
+    if nulls is not None:
+        values["nulls"] = _path(nulls)
     return Study(StudyConfig.read(values, at="the command"), source)
 
 
@@ -184,14 +186,24 @@ def _middle(base: Mapping[str, Any], log: Log) -> str:
 
 def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
     if request.texts:
-        return {"sources": _sources(request.texts), "tokens": _TOKENS, "context_size": _CONTEXT}
+        return {"sources": _sources(request.texts), "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
     if base["path"].startswith(BUNDLED):
-        return {"bundled": _BUNDLED_TEXT, "tokens": _TOKENS}
+        return {"bundled": _BUNDLED_TEXT, "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
     raise ConfigError(
         "there is no text for the models to read.",
         at="--text",
         fix="give one or more: --text general=web.jsonl --text domain=notes.txt (or a dataset id on the hub).",
     )
+
+
+def _bundled_nulls(request: DiffRequest) -> str | None:
+    """The nulls of the embedded pair, which were measured on the bundled text."""
+    if request.texts or (request.base, request.tuned, request.sae) != _NULLS_OF:
+        return None
+    with contextlib.suppress(ConfigError):
+        bundled_path("nulls", _BUNDLED_NULLS)
+        return BUNDLED + _BUNDLED_NULLS
+    return None
 
 
 def _sources(texts: Sequence[str]) -> list[dict[str, str]]:
