@@ -51,13 +51,8 @@ def diff(
         if not answer.lines:
             show("no difference: on this text, both models predict the same to the last digit.")
             return
-        for line in (
-            "",
-            *answer.lines,
-            *(() if sae else (_NO_SAE,)),
-            *(() if study.config.nulls else (_NO_NULLS,)),
-            "",
-        ):
+        missing = [line for line, given in ((_NO_SAE, sae), (_NO_NULLS, study.config.nulls)) if not given]
+        for line in ("", *answer.lines, *missing, ""):
             show(line)
         run = answer.rest(log)
     if run.path("report.html").is_file():
