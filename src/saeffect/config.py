@@ -111,7 +111,11 @@ class ArmConfig(StrictModel):
         " with an SAE of another seed."
     )
     model: ModelConfig = Field(description="Which language model; the keys are below.")
-    sae: str = Field(min_length=1, description="Folder in SAELens' layout, or bundled:<name>.")
+    sae: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder in SAELens' layout, or bundled:<name>. In every arm or, unsteered, none.",
+    )
     more_saes: tuple[str, ...] = Field(
         (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."
     )
@@ -122,6 +126,8 @@ class ArmConfig(StrictModel):
 
     @model_validator(mode="after")
     def _different_seeds(self) -> Self:
+        if self.more_saes and self.sae is None:
+            raise ValueError("more_saes are seeds beside sae, which is missing")
         _all_different("SAE", (self.sae, *self.more_saes))
         return self
 
@@ -132,7 +138,7 @@ class TextConfig(StrictModel):
     bundled: str | None = Field(None, description="Bundled token ids, such as smollm2-sampled.")
     sources: tuple[TextSource, ...] = Field((), description="Or files; call their names general and domain.")
     tokens: int = Field(100_000, ge=256, description="At most so many tokens, over all sources.")
-    context_size: int = Field(256, ge=8, description="Tokens a row, for files.")
+    context_size: int = Field(256, ge=8, description="Tokens a row; bundled rows are cut to so many.")
     bos: BosRule = Field(
         "auto",
         description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"
@@ -192,7 +198,7 @@ class CoherenceConfig(StrictModel):
 class SelectionConfig(StrictModel):
     """What makes a feature one of the domain."""
 
-    vocabulary: str = Field("medical", description="Bundled name, or a text file with a word a line.")
+    vocabulary: str | None = Field("medical", description="Bundled name, or a text file with a word a line; or null.")
     domain: str = Field("", description="What to call the domain; by default the vocabulary's name.")
     min_matches: int = Field(2, ge=1, description="Top tokens in the vocabulary.")
     verdicts: str | None = Field(None, description="CSV: feature, arm, rater, verdict, label, note.")
@@ -200,7 +206,7 @@ class SelectionConfig(StrictModel):
     @property
     def subject(self) -> str:
         """What the domain is called."""
-        return self.domain or PurePath(self.vocabulary).stem
+        return self.domain or PurePath(self.vocabulary or "domain").stem
 
 
 class InterventionConfig(StrictModel):
@@ -413,6 +419,9 @@ class StudyConfig(StrictModel):
         roles = Counter(arm.role for arm in self.arms.values())
         if roles["control"] != 1 or roles["treatment"] != 1:
             raise ValueError("a study has exactly one control and one treatment arm")
+        without = [name for name, arm in self.arms.items() if arm.sae is None]
+        if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
+            raise ValueError(f"arms.{without[0]}.sae is missing; without it, no arm has one, and steering is null")
         for name in self.steering.together if self.steering else ():
             if name not in self.arms:
                 raise unknown_name("arm", name, self.arms, at="steering.together")

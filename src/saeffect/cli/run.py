@@ -49,6 +49,7 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
     from saeffect.io import read_json
     from saeffect.parallel import is_first
     from saeffect.study.run import run_study
+    from saeffect.study.stages.models_report import findings
     from saeffect.study.study import Study
 
     with process_log() as log:
@@ -57,6 +58,9 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
         log(f"study {study.config.name}: {', '.join(study.config.arms)}")
         finished = run_study(study, folder, stages=stages, redo=redo, log=log)
     if "report" in stages and is_first():
-        headline = read_json(finished.path("comparison", "answer.json"))["headline"]
-        for line in ("", headline, "", f"report: {finished.path('report.html').resolve()}"):
+        if study.has_saes:
+            headline = (str(read_json(finished.path("comparison", "answer.json"))["headline"]),)
+        else:
+            headline = findings(finished)
+        for line in ("", *headline, "", f"report: {finished.path('report.html').resolve()}"):
             show(line)

@@ -21,10 +21,11 @@ from saeffect.config import ChangesConfig
 from saeffect.diffing.naming import FEWEST_NULLS
 from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, InUse, placed
+from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
-from saeffect.lm.activations import NormLimit, TokenRows
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
+from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
 from saeffect.progress import SILENT, Log
@@ -139,9 +140,23 @@ def training_tokens(recipe: FinetuneConfig) -> int:
 
 
 def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
-    """What measures fine-tunes of the study's control model, with the control's SAE on the first rows of its text."""
-    arm = study.open_arm(study.by_role("control")[0], log)
-    rows = study.rows()
+    """What measures fine-tunes of the study's control model, with the control's SAE (if any) on its first rows of text.
+
+    EmptySelection for a text of one row.
+    """
+    control, rows = study.by_role("control")[0], study.rows()
+    if len(rows) < 2:
+        raise EmptySelection(
+            f"the text has one row of {rows.context_size} tokens; expected at least two.",
+            at=study.at("text"),
+            fix="give more text, or shorter rows: text.context_size.",
+        )
+    if not study.has_saes:
+        lm, hook = study.open_model(control, log), study.hook(control)
+        parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
+        limit = first_limit(lm, hook, rows.ids[:8])
+        return Tracer(lm, None, hook, traced_rows(rows, study.config.changes), limit, log)
+    arm = study.open_arm(control, log)
     return Tracer(arm.lm, arm.sae, arm.hook, traced_rows(rows, study.config.changes), arm.norm_limit(rows), log)
 
 
@@ -179,7 +194,8 @@ def check_nulls(study: Study) -> str:
         )
         with placed(study.at("text")):
             rows = traced_rows(study_rows(some, lambda: lm, prepend_bos=study.prepend_bos), changes)
-        tracer = Tracer(lm, load_sae(study.sae_folder(control)), study.hook(control), rows, NormLimit(1.0, 1.0))
+        sae = load_sae(study.sae_folder(control)) if study.has_saes else None
+        tracer = Tracer(lm, sae, study.hook(control), rows, NormLimit(1.0, 1.0))
         made_by, measured, unsaid = tracer.made_by, tracer.measured_on, ""
     n = len(read_nulls(folder, made_by, measured=measured, at=study.at("nulls")))
     few = f", and nothing is named by fewer than {FEWEST_NULLS}" if n < FEWEST_NULLS else ""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import pandas as pd
 
 from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
-from saeffect.diffing.trace import Trace
+from saeffect.diffing.trace import Trace, Tracer
+from saeffect.errors import NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import BUNDLED, locate_adapter
@@ -28,7 +29,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import shared_unembedding
 from saeffect.study.study import Study
 
-__all__ = ["CHANGE_TABLES", "changes_inputs", "run_changes"]
+__all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
 VERSION = 1
 _WANTED = 20  # nulls, in what is said of their cost
@@ -74,8 +75,7 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     folder, nulls = nulls_folder(study), list[Trace]()
     if folder is not None:
         nulls = read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at=study.at("nulls"))
-    basis = _basis(run, control, tracer.base)
-    tuned = study.open_arm(treatment, log).lm
+    tuned = study.open_model(treatment, log)
     if _size(tuned) != _size(tracer.base):
         log("  the arms' models differ in size, so neither is a fine-tune of the other")
         return []
@@ -83,9 +83,7 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     started = time.monotonic()
     trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
     seconds = time.monotonic() - started
-    selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
-    declared = {study.config.selection.subject: selection["is_domain"].to_numpy(dtype=bool)}
-    found = _judged(trace, nulls, basis, declared, study.config.comparison.alpha)
+    found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
         found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
@@ -95,15 +93,27 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     return [path, *tables]
 
 
+def read_trace(run: RunFolder) -> Trace:
+    """The trace that this stage wrote; NotFound if the models differ in size, or it has not run."""
+    path = run.path("comparison", "trace.safetensors")
+    if not path.is_file():
+        fix = "compare a model with its own fine-tune: of equal width, depth and number of tokens."
+        raise NotFound("there is no trace of the fine-tune.", at=str(path), fix=fix)
+    return Trace.load(path)
+
+
 def _size(lm: LanguageModel) -> tuple[int, ...]:
     return lm.d_model, lm.d_vocab, lm.n_layers
 
 
-def _judged(
-    trace: Trace, nulls: list[Trace], basis: Basis, declared: Mapping[str, BoolArray], alpha: float
-) -> dict[str, pd.DataFrame]:
+def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]) -> dict[str, pd.DataFrame]:
     """The tables of naming; each feature's change also with p and q of its own."""
-    found = name_changes(trace, nulls, basis, declared=declared, alpha=alpha)
+    config = run.study.config
+    selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
+    chosen = selection["is_domain"].to_numpy(dtype=bool)
+    declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
+    basis = _basis(run, control, tracer.base)
+    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha)
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     for name in (*BASES, "combined"):
         own, others = _changes(trace, nulls, name, basis.top_tokens)

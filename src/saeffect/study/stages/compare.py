@@ -171,4 +171,5 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         l0=quality.get("l0"),
         dead_share=quality.get("dead_share"),
         same_as_control=quality.get("same_as_control"),
+        same_sae=study.one_sae and arm.role == "treatment",
     )
