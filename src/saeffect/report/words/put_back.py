@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import pandas as pd
@@ -22,7 +21,7 @@ _PREDICTIONS = {
 
 
 def put_back_row(
-    table: pd.DataFrame, measure: str, n_features: int | None, kind: str = "own", **where: Hashable
+    table: pd.DataFrame, measure: str, n_features: int | None, kind: str = "own", **where: str
 ) -> dict[str, Any] | None:
     """The row of `put_back_table` of this measure, set and kind; None if there is none.
 
@@ -44,7 +43,7 @@ def put_back_sentence(
     *,
     subject: str = "medical",
     called: str = "",
-    **where: Hashable,
+    **where: str,
 ) -> str:
     """How much of what fine-tuning does at the hook these features carry, beside matched features and with intervals.
 
@@ -79,7 +78,7 @@ def put_back_sentence(
     return text
 
 
-def _beside(table: pd.DataFrame, own: dict[str, Any], where: dict[str, Hashable]) -> str:
+def _beside(table: pd.DataFrame, own: dict[str, Any], where: dict[str, str]) -> str:
     """Matched features, and what of the comparison is not shown; "" if the share itself is undefined."""
     if not is_defined(own["low"]):
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -38,7 +39,7 @@ def where_lines(tables: Mapping[str, pd.DataFrame], *, alpha: float = 0.05) -> l
     return [*lines, *([f"({reason})"] if reason else [])]
 
 
-def _line(label: str, row: Mapping[object, object], unit: str) -> str:
+def _line(label: str, row: Mapping[Any, Any], unit: str) -> str:
     ends = [amount(float(row[name]), unit) if is_defined(row[name]) else "" for name in ("null_low", "null_high")]
     nulls = f"{ends[0]} to {ends[1]}" if all(ends) else "–"
     p = p_value(row["p"]) if is_defined(row["p"]) else "–"
