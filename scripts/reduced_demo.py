@@ -24,6 +24,8 @@ def main(out: Path) -> None:
     config["gate"]["tokens"] = 1024
     for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
+    # Null fine-tunes are measured on more rows than this.
+    config["nulls"], config["changes"] = None, {"rows": 32}
     config["steering"] |= {"max_features": 4, "search_features": 2, "doses": [0.3, 0.6], "samples": 1}
     config["steering"] |= {"max_new_tokens": 12, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}
