@@ -145,7 +145,7 @@ WRONG: list[tuple[str, dict[str, Any], Callable[[Path, Path], list[str]], str]] 
         "groups.a",
     ),
     ("no word", {"groups": {"a": {"vocabulary": "medicale"}}}, lambda f, t: command(f), "did you mean 'medical'"),
-    ("one row", GROUP, lambda f, t: command(f, text="row.jsonl"), "the text fills one row"),
+    ("one row", GROUP, lambda f, t: command(f, text="row.jsonl"), "one row of"),
     ("no nulls", GROUP, lambda f, t: command(f, "--nulls", str(t)), "holds no null-"),
     ("no source", {"texts": {"domain": {"kl": 1}}}, lambda f, t: command(f), "valid: all, general"),
     ("no model", GROUP, lambda f, t: command(f, tuned="none"), "there is no model"),
@@ -158,7 +158,7 @@ def test_wrong_input_exits_with_2_and_writes_nothing(
     files: Path, tmp_path: Path, capsys: Any, values: Any, given: Any, words: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(files / "base")
-    row = tokenizer.decode(tokenizer.encode(" ".join(sentences(300)))[:200])
+    row = tokenizer.decode(tokenizer.encode(" ".join(sentences(300)))[:150])
     (files / "row.jsonl").write_text(json.dumps({"text": row}), encoding="utf-8")
     budget(files, **values)
     assert call([*given(files, tmp_path), "--out", str(tmp_path / "out")]) == 2
@@ -172,7 +172,7 @@ def test_nulls_of_another_text_are_refused(files: Path, capsys: Any) -> None:
     line = (files / "other.jsonl").read_text(encoding="utf-8").split("\n", 1)[1]
     (files / "other.jsonl").write_text(line, encoding="utf-8")
     assert call(command(files, "--nulls", str(files / "nulls"), text="other.jsonl")) == 2
-    assert "was measured with another" in capsys.readouterr().err
+    assert "was measured on another" in capsys.readouterr().err
 
 
 def test_the_keys_are_the_page_in_the_docs(capsys: Any) -> None:

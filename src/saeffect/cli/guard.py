@@ -31,15 +31,17 @@ def _keys() -> str:
 
 
 def guard(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, as in a study file.")],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tuned model, or an adapter.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")],
     budget: Annotated[Path, typer.Option(help="YAML file (see --keys).", parser=user_path)],
     nulls: Annotated[
-        Path | None, typer.Option(help="Folder of null-*.safetensors to judge groups against.", parser=user_path)
+        str | None, typer.Option(help="Null fine-tunes to judge groups against: folder of traces, or bundled:<name>.")
     ] = None,
-    sae: Annotated[str | None, typer.Option(help="An SAE of the base model: a folder, or bundled:<name>.")] = None,
+    sae: Annotated[
+        str | None, typer.Option(help="An SAE of BASE: folder, bundled:<name>, or org/name/folder on the hub.")
+    ] = None,
     text: Annotated[
-        list[str] | None, typer.Option(help="<source>=<file> (may be repeated), or a bundled text.")
+        list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for verdicts.json, .xml (JUnit) and .md.", parser=user_path)

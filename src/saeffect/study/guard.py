@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from saeffect.config import ModelConfig, TextConfig
 from saeffect.config_file import read_config_file
 from saeffect.diffing.budget import Budget, GroupRule
-from saeffect.diffing.guard import Group, Rows, Verdict, judge, refuse_other_nulls, refuse_other_texts
-from saeffect.diffing.trace import Trace, Tracer
-from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound, placed
+from saeffect.diffing.guard import Group, Rows, Verdict, judge, refuse_other_texts
+from saeffect.diffing.nulls import read_nulls
+from saeffect.errors import BadFile, ConfigError, EmptySelection, placed
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import Vocabulary, count_matches, load_vocabulary
-from saeffect.lm.activations import TokenRows, first_limit
-from saeffect.lm.adapters import ADAPTER_CONFIG
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
-from saeffect.lm.tokens import resolve_prepend_bos
-from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats import load_sae
 from saeffect.stats.arguments import IntArray
-from saeffect.study.study import Arm, require_width
-from saeffect.study.texts import study_rows
+from saeffect.study.diff import DiffRequest, diff_study, same_model
+from saeffect.study.nulls import nulls_folder, study_tracer
 
-__all__ = ["guard", "load_nulls", "read_budget", "resolve_groups", "tuned_config"]
+__all__ = ["guard", "read_budget", "resolve_groups"]
 
-_ROWS, _TOKENS = 192, 64  # of text, as traces have
-_CONTEXT = 128  # tokens of the pieces of a file that rows are the beginnings of
-_ENOUGH = 65_536  # tokens of a bundled text
-_BUNDLED_TEXT = "bundled:smollm2-sampled"
 _TOP = 10  # top tokens a feature
 
 
@@ -55,11 +41,8 @@ def guard(
     """Judge a fine-tune of a base model by a budget; writes nothing.
 
     Args:
-        base: A model, named as in a study file: folder, hub id, GGUF file or bundled name.
-        tuned: A model, or an adapter of the base model.
-        nulls: Folder with `null-*.safetensors`, traces of fine-tunes that taught nothing.
-        sae: Of the base model: a folder, or bundled:<name>. None: groups are judged by the expected words alone.
-        text: A bundled text, or files, each as a path or as <source>=<path>; none for the bundled model: its text.
+        base: As `DiffRequest.base`; `tuned`, `sae`, `nulls` and `text` too. Without an SAE groups are judged by the
+            expected words alone.
 
     Raises:
         ConfigError: Base and fine-tune are the same model or give the same predictions; a text of one row; a group of
@@ -67,43 +50,24 @@ def guard(
         EmptySelection: A group without a feature or a word of the tokenizer.
         SaeffectError: A model, SAE, text or null that cannot be read, or belongs to something else.
     """
-    traces = load_nulls(nulls) if nulls is not None else []
-    configs = ModelConfig(path=base), tuned_config(base, tuned)
-    if model_identity(configs[0], at="BASE") == model_identity(configs[1], at="TUNED"):
+    named = None if nulls is None else str(nulls)
+    request = DiffRequest(base, tuned, sae, tuple(text), nulls=named, name="guard")
+    study = diff_study(request, Path("the command"), log)
+    if same_model(study):
         raise ConfigError("base and tuned are the same model.", at="TUNED", fix="give the fine-tune second.")
-    opened = _open_sae(sae) if sae is not None else None
-    words: Mapping[str, Any] = {} if opened is None else {"base": opened.cfg.metadata.get("prepend_bos")}
-    lm = load_language_model(configs[0], at="BASE", log=log)
-    lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos("auto", words))
-    text = text or ((_BUNDLED_TEXT,) if base.startswith(BUNDLED) else ())
-    rows = _text_rows(text, lm)
-    tracer = _tracer(lm, opened, rows, log)
+    tracer, folder = study_tracer(study, log), nulls_folder(study)
+    rows = tracer.rows
     refuse_other_texts(budget, rows.names)
-    refuse_other_nulls(traces, tracer.made_by)
-    groups, top_tokens = resolve_groups(budget, lm, opened)
-    other = load_language_model(configs[1], at="TUNED", log=log)
-    if other.d_vocab == lm.d_vocab:  # else the tracer says so
-        other = dataclasses.replace(other, tokenizer=lm.tokenizer, prepend_bos=lm.prepend_bos)
-    trace = tracer.trace(other, other.name)
+    known = [] if folder is None else read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at="--nulls")
+    groups, top_tokens = resolve_groups(budget, tracer.base, tracer.sae)
+    trace = tracer.trace(study.open_model(study.by_role("treatment")[0], log), tuned)
     if not np.nanmax(np.abs(trace.kl)) > 0:
         raise ConfigError(
             "both models predict the same everywhere, so nothing was fine-tuned.",
             at="TUNED",
             fix="check that this is the trained model, and that its adapter was trained and saved.",
         )
-    return judge(budget, groups, trace, traces, Rows(rows.sources, rows.names), top_tokens)
-
-
-def _tracer(lm: LanguageModel, sae: SparseAutoencoder | None, rows: TokenRows, log: Log) -> Tracer:
-    """As a study measures its nulls: on the beginnings of rows, with its limit of the residual's norm."""
-    if sae is None:
-        hook = f"blocks.{lm.n_layers // 2}.hook_resid_pre"
-        limit = first_limit(lm, hook, rows.ids[:8])
-    else:
-        hook = str(sae.cfg.hook_name)
-        require_width(sae.cfg, lm.d_model, hook, lm.name, at="--sae")
-        limit = Arm("base", "control", lm, sae, hook).norm_limit(rows)
-    return Tracer(lm, sae, hook, TokenRows(rows.ids[:, :_TOKENS], rows.sources, rows.names), limit, log=log)
+    return judge(budget, groups, trace, known, Rows(rows.sources, rows.names), top_tokens)
 
 
 def read_budget(path: Path | str) -> Budget:
@@ -112,31 +76,6 @@ def read_budget(path: Path | str) -> Budget:
     if not isinstance(values, dict):
         raise BadFile("a budget file is a mapping of keys to values.", at=str(path), fix="see saeffect guard --keys.")
     return Budget.read(values, at=str(path))
-
-
-def load_nulls(folder: Path | str) -> list[Trace]:
-    """The traces `null-*.safetensors` of a folder, in the order of their numbers; NotFound if there is none."""
-    place = user_path(folder, at="--nulls")
-    files = sorted(place.glob("null-*.safetensors"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)])
-    if not files:
-        raise NotFound(
-            f"the folder {str(folder)!r} holds no null-*.safetensors.",
-            at="--nulls",
-            fix="make some: saeffect finetune RECIPE --null 20, or leave --nulls out.",
-        )
-    return [Trace.load(path) for path in files]
-
-
-def tuned_config(base: str, tuned: str) -> ModelConfig:
-    """The model of TUNED: a whole one, or an adapter of the base model."""
-    if tuned.startswith(BUNDLED):
-        name = tuned.removeprefix(BUNDLED)
-        bundled = [path.name for path in bundled_path("adapters", "medical-lora").parent.iterdir()]
-        return ModelConfig(path=base, adapter=tuned) if name in bundled else ModelConfig(path=tuned)
-    folder = user_path(tuned, at="TUNED")
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return ModelConfig(path=base, adapter=str(folder.absolute()))
-    return ModelConfig(path=tuned)
 
 
 def resolve_groups(
@@ -186,39 +125,3 @@ def _matching(rule: GroupRule, words: Vocabulary, tops: Sequence[Sequence[str]])
 def _top_tokens(lm: LanguageModel, sae: SparseAutoencoder) -> IntArray:
     found: IntArray = project(sae.W_dec.detach(), unembedding(lm), _TOP, valid=lm.plain_tokens()).indices.numpy()
     return found
-
-
-def _open_sae(sae: str) -> SparseAutoencoder:
-    folder = bundled_path("saes", sae.removeprefix(BUNDLED), at="--sae") if sae.startswith(BUNDLED) else user_path(sae)
-    opened = load_sae(folder, at="--sae")
-    if opened.cfg.hook_name is None:
-        raise ConfigError("the SAE's cfg.json names no hook.", at="--sae", fix="add hook_name to it.")
-    return opened
-
-
-def _text_rows(text: Sequence[str], lm: LanguageModel) -> TokenRows:
-    rows = study_rows(_text_config(text), lambda: lm, prepend_bos=lm.prepend_bos).head(_ROWS)
-    if len(rows) < 2:
-        raise EmptySelection(
-            f"the text fills one row of {rows.context_size} tokens: what happens in one says nothing about others.",
-            at="--text",
-            fix=f"give more text; {_ROWS} rows are read of more.",
-        )
-    lm.refuse_rows(rows.ids)
-    return rows
-
-
-def _text_config(text: Sequence[str]) -> TextConfig:
-    if not text:
-        fix = "give one or more: --text general=web.jsonl --text domain=notes.txt."
-        raise ConfigError("there is no text for the models to read.", at="--text", fix=fix)
-    bundled = [name.removeprefix(BUNDLED) for name in text if name.startswith(BUNDLED)]
-    if bundled and len(text) > 1:
-        raise ConfigError("a bundled text goes with no other.", at="--text", fix="give one of the two.")
-    if bundled:
-        return TextConfig(bundled=bundled[0], tokens=_ENOUGH)
-    sources = []
-    for entry in text:
-        name, equals, path = entry.partition("=")
-        sources.append({"name": name, "path": path} if equals else {"name": Path(entry).stem, "path": entry})
-    return TextConfig.read({"sources": sources, "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}, at="--text")
