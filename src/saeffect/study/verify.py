@@ -28,6 +28,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import run_coherence
 from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.study.stages.models_report import run_models_report
 from saeffect.study.stages.report import run_report
 from saeffect.study.stages.select import run_select
 from saeffect.study.study import Study
@@ -82,6 +83,10 @@ def verify(folder: Path | str, log: Log = SILENT) -> Verified:
     place = Path(folder)
     manifest = _manifest(place)
     study = Study.open(place / "study.yaml")
+    for stage in ("compare", "report") if study.has_saes else ("report",):
+        if stage not in manifest["stages"]:
+            fix = "run it: saeffect run STUDY."
+            raise ConfigError(f"the run is not finished: there is no {stage}.", at=str(place), fix=fix)
     found = list(_changed(place, manifest))
     counts = {"recomputed": 0, "values": 0}
     with tempfile.TemporaryDirectory(prefix="saeffect-verify-") as scratch:
@@ -120,11 +125,6 @@ def _manifest(place: Path) -> dict[str, Any]:
     manifest = read_json(place / "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
         raise BadFile("the manifest is damaged.", at=str(place / "manifest.json"), fix="run the study again.")
-    missing = [name for name in ("compare", "report") if name not in manifest["stages"]]
-    if missing:
-        raise ConfigError(
-            f"the run is not finished: there is no {missing[0]}.", at=str(place), fix="run it: saeffect run STUDY."
-        )
     return manifest
 
 
@@ -140,6 +140,9 @@ def _changed(place: Path, manifest: dict[str, Any]) -> Iterator[Disagreement]:
 
 def _recomputed(run: RunFolder, log: Log) -> Iterator[tuple[str, Callable[[], Iterable[Path]]]]:
     """The stages that need no model, in the study's order, each when its turn comes."""
+    if not run.study.has_saes:
+        yield "report", lambda: run_models_report(run, log)
+        return
     arms = list(run.study.config.arms)
     for arm in arms:
         yield f"coherence {arm}", lambda arm=arm: run_coherence(run, arm, log)
