@@ -26,6 +26,10 @@ def test_the_page_is_balanced(parsed: Page) -> None:
     assert (parsed.unbalanced, parsed.open) == ([], [])
 
 
+def test_nothing_is_further_that_a_section_names(page: str) -> None:
+    assert 'id="further"' not in page
+
+
 def test_the_only_script_is_ours_and_the_policy_names_it(page: str, parsed: Page) -> None:
     assert parsed.count("script") == 1
     script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)

@@ -29,6 +29,7 @@ from saeffect.lm.loading import load_language_model
 from saeffect.lm.lora import fast_training, next_token_loss
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import Interruption
+from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
@@ -167,6 +168,11 @@ def _make(
         log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in found.items()))
         return found
 
+    if config.steps < config.warmup_steps:
+        log(
+            f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
+            f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
+        )
     before = measure(lm.model, "before: ")
     model = _with_adapter(lm, config)
     folder.checkpoint.begin()
@@ -177,6 +183,7 @@ def _make(
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
         recipe[key] = Path(recipe[key]).name if recipe[key] else None
+    recipe["model"]["path"] = name_to_share(config.model.path)
     note = {
         "recipe": recipe,
         "tokens": config.steps * config.batch_size * config.context_size,
@@ -269,6 +276,11 @@ def _rate(step: int, config: FinetuneConfig) -> float:
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
+def _peak(recipe: Mapping[str, Any]) -> float:
+    """The highest learning rate, which a training shorter than its warm-up does not reach."""
+    return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
+
+
 def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32]) -> float:
     ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
     loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
@@ -322,7 +334,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             "",
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
-            f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
+            f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak(recipe):g}, seed"
             f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),

@@ -28,6 +28,7 @@ from saeffect.study.stages.features import features_inputs, run_features
 from saeffect.study.stages.gate import gate_inputs, run_gate
 from saeffect.study.stages.match import match_inputs, run_match
 from saeffect.study.stages.models_report import models_report_inputs, run_models_report
+from saeffect.study.stages.put_back import put_back_inputs, run_put_back
 from saeffect.study.stages.report import report_inputs, run_report
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.select import run_select, select_inputs
@@ -157,9 +158,9 @@ def _method(study: Study) -> Iterator[_Step]:
     # taught nothing?
     yield _Step("changes", "changes", changes_inputs, run_changes)
 
-    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
-    # taught nothing?
-    yield _Step("changes", "changes", changes_inputs, run_changes)
+    # What do the changed features cause? Their activations are put back while the fine-tuned model reads other text.
+    if study.config.put_back is not None:
+        yield _Step("changes", "put back", put_back_inputs, run_put_back)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that

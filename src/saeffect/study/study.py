@@ -247,10 +247,10 @@ class Study:
         return self.by_role("control") + self.by_role("placebo") + self.by_role("treatment")
 
     @functools.cached_property
-    def identities(self) -> Mapping[str, dict[str, str]]:
+    def identities(self) -> Mapping[str, dict[str, str | None]]:
         """Hashes of every arm's model and SAE files, and its hook."""
         models: dict[ModelConfig, str] = {}
-        found = {}
+        found: dict[str, dict[str, str | None]] = {}
         for name, arm in self.config.arms.items():
             if arm.model not in models:
                 models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
