@@ -39,7 +39,7 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "match", "changes", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "compare", "report")
 
 
 def run_study(
@@ -160,7 +160,7 @@ def _method(study: Study) -> Iterator[_Step]:
 
     # What do the changed features cause? Their activations are put back while the fine-tuned model reads other text.
     if study.config.put_back is not None:
-        yield _Step("changes", "put back", put_back_inputs, run_put_back)
+        yield _Step("put-back", "put back", put_back_inputs, run_put_back)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from saeffect.errors import Undefined
-from saeffect.report.context import ReportContext
+from saeffect.report import ReportContext
 from saeffect.report.figures.style import PAPER, ROLE_STYLES, DrawnFigure, FigureKind
 from saeffect.report.figures.where import where, written
 from synthetic_where import where_tables

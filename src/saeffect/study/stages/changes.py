@@ -36,7 +36,12 @@ VERSION = 2
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
-CHANGE_TABLES = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_NAMED = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_WHERE = (
+    *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
+    *("written_words", "openings"),
+)
+CHANGE_TABLES = (*_NAMED, *_WHERE)
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -82,10 +87,10 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
         return []
     alike = {"tokenizer": tracer.base.tokenizer, "shared": tracer.base.shared}
     started = time.monotonic()
-    tuned = dataclasses.replace(tuned, **alike)
-    trace = tracer.trace(tuned, treatment)
+    trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
     seconds = time.monotonic() - started
     found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
+    tuned = dataclasses.replace(tuned, **alike)
     found |= where_changed(trace, nulls, tracer.rows, tuned, alpha=study.config.comparison.alpha)
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
