@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,10 @@ def _recomputed(run: RunFolder, log: Log) -> Iterator[tuple[str, Callable[[], It
         return
     arms = list(run.study.config.arms)
     for arm in arms:
-        yield f"coherence {arm}", lambda arm=arm: run_coherence(run, arm, log)
+        yield f"coherence {arm}", partial(run_coherence, run, arm, log)
     yield "select", lambda: run_select(run, log)
     for arm in arms if run.study.config.steering is not None else ():
-        yield f"effects of steering, {arm}", lambda arm=arm: _steering(run, arm)
+        yield f"effects of steering, {arm}", partial(_steering, run, arm)
     yield "compare", lambda: run_compare(run, log)
     yield "report", lambda: run_report(run, log)
 
