@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1] / "src" / "saeffect"
 TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
-GROUND = ("errors", "progress", "config", "config_keys", "paths", "io", "checksums", "parallel", "allocation")
+GROUND = (
+    "errors",
+    "progress",
+    "config",
+    "config_keys",
+    "config_steering",
+    "paths",
+    "io",
+    "checksums",
+    "parallel",
+    "allocation",
+)
 FLOORS = (
     (*GROUND, "interruption", "sole_writer"),
     ("stats",),
@@ -171,7 +182,8 @@ def _docstring_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 def _is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """A command's parameters are its options, which typer wants one by one."""
-    return any("command" in ast.unparse(d) or "callback" in ast.unparse(d) for d in function.decorator_list)
+    decorated = any("command" in ast.unparse(d) or "callback" in ast.unparse(d) for d in function.decorator_list)
+    return decorated or "typer.Argument" in ast.unparse(function.args)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)

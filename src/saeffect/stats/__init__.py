@@ -36,6 +36,7 @@ from saeffect.stats.proportions import (
     sum_of_independent,
     wilson,
 )
+from saeffect.stats.ratios import ratio_of_means
 from saeffect.stats.regression import ols_robust
 from saeffect.stats.student import cautious_difference, independent_values, mean_interval
 from saeffect.stats.two_way import TwoWayMean, complete_tables, two_way_mean
@@ -72,6 +73,7 @@ __all__ = [
     "ols_robust",
     "paired_difference",
     "permutation_test",
+    "ratio_of_means",
     "risk_ratio",
     "sign_flip_many",
     "sum_of_independent",

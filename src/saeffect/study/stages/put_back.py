@@ -1,0 +1,161 @@
+"""What the changed features cause: put back to the other model's activations, how much of the change do they undo?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from saeffect.config import PutBackConfig
+from saeffect.diffing.cross_activity import change_scores
+from saeffect.diffing.put_back import BothRead, FeatureSet, outcomes, read, sets_of_changed, sets_of_group
+from saeffect.diffing.put_back_shares import put_back_table
+from saeffect.errors import placed
+from saeffect.lm.activations import TokenRows
+from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log
+from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.study import Arm, Study
+from saeffect.study.texts import study_rows
+
+__all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
+
+VERSION = 1
+_GROUPS = 5  # named groups that are put back, the surest first
+
+
+def put_back_inputs(run: RunFolder) -> dict[str, Any]:
+    study = run.study
+    return {
+        "version": VERSION,
+        "arms": {role: study.identities[study.by_role(role)[0]] for role in ("control", "treatment")},
+        "text": study.text_identity,
+        "changes": run.digest(*(run.path("comparison", f"{name}.parquet") for name in ("changes", "change_groups"))),
+        "read": study.config.changes.model_dump(),
+        "put_back": _settings(study).model_dump(),
+        "seed": study.config.seed,
+    }
+
+
+def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
+    """Write `comparison/put_back.parquet`, resuming after the last finished batch of rows; nothing if it cannot be."""
+    study = run.study
+    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    order, n_read = _order(run)
+    rows, is_fresh = put_back_rows(study, n_read)
+    if len(rows) < 2:
+        log("  one row of text cannot both choose features and measure what they cause")
+        return []
+    base, tuned = study.open_arm(control, log), study.open_model(treatment, log)
+    if (tuned.d_model, tuned.n_layers) != (base.lm.d_model, base.lm.n_layers):
+        log("  the arms' models differ in size, so no activation of one can be put into the other")
+        return []
+    activations = [read(lm, base.hook, rows, log) for lm in (base.lm, tuned)]
+    both = BothRead.of(rows, activations[0], activations[1], base.norm_limit(rows))
+    forward, reverse = _sets(run, both, base, order if is_fresh else None)
+    kept = run.kept("put back", put_back_inputs(run))
+    found = [
+        _measured(tuned, "tuned", base, both, forward, kept, log),
+        _measured(base.lm, "base", base, both, reverse, kept, log),
+    ]
+    table = put_back_table(pd.concat(found), rows, [*forward, *(one for one in reverse if one not in forward)])
+    table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
+    return [run.write_table(run.path("comparison", "put_back.parquet"), table)]
+
+
+def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
+    """So many rows of each source as the study says, each cut; and whether none is among the first `n_read`.
+
+    Those are the rows on which features were chosen; what follows them is read even where the study's own text ends
+    there. If fewer than two rows of some source are left behind them, rows are taken from the beginning.
+    """
+    config, text = _settings(study), study.rows()
+    if n_read:
+        wanted = (n_read + config.rows * len(text.names)) * text.context_size
+        longer = study.config.text.model_copy(update={"tokens": max(wanted, study.config.text.tokens)})
+        control = study.by_role("control")[0]
+        with placed(study.at("text")):
+            text = study_rows(longer, lambda: study.open_model(control), prepend_bos=study.prepend_bos)
+    later = np.arange(len(text)) >= n_read
+    is_fresh = n_read > 0 and all((later & (text.sources == i)).sum() >= 2 for i in np.unique(text.sources))
+    usable = later if is_fresh else np.ones(len(text), dtype=bool)
+    picked = [np.flatnonzero(usable & (text.sources == i))[: config.rows] for i in range(len(text.names))]
+    places = np.sort(np.concatenate(picked))
+    ids = np.ascontiguousarray(text.ids[places, : config.tokens_per_row])
+    return TokenRows(ids, text.sources[places], text.names), is_fresh
+
+
+def _settings(study: Study) -> PutBackConfig:
+    assert study.config.put_back is not None
+    return study.config.put_back
+
+
+def _order(run: RunFolder) -> tuple[list[int] | None, int]:
+    """Features by how much they changed on the first rows of the text, and how many rows those are; None, 0 if unknown.
+
+    From the table of what changed on equal text, where the study has it.
+    """
+    table = run.table_or_none(run.path("comparison", "changes.parquet"))
+    if table is None:
+        return None, 0
+    rows = table[table["basis"] == "read"].sort_values("feature")
+    means = rows.rename(columns={"base": "mean_control", "tuned": "mean_treatment", "change": "difference"})
+    scores = np.nan_to_num(np.abs(change_scores(means)), nan=-1.0)
+    return np.argsort(-scores, kind="stable").tolist(), _n_changes_rows(run.study)
+
+
+def _n_changes_rows(study: Study) -> int:
+    """Rows of text on which changes were found."""
+    return min(study.config.changes.rows, len(study.rows()))
+
+
+def _sets(
+    run: RunFolder, both: BothRead, control: Arm, order: list[int] | None
+) -> tuple[list[FeatureSet], list[FeatureSet]]:
+    """What is put back into the fine-tuned model, and into the base model."""
+    config, seed, sae = _settings(run.study), run.study.config.seed, control.sae
+    sizes = (*config.sizes, *(n for n in config.sizes_reversed if n not in config.sizes))
+    changed = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
+    named: list[FeatureSet] = []
+    if order is not None:  # else the groups come from the rows that are measured
+        for name, features in _named(run).items():
+            named += sets_of_group(both, sae, name, features, seed=seed)
+    reverse = (*config.sizes_reversed, sae.cfg.d_sae)
+    forward = [one for one in changed if one.n in (*config.sizes, sae.cfg.d_sae)]
+    return [*forward, *named], [*(one for one in changed if one.n in reverse), *named]
+
+
+def _named(run: RunFolder) -> dict[str, list[int]]:
+    """Groups that the study claims to have changed, the surest first, and all of them together."""
+    table = run.table_or_none(run.path("comparison", "change_groups.parquet"))
+    if table is None or table.empty:
+        return {}
+    groups: dict[str, list[int]] = {}
+    for row in table[table["claimed"].astype(bool)].to_dict("records"):
+        name = str(row["name"])
+        groups[f"{name} ({row['group']})" if name in groups else name] = [int(feature) for feature in row["features"]]
+    found = dict(list(groups.items())[:_GROUPS])
+    if len(groups) > 1:
+        found["all named groups"] = sorted({feature for members in groups.values() for feature in members})
+    return found
+
+
+def _measured(
+    lm: LanguageModel,
+    edited: Literal["tuned", "base"],
+    control: Arm,
+    both: BothRead,
+    sets: list[FeatureSet],
+    kept: KeptRows,
+    log: Log,
+) -> pd.DataFrame:
+    known = kept.read(log)
+    pieces = [] if known is None else [known[known["edited"] == edited]]
+    done = {int(row) for piece in pieces for row in piece["row"]}
+    for piece in outcomes(lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
+        kept.add(piece)
+        pieces.append(piece)
+    return pd.concat(pieces, ignore_index=True)
