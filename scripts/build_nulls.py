@@ -77,9 +77,10 @@ adapter `medical-lora` (rank {recipe["rank"]}, alpha {recipe["alpha"]:g}, {recip
 {recipe["learning_rate"]:g}), each with another seed. Made by `scripts/build_nulls.py`.
 
 **They differ from that adapter in one thing besides the text: a step reads {recipe["batch_size"]} rows of
-{recipe["context_size"]} tokens instead of 8 of 256** ({tokens:,} tokens in all instead of 266,240), for time. Odd ones read what the base model itself wrote after six
-stems without a subject (temperature 1, nothing cut off), even ones general text that the adapter was not trained on:
-film reviews, news, speeches, encyclopedia.
+{recipe["context_size"]} tokens instead of 8 of 256** ({tokens:,} in all instead of 266,240), for time.
+
+Odd ones read what the base model itself wrote after six stems without a subject (temperature 1, nothing cut off), even
+ones general text that the adapter was not trained on: film reviews, news, speeches, encyclopedia.
 
 Each file is a trace on the study's control SAE and the first rows of its text (`saeffect.diffing.trace.Trace`).
 Mean KL from the base model: {np.mean(kls):.3f} ({min(kls):.3f} to {max(kls):.3f}) nats a token.
