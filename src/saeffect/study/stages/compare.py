@@ -45,7 +45,10 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
         "matches": run.digest(
-            *(run.path("comparison", f"{name}.parquet") for name in (*table_names(), *CHANGE_TABLES, "put_back"))
+            *(
+                run.path("comparison", f"{name}.parquet")
+                for name in (*table_names(), *CHANGE_TABLES, "put_back", "factorial")
+            )
         ),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
