@@ -173,6 +173,7 @@ def _pictures(
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
     missing |= set() if "learned" in tables else {"learned"}
+    missing |= {"where", "written", "put_back"}  # what the study did not measure is not missed
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn

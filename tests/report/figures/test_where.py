@@ -8,6 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from saeffect.errors import Undefined
+from saeffect.report import ReportContext
 from saeffect.report.figures.style import PAPER, ROLE_STYLES, DrawnFigure, FigureKind
 from saeffect.report.figures.where import where, written
 from synthetic_where import where_tables
@@ -27,7 +28,7 @@ def texts(figure: DrawnFigure) -> set[str]:
 
 
 def test_layers_and_words_are_drawn_and_named():
-    (drawing,) = FigureKind("where", "Where", lambda *_: where(where_tables())).drawn(None, None)
+    (drawing,) = FigureKind("where", "Where", lambda *_: where(where_tables())).drawn(None, ReportContext())
     assert len(drawing.figure.axes) == 3
     assert {"patients", "\\n", "<b>$x$", "fever", "layer", "nulls: median, range"} <= texts(drawing)
     assert "5 of 6 layers changed more than in any of them" in drawing.caption

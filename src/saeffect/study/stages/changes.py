@@ -17,6 +17,7 @@ import pandas as pd
 from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
+from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.language_model import LanguageModel
@@ -31,11 +32,16 @@ from saeffect.study.study import Study
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
-VERSION = 1
+VERSION = 2
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
-CHANGE_TABLES = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_NAMED = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_WHERE = (
+    *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
+    *("written_words", "openings"),
+)
+CHANGE_TABLES = (*_NAMED, *_WHERE)
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -84,6 +90,8 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
     seconds = time.monotonic() - started
     found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
+    tuned = dataclasses.replace(tuned, **alike)
+    found |= where_changed(trace, nulls, tracer.rows, tuned, alpha=study.config.comparison.alpha)
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
         found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}

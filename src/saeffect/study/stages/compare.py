@@ -45,13 +45,13 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
         "matches": run.digest(
-            *(run.path("comparison", f"{name}.parquet") for name in (*table_names(), *CHANGE_TABLES))
+            *(run.path("comparison", f"{name}.parquet") for name in (*table_names(), *CHANGE_TABLES, "put_back"))
         ),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
         "min_matches": config.selection.min_matches,
-        "comparison": config.comparison.model_dump(),
+        "comparison": config.comparison.model_dump(exclude={"crossed"}),
         "seed": config.seed,
     }
 

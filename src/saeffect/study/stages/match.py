@@ -57,7 +57,7 @@ def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
 
 def read_matches(run: RunFolder) -> MatchTables:
     """Read the tables of this stage and of "changes"; a missing one has no columns."""
-    names = (*table_names(), *CHANGE_TABLES)
+    names = (*table_names(), *CHANGE_TABLES, "put_back")
     read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in names}
     tables = {name: table for name, table in read.items() if table is not None}
     known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
