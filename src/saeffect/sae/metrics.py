@@ -23,6 +23,7 @@ __all__ = [
     "ce_loss_score",
     "explained_variance",
     "reconstruction",
+    "replaced_losses",
     "row_losses",
     "spliced_losses",
 ]
@@ -103,13 +104,19 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
     """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
 
     explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
-    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens.
+    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder
+    also explained_variance_base and explained_variance_tuned, of each model's half.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
+    by_side = [ReconstructionSums(sae.cfg.d_in // len(sae.sides)) for _ in sae.sides]
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
     for x in activations.split(1024):
         feature_acts = sae.encode(x)
-        sums.add(x, sae(x), feature_acts)
+        sae_out = sae(x)
+        sums.add(x, sae_out, feature_acts)
+        if by_side:
+            for own, half_in, half_out in zip(by_side, x.chunk(2, dim=1), sae_out.chunk(2, dim=1), strict=True):
+                own.add(half_in, half_out)
         fired += (feature_acts > 0).sum(0)
     density = fired.double() / sums.n_tokens
     return {
@@ -119,6 +126,9 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
         "dead_share": float((fired == 0).double().mean()),
         "mean_log10_density": float((density + 1e-10).log10().mean()),
         "n_tokens": sums.n_tokens,
+        **{
+            f"explained_variance_{side}": own.explained_variance() for side, own in zip(sae.sides, by_side, strict=True)
+        },
     }
 
 
@@ -152,6 +162,20 @@ def spliced_losses(
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
     replaced. A BOS in front is never predicted.
     """
+    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size)
+
+
+@torch.inference_mode()
+def replaced_losses(
+    lm: LanguageModel,
+    rebuilt: Callable[[Tensor, Tensor], Tensor],
+    hook: str,
+    rows: NDArray[np.int32],
+    limit: NormLimit,
+    *,
+    batch_size: int = 4,
+) -> SplicedLosses:
+    """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
 
     def replacing(new: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         def edit(x: Tensor) -> Tensor:
@@ -160,17 +184,17 @@ def spliced_losses(
 
         return edited(lm, hook, edit)
 
-    ways: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "clean": nullcontext,
-        "sae": lambda: replacing(sae),
-        "zero": lambda: replacing(torch.zeros_like),
+    ways: dict[str, Callable[[Tensor], AbstractContextManager[None]]] = {
+        "clean": lambda _: nullcontext(),
+        "sae": lambda ids: replacing(lambda x: rebuilt(ids, x)),
+        "zero": lambda _: replacing(torch.zeros_like),
     }
     totals = dict.fromkeys(ways, 0.0)
     count, by_row = 0, []
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         for name, way in ways.items():
-            with way():
+            with way(ids):
                 logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             totals[name] += float(loss)

@@ -60,7 +60,7 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
     cfg["metadata"]["held_out"] = dict(measured)
     write_json(folder / "cfg.json", cfg)
     lines = [
-        f"# {recipe.sae.kind.label} SAE for {_model(recipe)} at {recipe.hook}",
+        f"# {recipe.sae.kind.label}{'' if recipe.sae.kind.sides else ' SAE'} for {_model(recipe)} at {recipe.hook}",
         "",
         _how(recipe, cfg["metadata"]),
         "",
@@ -104,6 +104,8 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
 def _plain(recipe: SaeRecipe) -> dict[str, Any]:
     """The recipe without this machine's folders."""
     plain: dict[str, Any] = recipe.model_dump(mode="json")
+    if plain["tuned"] is None:  # as notes were before there were two models
+        del plain["tuned"]
     for source in plain["text"]:
         if Path(source["path"]).expanduser().exists():
             source["path"] = Path(source["path"]).name
@@ -113,7 +115,10 @@ def _plain(recipe: SaeRecipe) -> dict[str, Any]:
 
 
 def _model(recipe: SaeRecipe) -> str:
-    return recipe.model.path + (f" + {recipe.model.adapter}" if recipe.model.adapter else "")
+    names = [m.path + (f" + {m.adapter}" if m.adapter else "") for m in (recipe.model, recipe.tuned) if m is not None]
+    if recipe.combination == "difference":
+        return f"the activations of {names[1]} minus those of {names[0]}"
+    return " and ".join(names)
 
 
 def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
@@ -146,13 +151,21 @@ def _architecture_words(s: SaeTrainingConfig) -> list[str]:
     return words
 
 
+def _of_which(recipe: SaeRecipe) -> str:
+    return "" if recipe.tuned is None else " of the tuned model, its activations rebuilt from those of both"
+
+
 def _quality(recipe: SaeRecipe, folder: Path, m: Mapping[str, float]) -> list[str]:
     lines = [
-        f"On {m['n_tokens']:,} held-out tokens (cross-entropy on {m['ce_tokens']:,}):",
+        f"On {m['n_tokens']:,} held-out tokens (cross-entropy{_of_which(recipe)} on {m['ce_tokens']:,}):",
         "",
         "| measure | value |",
         "|---|---|",
         f"| explained variance | {m['explained_variance']:.4f} |",
+        *(
+            f"| explained variance, {side} model | {m[f'explained_variance_{side}']:.4f} |"
+            for side in recipe.sae.kind.sides
+        ),
         f"| CE loss score | {m['ce_loss_score']:.4f} ({m['ce_clean']:.3f} clean,"
         f" {m['ce_sae']:.3f} with the SAE, {m['ce_zero']:.3f} with zeros) |",
         f"| l0 | {m['l0']:.1f} |",
