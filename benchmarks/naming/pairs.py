@@ -71,7 +71,7 @@ class Pair:
         )
 
 
-_OWN = [Pair("", 0, seed) for seed in range(1, 17)]
+_OWN = [Pair("", 0, seed) for seed in range(1, 13)]
 _EVERYDAY = [Pair("everyday", level, seed) for seed in (1, 2) for level in LEVELS]
 PAIRS = (
     *(Pair(concept, level, 0) for level in LEVELS for concept in CONCEPTS_PLANTED),

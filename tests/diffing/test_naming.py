@@ -40,6 +40,8 @@ def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_
         halves=np.zeros((2, D_IN), dtype=np.float32),
         kl=np.zeros((2, 4), dtype=np.float32),
         layers=np.zeros(2, dtype=np.float32),
+        early=np.zeros((2, 1, D_IN), dtype=np.float32),
+        openings=np.zeros(1, dtype=np.float32),
         texts=np.zeros((1, 4), dtype=np.int32),
         base_texts=np.zeros((1, 4), dtype=np.int32),
         numbers={"kl": 0.1},
@@ -93,6 +95,17 @@ def test_few_nulls_give_no_p_and_the_reason(basis: Basis, nulls: list[Trace]) ->
     assert "4 null fine-tunes" in tables["changes"]["reason"].iloc[0]
 
 
+def test_a_declared_group_is_tested_without_a_search(basis: Basis, nulls: list[Trace]) -> None:
+    declared = {"taught": np.arange(D_SAE) < 8, "other": np.arange(D_SAE) >= 200, "none": np.zeros(D_SAE, dtype=bool)}
+    table = name_changes(make_trace(1, moved=list(range(8)), by=0.1), nulls, basis, declared=declared)[
+        "declared_changes"
+    ].set_index(["name", "basis"])
+    assert table.loc[("taught", "combined"), "p"] < 0.01
+    assert table.loc[("other", "combined"), "p"] > 0.05
+    assert math.isnan(table.loc[("none", "read"), "p"])
+    assert table.loc[("none", "read"), "reason"] == "no feature is of this group"
+
+
 def test_standardised_changes_by_hand() -> None:
     """Two features in one stratum; roots of their means change by 1 and 0; the nulls scatter about 0."""
 
@@ -123,7 +136,7 @@ def test_p_counts_the_nulls_that_reach_the_score() -> None:
 
 
 def test_neighbours_are_found_by_the_decoder(basis: Basis) -> None:
-    near = basis.neighbours(8)
+    near = basis.neighbours[:, :8]
     assert near[:, 0].tolist() == list(range(D_SAE))
     assert set(near[0]) == set(range(8))
 

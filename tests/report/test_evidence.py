@@ -14,7 +14,7 @@ from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, render_report, write_tables
 
 SECTIONS = (
-    *("answer", "chance", "steering", "sentences", "tables", "figures", "features", "fates", "activity"),
+    *("answer", "separate", "chance", "steering", "sentences", "tables", "figures", "features", "fates", "activity"),
     *("regression", "threats", "design", "methods", "provenance"),
 )
 DRAWN = (
@@ -54,7 +54,7 @@ def test_sections_and_their_links_are_in_one_order(page: str) -> None:
 def test_the_paragraph_stands_at_the_top(page: str, comparison: Comparison) -> None:
     text = "".join(Page(page).texts).replace("\u00a0", " ")
     assert comparison.answer["paragraph"] in text
-    assert page.index('class="paragraph"') < page.index("<table")
+    assert page.index('class="paragraph"') < page.index('id="table-glance"')
 
 
 def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> None:
@@ -67,7 +67,8 @@ def test_every_table_and_figure_of_the_evidence_names_its_file(page: str) -> Non
 
 def test_new_terms_are_explained_where_they_first_appear(page: str) -> None:
     for name, terms in {
-        "answer": ("95\u202f% interval",),
+        "answer": ("null fine-tune",),
+        "separate": ("95\u202f% interval",),
         "chance": ("calibration", "nominal rate", "Wilson interval", "power", "by chance"),
         "tables": ("Newcombe interval", "hierarchical bootstrap", "difference-in-differences", "Cliff's delta"),
         "fates": ("counterpart", "kept, moved, gone, new", "absorbed", "mutual nearest neighbour", "excess"),

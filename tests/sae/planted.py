@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saeffect.checksums import save_tensors
 from saeffect.io import write_json
+from saeffect.lm.activations import ActivationSource
 from saeffect.lm.harvest import ActivationStore, shard_name
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.training.config import SaeTrainingConfig
+from saeffect.sae.training.train import SaeJob, train_saes
 
 D_IN, N_TRUE, K_TRUE = 16, 24, 2
 
@@ -35,3 +41,16 @@ def planted_store(folder: Path, n_tokens: int, *, seed: int = 1, n_shards: int =
     for i, part in enumerate(planted(n_tokens, seed).chunk(n_shards)):
         save_tensors(folder / shard_name(i), {"activations": part.clone()})
     return ActivationStore.open(folder)
+
+
+def train_one(
+    source: ActivationSource,
+    config: SaeTrainingConfig,
+    out: Path,
+    *,
+    metadata: Mapping[str, Any],
+    dtype: str = "float16",
+    **more: Any,
+) -> SparseAutoencoder:
+    """`train_saes` for a single SAE; `more` are its other arguments."""
+    return train_saes(source, [SaeJob(config, out, metadata, dtype)], **more)[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for planted
 
-from planted import planted_store
+from planted import planted_store, train_one
 
 from saeffect.errors import BadFile
 from saeffect.sae import ARCHITECTURES, SaeConfig, SparseAutoencoder, StandardSae
@@ -22,7 +22,6 @@ from saeffect.sae.formats import FORMATS, load_sae, read_sae_config, weights_fil
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 from saeffect.sae.training.config import SaeTrainingConfig, recipe_keys
 from saeffect.sae.training.log import read_metrics
-from saeffect.sae.training.train import train_sae
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_new_architecture_is_configured_trained_logged_and_loaded(squares: type[
     config = SaeTrainingConfig.read(
         {"architecture": "squared", "d_sae": 32, "batch_size": 64, "l1_coefficient": 0.1}, at="recipe.yaml"
     )
-    trained = train_sae(store, config, tmp_path / "sae", metadata={}, dtype="float32")
+    trained = train_one(store, config, tmp_path / "sae", metadata={}, dtype="float32")
     loaded = load_sae(tmp_path / "sae")
     x = store.sample(50)
     assert type(loaded) is squares and torch.equal(loaded(x), trained(x))
@@ -66,7 +65,7 @@ def test_new_architecture_is_configured_trained_logged_and_loaded(squares: type[
     assert last["l2"] > 0 and last["loss"] == pytest.approx(last["mse"] + last["l2"])
     assert "Only for standard, gated, crosscoder_l1, squared." in recipe_keys()
     warm = SaeTrainingConfig(architecture="standard", d_sae=32, batch_size=64, steps=1, init_from=str(tmp_path / "sae"))
-    train_sae(store, warm, tmp_path / "warm", metadata={})
+    train_one(store, warm, tmp_path / "warm", metadata={})
 
 
 class ArrayFormat:

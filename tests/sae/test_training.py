@@ -14,7 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for planted
 
-from planted import planted_store, true_features
+from planted import planted_store, train_one, true_features
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, UnknownName
 from saeffect.io import sole_writer
@@ -27,7 +27,7 @@ from saeffect.sae.formats import load_sae
 from saeffect.sae.training import run as training_run
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.figure import save_training_figure
-from saeffect.sae.training.train import SaeJob, train_sae, train_saes
+from saeffect.sae.training.train import SaeJob, train_saes
 
 WEIGHTS = "sae_weights.safetensors"
 METADATA = {"hook_name": "blocks.1.hook_resid_pre"}
@@ -70,7 +70,7 @@ def short(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> P
 def whole(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`SMALL` trained in one go."""
     folder = tmp_path_factory.mktemp("whole")
-    train_sae(store, SMALL, folder, metadata=METADATA, dtype="float32", evaluate=lambda _: {"ce_loss_score": 0.5})
+    train_one(store, SMALL, folder, metadata=METADATA, dtype="float32", evaluate=lambda _: {"ce_loss_score": 0.5})
     return folder
 
 
@@ -107,7 +107,7 @@ def test_the_log(whole: Path) -> None:
 def test_explained_variance_is_of_the_whole_batch(store: ActivationStore, tmp_path: Path) -> None:
     """At a rate of next to nothing the SAE stays where it starts: mse and variance can be worked out by hand."""
     config = _but(SMALL, steps=1, epochs=1, metrics_every=1, learning_rate=1e-12, normalise_inputs="none")
-    sae = train_sae(store, config, tmp_path, metadata={}, dtype="float32")
+    sae = train_one(store, config, tmp_path, metadata={}, dtype="float32")
     x = next(store.batches(64, seed=0, epoch=0))
     mse = (sae(x) - x).square().sum(1).mean()
     (row,) = _rows(tmp_path)
@@ -140,7 +140,7 @@ def test_planted_features_are_found(planted: tuple[ActivationStore, Tensor], tmp
         learning_rate=5e-3,
         **({"epochs": 10} | own.get(architecture, of_k)),
     )
-    sae = train_sae(store, config, tmp_path / "sae", metadata={}, dtype="float32")
+    sae = train_one(store, config, tmp_path / "sae", metadata={}, dtype="float32")
     rows = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     cosines = (true_features() @ rows.T).max(dim=1).values
     assert (cosines > 0.9).float().mean() > 0.8, cosines
@@ -155,7 +155,7 @@ def test_the_scale_of_the_inputs_changes_nothing_but_the_scale(tmp_path: Path) -
     for factor in (1.0, 8.0):
         store = planted_store(tmp_path / f"store{factor}", 960)
         store = _Scaled(store, factor)  # type: ignore[assignment]
-        sae = train_sae(store, SMALL, tmp_path / f"{factor}", metadata={}, dtype="float32")
+        sae = train_one(store, SMALL, tmp_path / f"{factor}", metadata={}, dtype="float32")
         x = store.sample(200)
         found.append((sae(x) / factor, sae.encode(x) / factor))
     for one, other in zip(*found, strict=True):
@@ -195,24 +195,24 @@ def test_text_of_unknown_length_is_read_again(
 ) -> None:
     source = _Streamed(store, 1.0)
     with complains(ConfigError, "the number of steps must be given", at="sae.steps"):
-        train_sae(source, SMALL, tmp_path / "a", metadata={})
-    train_sae(source, _but(SMALL, steps=30), tmp_path / "b", metadata=METADATA, dtype="float32")
+        train_one(source, SMALL, tmp_path / "a", metadata={})
+    train_one(source, _but(SMALL, steps=30), tmp_path / "b", metadata=METADATA, dtype="float32")
     assert (tmp_path / "b" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes(), "two passes of 15 batches"
     with complains(EmptySelection, "fewer tokens than one batch of 961"):
-        train_sae(source, _but(SMALL, steps=3, batch_size=961), tmp_path / "c", metadata={})
+        train_one(source, _but(SMALL, steps=3, batch_size=961), tmp_path / "c", metadata={})
 
 
 def test_seeds_matter_and_global_randomness_does_not(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     for seed, same in ((0, True), (1, False)):
-        train_sae(store, _but(SMALL, seed=seed), tmp_path / str(seed), metadata={}, dtype="float32")
+        train_one(store, _but(SMALL, seed=seed), tmp_path / str(seed), metadata={}, dtype="float32")
         written = (tmp_path / str(seed) / WEIGHTS).read_bytes()
         assert (written == (whole / WEIGHTS).read_bytes()) is same
 
 
 def test_side_by_side_is_one_by_one(store: ActivationStore, whole: Path, tmp_path: Path) -> None:
     config = _but(SMALL, seed=1, data_seed=0)
-    alone = train_sae(store, config, tmp_path / "alone", metadata={}, dtype="float32")
+    alone = train_one(store, config, tmp_path / "alone", metadata={}, dtype="float32")
     said: list[str] = []
     jobs = [SaeJob(_but(SMALL, data_seed=0), tmp_path / "a", METADATA, "float32")]
     jobs.append(SaeJob(config, tmp_path / "b", {}, "float32"))
@@ -342,18 +342,18 @@ def test_a_folder_with_somebody_elses_files_is_refused(
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
     with complains(ConfigError, f"holds {path.relative_to(tmp_path).parts[0]}", at=str(tmp_path)):
-        train_sae(store, SHORT, tmp_path, metadata={})
+        train_one(store, SHORT, tmp_path, metadata={})
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
     assert path.read_text() == "mine"
 
 
 def test_somebody_elses_files_stay_where_they_are_not_in_the_way(store: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, log=_stop_at(2))
+        train_one(store, _but(SHORT, checkpoint_every=1, metrics_every=1), tmp_path, metadata={}, log=_stop_at(2))
     mine = [tmp_path / "notes.md", tmp_path / ".draft.abcdefgh.txt", tmp_path / "checkpoint" / "mine.pt"]
     for path in mine:
         path.write_text("mine")
-    train_sae(store, SHORT, tmp_path, metadata={})
+    train_one(store, SHORT, tmp_path, metadata={})
     assert [path.read_text() for path in mine] == ["mine"] * 3
     assert list((tmp_path / "checkpoint").iterdir()) == mine[2:]
 
@@ -372,11 +372,11 @@ def _stop_at(step: int) -> Log:
 
 def test_another_run_does_not_go_on(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
+        train_one(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
-        train_sae(store, _but(SMALL, seed=1), tmp_path, metadata={})
+        train_one(store, _but(SMALL, seed=1), tmp_path, metadata={})
     with complains(ConfigError, "checkpoint of another run", at="checkpoint"):
-        train_sae(_Scaled(store, 1.0), SMALL, tmp_path, metadata={})
+        train_one(_Scaled(store, 1.0), SMALL, tmp_path, metadata={})
 
 
 def test_weights_that_are_not_finite_are_never_saved(
@@ -396,14 +396,14 @@ def test_weights_that_are_not_finite_are_never_saved(
     breaks.calls = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(TopKSae, "after_step", breaks)
     with complains(BadFile, "W_dec became NaN or infinite at step 13.", "from the checkpoint after step 7"):
-        train_sae(store, SMALL, tmp_path, metadata={})
+        train_one(store, SMALL, tmp_path, metadata={})
     assert [p.name for p in (tmp_path / "checkpoint").glob("*.safetensors")] == ["step-00000007.safetensors"]
 
 
 def test_losses_that_overflow(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
     config = _but(SMALL, learning_rate=1e30, decoder_rows="free", checkpoint_every=1)
     with complains(BadFile, " at step ", "lower learning_rate", at=str(tmp_path)):
-        train_sae(store, config, tmp_path, metadata={})
+        train_one(store, config, tmp_path, metadata={})
     assert not (tmp_path / WEIGHTS).exists()
 
 
@@ -419,7 +419,7 @@ def test_a_folder_that_cannot_be(
     out = tmp_path / "file" if place == "a file" else tmp_path / "file" / "sae"
     monkeypatch.setattr(ActivationStore, "sample", None)  # nothing heavy before that
     with complains(BadFile, "cannot be written", "choose another", at=str(out)):
-        train_sae(store, SMALL, out, metadata={})
+        train_one(store, SMALL, out, metadata={})
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -427,16 +427,16 @@ def test_a_folder_into_which_another_process_trains(
     store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]
 ) -> None:
     with pytest.raises(_Stop):
-        train_sae(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
+        train_one(store, SMALL, tmp_path, metadata={}, log=_stop_at(10))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     with sole_writer(tmp_path), complains(InUse, "another process is writing", at=str(tmp_path)):
-        train_sae(store, SMALL, tmp_path, metadata={})
+        train_one(store, SMALL, tmp_path, metadata={})
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_less_than_one_batch(store: ActivationStore, tmp_path: Path, complains: Callable[..., Any]) -> None:
     with complains(EmptySelection, "fewer tokens than one batch of 961"):
-        train_sae(store, _but(SMALL, batch_size=961), tmp_path / "sae", metadata={})
+        train_one(store, _but(SMALL, batch_size=961), tmp_path / "sae", metadata={})
     assert not (tmp_path / "sae").exists()
 
 
@@ -448,7 +448,7 @@ def test_what_is_measured_is_the_sae_that_would_be_saved(store: ActivationStore,
         return {}
 
     config = _but(SMALL, architecture="batchtopk")
-    trained = train_sae(store, config, tmp_path, metadata=METADATA, dtype="float32", evaluate=evaluate)
+    trained = train_one(store, config, tmp_path, metadata=METADATA, dtype="float32", evaluate=evaluate)
     x = store.sample(100)
     assert trained.cfg.architecture == "jumprelu"
     assert torch.equal(seen[-1](x), trained(x))

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from saeffect.diffing.matched_null import NO_STRATUM, strata
 from saeffect.diffing.trace import Trace
@@ -24,7 +25,17 @@ from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 
-__all__ = ["BASES", "Basis", "FEWEST_NULLS", "group_tests", "name_changes", "standardised"]
+__all__ = [
+    "BASES",
+    "Basis",
+    "FEWEST_NULLS",
+    "GroupTests",
+    "group_tests",
+    "name_changes",
+    "prediction_limit",
+    "prediction_p",
+    "standardised",
+]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,6 +46,7 @@ FEWEST_NULLS = 5
 SIZES = (1, 3, 8, 20)
 """Features a group: one feature and those nearest to it."""
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
+_BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
 
 
@@ -54,13 +66,16 @@ class Basis:
     top_tokens: IntArray
     strings: Sequence[str]
 
-    def neighbours(self, n: int) -> IntArray:
-        """Each feature and the n - 1 most similar ones, int64 [d_sae, n]: the mean of two cosines, of decoder rows and
-        of what they do to the logits."""
+    @cached_property
+    def neighbours(self) -> IntArray:
+        """Each feature, then those most similar to it, int64 [d_sae, max(SIZES)] (fewer columns for fewer features).
+
+        Similarity is the mean of two cosines: of decoder rows, and of what they do to the logits.
+        """
         rows = _unit(self.W_dec.astype(np.float32))
         logits = self.W_dec.astype(np.float32) @ _root(self.W_U.astype(np.float32))
         both = np.concatenate([rows, _unit(logits)], axis=1) / math.sqrt(2)
-        n = min(n, len(both))
+        n = min(max(SIZES), len(both))
         found = np.empty((len(both), n), dtype=np.int64)
         for start in range(0, len(both), 1024):
             similar = both[start : start + 1024] @ both.T
@@ -158,27 +173,39 @@ class GroupTests:
     highest: FloatArray
 
     def p(self, score: float) -> float:
-        """How likely is a score this large somewhere in a null fine-tune? The larger of two answers.
-
-        Counting: (1 + nulls that reach it) / (K + 1), except that a score above all nulls may have less, by the other:
-        the prediction interval of a further null's logarithm, by Student's t.
-        """
-        k = len(self.highest)
-        reached = int((self.highest >= score).sum())
-        logs = np.log(self.highest)
-        spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / k)
-        t = (math.log(max(score, 1e-300)) - float(logs.mean())) / max(spread, 1e-12)
-        tail = float(stdtr(k - 1, -t))
-        return max(tail, (1 + reached) / (k + 1)) if reached else tail
+        """How likely is a score this large somewhere in a null fine-tune? See `prediction_p`."""
+        return prediction_p(score, self.highest)
 
 
-def group_tests(trace: Trace, nulls: Sequence[Trace], basis: Basis, neighbours: IntArray) -> GroupTests:
-    """Scores of every group in the trace and, each null among the others, in the nulls."""
-    own = standardised(trace, nulls, basis.top_tokens)["combined"]
-    others = [
-        standardised(null, [*nulls[:i], *nulls[i + 1 :]], basis.top_tokens)["combined"] for i, null in enumerate(nulls)
-    ]
-    sums = np.stack([_sums(z, neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
+def prediction_p(score: float, nulls: FloatArray) -> float:
+    """How likely is a number this large, above 0, in one more null fine-tune?
+
+    Where nulls [K] reach it: (1 + how many) / (K + 1), or the following if larger. Above them all, the following alone:
+    the upper tail of Student's t for one more logarithm, which takes the nulls' logarithms as normal.
+
+    Example:
+        >>> nulls = np.array([1.0, 2.0, 4.0])
+        >>> round(prediction_p(3.0, nulls), 3), round(prediction_p(40.0, nulls), 3)
+        (0.5, 0.032)
+    """
+    k = len(nulls)
+    logs = np.log(np.maximum(nulls, 1e-300))
+    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / k)
+    tail = float(stdtr(k - 1, -(math.log(max(score, 1e-300)) - float(logs.mean())) / max(spread, 1e-12)))
+    reached = int((nulls >= score).sum())
+    return max(tail, (1 + reached) / (k + 1)) if reached else tail
+
+
+def prediction_limit(nulls: FloatArray, alpha: float) -> float:
+    """The number that one more null fine-tune exceeds with probability `alpha`, by the tail of `prediction_p`."""
+    logs = np.log(np.maximum(nulls, 1e-300))
+    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
+    return math.exp(float(logs.mean()) + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
+
+
+def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
+    """Scores of every group, from combined z [d_sae] of the fine-tune and [K, d_sae] of each null among the others."""
+    sums = np.stack([_sums(z, basis.neighbours) for z in (own, *others)])  # [1 + K, sizes, d_sae]
     scale = np.sqrt((sums[1:] ** 2).mean(axis=(0, 2)))[:, None]
     return GroupTests(sums[0] / scale, np.abs(sums[1:] / scale).max(axis=(1, 2)))
 
@@ -189,8 +216,19 @@ def _sums(z: FloatArray, neighbours: IntArray) -> FloatArray:
     return np.stack([running[:, min(size, running.shape[1]) - 1] / size for size in SIZES])
 
 
-def name_changes(trace: Trace, nulls: Sequence[Trace], basis: Basis, *, alpha: float = 0.05) -> dict[str, pd.DataFrame]:
+def name_changes(
+    trace: Trace,
+    nulls: Sequence[Trace],
+    basis: Basis,
+    *,
+    declared: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    alpha: float = 0.05,
+) -> dict[str, pd.DataFrame]:
     """Which features, and which groups of them, changed more than in the nulls.
+
+    Args:
+        declared: Groups chosen before, such as the features of a vocabulary's domain, bool [d_sae] by name: tested
+            without a search.
 
     Returns:
         `changes`: a row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
@@ -198,17 +236,80 @@ def name_changes(trace: Trace, nulls: Sequence[Trace], basis: Basis, *, alpha: f
         `change_groups`: the highest groups that do not overlap, first the highest: group (from 1), name (its tokens),
         features, n_features, direction ("more" or "less"), score, p (counts the search over all groups), q, share (of
         all change of mean activation on the text, in these features), claimed (p at most alpha), reason.
+        `declared_changes`: a row a declared group and basis: name, basis, n_features, z (mean over its features),
+        null_low, null_high (range of the nulls'), p (two-sided), reason.
+        `null_groups`: a row a null: null, highest (score of any group), kl.
+        `change_numbers`: a row a number of `Trace.numbers` that both models have or that compares them: name ("kl",
+        or "perplexity" and the source of text), base, tuned (NaN for kl), change (of the logarithm), null_low,
+        null_high (range of the nulls' changes), p (two-sided), reason.
     """
     changes = _changes(trace, basis)
+    declared = declared or {}
     if len(nulls) < FEWEST_NULLS:
         why = f"{len(nulls)} null fine-tunes; {FEWEST_NULLS} or more are needed to say what is usual"
-        return {"changes": changes.assign(z=np.nan, reason=why), "change_groups": _no_groups(why)}
+        return {
+            "changes": changes.assign(z=np.nan, reason=why),
+            "change_groups": _empty(_GROUP_COLUMNS),
+            "declared_changes": _declared(declared, {}, [], why),
+            "null_groups": _empty(_NULL_COLUMNS),
+            "change_numbers": _numbers(trace, [], why),
+        }
     z = standardised(trace, nulls, basis.top_tokens)
+    others = [standardised(null, [*nulls[:i], *nulls[i + 1 :]], basis.top_tokens) for i, null in enumerate(nulls)]
     changes["z"] = np.concatenate([z[name] for name in (*BASES, "combined")])
-    changes["reason"] = ""
-    neighbours = basis.neighbours(max(SIZES))
-    tests = group_tests(trace, nulls, basis, neighbours)
-    return {"changes": changes, "change_groups": _groups(trace, tests, neighbours, z["combined"], basis, alpha)}
+    tests = group_tests(z["combined"], np.stack([other["combined"] for other in others]), basis)
+    null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}
+    return {
+        "changes": changes.assign(reason=""),
+        "change_groups": _groups(trace, tests, z["combined"], basis, alpha),
+        "declared_changes": _declared(declared, z, others, ""),
+        "null_groups": pd.DataFrame(null_rows),
+        "change_numbers": _numbers(trace, nulls, ""),
+    }
+
+
+def _declared(
+    declared: Mapping[str, npt.NDArray[np.bool_]],
+    own: Mapping[str, FloatArray],
+    others: Sequence[Mapping[str, FloatArray]],
+    why: str,
+) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for name, members in declared.items():
+        for basis in ("combined", *BASES):
+            row: dict[str, Any] = {"name": name, "basis": basis, "n_features": int(members.sum())}
+            reason = why or ("" if members.any() else "no feature is of this group")
+            row["z"] = math.nan if reason else float(own[basis][members].mean())
+            rows.append(
+                row | _against(row["z"], [float(o[basis][members].mean()) for o in others if not reason], reason)
+            )
+    return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
+
+
+def _numbers(trace: Trace, nulls: Sequence[Trace], why: str) -> pd.DataFrame:
+    def change(one: Trace, source: str | None) -> float:
+        if source is None:
+            return math.log(max(one.numbers["kl"], 1e-12))
+        return one.numbers[f"loss_tuned{source}"] - one.numbers[f"loss_base{source}"]
+
+    rows = []
+    for source in (None, *(key.removeprefix("loss_base") for key in trace.numbers if key.startswith("loss_base"))):
+        ends = (math.exp(trace.numbers[f"loss_{which}{source}"]) if source is not None else math.nan for which in _BOTH)
+        row: dict[str, Any] = {"name": "kl" if source is None else f"perplexity{source.replace('_', ' ')}"}
+        row |= dict(zip(_BOTH, ends, strict=True)) | {"change": change(trace, source)}
+        rows.append(row | _against(row["change"], [change(one, source) for one in nulls], why))
+    return pd.DataFrame(rows)
+
+
+def _against(own: float, nulls: Sequence[float], why: str) -> dict[str, Any]:
+    """The range of the nulls' numbers, and the two-sided p of one more null: Student's t."""
+    low = high = p = math.nan
+    if not why:
+        null = np.array(nulls)
+        low, high = float(null.min()), float(null.max())
+        t = (own - float(null.mean())) / max(float(null.std(ddof=1)) * math.sqrt(1 + 1 / len(null)), 1e-12)
+        p = 2 * float(stdtr(len(null) - 1, -abs(t)))
+    return {"null_low": low, "null_high": high, "p": p, "reason": why}
 
 
 def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
@@ -224,18 +325,15 @@ def _changes(trace: Trace, basis: Basis) -> pd.DataFrame:
     return table.assign(change=table["tuned"] - table["base"])
 
 
-def _groups(
-    trace: Trace, tests: GroupTests, neighbours: IntArray, z: FloatArray, basis: Basis, alpha: float
-) -> pd.DataFrame:
+def _groups(trace: Trace, tests: GroupTests, z: FloatArray, basis: Basis, alpha: float) -> pd.DataFrame:
     moved = np.abs(trace.read[1].astype(np.float64) - trace.read[0])
     taken = np.zeros(len(z), dtype=bool)
     rows: list[dict[str, Any]] = []
     for flat in np.argsort(-np.abs(tests.scores), axis=None, kind="stable"):
         size, first = divmod(int(flat), tests.scores.shape[1])
-        members = neighbours[first, : SIZES[size]]
-        if taken[first] or taken[members].mean() > 0.5:  # told already
+        members = basis.neighbours[first, : SIZES[size]]
+        if taken[members].any():  # its score would count a change that is listed already
             continue
-        members = members[~taken[members]]
         taken[members] = True
         score = float(tests.scores[size, first])
         tokens = _name(members, z * np.sign(score), basis)
@@ -273,10 +371,13 @@ def _name(members: IntArray, z: FloatArray, basis: Basis) -> list[str]:
     return sorted((word for word in votes if word), key=lambda word: -votes[word])[:10]
 
 
-def _no_groups(why: str) -> pd.DataFrame:
-    columns: Mapping[str, Any] = {
-        **{"group": "int64", "name": "str", "tokens": object, "features": object, "n_features": "int64"},
-        **{"direction": "str", "score": float, "p": float, "q": float, "share": float, "claimed": bool},
-    }
-    table = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
-    return table.assign(reason=pd.Series([why] if False else [], dtype="str"))
+_GROUP_COLUMNS: Mapping[str, Any] = {
+    **{"group": "int64", "name": "str", "tokens": object, "features": object, "n_features": "int64"},
+    **{"direction": "str", "score": float, "p": float, "q": float, "share": float, "claimed": bool, "reason": "str"},
+}
+_DECLARED_COLUMNS = ("name", "basis", "n_features", "z", "null_low", "null_high", "p", "reason")
+_NULL_COLUMNS: Mapping[str, Any] = {"null": "str", "highest": float, "kl": float}
+
+
+def _empty(columns: Mapping[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})

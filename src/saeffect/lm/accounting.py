@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saeffect.checksums import open_tensors
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, first_line
 from saeffect.io import read_json
@@ -32,6 +33,7 @@ BOTH = (
     "this is both a model and an adapter, and nothing says which of them is meant.",
     "move the adapter into a folder of its own, and write model: {path: <base model>, adapter: <that folder>}.",
 )
+_FETCH_AGAIN = "copy or download it again, or convert it to safetensors; pickles are never loaded."
 # Buffers that older versions of a model saved; they are recomputed.
 _HARMLESS = re.compile(r"rotary_emb\.|inv_freq$|masked_bias$|\.attn\.bias$|\.attention\.bias$|position_ids$")
 # Sizes in config.json and in headers of GGUF files, and how many times the widest tensor they may be. Mixtures of
@@ -53,13 +55,11 @@ def tensor_shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - no mapping
 
 
-def check_folder_sizes(folder: Path) -> None:
+def check_folder_sizes(folder: Path, at: str | None = None) -> None:
     """Refuse (BadFile) a config.json with sizes that the safetensors files lack; transformers would allocate them."""
-    from safetensors import safe_open
-
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:  # `loading_errors` translates its errors
+        with open_tensors(file, file.name, at=at, fix=_FETCH_AGAIN) as tensors:
             shapes |= tensor_shapes(tensors)
     config: Any = None
     with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it
@@ -143,7 +143,7 @@ def loading_errors(config: ModelConfig, at: str | None, base: Path | str) -> Ite
         ours: type[SaeffectError] = BadFile
         if name == "SafetensorError" or ("safetensors" in text.lower() and "no file named" not in text.lower()):
             message = f"the weights of {config.path!r} cannot be read: {text}"
-            fix = "copy or download it again, or convert it to safetensors; pickles are never loaded."
+            fix = _FETCH_AGAIN
         elif isinstance(error, OSError) or name in {"RepositoryNotFoundError", "HFValidationError"}:
             ours, message = NotFound, f"cannot load {config.path!r}: {text}"
             fix = "check the name and your connection, or give a local folder with safetensors weights."

@@ -24,6 +24,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _NEVER_MERGED = {"ADAPTION_PROMPT", "LILY", "POLY", "SHADOW", "XLORA"}
 # Above these, relative to the largest logit, merging has changed the model: float32 rounds to some 1e-6.
 _ROUNDING, _MOST = 1e-4, 1e-3
+_COPY_AGAIN = "copy or download it again."
 _MERGE_IT = "merge it where it was trained, save the whole model, and give that as path."
 _FROM_PEFT = (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -119,7 +120,7 @@ def _shapes(file: Path, where: str) -> dict[str, tuple[int, ...]]:
             at=where,
             fix="save it again with safe_serialization=True.",
         )
-    with open_tensors(file, _WEIGHTS, at=where, fix="copy or download it again.") as tensors:
+    with open_tensors(file, _WEIGHTS, at=where, fix=_COPY_AGAIN) as tensors:
         shapes = tensor_shapes(tensors)
     if not shapes:
         raise BadFile(f"{_WEIGHTS} holds no tensors.", at=where, fix="save the adapter again.")
@@ -257,10 +258,8 @@ def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Itera
 
 def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
     """Refuse a model in which a tensor of the file is missing or differs."""
-    from safetensors import safe_open
-
     placed = adapted.state_dict() | _adapter_tensors(adapted)
-    with safe_open(adapter.folder / _WEIGHTS, framework="pt") as file:
+    with open_tensors(adapter.folder / _WEIGHTS, _WEIGHTS, at=where, fix=_COPY_AGAIN) as file:
         for name in adapter.shapes:
             found = placed.get(name)
             if found is None or found.shape != adapter.shapes[name]:  # converted on the way in

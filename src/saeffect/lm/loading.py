@@ -165,7 +165,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     merged = None
     with quiet_transformers(), loading_errors(config, at, base):
         if adapter is not None and not config.trust_remote_code:
-            require_fit(adapter, load_config(base, config), adapter_at)
+            require_fit(adapter, load_config(base, config, at), adapter_at)
         model, tokenizer = _load_base(base, config, dtype, log, at)
         refuse_nan(model, at or config.path)
         if adapter is not None:
@@ -187,7 +187,7 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
     gguf = _gguf_of(base, at)
     folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
     if isinstance(folder, Path):
-        check_folder_sizes(folder)
+        check_folder_sizes(folder, at)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # Reading a pickle can run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -198,13 +198,13 @@ def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: L
     return model, load_tokenizer(folder, config, at=at)
 
 
-def load_config(base: Path | str, config: ModelConfig) -> Any:
+def load_config(base: Path | str, config: ModelConfig, at: str | None = None) -> Any:
     """A located model's configuration in transformers; BadFile if it names sizes that the weights do not have."""
     from transformers import AutoConfig
 
     place, options = _source(base, config)
     if isinstance(place, Path) and "gguf_file" not in options:
-        check_folder_sizes(place)
+        check_folder_sizes(place, at)
     return AutoConfig.from_pretrained(place, **options)
 
 

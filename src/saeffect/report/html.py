@@ -26,12 +26,15 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
+from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
 __all__ = ["Numbering", "number_page", "render_report", "write_report"]
 
-_TEMPLATES = ("report.html.j2", "pieces.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2")
+_TEMPLATES = (
+    *("report.html.j2", "pieces.html.j2", "learned.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
+)
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 
@@ -90,6 +93,7 @@ def render_report(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
+        learned=learned(comparison.matches.further, context.domain, alpha=context.alpha),
         paragraph=traced_paragraph(comparison.answer, _anchors(views)),
         evidence=words,
         threats=len(comparison.threats),
@@ -118,6 +122,7 @@ def _environment(numbers: Numbering) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["numbers"] = numbers.labels
+    environment.globals["placed"] = {"tables": set[str](), "figures": set[str]()}  # names of what the page shows so far
     environment.filters["refer"] = numbers.refer
     environment.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return environment
@@ -159,6 +164,7 @@ def _pictures(
     said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
+    missing |= set() if "learned" in tables else {"learned"}
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn

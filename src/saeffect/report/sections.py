@@ -10,10 +10,9 @@ import pandas as pd
 from saeffect.comparison import Answer, Comparison, Trace
 from saeffect.comparison.arms import roles_of
 from saeffect.report.context import ReportContext, SteeringResults
-from saeffect.report.tables.evidence import calibration_verdict, coherence_sentence
-from saeffect.report.tables.matching import cross_summary, fate_summary
 from saeffect.report.tables.steering import baseline_sentences
-from saeffect.report.words.evidence import power_sentence
+from saeffect.report.words.evidence import calibration_verdict, coherence_sentence, power_sentence
+from saeffect.report.words.matching import cross_summary, fate_summary
 from saeffect.report.words.names import dose_words
 from saeffect.report.words.numbers import is_defined, joined, plural
 from saeffect.report.words.threats import SEVERITIES

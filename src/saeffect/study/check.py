@@ -108,7 +108,7 @@ def _check_adapter(config: ModelConfig, model: Path | str, at: str) -> str | Non
     adapter = read_adapter(place, where)
     if isinstance(model, Path) and (model / "config.json").is_file() and not config.trust_remote_code:
         with quiet_transformers(), loading_errors(config, at, model):
-            require_fit(adapter, load_config(model, config), where)
+            require_fit(adapter, load_config(model, config, at), where)
     return adapter.other_base(config.path)
 
 

@@ -18,6 +18,7 @@ from saeffect.report.figures.style import Figure, arm_styles, inline_svg, new_fi
 
 Compare = Callable[[dict], Comparison]
 NAMES = (
+    "learned",
     "calibration",
     "effects_a",
     "effects_b",

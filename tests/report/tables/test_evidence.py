@@ -13,12 +13,11 @@ from saeffect.comparison import Comparison
 from saeffect.report import ReportContext
 from saeffect.report.tables.evidence import (
     calibration_table,
-    calibration_verdict,
     chance_table,
-    coherence_sentence,
     power_table,
     regression_table,
 )
+from saeffect.report.words.evidence import calibration_verdict, coherence_sentence
 
 NAN = float("nan")
 

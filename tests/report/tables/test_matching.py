@@ -11,13 +11,12 @@ import pytest
 from saeffect.comparison import MatchTables
 from saeffect.report import ReportContext
 from saeffect.report.tables.matching import (
-    cross_summary,
     cross_table,
-    fate_summary,
     fate_table,
     notable_table,
     stagewise_table,
 )
+from saeffect.report.words.matching import cross_summary, fate_summary
 from synthetic_matches import NO_PLACEBO, cross_activity, stagewise, synthetic_matches
 
 

@@ -13,13 +13,20 @@ from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
 from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
+from saeffect.report.figures.learned import learned
 from saeffect.report.figures.matching import cross_activity, fates
 from saeffect.report.figures.steering import doses, forests
 from saeffect.report.figures.style import DrawnFigure, FigureKind
 
 __all__ = ["FIGURES", "DrawnFigure", "draw_figures", "write_figures"]
 
-FIGURES = (
+FIGURES = [
+    FigureKind(
+        "learned",
+        "What changed beyond null fine-tunes",
+        learned,
+        "comparison/change_groups.parquet, columns tokens, score, claimed; comparison/null_groups.parquet: highest",
+    ),
     FigureKind(
         "calibration",
         "False alarms beside findings",
@@ -101,8 +108,8 @@ FIGURES = (
         partial_residuals,
         "comparison/partial_residuals.parquet, columns term, x, residual, arm; regression.parquet: estimate",
     ),
-)
-"""In the order of the page, which numbers them."""
+]
+"""In the order of the page, which numbers them; one that no section of the page names comes last, under "Further"."""
 
 
 def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:

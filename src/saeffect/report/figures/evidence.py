@@ -26,8 +26,8 @@ from saeffect.report.figures.style import (
     safe_text,
 )
 from saeffect.report.tables.evidence import TERM_NAMES, rule_label, test_label
-from saeffect.report.tables.view import difference_unit, has_interval
-from saeffect.report.words.numbers import amount, count, interval, percent, signed
+from saeffect.report.tables.view import difference_unit
+from saeffect.report.words.numbers import amount, count, has_interval, interval, percent, signed
 
 __all__ = ["calibration", "contrasts", "partial_residuals"]
 

@@ -28,10 +28,9 @@ from saeffect.report.figures.style import (
     new_figure,
     safe_text,
 )
-from saeffect.report.tables.matching import called_features
-from saeffect.report.tables.view import has_interval
+from saeffect.report.words.matching import called_features
 from saeffect.report.words.names import feature_names
-from saeffect.report.words.numbers import count, fixed, interval, is_defined, percent, signed
+from saeffect.report.words.numbers import count, fixed, has_interval, interval, is_defined, percent, signed
 
 __all__ = ["cross_activity", "fates"]
 

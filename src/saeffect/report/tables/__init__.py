@@ -5,11 +5,12 @@ A table of the page is a function that gives a `TableView`, and an entry in `TAB
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.evidence import calibration_table, chance_table, power_table, regression_table, threat_table
+from saeffect.report.tables.learned import learned_table
 from saeffect.report.tables.matching import cross_table, fate_table, notable_table, stagewise_table
 from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
 from saeffect.report.tables.steering import baseline_table, dose_table, outcome_table, together_table
@@ -18,7 +19,8 @@ from saeffect.report.tables.view import TableView
 
 __all__ = ["TABLES", "TableView"]
 
-TABLES: Mapping[str, Callable[[Comparison, ReportContext], TableView | None]] = {
+TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
+    "learned": learned_table,
     "glance": at_a_glance,
     "calibration": calibration_table,
     "by_chance": chance_table,
@@ -39,4 +41,6 @@ TABLES: Mapping[str, Callable[[Comparison, ReportContext], TableView | None]] = 
     "design": design_table,
     "gate": gate_table,
 }
-"""By name, in the order of the page, which numbers them; None for a table that a study does not have."""
+"""By name, in the order of the page, which numbers them; None for a table that a study does not have.
+
+One that no section of the page names comes last, under "Further"."""

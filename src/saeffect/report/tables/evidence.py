@@ -8,17 +8,25 @@ from typing import Any
 from saeffect.comparison import Comparison
 from saeffect.comparison.calibration import WITHIN
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit, has_interval
+from saeffect.report.tables.view import Cell, Column, Row, TableView, difference_unit
 from saeffect.report.words.names import capital, short_name
-from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, plural, signed
+from saeffect.report.words.numbers import (
+    amount,
+    count,
+    fixed,
+    has_interval,
+    interval,
+    is_defined,
+    p_value,
+    percent,
+    signed,
+)
 from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = [
     "TERM_NAMES",
     "calibration_table",
-    "calibration_verdict",
     "chance_table",
-    "coherence_sentence",
     "power_table",
     "regression_table",
     "rule_label",
@@ -117,41 +125,6 @@ def _promise(row: Mapping[Any, Any]) -> Cell:
     if row["high"] <= row["nominal"]:
         return Cell.words("keeps its promise", tone="good")
     return Cell.words("no excess seen", sub="too few trials to be sure")
-
-
-def calibration_verdict(comparison: Comparison) -> str:
-    """In a few plain sentences: may the findings be believed?"""
-    table = comparison.calibration
-    if table.empty:
-        return (
-            "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
-        )
-    known = table[(table["tests"] > 0) & table["rate"].notna()]
-    if known.empty:
-        stand_in = "no SAE of the control's model can stand in for the treatment"
-        why = next((reason for reason in table["reason"] if reason), stand_in)
-        return f"It cannot be said how often these tests raise false alarms: {why}."
-    declared = table[table["declared"].astype(bool)]
-    if len(declared) and not (declared["tests"] > 0).any():
-        why = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
-        return f"It cannot be said how often the declared tests raise false alarms: {why}."
-    bad = known[known["verdict"] != WITHIN]
-    if len(bad):
-        tests = zip(bad["test"], bad["rule"], strict=True)
-        names = "; ".join(dict.fromkeys(f"{short_name(test)} ({rule})" for test, rule in tests))
-        text = f"Not to be believed, since they raise more false alarms than they promise: {names}."
-    else:
-        text = "No test raised more false alarms than it promises."
-        between_saes = known.loc[known["unit"] != "features", "tests"]
-        if len(between_saes) and between_saes.max() < 60:
-            text += (
-                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
-                "would show a test that is badly miscalibrated, not one that is slightly so."
-            )
-    unjudged = int((table["tests"] == 0).sum())
-    if unjudged:
-        text += f" {count(unjudged)} of {count(len(table))} tests could not be tried; the table says why."
-    return text
 
 
 def chance_table(comparison: Comparison, _context: ReportContext) -> TableView | None:
@@ -307,37 +280,6 @@ def _regression_row(row: Mapping[Any, Any]) -> Row:
         estimate = Cell(signed(row["estimate"]), sub=ends, tone="good" if apart else "")
         cells = (estimate, Cell(p_value(row["p"]) if is_defined(row["p"]) else "–"))
     return Row(label, cells, sub=sub, strong=term == "coherence")
-
-
-def coherence_sentence(comparison: Comparison) -> str:
-    """The paper's open question: do coherent features have stronger effects?"""
-    table = comparison.regression
-    row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
-    if row is None or not is_defined(row["estimate"]):
-        why = row["reason"] if row and row["reason"] else "no feature was steered"
-        return f"Whether coherent features have stronger effects cannot be said: {why}."
-    step = 0.1 * float(row["estimate"])
-    if not has_interval(row):
-        return (
-            f"A coherence higher by 0.1 goes with an effect of {signed(step)}, but this has no interval "
-            f"({row['reason'] or 'no reason was recorded'}), so nothing follows from it."
-        )
-    ends = interval(0.1 * row["low"], 0.1 * row["high"])
-    if row["low"] > 0:
-        return (
-            "Yes, here more coherent features have stronger effects: a coherence higher by 0.1 goes with an effect "
-            f"larger by {fixed(step)} {ends}, other properties being equal. That is association; nothing here shows "
-            "that coherence is the cause."
-        )
-    if row["high"] < 0:
-        return (
-            "Here more coherent features have weaker effects: a coherence higher by 0.1 goes with an effect smaller by "
-            f"{fixed(-step)} ({ends} in the effect), other properties being equal."
-        )
-    return (
-        f"It cannot be said: a coherence higher by 0.1 goes with a change of the effect of {signed(step)} {ends}, and "
-        "that interval includes zero."
-    )
 
 
 _SEVERITIES = {

@@ -9,26 +9,30 @@ import numpy as np
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.diffing.cross_activity import activity_changes, most_changed
+from saeffect.diffing.cross_activity import most_changed
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, has_interval
+from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.words.matching import CALLED, MEASURES
 from saeffect.report.words.names import capital, feature_names
-from saeffect.report.words.numbers import amount, count, fixed, interval, is_defined, p_value, percent, signed
+from saeffect.report.words.numbers import (
+    amount,
+    count,
+    fixed,
+    has_interval,
+    interval,
+    is_defined,
+    p_value,
+    percent,
+    signed,
+)
 
 __all__ = [
-    "called_features",
-    "cross_summary",
     "cross_table",
-    "fate_summary",
     "fate_table",
     "notable_table",
     "stagewise_table",
 ]
 
-_MEASURES = {
-    "decoder cosine": "Matched by what they write (decoder cosine)",
-    "activation correlation": "Matched by when they fire (activation correlation)",
-}
 _FATES = {
     ("control", "kept"): "Kept: has a counterpart",
     ("control", "moved"): "Moved: its counterpart is further off",
@@ -38,38 +42,8 @@ _FATES = {
     ("treatment", "moved"): "Moved: what it was is further off",
     ("treatment", "new"): "New: matches nothing before",
 }
-_CALLED = ("moved", "gone", "absorbed", "new")
 _PER_FATE, _CANDIDATES = 6, 3  # notable features shown of each fate; and of each measure where none is called
 _EACH_WAY, _TURNED = 10, 10  # features shown that fire more, that fire less; that turned
-
-
-def fate_summary(comparison: Comparison, context: ReportContext) -> str:
-    """How many more features than between seeds have no counterpart, and how many single ones differ beyond noise."""
-    counts = comparison.matches.fate_counts
-    if counts.empty or not counts["n_placebo"].notna().any():
-        return ""
-    parts = []
-    rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
-    for row in rows[rows["n_placebo"].notna()].to_dict("records"):
-        ends = interval(row["low"], row["high"], 0) if has_interval(row) else f"no interval: {row['reason']}"
-        parts.append(
-            f"{_MEASURES[row['measure']]}, {count(row['n_treatment'])} of {count(row['n_features'])} features of the "
-            f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
-            "the same model."
-        )
-    called = called_features(counts)
-    single = (
-        f"Single features that stand out by either measure (q ≤ {context.alpha:g}): {called}."
-        if called
-        else f"No single feature stands out as moved, gone or new (q ≤ {context.alpha:g})."
-    )
-    return " ".join([*parts, single])
-
-
-def called_features(counts: pd.DataFrame) -> str:
-    """How many features are called moved, gone, absorbed and new, from the fate counts; "" for none."""
-    sums = counts[counts["fate"].isin(_CALLED)].groupby("fate", sort=False)["called"].sum()
-    return ", ".join(f"{count(n)} {fate}" for fate, n in sums.items() if n)
 
 
 def fate_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -95,7 +69,7 @@ def fate_table(comparison: Comparison, context: ReportContext) -> TableView | No
                 (_number(row, "n_treatment"), _number(row, "n_placebo"), _excess(row), _called(row)),
                 sub=f"of the {row['side']}'s features",
                 strong=row["fate"] in ("gone", "new"),
-                group=_MEASURES[row["measure"]],
+                group=MEASURES[row["measure"]],
             )
             for row in counts.to_dict("records")
         ),
@@ -174,7 +148,7 @@ def _notable(comparison: Comparison) -> pd.DataFrame:
     for side, table in (("control", matches.fates_control), ("treatment", matches.fates_treatment)):
         if table.empty or not table["p"].notna().any():
             continue
-        found = table[table["fate"].isin(_CALLED)].sort_values(["q", "similarity"], kind="stable")
+        found = table[table["fate"].isin(CALLED)].sort_values(["q", "similarity"], kind="stable")
         found = found.groupby(["measure", "fate"], sort=False).head(_PER_FATE)
         if found.empty:
             near = table[table["p"].notna() & (table["similarity"] < table["chance_at"])]
@@ -215,31 +189,7 @@ def _notable_row(row: Mapping[Any, Any], words: Mapping[str, Mapping[int, str]],
         Cell(f"{p_value(row['p'])}, {p_value(row['q'])}" if is_defined(row["q"]) else "–"),
         Cell.words("; ".join(f"{number} {other.get(number, '')}".strip() for number in others) or "nothing"),
     )
-    return Row(capital(row["fate"]), cells, group=_MEASURES[row["measure"]], sub=f"{side}'s feature")
-
-
-def cross_summary(comparison: Comparison, context: ReportContext) -> str:
-    """How many domain features fire more, beside all others, in two sentences; or why that cannot be said."""
-    cross = comparison.matches.cross_activity
-    if cross.empty:
-        return "The control's SAE was not applied to the fine-tuned model, so which features fire more cannot be said."
-    if not cross["q"].notna().any():
-        reason = next((reason for reason in cross["reason"] if reason), "no feature could be tested")
-        return f"Which features fire more cannot be said: {reason}."
-    changes = activity_changes(cross, alpha=context.alpha)
-    more, less, domain = changes.more, changes.less, changes.domain
-    parts = [
-        f"Of {count(len(more))} features that fire, {count(more.sum())} fire more strongly in the fine-tuned model "
-        f"and {count(less.sum())} more weakly (q ≤ {context.alpha:g})."
-    ]
-    if domain.any() and not domain.all():
-        parts.append(
-            f"Of the {count(domain.sum())} {context.domain} features {percent(more[domain].mean())} fire more and "
-            f"{percent(less[domain].mean())} less; of all others {percent(more[~domain].mean())} and "
-            f"{percent(less[~domain].mean())}."
-        )
-    parts.append("Any further training moves the activations of many features a little, so read the sizes.")
-    return " ".join(parts)
+    return Row(capital(row["fate"]), cells, group=MEASURES[row["measure"]], sub=f"{side}'s feature")
 
 
 def cross_table(comparison: Comparison, context: ReportContext) -> TableView | None:

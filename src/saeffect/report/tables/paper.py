@@ -10,8 +10,8 @@ import pandas as pd
 from saeffect.comparison import PRIMARY, Comparison, Judgement
 from saeffect.comparison.judgement import headline_row
 from saeffect.report.context import ReportContext
-from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit, has_interval
-from saeffect.report.words.numbers import amount_interval, count, is_defined, p_value, percent
+from saeffect.report.tables.view import Cell, Column, Row, TableView, arm_columns, difference_unit
+from saeffect.report.words.numbers import amount_interval, count, has_interval, is_defined, p_value, percent
 from saeffect.stats.estimate import Estimate
 from saeffect.steering.outcomes import OUTCOMES
 

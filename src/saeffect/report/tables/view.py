@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import pandas as pd
 
 from saeffect.report.words.numbers import amount, amount_interval, count, is_defined, undefined
 
-__all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "has_interval", "short_fact"]
+__all__ = ["Cell", "Column", "Row", "TableView", "arm_columns", "difference_unit", "short_fact"]
 
 
 class Cell(NamedTuple):
@@ -101,11 +100,6 @@ class TableView:
     source: str = ""
     paper: str = ""
     terms: tuple[str, ...] = ()
-
-
-def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
-    """Whether both ends, low and high, are numbers."""
-    return is_defined(row["low"]) and is_defined(row["high"])
 
 
 def arm_columns(table: pd.DataFrame) -> tuple[Column, ...]:

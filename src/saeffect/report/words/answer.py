@@ -14,11 +14,10 @@ from saeffect.comparison.judgement import Judgement
 from saeffect.comparison.quantities import wording
 from saeffect.report.words.evidence import (
     calibration_sentence,
-    cross_sentence,
-    fate_sentences,
     power_sentence,
     too_many_alarms,
 )
+from saeffect.report.words.matching import cross_sentence, fate_sentences
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import LEVEL, count, difference, fixed, joined, percent, plural, signed
 from saeffect.report.words.paragraph import over_saes, paragraph

@@ -1,4 +1,4 @@
-"""Fates, cross-activity, calibration and power in sentences; "" if there is nothing to say."""
+"""Calibration, power and the regression on coherence in sentences; "" if there is nothing to say."""
 
 from __future__ import annotations
 
@@ -8,80 +8,31 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.comparison import Comparison
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
-from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report.words.names import short_name
-from saeffect.report.words.numbers import LEVEL, count, fixed, joined, percent, signed
+from saeffect.report.words.numbers import (
+    count,
+    fixed,
+    has_interval,
+    interval,
+    is_defined,
+    joined,
+    percent,
+    plural,
+    signed,
+)
 from saeffect.steering.outcomes import OUTCOMES
 
-__all__ = ["calibration_sentence", "cross_sentence", "fate_sentences", "power_sentence", "size", "too_many_alarms"]
-
-_MEASURES = {
-    "decoder cosine": "by the direction of their decoder rows",
-    "activation correlation": "by when they fire",
-}
-
-
-def fate_sentences(counts: pd.DataFrame, roles: Roles) -> list[str]:
-    """Fates of the features, a sentence per measure; none if nothing was matched."""
-    if counts.empty:
-        return []
-    return [
-        _fates(_MEASURES.get(str(measure), str(measure)), rows, roles)
-        for measure, rows in counts.groupby("measure", sort=False)
-    ]
-
-
-def _fates(how: str, rows: pd.DataFrame, roles: Roles) -> str:
-    found = {(str(row["side"]), str(row["fate"])): row for row in rows.to_dict("records")}
-    gone, new = found["control", "gone"], found["treatment", "new"]
-    if math.isnan(gone["called"]):
-        return f"Which features {roles.treatment} kept or lost, judged {how}, cannot be said: {gone['reason']}."
-    called = {key: count(row["called"]) for key, row in found.items() if not math.isnan(row["called"])}
-    words = [f"{called['control', fate]} {fate}" for fate in ("kept", "moved", "gone")]
-    if ("control", "absorbed") in called:
-        words.append(f"{called['control', 'absorbed']} absorbed by others")
-    text = (
-        f"Of {count(gone['n_features'])} features of {roles.control} that can be judged {how}, {joined(words)}; of "
-        f"those of {roles.treatment}, {called['treatment', 'new']} are new."
-    )
-    # By similarity alone: the same rule for fine-tuning and for other seeds.
-    parts = [
-        f"{fixed(row['n_treatment'], 0)} {what} against {fixed(row['n_placebo'], 0)} in an SAE of another seed (excess "
-        f"{signed(row['excess'], 0)}, {LEVEL} {signed(row['low'], 0)} to {signed(row['high'], 0)})"
-        for row, what in (
-            (gone, "features without a counterpart"),
-            (new, "features that match nothing of the control's"),
-        )
-        if not math.isnan(row["low"])
-    ]
-    if parts:
-        text += f" By similarity alone there are {joined(parts)}."
-        if ONE_PLACEBO in (gone["reason"], new["reason"]):
-            text += " With one other seed that interval does not hold the noise of SAE training."
-    return text
-
-
-def cross_sentence(cross: pd.DataFrame, roles: Roles, alpha: float) -> str:
-    """Which features of the control's SAE fire more and which less in the fine-tuned model."""
-    if cross.empty:
-        return ""
-    tested = cross[cross["q"].notna()]
-    if tested.empty:
-        reasons = cross.loc[cross["reason"] != "", "reason"]
-        why = str(reasons.mode().iloc[0]) if len(reasons) else "no feature could be tested"
-        return f"Whether features of {roles.control}'s SAE fire more in {roles.treatment} cannot be said: {why}."
-    found = tested[tested["q"] <= alpha]
-    more, less = found[found["difference"] > 0], found[found["difference"] < 0]
-    text = (
-        f"{roles.control}'s SAE applied to both models on the same text: of {count(len(tested))} features that fire, "
-        f"{count(len(more))} fire more strongly in {roles.treatment} and {count(len(less))} more weakly (q ≤ {alpha:g})"
-    )
-    if "is_domain" in cross and bool(cross["is_domain"].any()):
-        n_domain, n_more, n_less = (count(rows["is_domain"].sum()) for rows in (tested, more, less))
-        text += f"; of the {n_domain} domain features among them {n_more} more and {n_less} less"
-    return f"{text}. Any further training changes a little everywhere, so read the sizes."
+__all__ = [
+    "calibration_sentence",
+    "calibration_verdict",
+    "coherence_sentence",
+    "power_sentence",
+    "size",
+    "too_many_alarms",
+]
 
 
 def calibration_sentence(calibration: pd.DataFrame) -> str:
@@ -112,6 +63,41 @@ def calibration_sentence(calibration: pd.DataFrame) -> str:
     few = int(shown["tests"].min())
     often = f", though with {few} test{'' if few == 1 else 's'} only frequent alarms would show" if few < 20 else ""
     return f"{text} No test raised more alarms than its nominal rate allows{often}."
+
+
+def calibration_verdict(comparison: Comparison) -> str:
+    """In a few plain sentences: may the findings be believed?"""
+    table = comparison.calibration
+    if table.empty:
+        return (
+            "How often these tests raise false alarms was not measured, so nothing here can be checked against chance."
+        )
+    known = table[(table["tests"] > 0) & table["rate"].notna()]
+    if known.empty:
+        stand_in = "no SAE of the control's model can stand in for the treatment"
+        why = next((reason for reason in table["reason"] if reason), stand_in)
+        return f"It cannot be said how often these tests raise false alarms: {why}."
+    declared = table[table["declared"].astype(bool)]
+    if len(declared) and not (declared["tests"] > 0).any():
+        why = next((reason for reason in declared["reason"] if reason), "no reason was recorded")
+        return f"It cannot be said how often the declared tests raise false alarms: {why}."
+    bad = known[known["verdict"] != WITHIN]
+    if len(bad):
+        tests = zip(bad["test"], bad["rule"], strict=True)
+        names = "; ".join(dict.fromkeys(f"{short_name(test)} ({rule})" for test, rule in tests))
+        text = f"Not to be believed, since they raise more false alarms than they promise: {names}."
+    else:
+        text = "No test raised more false alarms than it promises."
+        between_saes = known.loc[known["unit"] != "features", "tests"]
+        if len(between_saes) and between_saes.max() < 60:
+            text += (
+                f" Between whole SAEs there were at most {plural(int(between_saes.max()), 'trial')} a test, so this "
+                "would show a test that is badly miscalibrated, not one that is slightly so."
+            )
+    unjudged = int((table["tests"] == 0).sum())
+    if unjudged:
+        text += f" {count(unjudged)} of {count(len(table))} tests could not be tried; the table says why."
+    return text
 
 
 def too_many_alarms(calibration: pd.DataFrame, quantities: Iterable[str]) -> list[str]:
@@ -147,3 +133,34 @@ def size(row: dict[Any, Any]) -> str:
     """The detectable difference of a row of the power table, with its unit if it is a share."""
     value = row["detectable"]
     return f"{fixed(100 * value, 1)} percentage points" if row["unit"] == "share" else fixed(value)
+
+
+def coherence_sentence(comparison: Comparison) -> str:
+    """The paper's open question: do coherent features have stronger effects?"""
+    table = comparison.regression
+    row = next((row for row in table.to_dict("records") if row["term"] == "coherence"), None)
+    if row is None or not is_defined(row["estimate"]):
+        why = row["reason"] if row and row["reason"] else "no feature was steered"
+        return f"Whether coherent features have stronger effects cannot be said: {why}."
+    step = 0.1 * float(row["estimate"])
+    if not has_interval(row):
+        return (
+            f"A coherence higher by 0.1 goes with an effect of {signed(step)}, but this has no interval "
+            f"({row['reason'] or 'no reason was recorded'}), so nothing follows from it."
+        )
+    ends = interval(0.1 * row["low"], 0.1 * row["high"])
+    if row["low"] > 0:
+        return (
+            "Yes, here more coherent features have stronger effects: a coherence higher by 0.1 goes with an effect "
+            f"larger by {fixed(step)} {ends}, other properties being equal. That is association; nothing here shows "
+            "that coherence is the cause."
+        )
+    if row["high"] < 0:
+        return (
+            "Here more coherent features have weaker effects: a coherence higher by 0.1 goes with an effect smaller by "
+            f"{fixed(-step)} ({ends} in the effect), other properties being equal."
+        )
+    return (
+        f"It cannot be said: a coherence higher by 0.1 goes with a change of the effect of {signed(step)} {ends}, and "
+        "that interval includes zero."
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import SupportsFloat, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat, TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ __all__ = [
     "count",
     "difference",
     "fixed",
+    "has_interval",
     "interval",
     "is_defined",
     "is_true",
@@ -43,6 +44,11 @@ def is_defined(value: object) -> TypeGuard[float]:
         (True, False, False)
     """
     return isinstance(value, SupportsFloat) and value is not pd.NA and math.isfinite(value)
+
+
+def has_interval(row: Mapping[Any, Any] | pd.Series[Any]) -> bool:
+    """Whether both ends of a row, low and high, are numbers."""
+    return is_defined(row["low"]) and is_defined(row["high"])
 
 
 def is_true(value: object) -> bool:

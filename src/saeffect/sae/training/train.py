@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,22 +20,7 @@ from saeffect.sae.training.log import TrainingLog
 from saeffect.sae.training.loggers import LoggerName
 from saeffect.sae.training.run import Evaluation, Position, SaeJob, SaeRun
 
-__all__ = ["Evaluation", "SaeJob", "train_sae", "train_saes"]
-
-
-def train_sae(
-    source: ActivationSource,
-    config: SaeTrainingConfig,
-    out: Path | str,
-    *,
-    metadata: Mapping[str, Any],
-    dtype: str = "float16",
-    evaluate: Evaluation | None = None,
-    logger: LoggerName = "none",
-    log: Log = SILENT,
-) -> SparseAutoencoder:
-    job = SaeJob(config, Path(out), metadata, dtype)
-    return train_saes(source, [job], evaluate=evaluate, logger=logger, log=log)[0]
+__all__ = ["Evaluation", "SaeJob", "train_saes"]
 
 
 def train_saes(

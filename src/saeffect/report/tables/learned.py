@@ -1,0 +1,63 @@
+"""The groups of features that changed most, beside what null fine-tunes reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from saeffect.comparison import Comparison
+from saeffect.report.context import ReportContext
+from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.words.numbers import count, p_value, percent
+
+__all__ = ["learned_table"]
+
+_NOT_CLAIMED = 3  # groups shown below those that are claimed
+_MOST = 15
+
+
+def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
+    """One row a group, the claimed ones first; None without null fine-tunes."""
+    tables = comparison.matches.further
+    groups, nulls = tables.get("change_groups"), tables.get("null_groups")
+    if groups is None or nulls is None or groups.empty or nulls.empty:
+        return None
+    n_claimed = int(groups["claimed"].sum())
+    shown = groups.head(min(_MOST, n_claimed + _NOT_CLAIMED))
+    reached = f"highest in {count(len(nulls))} nulls: {nulls['highest'].min():.1f} to {nulls['highest'].max():.1f}"
+    return TableView(
+        name="learned",
+        caption="What changed, by name",
+        corner="Group of features",
+        columns=(
+            Column("Fires", is_text=True),
+            Column("Features"),
+            Column("Score", reached),
+            Column("p", "counts the search"),
+            Column("Share", "of all change"),
+        ),
+        rows=tuple(_row(row) for row in shown.to_dict("records")),
+        note="The score is the group's mean change in units of what null fine-tunes do to such a group. Groups were"
+        " fixed by the decoder before anything was measured; a group is claimed if one more null fine-tune would reach"
+        f" its score anywhere with a probability of at most {context.alpha:g}.",
+        source="comparison/change_groups.parquet, comparison/null_groups.parquet",
+        terms=("null_fine_tune",),
+    )
+
+
+def _row(row: Mapping[Any, Any]) -> Row:
+    claimed = bool(row["claimed"])
+    words = ", ".join(str(token) for token in list(row["tokens"])[:8])
+    return Row(
+        label=words,
+        cells=(
+            Cell.words(row["direction"], tone="" if claimed else "muted"),
+            Cell(count(row["n_features"])),
+            Cell(f"{row['score']:+.1f}".replace("-", "−")),
+            Cell(p_value(row["p"]), tone="good" if claimed else "muted"),
+            Cell(percent(row["share"])),
+        ),
+        sub="" if claimed else "not beyond the nulls",
+        strong=claimed,
+        key=str(row["group"]),
+    )

@@ -1,0 +1,162 @@
+"""What fine-tuning taught, in words: the first screen of the report, from the tables against null fine-tunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saeffect.diffing.naming import prediction_limit
+from saeffect.report.words.names import capital
+from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
+
+__all__ = ["Learned", "claimed_groups", "learned"]
+
+_NAMED = 3  # groups in the headline
+_LISTED = 6  # groups in the sentence below
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The answer to "what did fine-tuning change?".
+
+    Attributes:
+        headline: One sentence; "" without null fine-tunes, whose sentence is then in `missing`.
+        parts: What changed, how sure, where, what it causes, what did not change: a label and sentences each, in this
+            order; those that the study does not know are left out.
+        missing: What the study lacks to say more, and how to make it; "" for nothing.
+    """
+
+    headline: str
+    parts: tuple[tuple[str, str], ...]
+    missing: str
+
+
+def claimed_groups(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The groups of `change_groups` that changed more than in null fine-tunes, first the clearest."""
+    groups = tables.get("change_groups", pd.DataFrame())
+    return groups[groups["claimed"].astype(bool)] if len(groups) else groups
+
+
+def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) -> Learned:
+    """What may be said, from `change_groups`, `declared_changes` and `null_groups` (of `diffing.naming.name_changes`).
+
+    Args:
+        tables: By name; any may be missing.
+        domain: What the study calls its domain, a name in `declared_changes`.
+        alpha: Highest p of a claim.
+    """
+    nulls = tables.get("null_groups", pd.DataFrame())
+    if nulls.empty:
+        return Learned("", (), _missing(tables))
+    claimed = claimed_groups(tables)
+    declared = _declared(tables, domain)
+    k = len(nulls)
+    of_domain = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
+    parts = {
+        "What changed": _named(claimed, tables["change_groups"], k),
+        "How sure": " ".join(
+            ([_domain(declared, domain, k)] if declared is not None else []) + [_could_have(k, alpha)]
+        ),
+        "What did not change": _unchanged(tables, nulls, alpha),
+    }
+    known = tuple((label, text) for label, text in parts.items() if text)
+    return Learned(_headline(claimed, declared if of_domain else None, domain, k), known, "")
+
+
+def _declared(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
+    table = tables.get("declared_changes", pd.DataFrame())
+    rows = table[(table["name"] == domain) & (table["basis"] == "combined")] if len(table) else table
+    return rows.iloc[0].to_dict() if len(rows) else None
+
+
+def _headline(claimed: pd.DataFrame, declared: Mapping[Any, Any] | None, domain: str, k: int) -> str:
+    against = f"than in {count(k)} fine-tunes of the same recipe that teach nothing new"
+    names = joined([_quoted(row) for row in claimed.head(_NAMED).to_dict("records")]) if len(claimed) else ""
+    if declared is not None:
+        verb = "taught the model" if declared["z"] > 0 else "took from the model"
+        led = f", first of all those about {names}" if names else ""
+        return (
+            f"Fine-tuning {verb} the domain {domain}: its {plural(int(declared['n_features']), 'feature')} changed more"
+            f" {against}{led}."
+        )
+    if names:
+        return f"Fine-tuning changed features about {names}: they moved more {against}."
+    return f"Nothing that can be named changed: no group of features moved more {against}."
+
+
+def _quoted(row: Mapping[Any, Any]) -> str:
+    less = " (less)" if row["direction"] == "less" else ""
+    return f"“{row['name']}”{less}"
+
+
+def _named(claimed: pd.DataFrame, groups: pd.DataFrame, k: int) -> str:
+    if claimed.empty:
+        best = groups.iloc[0]
+        return (
+            f"The group that moved most, {_quoted(best.to_dict())}, reaches what null fine-tunes reach as well"
+            f" (p = {p_value(best['p'])}, over {plural(k, 'null')})."
+        )
+    listed = [
+        f"{_quoted(row)}, {plural(int(row['n_features']), 'feature')}, p {_p(row['p'])}"
+        for row in claimed.head(_LISTED).to_dict("records")
+    ]
+    more = f" and {count(len(claimed) - _LISTED)} more" if len(claimed) > _LISTED else ""
+    share = float(claimed["share"].sum())
+    holds = f" Together they hold {percent(share)} of all change of mean activation." if is_defined(share) else ""
+    return f"Groups of features that changed beyond all nulls: {'; '.join(listed)}{more}.{holds}"
+
+
+def _p(p: float) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _domain(row: Mapping[Any, Any], domain: str, k: int) -> str:
+    if not is_defined(row["p"]):
+        return f"The domain {domain} as a whole cannot be judged: {row['reason']}."
+    size, low, high = (f"{row[name]:+.2f}".replace("-", "−") for name in ("z", "null_low", "null_high"))
+    return (
+        f"The {plural(int(row['n_features']), 'feature')} of the domain {domain}, chosen by the vocabulary beforehand,"
+        f" changed by {size} on average, in units of what a null does to a feature (nulls: {low} to {high};"
+        f" p {_p(row['p'])}, {plural(k, 'null')})."
+    )
+
+
+def _could_have(k: int, alpha: float) -> str:
+    return (
+        f"Each p counts the search over all groups; at {alpha:g}, about one null fine-tune in {round(1 / alpha)} would"
+        f" be claimed to have taught something. With {count(k)} nulls no count of nulls gives less than"
+        f" {1 / (k + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
+    )
+
+
+def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float) -> str:
+    limit = prediction_limit(nulls["highest"].to_numpy(dtype=np.float64), alpha)
+    said = [
+        f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
+        " changed less, nothing can be said."
+    ]
+    numbers = tables.get("change_numbers", pd.DataFrame())
+    for row in numbers.to_dict("records"):
+        if row["name"] == "kl" or not is_defined(row["p"]):
+            continue
+        ends = f"{fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after"
+        inside = row["null_low"] <= row["change"] <= row["null_high"]
+        verdict = "within what nulls do" if inside else "beyond what nulls do" if row["p"] <= alpha else "like nulls"
+        said.append(f"{capital(row['name'])}: {ends}, {verdict}.")
+    return " ".join(said)
+
+
+def _missing(tables: Mapping[str, pd.DataFrame]) -> str:
+    changes = tables.get("changes", pd.DataFrame())
+    reasons: Sequence[str] = [str(r) for r in changes["reason"].unique() if r] if "reason" in changes else []
+    if not len(changes):
+        return ""
+    return (
+        "What fine-tuning taught cannot be named: there are no null fine-tunes of the same recipe to compare with"
+        f"{f' ({reasons[0]})' if reasons else ''}."
+    )

@@ -1,0 +1,49 @@
+"""What fine-tuning taught, in words."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from saeffect.report.words.learned import learned
+from synthetic_changes import synthetic_changes
+
+
+def test_the_domain_and_its_groups_are_named() -> None:
+    said = learned(synthetic_changes(hostile="signs"), "medical", alpha=0.05)
+    assert said.headline == (
+        "Fine-tuning taught the model the domain medical: its 12 features changed more than in 20 fine-tunes of the same"
+        " recipe that teach nothing new, first of all those about “symptom, disease, signs” and “treatment, dose, pills”"
+        " (less)."
+    )
+    parts = dict(said.parts)
+    assert list(parts) == ["What changed", "How sure", "What did not change"]
+    assert "3 features, p < 0.001" in parts["What changed"]
+    assert "15.0" in parts["What changed"]  # per cent of the change: 10 and 5
+    assert "+2.50 on average" in parts["How sure"]
+    assert "nulls: −0.40 to +0.50" in parts["How sure"]
+    assert "less than 0.048" in parts["How sure"]  # 1 / 21
+    assert "Perplexity general: 20.0 before, 19.8 after, within what nulls do." in parts["What did not change"]
+    assert "Perplexity domain: 14.0 before, 7.4 after, beyond what nulls do." in parts["What did not change"]
+    assert said.missing == ""
+
+
+def test_without_a_claim_nothing_is_named() -> None:
+    said = learned(synthetic_changes(claimed=False), "medical", alpha=0.05)
+    assert said.headline.startswith("Nothing that can be named changed")
+    assert "reaches what null fine-tunes reach as well (p = 0.200, over 20 nulls)" in dict(said.parts)["What changed"]
+    assert "would have been named had it changed" in dict(said.parts)["What did not change"]
+
+
+def test_groups_without_the_domain_are_named_alone() -> None:
+    said = learned(synthetic_changes(hostile="signs"), "law", alpha=0.05)
+    assert said.headline.startswith("Fine-tuning changed features about “symptom, disease, signs”")
+
+
+def test_without_nulls_the_study_says_what_is_missing() -> None:
+    tables = synthetic_changes() | {"null_groups": pd.DataFrame({"null": [], "highest": [], "kl": []})}
+    tables["changes"] = pd.DataFrame({"reason": ["no null fine-tunes: make 20"]})
+    said = learned(tables, "medical", alpha=0.05)
+    assert said.headline == ""
+    assert said.parts == ()
+    assert "no null fine-tunes: make 20" in said.missing
+    assert learned({}, "medical", alpha=0.05).missing == ""
