@@ -27,7 +27,7 @@ from contenders import ROOT, Worker, python_of
 from running import parser_of, write_results
 
 CHECKOUT = ROOT / ".peer-crosscoder"
-SEEDS, NULLS = 4, 6
+SEEDS, NULLS = 3, 5
 FACTORS = (0.0, 0.25, 0.5, 1.0, 2.0)
 RATE = 0.05
 FOUND = 0.8  # cosine from which a feature counts as the planted one
@@ -137,7 +137,7 @@ def measured(concepts: Concepts, sae: Any) -> Any:
 
 def planted(options: argparse.Namespace) -> dict[str, Any]:
     """Recall of concepts that the fine-tune scaled, at 5 % false alarms, with cuts from null fine-tunes."""
-    n, d_sae, steps = (40, 64, 150) if options.quick else (200, 320, 1500)
+    n, d_sae, steps = (40, 64, 150) if options.quick else (200, 320, 1000)
     seeds, nulls = (1, 2) if options.quick else (SEEDS, NULLS)
     null_tables = []
     for number in range(nulls):
