@@ -20,8 +20,12 @@ from saeffect.study.study import Study
 def main(out: Path) -> None:
     config = yaml.safe_load(Study.open("bundled:smollm2-medical").source.read_text(encoding="utf-8"))
     config["name"] = "smollm2-medical-reduced"
-    config["text"]["tokens"] = 4096
+    config["text"]["tokens"] = 2048
     config["gate"]["tokens"] = 1024
+    for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
+        config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
+    # Null fine-tunes are measured on more rows than this.
+    config["nulls"], config["changes"] = None, {"rows": 32}
     config["steering"] |= {"max_features": 4, "search_features": 2, "doses": [0.3, 0.6], "samples": 1}
     config["steering"] |= {"max_new_tokens": 12, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}

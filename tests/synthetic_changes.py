@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
+
+from saeffect.diffing.put_back_shares import COLUMNS
+from synthetic_where import where_tables
 
 NOTHING = float("nan")
 
@@ -62,3 +67,32 @@ def synthetic_changes(
             }
         ),
     }
+
+
+def first_screen() -> dict[str, pd.DataFrame]:
+    """All tables that the report's first screen reads."""
+    return synthetic_changes() | where_tables() | {"put_back": _put_back()}
+
+
+def _put_back() -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for measure in ("loss", "kl"):
+        shared = {"edited": "tuned", "source": "domain", "measure": measure, "features": "changed"}
+        for n, share in ((1, 0.05), (5, 0.2), (20, 0.41), (100, 0.6), (120, 0.9)):
+            for kind, value in (("own", share), ("matched", 0.02), ("difference", share - 0.02)):
+                ends = {"share": value, "low": value - 0.05, "high": value + 0.05, "p": NOTHING, "reason": ""}
+                rows.append(
+                    shared | {"n_features": n, "kind": kind, "whole": 0.2, "n_rows": 24, "n_tokens": 1512} | ends
+                )
+        whole = {
+            "share": 1.0,
+            "low": 1.0,
+            "high": 1.0,
+            "p": NOTHING,
+            "reason": "",
+            "whole": 0.2,
+            "n_rows": 24,
+            "n_tokens": 1512,
+        }
+        rows.append(shared | {"features": "whole", "n_features": None, "kind": "own"} | whole)
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"n_features": "Int64"})

@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1] / "src" / "saeffect"
 TESTS = Path(__file__).parent
 
 # From the ground up. Neighbours on one floor may see each other. The report is one stage of a study, so it lies below.
-GROUND = ("errors", "progress", "config", "config_keys", "paths", "io", "checksums", "parallel", "allocation")
+GROUND = (
+    "errors",
+    "progress",
+    "config",
+    "config_keys",
+    "config_steering",
+    "paths",
+    "io",
+    "checksums",
+    "parallel",
+    "allocation",
+)
 FLOORS = (
     (*GROUND, "interruption", "sole_writer"),
     ("stats",),

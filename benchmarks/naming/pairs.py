@@ -9,9 +9,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planted"))
 
-__all__ = ["BASE", "CONCEPTS_PLANTED", "LEVELS", "OWN_STEMS", "PAIRS", "RECIPE", "TUNED_ON", "Pair"]
+__all__ = ["BASE", "CONCEPTS_PLANTED", "LEVELS", "OWN_STEMS", "PAIRS", "RECIPE", "SAE", "TUNED_ON", "Pair"]
 
 BASE = "bundled:smollm2-135m-instruct"
+SAE = "smollm2-control"
 # What the base model continues to make text that teaches it nothing. No concept is named.
 OWN_STEMS = (
     "Once upon a time",

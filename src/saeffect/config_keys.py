@@ -1,18 +1,19 @@
-"""Keys of a YAML file: Markdown tables from the field descriptions, and errors that name a key."""
+"""Keys of a YAML file: their strict base class, Markdown tables from the descriptions, errors that name a key."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, Literal, get_args, get_origin
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from saeffect.errors import ConfigError, unknown_name
+from saeffect.errors import ConfigError, SaeffectError, unknown_name
 
-__all__ = ["config_error", "keys_table"]
+__all__ = ["StrictModel", "all_different", "config_error", "keys_table"]
 
 
 def config_error(model: type[BaseModel], error: ValidationError, *, at: str = "") -> ConfigError:
@@ -94,3 +95,26 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).lower()
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration object: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, values: Any, *, at: str) -> Self:
+        """Validate plain data; UnknownName for an unknown key (valid ones listed), ConfigError for a wrong value."""
+        try:
+            return cls.model_validate(values)
+        except SaeffectError as error:  # from a validator that knows more than pydantic
+            raise error.placed(at) from None
+        except ValidationError as error:
+            raise config_error(cls, error, at=at) from error
+
+
+def all_different(what: str, values: Sequence[object]) -> None:
+    """ValueError if two values are equal."""
+    doubled = [value for value, n in Counter(values).items() if n > 1]
+    if doubled:
+        raise ValueError(f"the {what} {doubled[0]!r} is there twice")

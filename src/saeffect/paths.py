@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from saeffect.errors import BadFile, ConfigError, NotFound
 
-__all__ = ["decode_utf8", "read_bytes", "refuse_special", "resolve_paths", "user_path"]
+__all__ = ["decode_utf8", "name_to_share", "read_bytes", "refuse_special", "resolve_paths", "user_path"]
 
 _BUNDLED = "bundled:"
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -43,6 +43,16 @@ def user_path(text: Path | str, *, at: str | None = None) -> Path:
         return path
     shown = repr(str(text)[:80])[1:-1]
     raise ConfigError(f"'{shown}' can be no path: {reason}.", at=at, fix="write the path of a file or folder.")
+
+
+def name_to_share(name: str) -> str:
+    """What a model card calls a model: a path without this machine's folders, any other name as it is.
+
+    Example:
+        >>> name_to_share("/home/me/models/tuned.gguf"), name_to_share("google/gemma-3-270m")
+        ('tuned.gguf', 'google/gemma-3-270m')
+    """
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
 
 def refuse_special(path: Path, kind: str) -> None:
@@ -128,6 +138,7 @@ _KINDS = {
     "vocabulary": _Kind(_WORD, "vocabularies"),
     "embeddings": _Kind(_WORD, "embeddings"),
     "outcome_encoder": _Kind(_ENCODER, "embeddings"),
+    "nulls": _Kind(to_be_made=True),
     "verdicts": _Kind(),
 }
 

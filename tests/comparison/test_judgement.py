@@ -196,3 +196,71 @@ def test_one_sae_against_several_does_not_decide_by_seeds():
     assert found.status == "beyond"  # by the three intervals, with p over all SAEs
     contrasts.loc[contrasts["comparison"] == "all seeds", "p"] = 0.06
     assert judge(contrasts, "domain_share").status == "noise"
+
+
+def test_five_in_a_hundred_is_enough():
+    up = Estimate(1, 0.5, 1.5)
+    assert exceeds_noise(up, [up], 0.05)
+    assert judge(several(0.05, 0.01), "domain_share").status == "beyond"
+
+
+def test_stored_rows_are_whole():
+    """Ratios and rows of all seeds are judged nowhere, and stop nothing that comes after them."""
+    change = (0.3, 0.2, 0.4)
+    parts = [
+        (table((2.0, 1.5, 3.0), (QUIET, (2.0, 1.5, 3.0))).assign(quantity="pass_rate_ratio"), False, "ratio"),
+        (table(change, (QUIET, change)).assign(quantity="effect_seeds"), True, "seeds"),
+        (several(0.03, 0.01), True, "share"),
+        (table(change, ((0.02, -0.1, 0.14), change)).assign(quantity="effect", unit="cosine"), False, "effect"),
+    ]
+    known = {"p": NAN, "saes_a": 1, "saes_b": 1}
+    frames = [
+        frame.assign(declared=declared, label=label, **{k: v for k, v in known.items() if k not in frame})
+        for frame, declared, label in parts
+    ]
+    contrasts = add_noise_p(pd.concat(frames, ignore_index=True).assign(value_a=0.25, value_b=0.35))
+    assert contrasts[["p_noise", "p_noise_holm"]].dtypes.tolist() == [np.float64, np.float64]
+    spared = contrasts["quantity"].isin(["pass_rate_ratio", "effect_seeds", "domain_share_seeds"])
+    assert contrasts.loc[spared, ["p_noise", "p_noise_holm"]].isna().all(axis=None)
+    p = noise_p(Estimate(*change), [Estimate(0.02, -0.1, 0.14)])
+    arms = ("c", "t", 0.25, 0.35)
+    expected = [
+        ["domain_share", "share", True, "beyond", 0.03, "all seeds", *arms, 0.1, 0.01, 0.2, "share", "", 3, 3],
+        ["effect", "effect", False, "beyond", p, "fine-tuning", *arms, *change, "cosine", "", 1, 1],
+    ]
+    columns = ["quantity", "label", "declared", "status", "p", "comparison", "a", "b", "value_a", "value_b"]
+    columns += ["estimate", "low", "high", "unit", "reason", "saes_a", "saes_b"]
+    stored = judgement_table(contrasts)
+    assert stored.columns.tolist() == columns
+    assert stored.to_numpy().tolist() == expected
+    assert judgement_table(contrasts.iloc[:0]).columns.tolist() == columns
+    found = judgements_of(stored, contrasts)
+    assert found == {name: judge(contrasts, name) for name in ("domain_share", "effect")}
+    assert headline_row(contrasts, found["effect"])["unit"] == "cosine"
+
+
+def test_further_saes_of_the_control_alone_can_separate():
+    """No placebo arm, but several SAEs of the control's model against one of the treatment's."""
+    contrasts = several(0.03, 0.01)
+    contrasts = contrasts[contrasts["comparison"].isin(["fine-tuning", "all seeds"])].copy()
+    contrasts.loc[contrasts["comparison"] == "all seeds", "saes_b"] = 1
+    found = judge(contrasts, "domain_share")
+    assert (found.status, found.n_saes, found.by_seeds, found.retraining) == ("beyond", (3, 1), False, {})
+    contrasts.loc[contrasts["comparison"] == "all seeds", ["low", "high"]] = NAN
+    unknown = judge(contrasts, "domain_share")
+    assert (unknown.status, unknown.seeds) == ("unseparated", None)
+
+
+def test_a_placebo_without_an_interval_separates_nothing():
+    change = (0.1, 0.05, 0.15)
+    for noise, beyond in (((0.001, NAN, NAN), change), (QUIET, (0.1, NAN, NAN))):
+        found = judge(table(change, (QUIET, change), (noise, beyond)), "domain_share")
+        assert found.status == "unseparated"
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_noise_of_undefined_differences_is_undefined(value):
+    known = Estimate(0.1, -0.1, 0.3)
+    assert np.isnan(noise_p(Estimate(value, NAN, NAN), [known]))
+    assert np.isnan(noise_p(known, [Estimate(value, NAN, NAN), known]))
+    assert np.isnan(noise_p(known, []))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from saeffect.diffing import where as module
+from saeffect.diffing.null_ranks import NO_NULLS
 from saeffect.diffing.trace import EARLY, OPENINGS, Trace, Tracer
+from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.activations import NormLimit, TokenRows
+from saeffect.lm.architectures import unembedding
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.standard import StandardSae
+from synthetic_trace import made
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -37,13 +45,15 @@ def rows() -> TokenRows:
 
 
 @pytest.fixture(scope="module")
-def tracer(tiny_llama: LanguageModel, rows: TokenRows) -> Tracer:
+def tracer(tiny_llama: LanguageModel, rows: TokenRows) -> Iterator[Tracer]:
     sae = StandardSae(SaeConfig("standard", 32, 24, apply_b_dec_to_input=False))
     generator = torch.Generator().manual_seed(3)
     for parameter in sae.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     sae.requires_grad_(False)
-    return Tracer(tiny_llama, sae, HOOK, rows, NormLimit(1.0, 1e6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saeffect.diffing.trace.NEW_TOKENS", 3)
+        yield Tracer(tiny_llama, sae, HOOK, rows, NormLimit(1.0, 1e6))
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +86,115 @@ def test_a_trace_survives_its_file(trace, tmp_path):
     np.testing.assert_allclose(again.early, trace.early, rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(again.openings, trace.openings)
     assert again.numbers == trace.numbers
+
+
+TOKENS = np.array(["a", "b", "c", "d"], dtype=object)
+PLAIN = np.array([True, True, True, False])
+
+
+def layers_of(*values: float) -> Trace:
+    return made(layers=np.array(values, dtype=np.float32))
+
+
+def test_layers_by_hand():
+    nulls = [layers_of(0.05, 0.3), layers_of(0.04, 0.1), layers_of(0.02, 0.1)]
+    table = module.change_by_layer(made(), nulls)
+    np.testing.assert_allclose(table["p"], [1 / 4, 2 / 4])
+    np.testing.assert_allclose(table["q"], [2 / 4, 2 / 4])
+    np.testing.assert_allclose(table[["null_low", "null_median", "null_high"]], [[0.02, 0.04, 0.05], [0.1, 0.1, 0.3]])
+    np.testing.assert_allclose(table["ratio"], [2.5, 2.0])
+    assert table["reason"].str.startswith("with 3 nulls no p is below 1/4").all()
+
+
+def test_the_mean_difference_by_hand():
+    trace = made(halves=np.array([[1.0, 0.0], [0.0, 1.0]], dtype=np.float32))
+    nulls = [made(halves=np.array([h, h], dtype=np.float32)) for h in ([2.0, 0.0], [0.0, 1.0])]
+    table = module.activation_difference(trace, nulls, top_tokens=lambda v: [str(v.round(3).tolist())])
+    row = table.set_index("position").loc["all"]
+    assert row["size"] == pytest.approx(math.sqrt(0.5) / 10)  # the mean (0.5, 0.5) over a norm of 10
+    assert row["reliability"] == pytest.approx(0.0, abs=1e-12)  # halves at a right angle
+    assert row["likeness"] == pytest.approx(3 / math.sqrt(10))  # with the nulls' mean (1, 0.5)
+    assert row["p_size"] == 1.0
+    assert row["p_reliability"] == 1.0
+    assert row["top_tokens"] == ["[0.5, 0.5]"]
+    assert row["beyond_nulls"] == ["[-0.1, 0.2]"]  # less 0.6 of (1, 0.5)
+    first = table.set_index("position").loc["1"]
+    assert (first["size"], first["reliability"]) == (pytest.approx(0.5), pytest.approx(1.0))
+
+
+def test_words_read_and_expected_by_hand():
+    ids = np.array([[0, 1, 1, 1, 2], [0, 1, 1, 2, 2]])  # b five times, c three times
+    kl = np.array([[np.nan, 1.0, 2.0, 3.0, 9.0], [np.nan, 4.0, 5.0, 9.0, 9.0]], dtype=np.float32)
+    expected = np.array([[0.5, 0.5, 0.0, 0.0], [0.25, 0.71, 0.04, 0.0]], dtype=np.float32)
+    trace = made(kl=kl, expected=expected, numbers={"kl": 6.0, "n_tokens": 100.0, "norm": 1.0})
+    table = module.change_by_word(trace, [], ids, TOKENS, PLAIN)
+    read = table[table["role"] == "read"]
+    assert list(read["token"]) == ["b"]
+    assert read[["n", "change", "focus"]].iloc[0].tolist() == pytest.approx([5, 3.0, 0.5])
+    expects = table[table["role"] == "expected"].set_index("token")
+    assert set(expects.index) == {"a", "b", "c"}  # d is not plain, and never expected
+    assert expects.loc["c", "change"] == pytest.approx(math.log(4.5 / 0.5))  # half a token added to 4 and to 0
+    assert expects.loc["a", "change"] == pytest.approx(math.log(25.5 / 50.5))
+    assert table[["p", "q", "p_search", "null_median"]].isna().all().all()
+    assert (table["reason"] == NO_NULLS).all()
+
+
+def test_one_word_that_changed_more_than_in_the_nulls_is_found():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 40, (40, 20))
+
+    def kl(extra: float) -> np.ndarray:
+        found = rng.exponential(0.1, ids.shape) + extra * (ids == 7)
+        found[:, 0] = np.nan
+        return found.astype(np.float32)
+
+    tokens, plain = np.array([f"w{i}" for i in range(40)], dtype=object), np.ones(40, dtype=bool)
+    share = np.full((2, 40), 1 / 40, dtype=np.float32)
+    nulls = [made(kl=kl(0.0), expected=share) for _ in range(20)]
+    table = module.change_by_word(made(kl=kl(2.0), expected=share), nulls, ids, tokens, plain)
+    assert table.loc[table["p_search"] <= 0.05, "token"].tolist() == ["w7"]
+    assert table.loc[0, "p_focus"] == pytest.approx(1 / 21)
+    places = module.change_in_text(
+        made(kl=kl(9.0)), nulls, ids.astype(np.int32), lambda some: " ".join(f"w{i}" for i in some)
+    )
+    assert (places["token"] == "w7").all()
+    assert (places["p_search"] == 1 / 21).all()
+    row = places.iloc[0]
+    assert row["before"].split()[-1] == f"w{ids[row['row'], row['position'] - 1]}"
+    near = places[places["row"] == row["row"]]
+    assert (near["position"].diff().abs().dropna() > 12).all()
+
+
+def test_tables_of_a_real_trace(tracer, trace, rows):
+    nulls = [tracer.trace(tuned_like(tracer.base, 0.1, seed), f"null-{seed}") for seed in (5, 6)]
+    tables = module.where_changed(trace, nulls, rows, tuned_like(tracer.base, 0.3, 1))
+    overall = tables["change_overall"].set_index("quantity")
+    assert overall.loc["divergence on text", "change"] == pytest.approx(float(np.nanmean(trace.kl)), rel=1e-4)
+    assert (overall.loc[["divergence on text", "residual stream"], "p"] == 1 / 3).all()
+    assert len(tables["openings"]) == 96
+    assert tables["openings"]["change"].is_monotonic_decreasing
+    assert {"written_words", "change_in_text"} <= tables.keys()
+    difference = tables["activation_difference"]
+    vector = trace.halves.mean(axis=0)
+    W_U = unembedding(tuned_like(tracer.base, 0.3, 1)).numpy()
+    scores = vector @ W_U / np.linalg.norm(W_U, axis=0)
+    scores[~tracer.base.plain_tokens().numpy()] = -np.inf
+    assert difference["top_tokens"].iloc[0][0] == tracer.base.token_strings()[int(scores.argmax())]
+    for name, table in tables.items():
+        assert isinstance(table, pd.DataFrame), name
+        assert "reason" in table.columns, name
+
+
+def test_a_model_against_itself_changed_nothing(tracer, rows):
+    same = tracer.trace(replace(tracer.base, name="same"), "same")
+    tables = module.where_changed(same, [], rows, tracer.base)
+    assert (tables["change_overall"]["change"].abs() < 1e-6).all()
+    assert (tables["activation_difference"]["reason"] == "nothing changed here").all()
+    assert tables["activation_difference"]["reliability"].isna().all()
+
+
+def test_traces_that_cannot_be_compared_are_refused(trace, tiny_llama, rows):
+    with pytest.raises(ConfigError, match="other was not measured as tuned was"):
+        module.where_changed(trace, [replace(trace, name="other", made_by="y")], rows, tiny_llama)
+    with pytest.raises(ShapeMismatch, match="the traces read rows"):
+        module.where_changed(trace, [], rows.head(3), tiny_llama)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, InUse
 from saeffect.io import sole_writer
+from saeffect.lm import finetune as finetuning
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune, perplexity
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
@@ -215,7 +216,17 @@ def test_recipe_and_card(config: FinetuneConfig, whole: FinetuneResult, texts: P
     assert math.isfinite(note["final_loss"])
     card = (whole.folder / "README.md").read_text()
     assert f"| training ({texts.name}) | {whole.perplexity['training'][0]:.2f} |" in card
-    assert str(texts.parent) not in card
+    assert card.startswith(f"# LoRA adapter for {Path(config.model.path).name}\n")
+    for folder in (texts.parent, Path(config.model.path).parent):
+        assert str(folder) not in card + json.dumps(note)
+    assert "peak learning rate 0.01, seed 0" in card
+
+
+@pytest.mark.parametrize(("steps", "warmup", "peak"), [(6, 10, 0.012), (10, 10, 0.02), (60, 10, 0.02), (5, 0, 0.02)])
+def test_the_rate_that_is_reached(config: FinetuneConfig, steps: int, warmup: int, peak: float) -> None:
+    short = config.model_copy(update={"steps": steps, "warmup_steps": warmup, "learning_rate": 0.02})
+    assert finetuning._peak(short.model_dump()) == pytest.approx(peak)
+    assert max(finetuning._rate(step, short) for step in range(steps)) == pytest.approx(peak)
     adapter = json.loads((whole.folder / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == config.model.path
 

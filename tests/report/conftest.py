@@ -10,7 +10,7 @@ import pytest
 
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import DrawnFigure, ReportContext, SteeringResults, draw_figures, render_report
-from synthetic_changes import synthetic_changes
+from synthetic_changes import first_screen
 from synthetic_matches import synthetic_matches
 from synthetic_steering import synthetic_steering
 from synthetic_study import HOSTILE, compared, synthetic_arms, synthetic_examples
@@ -20,7 +20,7 @@ HOSTILE_NAME = "</title><script>window.__pwned = 1</script>"
 
 
 def _compare(arms: dict) -> Comparison:
-    return compared(arms, matches=replace(synthetic_matches(), further=synthetic_changes()))
+    return compared(arms, matches=replace(synthetic_matches(), further=first_screen()))
 
 
 def _dose_search() -> pd.DataFrame:

@@ -26,6 +26,10 @@ def test_the_page_is_balanced(parsed: Page) -> None:
     assert (parsed.unbalanced, parsed.open) == ([], [])
 
 
+def test_nothing_is_further_that_a_section_names(page: str) -> None:
+    assert 'id="further"' not in page
+
+
 def test_the_only_script_is_ours_and_the_policy_names_it(page: str, parsed: Page) -> None:
     assert parsed.count("script") == 1
     script = re.search(r"<script>(.*?)</script>", page, flags=re.DOTALL)
@@ -114,7 +118,7 @@ def test_tables_have_captions_and_scoped_headings(parsed: Page) -> None:
 def test_figures_have_their_words(parsed: Page, figures: tuple[DrawnFigure, ...]) -> None:
     labels = [a["aria-labelledby"] for tag, a in parsed.elements if tag == "svg" and a.get("role") == "img"]
     ids = {a.get("id") for _, a in parsed.elements}
-    assert len(labels) == len(figures) == 16
+    assert len(labels) == len(figures) == 19
     assert set(labels) <= ids
 
 

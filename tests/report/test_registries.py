@@ -9,8 +9,7 @@ import pytest
 from page_parser import Page
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
-from saeffect.report import DrawnFigure, ReportContext, draw_figures, render_report
-from saeffect.report.figures import FIGURES
+from saeffect.report import ReportContext, draw_figures, render_report
 from saeffect.report.figures.style import Drawing, FigureKind, new_figure
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.view import Cell, Column, Row
@@ -44,45 +43,22 @@ def densities(comparison: Comparison, _context: ReportContext) -> Drawing:
     return Drawing(figure, "Shares are of all tokens.", "One bar an arm.")
 
 
-@pytest.fixture
-def added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TABLES, "densest", densest)
-    kind = FigureKind("densities", "How often the densest features fire", densities, "comparison/activity.parquet")
-    monkeypatch.setattr("saeffect.report.figures.FIGURES", [*FIGURES, kind])
-
-
-def _page(comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...]) -> str:
-    shown = [replace(figure, figure=None, reason="not drawn here.") for figure in figures if figure.name != "densities"]
-    drawn = [figure for figure in figures if figure.name == "densities"]
-    return render_report(comparison, context=context, figures=[*shown, *drawn])
-
-
-@pytest.mark.usefixtures("added")
 def test_table_and_figure_from_outside_are_shown_numbered_and_explained(
-    comparison: Comparison, context: ReportContext
+    comparison: Comparison, context: ReportContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = _page(comparison, context, draw_figures(comparison, context))
+    monkeypatch.setitem(TABLES, "densest", densest)
+    kinds = [FigureKind(name, "How often they fire", densities) for name in ("densities", "never")]
+    monkeypatch.setattr("saeffect.report.figures.FIGURES", kinds[:1])  # alone, since drawing all takes long
+    (never,) = kinds[1].drawn(replace(comparison, activity=comparison.activity.iloc[:0]), context)
+    assert (never.figure, never.reason) == (None, "no feature was read.")
+    page = render_report(comparison, context=context, figures=[*draw_figures(comparison, context), never])
     section = page[page.index('<section id="further"') : page.index('<section id="methods"')]
     for once in ('id="table-densest"', 'id="figure-densities"'):
         assert page.count(once) == 1 and once in section
-    tables = [view for view in TABLES if f'id="table-{view}"' in page]
-    assert f"<b>Table {len(tables)}.</b> The densest feature &lt;b&gt;of each arm&lt;/b&gt;." in section
+    assert "figure-never" not in page
+    n_tables = sum(f'id="table-{name}"' in page for name in TABLES)
+    assert f"<b>Table {n_tables}.</b> The densest feature &lt;b&gt;of each arm&lt;/b&gt;." in section
     assert 'href="#figure-densities"' in section and 'href="#table-table1"' in section and "</svg>" in section
     assert section.index("Table") < section.index("Figure")
     parsed = Page(page)
     assert (parsed.unbalanced, parsed.open) == ([], [])
-
-
-@pytest.mark.usefixtures("added")
-def test_figure_from_outside_without_data_is_left_out_of_the_further_ones(
-    comparison: Comparison, context: ReportContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delitem(TABLES, "densest")
-    empty = replace(comparison, activity=comparison.activity.iloc[:0])
-    (figure,) = FigureKind("densities", "Never", densities).drawn(empty, context)
-    assert figure.figure is None and figure.reason == "no feature was read."
-    assert 'id="further"' not in _page(comparison, context, (figure,))
-
-
-def test_page_without_additions_has_no_further_section(page: str) -> None:
-    assert 'id="further"' not in page

@@ -141,6 +141,9 @@ def test_everything(recipe: SaeRecipe, trained: tuple[Path, Any, list[str]]) -> 
     assert f"| {dead} of 64 |" in card
     assert "](training.png)" in card
     assert str(folder) not in card + json.dumps(note["recipe"]["text"])
+    assert card.startswith(f"# TopK SAE for {Path(recipe.model.path).name} at {HOOK}\n")
+    assert str(Path(recipe.model.path).parent) not in card + json.dumps(note)
+    assert "Every row begins with a BOS token." in card or not metadata["prepend_bos"]
     assert said[-1].startswith("explained variance")
 
 

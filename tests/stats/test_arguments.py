@@ -74,3 +74,56 @@ def test_each_name_has_its_own_stream() -> None:
     assert (
         Resampling(seed=3).seed_for("a", "b") == Resampling(seed=3).seed_for("a|b") != Resampling(seed=3).seed_for("a")
     )
+
+
+def test_every_refusal_in_full() -> None:
+    refusals = [
+        (Undefined, "x must be numbers in an array of 2 dimension(s): ", lambda: sample(["yes"], "x", ndim=2)),
+        (ShapeMismatch, "values must have 2 dimension(s), got shape (1,).\n  at:  values", lambda: sample([1], ndim=2)),
+        (
+            ConfigError,
+            "seed must be a non-negative integer or a numpy Generator, got -1.\n  at:  seed",
+            lambda: generator(-1),
+        ),
+        (
+            ConfigError,
+            "level must lie between 0 and 1, got 1.0.\n  at:  level\n  fix: write 0.95 for 95 %.",
+            lambda: check_level(1.0),
+        ),
+        (
+            ConfigError,
+            "n_boot must be an integer of at least 40 for a 0.95 interval, got 39.\n  at:  n_boot\n  fix: 2000 is usual.",
+            lambda: check_resamples(39, 0.95),
+        ),
+        (
+            ConfigError,
+            "n_boot must be an integer of at least 20 for a 0.9 interval, got True.",
+            lambda: check_resamples(True, 0.9),
+        ),
+    ]
+    for kind, message, call in refusals:
+        with pytest.raises(kind) as caught:
+            call()
+        assert str(caught.value).startswith(f"{kind.__name__}: {message}")
+    with pytest.raises(Undefined) as caught:
+        sample(["yes"], "x")
+    assert str(caught.value).endswith(".\n  at:  x") and caught.value.__cause__ is not None
+
+
+def test_seeds_and_resamples_at_their_limits() -> None:
+    assert generator(0).random() == np.random.default_rng(0).random()
+    check_resamples(np.int64(4), 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="at least 4 "):
+        check_resamples(3, 0.5)
+    assert sample([[1, 2]], ndim=2).shape == (1, 2)
+
+
+def test_faults_and_seeds_by_hand() -> None:
+    assert fault(np.array([np.nan, np.inf])) == "values: 1 of 2 values are NaN"
+    assert fault(np.array([])) == "values: there are none" and fault(np.array([]), "y") == "y: there are none"
+    defaults = Resampling()
+    assert (defaults.seed, defaults.n_boot, defaults.n_permutations) == (0, 2_000, 10_000)
+    import zlib
+
+    expected = np.random.SeedSequence([3, zlib.crc32(b"a|b")]).generate_state(1)[0]
+    assert Resampling(seed=3).seed_for("a", "b") == int(expected)

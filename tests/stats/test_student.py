@@ -77,17 +77,20 @@ def test_the_cautious_test_keeps_its_level_where_nothing_differs(n_a: int, n_b: 
     ("a", "b", "reason"),
     [
         ([], [1.0, 2.0], "a: there are none"),
-        ([1.0, math.nan], [1.0], "1 of 2 values are NaN"),
-        ([1.0], [2.0], "one value on either side"),
-        ([1.0, 1.0], [2.0, 2.0], "all alike"),
-        ([1.0, 1.0], [2.0], "all alike"),
+        ([1.0, math.nan], [1.0], "a: 1 of 2 values are NaN"),
+        ([1.0], [math.inf], "b: 1 of 1 values are infinite"),
+        ([1.0], [2.0], "one value on either side shows no spread"),
+        ([1.0, 1.0], [2.0, 2.0], "the values of a side are all alike, so they show no spread"),
+        ([1.0, 1.0], [2.0], "the values of a side are all alike, so they show no spread"),
     ],
 )
 def test_no_cautious_interval_says_why(a: list[float], b: list[float], reason: str) -> None:
     found = cautious_difference(a, b)
     assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(found.p)
-    assert reason in found.reason
+    assert found.reason == reason
     assert found.n == min(len(a), len(b))
+    value = sum(b) / len(b) - sum(a) / len(a) if a and math.isfinite(sum(a) + sum(b)) else math.nan
+    assert found.value == pytest.approx(value, nan_ok=True)
 
 
 def test_the_level_widens_the_interval_and_leaves_p() -> None:
@@ -108,3 +111,24 @@ def test_means_of_clusters_are_in_the_order_of_their_labels() -> None:
 def test_few_clusters_leave_the_values_alone(n_clusters: int) -> None:
     found = independent_values(np.arange(2.0 * n_clusters), np.repeat(np.arange(n_clusters), 2))
     assert len(found) == (n_clusters if n_clusters >= MIN_CLUSTERS else 2 * n_clusters)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")  # scipy of equal values
+def test_one_side_without_spread_borrows_the_others() -> None:
+    found = cautious_difference([1.0, 1.0], [2.0, 4.0])
+    peers = [scipy_stats.ttest_ind([2.0, 4.0], [1.0, 1.0], equal_var=equal) for equal in (True, False)]
+    assert found.p == pytest.approx(max(peer.pvalue for peer in peers))
+    assert found.high == pytest.approx(max(peer.confidence_interval().high for peer in peers))
+
+
+def test_reasons_and_levels_of_a_mean_in_full() -> None:
+    equal, one, none = mean_interval([2.0, 2.0, 2.0]), mean_interval([3.0]), mean_interval([])
+    assert (equal.reason, equal.value, equal.n) == ("values: all 3 are equal, so they show no spread", 2.0, 3)
+    assert (one.reason, one.value, one.n) == ("values: one value shows no spread", 3.0, 1)
+    assert (none.reason, none.n) == ("values: there are none", 0) and math.isnan(none.value)
+    low, high = scipy_stats.ttest_1samp([1.0, 2.0, 4.0], 0).confidence_interval(0.8)
+    found = mean_interval([1.0, 2.0, 4.0], level=0.8)
+    assert (found.low, found.high, found.n, found.reason) == (pytest.approx(low), pytest.approx(high), 3, "")
+    for level in (0.0, 1.0):
+        with pytest.raises(ConfigError):
+            mean_interval([1.0, 2.0], level=level)

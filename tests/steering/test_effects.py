@@ -11,6 +11,7 @@ import scipy.stats
 from saeffect.errors import ConfigError, EmptySelection, ShapeMismatch, UnknownName
 from saeffect.stats import benjamini_hochberg, bootstrap_means
 from saeffect.steering import OUTCOMES, effects, outcome_effects
+from saeffect.steering.placebos import PLACEBOS
 
 COLUMNS = [
     "feature", "n_pairs", "n_independent", "unsteered_mean", "steered_mean", "placebo_mean",
@@ -327,3 +328,149 @@ def test_the_bootstrap_interval_stands_beside_students() -> None:
     one = effects(trials_of(3, [0.5], [0.6], [0.5], n_samples=1)).iloc[0]
     assert np.isnan(one["bootstrap_low"])
     assert one["reason"] == "fewer than two pairs"
+
+
+def said(error: type[Exception], *arguments, **more) -> str:
+    with pytest.raises(error) as caught:
+        effects(*arguments, **more)
+    return str(caught.value)
+
+
+def test_errors_name_place_and_remedy() -> None:
+    trials = trials_of(0, [0.1, 0.1], [0.2, 0.3], [0.1, 0.1])
+    both = pd.concat([trials, trials[trials["condition"] != "unsteered"].assign(dose=0.6)])
+    choose = "\n  at:  dose\n  fix: give one of them."
+    assert (
+        said(ConfigError, both) == f"ConfigError: the trials hold the doses [0.4, 0.6], and no dose was chosen.{choose}"
+    )
+    assert said(ConfigError, both, dose=0.3) == (
+        f"ConfigError: the trials hold the doses [0.4, 0.6], and dose 0.3 is not among them.{choose}"
+    )
+    assert said(EmptySelection, trials[:0]) == (
+        "EmptySelection: there are no steered trials.\n  at:  trials\n  fix: run the interventions first."
+    )
+    assert said(ShapeMismatch, trials.drop(columns=["similarity", "dose"])) == (
+        "ShapeMismatch: the trials lack the column(s) dose, similarity.\n  at:  trials"
+    )
+    assert said(ShapeMismatch, pd.concat([trials, trials])) == (
+        "ShapeMismatch: a trial is there twice: same feature, prompt, sample, condition and dose.\n  at:  trials"
+    )
+    for alpha in (0, 1):
+        assert said(ConfigError, trials, alpha=alpha) == (
+            f"ConfigError: alpha must be between 0 and 1. Got {alpha}.\n  at:  alpha"
+        )
+    assert said(ShapeMismatch, trials, outcome="off_list") == (
+        "ShapeMismatch: the trials lack the column(s) off_list.\n  at:  trials"
+    )
+
+
+def test_a_q_of_alpha_passes() -> None:
+    trials = trials_of(3, [0.1, 0.2, 0.3, 0.2], [0.5, 0.1, 0.7, 0.5], [0.2, 0.2, 0.3, 0.1])
+    assert effects(trials)["q"].tolist() == [2 / 16]
+    assert [effects(trials, alpha=alpha)["passed"][0] for alpha in (0.124, 0.125)] == [False, True]
+
+
+def test_a_text_that_names_the_concept_is_a_control_without_a_dose() -> None:
+    trials = trials_of(3, [0.1, 0.2, 0.3, 0.2], [0.5, 0.1, 0.7, 0.5], [0.2, 0.2, 0.3, 0.1])
+    is_placebo = trials["condition"] == "random"
+    named = trials.assign(
+        condition=trials["condition"].replace("random", "prompt"), dose=trials["dose"].mask(is_placebo, 0.0)
+    )
+    found, peer = effects(named, placebo="prompt").iloc[0], effects(trials).iloc[0]
+    assert (found["effect"], found["p"], found["placebo"]) == (peer["effect"], peer["p"], "prompt")
+    other = trials.assign(dose=trials["dose"].mask(is_placebo, 0.7))
+    assert effects(other, dose=0.4)["reason"][0].startswith("no random text has a similarity")
+
+
+def test_every_reason_in_full() -> None:
+    nan = math.nan
+    half = trials_of(0, [0.1, nan, 0.1, 0.1], [0.5, 0.5, nan, 0.6], [0.1, 0.1, 0.1, 0.1])
+    reasons = {
+        "similarity undefined in 2 of 4 pairs, which are left out": half,
+        "similarity undefined in 1 of 2 pairs, which are left out; fewer than two pairs remain": half[:6],
+        "fewer than two pairs": trials_of(0, [0.1], [0.5], [0.1]),
+        "values: all 2 are equal, so they show no spread": trials_of(0, [0.1] * 2, [0.5] * 2, [0.2] * 2),
+        "no steered text has a similarity: none was generated, or no word of it is known": trials_of(
+            0, [0.1] * 2, [nan] * 2, [0.2] * 2
+        ),
+        "no unsteered text has a similarity: none was generated, or no word of it is known": trials_of(
+            0, [nan] * 2, [0.1] * 2, [0.2] * 2
+        ),
+        "no similarity is defined: none of the top tokens is in the embedding, or no generated word": trials_of(
+            0, [nan] * 2, [nan] * 2, [nan] * 2
+        ),
+    }
+    for reason, trials in reasons.items():
+        assert effects(trials)["reason"].tolist() == [reason]
+    spread = trials_of(0, [0.1, 0.1], [0.5, 0.6], [0.1, 0.1])
+    assert effects(spread, outcome="direct_effect")["reason"].tolist() == [
+        "no direct effect is defined: it was not measured, or there are no top tokens"
+    ]
+    words = effects(spread.assign(keyword_score=nan), outcome="keyword_score")
+    assert words["reason"].tolist() == [
+        "no keyword_score is defined: no generated word, or no top token that is a word"
+    ]
+    shuffled = outcome_effects(spread.assign(similarity_shuffled=nan)).set_index("placebo").loc["shuffled"]
+    assert shuffled["reason"] == "no other feature's top tokens to measure against, or none of them is known"
+
+
+def test_obstacles_speak_only_where_no_pair_is_left() -> None:
+    trials = trials_of(0, [0.1, 0.1], [0.5, 0.6], [0.1, 0.1])
+    why = {(0, "random"): "no direction", (0, "steered"): "never fired", (1, "random"): "another's"}
+    assert effects(trials, obstacles=why)["reason"].tolist() == [""]
+    without = trials[trials["condition"] != "random"]
+    assert effects(without, obstacles=why)["reason"].tolist() == ["never fired"]
+    del why[0, "steered"]
+    assert effects(without, obstacles=why)["reason"].tolist() == ["no direction"]
+    assert "no random text" in effects(without, obstacles={(1, "random"): "another's"})["reason"][0]
+
+
+def test_perplexity_of_nothing_is_left_out() -> None:
+    trials = trials_of(0, [0.5] * 4, [0.5] * 4, [0.5] * 4).assign(perplexity=[2.0, 4.0, 2.0] * 3 + [0.0, 4.0, 2.0])
+    table = outcome_effects(trials.assign(perplexity=trials["perplexity"] + np.arange(12) * (trials["perplexity"] > 0)))
+    row = table[(table["outcome"] == "perplexity") & (table["placebo"] == "random")].iloc[0]
+    assert (row["n_pairs"], row["reason"]) == (3, "perplexity undefined in 1 of 4 pairs, which are left out")
+    differences = np.log([5 / 4, 8 / 7, 11 / 10])
+    assert row["effect"] == pytest.approx(differences.mean())
+
+
+def test_columns_and_labels_of_every_outcome() -> None:
+    trials, direct = many_outcomes(1)
+    table = outcome_effects(trials, direct)
+    assert table.columns.tolist() == [
+        *("feature", "outcome", "placebo", "n_pairs", "n_independent", "effect", "low", "high", "p", "q"),
+        *("reversed_share", "unsteered_mean", "steered_mean", "placebo_mean", "alternative", "unit", "declared"),
+        *("primary", "reason"),
+    ]
+    assert outcome_effects(trials.drop(columns=list(OUTCOMES)[4:], errors="ignore"), direct).columns.equals(
+        table.columns
+    )
+    labels = table.set_index("outcome")[["unit", "alternative"]].drop_duplicates()
+    for name, row in labels.iterrows():
+        assert (row["unit"], row["alternative"]) == (OUTCOMES[name].unit, OUTCOMES[name].alternative)
+    first = table[table["primary"]]
+    assert first[["outcome", "placebo"]].to_numpy().tolist() == [["similarity", table["placebo"].iloc[0]]]
+    assert table.loc[table["declared"], "outcome"].unique().tolist() == ["similarity"]
+    assert set(table["placebo"]) == {*PLACEBOS, "shuffled"}
+    similar = table[table["outcome"] == "similarity"].set_index("placebo").loc["random"]
+    means = trials.groupby("condition")["similarity"].mean()
+    assert [similar["unsteered_mean"], similar["steered_mean"], similar["placebo_mean"]] == pytest.approx(
+        [means["unsteered"], means["steered"], means["random"]]
+    )
+    assert "direct_effect" not in set(outcome_effects(trials)["outcome"])
+    assert "off_list" not in set(outcome_effects(trials.drop(columns="off_list"), direct)["outcome"])
+    wide = trials.set_index(["prompt", "sample", "condition"])[["similarity", "similarity_shuffled"]].unstack()
+    gains = [wide[c]["steered"] - wide[c]["unsteered"] for c in ("similarity", "similarity_shuffled")]
+    other = table[table["placebo"] == "shuffled"].iloc[0]
+    assert other["placebo_mean"] == pytest.approx((wide["similarity"]["unsteered"] + gains[1]).mean())
+    assert other["effect"] == pytest.approx((gains[0] - gains[1]).mean())
+
+
+def test_features_come_by_number_and_each_keeps_its_own() -> None:
+    frames = [trials_of(f, [0.1] * 4, [0.1 + 0.1 * f + 0.01 * i for i in range(4)], [0.1] * 4) for f in (7, 2, 5)]
+    short = trials_of(3, [0.1] * 2, [0.4, 0.5], [0.1] * 2)
+    table = effects(pd.concat([*frames, short]))
+    assert table["feature"].tolist() == [2, 3, 5, 7]
+    assert table["effect"].to_numpy() == pytest.approx([0.215, 0.35, 0.515, 0.715])
+    assert table["p"].to_numpy() == pytest.approx([1 / 16, 1 / 4, 1 / 16, 1 / 16])
+    assert table["bootstrap_low"].between(table["effect"] - 0.03 * 4, table["effect"]).all()

@@ -12,6 +12,7 @@ import typer
 from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli.check import check
 from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
+from saeffect.cli.diff import diff
 from saeffect.cli.finetune import finetune
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
@@ -34,6 +35,10 @@ app.command(
     help="Run a whole study; finished stages are skipped. Steering shared over processes:"
     " torchrun --nproc-per-node=N -m saeffect run ...",
 )(run)
+app.command(
+    "diff",
+    help="What did fine-tuning change between two models? The first findings in minutes, without a study file.",
+)(diff)
 app.command("check", help="Validate a study without computing anything.")(check)
 for _stage, _help in STAGE_HELP.items():
     app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))

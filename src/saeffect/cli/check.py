@@ -47,6 +47,7 @@ def study_keys() -> str:
         ("`features`", config.FeaturesConfig),
         ("`coherence`", config.CoherenceConfig),
         ("`selection`", config.SelectionConfig),
+        ("`changes`", config.ChangesConfig),
         ("`steering`: a mapping, or `null` for a study without it", config.SteeringConfig),
         ("`comparison`", config.ComparisonConfig),
     )

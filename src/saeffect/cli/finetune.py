@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show
 from saeffect.config_file import read_config_file
+from saeffect.errors import ConfigError
 from saeffect.paths import user_path
+
+if TYPE_CHECKING:
+    from saeffect.lm.finetune import FinetuneConfig
 
 __all__ = ["finetune"]
 
@@ -22,15 +26,47 @@ def _keys() -> str:
 
 def finetune(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file (see --keys).", parser=user_path)],
-    out: Annotated[Path, typer.Option(help="Folder for the adapter.", parser=user_path)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the adapter; of nulls by default nulls/<recipe>.", parser=user_path)
+    ] = None,
+    null: Annotated[
+        int | None, typer.Option("--null", metavar="K", help="Make K fine-tunes on text that teaches nothing new.")
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(metavar="STUDY", help="Study for which the nulls are measured; adapters are deleted.")
+    ] = None,
+    keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the nulls' adapters.")] = False,
     keys: Annotated[bool, keys_option("Show the keys of a recipe.", _keys)] = False,
 ) -> None:
-    """Train a LoRA adapter by a recipe file."""
+    """Train a LoRA adapter by a recipe file, or nulls of it."""
     del keys
     from saeffect.lm.finetune import FinetuneConfig
     from saeffect.lm.finetune import finetune as train
 
     config = FinetuneConfig.read(read_config_file(recipe, "recipe"), at=str(recipe))
+    if null is not None:
+        _nulls(config, out or Path("nulls") / recipe.stem, null, study, keep_adapters)
+        return
+    if out is None or study is not None or keep_adapters:
+        wrong = "give a folder for the adapter" if out is None else "--study and --keep-adapters go with --null"
+        raise ConfigError(f"{wrong}.", at="--out" if out is None else "--null", fix="see saeffect finetune --help.")
     with ConsoleProgress() as log:
         train(config, out, log=log)
     show(f"adapter: {out.resolve()}")
+
+
+def _nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, keep_adapters: bool) -> None:
+    from saeffect.study.nulls import make_nulls
+    from saeffect.study.study import Study
+
+    opened = None if study is None else Study.open(study)
+    with ConsoleProgress() as log:
+        made = make_nulls(config, out, n, study=opened, keep_adapters=keep_adapters, log=log)
+    if made.elsewhere:
+        show(f"{len(made.elsewhere)} more are in the hands of other processes")
+    if made.trained:
+        show(f"{len(made.trained)} adapters of nulls: {out.resolve()}")
+        show("to measure them: the same command with --study STUDY")
+    if made.measured:
+        show(f"{len(made.measured)} nulls: {out.resolve()}")
+        show("to use them, write into the study: nulls: <this folder>")

@@ -23,6 +23,7 @@ STAGE_HELP = {
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
     "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
+    "changes": "Judge what changed between the models against null fine-tunes.",
     "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",
@@ -48,6 +49,7 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
     from saeffect.io import read_json
     from saeffect.parallel import is_first
     from saeffect.study.run import run_study
+    from saeffect.study.stages.models_report import findings
     from saeffect.study.study import Study
 
     with process_log() as log:
@@ -56,6 +58,9 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
         log(f"study {study.config.name}: {', '.join(study.config.arms)}")
         finished = run_study(study, folder, stages=stages, redo=redo, log=log)
     if "report" in stages and is_first():
-        headline = read_json(finished.path("comparison", "answer.json"))["headline"]
-        for line in ("", headline, "", f"report: {finished.path('report.html').resolve()}"):
+        if study.has_saes:
+            headline: tuple[str, ...] = (str(read_json(finished.path("comparison", "answer.json"))["headline"]),)
+        else:
+            headline = findings(finished)
+        for line in ("", *headline, "", f"report: {finished.path('report.html').resolve()}"):
             show(line)

@@ -65,6 +65,7 @@ class ArmFacts:
         l0: Mean number of features active per token.
         dead_share: Share of features that never fired on the held-out tokens.
         same_as_control: Whether the model was seen to do what the control's does.
+        same_sae: Whether it is read through the control's SAE.
     """
 
     role: str
@@ -86,6 +87,7 @@ class ArmFacts:
     l0: float | None = None
     dead_share: float | None = None
     same_as_control: bool | None = None
+    same_sae: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,7 @@ _WHY = {
     "normalisation": "activations on another scale change weights, doses and activations",
     "dtype": "another number format rounds weights differently; small, but not nothing",
 }
+_ONE_SAE = "One SAE reads both models: the features are the same, and what differs is how the models use them."
 # Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
 _MEASURED: dict[str, tuple[float, bool, str]] = {
     "explained_variance": (0.02, False, "an SAE that fits its model worse finds poorer features"),
@@ -54,11 +55,13 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
     if clash:
         raise ConfigError(f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm.")
     rows = []
-    for field in (entry.name for entry in fields(ArmFacts) if entry.name != "same_as_control"):
+    for field in (entry.name for entry in fields(ArmFacts) if not entry.name.startswith("same_")):
         values = {name: getattr(arms[name], field) for name in roles.ordered}
         seen_same = field == "model" and arms[roles.treatment].same_as_control
         judged = values | {roles.treatment: values[roles.control]} if seen_same else values
         status, matters = _judge(field, judged, roles)
+        if field == "seed" and arms[roles.treatment].same_sae:
+            status, matters = "intended", _ONE_SAE
         rows.append(
             {
                 "field": field,

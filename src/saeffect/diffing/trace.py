@@ -8,6 +8,7 @@ after openings that name nothing, and the base model reads what each wrote: whic
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -148,9 +149,18 @@ class Tracer:
     @cached_property
     def made_by(self) -> str:
         """See `Trace.made_by`."""
-        weights = "" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes().hex()
-        text = [self.rows.identity(), OPENINGS, SAMPLES, NEW_TOKENS]
-        return fingerprint([3, self.base.identity, weights, self.hook, text])
+        return fingerprint([3, self.measured_on, OPENINGS, SAMPLES, NEW_TOKENS])
+
+    @cached_property
+    def measured_on(self) -> dict[str, str]:
+        """What `made_by` tells apart: hashes by name."""
+        weights = b"" if self.sae is None else self.sae.W_dec.detach().float().cpu().numpy().tobytes()
+        return {
+            "base model": self.base.identity,
+            "SAE": hashlib.sha256(weights).hexdigest(),
+            "hook": self.hook,
+            "text": self.rows.identity(),
+        }
 
     @torch.inference_mode()
     def trace(self, tuned: LanguageModel, name: str) -> Trace:

@@ -73,8 +73,8 @@ def bundled_vocabularies() -> list[str]:
     return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.txt"))
 
 
-def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
-    """Read a word list: a bundled one by its name, or a text file.
+def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
+    """Read a word list: a bundled one by its name, or a text file; None is one without words.
 
     A file holds one word a line, in UTF-8; `#` starts a comment. Case, leading space marks, quotation marks around a
     word and invisible characters are ignored. A bundled name wins over a file: write `./medical` for the file.
@@ -91,6 +91,8 @@ def load_vocabulary(name_or_path: str | Path) -> Vocabulary:
         >>> " Chemotherapy" in medical, " chess" in medical
         (True, False)
     """
+    if name_or_path is None:
+        return Vocabulary("", frozenset(), sha256="")
     name, bundled = str(name_or_path), bundled_vocabularies()
     if name in bundled:
         data = (_BUNDLED_FOLDER / f"{name}.txt").read_bytes()

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from saeffect.config import BosRule, ModelConfig, StrictModel
 from saeffect.config_keys import keys_table
@@ -27,8 +26,10 @@ from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
+from saeffect.lm.lora import fast_training, next_token_loss
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import Interruption
+from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
@@ -167,15 +168,22 @@ def _make(
         log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in found.items()))
         return found
 
+    if config.steps < config.warmup_steps:
+        log(
+            f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
+            f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
+        )
     before = measure(lm.model, "before: ")
     model = _with_adapter(lm, config)
     folder.checkpoint.begin()
-    loss = _train(model, texts[""], config, folder.checkpoint, log)
+    with fast_training(lm):
+        loss = _train(model, texts[""], config, folder.checkpoint, log)
     after = measure(model, "after:  ")
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
         recipe[key] = Path(recipe[key]).name if recipe[key] else None
+    recipe["model"]["path"] = name_to_share(config.model.path)
     note = {
         "recipe": recipe,
         "tokens": config.steps * config.batch_size * config.context_size,
@@ -268,8 +276,14 @@ def _rate(step: int, config: FinetuneConfig) -> float:
     return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
 
 
+def _peak(recipe: Mapping[str, Any]) -> float:
+    """The highest learning rate, which a training shorter than its warm-up does not reach."""
+    return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
+
+
 def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32]) -> float:
-    loss = _cross_entropy(model, rows, "mean")
+    ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
+    loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -277,10 +291,11 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32])
     return float(loss.detach())
 
 
-def _cross_entropy(model: Any, rows: NDArray[np.int32], reduction: str) -> Tensor:
+def _cross_entropy(model: Any, rows: NDArray[np.int32]) -> float:
+    """Sum over all predicted tokens."""
     ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
 
 
 @torch.inference_mode()
@@ -290,7 +305,7 @@ def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> f
     At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted.
     """
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return math.exp(sum(float(_cross_entropy(model, part, "sum")) for part in parts) / rows[:, 1:].size)
+    return math.exp(sum(_cross_entropy(model, part) for part in parts) / rows[:, 1:].size)
 
 
 def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
@@ -319,7 +334,7 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             "",
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
-            f" ({result.tokens:,} in all), AdamW, peak learning rate {recipe['learning_rate']:g}, seed"
+            f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak(recipe):g}, seed"
             f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),

@@ -213,16 +213,16 @@ _HARMLESS = ("dropout", "scaling", "is_causal", "position_ids", "cache_position"
 
 
 @contextlib.contextmanager
-def fused(lm: LanguageModel) -> Iterator[None]:
-    """While the block runs, the model uses faster equivalents of some parts; for inference over much text on a CPU.
+def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
+    """While the block runs, the model uses faster equivalents of some parts; for much text on a CPU.
 
     `gelu_new` is one operation instead of seven, and attention skips what the causal mask hides. Results differ by
     rounding: one part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers'
-    `eager` attention. Activation functions overwrite their input, so gradients are not possible.
+    `eager` attention. Activation functions overwrite their input; where `gradients` are wanted, they stay as they are.
     """
     replaced: list[nn.Module] = []
     try:
-        for module in lm.model.modules():
+        for module in () if gradients else lm.model.modules():
             function = _IN_PLACE.get(type(module).__name__)
             if function is not None and "forward" not in vars(module):
                 module.forward = function

@@ -30,10 +30,11 @@ from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
-__all__ = ["Numbering", "number_page", "render_report", "write_report"]
+__all__ = ["Numbering", "number_page", "page_environment", "page_style", "render_report", "write_report"]
 
 _TEMPLATES = (
     *("report.html.j2", "pieces.html.j2", "learned.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
+    "models.html.j2",
 )
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
@@ -83,13 +84,13 @@ def render_report(
     context = context or ReportContext()
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
     lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
-    script, style = _read("report.js"), _read("report.css") + _read("evidence.css")
+    script, style = _read("report.js"), page_style()
     words, tables = evidence(comparison, context), _tables(comparison, context)
     steering = steering_section(comparison, context)
     views = [shown.table for shown in tables.values() if shown.table is not None]
     pictures = _pictures(drawn, words, [view.name for view in views], steering)
     numbers = number_page(views, [picture.figure for picture in pictures.values()])
-    return _environment(numbers).get_template("report.html.j2").render(
+    return page_environment(numbers).get_template("report.html.j2").render(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
@@ -112,7 +113,14 @@ def render_report(
     ) + "\n"  # fmt: skip
 
 
-def _environment(numbers: Numbering) -> Environment:
+def page_style() -> str:
+    """The style sheet of a page."""
+    return _read("report.css") + _read("evidence.css")
+
+
+def page_environment(numbers: Numbering | None = None) -> Environment:
+    """The templates, which escape every string; `numbers` are the labels of a page's tables and figures."""
+    numbers = numbers or Numbering({})
     environment = Environment(
         loader=DictLoader({name: _read(name) for name in _TEMPLATES}),
         autoescape=True,
@@ -165,6 +173,7 @@ def _pictures(
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
     missing |= set() if "learned" in tables else {"learned"}
+    missing |= {"where", "written", "put_back"}  # what the study did not measure is not missed
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn

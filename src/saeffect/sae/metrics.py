@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from saeffect.errors import ShapeMismatch, Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.rest import Rest
 from saeffect.sae.base import SparseAutoencoder
 
 __all__ = [
@@ -155,14 +155,16 @@ def spliced_losses(
     rows: NDArray[np.int32],
     limit: NormLimit,
     *,
-    batch_size: int = 4,
+    batch_size: int = 8,
+    seen: Callable[[Tensor], None] | None = None,
 ) -> SplicedLosses:
     """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
 
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
-    replaced. A BOS in front is never predicted.
+    replaced. A BOS in front is never predicted. `seen` gets each batch's activations at the hook that count,
+    `[n_kept, d_model]`, of the model's dtype.
     """
-    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size)
+    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen)
 
 
 @torch.inference_mode()
@@ -173,36 +175,41 @@ def replaced_losses(
     rows: NDArray[np.int32],
     limit: NormLimit,
     *,
-    batch_size: int = 4,
+    batch_size: int = 8,
+    seen: Callable[[Tensor], None] | None = None,
 ) -> SplicedLosses:
     """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
-
-    def replacing(new: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
-        def edit(x: Tensor) -> Tensor:
-            kept = kept_positions(x, limit)[..., None]
-            return torch.where(kept, new(x).to(x.dtype), x)
-
-        return edited(lm, hook, edit)
-
-    ways: dict[str, Callable[[Tensor], AbstractContextManager[None]]] = {
-        "clean": lambda _: nullcontext(),
-        "sae": lambda ids: replacing(lambda x: rebuilt(ids, x)),
-        "zero": lambda _: replacing(torch.zeros_like),
-    }
-    totals = dict.fromkeys(ways, 0.0)
+    rest = Rest(lm, hook)
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
+    totals = dict.fromkeys(("clean", *ways), 0.0)
     count, by_row = 0, []
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
-        for name, way in ways.items():
-            with way(ids):
-                logits = lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            totals[name] += float(loss)
-            if name == "clean":
-                by_row.append(row_losses(logits, ids))
+        x, logits = _clean(lm, hook, ids)
+        by_row.append(row_losses(logits[:, :-1].float(), ids))
+        totals["clean"] += float(by_row[-1].sum()) * (ids.shape[1] - 1)
+        kept = kept_positions(x, limit)
+        if seen is not None:
+            seen(x[kept])
+        for name, new in ways.items():
+            logits = rest.logits(ids, torch.where(kept[..., None], new(ids, x).to(x.dtype), x))
+            totals[name] += float(row_losses(logits[:, :-1].float(), ids).sum()) * (ids.shape[1] - 1)
         count += ids[:, 1:].numel()
-    clean, spliced, zero = (totals[name] / count for name in ways)
+    clean, spliced, zero = (total / count for total in totals.values())
     return SplicedLosses(clean, spliced, zero, count, np.concatenate(by_row))
+
+
+def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation at the hook `[batch, sequence, d_model]`, and the logits `[batch, sequence, d_vocab]`."""
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with edited(lm, hook, keep):
+        logits = lm.model(input_ids=ids, use_cache=False).logits
+    return kept[0], logits
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:

@@ -29,6 +29,7 @@ from saeffect.stats.power import (
     detectable_proportion_difference,
 )
 from saeffect.stats.proportions import newcombe_difference, risk_ratio, wilson
+from saeffect.stats.ratios import ratio_of_means
 from saeffect.stats.regression import ols_robust
 from saeffect.stats.student import cautious_difference, independent_values, mean_interval
 
@@ -60,6 +61,7 @@ __all__ = [
     "newcombe_difference",
     "ols_robust",
     "permutation_test",
+    "ratio_of_means",
     "risk_ratio",
     "sign_flip_many",
     "undefined",

@@ -13,7 +13,7 @@ import pandas as pd
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
-from saeffect.errors import ConfigError, EmptySelection, placed
+from saeffect.errors import ConfigError, EmptySelection, IncompatibleModels, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
@@ -25,6 +25,7 @@ from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_
 from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_texts, with_bos
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
+from saeffect.study.nulls import check_nulls
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
@@ -55,9 +56,11 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         lines.append(training)
     for name in config.arms:
         lines += _check_arm(study, name, log)
-        further = open_seeds(study, name)
+        further = open_seeds(study, name) if config.arms[name].more_saes else []
         if further:
             lines.append(f"arm {name}: further seeds {', '.join(seed.name for seed in further)}")
+    if not study.has_saes:
+        _check_sizes(study)
     lines += _check_tokenizers(study)
     with placed(study.at("text")):
         begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
@@ -67,11 +70,13 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
     with placed(study.at("selection", "vocabulary")):
         vocabulary = load_vocabulary(config.selection.vocabulary)
-    lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
+    if vocabulary.words:
+        lines.append(f"vocabulary {vocabulary.name}: {_matchable(study, vocabulary)}")
     with placed(study.at("coherence", "embeddings")):
         vectors = load_embeddings(config.coherence.embeddings)
     lines.append(f"embeddings {vectors.name}: {len(vectors):,} words")
     lines += _check_steering(study)
+    lines.append(check_nulls(study))
     with placed(study.at("selection", "verdicts")):
         verdicts = study_verdicts(study)
     if verdicts is not None:
@@ -80,8 +85,9 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     if out is not None:
         RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
-    design = design_check({name: arm_facts(study, name) for name in config.arms})
-    return CheckResult(tuple(lines), design)
+    # Without SAEs, arms differ in the model alone.
+    arms = {name: arm_facts(study, name) for name in config.arms} if study.has_saes else {}
+    return CheckResult(tuple(lines), design_check(arms) if arms else pd.DataFrame(columns=["status"]))
 
 
 def _check_arm(study: Study, name: str, log: Log) -> list[str]:
@@ -89,14 +95,16 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
     at = study.at("arms", name)
     model = locate_model(arm.model, log=log, at=f"{at}.model")
     adapter = _check_adapter(arm.model, model, f"{at}.model")
-    sae = load_sae(study.sae_folder(name), at=f"{at}.sae")
+    sae = load_sae(study.sae_folder(name), at=f"{at}.sae") if study.has_saes else None
     hook = study.hook(name)
     parse_hook(hook, at=f"{at}.hook")
     shape = model_shape(model)
     if shape is not None:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
+    if shape is not None and sae is not None:
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
-    first = f"arm {name} ({arm.role}): {sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}, at {hook}"
+    basis = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
+    first = f"arm {name} ({arm.role}): {basis}, at {hook}"
     return [first, *(f"warning: arm {name}: {line}" for line in (adapter, _same_files(study, name, model)) if line)]
 
 
@@ -196,7 +204,8 @@ def _check_disk(study: Study, out: Path) -> str:
         message = f"{place} is a file, so no run can be written there."
         raise ConfigError(message, at="--out", fix="choose another folder.")
     # Six contexts of some 33 tokens a feature dominate: about 2 kB each after compression.
-    needed = 2_000 * sum(study.sae_config(name).d_sae for name in study.config.arms) + 50_000_000
+    arms = study.config.arms if study.has_saes else ()
+    needed = 2_000 * sum(study.sae_config(name).d_sae for name in arms) + 50_000_000
     free = shutil.disk_usage(place).free
     if free < needed:
         message = f"{free / 1e6:.0f} MB are free, about {needed / 1e6:.0f} MB are needed."
@@ -254,6 +263,18 @@ def _shapes(study: Study) -> dict[str, ModelShape]:
     """Shapes by arm, where a config.json gives them."""
     shapes = {name: model_shape(locate_model(arm.model)) for name, arm in study.config.arms.items()}
     return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
+def _check_sizes(study: Study) -> None:
+    """Without SAEs, whose width is compared with each model's: IncompatibleModels if the models differ in width."""
+    widths = {name: (shape.d_model, shape.n_layers) for name, shape in _shapes(study).items()}
+    if len(set(widths.values())) > 1:
+        said = ", ".join(f"{name} {width} × {layers}" for name, (width, layers) in widths.items())
+        raise IncompatibleModels(
+            f"the models differ in width or depth: {said}.",
+            at=study.at("arms"),
+            fix="compare a model with its own fine-tune.",
+        )
 
 
 def _check_context(study: Study, shapes: dict[str, ModelShape]) -> None:

@@ -1,8 +1,9 @@
-"""Single calls for notebooks, each used in `docs/python.md`: match and steer features, train, compare and report."""
+"""Single calls for notebooks, most used in `docs/python.md`: match and steer features, put them back, train, compare
+and report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 from saeffect.comparison import Comparison
 from saeffect.diffing.matching import NO_MATCH, match_decoders
+from saeffect.diffing.put_back import SIZES, BothRead, outcomes, read, sets_of_changed
+from saeffect.diffing.put_back_shares import put_back_table
 from saeffect.lm.activations import TokenRows, run_pass
 from saeffect.progress import SILENT, Log
 from saeffect.report import write_report as write_page
@@ -22,7 +25,7 @@ from saeffect.study.stages.compare import compare_arms
 from saeffect.study.stages.report import report_context
 from saeffect.study.study import Arm
 
-__all__ = ["compare", "match_features", "steer", "train_sae", "write_report"]
+__all__ = ["compare", "match_features", "put_back", "steer", "train_sae", "write_report"]
 
 _ROWS = 8  # of text in one pass of the model
 
@@ -87,6 +90,35 @@ def _site(arm: Arm, rows: TokenRows) -> Site:
         largest = torch.maximum(largest, arm.sae.encode(x).max(0).values)
         norm, count = norm + float(x.norm(dim=1).sum()), count + len(x)
     return Site(arm.lm, arm.hook, arm.W_dec, norm / count, arm.sae, largest, limit.limit)
+
+
+def put_back(
+    control: Arm,
+    treatment: Arm,
+    rows: TokenRows,
+    *,
+    sizes: Sequence[int] = SIZES,
+    order: Sequence[int] | None = None,
+    seed: int = 0,
+    log: Log = SILENT,
+) -> pd.DataFrame:
+    """How much of what fine-tuning does at the control's hook is carried by the features that changed most.
+
+    The control's SAE reads both models. Each set of features is put back into the fine-tuned model, and the reverse.
+    `rows` are short ones best: they are the units of the intervals. Without an `order` of all features (from other
+    text, most changed first) features are chosen on one half of the rows and measured on the other.
+
+    Returns what `saeffect.diffing.put_back_shares.put_back_table` does; errors as `sets_of_changed` and `outcomes`.
+    """
+    sae, hook = control.sae, control.hook
+    texts = read(control.lm, hook, rows, log), read(treatment.lm, hook, rows, log)
+    both = BothRead.of(rows, *texts, control.norm_limit(rows))
+    sets = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
+    found = [
+        *outcomes(treatment.lm, sae, hook, both, sets, edited="tuned", log=log),
+        *outcomes(control.lm, sae, hook, both, sets, edited="base", log=log),
+    ]
+    return put_back_table(pd.concat(found), rows, sets)
 
 
 def train_sae(

@@ -20,12 +20,15 @@ from saeffect.parallel import from_first, is_first, join
 from saeffect.progress import SILENT, Log
 from saeffect.study.check import check_study
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
 from saeffect.study.stages.compare import compare_inputs, run_compare
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
 from saeffect.study.stages.features import features_inputs, run_features
 from saeffect.study.stages.gate import gate_inputs, run_gate
 from saeffect.study.stages.match import match_inputs, run_match
+from saeffect.study.stages.models_report import models_report_inputs, run_models_report
+from saeffect.study.stages.put_back import put_back_inputs, run_put_back
 from saeffect.study.stages.report import report_inputs, run_report
 from saeffect.study.stages.seeds import run_seeds, seeds_inputs
 from saeffect.study.stages.select import run_select, select_inputs
@@ -36,7 +39,7 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "match", "steer", "compare", "report")
+STAGES = ("gate", "features", "coherence", "select", "match", "changes", "steer", "compare", "report")
 
 
 def run_study(
@@ -124,6 +127,12 @@ class _Step:
 
 
 def _method(study: Study) -> Iterator[_Step]:
+    # Without SAEs, what changed between the models themselves is all that there is to find.
+    if not study.has_saes:
+        yield _Step("changes", "changes", changes_inputs, run_changes)
+        yield _Step("report", "report", models_report_inputs, run_models_report)
+        return
+
     # Does each SAE reconstruct its model at its hook? If not, its features say nothing about the model.
     # Then name every feature by the tokens it promotes, and find where it fires.
     for arm in study.ordered_arms():
@@ -142,7 +151,16 @@ def _method(study: Study) -> Iterator[_Step]:
     for arm in study.ordered_arms():
         if study.config.arms[arm].more_saes:
             yield _Step("match", "seeds", seeds_inputs, run_seeds, arm)
-    yield _Step("match", "match", match_inputs, run_match)
+    if not study.one_sae:
+        yield _Step("match", "match", match_inputs, run_match)
+
+    # What changed between the models themselves, on features that both share, beyond what fine-tunes change that were
+    # taught nothing?
+    yield _Step("changes", "changes", changes_inputs, run_changes)
+
+    # What do the changed features cause? Their activations are put back while the fine-tuned model reads other text.
+    if study.config.put_back is not None:
+        yield _Step("changes", "put back", put_back_inputs, run_put_back)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
@@ -161,7 +179,7 @@ def _method(study: Study) -> Iterator[_Step]:
 
 def _open_new_arms(run: RunFolder, stages: Sequence[str], log: Log) -> None:
     """Load the arms to be measured before anything is written: only loading finds broken weights."""
-    if "gate" in stages:
+    if "gate" in stages and run.study.has_saes:
         # The control last: it is needed first, and the latest model stays in memory.
         for arm in reversed(run.study.ordered_arms()):
             if not run.is_done(f"gate {arm}", gate_inputs(run, arm)):

@@ -34,7 +34,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, weights_file
 from saeffect.steering import check_names
-from saeffect.study.texts import Residuals, first_texts, study_rows
+from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
 __all__ = ["Arm", "Study", "bundled_studies", "require_width"]
@@ -98,7 +98,7 @@ class Study:
 
     @functools.cached_property
     def arms(self) -> Mapping[str, Arm]:
-        """The arms by name, opened on first use; only the latest model stays in memory."""
+        """The arms by name, opened on first use; only the latest model stays in memory, or two small ones."""
         return _Arms(self)
 
     @functools.cached_property
@@ -148,16 +148,29 @@ class Study:
         arm, at = self.arm(name), self.at("arms", name, "sae")
         sae = load_sae(self.sae_folder(name), at=at)
         hook = self.hook(name)
-        lm = self._load(arm.model, name, log)
+        lm = self.open_model(name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
         require_width(sae.cfg, lm.d_model, hook, lm.name, at=at)
         if sae.cfg.module_path is not None:
             require_module_output(lm, sae.cfg.module_path, at=at)
         return Arm(name, arm.role, lm, sae, hook)
 
+    @property
+    def has_saes(self) -> bool:
+        """Whether the arms have SAEs: all of them do, or none."""
+        return all(arm.sae is not None for arm in self.config.arms.values())
+
+    @functools.cached_property
+    def one_sae(self) -> bool:
+        """Whether control and treatment are read through one SAE, so that features correspond and need no matching."""
+        return self.has_saes and len({self.sae_folder(self.by_role(role)[0]) for role in ("control", "treatment")}) == 1
+
     def sae_folder(self, name: str) -> Path:
-        """Folder of an arm's SAE; errors as `resolve_sae`."""
-        return self.resolve_sae(name, self.arm(name).sae, self.at("arms", name, "sae"))
+        """Folder of an arm's SAE; errors as `resolve_sae`, ConfigError for a study without SAEs."""
+        sae, at = self.arm(name).sae, self.at("arms", name, "sae")
+        if sae is None:
+            raise ConfigError("this study has no SAEs.", at=at, fix="give every arm one, such as sae: saes/base.")
+        return self.resolve_sae(name, sae, at)
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
         """Folder of an SAE as named in the study file; NotFound, or UnknownName for an unknown bundled SAE."""
@@ -183,12 +196,15 @@ class Study:
 
         ConfigError if neither names one, IncompatibleSae if they differ.
         """
-        wanted, own = self.arm(name).hook, self.sae_config(name).hook_name
+        wanted, own = self.arm(name).hook, self.sae_config(name).hook_name if self.has_saes else None
         wanted = wanted and (hook_of_module(wanted) or wanted)
         where = self.at("arms", name, "hook")
         if wanted is None and own is None:
             fix = "set hook: blocks.<layer>.hook_resid_pre."
-            raise ConfigError("the SAE's cfg.json names no hook.", at=where, fix=fix)
+            message = (
+                "the SAE's cfg.json names no hook." if self.has_saes else "there is no hook, nor an SAE to name it."
+            )
+            raise ConfigError(message, at=where, fix=fix)
         if wanted is not None and own is not None and wanted != own:
             raise IncompatibleSae(
                 f"the study says {wanted}, but the SAE was trained at {own}.",
@@ -209,7 +225,8 @@ class Study:
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
         """`prepend_bos` of the cfg.json of each arm's SAE."""
-        return {name: self.sae_config(name).metadata.get("prepend_bos") for name in self.config.arms}
+        arms = self.config.arms if self.has_saes else ()
+        return {name: self.sae_config(name).metadata.get("prepend_bos") for name in arms}
 
     def rows(self) -> TokenRows:
         """The study's text as token rows; cached."""
@@ -219,7 +236,7 @@ class Study:
     def _rows(self) -> TokenRows:
         control = self.by_role("control")[0]
         with placed(self.at("text")):
-            return study_rows(self.config.text, lambda: self.arms[control].lm, prepend_bos=self.prepend_bos)
+            return study_rows(self.config.text, lambda: self.open_model(control), prepend_bos=self.prepend_bos)
 
     def by_role(self, role: str) -> list[str]:
         """Names of the arms with this role, in the file's order."""
@@ -230,19 +247,19 @@ class Study:
         return self.by_role("control") + self.by_role("placebo") + self.by_role("treatment")
 
     @functools.cached_property
-    def identities(self) -> Mapping[str, dict[str, str]]:
+    def identities(self) -> Mapping[str, dict[str, str | None]]:
         """Hashes of every arm's model and SAE files, and its hook."""
         models: dict[ModelConfig, str] = {}
-        found = {}
+        found: dict[str, dict[str, str | None]] = {}
         for name, arm in self.config.arms.items():
             if arm.model not in models:
                 models[arm.model] = model_identity(arm.model, at=self.at("arms", name, "model"))
-            device, folder = resolve_device(arm.model.device), self.sae_folder(name)
+            device = resolve_device(arm.model.device)
             found[name] = {
                 "model": models[arm.model],
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
-                "sae": fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))]),
+                "sae": self._sae_identity(name),
                 "hook": self.hook(name),
             }
             if not self._one_tokenizer:
@@ -268,16 +285,37 @@ class Study:
             raise unknown_name("arm", name, self.config.arms, at=str(self.source))
         return self.config.arms[name]
 
-    def _load(self, model: ModelConfig, name: str, log: Log) -> LanguageModel:
-        held = self.__dict__.get("_held")
-        if held is None or held[0] != model:
-            # One model at a time: two may not fit into memory.
-            self.__dict__["_held"] = None
+    def open_model(self, name: str, log: Log = SILENT) -> LanguageModel:
+        """One arm's model alone; errors as `open_arm`."""
+        model = self.arm(name).model
+        if model not in self._held:
+            # One at a time where two may not fit into memory.
+            if len(self._held) > 1 or sum(map(_size, self._held.values())) > _SHARE_OF_A_MODEL * machine_memory():
+                self._held.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
-            held = (model, dataclasses.replace(lm, prepend_bos=self.prepend_bos))
-            self.__dict__["_held"] = held
-        return held[1]
+            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos)
+        return self._held[model]
+
+    @functools.cached_property
+    def _held(self) -> dict[ModelConfig, LanguageModel]:
+        """The models in memory."""
+        return {}
+
+    def _sae_identity(self, name: str) -> str | None:
+        if not self.has_saes:
+            return None
+        folder = self.sae_folder(name)
+        return fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
+
+
+# Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.
+_SHARE_OF_A_MODEL = 1 / 6
+
+
+def _size(lm: LanguageModel) -> int:
+    """Bytes of a model's weights."""
+    return sum(parameter.nbytes for parameter in lm.model.parameters())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
     folder = bundled_path("texts", text.bundled or "", at="bundled")
     tensors, _ = read_tensors(folder / "tokens.safetensors", "the bundled text", fix="install again.")
     names = tuple(read_json(folder / "sources.json")["names"])
-    ids = tensors["ids"].numpy().astype(np.int32)
+    ids = tensors["ids"].numpy().astype(np.int32)[:, : text.context_size]
     if bos is not None:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids[:, :-1]], axis=1)
     rows = TokenRows(ids, tensors["sources"].numpy().astype(np.int64), names)

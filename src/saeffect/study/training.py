@@ -52,9 +52,9 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
 
 
 def arm_folder(study: Study, arm: str) -> Path | None:
-    """Where the study expects an arm's SAE; None for a bundled one. UnknownName if there is no such arm."""
+    """Where the study expects an arm's SAE; None for a bundled one, or none. UnknownName if there is no such arm."""
     sae = study.arm(arm).sae
-    return None if sae.startswith(BUNDLED) else Path(sae)
+    return None if sae is None or sae.startswith(BUNDLED) else Path(sae)
 
 
 def check_training(study: Study) -> str | None:

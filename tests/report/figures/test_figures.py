@@ -19,6 +19,9 @@ from saeffect.report.figures.style import Figure, arm_styles, inline_svg, new_fi
 Compare = Callable[[dict], Comparison]
 NAMES = (
     "learned",
+    "where",
+    "written",
+    "put_back",
     "calibration",
     "effects_a",
     "effects_b",

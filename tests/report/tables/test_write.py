@@ -10,7 +10,7 @@ import pytest
 from saeffect.comparison import Comparison, MatchTables
 from saeffect.report import ReportContext, write_tables
 from saeffect.report.tables.write import _field
-from synthetic_changes import synthetic_changes
+from synthetic_changes import first_screen
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def test_every_table_is_there_in_both_formats(folder: Path) -> None:
     names += "steering_outcomes outcome_effects steering_baselines baseline_effects together_effects".split()
     names += ["dose_response", "dose_response_by_arm"]
     names += ["calibration", "by_chance", "power", "regression", "partial_residuals", "threats", *MatchTables.names()]
-    names += synthetic_changes()
+    names += first_screen()
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [f"{name}.{ending}" for name in names for ending in ("csv", "json")] + ["answer.json"]
     )

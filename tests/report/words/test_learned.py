@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from saeffect.report.words.learned import learned
-from synthetic_changes import synthetic_changes
+from synthetic_changes import first_screen, synthetic_changes
 
 
 def test_the_domain_and_its_groups_are_named() -> None:
@@ -47,3 +47,10 @@ def test_without_nulls_the_study_says_what_is_missing() -> None:
     assert said.parts == ()
     assert "no null fine-tunes: make 20" in said.missing
     assert learned({}, "medical", alpha=0.05).missing == ""
+
+
+def test_where_and_what_it_causes_are_said() -> None:
+    parts = dict(learned(first_screen(), "medical", alpha=0.05).parts)
+    assert list(parts) == ["What changed", "How sure", "Where", "What it causes", "What did not change"]
+    assert "Words expected more, beyond all nulls: “fever”" in parts["Where"]
+    assert parts["What it causes"].startswith("The 20 features that changed most carry 41")

@@ -13,8 +13,9 @@ from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
 from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
-from saeffect.report.figures.learned import learned
+from saeffect.report.figures.learned import learned, where_changed, written_more
 from saeffect.report.figures.matching import cross_activity, fates
+from saeffect.report.figures.put_back import put_back
 from saeffect.report.figures.steering import doses, forests
 from saeffect.report.figures.style import DrawnFigure, FigureKind
 
@@ -27,6 +28,14 @@ FIGURES = [
         learned,
         "comparison/change_groups.parquet, columns tokens, score, claimed; comparison/null_groups.parquet: highest",
     ),
+    FigureKind(
+        "where",
+        "Where the model changed",
+        where_changed,
+        "comparison/change_by_layer.parquet, change_by_word.parquet",
+    ),
+    FigureKind("written", "What it writes more often", written_more, "comparison/written_words.parquet"),
+    FigureKind("put_back", "What the changed features cause", put_back, "comparison/put_back.parquet"),
     FigureKind(
         "calibration",
         "False alarms beside findings",

@@ -7,9 +7,10 @@ import numpy as np
 from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
+from saeffect.report.figures import where
 from saeffect.report.figures.style import INK, MUTED, ROLE_STYLES, Drawing, clean_axes, new_figure, safe_text
 
-__all__ = ["learned"]
+__all__ = ["learned", "where_changed", "written_more"]
 
 _SHOWN = 10
 
@@ -47,3 +48,19 @@ def learned(comparison: Comparison, _context: ReportContext) -> Drawing:
         f" {n} {'group lies' if n == 1 else 'groups lie'} beyond.",
         f"Scores of groups: {named}. Highest in nulls: {highest.max():.1f}.",
     )
+
+
+def where_changed(comparison: Comparison, context: ReportContext) -> Drawing:
+    """The study's `where.where`."""
+    tables = comparison.matches.further
+    if "change_by_layer" not in tables:
+        raise Undefined("the models were not compared layer by layer.")
+    return where.where(tables, alpha=context.alpha)
+
+
+def written_more(comparison: Comparison, context: ReportContext) -> Drawing:
+    """The study's `where.written`."""
+    tables = comparison.matches.further
+    if "written_words" not in tables:
+        raise Undefined("the models wrote nothing to compare.")
+    return where.written(tables, alpha=context.alpha)

@@ -156,6 +156,8 @@ class DrawnFigure:
                 # Lay out once: a new layout at each saving would differ slightly.
                 self.figure.draw_without_rendering()
                 self.figure.set_layout_engine(None)
+                for axes in self.figure.axes:  # the layout's solver differs in its last digits from call to call
+                    axes.set_position([round(end, 5) for end in axes.get_position().bounds])
             self.figure.savefig(buffer, format=kind, metadata=metadata)
         return buffer.getvalue()
 

@@ -26,6 +26,11 @@ from saeffect.steering.outcomes import OUTCOMES
 
 __all__ = ["with_answer"]
 
+_ONE_SAE = (
+    "One SAE reads both models, so there are no two dictionaries to compare; how the models use its features is in the"
+    " table of changes."
+)
+
 
 def with_answer(
     found: Comparison, arms: Mapping[str, ArmTables], *, tests: Sequence[str], min_matches: int, alpha: float
@@ -60,7 +65,7 @@ def with_answer(
         power_sentence(found.power, roles, outcome),
     ]
     answer = Answer(
-        headline=_headline(declared, first, roles, found),
+        headline=_ONE_SAE if arms[roles.treatment].facts.same_sae else _headline(declared, first, roles, found),
         paragraph=short.text,
         traces=short.traces,
         sentences=[sentence for sentence in sentences if sentence],

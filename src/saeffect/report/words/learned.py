@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from saeffect.diffing.naming import prediction_limit
+from saeffect.lm.tokens import printable_token
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
+from saeffect.report.words.put_back import put_back_sentence
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -61,6 +63,8 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
         "How sure": " ".join(
             ([_domain(declared, domain, k)] if declared is not None else []) + [_could_have(k, alpha)]
         ),
+        "Where": _where(tables, alpha),
+        "What it causes": put_back_sentence(tables["put_back"], subject=domain) if "put_back" in tables else "",
         "What did not change": _unchanged(tables, nulls, alpha),
     }
     known = tuple((label, text) for label, text in parts.items() if text)
@@ -132,6 +136,35 @@ def _could_have(k: int, alpha: float) -> str:
         f" be claimed to have taught something. With {count(k)} nulls no count of nulls gives less than"
         f" {1 / (k + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
     )
+
+
+def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:
+    layers, words = (tables.get(name, pd.DataFrame()) for name in ("change_by_layer", "change_by_word"))
+    if layers.empty or not layers["change"].notna().any():
+        return ""
+    by = "ratio" if layers["ratio"].notna().any() else "change"
+    most = layers.loc[layers[by].idxmax()].to_dict()
+    beside = ""
+    if is_defined(most["null_low"]):
+        beside = f" (nulls: {percent(most['null_low'])} to {percent(most['null_high'])})"
+    said = [
+        f"Farthest beyond the nulls at layer {count(most['layer'])}, where the residual stream moved by"
+        f" {percent(most['change'])} of its length{beside}."
+    ]
+    rises = words[(words["role"] == "expected") & (words["change"] > 0)] if len(words) else words
+    rises = rises[rises["p_search"] <= alpha] if len(rises) else rises
+    if len(rises):
+        said.append(f"Words expected more, beyond all nulls: {_list(rises['token'])}.")
+    written = tables.get("written_words", pd.DataFrame())
+    more = written[(written["change"] > 0) & (written["p_search"] <= alpha)] if len(written) else written
+    if len(more):
+        said.append(f"Words that come up after openings that name nothing: {_list(more['word'])}.")
+    return " ".join(said)
+
+
+def _list(words: pd.Series[Any]) -> str:
+    shown = [printable_token(str(word)).strip() for word in words.head(8)]
+    return ", ".join(f"“{word}”" for word in shown)
 
 
 def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: float) -> str:

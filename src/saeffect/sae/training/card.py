@@ -10,6 +10,7 @@ from typing import Any
 
 from saeffect.errors import BadFile, SaeffectError
 from saeffect.io import atomic_path, hash_file, read_json, versions, write_json
+from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.formats import WEIGHTS, read_sparsity
@@ -65,7 +66,8 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
         _how(recipe, cfg["metadata"]),
         "",
         "The first position of each context and outliers of the norm (above"
-        f" {cfg['metadata']['norm_limit']:.3g}; median {cfg['metadata']['mean_norm']:.3g}) were left out.",
+        f" {cfg['metadata']['norm_limit']:.3g}; median {cfg['metadata']['mean_norm']:.3g}) were left out."
+        f" {'Every row begins' if cfg['metadata'].get('prepend_bos') else 'No row begins'} with a BOS token.",
         "",
         "| text | file | licence |",
         "|---|---|---|",
@@ -111,11 +113,20 @@ def _plain(recipe: SaeRecipe) -> dict[str, Any]:
             source["path"] = Path(source["path"]).name
     if plain["sae"]["init_from"] is not None:
         plain["sae"]["init_from"] = Path(plain["sae"]["init_from"]).name
+    for key, model in (("model", recipe.model), ("tuned", recipe.tuned)):
+        if model is not None:
+            plain[key]["path"] = name_to_share(model.path)
+            if model.adapter is not None:
+                plain[key]["adapter"] = name_to_share(model.adapter)
     return plain
 
 
 def _model(recipe: SaeRecipe) -> str:
-    names = [m.path + (f" + {m.adapter}" if m.adapter else "") for m in (recipe.model, recipe.tuned) if m is not None]
+    names = [
+        " + ".join(name_to_share(name) for name in (model.path, model.adapter) if name)
+        for model in (recipe.model, recipe.tuned)
+        if model is not None
+    ]
     if recipe.combination == "difference":
         return f"the activations of {names[1]} minus those of {names[0]}"
     return " and ".join(names)

@@ -18,6 +18,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.report import with_answer
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.match import read_matches
@@ -43,7 +44,9 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
         "tables": run.digest(
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
-        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in table_names())),
+        "matches": run.digest(
+            *(run.path("comparison", f"{name}.parquet") for name in (*table_names(), *CHANGE_TABLES, "put_back"))
+        ),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
@@ -168,4 +171,5 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         l0=quality.get("l0"),
         dead_share=quality.get("dead_share"),
         same_as_control=quality.get("same_as_control"),
+        same_sae=study.one_sae and arm.role == "treatment",
     )

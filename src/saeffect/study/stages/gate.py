@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saeffect.config import GateConfig
 from saeffect.errors import ConfigError, IncompatibleSae
 from saeffect.io import read_json, write_json
-from saeffect.lm.activations import TokenRows, run_pass
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel, probe_logits
 from saeffect.lm.tokens import find_bos_id
 from saeffect.progress import Log
@@ -27,7 +28,6 @@ from saeffect.study.texts import beginning, shortage
 __all__ = ["complaint_about_model", "gate_inputs", "measure_gate", "model_on_text", "run_gate", "words_of_perplexity"]
 
 VERSION = 4
-_ROWS = 8  # of text in one pass of the model
 
 
 def gate_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
@@ -115,14 +115,16 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
     limit = arm.norm_limit(rows)
     sums = ReconstructionSums(arm.sae.cfg.d_in)
     fired = torch.zeros(arm.sae.cfg.d_sae, dtype=torch.bool)
-    norm = 0.0
-    for start in range(0, len(head), _ROWS):
-        x = run_pass(arm.lm, arm.hook, head.ids[start : start + _ROWS], limit)[0].float()
+    norms: list[float] = []
+
+    def add(x: Tensor) -> None:
+        x = x.cpu().float()
         feature_acts = arm.sae.encode(x)
         sums.add(x, arm.sae(x), feature_acts)
-        fired |= (feature_acts > 0).any(0)
-        norm += float(x.norm(dim=1).sum())
-    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit)
+        fired.logical_or_((feature_acts > 0).any(0))
+        norms.append(float(x.norm(dim=1).sum()))
+
+    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit, seen=add)
     return {
         "explained_variance": sums.explained_variance(),
         "ce_loss_score": losses.ce_loss_score,
@@ -133,7 +135,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         "l2_ratio": sums.l2_ratio(),
         "features_fired": int(fired.sum()),
         "tokens": sums.n_tokens,
-        "mean_norm": norm / sums.n_tokens,
+        "mean_norm": sum(norms) / sums.n_tokens,
         "norm_limit": limit.limit,
         "dtype": str(arm.lm.dtype).removeprefix("torch."),
         **model_on_text(arm.lm, head, losses.clean_by_row, rows),

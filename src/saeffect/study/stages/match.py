@@ -21,6 +21,7 @@ from saeffect.lm.activations import TokenRows, kept_positions
 from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 
@@ -55,8 +56,9 @@ def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
 
 
 def read_matches(run: RunFolder) -> MatchTables:
-    """Read the tables of this stage; a missing one has no columns."""
-    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in table_names()}
+    """Read the tables of this stage and of "changes"; a missing one has no columns."""
+    names = (*table_names(), *CHANGE_TABLES, "put_back")
+    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in names}
     tables = {name: table for name, table in read.items() if table is not None}
     known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
     return MatchTables(**known, further=tables)

@@ -70,7 +70,7 @@ def report_context(run: RunFolder) -> ReportContext:
         doses=doses if doses is not None and len(doses) else None,
         config=run.config_yaml(),
         provenance=run.provenance(),
-        domain=config.selection.domain or Path(config.selection.vocabulary).stem,
+        domain=config.selection.subject,
         min_matches=config.selection.min_matches,
         top_k=config.features.top_k,
         alpha=config.comparison.alpha,

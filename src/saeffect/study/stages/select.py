@@ -54,7 +54,7 @@ def run_select(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
     vocabulary = load_vocabulary(config.vocabulary)
     verdicts = study_verdicts(run.study)
     tables = {name: _select(run, name, vocabulary, verdicts) for name in run.study.config.arms}
-    if not any(table["is_domain"].any() for table in tables.values()):
+    if vocabulary.words and not any(table["is_domain"].any() for table in tables.values()):
         _refuse(run, tables, vocabulary)
     return [run.write_table(run.arm(name, "selection.parquet"), table) for name, table in tables.items()]
 

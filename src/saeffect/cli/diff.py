@@ -1,0 +1,66 @@
+"""`saeffect diff`: what fine-tuning changed between two models, without a study file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saeffect.cli.console import ConsoleProgress, show
+from saeffect.paths import user_path
+
+__all__ = ["diff"]
+
+_NO_SAE = (
+    "no SAE was given (--sae), so features are not compared: one of the base model would name what changed inside it."
+    " Train one with saeffect train-sae, or take a public one of this model in SAELens' layout."
+)
+_NO_NULLS = "not known: how much of this any further training would change (--nulls, see saeffect finetune)."
+
+
+def diff(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")],
+    sae: Annotated[
+        str | None, typer.Option(help="An SAE of BASE: folder, bundled:<name>, or org/name/folder on the hub.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to read, as path or name=path; several are told apart. By default the bundled text."),
+    ] = None,
+    vocabulary: Annotated[str | None, typer.Option(help="Words of a domain: bundled name or file.")] = None,
+    nulls: Annotated[str | None, typer.Option(help="Null fine-tunes: folder of traces, or bundled:<name>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; the study file lies beside it.", parser=user_path)
+    ] = None,
+) -> None:
+    """Compare a base model with its fine-tune: first findings, then the report."""
+    from saeffect.study.diff import DiffRequest, diff_study, same_model, write_study
+    from saeffect.study.first import first_answer
+
+    folder = out or Path("runs") / _name(tuned)
+    request = DiffRequest(base, tuned, sae, tuple(text or ()), vocabulary, nulls, _name(folder.name))
+    with ConsoleProgress() as log:
+        study = diff_study(request, folder.with_name(folder.name + ".yaml"), log)
+        if same_model(study):
+            show(f"no difference: {base} and {tuned} are the same files.")
+            return
+        answer = first_answer(study, folder, log, ready=lambda: write_study(study))
+        if not answer.lines:
+            show("no difference: on this text, both models predict the same to the last digit.")
+            return
+        missing = [line for line, given in ((_NO_SAE, sae), (_NO_NULLS, study.config.nulls)) if not given]
+        for line in ("", *answer.lines, *missing, ""):
+            show(line)
+        run = answer.rest(log)
+    if run.path("report.html").is_file():
+        show(f"report: {run.path('report.html').resolve()}")
+    show(f"to go on: edit {study.source}, then saeffect run {study.source} --out {folder}")
+
+
+def _name(text: str) -> str:
+    """A study's name from what was typed: its last part, in letters that a name may have."""
+    last = Path(text.removeprefix("bundled:")).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:60] or "diff"

@@ -1,0 +1,141 @@
+"""The keys of a study's steering section. Frozen, strict, no input or output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from saeffect.config_keys import StrictModel, all_different
+
+__all__ = ["InterventionConfig", "SamplingConfig", "SteeringConfig"]
+
+
+def _plain(prompts: Sequence[str]) -> list[str]:
+    return [" ".join(prompt.casefold().split()) for prompt in prompts]
+
+
+class InterventionConfig(StrictModel):
+    """What is done to a model: keys shared by the steering section and `saeffect.steering.SteeringPlan`."""
+
+    operator: Literal["add", "clamp", "ablate"] = Field(
+        "add",
+        description="Add the decoder row; set the activation to a multiple of its maximum on the text; or to 0.",
+    )
+    doses: tuple[float, ...] = Field(
+        min_length=1,
+        description="Candidates; one is used. add: units of the hook's mean residual norm. clamp: multiples of the"
+        " feature's maximum. ablate has none.",
+        json_schema_extra={"default": "0.4 to add, 5 to clamp"},
+    )
+    positions: Literal["all", "generated", "prompt"] = Field(
+        "all", description="prompt: the prompt's but the last, as the paper's code did."
+    )
+    prompts: tuple[str, ...] = Field(
+        ("What topic is on your mind?",), min_length=1, description="Beginnings of texts; each is an independent trial."
+    )
+    placebos: tuple[str, ...] = Field(
+        ("random", "matched"), description="The test is against matched if it is there, else against random."
+    )
+    samples: int = Field(4, ge=1, description="Texts a prompt.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Texts generated at once, each with a vector of its own. Products over another number of texts"
+        " round differently, so numbers of another batch size agree to about 1e-7 only.",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.operator == "clamp" and min(self.doses) < 0:
+            raise ValueError(f"a feature cannot be clamped below 0, so leave {min(self.doses)} out")
+        if self.operator == "ablate" and self.doses != (1.0,):
+            raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
+        all_different("number in doses", self.doses)
+        all_different("prompt", _plain(self.prompts))
+        all_different("placebo", self.placebos)
+        return self
+
+
+class SamplingConfig(StrictModel):
+    """How texts are sampled: keys shared by the steering section and `saeffect.steering.Sampling`."""
+
+    max_new_tokens: int = Field(50, ge=1, description="Length of a text.")
+    temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
+    top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
+    frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+
+
+class SteeringConfig(SamplingConfig, InterventionConfig):
+    """Interventions: operator and doses, features, controls, and outcomes."""
+
+    coefficient: float | None = Field(
+        None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
+    )
+    search_prompts: tuple[str, ...] = Field(
+        (),
+        description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
+        " which are then not tested on.",
+    )
+    search_features: int = Field(8, ge=1, description="Features of each arm that the search steers.")
+    max_features: int | None = Field(None, ge=1, description="Test a random sample of so many domain features an arm.")
+    together: dict[str, tuple[tuple[int, ...], ...]] = Field(
+        default_factory=dict, description="For an arm, sets of features to steer at once, such as {control: [[3, 17]]}."
+    )
+    baselines: tuple[str, ...] = Field(
+        ("prompt", "mean_difference"), description="What steering with a feature must beat to be worth it."
+    )
+    baseline_features: int = Field(4, ge=0, description="Tested features of each arm that the baselines are run for.")
+    outcomes: tuple[str, ...] = Field(
+        ("similarity",),
+        min_length=1,
+        description="Declared before the run: the first decides what passes; all that are not here are exploratory.",
+    )
+    outcome_encoder: str | None = Field(
+        None,
+        description="Vectors for similarity: a bundled name, a vectors file, a folder or hub id of an encoder such as"
+        " bert-base-uncased. By default those of coherence.embeddings.",
+    )
+
+    @property
+    def unit(self) -> Literal["residual_norm", "coefficient"]:
+        """Unit of a dose of the operator "add"."""
+        return "residual_norm" if self.coefficient is None else "coefficient"
+
+    @property
+    def primary_placebo(self) -> str:
+        """The placebo that the test compares with."""
+        return "matched" if "matched" in self.placebos or not self.placebos else self.placebos[0]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        """Fill in doses and search prompts that follow from other keys."""
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        usual = {"clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator")), 0.4)
+        value.setdefault("doses", [value.get("coefficient") or usual])
+        doses, prompts = value["doses"], value.get("prompts")
+        several = isinstance(doses, list | tuple) and len(doses) > 1
+        if several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
+            half = len(prompts) // 2
+            value["search_prompts"], value["prompts"] = prompts[:half], prompts[half:]
+        return value
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        if len(self.doses) > 1 and not self.search_prompts:
+            raise ValueError("several doses need search_prompts to choose on, or a second prompt")
+        if min(self.doses) <= 0:
+            raise ValueError(f"doses must be above 0, not {list(self.doses)}")
+        if self.coefficient is not None and (self.operator != "add" or self.doses != (self.coefficient,)):
+            raise ValueError("a coefficient goes with the operator add, in place of doses")
+        all_different("prompt", _plain((*self.prompts, *self.search_prompts)))
+        all_different("baseline", self.baselines)
+        all_different("outcome", self.outcomes)
+        for arm, sets in self.together.items():
+            if any(len(members) < 2 or len(set(members)) < len(members) for members in sets):
+                raise ValueError(f"together.{arm}: each set needs at least two features, all different")
+        return self

@@ -1,0 +1,156 @@
+"""Is a change larger than what fine-tuning on text that teaches nothing changes? Fine-tunes as the unit of chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from saeffect.diffing.matched_null import MIN_STRATUM, NO_STRATUM, strata
+from saeffect.diffing.trace import Trace
+from saeffect.errors import ConfigError, EmptySelection, NotFound, ShapeMismatch
+from saeffect.io import read_json
+
+__all__ = ["CARD", "NAME", "another_measurement", "null_files", "pooled_p", "read_nulls", "smallest_p"]
+
+FloatArray = npt.NDArray[np.float64]
+
+CARD = "nulls.json"
+"""In a folder of nulls: which recipe, which texts, and what they were measured on."""
+NAME = "null-{}.safetensors"
+# Degrees of freedom with which a feature's spread is drawn towards that of features of like density: with few nulls a
+# spread of its own is little known. As in limma (Smyth 2004), but fixed.
+_PRIOR = 4.0
+# Numbers equal on paper differ in the last digits when computed in another order; they must count as ties.
+_TIE = 1e-9
+
+
+def pooled_p(change: npt.ArrayLike, nulls: npt.ArrayLike, density: npt.ArrayLike) -> FloatArray:
+    """Two-sided p of each feature's change against the changes in K null fine-tunes; features of like density pooled.
+
+    Were the fine-tune one more null, the K + 1 changes of a feature would be exchangeable. Each gets a score: its
+    distance from the mean of the others, divided by the spread of all K + 1, which is drawn towards the spread of the
+    features of like density (`strata`). The fine-tune's score is ranked among those of the nulls for all features of
+    the stratum, so p can be as low as `smallest_p`. This holds for a feature picked at random among those of its
+    density; features of one fine-tune depend on each other, so small p come in swarms, which a false discovery rate
+    over features does not see: judge groups by `smallest_p` without pooling.
+
+    Args:
+        change: [n], such as tuned minus base; NaN where undefined.
+        nulls: [K, n], the same of each null.
+        density: [n], how often a feature fires in the base model.
+
+    Returns:
+        p [n]; NaN where change, a null's change or density is undefined. With one null, which cannot tell the two
+        apart, at least 0.5.
+
+    Raises `ShapeMismatch`: no nulls, or shapes that do not fit.
+
+    Example:
+        >>> pooled_p([5.0, 0.0], [[0.0, 0.1], [0.1, -0.1], [-0.1, 0.0]], [0.1, 0.1]).round(3).tolist()
+        [0.143, 1.0]
+    """
+    own, others = np.asarray(change, dtype=np.float64), np.asarray(nulls, dtype=np.float64)
+    traits = np.asarray(density, dtype=np.float64)
+    if others.ndim != 2 or len(others) == 0 or own.shape != others.shape[1:] or traits.shape != own.shape:
+        raise ShapeMismatch(
+            f"changes of {list(own.shape)} features with nulls {list(others.shape)} and density {list(traits.shape)};"
+            " expected [n], [at least 1, n] and [n].",
+            at="nulls",
+        )
+    table = np.vstack([own, others])
+    known = ~np.isnan(table).any(axis=0) & ~np.isnan(traits)
+    groups = np.full(len(own), NO_STRATUM)
+    groups[known] = strata(traits[known, None], MIN_STRATUM)
+    p = np.full(len(own), math.nan)
+    for group in np.unique(groups[known]):
+        members = groups == group
+        p[members] = _ranked(_scores(table[:, members]))
+    return np.maximum(p, 0.5) if len(others) == 1 else p
+
+
+def _scores(table: FloatArray) -> FloatArray:
+    """[K + 1, n] of one stratum: |distance from the mean of the others|, in units of the spread of all."""
+    n_tunes = len(table)
+    distance = (table - table.mean(axis=0)) * n_tunes / (n_tunes - 1)
+    variance = table.var(axis=0, ddof=1)
+    usual = float(variance.mean())
+    if usual == 0:
+        return np.zeros_like(table)
+    df = n_tunes - 1
+    return np.abs(distance) / np.sqrt((_PRIOR * usual + df * variance) / (_PRIOR + df))
+
+
+def _ranked(scores: FloatArray) -> FloatArray:
+    """p of the first row's scores among those of the other rows, over all columns."""
+    pool = np.sort(scores[1:].ravel())
+    at_least = len(pool) - np.searchsorted(pool, scores[0] - _TIE, side="left")
+    return np.asarray((1 + at_least) / (1 + len(pool)))
+
+
+def smallest_p(n_nulls: int, n_pooled: int = 1) -> float:
+    """The smallest p that `n_nulls` nulls can give, over `n_pooled` features ranked together.
+
+    Example:
+        >>> smallest_p(19), smallest_p(1), round(smallest_p(20, 200), 6)
+        (0.05, 0.5, 0.00025)
+    """
+    return 1.0 if n_nulls < 1 else 0.5 if n_nulls == 1 else 1 / (1 + n_nulls * n_pooled)
+
+
+def null_files(folder: Path) -> dict[int, Path]:
+    """The traces of nulls in a folder, by number."""
+    found = {}
+    for path in folder.glob(NAME.format("*")):
+        number = path.stem.removeprefix("null-")
+        if number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def read_nulls(
+    folder: Path, made_by: str | None = None, *, measured: Mapping[str, str] | None = None, at: str | None = None
+) -> list[Trace]:
+    """Read the traces of a folder of nulls, by rising number.
+
+    Args:
+        made_by: Of the tracer that they are to be compared with, see `Trace.made_by`; None takes any.
+        measured: `Tracer.measured_on` of it, to say what differs.
+        at: Where the folder is named, for error messages.
+
+    Raises:
+        NotFound: No such folder.
+        EmptySelection: No traces in it.
+        BadFile: A damaged trace, or one that is none.
+        ConfigError: A trace measured on another base model, SAE, hook or text.
+    """
+    make = "make nulls: saeffect finetune RECIPE --null 20 --study STUDY --out FOLDER."
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder of nulls {str(folder)!r}.", at=at, fix=make)
+    files = null_files(folder)
+    if not files:
+        raise EmptySelection(f"the folder {str(folder)!r} holds no null-<number>.safetensors.", at=at, fix=make)
+    nulls = []
+    for path in files.values():
+        null = Trace.load(path)
+        if made_by is not None and null.made_by != made_by:
+            raise another_measurement(folder, path.name, measured, at=at)
+        nulls.append(null)
+    return nulls
+
+
+def another_measurement(folder: Path, name: str, wanted: Mapping[str, str] | None, *, at: str | None) -> ConfigError:
+    """The error for a null that was measured on something else than `wanted`."""
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    noted = card.get("measured_on") if isinstance(card, dict) else None
+    differs = [what for what in wanted or {} if isinstance(noted, dict) and noted.get(what) != (wanted or {})[what]]
+    what = f"another {' and '.join(differs)}" if differs else "another base model, SAE, hook or text"
+    return ConfigError(
+        f"{name} was measured on {what} than this study has, so it cannot be compared.",
+        at=at or str(folder),
+        fix="measure the nulls again: saeffect finetune RECIPE --null K --study STUDY, into a new folder, or into this"
+        " one without its null-*.safetensors (its adapters, where kept, are not trained again).",
+    )

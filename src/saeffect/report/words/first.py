@@ -1,0 +1,145 @@
+"""The first findings on two models, in lines for the screen: from a trace, before any report is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.diffing.trace import OPENINGS, SAMPLES, Trace
+
+__all__ = ["first_findings", "is_same", "more_expected", "word_tokens"]
+
+_SHOWN = 8  # words, features
+_LEAST = 20  # tokens on which a feature must fire, in one of the models, for its rise or fall to be told
+_TOP = 4  # tokens a feature
+
+
+def is_same(trace: Trace) -> bool:
+    """Whether the two models do the same: all predictions and activations equal to the last digit."""
+    return trace.numbers["kl"] == 0 and not trace.layers.any()
+
+
+def more_expected(trace: Trace, plain: npt.NDArray[np.bool_], *, less: bool = False) -> npt.NDArray[np.int64]:
+    """Ids of the tokens that the tuned model expects more than the base model, the most telling first.
+
+    Ordered by p log(p / q), their share of the divergence of the mean predictions; `less` turns the two around. `plain`
+    is bool [d_vocab], the tokens that count. Only tokens with a positive share.
+    """
+    base, tuned = trace.expected.astype(np.float64)[:: -1 if less else 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where((tuned > base) & (base > 0) & plain, tuned * np.log(tuned / base), 0.0)
+    order = np.argsort(-share, kind="stable")
+    return order[share[order] > 0]
+
+
+def word_tokens(tokens: Sequence[str], plain: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Bool [d_vocab]: the plain tokens with two letters or more."""
+    return plain & np.array([sum(map(str.isalpha, token)) > 1 for token in tokens])
+
+
+def first_findings(
+    trace: Trace,
+    tokens: Sequence[str],
+    plain: npt.NDArray[np.bool_],
+    *,
+    top_tokens: Sequence[Sequence[str]] = (),
+    groups: pd.DataFrame | None = None,
+    decode: object = None,
+) -> list[str]:
+    """Lines, the plainest first.
+
+    Args:
+        tokens: The token of every id, [d_vocab].
+        plain: Bool [d_vocab], the ids that are words.
+        top_tokens: Of each feature of the SAE, [d_sae]; empty without an SAE.
+        groups: The table `change_groups` of named groups of features, if it was made.
+        decode: Text of a list of ids; None: the tokens joined.
+    """
+    words = word_tokens(tokens, plain)
+    lines = [_losses(trace), _distance(trace)]
+    for less, verb in ((False, "more"), (True, "less")):
+        ids = more_expected(trace, words, less=less)[:_SHOWN]
+        if len(ids):
+            lines.append(f"words expected {verb} often: " + ", ".join(_ratio(trace, tokens, int(i)) for i in ids))
+    if len(top_tokens):
+        lines += _named(groups) or _fired(trace, top_tokens)
+    lines += _after_openings(trace, tokens, decode)
+    return lines
+
+
+def _losses(trace: Trace) -> str:
+    numbers = trace.numbers
+    names = [key.removeprefix("loss_base_") for key in numbers if key.startswith("loss_base_")]
+    parts = []
+    for name in names:
+        base, tuned = (math.exp(numbers[f"loss_{which}_{name}"]) for which in ("base", "tuned"))
+        parts.append(f"{base:.4g} → {tuned:.4g} on {name}")
+    return f"perplexity: {', '.join(parts)}"
+
+
+def _distance(trace: Trace) -> str:
+    last, most = len(trace.layers) - 1, int(np.argmax(trace.layers))
+    where = "" if most == last else f", most after block {most} ({100 * trace.layers[most]:.0f} %)"
+    return (
+        f"predictions: KL {trace.numbers['kl']:.3g} nats a token; the residual stream moves by"
+        f" {100 * trace.layers[last]:.0f} % of its length after the last block{where}"
+    )
+
+
+def _ratio(trace: Trace, tokens: Sequence[str], i: int) -> str:
+    base, tuned = trace.expected[:, i]
+    return f"{tokens[i].strip()} (× {tuned / base:.2g})"
+
+
+def _named(groups: pd.DataFrame | None) -> list[str]:
+    """Groups that may be named, else nothing."""
+    if groups is None or groups.empty:
+        return []
+    claimed = groups[groups["claimed"].astype(bool)]
+    return [
+        f"{row.direction} than in any null fine-tune: {row.name} ({row.n_features} features; q {row.q:.2g})"
+        for row in claimed.head(_SHOWN).itertuples(index=False)
+    ]
+
+
+def _fired(trace: Trace, top_tokens: Sequence[Sequence[str]]) -> list[str]:
+    """Features whose mean activation on the text changed most, by ratio, among those that fire often enough."""
+    base, tuned, dense, denser = trace.read.astype(np.float64)
+    often = np.maximum(dense, denser) * trace.numbers["n_tokens"] >= _LEAST
+    floor = np.median(base[often]) / 10 if often.any() else 0.0  # or a feature of nearly 0 would lead every list
+    with np.errstate(divide="ignore", invalid="ignore"):
+        change = np.where(often, np.log((tuned + floor) / (base + floor)), 0.0)
+    lines = []
+    for order, verb in ((np.argsort(-change, kind="stable"), "more"), (np.argsort(change, kind="stable"), "less")):
+        shown = [int(f) for f in order[:_SHOWN] if (change[f] > 0) == (verb == "more") and change[f] != 0]
+        if shown:
+            words = [f"{f} ({_few(top_tokens[f])}: {_times(base[f], tuned[f])})" for f in shown]
+            lines.append(f"features that fire {verb}: {', '.join(words)}")
+    return lines
+
+
+def _few(top_tokens: Sequence[str]) -> str:
+    return " ".join(token.strip() for token in top_tokens[:_TOP])
+
+
+def _times(base: float, tuned: float) -> str:
+    return f"× {tuned / base:.2g}" if base > 0 else "new"
+
+
+def _after_openings(trace: Trace, tokens: Sequence[str], decode: object) -> list[str]:
+    """What both write after the opening at which they differ most."""
+    opening = int(np.argmax(trace.openings))
+
+    def text(rows: npt.NDArray[np.int32]) -> str:
+        ids = rows[opening * SAMPLES].tolist()
+        written = decode(ids) if callable(decode) else "".join(tokens[i] for i in ids)
+        return repr(" ".join(str(written).split())[:90])
+
+    return [
+        f"after {OPENINGS[opening]!r} the base model writes {text(trace.base_texts)}",
+        f"{'':6}and the fine-tuned one {text(trace.texts)}",
+    ]

@@ -1,0 +1,107 @@
+"""What share of fine-tuning's effect some features carry, in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from saeffect.report.words.numbers import fixed, is_defined, percent, plural
+
+__all__ = ["put_back_row", "put_back_sentence"]
+
+_LOSS = {
+    "tuned": "what fine-tuning does at this layer to the loss on {subject} text",
+    "base": "what the fine-tuned model's activations at this layer do to the base model's loss on {subject} text",
+}
+_PREDICTIONS = {
+    "tuned": "what fine-tuning does at this layer to the predictions there",
+    "base": "what they do to its predictions there",
+}
+
+
+def put_back_row(
+    table: pd.DataFrame, measure: str, n_features: int | None, kind: str = "own", **where: str
+) -> dict[str, Any] | None:
+    """The row of `put_back_table` of this measure, set and kind; None if there is none.
+
+    `n_features` None takes the set of any number. `where` are further columns: edited ("tuned"), source ("domain"),
+    features ("changed").
+    """
+    where = {"edited": "tuned", "source": "domain", "features": "changed"} | where
+    rows = table[(table["measure"] == measure) & (table["kind"] == kind)]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    if n_features is not None:
+        rows = rows[rows["n_features"] == n_features]
+    return rows.iloc[0].to_dict() if len(rows) else None
+
+
+def put_back_sentence(
+    table: pd.DataFrame,
+    n_features: int | None = 20,
+    *,
+    subject: str = "medical",
+    called: str = "",
+    **where: str,
+) -> str:
+    """How much of what fine-tuning does at the hook these features carry, beside matched features and with intervals.
+
+    Args:
+        table: As `saeffect.diffing.put_back_shares.put_back_table` gives it.
+        n_features: So many of the most changed features; None for a named group.
+        subject: What to call the text.
+        called: What to call the features, such as 'the features of "symptom"'; by default those that changed most.
+        **where: See `put_back_row`.
+
+    Returns:
+        "" if nothing was measured for these features. A share that is undefined, not clear of zero or not clearly more
+        than matched features carry is said to be so.
+    """
+    own = {measure: put_back_row(table, measure, n_features, **where) for measure in ("loss", "kl")}
+    loss, predictions = own["loss"], own["kl"]
+    if loss is None or predictions is None:
+        return ""
+    edited = str(loss["edited"])
+    who = called or f"the {plural(int(loss['n_features']), 'feature')} that changed most"
+    what = _LOSS[edited].format(subject=subject)
+    verb = "carries" if loss["n_features"] == 1 and not called else "carry"
+    who = who.replace("the 1 feature", "the feature")
+    if is_defined(loss["low"]):
+        text = f"{_upper(who)} {verb} {_share(loss)} of {what} ({fixed(abs(loss['whole']))} nats a token)"
+    else:
+        text = f"What share {who} {verb} of {what} cannot be said: {loss['reason']}"
+    text += f"{_beside(table, loss, where)}."
+    if is_defined(predictions["low"]):
+        text += f" Of {_PREDICTIONS[edited]} (KL) they carry {_share(predictions)}"
+        text += f"{_beside(table, predictions, where)}."
+    return text
+
+
+def _beside(table: pd.DataFrame, own: dict[str, Any], where: dict[str, str]) -> str:
+    """Matched features, and what of the comparison is not shown; "" if the share itself is undefined."""
+    if not is_defined(own["low"]):
+        return ""
+    n = int(own["n_features"])
+    matched, difference = (
+        put_back_row(table, str(own["measure"]), n, kind, **where) for kind in ("matched", "difference")
+    )
+    doubt = "" if own["low"] > 0 else ", so it is not shown that they carry any of it"
+    if own["high"] < 0:
+        doubt = ": put back, they move it the other way"
+    if matched is None or not is_defined(matched["low"]):
+        why = "" if matched is None else f" ({matched['reason']})"
+        return doubt + (f"; nothing matched stands beside them{why}" if matched is not None else "")
+    beside = f"; {plural(n, 'matched feature')} {'carries' if n == 1 else 'carry'} {_share(matched)}"
+    if not doubt and not (difference is not None and difference["low"] > 0):
+        doubt = ", which is not clearly less"
+        return beside + doubt
+    return doubt + beside
+
+
+def _share(row: dict[str, Any]) -> str:
+    return f"{percent(row['share'], 0)} [{fixed(100 * row['low'], 0)}, {fixed(100 * row['high'], 0)}]"
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]

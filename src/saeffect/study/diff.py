@@ -1,0 +1,224 @@
+"""The study of two models that `saeffect diff` is asked for: what was typed becomes a study file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saeffect.config import ModelConfig, StudyConfig
+from saeffect.errors import BadFile, ConfigError, NotFound, first_line
+from saeffect.io import atomic_path, read_json
+from saeffect.lm.adapters import ADAPTER_CONFIG
+from saeffect.lm.loading import (
+    BUNDLED,
+    bundled_path,
+    locate_model,
+    model_identity,
+    model_shape,
+    resolve_device,
+    resolve_dtype,
+)
+from saeffect.paths import user_path
+from saeffect.progress import SILENT, Log
+from saeffect.study.study import Study
+
+__all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
+
+_BUNDLED_TEXT = "smollm2-sampled"
+_ROWS, _CONTEXT = 192, 96  # of text: as many rows as a trace reads
+_NULLS_OF = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
+_BUNDLED_NULLS = "smollm2-medical"
+_HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "
+
+
+@dataclass(frozen=True)
+class DiffRequest:
+    """What was typed.
+
+    Attributes:
+        base: The base model: hub id, folder, GGUF file, bundled:<name>, or an adapter's folder (its base and it).
+        tuned: The fine-tuned one, of the same kinds; an adapter alone is put on `base`.
+        sae: An SAE of the base model: folder, bundled:<name>, or a folder of a hub repository (org/name/folder).
+        texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
+        vocabulary: Bundled name or file of a domain's words.
+        nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
+        name: What to call the study.
+    """
+
+    base: str
+    tuned: str
+    sae: str | None = None
+    texts: tuple[str, ...] = ()
+    vocabulary: str | None = None
+    nulls: str | None = None
+    name: str = "diff"
+
+
+def diff_study(request: DiffRequest, source: Path, log: Log = SILENT) -> Study:
+    """The study: two arms read through one SAE, or through none; no steering. `source` is where its file will lie.
+
+    Raises `SaeffectError` for a model, an SAE or a text that is not there, and a text that must be named.
+    """
+    base = _model(request.base, None, "BASE")
+    tuned = _model(request.tuned, base, "TUNED")
+    sae = None if request.sae is None else _sae(request.sae)
+    hook = _middle(base, log) if sae is None else None
+    arms = {
+        role: {"role": role, "model": model, "sae": sae, "hook": hook}
+        for role, model in (("control", base), ("treatment", tuned))
+    }
+    values: dict[str, Any] = {
+        "name": request.name,
+        "title": f"What fine-tuning changed: {request.name}",
+        "arms": {role: {key: value for key, value in arm.items() if value is not None} for role, arm in arms.items()},
+        "text": _text(request, base),
+        "gate": {"tokens": 2_048},
+        "selection": {"vocabulary": _path(request.vocabulary)},
+        "steering": None,
+    }
+    nulls = request.nulls or _bundled_nulls(request)
+    if nulls is not None:
+        values["nulls"] = _path(nulls)
+    return Study(StudyConfig.read(values, at="the command"), source)
+
+
+def same_model(study: Study) -> bool:
+    """Whether both models are the same files in the same number format."""
+    arms = [study.config.arms[study.by_role(role)[0]].model for role in ("control", "treatment")]
+    dtypes = {resolve_dtype(model.dtype, resolve_device(model.device)) for model in arms}
+    return len(dtypes) == 1 and len({model_identity(model) for model in arms}) == 1
+
+
+def write_study(study: Study) -> None:
+    """Write the study's file; ConfigError, and nothing written, where there is another one that somebody edited."""
+    path = study.source
+    plain = study.config.model_dump(mode="json", exclude_unset=True)
+    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    content = f"{_HEAD}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    if path.exists() and path.read_bytes() != content.encode() and not _is_as_written(path):
+        raise ConfigError(
+            "there is a study file of this name, which is not as `saeffect diff` wrote it.",
+            at=str(path),
+            fix=f"run it: saeffect run {path}; or choose another --out.",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def _is_as_written(path: Path) -> bool:
+    head, _, rest = path.read_bytes().partition(b"\n")
+    return head == f"{_HEAD}{hashlib.sha256(rest).hexdigest()}".encode()
+
+
+def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:
+    """Keys of a `ModelConfig`: a whole model, or an adapter on `base` (None: on the base model that it names)."""
+    if not _is_adapter(text):
+        locate_model(ModelConfig(path=text), at=at)
+        return {"path": _path(text)}
+    if base is not None:
+        return {"path": base["path"], "adapter": _path(text)}
+    folder = (
+        bundled_path("adapters", text.removeprefix(BUNDLED), at=at) if text.startswith(BUNDLED) else user_path(text)
+    )
+    raw = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else None
+    named = raw.get("base_model_name_or_path") if isinstance(raw, dict) else None
+    if not named:
+        raise BadFile("this adapter names no base model.", at=at, fix="give the base model first, then the adapter.")
+    return {"path": _path(str(named)), "adapter": _path(text)}
+
+
+def _is_adapter(text: str) -> bool:
+    """Whether this is an adapter alone; a hub id is looked up where there is a connection."""
+    if text.startswith(BUNDLED):
+        with contextlib.suppress(ConfigError):
+            bundled_path("adapters", text.removeprefix(BUNDLED))
+            return True
+        return False
+    path = user_path(text)
+    if path.exists() or text.count("/") != 1:
+        return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    from huggingface_hub import file_exists
+
+    try:
+        return file_exists(text, ADAPTER_CONFIG) and not file_exists(text, "config.json")
+    except Exception:  # no connection, no such repository: loading will say
+        return False
+
+
+def _sae(text: str) -> str:
+    """A bundled name, or an absolute folder; one of a hub repository is fetched."""
+    if text.startswith(BUNDLED):
+        bundled_path("saes", text.removeprefix(BUNDLED), at="--sae")
+        return text
+    folder = user_path(text, at="--sae")
+    if folder.exists():
+        return str(folder.resolve())
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w./-]*", text):
+        raise NotFound(f"there is no SAE folder {text!r}.", at="--sae", fix="check the path, or write org/name/folder.")
+    owner, name, *inner = text.split("/")
+    from huggingface_hub import snapshot_download
+
+    wanted = "/".join(inner)
+    try:
+        place = snapshot_download(f"{owner}/{name}", allow_patterns=[f"{wanted}/*"] if wanted else None)
+    except Exception as error:
+        raise NotFound(
+            f"there is no folder {text!r}, and no such SAE can be fetched from the hub: {first_line(error)}",
+            at="--sae",
+            fix="check the path, or the name and your connection.",
+        ) from error
+    return str(Path(place) / wanted)
+
+
+def _middle(base: Mapping[str, Any], log: Log) -> str:
+    """The residual stream halfway through the model, where there is no SAE to name a hook."""
+    shape = model_shape(locate_model(ModelConfig(**base), log=log, at="BASE"))
+    return f"blocks.{(shape.n_layers if shape else 2) // 2}.hook_resid_pre"
+
+
+def _text(request: DiffRequest, base: Mapping[str, Any]) -> dict[str, Any]:
+    if request.texts:
+        return {"sources": _sources(request.texts), "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
+    if base["path"].startswith(BUNDLED):
+        return {"bundled": _BUNDLED_TEXT, "tokens": _ROWS * _CONTEXT, "context_size": _CONTEXT}
+    raise ConfigError(
+        "there is no text for the models to read.",
+        at="--text",
+        fix="give one or more: --text general=web.jsonl --text domain=notes.txt (or a dataset id on the hub).",
+    )
+
+
+def _bundled_nulls(request: DiffRequest) -> str | None:
+    """The nulls of the embedded pair, which were measured on the bundled text."""
+    if request.texts or (request.base, request.tuned, request.sae) != _NULLS_OF:
+        return None
+    with contextlib.suppress(ConfigError):
+        bundled_path("nulls", _BUNDLED_NULLS)
+        return BUNDLED + _BUNDLED_NULLS
+    return None
+
+
+def _sources(texts: Sequence[str]) -> list[dict[str, str]]:
+    sources = []
+    for text in texts:
+        name, sign, path = text.partition("=")
+        if not sign:
+            name, path = Path(text).name.partition(".")[0] or "text", text
+        sources.append({"name": name, "path": str(_path(path))})
+    return sources
+
+
+def _path(text: str | None) -> str | None:
+    """A path as the study file must have it, absolute; names stay names."""
+    if text is None or text.startswith(BUNDLED):
+        return text
+    path = user_path(text)
+    return str(path.resolve()) if path.exists() else text

@@ -1,0 +1,394 @@
+"""Null fine-tunes: a recipe repeated on text that teaches nothing new, and what each changed in the model.
+
+A folder of nulls holds `nulls.json` (what they are), `null-<k>.safetensors` (what each changed), `own-<n>.jsonl` (texts
+by the base model), and `adapters/null-<k>/lora`, until it is measured or for good. Read `make_nulls` downwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from saeffect.config import ChangesConfig
+from saeffect.diffing.naming import FEWEST_NULLS
+from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
+from saeffect.diffing.trace import Trace, Tracer
+from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, placed
+from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
+from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
+from saeffect.lm.hooks import parse_hook
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import BUNDLED, bundled_path, load_language_model, model_identity
+from saeffect.progress import SILENT, Log
+from saeffect.sae.formats import load_sae
+from saeffect.steering import NoiseCell, Sampling, generate
+from saeffect.study.study import Study
+from saeffect.study.texts import machine_memory, study_rows
+
+__all__ = [
+    "NullsResult",
+    "check_nulls",
+    "make_nulls",
+    "null_recipe",
+    "nulls_folder",
+    "study_tracer",
+    "traced_rows",
+    "training_tokens",
+]
+
+Kind = Literal["own", "general"]
+
+_KINDS = {"own": "the base model's own samples", "general": "held-out general text"}
+_STEMS = (
+    "Once upon a time",
+    "According to the report,",
+    "To begin with, we",
+    "The purpose of this article is",
+    "He looked up and",
+    "Many people believe",
+)
+_LENGTH = 96  # tokens of a text, its stem included
+_BATCH = 128  # texts of one stem, written at once; one file
+_POOL = 1.5  # times what one null reads, so that each reads other texts
+_SHARE = 1 / 8  # of memory, for what the base model computes
+_EVALUATION_ROWS = 8  # perplexities are for the card alone
+# What may differ between nulls of one folder.
+_FREE = {"text", "control_text", "field", "licence", "checkpoint_every", "evaluation_rows", "seed", "model"}
+
+
+@dataclass(frozen=True)
+class NullsResult:
+    """The folder, the nulls that are measured, those with an adapter only, and those that another process makes."""
+
+    folder: Path
+    measured: tuple[int, ...]
+    trained: tuple[int, ...]
+    elsewhere: tuple[int, ...]
+
+
+def make_nulls(
+    recipe: FinetuneConfig,
+    out: Path | str,
+    n: int,
+    *,
+    study: Study | None = None,
+    keep_adapters: bool = False,
+    log: Log = SILENT,
+) -> NullsResult:
+    """Make nulls 1 to `n` in `out`; those that are there stay as they are.
+
+    Each is the recipe with a seed of its own, on texts of its own: an odd one on what the base model writes, an even
+    one on the recipe's `control_text`, where it has one. Stopped at any moment, the same call goes on from there and
+    ends with the same numbers. Several processes may make the same call: each makes what no other is at.
+
+    Args:
+        study: What the nulls are measured on: base model, the control's SAE, hook and text. Without one the adapters
+            are kept, and a later call with a study measures them.
+        keep_adapters: Keep them also when they are measured (tens of MB each).
+
+    Raises:
+        ConfigError: `n` below 1; another recipe, or something else to measure on, than the folder's; a recipe of
+            another model than the study's control.
+        Interrupted: Ctrl-C or SIGTERM while training; the message says how to resume.
+        SaeffectError: What `finetune` or opening the study raises.
+    """
+    if n < 1:
+        raise ConfigError(f"at least one null; got {n}.", at="--null", fix="for example --null 20.")
+    folder = _Folder(Path(out), recipe)
+    folder.refuse_others()
+    tracer = None if study is None else _tracer(recipe, study, log)
+    folder.refuse_measured(tracer)
+    made: dict[str, list[int]] = {"measured": [], "trained": [], "elsewhere": []}
+    for k in range(1, n + 1):
+        made[_make(folder, k, tracer, keep_adapters, log)].append(k)
+    return NullsResult(folder.path, *(tuple(made[name]) for name in ("measured", "trained", "elsewhere")))
+
+
+def null_recipe(recipe: FinetuneConfig, k: int, own: Path) -> FinetuneConfig:
+    """The recipe of null `k`; `own` is the file with the base model's texts.
+
+    The perplexity on the recipe's own text is measured beside that on the null's: a null should leave it alone.
+    """
+    kind = _kind(recipe, k)
+    return recipe.model_copy(
+        update={
+            "seed": recipe.seed + k,
+            "text": recipe.control_text if kind == "general" else str(own),
+            "control_text": recipe.text,
+            "licence": _KINDS[kind],
+            "evaluation_rows": min(recipe.evaluation_rows, _EVALUATION_ROWS),
+        }
+    )
+
+
+def _kind(recipe: FinetuneConfig, k: int) -> Kind:
+    return "general" if recipe.control_text is not None and k % 2 == 0 else "own"
+
+
+def training_tokens(recipe: FinetuneConfig) -> int:
+    """Tokens that one fine-tune of the recipe reads."""
+    return recipe.steps * recipe.batch_size * recipe.context_size
+
+
+def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
+    """What measures fine-tunes of the study's control model, with the control's SAE (if any) on its first rows of text.
+
+    EmptySelection for a text of one row.
+    """
+    control, rows = study.by_role("control")[0], study.rows()
+    if len(rows) < 2:
+        raise EmptySelection(
+            f"the text has one row of {rows.context_size} tokens; expected at least two.",
+            at=study.at("text"),
+            fix="give more text, or shorter rows: text.context_size.",
+        )
+    if not study.has_saes:
+        lm, hook = study.open_model(control, log), study.hook(control)
+        parse_hook(hook, lm.n_layers, at=study.at("arms", control, "hook"))
+        limit = first_limit(lm, hook, rows.ids[:8])
+        return Tracer(lm, None, hook, traced_rows(rows, study.config.changes), limit, log)
+    arm = study.open_arm(control, log)
+    return Tracer(arm.lm, arm.sae, arm.hook, traced_rows(rows, study.config.changes), arm.norm_limit(rows), log)
+
+
+def traced_rows(rows: TokenRows, changes: ChangesConfig) -> TokenRows:
+    """The part of a study's text that traces are measured on."""
+    first = rows.head(changes.rows)
+    return TokenRows(first.ids[:, : changes.tokens_per_row], first.sources, first.names)
+
+
+def nulls_folder(study: Study) -> Path | None:
+    """The folder of the study's nulls, None if it has none; UnknownName for an unknown bundled one."""
+    nulls = study.config.nulls
+    if nulls is None:
+        return None
+    if nulls.startswith(BUNDLED):
+        return bundled_path("nulls", nulls.removeprefix(BUNDLED), at=study.at("nulls"))
+    return Path(nulls)
+
+
+def check_nulls(study: Study) -> str:
+    """How many nulls the study has, and what follows, in words; what `read_nulls` raises. Runs no model."""
+    folder = nulls_folder(study)
+    if folder is None:
+        return "nulls: none, so nothing says which changes are usual"
+    control, text = study.by_role("control")[0], study.config.text
+    config, changes = study.config.arms[control].model, study.config.changes
+    made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
+    if all(Path(source.path).exists() for source in text.sources):
+        tokenizer = study.tokens.tokenizer
+        lm = LanguageModel(None, tokenizer, control, model_identity(config), prepend_bos=study.prepend_bos)
+        some = (
+            text
+            if text.bundled
+            else text.model_copy(update={"tokens": min(text.tokens, changes.rows * text.context_size)})
+        )
+        with placed(study.at("text")):
+            rows = traced_rows(study_rows(some, lambda: lm, prepend_bos=study.prepend_bos), changes)
+        sae = load_sae(study.sae_folder(control)) if study.has_saes else None
+        tracer = Tracer(lm, sae, study.hook(control), rows, NormLimit(1.0, 1.0))
+        made_by, measured, unsaid = tracer.made_by, tracer.measured_on, ""
+    n = len(read_nulls(folder, made_by, measured=measured, at=study.at("nulls")))
+    few = f", and nothing is named by fewer than {FEWEST_NULLS}" if n < FEWEST_NULLS else ""
+    return f"nulls: {n}; by counting them alone p is never below {smallest_p(n):.2g}{few}{unsaid}"
+
+
+def _tracer(recipe: FinetuneConfig, study: Study, log: Log) -> Tracer:
+    control = study.config.arms[study.by_role("control")[0]].model
+    if recipe.model.adapter or model_identity(recipe.model) != model_identity(control):
+        raise ConfigError(
+            f"the recipe fine-tunes {recipe.model.path}, and the study's control is {control.path}: another model,"
+            " or one with an adapter.",
+            at=study.at("arms", study.by_role("control")[0], "model"),
+            fix="take the recipe of a fine-tune of the control; save a control with an adapter as a whole model first.",
+        )
+    tracer = study_tracer(study, log)
+    # The base model's logits and layers are needed for every null: kept where there is room.
+    size = tracer.rows.ids.size * (tracer.base.d_vocab + tracer.base.n_layers * tracer.base.d_model)
+    return dataclasses.replace(tracer, keep=size * tracer.base.dtype.itemsize <= machine_memory() * _SHARE)
+
+
+def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, log: Log) -> str:
+    """Train and measure one null, unless it is there; which list of `NullsResult` it belongs to."""
+    end = "trained" if tracer is None else "measured"
+    if folder.is_finished(k, tracer):
+        return end
+    place = folder.adapter(k).parent
+    try:
+        with sole_writer(place):
+            if folder.is_finished(k, tracer):  # by another process, meanwhile
+                return end
+            log(f"null {k}: {_KINDS[_kind(folder.recipe, k)]}")
+            started = time.monotonic()
+            result = _train(folder, k, log)
+            folder.note(k, result, time.monotonic() - started, tracer)
+            if tracer is None:
+                return end
+            _measure(folder, k, tracer).save(folder.trace(k))
+            if not keep_adapters:
+                shutil.rmtree(folder.adapter(k))
+    except InUse:
+        log(f"null {k} is in the hands of another process")
+        return "elsewhere"
+    for empty in (place, place.parent):
+        with contextlib.suppress(OSError):  # what others left there stays
+            empty.rmdir()
+    return "measured"
+
+
+def _train(folder: _Folder, k: int, log: Log) -> FinetuneResult:
+    recipe = folder.recipe
+    own = folder.path / "own.jsonl"
+    if _kind(recipe, k) == "own":
+        own = _own_texts(folder, log)
+    return finetune(null_recipe(recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
+
+
+def _measure(folder: _Folder, k: int, tracer: Tracer) -> Trace:
+    model = folder.recipe.model.model_copy(update={"adapter": str(folder.adapter(k).resolve())})
+    lm, base = load_language_model(model), tracer.base
+    alike = {"tokenizer": base.tokenizer, "shared": base.shared, "prepend_bos": base.prepend_bos}
+    return tracer.trace(dataclasses.replace(lm, **alike), f"null-{k}")
+
+
+def _own_texts(folder: _Folder, log: Log) -> Path:
+    """The file with what the base model writes after `_STEMS`, written once for all nulls, batch by batch."""
+    recipe, path = folder.recipe, folder.path / "own.jsonl"
+    if path.is_file():
+        return path
+    n_batches = max(1, math.ceil(_POOL * training_tokens(recipe) / (_LENGTH * _BATCH)))
+    with sole_writer(folder.path / "own", wait=lambda: log("another process lets the base model write; waiting")):
+        if path.is_file():
+            return path
+        parts = [folder.path / "own" / f"{index}.json" for index in range(n_batches)]
+        lm: LanguageModel | None = None
+        for index, part in enumerate(parts):
+            if not part.is_file():
+                lm = lm or load_language_model(recipe.model, log=log, at="model")
+                write_json(part, _written(lm, index))
+            log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
+        texts = (text for part in parts for text in read_json(part))
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps({recipe.field: t}) + "\n" for t in texts), encoding="utf-8")
+        for part in parts:
+            part.unlink()
+    with contextlib.suppress(OSError):
+        (folder.path / "own").rmdir()
+    return path
+
+
+def _written(lm: LanguageModel, index: int) -> list[str]:
+    # Nothing is cut off the distribution: on average such text teaches the model exactly nothing.
+    stem = _STEMS[index % len(_STEMS)]
+    start, prompt = lm.encode(stem), lm.encode_prompt(stem)
+    room = _LENGTH if lm.n_positions is None else min(_LENGTH, lm.n_positions)
+    sampling = Sampling(max_new_tokens=max(1, room - len(prompt)), temperature=1.0, top_p=1.0, frequency_penalty=0.0)
+    cells = [NoiseCell(0, stem, index * _BATCH + i) for i in range(_BATCH)]
+    rows = generate(lm, "blocks.0.hook_resid_pre", prompt, cells, sampling, batch_size=_BATCH)
+    return [lm.decode(start + row) for row in rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _Folder:
+    """The files of a folder of nulls."""
+
+    path: Path
+    recipe: FinetuneConfig
+
+    def trace(self, k: int) -> Path:
+        return self.path / NAME.format(k)
+
+    def adapter(self, k: int) -> Path:
+        return self.path / "adapters" / f"null-{k}" / "lora"
+
+    def card(self) -> dict[str, Any]:
+        path = self.path / CARD
+        card = read_json(path) if path.is_file() else {}
+        if not isinstance(card, dict) or not isinstance(card.get("nulls", {}), dict):
+            raise BadFile("this is no card of nulls.", at=str(path), fix="restore it, or choose another --out.")
+        return card
+
+    def refuse_others(self) -> None:
+        """ConfigError if the folder holds nulls of another recipe, or files that nothing speaks for."""
+        card, ours = self.card(), self.shared
+        if not card:
+            if null_files(self.path):
+                raise ConfigError(
+                    f"this folder holds nulls, but no {CARD} that says what they are.",
+                    at=str(self.path),
+                    fix="restore it, or choose another --out.",
+                )
+            return
+        theirs = card.get("recipe")
+        if theirs != ours:
+            theirs = theirs if isinstance(theirs, dict) else {}
+            unlike = [key for key in ours if theirs.get(key) != ours[key]]
+            differs = "; ".join(f"{key}: {theirs.get(key)} there, {ours[key]} here" for key in unlike)
+            raise ConfigError(
+                f"the nulls in this folder are of another recipe ({differs}).",
+                at=str(self.path),
+                fix="choose another --out.",
+            )
+
+    def refuse_measured(self, tracer: Tracer | None) -> None:
+        """ConfigError if nulls are there that were measured on something else (or, without a tracer, at all)."""
+        for path in null_files(self.path).values():
+            if tracer is None:
+                raise ConfigError(
+                    "the nulls in this folder are measured on a study, and no study is given.",
+                    at=str(self.path),
+                    fix="add --study STUDY, or choose another --out.",
+                )
+            with contextlib.suppress(BadFile):  # a damaged one is made again
+                if Trace.load(path).made_by != tracer.made_by:
+                    raise another_measurement(self.path, path.name, tracer.measured_on, at=str(self.path))
+
+    def is_finished(self, k: int, tracer: Tracer | None) -> bool:
+        """Whether the null's trace (without a tracer: its adapter) is there and whole, and on the card."""
+        if str(k) not in self.card().get("nulls", {}):
+            return False
+        if tracer is None:
+            return (self.adapter(k) / "README.md").is_file()  # written last
+        try:
+            return self.trace(k).is_file() and Trace.load(self.trace(k)).made_by == tracer.made_by
+        except BadFile:
+            return False
+
+    def note(self, k: int, result: FinetuneResult, seconds: float, tracer: Tracer | None) -> None:
+        """Add a null to the card, before its trace is written: what is in the folder is always on the card."""
+        kind = _kind(self.recipe, k)
+        names = {"training": f"the null's own ({kind})", "control": "the recipe's"}
+        entry = {
+            "text": _KINDS[kind],
+            "seed": self.recipe.seed + k,
+            "perplexity": {names[name]: list(pair) for name, pair in result.perplexity.items()},
+            "minutes": round(seconds / 60, 1),
+            "versions": versions(),
+        }
+        with sole_writer(self.path, wait=lambda: None):
+            card = self.card()
+            before = card.setdefault("nulls", {}).get(str(k), {})
+            # An adapter that was there takes no time to train again.
+            entry["minutes"] = max(entry["minutes"], before.get("minutes", 0))
+            card["nulls"][str(k)] = entry
+            card["recipe"] = self.shared
+            if tracer is not None:
+                card["measured_on"] = tracer.measured_on
+            write_json(self.path / CARD, card)
+
+    @functools.cached_property
+    def shared(self) -> dict[str, Any]:
+        """What all nulls of a folder share of the recipe, without local paths."""
+        plain = self.recipe.model_dump(mode="json", exclude=_FREE)
+        path = Path(self.recipe.model.path)
+        name = path.name if path.is_absolute() else self.recipe.model.path
+        return plain | {"model": name, "model_sha256": model_identity(self.recipe.model)}

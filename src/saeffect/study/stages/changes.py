@@ -1,0 +1,195 @@
+"""What changed between the models, read on the control's SAE and judged against null fine-tunes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
+from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.trace import Trace, Tracer
+from saeffect.diffing.where import where_changed
+from saeffect.errors import NotFound
+from saeffect.io import fingerprint, hash_file, read_json
+from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import BUNDLED, locate_adapter
+from saeffect.progress import Log
+from saeffect.stats.arguments import FloatArray
+from saeffect.stats.multiplicity import benjamini_hochberg
+from saeffect.study.nulls import nulls_folder, study_tracer
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.features import shared_unembedding
+from saeffect.study.study import Study
+
+__all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
+
+VERSION = 2
+_WANTED = 20  # nulls, in what is said of their cost
+_TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
+_FORWARDS = 2  # models that read in a trace
+_NAMED = ("changes", "change_groups", "declared_changes", "null_groups", "change_numbers")
+_WHERE = (
+    *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
+    *("written_words", "openings"),
+)
+CHANGE_TABLES = (*_NAMED, *_WHERE)
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def changes_inputs(run: RunFolder) -> dict[str, Any]:
+    study = run.study
+    control, treatment = (study.identities[study.by_role(role)[0]] for role in ("control", "treatment"))
+    return {
+        "version": VERSION,
+        "control": control,
+        "treatment": {name: treatment[name] for name in ("model", "dtype", "device", "tokens") if name in treatment},
+        "tables": run.digest(
+            *(run.arm(study.by_role("control")[0], file) for file in ("features.parquet", "selection.parquet"))
+        ),
+        "domain": study.config.selection.subject,
+        "text": study.text_identity,
+        "changes": study.config.changes.model_dump(),
+        "nulls": _identity(nulls_folder(study)),
+        "alpha": study.config.comparison.alpha,
+    }
+
+
+def _identity(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    return fingerprint([(path.name, hash_file(path)) for path in null_files(folder).values()])
+
+
+def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
+    """Write `comparison/trace.safetensors` and the tables of what changed; without nulls p is NaN, with a reason.
+
+    Nothing if the treatment's model is no fine-tune of the control's: another width, depth or number of tokens.
+    """
+    study = run.study
+    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    tracer = study_tracer(study, log)
+    folder, nulls = nulls_folder(study), list[Trace]()
+    if folder is not None:
+        nulls = read_nulls(folder, tracer.made_by, measured=tracer.measured_on, at=study.at("nulls"))
+    tuned = study.open_model(treatment, log)
+    if _size(tuned) != _size(tracer.base):
+        log("  the arms' models differ in size, so neither is a fine-tune of the other")
+        return []
+    alike = {"tokenizer": tracer.base.tokenizer, "shared": tracer.base.shared}
+    started = time.monotonic()
+    trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
+    seconds = time.monotonic() - started
+    found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
+    tuned = dataclasses.replace(tuned, **alike)
+    found |= where_changed(trace, nulls, tracer.rows, tuned, alpha=study.config.comparison.alpha)
+    if folder is None:
+        _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
+        found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
+    path = run.path("comparison", "trace.safetensors")
+    trace.save(path)
+    tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
+    return [path, *tables]
+
+
+def read_trace(run: RunFolder) -> Trace:
+    """The trace that this stage wrote; NotFound if the models differ in size, or it has not run."""
+    path = run.path("comparison", "trace.safetensors")
+    if not path.is_file():
+        fix = "compare a model with its own fine-tune: of equal width, depth and number of tokens."
+        raise NotFound("there is no trace of the fine-tune.", at=str(path), fix=fix)
+    return Trace.load(path)
+
+
+def _size(lm: LanguageModel) -> tuple[int, ...]:
+    return lm.d_model, lm.d_vocab, lm.n_layers
+
+
+def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: list[Trace]) -> dict[str, pd.DataFrame]:
+    """The tables of naming; each feature's change also with p and q of its own."""
+    config = run.study.config
+    selection = run.read_table(run.arm(control, "selection.parquet")).sort_values("feature")
+    chosen = selection["is_domain"].to_numpy(dtype=bool)
+    declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
+    basis = _basis(run, control, tracer.base)
+    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha)
+    table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
+    for name in (*BASES, "combined"):
+        own, others = _changes(trace, nulls, name, basis.top_tokens)
+        if len(others):
+            p = pooled_p(own, others, trace.read[2])
+            rows = table["basis"] == name
+            table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
+            table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
+    found["changes"] = table
+    return found
+
+
+def _changes(trace: Trace, nulls: list[Trace], name: str, top: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Changes of features [n], and in nulls [K, n]; no nulls where "combined" has too few to be measured."""
+    if name != "combined":
+        own, *others = (_change(one, name, top) for one in (trace, *nulls))
+        return own, np.array(others)
+    if len(nulls) < 3:  # each is measured in units of the others'
+        return np.empty(0), np.empty(0)
+    left = [[*nulls[:i], *nulls[i + 1 :]] for i in range(len(nulls))]
+    apart = [standardised(null, rest, top)[name] for null, rest in zip(nulls, left, strict=True)]
+    return standardised(trace, nulls, top)[name], np.array(apart)
+
+
+def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:
+    """Of probabilities the logarithm, of mean activations the square root, whose noise depends little on the mean."""
+    if name == "expected":
+        base, tuned = np.log(trace.expected.astype(np.float64)[:, top].mean(axis=2) + 1e-12)
+    else:
+        base, tuned = np.sqrt(getattr(trace, name)[:2].astype(np.float64))
+    return np.asarray(tuned - base)
+
+
+def _basis(run: RunFolder, control: str, base: LanguageModel) -> Basis:
+    features = run.read_table(run.arm(control, "features.parquet")).sort_values("feature")
+    W_dec = run.study.open_arm(control).W_dec.float().cpu().numpy()
+    top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
+    return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings())
+
+
+def _with_reason(table: pd.DataFrame, missing: str) -> pd.DataFrame:
+    return table.assign(reason=missing) if len(table) and "reason" in table else table
+
+
+def _missing(study: Study) -> str:
+    """What a study without nulls lacks, and the command that makes it; nothing that differs from run to run."""
+    called = study.called if study.called.startswith(BUNDLED) else study.source.name
+    tokens = _recipe_tokens(study)
+    cost = "" if tokens is None else f"; each reads {tokens:,} tokens, as the fine-tuning did"
+    return (
+        f"no null fine-tunes, so nothing says what is usual: saeffect finetune RECIPE --null {_WANTED} --study"
+        f" {shlex.quote(called)} --out nulls, then nulls: nulls in the study{cost}"
+    )
+
+
+def _say_cost(study: Study, rate: float, log: Log) -> None:
+    """How long nulls would take on this machine, at `rate` tokens read a second by one model."""
+    tokens = _recipe_tokens(study)
+    if tokens is not None:
+        minutes = math.ceil(_WANTED * tokens * _TRAINING / rate / 60)
+        log(f"  no null fine-tunes to compare with; {_WANTED} would take about {minutes:,} minutes here")
+
+
+def _recipe_tokens(study: Study) -> int | None:
+    """Tokens that the treatment's fine-tuning read, where its adapter says so."""
+    place = locate_adapter(study.config.arms[study.by_role("treatment")[0]].model)
+    note = place / "training.json" if isinstance(place, Path) else None
+    if note is None or not note.is_file():
+        return None
+    tokens = read_json(note).get("tokens")
+    return tokens if isinstance(tokens, int) else None

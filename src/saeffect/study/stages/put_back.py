@@ -1,0 +1,144 @@
+"""What the changed features cause: put back to the other model's activations, how much of the change do they undo?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from saeffect.config import PutBackConfig
+from saeffect.diffing.cross_activity import change_scores
+from saeffect.diffing.put_back import BothRead, FeatureSet, outcomes, read, sets_of_changed, sets_of_group
+from saeffect.diffing.put_back_shares import put_back_table
+from saeffect.lm.activations import TokenRows
+from saeffect.progress import Log
+from saeffect.study.run_folder import KeptRows, RunFolder
+from saeffect.study.study import Arm, Study
+
+__all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
+
+VERSION = 1
+_GROUPS = 5  # named groups that are put back, the surest first
+
+
+def put_back_inputs(run: RunFolder) -> dict[str, Any]:
+    study = run.study
+    return {
+        "version": VERSION,
+        "arms": {role: study.identities[study.by_role(role)[0]] for role in ("control", "treatment")},
+        "text": study.text_identity,
+        "changes": run.digest(*(run.path("comparison", f"{name}.parquet") for name in ("changes", "change_groups"))),
+        "put_back": _settings(study).model_dump(),
+        "seed": study.config.seed,
+    }
+
+
+def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
+    """Write `comparison/put_back.parquet`, resuming after the last finished batch of rows; nothing if it cannot be."""
+    study = run.study
+    control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+    if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
+        log("  the arms' models differ in width, so no activation of one can be put into the other")
+        return []
+    order, n_read = _order(run)
+    rows, is_fresh = put_back_rows(study, n_read)
+    if len(rows) < 2:
+        log("  one row of text cannot both choose features and measure what they cause")
+        return []
+    tuned, base = study.open_arm(treatment, log), study.open_arm(control, log)
+    both = BothRead.of(
+        rows, read(base.lm, base.hook, rows, log), read(tuned.lm, base.hook, rows, log), base.norm_limit(rows)
+    )
+    sets, reverse = _sets(run, both, base, order if is_fresh else None)
+    kept = run.kept("put back", put_back_inputs(run))
+    found = [_measured(arm, base, both, some, kept, log) for arm, some in ((tuned, sets), (base, reverse))]
+    table = put_back_table(pd.concat(found), rows, sets)
+    table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
+    return [run.write_table(run.path("comparison", "put_back.parquet"), table)]
+
+
+def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
+    """So many rows of each source as the study says, each cut; and whether none is among the first `n_read`.
+
+    Those are the rows on which features were chosen. If fewer than two rows of some source are left behind them, rows
+    are taken from the beginning.
+    """
+    config, text = _settings(study), study.rows()
+    later = np.arange(len(text)) >= n_read
+    is_fresh = n_read > 0 and all((later & (text.sources == i)).sum() >= 2 for i in np.unique(text.sources))
+    usable = later if is_fresh else np.ones(len(text), dtype=bool)
+    picked = [np.flatnonzero(usable & (text.sources == i))[: config.rows] for i in range(len(text.names))]
+    places = np.sort(np.concatenate(picked))
+    ids = np.ascontiguousarray(text.ids[places, : config.tokens_per_row])
+    return TokenRows(ids, text.sources[places], text.names), is_fresh
+
+
+def _settings(study: Study) -> PutBackConfig:
+    assert study.config.put_back is not None
+    return study.config.put_back
+
+
+def _order(run: RunFolder) -> tuple[list[int] | None, int]:
+    """Features by how much they changed on the first rows of the text, and how many rows those are; None, 0 if unknown.
+
+    From the table of what changed on equal text, where the study has it.
+    """
+    table = run.table_or_none(run.path("comparison", "changes.parquet"))
+    n_read = _n_changes_rows(run.study)
+    if table is None or n_read is None:
+        return None, 0
+    rows = table[table["basis"] == "read"].sort_values("feature")
+    means = rows.rename(columns={"base": "mean_control", "tuned": "mean_treatment", "change": "difference"})
+    scores = np.nan_to_num(np.abs(change_scores(means)), nan=-1.0)
+    return np.argsort(-scores, kind="stable").tolist(), n_read
+
+
+def _n_changes_rows(study: Study) -> int | None:
+    """Rows of text on which changes were found."""
+    changes = getattr(study.config, "changes", None)
+    return None if changes is None else int(changes.rows)
+
+
+def _sets(
+    run: RunFolder, both: BothRead, control: Arm, order: list[int] | None
+) -> tuple[list[FeatureSet], list[FeatureSet]]:
+    """What is put back into the fine-tuned model, and into the base model."""
+    config, seed, sae = _settings(run.study), run.study.config.seed, control.sae
+    sizes = (*config.sizes, *(n for n in config.sizes_reversed if n not in config.sizes))
+    changed = sets_of_changed(both, sae, sizes=sizes, order=order, seed=seed)
+    named: list[FeatureSet] = []
+    if order is not None:  # else the groups come from the rows that are measured
+        for name, features in _named(run).items():
+            named += sets_of_group(both, sae, name, features, seed=seed)
+    reverse = (*config.sizes_reversed, sae.cfg.d_sae)
+    forward = [one for one in changed if one.n in (*config.sizes, sae.cfg.d_sae)]
+    return [*forward, *named], [*(one for one in changed if one.n in reverse), *named]
+
+
+def _named(run: RunFolder) -> dict[str, list[int]]:
+    """Groups that the study claims to have changed, the surest first, and all of them together."""
+    table = run.table_or_none(run.path("comparison", "change_groups.parquet"))
+    if table is None or table.empty:
+        return {}
+    groups: dict[str, list[int]] = {}
+    for row in table[table["claimed"].astype(bool)].to_dict("records"):
+        name = str(row["name"])
+        groups[f"{name} ({row['group']})" if name in groups else name] = [int(feature) for feature in row["features"]]
+    found = dict(list(groups.items())[:_GROUPS])
+    if len(groups) > 1:
+        found["all named groups"] = sorted({feature for members in groups.values() for feature in members})
+    return found
+
+
+def _measured(arm: Arm, control: Arm, both: BothRead, sets: list[FeatureSet], kept: KeptRows, log: Log) -> pd.DataFrame:
+    edited: Literal["tuned", "base"] = "base" if arm is control else "tuned"
+    known = kept.read(log)
+    pieces = [] if known is None else [known[known["edited"] == edited]]
+    done = {int(row) for piece in pieces for row in piece["row"]}
+    for piece in outcomes(arm.lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
+        kept.add(piece)
+        pieces.append(piece)
+    return pd.concat(pieces, ignore_index=True)

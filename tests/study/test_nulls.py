@@ -1,0 +1,255 @@
+"""Null fine-tunes: made, resumed, extended, measured and read by a study."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from saeffect.diffing.nulls import read_nulls
+from saeffect.errors import ConfigError
+from saeffect.io import sole_writer
+from saeffect.lm.finetune import FinetuneConfig
+from saeffect.progress import Log
+from saeffect.study import nulls
+from saeffect.study.check import check_study
+from saeffect.study.nulls import make_nulls, null_recipe
+from saeffect.study.run import run_study
+from saeffect.study.study import Study
+from tiny_study import make_study
+
+STAGES = ("gate", "features", "coherence", "select", "match", "changes")
+
+
+class Killed(BaseException):
+    """Stands in for a process that ends here."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study in which nothing is steered, with a recipe of its control."""
+    folder = tmp_path_factory.mktemp("nulls")
+    make_study(folder, steering=None, changes={"rows": 8, "tokens_per_row": 16})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nulls, "_BATCH", 6)
+    monkeypatch.setattr(nulls, "_LENGTH", 48)
+
+
+def _recipe(folder: Path, **changes: Any) -> FinetuneConfig:
+    values = {
+        "model": str(folder / "base"),
+        "text": str(folder / "text.jsonl"),
+        "control_text": str(folder / "other.jsonl"),
+        "held_out": 0.2,
+        "rank": 2,
+        "steps": 4,
+        "batch_size": 2,
+        "context_size": 16,
+        "learning_rate": 1e-2,
+        "checkpoint_every": 2,
+        "evaluation_rows": 2,
+    }
+    return FinetuneConfig.read(values | changes, at="recipe")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Path:
+    """Two nulls, made in one go."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(nulls, "_BATCH", 6)
+    patch.setattr(nulls, "_LENGTH", 48)
+    result = make_nulls(_recipe(folder), folder / "nulls", 2, study=Study.open(folder / "study.yaml"))
+    patch.undo()
+    assert result.measured == (1, 2)
+    return folder / "nulls"
+
+
+def _arrays(folder: Path) -> list[np.ndarray]:
+    return [getattr(trace, name) for trace in read_nulls(folder) for name in ("read", "kl", "texts", "layers")]
+
+
+def _same(one: Path, other: Path) -> bool:
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(_arrays(one), _arrays(other), strict=True))
+
+
+def test_only_traces_texts_and_the_card_stay(made: Path) -> None:
+    names = {path.name for path in made.iterdir()} - {".saeffect-lock"}
+    assert names == {"nulls.json", "own.jsonl", "null-1.safetensors", "null-2.safetensors"}
+
+
+def test_the_card_says_what_each_null_is(made: Path, folder: Path) -> None:
+    text = (made / "nulls.json").read_text(encoding="utf-8")
+    card = json.loads(text)
+    assert str(folder) not in text
+    assert [card["nulls"][k]["text"] for k in "12"] == [
+        "the base model's own samples",
+        "held-out general text",
+    ]
+    assert [card["nulls"][k]["seed"] for k in "12"] == [1, 2]
+    assert all(len(pair) == 2 and min(pair) >= 1 for pair in card["nulls"]["2"]["perplexity"].values())
+    assert set(card["measured_on"]) == {"base model", "SAE", "hook", "text"}
+    assert card["recipe"]["rank"] == 2
+
+
+def test_nulls_differ_from_each_other_and_from_the_base(made: Path) -> None:
+    one, two = read_nulls(made)
+    assert one.numbers["kl"] > 0
+    assert not np.array_equal(one.read[1], two.read[1])
+    assert not np.array_equal(one.kl, two.kl)
+
+
+def test_each_null_draws_its_own_texts(folder: Path) -> None:
+    recipe, own = _recipe(folder, seed=5), Path("own.jsonl")
+    first, second = (null_recipe(recipe, k, own) for k in (1, 2))
+    assert (first.seed, second.seed) == (6, 7)
+    assert first.text == str(own)
+    assert second.text == recipe.control_text
+    assert first.control_text == second.control_text == recipe.text
+    assert null_recipe(recipe.model_copy(update={"control_text": None}), 2, own).text == str(own)
+
+
+@pytest.mark.parametrize("at", ["step 2/4", "writing with null-2"])
+def test_a_killed_run_ends_with_the_same_nulls(folder: Path, made: Path, tmp_path: Path, at: str) -> None:
+    study = Study.open(folder / "study.yaml")
+
+    def kill(line: str) -> None:
+        if at in line and ("null 2" in line or "null-2" in line):
+            raise Killed
+
+    with pytest.raises(Killed):
+        make_nulls(_recipe(folder), tmp_path / "n", 2, study=study, log=Log(kill))
+    lines: list[str] = []
+    make_nulls(_recipe(folder), tmp_path / "n", 2, study=study, log=Log(lines.append))
+    assert not [line for line in lines if line.startswith("null 1")]  # finished before
+    assert _same(tmp_path / "n", made)
+
+
+def test_a_run_killed_while_the_base_model_writes_goes_on(
+    folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = nulls._written
+
+    def second_fails(lm: Any, index: int) -> list[str]:
+        if index == 1:
+            raise Killed
+        return written(lm, index)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(nulls, "_written", second_fails)
+        make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
+    asked: list[int] = []
+    monkeypatch.setattr(nulls, "_written", lambda lm, index: asked.append(index) or written(lm, index))
+    make_nulls(_recipe(folder, steps=8), tmp_path / "n", 1)
+    assert asked == [1]
+
+
+def test_adapters_made_without_a_study_are_measured_later(folder: Path, made: Path, tmp_path: Path) -> None:
+    recipe = _recipe(folder)
+    assert make_nulls(recipe, tmp_path / "n", 1).trained == (1,)
+    assert (tmp_path / "n" / "adapters" / "null-1" / "lora" / "adapter_model.safetensors").is_file()
+    again = make_nulls(recipe, tmp_path / "n", 2, study=Study.open(folder / "study.yaml"), keep_adapters=True)
+    assert again.measured == (1, 2)  # and one more is added
+    assert (tmp_path / "n" / "adapters" / "null-1" / "lora" / "adapter_model.safetensors").is_file()
+    assert _same(tmp_path / "n", made)
+
+
+def test_another_process_keeps_its_null(folder: Path, tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "n" / "adapters" / "null-1"):
+        result = make_nulls(_recipe(folder), tmp_path / "n", 2)
+    assert (result.trained, result.elsewhere) == ((2,), (1,))
+
+
+def test_a_damaged_null_is_made_again(folder: Path, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "n")
+    (tmp_path / "n" / "null-2.safetensors").write_bytes(b"no tensors")
+    make_nulls(_recipe(folder), tmp_path / "n", 2, study=Study.open(folder / "study.yaml"))
+    assert _same(tmp_path / "n", made)
+
+
+def test_refusals_say_what_differs(folder: Path, made: Path, complains: Callable[..., Any], tmp_path: Path) -> None:
+    study = Study.open(folder / "study.yaml")
+    with complains(ConfigError, "at least one null"):
+        make_nulls(_recipe(folder), made, 0)
+    with complains(ConfigError, "another recipe", "rank: 2 there, 4 here"):
+        make_nulls(_recipe(folder, rank=4), made, 2, study=study)
+    with complains(ConfigError, "no study is given"):
+        make_nulls(_recipe(folder), made, 2)
+    with complains(ConfigError, "another model"):
+        make_nulls(_recipe(folder, model=str(folder / "tuned")), tmp_path / "n", 1, study=study)
+    with complains(ConfigError, "another text", "not trained again"):
+        make_nulls(_recipe(folder), made, 2, study=_study(folder, changes={"rows": 4, "tokens_per_row": 16}))
+    shutil.copytree(made, tmp_path / "bare")
+    (tmp_path / "bare" / "nulls.json").unlink()
+    with complains(ConfigError, "no nulls.json"):
+        make_nulls(_recipe(folder), tmp_path / "bare", 2, study=study)
+    assert not (tmp_path / "n").exists()
+
+
+def _study(folder: Path, **changes: Any) -> Study:
+    values = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8")) | changes
+    path = folder / "other.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return Study.open(path)
+
+
+def _lines(study: Study) -> str:
+    return "\n".join(check_study(study).lines)
+
+
+def test_check_counts_the_nulls(folder: Path, made: Path, tmp_path: Path, complains: Callable[..., Any]) -> None:
+    assert "nulls: none" in _lines(_study(folder))
+    assert "nulls: 2; by counting them alone p is never below 0.33" in _lines(_study(folder, nulls="./nulls"))
+    one = folder / "one"
+    one.mkdir(exist_ok=True)
+    shutil.copy(made / "null-1.safetensors", one)
+    assert "never below 0.5" in _lines(_study(folder, nulls="./one"))
+    with complains(ConfigError, "another text"):
+        check_study(_study(folder, nulls="./nulls", changes={"rows": 4, "tokens_per_row": 16}))
+    with complains(ConfigError, "another base model, SAE, hook or text"):
+        check_study(_study(folder, nulls="./one", changes={"rows": 4, "tokens_per_row": 16}))
+
+
+def test_check_refuses_missing_empty_and_damaged_folders(folder: Path, complains: Callable[..., Any]) -> None:
+    from saeffect.errors import BadFile, EmptySelection, NotFound, UnknownName
+
+    with complains(NotFound, "no folder of nulls", "saeffect finetune RECIPE --null"):
+        check_study(_study(folder, nulls="./nowhere"))
+    (folder / "empty").mkdir()
+    with complains(EmptySelection, "holds no null-"):
+        check_study(_study(folder, nulls="./empty"))
+    (folder / "empty" / "null-1.safetensors").write_bytes(b"no tensors")
+    with complains(BadFile, "cannot be read"):
+        check_study(_study(folder, nulls="./empty"))
+    with complains(UnknownName, "nobody"):
+        check_study(_study(folder, nulls="bundled:nobody"))
+
+
+def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tmp_path: Path) -> None:
+    run = run_study(_study(folder), tmp_path / "run", stages=STAGES)
+    table = pd.read_parquet(run.path("comparison", "changes.parquet"))
+    assert table["p"].isna().all()
+    assert table["reason"].str.contains("saeffect finetune RECIPE --null 20 --study").all()
+    assert run.path("comparison", "trace.safetensors").is_file()
+    assert set(table["basis"]) == {"read", "written", "expected", "combined"}
+
+
+def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tmp_path: Path) -> None:
+    run = run_study(_study(folder, nulls="./nulls"), tmp_path / "run", stages=STAGES)
+    table = pd.read_parquet(run.path("comparison", "changes.parquet"))
+    apart = table["basis"] == "combined"  # which two nulls are too few for
+    assert table.loc[~apart, "p"].notna().all()
+    assert table.loc[apart, "p"].isna().all()
+    assert table["p"].min() >= table["smallest_p"].min()
+    assert (table["n_nulls"] == 2).all()
+    assert (table.loc[~apart, "q"] >= table.loc[~apart, "p"]).all()
