@@ -216,4 +216,4 @@ def test_false_alarms_in_brief() -> None:
 
 @pytest.mark.simulation
 def test_false_alarms() -> None:
-    assert 0.047 < _alarms(1500, 100) < 0.052
+    assert 0.045 < _alarms(400, 100) < 0.055

@@ -71,4 +71,5 @@ def test_coverage_in_brief() -> None:
 @pytest.mark.simulation
 @pytest.mark.parametrize("n", [4, 10, 40])
 def test_coverage(n: int) -> None:
-    assert 0.942 < _coverage(8000, n) < 0.958
+    # With few clusters some intervals are unbounded, and count as right.
+    assert 0.942 < _coverage(8000, n) < 0.965
