@@ -85,7 +85,7 @@ def test_a_crosscoder(keys: dict[str, Any], work: Path, tmp_path: Path) -> None:
     assert sae.cfg.metadata["reads"] == "both" and sae.cfg.metadata["tuned_name"] == keys["tuned"]["path"]
     assert 0.3 < measured["explained_variance"] < 1
     assert 0.3 < measured["explained_variance_base"] < 1 and 0.3 < measured["explained_variance_tuned"] < 1
-    assert 0 < abs(measured["ce_sae"] - measured["ce_clean"]) < abs(measured["ce_zero"] - measured["ce_clean"])
+    assert 0 < abs(measured["ce_sae"] - measured["ce_clean"]) < 0.3, "random models predict nothing"
     card = (tmp_path / "sae" / "README.md").read_text()
     assert card.startswith(f"# BatchTopK crosscoder for tiny-llama and tuned at {HOOK}")
     assert f"| explained variance, tuned model | {measured['explained_variance_tuned']:.4f} |" in card
