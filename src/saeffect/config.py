@@ -194,6 +194,11 @@ class ComparisonConfig(StrictModel):
         min_length=1,
         description="Quantities of the contrasts that are tested; fixed before the run, all others are exploratory.",
     )
+    crossed: tuple[Literal["direct_effect", "activity", "coherence", "reconstruction", "steering"], ...] = Field(
+        (),
+        description="Read and steer each arm's SAE on both models, so that what the model does and what the SAE does"
+        " come apart. All but steering take minutes; steering doubles the texts or more.",
+    )
 
 
 class ChangesConfig(StrictModel):
@@ -268,6 +273,8 @@ class StudyConfig(StrictModel):
         roles = Counter(arm.role for arm in self.arms.values())
         if roles["control"] != 1 or roles["treatment"] != 1:
             raise ValueError("a study has exactly one control and one treatment arm")
+        for name in {"direct_effect", "steering"} & set(self.comparison.crossed) if self.steering is None else ():
+            raise ValueError(f"comparison.crossed: {name} needs the section steering")
         without = [name for name, arm in self.arms.items() if arm.sae is None]
         if without and (len(without) < len(self.arms) or self.steering is not None or roles["placebo"]):
             raise ValueError(f"arms.{without[0]}.sae is missing; without it, no arm has one, and steering is null")

@@ -198,3 +198,14 @@ def test_traces_that_cannot_be_compared_are_refused(trace, tiny_llama, rows):
         module.where_changed(trace, [replace(trace, name="other", made_by="y")], rows, tiny_llama)
     with pytest.raises(ShapeMismatch, match="the traces read rows"):
         module.where_changed(trace, [], rows.head(3), tiny_llama)
+
+
+def test_a_head_that_no_matrix_stands_for_leaves_out_the_top_tokens_only(trace, rows, tiny_llama, monkeypatch):
+    def refuse(_):
+        raise ConfigError("the final norm is odd.")
+
+    monkeypatch.setattr(module, "unembedding", refuse)
+    table = module.where_changed(trace, [], rows, tiny_llama)["activation_difference"]
+    assert table["reason"].str.contains("the final norm is odd").all()
+    assert table["size"].notna().all()
+    assert (table["top_tokens"].map(len) == 0).all()

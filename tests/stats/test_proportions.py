@@ -8,8 +8,15 @@ import pytest
 import scipy.stats
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from saeffect.errors import ConfigError, Undefined
-from saeffect.stats import newcombe_difference, risk_ratio, wilson
+from saeffect.errors import ConfigError, ShapeMismatch, Undefined
+from saeffect.stats import (
+    bounded_mean,
+    newcombe_difference,
+    paired_difference,
+    risk_ratio,
+    sum_of_independent,
+    wilson,
+)
 
 TABLES = [(48, 80, 56, 70), (0, 10, 3, 10), (10, 10, 3, 12), (1, 7, 1, 30), (5, 9, 9, 9), (0, 4, 5, 5)]
 
@@ -158,3 +165,43 @@ def test_wrong_options_are_refused() -> None:
     for function, table in ((wilson, (1, 2)), (newcombe_difference, (1, 2, 1, 2)), (risk_ratio, (1, 2, 1, 2))):
         with pytest.raises(ConfigError):
             function(*table, level=95)  # type: ignore[operator]
+
+
+def test_paired_difference_as_published() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, 2635-2650, table II: 36, 12, 2 and 0 pairs, method 10.
+    a = [1] * 36 + [0] * 12 + [1] * 2
+    b = [1] * 36 + [1] * 12 + [0] * 2
+    found = paired_difference(a, b)
+    assert (found.value, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+    assert found.p == pytest.approx(float(scipy.stats.binomtest(2, 14).pvalue))
+    back = paired_difference(b, a)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_paired_difference_of_equal_answers_has_a_width() -> None:
+    found = paired_difference([1, 1, 1, 1], [1, 1, 1, 1])
+    assert found.low < found.value == 0 < found.high
+    assert found.p == 1
+    assert paired_difference([], []).reason == "there are no items"
+    with pytest.raises(Undefined, match="zeros and ones"):
+        paired_difference([0.5], [1])
+    with pytest.raises(ShapeMismatch, match="same items"):
+        paired_difference([1], [1, 0])
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (3, 7), (20, 20)])
+def test_bounded_mean_of_zeros_and_ones_is_wilsons(k: int, n: int) -> None:
+    found, theirs = bounded_mean([1] * k + [0] * (n - k)), wilson(k, n)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx(
+        (theirs.value, theirs.low, theirs.high, n), abs=1e-12
+    )
+    with pytest.raises(Undefined, match="between 0 and 1"):
+        bounded_mean([1.5])
+
+
+def test_a_difference_of_independent_shares_is_newcombes() -> None:
+    theirs = newcombe_difference(48, 80, 56, 70)
+    parts = [wilson(48, 80), wilson(56, 70)]
+    found = sum_of_independent(parts, [-1.0, 1.0])
+    assert (found.value, found.low, found.high) == pytest.approx((theirs.value, theirs.low, theirs.high))
+    assert not sum_of_independent([wilson(0, 0), parts[0]], [1.0, 1.0]).defined

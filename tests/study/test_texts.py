@@ -28,11 +28,12 @@ def test_bundled_rows_are_cut_to_the_context_size() -> None:
     assert (cut.sources == whole.sources[:192]).all()
 
 
-def test_the_bundled_study_reads_the_rows_of_its_traces() -> None:
+def test_the_bundled_study_reads_enough_rows() -> None:
     config = Study.open("bundled:smollm2-medical").config
     rows = study_rows(config.text, no_model, prepend_bos=False)
-    assert len(rows) >= config.changes.rows
-    assert rows.context_size >= config.changes.tokens_per_row
+    assert config.put_back is not None
+    assert len(rows) >= config.changes.rows + len(rows.names) * config.put_back.rows
+    assert rows.context_size >= max(config.changes.tokens_per_row, config.put_back.tokens_per_row)
 
 
 @pytest.mark.parametrize(("memory", "loads"), [(10**12, 2), (0, 4)])

@@ -14,9 +14,11 @@ from saeffect.cli.check import check
 from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
 from saeffect.cli.diff import diff
 from saeffect.cli.finetune import finetune
+from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
 __all__ = ["app", "main"]
@@ -42,12 +44,18 @@ app.command(
 app.command("check", help="Validate a study without computing anything.")(check)
 for _stage, _help in STAGE_HELP.items():
     app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
+    verify
+)
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
     help="Train sparse autoencoders on a model's activations. Stopped, the same command goes on. Many processes:"
     " torchrun --nproc-per-node=N -m saeffect train-sae ...",
 )(train_sae)
+app.command(
+    "guard", help="Judge a fine-tune by a budget of what it may change: exit code 0 kept, 1 broken, 2 wrong input."
+)(guard)
 app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 
@@ -72,7 +80,10 @@ def _all_commands(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 broken (guard) or in disagreement (verify), 2 wrong input, 130 stopped by Ctrl-C.
+    """
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_freed_memory()

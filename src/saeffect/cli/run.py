@@ -24,7 +24,9 @@ STAGE_HELP = {
     "select": "Choose the domain features by vocabulary and verdicts.",
     "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
     "changes": "Judge what changed between the models against null fine-tunes.",
+    "put-back": "Put the changed features back to the base model's activations: what does that undo?",
     "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
+    "cross": "Read and steer each arm's SAE on both models, where comparison.crossed asks for it; also under torchrun.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",
 }

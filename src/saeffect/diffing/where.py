@@ -75,12 +75,17 @@ def where_changed(
             f"the traces read rows of shape {list(trace.kl.shape)}. Got {list(rows.ids.shape)}.", at="rows"
         )
     tokens, plain = np.array(tuned.token_strings(), dtype=object), tuned.plain_tokens().numpy()
+    try:
+        top_tokens, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
+    except ConfigError as error:  # a final norm or head that no matrix stands for
+        top_tokens, no_tokens = _no_tokens, f"no top tokens: {error.message}"
+    difference = activation_difference(trace, nulls, top_tokens=top_tokens, alpha=alpha)
+    if no_tokens:
+        difference["reason"] = no_tokens
     return {
         "change_overall": change_overall(trace, nulls, alpha=alpha),
         "change_by_layer": change_by_layer(trace, nulls, alpha=alpha),
-        "activation_difference": activation_difference(
-            trace, nulls, top_tokens=_top_tokens(unembedding(tuned), tokens, plain), alpha=alpha
-        ),
+        "activation_difference": difference,
         "change_by_word": change_by_word(trace, nulls, rows.ids, tokens, plain, alpha=alpha),
         "change_in_text": change_in_text(trace, nulls, rows.ids, tuned.decode, alpha=alpha),
         "written_words": written_words(trace, nulls, tuned.decode, alpha=alpha),
@@ -125,8 +130,12 @@ TopTokens = Callable[[FloatArray], list[str]]
 """The tokens that a direction `[d_in]` promotes most through the tuned model's final norm and head, first first."""
 
 
+def _no_tokens(_: FloatArray) -> list[str]:
+    return []
+
+
 def activation_difference(
-    trace: Trace, nulls: Sequence[Trace], *, top_tokens: TopTokens = lambda vector: [], alpha: float = 0.05
+    trace: Trace, nulls: Sequence[Trace], *, top_tokens: TopTokens = _no_tokens, alpha: float = 0.05
 ) -> pd.DataFrame:
     """The mean of tuned minus base activations at the hook, over unrelated text (Minder et al. 2025).
 

@@ -140,7 +140,7 @@ class SplicedLosses:
     sae: float  # the SAE's reconstruction at the hook
     zero: float  # zeros at the hook
     n_tokens: int  # predictions averaged over
-    clean_by_row: NDArray[np.float64]  # `clean` of each row, [n_rows]
+    by_row: dict[str, NDArray[np.float64]]  # `clean`, `sae` and `zero` of each row, [n_rows]
 
     @property
     def ce_loss_score(self) -> float:
@@ -182,21 +182,22 @@ def replaced_losses(
     rest = Rest(lm, hook)
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
     totals = dict.fromkeys(("clean", *ways), 0.0)
-    count, by_row = 0, []
+    count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         x, logits = _clean(lm, hook, ids)
-        by_row.append(row_losses(logits[:, :-1].float(), ids))
-        totals["clean"] += float(by_row[-1].sum()) * (ids.shape[1] - 1)
+        by_row["clean"].append(row_losses(logits[:, :-1].float(), ids))
         kept = kept_positions(x, limit)
         if seen is not None:
             seen(x[kept])
         for name, new in ways.items():
             logits = rest.logits(ids, torch.where(kept[..., None], new(ids, x).to(x.dtype), x))
-            totals[name] += float(row_losses(logits[:, :-1].float(), ids).sum()) * (ids.shape[1] - 1)
+            by_row[name].append(row_losses(logits[:, :-1].float(), ids))
+        for name, rows_of in by_row.items():
+            totals[name] += float(rows_of[-1].sum()) * (ids.shape[1] - 1)
         count += ids[:, 1:].numel()
     clean, spliced, zero = (total / count for total in totals.values())
-    return SplicedLosses(clean, spliced, zero, count, np.concatenate(by_row))
+    return SplicedLosses(clean, spliced, zero, count, {name: np.concatenate(parts) for name, parts in by_row.items()})
 
 
 def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,25 +28,36 @@ from saeffect.stats.power import (
     detectable_paired_mean,
     detectable_proportion_difference,
 )
-from saeffect.stats.proportions import newcombe_difference, risk_ratio, wilson
+from saeffect.stats.proportions import (
+    bounded_mean,
+    newcombe_difference,
+    paired_difference,
+    risk_ratio,
+    sum_of_independent,
+    wilson,
+)
 from saeffect.stats.ratios import ratio_of_means
 from saeffect.stats.regression import ols_robust
 from saeffect.stats.student import cautious_difference, independent_values, mean_interval
+from saeffect.stats.two_way import TwoWayMean, complete_tables, two_way_mean
 
 __all__ = [
     "Detectable",
     "Estimate",
     "NestedMean",
     "Resampling",
+    "TwoWayMean",
     "benjamini_hochberg",
     "bootstrap",
     "bootstrap_difference",
     "bootstrap_means",
+    "bounded_mean",
     "cautious_difference",
     "cliffs_delta",
     "cluster_bootstrap",
     "clustered_difference",
     "cohens_kappa",
+    "complete_tables",
     "count_difference",
     "detectable_few_means",
     "detectable_mean_difference",
@@ -60,10 +71,13 @@ __all__ = [
     "nested_mean_difference",
     "newcombe_difference",
     "ols_robust",
+    "paired_difference",
     "permutation_test",
     "ratio_of_means",
     "risk_ratio",
     "sign_flip_many",
+    "sum_of_independent",
+    "two_way_mean",
     "undefined",
     "wilson",
 ]

@@ -22,7 +22,13 @@ def benjamini_hochberg(p: npt.ArrayLike) -> FloatArray:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
         array([0.03, 0.04, 0.04,  nan])
     """
-    return _adjusted(p, "fdr_bh")
+    from statsmodels.stats.multitest import multipletests  # takes a second, and few commands need it
+
+    data, tested = _tested(p)
+    adjusted = np.full(len(data), np.nan)
+    if tested.any():
+        adjusted[tested] = multipletests(data[tested], method="fdr_bh")[1]
+    return adjusted
 
 
 def holm(p: npt.ArrayLike) -> FloatArray:
@@ -30,24 +36,25 @@ def holm(p: npt.ArrayLike) -> FloatArray:
 
     For a few declared tests, however they depend on each other. `p` is [n], NaN for tests without an answer. Returns
     float64 [n], each between its p and 1; NaN stays NaN and does not count as a test.
-    Source: Holm (1979), A simple sequentially rejective multiple test procedure, through statsmodels.
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
 
     Example:
         >>> holm([0.01, 0.04, 0.02, float("nan")])
         array([0.03, 0.04, 0.04,  nan])
     """
-    return _adjusted(p, "holm")
+    data, tested = _tested(p)
+    adjusted = np.full(len(data), np.nan)
+    order = np.argsort(data)[: tested.sum()]  # NaN sorts last
+    # statsmodels would also collect garbage, which takes most of a second each time.
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(data[order] * np.arange(len(order), 0, -1)))
+    return adjusted
 
 
-def _adjusted(p: npt.ArrayLike, method: str) -> FloatArray:
-    from statsmodels.stats.multitest import multipletests  # takes a second, and few commands need it
-
+def _tested(p: npt.ArrayLike) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+    """The p-values, and which of them are of tests with an answer."""
     data = sample(p, "p")
     tested = ~np.isnan(data)
     wrong = data[tested & ((data < 0) | (data > 1))]
     if len(wrong):
         raise Undefined(f"{len(wrong)} of {len(data)} p-values are not between 0 and 1 ({wrong[0]:.4g}, say).", at="p")
-    adjusted = np.full(len(data), np.nan)
-    if tested.any():
-        adjusted[tested] = multipletests(data[tested], method=method)[1]
-    return adjusted
+    return data, tested

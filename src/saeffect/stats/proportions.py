@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Sequence
 
-from saeffect.errors import Undefined
-from saeffect.stats.arguments import check_level
+import numpy as np
+import numpy.typing as npt
+
+from saeffect.errors import ShapeMismatch, Undefined
+from saeffect.stats.arguments import check_level, fault, sample
 from saeffect.stats.estimate import Estimate, undefined
 
-__all__ = ["newcombe_difference", "risk_ratio", "wilson"]
+__all__ = [
+    "bounded_mean",
+    "newcombe_difference",
+    "paired_difference",
+    "risk_ratio",
+    "sum_of_independent",
+    "wilson",
+]
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Estimate:
@@ -81,6 +92,92 @@ def risk_ratio(k_a: int, n_a: int, k_b: int, n_b: int, level: float = 0.95) -> E
         return undefined("every trial succeeded, so the standard error is zero", n, ratio)
     low, high = confint_proportions_2indep(k_b, n_b, k_a, n_a, method="log", compare="ratio", alpha=1 - level)
     return Estimate(ratio, float(low), float(high), n)
+
+
+def bounded_mean(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
+    """The mean of values between 0 and 1 [n], with Wilson's interval for a share of that size.
+
+    Values between 0 and 1 spread no more than zeros and ones of the same mean, for which the interval is Wilson's. So
+    it is a little wide for others, and has a width where all values are equal. NaN for no values or NaN among them.
+
+    Example:
+        >>> print(bounded_mean([1.0, 0.5, 0.0, 0.5]))
+        0.5 [0.15, 0.85] (n = 4)
+    """
+    from scipy.special import ndtri
+
+    data = sample(values)
+    check_level(level)
+    n = len(data)
+    if reason := fault(data):
+        return undefined(reason, n)
+    if data.min() < 0 or data.max() > 1:
+        raise Undefined(f"values must lie between 0 and 1, got {data.min():g} to {data.max():g}.", at="values")
+    value, z = float(data.mean()), float(ndtri((1 + level) / 2))
+    middle, reach = value + z**2 / (2 * n), z * math.sqrt(value * (1 - value) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side * reach) / (1 + z**2 / n) for side in (-1, 1))
+    return Estimate(value, low if value > 0 else 0.0, high if value < 1 else 1.0, n)
+
+
+def paired_difference(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.95) -> Estimate:
+    """p_b - p_a for two answers of the same items, each [n] of zeros and ones.
+
+    n is the number of items; p is two-sided, McNemar's exact one. NaN for no items.
+    Source: Newcombe (1998), Improved confidence intervals for the difference between binomial proportions based on
+    paired data, method 10.
+
+    Example:
+        >>> print(paired_difference([1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]))
+        0.3333 [-0.1517, 0.6463] (n = 6)
+    """
+    from scipy.special import bdtr
+
+    first, second = sample(a, "a"), sample(b, "b")
+    if len(first) != len(second):
+        raise ShapeMismatch(f"a and b must be of the same items, got {len(first)} and {len(second)}.", at="b")
+    for name, data in (("a", first), ("b", second)):
+        if not np.isin(data, (0.0, 1.0)).all():
+            raise Undefined(f"{name} must hold zeros and ones.", at=name)
+    n = len(first)
+    if n == 0:
+        return undefined("there are no items")
+    both, only_b, only_a = (int(x.sum()) for x in (first * second, (1 - first) * second, first * (1 - second)))
+    neither = n - both - only_a - only_b
+    margins = (both + only_b) * (only_a + neither) * (both + only_a) * (only_b + neither)
+    agreement = float(both * neither - only_a * only_b)
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)  # Newcombe's correction
+    phi = agreement / math.sqrt(margins) if margins else 0.0
+    one, two = bounded_mean(first, level), bounded_mean(second, level)
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a**2 - 2 * phi * a * b + b**2))
+
+    value = two.value - one.value
+    low = value - reach(two.value - two.low, one.high - one.value)
+    high = value + reach(one.value - one.low, two.high - two.value)
+    p = min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5))) if only_a + only_b else 1.0
+    return Estimate(value, low, high, n, p=p)
+
+
+def sum_of_independent(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Weighted sum of independent numbers, with an interval from theirs; n is the sum of theirs, and there is no p.
+
+    The distances to the ends are added in squares, so that intervals may be lopsided. NaN where one is undefined.
+    Source: Zou & Donner (2008), Construction of confidence limits about effect measures (MOVER).
+
+    Example:
+        >>> print(sum_of_independent([Estimate(0.5, 0.2, 0.9, 4), Estimate(0.1, 0.0, 0.4, 4)], [1.0, -1.0]))
+        0.4 [-0.02426, 0.8123] (n = 8)
+    """
+    n = sum(one.n for one in estimates)
+    reasons = [one.reason for one in estimates if not one.defined]
+    value = sum(w * one.value for w, one in zip(weights, estimates, strict=True))
+    if reasons:
+        return undefined(reasons[0] or "one of the parts has no interval", n, value)
+    below = [w * (one.value - (one.low if w > 0 else one.high)) for w, one in zip(weights, estimates, strict=True)]
+    above = [w * ((one.high if w > 0 else one.low) - one.value) for w, one in zip(weights, estimates, strict=True)]
+    return Estimate(value, value - math.hypot(*below), value + math.hypot(*above), n)
 
 
 def _counts(k: int, n: int, name_k: str, name_n: str) -> tuple[int, int]:

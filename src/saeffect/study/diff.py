@@ -32,7 +32,7 @@ from saeffect.study.study import Study
 __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
 
 _BUNDLED_TEXT = "smollm2-sampled"
-_ROWS, _CONTEXT = 192, 96  # of text: as many rows as a trace reads
+_ROWS, _CONTEXT = 240, 80  # of text: what a trace reads, and rows beyond it to put features back on
 _NULLS_OF = ("bundled:smollm2-135m-instruct", "bundled:medical-lora", "bundled:smollm2-control")
 _BUNDLED_NULLS = "smollm2-medical"
 _HEAD = "# Written by `saeffect diff`; it goes on from here as yours. SHA-256 of the lines below: "

@@ -23,6 +23,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
 from saeffect.study.stages.compare import compare_inputs, run_compare
+from saeffect.study.stages.cross import cross_inputs, help_cross, run_cross
 from saeffect.study.stages.dose_search import dose_inputs, help_dose_search, run_dose_search
 from saeffect.study.stages.features import features_inputs, run_features
 from saeffect.study.stages.gate import gate_inputs, run_gate
@@ -39,7 +40,9 @@ __all__ = ["STAGES", "run_study"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
-STAGES = ("gate", "features", "coherence", "select", "match", "changes", "steer", "compare", "report")
+STAGES = (
+    *("gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "cross", "compare", "report"),
+)
 
 
 def run_study(
@@ -160,7 +163,7 @@ def _method(study: Study) -> Iterator[_Step]:
 
     # What do the changed features cause? Their activations are put back while the fine-tuned model reads other text.
     if study.config.put_back is not None:
-        yield _Step("changes", "put back", put_back_inputs, run_put_back)
+        yield _Step("put-back", "put back", put_back_inputs, run_put_back)
 
     # Does steering with a feature do what its tokens promise, more than features that resemble it in everything but
     # their subject, more than random directions, and more than what needs no SAE? The dose is found on prompts that
@@ -169,6 +172,10 @@ def _method(study: Study) -> Iterator[_Step]:
         yield _Step("steer", "dose search", dose_inputs, run_dose_search, help=help_dose_search)
         for arm in study.ordered_arms():
             yield _Step("steer", "steer", steer_inputs, run_steer, arm, help_steer)
+
+    # Each arm's SAE on both models: what does the model do, with the same features, and what does the SAE do?
+    if study.config.comparison.crossed:
+        yield _Step("cross", "cross", cross_inputs, run_cross, help=help_cross)
 
     # What differs between control and treatment, and is it more than between two SAEs of the control?
     yield _Step("compare", "compare", compare_inputs, run_compare)

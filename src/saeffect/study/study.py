@@ -302,9 +302,9 @@ class Study:
         """The models in memory."""
         return {}
 
-    def _sae_identity(self, name: str) -> str | None:
+    def _sae_identity(self, name: str) -> str:
         if not self.has_saes:
-            return None
+            return ""
         folder = self.sae_folder(name)
         return fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
 

@@ -103,7 +103,10 @@ def test_features_and_groups_of_the_study_are_measured_on_later_rows(
     study = Study.open(path)
     rows, fresh = put_back_rows(study, 8)
     assert fresh and np.array_equal(rows.ids, study.rows().ids[8:16, :16])
-    rows, fresh = put_back_rows(study, 30)  # one row of a source is left
+    rows, fresh = put_back_rows(study, 32)  # behind the study's own text
+    known = {row.tobytes() for row in study.rows().ids[:, :16]}
+    assert fresh and len(rows) == 8 and not any(row.tobytes() in known for row in rows.ids)
+    rows, fresh = put_back_rows(study, 10_000)  # there is no such text
     assert not fresh and np.array_equal(rows.ids, study.rows().ids[:8, :16])
     monkeypatch.setattr("saeffect.study.stages.put_back._n_changes_rows", lambda _: 8)
     chosen = []

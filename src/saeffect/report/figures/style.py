@@ -157,7 +157,8 @@ class DrawnFigure:
                 self.figure.draw_without_rendering()
                 self.figure.set_layout_engine(None)
                 for axes in self.figure.axes:  # the layout's solver differs in its last digits from call to call
-                    axes.set_position([round(end, 5) for end in axes.get_position().bounds])
+                    left, bottom, width, height = (round(end, 5) for end in axes.get_position().bounds)
+                    axes.set_position((left, bottom, width, height))
             self.figure.savefig(buffer, format=kind, metadata=metadata)
         return buffer.getvalue()
 

@@ -51,7 +51,7 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
         "min_matches": config.selection.min_matches,
-        "comparison": config.comparison.model_dump(),
+        "comparison": config.comparison.model_dump(exclude={"crossed"}),
         "seed": config.seed,
     }
 

@@ -138,7 +138,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         "mean_norm": sum(norms) / sums.n_tokens,
         "norm_limit": limit.limit,
         "dtype": str(arm.lm.dtype).removeprefix("torch."),
-        **model_on_text(arm.lm, head, losses.clean_by_row, rows),
+        **model_on_text(arm.lm, head, losses.by_row["clean"], rows),
     }
 
 

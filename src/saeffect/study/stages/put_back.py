@@ -13,10 +13,13 @@ from saeffect.config import PutBackConfig
 from saeffect.diffing.cross_activity import change_scores
 from saeffect.diffing.put_back import BothRead, FeatureSet, outcomes, read, sets_of_changed, sets_of_group
 from saeffect.diffing.put_back_shares import put_back_table
+from saeffect.errors import placed
 from saeffect.lm.activations import TokenRows
+from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import Log
 from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.study import Arm, Study
+from saeffect.study.texts import study_rows
 
 __all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
 
@@ -31,6 +34,7 @@ def put_back_inputs(run: RunFolder) -> dict[str, Any]:
         "arms": {role: study.identities[study.by_role(role)[0]] for role in ("control", "treatment")},
         "text": study.text_identity,
         "changes": run.digest(*(run.path("comparison", f"{name}.parquet") for name in ("changes", "change_groups"))),
+        "read": study.config.changes.model_dump(),
         "put_back": _settings(study).model_dump(),
         "seed": study.config.seed,
     }
@@ -40,22 +44,24 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
     """Write `comparison/put_back.parquet`, resuming after the last finished batch of rows; nothing if it cannot be."""
     study = run.study
     control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
-    if study.sae_config(control).d_in != study.sae_config(treatment).d_in:
-        log("  the arms' models differ in width, so no activation of one can be put into the other")
-        return []
     order, n_read = _order(run)
     rows, is_fresh = put_back_rows(study, n_read)
     if len(rows) < 2:
         log("  one row of text cannot both choose features and measure what they cause")
         return []
-    tuned, base = study.open_arm(treatment, log), study.open_arm(control, log)
-    both = BothRead.of(
-        rows, read(base.lm, base.hook, rows, log), read(tuned.lm, base.hook, rows, log), base.norm_limit(rows)
-    )
-    sets, reverse = _sets(run, both, base, order if is_fresh else None)
+    base, tuned = study.open_arm(control, log), study.open_model(treatment, log)
+    if (tuned.d_model, tuned.n_layers) != (base.lm.d_model, base.lm.n_layers):
+        log("  the arms' models differ in size, so no activation of one can be put into the other")
+        return []
+    activations = [read(lm, base.hook, rows, log) for lm in (base.lm, tuned)]
+    both = BothRead.of(rows, activations[0], activations[1], base.norm_limit(rows))
+    forward, reverse = _sets(run, both, base, order if is_fresh else None)
     kept = run.kept("put back", put_back_inputs(run))
-    found = [_measured(arm, base, both, some, kept, log) for arm, some in ((tuned, sets), (base, reverse))]
-    table = put_back_table(pd.concat(found), rows, sets)
+    found = [
+        _measured(tuned, "tuned", base, both, forward, kept, log),
+        _measured(base.lm, "base", base, both, reverse, kept, log),
+    ]
+    table = put_back_table(pd.concat(found), rows, [*forward, *(one for one in reverse if one not in forward)])
     table["chosen_on"] = "other text" if is_fresh else "the other half of the rows"
     return [run.write_table(run.path("comparison", "put_back.parquet"), table)]
 
@@ -63,10 +69,16 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
 def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
     """So many rows of each source as the study says, each cut; and whether none is among the first `n_read`.
 
-    Those are the rows on which features were chosen. If fewer than two rows of some source are left behind them, rows
-    are taken from the beginning.
+    Those are the rows on which features were chosen; what follows them is read even where the study's own text ends
+    there. If fewer than two rows of some source are left behind them, rows are taken from the beginning.
     """
     config, text = _settings(study), study.rows()
+    if n_read:
+        wanted = (n_read + config.rows * len(text.names)) * text.context_size
+        longer = study.config.text.model_copy(update={"tokens": max(wanted, study.config.text.tokens)})
+        control = study.by_role("control")[0]
+        with placed(study.at("text")):
+            text = study_rows(longer, lambda: study.open_model(control), prepend_bos=study.prepend_bos)
     later = np.arange(len(text)) >= n_read
     is_fresh = n_read > 0 and all((later & (text.sources == i)).sum() >= 2 for i in np.unique(text.sources))
     usable = later if is_fresh else np.ones(len(text), dtype=bool)
@@ -87,19 +99,17 @@ def _order(run: RunFolder) -> tuple[list[int] | None, int]:
     From the table of what changed on equal text, where the study has it.
     """
     table = run.table_or_none(run.path("comparison", "changes.parquet"))
-    n_read = _n_changes_rows(run.study)
-    if table is None or n_read is None:
+    if table is None:
         return None, 0
     rows = table[table["basis"] == "read"].sort_values("feature")
     means = rows.rename(columns={"base": "mean_control", "tuned": "mean_treatment", "change": "difference"})
     scores = np.nan_to_num(np.abs(change_scores(means)), nan=-1.0)
-    return np.argsort(-scores, kind="stable").tolist(), n_read
+    return np.argsort(-scores, kind="stable").tolist(), _n_changes_rows(run.study)
 
 
-def _n_changes_rows(study: Study) -> int | None:
+def _n_changes_rows(study: Study) -> int:
     """Rows of text on which changes were found."""
-    changes = getattr(study.config, "changes", None)
-    return None if changes is None else int(changes.rows)
+    return min(study.config.changes.rows, len(study.rows()))
 
 
 def _sets(
@@ -133,12 +143,19 @@ def _named(run: RunFolder) -> dict[str, list[int]]:
     return found
 
 
-def _measured(arm: Arm, control: Arm, both: BothRead, sets: list[FeatureSet], kept: KeptRows, log: Log) -> pd.DataFrame:
-    edited: Literal["tuned", "base"] = "base" if arm is control else "tuned"
+def _measured(
+    lm: LanguageModel,
+    edited: Literal["tuned", "base"],
+    control: Arm,
+    both: BothRead,
+    sets: list[FeatureSet],
+    kept: KeptRows,
+    log: Log,
+) -> pd.DataFrame:
     known = kept.read(log)
     pieces = [] if known is None else [known[known["edited"] == edited]]
     done = {int(row) for piece in pieces for row in piece["row"]}
-    for piece in outcomes(arm.lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
+    for piece in outcomes(lm, control.sae, control.hook, both, sets, edited=edited, done=done, log=log):
         kept.add(piece)
         pieces.append(piece)
     return pd.concat(pieces, ignore_index=True)

@@ -1,0 +1,340 @@
+"""SAE × model, crossed: what the model does with the SAE held fixed, what the SAE does with the model held fixed.
+
+Each arm's SAE is read and steered on both models. Write (s, m) for the SAE of arm s on the model of arm m, c for the
+control and t for the treatment. The paper compares (t,t) with (c,c), where both differ. That difference is split:
+
+- model: ½[(c,t) − (c,c) + (t,t) − (t,c)], the same features in two models, paired;
+- dictionary: ½[(t,c) − (c,c) + (t,t) − (c,t)], the features of two SAEs, which are not the same features;
+- both: (t,t) − (c,c), which is model + dictionary exactly;
+- rest: ½[(t,t) − (t,c) − (c,t) + (c,c)], half of how much the model's part depends on the SAE. It is what is left
+  where the split is one-sided: (c,t) − (c,c) is model − rest, and (t,t) − (t,c) is model + rest.
+
+Intervals are over features and prompts (or rows of text) together, see `two_way_mean`. They hold for these two SAEs:
+what other seeds of an SAE would give is in none of them, and matters for the dictionary's part alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from saeffect.comparison.arms import Roles
+from saeffect.errors import ShapeMismatch
+from saeffect.stats import (
+    Estimate,
+    Resampling,
+    bounded_mean,
+    complete_tables,
+    newcombe_difference,
+    paired_difference,
+    permutation_test,
+    sign_flip_many,
+    sum_of_independent,
+    two_way_mean,
+    undefined,
+)
+from saeffect.stats.arguments import FloatArray
+
+__all__ = [
+    "CROSSED",
+    "CROSSED_COLUMNS",
+    "EFFECTS",
+    "FACTORIAL_COLUMNS",
+    "WHOLE_SAE",
+    "Cells",
+    "CrossedQuantity",
+    "against_nulls",
+    "factorial",
+    "no_factorial",
+    "split_cells",
+]
+
+EFFECTS = ("model", "dictionary", "rest", "both")
+CROSSED_COLUMNS = ("feature", "model", "quantity", "value", "values", "unit", "reason")
+FACTORIAL_COLUMNS = (
+    *("quantity", "label", "effect", "estimate", "low", "high", "p", "unit", "n_features", "n_prompts", "reason"),
+    *("error", "freedom", "mean_cc", "mean_ct", "mean_tc", "mean_tt", "null_mean", "null_p", "n_nulls"),
+)
+WHOLE_SAE = -1
+"""In place of a feature's number, for what an SAE has as a whole."""
+
+_WEIGHTS = {"model": (0.5, 0.5), "dictionary": (-1.0, 1.0), "rest": (-0.5, 0.5), "both": (-1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class CrossedQuantity:
+    """One quantity that is measured in all four cells.
+
+    Attributes:
+        asked: The word in a study's `comparison.crossed` that asks for it.
+        kind: "table": a number for every feature and prompt (or row of text); "features": one a feature; "share": of
+            features, each 0 or 1; "whole": a number for every row of text, of the SAE as a whole.
+        over: What features are crossed with: "prompts", "rows of text" or "".
+    """
+
+    name: str
+    label: str
+    unit: str
+    asked: str
+    kind: Literal["table", "features", "share", "whole"]
+    over: str = ""
+
+
+_ALL = (
+    CrossedQuantity("direct_effect", "Direct effect beyond placebo", "nats", "direct_effect", "table", "prompts"),
+    CrossedQuantity(
+        "steering_effect", "Effect of steering beyond placebo", "cosine similarity", "steering", "table", "prompts"
+    ),
+    CrossedQuantity("pass_rate", "Share of features that pass", "share", "steering", "share"),
+    CrossedQuantity("density", "Density", "share of tokens", "activity", "table", "rows of text"),
+    CrossedQuantity("activation", "Mean activation a token", "activation", "activity", "table", "rows of text"),
+    CrossedQuantity("coherence", "Coherence", "coherence", "coherence", "features"),
+    CrossedQuantity("explained_variance", "Explained variance", "share", "reconstruction", "whole", "rows of text"),
+    CrossedQuantity("ce_loss_score", "CE loss score", "share", "reconstruction", "whole", "rows of text"),
+)
+CROSSED: dict[str, CrossedQuantity] = {quantity.name: quantity for quantity in _ALL}
+"""Every crossed quantity by name, in the order of the table."""
+
+
+def factorial(
+    crossed: Mapping[str, pd.DataFrame],
+    roles: Roles,
+    *,
+    asked: Iterable[str] = ("direct_effect", "activity", "coherence", "reconstruction", "steering"),
+    nulls: Mapping[str, Sequence[float]] | None = None,
+    unmeasured: str = "",
+    resampling: Resampling | None = None,
+) -> pd.DataFrame:
+    """The effects of model and dictionary on every quantity that was asked for.
+
+    Args:
+        crossed: By arm (control and treatment), its SAE on both models, `CROSSED_COLUMNS`: feature; model (an arm's
+            name); quantity; value (mean of `values`, or of one number a feature that number); values (list of float, by
+            prompt or row of text, the same ones everywhere; empty where there are none); unit; reason.
+        asked: As in the study's `comparison.crossed`.
+        nulls: By quantity, (c,n) − (c,c) of fine-tunes n that learnt nothing new: see `against_nulls`.
+        unmeasured: Why features' quantities were not measured, for `reason` where a table has none.
+        resampling: For p of shares.
+
+    Returns:
+        One row per quantity and effect: quantity; label; effect ("model", "dictionary", "rest", "both", as in the
+        module); estimate with its 95 % interval low, high and two-sided p; unit; n_features of both SAEs (0 for a whole
+        SAE) and n_prompts or rows of text (0 where there are none) behind it; reason; error and freedom (standard
+        error, degrees of freedom; NaN for shares); mean_cc, mean_ct, mean_tc, mean_tt, the cells, first letter the SAE;
+        null_mean, null_p and n_nulls, in rows of the model's effect where nulls were measured.
+
+    Raises:
+        ShapeMismatch: A column is missing, or the cells have other numbers of values.
+    """
+    wanted, resampling = set(asked), resampling or Resampling()
+    rows: list[dict[str, Any]] = []
+    for quantity in CROSSED.values():
+        if quantity.asked in wanted:
+            cells = _cells(crossed, roles, quantity)
+            if not cells.there and unmeasured:
+                cells = replace(cells, reason=unmeasured)
+            rows += split_cells(quantity, cells, resampling, (nulls or {}).get(quantity.name, ()))
+    return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
+
+
+def no_factorial(asked: Iterable[str], reason: str) -> pd.DataFrame:
+    """The table of `factorial` where nothing could be measured, and why."""
+    wanted = set(asked)
+    empty = [Cells((), (), reason) for _ in CROSSED]
+    pairs = zip(CROSSED.values(), empty, strict=True)
+    rows = [
+        row
+        for quantity, cells in pairs
+        if quantity.asked in wanted
+        for row in split_cells(quantity, cells, Resampling())
+    ]
+    return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
+
+
+def against_nulls(value: float, nulls: Sequence[float]) -> Estimate:
+    """How far a number of one fine-tune is from the same number of fine-tunes that learnt nothing new.
+
+    Value: the number minus the nulls' mean, with a 95 % interval for where one more null would put it (Student's t; NaN
+    for fewer than two nulls). p: if the fine-tune were one more null, each of the K + 1 numbers would be as likely to
+    lie farthest from the mean of all, so p is the share that lies at least as far, never below 1 / (K + 1).
+
+    Example:
+        >>> found = against_nulls(-0.8, [0.1, 0.0, -0.1, 0.0])
+        >>> round(found.value, 6), found.p, found.high < 0
+        (-0.8, 0.2, True)
+    """
+    from scipy.special import stdtrit
+
+    others = np.asarray(nulls, dtype=np.float64)
+    everything = np.append(others, value)
+    if not len(others) or not np.isfinite(everything).all():
+        return undefined("no null fine-tune was measured" if not len(others) else "a value is not finite", len(others))
+    distance = np.abs(everything - everything.mean())
+    p = float((distance >= distance[-1] * (1 - 1e-12)).mean())
+    excess, reach = value - float(others.mean()), math.nan
+    if len(others) > 1:
+        spread = float(others.std(ddof=1)) * math.sqrt(1 + 1 / len(others))
+        reach = float(stdtrit(len(others) - 1, 0.975)) * spread
+    reason = "" if len(others) > 1 else "one null shows no spread"
+    return Estimate(excess, excess - reach, excess + reach, len(others), reason, p)
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Values of the control's and of the treatment's SAE, in the control's and in the treatment's model.
+
+    Attributes:
+        on_control, on_treatment: One a SAE, float64 [n_features, n_prompts] (one column without prompts, one row for a
+            whole SAE), complete.
+        reason: What was left out, or why there is nothing.
+    """
+
+    on_control: tuple[FloatArray, ...]
+    on_treatment: tuple[FloatArray, ...]
+    reason: str = ""
+
+    @property
+    def there(self) -> bool:
+        return len(self.on_control) == 2 and all(table.size for table in self.on_control)
+
+    def means(self) -> dict[str, float]:
+        names = ("mean_cc", "mean_tc", "mean_ct", "mean_tt")
+        values = (
+            [float(table.mean()) for table in (*self.on_control, *self.on_treatment)] if self.there else [math.nan] * 4
+        )
+        return dict(zip(names, values, strict=True))
+
+    def tables(self, effect: str) -> list[FloatArray]:
+        """One table a SAE whose means, weighted as `_WEIGHTS` says, add up to the effect."""
+        pairs = list(zip(self.on_control, self.on_treatment, strict=True))
+        if effect in ("model", "rest"):
+            return [after - before for before, after in pairs]
+        if effect == "dictionary":
+            return [(before + after) / 2 for before, after in pairs]
+        return [pairs[0][0], pairs[1][1]]
+
+
+def _cells(crossed: Mapping[str, pd.DataFrame], roles: Roles, quantity: CrossedQuantity) -> Cells:
+    models, found, reasons = (roles.control, roles.treatment), [], []
+    for sae in models:
+        table = crossed[sae]
+        missing = [name for name in CROSSED_COLUMNS if name not in table]
+        if missing:
+            raise ShapeMismatch(f"the crossed table lacks the column(s) {', '.join(missing)}.", at=sae)
+        rows = table[table["quantity"] == quantity.name]
+        reasons += [reason for reason in rows["reason"] if reason]
+        parts = [rows[rows["model"] == model].set_index("feature").sort_index() for model in models]
+        common = parts[0].index.intersection(parts[1].index)
+        found.append([_matrix(part.loc[common], quantity) for part in parts])
+    if not all(len(part) for pair in found for part in pair):
+        return Cells((), (), reasons[0] if reasons else f"no {quantity.name.replace('_', ' ')} was measured")
+    if len({part.shape[1] for pair in found for part in pair}) > 1:
+        raise ShapeMismatch(f"the cells of {quantity.name} have other numbers of values.", at="values")
+    rows_kept, columns = complete_tables([before + after for before, after in found])
+    kept = [[part[np.ix_(rows, columns)] for part in pair] for pair, rows in zip(found, rows_kept, strict=True)]
+    left = sum(len(pair[0]) for pair in found) - sum(map(len, rows_kept)), found[0][0].shape[1] - len(columns)
+    named = zip(("features", quantity.over), left, strict=True)
+    said = [f"{what} left out, being undefined in a cell: {n}" for what, n in named if n]
+    why = f"; {reasons[0]}" if said and reasons else ""
+    before, after = zip(*kept, strict=True)
+    return Cells(before, after, "; ".join(said) + why)
+
+
+def _matrix(rows: pd.DataFrame, quantity: CrossedQuantity) -> FloatArray:
+    """Values of one cell, float64 [n_features, n_prompts]."""
+    if quantity.over and len(rows):
+        lists = [np.asarray(list(values), dtype=np.float64) for values in rows["values"]]
+        longest = max(map(len, lists))
+        return np.stack([values if len(values) else np.full(longest, math.nan) for values in lists])
+    return np.asarray(rows["value"].to_numpy(dtype=np.float64)[:, None])
+
+
+def split_cells(
+    quantity: CrossedQuantity, cells: Cells, resampling: Resampling, nulls: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """The rows of `factorial` of one quantity, one an effect."""
+    means, rows = cells.means(), list[dict[str, Any]]()
+    for effect in EFFECTS:
+        error = freedom = math.nan
+        if not cells.there:
+            found = undefined(cells.reason)
+        elif quantity.kind == "share":
+            found = _SHARES[effect](cells, resampling)
+        else:
+            tables, weights = cells.tables(effect), _WEIGHTS[effect]
+            if quantity.kind == "whole":  # the same rows of text in all cells: one number a row
+                result = two_way_mean([(weights[0] * tables[0] + weights[1] * tables[1]).T])
+            else:
+                result = two_way_mean(tables, weights)
+            found, error, freedom = result.estimate, result.error, result.freedom
+            if effect in ("model", "rest") and not any(table.any() for table in tables):
+                found = undefined("no value differs between the models", found.n, 0.0)
+        n_columns = cells.on_control[0].shape[1] if cells.there and quantity.over else 0
+        n_features = sum(map(len, cells.on_control)) if cells.there and quantity.kind != "whole" else 0
+        row: dict[str, Any] = {"quantity": quantity.name, "label": quantity.label, "effect": effect}
+        row |= {"unit": quantity.unit, "estimate": found.value, "low": found.low, "high": found.high, "p": found.p}
+        row |= {"n_features": n_features, "n_prompts": n_columns, "error": error, "freedom": freedom, **means}
+        said = (cells.reason, found.reason) if cells.there else (found.reason,)
+        row["reason"] = "; ".join(filter(None, said))
+        rows.append(row | _null(means["mean_ct"] - means["mean_cc"], nulls if effect == "model" else ()))
+    return rows
+
+
+def _null(value: float, nulls: Sequence[float]) -> dict[str, Any]:
+    found = against_nulls(value, nulls)
+    mean = value - found.value if len(nulls) else math.nan
+    return {"null_mean": mean, "null_p": found.p, "n_nulls": len(nulls)}
+
+
+# Shares of features: each SAE's features are its own, so parts of the two SAEs are independent of each other.
+def _model_share(cells: Cells, resampling: Resampling) -> Estimate:
+    parts, changes = _paired(cells)
+    found = sum_of_independent(parts, _WEIGHTS["model"])
+    # The sign of a feature's change is as likely either way; features of the smaller SAE weigh more.
+    weighted = np.concatenate([change[change != 0] / len(change) for change in changes])
+    seed, n = resampling.seed_for("crossed", "model"), resampling.n_permutations
+    p = sign_flip_many(weighted[None], alternative="two-sided", n_permutations=n, seed=seed)
+    return replace(found, p=float(p[0]) if len(weighted) else 1.0)
+
+
+def _rest_share(cells: Cells, resampling: Resampling) -> Estimate:
+    parts, changes = _paired(cells)
+    return _with_permutations(sum_of_independent(parts, _WEIGHTS["rest"]), changes, resampling, "rest")
+
+
+def _dictionary_share(cells: Cells, resampling: Resampling) -> Estimate:
+    values = [table[:, 0] for table in cells.tables("dictionary")]
+    found = sum_of_independent([bounded_mean(part) for part in values], _WEIGHTS["dictionary"])
+    return _with_permutations(found, values, resampling, "dictionary")
+
+
+def _both_share(cells: Cells, _: Resampling) -> Estimate:
+    a, b = cells.tables("both")
+    return newcombe_difference(int(a.sum()), len(a), int(b.sum()), len(b))
+
+
+def _paired(cells: Cells) -> tuple[list[Estimate], list[FloatArray]]:
+    pairs = [(before[:, 0], after[:, 0]) for before, after in zip(cells.on_control, cells.on_treatment, strict=True)]
+    return [paired_difference(*pair) for pair in pairs], [after - before for before, after in pairs]
+
+
+def _with_permutations(
+    found: Estimate, parts: Sequence[npt.NDArray[np.float64]], resampling: Resampling, name: str
+) -> Estimate:
+    seed = resampling.seed_for("crossed", name)
+    p = permutation_test(parts[0], parts[1], n_permutations=resampling.n_permutations, seed=seed)
+    return replace(found, p=p)
+
+
+_SHARES: Mapping[str, Callable[[Cells, Resampling], Estimate]] = {
+    "model": _model_share,
+    "dictionary": _dictionary_share,
+    "rest": _rest_share,
+    "both": _both_share,
+}

@@ -1,0 +1,126 @@
+"""The verdicts of a guard as JSON, JUnit XML and Markdown: all from one list, none with a number of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from saeffect.diffing.guard import MANY_NULLS, Verdict
+from saeffect.io import atomic_path, write_json
+from saeffect.lm.tokens import printable_text
+
+__all__ = ["COLUMNS", "cells", "false_alarms", "headline", "junit", "markdown", "plain", "write_verdicts"]
+
+COLUMNS = ("rule", "budget", "verdict", "measured", "p", "false alarms")
+_MARKS = {"kept": "✅", "broken": "❌", "unjudged": "❔", "reported": "ℹ️"}
+
+
+def headline(verdicts: Sequence[Verdict]) -> str:
+    """One sentence: kept or broken, and by what."""
+    broken = [verdict.rule for verdict in verdicts if verdict.status == "broken"]
+    unjudged = [verdict.rule for verdict in verdicts if verdict.status == "unjudged"]
+    n_judged = sum(verdict.status in ("kept", "broken") for verdict in verdicts)
+    said = f"Broken: {', '.join(broken)}." if broken else f"Kept: {n_judged} of {n_judged} rules."
+    return said + (f" Not judged: {', '.join(unjudged)}." if unjudged else "")
+
+
+def cells(verdict: Verdict) -> tuple[str, ...]:
+    """A verdict as the text of `COLUMNS`, with control characters escaped."""
+    is_group = verdict.rule.startswith("group ")
+    if not math.isfinite(verdict.value):
+        measured = "-"
+    else:
+        measured = f"× {verdict.value:.2f} ({verdict.score:+.1f} sd of nulls)" if is_group else f"{verdict.value:.3g}"
+    p = verdict.p_corrected if math.isfinite(verdict.p_corrected) else verdict.p
+    return tuple(
+        printable_text(text)
+        for text in (
+            verdict.rule,
+            verdict.allowed,
+            verdict.status,
+            measured,
+            f"{p:.2g}" if math.isfinite(p) else "-",
+            false_alarms(verdict),
+        )
+    )
+
+
+def false_alarms(verdict: Verdict) -> str:
+    """How often a fine-tune that taught nothing would break this rule: what is promised, and what the nulls did."""
+    if not verdict.nulls or verdict.status in ("unjudged", "reported"):
+        return "-" if verdict.nulls else "unknown: no nulls"
+    seen = f"{verdict.nulls_broken} of {verdict.nulls} nulls"
+    if math.isnan(verdict.level):
+        return seen
+    return f"at most {verdict.level:.3g}; {seen}"
+
+
+def markdown(verdicts: Sequence[Verdict], title: str) -> str:
+    """For a comment on a pull request."""
+    lines = [f"### {_escaped(title)}", "", f"**{_escaped(headline(verdicts))}**", ""]
+    lines += ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for verdict in verdicts:
+        lines.append(f"| {_MARKS[verdict.status]} | " + " | ".join(map(_escaped, cells(verdict))) + " |")
+    lines += ["", *(f"- {_escaped(f'{v.rule}: {v.reason}')}" for v in verdicts if v.reason), "", _note(verdicts)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _note(verdicts: Sequence[Verdict]) -> str:
+    nulls = max((verdict.nulls for verdict in verdicts if verdict.rule.startswith("group ")), default=0)
+    if not nulls:
+        return ""
+    how = (
+        f"p is Student's for one more value among {nulls} nulls, which assumes that scores are normal over nulls"
+        if nulls >= MANY_NULLS
+        else f"p is the rank among {nulls} nulls, so never below 1/{nulls + 1}"
+    )
+    return f"{how}; corrected for the number of rules for groups by Holm's method."
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown takes as it is."""
+    text = printable_text(text)
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in text)
+
+
+def plain(verdicts: Sequence[Verdict], title: str) -> dict[str, Any]:
+    """What verdicts.json holds; NaN becomes null."""
+    rows = [asdict(verdict) | {"false_alarms": false_alarms(verdict)} for verdict in verdicts]
+    return {"title": title, "headline": headline(verdicts), "verdicts": rows}
+
+
+def junit(verdicts: Sequence[Verdict], title: str) -> bytes:
+    """JUnit XML: a test case a rule, failed where it is broken, skipped where it was not judged or only reported."""
+    counts = {status: sum(v.status == status for v in verdicts) for status in ("broken", "unjudged", "reported")}
+    suite = ElementTree.Element(
+        "testsuite",
+        name=printable_text(title),
+        tests=str(len(verdicts)),
+        failures=str(counts["broken"]),
+        errors="0",
+        skipped=str(counts["unjudged"] + counts["reported"]),
+    )
+    for verdict in verdicts:
+        case = ElementTree.SubElement(suite, "testcase", classname="saeffect.guard", name=printable_text(verdict.rule))
+        said = "; ".join(f"{name}: {text}" for name, text in zip(COLUMNS[1:], cells(verdict)[1:], strict=True))
+        if verdict.status != "kept":
+            kind = "failure" if verdict.status == "broken" else "skipped"
+            ElementTree.SubElement(case, kind, message=printable_text(verdict.reason or said)).text = said
+        else:
+            ElementTree.SubElement(case, "system-out").text = said
+    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
+
+
+def write_verdicts(verdicts: Sequence[Verdict], folder: Path | str, title: str) -> tuple[Path, ...]:
+    """Write verdicts.json, verdicts.xml (JUnit) and verdicts.md, each atomically; `folder` is made if missing."""
+    folder = Path(folder)
+    paths = tuple(folder / f"verdicts.{end}" for end in ("json", "xml", "md"))
+    write_json(paths[0], plain(verdicts, title))
+    for path, content in zip(paths[1:], (junit(verdicts, title), markdown(verdicts, title).encode()), strict=True):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+    return paths

@@ -1,0 +1,390 @@
+"""Stage 6b, SAE × model crossed: each arm's SAE read and steered on both models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from saeffect.comparison import Resampling, Roles
+from saeffect.comparison.factorial import CROSSED, CROSSED_COLUMNS, WHOLE_SAE, factorial, no_factorial
+from saeffect.features.coherence import coherence
+from saeffect.features.embeddings import load_embeddings
+from saeffect.features.projection import project
+from saeffect.features.vocabulary import load_vocabulary
+from saeffect.io import read_json
+from saeffect.lm.activations import kept_positions
+from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import SILENT, Log
+from saeffect.sae.formats import load_sae
+from saeffect.sae.metrics import spliced_losses
+from saeffect.steering import (
+    RememberedVectors,
+    Site,
+    SteeringPlan,
+    direct_effects,
+    effects,
+    obstacles,
+    outcome_named,
+    run_trials,
+    score_texts,
+)
+from saeffect.steering.placebos import STEERED
+from saeffect.steering.trials import TRIAL_COLUMNS
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.coherence import embeddings_identity
+from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
+from saeffect.study.stages.steering_plan import encoder_identity, outcome_vectors, site_of, tested_features
+from saeffect.study.study import Arm, Study
+
+__all__ = ["cross_inputs", "help_cross", "null_effects", "run_cross"]
+
+VERSION = 1
+_TOKENS = 32_768  # of the study's text, on which activity is measured: features vary more than rows of text
+_STEERED = {"direct_effect", "steering"}
+
+
+def cross_inputs(run: RunFolder) -> dict[str, Any]:
+    study, config = run.study, run.study.config
+    arms = _arms(study)
+    files = ("features.parquet", "selection.parquet", "gate.json")
+    steered = _STEERED & set(config.comparison.crossed)
+    known = ("interventions.parquet", "direct_effects.parquet") if steered else ()
+    return {
+        "version": VERSION,
+        "asked": list(config.comparison.crossed),
+        "arms": {name: study.identities[name] for name in arms},
+        "tables": run.digest(*(run.arm(name, file) for name in arms for file in (*files, *known))),
+        "dose": run.digest(run.path("steering", "dose.json")) if steered else None,
+        "steering": config.steering.model_dump(mode="json") if steered and config.steering else None,
+        "encoder": encoder_identity(study) if steered else None,
+        "vocabulary": load_vocabulary(config.selection.vocabulary).sha256,
+        "features": features_settings(study),
+        "embeddings": embeddings_identity(study),
+        "text": [study.text_identity, config.gate.tokens],
+        "comparison": config.comparison.model_dump(include={"alpha", "n_permutations"}),
+        "seed": config.seed,
+    }
+
+
+def run_cross(run: RunFolder, log: Log) -> Iterable[Path]:
+    """Write `comparison/factorial.parquet` and `arms/*/crossed.parquet`, resuming cell by cell."""
+    study, asked = run.study, run.study.config.comparison.crossed
+    control, treatment = _arms(study)
+    path = run.path("comparison", "factorial.parquet")
+    if reason := _obstacle(study):
+        log(f"  nothing is crossed: {reason}")
+        return [run.write_table(path, no_factorial(asked, reason))]
+    found: dict[str, list[pd.DataFrame]] = {control: [], treatment: []}
+    crossing = _Crossing(run, log)
+    for sae, table in crossing.measured():
+        found[sae].append(table)
+    tables = {sae: pd.concat(parts, ignore_index=True) for sae, parts in found.items()}
+    config = study.config.comparison
+    resampling = Resampling(study.config.seed, config.n_boot, config.n_permutations)
+    roles, why = Roles(control, treatment, ()), crossing.unmeasured()
+    split = factorial(tables, roles, asked=asked, unmeasured=why, resampling=resampling)
+    written = [run.write_table(run.arm(sae, "crossed.parquet"), table) for sae, table in tables.items()]
+    return [*written, run.write_table(path, split)]
+
+
+def help_cross(run: RunFolder) -> None:
+    """The share of the other processes: generate the texts of their features, cell by cell."""
+    if not _obstacle(run.study):
+        _Crossing(run, SILENT).all_texts()
+
+
+def null_effects(run: RunFolder, lm: LanguageModel, log: Log = SILENT) -> dict[str, float]:
+    """By quantity, (c,n) − (c,c) of a further fine-tune n of the control's model: what `factorial` takes as `nulls`.
+
+    All but texts, as the cross stage measures it, which must have run.
+    """
+    study, (control, _) = run.study, _arms(run.study)
+    sae = load_sae(study.sae_folder(control), at=study.at("arms", control, "sae"))
+    cell = Arm(control, study.arm(control).role, lm, sae, study.hook(control))
+    parts = list(_Crossing(run, log).without_texts(cell, lm.name))
+    known = run.read_table(run.arm(control, "crossed.parquet"))
+    on_base = known[known["model"] == control].groupby("quantity")["value"].mean()
+    return {str(part["quantity"][0]): float(part["value"].mean() - on_base[part["quantity"][0]]) for part in parts}
+
+
+def _arms(study: Study) -> tuple[str, str]:
+    return study.by_role("control")[0], study.by_role("treatment")[0]
+
+
+def _obstacle(study: Study) -> str:
+    """Why the SAE of one arm cannot be put on the other's model; "" if it can."""
+    control, treatment = _arms(study)
+    widths = [study.sae_config(name).d_in for name in (control, treatment)]
+    if widths[0] != widths[1]:
+        return f"the models differ in width ({widths[0]} and {widths[1]}), so neither takes the other's SAE"
+    if treatment in study.differences:
+        return f"the models' tokenizers differ: the treatment's {study.differences[treatment].words()}"
+    return ""
+
+
+class _Crossing:
+    """Measures the cells; the control's model first, each with the control's SAE first."""
+
+    def __init__(self, run: RunFolder, log: Log) -> None:
+        self._run, self._log, self._study = run, log, run.study
+        self._asked = set(run.study.config.comparison.crossed)
+        self._arms = _arms(run.study)
+
+    def cells(self) -> Iterator[tuple[Arm, str]]:
+        """SAE and model of each cell: an arm with the name and SAE of one, the model of the other; and whose it is."""
+        for model in self._arms:
+            lm = self._study.open_arm(model, self._log).lm
+            for name in self._arms:
+                sae = load_sae(self._study.sae_folder(name), at=self._study.at("arms", name, "sae"))
+                yield Arm(name, self._study.arm(name).role, lm, sae, self._study.hook(name)), model
+
+    def measured(self) -> Iterator[tuple[str, pd.DataFrame]]:
+        """The rows of each cell, with the arm whose SAE it is; all but texts are kept by cell for a resumed run."""
+        texts = self.all_texts()
+        kept = self._run.kept("cross", cross_inputs(self._run))
+        done = {tuple(piece.loc[0, ["sae", "model"]]): piece for piece in kept.pieces(self._log)}
+        for cell, model in self.cells():
+            place = cell.name, model
+            rows = done.get(place)
+            if rows is None:
+                rows = pd.concat([_none(model), *self.without_texts(cell, model)], ignore_index=True)
+                rows = rows.assign(sae=cell.name)
+                kept.add(rows)
+            parts = [rows[rows["quantity"] != ""].drop(columns="sae")]
+            if place in texts:
+                parts += self._steered(cell, model, texts[place])
+            yield cell.name, pd.concat(parts, ignore_index=True)[list(CROSSED_COLUMNS)]
+
+    def all_texts(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """Trials by SAE and model, shared over processes: each makes this call and gets all; none if not asked for."""
+        if "steering" not in self._asked or self._dose is None:
+            return {}
+        cells = ((cell, model) for cell, model in self.cells() if len(self._chosen[cell.name]))
+        return {(cell.name, model): self._texts(cell, model) for cell, model in cells}
+
+    def _texts(self, cell: Arm, model: str) -> pd.DataFrame:
+        """Trials of a cell; those of the steer stage where dose and noise are the same."""
+        known = self._known(cell, model, "interventions")
+        if known is not None:
+            return known[list(TRIAL_COLUMNS)]
+        # Every process reads the same pieces, and takes its share of what is missing.
+        kept = self._run.kept(f"cross {cell.name} {model}", cross_inputs(self._run))
+        return run_trials(
+            self._site(cell),
+            self._chosen[cell.name],
+            self._plan,
+            vectors=self._vectors,
+            done=kept.read(self._log),
+            on_chunk=kept.add,
+            progress=partial(self._log.progress, f"steer {cell.name}'s SAE on {model}", unit="texts"),
+        )
+
+    @cached_property
+    def _chosen(self) -> dict[str, pd.DataFrame]:
+        """By arm, the features that the steer stage tests; all domain features where nothing is steered."""
+        config = self._study.config.steering
+        if config is not None:
+            return {name: tested_features(self._run, name, config.max_features) for name in self._arms}
+        found = {}
+        for name in self._arms:
+            selection = self._run.read_table(self._run.arm(name, "selection.parquet"))
+            features = self._run.read_table(self._run.arm(name, "features.parquet"))
+            of_domain = features["feature"].isin(selection.loc[selection["is_domain"], "feature"])
+            found[name] = features[of_domain].reset_index(drop=True)
+        return found
+
+    @cached_property
+    def _dose(self) -> float | None:
+        return chosen_dose(self._run)[0]
+
+    @cached_property
+    def _plan(self) -> SteeringPlan:
+        config, dose = self._study.steering, self._dose
+        assert dose is not None  # else nothing is steered
+        placebos = (config.primary_placebo,)
+        return SteeringPlan.from_section(config, seed=self._study.config.seed, doses=(dose,), placebos=placebos)
+
+    @cached_property
+    def _vectors(self) -> RememberedVectors:
+        return RememberedVectors(outcome_vectors(self._study))
+
+    def _norm(self, arm: str) -> float:
+        return float(read_json(self._run.arm(arm, "gate.json"))["mean_norm"])
+
+    def _site(self, cell: Arm) -> Site:
+        """Where a cell is steered: one unit of dose for all, the mean norm of the control's model."""
+        return replace(site_of(self._run, cell), mean_norm=self._norm(self._arms[0]))
+
+    def _known(self, cell: Arm, model: str, table: str) -> pd.DataFrame | None:
+        """What the steer stage measured of a cell, if it pushed as far."""
+        config = self._study.steering
+        in_norms = config.operator == "add" and config.unit == "residual_norm"
+        same = cell.name == model and config.primary_placebo in config.placebos
+        if not same or (in_norms and self._norm(model) != self._norm(self._arms[0])):
+            return None
+        return self._run.table_or_none(self._run.arm(model, f"{table}.parquet"))
+
+    def unmeasured(self) -> str:
+        """Why quantities of features were not measured; "" where they were."""
+        empty = [name for name, chosen in self._chosen.items() if chosen.empty]
+        if empty:
+            return f"{' and '.join(empty)}: no domain feature"
+        steered = _STEERED & self._asked
+        return chosen_dose(self._run)[1] if steered and self._dose is None else ""
+
+    def without_texts(self, cell: Arm, model: str) -> Iterator[pd.DataFrame]:
+        """The rows of a cell, all but those of texts."""
+        chosen = self._chosen[cell.name]
+        self._log(f"  {cell.name}'s SAE on the model of {model}")
+        if "direct_effect" in self._asked and len(chosen) and self._dose is not None:
+            direct = self._known(cell, model, "direct_effects")
+            if direct is None:
+                direct = direct_effects(self._site(cell), chosen, self._plan, progress=self._progress(cell, model))
+            yield _rows("direct_effect", model, self._beyond_placebo(direct, "delta_logprob"))
+        if self._asked & {"activity", "reconstruction"}:
+            yield from self._on_text(cell, model, chosen["feature"].tolist())
+        if "coherence" in self._asked and len(chosen):
+            yield self._coherence(cell, model, chosen["feature"].tolist())
+
+    def _progress(self, cell: Arm, model: str) -> Any:
+        return partial(self._log.progress, f"direct effects, {cell.name}'s SAE on {model}", unit="pushes")
+
+    def _beyond_placebo(self, trials: pd.DataFrame, column: str) -> pd.DataFrame:
+        """Steered minus placebo, mean over samples: one row a feature, one column a prompt."""
+        placebo, prompts = self._study.steering.primary_placebo, range(len(self._plan.prompts))
+        at_dose = trials[trials["dose"] == self._dose]
+        features = np.unique(at_dose["feature"].to_numpy(dtype=np.int64))
+        sides = []
+        for condition in (STEERED, placebo):
+            rows = at_dose[at_dose["condition"] == condition]
+            means = rows.groupby(["feature", "prompt"])[column].mean().unstack("prompt")
+            sides.append(means.reindex(index=features, columns=prompts))
+        return sides[0] - sides[1]
+
+    def _steered(self, cell: Arm, model: str, texts: pd.DataFrame) -> Iterator[pd.DataFrame]:
+        config, chosen, seed = self._study.steering, self._chosen[cell.name], self._study.config.seed
+        yield _rows("steering_effect", model, self._beyond_placebo(texts, "similarity"))
+        words = load_vocabulary(self._study.config.selection.vocabulary).words
+        scored = score_texts(texts, chosen, vectors=self._vectors, vocabulary=words, seed=seed)
+        direct = None
+        if outcome_named(config.outcomes[0]).direct:
+            direct = direct_effects(self._site(cell), chosen, self._plan)
+        tested = effects(
+            scored,
+            direct,
+            alpha=self._study.config.comparison.alpha,
+            seed=seed,
+            dose=self._dose,
+            placebo=config.primary_placebo,
+            outcome=outcome_named(config.outcomes[0]).under(config.operator),
+            obstacles=obstacles(self._site(cell), chosen, self._plan),
+        )
+        passed = tested["passed"].astype(np.float64).where(tested["p"].notna())
+        yield _rows("pass_rate", model, passed.set_axis(tested["feature"]), tested["reason"].tolist())
+
+    @torch.inference_mode()
+    def _coherence(self, cell: Arm, model: str, features: list[int]) -> pd.DataFrame:
+        """Coherence of the tokens that features promote through the model's unembedding."""
+        config = self._study.config.features
+        valid = ranked_tokens(self._study, cell.lm)
+        W_U = shared_unembedding(cell.lm)
+        found = project(cell.W_dec[features], W_U, config.top_k, config.projection, valid=valid)
+        names = cell.lm.token_strings()
+        tokens = [[names[i] for i in row] for row in found.indices.tolist()]
+        table = pd.DataFrame({"feature": features, "top_tokens": tokens, "top_weights": found.weights.tolist()})
+        scored = coherence(table, embeddings=load_embeddings(self._study.config.coherence.embeddings))
+        return _rows("coherence", model, scored.set_index("feature")["coherence"], scored["reason"].tolist())
+
+    @torch.inference_mode()
+    def _on_text(self, cell: Arm, model: str, features: list[int]) -> Iterator[pd.DataFrame]:
+        """Activity of features, and how well the SAE rebuilds, on the first rows of the study's text."""
+        rows, asked = self._study.rows(), self._asked
+        limit = cell.norm_limit(rows)
+        head = rows.head(max(1, self._study.config.gate.tokens // rows.context_size))
+        n_rows = min(len(rows), max(1, _TOKENS // rows.context_size)) if "activity" in asked else len(head)
+        activity: list[npt.NDArray[np.float64]] = []
+        sums = _RowSums()
+        for start, ids, x in self._study.residuals.batches(cell.lm, cell.hook, rows):
+            kept = kept_positions(x, limit)
+            acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
+            both = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
+            activity.append(both.numpy())
+            if "reconstruction" in asked and start < len(head):
+                sums.add(x[: len(head) - start].float(), cell.sae(x[: len(head) - start].float()), kept)
+            self._log.progress(f"{cell.name}'s SAE on {model}", start + len(ids), n_rows, "rows")
+            if start + len(ids) >= n_rows:
+                break
+        if "activity" in asked and features:
+            for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
+                yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
+        if "reconstruction" in asked:
+            losses = spliced_losses(cell.lm, cell.sae, cell.hook, head.ids, limit).by_row
+            saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
+            for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
+                yield _rows(name, model, pd.DataFrame(by_row[None], index=[WHOLE_SAE]))
+
+
+class _RowSums:
+    """Squared errors and squared distances from the mean, by row of text."""
+
+    def __init__(self) -> None:
+        self._errors: list[float] = []
+        self._squares: list[float] = []
+        self._totals: list[torch.Tensor] = []
+        self._counts: list[int] = []
+
+    def add(self, x: torch.Tensor, out: torch.Tensor, kept: torch.Tensor) -> None:
+        for row, rebuilt, counts in zip(x, out, kept[: len(x)], strict=True):
+            mine = row[counts].double()
+            self._errors.append(float((mine - rebuilt[counts].double()).square().sum()))
+            self._squares.append(float(mine.square().sum()))
+            self._totals.append(mine.sum(dim=0))
+            self._counts.append(len(mine))
+
+    def unexplained(self) -> npt.NDArray[np.float64]:
+        """Share of variance that is not explained, by row as `_by_row` gives it."""
+        totals, counts = torch.stack(self._totals), torch.tensor(self._counts, dtype=torch.float64)
+        mean = totals.sum(dim=0) / counts.sum()
+        about = torch.tensor(self._squares, dtype=torch.float64) - 2 * totals @ mean + counts * mean.square().sum()
+        return _by_row(np.asarray(self._errors), about.numpy())
+
+
+def _by_row(above: npt.NDArray[np.float64], below: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Values by row whose mean is the ratio of sums, and whose spread is that of the ratio (its linearisation)."""
+    if not below.sum():
+        return np.full(len(above), math.nan)
+    ratio = above.sum() / below.sum()
+    return np.asarray(ratio + (above - ratio * below) / below.mean())
+
+
+def _rows(
+    quantity: str, model: str, values: pd.DataFrame | pd.Series[Any], reasons: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Rows of `CROSSED_COLUMNS`, from one number a feature or one row of numbers a feature."""
+    if isinstance(values, pd.Series):
+        numbers, lists = values.to_numpy(dtype=np.float64), [[] for _ in range(len(values))]
+    else:
+        lists = values.to_numpy(dtype=np.float64).tolist()
+        known = values.notna().any(axis=1)
+        numbers = values.mean(axis=1).where(known).to_numpy(dtype=np.float64)
+    table = pd.DataFrame({"feature": values.index.astype("int64"), "model": model, "quantity": quantity})
+    table = table.assign(value=numbers, values=lists, unit=CROSSED[quantity].unit, reason="")
+    said = list(reasons) or ["not defined in this cell"] * len(table)
+    table["reason"] = [why if math.isnan(value) else "" for why, value in zip(said, numbers, strict=True)]
+    return table[list(CROSSED_COLUMNS)]
+
+
+def _none(model: str) -> pd.DataFrame:
+    """A row that says which model an otherwise empty cell is of."""
+    empty = {"feature": [WHOLE_SAE], "model": [model], "quantity": [""], "value": [math.nan], "values": [[]]}
+    return pd.DataFrame(empty | {"unit": [""], "reason": [""]})
