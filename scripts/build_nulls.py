@@ -2,8 +2,8 @@
 
     python scripts/build_nulls.py --medical medical.jsonl.gz --general general.jsonl.gz --work work/nulls
 
-The recipe is recipes/medical-lora.yaml but for its batch size. Two hours on two cores with bfloat16; stopped, it goes
-on where it was. Several processes may run it at once on one folder. What is finished when it ends is put into the
+The recipe is recipes/medical-lora.yaml but for the size of a step. An hour on two cores with bfloat16; stopped, it
+goes on where it was. Several processes may run it at once on one folder. What is finished when it ends is put into the
 package, so `--null` may grow from run to run.
 """
 
@@ -28,7 +28,7 @@ from saeffect.study.study import Study
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "src" / "saeffect" / "bundled" / "nulls" / "smollm2-medical"
 STUDY = "bundled:smollm2-medical"
-BATCH_SIZE = 2
+BATCH_SIZE, CONTEXT_SIZE = 2, 128
 
 
 def main() -> None:
@@ -38,12 +38,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "nulls", help="adapters and traces")
     parser.add_argument("--null", type=int, default=20, help="how many")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="rows a step; the recipe has 8")
+    parser.add_argument("--context-size", type=int, default=CONTEXT_SIZE, help="tokens a row; the recipe has 256")
     parser.add_argument("--install-only", action="store_true", help="put into the package what is finished")
     options = parser.parse_args()
     if not options.install_only:
         texts = {"text": str(options.medical.resolve()), "control_text": str(options.general.resolve())}
         values = yaml.safe_load((ROOT / "recipes" / "medical-lora.yaml").read_text(encoding="utf-8"))
-        config = FinetuneConfig.read(values | texts | {"batch_size": options.batch_size}, at="medical-lora.yaml")
+        sizes = {"batch_size": options.batch_size, "context_size": options.context_size}
+        config = FinetuneConfig.read(values | texts | sizes, at="medical-lora.yaml")
         log = Log(partial(print, flush=True))
         make_nulls(config, options.work, options.null, study=Study.open(STUDY), keep_adapters=True, log=log)
     install(options.work)
@@ -71,14 +73,14 @@ def _readme(card: dict[str, Any]) -> str:
     return f"""# {len(nulls)} null fine-tunes of the embedded pair
 
 What {len(nulls)} LoRA fine-tunes of SmolLM2-135M-Instruct changed that were taught nothing new: the recipe of the
-adapter `medical-lora` (rank {recipe["rank"]}, alpha {recipe["alpha"]:g}, {recipe["steps"]} steps, context
-{recipe["context_size"]}, peak learning rate {recipe["learning_rate"]:g}), each with another seed. Made by
-`scripts/build_nulls.py`.
+adapter `medical-lora` (rank {recipe["rank"]}, alpha {recipe["alpha"]:g}, {recipe["steps"]} steps, peak learning rate
+{recipe["learning_rate"]:g}), each with another seed. Made by `scripts/build_nulls.py`.
 
-**They differ from that adapter in one thing besides the text: {recipe["batch_size"]} rows a step instead of 8**
-({tokens:,} tokens in all instead of 266,240), for time. Odd ones read what the base model itself wrote after six stems
-without a subject (temperature 1, nothing cut off), even ones general text from the web that the adapter was not
-trained on.
+**They differ from that adapter in one thing besides the text: a step reads {recipe["batch_size"]} rows of
+{recipe["context_size"]} tokens instead of 8 of 256** ({tokens:,} in all instead of 266,240), for time.
+
+Odd ones read what the base model itself wrote after six stems without a subject (temperature 1, nothing cut off), even
+ones general text that the adapter was not trained on: film reviews, news, speeches, encyclopedia.
 
 Each file is a trace on the study's control SAE and the first rows of its text (`saeffect.diffing.trace.Trace`).
 Mean KL from the base model: {np.mean(kls):.3f} ({min(kls):.3f} to {max(kls):.3f}) nats a token.

@@ -132,7 +132,7 @@ class _ToyModel(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([_Block()])
-        self.embed = nn.Embedding(3, 3, _weight=torch.tensor(embedding))
+        self.embed = nn.Embedding(3, 3, _weight=torch.tensor(embedding, dtype=torch.float32))
         self.head = nn.Linear(3, 3, bias=False)
         self.head.weight.data = torch.eye(3)
         self.config = SimpleNamespace(model_type="toy", num_hidden_layers=1, max_position_embeddings=99)

@@ -371,6 +371,7 @@ def _rows(
     quantity: str, model: str, values: pd.DataFrame | pd.Series[Any], reasons: Sequence[str] = ()
 ) -> pd.DataFrame:
     """Rows of `CROSSED_COLUMNS`, from one number a feature or one row of numbers a feature."""
+    lists: list[list[float]]
     if isinstance(values, pd.Series):
         numbers, lists = values.to_numpy(dtype=np.float64), [[] for _ in range(len(values))]
     else:
