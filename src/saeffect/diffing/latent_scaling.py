@@ -310,6 +310,8 @@ def _kinds(table: pd.DataFrame, cuts: Cuts) -> pd.Series[Any]:
     nu, lean = (np.asarray(table[name], dtype=np.float64) for name in ("presence_nu", "lean"))
     with np.errstate(divide="ignore", invalid="ignore"):
         absent = np.where(lean > 0, nu, 1 / nu) <= cuts.absent
-    conditions = [np.isnan(lean), lean > cuts.tuned, lean < cuts.base]
-    names = ["", np.where(absent, KINDS[3], KINDS[1]), np.where(absent, KINDS[4], KINDS[2])]
-    return pd.Series(np.select(conditions, names, default=KINDS[0]), index=table.index, dtype="str")
+    found = np.full(lean.shape, KINDS[0], dtype=object)
+    for outside, some, alone in ((lean > cuts.tuned, KINDS[1], KINDS[3]), (lean < cuts.base, KINDS[2], KINDS[4])):
+        found[outside], found[outside & absent] = some, alone
+    found[np.isnan(lean)] = ""
+    return pd.Series(found, index=table.index, dtype="str")

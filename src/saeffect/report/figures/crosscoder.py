@@ -15,7 +15,7 @@ from saeffect.report.figures.style import DASHED, MUTED, clean_axes, new_figure
 __all__ = ["latent_scaling"]
 
 _CHANGED, _NULL = "#e69f00", "#b6c0ca"
-_BINS = np.linspace(-1.0, 1.0, 81)
+_BINS: list[float] = np.linspace(-1.0, 1.0, 81).tolist()
 
 
 def latent_scaling(table: pd.DataFrame, nulls: Sequence[pd.DataFrame], *, rate: float = 0.05) -> Figure:

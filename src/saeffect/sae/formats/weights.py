@@ -91,7 +91,7 @@ def sides_of(kind: type[SparseAutoencoder], name: str) -> dict[str, int]:
 
 def by_side(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as they are stored: a crosscoder's with one a model."""
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names = sides_of(kind, name)
         parts = tensor.chunk(len(names), dim=next(iter(names.values()))) if len(names) > 1 else (tensor,)

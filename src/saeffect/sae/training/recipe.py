@@ -168,7 +168,7 @@ def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
     starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
     words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
     bos = resolve_prepend_bos(recipe.bos, words)
-    lms = []
+    lms: list[LanguageModel] = []
     for key, config in configs.items():
         lm = replace(load_language_model(config, log=log, at=key), prepend_bos=bos)
         if lms:
