@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS
 from saeffect.diffing.put_back_shares import COLUMNS
 from synthetic_where import where_tables
 
@@ -71,7 +72,16 @@ def synthetic_changes(
 
 def first_screen() -> dict[str, pd.DataFrame]:
     """All tables that the report's first screen reads."""
-    return synthetic_changes() | where_tables() | {"put_back": _put_back()}
+    return synthetic_changes() | where_tables() | {"put_back": _put_back(), "factorial": _factorial()}
+
+
+def _factorial() -> pd.DataFrame:
+    known, rows = CROSSED["direct_effect"], []
+    for effect, value in zip(EFFECTS, (-0.8, 0.1, 0.0, -0.7), strict=False):
+        row: dict[str, Any] = dict.fromkeys(FACTORIAL_COLUMNS, NOTHING)
+        row |= {"quantity": "direct_effect", "label": known.label, "unit": known.unit, "effect": effect, "reason": ""}
+        rows.append(row | {"estimate": value, "low": value - 0.1, "high": value + 0.1, "n_nulls": 0})
+    return pd.DataFrame(rows)
 
 
 def _put_back() -> pd.DataFrame:

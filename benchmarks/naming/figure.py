@@ -15,7 +15,7 @@ from drawing import INK, PALETTE, drawn
 
 __all__ = ["draw"]
 
-_LEAST = 1e-6  # the axis ends there
+_LEAST = 1e-10  # the axis ends there
 
 
 def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -34,10 +34,10 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         left.bar(len(levels) - 0.2, false, 0.38, color=PALETTE[2])
         left.text(len(levels) - 0.2, false + 0.1, str(false), ha="center", color=INK)
         left.set_xticks(range(len(levels) + 1), [*(f"{level} %" for level in levels), f"{len(nulls)} nulls"])
-        left.set(ylim=(0, 9), ylabel="fine-tunes", title="Named, and rightly (nulls: named at all)")
+        left.set(ylim=(0, 11), ylabel="fine-tunes", title="Named, and rightly (nulls: named at all)")
         left.plot([], [], "s", color=PALETTE[2], label="saeffect")
-        left.plot([], [], "s", color=PALETTE[0], label="top tokens of the mean difference (always name something)")
-        left.legend(frameon=False, fontsize=7, loc="upper right")
+        left.plot([], [], "s", color=PALETTE[0], label="top tokens of the mean difference, which always name something")
+        left.legend(frameon=False, fontsize=7, loc="upper left", borderaxespad=0)
         for x, level in enumerate(levels):
             for i, row in enumerate(row for row in planted if row["percent"] == level):
                 p = max(_LEAST, row["p"]) if row["p"] is not None else 1.0

@@ -83,7 +83,8 @@ def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"logit_lens_{level}": sum(row["logit_lens_right"] for row in mine),
             }
     unseen = [row for row in planted if not row["tuned_on"]]
-    found |= {f"claimed_{level}_unseen": sum(r["right"] for r in unseen if r["percent"] == level) for level in LEVELS}
+    for level in {row["percent"] for row in unseen}:
+        found[f"claimed_{level}_unseen"] = sum(row["right"] for row in unseen if row["percent"] == level)
     return found | {
         "false_claims": sum(bool(row["claims"]) for row in nulls),
         "false_claims_unseen": sum(bool(row["claims"]) for row in nulls if not row["tuned_on"]),

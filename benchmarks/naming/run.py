@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         if len(row["claims"]) > 3:
             claims += f"; {len(row['claims']) - 3} more"
         mark = "" if row["null"] else (" ✓" if row["right"] else "")
-        own = "" if row["null"] else ("not found" if row["place"] is None else f"{row['place']}, {row['p']:.3f}")
+        own = "" if row["null"] else ("not found" if row["place"] is None else f"{row['place']}, {row['p']:.2g}")
         lens = ", ".join(row["logit_lens"][:4]).replace("|", "\\|") + (" ✓" if row["logit_lens_right"] else "")
         lines.append(f"| {row['name']} | {row['kl']:.3f} | {claims}{mark} | {own} | {lens} |")
     return "\n".join(lines) + "\n"

@@ -118,7 +118,7 @@ def test_tables_have_captions_and_scoped_headings(parsed: Page) -> None:
 def test_figures_have_their_words(parsed: Page, figures: tuple[DrawnFigure, ...]) -> None:
     labels = [a["aria-labelledby"] for tag, a in parsed.elements if tag == "svg" and a.get("role") == "img"]
     ids = {a.get("id") for _, a in parsed.elements}
-    assert len(labels) == len(figures) == 19
+    assert len(labels) == len(figures) == 20
     assert set(labels) <= ids
 
 

@@ -26,6 +26,7 @@ from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
 from saeffect.report.tables.study import field_label, same_in_every_arm
+from saeffect.report.words.factorial import factorial_sentences
 from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
@@ -94,6 +95,9 @@ def render_report(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
+        crossed=[said for said in factorial_sentences(comparison.matches.further["factorial"]).values() if said]
+        if "factorial" in comparison.matches.further
+        else [],
         learned=learned(comparison.matches.further, context.domain, alpha=context.alpha),
         paragraph=traced_paragraph(comparison.answer, _anchors(views)),
         evidence=words,
@@ -173,7 +177,7 @@ def _pictures(
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
     missing |= set() if "learned" in tables else {"learned"}
-    missing |= {"where", "written", "put_back"}  # what the study did not measure is not missed
+    missing |= {"where", "written", "put_back", "crossed"}  # what the study did not measure is not missed
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn

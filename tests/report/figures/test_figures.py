@@ -22,6 +22,7 @@ NAMES = (
     "where",
     "written",
     "put_back",
+    "crossed",
     "calibration",
     "effects_a",
     "effects_b",

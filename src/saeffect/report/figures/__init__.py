@@ -13,7 +13,7 @@ from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
 from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
-from saeffect.report.figures.learned import learned, where_changed, written_more
+from saeffect.report.figures.learned import crossed, learned, where_changed, written_more
 from saeffect.report.figures.matching import cross_activity, fates
 from saeffect.report.figures.put_back import put_back
 from saeffect.report.figures.steering import doses, forests
@@ -36,6 +36,7 @@ FIGURES = [
     ),
     FigureKind("written", "What it writes more often", written_more, "comparison/written_words.parquet"),
     FigureKind("put_back", "What the changed features cause", put_back, "comparison/put_back.parquet"),
+    FigureKind("crossed", "What the model does, and what the SAE does", crossed, "comparison/factorial.parquet"),
     FigureKind(
         "calibration",
         "False alarms beside findings",

@@ -8,9 +8,10 @@ from saeffect.comparison import Comparison
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures import where
+from saeffect.report.figures.factorial import factorial
 from saeffect.report.figures.style import INK, MUTED, ROLE_STYLES, Drawing, clean_axes, new_figure, safe_text
 
-__all__ = ["learned", "where_changed", "written_more"]
+__all__ = ["crossed", "learned", "where_changed", "written_more"]
 
 _SHOWN = 10
 
@@ -48,6 +49,14 @@ def learned(comparison: Comparison, _context: ReportContext) -> Drawing:
         f" {n} {'group lies' if n == 1 else 'groups lie'} beyond.",
         f"Scores of groups: {named}. Highest in nulls: {highest.max():.1f}.",
     )
+
+
+def crossed(comparison: Comparison, _context: ReportContext) -> Drawing:
+    """The study's `factorial`."""
+    table = comparison.matches.further.get("factorial")
+    if table is None or table.empty:
+        raise Undefined("no SAE was read on both models.")
+    return factorial(table)
 
 
 def where_changed(comparison: Comparison, context: ReportContext) -> Drawing:

@@ -42,6 +42,7 @@ _WHERE = (
     *("written_words", "openings"),
 )
 CHANGE_TABLES = (*_NAMED, *_WHERE)
+"""What this stage writes; the report reads these, and those of `put_back` and `cross`."""
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 

@@ -10,7 +10,6 @@ import pandas as pd
 
 from saeffect.comparison import ArmFacts, ArmTables, Comparison, compare
 from saeffect.config import ComparisonConfig
-from saeffect.diffing.methods import table_names
 from saeffect.features.coherence import unique_coverage
 from saeffect.features.embeddings import load_embeddings
 from saeffect.io import read_json, write_json
@@ -18,10 +17,9 @@ from saeffect.progress import SILENT, Log
 from saeffect.report import with_answer
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
-from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.dose_search import chosen_dose
-from saeffect.study.stages.match import read_matches
+from saeffect.study.stages.match import matched_tables, read_matches
 from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]
@@ -44,9 +42,7 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
         "tables": run.digest(
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
-        "matches": run.digest(
-            *(run.path("comparison", f"{name}.parquet") for name in (*table_names(), *CHANGE_TABLES, "put_back"))
-        ),
+        "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in matched_tables())),
         "verdicts": config.selection.verdicts is not None,
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),

@@ -25,7 +25,7 @@ from saeffect.study.stages.changes import CHANGE_TABLES
 from saeffect.study.stages.seeds import SeedSae, open_seeds, seed_identities
 from saeffect.study.study import Arm, Study
 
-__all__ = ["match_inputs", "read_matches", "run_match"]
+__all__ = ["match_inputs", "matched_tables", "read_matches", "run_match"]
 
 VERSION = 3
 BoolArray = npt.NDArray[np.bool_]
@@ -55,10 +55,14 @@ def run_match(run: RunFolder, log: Log) -> Iterable[Path]:
     return [run.write_table(run.path("comparison", f"{name}.parquet"), found[name]) for name in made]
 
 
+def matched_tables() -> tuple[str, ...]:
+    """Names of all tables that tell how the models differ, of this stage, "changes", "put back" and "cross"."""
+    return (*table_names(), *CHANGE_TABLES, "put_back", "factorial")
+
+
 def read_matches(run: RunFolder) -> MatchTables:
     """Read the tables of this stage and of "changes"; a missing one has no columns."""
-    names = (*table_names(), *CHANGE_TABLES, "put_back")
-    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in names}
+    read = {name: run.table_or_none(run.path("comparison", f"{name}.parquet")) for name in matched_tables()}
     tables = {name: table for name, table in read.items() if table is not None}
     known = {name: tables.pop(name) for name in MatchTables.names() if name in tables}
     return MatchTables(**known, further=tables)
