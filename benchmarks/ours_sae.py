@@ -99,7 +99,7 @@ class Saeffect:
 
         of_architecture = {"architecture": "standard", "l1_coefficient": spec.l1}
         if spec.k is not None:
-            of_architecture = {"architecture": "topk", "k": spec.k}
+            of_architecture = {"architecture": spec.options.get("architecture", "topk"), "k": spec.k}
         self._config = SaeTrainingConfig(
             **of_architecture,
             d_sae=spec.d_sae,

@@ -7,6 +7,7 @@ lets it pull batches from the feed. Settings that are the same for all: learning
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,45 @@ def dictionary_learning(spec: Spec, feed: Feed) -> None:
         trainer.update(step, x)
 
 
+def crosscoder(spec: Spec, feed: Feed) -> None:
+    """`trainer.update(step, activations)` of BatchTopKCrossCoderTrainer, in a fork of dictionary-learning.
+
+    Options:
+        checkout: Folder of the fork.
+    """
+    sys.path.insert(0, spec.options["checkout"])
+    from dictionary_learning.trainers.crosscoder import BatchTopKCrossCoderTrainer
+
+    d_model = spec.d_in // 2
+    trainer: Any = BatchTopKCrossCoderTrainer(
+        steps=FOREVER,
+        activation_dim=d_model,
+        dict_size=spec.d_sae,
+        k=spec.k,
+        layer=0,
+        lm_name="none",
+        lr=spec.lr,
+        warmup_steps=0,
+        device="cpu",
+    )
+    ae = trainer.ae
+    with torch.no_grad():
+        ae.encoder.weight.copy_(spec.start["W_enc"].view(2, d_model, spec.d_sae))
+        ae.encoder.bias.copy_(spec.start["b_enc"])
+        ae.decoder.weight.copy_(spec.start["W_dec"].view(spec.d_sae, 2, d_model).transpose(0, 1))
+        ae.decoder.bias.copy_(spec.start["b_dec"].view(2, d_model))
+    spec.start.clear()
+
+    def weights() -> Weights:
+        W_dec = ae.decoder.weight.transpose(0, 1).reshape(spec.d_sae, -1)
+        return Weights(ae.encoder.weight.reshape(-1, spec.d_sae), ae.encoder.bias, W_dec, ae.decoder.bias.flatten())
+
+    feed.ready(weights)
+    # From step 1: at step 0 the trainer would replace the shared start's bias by a median of the batch.
+    for step, x in enumerate(feed, start=1):
+        trainer.update(step, x.view(len(x), 2, d_model))
+
+
 def sparsify(spec: Spec, feed: Feed) -> None:
     """`Trainer.fit()` on a model whose only layer hands out the batch instead of computing it.
 
@@ -218,4 +258,5 @@ RUNNERS: dict[str, Callable[[Spec, Feed], None]] = {
     "sae_lens": sae_lens,
     "dictionary_learning": dictionary_learning,
     "sparsify": sparsify,
+    "crosscoder": crosscoder,
 }

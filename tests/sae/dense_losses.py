@@ -30,6 +30,9 @@ class Dense:
 
     @property
     def norm(self) -> Tensor:
+        if self.config.architecture.startswith("crosscoder"):  # the sum of the lengths in both models
+            base, tuned = self.p["W_dec"].chunk(2, dim=1)
+            return base.square().sum(1).sqrt() + tuned.square().sum(1).sqrt()
         return self.p["W_dec"].square().sum(1).sqrt()
 
     @property
@@ -62,7 +65,8 @@ def standard(d: Dense) -> Answer:
 def _largest(d: Dense, batches: int) -> Answer:
     """The k largest a token (`batches` = n) or k a token on average over the whole batch (`batches` = 1)."""
     hidden_pre = d.product + d.p["b_enc"]
-    ranked = (hidden_pre * d.norm if d.config.rescale_acts_by_decoder_norm else hidden_pre).detach()
+    by_norm = d.config.rescale_acts_by_decoder_norm or d.config.architecture == "crosscoder"
+    ranked = (hidden_pre * d.norm if by_norm else hidden_pre).detach()
     rows = ranked.reshape(batches, -1)
     lowest = rows.sort(dim=1, descending=True).values[:, d.config.k * len(d.x) // batches - 1]
     acts = hidden_pre * ((rows >= lowest[:, None]).view_as(ranked) & (ranked > 0))
@@ -134,4 +138,7 @@ LOSSES: dict[str, Callable[[Dense], Answer]] = {
     "jumprelu": jumprelu,
     "gated": gated,
     "matryoshka": matryoshka,
+    "crosscoder_jumprelu": jumprelu,
+    "crosscoder": batchtopk,
+    "crosscoder_l1": standard,
 }

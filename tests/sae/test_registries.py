@@ -63,7 +63,7 @@ def test_new_architecture_is_configured_trained_logged_and_loaded(squares: type[
     assert type(loaded) is squares and torch.equal(loaded(x), trained(x))
     last = read_metrics(tmp_path / "sae")[-1]
     assert last["l2"] > 0 and last["loss"] == pytest.approx(last["mse"] + last["l2"])
-    assert "Only for standard, gated, squared." in recipe_keys()
+    assert "Only for standard, gated, crosscoder_l1, squared." in recipe_keys()
     warm = SaeTrainingConfig(architecture="standard", d_sae=32, batch_size=64, steps=1, init_from=str(tmp_path / "sae"))
     train_one(store, warm, tmp_path / "warm", metadata={})
 

@@ -268,10 +268,18 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("values", "kind", "part"),
     [
-        ({"architecture": "temporal"}, UnknownName, "'temporal'; valid: gated, jumprelu, standard, topk"),
-        ({"architecture": "transcoder"}, UnknownName, "valid: gated, jumprelu, standard, topk"),
-        ({"architecture": "matching_pursuit"}, UnknownName, "valid: gated, jumprelu, standard, topk"),
-        ({"architecture": ["topk"]}, UnknownName, "valid: gated"),
+        (
+            {"architecture": "temporal"},
+            UnknownName,
+            "'temporal'; valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu",
+        ),
+        ({"architecture": "transcoder"}, UnknownName, "valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu"),
+        (
+            {"architecture": "matching_pursuit"},
+            UnknownName,
+            "valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu",
+        ),
+        ({"architecture": ["topk"]}, UnknownName, "valid: crosscoder"),
         ({"architecture": "gated"}, BadFile, "has no b_gate; it has: W_dec"),
         ({"normalize_activations": "covariance_whitening"}, IncompatibleSae, "covariance_whitening"),
         ({"architecture": None}, UnknownName, "there is no SAE architecture"),

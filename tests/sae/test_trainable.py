@@ -12,6 +12,7 @@ from torch import Tensor
 from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.batchtopk import BatchTopKSae
+from saeffect.sae.crosscoder import CrosscoderSae, JumpReluCrosscoderSae, L1CrosscoderSae
 from saeffect.sae.encoder import Encoder
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.jumprelu import JumpReluSae
@@ -25,22 +26,30 @@ from saeffect.sae.training.log import loss_parts
 from .dense_losses import LOSSES, Answer, Dense
 
 KINDS: dict[str, type[TrainableSae]] = {
-    kind.architecture: kind for kind in (StandardSae, TopKSae, BatchTopKSae, JumpReluSae, GatedSae, MatryoshkaSae)
+    kind.architecture: kind
+    for kind in (
+        *(StandardSae, TopKSae, JumpReluSae, BatchTopKSae, GatedSae, MatryoshkaSae),
+        *(JumpReluCrosscoderSae, CrosscoderSae, L1CrosscoderSae),
+    )
 }
 D_IN, D_SAE, N, K = 12, 53, 29, 4  # nothing divides by 8, nor by the chunk
 X = torch.randn(N, D_IN, generator=torch.Generator().manual_seed(9)) + 0.4
 NONE = torch.zeros(0, dtype=torch.int64)
 FEW, MANY = torch.tensor([5, 30]), torch.arange(2, 52, 3)
 COEFFICIENT = 0.3
-OVER_THE_BATCH = ("batchtopk", "matryoshka")  # what they keep of a token depends on the others
+OVER_THE_BATCH = ("batchtopk", "matryoshka", "crosscoder")  # what they keep of a token depends on the others
 
 of_all = pytest.mark.parametrize("architecture", KINDS)
 
 
 def _config(architecture: str, **options: Any) -> SaeTrainingConfig:
     settings: dict[str, Any] = {"topk": {"k": K, "auxiliary_k": 6, "auxiliary_weight": 0.7}}
-    settings["batchtopk"] = settings["matryoshka"] = settings["topk"]
-    settings["jumprelu"] = {"bandwidth": 0.4, "threshold_at_start": 0.2, "pre_act_coefficient": 0.6}
+    settings["batchtopk"] = settings["matryoshka"] = settings["crosscoder"] = settings["topk"]
+    settings["jumprelu"] = settings["crosscoder_jumprelu"] = {
+        "bandwidth": 0.4,
+        "threshold_at_start": 0.2,
+        "pre_act_coefficient": 0.6,
+    }
     return SaeTrainingConfig(architecture=architecture, d_sae=D_SAE, **settings.get(architecture, {}) | options)  # type: ignore[arg-type]
 
 
@@ -106,8 +115,9 @@ def _assert_is(result: StepResult, sae: TrainableSae, expected: tuple[Answer, di
 
 CASES = [(architecture, {}) for architecture in KINDS] + [
     *((architecture, {"apply_b_dec_to_input": False}) for architecture in KINDS),
-    *((architecture, {"rescale_acts_by_decoder_norm": True}) for architecture in ("topk", *OVER_THE_BATCH)),
+    *((architecture, {"rescale_acts_by_decoder_norm": True}) for architecture in ("topk", "batchtopk", "matryoshka")),
     ("jumprelu", {"l0_kind": "tanh"}),
+    ("crosscoder_jumprelu", {"l0_kind": "tanh"}),
     ("jumprelu", {"bandwidth": 5.0}),  # all thresholds' kernels reach below zero
     ("matryoshka", {"matryoshka_widths": (1, 30, 31, D_SAE)}),
 ]
@@ -135,7 +145,7 @@ def test_losses_and_gradients_are_autograds(
     assert set(loss_parts(result.losses)) == set(result.losses)
     assert not set(result.losses) & {"loss", "l0", "explained_variance", "dead", "gradient_norm", "learning_rate"}
     assert ("auxiliary" in result.losses) == (config.has_k and len(dead) > 0)
-    assert ("pre_act" in result.losses) == (architecture == "jumprelu" and len(dead) > 0)
+    assert ("pre_act" in result.losses) == (architecture.endswith("jumprelu") and len(dead) > 0)
 
 
 @of_all

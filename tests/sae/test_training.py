@@ -131,6 +131,7 @@ def test_planted_features_are_found(planted: tuple[ActivationStore, Tensor], tmp
         "gated": {"l1_coefficient": 1.0},
         "jumprelu": {"l0_coefficient": 0.3, "bandwidth": 0.5, "threshold_at_start": 0.3},
     }
+    own |= {f"crosscoder_{end}": own[name] for end, name in (("l1", "standard"), ("jumprelu", "jumprelu"))}
     of_k = {"k": 2, "dead_after": 5_000, "auxiliary_k": 8, "epochs": 4}
     config = SaeTrainingConfig(
         architecture=architecture,
@@ -466,7 +467,7 @@ def test_an_unknown_architecture_is_named_beside_the_valid_ones(complains: Calla
         ({"k": 0}, "Got 0."),
         ({"learning_rate": 0}, "Got 0."),
         ({"architecture": "standard", "l1_coefficient": -1}, "Got -1."),
-        ({"architecture": "standard", "k": 4}, "k is a setting of topk, batchtopk, matryoshka"),
+        ({"architecture": "standard", "k": 4}, "k is a setting of topk, batchtopk, matryoshka, crosscoder"),
     ],
 )
 def test_bad_recipes(complains: Callable[..., Any], values: dict[str, Any], part: str) -> None:

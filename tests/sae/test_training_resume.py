@@ -46,6 +46,7 @@ STANDARD = SMALL | {
     "penalty_warmup_share": 0.2,
 }
 TOPK = SMALL | {"architecture": "topk", "k": 2, "dead_after": 600, "auxiliary_k": 8}
+CROSSCODER = SMALL | {"architecture": "crosscoder", "k": 2, "dead_after": 600, "auxiliary_k": 8}
 BATCHTOPK = SMALL | {"architecture": "batchtopk", "k": 2, "dead_after": 600, "auxiliary_k": 8}
 
 
@@ -82,7 +83,7 @@ def _kill_after(spec: Spec, n_lines: int, delay: float) -> bool:
     return running.process.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("config", [STANDARD, BATCHTOPK], ids=lambda c: c["architecture"])
+@pytest.mark.parametrize("config", [STANDARD, BATCHTOPK, CROSSCODER], ids=lambda c: c["architecture"])
 def test_killed_at_random_moments(
     store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path, config: dict[str, Any]
 ) -> None:

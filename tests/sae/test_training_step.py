@@ -17,7 +17,7 @@ D_IN = 8
 
 def _trainer(total: int = 100, **settings: Any) -> TrainingStep:
     settings = {"architecture": "standard", "d_sae": 12, "learning_rate": 1e-3} | settings
-    if settings["architecture"] in ("topk", "batchtopk", "matryoshka"):
+    if settings["architecture"] in ("topk", "batchtopk", "matryoshka", "crosscoder"):
         settings |= {"k": 3, "auxiliary_k": 4, "dead_after": 80}
     config = SaeTrainingConfig(**settings)
     sae = new_sae(config, D_IN)

@@ -264,6 +264,14 @@ class StreamedActivations(ActivationSource):
     def d_in(self) -> int:
         return self.lm.d_model
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+    def run(self, ids: NDArray[np.int32]) -> Tensor:
+        """Kept activations of rows `[n_rows, context_size]`, one pass, in text order, `[n, d_in]` of `dtype`."""
+        return run_pass(self.lm, self.hook, ids, self.limit)[0]
+
     def identity(self) -> str:
         lm = self.lm
         return fingerprint([lm.name, lm.identity, self.hook, str(lm.dtype), self.text.identity(), self.pool_rows])
@@ -317,15 +325,12 @@ class StreamedActivations(ActivationSource):
         rank, world = rank_and_world()
         starts = range(0, len(ids), self.rows_a_pass)
         with fused(self.lm):
-            mine = [
-                run_pass(self.lm, self.hook, ids[start : start + self.rows_a_pass], self.limit)[0]
-                for start in starts[rank::world]
-            ]
+            mine = [self.run(ids[start : start + self.rows_a_pass]) for start in starts[rank::world]]
         if world == 1:
             return torch.cat(mine)
         device = device_of_process()
         lengths = gathered(torch.tensor([len(x) for x in mine], dtype=torch.int64, device=device)).tolist()
-        nothing = torch.empty(0, self.d_in, dtype=self.lm.dtype)
+        nothing = torch.empty(0, self.d_in, dtype=self.dtype)
         together = gathered(torch.cat([nothing, *mine]).to(device)).cpu()
         numbers = [number for other in range(world) for number in range(len(starts))[other::world]]
         parts = dict(zip(numbers, together.split(lengths), strict=True))

@@ -6,7 +6,8 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,12 +38,14 @@ from saeffect.progress import SILENT, Log
 
 __all__ = [
     "ActivationStore",
+    "ShardSource",
     "check_disk_space",
     "harvest",
     "harvest_bytes",
     "harvest_made_by",
     "read_shard",
     "shard_name",
+    "shard_places",
 ]
 
 _NOTE, _SHARDS = "harvest.json", "shard-*.safetensors"
@@ -155,8 +158,58 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return read_tensors(path, "this shard", fix=_MAKE_AGAIN)[0]
 
 
+def shard_places(path: Path) -> Tensor:
+    """Where in the text a shard's tokens are, one number each, int64 `[n]`, rising. BadFile: damaged."""
+    with open_tensors(path, "this shard", fix=_MAKE_AGAIN) as tensors:
+        row, position = (tensors.get_tensor(name).long() for name in ("row", "position"))
+    return row * 2**32 + position
+
+
+class ShardSource(ActivationSource):
+    """Activations in shards, of which each is small enough for memory."""
+
+    @abstractmethod
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each shard."""
+
+    @abstractmethod
+    def shard(self, index: int) -> Tensor:
+        """The activations of a shard in text order, `[n, d_in]` of any float dtype; BadFile if it is damaged."""
+
+    def sample(self, n_tokens: int) -> Tensor:
+        found: list[Tensor] = []
+        for index in range(len(self.lengths())):
+            found.append(self.shard(index).float())
+            if sum(map(len, found)) >= n_tokens:
+                break
+        return torch.cat(found)[:n_tokens]
+
+    def n_batches(self, batch_size: int) -> int:
+        return sum(self.lengths()) // batch_size
+
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
+    ) -> Iterator[Tensor]:
+        """See `ActivationSource`; BadFile for a damaged shard.
+
+        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
+        """
+        lengths = self.lengths()
+        visits = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
+        skip = start * batch_size
+        makers: list[Callable[[], Pool]] = []
+        for number, first in enumerate(range(0, len(visits), pool_shards)):
+            members = visits[first : first + pool_shards]
+            tokens = sum(lengths[i] for i in members)
+            if not makers and skip >= tokens:  # not even read
+                skip -= tokens
+            else:
+                makers.append(partial(_pool, self.shard, members, tokens, (seed, epoch, number)))
+        yield from cut_batches(read_ahead(makers), batch_size, skip=skip)
+
+
 @dataclass(frozen=True)
-class ActivationStore(ActivationSource):
+class ActivationStore(ShardSource):
     """A folder of shards, read as shuffled batches. `note`: contents of its harvest.json."""
 
     folder: Path
@@ -198,37 +251,11 @@ class ActivationStore(ActivationSource):
     def identity(self) -> str:
         return fingerprint(self.note["made_by"])
 
-    def sample(self, n_tokens: int) -> Tensor:
-        found: list[Tensor] = []
-        for shard in self.shards():
-            found.append(read_shard(shard)["activations"].float())
-            if sum(map(len, found)) >= n_tokens:
-                break
-        return torch.cat(found)[:n_tokens]
+    def lengths(self) -> Sequence[int]:
+        return [_shape(shard)[0] for shard in self.shards()]
 
-    def n_batches(self, batch_size: int) -> int:
-        return sum(_shape(shard)[0] for shard in self.shards()) // batch_size
-
-    def batches(
-        self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
-    ) -> Iterator[Tensor]:
-        """See `ActivationSource`; BadFile for a damaged shard.
-
-        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
-        """
-        shards = self.shards()
-        lengths = [_shape(shard)[0] for shard in shards]
-        visits = np.random.default_rng([seed, epoch]).permutation(len(shards)).tolist()
-        skip = start * batch_size
-        makers: list[Callable[[], Pool]] = []
-        for number, first in enumerate(range(0, len(visits), pool_shards)):
-            members = visits[first : first + pool_shards]
-            tokens = sum(lengths[i] for i in members)
-            if not makers and skip >= tokens:  # not even read
-                skip -= tokens
-            else:
-                makers.append(partial(_pool, [shards[i] for i in members], tokens, (seed, epoch, number)))
-        yield from cut_batches(read_ahead(makers), batch_size, skip=skip)
+    def shard(self, index: int) -> Tensor:
+        return read_shard(self.shards()[index])["activations"]
 
 
 def _begin(
@@ -301,13 +328,13 @@ def _shape(path: Path) -> tuple[int, ...]:
         return tuple(tensors.get_slice("activations").get_shape())
 
 
-def _pool(shards: list[Path], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
+def _pool(read: Callable[[int], Tensor], members: Sequence[int], n_tokens: int, seeds: tuple[int, ...]) -> Pool:
     """A pool of shards, copied one by one: joined at once they would take twice the memory."""
-    part = read_shard(shards[0])["activations"]
+    part = read(members[0])
     joined = torch.empty(n_tokens, part.shape[1], dtype=part.dtype)
     at = 0
-    for shard in shards:
-        part = read_shard(shard)["activations"]
+    for index in members:
+        part = read(index)
         joined[at : at + len(part)] = part
         at += len(part)
     return shuffled(joined, *seeds)

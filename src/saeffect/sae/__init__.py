@@ -13,12 +13,16 @@ from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.batchtopk import BatchTopKSae
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.matryoshka import MatryoshkaSae
+from saeffect.sae.crosscoder import CrosscoderSae, JumpReluCrosscoderSae, L1CrosscoderSae
 
 __all__ = [
     "ARCHITECTURES",
     "BatchTopKSae",
+    "CrosscoderSae",
     "GatedSae",
+    "JumpReluCrosscoderSae",
     "JumpReluSae",
+    "L1CrosscoderSae",
     "MatryoshkaSae",
     "SaeConfig",
     "SparseAutoencoder",

@@ -83,6 +83,7 @@ class SparseAutoencoder(nn.Module, ABC):
         loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
             the rest of the name follows the label.
         vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
+        sides: Names of the models whose activations lie side by side in its input; none for a single model.
         W_enc: float32 `[d_in, d_sae]`.
         b_enc: One of the vectors, in most architectures.
         W_dec: float32 `[d_sae, d_in]`.
@@ -99,6 +100,7 @@ class SparseAutoencoder(nn.Module, ABC):
     unit_rows: ClassVar[bool] = False
     loss_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
     vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
+    sides: ClassVar[tuple[str, ...]] = ()
     W_enc: nn.Parameter
     b_enc: nn.Parameter
     W_dec: nn.Parameter
@@ -140,13 +142,18 @@ class SparseAutoencoder(nn.Module, ABC):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction `[..., d_in]` of normalised inputs from feature activations `[..., d_sae]`."""
         if self.cfg.rescale_acts_by_decoder_norm:
-            feature_acts = feature_acts / self.W_dec.norm(dim=-1)
+            feature_acts = feature_acts / self.row_norms(self.W_dec)
         return feature_acts @ self.W_dec + self.b_dec
 
     def directions(self, features: Tensor) -> Tensor:
         """What a unit of each feature (int64) adds to normalised reconstructions, float32 `[*features.shape, d_in]`."""
         rows = self.W_dec[features]
-        return rows / rows.norm(dim=-1, keepdim=True) if self.cfg.rescale_acts_by_decoder_norm else rows
+        return rows / self.row_norms(rows)[..., None] if self.cfg.rescale_acts_by_decoder_norm else rows
+
+    @staticmethod
+    def row_norms(rows: Tensor) -> Tensor:
+        """How long decoder rows `[..., d_in]` are, `[...]`, wherever penalties or ranks weigh activations by it."""
+        return rows.norm(dim=-1)
 
     def output_scale(self, x: Tensor) -> Tensor | float:
         """The factor of normalised reconstructions of `x` in the output, `[..., 1]`, or 1."""

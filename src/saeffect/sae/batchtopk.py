@@ -42,7 +42,7 @@ class BatchTopKSae(TopKSae):
     def activation(self, hidden_pre: Tensor) -> Tensor:
         assert self.cfg.k is not None
         if self.cfg.rescale_acts_by_decoder_norm:
-            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+            hidden_pre = hidden_pre * self.row_norms(self.W_dec)
         flat = hidden_pre.flatten()
         values, indices = flat.topk(self.cfg.k * (flat.numel() // self.cfg.d_sae), sorted=False)
         return torch.zeros_like(flat).scatter(0, indices, values.relu()).view(hidden_pre.shape)
@@ -54,7 +54,7 @@ class BatchTopKSae(TopKSae):
         Source: Bussmann et al. (2024), BatchTopK Sparse Autoencoders; SAELens' BatchTopKTrainingSAE.
         """
         centred = self.centred(x)
-        weight = self.W_dec.data.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else None
+        weight = self.row_norms(self.W_dec.data) if self.cfg.rescale_acts_by_decoder_norm else None
         entries = self._kept(centred, step, weight)
         losses, sae_out = self.reconstruct(entries, x, centred, step)
         if len(step.dead) and step.config.auxiliary_weight:
@@ -108,7 +108,7 @@ class BatchTopKSae(TopKSae):
     def set_start(self, start: Start) -> None:
         super().set_start(start)
         # Of activations, or of those times decoder norms, by which features are ranked.
-        rank_by = self.W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else torch.ones_like(self.b_enc)
+        rank_by = self.row_norms(self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else torch.ones_like(self.b_enc)
         threshold = torch.zeros(1) if start.threshold is None else start.threshold * rank_by
         self.topk_threshold.copy_(threshold.median())
 

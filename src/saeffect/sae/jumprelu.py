@@ -73,7 +73,7 @@ class JumpReluSae(TrainableSae):
             l0, d_norm = on.sum() * d_step, None
         through_jump = threshold * entries.feature_sums(d_acts * near) + d_step * entries.feature_sums(near.float())
         self.gradient("threshold").copy_(through_jump / -step.config.bandwidth)
-        pull = None if d_norm is None else self.pull_on_norms(d_norm, W_dec.norm(dim=1))
+        pull = None if d_norm is None else self.pull_on_norms(d_norm, self.row_norms(W_dec))
         self.backward(entries, d_acts.mul_(on), d_out, centred, pull)
         losses = {"mse": mse, "l0_penalty": l0}
         if len(step.dead) and step.config.pre_act_coefficient is not None:
@@ -100,7 +100,7 @@ class JumpReluSae(TrainableSae):
     def _smooth_count(self, entries: Entries, d_acts: Tensor, step: StepInputs) -> tuple[Tensor, Tensor]:
         """Σ tanh(4 · feature_acts · ‖W_dec‖), weighted; its gradient by the decoder's norms. Adds to `d_acts`."""
         weight = step.coefficient / step.n_tokens
-        norm = entries.per_feature(self.W_dec.data.norm(dim=1))
+        norm = entries.per_feature(self.row_norms(self.W_dec.data))
         count = (entries.values * norm).mul_(_TANH_SCALE).tanh_()
         slope = (1.0 - count.square()).mul_(_TANH_SCALE * weight)
         d_acts.addcmul_(slope, norm.expand_as(slope))
@@ -110,7 +110,7 @@ class JumpReluSae(TrainableSae):
         """How far dead features stay under their thresholds, times their decoders' norms; adds its gradients."""
         dead, weight = step.dead, coefficient / step.n_tokens
         rows, decoder, threshold = self.W_rows[dead], self.W_dec.data[dead], self.threshold.data[dead]
-        norm = decoder.norm(dim=1)
+        norm = self.row_norms(decoder)
         missing = (threshold - torch.addmm(self.b_enc.data[dead], centred, rows.T)).relu_()
         total = missing.sum(0) * weight
         d_hidden = (missing > 0) * (norm * -weight)
@@ -118,7 +118,9 @@ class JumpReluSae(TrainableSae):
         self.gradient("W_enc").index_add_(0, dead, d_hidden.T @ centred)
         self.gradient("b_enc").index_add_(0, dead, sums)
         self.gradient("threshold").index_add_(0, dead, -sums)
-        self.gradient("W_dec").index_add_(0, dead, decoder * (total / norm.clamp_min(1e-12))[:, None])
+        pulled = torch.zeros_like(decoder)
+        self.add_pull(pulled, decoder, self.pull_on_norms(total, norm, decoder))
+        self.gradient("W_dec").index_add_(0, dead, pulled)
         if self.cfg.apply_b_dec_to_input:
             self.gradient("b_dec").sub_(rows.T @ sums)
         return total @ norm

@@ -23,6 +23,7 @@ __all__ = [
     "ce_loss_score",
     "explained_variance",
     "reconstruction",
+    "replaced_losses",
     "row_losses",
     "spliced_losses",
 ]
@@ -103,13 +104,19 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
     """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
 
     explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
-    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens.
+    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder
+    also explained_variance_base and explained_variance_tuned, of each model's half.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
+    by_side = [ReconstructionSums(sae.cfg.d_in // len(sae.sides)) for _ in sae.sides]
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64)
     for x in activations.split(1024):
         feature_acts = sae.encode(x)
-        sums.add(x, sae(x), feature_acts)
+        sae_out = sae(x)
+        sums.add(x, sae_out, feature_acts)
+        if by_side:
+            for own, half_in, half_out in zip(by_side, x.chunk(2, dim=1), sae_out.chunk(2, dim=1), strict=True):
+                own.add(half_in, half_out)
         fired += (feature_acts > 0).sum(0)
     density = fired.double() / sums.n_tokens
     return {
@@ -119,6 +126,9 @@ def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, flo
         "dead_share": float((fired == 0).double().mean()),
         "mean_log10_density": float((density + 1e-10).log10().mean()),
         "n_tokens": sums.n_tokens,
+        **{
+            f"explained_variance_{side}": own.explained_variance() for side, own in zip(sae.sides, by_side, strict=True)
+        },
     }
 
 
@@ -154,8 +164,23 @@ def spliced_losses(
     replaced. A BOS in front is never predicted. `seen` gets each batch's activations at the hook that count,
     `[n_kept, d_model]`, of the model's dtype.
     """
+    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen)
+
+
+@torch.inference_mode()
+def replaced_losses(
+    lm: LanguageModel,
+    rebuilt: Callable[[Tensor, Tensor], Tensor],
+    hook: str,
+    rows: NDArray[np.int32],
+    limit: NormLimit,
+    *,
+    batch_size: int = 8,
+    seen: Callable[[Tensor], None] | None = None,
+) -> SplicedLosses:
+    """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
     rest = Rest(lm, hook)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {"sae": sae, "zero": torch.zeros_like}
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
     totals = dict.fromkeys(("clean", *ways), 0.0)
     count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
     for start in range(0, len(rows), batch_size):
@@ -166,7 +191,7 @@ def spliced_losses(
         if seen is not None:
             seen(x[kept])
         for name, new in ways.items():
-            logits = rest.logits(ids, torch.where(kept[..., None], new(x).to(x.dtype), x))
+            logits = rest.logits(ids, torch.where(kept[..., None], new(ids, x).to(x.dtype), x))
             by_row[name].append(row_losses(logits[:, :-1].float(), ids))
         for name, rows_of in by_row.items():
             totals[name] += float(rows_of[-1].sum()) * (ids.shape[1] - 1)

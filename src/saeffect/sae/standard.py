@@ -33,7 +33,7 @@ class StandardSae(TrainableSae):
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
         """See `TrainableSae`. Source: Gupta & Sica (2024), appendix; SAELens' StandardTrainingSAE (l1, norms)."""
         W_dec = self.W_dec.data
-        norm = W_dec.norm(dim=1)
+        norm = self.row_norms(W_dec)
         centred = self.centred(x)
         entries = step.encoder.above(centred, self.W_rows, self.b_enc.data)
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)

@@ -28,7 +28,7 @@ class TopKSae(TrainableSae):
     def activation(self, hidden_pre: Tensor) -> Tensor:
         assert self.cfg.k is not None
         if self.cfg.rescale_acts_by_decoder_norm:
-            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+            hidden_pre = hidden_pre * self.row_norms(self.W_dec)
         values, indices = hidden_pre.topk(self.cfg.k, dim=-1, sorted=False)
         return torch.zeros_like(hidden_pre).scatter_(-1, indices, values.relu_())
 
@@ -38,7 +38,7 @@ class TopKSae(TrainableSae):
         assert self.cfg.k is not None
         W_dec = self.W_dec.data
         centred = self.centred(x)
-        weight = W_dec.norm(dim=1) if self.cfg.rescale_acts_by_decoder_norm else None
+        weight = self.row_norms(W_dec) if self.cfg.rescale_acts_by_decoder_norm else None
         # Ranked by activation times decoder norm if so configured; what is decoded is the activation itself.
         entries = step.encoder.top(centred, self.W_rows, self.b_enc.data, self.cfg.k, weight=weight)
         sae_out = entries.decode(entries.values, W_dec).add_(self.b_dec.data)

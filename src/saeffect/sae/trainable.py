@@ -201,14 +201,15 @@ class TrainableSae(SparseAutoencoder):
             d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
             d_out: Loss by `sae_out`, float32 `[n, d_in]`.
             centred: The encoder's input, float32 `[n, d_in]`.
-            pull: Multiple of each decoder row to add to its gradient, float32 `[d_sae]`; see `pull_on_norms`.
+            pull: Multiple of each decoder row to add to its gradient, float32 `[d_sae]`, or of each of its sides,
+                `[d_sae, n_sides]`; see `pull_on_norms`.
         """
         W_dec, d_W_dec, d_W_enc = self.W_dec.data, self.gradient("W_dec"), self.gradient("W_enc")
         for start in range(0, len(W_dec), _ROWS):
             rows = slice(start, start + _ROWS)
             entries.outer(entries.values, d_out, d_W_dec[rows], rows=rows)
             if pull is not None:
-                d_W_dec[rows].addcmul_(W_dec[rows], pull[rows, None])
+                self.add_pull(d_W_dec[rows], W_dec[rows], pull[rows])
             entries.outer(d_hidden, centred, d_W_enc[rows], rows=rows)
         self.gradient("b_enc").copy_(entries.feature_sums(d_hidden))
         self.gradient("b_dec").copy_(d_out.sum(0))
@@ -227,13 +228,23 @@ class TrainableSae(SparseAutoencoder):
         """
         return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
 
-    @staticmethod
-    def pull_on_norms(d_norm: Tensor, norm: Tensor) -> Tensor:
-        """The part of W_dec's gradient that comes through the lengths of its rows, in multiples of each row.
+    def pull_on_norms(self, d_norm: Tensor, norm: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The part of W_dec's gradient that comes through `row_norms`, in multiples of each row (or side of it).
 
-        `d_norm` is the loss by length, `norm` the lengths, both float32 `[d_sae]`.
+        `d_norm` is the loss by length, `norm` the lengths, both float32 `[n]`; `rows` are W_dec unless given.
         """
+        del rows
         return d_norm / norm.clamp_min(1e-12)
+
+    @staticmethod
+    def add_pull(gradient: Tensor, rows: Tensor, pull: Tensor) -> None:
+        """Add multiples of each row, or of each side of it, to the gradient, in place; all begin with `[n]`."""
+        if pull.ndim == 2:
+            shape = (len(rows), pull.shape[1], -1)
+            gradient, rows, pull = gradient.view(shape), rows.view(shape), pull[:, :, None]
+        else:
+            pull = pull[:, None]
+        gradient.addcmul_(rows, pull)
 
 
 def project_out_rows(gradient: Tensor, rows: Tensor) -> None:

@@ -31,7 +31,7 @@ from saeffect.lm.loading import (
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
-from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, weights_file
 from saeffect.steering import check_names
 from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
@@ -333,7 +333,13 @@ class _Arms(Mapping[str, Arm]):
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
-    """Raise IncompatibleSae if the SAE's width differs from the model's."""
+    """Raise IncompatibleSae if the SAE's width differs from the model's, or it reads two models."""
+    if sae.metadata.get("reads") or ARCHITECTURES[sae.architecture].sides:
+        raise IncompatibleSae(
+            "the SAE was trained on the activations of two models; an arm has one.",
+            at=at,
+            fix="choose an SAE of one model; see docs/crosscoder.md for those of two.",
+        )
     if sae.d_in != d_model:
         trained = sae.metadata.get("model_name")
         raise IncompatibleSae(

@@ -1,7 +1,8 @@
 """SAEs on disk: one format a file, all in `FORMATS`.
 
-In comes a folder with weights and a cfg.json, which is read once; out comes a `SparseAutoencoder`. A format is a module
-(or any object) with what `SaeFormat` lists; the first one that `matches` reads the folder, and SAELens' is the last.
+In comes a folder with weights and a cfg.json (or another file of settings), which is read once; out comes a
+`SparseAutoencoder`. A format is a module (or any object) with what `SaeFormat` lists; the first one that `matches`
+reads the folder, and SAELens' is the last.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any, Protocol
 from saeffect.errors import BadFile, NotFound
 from saeffect.io import read_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats import compact, saelens, sparsify
+from saeffect.sae.formats import compact, dictionary_learning, saelens, sparsify
 from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, save_compact
+from saeffect.sae.formats.dictionary_learning import save_dictionary_learning
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
 from saeffect.sae.formats.weights import fill, read_weights
 
@@ -31,6 +33,7 @@ __all__ = [
     "read_sparsity",
     "read_weights",
     "save_compact",
+    "save_dictionary_learning",
     "save_sae",
     "saved_dtype",
     "weights_file",
@@ -62,7 +65,12 @@ class SaeFormat(Protocol):
 
 
 #: In the order in which they are asked.
-FORMATS: dict[str, SaeFormat] = {"compact": compact, "sparsify": sparsify, "saelens": saelens}
+FORMATS: dict[str, SaeFormat] = {
+    "compact": compact,
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "saelens": saelens,
+}
 
 
 def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
@@ -113,7 +121,8 @@ def saved_dtype(folder: Path | str) -> str:
     raw, how = _opened(folder, str(folder))
     named = raw.get("dtype") if isinstance(raw, dict) else None
     if named is None:
-        named = read_weights(folder / how.weights, str(folder), shapes={}, required=("W_dec",))["W_dec"].dtype
+        decoder = "decoder.weight" if how.weights == dictionary_learning.weights else "W_dec"
+        named = read_weights(folder / how.weights, str(folder), shapes={}, required=(decoder,))[decoder].dtype
     return str(named).removeprefix("torch.")
 
 
@@ -130,6 +139,10 @@ def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}.", at=where, fix=fix)
     if not (folder / "cfg.json").is_file():
+        other = folder / dictionary_learning.settings
+        raw = read_json(other) if other.is_file() else None
+        if dictionary_learning.matches(folder, raw):
+            return raw, dictionary_learning
         raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
     raw = read_json(folder / "cfg.json")
     return raw, next(how for how in FORMATS.values() if how.matches(folder, raw))

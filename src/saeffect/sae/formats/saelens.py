@@ -15,7 +15,7 @@ from torch import Tensor
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.io import atomic_path, read_json, write_json
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
-from saeffect.sae.formats.weights import fill, is_count, read_weights
+from saeffect.sae.formats.weights import by_side, fill, is_count, joined, read_weights, sides_of
 from saeffect.sae.trainable import TrainableSae
 
 __all__ = ["SPARSITY", "WEIGHTS", "config", "load", "matches", "read_sparsity", "save_sae", "weights"]
@@ -71,6 +71,8 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             fix="fold the normalisation into the weights before saving.",
         )
     kind = _architecture(raw, where)
+    if kind.sides and raw["d_in"] % len(kind.sides):
+        raise BadFile(f"a crosscoder has the width of two models; d_in={raw['d_in']} is odd.", at=where)
     architecture = kind.saved_as or kind.architecture
     has_k = "k" in ARCHITECTURES[architecture].keys
     metadata = _metadata(raw, where)
@@ -90,9 +92,14 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
     cfg, kind = config(folder, raw, where), _architecture(raw, where)
-    shapes = dict.fromkeys(_OTHER_VECTORS, (cfg.d_sae,)) | kind.shapes(cfg)
-    tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=("W_enc", "W_dec", "b_dec"))
-    tensors = _our_names(tensors, where)
+    shapes = dict.fromkeys(_OTHER_VECTORS, (cfg.d_sae,)) | {
+        name: tuple(part.shape)
+        for whole, shape in kind.shapes(cfg).items()
+        for name, part in by_side(kind, {whole: torch.empty(shape, device="meta")}).items()
+    }
+    required = [part for name in ("W_enc", "W_dec", "b_dec") for part in sides_of(kind, name)]
+    tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=tuple(required))
+    tensors = _our_names(joined(kind, tensors), where)
     if kind.saved_as is None:
         return _unscaled(fill(kind(cfg), tensors, WEIGHTS, where), folder, where)
     rescaled = bool(raw.get("rescale_acts_by_decoder_norm", True))
@@ -139,7 +146,7 @@ def save_sae(
             )
     folder = Path(folder)
     with atomic_path(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        save_file(by_side(type(sae), tensors), temporary)
     write_json(folder / "cfg.json", _cfg_json(sae, dtype))
     if sparsity is not None:
         with atomic_path(folder / SPARSITY) as temporary:

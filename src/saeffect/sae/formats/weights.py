@@ -13,7 +13,7 @@ from saeffect.checksums import open_tensors
 from saeffect.errors import BadFile, IncompatibleSae
 from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["fill", "is_count", "read_weights"]
+__all__ = ["by_side", "fill", "is_count", "joined", "read_weights", "sides_of"]
 
 AnySae = TypeVar("AnySae", bound=SparseAutoencoder)
 
@@ -70,6 +70,42 @@ def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> A
         with torch.no_grad():
             own.copy_(tensors[name].float())
     return sae
+
+
+# Where the width of the input is, counted from the last axis, in the parameters that have it.
+_WIDTH = {"W_enc": -2, "W_dec": -1, "b_dec": -1}
+
+
+def sides_of(kind: type[SparseAutoencoder], name: str) -> dict[str, int]:
+    """Names under which a parameter is stored, and the axis along which they lie side by side.
+
+    Example:
+        >>> from saeffect.sae.crosscoder import L1CrosscoderSae
+        >>> sides_of(L1CrosscoderSae, "W_dec"), sides_of(L1CrosscoderSae, "b_enc")
+        ({'W_dec_base': -1, 'W_dec_tuned': -1}, {'b_enc': 0})
+    """
+    if name not in _WIDTH or not kind.sides:
+        return {name: 0}
+    return {f"{name}_{side}": _WIDTH[name] for side in kind.sides}
+
+
+def by_side(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are stored: a crosscoder's with one a model."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        names = sides_of(kind, name)
+        parts = tensor.chunk(len(names), dim=next(iter(names.values()))) if len(names) > 1 else (tensor,)
+        stored |= {part: value.contiguous() for part, value in zip(names, parts, strict=True)}
+    return stored
+
+
+def joined(kind: type[SparseAutoencoder], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`by_side` undone."""
+    found = dict(tensors)
+    for name in _WIDTH if kind.sides else ():
+        names = sides_of(kind, name)
+        found[name] = torch.cat([found.pop(part) for part in names], dim=_WIDTH[name])
+    return found
 
 
 def is_count(value: Any) -> TypeGuard[int]:

@@ -61,7 +61,7 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
     cfg["metadata"]["held_out"] = dict(measured)
     write_json(folder / "cfg.json", cfg)
     lines = [
-        f"# {recipe.sae.kind.label} SAE for {_model(recipe)} at {recipe.hook}",
+        f"# {recipe.sae.kind.label}{'' if recipe.sae.kind.sides else ' SAE'} for {_model(recipe)} at {recipe.hook}",
         "",
         _how(recipe, cfg["metadata"]),
         "",
@@ -106,19 +106,30 @@ def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *
 def _plain(recipe: SaeRecipe) -> dict[str, Any]:
     """The recipe without this machine's folders."""
     plain: dict[str, Any] = recipe.model_dump(mode="json")
+    if plain["tuned"] is None:  # as notes were before there were two models
+        del plain["tuned"]
     for source in plain["text"]:
         if Path(source["path"]).expanduser().exists():
             source["path"] = Path(source["path"]).name
     if plain["sae"]["init_from"] is not None:
         plain["sae"]["init_from"] = Path(plain["sae"]["init_from"]).name
-    plain["model"] |= {"path": name_to_share(recipe.model.path)}
-    if recipe.model.adapter is not None:
-        plain["model"]["adapter"] = name_to_share(recipe.model.adapter)
+    for key, model in (("model", recipe.model), ("tuned", recipe.tuned)):
+        if model is not None:
+            plain[key]["path"] = name_to_share(model.path)
+            if model.adapter is not None:
+                plain[key]["adapter"] = name_to_share(model.adapter)
     return plain
 
 
 def _model(recipe: SaeRecipe) -> str:
-    return " + ".join(name_to_share(name) for name in (recipe.model.path, recipe.model.adapter) if name)
+    names = [
+        " + ".join(name_to_share(name) for name in (model.path, model.adapter) if name)
+        for model in (recipe.model, recipe.tuned)
+        if model is not None
+    ]
+    if recipe.combination == "difference":
+        return f"the activations of {names[1]} minus those of {names[0]}"
+    return " and ".join(names)
 
 
 def _how(recipe: SaeRecipe, metadata: Mapping[str, Any]) -> str:
@@ -151,13 +162,21 @@ def _architecture_words(s: SaeTrainingConfig) -> list[str]:
     return words
 
 
+def _of_which(recipe: SaeRecipe) -> str:
+    return "" if recipe.tuned is None else " of the tuned model, its activations rebuilt from those of both"
+
+
 def _quality(recipe: SaeRecipe, folder: Path, m: Mapping[str, float]) -> list[str]:
     lines = [
-        f"On {m['n_tokens']:,} held-out tokens (cross-entropy on {m['ce_tokens']:,}):",
+        f"On {m['n_tokens']:,} held-out tokens (cross-entropy{_of_which(recipe)} on {m['ce_tokens']:,}):",
         "",
         "| measure | value |",
         "|---|---|",
         f"| explained variance | {m['explained_variance']:.4f} |",
+        *(
+            f"| explained variance, {side} model | {m[f'explained_variance_{side}']:.4f} |"
+            for side in recipe.sae.kind.sides
+        ),
         f"| CE loss score | {m['ce_loss_score']:.4f} ({m['ce_clean']:.3f} clean,"
         f" {m['ce_sae']:.3f} with the SAE, {m['ce_zero']:.3f} with zeros) |",
         f"| l0 | {m['l0']:.1f} |",

@@ -34,7 +34,7 @@ class SaeTrainingConfig(StrictModel):
 
     architecture: str = Field("topk", description="What decides which features are active, and the loss.")
     d_sae: int = Field(4608, ge=1, description="Number of features.")
-    k: int = Field(32, ge=1, description="Active features a token (on average, for batchtopk and matryoshka).")
+    k: int = Field(32, ge=1, description="Active features a token (on average over a batch for all but topk).")
     matryoshka_widths: tuple[int, ...] | None = Field(
         None, description="Features of each nested SAE, rising, the last being d_sae. None: d_sae/8, /4, /2, d_sae."
     )
@@ -74,7 +74,9 @@ class SaeTrainingConfig(StrictModel):
         None, gt=0, description="Length of decoder rows at the start. None: 0.1 for free ones, 1 for unit ones."
     )
     decoder_rows: Literal["free", "unit"] | None = Field(
-        None, description="Whether decoder rows are kept at length 1. None: unit for topk, batchtopk and matryoshka."
+        None,
+        description="Whether decoder rows are kept at length 1, a crosscoder's with both sides together. None: unit if"
+        " `k` decides what is active.",
     )
     b_dec_init: Literal["zeros", "mean"] | None = Field(
         None, description="Where the decoder's bias starts. None: at the mean for unit decoders, else zeros."
@@ -180,6 +182,11 @@ class SaeRecipe(StrictModel):
     """Model, hook, text and training: arms to be compared share all of it but the model."""
 
     model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, adapter, dtype, ...")
+    tuned: ModelConfig | None = Field(
+        None,
+        description="A fine-tuned version of `model`, to train on both: a crosscoder on the activations of both side by"
+        " side, any other architecture on tuned minus base.",
+    )
     hook: str = Field(description="TransformerLens name, such as blocks.8.hook_resid_pre.")
     text: tuple[TextSource, ...] = Field(
         min_length=1, description="Sources, each with name, path, field, licence; rows are taken from each in turn."
@@ -222,10 +229,28 @@ class SaeRecipe(StrictModel):
     @model_validator(mode="after")
     def _sound(self) -> Self:
         parse_hook(self.hook, at="hook")
-        self.trainings()
+        self.combination  # noqa: B018 - which checks every training
         if self.activations == "streamed" and self.tokens is None and self.sae.steps is None:
             raise ValueError("streamed text has no known length: give tokens, or sae.steps")
         return self
+
+    @property
+    def combination(self) -> Literal["both", "difference"] | None:
+        """What is read of two models; None for one model. ConfigError if the architectures do not fit `tuned`."""
+        kinds = {name: bool(config.kind.sides) for name, config in self.trainings().items()}
+        if self.tuned is None and any(kinds.values()):
+            raise ConfigError(
+                "a crosscoder reads two models.", at="tuned", fix="give the fine-tuned model: tuned: {path: ...}."
+            )
+        if len(set(kinds.values())) > 1:
+            raise ConfigError(
+                "crosscoders read both models, other SAEs their difference: they cannot share activations.",
+                at="saes",
+                fix="give them recipes of their own; shards are shared anyway.",
+            )
+        if self.tuned is None:
+            return None
+        return "both" if next(iter(kinds.values())) else "difference"
 
     @property
     def tokens_a_pass(self) -> int | None:

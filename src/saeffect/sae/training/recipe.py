@@ -5,26 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.corpora import StreamedText, interleave, is_held_out, read_corpus
-from saeffect.lm.harvest import ActivationStore, check_disk_space, harvest, harvest_bytes, harvest_made_by
-from saeffect.lm.hooks import edited, parse_hook
+from saeffect.lm.harvest import (
+    ActivationStore,
+    ShardSource,
+    check_disk_space,
+    harvest,
+    harvest_bytes,
+    harvest_made_by,
+)
+from saeffect.lm.hooks import capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, locate_model, model_shape
+from saeffect.lm.paired import PairedStore, PairedStream, combined, paired_identity, refuse_unlike
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import barrier, is_first
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config
-from saeffect.sae.metrics import reconstruction, spliced_losses
+from saeffect.sae.metrics import reconstruction, replaced_losses, spliced_losses
 from saeffect.sae.training.card import card_is_current, measured_before, write_card
 from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
 from saeffect.sae.training.loggers import LoggerName, check_logger
@@ -65,13 +75,13 @@ def train_from_recipe(
     for name, config in trainings.items():
         SaeJob(config, folders[name]).refuse_strangers()
     _refuse_before_loading(recipe, logger)
-    lm = _load(recipe, log)
+    models = _load(recipe, log)
 
     def refuse_others(activations: str) -> None:
         for name, config in trainings.items():
             SaeJob(config, folders[name], dtype=recipe.dtype).folder(activations).refuse_others()
 
-    data = _activations(recipe, lm, work, log, refuse=refuse_others)
+    data = _activations(recipe, models, work, log, refuse=refuse_others)
     jobs = {
         name: SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
         for name, config in trainings.items()
@@ -89,7 +99,8 @@ def train_from_recipe(
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations.
+    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations, of
+    two models first the base model's.
 
     ConfigError if the recipe streams its activations; else as `train_from_recipe`.
     """
@@ -103,8 +114,11 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
     _refuse_unwritable_folders({"--work": Path(work)})
     _refuse_before_loading(recipe)
     data = _activations(recipe, _load(recipe, log), Path(work), log)
-    assert isinstance(data.source, ActivationStore)
-    return [data.source.folder, data.held_out.folder]
+    folders = []
+    for source in (data.source, data.held_out):
+        stores = (source.base, source.tuned) if isinstance(source, PairedStore) else (source,)
+        folders += [store.folder for store in stores if isinstance(store, ActivationStore)]
+    return folders
 
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
@@ -144,25 +158,34 @@ def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool)
         raise error.placed(f"text.{index}") from None
 
 
-def _load(recipe: SaeRecipe, log: Log) -> LanguageModel:
+def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
+    """The model, or the base and the tuned model, with the base model's tokenizer."""
+    configs = {"model": recipe.model} | ({} if recipe.tuned is None else {"tuned": recipe.tuned})
     if is_first():
-        locate_model(recipe.model, log=log, at="model")  # one process fetches what is to be fetched
+        for key, config in configs.items():
+            locate_model(config, log=log, at=key)  # one process fetches what is to be fetched
     barrier()
     starts = {name: config.init_from for name, config in recipe.trainings().items() if config.init_from is not None}
     words = {name or "init_from": read_sae_config(start).metadata.get("prepend_bos") for name, start in starts.items()}
-    lm = load_language_model(recipe.model, log=log, at="model")
-    lm = replace(lm, prepend_bos=resolve_prepend_bos(recipe.bos, words))
-    _refuse_unfit_model(recipe, lm)
-    return lm
+    bos = resolve_prepend_bos(recipe.bos, words)
+    lms: list[LanguageModel] = []
+    for key, config in configs.items():
+        lm = replace(load_language_model(config, log=log, at=key), prepend_bos=bos)
+        if lms:
+            refuse_unlike(lms[0], lm)
+            lm = replace(lm, tokenizer=lms[0].tokenizer)
+        _refuse_unfit_model(recipe, lm)
+        lms.append(lm)
+    return lms
 
 
 @dataclass(frozen=True, eq=False)
 class _Data:
     recipe: SaeRecipe
-    lm: LanguageModel
+    lms: list[LanguageModel]  # the model, or the base and the tuned one
     source: ActivationSource  # to train on
-    limit: NormLimit  # which positions count
-    held_out: ActivationStore  # to measure on
+    limits: list[NormLimit]  # which positions count, in each model
+    held_out: ShardSource  # to measure on
     rows: TokenRows  # their text
     text: str  # SHA-256 of the training text
 
@@ -176,7 +199,11 @@ class _Data:
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
-        losses = spliced_losses(self.lm, sae, self.recipe.hook, self.rows.ids[:n_rows], self.limit)
+        where = self.recipe.hook, self.rows.ids[:n_rows], self.limits[-1]
+        if self.recipe.tuned is None:
+            losses = spliced_losses(self.lms[0], sae, *where)
+        else:
+            losses = replaced_losses(self.lms[1], partial(self._rebuilt, sae), *where)
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,
@@ -185,31 +212,48 @@ class _Data:
             "ce_tokens": losses.n_tokens,
         }
 
+    def _rebuilt(self, sae: SparseAutoencoder, ids: Tensor, x: Tensor) -> Tensor:
+        """The tuned model's activations as the SAE of both models rebuilds them, from them and the base model's."""
+        base, how = capture(self.lms[0], self.recipe.hook, ids).to(x.device), self.recipe.combination
+        assert how is not None
+        sae_out = sae(combined(base, x, how).cpu()).to(x.device)
+        return base + sae_out if how == "difference" else sae_out.chunk(2, dim=-1)[1]
+
 
 def _activations(
-    recipe: SaeRecipe, lm: LanguageModel, work: Path, log: Log, *, refuse: Callable[[str], None] = lambda _: None
+    recipe: SaeRecipe,
+    lms: list[LanguageModel],
+    work: Path,
+    log: Log,
+    *,
+    refuse: Callable[[str], None] = lambda _: None,
 ) -> _Data:
     """All text first, then whatever else can be refused (given the activations' identity), then the model's work."""
-    streamed = recipe.activations == "streamed"
+    lm, how, streamed = lms[0], recipe.combination, recipe.activations == "streamed"
     rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
     rows["held-out"] = text_rows(recipe, lm, held_out=True)
     text = StreamedText(lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed)
-    _refuse_before_harvest(recipe, lm, rows.values(), work, n_training_rows=text.n_rows)
-    source: ActivationSource | None = None
-    if streamed:
-        source = StreamedActivations.open(lm, recipe.hook, text, pool_rows=recipe.pool_rows)
-    refuse(source.identity() if source else fingerprint(harvest_made_by(lm, recipe.hook, rows["train"])))
+    _refuse_before_harvest(recipe, lms, rows.values(), work, n_training_rows=text.n_rows)
+    streams = [StreamedActivations.open(m, recipe.hook, text, pool_rows=recipe.pool_rows) for m in lms if streamed]
+    identities = [stream.identity() for stream in streams] or [
+        fingerprint(harvest_made_by(m, recipe.hook, rows["train"])) for m in lms
+    ]
+    refuse(identities[0] if how is None else paired_identity(identities[0], identities[1], how))
     stores = {}
     for part, ids in rows.items():
-        folder = work / f"{part}-{fingerprint([lm.identity, recipe.hook, ids.identity()])[:16]}"
-        stores[part] = harvest(lm, recipe.hook, ids, folder, log=log)
-    if isinstance(source, StreamedActivations):
-        limit, digest = source.limit, text.identity()
+        folders = [work / f"{part}-{fingerprint([m.identity, recipe.hook, ids.identity()])[:16]}" for m in lms]
+        stores[part] = [harvest(m, recipe.hook, ids, out, log=log) for m, out in zip(lms, folders, strict=True)]
+    shards: dict[str, ShardSource] = {
+        part: found[0] if how is None else PairedStore.open(found[0], found[1], how) for part, found in stores.items()
+    }
+    source: ActivationSource
+    if streamed:
+        source = streams[0] if how is None else PairedStream.of(streams[0], streams[1], how)
+        limits, digest = [stream.limit for stream in streams], text.identity()
     else:
-        source = stores["train"]
-        limit = stores["train"].norm_limit()
+        source, limits = shards["train"], [store.norm_limit() for store in stores["train"]]
         digest = rows["train"].identity()
-    return _Data(recipe, lm, source, limit, stores["held-out"], rows["held-out"], digest)
+    return _Data(recipe, lms, source, limits, shards["held-out"], rows["held-out"], digest)
 
 
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
@@ -220,7 +264,7 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
         "context_size": recipe.context_size,
-        "prepend_bos": data.lm.bos_id is not None,
+        "prepend_bos": data.lms[0].bos_id is not None,
         "training_tokens": seen,
         "unique_tokens": None if a_pass is None else min(a_pass, seen),
         "training_text": "+".join(s.name for s in recipe.text),
@@ -229,12 +273,14 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         "seed": config.seed,
         "trained_by": "saeffect",
         "training_architecture": config.architecture,
-        "mean_norm": data.limit.median_norm,
-        "norm_limit": data.limit.limit,
+        "mean_norm": data.limits[0].median_norm,
+        "norm_limit": data.limits[0].limit,
         "training_normalisation": f"{config.normalise_inputs}"
         + (" (folded)" if config.normalise_inputs != "none" else ""),
-        "activation_dtype": str(data.lm.dtype).removeprefix("torch."),
+        "activation_dtype": str(data.lms[0].dtype).removeprefix("torch."),
     }
+    if recipe.tuned is not None:
+        found |= {"tuned_name": recipe.tuned.path, "tuned_adapter": recipe.tuned.adapter, "reads": recipe.combination}
     if config.steps is None:
         found["epochs"] = config.epochs
     return found
@@ -251,6 +297,8 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
             next(read_corpus(source.path, field=source.field))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
+    if recipe.tuned is not None:
+        locate_model(recipe.tuned, at="tuned")
     model = locate_model(recipe.model, at="model")
     shape = model_shape(model)
     if shape is not None:
@@ -267,7 +315,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
         cfg = read_sae_config(config.init_from, at=f"{place}.init_from")
         for name, found, wanted in (
             ("d_sae", cfg.d_sae, config.d_sae),
-            ("d_in", cfg.d_in, cfg.d_in if shape is None else shape.d_model),
+            ("d_in", cfg.d_in, cfg.d_in if shape is None else _width(recipe, shape.d_model)),
         ):
             if found != wanted:
                 raise IncompatibleSae(
@@ -289,12 +337,17 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
     for place, config in _places(recipe):
         if config.init_from is not None:
             # The same copy as at the start of training, so that it cannot fail there.
-            sae = new_sae(config, lm.d_model)
+            sae = new_sae(config, _width(recipe, lm.d_model))
             copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
 
 
+def _width(recipe: SaeRecipe, d_model: int) -> int:
+    """Of an SAE's input."""
+    return d_model * (2 if recipe.combination == "both" else 1)
+
+
 def _refuse_before_harvest(
-    recipe: SaeRecipe, lm: LanguageModel, rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
+    recipe: SaeRecipe, lms: list[LanguageModel], rows: Iterable[TokenRows], work: Path, *, n_training_rows: int | None
 ) -> None:
     """Checks on the tokenised text: whether there is a batch, and disk space for the activations."""
     most = None if n_training_rows is None else n_training_rows * (recipe.context_size - 1)
@@ -304,7 +357,7 @@ def _refuse_before_harvest(
             at="sae.batch_size",
             fix="give more text, or a smaller batch_size.",
         )
-    total = sum(harvest_bytes(lm, part) for part in rows)
+    total = sum(harvest_bytes(lm, part) for part in rows for lm in lms)
     check_disk_space(work, total, recipe.max_disk_bytes)
 
 

@@ -1,0 +1,157 @@
+"""Activations of two models at one hook, on the same tokens: side by side for a crosscoder, or their difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saeffect.errors import ConfigError, EmptySelection
+from saeffect.io import fingerprint
+from saeffect.lm.activations import StreamedActivations, kept_positions
+from saeffect.lm.harvest import ActivationStore, ShardSource, read_shard, shard_places
+from saeffect.lm.hooks import capture
+from saeffect.lm.language_model import LanguageModel, fused
+from saeffect.lm.tokens import known_tokens
+
+__all__ = ["Combination", "PairedStore", "PairedStream", "combined", "paired_identity", "refuse_unlike"]
+
+Combination = Literal["both", "difference"]
+"""both: base and tuned side by side, twice as wide; difference: tuned minus base."""
+
+
+def combined(base: Tensor, tuned: Tensor, how: Combination) -> Tensor:
+    """Activations of both models, `[..., d_model]` each, as one input: `[..., 2 · d_model]`, or their
+    difference, float32 `[..., d_model]`.
+
+    Example:
+        >>> combined(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), "both").tolist()
+        [1.0, 2.0, 4.0, 8.0]
+        >>> combined(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), "difference").tolist()
+        [3.0, 6.0]
+    """
+    if how == "difference":
+        return tuned.float() - base.float()
+    if base.dtype != tuned.dtype:
+        base, tuned = base.float(), tuned.float()
+    return torch.cat([base, tuned], dim=-1)
+
+
+def paired_identity(base: str, tuned: str, how: Combination) -> str:
+    """Identity of paired activations, from the identity of each model's."""
+    return fingerprint([base, tuned, how])
+
+
+def refuse_unlike(base: LanguageModel, tuned: LanguageModel) -> None:
+    """ConfigError for models of another width, or whose token ids mean something else."""
+    if base.d_model != tuned.d_model:
+        raise ConfigError(
+            f"{base.name} is {base.d_model} wide, {tuned.name} {tuned.d_model}.",
+            at="tuned",
+            fix="give a fine-tuned version of the same model.",
+        )
+    known, theirs = known_tokens(base.tokenizer), known_tokens(tuned.tokenizer)
+    other = next((i for i, token in known.items() if theirs.get(i) != token), None)
+    if other is not None:
+        raise ConfigError(
+            f"token {other} is {known[other]!r} in {base.name} and {theirs.get(other)!r} in {tuned.name},"
+            " so the two cannot read the same text.",
+            at="tuned",
+            fix="give a fine-tuned version with the same tokenizer.",
+        )
+
+
+@dataclass(frozen=True)
+class PairedStore(ShardSource):
+    """Two harvests of the same rows; only tokens that count in both models are used."""
+
+    base: ActivationStore
+    tuned: ActivationStore
+    how: Combination
+
+    @classmethod
+    def open(cls, base: ActivationStore, tuned: ActivationStore, how: Combination) -> PairedStore:
+        """Check that both harvests are of the same text.
+
+        ConfigError if they are not; EmptySelection if no token counts in both.
+        """
+        notes = [store.note["made_by"] for store in (base, tuned)]
+        for key in ("text", "hook", "rows_per_shard"):
+            if notes[0].get(key) != notes[1].get(key):
+                raise ConfigError(
+                    f"the harvests {base.folder.name} and {tuned.folder.name} differ in {key}.",
+                    at=str(tuned.folder),
+                    fix="harvest both models at one hook on one text.",
+                )
+        store = cls(base, tuned, how)
+        if not sum(store.lengths()):
+            raise EmptySelection("no token counts in both models.", at=str(tuned.folder))
+        return store
+
+    @property
+    def d_in(self) -> int:
+        return self.base.d_in * (2 if self.how == "both" else 1)
+
+    def identity(self) -> str:
+        return paired_identity(self.base.identity(), self.tuned.identity(), self.how)
+
+    def lengths(self) -> Sequence[int]:
+        return [int(kept.sum()) for kept, _ in self._kept]
+
+    def shard(self, index: int) -> Tensor:
+        parts = [
+            read_shard(store.shards()[index])["activations"][kept]
+            for store, kept in zip((self.base, self.tuned), self._kept[index], strict=True)
+        ]
+        return combined(parts[0], parts[1], self.how)
+
+    @cached_property
+    def _kept(self) -> list[tuple[Tensor, Tensor]]:
+        """By shard, which of each model's tokens the other has too; both in the order of the text."""
+        found = []
+        for paths in zip(self.base.shards(), self.tuned.shards(), strict=True):
+            base, tuned = (shard_places(path) for path in paths)
+            found.append((torch.isin(base, tuned, assume_unique=True), torch.isin(tuned, base, assume_unique=True)))
+        return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PairedStream(StreamedActivations):
+    """Both models run over the text; only tokens that count in both are used."""
+
+    tuned: StreamedActivations
+    how: Combination
+
+    @classmethod
+    def of(cls, base: StreamedActivations, tuned: StreamedActivations, how: Combination) -> PairedStream:
+        """Of two streams of the same text, hook and pool."""
+        own = {name: getattr(base, name) for name in ("lm", "hook", "text", "limit", "pool_rows", "rows_a_pass")}
+        return cls(**own, tuned=tuned, how=how)
+
+    @property
+    def d_in(self) -> int:
+        return self.lm.d_model * (2 if self.how == "both" else 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        alike = self.lm.dtype == self.tuned.lm.dtype
+        return self.lm.dtype if self.how == "both" and alike else torch.float32
+
+    def identity(self) -> str:
+        return paired_identity(super().identity(), self.tuned.identity(), self.how)
+
+    def run(self, ids: NDArray[np.int32]) -> Tensor:
+        rows = torch.from_numpy(ids.astype(np.int64))
+        found = [capture(stream.lm, self.hook, rows).cpu() for stream in (self, self.tuned)]
+        mask = kept_positions(found[0], self.limit) & kept_positions(found[1], self.tuned.limit)
+        return combined(found[0][mask], found[1][mask], self.how)
+
+    def _kept(self, ids: NDArray[np.int32]) -> Tensor:
+        with fused(self.tuned.lm):
+            return super()._kept(ids)
