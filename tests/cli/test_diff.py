@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from saeffect.cli.app import main
-from saeffect.diffing import trace
+from saeffect.diffing import trace, written
 from saeffect.io import read_json
 from tiny_study import make_model, make_sae, sentences
 
@@ -33,6 +33,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _short_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "OPENINGS", trace.OPENINGS[:3])
+    monkeypatch.setattr(written, "OPENINGS", trace.OPENINGS[:3])
     monkeypatch.setattr(trace, "NEW_TOKENS", 4)
 
 

@@ -220,6 +220,8 @@ def test_recipe_and_card(config: FinetuneConfig, whole: FinetuneResult, texts: P
     for folder in (texts.parent, Path(config.model.path).parent):
         assert str(folder) not in card + json.dumps(note)
     assert "peak learning rate 0.01, seed 0" in card
+    adapter = json.loads((whole.folder / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == config.model.path
 
 
 @pytest.mark.parametrize(("steps", "warmup", "peak"), [(6, 10, 0.012), (10, 10, 0.02), (60, 10, 0.02), (5, 0, 0.02)])
@@ -227,8 +229,6 @@ def test_the_rate_that_is_reached(config: FinetuneConfig, steps: int, warmup: in
     short = config.model_copy(update={"steps": steps, "warmup_steps": warmup, "learning_rate": 0.02})
     assert finetuning._peak(short.model_dump()) == pytest.approx(peak)
     assert max(finetuning._rate(step, short) for step in range(steps)) == pytest.approx(peak)
-    adapter = json.loads((whole.folder / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == config.model.path
 
 
 def test_another_configuration_does_not_go_on(

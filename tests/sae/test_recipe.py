@@ -421,7 +421,9 @@ def test_the_page_of_keys_is_true() -> None:
     fields = {**SaeRecipe.model_fields, **SaeTrainingConfig.model_fields}
     assert all(field.description for field in fields.values())
     assert all(f"| `{name}` |" in page for name in fields)
-    assert "Only for standard, gated, crosscoder_l1." in next(line for line in page.splitlines() if "`l1_coefficient`" in line)
+    assert "Only for standard, gated, crosscoder_l1." in next(
+        line for line in page.splitlines() if "`l1_coefficient`" in line
+    )
 
 
 def test_the_recipes_that_come_with_the_code_are_valid() -> None:

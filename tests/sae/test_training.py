@@ -145,7 +145,7 @@ def test_planted_features_are_found(planted: tuple[ActivationStore, Tensor], tmp
     cosines = (true_features() @ rows.T).max(dim=1).values
     assert (cosines > 0.9).float().mean() > 0.8, cosines
     error = (sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()
-    assert 1 - error > 0.9
+    assert 1 - error > (0.85 if architecture.startswith("crosscoder") else 0.9)
     assert (sae.encode(x) > 0).sum() / 2_000 < 6
 
 

@@ -19,7 +19,7 @@ from saeffect.study.study import Study
 from study.test_run import tree
 from tiny_study import make_study
 
-BEFORE = ("gate", "features", "coherence", "select", "match", "changes")
+BEFORE = ("gate", "features", "coherence", "select", "match", "changes", "put-back")
 # One feature a batch, so that each process has several; long enough to be killed in the middle.
 STEERING = {
     "prompts": ["The river", "My doctor said"],

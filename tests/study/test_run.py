@@ -67,7 +67,7 @@ def test_second_run_skips_every_stage(finished: tuple[Path, Path]) -> None:
     lines: list[str] = []
     run_study(Study.open(path), run, log=Log(lines.append))
     stages = [line for line in lines if line.startswith("  ")]
-    assert len(stages) == 17
+    assert len(stages) == 19
     assert all(line.endswith("skipped") for line in stages)
     assert tree(run) == before
 
@@ -204,7 +204,7 @@ def test_stage_refuses_results_of_another_study(unsteered: Path) -> None:
         run_study(Study.open(path), run, stages=("compare",))
     assert "saeffect select" in (caught.value.fix or "")
     assert tree(run) == before
-    for stage in ("select", "match", "compare", "report"):
+    for stage in ("select", "match", "changes", "put-back", "compare", "report"):
         run_study(Study.open(path), run, stages=(stage,))
 
 
@@ -234,7 +234,7 @@ def test_verdicts_select_and_must_cover_every_arm(unsteered: Path) -> None:
     with pytest.raises(ConfigError, match="placebo"):
         run_study(Study.open(path), run)
     verdicts.write_text("\n".join(lines), encoding="utf-8")
-    run_study(Study.open(path), run, stages=("select", "match", "compare"))
+    run_study(Study.open(path), run, stages=("select", "match", "changes", "put-back", "compare"))
     table = pd.read_parquet(run / "comparison" / "table1.parquet").set_index("arm")
     assert (table["domain_features"] == 1).all()
     assert (table["in_vocabulary"] > 1).all()

@@ -21,7 +21,7 @@ from saeffect.study.stages.steering_plan import site_of
 from saeffect.study.study import Study
 from tiny_study import make_study
 
-BEFORE = ("gate", "features", "coherence", "select", "match", "changes")
+BEFORE = ("gate", "features", "coherence", "select", "match", "changes", "put-back")
 SMALL = {"prompts": ["The river", "My doctor said"], "samples": 1, "max_new_tokens": 4, "max_features": 2}
 
 

@@ -48,6 +48,7 @@ def study_keys() -> str:
         ("`coherence`", config.CoherenceConfig),
         ("`selection`", config.SelectionConfig),
         ("`changes`", config.ChangesConfig),
+        ("`put_back`: a mapping, or `null` for a study without it", config.PutBackConfig),
         ("`steering`: a mapping, or `null` for a study without it", config.SteeringConfig),
         ("`comparison`", config.ComparisonConfig),
     )

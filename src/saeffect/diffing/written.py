@@ -67,7 +67,7 @@ def written_words(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha
     and `search_p`; `example`, the word in a text; `reason`.
     """
     own, base = _decoded(trace.texts, decode), _decoded(trace.base_texts, decode)
-    return _compared(_STEMS, own, base, [_decoded(null.texts, decode) for null in nulls], alpha)
+    return _compared(_stems(), own, base, [_decoded(null.texts, decode) for null in nulls], alpha)
 
 
 def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: float = 0.05) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def openings(trace: Trace, nulls: Sequence[Trace], decode: Decode, *, alpha: flo
     p = rank_p(values)
     by_opening = pd.DataFrame({"change": values[0], **null_range(values[1:]), "p": p, "q": benjamini_hochberg(p)})
     table = by_opening.loc[np.repeat(np.arange(len(OPENINGS)), SAMPLES)].reset_index(drop=True)
-    table.insert(0, "opening", _STEMS)
+    table.insert(0, "opening", _stems())
     table.insert(1, "sample", np.tile(np.arange(SAMPLES), len(OPENINGS)))
     middle = sorted(nulls, key=lambda t: float(t.openings.mean()))[len(nulls) // 2] if nulls else None
     table["base_text"], table["tuned_text"] = _decoded(trace.base_texts, decode), _decoded(trace.texts, decode)
@@ -162,10 +162,12 @@ def steered_words(
         raise EmptySelection(f"no text was written at dose {dose:g}.", at="dose")
     by = {name: list(mine["text"]) for name, mine in rows.groupby("fine_tune", sort=False)}
     own = str(rows.loc[~rows["is_null"], "fine_tune"].iloc[0])
-    return _compared(_STEMS, by.pop(own), _decoded(trace.base_texts, decode), list(by.values()), alpha)
+    return _compared(_stems(), by.pop(own), _decoded(trace.base_texts, decode), list(by.values()), alpha)
 
 
-_STEMS = [opening for opening in OPENINGS for _ in range(SAMPLES)]
+def _stems() -> list[str]:
+    """The opening of every text."""
+    return [opening for opening in OPENINGS for _ in range(SAMPLES)]
 
 
 def _decoded(texts: npt.NDArray[np.int32], decode: Decode) -> list[str]:

@@ -59,7 +59,7 @@ def check_folder_sizes(folder: Path, at: str | None = None) -> None:
     """Refuse (BadFile) a config.json with sizes that the safetensors files lack; transformers would allocate them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in folder.glob("*.safetensors"):
-        with open_tensors(file, file.name, at=at, fix=_FETCH_AGAIN) as tensors:
+        with open_tensors(file, str(file), at=at, fix=_FETCH_AGAIN) as tensors:
             shapes |= tensor_shapes(tensors)
     config: Any = None
     with contextlib.suppress(BadFile):  # transformers will tell what is wrong with it

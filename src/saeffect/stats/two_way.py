@@ -18,7 +18,12 @@ __all__ = ["TwoWayMean", "complete_tables", "two_way_mean"]
 
 @dataclass(frozen=True)
 class TwoWayMean:
-    """A weighted sum of means with its interval, standard error and degrees of freedom (NaN without an interval)."""
+    """A weighted sum of means with its interval, standard error and degrees of freedom (NaN without an interval).
+
+    Example:
+        >>> TwoWayMean(Estimate(0.5, 0.1, 0.9, 20), error=0.2, freedom=12.0).estimate.value
+        0.5
+    """
 
     estimate: Estimate
     error: float = math.nan

@@ -21,7 +21,7 @@ from saeffect.study.stages import cross
 from saeffect.study.study import Study
 from tiny_study import make_model, make_sae, make_study
 
-BEFORE = ("gate", "features", "coherence", "select", "match", "steer")
+BEFORE = ("gate", "features", "coherence", "select", "match", "changes", "put-back", "steer")
 STEERING = {
     "prompts": ["The river", "My doctor said", "In the garden"],
     "samples": 1,
@@ -169,7 +169,11 @@ def test_models_of_other_width_are_not_crossed(folder: Path, tmp_path: Path) -> 
     arms["treatment"] |= {"model": "./wide", "sae": "./saes/wide"}
     arms.pop("placebo")
     study = changed(folder, "wide", arms=arms, steering=None, comparison={"crossed": ["activity", "coherence"]})
-    run_study(study, tmp_path / "wide", stages=("gate", "features", "coherence", "select", "match", "cross"))
+    run_study(
+        study,
+        tmp_path / "wide",
+        stages=("gate", "features", "coherence", "select", "match", "changes", "put-back", "cross"),
+    )
     split = pd.read_parquet(tmp_path / "wide" / "comparison" / "factorial.parquet")
     assert set(split["quantity"]) == {"density", "activation", "coherence"}
     assert split["estimate"].isna().all()

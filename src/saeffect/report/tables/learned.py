@@ -8,9 +8,10 @@ from typing import Any
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
+from saeffect.report.tables.where import openings_table
 from saeffect.report.words.numbers import count, p_value, percent
 
-__all__ = ["learned_table"]
+__all__ = ["learned_table", "openings"]
 
 _NOT_CLAIMED = 3  # groups shown below those that are claimed
 _MOST = 15
@@ -43,6 +44,12 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
         source="comparison/change_groups.parquet, comparison/null_groups.parquet",
         terms=("null_fine_tune",),
     )
+
+
+def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """The study's `openings_table`; None if the models wrote nothing."""
+    tables = comparison.matches.further
+    return openings_table(tables) if "openings" in tables else None
 
 
 def _row(row: Mapping[Any, Any]) -> Row:
