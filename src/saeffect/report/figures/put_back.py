@@ -92,10 +92,11 @@ def _curve(ax: Axes, rows: pd.DataFrame) -> None:
         x, share, low, high = (mine[c].to_numpy(dtype=np.float64) for c in ("n_features", "share", "low", "high"))
         ax.fill_between(x, low.clip(_LEAST, _MOST), high.clip(_LEAST, _MOST), color=colour, alpha=0.22, linewidth=0)
         ax.plot(x, share.clip(_LEAST, _MOST), color=colour, marker=marker, markersize=4, linewidth=1.4)
-        middle = max(len(x) // 2, 0)
+        # Matched sets end before all features, so there is room behind them.
         up = name == "most changed"
-        ax.annotate(name, (x[middle], share.clip(_LEAST, _MOST)[middle]), xytext=(-4 if up else 0, 8 if up else -6),
-                    textcoords="offset points", ha="right" if up else "left", va="bottom" if up else "top",
+        place = len(x) // 2 if up else -1
+        ax.annotate(name, (x[place], share.clip(_LEAST, _MOST)[place]), xytext=(-4, 8) if up else (6, 0),
+                    textcoords="offset points", ha="right" if up else "left", va="bottom" if up else "center",
                     color=colour if up else INK, size=8.2)  # fmt: skip
     ends = rows.loc[rows["kind"] != "difference", ["low", "high"]].to_numpy(dtype=np.float64)
     least, most = np.nanmin(ends, initial=0.0), np.nanmax(ends, initial=1.0)
