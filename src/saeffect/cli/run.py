@@ -61,7 +61,8 @@ def _run(path: str, out: Path | None, stages: Sequence[str], redo: bool) -> None
         finished = run_study(study, folder, stages=stages, redo=redo, log=log)
     if "report" in stages and is_first():
         if study.has_saes:
-            headline: tuple[str, ...] = (str(read_json(finished.path("comparison", "answer.json"))["headline"]),)
+            answer = read_json(finished.path("comparison", "answer.json"))
+            headline: tuple[str, ...] = (str(answer["learned"] or answer["headline"]),)
         else:
             headline = findings(finished)
         for line in ("", *headline, "", f"report: {finished.path('report.html').resolve()}"):

@@ -33,10 +33,13 @@ class Answer(TypedDict):
     """The answer as plain text without markup.
 
     Attributes:
+        learned: What fine-tuning taught, against null fine-tunes; "" without them.
+        headline: What two dictionaries trained apart show.
         paragraph: The answer with its numbers in about ninety words, complete in itself.
         caveats: The threats to it, gravest first (column `threat` of `Comparison.threats`).
     """
 
+    learned: str
     headline: str
     paragraph: str
     traces: list[Trace]
@@ -49,7 +52,7 @@ def _none() -> pd.DataFrame:
 
 
 def _no_answer() -> Answer:
-    return Answer(headline="", paragraph="", traces=[], sentences=[], caveats=[])
+    return Answer(learned="", headline="", paragraph="", traces=[], sentences=[], caveats=[])
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,7 @@ def with_answer(
         power_sentence(found.power, roles, outcome),
     ]
     answer = Answer(
+        learned="",
         headline=_ONE_SAE if arms[roles.treatment].facts.same_sae else _headline(declared, first, roles, found),
         paragraph=short.text,
         traces=short.traces,

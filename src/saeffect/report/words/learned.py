@@ -89,7 +89,7 @@ def _headline(claimed: pd.DataFrame, declared: Mapping[Any, Any] | None, domain:
         )
     if names:
         return f"Fine-tuning changed features about {names}: they moved more {against}."
-    return f"Nothing that can be named changed: no group of features moved more {against}."
+    return f"Nothing that can be named changed: no group of features clearly moved more {against}."
 
 
 def _quoted(row: Mapping[Any, Any]) -> str:
@@ -101,7 +101,7 @@ def _named(claimed: pd.DataFrame, groups: pd.DataFrame, k: int) -> str:
     if claimed.empty:
         best = groups.iloc[0]
         return (
-            f"The group that moved most, {_quoted(best.to_dict())}, reaches what null fine-tunes reach as well"
+            f"The group that moved most, {_quoted(best.to_dict())}, is not clearly beyond what null fine-tunes reach"
             f" (p = {p_value(best['p'])}, over {plural(k, 'null')})."
         )
     listed = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.io import read_json, write_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import with_answer
+from saeffect.report.words.learned import learned
 from saeffect.sae.formats import saved_dtype
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
@@ -24,7 +26,7 @@ from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]
 
-VERSION = 7
+VERSION = 8
 _TABLES = Comparison.table_names()
 ARM_FILES = (
     *("features.parquet", "coherence.parquet", "selection.parquet", "interventions.parquet", "direct_effects.parquet"),
@@ -74,7 +76,9 @@ def compare_arms(run: RunFolder, settings: ComparisonConfig, *, seed: int) -> Co
         tests=settings.tests,
         matches=read_matches(run),
     )
-    return with_answer(found, arms, tests=settings.tests, min_matches=min_matches, alpha=settings.alpha)
+    found = with_answer(found, arms, tests=settings.tests, min_matches=min_matches, alpha=settings.alpha)
+    said = learned(found.matches.further, run.study.config.selection.subject, alpha=settings.alpha)
+    return replace(found, answer={**found.answer, "learned": said.headline})
 
 
 def read_comparison(run: RunFolder) -> Comparison:
