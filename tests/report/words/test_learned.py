@@ -23,7 +23,7 @@ def test_the_domain_and_its_groups_are_named() -> None:
     assert "nulls: −0.40 to +0.50" in parts["How sure"]
     assert "less than 0.048" in parts["How sure"]  # 1 / 21
     assert "Perplexity general: 20.0 before, 19.8 after, within what nulls do." in parts["What did not change"]
-    assert "Perplexity domain: 14.0 before, 7.4 after, beyond what nulls do." in parts["What did not change"]
+    assert "Perplexity domain: 14.0 before, 7.4 after, beyond what nulls do." in parts["What changed"]
     assert said.missing == ""
 
 

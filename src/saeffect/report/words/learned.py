@@ -59,7 +59,9 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
     k = len(nulls)
     of_domain = declared is not None and is_defined(declared["p"]) and declared["p"] <= alpha
     parts = {
-        "What changed": _named(claimed, tables["change_groups"], k),
+        "What changed": " ".join(
+            [_named(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
+        ),
         "How sure": " ".join(
             ([_domain(declared, domain, k)] if declared is not None else []) + [_could_have(k, alpha)]
         ),
@@ -173,15 +175,22 @@ def _unchanged(tables: Mapping[str, pd.DataFrame], nulls: pd.DataFrame, alpha: f
         f"A group would have been named had it changed {limit:.1f} times as much as nulls change such groups; of what"
         " changed less, nothing can be said."
     ]
-    numbers = tables.get("change_numbers", pd.DataFrame())
-    for row in numbers.to_dict("records"):
+    return " ".join([*said, *_perplexities(tables, alpha, beyond=False)])
+
+
+def _perplexities(tables: Mapping[str, pd.DataFrame], alpha: float, *, beyond: bool) -> list[str]:
+    """A sentence for each perplexity that moved beyond the nulls, or for each that did not."""
+    said = []
+    for row in tables.get("change_numbers", pd.DataFrame()).to_dict("records"):
         if row["name"] == "kl" or not is_defined(row["p"]):
             continue
-        ends = f"{fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after"
         inside = row["null_low"] <= row["change"] <= row["null_high"]
-        verdict = "within what nulls do" if inside else "beyond what nulls do" if row["p"] <= alpha else "like nulls"
-        said.append(f"{capital(row['name'])}: {ends}, {verdict}.")
-    return " ".join(said)
+        if beyond == (not inside and row["p"] <= alpha):
+            verdict = "beyond what nulls do" if beyond else "within what nulls do" if inside else "like nulls"
+            said.append(
+                f"{capital(row['name'])}: {fixed(row['base'], 1)} before, {fixed(row['tuned'], 1)} after, {verdict}."
+            )
+    return said
 
 
 def _missing(tables: Mapping[str, pd.DataFrame]) -> str:
