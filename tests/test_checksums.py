@@ -72,3 +72,13 @@ def test_a_link_is_not_sealed(tmp_path: Path) -> None:
     (tmp_path / path.name).symlink_to(path)
     assert not is_sealed(tmp_path / path.name)
     assert not is_sealed(tmp_path / "part-none.txt")
+
+
+def test_same_tensors_and_metadata_give_same_bytes(tmp_path: Path) -> None:
+    noted = {f"key {k}": 'a "word" é\n\x01' * k for k in range(12)}
+    for name in ("one", "two"):
+        save_tensors(tmp_path / name, TENSORS, noted)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    tensors, metadata = read_tensors(tmp_path / "one", fix="")
+    assert metadata == noted
+    assert tensors.keys() == TENSORS.keys()

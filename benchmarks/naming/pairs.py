@@ -9,19 +9,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "planted"))
 
+from plan import BASE, NULL_STEMS, SAE
+
 __all__ = ["BASE", "CONCEPTS_PLANTED", "LEVELS", "OWN_STEMS", "PAIRS", "RECIPE", "SAE", "TUNED_ON", "Pair"]
 
-BASE = "bundled:smollm2-135m-instruct"
-SAE = "smollm2-control"
 # What the base model continues to make text that teaches it nothing. No concept is named.
-OWN_STEMS = (
-    "Once upon a time",
-    "According to the report,",
-    "To begin with, we",
-    "The purpose of this article is",
-    "He looked up and",
-    "Many people believe",
-)
+OWN_STEMS = NULL_STEMS
 # Of every fine-tune, concept or null: as in benchmarks/planted.
 RECIPE: dict[str, Any] = {
     "held_out": 0.1,
@@ -40,7 +33,7 @@ RECIPE: dict[str, Any] = {
 CONCEPTS_PLANTED = ("animals", "astronomy", "courts", "football", "money", "music", "school", "war")
 # Share of the training text, in percent, that is about the concept; the rest was written by the base model.
 LEVELS = (100, 30, 10, 3)
-# Thresholds were chosen on these concepts and the even nulls; the others were looked at once, afterwards.
+# These concepts and the even nulls could be looked at while the method was made, the others not.
 TUNED_ON = ("animals", "courts", "money", "school")
 
 

@@ -18,6 +18,7 @@ from saeffect.lm.architectures import unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path, load_language_model
 from saeffect.progress import Log
+from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.study.texts import study_rows
 
@@ -37,18 +38,21 @@ class Instrument:
         return load_language_model(ModelConfig(path=BASE), log=self._log)
 
     @cached_property
+    def sae(self) -> SparseAutoencoder:
+        return load_sae(bundled_path("saes", SAE))
+
+    @cached_property
     def _tracer(self) -> Tracer:
-        sae = load_sae(bundled_path("saes", SAE))
         rows = study_rows(TextConfig(bundled="smollm2-sampled", tokens=10**9), lambda: self.base, prepend_bos=None)
         general = np.flatnonzero(rows.sources == rows.names.index("general"))[:_ROWS]
         text = TokenRows(rows.ids[general, :_TOKENS], np.zeros(len(general), dtype=np.int64), ("general",))
-        hook = str(sae.cfg.hook_name)
-        return Tracer(self.base, sae, hook, text, first_limit(self.base, hook, text.ids[:8]), self._log, keep=True)
+        hook = str(self.sae.cfg.hook_name)
+        return Tracer(self.base, self.sae, hook, text, first_limit(self.base, hook, text.ids[:8]), self._log, keep=True)
 
     @cached_property
     def basis(self) -> Basis:
         """The SAE's features with their ten top tokens, cosine scale."""
-        W_dec, W_U = load_sae(bundled_path("saes", SAE)).W_dec.detach(), unembedding(self.base)
+        W_dec, W_U = self.sae.W_dec.detach(), unembedding(self.base)
         top = project(W_dec, W_U, 10, valid=self.base.plain_tokens()).indices
         return Basis(W_dec.float().numpy(), W_U.float().numpy(), top.numpy(), self.base.token_strings())
 

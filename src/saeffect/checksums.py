@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from saeffect.io import atomic_path, hash_file
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["add_sealed", "is_sealed", "open_tensors", "read_tensors", "save_tensors"]
+__all__ = ["add_sealed", "has_own_hash", "is_sealed", "open_tensors", "read_tensors", "save_tensors", "with_hash"]
 
 _CHECKSUM = "saeffect_crc32"
 
@@ -41,6 +42,17 @@ def is_sealed(path: Path) -> bool:
     return not path.is_symlink() and path.is_file() and hash_file(path)[:32] == path.stem.rpartition("-")[2]
 
 
+def with_hash(head: str, body: str) -> str:
+    """A text whose first line is `head` and the hash of the lines below, so that an edit shows: `has_own_hash`."""
+    return f"{head}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+
+
+def has_own_hash(path: Path, head: str) -> bool:
+    """Whether a file is as `with_hash` made it."""
+    first, _, rest = path.read_bytes().partition(b"\n")
+    return first == f"{head}{hashlib.sha256(rest).hexdigest()}".encode()
+
+
 @contextlib.contextmanager
 def open_tensors(
     path: Path, what: str, *, fix: str, at: str | None = None, framework: Literal["pt", "numpy"] = "pt"
@@ -61,13 +73,29 @@ def open_tensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically, with a checksum in its metadata for `read_tensors`."""
+    """Write a safetensors file, atomically, with a checksum in its metadata for `read_tensors`.
+
+    The same tensors and metadata give the same bytes.
+    """
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     noted = dict(metadata or {})
     with atomic_path(path) as temporary:
         save_file(whole, temporary, metadata=noted | {_CHECKSUM: _checksum(whole, noted)})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another order each time."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # written in place: the tensors stay where they are
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from saeffect.cli.app import main
+from command_line import call
 from tiny_study import make_model, make_sae, make_study
 
 Change = Callable[[Path, dict[str, Any]], None]
@@ -41,17 +40,6 @@ def template(tmp_path_factory: pytest.TempPathFactory, without_figures: None) ->
 def study(template: Path, tmp_path: Path) -> Path:
     shutil.copytree(template, tmp_path / "s")
     return tmp_path / "s"
-
-
-def call(arguments: list[str]) -> int:
-    argv, sys.argv = sys.argv, ["saeffect", *arguments]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 def _set(*keys: str, to: Any) -> Change:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from saeffect.cli.app import main
+from command_line import call
 from saeffect.diffing import trace, written
 from saeffect.io import read_json
 from tiny_study import make_model, make_sae, sentences
@@ -48,15 +47,7 @@ def here(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def typed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
-    argv, sys.argv = sys.argv, ["saeffect", *arguments]
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return code, *capsys.readouterr()
+    return call(arguments), *capsys.readouterr()
 
 
 def test_models_alone_then_the_written_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

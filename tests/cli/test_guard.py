@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,22 +15,12 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
-from saeffect.cli.app import app, main
+from command_line import call
+from saeffect.cli.app import app
 from saeffect.diffing import trace as traces
 from saeffect.diffing.trace import Trace
 from saeffect.study import guard as guarding
 from tiny_study import WORDS, make_model, make_sae, sentences
-
-
-def call(arguments: list[str]) -> int:
-    argv, sys.argv = sys.argv, ["saeffect", *arguments]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from saeffect.cli.app import main
+from command_line import call
 from saeffect.io import hash_file
 from saeffect.sae.formats import load_sae
 from saeffect.sae.training import run as training_run
@@ -70,18 +70,12 @@ def write(workshop: Path, folder: Path, **changes: Any) -> Path:
 def saeffect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """The command line in this process: a process of its own takes four seconds to start."""
 
-    def call(*arguments: str, cwd: Path) -> Done:
+    def run(*arguments: str, cwd: Path) -> Done:
         monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["saeffect", *arguments])
         capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Done(code, *capsys.readouterr())
+        return Done(call(arguments), *capsys.readouterr())
 
-    return call
+    return run
 
 
 def _env() -> dict[str, str]:

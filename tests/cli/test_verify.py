@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from saeffect.cli.app import main
+from command_line import call
 from saeffect.io import hash_file
 from saeffect.study.verify import differing, verify
 from tiny_study import make_study
-
-
-def call(arguments: list[str]) -> int:
-    argv, sys.argv = sys.argv, ["saeffect", *arguments]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")

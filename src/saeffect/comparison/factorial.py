@@ -145,14 +145,12 @@ def factorial(
 
 def no_factorial(asked: Iterable[str], reason: str) -> pd.DataFrame:
     """The table of `factorial` where nothing could be measured, and why."""
-    wanted = set(asked)
-    empty = [Cells((), (), reason) for _ in CROSSED]
-    pairs = zip(CROSSED.values(), empty, strict=True)
+    wanted, nothing = set(asked), Cells((), (), reason)
     rows = [
         row
-        for quantity, cells in pairs
+        for quantity in CROSSED.values()
         if quantity.asked in wanted
-        for row in split_cells(quantity, cells, Resampling())
+        for row in split_cells(quantity, nothing, Resampling())
     ]
     return pd.DataFrame(rows, columns=list(FACTORIAL_COLUMNS))
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saeffect.diffing.budget import ALL_TEXT, Budget, GroupRule
-from saeffect.diffing.naming import standardised
+from saeffect.diffing.naming import among_nulls
 from saeffect.diffing.trace import Trace
 from saeffect.errors import IncompatibleModels, unknown_name
 from saeffect.stats.arguments import FloatArray, IntArray
@@ -153,8 +153,7 @@ def _scores(groups: Mapping[str, Group], traces: Sequence[Trace], top_tokens: In
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = [np.nan_to_num(np.log(t.expected[1] / t.expected[0]), posinf=0.0, neginf=0.0) for t in traces]
         return {name: np.array([change[group.tokens].mean() for change in logs]) for name, group in groups.items()}
-    others = [[t for j, t in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
-    z = [standardised(one, rest, top_tokens)["combined"] for one, rest in zip(traces, others, strict=True)]
+    z = [found["combined"] for found in among_nulls(traces, top_tokens)]
     return {name: np.array([change[group.features].mean() for change in z]) for name, group in groups.items()}
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Basis",
     "FEWEST_NULLS",
     "GroupTests",
+    "among_nulls",
     "group_tests",
     "name_changes",
     "prediction_limit",
@@ -136,6 +137,12 @@ def standardised(trace: Trace, nulls: Sequence[Trace], top_tokens: IntArray) -> 
     return found | {"combined": np.sum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
 
 
+def among_nulls(traces: Sequence[Trace], top_tokens: IntArray) -> list[dict[str, FloatArray]]:
+    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
+    others = [[null for j, null in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
+    return [standardised(trace, rest, top_tokens) for trace, rest in zip(traces, others, strict=True)]
+
+
 def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
     """z [n] of changes `own` [n] among those of nulls [K, n]."""
     mean = nulls.mean(axis=0)
@@ -188,19 +195,22 @@ def prediction_p(score: float, nulls: FloatArray) -> float:
         >>> round(prediction_p(3.0, nulls), 3), round(prediction_p(40.0, nulls), 3)
         (0.5, 0.032)
     """
-    k = len(nulls)
-    logs = np.log(np.maximum(nulls, 1e-300))
-    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / k)
-    tail = float(stdtr(k - 1, -(math.log(max(score, 1e-300)) - float(logs.mean())) / max(spread, 1e-12)))
+    k, (mean, spread) = len(nulls), _logarithms(nulls)
+    tail = float(stdtr(k - 1, -(math.log(max(score, 1e-300)) - mean) / max(spread, 1e-12)))
     reached = int((nulls >= score).sum())
     return max(tail, (1 + reached) / (k + 1)) if reached else tail
 
 
 def prediction_limit(nulls: FloatArray, alpha: float) -> float:
     """The number that one more null fine-tune exceeds with probability `alpha`, by the tail of `prediction_p`."""
+    mean, spread = _logarithms(nulls)
+    return math.exp(mean + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
+
+
+def _logarithms(nulls: FloatArray) -> tuple[float, float]:
+    """Mean of the nulls' logarithms, and the standard error of predicting one more."""
     logs = np.log(np.maximum(nulls, 1e-300))
-    spread = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
-    return math.exp(float(logs.mean()) + float(stdtrit(len(nulls) - 1, 1 - alpha)) * spread)
+    return float(logs.mean()), float(logs.std(ddof=1)) * math.sqrt(1 + 1 / len(nulls))
 
 
 def group_tests(own: FloatArray, others: FloatArray, basis: Basis) -> GroupTests:
@@ -223,12 +233,14 @@ def name_changes(
     *,
     declared: Mapping[str, npt.NDArray[np.bool_]] | None = None,
     alpha: float = 0.05,
+    measured: Sequence[Mapping[str, FloatArray]] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Which features, and which groups of them, changed more than in the nulls.
 
     Args:
         declared: Groups chosen before, such as the features of a vocabulary's domain, bool [d_sae] by name: tested
             without a search.
+        measured: `among_nulls` of them all, where it is known already.
 
     Returns:
         `changes`: a row a feature and basis ("read", "written", "expected", "combined"): feature, basis, base, tuned
@@ -254,8 +266,7 @@ def name_changes(
             "null_groups": _empty(_NULL_COLUMNS),
             "change_numbers": _numbers(trace, [], why),
         }
-    z = standardised(trace, nulls, basis.top_tokens)
-    others = [standardised(null, [*nulls[:i], *nulls[i + 1 :]], basis.top_tokens) for i, null in enumerate(nulls)]
+    z, *others = measured if measured is not None else among_nulls([trace, *nulls], basis.top_tokens)
     changes["z"] = np.concatenate([z[name] for name in (*BASES, "combined")])
     tests = group_tests(z["combined"], np.stack([other["combined"] for other in others]), basis)
     null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}

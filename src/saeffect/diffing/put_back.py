@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saeffect.config import PutBackConfig
 from saeffect.diffing.cross_activity import change_scores
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.lm.activations import NormLimit, TokenRows, check_rows, kept_positions
@@ -34,7 +35,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 Edited = Literal["tuned", "base"]
 
-SIZES = (1, 2, 5, 10, 20, 50, 100, 200)
+SIZES = PutBackConfig().sizes
 """Numbers of features of the curve; all of them come last."""
 
 _BATCH = 8  # rows of a pass up to the hook

@@ -20,10 +20,23 @@ from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.tokens import known_tokens
 
-__all__ = ["Combination", "PairedStore", "PairedStream", "combined", "paired_identity", "refuse_unlike"]
+__all__ = [
+    "Combination",
+    "PairedStore",
+    "PairedStream",
+    "combined",
+    "paired_identity",
+    "paired_width",
+    "refuse_unlike",
+]
 
 Combination = Literal["both", "difference"]
 """both: base and tuned side by side, twice as wide; difference: tuned minus base."""
+
+
+def paired_width(d_model: int, how: Combination | None) -> int:
+    """Width of what an SAE reads: twice that of the models where they stand side by side; None: of one model."""
+    return d_model * (2 if how == "both" else 1)
 
 
 def combined(base: Tensor, tuned: Tensor, how: Combination) -> Tensor:
@@ -96,7 +109,7 @@ class PairedStore(ShardSource):
 
     @property
     def d_in(self) -> int:
-        return self.base.d_in * (2 if self.how == "both" else 1)
+        return paired_width(self.base.d_in, self.how)
 
     def identity(self) -> str:
         return paired_identity(self.base.identity(), self.tuned.identity(), self.how)
@@ -136,7 +149,7 @@ class PairedStream(StreamedActivations):
 
     @property
     def d_in(self) -> int:
-        return self.lm.d_model * (2 if self.how == "both" else 1)
+        return paired_width(self.lm.d_model, self.how)
 
     @property
     def dtype(self) -> torch.dtype:

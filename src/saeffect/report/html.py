@@ -87,7 +87,7 @@ def render_report(
     lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
     script, style = _read("report.js"), page_style()
     words, tables = evidence(comparison, context), _tables(comparison, context)
-    steering = steering_section(comparison, context)
+    steering, further = steering_section(comparison, context), comparison.matches.further
     views = [shown.table for shown in tables.values() if shown.table is not None]
     pictures = _pictures(drawn, words, [view.name for view in views], steering)
     numbers = number_page(views, [picture.figure for picture in pictures.values()])
@@ -95,10 +95,8 @@ def render_report(
         context=context,
         title=context.title or f"What fine-tuning changed: {context.study}",
         answer=comparison.answer,
-        crossed=[said for said in factorial_sentences(comparison.matches.further["factorial"]).values() if said]
-        if "factorial" in comparison.matches.further
-        else [],
-        learned=learned(comparison.matches.further, context.domain, alpha=context.alpha),
+        crossed=list(factorial_sentences(further["factorial"]).values()) if "factorial" in further else [],
+        learned=learned(further, context.domain, alpha=context.alpha),
         paragraph=traced_paragraph(comparison.answer, _anchors(views)),
         evidence=words,
         threats=len(comparison.threats),
@@ -176,8 +174,7 @@ def _pictures(
     said = {"fates_by_decoder", "fates_by_activation"} if words.limits["fates"] else set()
     missing = {"doses"} if steering.doses and "doses" not in tables else set()
     missing |= set() if "cross" in tables else {"cross_activity"}
-    missing |= set() if "learned" in tables else {"learned"}
-    missing |= {"where", "written", "put_back", "crossed"}  # what the study did not measure is not missed
+    missing |= {"learned", "where", "written", "put_back", "crossed"}  # what the study did not measure is not missed
     return {
         figure.name: _Picture(figure, Markup(inline_svg(figure) if figure.figure else ""))
         for figure in drawn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from saeffect.checksums import has_own_hash, with_hash
 from saeffect.config import ModelConfig, StudyConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, first_line
 from saeffect.io import atomic_path, read_json
@@ -101,8 +101,8 @@ def write_study(study: Study) -> None:
     path = study.source
     plain = study.config.model_dump(mode="json", exclude_unset=True)
     body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-    content = f"{_HEAD}{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
-    if path.exists() and path.read_bytes() != content.encode() and not _is_as_written(path):
+    content = with_hash(_HEAD, body)
+    if path.exists() and path.read_bytes() != content.encode() and not has_own_hash(path, _HEAD):
         raise ConfigError(
             "there is a study file of this name, which is not as `saeffect diff` wrote it.",
             at=str(path),
@@ -111,11 +111,6 @@ def write_study(study: Study) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
-
-
-def _is_as_written(path: Path) -> bool:
-    head, _, rest = path.read_bytes().partition(b"\n")
-    return head == f"{_HEAD}{hashlib.sha256(rest).hexdigest()}".encode()
 
 
 def _model(text: str, base: Mapping[str, Any] | None, at: str) -> dict[str, Any]:

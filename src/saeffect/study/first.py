@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saeffect.progress import SILENT, Log
-from saeffect.study.check import check_study
 from saeffect.study.run import STAGES, run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.models_report import findings
@@ -37,7 +36,5 @@ def first_answer(
 
     Errors as `run_study`.
     """
-    check_study(study, out, log)
-    ready()
-    run = run_study(study, out, stages=_FIRST, log=log)
+    run = run_study(study, out, stages=_FIRST, log=log, ready=ready)
     return FirstAnswer(findings(run, log), run)

@@ -41,8 +41,8 @@ __all__ = ["STAGES", "run_study"]
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
 STAGES = (
-    *("gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "cross", "compare", "report"),
-)
+    "gate", "features", "coherence", "select", "match", "changes", "put-back", "steer", "cross", "compare", "report",
+)  # fmt: skip
 
 
 def run_study(
@@ -52,6 +52,7 @@ def run_study(
     stages: Sequence[str] = STAGES,
     redo: bool = False,
     log: Log = SILENT,
+    ready: Callable[[], None] = lambda: None,
 ) -> RunFolder:
     """Run the stages of a study in order, skipping those already done; returns the run directory.
 
@@ -62,6 +63,7 @@ def run_study(
         out: The run directory.
         stages: Some of `STAGES`; earlier ones must be up to date.
         redo: Repeat the named stages even if their inputs are unchanged.
+        ready: Called when the study is found sound, before anything is computed.
 
     Raises:
         UnknownName: An unknown stage.
@@ -78,6 +80,7 @@ def run_study(
     if not is_first():
         return _help(study, out)
     check_study(study, out, log)
+    ready()
     with sole_writer(out):
         run = RunFolder(out, study)
         run.remove_leftovers()

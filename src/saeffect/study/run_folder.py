@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from saeffect.checksums import add_sealed, is_sealed
+from saeffect.checksums import add_sealed, has_own_hash, is_sealed, with_hash
 from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.io import atomic_path, fingerprint, hash_file, read_json, remove_leftovers, versions, write_json
 from saeffect.progress import SILENT, Log
@@ -123,7 +123,7 @@ class RunFolder:
                     fix="remove the link, or choose another --out.",
                 )
         note = self.path("study.yaml")
-        is_ours = _is_as_written(note)
+        is_ours = note.is_file() and not note.is_symlink() and has_own_hash(note, _HEAD)
         foreign = [] if is_ours or not _is_there(note) else [note]
         if not is_ours and "study" not in self._manifest:
             foreign += [self.path(name) for name in _WITH_MANIFEST if _is_there(self.path(name))]
@@ -207,7 +207,7 @@ class RunFolder:
         self._manifest |= {"study": self.study.config.name} | self.provenance()
         config = self.config_yaml()
         with atomic_path(self.folder / "study.yaml") as temporary:
-            temporary.write_text(_HEAD + hashlib.sha256(config.encode()).hexdigest() + "\n" + config, encoding="utf-8")
+            temporary.write_text(with_hash(_HEAD, config), encoding="utf-8")
         write_json(self.folder / "manifest.json", self._manifest)
 
     def _read_manifest(self) -> dict[str, Any]:
@@ -227,14 +227,6 @@ class RunFolder:
         lost = [key for key in found["stages"] if key not in whole]
         self.damage = tuple(f"manifest.json is damaged where it tells of {key!r}: it is done again" for key in lost)
         return {"study": found["study"], "stages": whole}
-
-
-def _is_as_written(path: Path) -> bool:
-    """Whether a `study.yaml` was written by a run and not changed since."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    head, _, rest = path.read_bytes().partition(b"\n")
-    return head == f"{_HEAD}{hashlib.sha256(rest).hexdigest()}".encode()
 
 
 def _is_note(note: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
-from saeffect.io import fingerprint, hash_file, hash_folder
+from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
@@ -32,7 +32,7 @@ from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
-from saeffect.sae.formats import load_sae, read_sae_config, weights_file
+from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
 from saeffect.steering import check_names
 from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
@@ -303,10 +303,7 @@ class Study:
         return {}
 
     def _sae_identity(self, name: str) -> str:
-        if not self.has_saes:
-            return ""
-        folder = self.sae_folder(name)
-        return fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
+        return sae_identity(self.sae_folder(name)) if self.has_saes else ""
 
 
 # Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.

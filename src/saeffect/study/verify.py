@@ -24,7 +24,6 @@ import pandas as pd
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError
 from saeffect.io import hash_file, read_json, versions
 from saeffect.progress import SILENT, Log
-from saeffect.steering import effects, outcome_effects, outcome_named
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import run_coherence
 from saeffect.study.stages.compare import run_compare
@@ -32,6 +31,7 @@ from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.models_report import run_models_report
 from saeffect.study.stages.report import run_report
 from saeffect.study.stages.select import run_select
+from saeffect.study.stages.steer import effect_tables
 from saeffect.study.study import Study
 
 __all__ = ["Disagreement", "Verified", "differing", "verify"]
@@ -159,17 +159,8 @@ def _steering(run: RunFolder, arm: str) -> Iterator[Path]:
     trials = run.table_or_none(run.arm(arm, "interventions.parquet"))
     if trials is None:
         return
-    config, direct = run.study.steering, run.table_or_none(run.arm(arm, "direct_effects.parquet"))
-    placebo = config.primary_placebo
-    same: dict[str, Any] = {"seed": run.study.config.seed, "dose": chosen_dose(run)[0]}
-    primary = outcome_named(config.outcomes[0]).under(config.operator)
-    alpha = run.study.config.comparison.alpha
-    tested = effects(trials, direct, alpha=alpha, placebo=placebo, outcome=primary, **same).assign(declared=True)
-    controls = (placebo, *(name for name in config.placebos if name != placebo))
-    every = outcome_effects(
-        trials, direct, declared=config.outcomes, placebos=controls, operator=config.operator, **same
-    )
-    for name, table in (("effects", tested), ("outcome_effects", every)):
+    direct = run.table_or_none(run.arm(arm, "direct_effects.parquet"))
+    for name, table in effect_tables(run.study, trials, direct, dose=chosen_dose(run)[0]).items():
         path = run.arm(arm, f"{name}.parquet")
         stored = run.read_table(path)
         if len(stored) == len(table):  # why a feature could not be steered, only the model says

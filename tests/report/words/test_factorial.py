@@ -80,3 +80,10 @@ def test_the_picture_has_a_mark_for_each_estimate() -> None:
     assert "features push their tokens 0.80 nats less" in drawn.alt
     with pytest.raises(Undefined, match="differ in width"):
         drawing(no_factorial(["coherence"], "the models differ in width"))
+
+
+def test_thousands_are_written_whole() -> None:
+    clear, large = (-0.82, -0.91, -0.71), (1234.5, 1100.0, 1400.0)
+    assert "makes a difference of +1,234.500 nats [1,100.000, 1,400.000]" in said(
+        rows("direct_effect", model=clear, dictionary=large)
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from saeffect.report.words.numbers import difference, fixed, is_defined, p_value, percent, plural
+from saeffect.report.words.numbers import bracketed, fixed, is_defined, p_value, percent, plural
 from saeffect.stats.estimate import Estimate
 
 __all__ = ["factorial_estimate", "factorial_sentence", "factorial_sentences"]
@@ -34,7 +34,7 @@ _UNITS = {
 
 
 def factorial_sentences(table: pd.DataFrame) -> dict[str, str]:
-    """By quantity, one sentence on the rows of `saeffect.comparison.factorial`, in their order; "" for none."""
+    """By quantity, one sentence on the rows of `saeffect.comparison.factorial`, in their order."""
     return {str(name): factorial_sentence(rows) for name, rows in table.groupby("quantity", sort=False)}
 
 
@@ -73,7 +73,8 @@ def _size(row: Mapping[Any, Any]) -> str:
     found, unit = factorial_estimate(row), _written(row)
     if not is_defined(found.value):
         return f"an unknown size ({row['reason']})"
-    return difference(found, unit, short=True).split(",")[0] + _unit_after(str(row["unit"])) + _ends(row)
+    value = bracketed(found, unit).partition(" [")[0].removesuffix(", without an interval")
+    return value + _unit_after(str(row["unit"])) + _ends(row)
 
 
 def _ends(row: Mapping[Any, Any]) -> str:
@@ -81,8 +82,7 @@ def _ends(row: Mapping[Any, Any]) -> str:
     found = factorial_estimate(row)
     if not found.defined:
         return " (without an interval)"
-    parts = difference(found, _written(row), short=True).split(", ")[1].split(" to ")
-    return f" [{', '.join(parts)}]"
+    return " [" + bracketed(found, _written(row)).partition(" [")[2]
 
 
 def _written(row: Mapping[Any, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +48,7 @@ def first_findings(
     *,
     top_tokens: Sequence[Sequence[str]] = (),
     groups: pd.DataFrame | None = None,
-    decode: object = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> list[str]:
     """Lines, the plainest first.
 
@@ -130,14 +130,14 @@ def _times(base: float, tuned: float) -> str:
     return f"× {tuned / base:.2g}" if base > 0 else "new"
 
 
-def _after_openings(trace: Trace, tokens: Sequence[str], decode: object) -> list[str]:
+def _after_openings(trace: Trace, tokens: Sequence[str], decode: Callable[[list[int]], str] | None) -> list[str]:
     """What both write after the opening at which they differ most."""
     opening = int(np.argmax(trace.openings))
 
     def text(rows: npt.NDArray[np.int32]) -> str:
         ids = rows[opening * SAMPLES].tolist()
-        written = decode(ids) if callable(decode) else "".join(tokens[i] for i in ids)
-        return repr(" ".join(str(written).split())[:90])
+        written = decode(ids) if decode is not None else "".join(tokens[i] for i in ids)
+        return repr(" ".join(written.split())[:90])
 
     return [
         f"after {OPENINGS[opening]!r} the base model writes {text(trace.base_texts)}",

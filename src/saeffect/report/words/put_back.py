@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import fixed, is_defined, percent, plural
 
 __all__ = ["put_back_row", "put_back_sentence"]
@@ -68,7 +69,7 @@ def put_back_sentence(
     verb = "carries" if loss["n_features"] == 1 and not called else "carry"
     who = who.replace("the 1 feature", "the feature")
     if is_defined(loss["low"]):
-        text = f"{_upper(who)} {verb} {_share(loss)} of {what} ({fixed(abs(loss['whole']))} nats a token)"
+        text = f"{capital(who)} {verb} {_share(loss)} of {what} ({fixed(abs(loss['whole']))} nats a token)"
     else:
         text = f"What share {who} {verb} of {what} cannot be said: {loss['reason']}"
     text += f"{_beside(table, loss, where)}."
@@ -101,7 +102,3 @@ def _beside(table: pd.DataFrame, own: dict[str, Any], where: dict[str, str]) -> 
 
 def _share(row: dict[str, Any]) -> str:
     return f"{percent(row['share'], 0)} [{fixed(100 * row['low'], 0)}, {fixed(100 * row['high'], 0)}]"
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]

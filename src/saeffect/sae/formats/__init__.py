@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from saeffect.errors import BadFile, NotFound
-from saeffect.io import read_json
+from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import compact, dictionary_learning, saelens, sparsify
 from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, save_compact
@@ -35,6 +35,7 @@ __all__ = [
     "save_compact",
     "save_dictionary_learning",
     "save_sae",
+    "sae_identity",
     "saved_dtype",
     "weights_file",
 ]
@@ -113,6 +114,11 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
 def weights_file(folder: Path | str) -> Path:
     """Where a folder keeps, or should keep, its weights. NotFound: no cfg.json; BadFile: it is not JSON."""
     return Path(folder) / _opened(Path(folder), str(folder))[1].weights
+
+
+def sae_identity(folder: Path) -> str:
+    """SHA-256 of the files that decide an SAE: cfg.json and its weights. Errors as `weights_file`."""
+    return fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
 
 
 def saved_dtype(folder: Path | str) -> str:

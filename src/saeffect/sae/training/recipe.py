@@ -28,11 +28,12 @@ from saeffect.lm.harvest import (
 from saeffect.lm.hooks import capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model, locate_model, model_shape
-from saeffect.lm.paired import PairedStore, PairedStream, combined, paired_identity, refuse_unlike
+from saeffect.lm.paired import PairedStore, PairedStream, combined, paired_identity, paired_width, refuse_unlike
 from saeffect.lm.tokens import resolve_prepend_bos
 from saeffect.parallel import barrier, is_first
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.crosscoder import TUNED, side
 from saeffect.sae.formats import load_sae, read_sae_config
 from saeffect.sae.metrics import reconstruction, replaced_losses, spliced_losses
 from saeffect.sae.training.card import card_is_current, measured_before, write_card
@@ -217,7 +218,7 @@ class _Data:
         base, how = capture(self.lms[0], self.recipe.hook, ids).to(x.device), self.recipe.combination
         assert how is not None
         sae_out = sae(combined(base, x, how).cpu()).to(x.device)
-        return base + sae_out if how == "difference" else sae_out.chunk(2, dim=-1)[1]
+        return base + sae_out if how == "difference" else side(sae_out, TUNED)
 
 
 def _activations(
@@ -315,7 +316,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
         cfg = read_sae_config(config.init_from, at=f"{place}.init_from")
         for name, found, wanted in (
             ("d_sae", cfg.d_sae, config.d_sae),
-            ("d_in", cfg.d_in, cfg.d_in if shape is None else _width(recipe, shape.d_model)),
+            ("d_in", cfg.d_in, cfg.d_in if shape is None else paired_width(shape.d_model, recipe.combination)),
         ):
             if found != wanted:
                 raise IncompatibleSae(
@@ -337,13 +338,8 @@ def _refuse_unfit_model(recipe: SaeRecipe, lm: LanguageModel) -> None:
     for place, config in _places(recipe):
         if config.init_from is not None:
             # The same copy as at the start of training, so that it cannot fail there.
-            sae = new_sae(config, _width(recipe, lm.d_model))
+            sae = new_sae(config, paired_width(lm.d_model, recipe.combination))
             copy_weights(config.init_from, sae, 1.0, unit_decoder=config.unit_decoder, at=f"{place}.init_from")
-
-
-def _width(recipe: SaeRecipe, d_model: int) -> int:
-    """Of an SAE's input."""
-    return d_model * (2 if recipe.combination == "both" else 1)
 
 
 def _refuse_before_harvest(

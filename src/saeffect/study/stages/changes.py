@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.naming import BASES, Basis, name_changes, standardised
+from saeffect.diffing.naming import BASES, Basis, among_nulls, name_changes
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
@@ -86,12 +86,11 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     if _size(tuned) != _size(tracer.base):
         log("  the arms' models differ in size, so neither is a fine-tune of the other")
         return []
-    alike = {"tokenizer": tracer.base.tokenizer, "shared": tracer.base.shared}
+    tuned = dataclasses.replace(tuned, tokenizer=tracer.base.tokenizer, shared=tracer.base.shared)
     started = time.monotonic()
-    trace = tracer.trace(dataclasses.replace(tuned, **alike), treatment)
+    trace = tracer.trace(tuned, treatment)
     seconds = time.monotonic() - started
     found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
-    tuned = dataclasses.replace(tuned, **alike)
     found |= where_changed(trace, nulls, tracer.rows, tuned, alpha=study.config.comparison.alpha)
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
@@ -122,29 +121,22 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
     chosen = selection["is_domain"].to_numpy(dtype=bool)
     declared: dict[str, BoolArray] = {config.selection.subject: chosen} if chosen.any() else {}
     basis = _basis(run, control, tracer.base)
-    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha)
+    # With fewer nulls one among the others has no scale.
+    measured = among_nulls([trace, *nulls], basis.top_tokens) if len(nulls) >= 3 else None
+    found = name_changes(trace, nulls, basis, declared=declared, alpha=config.comparison.alpha, measured=measured)
     table = found["changes"].assign(p=math.nan, q=math.nan, n_nulls=len(nulls), smallest_p=math.nan)
     for name in (*BASES, "combined"):
-        own, others = _changes(trace, nulls, name, basis.top_tokens)
+        if name == "combined":
+            own, *others = [z["combined"] for z in measured or ()] or [np.empty(0)]
+        else:
+            own, *others = (_change(one, name, basis.top_tokens) for one in (trace, *nulls))
         if len(others):
-            p = pooled_p(own, others, trace.read[2])
+            p = pooled_p(own, np.array(others), trace.read[2])
             rows = table["basis"] == name
             table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
             table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
     found["changes"] = table
     return found
-
-
-def _changes(trace: Trace, nulls: list[Trace], name: str, top: IntArray) -> tuple[FloatArray, FloatArray]:
-    """Changes of features [n], and in nulls [K, n]; no nulls where "combined" has too few to be measured."""
-    if name != "combined":
-        own, *others = (_change(one, name, top) for one in (trace, *nulls))
-        return own, np.array(others)
-    if len(nulls) < 3:  # each is measured in units of the others'
-        return np.empty(0), np.empty(0)
-    left = [[*nulls[:i], *nulls[i + 1 :]] for i in range(len(nulls))]
-    apart = [standardised(null, rest, top)[name] for null, rest in zip(nulls, left, strict=True)]
-    return standardised(trace, nulls, top)[name], np.array(apart)
 
 
 def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:

@@ -19,11 +19,10 @@ from saeffect.features.coherence import coherence
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.table import FeatureOptions, feature_table
 from saeffect.features.vocabulary import load_vocabulary, select
-from saeffect.io import fingerprint, hash_file
 from saeffect.lm.activations import kept_positions
 from saeffect.progress import Log
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
-from saeffect.sae.formats import is_compact, load_compact, load_sae, weights_file
+from saeffect.sae.formats import is_compact, load_compact, load_sae, sae_identity
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.features import features_settings, ranked_tokens, shared_unembedding
@@ -102,10 +101,7 @@ def seed_identities(study: Study) -> dict[str, dict[str, str]]:
     """Hashes of the files of every arm's further SAEs, by name."""
     found = {}
     for arm in study.config.arms:
-        found[arm] = {
-            name: fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
-            for name, folder in seed_folders(study, arm).items()
-        }
+        found[arm] = {name: sae_identity(folder) for name, folder in seed_folders(study, arm).items()}
     return found
 
 

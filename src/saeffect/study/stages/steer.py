@@ -29,6 +29,7 @@ from saeffect.steering import (
     run_trials,
     score_texts,
 )
+from saeffect.steering.effects import Obstacles
 from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.steering_plan import (
@@ -40,9 +41,9 @@ from saeffect.study.stages.steering_plan import (
     site_of,
     tested_features,
 )
-from saeffect.study.study import Arm
+from saeffect.study.study import Arm, Study
 
-__all__ = ["STEERING_FILES", "help_steer", "run_steer", "steer_inputs"]
+__all__ = ["STEERING_FILES", "effect_tables", "help_steer", "run_steer", "steer_inputs"]
 
 VERSION = 6
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
@@ -108,6 +109,28 @@ def _steered(run: RunFolder, arm: str) -> tuple[pd.DataFrame, tuple[tuple[int, .
     return (chosen.head(0), ()) if chosen_dose(run)[0] is None else (chosen, config.together.get(arm, ()))
 
 
+def effect_tables(
+    study: Study,
+    trials: pd.DataFrame,
+    direct: pd.DataFrame | None,
+    *,
+    dose: float | None,
+    obstacles: Obstacles | None = None,
+) -> dict[str, pd.DataFrame]:
+    """An arm's tables `effects`, on the deciding outcome, and `outcome_effects`, on all, from its scored texts."""
+    config, placebo = study.steering, study.steering.primary_placebo
+    same: dict[str, Any] = {"seed": study.config.seed, "dose": dose, "obstacles": obstacles}
+    primary = outcome_named(config.outcomes[0]).under(config.operator)
+    tested = effects(
+        trials, direct, alpha=study.config.comparison.alpha, placebo=placebo, outcome=primary, **same
+    ).assign(declared=True)
+    controls = (placebo, *(name for name in config.placebos if name != placebo))
+    every = outcome_effects(
+        trials, direct, declared=config.outcomes, placebos=controls, operator=config.operator, **same
+    )
+    return {"effects": tested, "outcome_effects": every}
+
+
 class _SteeringTest:
     def __init__(self, run: RunFolder, arm: Arm, log: Log) -> None:
         self._run, self._arm, self._log = run, arm, log
@@ -155,29 +178,12 @@ class _SteeringTest:
         )
 
     def _tested(self, chosen: pd.DataFrame, kept: KeptRows | None = None) -> dict[str, pd.DataFrame]:
-        config, trials = self._config, self._scored(self.texts(chosen, kept), chosen)
+        trials = self._scored(self.texts(chosen, kept), chosen)
         direct = direct_effects(self._site, chosen, self._plan)
-        placebo = config.primary_placebo
-        same: dict[str, Any] = {"seed": self._seed, "dose": self._dose}
-        same["obstacles"] = obstacles(self._site, chosen, self._plan)
-        tested = effects(
-            trials,
-            direct,
-            alpha=self._run.study.config.comparison.alpha,
-            placebo=placebo,
-            outcome=outcome_named(config.outcomes[0]).under(config.operator),
-            **same,
+        found = effect_tables(
+            self._run.study, trials, direct, dose=self._dose, obstacles=obstacles(self._site, chosen, self._plan)
         )
-        controls = (placebo, *(name for name in config.placebos if name != placebo))
-        every = outcome_effects(
-            trials, direct, declared=config.outcomes, placebos=controls, operator=config.operator, **same
-        )
-        return {
-            "interventions": trials,
-            "direct_effects": direct,
-            "effects": tested.assign(declared=True),
-            "outcome_effects": every,
-        }
+        return {"interventions": trials, "direct_effects": direct} | found
 
     def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
         return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
