@@ -32,8 +32,7 @@ def site_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
-        small = {"n_boot": 20, "n_permutations": 50}
-        run_study(Study.open(make_study(folder, comparison=small)), folder / "run")
+        run_study(Study.open(make_study(folder)), folder / "run")
     return folder / "run"
 
 
