@@ -18,7 +18,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, such as runs/<name>.", parser=user_path)],
     out: Annotated[
         Path,
-        typer.Option(help="File to write; its ending is the format: .safetensors, .gguf, .json or .csv.", parser=user_path),
+        typer.Option(
+            help="File to write; its ending is the format: .safetensors, .gguf, .json or .csv.", parser=user_path
+        ),
     ],
     arm: Annotated[str, typer.Option(help="Whose SAE the features are of.")] = "treatment",
     feature: Annotated[list[int] | None, typer.Option(help="A feature's number; give it again for more.")] = None,
@@ -36,7 +38,9 @@ def export(
     if out.suffix not in kinds:
         raise ConfigError(f"the ending {out.suffix!r} is no format.", at="--out", fix=f"use {', '.join(kinds)}.")
     if bool(feature) == bool(group):
-        raise ConfigError("give features or a group.", at="--feature", fix="for example --feature 12, or --group domain.")
+        raise ConfigError(
+            "give features or a group.", at="--feature", fix="for example --feature 12, or --group domain."
+        )
     folder = RunFolder(run, Study.open(run / "study.yaml"))
     chosen = list(feature or ()) or group_of(folder, arm, str(group))
     kind = kinds[out.suffix]

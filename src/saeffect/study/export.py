@@ -62,8 +62,9 @@ def group_of(run: RunFolder, arm: str, group: str) -> list[int]:
 def feature_list(run: RunFolder, arm: str, features: Sequence[int]) -> pd.DataFrame:
     """One row a feature, in the given order, with what the run knows of it.
 
-    Columns of `features.parquet`, then coherence, of the selection (matches, label, n_yes, …), and effect, its interval,
-    p and q where the feature was steered (NaN elsewhere). UnknownName for an arm or a feature that is not there.
+    Columns of `features.parquet`, then coherence, of the selection (matches, label, n_yes, …), and effect, its
+    interval, p and q where the feature was steered (NaN elsewhere). UnknownName for an arm, ConfigError for a feature,
+    that is not there; EmptySelection without features.
     """
     run.study.arm(arm)
     table = run.read_table(run.arm(arm, "features.parquet")).set_index("feature")
@@ -133,7 +134,7 @@ def neuronpedia_list(run: RunFolder, arm: str, features: Sequence[int]) -> dict[
     """Features with the keys of Neuronpedia's JSON: modelId, layer, index, pos_str, frac_nonzero, activations, …
 
     modelId and layer are those of the SAE's `neuronpedia_id` where its cfg.json has one; then `features` alone, cut to
-    modelId, layer and index, is a list that Neuronpedia opens. Otherwise they are made of the model's name and the hook.
+    modelId, layer and index, is a list that Neuronpedia opens. Otherwise they follow from the model's name and hook.
     """
     table = feature_list(run, arm, features)
     examples = run.table_or_none(run.arm(arm, "examples.parquet"))
@@ -225,15 +226,17 @@ def _gguf_architecture(run: RunFolder, arm: str) -> str:
     return _IN_GGUF.get(found, found)
 
 
-def _neuronpedia(run: RunFolder, arm: str, features: Sequence[int], dose: float | None, path: Path) -> None:
+def _neuronpedia(run: RunFolder, arm: str, features: Sequence[int], _: float | None, path: Path) -> None:
     write_json(path, neuronpedia_list(run, arm, features))
 
 
-def _csv(run: RunFolder, arm: str, features: Sequence[int], dose: float | None, path: Path) -> None:
+def _csv(run: RunFolder, arm: str, features: Sequence[int], _: float | None, path: Path) -> None:
     """Lists become JSON; a label that a spreadsheet would run as a formula gets an apostrophe in front."""
     table = feature_list(run, arm, features)
     for name in set(_LISTS) & set(table):
-        table[name] = [json.dumps(pd.Series(values, dtype=object).tolist(), ensure_ascii=False) for values in table[name]]
+        table[name] = [
+            json.dumps(pd.Series(values, dtype=object).tolist(), ensure_ascii=False) for values in table[name]
+        ]
     if "label" in table:
         table["label"] = table["label"].fillna("").str.replace(r"^(?=[=+\-@\t\r])", "'", regex=True)
     table.insert(0, "arm", arm)

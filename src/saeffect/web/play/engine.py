@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, SaeffectError, Undefined
+from saeffect.errors import ConfigError, Undefined
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import Log
@@ -65,7 +65,9 @@ class Engine:
                 lm.plain_tokens()
                 lm.token_strings()
                 text = Ask(prompt="A", max_new_tokens=1)
-                for _ in stream(lm, run.study.hook(name), lm.encode_prompt("Once upon a"), [_cell("", 0)], text.plan("A")):
+                for _ in stream(
+                    lm, run.study.hook(name), lm.encode_prompt("Once upon a"), [_cell("", 0)], text.plan("A")
+                ):
                     pass
         except Exception as error:
             self._set(state="failed", **described(error))
@@ -101,7 +103,11 @@ class Engine:
         yield {
             "type": "done",
             "seconds": round(time.monotonic() - started, 2),
-            "result": {"ask": ask.model_dump(mode="json"), "sides": [side.result() for side in sides], **_scale(run, ask)},
+            "result": {
+                "ask": ask.model_dump(mode="json"),
+                "sides": [side.result() for side in sides],
+                **_scale(run, ask),
+            },
         }
 
     def _fresh(self) -> RunFolder:
@@ -137,7 +143,7 @@ class Engine:
         return sides
 
     def _site(self, run: RunFolder, arm: str, lm: LanguageModel) -> Site:
-        """The arm's own site with another model: the same push in both, in units of the mean norm of the SAE's model."""
+        """The arm's own site on any model: the same push in both, in units of the mean norm of the arm's model."""
         config = run.study.arm(arm)
         return site_of(run, Arm(arm, config.role, lm, self._sae(run, arm), run.study.hook(arm)))
 
@@ -242,7 +248,9 @@ class _Side:
             intervention = Intervention(actions.operator(acted), plan.positions)
             self._length = actions.length(feature, plan.doses[0])
         # One step more than is shown: reading the last token gives its activation.
-        sampling = Sampling(**{key: getattr(plan, key) for key in Sampling.model_fields} | {"max_new_tokens": self._n + 1})
+        sampling = Sampling(
+            **{key: getattr(plan, key) for key in Sampling.model_fields} | {"max_new_tokens": self._n + 1}
+        )
         cells = [_cell(text, plan.seed) for _ in self.rows]
         self._steps = stream(lm, site.hook, self._prompt_ids, cells, sampling, intervention=intervention)
 
@@ -271,7 +279,7 @@ class _Side:
 
     @torch.inference_mode()
     def step(self) -> dict[str, Any] | None:
-        """One token more in each text: `pieces` (None after its end), and `acts` of the tokens before; None at the end."""
+        """A token more in each text: `pieces` (None after its end), `acts` of the tokens before; None at the end."""
         seen: list[Tensor] = []
 
         def listen(x: Tensor) -> Tensor:

@@ -50,8 +50,6 @@ class Job:
             self._put(event | {"job": self.id})
         except Exception:
             self.stop()
-        if event["type"] in _LAST:
-            self.over.set()
 
     def step(self) -> bool:
         """Do one step of the work; False if there is none left."""
@@ -61,13 +59,13 @@ class Job:
             if not isinstance(error, SaeffectError):
                 _LOG.exception("the playground failed")
             event = {"type": "error", **described(error)}
-        if event is not None:
-            self.tell(event)
-        elif not self.over.is_set():
-            self.tell({"type": "stopped"})
-        if self.over.is_set():
-            self.close()
-        return not self.over.is_set()
+        event = event or {"type": "stopped"}
+        self.tell(event)
+        if event["type"] not in _LAST:
+            return True
+        self.close()
+        self.over.set()
+        return False
 
     def close(self) -> None:
         """Let go of models and caches."""
