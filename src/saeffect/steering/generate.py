@@ -68,7 +68,8 @@ def generate(
             batch = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
+                n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), n_bos)
 
             def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
                 if progress is not None:
@@ -135,12 +136,13 @@ def stream(
     """
     _check([prompt_ids], 1)
     _check_rows(intervention, cells)
-    edit = None if intervention is None else intervention.edit(len(prompt_ids), lm.n_bos(prompt_ids))
+    n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+    edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
     with fused(lm):
         start = read_prompt(lm, hook, prompt_ids, len(cells), edit, room=sampling.max_new_tokens - 1)
     rows, lengths = _rows_of(lm, [prompt_ids] * len(cells), sampling)
     steps = _steps(lm, rows, lengths, cells, sampling, start, edit)
-    ends, ended = set(_end_tokens(lm)), [False] * len(cells)
+    ends, ended = set(_ends(lm, sampling)), [False] * len(cells)
     while True:
         with fused(lm), _steered(lm, hook, edit):
             position = next(steps, None)
@@ -181,7 +183,7 @@ def _continue(
         if position < last:
             report(position - lengths[-1] + 1)
     report(n_steps)
-    final = set(_end_tokens(lm))
+    final = set(_ends(lm, sampling))
     texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
     return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
 
@@ -197,9 +199,9 @@ def _steps(
 ) -> Iterator[int]:
     """Fill `rows` position by position, each pass advancing every row by one token; yields the position just filled."""
     n_steps, shortest = sampling.max_new_tokens, lengths[0]
-    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
+    ends = torch.tensor(_ends(lm, sampling), dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
-    forbidden = _forbidden_tokens(lm, sampling.allow_end)
+    forbidden = _forbidden_tokens(lm, sampling)
     # Rows of one length are at the same step of their texts.
     alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
     logits, cache = start
@@ -211,7 +213,8 @@ def _steps(
         for length, where in alike:
             step = position - length
             if 0 <= step < n_steps:
-                penalise(logits[where], rows[where, length:position], sampling.frequency_penalty)
+                counted = 0 if sampling.as_published else length
+                penalise(logits[where], rows[where, counted:position], sampling.frequency_penalty)
                 logits[where].index_fill_(1, forbidden, -math.inf)
                 rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
                 if sampling.allow_end:
@@ -233,6 +236,11 @@ def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -
         raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
 
 
+def _ends(lm: LanguageModel, sampling: Sampling) -> list[int]:
+    """Tokens that end a text; as published, an end-of-text token is a token like others."""
+    return [] if sampling.as_published else _end_tokens(lm)
+
+
 def _end_tokens(lm: LanguageModel) -> list[int]:
     settings = getattr(lm.model, "generation_config", None)
     found: set[int] = set()
@@ -241,11 +249,13 @@ def _end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
-    """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
+def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
+    """Ids never generated, int64: those unknown to the tokenizer, and special ones (none as published)."""
+    if sampling.as_published:
+        return torch.arange(len(lm.tokenizer), lm.d_vocab, device=lm.device)
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.
-    forbidden[_end_tokens(lm)] = not allow_end
+    forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
 
 
