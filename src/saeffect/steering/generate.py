@@ -131,8 +131,7 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's end.
 
-    Arguments and errors as `generate`. Between steps the model is as it was, so that streams may take turns; closing
-    one ends it. With equal rows the ids are those of `generate`, whatever runs in between.
+    Arguments and errors as `generate`. Between steps the model is as it was, so streams may take turns.
     """
     _check([prompt_ids], 1)
     _check_rows(intervention, cells)

@@ -23,7 +23,7 @@ def worker() -> Iterator[Worker]:
 class Recorder:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.gate = threading.Event()
+        self.gate, self.begun = threading.Event(), threading.Event()
 
     def put(self, client: str) -> Callable[[dict[str, Any]], None]:
         return lambda event: self.events.append((client, event))
@@ -31,6 +31,7 @@ class Recorder:
     def steps(self, n: int, closed: list[str] | None = None, *, gated: bool = False) -> Iterator[dict[str, Any]]:
         try:
             for i in range(n):
+                self.begun.set()
                 if gated and i == 0:
                     self.gate.wait(5)
                 yield {"type": "tokens", "step": i}
@@ -76,7 +77,9 @@ def test_a_stopped_job_ends_and_lets_go_also_while_it_waits(worker: Worker) -> N
     running = worker.submit("a", heard.steps(1000, closed, gated=True), heard.put("a"))
     waiting = worker.submit("a", heard.steps(5), heard.put("a"))
     assert worker.find(waiting.id) is waiting and worker.find(running.id) is running
-    running.stop(), waiting.stop()
+    assert heard.begun.wait(5)
+    running.stop()
+    waiting.stop()
     heard.gate.set()
     wait(running, waiting)
     assert [event["type"] for _, event in heard.events].count("stopped") == 2

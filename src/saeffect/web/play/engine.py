@@ -58,7 +58,7 @@ class Engine:
         self._set(state="loading")
         try:
             run = self._fresh()
-            for name in sides_of(run):
+            for name in _sides_of(run):
                 yield {"type": "working", "what": f"loading {run.study.arm(name).model.path}"}
                 lm = self._lm(run, name)
                 self._sae(run, name)
@@ -132,7 +132,7 @@ class Engine:
     def _sides(self, run: RunFolder, ask: Ask) -> list[_Side]:
         features = features_to_steer(run, ask)
         sides = []
-        for name in sides_of(run):
+        for name in _sides_of(run):
             lm = self._lm(run, name)
             text = _chat_turn(lm, ask.prompt) if ask.chat else ask.prompt
             plan = ask.plan(text)
@@ -152,7 +152,7 @@ class Engine:
             self._state = state
 
 
-def sides_of(run: RunFolder) -> list[str]:
+def _sides_of(run: RunFolder) -> list[str]:
     """The arms whose models answer: control, then treatment."""
     return [run.study.by_role("control")[0], run.study.by_role("treatment")[0]]
 
