@@ -18,6 +18,7 @@ from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
@@ -47,6 +48,7 @@ for _stage, _help in STAGE_HELP.items():
 app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
     verify
 )
+app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
