@@ -43,7 +43,7 @@ def read_queue(folder: Path | str) -> Queue:
 def standing_verdicts(store: VerdictStore, features: Mapping[str, pd.DataFrame]) -> Standing:
     """The verdicts of a store that were given on these features (by arm: feature, top_tokens)."""
     said = store.current()
-    tokens = {}
+    tokens = dict[tuple[str, int], str]()
     for arm, table in features.items():
         wanted = set(said.loc[(said["arm"] == arm) & (said["kind"] == "feature"), "feature"])
         own = table[table["feature"].isin(wanted)]
