@@ -18,7 +18,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
-from saeffect.lm.corpora import read_corpus
+from saeffect.lm.corpora import is_local, read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
@@ -185,11 +185,11 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
 def _check_text(study: Study) -> str:
     text = study.config.text
     for index, source in enumerate(text.sources):
-        documents = read_corpus(source.path, field=source.field)
+        documents = read_corpus(source)
         with placed(study.at("text", "sources", str(index))):
             next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
-    if not all(Path(source.path).exists() for source in text.sources):
+    if not all(map(is_local, text.sources)):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
