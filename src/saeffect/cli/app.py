@@ -20,6 +20,7 @@ from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
@@ -57,6 +58,7 @@ app.command(
     help="Features of a finished run for other programs: steering vector (.safetensors), control vector for llama.cpp"
     " (.gguf), Neuronpedia-style list (.json), .csv.",
 )(export)
+app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
