@@ -56,14 +56,12 @@ class Engine:
             for name in _sides_of(run):
                 yield {"type": "working", "what": f"loading {run.study.arm(name).model.path}"}
                 lm = self._lm(run, name)
-                self._sae(run, name)
+                if run.study.has_saes:
+                    self._sae(run, name)
                 lm.plain_tokens()
                 lm.token_strings()
-                text = Ask(prompt="A", max_new_tokens=1)
-                for _ in stream(
-                    lm, run.study.hook(name), lm.encode_prompt("Once upon a"), [NoiseCell(0, "A", 0)], text.plan("A")
-                ):
-                    pass
+                plan = Ask(prompt="A", max_new_tokens=1).plan("A")
+                list(stream(lm, "", lm.encode_prompt("Once upon a"), [NoiseCell(0, "A", 0)], plan))
         except Exception as error:
             self._set(state="failed", **described(error))
             raise
@@ -131,8 +129,8 @@ class Engine:
             text = _chat_turn(lm, ask.prompt) if ask.chat else ask.prompt
             plan = ask.plan(text)
             _require_room(lm, text, plan)
-            site = self._site(run, ask.arm or name, lm)
-            actions = None if features is None else actions_of(site, features, plan, ["top_tokens"])
+            site = self._site(run, ask.arm, lm) if ask.features else None
+            actions = actions_of(site, features, plan, ["top_tokens"]) if site and features is not None else None
             sides.append(Side(name, run.study.arm(name).role, lm, site, text, plan, actions, ask.features))
         return sides
 

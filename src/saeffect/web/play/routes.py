@@ -19,7 +19,7 @@ from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.web.pages import page
 from saeffect.web.play.ask import MOST_FEATURES, MOST_TOKENS, Ask
 from saeffect.web.play.engine import Engine
-from saeffect.web.play.kept import Result, forget, keep, kept_list, read_kept
+from saeffect.web.play.kept import Result, Text, forget, keep, kept_list, read_kept
 from saeffect.web.play.pick import described_features, find_features
 from saeffect.web.play.worker import Event, Job, Worker, described
 from saeffect.web.site import Site
@@ -82,7 +82,7 @@ def _play(request: Request) -> HTMLResponse:
             wrong = described(error)
             ask = Ask.read(defaults, at="the study")
         if not site.study.has_saes:
-            wrong = {"what": "This study has no SAEs, so there is no feature to steer with.", "at": "", "fix": ""}
+            wrong = {"what": "This study has no SAEs: both models answer, without features.", "at": "", "fix": ""}
         _playground(request).warm()
     return page(
         request,
@@ -114,8 +114,7 @@ def _kept(request: Request) -> HTMLResponse:
         "play_kept.html.j2",
         title="Kept results" if len(found) > 1 else "A kept result",
         results=[(name, result, _short(result)) for name, result in found],
-        tint=_tint,
-        told=_told,
+        shown=_shown,
     )
 
 
@@ -224,24 +223,33 @@ def _unit(site: Site) -> str:
 
 
 def _short(result: Result) -> str:
-    """A result in a line: features, dose, prompt."""
+    """A result in a line: features, push, what else tells it apart, prompt."""
     ask = result.ask
+    parts = ["unsteered"]
+    if ask.features:
+        pushed = "ablated" if ask.operator == "ablate" else f"{ask.operator} {ask.dose:g}"
+        parts = [f"{ask.arm} {', '.join(map(str, ask.features))}", pushed]
+    parts += [f"{ask.placebo} placebo"] if ask.placebo else []
+    parts += [f"seed {ask.seed}", *(["chat"] if ask.chat else [])]
     prompt = ask.prompt if len(ask.prompt) <= 60 else ask.prompt[:59] + "…"
-    if not ask.features:
-        return f"unsteered: {prompt}"
-    pushed = "ablated" if ask.operator == "ablate" else f"{ask.operator} {ask.dose:g}"
-    return f"{ask.arm} {', '.join(map(str, ask.features))}, {pushed}: {prompt}"
+    return f"{', '.join(parts)}: {prompt}"
 
 
-def _tint(acts: Sequence[float], scale: Sequence[float]) -> int:
-    """The class of a token's tint, 0 to 5: the strongest feature's activation as a share of its maximum."""
-    share = max((a / s for a, s in zip(acts, scale, strict=False)), default=0.0)
-    return 0 if share <= 0 else min(_STEPS, 1 + int(share * _STEPS))
+def _shown(row: Text, result: Result) -> list[tuple[str, str, str]]:
+    """A text's pieces for the page: the piece, its class ("" for none), and the activations behind its tint.
 
-
-def _told(acts: Sequence[float], features: Sequence[int]) -> str:
-    """The activations behind a tint, in words."""
-    return ", ".join(f"{f}: {a:.3g}" for f, a in zip(features, acts, strict=False) if a > 0)
+    The tint is the strongest feature's activation as a share of its maximum. Line feeds before the first word are signs.
+    """
+    found, begun = [], False
+    for piece, acts in row.tokens:
+        begun = begun or bool(piece.strip())
+        share = max((a / s for a, s in zip(acts, result.scale, strict=False)), default=0.0)
+        told = ", ".join(f"{f}: {a:.3g}" for f, a in zip(result.ask.features, acts, strict=False) if a > 0)
+        if not begun and "\n" in piece:
+            found.append((piece.replace("\n", "↵"), "feed", ""))
+        else:
+            found.append((piece, f"a{min(_STEPS, 1 + int(share * _STEPS))}" if share > 0 else "", told))
+    return found
 
 
 def _line(event: Event) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +34,14 @@ class _Row:
 
 
 class Side:
-    """One model's texts, all in one batch: unsteered, steered, placebo."""
+    """One model's texts, all in one batch: unsteered, steered, placebo; without a site unsteered alone."""
 
     def __init__(
         self,
         name: str,
         role: str,
         lm: LanguageModel,
-        site: Site,
+        site: Site | None,
         text: str,
         plan: SteeringPlan,
         actions: Actions | None,
@@ -64,7 +65,8 @@ class Side:
             **{key: getattr(plan, key) for key in Sampling.model_fields} | {"max_new_tokens": self._n + 1}
         )
         cells = [NoiseCell(plan.seed, text, _DRAW[1]) for _ in self.rows]
-        self._steps = stream(lm, site.hook, self._prompt_ids, cells, sampling, intervention=intervention)
+        hook = site.hook if site else ""  # without a site nothing is edited
+        self._steps = stream(lm, hook, self._prompt_ids, cells, sampling, intervention=intervention)
 
     def _choose(self, actions: Actions, feature: int) -> None:
         """The conditions that can be run; Undefined if the features cannot be steered at all."""
@@ -101,10 +103,10 @@ class Side:
         if all(row.ended for row in self.rows):
             return None
         # Before the edit of the stream, so what is seen is what the text itself brings about.
-        with edited(self._lm, self._site.hook, listen):
+        with edited(self._lm, self._site.hook, listen) if self._site else nullcontext():
             ids = next(self._steps, None)
         begun = max((len(row.ids) for row in self.rows), default=0) > 0
-        acts = self._activations(seen[-1]) if begun and seen else []
+        acts = self._activations(seen[-1]) if begun and seen else [[] for _ in self.rows]
         pieces: list[str | None] = []
         fresh: list[list[float] | None] = []
         for i, row in enumerate(self.rows):
@@ -119,7 +121,9 @@ class Side:
         if row.ended or token is None or len(row.ids) == self._n:
             last = row.ended or not row.ids
             row.ended = True
-            return None if last else self._rest(row)
+            if not last:
+                self._finish(row)
+            return None
         row.ids.append(token)
         text = self._lm.decode(row.ids)
         # A character may take several tokens; it is shown with its last one.
@@ -128,29 +132,26 @@ class Side:
         row.pieces.append(piece)
         return piece
 
-    def _rest(self, row: _Row) -> str | None:
-        """What is left of a character that never came to its end; it joins the last piece."""
+    def _finish(self, row: _Row) -> None:
+        """Give what is left of a character that never came to its end to the last piece."""
         text = self._lm.decode(row.ids)
-        if text == row.shown or not text.startswith(row.shown):
-            return None
-        left = text[len(row.shown) :]
-        row.pieces[-1], row.shown = row.pieces[-1] + left, text
-        return None
+        if text.startswith(row.shown):
+            row.pieces[-1], row.shown = row.pieces[-1] + text[len(row.shown) :], text
 
     @torch.inference_mode()
     def read_prompt(self) -> list[tuple[str, list[float]]]:
         """The prompt's tokens and their activations."""
         names = self._lm.token_strings()
-        x = capture(self._lm, self._site.hook, torch.tensor([self._prompt_ids]))[0]
-        acts = self._activations(x)
+        acts: list[list[float]] = [[] for _ in self._prompt_ids]
+        if self._site is not None:
+            acts = self._activations(capture(self._lm, self._site.hook, torch.tensor([self._prompt_ids]))[0])
         self._prompt = list(zip([names[i] for i in self._prompt_ids], acts, strict=True))
         return self._prompt
 
     def _activations(self, x: Tensor) -> list[list[float]]:
         """Of the chosen features, `[rows, features]`; 0 at attention sinks, where the SAE's mean nothing."""
+        assert self._site is not None and self._site.sae is not None
         sae = self._site.sae
-        if not self._features or sae is None:
-            return [[] for _ in range(len(x))]
         acts = sae.encode(x.to(sae.W_dec.device))[:, self._features]
         acts[x.to(acts.device).float().norm(dim=1) > self._site.norm_limit] = 0.0
         return [[round(value, 4) for value in row] for row in acts.tolist()]

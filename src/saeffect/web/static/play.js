@@ -213,7 +213,7 @@ function begin() {
   // ---- what comes ------------------------------------------------------------------------------------------------
   function tint(span, acts) {
     const share = Math.max(0, ...acts.map((value, i) => value / (scale[i] || 1)));
-    if (share <= 0) return;
+    if (share <= 0 || span.className) return;
     span.className = `a${Math.min(STEPS, 1 + Math.floor(share * STEPS))}`;
     const features = running ? running.features : [];
     span.title = acts
@@ -256,7 +256,10 @@ function begin() {
       const piece = event.pieces[i];
       if (piece === null) row.text.classList.remove("writing");
       else {
-        const span = make("span", {}, printable(piece));
+        // Line feeds before the first word would be a hole in the page.
+        row.begun = row.begun || piece.trim() !== "";
+        const feed = !row.begun && piece.includes("\n");
+        const span = make("span", feed ? { class: "feed" } : {}, printable(feed ? piece.replaceAll("\n", "↵") : piece));
         row.spans.push(span);
         row.text.append(span);
       }
@@ -279,6 +282,8 @@ function begin() {
     else if (event.type === "start") {
       start(event);
       say("Writing …");
+      // On a narrow screen the answers stand below the settings.
+      if ($("answer-bar").getBoundingClientRect().top > innerHeight - 80) $("answer-bar").scrollIntoView();
     } else if (event.type === "tokens") {
       if (running.first === undefined) running.first = (performance.now() - running.began) / 1000;
       tokens(event);
