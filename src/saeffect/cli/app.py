@@ -16,6 +16,7 @@ from saeffect.cli.diff import diff
 from saeffect.cli.finetune import finetune
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
+from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
@@ -50,6 +51,9 @@ app.command("serve", help="Open a run directory in the browser, also while a stu
 )
 app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
     verify
+)
+app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
+    reproduce
 )
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
