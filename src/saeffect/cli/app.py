@@ -20,6 +20,7 @@ from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
@@ -55,6 +56,7 @@ app.command("verify", help="Recompute a finished run's numbers from its stored t
 app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
     reproduce
 )
+app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
