@@ -201,7 +201,9 @@ def test_the_same_pairs_by_ours(name: str) -> None:
 
 def test_the_pairs_are_the_paper_s_two() -> None:
     arms = {name: Study.open(f"bundled:{name}").config.arms["treatment"].model for name in GPT2}
-    assert {n: m.path for n, m in arms.items()} == {n: "gpt2" if "lora" in n else "Sharathhebbar24/Med_GPT2" for n in GPT2}
+    assert {n: m.path for n, m in arms.items()} == {
+        n: "gpt2" if "lora" in n else "Sharathhebbar24/Med_GPT2" for n in GPT2
+    }
     assert {str(m.adapter).endswith("/adapters/gpt2-medical-lora") for n, m in arms.items() if "lora" in n} == {True}
 
 

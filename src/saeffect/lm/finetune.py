@@ -171,7 +171,9 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "documents", "bos", "checkpoint_every"})
+    recipe = config.model_dump(
+        mode="json", exclude={"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    )
     return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
 
 
