@@ -78,8 +78,8 @@ def reproduce(folder: Path | str, *, embeddings: str | Path | WordVectors = DEFA
 
     Returns:
         One row a figure: place (in the paper), figure, arm, paper (as printed, str), ours (float; percentages from 0 to
-        100; NaN without files), verdict, note. The verdict compares at the printed digits:
-        `AGREES`; `ROUNDED`, if the paper computed it from figures that it had rounded; `DIFFERS`; `NO_FILE`; `UNPUBLISHED`.
+        100; NaN without files), verdict, note. The verdict compares at the printed digits: `AGREES`; `ROUNDED`, if the
+        paper computed it from figures that it had rounded; `DIFFERS`; `NO_FILE`; `UNPUBLISHED`.
 
     Raises:
         NotFound: None of the files is in the folder.
