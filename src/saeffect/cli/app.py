@@ -17,6 +17,7 @@ from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
+from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
@@ -58,6 +59,9 @@ app.command(
     help="Features of a finished run for other programs: steering vector (.safetensors), control vector for llama.cpp"
     " (.gguf), Neuronpedia-style list (.json), .csv.",
 )(export)
+app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
+    reproduce
+)
 app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(

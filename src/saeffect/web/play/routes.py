@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -238,7 +238,7 @@ def _short(result: Result) -> str:
 def _shown(row: Text, result: Result) -> list[tuple[str, str, str]]:
     """A text's pieces for the page: the piece, its class ("" for none), and the activations behind its tint.
 
-    The tint is the strongest feature's activation as a share of its maximum. Line feeds before the first word are signs.
+    The tint is the strongest feature's activation as a share of its maximum. Line feeds before a first word are shown.
     """
     found, begun = [], False
     for piece, acts in row.tokens:
