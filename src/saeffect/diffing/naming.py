@@ -29,6 +29,7 @@ __all__ = [
     "BASES",
     "Basis",
     "FEWEST_NULLS",
+    "FEWEST_TOKENS",
     "GroupTests",
     "among_nulls",
     "group_tests",
@@ -46,9 +47,12 @@ FEWEST_NULLS = 5
 """With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
 SIZES = (1, 3, 8, 20)
 """Features a group: one feature and those nearest to it."""
+FEWEST_TOKENS = 10
+"""A feature that fires on fewer tokens than this in every model is not judged on that text."""
 _STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 _BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
+_RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +115,35 @@ def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
     return changes | {"expected": ratio[top_tokens].mean(axis=1)}
 
 
-def standardised(trace: Trace, nulls: Sequence[Trace], top_tokens: IntArray) -> dict[str, FloatArray]:
+def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Features that fire on `FEWEST_TOKENS` or more tokens in some model: bool [d_sae], on "read" and "written".
+
+    Source: filtering of low counts before testing, as edgeR's filterByExpr; which model has them does not matter, so
+    the fine-tune and its nulls stay exchangeable.
+    """
+    most = {name: np.zeros(trace.read.shape[1]) for trace in traces[:1] for name in ("read", "written")}
+    for trace in traces:
+        for name, n_tokens in (("read", trace.numbers["n_tokens"]), ("written", trace.texts.size)):
+            densities = getattr(trace, name)[2:].astype(np.float64)
+            most[name] = np.maximum(most[name], densities.max(axis=0, initial=0.0) * n_tokens)
+    return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in most.items()}  # densities are rounded
+
+
+def standardised(
+    trace: Trace,
+    nulls: Sequence[Trace],
+    top_tokens: IntArray,
+    fires: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+) -> dict[str, FloatArray]:
     """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
 
     z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
     feature's own over the nulls, and that of features that fire as often. If the z of one fine-tune spread wider than
     the nulls' as a whole, they are divided by how much wider (a fine-tune that moved everything has not moved anything
     in particular). "combined" is the sum over bases divided by the square root of their number.
+
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined": the noise of a
+    few strong activations has no scale. `fires` says where, if more traces than these decide it.
 
     Raises:
         ShapeMismatch: Fewer than two nulls.
@@ -134,13 +160,16 @@ def standardised(trace: Trace, nulls: Sequence[Trace], top_tokens: IntArray) -> 
     groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
     changes = [_raw(one, top_tokens) for one in own]
     found = {name: _z(changes[0][name], np.stack([c[name] for c in changes[1:]]), groups) for name in BASES}
-    return found | {"combined": np.sum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
+    for name, enough in (_fires(own) if fires is None else fires).items():
+        found[name] = np.where(enough, found[name], np.nan)
+    return found | {"combined": np.nansum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
 
 
 def among_nulls(traces: Sequence[Trace], top_tokens: IntArray) -> list[dict[str, FloatArray]]:
     """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
+    fires = _fires(traces)
     others = [[null for j, null in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
-    return [standardised(trace, rest, top_tokens) for trace, rest in zip(traces, others, strict=True)]
+    return [standardised(trace, rest, top_tokens, fires) for trace, rest in zip(traces, others, strict=True)]
 
 
 def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
@@ -271,7 +300,7 @@ def name_changes(
     tests = group_tests(z["combined"], np.stack([other["combined"] for other in others]), basis)
     null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}
     return {
-        "changes": changes.assign(reason=""),
+        "changes": changes.assign(reason=np.where(changes["z"].isna(), _RARE, "")),
         "change_groups": _groups(trace, tests, z["combined"], basis, alpha),
         "declared_changes": _declared(declared, z, others, ""),
         "null_groups": pd.DataFrame(null_rows),
@@ -290,9 +319,11 @@ def _declared(
         for basis in ("combined", *BASES):
             row: dict[str, Any] = {"name": name, "basis": basis, "n_features": int(members.sum())}
             reason = why or ("" if members.any() else "no feature is of this group")
-            row["z"] = math.nan if reason else float(own[basis][members].mean())
+            judged = np.zeros_like(members) if reason else members & np.isfinite(own[basis])
+            reason = reason or ("" if judged.any() else f"every feature {_RARE}")
+            row["z"] = math.nan if reason else float(own[basis][judged].mean())
             rows.append(
-                row | _against(row["z"], [float(o[basis][members].mean()) for o in others if not reason], reason)
+                row | _against(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
             )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 
