@@ -69,7 +69,8 @@ def generate(
             batch = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
+                n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), n_bos)
 
             def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
                 if progress is not None:
@@ -135,9 +136,10 @@ def _continue(
     lengths = [len(ids) for ids in prompts]
     shortest, longest = lengths[0], lengths[-1]
     rows = torch.tensor([[*ids, *[0] * (longest + n_steps - len(ids))] for ids in prompts], device=lm.device)
-    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
+    # As published, an end-of-text token is a token like others.
+    ends = torch.tensor([] if sampling.as_published else _end_tokens(lm), dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
-    forbidden = _forbidden_tokens(lm, sampling.allow_end)
+    forbidden = _forbidden_tokens(lm, sampling)
     # Rows of one length are at the same step of their texts.
     alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
     logits, cache = start
@@ -149,7 +151,8 @@ def _continue(
         for length, where in alike:
             step = position - length
             if 0 <= step < n_steps:
-                penalise(logits[where], rows[where, length:position], sampling.frequency_penalty)
+                counted = 0 if sampling.as_published else length
+                penalise(logits[where], rows[where, counted:position], sampling.frequency_penalty)
                 logits[where].index_fill_(1, forbidden, -math.inf)
                 rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
                 if sampling.allow_end:
@@ -178,11 +181,13 @@ def _end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
-    """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
+def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
+    """Ids never generated, int64: those unknown to the tokenizer, and special ones (none as published)."""
+    if sampling.as_published:
+        return torch.arange(len(lm.tokenizer), lm.d_vocab, device=lm.device)
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.
-    forbidden[_end_tokens(lm)] = not allow_end
+    forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
 
 
