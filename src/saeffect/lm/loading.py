@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 BUNDLED = "bundled:"
+# transformers changes its own state while it loads, so that two threads would spoil each other's models.
+_ONE_AT_A_TIME = threading.RLock()
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What decides a model: weights, configuration, tokenizer files, code of its own.
@@ -164,11 +167,15 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
+<<<<<<< HEAD
     with quiet_transformers(), loading_errors(config, at, base):
         gguf = _gguf_of(base, at)
         folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
         saved = load_config(folder, config, at)
         placement = Placement.of(config, saved, device, dtype, at=at)
+=======
+    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
+>>>>>>> main
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, saved, adapter_at)
         model, tokenizer = _load_base(folder, config, dtype, placement, log, at)
