@@ -42,7 +42,7 @@ def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_
         layers=np.zeros(2, dtype=np.float32),
         early=np.zeros((2, 1, D_IN), dtype=np.float32),
         openings=np.zeros(1, dtype=np.float32),
-        texts=np.zeros((100, 40), dtype=np.int32),
+        texts=np.zeros((100, 30), dtype=np.int32),
         base_texts=np.zeros((1, 4), dtype=np.int32),
         numbers={"n_tokens": 3000.0, "kl": 0.1},
     )
