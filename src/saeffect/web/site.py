@@ -103,19 +103,24 @@ class Site:
         return self.cached("run", files, lambda: RunFolder(self.folder, study))
 
     @property
-    def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """Finished stages by key ("steer control"), each with seconds and outputs; empty without a usable manifest."""
+    def manifest(self) -> Mapping[str, Any]:
+        """What the run wrote down beside the study: versions, identities of the arms, stages; empty if unreadable."""
         file = self.path("manifest.json")
 
-        def read() -> Mapping[str, Mapping[str, Any]]:
+        def read() -> Mapping[str, Any]:
             try:
                 found = read_json(file)
-            except SaeffectError:
+            except (SaeffectError, OSError):
                 return {}
-            stages = found.get("stages") if isinstance(found, dict) else None
-            return {key: note for key, note in stages.items() if isinstance(note, dict)} if stages else {}
+            return found if isinstance(found, dict) else {}
 
         return self.cached("manifest.json", [file], read)
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """Finished stages by key ("steer control"), each with seconds and outputs; empty without a usable manifest."""
+        stages = self.manifest.get("stages")
+        return {key: note for key, note in stages.items() if isinstance(note, dict)} if isinstance(stages, dict) else {}
 
     @property
     def arms(self) -> tuple[str, ...]:
