@@ -19,6 +19,7 @@ from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
@@ -51,6 +52,7 @@ app.command("serve", help="Open a run directory in the browser, also while a stu
 app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
     verify
 )
+app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",
