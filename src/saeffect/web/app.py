@@ -11,6 +11,8 @@ from typing import NamedTuple
 from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
 
+from saeffect.web.access import Access, Raters, attempts
+from saeffect.web.access import router as access
 from saeffect.web.overview import router as overview
 from saeffect.web.pages import static_files
 from saeffect.web.problems import add_error_pages
@@ -47,10 +49,13 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(title="saeffect", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.site, app.state.areas = site, [(area.title, area.path) for area in AREAS]
+    app.state.raters, app.state.attempts = Raters(site.folder), attempts(settings)
     add_error_pages(app)
+    app.include_router(access)
     for area in AREAS:
         app.include_router(area.router)
     app.add_api_route("/static/{name}", _static, methods=["GET"])
+    app.add_middleware(Access, settings=settings, raters=app.state.raters, attempts=app.state.attempts)
     app.add_middleware(Guard, settings=settings)
     return app
 

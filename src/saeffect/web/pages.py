@@ -58,6 +58,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         "study": app.site.folder.name,
         "theme": theme if theme in _THEMES else "",
         "rater": getattr(request.state, "rater", None),
+        "entered": app.site.settings.is_local or getattr(request.state, "rater", None) is not None,
     }
     return HTMLResponse(environment().get_template(template).render(known | values), status_code=status)
 
