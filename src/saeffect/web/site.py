@@ -91,7 +91,11 @@ class Site:
                 at=str(self.folder),
                 fix="run saeffect run STUDY with this directory as --out; this page follows it.",
             )
-        return self.cached("study.yaml", [file], lambda: Study.open(file))
+        try:
+            return self.cached("study.yaml", [file], lambda: Study.open(file))
+        except SaeffectError as error:
+            error.fix = error.fix or "another version of saeffect may have written it, or it is damaged: run it again."
+            raise
 
     @property
     def run(self) -> RunFolder:

@@ -23,6 +23,7 @@ from saeffect.study.stages.compare import arm_facts, arm_tables, read_comparison
 from saeffect.study.stages.match import read_matches
 from saeffect.study.stages.report import gate_measures, report_context
 from saeffect.study.study import Study
+from saeffect.web.overview.recorded import recorded_study
 from saeffect.web.site import Site
 
 __all__ = ["Content", "ContentMaker", "content_of"]
@@ -64,7 +65,7 @@ class ContentMaker:
 def content_of(site: Site) -> Content:
     """The report as far as the run has come; a problem of its files is part of the content."""
     try:
-        run = _recorded(site)
+        run = RunFolder(site.folder, recorded_study(site))
         if not run.study.has_saes:
             return Content()
         return _whole(run) if "compare" in site.stages else _early(run)
@@ -77,24 +78,6 @@ def content_of(site: Site) -> Content:
             fix="the run may be of another version of saeffect, or damaged: run the study again.",
         )
         return Content(problem=problem)
-
-
-class _RecordedStudy(Study):
-    """A study whose models and SAEs are known from the manifest."""
-
-    def hook(self, name: str) -> str:
-        recorded = self.identities.get(name, {}).get("hook")
-        return recorded or super().hook(name)
-
-
-def _recorded(site: Site) -> RunFolder:
-    study = _RecordedStudy(site.study.config, site.study.source)
-    arms, text = site.manifest.get("arms"), site.manifest.get("text_sha256")
-    if isinstance(arms, dict) and all(isinstance(identity, dict) for identity in arms.values()):
-        study.__dict__["identities"] = arms
-    if isinstance(text, str):
-        study.__dict__["text_identity"] = text
-    return RunFolder(site.folder, study)
 
 
 def _facts(study: Study, name: str, measured: dict[str, Any]) -> ArmFacts:

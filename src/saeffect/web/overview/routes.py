@@ -48,7 +48,7 @@ def _progress(request: Request) -> dict[str, Any]:
     site: Site = request.app.state.site
     state = run_state(site)
     ready = state.condition == "empty" or _maker(site).get(state.version, 0.0) is not None
-    return state.as_json() | {"ready": ready}
+    return state.as_json(ready)
 
 
 @router.get("/report")

@@ -12,6 +12,7 @@ from saeffect.errors import SaeffectError
 from saeffect.io import fingerprint, read_json
 from saeffect.study.progress_file import RunProgress, read_progress
 from saeffect.study.run import stage_keys
+from saeffect.web.overview.recorded import recorded_study
 from saeffect.web.site import Site
 
 __all__ = ["RunState", "StageState", "duration", "headline", "run_state"]
@@ -48,9 +49,13 @@ class RunState:
     n_done: int
     version: str
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it, for a page's script."""
-        return asdict(self)
+    def outline(self, ready: bool) -> str:
+        """Changes when the page has to: what else changes is only how far a stage is."""
+        return fingerprint([self.version, self.condition, ready, [asdict(stage) for stage in self.stages]])[:16]
+
+    def as_json(self, ready: bool) -> dict[str, Any]:
+        """All of it, for a page's script; `ready` says whether its report is."""
+        return asdict(self) | {"ready": ready, "outline": self.outline(ready)}
 
 
 def run_state(site: Site) -> RunState:
@@ -66,8 +71,8 @@ def run_state(site: Site) -> RunState:
     if progress is not None:
         title, keys = progress.title or progress.study, progress.stages
     else:
-        config = site.study.config
-        title, keys = config.title or config.name, stage_keys(site.study)
+        study = recorded_study(site)
+        title, keys = study.config.title or study.config.name, stage_keys(study)
     stages = _stages(keys, notes, progress.stage if progress else "")
     n_done = sum(stage.status == "done" for stage in stages)
     condition = "running" if progress else "finished" if n_done == len(stages) else "stopped"

@@ -27,33 +27,29 @@ function show(state) {
   if (doing) doing.textContent = state.doing;
 }
 
-// What the page shows: its stages by their states. Anything else is only a number that moves.
-let shown = "";
-const outline = (state) => [state.version, state.ready, state.condition, ...state.stages.map((s) => s.status)].join();
+let timer = 0;
 
 async function follow() {
+  clearTimeout(timer);
   let wait = RESTING;
   try {
     if (!document.hidden) {
       const answer = await fetch("/api/progress");
       if (answer.ok) {
         const state = await answer.json();
-        const now = outline(state);
-        const { version, ready, condition } = place().dataset;
-        const first = shown === "" && version === state.version && (ready === "yes") === state.ready && condition === state.condition;
-        if (!first && now !== shown) await renew();
-        else show(state);
-        shown = now;
+        if (state.outline === place().dataset.outline) show(state);
+        else await renew();
         wait = !state.ready ? PENDING : state.condition === "running" ? RUNNING : RESTING;
       }
     }
   } catch {
     wait = RESTING; // the server is gone, or not back yet
   }
-  setTimeout(follow, wait);
+  clearTimeout(timer);
+  timer = setTimeout(follow, wait);
 }
 
-setTimeout(follow, place().dataset.ready === "no" ? PENDING : RUNNING);
+timer = setTimeout(follow, place().dataset.ready === "no" ? PENDING : RUNNING);
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) setTimeout(renew, 0);
+  if (!document.hidden) follow();
 });
