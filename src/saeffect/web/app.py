@@ -15,6 +15,8 @@ from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
 from saeffect.web.overview import router as overview
 from saeffect.web.pages import static_files
+from saeffect.web.play.export import router as exports
+from saeffect.web.play.routes import router as play
 from saeffect.web.problems import add_error_pages
 from saeffect.web.security import Guard
 from saeffect.web.settings import Settings
@@ -34,6 +36,7 @@ class Area(NamedTuple):
 # In the order of the navigation. A new area is an import above and a line here.
 AREAS = (
     Area("Overview", "/", overview),
+    Area("Playground", "/play", play),
 )  # fmt: skip
 
 
@@ -54,6 +57,7 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
     app.include_router(access)
     for area in AREAS:
         app.include_router(area.router)
+    app.include_router(exports)
     app.add_api_route("/static/{name}", _static, methods=["GET"])
     app.add_middleware(Access, settings=settings, raters=app.state.raters, attempts=app.state.attempts)
     app.add_middleware(Guard, settings=settings)
