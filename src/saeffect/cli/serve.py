@@ -53,7 +53,7 @@ def serve(
     shown = names[0] if names else "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{settings.port}/"
     if not settings.is_local:
-        settings = replace(settings, requests_per_second=20.0)
+        settings = replace(settings, requests_per_second=50.0, burst=500)
         _show_tokens(run, rater or (), url)
     elif rater:
         raise ConfigError("tokens are for --host; on this machine nobody needs one.", at="--rater", fix="leave it out.")

@@ -118,6 +118,6 @@ def read_progress(folder: Path) -> RunProgress | None:
     except (SaeffectError, OSError, TypeError, KeyError):
         return None
     fields = RunProgress.__dataclass_fields__
-    kinds = {"int": int, "float": (int, float), "str": str, "tuple[str, ...]": tuple}
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "tuple[str, ...]": tuple}
     sound = all(isinstance(getattr(progress, name), kinds[str(field.type)]) for name, field in fields.items())
     return progress if sound else None

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
 from saeffect.web.overview import router as overview
+from saeffect.web.overview import warm
 from saeffect.web.pages import static_files
 from saeffect.web.play.export import router as exports
 from saeffect.web.play.routes import router as play
@@ -47,6 +48,7 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warm(site)
         yield
         site.close()
 

@@ -53,7 +53,7 @@ class Site:
             inside = place.resolve().is_relative_to(self.folder.resolve())
         except (OSError, ValueError, RuntimeError):  # a name that cannot be one, or a link to itself
             inside = False
-        if not inside or ".." in place.relative_to(self.folder.anchor).parts:
+        if not inside or any(".." in Path(part).parts for part in parts):
             raise NotFound("there is no such file in the run directory.")
         return place
 

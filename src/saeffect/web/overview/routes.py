@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
-from saeffect.errors import NotFound
+from saeffect.errors import NotFound, SaeffectError
 from saeffect.report.html import script_hash
 from saeffect.web.overview.content import Content, ContentMaker
 from saeffect.web.overview.state import headline, run_state
 from saeffect.web.pages import page
 from saeffect.web.site import Site
 
-__all__ = ["router"]
+__all__ = ["router", "warm"]
 
 router = APIRouter()
 
@@ -81,6 +82,14 @@ def _files(site: Site) -> dict[str, list[str]]:
         names = [path.name for path in place.iterdir() if path.suffix in kinds] if place.is_dir() else []
         found[folder] = [f"{folder}/{name}" for name in sorted(names) if site.has(folder, name)]
     return found
+
+
+def warm(site: Site) -> None:
+    """Begin to put the report together, so that it is there when a browser asks."""
+    with contextlib.suppress(SaeffectError):
+        state = run_state(site)
+        if state.condition != "empty":
+            _maker(site).get(state.version, 0.0)
 
 
 def _maker(site: Site) -> ContentMaker:
