@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, among_nulls, name_changes, standardised
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, name_changes
+from saeffect.diffing.standardised import among_nulls, standardised
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 

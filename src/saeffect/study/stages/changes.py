@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.naming import BASES, FEWEST_NULLS, Basis, among_nulls, name_changes
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
