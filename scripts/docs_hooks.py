@@ -1,4 +1,4 @@
-"""Hooks of the documentation's build: the page of commands, links that leave docs/, and pages that are still missing."""
+"""Hooks of the documentation's build: the page of commands, links that leave docs/, pages that do not exist yet."""
 
 from __future__ import annotations
 

@@ -20,7 +20,6 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 from tiny_study import make_study
 
-
 DOCS = Path(__file__).parents[2] / "docs"
 
 
