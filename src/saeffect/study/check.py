@@ -26,6 +26,7 @@ from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_te
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.study.nulls import check_nulls
+from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
@@ -81,6 +82,8 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         verdicts = study_verdicts(study)
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
+    elif out is not None and store_digest(out) is not None:
+        lines.append("verdicts: those of the review in the run directory, once each candidate has one")
     lines.append(f"text: {_check_text(study)}")
     if out is not None:
         RunFolder(out, study).refuse_foreign()
