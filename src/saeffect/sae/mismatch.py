@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, Undefined
 from saeffect.lm.activations import kept_positions, measure_norm_limit
-from saeffect.lm.hooks import HOOK_KINDS, capture, edited, parse_hook
+from saeffect.lm.hooks import capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import find_bos_id
 from saeffect.progress import SILENT, Log
@@ -41,6 +41,7 @@ _MANY = ("standard", "jumprelu")  # architectures in which any number of feature
 _TOPK = (8, 16, 32, 64, 128, 256)
 # An SAE that was trained as TopK has many small activations beside its k, which explain nothing.
 _FEWER, _AS_GOOD = 4.0, 1.1
+_OTHER_KINDS = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def scan_hooks(
     found = _scan(lm, reading, [hook for hook in (*stream, *own) if hook not in same], rows)
     log(f"  looked at {len(found)} other hooks")
     if max(found.values(), default=-math.inf) < 0.5:
-        others = [f"blocks.{i}.{kind}" for i in layers for kind in HOOK_KINDS[3:] if kind != (point and point.kind)]
+        others = [f"blocks.{i}.{kind}" for i in layers for kind in _OTHER_KINDS if kind != (point and point.kind)]
         more = _scan(lm, reading, others, rows)
         log(f"  looked at {len(more)} further hooks")
         found |= more

@@ -136,7 +136,7 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
     Raises `SaeffectError` for what is not there, an SAE of another width, or models with different tokenizers.
     """
     typed = DiffRequest(request.model, request.tuned or request.model, request.sae, request.texts, name="gate")
-    study = diff_study(typed, Path("gate.yaml"), log)
+    study = diff_study(typed, Path("the command"), log)
     control, treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
     folder = study.sae_folder(control)
     sae = load_sae(folder, at="SAE")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +26,9 @@ HOOK = "blocks.2.hook_resid_pre"
 CONTEXT = 48
 
 
-def learnt(lm: LanguageModel, steps: int = 120) -> LanguageModel:
-    """A copy of a tiny model that was trained on `SENTENCES`; its activations have a mean over dimensions."""
+@functools.cache
+def learnt(lm: LanguageModel, steps: int = 72) -> LanguageModel:
+    """A copy of a tiny model that was trained on `SENTENCES`; do not change it. Its activations have a mean."""
     model = copy.deepcopy(lm.model)
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.3)
@@ -53,7 +56,12 @@ def activations(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> Tensor:
 
 
 def trained_sae(
-    x: Tensor, kind: type[Any] = TopKSae, *, steps: int = 250, seen: Callable[[Tensor], Tensor] = lambda x: x, **cfg: Any
+    x: Tensor,
+    kind: type[Any] = TopKSae,
+    *,
+    steps: int = 180,
+    seen: Callable[[Tensor], Tensor] = lambda x: x,
+    **cfg: Any,
 ) -> SparseAutoencoder:
     """An SAE trained on what `seen` makes of activations; its configuration does not say that."""
     x = seen(x)
@@ -71,7 +79,7 @@ def trained_sae(
     learnable = [p for n, p in sae.named_parameters() if n != "threshold"]
     optimizer = torch.optim.Adam(learnable, lr=1e-2 * float(x.std()) if kind is not TopKSae else 1e-2)
     penalty = 0.0 if kind is TopKSae else 0.3 * float(x.var(0).sum()) / math.sqrt(d_in) / float(x.std())
-    for step in range(steps):
+    for _ in range(steps):
         part = x[torch.randint(len(x), (256,), generator=generator)]
         acts = sae.encode(part)
         out = sae.decode(acts)
@@ -79,15 +87,12 @@ def trained_sae(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        del step
-    sae.cfg = __import__("dataclasses").replace(sae.cfg, **cfg)
+    sae.cfg = dataclasses.replace(sae.cfg, **cfg)
     return sae.eval().requires_grad_(False)
 
 
 def read_as(sae: SparseAutoencoder, kind: type[Any]) -> SparseAutoencoder:
     """The weights of one architecture under another."""
-    import dataclasses
-
     other = kind(dataclasses.replace(sae.cfg, architecture=kind.architecture, k=None))
     for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
         getattr(other, name).data.copy_(getattr(sae, name))
