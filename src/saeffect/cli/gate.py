@@ -47,7 +47,7 @@ def gate(
         str, typer.Argument(metavar="STUDY|MODEL", help="A study file; or, before SAE, a model as in saeffect diff.")
     ],
     sae: Annotated[
-        str | None, typer.Argument(metavar="[SAE]", help="Folder, bundled:<name>, or org/name/folder on the hub.")
+        str | None, typer.Argument(metavar="SAE", help="Folder, bundled:<name>, or org/name/folder on the hub.")
     ] = None,
     tuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The fine-tuned model, or a PEFT adapter alone.")
@@ -160,12 +160,12 @@ def _show_positions(found: PairGate) -> None:
     grid = Table("by position", *names, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in grid.columns[1:]:
         column.justify = "right"
-    for label, column, how in _BY_POSITION:
-        if column == "sink_share" and not (table[table["first"] > 0][column] > 0).any():
+    for label, quantity, how in _BY_POSITION:
+        if quantity == "sink_share" and not (table[table["first"] > 0][quantity] > 0).any():
             continue
         grid.add_row(label, *[""] * len(names))
         for model in found.fits:
-            grid.add_row(f"  {_COLUMNS[model]}", *(how(value) for (value,) in _of(table, model, column)))
+            grid.add_row(f"  {_COLUMNS[model]}", *(how(value) for (value,) in _of(table, model, quantity)))
     with still_writable(sys.stdout, "standard output"):
         Console(highlight=False).print(grid)
 
