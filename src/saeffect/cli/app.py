@@ -49,8 +49,8 @@ app.command(
 app.command("check", help="Validate a study without computing anything.")(check)
 app.command(
     "gate",
-    help="Does an SAE reconstruct a model, and its fine-tune? What is wrong is named: saeffect gate MODEL SAE; exit code"
-    " 1 where it does not fit. With one argument: this stage of a study.",
+    help="Does an SAE reconstruct a model, and its fine-tune? What is wrong is named: saeffect gate MODEL SAE; exit"
+    " code 1 where it does not fit. With one argument: this stage of a study.",
 )(gate)
 for _stage, _help in STAGE_HELP.items():
     if _stage != "gate":
