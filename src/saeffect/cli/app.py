@@ -17,6 +17,7 @@ from saeffect.cli.finetune import finetune
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
+from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
@@ -44,6 +45,9 @@ app.command(
 app.command("check", help="Validate a study without computing anything.")(check)
 for _stage, _help in STAGE_HELP.items():
     app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+app.command("serve", help="Open a run directory in the browser, also while a study is running: look, judge, try.")(
+    serve
+)
 app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
     verify
 )
