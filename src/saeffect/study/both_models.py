@@ -24,6 +24,7 @@ from saeffect.features.projection import project
 from saeffect.io import fingerprint, read_json, sole_writer
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.gguf import cache_folder
+from saeffect.lm.tokens import special_tokens
 from saeffect.progress import SILENT, Log
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding
@@ -68,11 +69,11 @@ def both_models_files(folder: Path, arm: str, other: str) -> tuple[Path, Path]:
 def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
     """Write what is missing for the arms of a run; arms that are there are not read again.
 
-    Of features: bottom_tokens, bottom_weights (least first, on the scale of the top tokens); for this model and for
+    Of features: bottom_tokens, bottom_weights (least first, on the scale of the top tokens); for this model and, as
     `_beside`, the other: density, mean and maximum of activations; `top` and counts [N_BINS] of a histogram of
-    activations above 0, whose last bar ends at `top` in both. Of contexts: as `examples.parquet`, chosen by either
-    model (`chosen_in`), with activations in both. Where the other model cannot be read by the SAE, its columns are NaN
-    or None, and `reason` says why.
+    activations above 0, whose last bar ends at `top` in both. Of contexts: as `examples.parquet`, but for those that
+    peak at special tokens; chosen by either model (`chosen_in`), with activations in both. Where the SAE cannot read
+    the other model, there are no such columns, and `reason` says why.
 
     Raises:
         NotFound: The run has no features yet.
@@ -120,19 +121,20 @@ def _read_arm(study: Study, name: str, other: str, log: Log) -> tuple[pd.DataFra
         for which in ((name,) if reason else (name, other))
     }
     bars = ActivationHistograms(len(arm.W_dec), 1 if reason else 2)
+    special = torch.zeros(arm.lm.d_vocab, dtype=torch.bool)
+    special[[token for token in special_tokens(arm.lm.tokenizer) if token < arm.lm.d_vocab]] = True
     for batch in _batches(study, arm, None if reason else other, log):
         sources = [rows.names[i] for i in rows.sources[batch.start : batch.start + len(batch.ids)]]
         for (which, collector), acts, kept in zip(collectors.items(), batch.acts, batch.kept, strict=True):
             beside = None if reason else batch.acts[which == name]  # of the other one
-            collector.update(acts, batch.ids, kept, sources=sources, beside=beside)
+            # A special token, such as the end of a text, is no context that says anything.
+            collector.update(acts, batch.ids, kept & ~special[batch.ids], sources=sources, beside=beside)
         bars.update([acts[kept] for acts, kept in zip(batch.acts, batch.kept, strict=True)])
     contexts = []
     for which, collector in collectors.items():
         table = collector.result(arm.lm.token_strings()).assign(chosen_in=which)
         if which != name:
-            table = table.rename(
-                columns={"activations": "activations_beside", "activations_beside": "activations"}
-            )
+            table = table.rename(columns={"activations": "activations_beside", "activations_beside": "activations"})
         contexts.append(table)
     return pd.concat([found, bars.result()], axis=1).assign(reason=reason), pd.concat(contexts, ignore_index=True)
 

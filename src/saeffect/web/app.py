@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
 
+from saeffect.web.features import router as features
 from saeffect.web.overview import router as overview
 from saeffect.web.pages import static_files
 from saeffect.web.problems import add_error_pages
@@ -32,6 +33,7 @@ class Area(NamedTuple):
 # In the order of the navigation. A new area is an import above and a line here.
 AREAS = (
     Area("Overview", "/", overview),
+    Area("Features", "/features", features),
 )  # fmt: skip
 
 

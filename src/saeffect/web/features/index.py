@@ -1,4 +1,4 @@
-"""All features of all arms of a run in memory, as columns: searched, filtered, counted and ordered within milliseconds."""
+"""All features of all arms in memory, as columns: searched, filtered, counted and ordered within milliseconds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from saeffect.errors import NotFound, unknown_name
-from saeffect.web.features.query import CHOICES, MEASURES, Query
+from saeffect.web.features.query import CHOICES, Query
 from saeffect.web.features.search import EXACT, INSIDE, PREFIX, StringSearch, TokenSearch, search_form
 
 __all__ = ["PAGE", "FeatureIndex", "Found", "Verdicts"]
@@ -307,7 +306,6 @@ class FeatureIndex:
 
 
 _COUNTED = ("arm", "domain", "fate", "verdict", "tested")
-assert all(by in MEASURES for by in CHOICES["by"])
 
 
 def _split(words: str) -> list[tuple[str, bool]]:
@@ -322,10 +320,3 @@ def _split(words: str) -> list[tuple[str, bool]]:
         pieces = [part] if i % 2 else part.split()
         found += [(search_form(piece), bool(i % 2)) for piece in pieces if piece.strip()]
     return found
-
-
-def new_verdicts(n: int, **counts: Any) -> Verdicts:
-    """Answers for `n` features: arrays by name, nobody's where none are given."""
-    zero = np.zeros(n, dtype=np.int64)
-    wanted = {name: counts.get(name, zero) for name in ("n_yes", "n_no", "n_unsure")}
-    return Verdicts(labels=counts.get("labels", [""] * n), **wanted)

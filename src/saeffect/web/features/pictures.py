@@ -1,4 +1,4 @@
-"""Small pictures of a feature's page as coordinates: the template draws them, so nothing but classes sets their colours."""
+"""Small pictures of a feature's page as coordinates: the template draws them, and classes set their colours."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def line_chart(
 ) -> Chart | None:
     """Lines over a common scale; `series` are (x, y) by class and title. None without a finite point."""
     finite = {
-        name: sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)) for name, points in series.items()
+        name: sorted((x, y) for x, y in points if math.isfinite(x) and math.isfinite(y))
+        for name, points in series.items()
     }
     points = [point for found in finite.values() for point in found]
     if not points:

@@ -90,7 +90,9 @@ class Query:
             if field.name == "sort" and text.removeprefix("-") not in SORTS:
                 raise unknown_name("order", text[:60], SORTS, at="sort")
             if field.name in {"q", "arm"} and len(text) > _LONGEST:
-                raise ConfigError(f"{field.name} has {len(text)} characters; at most {_LONGEST} are read.", at=field.name)
+                raise ConfigError(
+                    f"{field.name} has {len(text)} characters; at most {_LONGEST} are read.", at=field.name
+                )
             if field.name.endswith(("_min", "_max")):
                 found[field.name] = _number(text, field.name)
             elif field.name == "page":

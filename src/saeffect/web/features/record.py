@@ -17,7 +17,7 @@ from saeffect.web.features.index import FeatureIndex
 from saeffect.web.features.query import CHOICES, MEASURES
 from saeffect.web.features.tables import ArmRoles, RunTables
 
-__all__ = ["feature_record", "token_pairs"]
+__all__ = ["Record", "feature_record", "plain", "token_pairs"]
 
 Record = dict[str, Any]
 
@@ -43,12 +43,10 @@ def feature_record(
         "projection": study.config.features.projection,
         "top_tokens": _weighted(row.get("top_tokens"), row.get("top_weights")),
         "matched": list(selection.get("matched") or ()),
-        "numbers": {
-            name: value for name, value in row.items() if isinstance(value, int | float) and name != "feature"
-        },
+        "numbers": {name: value for name, value in row.items() if isinstance(value, int | float) and name != "feature"},
         "verdicts": {name: int(getattr(index.verdicts, name)[place]) for name in ("n_yes", "n_no", "n_unsure")},
     }
-    record |= _both_models(tables, study, arms, arm, number, lacks)
+    record |= _both_models(tables, study, arm, number, lacks)
     record["coherence"] = _coherence(tables, study, record, lacks)
     record["changes"] = _changes(tables, arms, arm, number, lacks)
     record["matches"] = _matches(index, tables, arms, arm, number, lacks)
@@ -65,9 +63,7 @@ def _weighted(tokens: Sequence[str] | None, weights: Sequence[float] | None) -> 
     return [{"token": token, "weight": weight} for token, weight in pairs]
 
 
-def _both_models(
-    tables: RunTables, study: Study, arms: ArmRoles, arm: str, number: int, lacks: dict[str, str]
-) -> Record:
+def _both_models(tables: RunTables, study: Study, arm: str, number: int, lacks: dict[str, str]) -> Record:
     """Bottom tokens, histogram and contexts: of both models where these were read, else the run's own contexts."""
     other = other_arm(study, arm)
     own = [{**row, "chosen_in": arm} for row in tables.rows(f"arms/{arm}/examples.parquet", number)]
@@ -78,11 +74,11 @@ def _both_models(
         "contexts": own,
     }
     try:
-        features, contexts = both_models_files(tables.run, arm, other)
+        features, contexts = both_models_files(tables.folder, arm, other)
     except (NotFound, SaeffectError) as error:
         lacks["both_models"] = error.message
         return found
-    row = _first(tables.rows_of(features, number))
+    row = _first(tables.rows(str(features), number))
     if not row:
         lacks["both_models"] = "the text has not been read with both models yet"
         return found
@@ -90,10 +86,9 @@ def _both_models(
         lacks["beside"] = row["reason"]
     found["bottom_tokens"] = _weighted(row["bottom_tokens"], row["bottom_weights"])
     found["histogram"] = {
-        name: row.get(name)
-        for name in ("top", *(f"{part}{side}" for side in ("", "_beside") for part in _HISTOGRAM))
+        name: row.get(name) for name in ("top", *(f"{part}{side}" for side in ("", "_beside") for part in _HISTOGRAM))
     }
-    found["contexts"] = tables.rows_of(contexts, number) or own
+    found["contexts"] = tables.rows(str(contexts), number) or own
     return found
 
 
@@ -107,8 +102,9 @@ def token_pairs(tokens: Sequence[str], weights: Sequence[float], vectors: WordVe
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[1, 0], [3, 4]], name="toy")
-        >>> [(pair["a"], pair["b"], round(pair["cosine"], 2)) for pair in token_pairs([" cat", "x", "Dog"], [2, 1, 1], toy)]
-        [(0, 2, 0.6)]
+        >>> pair = token_pairs([" cat", "x", "Dog"], [2, 1, 1], toy)[0]
+        >>> pair["a"], pair["b"], round(pair["cosine"], 2), pair["share"]
+        (0, 2, 0.6, 1.0)
     """
     rows = [vectors.row(normalise_token(token)) for token in tokens]
     known = [i for i, row in enumerate(rows) if row >= 0]
@@ -180,7 +176,9 @@ def _matches(
             except NotFound:  # of a table that was replaced
                 known = False
         by = next((name for name, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
-        found.append({**row, "by": by, "match": int(match) if known else None, "match_arm": other, "match_tokens": tokens})
+        found.append(
+            {**row, "by": by, "match": int(match) if known else None, "match_arm": other, "match_tokens": tokens}
+        )
     return found
 
 

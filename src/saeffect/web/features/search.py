@@ -64,9 +64,9 @@ class StringSearch:
 
 
 class TokenSearch:
-    """Finds features by their top tokens. `tokens` are distinct strings, `table` [n_features, k] their numbers, best first.
+    """Finds features by their top tokens; of equal grades the feature that promotes the token more comes first.
 
-    -1 in `table` is no token. Of equal grades the feature that promotes the token more comes first.
+    `tokens` are distinct strings, `table` [n_features, k] holds their numbers, best first, and -1 for none.
     """
 
     def __init__(self, tokens: Sequence[str], table: npt.NDArray[np.int32]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,10 @@ from saeffect.errors import first_line
 from saeffect.web.features.index import FeatureIndex, Verdicts
 from saeffect.web.features.query import CHOICES, MEASURES
 
-__all__ = ["ArmRoles", "RunTables", "SortedTable", "read_index", "stamp"]
+if TYPE_CHECKING:
+    from saeffect.web.site import Site
+
+__all__ = ["ArmRoles", "RunTables", "SortedTable", "read_index"]
 
 FloatArray = npt.NDArray[np.float64]
 _OF_FEATURES = ("density", "mean_activation", "max_activation", "decoder_norm")
@@ -55,22 +56,12 @@ class SortedTable:
         return list(self.table.slice(low, high - low).to_pylist())
 
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written again: inode, time and size; None if there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
 class RunTables:
-    """The tables of a run by their path in it. A file that was written again is read again; a damaged one is a reason."""
+    """The tables of a run by their path in it; a file that was written again is read again."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self._kept: dict[str, tuple[tuple[int, int, int], SortedTable | str]] = {}
-        self._lock = threading.Lock()
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self.folder = site.folder
 
     def get(self, name: str) -> SortedTable | None:
         """A table, None if it is not there or cannot be read (`trouble` says why)."""
@@ -87,27 +78,18 @@ class RunTables:
         table = self.get(name)
         return table.rows(feature) if table is not None else []
 
-    def rows_of(self, path: Path, feature: int) -> list[dict[str, Any]]:
-        """As `rows`, of a file that may lie elsewhere."""
-        return self.rows(str(path), feature)
-
     def _read(self, name: str) -> SortedTable | str:
-        path = self.run / name  # an absolute path stays as it is
-        now = stamp(path)
-        if now is None:
-            return "the stage that writes it has not finished"
-        known = self._kept.get(name)
-        if known is not None and known[0] == now:
-            return known[1]
-        with self._lock:
-            known = self._kept.get(name)
-            if known is None or known[0] != now:
-                try:
-                    found: SortedTable | str = SortedTable(pq.read_table(path, read_dictionary=list(_DICTIONARIES)))
-                except Exception as error:  # pyarrow raises many kinds
-                    found = f"{name} cannot be read ({first_line(error)}); delete it and run the study again"
-                self._kept[name] = known = (now, found)
-        return known[1]
+        path = self.folder / name  # an absolute path stays as it is
+
+        def read() -> SortedTable | str:
+            if not path.is_file():
+                return "the stage that writes it has not finished"
+            try:
+                return SortedTable(pq.read_table(path, read_dictionary=list(_DICTIONARIES)))
+            except Exception as error:  # pyarrow raises many kinds
+                return f"{name} cannot be read ({first_line(error)}); delete it and run the study again"
+
+        return self._site.cached(f"arrow {name}", [path], read)
 
 
 def read_index(tables: RunTables, arms: ArmRoles) -> FeatureIndex:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.report.texts import Chip, Run, Trial, chips, context_runs, representative_trials
+from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import (
     THIN_SPACE,
     amount,
@@ -21,11 +22,12 @@ from saeffect.report.words.numbers import (
     signed,
     undefined,
 )
+from saeffect.steering.outcomes import OUTCOMES
 from saeffect.study.study import Study
 from saeffect.web.features.pictures import Chart, histogram, line_chart
 from saeffect.web.features.record import Record
 
-__all__ = ["BASES", "FeatureView", "Fact", "feature_view", "share"]
+__all__ = ["BASES", "Bar", "Fact", "FeatureView", "Pair", "ShownContext", "Side", "feature_view", "share"]
 
 BASES = {
     "combined": "All three together",
@@ -38,6 +40,11 @@ _CONDITIONS = {
     "steered": ("steered", "Steered"),
     "matched": ("placebo", "Placebo: a feature of another subject"),
     "random": ("random", "Placebo: a random direction"),
+}
+_AGAINST = {
+    "matched": "a feature of another subject",
+    "random": "a random direction",
+    "shuffled": "other features' words",
 }
 _MEASURES = {"writes": "By what it writes (decoder cosine)", "fires": "By when it fires (correlation)"}
 
@@ -105,7 +112,7 @@ class FeatureView:
     pairs: tuple[Pair, ...]
     changes: tuple[tuple[str, ...], ...]
     matches: tuple[Mapping[str, Any], ...]
-    effects: tuple[Fact, ...]
+    effects: tuple[tuple[str, ...], ...]
     doses: tuple[Chart, ...]
     trials: tuple[Trial, ...]
 
@@ -188,25 +195,31 @@ def _bars(tokens: Sequence[Mapping[str, Any]], matched: Sequence[str]) -> tuple[
 
 
 def _contexts(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[ShownContext, ...]], ...]:
-    """Contexts by the model that chose them; both texts of one are marked on a common scale."""
-    found: dict[str, list[ShownContext]] = {}
+    """Contexts under who chose them, those that both models chose once; both texts of one share a scale."""
+    chosen: dict[Any, set[str]] = {}
+    first: dict[Any, Mapping[str, Any]] = {}
     for row in record["contexts"]:
-        texts = [row.get(f"activations{side.suffix}") for side in sides]
-        values = [list(map(float, text)) if text is not None else [] for text in texts]
-        peak = max((value for text in values for value in text), default=0.0)
-        position = int(row["position"])
-        found.setdefault(row["chosen_in"], []).append(
-            ShownContext(
-                source=str(row["source"]),
-                peaks=tuple(f"{text[position]:.2f}" if text else "–" for text in values),
-                runs=tuple(context_runs(row["tokens"], text, position, peak=peak) if text else () for text in values),
-            )
-        )
-    titles = {side.arm: side.title for side in sides}
-    order = [side.arm for side in sides]
-    return tuple(
-        (titles.get(arm, arm), tuple(found[arm]))
-        for arm in sorted(found, key=lambda arm: order.index(arm) if arm in order else len(order))
+        key = (row["source"], row["position"], tuple(row["tokens"]))
+        chosen.setdefault(key, set()).add(row["chosen_in"])
+        first.setdefault(key, row)
+    found: dict[str, list[ShownContext]] = {}
+    groups = [({side.arm}, f"Only in the {side.title.lower()}") for side in sides]
+    groups.insert(0, ({side.arm for side in sides}, "In both models" if len(sides) > 1 else sides[0].title))
+    for arms, title in groups:
+        rows = [first[key] for key in first if chosen[key] == arms]
+        if rows:
+            found[title] = [_context(row, sides) for row in rows]
+    return tuple((title, tuple(rows)) for title, rows in found.items())
+
+
+def _context(row: Mapping[str, Any], sides: Sequence[Side]) -> ShownContext:
+    values = [[float(value) for value in row.get(f"activations{side.suffix}") or ()] for side in sides]
+    peak = max((value for text in values for value in text), default=0.0)
+    position = int(row["position"])
+    return ShownContext(
+        source=str(row["source"]),
+        peaks=tuple(f"{text[position]:.2f}" if text else "–" for text in values),
+        runs=tuple(context_runs(row["tokens"], text, position, peak=peak) if text else () for text in values),
     )
 
 
@@ -293,16 +306,17 @@ def _match(row: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-def _effects(steering: Record) -> tuple[Fact, ...]:
-    """Effects by outcome and placebo, the declared ones first."""
+def _effects(steering: Record) -> tuple[tuple[str, ...], ...]:
+    """Rows of the table of effects: outcome and placebo, effect, interval, p, q; the declared ones first."""
     found = []
     for row in sorted(steering["outcomes"], key=lambda row: not row.get("declared")):
+        outcome = OUTCOMES.get(row["outcome"])
+        name = capital(outcome.label if outcome is not None else row["outcome"].replace("_", " "))
         text = signed(row["effect"]) if is_defined(row.get("effect")) else undefined(row.get("reason") or "")
-        if is_defined(row.get("low")):
-            text += f" {interval(row['low'], row['high'])}"
-        chance = f"p {p_value(row['p'])}" if is_defined(row.get("p")) else ""
-        chance += f", q {p_value(row['q'])}" if is_defined(row.get("q")) else ""
-        found.append(Fact(f"{row['outcome'].replace('_', ' ')} against {row['placebo']}", text, chance))
+        ends = interval(row["low"], row["high"]) if is_defined(row.get("low")) else ""
+        chances = [p_value(row[key]) if is_defined(row.get(key)) else "–" for key in ("p", "q")]
+        against = _AGAINST.get(row["placebo"], row["placebo"].replace("_", " "))
+        found.append((name, against, text, ends, *chances, "declared" if row.get("declared") else ""))
     return tuple(found)
 
 
