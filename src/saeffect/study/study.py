@@ -18,6 +18,7 @@ from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.corpora import source_identity
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -274,9 +275,7 @@ class Study:
             content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
         else:
             # Files are hashed by content, so a study may move to another folder.
-            content = [
-                (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
-            ]
+            content = [(s.name, s.field, source_identity(s)) for s in text.sources]
         return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
 
     def arm(self, name: str) -> ArmConfig:

@@ -56,7 +56,7 @@ def first_texts(text: TextConfig) -> list[str]:
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
-            found += [document[:2_000] for document in islice(read_corpus(source.path, field=source.field), 20)]
+            found += [document[:2_000] for document in islice(read_corpus(source), 20)]
     return found
 
 
@@ -95,7 +95,7 @@ def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
 def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
     streams: list[Iterator[NDArray[np.int32]]] = []
     for source in text.sources:
-        documents = read_corpus(source.path, field=source.field)
+        documents = read_corpus(source)
         streams.append(_named(source.name, lm.pack(documents, text.context_size)))
     wanted = max(1, text.tokens // text.context_size)
     ids: list[NDArray[np.int32]] = []
