@@ -80,6 +80,7 @@ class FeatureIndex:
     _digits: StringSearch = field(init=False, repr=False)
     _verdict_codes: npt.NDArray[np.int8] = field(init=False, repr=False)
     _answers: OrderedDict[Query, Found] = field(init=False, repr=False, default_factory=OrderedDict)
+    _judged: dict[str, bool] = field(init=False, repr=False, default_factory=dict)
     _orders: dict[tuple[str, bool], IntArray] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,8 +153,15 @@ class FeatureIndex:
         """The basis of changes that a query means: its own, else the first that this run judged or measured."""
         if query.basis:
             return query.basis
-        known = [name for name in CHOICES["basis"] if np.isfinite(self.columns.get(f"z_{name}", np.empty(0))).any()]
+        known = [name for name in CHOICES["basis"] if self._known(f"z_{name}")]
         return known[0] if known else "read"
+
+    def _known(self, column: str) -> bool:
+        """Whether any feature has this number."""
+        if column not in self._judged:
+            values = self.columns.get(column)
+            self._judged[column] = values is not None and bool(np.isfinite(values).any())
+        return self._judged[column]
 
     def find(self, query: Query) -> Found:
         """The features that fit a query, one page of them; UnknownName for an arm that does not exist."""
@@ -273,8 +281,7 @@ class FeatureIndex:
 
     def _change(self, basis: str) -> FloatArray:
         """The change in units of what nulls show; where there are no nulls, as it is."""
-        z = self._column(f"z_{basis}")
-        return z if np.isfinite(z).any() else self._column(f"change_{basis}")
+        return self._column(f"z_{basis}" if self._known(f"z_{basis}") else f"change_{basis}")
 
     def _order(self, query: Query, fits: BoolArray, scores: FloatArray | None) -> IntArray:
         name, turned = query.sort.removeprefix("-"), query.sort.startswith("-")

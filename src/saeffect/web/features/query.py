@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 from urllib.parse import urlencode
 
@@ -111,15 +111,18 @@ class Query:
             'q=heart&arm=control'
         """
         page = changes.pop("page", 1 if changes else self.page)
-        wanted, plain = asdict(replace(self, **changes, page=page)), asdict(Query())
-        return urlencode({name: _written(value) for name, value in wanted.items() if value != plain[name]})
+        wanted = {name: changes.get(name, getattr(self, name)) for name in _DEFAULTS} | {"page": page}
+        return urlencode({name: _written(value) for name, value in wanted.items() if value != _DEFAULTS[name]})
 
     @property
     def filters(self) -> dict[str, Any]:
         """The filters that are set, without words, order, page, and how fates and changes are read."""
-        plain = asdict(Query())
         unfiltering = {"q", "by", "basis", "sort", "page"}
-        return {name: value for name, value in asdict(self).items() if value != plain[name] and name not in unfiltering}
+        values = {name: getattr(self, name) for name in _DEFAULTS if name not in unfiltering}
+        return {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(Query)}
 
 
 def _number(text: str, name: str) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite
 from typing import Any
+from urllib.parse import quote
 
 from saeffect.report.texts import Chip, chips
-from saeffect.report.words.numbers import count, fixed, is_defined, p_value, plural, signed
+from saeffect.report.words.numbers import count, fixed, p_value, plural, signed
 from saeffect.web.features.index import FeatureIndex, Found
 from saeffect.web.features.query import CHOICES, SORTS, Query
 from saeffect.web.features.search import search_form
@@ -89,13 +92,18 @@ class ListView:
 
 def feature_address(arm: str, number: int, query: Query) -> str:
     """The address of a feature's page that knows the list it was opened from."""
+    return f"/features/{quote(arm, safe='')}/{number}{_behind(query)}"
+
+
+def _behind(query: Query) -> str:
     asked = query.address(page=1)
-    return f"/features/{arm}/{number}" + (f"?{asked}" if asked else "")
+    return f"?{asked}" if asked else ""
 
 
 def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
     """The page of the list that `found` holds."""
     words = [search_form(word) for word in query.q.replace('"', " ").split()]
+    behind = _behind(query)
     every = sum(found.counts["arm"].values())
     arms = [("", "All arms", query.address(arm=""), every, not query.arm)]
     arms += [
@@ -104,7 +112,7 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
     ]
     return ListView(
         query=query,
-        rows=tuple(_row(index, query, place, words) for place in found.places.tolist()),
+        rows=tuple(_row(index, query, place, words, behind) for place in found.places.tolist()),
         total=plural(found.total, "feature"),
         page=found.page,
         pages=found.pages,
@@ -134,33 +142,38 @@ def _head(query: Query, name: str, title: str, note: str) -> tuple[str, str, str
     return name, title, note, query.address(sort=f"-{name}" if order == "descending" else name), order
 
 
-def _row(index: FeatureIndex, query: Query, place: int, words: list[str]) -> ListedFeature:
+@lru_cache(maxsize=100_000)
+def _listed(token: str) -> tuple[Chip, str]:
+    """A token as the list shows it, and as it is searched."""
+    return chips([token], [0.0], ())[0], search_form(token)
+
+
+def _row(index: FeatureIndex, query: Query, place: int, words: list[str], behind: str) -> ListedFeature:
     arm, number, basis = index.arm_of(place), int(index.numbers[place]), index.basis(query)
-    tokens = index.top_tokens(place)
-    hits = [any(word in search_form(token) for word in words) for token in tokens]
+    listed = [_listed(token) for token in index.top_tokens(place)]
+    hits = [any(word in form for word in words) for _, form in listed]
     shown = [i for i, hit in enumerate(hits) if i < _TOKENS or hit][: _TOKENS + 2]
     change = index.value(f"z_{basis}", place)
     raw = index.value(f"change_{basis}", place)
     p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
     coherence, similarity = index.value("coherence", place), index.value(f"similarity_{query.by}", place)
-    made = chips([tokens[i] for i in shown], [0.0] * len(shown), ())
     fate = index.code(f"fate_{query.by}", place)
     return ListedFeature(
         arm=arm,
         role=index.roles[arm],
         number=number,
-        href=feature_address(arm, number, query),
+        href=f"/features/{quote(arm, safe='')}/{number}{behind}",
         label=index.verdicts.labels[place],
-        tokens=tuple(ListedToken(chip, hits[i]) for chip, i in zip(made, shown, strict=True)),
+        tokens=tuple(ListedToken(listed[i][0], hits[i]) for i in shown),
         domain=index.code("domain", place) == "yes",
-        change=signed(change, 1) if is_defined(change) else signed(raw) if is_defined(raw) else "",
-        p=f"p {p_value(p)}" if is_defined(p) else "",
-        effect=signed(effect) if is_defined(effect) else "",
+        change=signed(change, 1) if isfinite(change) else signed(raw) if isfinite(raw) else "",
+        p=f"p {p_value(p)}" if isfinite(p) else "",
+        effect=signed(effect) if isfinite(effect) else "",
         tested={"passed": "passed", "failed": "not passed"}.get(index.code("tested", place), ""),
-        coherence=fixed(coherence, 2) if is_defined(coherence) else "",
+        coherence=fixed(coherence, 2) if isfinite(coherence) else "",
         density=share(index.value("density", place)),
         fate="" if fate == "unknown" else fate,
-        similarity=fixed(similarity, 2) if is_defined(similarity) else "",
+        similarity=fixed(similarity, 2) if isfinite(similarity) else "",
         verdict={"none": ""}.get(verdict := index.code("verdict", place), verdict),
     )
 
