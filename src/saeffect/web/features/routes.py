@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -23,6 +26,20 @@ from saeffect.web.site import Site
 __all__ = ["router"]
 
 router = APIRouter()
+_Page = Callable[..., Response]
+# Pages are short computations: one after the other they are ready sooner than when threads compete for the interpreter.
+_turn = Lock()
+
+
+def _in_turn(made: _Page) -> _Page:
+    """The page, made while no other page of this area is."""
+
+    @functools.wraps(made)
+    def wait(*args: Any, **values: Any) -> Response:
+        with _turn:
+            return made(*args, **values)
+
+    return wait
 
 
 def _asked(request: Request) -> tuple[Catalogue, Query, Found]:
@@ -33,6 +50,7 @@ def _asked(request: Request) -> tuple[Catalogue, Query, Found]:
 
 
 @router.get("/features")
+@_in_turn
 def _list(request: Request) -> Response:
     """The list of features: filters, and the first answer."""
     found, query, answer = _asked(request)
@@ -43,6 +61,7 @@ def _list(request: Request) -> Response:
 
 
 @router.get("/api/features/rows")
+@_in_turn
 def _rows(request: Request) -> Response:
     """The list alone, for the script that follows each keystroke; errors are JSON."""
     found, query, answer = _asked(request)
@@ -51,6 +70,7 @@ def _rows(request: Request) -> Response:
 
 
 @router.get("/api/features")
+@_in_turn
 def _list_json(request: Request) -> Response:
     """The list as JSON: a page of features with all columns of the index."""
     found, _, answer = _asked(request)
@@ -71,6 +91,7 @@ def _list_json(request: Request) -> Response:
 
 
 @router.get("/features/{arm}/{feature}")
+@_in_turn
 def _feature(request: Request, arm: str, feature: str) -> Response:
     """The page of a feature."""
     site: Site = request.app.state.site
