@@ -13,6 +13,15 @@ pytestmark = pytest.mark.browser
 WIDTHS = (360, 1280, 2560)
 
 
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition; the page's own policy forbids Playwright's way of polling."""
+    for _ in range(300):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never true: {condition}")
+
+
 def rows(page: Any) -> int:
     return int(page.locator("a.open").count())
 
@@ -23,7 +32,7 @@ def test_the_list_follows_each_key_and_its_address_can_be_shared(tab: Callable[.
     assert rows(page) == 50
     page.keyboard.press("/")
     page.keyboard.type("#95")
-    page.wait_for_function("document.querySelectorAll('a.open').length === 1")
+    until(page, "document.querySelectorAll('a.open').length === 1")
     assert page.url.endswith("/features?arm=control&q=%2395")
     other = tab()
     other.goto(page.url)
@@ -45,15 +54,15 @@ def test_filters_say_how_many_they_leave(tab: Callable[..., Any], served: str) -
     option = page.locator("select[name=domain] option[value=yes]").inner_text()
     n = int(re.search(r"\((\d+)\)", option)[1])  # type: ignore[index]
     page.select_option("select[name=domain]", "yes")
-    page.wait_for_function(f"document.getElementById('total').textContent.startsWith('{n} feature')")
+    until(page, f"document.getElementById('total').textContent.startsWith('{n} feature')")
     assert "domain=yes" in page.url and page.locator(".active-filters li").count() == 1
     page.go_back()
-    page.wait_for_function("document.getElementById('total').textContent.startsWith('96 features')")
+    until(page, "document.getElementById('total').textContent.startsWith('96 features')")
     assert page.input_value("select[name=domain]") == ""
     page.fill("input[name=p_max]", "0.5")
-    page.wait_for_function("location.search.includes('p_max=0.5')")
+    until(page, "location.search.includes('p_max=0.5')")
     page.click("#clear")
-    page.wait_for_function("location.search === ''")
+    until(page, "location.search === ''")
     assert page.input_value("input[name=p_max]") == "" and page.messages == []
 
 
@@ -61,9 +70,9 @@ def test_keys_turn_pages_and_walk_through_features(tab: Callable[..., Any], serv
     page = tab()
     page.goto(f"{served}/features?arm=control&sort=feature")
     page.keyboard.press("n")
-    page.wait_for_function("document.querySelectorAll('a.open').length === 46")
+    until(page, "document.querySelectorAll('a.open').length === 46")
     page.keyboard.press("p")
-    page.wait_for_function("document.querySelectorAll('a.open').length === 50")
+    until(page, "document.querySelectorAll('a.open').length === 50")
     page.keyboard.press("j")
     page.keyboard.press("j")
     page.keyboard.press("Enter")

@@ -138,7 +138,7 @@ def test_half_finished_and_damaged_runs_have_pages(run_copy: Path, client_of: Ca
     shutil.rmtree(run_copy / "comparison")
     (run_copy / "arms/placebo/features.parquet").write_bytes(b"PAR1")
     answer = client.get("/features")
-    assert answer.status_code == 200 and "placebo</bdi> has no features yet" in answer.text
+    assert answer.status_code == 200 and "placebo</bdi> has no features here" in answer.text
     text = client.get("/features/control/5").text
     assert "The stage that writes it has not finished" in text
     assert client.get("/features/placebo/5").status_code == 404

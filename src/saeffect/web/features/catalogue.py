@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from saeffect.web.features.index import FeatureIndex
@@ -49,6 +49,9 @@ def catalogue(site: Site) -> Catalogue:
             one_sae=saes["control"] is not None and saes["control"] == saes["treatment"],
         )
         tables = RunTables(site)
-        return Catalogue(study, arms, tables, read_index(tables, arms))
+        index = read_index(tables, arms)
+        if not study.has_saes:
+            index = replace(index, missing=dict.fromkeys(roles, "this study has no SAEs"))
+        return Catalogue(study, arms, tables, index)
 
     return site.cached("feature catalogue", [site.folder / "study.yaml", *files], make)
