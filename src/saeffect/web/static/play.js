@@ -93,6 +93,9 @@ function begin() {
       }
       link.href = `/api/export?${query}`;
     }
+    for (const link of $("export-domain").querySelectorAll("a")) {
+      link.href = `/api/export?${new URLSearchParams({ format: link.dataset.format, group: "domain", arm: $("arm").value })}`;
+    }
     const operator = $("operator").value;
     $("dose-field").hidden = operator === "ablate";
     $("dose-unit").textContent = $("dose-unit").dataset[operator] ?? "";
