@@ -83,7 +83,7 @@ class Engine:
         sides = self._sides(run, ask)
         yield {"type": "start", "sides": [side.described() for side in sides], **_scale(run, ask)}
         for side in sides:
-            yield {"type": "tokens", "side": side.name, **side.step()}
+            yield {"type": "tokens", "side": side.name, **(side.step() or {})}
         for side in sides:
             yield {"type": "prompt", "side": side.name, "tokens": side.read_prompt()}
         going = list(sides)

@@ -71,7 +71,8 @@ def _playground(request: Request) -> _Playground:
 def _play(request: Request) -> HTMLResponse:
     """The page; its address says what is asked, as far as it says anything."""
     site: Site = request.app.state.site
-    wrong, arms = None, ()
+    wrong: dict[str, str] | None = None
+    arms: tuple[str, ...] = ()
     ask = Ask(prompt=_PROMPT)
     with contextlib.suppress(SaeffectError):
         arms = site.arms

@@ -436,7 +436,7 @@ function begin() {
     }
     if (!running) {
       if (found.state === "loading" || found.state === "cold") say("Loading the models …");
-      else if (found.state === "ready" && $("status").textContent.startsWith("Loading")) say("Ready.");
+      else if (found.state === "ready" && /^(Loading|$)/.test($("status").textContent)) say("Ready.");
     }
     if (found.state === "loading" || found.state === "cold") setTimeout(state, 700);
   }
