@@ -47,7 +47,10 @@ def _calls(text: str) -> Iterator[list[str]]:
     for line in _lines(text):
         match = re.search(r"(?:^\s*\$?\s*|-m )saeffect (.*)", line)
         if match:
-            yield shlex.split(match[1], comments=True)
+            try:
+                yield shlex.split(match[1], comments=True)
+            except ValueError:  # a quotation goes on in the next line
+                yield match[1].split()
 
 
 def _wrong(arguments: list[str]) -> str:
