@@ -115,7 +115,11 @@ class Access:
             return
         request, path = HTTPConnection(scope), str(scope["path"])
         token, client = _token(request, self._settings), _address(request)
-        rater = self._raters.who(token) if token else None
+        try:
+            rater = self._raters.who(token) if token else None
+        except BadFile as error:
+            await refusal(scope, 503, f"nobody can be let in: {error.message}")(scope, receive, send)
+            return
         if token and rater is None and (wait := self._attempts.wait(client)):
             await refusal(scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")(scope, receive, send)
             return
