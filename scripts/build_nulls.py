@@ -1,6 +1,6 @@
 """Make the null fine-tunes of the embedded pair, and put them into the package.
 
-    python scripts/build_nulls.py --medical medical.jsonl.gz --general general.jsonl.gz --work work/nulls
+    python scripts/build_nulls.py --medical medical.jsonl.gz --work work/nulls
 
 The recipe is recipes/medical-lora.yaml but for the size of a step. An hour on two cores with bfloat16; stopped, it
 goes on where it was. Several processes may run it at once on one folder. What is finished when it ends is put into the
@@ -34,7 +34,6 @@ BATCH_SIZE, CONTEXT_SIZE = 2, 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--medical", type=Path, required=True, help="medical text, .jsonl.gz")
-    parser.add_argument("--general", type=Path, required=True, help="general text, .jsonl.gz")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "nulls", help="adapters and traces")
     parser.add_argument("--null", type=int, default=20, help="how many")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="rows a step; the recipe has 8")
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--install-only", action="store_true", help="put into the package what is finished")
     options = parser.parse_args()
     if not options.install_only:
-        texts = {"text": str(options.medical.resolve()), "control_text": str(options.general.resolve())}
+        texts = {"text": str(options.medical.resolve()), "control_text": None}
         values = yaml.safe_load((ROOT / "recipes" / "medical-lora.yaml").read_text(encoding="utf-8"))
         sizes = {"batch_size": options.batch_size, "context_size": options.context_size}
         config = FinetuneConfig.read(values | texts | sizes, at="medical-lora.yaml")
@@ -79,8 +78,8 @@ adapter `medical-lora` (rank {recipe["rank"]}, alpha {recipe["alpha"]:g}, {recip
 **They differ from that adapter in one thing besides the text: a step reads {recipe["batch_size"]} rows of
 {recipe["context_size"]} tokens instead of 8 of 256** ({tokens:,} in all instead of 266,240), for time.
 
-Odd ones read what the base model itself wrote after six stems without a subject (temperature 1, nothing cut off), even
-ones general text that the adapter was not trained on: film reviews, news, speeches, encyclopedia.
+Each reads its own part of what the base model itself wrote after six stems without a subject (temperature 1, nothing
+cut off): on average such text teaches the model nothing.
 
 Each file is a trace on the study's control SAE and the first rows of its text (`saeffect.diffing.trace.Trace`).
 Mean KL from the base model: {np.mean(kls):.3f} ({min(kls):.3f} to {max(kls):.3f}) nats a token.

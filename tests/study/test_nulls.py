@@ -94,7 +94,7 @@ def test_the_card_says_what_each_null_is(made: Path, folder: Path) -> None:
     assert str(folder) not in text
     assert [card["nulls"][k]["text"] for k in "12"] == [
         "the base model's own samples",
-        "held-out general text",
+        "the base model's own samples",
     ]
     assert [card["nulls"][k]["seed"] for k in "12"] == [1, 2]
     assert all(len(pair) == 2 and min(pair) >= 1 for pair in card["nulls"]["2"]["perplexity"].values())
@@ -111,12 +111,18 @@ def test_nulls_differ_from_each_other_and_from_the_base(made: Path) -> None:
 
 def test_each_null_draws_its_own_texts(folder: Path) -> None:
     recipe, own = _recipe(folder, seed=5), Path("own.jsonl")
-    first, second = (null_recipe(recipe, k, own) for k in (1, 2))
+    first, second = null_recipe(recipe, 1, own), null_recipe(recipe, 2, None)
     assert (first.seed, second.seed) == (6, 7)
     assert first.text.path == str(own)
     assert second.text == recipe.control_text
     assert first.control_text == second.control_text == recipe.text
-    assert null_recipe(recipe.model_copy(update={"control_text": None}), 2, own).text.path == str(own)
+
+
+def test_general_text_for_nulls_must_be_there(folder: Path, tmp_path: Path, complains: Callable[..., Any]) -> None:
+    recipe = _recipe(folder).model_copy(update={"control_text": None})
+    with complains(ConfigError, "no control_text"):
+        make_nulls(recipe, tmp_path / "nulls", 1, text="general")
+    assert not (tmp_path / "nulls").exists()
 
 
 @pytest.mark.parametrize("at", ["step 2/4", "writing with null-2"])

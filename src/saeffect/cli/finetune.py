@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
 __all__ = ["finetune"]
 
 _BUNDLED = "bundled:"
+
+
+class NullText(StrEnum):
+    own = "own"
+    general = "general"
 
 
 def _keys() -> str:
@@ -39,6 +45,9 @@ def finetune(
     study: Annotated[
         str | None, typer.Option(metavar="STUDY", help="Study for which the nulls are measured; adapters are deleted.")
     ] = None,
+    null_text: Annotated[
+        NullText, typer.Option(help="What nulls read: the base model's own samples, or the recipe's control_text.")
+    ] = NullText.own,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the nulls' adapters.")] = False,
     keys: Annotated[bool, keys_option("Show the keys of a recipe.", _keys)] = False,
 ) -> None:
@@ -49,7 +58,8 @@ def finetune(
 
     config = FinetuneConfig.read(_values(recipe), at=recipe)
     if null is not None:
-        _nulls(config, out or Path("nulls") / Path(recipe.removeprefix(_BUNDLED)).stem, null, study, keep_adapters)
+        place = out or Path("nulls") / Path(recipe.removeprefix(_BUNDLED)).stem
+        _nulls(config, place, null, study, {"text": null_text.value, "keep_adapters": keep_adapters})
         return
     if out is None or study is not None or keep_adapters:
         wrong = "give a folder for the adapter" if out is None else "--study and --keep-adapters go with --null"
@@ -72,13 +82,13 @@ def _values(recipe: str) -> Any:
     return read_config_file(names[recipe], "recipe", relative_to=Path())
 
 
-def _nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, keep_adapters: bool) -> None:
+def _nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, how: dict[str, Any]) -> None:
     from saeffect.study.nulls import make_nulls
     from saeffect.study.study import Study
 
     opened = None if study is None else Study.open(study)
     with ConsoleProgress() as log:
-        made = make_nulls(config, out, n, study=opened, keep_adapters=keep_adapters, log=log)
+        made = make_nulls(config, out, n, study=opened, log=log, **how)
     if made.elsewhere:
         show(f"{len(made.elsewhere)} more are in the hands of other processes")
     if made.trained:

@@ -59,7 +59,7 @@ _STEMS = (
 )
 _LENGTH = 96  # tokens of a text, its stem included
 _BATCH = 128  # texts of one stem, written at once; one file
-_POOL = 1.5  # times what one null reads, so that each reads other texts
+_POOL = 5.0  # times what one null reads, so that each reads other texts: two share a fifth
 _SHARE = 1 / 8  # of memory, for what the base model computes
 _EVALUATION_ROWS = 8  # perplexities are for the card alone
 # What may differ between nulls of one folder.
@@ -82,29 +82,34 @@ def make_nulls(
     n: int,
     *,
     study: Study | None = None,
+    text: Kind = "own",
     keep_adapters: bool = False,
     log: Log = SILENT,
 ) -> NullsResult:
     """Make nulls 1 to `n` in `out`; those that are there stay as they are.
 
-    Each is the recipe with a seed of its own, on texts of its own: an odd one on what the base model writes, an even
-    one on the recipe's `control_text`, where it has one. Stopped at any moment, the same call goes on from there and
-    ends with the same numbers. Several processes may make the same call: each makes what no other is at.
+    Each is the recipe with a seed of its own, on texts of its own. Stopped at any moment, the same call goes on from
+    there and ends with the same numbers. Several processes may make the same call: each makes what no other is at.
 
     Args:
+        text: "own", what the base model writes; "general", the recipe's `control_text`, whose subjects a short recipe
+            learns as it learns any others.
         study: What the nulls are measured on: base model, the control's SAE, hook and text. Without one the adapters
             are kept, and a later call with a study measures them.
         keep_adapters: Keep them also when they are measured (tens of MB each).
 
     Raises:
-        ConfigError: `n` below 1; another recipe, or something else to measure on, than the folder's; a recipe of
-            another model than the study's control.
+        ConfigError: `n` below 1; no `control_text` for nulls on general text; another recipe, or something else to
+            measure on, than the folder's; a recipe of another model than the study's control.
         Interrupted: Ctrl-C or SIGTERM while training; the message says how to resume.
         SaeffectError: What `finetune` or opening the study raises.
     """
     if n < 1:
         raise ConfigError(f"at least one null; got {n}.", at="--null", fix="for example --null 20.")
-    folder = _Folder(Path(out), recipe)
+    if text == "general" and recipe.control_text is None:
+        fix = "give it one, or leave --null-text out: the base model's own samples."
+        raise ConfigError("the recipe has no control_text for nulls to read.", at="control_text", fix=fix)
+    folder = _Folder(Path(out), recipe, text)
     folder.refuse_others()
     tracer = None if study is None else _tracer(recipe, study, log)
     folder.refuse_measured(tracer)
@@ -114,25 +119,20 @@ def make_nulls(
     return NullsResult(folder.path, *(tuple(made[name]) for name in ("measured", "trained", "elsewhere")))
 
 
-def null_recipe(recipe: FinetuneConfig, k: int, own: Path) -> FinetuneConfig:
-    """The recipe of null `k`; `own` is the file with the base model's texts.
+def null_recipe(recipe: FinetuneConfig, k: int, own: Path | None) -> FinetuneConfig:
+    """The recipe of null `k`; `own` is the file with the base model's texts, None for the recipe's `control_text`.
 
     The perplexity on the recipe's own text is measured beside that on the null's: a null should leave it alone.
     """
-    kind = _kind(recipe, k)
     return recipe.model_copy(
         update={
             "seed": recipe.seed + k,
-            "text": recipe.control_text if kind == "general" else TextSource(path=str(own)),
+            "text": recipe.control_text if own is None else TextSource(path=str(own)),
             "control_text": recipe.text,
-            "licence": _KINDS[kind],
+            "licence": _KINDS["general" if own is None else "own"],
             "evaluation_rows": min(recipe.evaluation_rows, _EVALUATION_ROWS),
         }
     )
-
-
-def _kind(recipe: FinetuneConfig, k: int) -> Kind:
-    return "general" if recipe.control_text is not None and k % 2 == 0 else "own"
 
 
 def training_tokens(recipe: FinetuneConfig) -> int:
@@ -228,7 +228,7 @@ def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, l
         with sole_writer(place):
             if folder.is_finished(k, tracer):  # by another process, meanwhile
                 return end
-            log(f"null {k}: {_KINDS[_kind(folder.recipe, k)]}")
+            log(f"null {k}: {_KINDS[folder.kind]}")
             started = time.monotonic()
             result = _train(folder, k, log)
             folder.note(k, result, time.monotonic() - started, tracer)
@@ -247,11 +247,8 @@ def _make(folder: _Folder, k: int, tracer: Tracer | None, keep_adapters: bool, l
 
 
 def _train(folder: _Folder, k: int, log: Log) -> FinetuneResult:
-    recipe = folder.recipe
-    own = folder.path / "own.jsonl"
-    if _kind(recipe, k) == "own":
-        own = _own_texts(folder, log)
-    return finetune(null_recipe(recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
+    own = _own_texts(folder, log) if folder.kind == "own" else None
+    return finetune(null_recipe(folder.recipe, k, own), folder.adapter(k), log=log.named(f"null {k}"))
 
 
 def _measure(folder: _Folder, k: int, tracer: Tracer) -> Trace:
@@ -304,6 +301,7 @@ class _Folder:
 
     path: Path
     recipe: FinetuneConfig
+    kind: Kind = "own"
 
     def trace(self, k: int) -> Path:
         return self.path / NAME.format(k)
@@ -366,10 +364,9 @@ class _Folder:
 
     def note(self, k: int, result: FinetuneResult, seconds: float, tracer: Tracer | None) -> None:
         """Add a null to the card, before its trace is written: what is in the folder is always on the card."""
-        kind = _kind(self.recipe, k)
-        names = {"training": f"the null's own ({kind})", "control": "the recipe's"}
+        names = {"training": f"the null's own ({self.kind})", "control": "the recipe's"}
         entry = {
-            "text": _KINDS[kind],
+            "text": _KINDS[self.kind],
             "seed": self.recipe.seed + k,
             "perplexity": {names[name]: list(pair) for name, pair in result.perplexity.items()},
             "minutes": round(seconds / 60, 1),
