@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
 from saeffect.web.features import router as features
+from saeffect.web.features import warm as warm_features
 from saeffect.web.overview import router as overview
 from saeffect.web.overview import warm
 from saeffect.web.pages import static_files
@@ -51,6 +52,7 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         warm(site)
+        warm_features(site)
         yield
         site.close()
 
