@@ -51,7 +51,8 @@ def warm(site: Site) -> None:
             found = catalogue(site)
             list_view(found.index, Query(), found.index.find(Query()))
             for arm in found.index.arms:
-                feature_view(found.record(arm, int(found.index.numbers[found.index.slice(arm)][0])), found.study)
+                for number in found.index.numbers[found.index.slice(arm)][:1].tolist():
+                    feature_view(found.record(arm, number), found.study)
 
     Thread(target=read, daemon=True, name="feature tables").start()
 
