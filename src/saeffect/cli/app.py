@@ -17,6 +17,7 @@ from saeffect.cli.finetune import finetune
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.run import STAGE_HELP, run, stage_command
+from saeffect.cli.saes import convert_sae_command, saes
 from saeffect.cli.train_sae import train_sae
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
@@ -56,6 +57,10 @@ app.command(
 app.command(
     "guard", help="Judge a fine-tune by a budget of what it may change: exit code 0 kept, 1 broken, 2 wrong input."
 )(guard)
+app.command("saes", help="Published SAEs by model, with the names to write in a study; nothing is fetched.")(saes)
+app.command("convert-sae", help="Rewrite an SAE, such as a pickled ae.pt, in SAELens' layout; no pickled code is run.")(
+    convert_sae_command
+)
 app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 

@@ -33,6 +33,7 @@ from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
+from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
 from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
@@ -173,9 +174,14 @@ class Study:
         return self.resolve_sae(name, sae, at)
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
-        """Folder of an SAE as named in the study file; NotFound, or UnknownName for an unknown bundled SAE."""
+        """Folder of an SAE as named in the study file, fetched if it is on the hub (errors as `locate_sae`).
+
+        NotFound, or UnknownName for an unknown bundled SAE.
+        """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
+        if is_sae_name(sae):
+            return locate_sae(sae, at=where)
         if user_path(sae, at=where).is_file():
             read_sae_config(sae, at=where)  # which says what kind of file it is
         if not Path(sae).is_dir():
