@@ -65,16 +65,35 @@ class ModelConfig(StrictModel):
 
 
 class TextSource(StrictModel):
-    """One kind of text."""
+    """One kind of text: its path alone, or a mapping."""
 
-    name: str = Field(min_length=1, description="What to call it: general, domain, ...")
+    name: str = Field("", description="What to call it: general, domain, ...; by default as its path ends.")
     path: str = Field(
         min_length=1,
-        description="A file (.jsonl, .txt, .csv, .tsv, each also .gz or .zst; .parquet), a folder that `save_to_disk`"
-        " of datasets wrote, or a dataset id on the hub.",
+        description="A file (.jsonl, .json, .txt, .csv, .tsv, each also .gz or .zst; .parquet, .arrow), a folder or a"
+        " pattern of such files, a folder that `save_to_disk` of datasets wrote, or a dataset on the hub (org/name, or"
+        " hf:name).",
     )
-    field: str = Field("text", description="Which field of a row holds the text.")
+    field: str = Field(
+        "text",
+        min_length=1,
+        description='Which field of a row holds the text, or a template: `"{question}\\n{answer}"`.',
+    )
+    subset: str | None = Field(None, description="Subset (configuration) of a dataset on the hub.")
+    split: str = Field("train", min_length=1, description="Split of a dataset.")
+    encoding: str = Field(
+        "utf-8", description="Of text that is not UTF-8, such as cp1252; a byte order mark decides by itself."
+    )
     licence: str = Field("", description="For model cards.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        value = {"path": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and not value.get("name"):
+            last = re.sub(r"[*?\[\]]+", "", PurePath(value["path"].removeprefix("hf:")).name).partition(".")[0]
+            value = {**value, "name": last.strip("-_") or "text"}
+        return value
 
 
 class ArmConfig(StrictModel):

@@ -12,18 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.sae.hub_cache import COMMIT, HubCache, hub
-from tests.sae.test_published_layouts import _agree, _first
 
 import saeffect as sx
+from hub_cache import COMMIT, HubCache
+from published_peers import agree, first
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, UnknownName, Unreachable
 from saeffect.sae import ARCHITECTURES
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.formats import load_sae, read_sae_config, save_sae
 from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.sae.published import find_published, list_source, models_of_published, published_saes
-
-__all__ = ["hub"]
 
 D, N = 6, 20
 X = torch.randn(7, D, generator=torch.Generator().manual_seed(3)) + 2.0
@@ -58,7 +56,7 @@ def test_the_paper_s_sae(hub: HubCache, tmp_path: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(ours.encode(X), plain.encode(X - mean))
     torch.testing.assert_close(ours(X), plain(X - mean) + mean)
     # SAELens leaves the centring to the model that it loads.
-    _agree(sae, monkeypatch, X - mean)
+    agree(sae, monkeypatch, X - mean)
     folder = locate_sae(sae.name)
     weights = folder / "sae_weights.safetensors"
     assert weights.is_symlink() and weights.resolve().parent.name == "blobs"  # not copied
@@ -79,13 +77,13 @@ def test_the_paper_s_sae(hub: HubCache, tmp_path: Path, monkeypatch: pytest.Monk
 def test_releases_in_saelens_layout(
     hub: HubCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, cfg: dict[str, Any]
 ) -> None:
-    sae = _first(release)
+    sae = first(release)
     if "activation_fn_str" in cfg:
         cfg = {**cfg, "activation_fn_kwargs": {"k": 3}}
     source = _old_cfg(_folder(tmp_path / "sae"), hook_name=sae.hook, model_name="m", **cfg)
     hub.add_folder(sae.repo, sae.path, source)
     x = X - X.mean(1, keepdim=True)  # some read centred activations, which SAELens leaves to the model
-    ours = _agree(sae, monkeypatch, x)
+    ours = agree(sae, monkeypatch, x)
     if sae.scale:  # folded in, as by hand
         plain = load_sae(source)
         torch.testing.assert_close(ours.encode(x), plain.encode(x * sae.scale), rtol=1e-4, atol=1e-3)
@@ -141,7 +139,7 @@ def test_offline(hub: HubCache, complains: Callable[..., Any], tmp_path: Path) -
     with complains(Unreachable, "is not in the hub's cache"):
         load_sae("hf:nobody/nothing/x")
     with complains(Unreachable, "is not in the hub's cache"):
-        load_sae(_first("goodfire-llama-3.1-8b-instruct").name)
+        load_sae(first("goodfire-llama-3.1-8b-instruct").name)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ def test_a_folder_without_an_sae_lists_those_with_one(
 
 
 def test_a_damaged_cfg_in_the_cache(hub: HubCache, tmp_path: Path, complains: Callable[..., Any]) -> None:
-    sae = _first("gpt2-small-res-jb")
+    sae = first("gpt2-small-res-jb")
     source = _folder(tmp_path / "sae")
     (source / "cfg.json").write_text("[]")
     hub.add_folder(sae.repo, sae.path, source)

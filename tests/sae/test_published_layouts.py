@@ -12,75 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
-from tests.sae.hub_cache import HubCache, hub
-from torch import Tensor
 
+from hub_cache import HubCache
+from published_peers import D, N, X, agree, drawn, first, npz
 from saeffect.errors import BadFile, IncompatibleSae, NotFound
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity, saved_dtype, weights_file
-from saeffect.sae.published import PublishedSae, published_saes
-
-__all__ = ["hub"]
-
-D, N, K = 6, 20, 3
-X = torch.randn(7, D, generator=torch.Generator().manual_seed(3))
-
-
-def _drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: t.abs() if "threshold" in name else t for name, t in found.items()}
-
-
-def _npz(arrays: dict[str, Tensor]) -> bytes:
-    out = io.BytesIO()
-    np.savez(out, **{name: tensor.numpy() for name, tensor in arrays.items()})
-    return out.getvalue()
-
-
-def _pt(value: Any) -> bytes:
-    out = io.BytesIO()
-    torch.save(value, out)
-    return out.getvalue()
-
-
-def _first(release: str, part: str = "") -> PublishedSae:
-    return next(sae for sae in published_saes(release=release) if part in sae.id)
-
-
-def _theirs(sae: PublishedSae, monkeypatch: pytest.MonkeyPatch) -> Any:
-    from sae_lens import SAE
-    from sae_lens.loading import pretrained_sae_loaders as loaders
-
-    original = loaders.hf_hub_download
-
-    def local(repo: str = "", name: str = "", **options: Any) -> str:
-        """As the hub, which tells offline only that it does not know whether a file exists."""
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        repo, name = options.pop("repo_id", repo), options.pop("filename", name)
-        try:
-            return str(original(repo, name, **options))
-        except LocalEntryNotFoundError as error:
-            raise EntryNotFoundError(name) from error
-
-    monkeypatch.setattr(loaders, "hf_hub_download", local)
-    found = SAE.from_pretrained(sae.release, sae.id)
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _agree(sae: PublishedSae, monkeypatch: pytest.MonkeyPatch, x: Tensor = X) -> Any:
-    """Ours, after comparing activations, reconstruction, hook and model with SAELens'."""
-    ours, theirs = load_sae(sae.name), _theirs(sae, monkeypatch)
-    with torch.no_grad():
-        given = x.unflatten(-1, (2, -1)) if theirs.hook_z_reshaping_mode else x
-        acts, out = theirs.encode(given), theirs(given)
-    torch.testing.assert_close(ours.encode(x), acts, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours(x), out.reshape(x.shape), rtol=1e-4, atol=1e-4)
-    assert (acts > 0).any() and not (acts > 0).all()
-    assert ours.cfg.hook_name == sae.hook
-    assert ours.cfg.metadata.get("prepend_bos", True) == theirs.cfg.metadata.prepend_bos
-    return ours
-
 
 # Gemma Scope.
 
@@ -96,8 +32,8 @@ _GEMMA = {"W_enc": (D, N), "b_enc": (N,), "W_dec": (N, D), "b_dec": (D,), "thres
     ],
 )
 def test_gemma_scope(hub: HubCache, monkeypatch: pytest.MonkeyPatch, release: str, hook: str) -> None:
-    sae = _first(release)
-    hub.add(sae.repo, f"{sae.path}/params.npz", _npz(_drawn(_GEMMA)))
+    sae = first(release)
+    hub.add(sae.repo, f"{sae.path}/params.npz", npz(drawn(_GEMMA)))
     ours = load_sae(sae.name)
     assert (ours.cfg.hook_name, ours.cfg.metadata["model_name"]) == (hook, "google/gemma-2-2b")
     assert (ours.cfg.architecture, ours.cfg.d_in, ours.cfg.d_sae) == ("jumprelu", D, N)
@@ -108,14 +44,14 @@ def test_gemma_scope(hub: HubCache, monkeypatch: pytest.MonkeyPatch, release: st
     monkeypatch.setattr(
         loaders, "get_gemma_2_config_from_hf", lambda *args, **kw: original(*args, **kw) | {"d_in": D, "d_sae": N}
     )
-    _agree(sae, monkeypatch)
+    agree(sae, monkeypatch)
 
 
 def test_gemma_scope_of_the_embedding(hub: HubCache) -> None:
     """Trained on the embedding e, given what enters block 0, √d·e; the output is on that scale too."""
-    sae = _first("gemma-scope-2b-pt-res", "embedding")
-    tensors = _drawn(_GEMMA)
-    hub.add(sae.repo, f"{sae.path}/params.npz", _npz(tensors))
+    sae = first("gemma-scope-2b-pt-res", "embedding")
+    tensors = drawn(_GEMMA)
+    hub.add(sae.repo, f"{sae.path}/params.npz", npz(tensors))
     ours = load_sae(sae.name)
     assert ours.cfg.hook_name == "blocks.0.hook_resid_pre"
     pre = X @ tensors["W_enc"] + tensors["b_enc"]
@@ -128,8 +64,8 @@ def test_gemma_scope_of_the_embedding(hub: HubCache) -> None:
 def test_gemma_scope_2(hub: HubCache, monkeypatch: pytest.MonkeyPatch, settings: bool) -> None:
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
-    sae = _first("gemma-scope-2-270m-pt-res")
-    lower = {name.lower(): tensor for name, tensor in _drawn(_GEMMA).items()}
+    sae = first("gemma-scope-2-270m-pt-res")
+    lower = {name.lower(): tensor for name, tensor in drawn(_GEMMA).items()}
     hub.add(sae.repo, f"{sae.path}/params.safetensors", save(lower))
     if settings:
         cfg = {
@@ -141,13 +77,13 @@ def test_gemma_scope_2(hub: HubCache, monkeypatch: pytest.MonkeyPatch, settings:
     monkeypatch.setattr(
         loaders, "get_safetensors_tensor_shapes", lambda *_: {k: list(t.shape) for k, t in lower.items()}
     )
-    assert _agree(sae, monkeypatch).cfg.metadata["model_name"] == "google/gemma-3-270m"
+    assert agree(sae, monkeypatch).cfg.metadata["model_name"] == "google/gemma-3-270m"
 
 
 def test_a_gemma_scope_folder_on_disk(tmp_path: Path, complains: Callable[..., Any]) -> None:
     folder = tmp_path / "gemma-scope-9b-it-res" / "layer_20" / "width_16k" / "average_l0_47"
     folder.mkdir(parents=True)
-    (folder / "params.npz").write_bytes(_npz(_drawn(_GEMMA)))
+    (folder / "params.npz").write_bytes(npz(drawn(_GEMMA)))
     cfg = read_sae_config(folder)
     assert (cfg.hook_name, cfg.metadata["model_name"]) == ("blocks.20.hook_resid_post", "google/gemma-2-9b-it")
     assert weights_file(folder).name == "params.npz"
@@ -174,21 +110,21 @@ def test_wrong_arrays(
     tmp_path: Path, complains: Callable[..., Any], change: dict[str, Any], kind: Any, part: str
 ) -> None:
     shapes = {name: shape for name, shape in (_GEMMA | change).items() if shape}
-    (tmp_path / "params.npz").write_bytes(_npz(_drawn(shapes)))
+    (tmp_path / "params.npz").write_bytes(npz(drawn(shapes)))
     with complains(kind, part, at="arms.a.sae"):
         load_sae(tmp_path, at="arms.a.sae")
 
 
 @pytest.mark.parametrize("keep", [0, 30, 400, -8])
 def test_damaged_archives(tmp_path: Path, complains: Callable[..., Any], keep: int) -> None:
-    (tmp_path / "params.npz").write_bytes(_npz(_drawn(_GEMMA))[:keep])
+    (tmp_path / "params.npz").write_bytes(npz(drawn(_GEMMA))[:keep])
     with complains(BadFile, "params.npz cannot be read"):
         load_sae(tmp_path)
 
 
 def test_arrays_of_objects_are_not_read(tmp_path: Path, complains: Callable[..., Any]) -> None:
     out = io.BytesIO()
-    np.savez(out, **{k: t.numpy() for k, t in _drawn(_GEMMA).items()} | {"more": np.array([print], dtype=object)})
+    np.savez(out, **{k: t.numpy() for k, t in drawn(_GEMMA).items()} | {"more": np.array([print], dtype=object)})
     (tmp_path / "params.npz").write_bytes(out.getvalue())
     with complains(BadFile, "params.npz cannot be read: Object arrays cannot be loaded"):
         load_sae(tmp_path)
@@ -204,7 +140,7 @@ _LINEAR = {"encoder.weight": (N, D), "encoder.bias": (N,), "decoder.weight": (D,
     [("llama_scope_lxr_8x", "blocks.0.hook_resid_post"), ("llama_scope_lxa_8x", "blocks.0.hook_attn_out")],
 )
 def test_llama_scope(hub: HubCache, monkeypatch: pytest.MonkeyPatch, release: str, hook: str) -> None:
-    sae = _first(release)
+    sae = first(release)
     settings = {
         "d_model": D,
         "d_sae": N,
@@ -218,11 +154,11 @@ def test_llama_scope(hub: HubCache, monkeypatch: pytest.MonkeyPatch, release: st
         "hook_point_out": hook,
     }
     hub.add(sae.repo, f"{sae.path}/hyperparams.json", json.dumps(settings).encode())
-    hub.add(sae.repo, f"{sae.path}/checkpoints/final.safetensors", save(_drawn(_LINEAR)))
-    ours = _agree(sae, monkeypatch)
+    hub.add(sae.repo, f"{sae.path}/checkpoints/final.safetensors", save(drawn(_LINEAR)))
+    ours = agree(sae, monkeypatch)
     assert ours.cfg.metadata["model_name"] == "meta-llama/Llama-3.1-8B"
     # What it means: inputs are scaled to √d on average, thresholds are those of unscaled activations.
-    t = _drawn(_LINEAR)
+    t = drawn(_LINEAR)
     pre = X * sae.scale @ t["encoder.weight"].T + t["encoder.bias"]
     acts = pre * (pre > 0.75 * sae.scale)
     torch.testing.assert_close(ours.encode(X), acts, rtol=1e-4, atol=1e-4)
@@ -231,13 +167,13 @@ def test_llama_scope(hub: HubCache, monkeypatch: pytest.MonkeyPatch, release: st
 
 
 def test_llama_scope_r1(hub: HubCache, monkeypatch: pytest.MonkeyPatch, complains: Callable[..., Any]) -> None:
-    sae = _first("llama_scope_r1_distill")
+    sae = first("llama_scope_r1_distill")
     settings = {"d_model": D, "expansion_factor": 4, "act_fn": "jumprelu", "hook_point_in": sae.hook}
-    wide = _drawn({"encoder.weight": (24, D), "encoder.bias": (24,), "decoder.weight": (D, 24), "decoder.bias": (D,)})
+    wide = drawn({"encoder.weight": (24, D), "encoder.bias": (24,), "decoder.weight": (D, 24), "decoder.bias": (D,)})
     wide["log_jumprelu_threshold"] = torch.linspace(-1, 1, 24)
     hub.add(sae.repo, f"{sae.path}/config.json", json.dumps(settings).encode())
     hub.add(sae.repo, f"{sae.path}/sae_weights.safetensors", save(wide))
-    _agree(sae, monkeypatch)
+    agree(sae, monkeypatch)
     # The files alone do not say the scale.
     folder = hub.add(sae.repo, f"{sae.path}/config.json", json.dumps(settings).encode()).parent
     with complains(IncompatibleSae, "reads activations scaled dataset-wise", "saelens:<release>/<id>"):

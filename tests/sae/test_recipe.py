@@ -98,10 +98,10 @@ def test_held_out_rows_of_streamed_text_are_read_no_further_than_needed(
 ) -> None:
     taken = []
 
-    def endless(path: str, *, field: str) -> Any:
+    def endless(source: TextSource) -> Any:
         for i in range(10**9):
             taken.append(i)
-            yield f"The {path[-14:-6]} number {i} of the town."
+            yield f"The {source.path[-14:-6]} number {i} of the town."
 
     monkeypatch.setattr(recipe_module, "read_corpus", endless)
     streamed = recipe.model_copy(update={"activations": "streamed"})
@@ -307,7 +307,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], type, str, str]] = {
     "hook of no kind": (
         {"hook": "blocks.1.hook_resid_prr"},
         UnknownName,
-        "valid: hook_attn_out, hook_mlp_out, hook_resid_mid, hook_resid_post, hook_resid_pre",
+        "valid: attn.hook_z, hook_attn_out, hook_mlp_out, hook_resid_mid, hook_resid_post, hook_resid_pre",
         "hook",
     ),
     "no hook at all": ({"hook": "resid"}, ConfigError, "expected blocks.<layer>.<kind>", "recipe.yaml, hook"),

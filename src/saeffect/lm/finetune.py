@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from saeffect.config import BosRule, ModelConfig, StrictModel
+from saeffect.config import BosRule, ModelConfig, StrictModel, TextSource
 from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
@@ -48,9 +48,16 @@ class FinetuneConfig(StrictModel):
     """Everything that decides the adapter."""
 
     model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, dtype, ...")
-    text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
-    control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
-    field: str = Field("text", description="Which field of a row holds the text.")
+    text: TextSource = Field(
+        description="Training text: a path, or a mapping with path, field, split, ... as in a study's text.sources."
+    )
+    control_text: TextSource | None = Field(
+        None, description="Other text of these kinds, on which perplexity should not blow up."
+    )
+    field: str = Field("text", description="Which field of a row holds the text, where text does not say it.")
+    documents: int | None = Field(
+        None, ge=1, description="Train on a random sample of so many documents; by default as many as the steps need."
+    )
     bos: BosRule = Field(
         "auto",
         description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
@@ -69,6 +76,15 @@ class FinetuneConfig(StrictModel):
     evaluation_rows: int = Field(64, ge=1, description="Held-out rows of each text for the perplexities.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, description="Everything random follows from it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_field(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "field" not in value:
+            return value
+        texts = {key: value[key] for key in ("text", "control_text") if isinstance(value.get(key), str | dict)}
+        plain = {key: {"path": text} if isinstance(text, str) else text for key, text in texts.items()}
+        return value | {key: {"field": value["field"], **text} for key, text in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -134,11 +150,12 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
 def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int32]]:
     """Training rows in a seeded order, under "", and held-out rows of each text."""
 
-    def packed(key: str, source: str, held_out: bool, limit: int) -> NDArray[np.int32]:
+    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> NDArray[np.int32]:
         try:
-            texts = [t for t in read_corpus(source, field=config.field) if is_held_out(t, config.held_out) == held_out]
+            texts = [t for t in read_corpus(source) if is_held_out(t, config.held_out) == held_out]
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
+            order = order if held_out else order[: config.documents]
             return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
         except SaeffectError as error:
             raise error.placed(key) from None
@@ -154,7 +171,9 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
+    recipe = config.model_dump(
+        mode="json", exclude={"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    )
     return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
 
 
@@ -182,7 +201,7 @@ def _make(
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
-        recipe[key] = Path(recipe[key]).name if recipe[key] else None
+        recipe[key] = Path(recipe[key]["path"]).name if recipe[key] else None
     recipe["model"]["path"] = name_to_share(config.model.path)
     note = {
         "recipe": recipe,

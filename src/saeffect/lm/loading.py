@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 BUNDLED = "bundled:"
+# transformers changes its own state while it loads, so that two threads would spoil each other's models.
+_ONE_AT_A_TIME = threading.RLock()
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What decides a model: weights, configuration, tokenizer files, code of its own.
@@ -163,7 +166,7 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
-    with quiet_transformers(), loading_errors(config, at, base):
+    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, load_config(base, config, at), adapter_at)
         model, tokenizer = _load_base(base, config, dtype, log, at)

@@ -18,7 +18,8 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
-from saeffect.lm.corpora import read_corpus
+from saeffect.lm.corpora import is_local, read_corpus
+from saeffect.lm.heads import HOOK_Z
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
@@ -26,6 +27,7 @@ from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_te
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.study.nulls import check_nulls
+from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
@@ -81,6 +83,8 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         verdicts = study_verdicts(study)
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
+    elif out is not None and store_digest(out) is not None:
+        lines.append("verdicts: those of the review in the run directory, once each candidate has one")
     lines.append(f"text: {_check_text(study)}")
     if out is not None:
         RunFolder(out, study).refuse_foreign()
@@ -101,7 +105,7 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
     shape = model_shape(model)
     if shape is not None:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
-    if shape is not None and sae is not None:
+    if shape is not None and sae is not None and not hook.endswith(HOOK_Z):  # whose width only the model shows
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
     basis = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
     first = f"arm {name} ({arm.role}): {basis}, at {hook}"
@@ -182,11 +186,11 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
 def _check_text(study: Study) -> str:
     text = study.config.text
     for index, source in enumerate(text.sources):
-        documents = read_corpus(source.path, field=source.field)
+        documents = read_corpus(source)
         with placed(study.at("text", "sources", str(index))):
             next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
-    if not all(Path(source.path).exists() for source in text.sources):
+    if not all(map(is_local, text.sources)):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)

@@ -18,6 +18,8 @@ from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.corpora import source_identity
+from saeffect.lm.heads import heads_to_residual, hook_width
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -55,6 +57,10 @@ class Arm:
     def W_dec(self) -> Tensor:
         """The SAE's decoder, `[d_sae, d_in]`."""
         return self.sae.W_dec.detach()
+
+    def added(self, features: list[int] | None = None) -> Tensor:
+        """What features (default: all) add to the stream, `[n, d_model]`: decoder rows, unless those are of heads."""
+        return heads_to_residual(self.lm, self.hook, self.W_dec if features is None else self.W_dec[features])
 
     def norm_limit(self, rows: TokenRows) -> NormLimit:
         """Norm above which residuals are outliers: the SAE's recorded limit, else measured on `rows`."""
@@ -151,7 +157,7 @@ class Study:
         hook = self.hook(name)
         lm = self.open_model(name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
-        require_width(sae.cfg, lm.d_model, hook, lm.name, at=at)
+        require_width(sae.cfg, hook_width(lm, hook), hook, lm.name, at=at)
         if sae.cfg.module_path is not None:
             require_module_output(lm, sae.cfg.module_path, at=at)
         return Arm(name, arm.role, lm, sae, hook)
@@ -280,9 +286,7 @@ class Study:
             content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
         else:
             # Files are hashed by content, so a study may move to another folder.
-            content = [
-                (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
-            ]
+            content = [(s.name, s.field, source_identity(s)) for s in text.sources]
         return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
 
     def arm(self, name: str) -> ArmConfig:
@@ -335,7 +339,7 @@ class _Arms(Mapping[str, Arm]):
         return len(self.study.config.arms)
 
 
-def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
+def require_width(sae: SaeConfig, width: int, hook: str, model: str, *, at: str) -> None:
     """Raise IncompatibleSae if the SAE's width differs from the model's, or it reads two models."""
     if sae.metadata.get("reads") or ARCHITECTURES[sae.architecture].sides:
         raise IncompatibleSae(
@@ -343,10 +347,10 @@ def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: st
             at=at,
             fix="choose an SAE of one model; see docs/crosscoder.md for those of two.",
         )
-    if sae.d_in != d_model:
+    if sae.d_in != width:
         trained = sae.metadata.get("model_name")
         raise IncompatibleSae(
-            f"the SAE has d_in={sae.d_in}, but {hook} of {model} gives {d_model}.",
+            f"the SAE has d_in={sae.d_in}, but {hook} of {model} gives {width}.",
             at=at,
             fix="choose an SAE trained on this model" + (f", or set the model to {trained}." if trained else "."),
         )

@@ -20,6 +20,7 @@ from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.corpora import interleave, read_corpus
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import bundled_path
@@ -56,7 +57,7 @@ def first_texts(text: TextConfig) -> list[str]:
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
-            found += [document[:2_000] for document in islice(read_corpus(source.path, field=source.field), 20)]
+            found += [document[:2_000] for document in islice(read_corpus(source), 20)]
     return found
 
 
@@ -95,7 +96,7 @@ def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
 def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
     streams: list[Iterator[NDArray[np.int32]]] = []
     for source in text.sources:
-        documents = read_corpus(source.path, field=source.field)
+        documents = read_corpus(source)
         streams.append(_named(source.name, lm.pack(documents, text.context_size)))
     wanted = max(1, text.tokens // text.context_size)
     ids: list[NDArray[np.int32]] = []
@@ -150,7 +151,7 @@ class Residuals:
         """
         key = (lm.identity, str(lm.dtype), hook, rows.identity())
         known = self._kept.get(key)
-        size = rows.ids.size * lm.d_model * lm.dtype.itemsize
+        size = rows.ids.size * hook_width(lm, hook) * lm.dtype.itemsize
         remember = known is None and bool(lm.identity) and size <= self._most_bytes
         captured: list[Tensor] = []
         for index, start in enumerate(range(0, len(rows), _BATCH)):

@@ -149,7 +149,7 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
 def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[NDArray[np.int32]]:
     source = recipe.text[index]
     try:
-        texts = (t for t in read_corpus(source.path, field=source.field) if is_held_out(t, recipe.held_out) == held_out)
+        texts = (t for t in read_corpus(source) if is_held_out(t, recipe.held_out) == held_out)
         if recipe.activations == "shards":
             everything = list(texts)
             order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
@@ -295,7 +295,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
-            next(read_corpus(source.path, field=source.field))
+            next(read_corpus(source))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
     if recipe.tuned is not None:

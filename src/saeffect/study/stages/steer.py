@@ -45,7 +45,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["STEERING_FILES", "effect_tables", "help_steer", "run_steer", "steer_inputs"]
 
-VERSION = 6
+VERSION = 7
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
@@ -186,7 +186,9 @@ class _SteeringTest:
         return {"interventions": trials, "direct_effects": direct} | found
 
     def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-        return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
+        scored = score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
+        # The paper compares with the feature's own tokens alone.
+        return scored.assign(similarity_shuffled=np.nan, shuffled_feature=-1) if self._plan.as_published else scored
 
     def _baseline_sample(self, tested: pd.DataFrame) -> pd.DataFrame:
         """A random sample of the tested features that depends only on the seed."""
@@ -214,7 +216,7 @@ class _SteeringTest:
         """By feature: mean residual where it fires minus that of source "general" (or all text), or why undefined."""
         arm, rows = self._arm, self._run.study.rows()
         limit = arm.norm_limit(rows)
-        sums = MeanDifferences(features, arm.lm.d_model)
+        sums = MeanDifferences(features, arm.W_dec.shape[1])
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
         for start, ids, x in self._run.study.residuals.batches(arm.lm, arm.hook, rows):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+__all__ = ["COMMIT", "HubCache", "hub"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,7 +40,7 @@ class HubCache:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubCache]:
     """An empty cache of the hub, and one of ours; both are forgotten after the test."""
     from huggingface_hub import constants
 
