@@ -21,7 +21,7 @@ def output_projection(model: nn.Module, layer: int) -> nn.Module:
     for name, attention in block.named_children():
         if name in HookMapping().attn_out:
             for own, module in attention.named_children():
-                if own in _PROJECTIONS and getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+                if own in _PROJECTIONS and isinstance(getattr(module, "weight", None), Tensor):
                     return module
     raise ConfigError(
         f"{type(block).__name__} has no attention whose output projection is known ({', '.join(_PROJECTIONS)}).",
@@ -33,7 +33,7 @@ def output_projection(model: nn.Module, layer: int) -> nn.Module:
 def hook_width(lm: LanguageModel, hook: str) -> int:
     """How many numbers a token has at a hook: `d_model`, or at attention heads all heads' numbers."""
     layer = _layer_of_heads(hook)
-    return lm.d_model if layer is None else _matrix(output_projection(lm.model, layer)).shape[0]
+    return lm.d_model if layer is None else _width(output_projection(lm.model, layer))
 
 
 @torch.no_grad()
@@ -58,7 +58,20 @@ def _layer_of_heads(hook: str) -> int | None:
     return int(hook.split(".")[1]) if hook.endswith(f".{HOOK_Z}") else None
 
 
+def _width(projection: nn.Module) -> int:
+    base = getattr(projection, "base_layer", projection)  # of an adapter that is kept apart
+    found: int = base.in_features if hasattr(base, "in_features") else base.weight.shape[0]
+    return found
+
+
 def _matrix(projection: nn.Module) -> Tensor:
-    """`[width, d_model]`; GPT-2's Conv1D keeps its weight so, Linear the other way round."""
-    weight: Tensor = projection.weight.detach()  # type: ignore[assignment, operator]
-    return weight.T if isinstance(projection, nn.Linear) else weight
+    """`[width, d_model]`; GPT-2's Conv1D keeps its weight so, Linear the other way round; of others it is measured."""
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    if type(projection) is nn.Linear:
+        return weight.detach().T
+    if type(projection).__name__ == "Conv1D":
+        return weight.detach()
+    each = torch.eye(_width(projection), device=weight.device)
+    each = each.to(weight.dtype if weight.is_floating_point() else torch.bfloat16)
+    found: Tensor = projection(each) - projection(torch.zeros_like(each))
+    return found.detach()
