@@ -46,7 +46,7 @@ class DiffRequest:
     Attributes:
         base: The base model: hub id, folder, GGUF file, bundled:<name>, or an adapter's folder (its base and it).
         tuned: The fine-tuned one, of the same kinds; an adapter alone is put on `base`.
-        sae: An SAE of the base model: folder, bundled:<name>, or on the hub, see `saeffect.sae.hub` (org/name/folder too).
+        sae: An SAE of the base model: folder, bundled:<name>, or on the hub (`saeffect.sae.hub`; org/name/folder too).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
         vocabulary: Bundled name or file of a domain's words.
         nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
