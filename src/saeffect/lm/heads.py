@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,15 +60,14 @@ def _layer_of_heads(hook: str) -> int | None:
     return int(hook.split(".")[1]) if hook.endswith(f".{HOOK_Z}") else None
 
 
-def _width(projection: nn.Module) -> int:
+def _width(projection: Any) -> int:
     base = getattr(projection, "base_layer", projection)  # of an adapter that is kept apart
-    found: int = base.in_features if hasattr(base, "in_features") else base.weight.shape[0]
-    return found
+    return int(base.in_features if hasattr(base, "in_features") else base.weight.shape[0])
 
 
-def _matrix(projection: nn.Module) -> Tensor:
+def _matrix(projection: Any) -> Tensor:
     """`[width, d_model]`; GPT-2's Conv1D keeps its weight so, Linear the other way round; of others it is measured."""
-    weight: Tensor = projection.weight  # type: ignore[assignment]
+    weight: Tensor = projection.weight
     if type(projection) is nn.Linear:
         return weight.detach().T
     if type(projection).__name__ == "Conv1D":
