@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from saeffect.web.overview import router as overview
 from saeffect.web.pages import static_files
 from saeffect.web.problems import add_error_pages
+from saeffect.web.review import router as review
 from saeffect.web.security import Guard
 from saeffect.web.settings import Settings
 from saeffect.web.site import Site
@@ -32,6 +33,7 @@ class Area(NamedTuple):
 # In the order of the navigation. A new area is an import above and a line here.
 AREAS = (
     Area("Overview", "/", overview),
+    Area("Review", "/review", review),
 )  # fmt: skip
 
 
