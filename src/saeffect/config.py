@@ -56,12 +56,35 @@ class ModelConfig(StrictModel):
         "auto", description="auto: bfloat16 where the processor has it, else float32."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None,
+        description="Spread the weights over all GPUs, then memory, then disk, as accelerate does.",
+    )
+    max_memory: dict[int | str, str] | None = Field(
+        None, description="With device_map: the most that each GPU, by number, and the cpu may hold, such as 20GiB."
+    )
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        None, description="Load the weights with so many bits (needs bitsandbytes); the rest runs in dtype."
+    )
+    merge_adapter: bool | None = Field(
+        None,
+        description="Merge the adapter into the weights, or keep it beside them; by default it is merged unless the"
+        " model is quantised or spread over devices, where it cannot be.",
+    )
     trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
 
     @model_validator(mode="before")
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map are both given; expected one of them")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory says how to spread a model over devices; it needs device_map")
+        return self
 
 
 class TextSource(StrictModel):

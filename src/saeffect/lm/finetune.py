@@ -55,6 +55,9 @@ class FinetuneConfig(StrictModel):
         None, description="Other text of these kinds, on which perplexity should not blow up."
     )
     field: str = Field("text", description="Which field of a row holds the text, where text does not say it.")
+    documents: int | None = Field(
+        None, ge=1, description="Train on a random sample of so many documents; by default as many as the steps need."
+    )
     bos: BosRule = Field(
         "auto",
         description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
@@ -152,6 +155,7 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
             texts = [t for t in read_corpus(source) if is_held_out(t, config.held_out) == held_out]
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
+            order = order if held_out else order[: config.documents]
             return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
         except SaeffectError as error:
             raise error.placed(key) from None
@@ -167,7 +171,9 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    recipe = config.model_dump(mode="json", exclude={"text", "control_text", "field", "bos", "checkpoint_every"})
+    recipe = config.model_dump(
+        mode="json", exclude={"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    )
     return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
 
 

@@ -260,6 +260,7 @@ class Study:
                 "model": models[arm.model],
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
+                **_placement_identity(arm.model),
                 "sae": self._sae_identity(name),
                 "hook": self.hook(name),
             }
@@ -326,6 +327,15 @@ class _Arms(Mapping[str, Arm]):
 
     def __len__(self) -> int:
         return len(self.study.config.arms)
+
+
+def _placement_identity(model: ModelConfig) -> dict[str, str | None]:
+    """What else decides a model's numbers; nothing for one that is loaded whole."""
+    apart = model.adapter is not None and (model.merge_adapter is False or model.device_map or model.quantize)
+    return {
+        **({} if model.quantize is None else {"quantize": model.quantize}),
+        **({"adapter": "not merged"} if apart else {}),
+    }
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:

@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 
 from saeffect.web.overview import router as overview
 from saeffect.web.pages import static_files
+from saeffect.web.play.export import router as exports
+from saeffect.web.play.routes import router as play
 from saeffect.web.problems import add_error_pages
 from saeffect.web.review import router as review
 from saeffect.web.security import Guard
@@ -34,6 +36,7 @@ class Area(NamedTuple):
 AREAS = (
     Area("Overview", "/", overview),
     Area("Review", "/review", review),
+    Area("Playground", "/play", play),
 )  # fmt: skip
 
 
@@ -52,6 +55,7 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
     add_error_pages(app)
     for area in AREAS:
         app.include_router(area.router)
+    app.include_router(exports)
     app.add_api_route("/static/{name}", _static, methods=["GET"])
     app.add_middleware(Guard, settings=settings)
     return app
