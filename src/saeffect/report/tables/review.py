@@ -11,7 +11,7 @@ from saeffect.report.words.numbers import amount_interval, count, percent
 from saeffect.review.agreement import agreement, rater_summary
 from saeffect.review.verdicts import ADJUDICATION
 
-__all__ = ["agreement_table", "agreement_view", "candidates_of", "rater_table", "rater_view"]
+__all__ = ["agreement_table", "agreement_view", "rater_table", "rater_view", "review_tables"]
 
 _MEASURES = {
     "percentage": ("Same answer", "pairs of raters, over features"),
@@ -22,32 +22,31 @@ _MEASURES = {
 _SOURCE = "comparison/verdicts.parquet, one row a verdict"
 
 
-def candidates_of(context: ReportContext) -> set[tuple[str, int]]:
-    """Arm and number of the features that the vocabulary picks."""
-    return {
+def review_tables(context: ReportContext) -> dict[str, pd.DataFrame]:
+    """`raters` and `agreement` (`saeffect.review.agreement`) of a study that people have judged; else nothing."""
+    if context.verdicts is None:
+        return {}
+    chosen = {
         (name, int(feature))
         for name, arm in context.arms.items()
         for feature in arm.selection.loc[arm.selection["in_vocabulary"], "feature"]
     }
-
-
-def agreement_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
-    """Agreement over all raters and by pairs; None with fewer than two."""
-    if context.verdicts is None:
-        return None
-    chosen = candidates_of(context)
     said = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION)]
-    places = zip(said["arm"], said["feature"], strict=True)
-    asked = (said["kind"] == "feature") & pd.Series([place in chosen for place in places], index=said.index, dtype=bool)
-    return agreement_view(agreement(said[asked]))
+    asked = [place in chosen for place in zip(said["arm"], said["feature"], strict=True)]
+    candidates = said[(said["kind"] == "feature") & asked]
+    return {"raters": rater_summary(said, chosen), "agreement": agreement(candidates)}
 
 
 def rater_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
     """What each rater said; None for a study without verdicts."""
-    if context.verdicts is None:
-        return None
-    said = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION)]
-    return rater_view(rater_summary(said, candidates_of(context)))
+    found = review_tables(context)
+    return rater_view(found["raters"]) if found else None
+
+
+def agreement_table(_comparison: Comparison, context: ReportContext) -> TableView | None:
+    """Agreement over all raters and by pairs; None with fewer than two."""
+    found = review_tables(context)
+    return agreement_view(found["agreement"]) if found else None
 
 
 def agreement_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView | None:

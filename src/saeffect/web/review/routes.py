@@ -57,7 +57,7 @@ def _rater(request: Request, desk: Desk) -> str | None:
     """Who is judging: the owner of the token, or else who the browser says."""
     owner = getattr(request.state, "rater", None)
     if owner:
-        return desk.store.find(owner) or desk.store.join(owner).name
+        return desk.store.find(owner) or str(owner)
     said = unquote(request.cookies.get(_cookie(request), ""))
     return desk.store.find(said) if said else None
 
@@ -124,6 +124,8 @@ def _queue(request: Request) -> Response:
     rater = _rater(request, desk)
     if rater is None:
         return RedirectResponse("/review", status_code=303)
+    if desk.store.find(rater) is None:  # who has a token need not sign in
+        desk.store.join(rater)
     shown = _screen_values(desk, rater, desk.next_screen(rater))
     return _show(request, "review_queue.html.j2", rater, title="Review", **shown)
 
