@@ -3,7 +3,7 @@ from __future__ import annotations
 import pandas as pd
 
 from saeffect.comparison import Comparison
-from saeffect.report import ReportContext, write_tables
+from saeffect.report import ReportContext, render_report, write_tables
 from saeffect.report.tables import TABLES
 from saeffect.report.tables.review import review_tables
 from saeffect.review.verdicts import ADJUDICATION
@@ -38,5 +38,8 @@ def test_raters_their_false_positives_and_agreement(comparison: Comparison, arms
     agreed = TABLES["agreement"](comparison, context)
     assert [row.cells[0].text.strip() for row in agreed.rows][-1] == "1.000"
     assert "agree on everything" in agreed.rows[-1].cells[0].sub
+    page = render_report(comparison, context=context)
+    assert page.index('id="table-contrasts"') < page.index('id="table-raters"') < page.index('id="table-agreement"')
+    assert page.index('id="features"') < page.index('id="table-raters"')
     names = {path.name for path in write_tables(comparison, tmp_path, context=context)}
     assert {"raters.csv", "agreement.csv", "raters.json", "agreement.json"} <= names

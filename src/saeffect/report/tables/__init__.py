@@ -34,6 +34,8 @@ TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
     "table1": paper_table_1,
     "table2": paper_table_2,
     "contrasts": contrast_table,
+    "raters": rater_table,
+    "agreement": agreement_table,
     "fates": fate_table,
     "notable": notable_table,
     "cross": cross_table,
@@ -42,8 +44,6 @@ TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
     "threats": threat_table,
     "design": design_table,
     "gate": gate_table,
-    "raters": rater_table,
-    "agreement": agreement_table,
 }
 """By name, in the order of the page, which numbers them; None for a table that a study does not have.
 
