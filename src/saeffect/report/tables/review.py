@@ -31,9 +31,9 @@ def review_tables(context: ReportContext) -> dict[str, pd.DataFrame]:
         for name, arm in context.arms.items()
         for feature in arm.selection.loc[arm.selection["in_vocabulary"], "feature"]
     }
-    said = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION)]
+    said = context.verdicts[~context.verdicts["rater"].str.startswith(ADJUDICATION).astype(bool)]
     asked = [place in chosen for place in zip(said["arm"], said["feature"], strict=True)]
-    candidates = said[(said["kind"] == "feature") & asked]
+    candidates = said[(said["kind"] == "feature") & pd.Series(asked, index=said.index, dtype=bool)]
     return {"raters": rater_summary(said, chosen), "agreement": agreement(candidates)}
 
 

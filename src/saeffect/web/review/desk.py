@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import pandas as pd
 
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.review.agreement import agreement, disagreements, rater_summary
 from saeffect.review.queue import Item, Queue
 from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.verdicts import ADJUDICATION
 from saeffect.study.review import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 __all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "desk_of"]
 
@@ -154,14 +154,14 @@ class Desk:
     def _said(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Verdicts on the candidates, and decisions on them."""
         table, chosen = self.standing().verdicts, self._candidates()
-        table = table[[place in chosen for place in zip(table["arm"], table["feature"], strict=True)]]
-        table = table[table["kind"] == "feature"]
-        decisions = table["rater"].str.startswith("(")
-        return table[~decisions], table[decisions]
+        asked = [place in chosen for place in zip(table["arm"], table["feature"], strict=True)]
+        table = table[pd.Series(asked, index=table.index, dtype=bool) & (table["kind"] == "feature")]
+        decides = _decides(table)
+        return table[~decides], table[decides]
 
     def _blind(self) -> pd.DataFrame:
         table = self.standing().verdicts
-        return table[~table["rater"].str.startswith("(")]
+        return table[~_decides(table)]
 
     def _candidates(self) -> set[tuple[str, int]]:
         return {(item.arm, item.feature) for item in self.queue.candidates}
@@ -192,6 +192,10 @@ class Desk:
         ).combine_chunks()
         keys = zip(table.column("feature").to_pylist(), table.column("rank").to_pylist(), strict=True)
         return table, {key: place for place, key in enumerate(keys)}
+
+
+def _decides(table: pd.DataFrame) -> pd.Series[bool]:
+    return table["rater"].str.startswith(ADJUDICATION).astype(bool)
 
 
 def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], request: str) -> Given:
