@@ -11,11 +11,11 @@ from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.review.agreement import agreement, disagreements, rater_summary
 from saeffect.review.queue import Item, Queue
 from saeffect.review.store import STORE, Given, VerdictStore
-from saeffect.review.verdicts import ADJUDICATION
+from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.review import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
 
-__all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "desk_of"]
+__all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "Splits", "desk_of"]
 
 _CONTEXTS = ["feature", "rank", "position", "tokens", "activations"]
 
@@ -57,6 +57,15 @@ class Split:
     said: tuple[tuple[str, Judged], ...]
     decided: str
     by: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The first disagreements, and how many there are and are open."""
+
+    shown: tuple[Split, ...]
+    total: int
+    left: int
 
 
 class Desk:
@@ -130,26 +139,26 @@ class Desk:
         said, _ = self._said()
         return agreement(said), rater_summary(self._blind(), self._candidates())
 
-    def splits(self, rater: str) -> list[Split]:
-        """The features on which somebody has to decide, open ones first."""
+    def splits(self, rater: str, most: int) -> Splits:
+        """The features on which somebody has to decide, open ones first, and `most` of them as screens."""
         said, decisions = self._said()
         items = {(item.arm, item.feature): item for item in self.queue.candidates}
+        table = disagreements(said, decisions)
+        table = table.assign(settled=table["decided"] != "").sort_values("settled", kind="stable")
         found = []
-        for row in disagreements(said, decisions).to_dict("records"):
-            place = (row["arm"], row["feature"])
-            here = said[(said["arm"] == place[0]) & (said["feature"] == place[1])]
-            decided = decisions[(decisions["arm"] == place[0]) & (decisions["feature"] == place[1])].tail(1)
-            by = decided["rater"].iloc[0].partition(" ")[2] if len(decided) else ""
+        for row in table.head(most).to_dict("records"):
+            here = said[(said["arm"] == row["arm"]) & (said["feature"] == row["feature"])]
+            decided = decisions[(decisions["arm"] == row["arm"]) & (decisions["feature"] == row["feature"])].tail(1)
             found.append(
                 Split(
-                    self.screen(items[place], rater),
-                    {verdict: int(row[f"n_{verdict}"]) for verdict in ("yes", "no", "unsure")},
+                    self.screen(items[row["arm"], row["feature"]], rater),
+                    {verdict: int(row[f"n_{verdict}"]) for verdict in VERDICTS},
                     tuple((r.rater, Judged(r.verdict, r.label, r.note)) for r in here.itertuples()),
-                    row["decided"],
-                    by,
+                    str(row["decided"]),
+                    "".join(decided["rater"]).removeprefix(ADJUDICATION).strip(),
                 )
             )
-        return sorted(found, key=lambda split: split.decided != "")
+        return Splits(tuple(found), len(table), int((~table["settled"].astype(bool)).sum()))
 
     def _said(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Verdicts on the candidates, and decisions on them."""

@@ -16,7 +16,7 @@ from saeffect.report.tables.review import agreement_view, rater_view
 from saeffect.report.words.numbers import count
 from saeffect.review.verdicts import VERDICTS
 from saeffect.web.pages import environment, page
-from saeffect.web.review.desk import Desk, Judged, Progress, Screen, desk_of
+from saeffect.web.review.desk import Desk, Judged, Progress, Screen, Splits, desk_of
 
 __all__ = ["router"]
 
@@ -189,7 +189,7 @@ def _disagreements(request: Request) -> Response:
     desk = _desk(request)
     rater = _rater(request, desk)
     blind = _still_blind(desk, rater)
-    splits = desk.splits(rater or "") if blind is None else []
+    splits = desk.splits(rater or "", _SHOWN) if blind is None else Splits((), 0, 0)
     return _show(
         request,
         "review_disagreements.html.j2",
@@ -197,11 +197,11 @@ def _disagreements(request: Request) -> Response:
         title="Disagreements",
         subject=desk.subject,
         blind=blind,
-        splits=splits[:_SHOWN],
-        total=len(splits),
-        left=sum(split.decided == "" for split in splits),
+        splits=splits.shown,
+        total=splits.total,
+        left=splits.left,
         began=rater is not None and desk.progress(rater).done > 0,
-        requests=[secrets.token_hex(8) for _ in splits[:_SHOWN]],
+        requests=[secrets.token_hex(8) for _ in splits.shown],
     )
 
 

@@ -72,15 +72,14 @@ document.addEventListener("submit", (event) => {
   if (event.target.id !== "answer") return;
   event.preventDefault();
   const button = event.submitter;
-  // Enter in a text field is no verdict: it goes back to the keys.
-  if (document.activeElement?.matches("#answer input")) document.getElementById("item-h").focus();
-  else if (button?.classList.contains("undo")) undo();
+  if (button?.classList.contains("undo")) undo();
   else if (button?.value) judge(button.value);
 });
 
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches?.("input, textarea, select");
-  if (event.key === "Escape" && typing) {
+  if (typing && (event.key === "Escape" || event.key === "Enter") && !event.isComposing) {
+    event.preventDefault(); // Enter in a text field is no verdict: it goes back to the keys
     document.getElementById("item-h")?.focus();
     return;
   }
