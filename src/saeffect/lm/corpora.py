@@ -107,8 +107,8 @@ def source_files(source: TextSource) -> list[Path]:
     if path.is_file() or (path.exists() and not path.is_dir()):
         return [path]
     if not path.is_dir():
-        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
-        found = [Path(name) for name in names if Path(name).is_file()]
+        matching = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
+        found = [Path(name) for name in matching if Path(name).is_file()]
         if not found:
             raise NotFound("no file matches this pattern.", at=source.path, fix="check it; ** stands for any folders.")
         return found

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
+from saeffect.web.features import router as features
 from saeffect.web.overview import router as overview
 from saeffect.web.overview import warm
 from saeffect.web.pages import static_files
@@ -38,6 +39,7 @@ class Area(NamedTuple):
 # In the order of the navigation. A new area is an import above and a line here.
 AREAS = (
     Area("Overview", "/", overview),
+    Area("Features", "/features", features),
     Area("Review", "/review", review),
     Area("Playground", "/play", play),
 )  # fmt: skip
