@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from learnt_pair import HOOK, activations, learnt, text, trained_sae
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.topk import TopKSae
+from saeffect.sae.training.config import SaeRecipe
 from saeffect.study.pair_gate import WARM_START, judge_pair
 
 
@@ -85,3 +89,11 @@ def test_what_nothing_mends(pair: tuple[LanguageModel, SparseAutoencoder]) -> No
     found = judge_pair({"base": lm}, nothing, HOOK, rows_of)
     assert found.failed("base")
     assert not found.ok
+
+
+def test_the_recipes_of_the_page_are_recipes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gate.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert [SaeRecipe.read(yaml.safe_load(block), at="docs/gate.md").sae.init_from for block in blocks] == [
+        "./saes/base"
+    ]

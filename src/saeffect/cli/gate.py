@@ -33,8 +33,8 @@ _ROWS = {  # names of a gate's table, in words, and how they are written
     "ce_zero": ("  with zeros there", "{:.3f}"),
     "l0": ("active features a token (l0)", "{:,.1f}"),
     "l2_ratio": ("length out / in", "{:.3f}"),
-    "mean_norm": ("mean length of activations", "{:,.4g}"),
-    "first_norm": ("  at the first position", "{:,.4g}"),
+    "mean_norm": ("mean length of activations", "{:,.1f}"),
+    "first_norm": ("  at the first position", "{:,.1f}"),
     "sink_share": ("tokens at sinks, first left out", "{:.2%}"),
     "features_fired": ("features that fired", "{:,.0f}"),
 }
@@ -113,7 +113,8 @@ def _mend(found: PairGate, folder: Path) -> None:
 def _show(found: PairGate, model: str, sae: str, tuned: str | None) -> None:
     cfg, rows = found.sae.cfg, found.rows
     k = f", k = {cfg.k}" if cfg.k else ""
-    show(f"SAE    {sae}: {found.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}, at {found.hook}")
+    show(f"SAE    {sae}: {found.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}")
+    show(f"hook   {found.hook}")
     show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
     begins = "with" if found.on_text["base"]["prepend_bos"] else "without"
     show(f"text   {', '.join(rows.names)}: {rows.ids.size:,} tokens in rows of {rows.context_size}, {begins} BOS")
@@ -144,13 +145,11 @@ def _show_table(found: PairGate) -> None:
             low = name in least and column in found.fits and not value >= least[name]
             cells.append(Text("" if math.isnan(value) else how.format(value), style="bold red" if low else ""))
         table.add_row(label, *cells)
-    said = []
-    for name, measured in found.on_text.items():
-        values_of = ", ".join(f"{value:,.3g} on {source}" for source, value in measured["perplexity"].items())
-        said.append(f"{_COLUMNS[name]} {values_of}")
+    for source in found.on_text["base"]["perplexity"]:
+        values_of = (found.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
+        table.add_row(f"perplexity on {source}", *("" if value is None else f"{value:,.1f}" for value in values_of))
     with still_writable(sys.stdout, "standard output"):
         Console(highlight=False).print(table)
-    show(f"perplexity: {'; '.join(said)}")
 
 
 def _show_positions(found: PairGate) -> None:
@@ -179,7 +178,11 @@ def _bar(value: float) -> str:
     if math.isnan(value):
         return "-"
     level = min(len(_BARS) - 1, max(0, int(value * len(_BARS))))
-    return f"{_BARS[level]} {value:.2f}" if value > -10 else f"{_BARS[0]} <-9"
+    return f"{_BARS[level]}{value:.2f}".replace("0.", ".") if value > -10 else f"{_BARS[0]}<-9"
+
+
+def _length(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cell(how: str) -> Callable[[float], str]:
@@ -189,7 +192,7 @@ def _cell(how: str) -> Callable[[float], str]:
 _BY_POSITION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("explained variance", "explained_variance", _bar),
     ("loss added, nats", "ce_increase", _cell("{:+.2f}")),
-    ("length", "mean_norm", _cell("{:,.3g}")),
+    ("length", "mean_norm", _length),
     ("at sinks", "sink_share", _cell("{:.0%}")),
 )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saeffect.errors import SaeffectError
 from saeffect.lm.corpora import is_held_out
 
 __all__ = ["Duplicates", "find_duplicates"]
@@ -53,7 +55,7 @@ def find_duplicates(texts: Iterable[str], share: float) -> Duplicates:
     training: list[NDArray[np.uint64]] = []
     held_out: list[tuple[str, NDArray[np.uint64]]] = []
     seen = 0
-    for text in texts:
+    for text in _readable(texts):
         runs = _runs(text)
         if is_held_out(text, share):
             held_out.append((" ".join(text[:200].split())[:60], runs))
@@ -65,6 +67,12 @@ def find_duplicates(texts: Iterable[str], share: float) -> Duplicates:
     known = np.unique(np.concatenate(training)) if training else np.zeros(0, dtype=np.uint64)
     found = [head for head, runs in held_out if len(runs) and np.isin(runs, known).mean() >= _SHARE]
     return Duplicates(len(held_out), len(found), found[0] if found else "")
+
+
+def _readable(texts: Iterable[str]) -> Iterator[str]:
+    """The texts up to one that cannot be read, which whoever uses them says."""
+    with contextlib.suppress(SaeffectError):
+        yield from texts
 
 
 def _runs(text: str) -> NDArray[np.uint64]:
