@@ -70,7 +70,7 @@ def _required(request: Request, desk: Desk) -> str:
 
 
 def _show(request: Request, template: str, rater: str | None, **values: Any) -> Response:
-    return page(request, template, rater=rater, count=count, words=_WORDS, **values)
+    return page(request, template, judge=rater, count=count, words=_WORDS, **values)
 
 
 @router.get("/review")
