@@ -53,7 +53,7 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
 
 
 def arm_folder(study: Study, arm: str) -> Path | None:
-    """Where an arm's SAE is looked for; None for a bundled or published one, or none. UnknownName for an unknown arm."""
+    """Where the SAE of an arm is; None for a bundled or published one, or none. UnknownName for an unknown arm."""
     sae = study.arm(arm).sae
     return None if sae is None or sae.startswith(BUNDLED) or is_sae_name(sae) else Path(sae)
 
