@@ -14,12 +14,14 @@ from starlette.exceptions import HTTPException
 from saeffect.web.access import Access, Raters, attempts
 from saeffect.web.access import router as access
 from saeffect.web.features import router as features
+from saeffect.web.features import warm as warm_features
 from saeffect.web.overview import router as overview
 from saeffect.web.overview import warm
 from saeffect.web.pages import static_files
 from saeffect.web.play.export import router as exports
 from saeffect.web.play.routes import router as play
 from saeffect.web.problems import add_error_pages
+from saeffect.web.review import router as review
 from saeffect.web.security import Guard
 from saeffect.web.settings import Settings
 from saeffect.web.site import Site
@@ -39,6 +41,7 @@ class Area(NamedTuple):
 AREAS = (
     Area("Overview", "/", overview),
     Area("Features", "/features", features),
+    Area("Review", "/review", review),
     Area("Playground", "/play", play),
 )  # fmt: skip
 
@@ -51,6 +54,7 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         warm(site)
+        warm_features(site)
         yield
         site.close()
 

@@ -51,7 +51,7 @@ def test_filters_say_how_many_they_leave(tab: Callable[..., Any], served: str) -
     page = tab()
     page.goto(f"{served}/features?arm=control")
     page.keyboard.press("f")
-    option = page.locator("select[name=domain] option[value=yes]").inner_text()
+    option = page.locator("select[name=domain] option[value=yes]").text_content()
     n = int(re.search(r"\((\d+)\)", option)[1])  # type: ignore[index]
     page.select_option("select[name=domain]", "yes")
     until(page, f"document.getElementById('total').textContent.startsWith('{n} feature')")

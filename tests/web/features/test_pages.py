@@ -14,7 +14,11 @@ import pandas as pd
 import pytest
 
 from saeffect.features.embeddings import WordVectors, load_embeddings
+from saeffect.review.queue import fingerprint_tokens
+from saeffect.review.store import STORE, Given, VerdictStore
 from saeffect.study.both_models import read_both_models
+from saeffect.web.features.catalogue import catalogue
+from saeffect.web.features.query import Query
 from saeffect.web.features.record import token_pairs
 
 
@@ -166,3 +170,25 @@ def test_hostile_tokens_and_labels_stay_text(run_copy: Path, client_of: Callable
         rest = answer.text.replace('<script type="module"', "")
         assert "<script" not in rest and "<img" not in rest and "\u202e" not in rest, url
     assert "alert(1)" in client.get("/api/features/control/1").json()["label"]
+
+
+def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    tokens = client.get("/api/features/control/7").json()["top_tokens"]
+    seen = fingerprint_tokens([one["token"] for one in tokens])
+    assert client.get("/api/features?arm=control&verdict=yes").json()["total"] == 0
+    with VerdictStore(run_copy / STORE) as store:
+        store.join("ada")
+        store.record("ada", Given("control", 7, seen, "yes", "hearts", "clear"))
+        store.record("ada", Given("control", 8, "other tokens", "yes", "", ""))
+        store.record("ada", Given("control", 5_000, seen, "yes", "", ""))
+        found = client.get("/api/features?arm=control&verdict=yes").json()
+        assert [row["feature"] for row in found["features"]] == [7] and found["features"][0]["label"] == "hearts"
+        assert client.get("/api/features?q=hearts").json()["total"] == 1
+        text = client.get("/features/control/7").text
+        assert "1 yes, 0 no" in text and "ada" in text and "clear" in text
+        blind = catalogue(client.app.state.site, blind=True)
+        assert blind.record("control", 7)["verdicts"]["given"] == []
+        assert blind.index.find(Query(verdict="yes")).total == 0
+        store.record("ada", Given("control", 7, seen, "no", "", "", role="adjudicator"))
+        assert client.get("/api/features?arm=control&verdict=no").json()["total"] == 1

@@ -5,6 +5,6 @@ The tables of a run directory enter; pages, and the same as JSON, leave. No mode
 
 from __future__ import annotations
 
-from saeffect.web.features.routes import router
+from saeffect.web.features.routes import router, warm
 
-__all__ = ["router"]
+__all__ = ["router", "warm"]

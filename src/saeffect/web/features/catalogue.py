@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from saeffect.review.store import STORE
 from saeffect.web.features.index import FeatureIndex
+from saeffect.web.features.judged import Given, read_given, with_given
 from saeffect.web.features.record import Record, feature_record
 from saeffect.web.features.tables import ArmRoles, RunTables, read_index
 
@@ -27,14 +29,20 @@ class Catalogue:
     arms: ArmRoles
     tables: RunTables
     index: FeatureIndex
+    given: Given = field(default_factory=dict)
 
     def record(self, arm: str, number: int) -> Record:
-        """All about a feature, see `feature_record`."""
-        return feature_record(self.index, self.tables, self.arms, self.study, arm, number)
+        """All about a feature, see `feature_record`; with the verdicts that people gave in the app."""
+        record = feature_record(self.index, self.tables, self.arms, self.study, arm, number)
+        record["verdicts"]["given"] = self.given.get(self.index.place(arm, number), [])
+        return record
 
 
-def catalogue(site: Site) -> Catalogue:
-    """The catalogue of a run directory, made again when a table changes; errors as `Site.study`."""
+def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
+    """The catalogue of a run directory, made again when a table changes; errors as `Site.study`.
+
+    `blind`: without what people said in the app, so that raters do not see each other's verdicts.
+    """
     study = site.study
     files = [site.folder / "arms" / arm / f"{name}.parquet" for arm in study.config.arms for name in _OF_ARMS]
     files += [site.folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH]
@@ -54,4 +62,15 @@ def catalogue(site: Site) -> Catalogue:
             index = replace(index, missing=dict.fromkeys(roles, "this study has no SAEs"))
         return Catalogue(study, arms, tables, index)
 
-    return site.cached("feature catalogue", [site.folder / "study.yaml", *files], make)
+    known = [site.folder / "study.yaml", *files]
+    found = site.cached("feature catalogue", known, make)
+    if blind:
+        return found
+    store = site.folder / STORE
+
+    def judged() -> Catalogue:
+        given = read_given(store, found.index)
+        return replace(found, index=with_given(found.index, given), given=given)
+
+    # SQLite writes beside its file first.
+    return site.cached("feature catalogue, judged", [*known, store, store.with_name(f"{STORE}-wal")], judged)

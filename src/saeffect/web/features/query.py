@@ -116,8 +116,8 @@ class Query:
 
     @property
     def filters(self) -> dict[str, Any]:
-        """The filters that are set, without words, order, page, and how fates and changes are read."""
-        unfiltering = {"q", "by", "basis", "sort", "page"}
+        """The filters that are set, without words, arm, order, page, and how fates and changes are read."""
+        unfiltering = {"q", "arm", "by", "basis", "sort", "page"}
         values = {name: getattr(self, name) for name in _DEFAULTS if name not in unfiltering}
         return {name: value for name, value in values.items() if value != _DEFAULTS[name]}
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from saeffect.errors import NotFound
+from saeffect.errors import NotFound, SaeffectError
 from saeffect.report.words.numbers import count
 from saeffect.web.features.catalogue import Catalogue, catalogue
 from saeffect.web.features.index import Found
@@ -23,7 +24,7 @@ from saeffect.web.features.view import feature_view
 from saeffect.web.pages import environment, page
 from saeffect.web.site import Site
 
-__all__ = ["router"]
+__all__ = ["router", "warm"]
 
 router = APIRouter()
 _Page = Callable[..., Response]
@@ -42,9 +43,28 @@ def _in_turn(made: _Page) -> _Page:
     return wait
 
 
+def warm(site: Site) -> None:
+    """Read the tables in a thread, so that the first reader need not wait for them."""
+
+    def read() -> None:
+        with contextlib.suppress(SaeffectError):
+            found = catalogue(site)
+            list_view(found.index, Query(), found.index.find(Query()))
+            for arm in found.index.arms:
+                for number in found.index.numbers[found.index.slice(arm)][:1].tolist():
+                    feature_view(found.record(arm, number), found.study)
+
+    Thread(target=read, daemon=True, name="feature tables").start()
+
+
+def _catalogue(request: Request) -> Catalogue:
+    """What the pages of a run read from; raters with a token of their own do not see what others said."""
+    return catalogue(request.app.state.site, blind=getattr(request.state, "rater", None) is not None)
+
+
 def _asked(request: Request) -> tuple[Catalogue, Query, Found]:
     """What the pages of a run read from, and the answer to the query in the address."""
-    found = catalogue(request.app.state.site)
+    found = _catalogue(request)
     query = Query.read(request.query_params)
     return found, query, found.index.find(query)
 
@@ -95,7 +115,7 @@ def _list_json(request: Request) -> Response:
 def _feature(request: Request, arm: str, feature: str) -> Response:
     """The page of a feature."""
     site: Site = request.app.state.site
-    found, number = catalogue(site), _number(arm, feature)
+    found, number = _catalogue(request), _number(arm, feature)
     record, query = found.record(arm, number), Query.read(request.query_params)
     before, after, rank = found.index.around(query, found.index.place(arm, number))
     neighbours = [
@@ -121,7 +141,7 @@ def _feature(request: Request, arm: str, feature: str) -> Response:
 @router.get("/api/features/{arm}/{feature}")
 def _feature_json(request: Request, arm: str, feature: str) -> Response:
     """All about a feature as a JSON file."""
-    record = catalogue(request.app.state.site).record(arm, _number(arm, feature))
+    record = _catalogue(request).record(arm, _number(arm, feature))
     text = json.dumps(plain(record), ensure_ascii=False, indent=1, allow_nan=False)
     # A header holds Latin letters only, and an arm may be called otherwise.
     name = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "-" for letter in arm)
