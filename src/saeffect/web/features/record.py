@@ -176,9 +176,7 @@ def _matches(
             except NotFound:  # of a table that was replaced
                 known = False
         by = next((name for name, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
-        found.append(
-            {**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens}
-        )
+        found.append({**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens})
     return found
 
 

@@ -204,7 +204,8 @@ def _contexts(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[S
         first.setdefault(key, row)
     found: dict[str, list[ShownContext]] = {}
     groups = [({side.arm}, f"Among the strongest of the {side.title.lower()} only") for side in sides]
-    groups.insert(0, ({side.arm for side in sides}, "Among the strongest of both models" if len(sides) > 1 else sides[0].title))
+    together = "Among the strongest of both models" if len(sides) > 1 else sides[0].title
+    groups.insert(0, ({side.arm for side in sides}, together))
     for arms, title in groups:
         rows = [first[key] for key in first if chosen[key] == arms]
         if rows:
