@@ -210,8 +210,8 @@ class ActivationHistograms:
         highest = np.max([part.amax(dim=0).float().cpu().numpy() for part in acts if len(part)] or [self._top], axis=0)
         self._widen(highest.astype(np.float64))
         for model, part in enumerate(acts):
-            row, feature = (part > 0).nonzero(as_tuple=True)
-            value, feature = part[row, feature].double().cpu().numpy(), feature.cpu().numpy()
+            at = (part > 0).nonzero(as_tuple=True)
+            value, feature = part[at].double().cpu().numpy(), at[1].cpu().numpy()
             # The upper end belongs to a bar: (low, high].
             place = np.clip(np.ceil(value / self._top[feature] * N_BINS).astype(np.int64) - 1, 0, N_BINS - 1)
             np.add.at(self._counts[model], (feature, place), 1)

@@ -167,18 +167,16 @@ def _matches(
         lacks["matches"] = tables.trouble(f"comparison/fates_{side}.parquet") or "it was not matched"
     found = []
     for row in rows:
-        match = row.get("match")
-        known = match is not None and match >= 0 and other in index.arms
+        match = -1 if row.get("match") is None else int(row["match"])
+        known = match >= 0 and other in index.arms
         tokens: list[str] = []
         if known:
             try:
-                tokens = index.top_tokens(index.place(other, int(match)))
+                tokens = index.top_tokens(index.place(other, match))
             except NotFound:  # of a table that was replaced
                 known = False
         by = next((name for name, measure in MEASURES.items() if measure == row["measure"]), row["measure"])
-        found.append(
-            {**row, "by": by, "match": int(match) if known else None, "match_arm": other, "match_tokens": tokens}
-        )
+        found.append({**row, "by": by, "match": match if known else None, "match_arm": other, "match_tokens": tokens})
     return found
 
 

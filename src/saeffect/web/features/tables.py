@@ -248,7 +248,7 @@ def _tested(passed: float) -> str:
 
 def _changes(tables: RunTables, at: _Places) -> dict[str, FloatArray]:
     table = tables.get("comparison/changes.parquet")
-    found = {}
+    found: dict[str, FloatArray] = {}
     for basis in CHOICES["basis"]:
         rows = _rows(table, basis=basis)
         if rows is not None and len(rows[0]):

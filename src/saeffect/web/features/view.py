@@ -163,8 +163,8 @@ def _sides(record: Record, study: Study) -> tuple[Side, ...]:
 
 def _facts(record: Record) -> tuple[Fact, ...]:
     numbers, coherence = record["numbers"], record["coherence"]
-    effect = next((row for row in record["steering"]["effects"] if row.get("declared", True)), {})
-    change = next((row for row in record["changes"]["bases"] if is_defined(row.get("z"))), {})
+    effect: Record = next((row for row in record["steering"]["effects"] if row.get("declared", True)), {})
+    change: Record = next((row for row in record["changes"]["bases"] if is_defined(row.get("z"))), {})
     facts = [
         Fact("Density", share(numbers.get("density")), "of the study's tokens"),
         Fact("Decoder norm", amount(numbers["decoder_norm"]) if is_defined(numbers.get("decoder_norm")) else "–"),
@@ -203,8 +203,9 @@ def _contexts(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[S
         chosen.setdefault(key, set()).add(row["chosen_in"])
         first.setdefault(key, row)
     found: dict[str, list[ShownContext]] = {}
-    groups = [({side.arm}, f"Only in the {side.title.lower()}") for side in sides]
-    groups.insert(0, ({side.arm for side in sides}, "In both models" if len(sides) > 1 else sides[0].title))
+    groups = [({side.arm}, f"Among the strongest of the {side.title.lower()} only") for side in sides]
+    together = "Among the strongest of both models" if len(sides) > 1 else sides[0].title
+    groups.insert(0, ({side.arm for side in sides}, together))
     for arms, title in groups:
         rows = [first[key] for key in first if chosen[key] == arms]
         if rows:
@@ -235,7 +236,7 @@ def _activity(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[s
     numbers = record["histogram"] or {
         **{name: record["numbers"].get(name) for name in ("density", "mean_activation", "max_activation")}
     }
-    rows = []
+    rows: list[tuple[str, tuple[str, ...]]] = []
     for label, name in (
         ("Active on", "density"),
         ("Mean where active", "mean_activation"),
@@ -249,8 +250,8 @@ def _activity(record: Record, sides: Sequence[Side]) -> tuple[tuple[str, tuple[s
     own = record["numbers"]
     for name in sorted(own):
         if name.startswith("density_"):
-            cells = tuple(share(own[name]) if not side.suffix else "" for side in sides)
-            rows.append((f"Active on text “{name.removeprefix('density_')}”", cells))
+            shares = tuple(share(own[name]) if not side.suffix else "" for side in sides)
+            rows.append((f"Active on text “{name.removeprefix('density_')}”", shares))
     return tuple(rows)
 
 
