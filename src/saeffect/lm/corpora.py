@@ -11,20 +11,24 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saeffect.config import TextSource
+from saeffect.config_chat import ChatKeys
 from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
 from saeffect.io import fingerprint, hash_folder
+from saeffect.lm.chat_rows import cut_rows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
+
+T = TypeVar("T")
 
 __all__ = ["interleave", "is_held_out", "read_corpus", "StreamedText"]
 
@@ -33,6 +37,7 @@ _FORMATS = (
     " or a dataset id on the hub"
 )
 _READ = f"what is read: {_FORMATS}."
+_CHATS = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
 # Of files; ids of datasets may contain dots too.
 _SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -42,8 +47,10 @@ _SPLIT = "train"  # of datasets
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
+def read_corpus(source: str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
     """Documents, one string each, in the order of the file; half a character becomes U+FFFD.
+
+    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `chat.messages_of`.
 
     Args:
         source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph; `.csv` or `.tsv` with a line of
@@ -57,16 +64,16 @@ def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
         ConfigError: `source` is no valid path.
         EmptySelection: No document.
     """
-    path = user_path(source)
+    path, wanted = user_path(source), _Field(field, chat)
     refuse_special(path, "text")
     if path.is_dir():
-        rows = _saved_dataset(path, field)
+        rows = _saved_dataset(path, wanted)
     elif path.is_file():
-        rows = _file(path, field)
+        rows = _file(path, wanted)
     elif path.suffix in _SUFFIXES or path.is_absolute() or source.count("/") != 1:
         raise NotFound(f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id.")
     else:
-        rows = _hub_rows(source, field)
+        rows = _hub_rows(source, wanted)
     count = 0
     for text in rows:
         if text.strip():
@@ -74,6 +81,14 @@ def read_corpus(source: str, *, field: str = "text") -> Iterator[str]:
             yield _LONE_SURROGATE.sub("\ufffd", text)
     if not count:
         raise EmptySelection("the corpus holds not one document with text in it.", at=source)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """Where in a row a document stands, and whether it is a list of messages."""
+
+    name: str
+    chat: bool
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -87,7 +102,7 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(head, "big") < share * 2**32
 
 
-def _file(path: Path, field: str) -> Iterator[str]:
+def _file(path: Path, field: _Field) -> Iterator[str]:
     """The texts of a file; compressed and Parquet files are recognised by their first bytes."""
     try:
         with path.open("rb") as file:
@@ -105,6 +120,8 @@ def _file(path: Path, field: str) -> Iterator[str]:
     lines = _lines(path, packed)
     if kind in (".csv", ".tsv"):
         return _csv_rows(path, lines, field, "," if kind == ".csv" else "\t")
+    if kind == ".txt" and field.chat:
+        raise BadFile("a .txt file holds no messages.", at=str(path), fix=_CHATS)
     return _paragraphs(path, lines) if kind == ".txt" else _json_rows(path, lines, field)
 
 
@@ -149,7 +166,7 @@ def _too_long(at: str) -> BadFile:
     )
 
 
-def _json_rows(path: Path, lines: Iterator[tuple[int, str]], field: str) -> Iterator[str]:
+def _json_rows(path: Path, lines: Iterator[tuple[int, str]], field: _Field) -> Iterator[str]:
     for number, line in lines:
         if not line.strip():
             continue
@@ -162,11 +179,11 @@ def _json_rows(path: Path, lines: Iterator[tuple[int, str]], field: str) -> Iter
             message = getattr(error, "msg", "it holds a number that is too long")
             raise BadFile(f"this line is not JSON: {message}.", at=at, fix=_READ) from error
         if not isinstance(row, dict):
-            raise BadFile(f"this line holds {_kind(row)}; it has to be an object with the field {field!r}.", at=at)
+            raise BadFile(f"this line holds {_kind(row)}; it has to be an object with the field {field.name!r}.", at=at)
         yield _text_of(row, field, at)
 
 
-def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: str, delimiter: str) -> Iterator[str]:
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: _Field, delimiter: str) -> Iterator[str]:
     csv.field_size_limit(_LONGEST)  # of the whole process; Python's own is too small for documents
     reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
     names: list[str] = []
@@ -197,24 +214,24 @@ def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
         yield held.getvalue()
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[str]:
+def _parquet_rows(path: Path, field: _Field) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
-        if field not in file.schema_arrow.names:
+        if field.name not in file.schema_arrow.names:
             _text_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
         number = 0
-        for batch in file.iter_batches(64, columns=[field]):
+        for batch in file.iter_batches(64, columns=[field.name]):
             for value in batch.column(0):
                 number += 1
-                yield _text_of({field: value.as_py()}, field, f"{path}, row {number}")
+                yield _text_of({field.name: value.as_py()}, field, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
 
 
-def _saved_dataset(path: Path, field: str) -> Iterator[str]:
+def _saved_dataset(path: Path, field: _Field) -> Iterator[str]:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         raise BadFile(
             "this is a folder, and not one that save_to_disk of datasets wrote.",
@@ -239,7 +256,7 @@ def _saved_dataset(path: Path, field: str) -> Iterator[str]:
         yield _text_of(row, field, f"{path}, row {number}")
 
 
-def _hub_rows(source: str, field: str) -> Iterator[str]:
+def _hub_rows(source: str, field: _Field) -> Iterator[str]:
     from datasets import load_dataset
 
     try:
@@ -255,19 +272,31 @@ def _hub_rows(source: str, field: str) -> Iterator[str]:
         ) from error
 
 
-def _text_of(row: Mapping[str, Any], field: str, at: str) -> str:
-    if field not in row:
-        names = [str(name)[:40] for name in sorted(map(str, row))]
+def _text_of(row: Mapping[str, Any], field: _Field, at: str) -> str:
+    name = field.name
+    if name not in row:
+        names = [str(other)[:40] for other in sorted(map(str, row))]
         have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
-        raise BadFile(f"there is no field {field!r} here; it has: {have}.", at=at, fix="name the one that holds text.")
-    value = row[field]
+        fix = f"name the one that holds {'the messages' if field.chat else 'text'}."
+        raise BadFile(f"there is no field {name!r} here; it has: {have}.", at=at, fix=fix)
+    value = row[name]
+    if field.chat:
+        return _messages(value, name, at)
     if not isinstance(value, str):
-        raise BadFile(
-            f"the field {field!r} holds {_kind(value)}, not text.",
-            at=at,
-            fix="leave out such rows, or name the field that holds text.",
-        )
+        chat = isinstance(value, list) and all(isinstance(message, dict) for message in value)
+        usual = "leave out such rows, or name the field that holds text."
+        fix = "these look like messages: set format: chat." if chat else usual
+        raise BadFile(f"the field {name!r} holds {_kind(value)}, not text.", at=at, fix=fix)
     return value
+
+
+def _messages(value: Any, name: str, at: str) -> str:
+    """A list of messages as JSON; a text is taken to be JSON already, as cells of CSV are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return value
+    if not isinstance(value, list):
+        raise BadFile(f"the field {name!r} holds {_kind(value)}, not a list of messages.", at=at, fix=_CHATS)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _kind(value: Any) -> str:
@@ -277,7 +306,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
     """Take one row from each stream in turn, until the first of them ends; yields (stream index, row)."""
     while True:
         for index, stream in enumerate(streams):
@@ -292,7 +321,8 @@ class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
     Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
-    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order.
+    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order. `how`
+    says what a document is.
     """
 
     lm: LanguageModel
@@ -302,6 +332,7 @@ class StreamedText:
     held_out: float = 0.0
     seed: int = 0
     buffer: int = 1000
+    how: ChatKeys = field(default_factory=ChatKeys)
 
     @property
     def n_rows(self) -> int | None:
@@ -314,7 +345,10 @@ class StreamedText:
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
-        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *([] if bos is None else [bos])])
+        more: list[Any] = [] if bos is None else [bos]
+        if self.how.format == "chat":
+            more += [self.lm.chat_format.identity(), self.how.system]
+        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *more])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
@@ -336,11 +370,12 @@ class StreamedText:
             )
 
     def _stream(self, index: int) -> Iterator[NDArray[np.int32]]:
-        source = self.sources[index]
+        source, chat = self.sources[index], self.how.format == "chat"
         try:
-            texts = (t for t in read_corpus(source.path, field=source.field) if not is_held_out(t, self.held_out))
+            documents = read_corpus(source.path, field=source.field, chat=chat)
+            texts = (t for t in documents if not is_held_out(t, self.held_out))
             mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
-            yield from self.lm.pack(mixed, self.context_size)
+            yield from (row.ids for row in cut_rows(self.lm, mixed, self.context_size, self.how))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
 

@@ -77,7 +77,7 @@ def generate(
 
             start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
             # A steered prompt is in the keys and values; its generated tokens are not steered.
-            with nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit):
+            with nullcontext() if edit is None or edit.of_prompt_alone else edited(lm, hook, edit):
                 outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
 
@@ -230,7 +230,7 @@ def _read_once(
         return logits.repeat(n_rows, 1), _known(cache)
     point = parse_hook(hook, lm.n_layers)
     edit.start = 0
-    n_alike = edit.where(ids.shape[1]).start
+    n_alike = edit.first(ids.shape[1])
     cache = None
     if n_alike:
         _, cache = last_logits(lm, ids[:, :n_alike])

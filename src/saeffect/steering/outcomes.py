@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from saeffect.config_chat import Prompt
 from saeffect.errors import ShapeMismatch, unknown_name
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import normalise_token
@@ -89,7 +90,7 @@ def perplexity(
 
 def measure_texts(
     lm: LanguageModel,
-    prompt: str,
+    prompt: Prompt,
     outputs: Sequence[Sequence[int]],
     references: Sequence[str],
     vectors: TextVectors,

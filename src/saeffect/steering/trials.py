@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
@@ -176,15 +177,15 @@ class _Run:
             ]
         return self._ordered(pd.DataFrame(records))
 
-    def _generate(self, prompt: str, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
+    def _generate(self, prompt: Prompt, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
         plan, site = self.plan, self.actions.site
         return generate(
             site.lm,
             site.hook,
             site.lm.encode_prompt(prompt),
-            [NoiseCell(plan.seed, prompt, row.draw[1]) for row in rows],
+            [NoiseCell(plan.seed, prompt_name(prompt), row.draw[1]) for row in rows],
             plan,
-            intervention=Intervention(self.actions.operator(rows), plan.positions),
+            intervention=Intervention(self.actions.operator(rows), plan.positions, site.lm.prompt_parts(prompt)),
             batch_size=plan.batch_size,
             progress=progress,
         )
@@ -239,7 +240,7 @@ def direct_effects(
             batch = layout[first : first + n_at_once]
             rows = [ActionRow(batch[0][0], UNSTEERED, 0.0, (prompt, 0))]
             rows += [ActionRow(*steered, (prompt, 0)) for steered in batch]
-            intervention = Intervention(actions.operator(rows), plan.positions)
+            intervention = Intervention(actions.operator(rows), plan.positions, site.lm.prompt_parts(text))
             log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention)
             kl = kl_divergence(log_p[0], log_p[1:]).tolist()
             for row, (feature, condition, dose) in enumerate(batch):

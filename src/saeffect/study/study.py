@@ -14,10 +14,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
+from saeffect.config_chat import prompt_text
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.chat import ChatFormat
+from saeffect.lm.chat_rows import chat_prepends
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -115,9 +118,14 @@ class Study:
         return study_tokens(
             models,
             control,
-            lambda: [*prompts, *first_texts(self.config.text)],
+            lambda: [*map(prompt_text, prompts), *first_texts(self.config.text)],
             lambda arm: self.at("arms", arm, "model"),
         )
+
+    @functools.cached_property
+    def reader(self) -> LanguageModel:
+        """The study's tokenizer as a model without weights: it cuts text and prompts as the models do."""
+        return LanguageModel(None, self.tokens.tokenizer, "control", prepend_bos=self.prepend_bos, chat=self.chat)
 
     @property
     def steering(self) -> SteeringConfig:
@@ -220,7 +228,26 @@ class Study:
         ConfigError if the SAEs contradict each other.
         """
         with placed(self.at("text")):
-            return resolve_prepend_bos(self.config.text.bos, self.bos_words)
+            said = resolve_prepend_bos(self.config.text.bos, self.bos_words)
+        return said if self.chat is None else chat_prepends(said, self.chat)
+
+    @functools.cached_property
+    def chat(self) -> ChatFormat | None:
+        """How the study's conversations are written; None if it reads and steers none.
+
+        By the template in the study file, else that of the control's tokenizer, else the treatment's (a base model
+        often has none). ConfigError if there is none, NotFound without such a file.
+        """
+        text, steering = self.config.text, self.config.steering
+        if text.format == "text" and not (steering is not None and steering.has_chats):
+            return None
+        given, at, tokens = text.chat_template, self.at("text", "chat_template"), self.tokens
+        if given is not None:
+            return ChatFormat.of(tokens.tokenizer, given, at=at)
+        for arm in (self.by_role("control")[0], self.by_role("treatment")[0]):
+            if own := tokens.templates[arm]:
+                return ChatFormat(tokens.tokenizer, own, f"of {arm}'s tokenizer")
+        return ChatFormat.of(tokens.tokenizer, at=at)
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
@@ -277,7 +304,8 @@ class Study:
             content = [
                 (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
             ]
-        return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
+        chat = [] if self.chat is None else [self.chat.identity(), text.format, text.system, text.positions]
+        return fingerprint([text.tokens, text.context_size, content, self.prepend_bos, *chat])
 
     def arm(self, name: str) -> ArmConfig:
         """The configuration of an arm; UnknownName if there is no such arm."""
@@ -294,7 +322,7 @@ class Study:
                 self._held.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
-            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos)
+            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos, chat=self.chat)
         return self._held[model]
 
     @functools.cached_property

@@ -10,6 +10,7 @@ import pandas as pd
 
 from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
+from saeffect.config_chat import prompt_text
 from saeffect.io import read_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
@@ -64,7 +65,7 @@ def report_context(run: RunFolder) -> ReportContext:
         facts=_facts(run, arms),
         arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
-        prompts=config.steering.prompts if config.steering else (),
+        prompts=[prompt_text(prompt) for prompt in config.steering.prompts] if config.steering else (),
         gate=_gate_table(run, arms),
         steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
