@@ -100,10 +100,10 @@ def harvest(task: dict[str, Any]) -> float:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from saeffect.progress import Log
     from saeffect.lm.activations import TokenRows
     from saeffect.lm.harvest import harvest as run
     from saeffect.lm.language_model import LanguageModel
+    from saeffect.progress import Log
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

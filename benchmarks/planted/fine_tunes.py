@@ -12,9 +12,9 @@ from plan import BASE, NULL_STEMS, Plan
 
 from saeffect.config import ModelConfig
 from saeffect.io import atomic_path
-from saeffect.progress import Log
 from saeffect.lm.finetune import FinetuneConfig, finetune
 from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log
 from saeffect.steering import NoiseCell, Sampling, generate
 
 __all__ = ["NULLS", "Planted", "adapter_of", "sample_texts", "train", "training_text"]

@@ -18,11 +18,11 @@ from saeffect.config import ModelConfig, TextConfig
 from saeffect.diffing.cross_activity import CrossActivity
 from saeffect.features.projection import project
 from saeffect.io import atomic_path
-from saeffect.progress import Log
 from saeffect.lm.architectures import unembedding
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import bundled_path, load_language_model
+from saeffect.progress import Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
 from saeffect.study.texts import study_rows

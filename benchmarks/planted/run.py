@@ -28,8 +28,8 @@ from verdicts import judge
 from write_up import headline, write_results
 
 from saeffect.io import fingerprint, hash_file, hash_folder, read_json, write_json
-from saeffect.progress import Log
 from saeffect.lm.loading import bundled_path
+from saeffect.progress import Log
 
 _HERE = Path(__file__).parent
 _MODELS = (_HERE / "concepts.py", _HERE / "fine_tunes.py")

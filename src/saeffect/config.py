@@ -57,6 +57,21 @@ class ModelConfig(StrictModel):
         "auto", description="auto: bfloat16 where the processor has it, else float32."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None,
+        description="Spread the weights over all GPUs, then memory, then disk, as accelerate does.",
+    )
+    max_memory: dict[int | str, str] | None = Field(
+        None, description="With device_map: the most that each GPU, by number, and the cpu may hold, such as 20GiB."
+    )
+    quantize: Literal["8bit", "4bit"] | None = Field(
+        None, description="Load the weights with so many bits (needs bitsandbytes); the rest runs in dtype."
+    )
+    merge_adapter: bool | None = Field(
+        None,
+        description="Merge the adapter into the weights, or keep it beside them; by default it is merged unless the"
+        " model is quantised or spread over devices, where it cannot be.",
+    )
     trust_remote_code: bool = Field(False, description="Let the model's repository run its own Python code.")
 
     @model_validator(mode="before")
@@ -64,18 +79,45 @@ class ModelConfig(StrictModel):
     def _from_string(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _one_place(self) -> ModelConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map are both given; expected one of them")
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("max_memory says how to spread a model over devices; it needs device_map")
+        return self
+
 
 class TextSource(StrictModel):
-    """One kind of text."""
+    """One kind of text: its path alone, or a mapping."""
 
-    name: str = Field(min_length=1, description="What to call it: general, domain, ...")
+    name: str = Field("", description="What to call it: general, domain, ...; by default as its path ends.")
     path: str = Field(
         min_length=1,
-        description="A file (.jsonl, .txt, .csv, .tsv, each also .gz or .zst; .parquet), a folder that `save_to_disk`"
-        " of datasets wrote, or a dataset id on the hub.",
+        description="A file (.jsonl, .json, .txt, .csv, .tsv, each also .gz or .zst; .parquet, .arrow), a folder or a"
+        " pattern of such files, a folder that `save_to_disk` of datasets wrote, or a dataset on the hub (org/name, or"
+        " hf:name).",
     )
-    field: str = Field("text", description="Which field of a row holds the text.")
+    field: str = Field(
+        "text",
+        min_length=1,
+        description='Which field of a row holds the text, or a template: `"{question}\\n{answer}"`.',
+    )
+    subset: str | None = Field(None, description="Subset (configuration) of a dataset on the hub.")
+    split: str = Field("train", min_length=1, description="Split of a dataset.")
+    encoding: str = Field(
+        "utf-8", description="Of text that is not UTF-8, such as cp1252; a byte order mark decides by itself."
+    )
     licence: str = Field("", description="For model cards.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        value = {"path": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and isinstance(value.get("path"), str) and not value.get("name"):
+            last = re.sub(r"[*?\[\]]+", "", PurePath(value["path"].removeprefix("hf:")).name).partition(".")[0]
+            value = {**value, "name": last.strip("-_") or "text"}
+        return value
 
 
 class ArmConfig(StrictModel):

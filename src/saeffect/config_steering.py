@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,7 +11,24 @@ from pydantic import Field, model_validator
 from saeffect.config_chat import Prompt, as_chat, prompt_name
 from saeffect.config_keys import StrictModel, all_different
 
-__all__ = ["InterventionConfig", "Positions", "SamplingConfig", "SteeringConfig"]
+__all__ = ["InterventionConfig", "PAPER_PROTOCOL", "Positions", "SamplingConfig", "SteeringConfig"]
+
+PAPER_PROTOCOL: Mapping[str, Any] = {
+    "operator": "add",
+    "coefficient": 50.0,
+    "positions": "prompt",
+    "prompts": ("What topic is on your mind?",),
+    "placebos": (),
+    "baselines": (),
+    "samples": 1,
+    "max_new_tokens": 50,
+    "temperature": 1.0,
+    "top_p": 0.3,
+    "frequency_penalty": 1.0,
+    "outcomes": ("similarity",),
+    "outcome_encoder": "bert-base-uncased",
+}
+"""The keys that `protocol: paper` decides: from the cfg.json of the paper's runs, its code, and its appendix."""
 
 
 Positions = Literal[
@@ -21,6 +39,17 @@ _OF_CHATS = ("system", "user", "assistant", "first_assistant", "template", "spec
 
 def _plain(prompts: Sequence[Prompt]) -> list[str]:
     return [" ".join(prompt_name(prompt).casefold().split()) for prompt in prompts]
+
+
+def _by_the_paper(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with `PAPER_PROTOCOL` filled in; ValueError if it says otherwise. The encoder may be a local copy."""
+    for key in section.keys() & (PAPER_PROTOCOL.keys() | {"doses"}):
+        given, decided = section[key], PAPER_PROTOCOL.get(key, (PAPER_PROTOCOL["coefficient"],))
+        copy = key == "outcome_encoder" and PurePath(str(given)).name == decided
+        if not copy and (tuple(given) if isinstance(given, list) else given) != decided:
+            shown = list(decided) if isinstance(decided, tuple) else decided
+            raise ValueError(f"protocol: paper decides {key}, which is {shown} there: leave it out")
+    return {**PAPER_PROTOCOL, **section}
 
 
 class InterventionConfig(StrictModel):
@@ -86,6 +115,11 @@ class SamplingConfig(StrictModel):
     temperature: float = Field(1.0, ge=0, description="0: the most probable token each time.")
     top_p: float = Field(0.3, gt=0, le=1, description="Sampling keeps the most probable tokens up to this share.")
     frequency_penalty: float = Field(1.0, description="Taken off a token's logit for each time it was generated.")
+    protocol: Literal["rigorous", "paper"] = Field(
+        "rigorous",
+        description="paper: steer and score as the code of Gupta & Sica (2024) did, to the letter. It decides most keys"
+        " of this section and refuses other values for them.",
+    )
 
 
 class SteeringConfig(SamplingConfig, InterventionConfig):
@@ -141,7 +175,7 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
         """Fill in doses and search prompts that follow from other keys."""
         if not isinstance(value, dict):
             return value
-        value = dict(value)
+        value = _by_the_paper(value) if value.get("protocol") == "paper" else dict(value)
         usual = {"clamp": 5.0, "ablate": 1.0}.get(str(value.get("operator")), 0.4)
         value.setdefault("doses", [value.get("coefficient") or usual])
         doses, prompts = value["doses"], value.get("prompts")

@@ -123,7 +123,7 @@ class _Kind(NamedTuple):
 
 
 _HUB_ID = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_DATASET = re.compile(r"(?!.*\.(gz|zst|jsonl?|txt|csv|tsv|parquet)$)[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DATASET = re.compile(r"(?!.*\.(gz|zst|jsonl?|ndjson|txt|csv|tsv|parquet|arrow)$)[A-Za-z0-9][\w.-]*/[\w.-]+|hf:.+")
 _ENCODER = re.compile(r"(?!.*\.(txt|vec|gz|bin|zip|npz|safetensors)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WORD = re.compile(r"[\w-]+")
 _MODEL, _TEXT, _SAE = _Kind(_HUB_ID), _Kind(_DATASET), _Kind(to_be_made=True)
@@ -131,6 +131,7 @@ _KINDS = {
     "model": _MODEL,
     "adapter": _MODEL,
     "text": _TEXT,
+    "sources": _TEXT,
     "control_text": _TEXT,
     "sae": _SAE,
     "more_saes": _SAE,

@@ -20,7 +20,7 @@ import pytest
 
 from saeffect.config import TextSource
 from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
-from saeffect.lm import corpora
+from saeffect.lm import corpora, text_files
 from saeffect.lm.activations import StreamedActivations
 from saeffect.lm.corpora import StreamedText, is_held_out, read_corpus
 from saeffect.lm.language_model import LanguageModel
@@ -63,10 +63,10 @@ def test_another_field(tmp_path: Path) -> None:
         (b'{"text": ["a", "b"]}\n', "'text' holds a list, not text", "line 1"),
         (b'{"text": {}}\n', "'text' holds an object, not text", "line 1"),
         (b'["text"]\n', "holds a list; it has to be an object", "line 1"),
-        (b'{"text": "\xe9"}\n', "not UTF-8", "after line 0"),
+        (b'{"text": "\xe9"}\n', "not UTF-8 (byte 0xe9); it looks like cp1252", "line 1"),
         (b'{"text": "a", "b": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too deep", "line 1"),
         (b'{"text": "a", "b": ' + b"9" * 5_000 + b"}", "a number that is too long", "line 1"),
-        (b"\x89PNG\r\n\x1a\n\x00\x00", "not UTF-8", "after line 0"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "does not look like text", "line 1"),
     ],
 )
 def test_bad_rows_name_their_line(
@@ -130,9 +130,9 @@ def test_other_formats(kind: str, tmp_path: Path) -> None:
         ("a.csv", b"text,n\na\n", "1 cells where the first line has 2"),
         ("a.csv", b"body,n\na,1\n", "no field 'text' here; it has: body, n"),
         ("a.parquet", b"PAR1 and no more", "Parquet file cannot be read"),
-        ("a.jsonl.zst", _zstd(os.urandom(9_000))[:500], ".jsonl, .txt, .csv and .tsv"),
+        ("a.jsonl.zst", _zstd(os.urandom(9_000))[:500], ".jsonl, .json, .txt, .csv and .tsv"),
         ("a.jsonl.zst", b"(\xb5/\xfd" + b"\xff" * 99, "cannot be read to its end"),
-        ("a.jsonl", b"[\n{}]", ".parquet; a folder that save_to_disk"),
+        ("a.jsonl", b"[\n{}]", "a folder that save_to_disk"),
     ],
 )
 def test_other_formats_gone_wrong(
@@ -147,8 +147,10 @@ def test_what_is_no_file(tmp_path: Path, complains: Callable[..., Any]) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with complains(BadFile, "pipe", at="pipe.jsonl"):
         next(read_corpus(str(tmp_path / "pipe.jsonl")))
-    with complains(BadFile, "this is a folder", ".jsonl, .txt", at=str(tmp_path)):
-        next(read_corpus(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.docx").write_bytes(b"PK")
+    with complains(NotFound, "no file of text; it has: notes.docx", ".jsonl, .json", at="empty"):
+        next(read_corpus(str(tmp_path / "empty")))
     datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "tested")
     with complains(BadFile, "no split 'train'; it has: test", at="tested"):
         next(read_corpus(str(tmp_path / "tested")))
@@ -167,7 +169,7 @@ def test_endless_document_is_refused(
     complains: Callable[..., Any],
     request: pytest.FixtureRequest,
 ) -> None:
-    monkeypatch.setattr(corpora, "_LONGEST", 200)
+    monkeypatch.setattr(text_files, "_LONGEST", 200)
     request.addfinalizer(partial(csv.field_size_limit, csv.field_size_limit()))
     name = "a.jsonl.gz" if b"{" in lines else "a.csv.gz" if b'"' in lines else "a.txt.gz"
     (tmp_path / name).write_bytes(gzip.compress(lines, mtime=0))

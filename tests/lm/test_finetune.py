@@ -286,3 +286,13 @@ def test_rows_longer_than_the_model_are_refused(config: FinetuneConfig, tmp_path
     with complains(ConfigError, "rows have 129 tokens", "takes 128", at="context_size"):
         finetune(config.model_copy(update={"context_size": 129}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_random_sample_of_documents(config: FinetuneConfig, tiny_llama: LanguageModel) -> None:
+    rows = finetuning._rows(config.model_copy(update={"documents": 5}), tiny_llama)
+    every = finetuning._rows(config, tiny_llama)
+    assert 0 < len(rows[""]) < len(every[""])
+    np.testing.assert_array_equal(rows[""], every[""][: len(rows[""])])
+    np.testing.assert_array_equal(rows["training"], every["training"])
+    other = finetuning._rows(config.model_copy(update={"documents": 5, "seed": 1}), tiny_llama)
+    assert not np.array_equal(rows[""][0], other[""][0])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, UnknownName
-from saeffect.review import read_verdicts, summarise_verdicts
+from saeffect.review.verdicts import read_verdicts, summarise_verdicts, write_verdicts
 
 HEADER = "feature,arm,rater,verdict,label,note\n"
 
@@ -137,3 +137,25 @@ def test_arm_without_verdicts_has_empty_summary() -> None:
     summary = summarise_verdicts(empty, "control")
     assert len(summary) == 0
     assert summary["feature"].dtype == np.int64
+
+
+def test_what_is_written_is_read_back_and_no_spreadsheet_runs_it(tmp_path: Path) -> None:
+    notes = ["=1+1", "-", "'=1", "''@x", 'it\'s, "so"', "two\nlines", "'", ""]
+    rows = [(i, "control", "=ann", "yes", note, note) for i, note in enumerate(notes)]
+    table = pd.DataFrame(rows, columns=["feature", "arm", "rater", "verdict", "label", "note"])
+    write_verdicts(table, tmp_path / "out.csv")
+    pd.testing.assert_frame_equal(read_verdicts(tmp_path / "out.csv"), table)
+    cells = (tmp_path / "out.csv").read_text().replace("\n", ",").split(",")
+    assert not any(cell.lstrip('"').startswith(("=", "-", "@", "+")) for cell in cells)
+
+
+def test_an_adjudication_decides_and_counts_for_nobody(tmp_path: Path) -> None:
+    text = HEADER + (
+        "1,control,ann,yes,tumour,\n1,control,ben,yes,,\n1,control,(adjudication) cy,no,,why\n"
+        "2,control,ann,no,,\n2,control,(adjudication),no,,\n2,control,(adjudication) cy,yes,cells,\n"
+    )
+    table = summarise_verdicts(read_verdicts(_file(tmp_path, text)), "control").set_index("feature")
+    assert table[["n_yes", "n_no", "label", "majority"]].to_numpy().tolist() == [
+        [2, 0, "tumour", False],
+        [0, 1, "cells", True],
+    ]

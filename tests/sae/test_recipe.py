@@ -98,10 +98,10 @@ def test_held_out_rows_of_streamed_text_are_read_no_further_than_needed(
 ) -> None:
     taken = []
 
-    def endless(path: str, *, field: str) -> Any:
+    def endless(source: TextSource) -> Any:
         for i in range(10**9):
             taken.append(i)
-            yield f"The {path[-14:-6]} number {i} of the town."
+            yield f"The {source.path[-14:-6]} number {i} of the town."
 
     monkeypatch.setattr(recipe_module, "read_corpus", endless)
     streamed = recipe.model_copy(update={"activations": "streamed"})

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeffect.errors import ConfigError, ShapeMismatch, Undefined, UnknownName
-from saeffect.stats import cohens_kappa, krippendorff_alpha
+from saeffect.stats import cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
 
 # Krippendorff (2011), section C: four observers, twelve units, missing values.
 X = None
@@ -139,3 +139,37 @@ def test_alpha_refuses_wrong_arguments() -> None:
         krippendorff_alpha([["y", "n"]], metric="interval")
     with pytest.raises(ShapeMismatch):
         krippendorff_alpha(["y", "n"])
+
+
+# Fleiss (1971) as on Wikipedia: ten items, fourteen raters, five labels.
+FLEISS = [
+    [0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1],
+    [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2], [6, 5, 2, 1, 0], [0, 2, 2, 3, 7],
+]  # fmt: skip
+
+
+def test_fleiss_kappa_of_the_textbook() -> None:
+    ratings = [[label for label, n in enumerate(row) for _ in range(n)] for row in FLEISS]
+    kappa = fleiss_kappa(ratings)
+    assert kappa.value == pytest.approx(0.210, abs=5e-4)
+    assert kappa.low < kappa.value < kappa.high and kappa.n == 10
+    assert percent_agreement(ratings).value == pytest.approx(0.378, abs=5e-4)
+
+
+def test_fleiss_counts_items_that_all_judged_and_says_why_there_are_none() -> None:
+    ratings = [["y", "y", "y"], ["n", "y", "n"], ["n", "n", None], [None, None, None]]
+    assert fleiss_kappa(ratings).n == 2
+    assert percent_agreement(ratings).n == 3
+    assert fleiss_kappa(ratings[2:]).reason == "no item was judged by all raters"
+    assert fleiss_kappa([["y"], ["n"]]).reason == "there is one rater"
+    assert fleiss_kappa([["y", "y"]] * 3).reason.startswith("all raters gave every item the label 'y'")
+    assert percent_agreement([["y", None]]).reason == "no item has two ratings"
+    assert percent_agreement([["y", "y"]] * 3).value == 1.0
+
+
+def test_resampled_kappa_has_the_value_of_the_formula_and_an_interval_like_it() -> None:
+    a, b = labels_of([[20, 5, 1], [10, 15, 2], [0, 3, 9]])
+    formula, resampled = cohens_kappa(a, b), cohens_kappa(a, b, n_boot=4000)
+    assert resampled.value == pytest.approx(formula.value)
+    assert (resampled.low, resampled.high) == pytest.approx((formula.low, formula.high), abs=0.03)
+    assert cohens_kappa(a, b, n_boot=200) == cohens_kappa(a, b, n_boot=200)

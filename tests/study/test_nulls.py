@@ -113,10 +113,10 @@ def test_each_null_draws_its_own_texts(folder: Path) -> None:
     recipe, own = _recipe(folder, seed=5), Path("own.jsonl")
     first, second = (null_recipe(recipe, k, own) for k in (1, 2))
     assert (first.seed, second.seed) == (6, 7)
-    assert first.text == str(own)
+    assert first.text.path == str(own)
     assert second.text == recipe.control_text
     assert first.control_text == second.control_text == recipe.text
-    assert null_recipe(recipe.model_copy(update={"control_text": None}), 2, own).text == str(own)
+    assert null_recipe(recipe.model_copy(update={"control_text": None}), 2, own).text.path == str(own)
 
 
 @pytest.mark.parametrize("at", ["step 2/4", "writing with null-2"])

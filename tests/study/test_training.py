@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from saeffect.config import StudyConfig
+from saeffect.config_steering import PAPER_PROTOCOL
 from saeffect.errors import ConfigError, NotFound, UnknownName
 from saeffect.study.check import check_study
 from saeffect.study.run import run_study
@@ -16,6 +17,7 @@ from saeffect.study.study import Study, bundled_studies
 from saeffect.study.training import arm_folder, arm_recipe, check_training
 from tiny_study import HOOK, make_study
 
+GPT2 = ("gpt2-medical", "gpt2-medical-paper", "gpt2-medical-lora", "gpt2-medical-lora-paper")
 TRAINING: dict[str, Any] = {
     "text": [{"name": "general", "path": "./other.jsonl"}],
     "tokens": 1024,
@@ -101,7 +103,7 @@ def test_missing_sae_error_names_the_training_command(folder: Path, tmp_path: Pa
 
 
 def test_every_bundled_study_is_valid() -> None:
-    assert bundled_studies() == ["gpt2-medical", "smollm2-medical"]
+    assert bundled_studies() == sorted([*GPT2, "smollm2-medical"])
     for name in bundled_studies():
         study = Study.open(f"bundled:{name}")
         check_training(study)
@@ -170,16 +172,41 @@ def test_the_paper_s_tokens_warm_up_and_resampling() -> None:
     assert recipes["placebo"].sae.seed != sae.seed
 
 
-def test_the_paper_s_outcome_and_steering() -> None:
-    config: StudyConfig = Study.open("bundled:gpt2-medical").config
+@pytest.mark.parametrize("name", ["gpt2-medical-paper", "gpt2-medical-lora-paper"])
+def test_the_paper_s_own_protocol(name: str) -> None:
+    config: StudyConfig = Study.open(f"bundled:{name}").config
+    assert {arm.role for arm in config.arms.values()} == {"control", "treatment"}, "the paper has no placebo"
     assert config.arms["control"].model.path == "gpt2"
-    assert config.arms["treatment"].model.path == "Sharathhebbar24/Med_GPT2"
+    assert str(config.arms["control"].sae).endswith("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
     assert (config.features.top_k, config.features.projection) == (10, "dot")
-    assert config.selection.min_matches == 2
-    assert config.coherence.embeddings == "glove-wiki-gigaword-100"
+    assert (config.selection.min_matches, config.coherence.embeddings) == (2, "glove-wiki-gigaword-100")
+    assert config.text.bos == "always"
     steering = config.steering
     assert steering is not None
-    assert steering.prompts == ("What topic is on your mind?",)
-    assert steering.max_new_tokens == 50
-    assert (steering.temperature, steering.top_p, steering.frequency_penalty) == (1.0, 0.3, 1.0)
-    assert steering.positions == "prompt"
+    assert steering.protocol == "paper"
+    assert all(getattr(steering, key) == value for key, value in PAPER_PROTOCOL.items())
+    assert "paper_pass_rate" in config.comparison.tests
+
+
+@pytest.mark.parametrize("name", ["gpt2-medical", "gpt2-medical-lora"])
+def test_the_same_pairs_by_ours(name: str) -> None:
+    config: StudyConfig = Study.open(f"bundled:{name}").config
+    assert "placebo" in {arm.role for arm in config.arms.values()}
+    steering = config.steering
+    assert steering is not None
+    assert (steering.protocol, steering.unit, steering.positions) == ("rigorous", "residual_norm", "all")
+    assert len(steering.prompts) >= 6, "prompts are the units of the test"
+    assert {"random", "matched"} <= set(steering.placebos)
+
+
+def test_the_pairs_are_the_paper_s_two() -> None:
+    arms = {name: Study.open(f"bundled:{name}").config.arms["treatment"].model for name in GPT2}
+    assert {n: m.path for n, m in arms.items()} == {
+        n: "gpt2" if "lora" in n else "Sharathhebbar24/Med_GPT2" for n in GPT2
+    }
+    assert {str(m.adapter).endswith("/adapters/gpt2-medical-lora") for n, m in arms.items() if "lora" in n} == {True}
+
+
+def test_all_four_train_by_one_recipe() -> None:
+    recipes = [Study.open(f"bundled:{name}").config.training for name in GPT2]
+    assert all(recipe == recipes[0] for recipe in recipes)

@@ -13,11 +13,15 @@ from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli.check import check
 from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
 from saeffect.cli.diff import diff
+from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
+from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
+from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
+from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
 
@@ -44,9 +48,21 @@ app.command(
 app.command("check", help="Validate a study without computing anything.")(check)
 for _stage, _help in STAGE_HELP.items():
     app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+app.command("serve", help="Open a run directory in the browser, also while a study is running: look, judge, try.")(
+    serve
+)
 app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
     verify
 )
+app.command(
+    "export",
+    help="Features of a finished run for other programs: steering vector (.safetensors), control vector for llama.cpp"
+    " (.gguf), Neuronpedia-style list (.json), .csv.",
+)(export)
+app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
+    reproduce
+)
+app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
     "train-sae",

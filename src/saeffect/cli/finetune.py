@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saeffect.cli.console import ConsoleProgress, keys_option, show
 from saeffect.config_file import read_config_file
-from saeffect.errors import ConfigError
+from saeffect.errors import ConfigError, unknown_name
 from saeffect.paths import user_path
 
 if TYPE_CHECKING:
     from saeffect.lm.finetune import FinetuneConfig
 
 __all__ = ["finetune"]
+
+_BUNDLED = "bundled:"
 
 
 def _keys() -> str:
@@ -25,7 +27,9 @@ def _keys() -> str:
 
 
 def finetune(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file (see --keys).", parser=user_path)],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="YAML file (see --keys), or bundled:gpt2-medical-lora.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for the adapter; of nulls by default nulls/<recipe>.", parser=user_path)
     ] = None,
@@ -43,9 +47,9 @@ def finetune(
     from saeffect.lm.finetune import FinetuneConfig
     from saeffect.lm.finetune import finetune as train
 
-    config = FinetuneConfig.read(read_config_file(recipe, "recipe"), at=str(recipe))
+    config = FinetuneConfig.read(_values(recipe), at=recipe)
     if null is not None:
-        _nulls(config, out or Path("nulls") / recipe.stem, null, study, keep_adapters)
+        _nulls(config, out or Path("nulls") / Path(recipe.removeprefix(_BUNDLED)).stem, null, study, keep_adapters)
         return
     if out is None or study is not None or keep_adapters:
         wrong = "give a folder for the adapter" if out is None else "--study and --keep-adapters go with --null"
@@ -53,6 +57,19 @@ def finetune(
     with ConsoleProgress() as log:
         train(config, out, log=log)
     show(f"adapter: {out.resolve()}")
+
+
+def _values(recipe: str) -> Any:
+    """The contents of a recipe file; paths in a bundled one are relative to the current folder."""
+    if not recipe.startswith(_BUNDLED):
+        return read_config_file(user_path(recipe), "recipe")
+    from importlib.resources import files
+
+    folder = Path(str(files("saeffect"))) / "bundled" / "recipes"
+    names = {_BUNDLED + file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if recipe not in names:
+        raise unknown_name("bundled recipe", recipe, names, at="RECIPE")
+    return read_config_file(names[recipe], "recipe", relative_to=Path())
 
 
 def _nulls(config: FinetuneConfig, out: Path, n: int, study: str | None, keep_adapters: bool) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "weights_of",
 ]
 
+_TEXTS = ("unsteered", "steered")
 _NEEDED = {
     "features": ("feature", "top_tokens", "top_weights", "density", "mean_activation", "max_activation"),
     "coherence": ("feature", "coherence", "n_known", "reason"),
@@ -228,8 +229,18 @@ def pass_counts(arm: ArmTables) -> PassCounts:
     if arm.effects is None:
         return PassCounts(0, 0, 0, 0)
     tested = arm.effects[arm.effects["p"].notna()]
-    passed, by_paper = (tested[column].eq(True).fillna(False) for column in ("passed", "paper_pass"))
-    return PassCounts(len(tested), int(passed.sum()), int(tested["paper_pass"].notna().sum()), int(by_paper.sum()))
+    # Where one text of each kind is all there is, as in the paper, its rule judges what no test can.
+    judged = tested if len(tested) else arm.effects[arm.effects["feature"].isin(_compared(arm))]
+    passed, by_paper = tested["passed"].eq(True), judged["paper_pass"].eq(True)
+    return PassCounts(len(tested), int(passed.sum()), int(judged["paper_pass"].notna().sum()), int(by_paper.sum()))
+
+
+def _compared(arm: ArmTables) -> list[int]:
+    """Features of which a steered and an unsteered text have a similarity."""
+    if arm.interventions is None:
+        return []
+    known = arm.interventions[arm.interventions["similarity"].notna()]
+    return sorted(set.intersection(*(set(known.loc[known["condition"] == c, "feature"]) for c in _TEXTS)))
 
 
 def untested_reason(arm: ArmTables) -> str:

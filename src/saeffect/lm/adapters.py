@@ -16,7 +16,7 @@ from saeffect.io import read_json
 from saeffect.lm.accounting import tensor_shapes
 from saeffect.lm.language_model import MergedAdapter, probe_logits
 
-__all__ = ["ADAPTER_CONFIG", "AdapterFile", "merge_adapter", "read_adapter", "require_fit"]
+__all__ = ["ADAPTER_CONFIG", "AdapterFile", "keep_adapter", "merge_adapter", "read_adapter", "require_fit"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -211,6 +211,50 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     return merged, seen
 
 
+def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
+    """Load an adapter beside the model's weights, which stay as they are: quantised, or spread over devices.
+
+    Raises:
+        IncompatibleModels: A tensor found no place, or has another value there.
+        ConfigError: The adapter changes the embedding or unembedding, which are read as matrices; or part of the model
+            lies on disk.
+    """
+    from peft import PeftModel
+
+    _refuse_ends(model, adapter, where)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            "part of the model lies on disk, where no adapter can stand beside it.",
+            at=where,
+            fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
+        )
+    try:
+        adapted = PeftModel(model, _peft_config(adapter, where))
+        result = adapted.load_adapter(str(adapter.folder), "default")
+    except _FROM_PEFT as error:
+        raise _misfit(_reason(error), where) from error
+    adapted.eval()
+    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
+    _refuse_other_values(adapted, adapter, where)
+    inside = adapted.get_base_model()
+    # Only now: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
+    with adapted.disable_adapter():
+        plain = probe_logits(inside)
+    return inside, MergedAdapter(_largest(probe_logits(inside) - plain), 0.0)
+
+
+def _refuse_ends(model: Any, adapter: AdapterFile, where: str) -> None:
+    ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = [name for name, module in model.named_modules() if id(module) in ends]
+    touched = sorted(name for name in names if any(f".{name}." in tensor for tensor in adapter.shapes))
+    if touched:
+        raise ConfigError(
+            f"the adapter changes {touched[0]}, so it cannot stay beside the weights.",
+            at=where,
+            fix="load the model whole, on one device, and leave merge_adapter out: then it is merged.",
+        )
+
+
 def _peft_config(adapter: AdapterFile, where: str) -> Any:
     from peft import PeftConfig
 
@@ -225,7 +269,12 @@ def _peft_config(adapter: AdapterFile, where: str) -> Any:
 def _adapter_tensors(adapted: Any) -> dict[str, Tensor]:
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    return dict(get_peft_model_state_dict(adapted, state_dict=_tensors(adapted), save_embedding_layers=False))
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """As `state_dict`, which weights that bitsandbytes packed for the CPU do not survive."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 
 
 def _refuse_shapes(adapter: AdapterFile, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -258,7 +307,7 @@ def _refuse_lost(adapter: AdapterFile, unexpected: Iterable[str], missing: Itera
 
 def _refuse_other_values(adapted: Any, adapter: AdapterFile, where: str) -> None:
     """Refuse a model in which a tensor of the file is missing or differs."""
-    placed = adapted.state_dict() | _adapter_tensors(adapted)
+    placed = _tensors(adapted) | _adapter_tensors(adapted)
     with open_tensors(adapter.folder / _WEIGHTS, _WEIGHTS, at=where, fix=_COPY_AGAIN) as file:
         for name in adapter.shapes:
             found = placed.get(name)

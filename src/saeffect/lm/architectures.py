@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from saeffect.errors import ConfigError
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.placement import aligned, plain_copy
 
 __all__ = [
     "HOOK_MAPPINGS",
@@ -146,8 +146,9 @@ def unembedding(lm: LanguageModel) -> Tensor:
     """
     head = lm.model.get_output_embeddings()
     scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])
-    _require_plain(head)
-    W_U = head.weight.detach().float().cpu().T.clone()
+    _require_plain(head, lm.device)
+    with aligned(head):
+        W_U = head.weight.detach().float().cpu().T.clone()
     if scale is not None:
         W_U *= scale[:, None]
     if centres:
@@ -158,7 +159,7 @@ def unembedding(lm: LanguageModel) -> Tensor:
 
 def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
     """A norm's factor for each dimension, float32 `[d_model]` (None for 1), and whether it centres first."""
-    norm = copy.deepcopy(norm).float().cpu()
+    norm = plain_copy(norm)
     x = 100.0 * torch.randn(4, d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 50.0
 
     def odd(vectors: Tensor) -> Tensor:
@@ -181,13 +182,16 @@ def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
     )
 
 
-def _require_plain(head: nn.Module) -> None:
+def _require_plain(head: nn.Module, device: torch.device) -> None:
     """Refuse a head that does more than multiply by its weight and add a constant, such as an unmerged adapter."""
     weight: Any = head.weight
-    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    there = device if weight.is_meta else weight.device
+    x = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(there, weight.dtype)
     found = (head(x) - head(torch.zeros_like(x))).float()
-    expected = x.float() @ weight.float().T
-    rounding = 16 * torch.finfo(weight.dtype).eps
+    with aligned(head):
+        weight = head.weight
+        expected = x.to(weight.device).float() @ weight.float().T
+    found, rounding = found.to(expected.device), 16 * torch.finfo(weight.dtype).eps
     if not torch.allclose(found, expected, rtol=rounding, atol=rounding * float(expected.abs().max())):
         raise ConfigError(
             f"the unembedding, {type(head).__name__}, does more than multiply by its weight.",

@@ -1,20 +1,15 @@
-"""Text from wherever people have it (JSON lines, plain text, CSV, Parquet, saved datasets, the hub), also as rows."""
+"""Text from wherever people have it (files of many formats, folders of them, saved datasets, the hub), also as rows."""
 
 from __future__ import annotations
 
-import csv
-import gzip
+import glob
 import hashlib
-import io
-import json
-import math
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,73 +17,140 @@ from numpy.typing import NDArray
 from saeffect.config import TextSource
 from saeffect.config_chat import ChatKeys
 from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
-from saeffect.io import fingerprint, hash_folder
+from saeffect.io import fingerprint, hash_file, hash_folder
 from saeffect.lm.chat_rows import cut_rows
+from saeffect.lm.fields import TextField
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.text_files import FORMATS, SUFFIXES, Row, file_rows, format_of
 from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
+__all__ = [
+    "StreamedText",
+    "interleave",
+    "is_held_out",
+    "is_local",
+    "read_corpus",
+    "read_rows",
+    "source_files",
+    "source_identity",
+]
+
 T = TypeVar("T")
 
-__all__ = ["interleave", "is_held_out", "read_corpus", "StreamedText"]
-
-_FORMATS = (
-    ".jsonl, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; a folder that save_to_disk of datasets wrote;"
-    " or a dataset id on the hub"
-)
-_READ = f"what is read: {_FORMATS}."
-_CHATS = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
-# Of files; ids of datasets may contain dots too.
-_SUFFIXES = (".gz", ".zst", ".json", ".jsonl", ".txt", ".csv", ".tsv", ".parquet")
-_GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-# Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
-_LONGEST = 2**27
+_READ = f"what is read: {FORMATS}."
+_SUFFIXES = (".gz", ".zst", *SUFFIXES)  # of files; ids of datasets may contain dots too
+_HUB = "hf:"
 _SPLIT = "train"  # of datasets
+_PATTERN = re.compile(r"[*?\[]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_corpus(source: str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
-    """Documents, one string each, in the order of the file; half a character becomes U+FFFD.
+def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
+    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left out.
 
-    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `chat.messages_of`.
+    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `messages_of`.
 
     Args:
-        source: A file: `.jsonl`, one object a line; `.txt`, one document a paragraph; `.csv` or `.tsv` with a line of
-            column names; each plain, gzip or zstd whatever its name; `.parquet`. Or a folder from `save_to_disk` of the
-            library datasets, or a dataset id on the hub (streamed); of both the split "train".
-        field: Field of a row, or column, with the text.
+        source: As in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
+            files, read by name; a folder from `save_to_disk` of the library datasets; or a dataset on the hub
+            (streamed), `org/name` or `hf:name`.
+        field: Field of a row with the text, or a template, where `source` is a path alone.
 
     Raises:
         NotFound: No such file or dataset.
-        BadFile: Not UTF-8, damaged, another format, too long a line, or a row without text (with its line).
-        ConfigError: `source` is no valid path.
+        BadFile: Another encoding or format, damaged, too long a line, or a row without text (with its line).
+        ConfigError: `source` is no valid path, or `field` no template.
         EmptySelection: No document.
     """
-    path, wanted = user_path(source), _Field(field, chat)
-    refuse_special(path, "text")
-    if path.is_dir():
-        rows = _saved_dataset(path, wanted)
-    elif path.is_file():
-        rows = _file(path, wanted)
-    elif path.suffix in _SUFFIXES or path.is_absolute() or source.count("/") != 1:
-        raise NotFound(f"there is no text file {source!r}.", at=source, fix="check the path, or give a dataset id.")
-    else:
-        rows = _hub_rows(source, wanted)
-    count = 0
-    for text in rows:
+    source = TextSource.model_construct(path=source, field=field) if isinstance(source, str) else source
+    how, count = TextField.parse(source.field), 0
+    for row in read_rows(source):
+        if chat:
+            text = how.messages(row.values, row.at)
+        else:
+            text = row.values if isinstance(row.values, str) else how.text(row.values, row.at)
         if text.strip():
             count += 1
             yield _LONE_SURROGATE.sub("\ufffd", text)
     if not count:
-        raise EmptySelection("the corpus holds not one document with text in it.", at=source)
+        raise EmptySelection("the corpus holds not one document with text in it.", at=source.path)
 
 
-@dataclass(frozen=True)
-class _Field:
-    """Where in a row a document stands, and whether it is a list of messages."""
+def read_rows(source: TextSource) -> Iterator[Row]:
+    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as `read_corpus`,
+    of fields none."""
+    field = TextField.parse(source.field)
+    path = user_path(source.path)
+    refuse_special(path, "text")
+    if path.is_dir() and _is_saved(path):
+        yield from _saved_dataset(path, source.split)
+    elif is_local(source):
+        for file in source_files(source):
+            refuse_special(file, "text")
+            yield from file_rows(file, field, source.encoding)
+    elif path.suffix in _SUFFIXES or path.is_absolute() or not _is_id(source.path):
+        raise NotFound(
+            f"there is no text file {source.path!r}.",
+            at=source.path,
+            fix="check the path, or give a dataset id (org/name, or hf:name).",
+        )
+    else:
+        yield from _hub_rows(source)
 
-    name: str
-    chat: bool
+
+def is_local(source: TextSource) -> bool:
+    """Whether a source lies on this machine, or is a pattern of files, and not a dataset on the hub."""
+    return not source.path.startswith(_HUB) and (
+        user_path(source.path).exists() or _PATTERN.search(source.path) is not None
+    )
+
+
+def source_files(source: TextSource) -> list[Path]:
+    """The files that a local source stands for, by name; NotFound if a pattern or a folder has none.
+
+    Of a folder those with a known ending; if names say which split they are of (`train-00000.parquet`, `test/a.csv`),
+    those of the source's split.
+    """
+    path = user_path(source.path)
+    if path.is_file() or (path.exists() and not path.is_dir()):
+        return [path]
+    if not path.is_dir():
+        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
+        found = [Path(name) for name in names if Path(name).is_file()]
+        if not found:
+            raise NotFound("no file matches this pattern.", at=source.path, fix="check it; ** stands for any folders.")
+        return found
+    everything = sorted(p for p in path.rglob("*") if p.is_file())
+    visible = [p for p in everything if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    known = [p for p in visible if format_of(p) in SUFFIXES]
+    if not known:
+        names = ", ".join(p.name for p in visible[:3]) or "nothing"
+        raise NotFound(f"this folder has no file of text; it has: {names}.", at=source.path, fix=_READ)
+    if any(_of_split(p.relative_to(path), _SPLIT) for p in known):
+        known = [p for p in known if _of_split(p.relative_to(path), source.split)]
+        if not known:
+            raise NotFound(f"no file of this folder is of the split {source.split!r}.", at=source.path)
+    return known
+
+
+def _of_split(path: Path, split: str) -> bool:
+    return re.search(rf"(?:^|[/_.-]){re.escape(split)}(?:[/_.-]|$)", path.as_posix()) is not None
+
+
+def source_identity(source: TextSource) -> Any:
+    """What decides the rows of a source beside its field: hashes of its files; of a dataset on the hub, its name."""
+    path = user_path(source.path)
+    if not is_local(source):
+        found: Any = source.path
+    elif path.exists():
+        found = hash_folder(path)
+    else:
+        found = [(file.name, hash_file(file)) for file in source_files(source)]
+    usual = TextSource.model_fields
+    changed = {key: getattr(source, key) for key in ("subset", "split", "encoding")}
+    changed = {key: value for key, value in changed.items() if value != usual[key].default}
+    return [found, changed] if changed else found
 
 
 def is_held_out(text: str, share: float) -> bool:
@@ -102,142 +164,15 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(head, "big") < share * 2**32
 
 
-def _file(path: Path, field: _Field) -> Iterator[str]:
-    """The texts of a file; compressed and Parquet files are recognised by their first bytes."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise BadFile(f"the file cannot be read: {error.strerror}.", at=str(path)) from error
-    if start == _PARQUET:
-        return _parquet_rows(path, field)
-    packed = path.suffix if path.suffix in (".gz", ".zst") else ""
-    kind = path.with_suffix("").suffix if packed else path.suffix
-    if start.startswith(_GZIP):
-        packed = ".gz"
-    elif start == _ZSTD:
-        packed = ".zst"
-    lines = _lines(path, packed)
-    if kind in (".csv", ".tsv"):
-        return _csv_rows(path, lines, field, "," if kind == ".csv" else "\t")
-    if kind == ".txt" and field.chat:
-        raise BadFile("a .txt file holds no messages.", at=str(path), fix=_CHATS)
-    return _paragraphs(path, lines) if kind == ".txt" else _json_rows(path, lines, field)
+def _is_id(text: str) -> bool:
+    return text.startswith(_HUB) or text.count("/") == 1
 
 
-def _lines(path: Path, packed: str) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with path.open("rb") as raw, io.TextIOWrapper(_unpacked(raw, packed), encoding="utf-8-sig") as file:
-            while line := file.readline(_LONGEST):
-                number += 1
-                if len(line) == _LONGEST:
-                    raise _too_long(f"{path}, line {number}")
-                yield number, line
-    except UnicodeDecodeError as error:
-        raise BadFile(
-            f"the text is not UTF-8: {error.reason}.",
-            at=f"{path}, after line {number}",
-            fix=f"save it as UTF-8; {_READ}",
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadFile(
-            f"the file cannot be read to its end: {error}.",
-            at=f"{path}, after line {number}",
-            fix=f"copy it again; {_READ}",
-        ) from error
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
-def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
-    if packed == ".gz":
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
-    if packed == ".zst":
-        import pyarrow as pa
-
-        return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
-    return raw
-
-
-def _too_long(at: str) -> BadFile:
-    return BadFile(
-        f"here stand more than {_LONGEST:,} characters without an end; a document was expected.",
-        at=at,
-        fix="put one document on a line (.jsonl), or blank lines between documents (.txt).",
-    )
-
-
-def _json_rows(path: Path, lines: Iterator[tuple[int, str]], field: _Field) -> Iterator[str]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        at = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except RecursionError as error:
-            raise BadFile("lists and objects stand too deep in each other on this line.", at=at) from error
-        except ValueError as error:  # not JSON, or a number of thousands of digits
-            message = getattr(error, "msg", "it holds a number that is too long")
-            raise BadFile(f"this line is not JSON: {message}.", at=at, fix=_READ) from error
-        if not isinstance(row, dict):
-            raise BadFile(f"this line holds {_kind(row)}; it has to be an object with the field {field.name!r}.", at=at)
-        yield _text_of(row, field, at)
-
-
-def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: _Field, delimiter: str) -> Iterator[str]:
-    csv.field_size_limit(_LONGEST)  # of the whole process; Python's own is too small for documents
-    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    try:
-        for cells in reader:
-            at = f"{path}, line {reader.line_num}"
-            if not names:
-                names = cells
-            elif cells and len(cells) != len(names):
-                raise BadFile(f"this row has {len(cells)} cells where the first line has {len(names)}.", at=at)
-            elif cells:
-                yield _text_of(dict(zip(names, cells, strict=True)), field, at)
-    except csv.Error as error:
-        at = f"{path}, line {reader.line_num}"
-        raise BadFile(f"this is not CSV: {error}.", at=at, fix="check the quotation marks.") from error
-
-
-def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
-    held = io.StringIO()
-    for number, line in lines:
-        if line.strip():
-            if held.tell() + held.write(line) > _LONGEST:
-                raise _too_long(f"{path}, line {number}")
-        elif held.tell():
-            yield held.getvalue()
-            held = io.StringIO()
-    if held.tell():
-        yield held.getvalue()
-
-
-def _parquet_rows(path: Path, field: _Field) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        if field.name not in file.schema_arrow.names:
-            _text_of(dict.fromkeys(file.schema_arrow.names), field, str(path))
-        number = 0
-        for batch in file.iter_batches(64, columns=[field.name]):
-            for value in batch.column(0):
-                number += 1
-                yield _text_of({field.name: value.as_py()}, field, f"{path}, row {number}")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
-
-
-def _saved_dataset(path: Path, field: _Field) -> Iterator[str]:
-    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
-        raise BadFile(
-            "this is a folder, and not one that save_to_disk of datasets wrote.",
-            at=str(path),
-            fix=f"name the file in it; {_READ}",
-        )
+def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -245,65 +180,31 @@ def _saved_dataset(path: Path, field: _Field) -> Iterator[str]:
     except Exception as error:  # of many kinds
         raise BadFile(f"this saved dataset cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
     if isinstance(found, DatasetDict):
-        if _SPLIT not in found:
+        if split not in found:
             raise BadFile(
-                f"this saved dataset has no split {_SPLIT!r}; it has: {', '.join(sorted(found))}.",
+                f"this saved dataset has no split {split!r}; it has: {', '.join(sorted(found))}.",
                 at=str(path),
-                fix="name the folder of one of them.",
+                fix="say which: split: " + sorted(found)[0] + "." if found else None,
             )
-        found = found[_SPLIT]
+        found = found[split]
     for number, row in enumerate(found, start=1):
-        yield _text_of(row, field, f"{path}, row {number}")
+        yield Row(row, f"{path}, row {number}")
 
 
-def _hub_rows(source: str, field: _Field) -> Iterator[str]:
+def _hub_rows(source: TextSource) -> Iterator[Row]:
     from datasets import load_dataset
 
+    name = source.path.removeprefix(_HUB)
+    subset = () if source.subset is None else (source.subset,)
     try:
-        for number, row in enumerate(load_dataset(source, split=_SPLIT, streaming=True), start=1):
-            yield _text_of(row, field, f"{source}, row {number}")
-    except BadFile:
-        raise
+        for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=True), start=1):
+            yield Row(row, f"{name}, row {number}")
     except Exception as error:
         raise NotFound(
-            f"cannot read the dataset {source!r}: {first_line(error).rstrip('.')}",
-            at=source,
-            fix=f"check the name and your connection; {_READ}",
+            f"cannot read the dataset {name!r}: {first_line(error).rstrip('.')}",
+            at=source.path,
+            fix=f"check the name, subset and split, and your connection; {_READ}",
         ) from error
-
-
-def _text_of(row: Mapping[str, Any], field: _Field, at: str) -> str:
-    name = field.name
-    if name not in row:
-        names = [str(other)[:40] for other in sorted(map(str, row))]
-        have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
-        fix = f"name the one that holds {'the messages' if field.chat else 'text'}."
-        raise BadFile(f"there is no field {name!r} here; it has: {have}.", at=at, fix=fix)
-    value = row[name]
-    if field.chat:
-        return _messages(value, name, at)
-    if not isinstance(value, str):
-        chat = isinstance(value, list) and all(isinstance(message, dict) for message in value)
-        usual = "leave out such rows, or name the field that holds text."
-        fix = "these look like messages: set format: chat." if chat else usual
-        raise BadFile(f"the field {name!r} holds {_kind(value)}, not text.", at=at, fix=fix)
-    return value
-
-
-def _messages(value: Any, name: str, at: str) -> str:
-    """A list of messages as JSON; a text is taken to be JSON already, as cells of CSV are."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        return value
-    if not isinstance(value, list):
-        raise BadFile(f"the field {name!r} holds {_kind(value)}, not a list of messages.", at=at, fix=_CHATS)
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
-        return json.dumps(value)
-    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
 
 
 def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
@@ -340,8 +241,7 @@ class StreamedText:
 
     def identity(self) -> str:
         """SHA-256 of the files (of a dataset on the hub: its name), the tokenizer, and how they are packed."""
-        places = [user_path(source.path) for source in self.sources]
-        files = [hash_folder(p) if p.exists() else s.path for p, s in zip(places, self.sources, strict=True)]
+        files = [source_identity(source) for source in self.sources]
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
@@ -370,9 +270,9 @@ class StreamedText:
             )
 
     def _stream(self, index: int) -> Iterator[NDArray[np.int32]]:
-        source, chat = self.sources[index], self.how.format == "chat"
+        source = self.sources[index]
         try:
-            documents = read_corpus(source.path, field=source.field, chat=chat)
+            documents = read_corpus(source, chat=self.how.format == "chat")
             texts = (t for t in documents if not is_held_out(t, self.held_out))
             mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
             yield from (row.ids for row in cut_rows(self.lm, mixed, self.context_size, self.how))

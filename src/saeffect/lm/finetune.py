@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from saeffect.config import BosRule, ModelConfig
+from saeffect.config import BosRule, ModelConfig, TextSource
 from saeffect.config_chat import ChatKeys
 from saeffect.config_keys import keys_table
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
@@ -50,9 +50,18 @@ class FinetuneConfig(ChatKeys):
     """Everything that decides the adapter."""
 
     model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, dtype, ...")
-    text: str = Field(description="Training text: a file or a dataset, as in a study's text.")
-    control_text: str | None = Field(None, description="Other text, on which perplexity should not blow up.")
-    field: str = Field("text", description="Which field of a row holds the text; of chats by default `messages`.")
+    text: TextSource = Field(
+        description="Training text: a path, or a mapping with path, field, split, ... as in a study's text.sources."
+    )
+    control_text: TextSource | None = Field(
+        None, description="Other text of these kinds, on which perplexity should not blow up."
+    )
+    field: str = Field(
+        "text", description="Which field of a row holds the text, where text does not say it; of chats `messages`."
+    )
+    documents: int | None = Field(
+        None, ge=1, description="Train on a random sample of so many documents; by default as many as the steps need."
+    )
     bos: BosRule = Field(
         "auto",
         description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
@@ -77,8 +86,14 @@ class FinetuneConfig(ChatKeys):
 
     @model_validator(mode="before")
     @classmethod
-    def _field(cls, value: Any) -> Any:
-        return {"field": "messages"} | value if isinstance(value, dict) and value.get("format") == "chat" else value
+    def _one_field(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("format") == "chat":
+            value = {"field": "messages"} | value
+        if not isinstance(value, dict) or "field" not in value:
+            return value
+        texts = {key: value[key] for key in ("text", "control_text") if isinstance(value.get(key), str | dict)}
+        plain = {key: {"path": text} if isinstance(text, str) else text for key, text in texts.items()}
+        return value | {key: {"field": value["field"], **text} for key, text in plain.items()}
 
     @model_validator(mode="after")
     def _learns(self) -> Self:
@@ -161,12 +176,12 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, _Rows]:
     """Training rows in a seeded order, under "", and held-out rows of each text."""
     chat = config.format == "chat"
 
-    def packed(key: str, source: str, held_out: bool, limit: int) -> _Rows:
+    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> _Rows:
         try:
-            documents = read_corpus(source, field=config.field, chat=chat)
-            texts = [t for t in documents if is_held_out(t, config.held_out) == held_out]
+            texts = [t for t in read_corpus(source, chat=chat) if is_held_out(t, config.held_out) == held_out]
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
+            order = order if held_out else order[: config.documents]
             found = list(islice(cut_rows(lm, (texts[i] for i in order), config.context_size, config), limit))
             return _Rows(np.stack([row.ids for row in found]), counted(found, (config.loss,)))
         except SaeffectError as error:
@@ -183,8 +198,8 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, _Rows]:
 
 def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Rows]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    not_told = {"text", "control_text", "field", "bos", "checkpoint_every"} | {*ChatKeys.model_fields, "loss"}
-    recipe = config.model_dump(mode="json", exclude=not_told)
+    not_told = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    recipe = config.model_dump(mode="json", exclude=not_told | {*ChatKeys.model_fields, "loss"})
     counts = [rows.counts.tobytes().hex() for rows in texts.values() if rows.counts is not None]
     return fingerprint([recipe, lm.identity, {name: r.ids.tobytes().hex() for name, r in texts.items()}, *counts])
 
@@ -212,8 +227,10 @@ def _make(
     after = measure(model, "after:  ")
     _save_adapter(model, config, folder.path)
     recipe = config.model_dump(mode="json")
-    for key in ("text", "control_text", "chat_template"):
-        recipe[key] = Path(recipe[key]).name if recipe[key] and "{" not in recipe[key] else recipe[key]
+    for key in ("text", "control_text"):
+        recipe[key] = Path(recipe[key]["path"]).name if recipe[key] else None
+    if config.chat_template is not None and "{" not in config.chat_template:
+        recipe["chat_template"] = Path(config.chat_template).name
     recipe["model"]["path"] = name_to_share(config.model.path)
     note = {
         "recipe": recipe,

@@ -185,11 +185,14 @@ def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: E
 
     def on_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+            return (edited_there(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": edited_there(kwargs["hidden_states"])}
 
     def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+        return (edited_there(output[0]), *output[1:]) if isinstance(output, tuple) else edited_there(output)
+
+    def edited_there(x: Tensor) -> Tensor:
+        return edit(x).to(x.device)  # of a model that is spread, another device than the edit's may go on
 
     if side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -26,16 +26,16 @@ from saeffect.lm.tokens import (
     with_bos,
 )
 
-__all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "probe_logits"]
+__all__ = ["LanguageModel", "MergedAdapter", "causal_attention", "fused", "input_device", "probe_logits"]
 
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """Effect of merging an adapter, on a few fixed tokens, in float32.
+    """Effect of an adapter on a few fixed tokens; of a merged one in float32.
 
     Attributes:
         effect: Largest change of a logit by the adapter.
-        error: Largest difference between the merged and the unmerged model's logits: rounding.
+        error: Largest difference between the merged and the unmerged model's logits: rounding; 0 if kept unmerged.
         other_base: One line if the adapter names another base model.
     """
 
@@ -75,11 +75,13 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where token ids go; a model that is spread over devices moves what it needs itself."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The dtype of activations; quantised weights are packed in another."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def d_model(self) -> int:
@@ -220,12 +222,21 @@ class LanguageModel:
         return plain
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a transformers model wants its input: its first device that computes, where accelerate spread it."""
+    places = getattr(model, "hf_device_map", None)
+    if not places:
+        return next(model.parameters()).device  # type: ignore[no-any-return]
+    computing = [place for place in places.values() if place not in ("cpu", "disk", "meta")]
+    return torch.device(computing[0] if computing else "cpu")
+
+
 @torch.no_grad()
 def probe_logits(model: Any) -> torch.Tensor:
     """A model's logits on 16 fixed tokens, spread over its vocabulary: float32 `[16, d_vocab]`, on the CPU."""
-    weight = model.get_input_embeddings().weight
-    ids = (torch.arange(1, 17) * max(1, len(weight) // 18)) % len(weight)
-    return model(input_ids=ids[None].to(weight.device), use_cache=False).logits[0].float().cpu()
+    n = len(model.get_input_embeddings().weight)
+    ids = (torch.arange(1, 17) * max(1, n // 18)) % n
+    return model(input_ids=ids[None].to(input_device(model)), use_cache=False).logits[0].float().cpu()
 
 
 def _gelu_(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.accounting import BOTH, account_for, check_folder_sizes, loading_errors, quiet_transformers, refuse_nan
-from saeffect.lm.adapters import ADAPTER_CONFIG, merge_adapter, read_adapter, require_fit
+from saeffect.lm.adapters import ADAPTER_CONFIG, keep_adapter, merge_adapter, read_adapter, require_fit
 from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.placement import Placement
 from saeffect.lm.tokens import tokenizer_trouble
 from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
@@ -38,6 +40,8 @@ __all__ = [
 ]
 
 BUNDLED = "bundled:"
+# transformers changes its own state while it loads, so that two threads would spoil each other's models.
+_ONE_AT_A_TIME = threading.RLock()
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What decides a model: weights, configuration, tokenizer files, code of its own.
@@ -144,7 +148,7 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 
 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
-    """Load weights, tokenizer and adapter; the adapter is merged into the weights.
+    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or spread.
 
     `config` may be just a path or id; `at` is its key in the study file, for error messages.
 
@@ -163,35 +167,44 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
+<<<<<<< HEAD
     with quiet_transformers(), loading_errors(config, at, base):
+        gguf = _gguf_of(base, at)
+        folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
+        saved = load_config(folder, config, at)
+        placement = Placement.of(config, saved, device, dtype, at=at)
+=======
+    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
+>>>>>>> main
         if adapter is not None and not config.trust_remote_code:
-            require_fit(adapter, load_config(base, config, at), adapter_at)
-        model, tokenizer = _load_base(base, config, dtype, log, at)
+            require_fit(adapter, saved, adapter_at)
+        model, tokenizer = _load_base(folder, config, dtype, placement, log, at)
         refuse_nan(model, at or config.path)
         if adapter is not None:
             own_name = getattr(model.config, "_name_or_path", None) if isinstance(base, str) else None
-            model, merged = merge_adapter(model, adapter, adapter_at)
+            put = merge_adapter if placement.merge else keep_adapter
+            model, merged = put(model, adapter, adapter_at)
             merged = dataclasses.replace(merged, other_base=adapter.other_base(config.path, own_name))
-    # Parameters only: rotary frequencies are buffers, and in bfloat16 they would rotate far positions wrongly.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    model = model.to(device).eval().requires_grad_(False)
+    if not placement.fixed:
+        # Parameters only: rotary frequencies are buffers, and in bfloat16 they would rotate far positions wrongly.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     refuse_nan(model, at or config.path)
     name = config.path if config.adapter is None else f"{config.path} + {config.adapter}"
     return LanguageModel(model, tokenizer, name, model_identity(config, at=at), merged)
 
 
-def _load_base(base: Path | str, config: ModelConfig, dtype: torch.dtype, log: Log, at: str | None) -> tuple[Any, Any]:
+def _load_base(
+    folder: Path | str, config: ModelConfig, dtype: torch.dtype, placement: Placement, log: Log, at: str | None
+) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    gguf = _gguf_of(base, at)
-    folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
-    if isinstance(folder, Path):
-        check_folder_sizes(folder, at)
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     # Reading a pickle can run code.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **placement.options
     )
     model, info = loaded
     account_for(model, info, at or config.path, log)

@@ -31,7 +31,7 @@ from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
-__all__ = ["Numbering", "number_page", "page_environment", "page_style", "render_report", "write_report"]
+__all__ = ["Numbering", "number_page", "page_environment", "page_style", "page_tokens", "render_report", "write_report"]
 
 _TEMPLATES = (
     *("report.html.j2", "pieces.html.j2", "learned.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
@@ -115,9 +115,14 @@ def render_report(
     ) + "\n"  # fmt: skip
 
 
-def page_style() -> str:
-    """The style sheet of a page."""
-    return _read("report.css") + _read("evidence.css")
+def page_style(*, tokens: bool = True) -> str:
+    """The style sheet of a page, by default with its `page_tokens`."""
+    return (page_tokens() if tokens else "") + _read("report.css") + _read("evidence.css")
+
+
+def page_tokens() -> str:
+    """The colours and type that the report and the web app share, as a style sheet."""
+    return _read("tokens.css")
 
 
 def page_environment(numbers: Numbering | None = None) -> Environment:

@@ -1,6 +1,7 @@
 """People's answers about features: is this one of the domain, and what would you call it?
 
-A CSV file of verdicts enters; a table of them, and a summary per feature and arm, leave.
+`verdicts` reads, writes and sums up CSV files; `store` keeps what people say in the app, `queue` is what they are
+asked, `agreement` says how far they can be trusted.
 """
 
 from __future__ import annotations

@@ -13,14 +13,19 @@ import numpy as np
 import pandas as pd
 
 from saeffect.errors import BadFile, ConfigError, unknown_name
+from saeffect.io import atomic_path
 from saeffect.paths import decode_utf8, read_bytes
 
-__all__ = ["COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts"]
+__all__ = ["ADJUDICATION", "COLUMNS", "VERDICTS", "read_verdicts", "summarise_verdicts", "write_verdicts"]
 
 COLUMNS = ("feature", "arm", "rater", "verdict", "label", "note")
 VERDICTS = ("yes", "no", "unsure")
+ADJUDICATION = "(adjudication)"
+"""How the rater of a decision begins that settles what raters differ on; a name may follow."""
 
 _INT64_MAX = np.iinfo(np.int64).max
+# A spreadsheet takes these starts for a formula, so a written file has an apostrophe before them.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
@@ -28,8 +33,8 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
     """Read verdicts from a UTF-8 CSV file; `label` and `note` stay text, whatever a spreadsheet would make of them.
 
     Args:
-        path: Comma-separated; the first line names the columns feature, arm, rater, verdict, label and note in any
-            order. Verdicts are yes, no or unsure, in any case.
+        path: Comma-separated, such as `write_verdicts` makes; the first line names the columns feature, arm, rater,
+            verdict, label and note in any order. Verdicts are yes, no or unsure, in any case.
         arms: Valid arms; None for any.
 
     Returns:
@@ -61,12 +66,31 @@ def read_verdicts(path: Path | str, *, arms: Collection[str] | None = None) -> p
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"feature": np.int64})
 
 
+def write_verdicts(verdicts: pd.DataFrame, path: Path | str) -> None:
+    """Write `COLUMNS` of verdicts as a CSV file that `read_verdicts` reads back; BadFile as `atomic_path`."""
+    texts = [column for column in COLUMNS if column != "feature"]
+    safe = verdicts.assign(**{c: ["'" + t if _is_formula(t) else t for t in verdicts[c]] for c in texts})
+    with atomic_path(path) as temporary:
+        safe.to_csv(temporary, columns=list(COLUMNS), index=False, lineterminator="\n")
+
+
+def _as_typed(cell: str) -> str:
+    """A cell without surrounding space, and without the apostrophe that guards a spreadsheet."""
+    cell = cell.strip()
+    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(text: str) -> bool:
+    return text.lstrip("'").startswith(_FORMULA)
+
+
 def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
     """Sum up the verdicts on one arm, as read by `read_verdicts`; no verdicts give no rows.
 
     Returns:
         One row per reviewed feature, by number: feature, n_yes, n_no, n_unsure (int64); label (str), the commonest
-        among yes verdicts, case aside, the earliest on a tie, "" for none; majority (bool), more yes than no.
+        among yes verdicts, case aside, the earliest on a tie, "" for none; majority (bool), more yes than no. Where
+        somebody has adjudicated, the last such verdict alone makes majority, and its label, if any, goes first.
 
     Example:
         >>> rows = [(7, "control", "ann", "yes", "cancer", ""), (7, "control", "ben", "unsure", "", "half")]
@@ -77,13 +101,16 @@ def summarise_verdicts(verdicts: pd.DataFrame, arm: str) -> pd.DataFrame:
     """
     rows = []
     for feature, given in verdicts[verdicts["arm"] == arm].groupby("feature", sort=True):
-        counts = Counter(given["verdict"])
+        decides = given["rater"].str.startswith(ADJUDICATION)
+        decision, said = given[decides].tail(1), given[~decides]
+        counts = Counter(said["verdict"])
+        labels = [*decision["label"], *[_commonest(said.loc[said["verdict"] == "yes", "label"].tolist())]]
         rows.append(
             {
                 "feature": feature,
                 **{f"n_{verdict}": counts[verdict] for verdict in VERDICTS},
-                "label": _commonest(given.loc[given["verdict"] == "yes", "label"].tolist()),
-                "majority": counts["yes"] > counts["no"],
+                "label": next(filter(None, labels), ""),
+                "majority": (decision["verdict"] == "yes").all() if len(decision) else counts["yes"] > counts["no"],
             }
         )
     whole = dict.fromkeys(("feature", "n_yes", "n_no", "n_unsure"), np.int64)
@@ -109,7 +136,7 @@ def _records(text: str, path: str) -> Iterator[tuple[int, dict[str, str]]]:
                     at=f"{path}, line {line}",
                     fix="put quotation marks around a cell that holds a comma.",
                 )
-            yield line, dict(zip(header, (cell.strip() for cell in cells), strict=True))
+            yield line, dict(zip(header, map(_as_typed, cells), strict=True))
     except csv.Error as error:
         raise BadFile(
             f"this is not CSV: {error}.", at=f"{path}, line {start}", fix="check the quotation marks."

@@ -13,7 +13,7 @@ reason.
 
 from __future__ import annotations
 
-from saeffect.stats.agreement import cohens_kappa, krippendorff_alpha
+from saeffect.stats.agreement import cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement
 from saeffect.stats.arguments import Resampling
 from saeffect.stats.bootstrap import bootstrap, bootstrap_difference, bootstrap_means, cluster_bootstrap
 from saeffect.stats.differences import cliffs_delta, clustered_difference, count_difference
@@ -63,6 +63,7 @@ __all__ = [
     "detectable_mean_difference",
     "detectable_paired_mean",
     "detectable_proportion_difference",
+    "fleiss_kappa",
     "holm",
     "independent_values",
     "krippendorff_alpha",
@@ -72,6 +73,7 @@ __all__ = [
     "newcombe_difference",
     "ols_robust",
     "paired_difference",
+    "percent_agreement",
     "permutation_test",
     "ratio_of_means",
     "risk_ratio",

@@ -4,7 +4,7 @@ thumb: 0.8 is reliable, 0.667 the least for a tentative conclusion."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,24 @@ from saeffect.errors import ShapeMismatch, Undefined, unknown_name
 from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, generator
 from saeffect.stats.estimate import Estimate, undefined
 
-__all__ = ["cohens_kappa", "krippendorff_alpha"]
+__all__ = ["cohens_kappa", "fleiss_kappa", "krippendorff_alpha", "percent_agreement"]
 
 _METRICS = ("nominal", "ordinal", "interval")
 
 
-def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, level: float = 0.95) -> Estimate:
+def cohens_kappa(
+    a: Sequence[Any] | pd.Series,
+    b: Sequence[Any] | pd.Series,
+    *,
+    n_boot: int = 0,
+    level: float = 0.95,
+    seed: Seed = 0,
+) -> Estimate:
     """How far two raters agree beyond chance: Cohen's kappa, with n the number of items.
 
     `a` and `b` are the labels (anything hashable) of the same n items in the same order. NaN for no items, missing
     labels, or when both raters gave one and the same label throughout. No interval when they agree on everything.
+    The interval is of the formula, or for `n_boot` > 0 of as many resamples of whole items.
     Source: Cohen (1960); standard error of Fleiss, Cohen & Everitt (1969), through statsmodels.
 
     Example:
@@ -48,6 +56,11 @@ def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, 
         return undefined(f"both raters gave every item the label {categories[0]!r}, which chance explains", n)
     table = np.zeros((len(categories), len(categories)))
     np.add.at(table, (codes[:n], codes[n:]), 1)
+    if n_boot:
+        check_resamples(n_boot, level)
+        pairs = np.zeros((n, *table.shape))
+        pairs[np.arange(n), codes[:n], codes[n:]] = 1
+        return _resampled(lambda times: _kappa(np.tensordot(times, pairs, 1)), n, n_boot, level, seed)
     if np.trace(table) == n:  # exactly 1, where the arithmetic may miss by a last digit
         return undefined("the raters agree on everything, so the standard error is zero", n, 1.0)
     with warnings.catch_warnings():
@@ -59,6 +72,64 @@ def cohens_kappa(a: Sequence[Any] | pd.Series, b: Sequence[Any] | pd.Series, *, 
         return undefined("the standard error is zero for these labels", n, value)
     half = float(ndtri((1 + level) / 2)) * error
     return Estimate(value, max(-1.0, value - half), min(1.0, value + half), n)
+
+
+def percent_agreement(
+    ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
+    *,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    seed: Seed = 0,
+) -> Estimate:
+    """The share of pairs of raters, 0 to 1, that gave an item the same label, averaged over items; chance included.
+
+    `ratings` and n are as for `krippendorff_alpha`; NaN when no item has two ratings. The interval resamples items.
+
+    Example:
+        >>> percent_agreement([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value
+        0.75
+    """
+    check_resamples(n_boot, level)
+    counts, _ = _label_counts(ratings)
+    counts = counts[counts.sum(axis=1) >= 2]
+    if not len(counts):
+        return undefined("no item has two ratings")
+    shares = _same_pairs(counts)
+    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, level, seed)
+
+
+def fleiss_kappa(
+    ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
+    *,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    seed: Seed = 0,
+) -> Estimate:
+    """How far several raters agree beyond chance, on the n items that all of them judged: Fleiss' kappa.
+
+    `ratings` are as for `krippendorff_alpha`. NaN when nothing was judged by all, or with one label throughout. The
+    interval resamples whole items. Source: Fleiss (1971), Measuring nominal scale agreement among many raters.
+
+    Example:
+        >>> round(fleiss_kappa([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value, 4)
+        0.4667
+    """
+    check_resamples(n_boot, level)
+    counts, labels = _label_counts(ratings)
+    raters = int(np.shape(ratings)[1])
+    counts = counts[counts.sum(axis=1) == raters]
+    if raters < 2 or not len(counts):
+        return undefined("no item was judged by all raters" if raters >= 2 else "there is one rater", len(counts))
+    if (counts.sum(axis=0) > 0).sum() == 1:
+        used = labels[int(counts.sum(axis=0).argmax())]
+        return undefined(f"all raters gave every item the label {used!r}, which chance explains", len(counts))
+    same, n = _same_pairs(counts), len(counts)
+
+    def kappa(times: FloatArray) -> FloatArray:
+        chance = ((times @ counts / (n * raters)) ** 2).sum(axis=1)
+        return _beyond_chance(times @ same / n, chance)
+
+    return _resampled(kappa, n, n_boot, level, seed)
 
 
 def krippendorff_alpha(
@@ -87,7 +158,6 @@ def krippendorff_alpha(
     if metric not in _METRICS:
         raise unknown_name("metric", metric, _METRICS, at="metric")
     check_resamples(n_boot, level)
-    rng = generator(seed)
     counts, labels = _label_counts(ratings)
     try:
         scale = np.array([float(i if metric == "nominal" else label) for i, label in enumerate(labels)])
@@ -102,21 +172,48 @@ def krippendorff_alpha(
     if (counts.sum(axis=0) > 0).sum() == 1:
         return undefined("only one label occurs, which chance explains", n)
     pairs = _coincidences(counts)
-    value = float(_alpha(np.ones((1, n)), pairs, metric, scale)[0])
+    return _resampled(lambda times: _alpha(times, pairs, metric, scale), n, n_boot, level, seed)
+
+
+def _resampled(
+    statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, level: float, seed: Seed
+) -> Estimate:
+    """A statistic of n items, and its interval over resamples of items: `statistic` gets how often each is taken."""
+    value = float(statistic(np.ones((1, n)))[0])
     if n == 1:
         return undefined("one item shows no spread", n, value)
     if value == 1.0:
         return undefined("the raters agree on everything: there is no spread", n, value)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
-    replicates = _alpha(times, pairs, metric, scale)
+    times = generator(seed).multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
+    replicates = statistic(times)
     n_undefined = int(np.isnan(replicates).sum())
     if n_undefined:
-        reason = f"{n_undefined} of {n_boot} resamples hold a single label, where alpha is undefined"
+        reason = f"{n_undefined} of {n_boot} resamples hold a single label, where this is undefined"
         return undefined(reason, n, value)
     if np.ptp(replicates) < 1e-12:
         return undefined("the items are all alike, so resampling shows no spread", n, value)
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high), n)
+
+
+def _same_pairs(counts: FloatArray) -> FloatArray:
+    """The share of pairs of raters of each item, [n_items], that gave it the same label."""
+    judged = counts.sum(axis=1)
+    result: FloatArray = (counts * (counts - 1)).sum(axis=1) / (judged * (judged - 1))
+    return result
+
+
+def _kappa(tables: FloatArray) -> FloatArray:
+    """Cohen's kappa of tables of two raters' labels, [n_tables, n_labels, n_labels]."""
+    shares = tables / tables.sum(axis=(1, 2), keepdims=True)
+    chance = (shares.sum(axis=1) * shares.sum(axis=2)).sum(axis=1)
+    return _beyond_chance(np.trace(shares, axis1=1, axis2=2), chance)
+
+
+def _beyond_chance(agreed: FloatArray, chance: FloatArray) -> FloatArray:
+    """Agreement beyond chance; NaN where chance explains everything."""
+    room = 1 - chance
+    return np.divide(agreed - chance, room, out=np.full(len(room), np.nan), where=room > 1e-12)
 
 
 def _label_counts(ratings: Any) -> tuple[FloatArray, list[Any]]:

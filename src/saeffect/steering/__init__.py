@@ -14,7 +14,7 @@ from saeffect.steering.baselines import MeanDifferences, run_baselines
 from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
 from saeffect.steering.encoders import RememberedVectors, TextVectors, load_text_vectors
-from saeffect.steering.generate import generate
+from saeffect.steering.generate import generate, stream
 from saeffect.steering.operators import AddVectors, Intervention
 from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named, score_texts
 from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features
@@ -56,4 +56,5 @@ __all__ = [
     "run_trials",
     "score_doses",
     "score_texts",
+    "stream",
 ]

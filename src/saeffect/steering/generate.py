@@ -9,8 +9,8 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.steering.operators import Intervention, PositionedEdit
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens, penalise
 
-__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt"]
+__all__ = ["Progress", "continue_prompts", "generate", "last_logits", "read_prompt", "stream"]
 
 _SHAPES = re.compile(r"\b(sizes?|shapes?|dimensions?|batches)\b", re.IGNORECASE)
 
@@ -60,8 +60,7 @@ def generate(
     `ShapeMismatch`: the intervention has not one row per cell.
     """
     _check([prompt_ids], batch_size)
-    if intervention is not None and intervention.operator.n_rows != len(cells):
-        raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
+    _check_rows(intervention, cells)
     n_steps = sampling.max_new_tokens
     outputs: list[list[int]] = []
     with fused(lm):
@@ -69,15 +68,15 @@ def generate(
             batch = cells[first : first + batch_size]
             edit = None
             if intervention is not None:
-                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), lm.n_bos(prompt_ids))
+                n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+                edit = intervention.take(first, first + len(batch)).edit(len(prompt_ids), n_bos)
 
             def report(tokens: int, rows_before: int = first, rows: int = len(batch)) -> None:
                 if progress is not None:
                     progress(rows_before * n_steps + rows * tokens, len(cells) * n_steps)
 
             start = read_prompt(lm, hook, prompt_ids, len(batch), edit, room=n_steps - 1)
-            # A steered prompt is in the keys and values; its generated tokens are not steered.
-            with nullcontext() if edit is None or edit.of_prompt_alone else edited(lm, hook, edit):
+            with _steered(lm, hook, edit):
                 outputs += _continue(lm, [prompt_ids] * len(batch), batch, sampling, start, edit=edit, report=report)
     return outputs
 
@@ -120,6 +119,51 @@ def continue_prompts(
     return [outputs[i] for i in range(len(prompts))]
 
 
+@torch.inference_mode()
+def stream(
+    lm: LanguageModel,
+    hook: str,
+    prompt_ids: Sequence[int],
+    cells: Sequence[NoiseCell],
+    sampling: Sampling,
+    *,
+    intervention: Intervention | None = None,
+) -> Iterator[list[int | None]]:
+    """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's end.
+
+    Arguments and errors as `generate`. Between steps the model is as it was, so streams may take turns.
+    """
+    _check([prompt_ids], 1)
+    _check_rows(intervention, cells)
+    n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
+    edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
+    with fused(lm):
+        start = read_prompt(lm, hook, prompt_ids, len(cells), edit, room=sampling.max_new_tokens - 1)
+    rows, lengths = _rows_of(lm, [prompt_ids] * len(cells), sampling)
+    steps = _steps(lm, rows, lengths, cells, sampling, start, edit)
+    ends, ended = set(_ends(lm, sampling)), [False] * len(cells)
+    while True:
+        with fused(lm), _steered(lm, hook, edit):
+            position = next(steps, None)
+        if position is None:
+            return
+        ids = rows[:, position].tolist()
+        ended = [was or (sampling.allow_end and token in ends) for was, token in zip(ended, ids, strict=True)]
+        yield [None if over else token for over, token in zip(ended, ids, strict=True)]
+
+
+def _steered(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
+    """The edit of generated tokens; a steered prompt is in the keys and values, and nothing after it is steered."""
+    return nullcontext() if edit is None or edit.of_prompt_alone else edited(lm, hook, edit)
+
+
+def _rows_of(lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[Tensor, list[int]]:
+    """Prompts with room for their texts, int64 `[rows, positions]`, and the prompts' lengths."""
+    lengths = [len(ids) for ids in prompts]
+    width = max(lengths) + sampling.max_new_tokens
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=lm.device), lengths
+
+
 def _continue(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -130,18 +174,37 @@ def _continue(
     edit: PositionedEdit | None = None,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
-    """One batch, sorted by prompt length and read up to the shortest; each pass advances every row by one token."""
+    """The texts of one batch, sorted by prompt length and read up to the shortest."""
     n_steps = sampling.max_new_tokens
-    lengths = [len(ids) for ids in prompts]
-    shortest, longest = lengths[0], lengths[-1]
-    rows = torch.tensor([[*ids, *[0] * (longest + n_steps - len(ids))] for ids in prompts], device=lm.device)
-    ends = torch.tensor(_end_tokens(lm), dtype=torch.int64, device=lm.device)
+    rows, lengths = _rows_of(lm, prompts, sampling)
+    last = rows.shape[1] - 1
+    for position in _steps(lm, rows, lengths, cells, sampling, start, edit):
+        if position < last:
+            report(position - lengths[-1] + 1)
+    report(n_steps)
+    final = set(_ends(lm, sampling))
+    texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
+    return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
+
+
+def _steps(
+    lm: LanguageModel,
+    rows: Tensor,
+    lengths: Sequence[int],
+    cells: Sequence[NoiseCell],
+    sampling: Sampling,
+    start: tuple[Tensor, Any],
+    edit: PositionedEdit | None,
+) -> Iterator[int]:
+    """Fill `rows` position by position, each pass advancing every row by one token; yields the position just filled."""
+    n_steps, shortest = sampling.max_new_tokens, lengths[0]
+    ends = torch.tensor(_ends(lm, sampling), dtype=torch.int64, device=lm.device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=lm.device)
-    forbidden = _forbidden_tokens(lm, sampling.allow_end)
+    forbidden = _forbidden_tokens(lm, sampling)
     # Rows of one length are at the same step of their texts.
     alike = [(n, slice(lengths.index(n), lengths.index(n) + lengths.count(n))) for n in dict.fromkeys(lengths)]
     logits, cache = start
-    for position in range(shortest, longest + n_steps):
+    for position in range(shortest, rows.shape[1]):
         if position > shortest:
             if edit is not None:
                 edit.start = position - 1
@@ -149,18 +212,15 @@ def _continue(
         for length, where in alike:
             step = position - length
             if 0 <= step < n_steps:
-                penalise(logits[where], rows[where, length:position], sampling.frequency_penalty)
+                counted = 0 if sampling.as_published else length
+                penalise(logits[where], rows[where, counted:position], sampling.frequency_penalty)
                 logits[where].index_fill_(1, forbidden, -math.inf)
                 rows[where, position] = next_tokens(logits[where], cells[where], step, sampling)
                 if sampling.allow_end:
                     ended[where] |= torch.isin(rows[where, position], ends)
+        yield position
         if sampling.allow_end and bool(ended.all()):
-            report(n_steps)
-            break
-        report(position - longest + 1)
-    final = set(ends.tolist())
-    texts = [row[n : n + n_steps] for row, n in zip(rows.tolist(), lengths, strict=True)]
-    return [ids[: next((i for i, token in enumerate(ids) if token in final), len(ids))] for ids in texts]
+            return
 
 
 def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
@@ -168,6 +228,16 @@ def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
         raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
+
+
+def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -> None:
+    if intervention is not None and intervention.operator.n_rows != len(cells):
+        raise ShapeMismatch(f"{intervention.operator.n_rows} rows to steer, but {len(cells)} noise cells.")
+
+
+def _ends(lm: LanguageModel, sampling: Sampling) -> list[int]:
+    """Tokens that end a text; as published, an end-of-text token is a token like others."""
+    return [] if sampling.as_published else _end_tokens(lm)
 
 
 def _end_tokens(lm: LanguageModel) -> list[int]:
@@ -178,11 +248,13 @@ def _end_tokens(lm: LanguageModel) -> list[int]:
     return sorted(i for i in found if 0 <= i < lm.d_vocab)
 
 
-def _forbidden_tokens(lm: LanguageModel, allow_end: bool) -> Tensor:
-    """Ids never generated, int64: those unknown to the tokenizer, and special ones."""
+def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
+    """Ids never generated, int64: those unknown to the tokenizer, and special ones (none as published)."""
+    if sampling.as_published:
+        return torch.arange(len(lm.tokenizer), lm.d_vocab, device=lm.device)
     forbidden: Tensor = ~lm.plain_tokens()
     # Some tokenizers end a text with a token that they do not count as special.
-    forbidden[_end_tokens(lm)] = not allow_end
+    forbidden[_end_tokens(lm)] = not sampling.allow_end
     return forbidden.nonzero()[:, 0].to(lm.device)
 
 

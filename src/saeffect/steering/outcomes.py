@@ -94,15 +94,21 @@ def measure_texts(
     outputs: Sequence[Sequence[int]],
     references: Sequence[str],
     vectors: TextVectors,
+    *,
+    with_prompt: bool = False,
 ) -> list[dict[str, Any]]:
-    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt."""
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt.
+
+    `with_prompt`: the similarity is that of prompt and text together, as in the paper.
+    """
     # Features share the unsteered texts: score each different text once.
     different = list(dict.fromkeys(tuple(ids) for ids in outputs))
     surprise = dict(zip(different, perplexity(lm, lm.encode_prompt(prompt), different).tolist(), strict=True))
     records: list[dict[str, Any]] = []
     for ids, reference in zip(outputs, references, strict=True):
         text = lm.decode(list(ids))
-        record = {"text": text, "similarity": similarity(text, reference, vectors), "distinct2": distinct_2(ids)}
+        scored = prompt + text if with_prompt else text
+        record = {"text": text, "similarity": similarity(scored, reference, vectors), "distinct2": distinct_2(ids)}
         records.append(record | {"perplexity": surprise[tuple(ids)]})
     return records
 

@@ -66,6 +66,8 @@ class SteeringPlan(Sampling, InterventionConfig):
         operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the feature's
             activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
         unit: Of doses of "add": "residual_norm", or "coefficient": multiples of the decoder row, as in the paper.
+        protocol: "paper" samples and scores texts as the paper's code did (see `Sampling.as_published`); all other keys
+            stay what they are here.
 
     Raises `ConfigError`: a value is out of range, or values contradict each other; `UnknownName`: no such operator,
     unit, placebo or choice of positions.

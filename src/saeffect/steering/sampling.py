@@ -125,6 +125,16 @@ class Sampling(SamplingConfig):
 
     allow_end: bool = False
 
+    @property
+    def as_published(self) -> bool:
+        """Whether texts are sampled and scored as the paper's code did.
+
+        BOS is steered like the prompt, the penalty counts BOS and prompt, special tokens may be drawn and do not end a
+        text, no noise is shared, and the similarity is that of prompt and continuation to the tokens as the vocabulary
+        spells them (`Ġdrug`).
+        """
+        return self.protocol == "paper"
+
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)

@@ -74,7 +74,8 @@ def run_trials(
 
     Raises `Interrupted` if another process is gone; other errors as `actions_of`, `generate` and `Intervention.edit`.
     """
-    actions = actions_of(site, features, plan, ["top_tokens"])
+    needed = ["top_tokens", "top_token_ids"] if plan.as_published else ["top_tokens"]
+    actions = actions_of(site, features, plan, needed)
     run = _Run(actions, RememberedVectors(vectors))
     if join() == 1:
         return run.table(actions.table, done, on_chunk, progress)
@@ -147,7 +148,7 @@ class _Run:
 
     def _chunk(self, features: pd.DataFrame, so_far: Callable[[float], None]) -> pd.DataFrame:
         plan, samples = self.plan, range(self.plan.samples)
-        references = {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
+        references = self._references(features)
         steered = [
             (feature, sample, condition, float(dose))
             for feature in references
@@ -156,8 +157,9 @@ class _Run:
             for dose in plan.doses
         ]
         twins = [(feature, sample, UNSTEERED, 0.0) for feature in references for sample in samples]
-        # The first feature's unsteered rows serve for all.
-        generated = twins[: plan.samples] + steered
+        # The first feature's unsteered rows serve for all, but where each has noise of its own.
+        shared = 1 if plan.as_published else len(references)
+        generated = (twins if plan.as_published else twins[: plan.samples]) + steered
         records: list[dict[str, Any]] = []
         for prompt, text in enumerate(plan.prompts):
 
@@ -165,10 +167,13 @@ class _Run:
                 so_far((before + n / of) / len(plan.prompts))
 
             outputs = self._generate(text, [ActionRow(f, c, d, (prompt, s)) for f, s, c, d in generated], tokens)
-            outputs = outputs[: plan.samples] * len(references) + outputs[plan.samples :]
+            n_twins = len(twins) // shared
+            outputs = outputs[:n_twins] * shared + outputs[n_twins:]
             layout = twins + steered
             about = [references[feature] for feature, *_ in layout]
-            measured = measure_texts(self.actions.site.lm, text, outputs, about, self.vectors)
+            measured = measure_texts(
+                self.actions.site.lm, text, outputs, about, self.vectors, with_prompt=plan.as_published
+            )
             records += [
                 {"feature": feature, "prompt": prompt, "sample": sample, "condition": condition, "dose": dose}
                 | {"coefficient": self.actions.coefficient(feature, dose)}
@@ -183,12 +188,25 @@ class _Run:
             site.lm,
             site.hook,
             site.lm.encode_prompt(prompt),
-            [NoiseCell(plan.seed, prompt_name(prompt), row.draw[1]) for row in rows],
+            [self._noise(prompt, row) for row in rows],
             plan,
             intervention=Intervention(self.actions.operator(rows), plan.positions, site.lm.prompt_parts(prompt)),
             batch_size=plan.batch_size,
             progress=progress,
         )
+
+    def _noise(self, prompt: Prompt, row: ActionRow) -> NoiseCell:
+        named = prompt_name(prompt)
+        own = f"{named}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else named
+        return NoiseCell(self.plan.seed, own, row.draw[1])
+
+    def _references(self, features: pd.DataFrame) -> dict[int, str]:
+        """What the texts of each feature are compared with."""
+        if self.plan.as_published:
+            spelled = self.actions.site.lm.tokenizer.convert_ids_to_tokens
+            ids = zip(features["feature"], features["top_token_ids"], strict=True)
+            return {int(f): " ".join(spelled([int(i) for i in own])) for f, own in ids}
+        return {int(f): join_tokens(t) for f, t in zip(features["feature"], features["top_tokens"], strict=True)}
 
     def _conditions(self, feature: int) -> list[str]:
         return [c for c in self.plan.conditions if not self.actions.obstacle(feature, c)]
@@ -241,7 +259,8 @@ def direct_effects(
             rows = [ActionRow(batch[0][0], UNSTEERED, 0.0, (prompt, 0))]
             rows += [ActionRow(*steered, (prompt, 0)) for steered in batch]
             intervention = Intervention(actions.operator(rows), plan.positions, site.lm.prompt_parts(text))
-            log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention)
+            n_bos = 0 if plan.as_published else None
+            log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention, n_bos=n_bos)
             kl = kl_divergence(log_p[0], log_p[1:]).tolist()
             for row, (feature, condition, dose) in enumerate(batch):
                 ids = top[feature]
@@ -258,12 +277,16 @@ def direct_effects(
 
 @torch.inference_mode()
 def next_log_probabilities(
-    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], intervention: Intervention
+    lm: LanguageModel, hook: str, prompt_ids: Sequence[int], intervention: Intervention, *, n_bos: int | None = None
 ) -> Tensor:
-    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32."""
+    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32.
+
+    `n_bos` tokens in front are left alone; by default those that are BOS.
+    """
+    n_bos = lm.n_bos(prompt_ids) if n_bos is None else n_bos
     n_rows = intervention.operator.n_rows
     input_ids = torch.tensor([list(prompt_ids)], device=lm.device).expand(n_rows, -1).contiguous()
-    with edited(lm, hook, intervention.edit(len(prompt_ids), lm.n_bos(prompt_ids))):
+    with edited(lm, hook, intervention.edit(len(prompt_ids), n_bos)):
         logits, _ = last_logits(lm, input_ids)
     return logits.log_softmax(dim=-1)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from itertools import islice
-from pathlib import Path
 
 from saeffect.errors import EmptySelection, placed
 from saeffect.lm.chat import Encoded, has_part, messages_of, segments
 from saeffect.lm.chat_rows import with_system
-from saeffect.lm.corpora import read_corpus
+from saeffect.lm.corpora import is_local, read_corpus
 from saeffect.lm.tokens import printable_text
 from saeffect.study.study import Study
 
@@ -43,10 +42,10 @@ def chat_lines(study: Study) -> list[str]:
     early = study.config.changes.tokens_per_row
     first: Encoded | None = None
     for index, source in enumerate(text.sources):
-        if not Path(source.path).exists():
+        if not is_local(source):
             continue
         with placed(study.at("text", "sources", str(index))):
-            for document in islice(read_corpus(source.path, field=source.field, chat=True), _COUNTED):
+            for document in islice(read_corpus(source, chat=True), _COUNTED):
                 found = lm.encode_chat(with_system(messages_of(document), text.system))
                 first = first or found
                 n += 1

@@ -19,7 +19,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
-from saeffect.lm.corpora import read_corpus
+from saeffect.lm.corpora import is_local, read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts
@@ -28,6 +28,7 @@ from saeffect.sae.formats import load_sae
 from saeffect.steering.operators import steered_tokens
 from saeffect.study.chat_check import chat_lines, template_words
 from saeffect.study.nulls import check_nulls
+from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import arm_facts
 from saeffect.study.stages.seeds import open_seeds
@@ -85,6 +86,8 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         verdicts = study_verdicts(study)
     if verdicts is not None:
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
+    elif out is not None and store_digest(out) is not None:
+        lines.append("verdicts: those of the review in the run directory, once each candidate has one")
     lines.append(f"text: {_check_text(study)}")
     if study.config.text.format == "chat":
         lines += chat_lines(study)
@@ -188,11 +191,11 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
 def _check_text(study: Study) -> str:
     text = study.config.text
     for index, source in enumerate(text.sources):
-        documents = read_corpus(source.path, field=source.field, chat=text.format == "chat")
+        documents = read_corpus(source, chat=text.format == "chat")
         with placed(study.at("text", "sources", str(index))):
             next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
-    if not all(Path(source.path).exists() for source in text.sources):
+    if not all(map(is_local, text.sources)):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
     lm = study.reader

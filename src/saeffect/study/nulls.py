@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from saeffect.config import ChangesConfig
+from saeffect.config import ChangesConfig, TextSource
 from saeffect.config_chat import ChatKeys, as_chat
 from saeffect.diffing.naming import FEWEST_NULLS
 from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
@@ -26,6 +26,7 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.chat_rows import lm_for_chats
+from saeffect.lm.corpora import is_local
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.language_model import LanguageModel
@@ -124,7 +125,7 @@ def null_recipe(recipe: FinetuneConfig, k: int, own: Path) -> FinetuneConfig:
     return recipe.model_copy(
         update={
             "seed": recipe.seed + k,
-            "text": recipe.control_text if kind == "general" else str(own),
+            "text": recipe.control_text if kind == "general" else TextSource(path=str(own)),
             "control_text": recipe.text,
             "licence": _KINDS[kind],
             "evaluation_rows": min(recipe.evaluation_rows, _EVALUATION_ROWS),
@@ -185,7 +186,7 @@ def check_nulls(study: Study) -> str:
     control, text = study.by_role("control")[0], study.config.text
     config, changes = study.config.arms[control].model, study.config.changes
     made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
-    if all(Path(source.path).exists() for source in text.sources):
+    if all(map(is_local, text.sources)):
         lm = dataclasses.replace(study.reader, identity=model_identity(config))
         some = (
             text
@@ -278,7 +279,7 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
             log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
         texts = (text for part in parts for text in read_json(part))
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps({recipe.field: t}) + "\n" for t in texts), encoding="utf-8")
+            temporary.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
         for part in parts:
             part.unlink()
     with contextlib.suppress(OSError):

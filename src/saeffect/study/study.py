@@ -21,6 +21,7 @@ from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import chat_prepends
+from saeffect.lm.corpora import source_identity
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -286,6 +287,7 @@ class Study:
                 "model": models[arm.model],
                 "dtype": str(resolve_dtype(arm.model.dtype, device)),
                 "device": device.type,
+                **_placement_identity(arm.model),
                 "sae": self._sae_identity(name),
                 "hook": self.hook(name),
             }
@@ -301,9 +303,7 @@ class Study:
             content: Any = hash_folder(bundled_path("texts", text.bundled, at=self.at("text", "bundled")))
         else:
             # Files are hashed by content, so a study may move to another folder.
-            content = [
-                (s.name, s.field, hash_folder(s.path) if Path(s.path).exists() else s.path) for s in text.sources
-            ]
+            content = [(s.name, s.field, source_identity(s)) for s in text.sources]
         chat = [] if self.chat is None else [self.chat.identity(), text.format, text.system, text.positions]
         return fingerprint([text.tokens, text.context_size, content, self.prepend_bos, *chat])
 
@@ -355,6 +355,15 @@ class _Arms(Mapping[str, Arm]):
 
     def __len__(self) -> int:
         return len(self.study.config.arms)
+
+
+def _placement_identity(model: ModelConfig) -> dict[str, str | None]:
+    """What else decides a model's numbers; nothing for one that is loaded whole."""
+    apart = model.adapter is not None and (model.merge_adapter is False or model.device_map or model.quantize)
+    return {
+        **({} if model.quantize is None else {"quantize": model.quantize}),
+        **({"adapter": "not merged"} if apart else {}),
+    }
 
 
 def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:

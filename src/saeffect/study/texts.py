@@ -59,8 +59,7 @@ def first_texts(text: TextConfig) -> list[str]:
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
-            documents = read_corpus(source.path, field=source.field, chat=text.format == "chat")
-            found += [document[:2_000] for document in islice(documents, 20)]
+            found += [t[:2_000] for t in islice(read_corpus(source, chat=text.format == "chat"), 20)]
     return found
 
 
@@ -104,7 +103,7 @@ def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
 def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
     streams: list[Iterator[Row]] = []
     for source in text.sources:
-        documents = read_corpus(source.path, field=source.field, chat=text.format == "chat")
+        documents = read_corpus(source, chat=text.format == "chat")
         streams.append(_named(source.name, cut_rows(lm, documents, text.context_size, text)))
     wanted = max(1, text.tokens // text.context_size)
     rows: list[Row] = []

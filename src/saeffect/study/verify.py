@@ -30,7 +30,7 @@ from saeffect.study.stages.compare import run_compare
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.models_report import run_models_report
 from saeffect.study.stages.report import run_report
-from saeffect.study.stages.select import run_select
+from saeffect.study.stages.select import run_select, stored_verdicts, write_selection
 from saeffect.study.stages.steer import effect_tables
 from saeffect.study.study import Study
 
@@ -92,7 +92,12 @@ def verify(folder: Path | str, log: Log = SILENT) -> Verified:
     counts = {"recomputed": 0, "values": 0}
     with tempfile.TemporaryDirectory(prefix="saeffect-verify-") as scratch:
         copy = Path(scratch) / "run"
-        shutil.copytree(place, copy, copy_function=_link, ignore=shutil.ignore_patterns(".saeffect-*", "partial"))
+        shutil.copytree(
+            place,
+            copy,
+            copy_function=_link,
+            ignore=shutil.ignore_patterns(".saeffect-*", "partial", "verdicts.sqlite*"),
+        )
         run = RunFolder(copy, study)
         for name, work in _recomputed(run, log):
             log(f"  {name}")
@@ -147,7 +152,9 @@ def _recomputed(run: RunFolder, log: Log) -> Iterator[tuple[str, Callable[[], It
     arms = list(run.study.config.arms)
     for arm in arms:
         yield f"coherence {arm}", partial(run_coherence, run, arm, log)
-    yield "select", lambda: run_select(run, log)
+    # People may have gone on judging since: what counts are the verdicts that the run was made with.
+    said = None if run.study.config.selection.verdicts else stored_verdicts(run)
+    yield "select", (lambda: run_select(run, log)) if said is None else partial(write_selection, run, said)
     for arm in arms if run.study.config.steering is not None else ():
         yield f"effects of steering, {arm}", partial(_steering, run, arm)
     yield "compare", lambda: run_compare(run, log)

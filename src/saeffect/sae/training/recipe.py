@@ -149,7 +149,7 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
 def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[Row]:
     source = recipe.text[index]
     try:
-        documents = read_corpus(source.path, field=source.field, chat=recipe.format == "chat")
+        documents = read_corpus(source, chat=recipe.format == "chat")
         texts = (t for t in documents if is_held_out(t, recipe.held_out) == held_out)
         if recipe.activations == "shards":
             everything = list(texts)
@@ -301,7 +301,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
-            next(read_corpus(source.path, field=source.field, chat=recipe.format == "chat"))
+            next(read_corpus(source, chat=recipe.format == "chat"))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
     if recipe.tuned is not None:

@@ -22,6 +22,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.coherence import embeddings_identity
 from saeffect.study.stages.dose_search import chosen_dose
 from saeffect.study.stages.match import matched_tables, read_matches
+from saeffect.study.stages.select import stored_verdicts
 from saeffect.study.study import Study
 
 __all__ = ["ARM_FILES", "arm_facts", "arm_tables", "compare_arms", "compare_inputs", "read_comparison", "run_compare"]
@@ -45,7 +46,7 @@ def compare_inputs(run: RunFolder) -> dict[str, Any]:
             *(run.arm(name, file) for name in config.arms for file in ARM_FILES), run.path("steering", "dose.json")
         ),
         "matches": run.digest(*(run.path("comparison", f"{name}.parquet") for name in matched_tables())),
-        "verdicts": config.selection.verdicts is not None,
+        "verdicts": _judged(run),
         "steered": config.steering is not None,
         "embeddings": embeddings_identity(run.study),
         "min_matches": config.selection.min_matches,
@@ -121,9 +122,14 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
 
 def _seeds(run: RunFolder, name: str) -> pd.DataFrame | None:
     """Further SAEs of an arm; None if their domain features are defined differently from the first SAE's."""
-    if not run.study.config.arms[name].more_saes or run.study.config.selection.verdicts is not None:
+    if not run.study.config.arms[name].more_saes or _judged(run):
         return None
     return run.read_table(run.arm(name, "seeds.parquet"))
+
+
+def _judged(run: RunFolder) -> bool:
+    """Whether domain features rest on people's verdicts."""
+    return run.study.config.selection.verdicts is not None or stored_verdicts(run) is not None
 
 
 def _tokenizer(study: Study, name: str) -> str:

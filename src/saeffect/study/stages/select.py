@@ -12,11 +12,13 @@ from saeffect.errors import ConfigError, EmptySelection
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary, select
 from saeffect.io import hash_file
 from saeffect.progress import SILENT, Log
+from saeffect.review.store import STORE, VerdictStore
 from saeffect.review.verdicts import read_verdicts, summarise_verdicts
+from saeffect.study.review import standing_verdicts, store_digest
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 
-__all__ = ["run_select", "select_inputs", "study_verdicts"]
+__all__ = ["run_select", "select_inputs", "stored_verdicts", "study_verdicts", "write_selection"]
 
 VERSION = 2
 
@@ -27,7 +29,7 @@ def select_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "features": run.digest(*(run.arm(name, "features.parquet") for name in run.study.config.arms)),
         "vocabulary": load_vocabulary(config.vocabulary).sha256,
-        "verdicts": hash_file(config.verdicts) if config.verdicts else None,
+        "verdicts": hash_file(config.verdicts) if config.verdicts else store_digest(run.folder),
         "min_matches": config.min_matches,
     }
 
@@ -48,26 +50,70 @@ def study_verdicts(study: Study) -> pd.DataFrame | None:
     return verdicts
 
 
-def run_select(run: RunFolder, _: Log = SILENT) -> Iterable[Path]:
-    """Write every arm's `selection.parquet`: all at once, so an error leaves none of them."""
+def run_select(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
+    """Write every arm's `selection.parquet` and, if people have judged, `comparison/verdicts.parquet`.
+
+    The verdicts are those of the file that the study names, or else of the review in this run directory, once somebody
+    has judged each candidate: half a review would leave out features for no other reason than their turn.
+    """
+    verdicts = study_verdicts(run.study)
+    if verdicts is not None:
+        return write_selection(run, verdicts.assign(kind="feature"))
+    return write_selection(run, _reviewed(run, log))
+
+
+def stored_verdicts(run: RunFolder) -> pd.DataFrame | None:
+    """The verdicts that the run's domain features rest on, with `kind`, as the select stage left them; or None."""
+    return run.table_or_none(run.path("comparison", "verdicts.parquet"))
+
+
+def write_selection(run: RunFolder, verdicts: pd.DataFrame | None) -> list[Path]:
+    """Write all tables of the stage at once, so an error leaves none of them."""
+    tables = _selections(run, verdicts)
     config = run.study.config.selection
     vocabulary = load_vocabulary(config.vocabulary)
-    verdicts = study_verdicts(run.study)
-    tables = {name: _select(run, name, vocabulary, verdicts) for name in run.study.config.arms}
     if vocabulary.words and not any(table["is_domain"].any() for table in tables.values()):
         _refuse(run, tables, vocabulary)
-    return [run.write_table(run.arm(name, "selection.parquet"), table) for name, table in tables.items()]
+    written = [run.write_table(run.arm(name, "selection.parquet"), table) for name, table in tables.items()]
+    if verdicts is not None:
+        written.append(run.write_table(run.path("comparison", "verdicts.parquet"), verdicts))
+    return written
 
 
-def _select(run: RunFolder, arm: str, vocabulary: Vocabulary, verdicts: pd.DataFrame | None) -> pd.DataFrame:
-    given = None if verdicts is None else summarise_verdicts(verdicts, arm)
-    return select(
-        run.read_table(run.arm(arm, "features.parquet")),
-        vocabulary=vocabulary,
-        min_matches=run.study.config.selection.min_matches,
-        verdicts=given,
-        arm=arm,
-    )
+def _selections(run: RunFolder, verdicts: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    """By arm, its features with what the vocabulary and people say."""
+    config = run.study.config.selection
+    vocabulary = load_vocabulary(config.vocabulary)
+    own = None if verdicts is None else verdicts[verdicts["kind"] == "feature"]
+    return {
+        name: select(
+            run.read_table(run.arm(name, "features.parquet")),
+            vocabulary=vocabulary,
+            min_matches=config.min_matches,
+            verdicts=None if own is None else summarise_verdicts(own, name),
+            arm=name,
+        )
+        for name in run.study.config.arms
+    }
+
+
+def _reviewed(run: RunFolder, log: Log) -> pd.DataFrame | None:
+    """The verdicts of the run's own review; None while some candidates have none."""
+    if not run.path(STORE).is_file():
+        return None
+    features = {name: run.read_table(run.arm(name, "features.parquet")) for name in run.study.config.arms}
+    with VerdictStore(run.path(STORE)) as store:
+        standing = standing_verdicts(store, features)
+    if standing.gone:
+        log(f"  {standing.gone} verdicts are on features that this run no longer has; they stay in {STORE}")
+    chosen = {name: table.loc[table["in_vocabulary"], "feature"] for name, table in _selections(run, None).items()}
+    candidates = [(name, int(feature)) for name, features in chosen.items() for feature in features]
+    missing = standing.missing(candidates)
+    if missing:
+        said = f"{len(candidates) - missing} of {len(candidates)} candidates are judged"
+        log(f"  the review is not finished: {said}, so domain features are the vocabulary's")
+        return None
+    return standing.verdicts
 
 
 def _refuse(run: RunFolder, tables: dict[str, pd.DataFrame], vocabulary: Vocabulary) -> None:

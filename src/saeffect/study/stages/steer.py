@@ -45,7 +45,7 @@ from saeffect.study.study import Arm, Study
 
 __all__ = ["STEERING_FILES", "effect_tables", "help_steer", "run_steer", "steer_inputs"]
 
-VERSION = 6
+VERSION = 7
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
 # Prompts hold what format and system say.
 _NOT_DECLARED = {"search_prompts", "search_features", "doses", "together", "format", "system"}
@@ -188,7 +188,9 @@ class _SteeringTest:
         return {"interventions": trials, "direct_effects": direct} | found
 
     def _scored(self, texts: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
-        return score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
+        scored = score_texts(texts, chosen, vectors=self._vectors, vocabulary=self._words, seed=self._seed)
+        # The paper compares with the feature's own tokens alone.
+        return scored.assign(similarity_shuffled=np.nan, shuffled_feature=-1) if self._plan.as_published else scored
 
     def _baseline_sample(self, tested: pd.DataFrame) -> pd.DataFrame:
         """A random sample of the tested features that depends only on the seed."""

@@ -1,0 +1,139 @@
+"""Which part of a row of data is text: a field, a field inside another, or a template over several."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saeffect.errors import BadFile, ConfigError
+
+__all__ = ["TextField", "kind_of"]
+
+
+@dataclass(frozen=True)
+class TextField:
+    """How the text of a row is made.
+
+    Attributes:
+        wanted: As the user wrote it.
+        parts: What stands before each name, and the name; the last one has no name.
+
+    Example:
+        >>> TextField.parse("Q: {question}\\nA: {answers.text.0}").names
+        ('question', 'answers.text.0')
+    """
+
+    wanted: str
+    parts: tuple[tuple[str, str | None], ...]
+
+    @classmethod
+    def parse(cls, wanted: str) -> TextField:
+        """Read `text`, `meta.text` or `"{question}\\n{answer}"`; ConfigError for a template that is none.
+
+        Braces that are text are doubled, as in Python.
+        """
+        if "{" not in wanted:
+            return cls(wanted, (("", wanted),))
+        parts: list[tuple[str, str | None]] = []
+        try:
+            for before, name, how, conversion in string.Formatter().parse(wanted):
+                if how or conversion or (name is not None and (not name or "{" in name)):
+                    raise ValueError("a field is a name in braces, such as {question}")
+                parts.append((before, name))
+        except ValueError as error:
+            raise ConfigError(
+                f"{wanted!r} is no template: {error}.", at="field", fix='write field: "{question}\\n{answer}".'
+            ) from error
+        if not any(name for _, name in parts):
+            raise ConfigError(
+                f"{wanted!r} names no field.", at="field", fix='write field: "{question}\\n{answer}", or a name.'
+            )
+        return cls(wanted, tuple(parts))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for _, name in self.parts if name is not None)
+
+    def columns(self, there: list[str]) -> list[str]:
+        """Those of a table's columns that are needed."""
+        return [name for name in there if any(name == n or n.startswith(f"{name}.") for n in self.names)]
+
+    def text(self, row: Mapping[str, Any], at: str) -> str:
+        """The text of a row that was read at `at`; BadFile if a field is missing there or holds no text."""
+        if len(self.parts) == 1 and not self.parts[0][0]:
+            return _string(self.names[0], _value(row, self.names[0], at), at)
+        return "".join(
+            before + ("" if name is None else _string(name, _value(row, name, at), at, numbers=True))
+            for before, name in self.parts
+        )
+
+
+    def messages(self, row: Mapping[str, Any] | str, at: str) -> str:
+        """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none.
+
+        A text is taken to be JSON already, as cells of CSV are.
+        """
+        if isinstance(row, str):
+            raise BadFile("this is plain text, and no messages.", at=at, fix=_CHATS)
+        if len(self.names) > 1 or self.parts[0][0]:
+            raise ConfigError(
+                f"{self.wanted!r} is a template, and a conversation is one field.", at="field", fix=_CHATS
+            )
+        value = _value(row, self.names[0], at)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            return value
+        if not isinstance(value, list | tuple):
+            raise BadFile(f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHATS)
+        return json.dumps(value, ensure_ascii=False)
+
+
+_CHATS = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
+
+
+def _value(row: Mapping[str, Any], name: str, at: str) -> Any:
+    if name in row:
+        return row[name]
+    found: Any = row
+    for part in name.split("."):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list | tuple) and part.isdigit() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            raise _no_field(row, name, at)
+    return found
+
+
+def _no_field(row: Mapping[str, Any], name: str, at: str) -> BadFile:
+    names = [str(key)[:40] for key in sorted(map(str, row))]
+    have = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") or "nothing"
+    fix = "name the one that holds text"
+    if len(names) > 1:
+        fix += ', or several: field: "' + "\\n".join(f"{{{key}}}" for key in names[:2]) + '"'
+    return BadFile(f"there is no field {name!r} here; it has: {have}.", at=at, fix=f"{fix}.")
+
+
+def _string(name: str, value: Any, at: str, *, numbers: bool = False) -> str:
+    if isinstance(value, str):
+        return value
+    if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    chat = isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
+    raise BadFile(
+        f"the field {name!r} holds {kind_of(value)}, not text.",
+        at=at,
+        fix="these look like messages: set format: chat."
+        if chat
+        else "leave out such rows, or name the field that holds text.",
+    )
+
+
+def kind_of(value: Any) -> str:
+    if value is None or isinstance(value, bool) or (isinstance(value, float) and math.isnan(value)):
+        return json.dumps(value)
+    kinds = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,103 @@
+"""Where a model's weights lie and with how many bits: on one device, spread over several, quantised."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from saeffect.config import ModelConfig
+from saeffect.errors import ConfigError
+
+__all__ = ["Placement", "aligned", "plain_copy"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How `from_pretrained` is to place a model.
+
+    Attributes:
+        options: Its arguments.
+        fixed: Whether weights must stay where and as they are: those of a model that is quantised or spread.
+        merge: Whether an adapter is merged into the weights.
+    """
+
+    options: dict[str, Any]
+    fixed: bool
+    merge: bool
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, saved: Any, device: torch.device, dtype: torch.dtype, *, at: str | None
+    ) -> Placement:
+        """For a model whose config.json is `saved`; an own quantisation of the checkpoint is kept.
+
+        Raises:
+            ConfigError: Quantised a second time; without the package that does it; or an adapter that is to be merged
+                into weights which cannot take it.
+        """
+        own = getattr(saved, "quantization_config", None)
+        quantised = own is not None or config.quantize is not None
+        fixed = quantised or config.device_map is not None
+        if fixed and config.adapter is not None and config.merge_adapter:
+            why = "quantised" if quantised else "spread over devices"
+            raise ConfigError(
+                f"an adapter cannot be merged into weights that are {why}.",
+                at=f"{at}.merge_adapter" if at else "merge_adapter",
+                fix="leave merge_adapter out: the adapter then stays beside the weights.",
+            )
+        options: dict[str, Any] = {}
+        if config.quantize is not None:
+            options["quantization_config"] = _bitsandbytes(config.quantize, own, dtype, at)
+        if fixed:
+            options["device_map"] = config.device_map or {"": str(device)}
+        if config.max_memory is not None:
+            options["max_memory"] = config.max_memory
+        merge = not fixed if config.merge_adapter is None else config.merge_adapter
+        return cls(options, fixed, merge)
+
+
+def _bitsandbytes(bits: str, own: Any, dtype: torch.dtype, at: str | None) -> Any:
+    where = f"{at}.quantize" if at else "quantize"
+    if own is not None:
+        method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", "?")
+        raise ConfigError(f"the checkpoint is quantised already ({method}).", at=where, fix="leave quantize out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "quantising needs the package bitsandbytes, which is not installed.",
+            at=where,
+            fix="pip install bitsandbytes, or leave quantize out.",
+        )
+    from transformers import BitsAndBytesConfig
+
+    if bits == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@contextlib.contextmanager
+def aligned(module: nn.Module) -> Iterator[None]:
+    """While the block runs, the weights of a module that accelerate keeps in memory or on disk are really there."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of a small module in float32 on the CPU, its weights its own wherever accelerate keeps the module's."""
+    from accelerate.hooks import remove_hook_from_module
+
+    with aligned(module):
+        kept = {name: parameter.detach().float().cpu().clone() for name, parameter in module.named_parameters()}
+    copied = remove_hook_from_module(copy.deepcopy(module), recurse=True)
+    for name, parameter in kept.items():
+        place, _, last = name.rpartition(".")
+        setattr(copied.get_submodule(place), last, nn.Parameter(parameter, requires_grad=False))
+    return copied.float().cpu()

@@ -1,0 +1,332 @@
+"""Files of text, whatever their format, as rows: JSON, plain text, CSV, Parquet, Arrow, packed or not."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from saeffect.errors import BadFile, ConfigError, first_line
+from saeffect.lm.fields import TextField, kind_of
+
+__all__ = ["FORMATS", "SUFFIXES", "Row", "file_rows", "format_of"]
+
+FORMATS = (
+    ".jsonl, .json, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; .arrow; a folder or a pattern such as"
+    " data/*.jsonl.gz of them; a folder that save_to_disk of datasets wrote; or a dataset id on the hub"
+)
+_READ = f"what is read: {FORMATS}."
+_PACKED = (".gz", ".zst")
+_ARROW = (".arrow", ".feather", ".ipc")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv", ".parquet", *_ARROW)
+_GZIP, _ZSTD, _PARQUET, _ARROW_FILE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARRO"
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+# Characters of one line or paragraph: a few compressed megabytes could expand to a line that fills the memory.
+_LONGEST = 2**27
+_LARGEST_JSON = 2**31  # bytes of a file that has to be read as one
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
+_MARKS = (  # the longer ones first
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FOREIGN = 0.15  # share of bytes above 127 from which a text is not in a Western alphabet
+
+
+class Row(NamedTuple):
+    """One row: its fields (of plain text, the text itself), and where it stands."""
+
+    values: Mapping[str, Any] | str
+    at: str
+
+
+def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator[Row]:
+    """The rows of a file, in its order; of tables at least the columns of `field`.
+
+    Packed, Parquet and Arrow files are recognised by their first bytes, the others by their name: `.txt`, a document a
+    paragraph; `.csv` and `.tsv`, with a line of column names; `.json`, an array of objects; any other, one a line.
+
+    Raises:
+        BadFile: Another format or encoding, damaged, or too long a line; with its place.
+        ConfigError: No such encoding.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise BadFile(f"the file cannot be read: {error.strerror}.", at=str(path)) from error
+    if start == _PARQUET:
+        return _parquet_rows(path, field)
+    if start in (_ARROW_FILE, _ARROW_STREAM) or format_of(path) in _ARROW:
+        return _arrow_rows(path, start)
+    packed = path.suffix if path.suffix in _PACKED else ""
+    if start.startswith(_GZIP):
+        packed = ".gz"
+    elif start == _ZSTD:
+        packed = ".zst"
+    kind, lines = format_of(path), _lines(path, packed, encoding)
+    if kind in _DELIMITERS:
+        return _csv_rows(path, lines, field, _DELIMITERS[kind])
+    if kind == ".txt":
+        return _paragraphs(path, lines)
+    return _json_array(path, lines, field) if kind == ".json" else _json_rows(path, lines, field)
+
+
+def format_of(path: Path) -> str:
+    """The end of a file's name, without that of its packing: `.csv` of `a.csv.gz`."""
+    return (path.with_suffix("") if path.suffix in _PACKED else path).suffix
+
+
+def _lines(path: Path, packed: str, encoding: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        how = _encoding(path, packed, encoding)
+        with path.open("rb") as raw, io.TextIOWrapper(_unpacked(raw, packed), encoding=how) as file:
+            while line := file.readline(_LONGEST):
+                number += 1
+                if len(line) == _LONGEST:
+                    raise _too_long(f"{path}, line {number}")
+                if number == 1 and "\0" in line:  # UTF-16 without a mark, which may pass for UTF-8
+                    raise UnicodeError("null characters")
+                yield number, line
+    except UnicodeError as error:
+        raise _other_encoding(path, packed, encoding, number, error) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadFile(
+            f"the file cannot be read to its end: {error}.",
+            at=f"{path}, after line {number}",
+            fix=f"copy it again; {_READ}",
+        ) from error
+
+
+def _unpacked(raw: IO[bytes], packed: str) -> IO[bytes]:
+    if packed == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+    if packed == ".zst":
+        import pyarrow as pa
+
+        return cast(IO[bytes], pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
+    return raw
+
+
+def _encoding(path: Path, packed: str, wanted: str) -> str:
+    """The encoding to read with: a byte order mark decides."""
+    try:
+        name = codecs.lookup(wanted).name
+    except LookupError as error:
+        fix = "write one that Python knows, such as utf-8, cp1252 or utf-16."
+        raise ConfigError(f"there is no encoding {wanted!r}.", at="encoding", fix=fix) from error
+    with path.open("rb") as raw:
+        start = _unpacked(raw, packed).read(4)
+    marked = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
+    return marked or ("utf-8-sig" if name == "utf-8" else name)
+
+
+def _other_encoding(path: Path, packed: str, wanted: str, number: int, error: UnicodeError) -> BadFile:
+    """What is wrong with a file that has another encoding than `wanted`, after line `number` at the earliest."""
+    reason = getattr(error, "reason", str(error))
+    at, guess, shown = f"{path}, after line {number}", None, ""
+    if codecs.lookup(wanted).name == "utf-8":
+        with path.open("rb") as raw:
+            file = _unpacked(raw, packed)
+            for count in range(1, number + 100_000):  # a decoder reads ahead by a block
+                line = file.readline(_LONGEST)
+                position = _not_utf8(line)
+                if position is not None:
+                    at, reason = f"{path}, line {count}", f"byte 0x{line[position]:02x}"
+                    guess = _guess(line + file.read(65_536))
+                    shown = _around(line, position, guess)
+                if position is not None or not line:
+                    break
+    called = f"the text is not {'UTF-8' if codecs.lookup(wanted).name == 'utf-8' else wanted} ({reason})"
+    if guess is None:
+        return BadFile(f"{called}, and does not look like text.", at=at, fix=_READ)
+    return BadFile(
+        f"{called}; it looks like {guess}{shown}.",
+        at=at,
+        fix=f"say so in the study or recipe, encoding: {guess}, or save the file as UTF-8.",
+    )
+
+
+def _not_utf8(line: bytes) -> int | None:
+    """The first byte that no text in UTF-8 has here."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return line.index(0) if 0 in line else None
+
+
+def _guess(data: bytes) -> str | None:
+    """The likely encoding of what is no UTF-8; None for what is no text."""
+    if b"\0" in data[:200]:
+        for name, zeros in (("utf-16-le", data[1:200:2]), ("utf-16-be", data[0:200:2])):
+            if zeros.count(0) > len(zeros) / 2:
+                return name
+        return None
+    if sum(byte < 32 and byte not in b"\t\n\r\f" for byte in data) > 0.01 * len(data):
+        return None
+    if sum(byte > 127 for byte in data) > _FOREIGN * len(data):
+        from charset_normalizer import from_bytes
+
+        best = from_bytes(data).best()
+        return None if best is None else best.encoding
+    for name in ("cp1252", "latin-1"):
+        try:
+            data.decode(name)
+        except UnicodeDecodeError:
+            continue
+        return name
+    return None
+
+
+def _around(line: bytes, position: int, encoding: str | None) -> str:
+    if encoding is None or encoding.startswith("utf-16"):
+        return ""
+    return f" ({line[max(0, position - 12) : position + 12].decode(encoding, 'replace').strip()!r})"
+
+
+def _too_long(at: str) -> BadFile:
+    return BadFile(
+        f"here stand more than {_LONGEST:,} characters without an end; a document was expected.",
+        at=at,
+        fix="put one document on a line (.jsonl), or blank lines between documents (.txt).",
+    )
+
+
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -> Iterator[Row]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        at = f"{path}, line {number}"
+        row = _parsed(line, at, "this line")
+        if not isinstance(row, dict):
+            raise BadFile(
+                f"this line holds {kind_of(row)}; it has to be an object with the field {field.names[0]!r}.", at=at
+            )
+        yield Row(row, at)
+
+
+def _parsed(text: str, at: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise BadFile(f"lists and objects stand too deep in each other in {what}.", at=at) from error
+    except ValueError as error:  # not JSON, or a number of thousands of digits
+        message = getattr(error, "msg", "it holds a number that is too long")
+        raise BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ) from error
+
+
+def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) -> Iterator[Row]:
+    """An array of objects, or (as often under this name) an object a line."""
+    number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
+    if not first.lstrip().startswith("["):
+        rest = iter([(number, first)] if first else [])
+        yield from _json_rows(path, chain(rest, lines), field)
+        return
+    if path.stat().st_size > _LARGEST_JSON:
+        raise BadFile("an array of this size would have to be read at once.", at=str(path), fix="write it as .jsonl.")
+    held = io.StringIO()
+    held.write(first)
+    held.writelines(line for _, line in lines)
+    for index, row in enumerate(_parsed(held.getvalue(), str(path), "this file"), start=1):
+        at = f"{path}, item {index}"
+        if not isinstance(row, dict):
+            raise BadFile(f"this item is {kind_of(row)}; it has to be an object.", at=at, fix=_READ)
+        yield Row(row, at)
+
+
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, delimiters: str) -> Iterator[Row]:
+    csv.field_size_limit(_LONGEST)  # of the whole process; Python's own is too small for documents
+    header = next(lines, None)
+    if header is None:
+        return
+    reader = csv.reader(
+        (line for _, line in chain([header], lines)),
+        delimiter=_delimiter(header[1], field, delimiters),
+        strict=True,
+    )
+    names: list[str] = []
+    try:
+        for cells in reader:
+            at = f"{path}, line {reader.line_num}"
+            if not names:
+                names = cells
+            elif cells and len(cells) != len(names):
+                raise BadFile(f"this row has {len(cells)} cells where the first line has {len(names)}.", at=at)
+            elif cells:
+                yield Row(dict(zip(names, cells, strict=True)), at)
+    except csv.Error as error:
+        at = f"{path}, line {reader.line_num}"
+        raise BadFile(f"this is not CSV: {error}.", at=at, fix="check the quotation marks.") from error
+
+
+def _delimiter(header: str, field: TextField, delimiters: str) -> str:
+    """The first delimiter that gives the columns that are wanted; spreadsheets in many languages write semicolons."""
+    for delimiter in delimiters:
+        there = next(csv.reader([header], delimiter=delimiter), [])
+        if set(field.names) <= set(there):
+            return delimiter
+    return delimiters[0]
+
+
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    held, first = io.StringIO(), 0
+    for number, line in lines:
+        if line.strip():
+            first = first or number
+            if held.tell() + held.write(line) > _LONGEST:
+                raise _too_long(f"{path}, line {number}")
+        elif held.tell():
+            yield Row(held.getvalue(), f"{path}, line {first}")
+            held, first = io.StringIO(), 0
+    if held.tell():
+        yield Row(held.getvalue(), f"{path}, line {first}")
+
+
+def _parquet_rows(path: Path, field: TextField) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        there = file.schema_arrow.names
+        columns = field.columns(there) or there
+        number = 0
+        for batch in file.iter_batches(64, columns=columns):
+            if not number and set(columns) != set(there):
+                field.text(dict.fromkeys(there, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
+            for row in batch.to_pylist():
+                number += 1
+                yield Row(row, f"{path}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
+
+
+def _arrow_rows(path: Path, start: bytes) -> Iterator[Row]:
+    """Arrow's file format, as Feather, and its stream format, as datasets keeps its tables."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            if start == _ARROW_FILE:
+                file = pa.ipc.open_file(source)
+                batches: Iterable[Any] = (file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(source)
+            number = 0
+            for batch in batches:
+                for first in range(0, batch.num_rows, 64):
+                    for row in batch.slice(first, 64).to_pylist():
+                        number += 1
+                        yield Row(row, f"{path}, row {number}")
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"this Arrow file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error

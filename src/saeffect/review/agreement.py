@@ -1,0 +1,129 @@
+"""How far raters agree, how often each says yes to a decoy, and on which features they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saeffect.review.verdicts import VERDICTS
+from saeffect.stats import Estimate, cohens_kappa, fleiss_kappa, krippendorff_alpha, percent_agreement, wilson
+
+__all__ = ["agreement", "disagreements", "rater_summary"]
+
+_MOST_PAIRS = 45  # ten raters
+_WHOLE = (("percentage", percent_agreement), ("Fleiss' kappa", fleiss_kappa), ("alpha", krippendorff_alpha))
+
+Feature = tuple[str, int]
+
+
+def agreement(verdicts: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Agreement of the raters on the candidates: yes, no and unsure are three labels.
+
+    Args:
+        verdicts: One row a verdict: arm, feature, rater, verdict; of candidates, without adjudications.
+
+    Returns:
+        First over all raters, then for each pair (for up to ten raters): measure ("percentage", "Fleiss' kappa",
+        "alpha" (Krippendorff's), for pairs "percentage" and "Cohen's kappa"), a, b (raters; "" for all), n_raters,
+        value, low, high (95 %, resampling features), n (features that count), reason where a number is undefined.
+        No rows for fewer than two raters.
+    """
+    table = _by_rater(verdicts)
+    n_raters = table.shape[1]
+    rows = []
+    for name, measure in _WHOLE if n_raters > 1 else ():
+        rows.append(_row(name, "", "", n_raters, measure(table, n_boot=n_boot, seed=seed)))
+    pairs = list(combinations(table.columns, 2))
+    for a, b in pairs if len(pairs) <= _MOST_PAIRS else ():
+        both = table[[a, b]].dropna()
+        if n_raters > 2:  # for two it stands above
+            rows.append(_row("percentage", a, b, 2, percent_agreement(both, n_boot=n_boot, seed=seed)))
+        kappa = cohens_kappa(both[a].tolist(), both[b].tolist(), n_boot=n_boot, seed=seed)
+        rows.append(_row("Cohen's kappa", a, b, 2, kappa))
+    columns = ["measure", "a", "b", "n_raters", "value", "low", "high", "n", "reason"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd.DataFrame:
+    """What each rater said, and how often to a decoy.
+
+    Args:
+        verdicts: As in `agreement`, with decoys and a column kind ("feature" or "shuffled").
+        candidates: Arm and number of the features that the vocabulary picks; other features are decoys.
+
+    Returns:
+        One row a rater, by name: rater; judged (candidates), n_yes, n_no, n_unsure; and for each kind of decoy, `other`
+        and `shuffled`: <kind>_judged, <kind>_yes, <kind>_rate (share of yes) with its 95 % interval (Wilson's)
+        <kind>_low, <kind>_high; NaN without a decoy judged.
+    """
+    chosen = set(candidates)
+    kinds = np.array(
+        [
+            kind if kind == "shuffled" else "candidate" if (arm, feature) in chosen else "other"
+            for kind, arm, feature in zip(verdicts["kind"], verdicts["arm"], verdicts["feature"], strict=True)
+        ],
+        dtype=object,
+    )
+    rows = []
+    for rater in sorted(verdicts["rater"].unique()):
+        own = verdicts["rater"] == rater
+        said = verdicts.loc[own & (kinds == "candidate"), "verdict"]
+        row: dict[str, Any] = {"rater": rater, "judged": len(said)}
+        row |= {f"n_{verdict}": int((said == verdict).sum()) for verdict in VERDICTS}
+        for kind in ("other", "shuffled"):
+            decoys = verdicts.loc[own & (kinds == kind), "verdict"]
+            rate = wilson(int((decoys == "yes").sum()), len(decoys))
+            row |= {f"{kind}_judged": len(decoys), f"{kind}_yes": int((decoys == "yes").sum())}
+            row |= {f"{kind}_rate": rate.value, f"{kind}_low": rate.low, f"{kind}_high": rate.high}
+        rows.append(row)
+    numbers = [f"{kind}_{what}" for kind in ("other", "shuffled") for what in ("judged", "yes", "rate", "low", "high")]
+    return pd.DataFrame(rows, columns=["rater", "judged", *(f"n_{verdict}" for verdict in VERDICTS), *numbers])
+
+
+def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.DataFrame:
+    """Features on which somebody has to decide: some say yes and some no, or all are unsure.
+
+    Args:
+        verdicts: As in `agreement`.
+        adjudications: arm, feature, verdict of the decisions that stand.
+
+    Returns:
+        One row a feature, ties first, then by arm and number: arm, feature, n_yes, n_no, n_unsure, decided (yes, no,
+        unsure, or "" for open).
+    """
+    counts = verdicts.groupby(["arm", "feature"])["verdict"].value_counts().unstack(fill_value=0)
+    counts = counts.reindex(columns=list(VERDICTS), fill_value=0)
+    split = counts[((counts["yes"] > 0) & (counts["no"] > 0)) | ((counts["yes"] == 0) & (counts["no"] == 0))]
+    found = split.rename(columns={verdict: f"n_{verdict}" for verdict in VERDICTS}).reset_index()
+    found.columns.name = None
+    decided = dict(
+        zip(zip(adjudications["arm"], adjudications["feature"], strict=True), adjudications["verdict"], strict=True)
+    )
+    keys = zip(found["arm"], found["feature"], strict=True)
+    found["decided"] = pd.Series([decided.get(key, "") for key in keys], dtype=object)
+    tied = (found["n_yes"] - found["n_no"]).abs()
+    return found.assign(tied=tied).sort_values(["tied", "arm", "feature"]).drop(columns="tied").reset_index(drop=True)
+
+
+def _by_rater(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """One row a feature, one column a rater (by name); None where a rater did not judge it."""
+    table = verdicts.pivot_table(index=["arm", "feature"], columns="rater", values="verdict", aggfunc="last")
+    return table.astype(object).where(table.notna(), None)
+
+
+def _row(measure: str, a: str, b: str, n_raters: int, found: Estimate) -> dict[str, Any]:
+    return {
+        "measure": measure,
+        "a": a,
+        "b": b,
+        "n_raters": n_raters,
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+        "reason": found.reason,
+    }

@@ -1,0 +1,293 @@
+"""Verdicts of many people in one SQLite file beside the run: a history that only grows.
+
+A verdict is acknowledged after it is on the disk (WAL, one transaction each, flushed), so neither a killed server nor a
+full disk takes one back. Rows are never changed or deleted; undoing one adds a row to `undone`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pandas as pd
+
+from saeffect.errors import ConfigError, unknown_name
+from saeffect.review.database import as_saeffect_error, connect
+from saeffect.review.verdicts import VERDICTS
+
+__all__ = ["STORE", "Given", "Rater", "VerdictStore"]
+
+STORE = "verdicts.sqlite"
+_LONGEST = {"name": 60, "label": 120, "note": 2_000}
+_ROWS = """
+SELECT history.id, given, raters.name AS rater, role, kind, arm, feature, seen, verdict, label, note, source,
+  undone.at AS undone
+FROM history JOIN raters ON raters.id = history.rater LEFT JOIN undone ON undone.history = history.id
+ORDER BY history.id
+"""
+_COLUMNS = (
+    *("id", "given", "rater", "role", "kind", "arm", "feature", "seen", "verdict", "label", "note", "source"),
+    "undone",
+)
+
+
+@dataclass(frozen=True)
+class Rater:
+    """A person who judges: `name` as first written, `known` whether somebody of that name was here before."""
+
+    name: str
+    known: bool
+
+
+@dataclass(frozen=True)
+class Given:
+    """A verdict as a person gives it.
+
+    Attributes:
+        kind: "feature", or "shuffled" for a decoy that is no feature (`feature` then numbers the decoys).
+        seen: What identifies the tokens that were judged (`saeffect.review.queue.fingerprint_tokens`), so that a
+            verdict never passes to another feature with the same number.
+        role: "rater", or "adjudicator" for what decides where raters differ.
+        request: The browser's name of this act, so that sending it again adds nothing; "" for none.
+        source: "app", or the file that it was imported from.
+    """
+
+    arm: str
+    feature: int
+    seen: str
+    verdict: str
+    label: str = ""
+    note: str = ""
+    kind: Literal["feature", "shuffled"] = "feature"
+    role: Literal["rater", "adjudicator"] = "rater"
+    request: str = ""
+    source: str = "app"
+
+
+class VerdictStore:
+    """The verdicts of one run. The file is made by the first rater; reading never makes it.
+
+    One object serves all threads of a process; any number of processes may use the same file.
+
+    Errors of all methods: BadFile if the file is damaged or cannot be written (a full disk, a read-only folder), InUse
+    if another process holds it for half a minute. What was acknowledged before stays as it is.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
+        self._scratch: Path | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the next call opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = self._opened = None
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = None
+
+    def join(self, name: str) -> Rater:
+        """The rater of this name, added if new. Names are equal that differ in case, spaces or Unicode form alone.
+
+        ConfigError for a name that is empty, longer than 60 characters, or begins with a bracket.
+        """
+        name = _checked_name(name)
+        with self._writing() as db:
+            return _joined(db, name)[1]
+
+    def raters(self) -> list[str]:
+        """Everybody who has joined, in that order."""
+        return [name for (name,) in self._read("SELECT name FROM raters ORDER BY id")]
+
+    def find(self, name: str) -> str | None:
+        """The name of this rater as first written, or None; adds nobody."""
+        rows = self._read("SELECT name FROM raters WHERE folded = ?", [_folded(name)])
+        return str(rows[0][0]) if rows else None
+
+    def record(self, rater: str, *given: Given) -> list[int]:
+        """Add verdicts, all or none, and return their numbers once they are on the disk.
+
+        Verdicts with a `request` that is already there are not added again.
+        """
+        return self.record_many([(rater, one) for one in given])
+
+    def record_many(self, given: Sequence[tuple[str, Given]]) -> list[int]:
+        """`record` for verdicts of several raters, in one transaction."""
+        rows = [(_checked_name(rater), _checked(one)) for rater, one in given]
+        with self._writing() as db:
+            numbers = {name: _joined(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
+            return [_insert(db, numbers[name], row) for name, row in rows]
+
+    def undo(self, rater: str) -> int | None:
+        """Take back the rater's latest verdict that stands; its number, or None if there is none."""
+        latest = """SELECT max(history.id) FROM history JOIN raters ON raters.id = history.rater
+            WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)"""
+        with self._writing() as db:
+            (number,) = db.execute(latest, [_folded(rater)]).fetchone()
+            if number is not None:
+                db.execute("INSERT INTO undone VALUES (?, ?)", [number, _now()])
+            return None if number is None else int(number)
+
+    def history(self) -> pd.DataFrame:
+        """Everything that was ever said, in order: one row a verdict.
+
+        Columns: id, given (UTC, ISO 8601), rater, role, kind, arm, feature, seen, verdict, label, note, source, and
+        undone (when it was taken back, "" if it stands).
+        """
+        table = pd.DataFrame(self._read(_ROWS), columns=list(_COLUMNS))
+        return table.astype({"id": "int64", "feature": "int64"}).fillna({"undone": ""})
+
+    def current(self) -> pd.DataFrame:
+        """The verdicts that stand, as `history`: the latest of each rater, or of any adjudicator, on what they saw."""
+        table = self.history()
+        table = table[table["undone"] == ""]
+        judge = table["rater"].where(table["role"] == "rater", "")
+        keys = table[["role", "kind", "arm", "feature", "seen"]].assign(judge=judge)
+        return table[~keys.duplicated(keep="last")].reset_index(drop=True)
+
+    def judged(self, rater: str) -> dict[tuple[str, str, int, str], str]:
+        """The verdicts of a rater that stand: (kind, arm, feature, seen) to yes, no or unsure."""
+        query = """SELECT kind, arm, feature, seen, verdict FROM history JOIN raters ON raters.id = history.rater
+            WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)
+            ORDER BY history.id"""
+        return {(row[0], row[1], row[2], row[3]): row[4] for row in self._read(query, [_folded(rater)])}
+
+    def secret(self) -> bytes:
+        """Random bytes of this file: they shuffle each rater's queue and name its items. Empty while there is none."""
+        rows = self._read("SELECT value FROM salt")
+        return bytes.fromhex(rows[0][0]) if rows else b""
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, self._translated():
+            if not self.path.exists():
+                self.close()
+                return []
+            return list(self._open(write=False).execute(query, values))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, on the disk when the block has ended."""
+        with self._lock, self._translated():
+            db = self._open(write=True)
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                raise
+
+    def _open(self, *, write: bool) -> sqlite3.Connection:
+        """The connection; a new one if the file was replaced, or can now be written."""
+        place = _identity(self.path)
+        if self._connection is not None and (place != self._opened or (write and self._scratch is not None)):
+            self.close()
+        if self._connection is None:
+            if not write and not os.access(self.path.parent, os.W_OK):
+                self._connection = self._open_copy()
+            else:
+                self._connection = connect(self.path)
+            self._opened = _identity(self.path)
+        return self._connection
+
+    def _open_copy(self) -> sqlite3.Connection:
+        """A copy in a scratch folder: SQLite cannot read a WAL file in a folder that it cannot write to."""
+        self._scratch = Path(tempfile.mkdtemp(prefix="saeffect-verdicts-"))
+        for end in ("", "-wal"):
+            file = self.path.with_name(self.path.name + end)
+            if file.exists():
+                shutil.copyfile(file, self._scratch / file.name)
+        return connect(self._scratch / self.path.name)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            # A connection whose write failed may hold half of a transaction in memory: the next call begins afresh.
+            with contextlib.suppress(sqlite3.Error):
+                self.close()
+            raise as_saeffect_error(error, self.path) from error
+
+
+def _joined(db: sqlite3.Connection, name: str) -> tuple[int, Rater]:
+    found = db.execute("SELECT id, name FROM raters WHERE folded = ?", [_folded(name)]).fetchone()
+    if found is not None:
+        return int(found[0]), Rater(str(found[1]), known=True)
+    added = db.execute("INSERT INTO raters (name, folded, joined) VALUES (?, ?, ?)", [name, _folded(name), _now()])
+    return int(added.lastrowid or 0), Rater(name, known=False)
+
+
+def _insert(db: sqlite3.Connection, rater: int, given: Given) -> int:
+    if given.request:
+        known = db.execute("SELECT id FROM history WHERE request = ?", [given.request]).fetchone()
+        if known is not None:
+            return int(known[0])
+    row = [_now(), rater, given.role, given.kind, given.arm, given.feature, given.seen, given.verdict]
+    row += [given.label, given.note, given.source, given.request or None]
+    added = db.execute(
+        "INSERT INTO history (given, rater, role, kind, arm, feature, seen, verdict, label, note, source, request)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        row,
+    )
+    return int(added.lastrowid or 0)
+
+
+def _checked_name(name: str) -> str:
+    name = _clean(name, "name")
+    if not name or name.startswith(("(", "'")):
+        raise ConfigError("a rater's name begins with a letter or digit.", at="name", fix="write a name.")
+    return name
+
+
+def _checked(given: Given) -> Given:
+    if given.verdict not in VERDICTS:
+        raise unknown_name("verdict", given.verdict, VERDICTS)
+    return replace(given, label=_clean(given.label, "label"), note=_clean(given.note, "note"))
+
+
+def _clean(text: str, what: str) -> str:
+    """Text without control and surrogate characters, and no longer than it may be; ConfigError if longer."""
+    keep = "\n" if what == "note" else ""
+    text = "".join(c if c in keep or unicodedata.category(c) not in ("Cc", "Cs") else " " for c in text)
+    text = text.strip() if what == "note" else " ".join(text.split())
+    if len(text) > _LONGEST[what]:
+        raise ConfigError(f"a {what} has at most {_LONGEST[what]:,} characters. Got {len(text):,}.", at=what)
+    return text
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,67 @@
+"""The app: its areas, and what surrounds them all."""
+
+from __future__ import annotations
+
+import contextlib
+import mimetypes
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fastapi import APIRouter, FastAPI, Response
+from starlette.exceptions import HTTPException
+
+from saeffect.web.overview import router as overview
+from saeffect.web.pages import static_files
+from saeffect.web.play.export import router as exports
+from saeffect.web.play.routes import router as play
+from saeffect.web.problems import add_error_pages
+from saeffect.web.security import Guard
+from saeffect.web.settings import Settings
+from saeffect.web.site import Site
+
+__all__ = ["AREAS", "Area", "create_app"]
+
+
+class Area(NamedTuple):
+    """A part of the app: its name in the navigation, where it begins, and its routes."""
+
+    title: str
+    path: str
+    router: APIRouter
+
+
+# In the order of the navigation. A new area is an import above and a line here.
+AREAS = (
+    Area("Overview", "/", overview),
+    Area("Playground", "/play", play),
+)  # fmt: skip
+
+
+def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
+    """The app over a run directory, which may be empty or in the making; `app.state.site` is the directory's `Site`."""
+    settings = settings or Settings()
+    site = Site(run, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        site.close()
+
+    app = FastAPI(title="saeffect", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.site, app.state.areas = site, [(area.title, area.path) for area in AREAS]
+    add_error_pages(app)
+    for area in AREAS:
+        app.include_router(area.router)
+    app.include_router(exports)
+    app.add_api_route("/static/{name}", _static, methods=["GET"])
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+def _static(name: str) -> Response:
+    found = static_files().get(name)
+    if found is None:
+        raise HTTPException(404)
+    kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return Response(found, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})

@@ -1,0 +1,7 @@
+"""The first page: the answer, tables and figures of the report, and how far the study is."""
+
+from __future__ import annotations
+
+from saeffect.web.overview.routes import router
+
+__all__ = ["router"]

@@ -1,0 +1,74 @@
+"""Pages: templates that escape every string, with the report's pieces and one style for both."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import HTMLResponse
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+from saeffect.lm.tokens import printable_text
+from saeffect.report.html import Numbering, page_style, page_tokens
+
+__all__ = ["environment", "page", "static_files"]
+
+_THEMES = ("light", "dark")
+
+
+@cache
+def static_files() -> dict[str, bytes]:
+    """By name, what `/static/` serves: the files of this package's `static` folder, and the report's style."""
+    folder = resources.files("saeffect.web").joinpath("static")
+    own = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
+    return own | {"tokens.css": page_tokens().encode(), "report.css": page_style(tokens=False).encode()}
+
+
+@cache
+def environment() -> Environment:
+    """The templates of the app and the report. Every string is escaped, characters that act on a page are shown.
+
+    A page that shows the report's tables passes `numbers` and `placed` as `saeffect.report.html.page_environment`
+    does; without them these are empty.
+    """
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")]),
+        autoescape=True,
+        finalize=lambda value: type(value)(printable_text(value)) if isinstance(value, str) else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters["refer"] = Numbering({}).refer
+    made.globals["static"] = _static_url
+    made.policies["json.dumps_kwargs"] = {"sort_keys": True}
+    return made
+
+
+def page(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page from a template that extends `base.html.j2`, which needs a `title`.
+
+    Beside `values` a template sees `areas` (title and path of each, for the navigation), `here` (the path), `study`
+    (its name, or that of the directory) and `theme` ("light", "dark", or "" for the system's).
+    """
+    app = request.app.state
+    theme = request.cookies.get("theme", "")
+    known = {
+        "areas": app.areas,
+        "here": request.url.path,
+        "study": app.site.folder.name,
+        "theme": theme if theme in _THEMES else "",
+        "rater": getattr(request.state, "rater", None),
+        "numbers": {},
+        "placed": {"tables": set[str](), "figures": set[str]()},
+    }
+    return HTMLResponse(environment().get_template(template).render(known | values), status_code=status)
+
+
+@cache
+def _static_url(name: str) -> str:
+    """The URL of a static file, which changes with its content, so that browsers may keep it."""
+    return f"/static/{name}?v={hashlib.sha256(static_files()[name]).hexdigest()[:12]}"

@@ -1,0 +1,97 @@
+"""What a user of the playground asks for: one object for the form, the URL and the file of a kept result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+from urllib.parse import urlencode
+
+from pydantic import Field, field_validator, model_validator
+
+from saeffect.config_keys import StrictModel
+from saeffect.steering.plan import SteeringPlan
+
+__all__ = ["MOST_FEATURES", "MOST_TOKENS", "Ask"]
+
+MOST_FEATURES, MOST_TOKENS, _LONGEST = 12, 200, 8_000
+
+
+class Ask(StrictModel):
+    """A prompt, features of one arm's SAE (none: only unsteered texts), and how to push and to sample.
+
+    Equal asks give equal texts: those of `saeffect.steering.run_trials` with `plan` on a table with these features.
+    """
+
+    prompt: str = Field(min_length=1, max_length=_LONGEST)
+    chat: bool = False
+    arm: str = ""
+    features: tuple[int, ...] = Field((), max_length=MOST_FEATURES)
+    operator: Literal["add", "clamp", "ablate"] = "add"
+    dose: float = Field(0.4, ge=-100, le=100)
+    positions: Literal["all", "generated", "prompt"] = "all"
+    placebo: Literal["", "matched", "random"] = ""
+    temperature: float = Field(1.0, ge=0, le=10)
+    top_p: float = Field(0.3, gt=0, le=1)
+    frequency_penalty: float = Field(1.0, ge=-10, le=10)
+    max_new_tokens: int = Field(50, ge=1, le=MOST_TOKENS)
+    seed: int = Field(0, ge=0, lt=2**53)
+    ends: bool = True
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Features of a URL are separated by commas."""
+        if isinstance(value, str):
+            value = [part for part in value.replace(" ", "").split(",") if part]
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if len(set(self.features)) < len(self.features):
+            raise ValueError("a feature is there twice")
+        if self.features and not self.arm:
+            raise ValueError("features need the arm whose SAE they are of")
+        if any(feature < 0 for feature in self.features):
+            raise ValueError("features are numbered from 0")
+        if self.operator == "clamp" and self.dose < 0:
+            raise ValueError("a feature cannot be clamped below 0")
+        return self
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str] | Sequence[tuple[str, str]], defaults: Mapping[str, Any]) -> Self:
+        """The ask of a URL's query, which may leave out what has a default; `feature` may stand for `features`.
+
+        Errors as `StrictModel.read`; a missing prompt is taken from the defaults.
+        """
+        pairs = list(query.items()) if isinstance(query, Mapping) else list(query)
+        given: dict[str, Any] = {key: value for key, value in pairs if key not in ("feature", "features")}
+        features = [value for key, value in pairs if key in ("feature", "features")]
+        if features:
+            given["features"] = ",".join(features)
+        elif "arm" not in given:
+            given["features"] = defaults.get("features", ())
+        return cls.read({**defaults, **given}, at="the address")
+
+    def query(self) -> str:
+        """The query of the URL that asks for this."""
+        values = self.model_dump()
+        values["features"] = ",".join(map(str, self.features))
+        values |= {key: int(values[key]) for key in ("chat", "ends")}
+        return urlencode({key: value for key, value in values.items() if value != ""})
+
+    def plan(self, text: str) -> SteeringPlan:
+        """The plan of this ask for the prompt as the model reads it (a chat turn has marks around it)."""
+        return SteeringPlan(
+            prompts=(text,),
+            doses=(1.0 if self.operator == "ablate" else self.dose,),
+            operator=self.operator,
+            positions=self.positions,
+            placebos=(self.placebo,) if self.placebo else (),
+            samples=1,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            frequency_penalty=self.frequency_penalty,
+            allow_end=self.ends,
+            seed=self.seed,
+        )

@@ -1,0 +1,210 @@
+"""Both models of a run, steered with features of one arm: the texts of the study's own steering, token by token."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.errors import ConfigError
+from saeffect.lm.language_model import LanguageModel
+from saeffect.progress import Log
+from saeffect.sae.base import SparseAutoencoder
+from saeffect.sae.formats import load_sae
+from saeffect.steering import NoiseCell, Site, SteeringPlan, features_together, stream
+from saeffect.steering.actions import actions_of
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.steering_plan import matched_lists_of, matched_placebos, site_of
+from saeffect.study.study import Arm
+from saeffect.web.play.ask import Ask
+from saeffect.web.play.side import Side
+from saeffect.web.play.worker import Event, described
+
+__all__ = ["Engine", "features_to_steer"]
+
+
+class Engine:
+    """Loads models and SAEs on first use and keeps them; used by the worker's thread alone, but for `state`.
+
+    `run_of` gives the run directory, anew for each request, so that a run may be written meanwhile.
+    """
+
+    def __init__(self, run_of: Callable[[], RunFolder]) -> None:
+        self._run_of = run_of
+        self._run: RunFolder | None = None
+        self._lms: dict[str, LanguageModel] = {}
+        self._saes: dict[str, SparseAutoencoder] = {}
+        self._lock = threading.Lock()
+        self._state: dict[str, Any] = {"state": "cold"}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """`state`: cold, loading, ready or failed (then what, at, fix); `seconds` that loading took."""
+        with self._lock:
+            return dict(self._state)
+
+    def warm(self) -> Iterator[Event]:
+        """Load everything that a first answer needs, and let each model read a few tokens."""
+        started = time.monotonic()
+        self._set(state="loading")
+        try:
+            run = self._fresh()
+            for name in _sides_of(run):
+                yield {"type": "working", "what": f"loading {run.study.arm(name).model.path}"}
+                lm = self._lm(run, name)
+                if run.study.has_saes:
+                    self._sae(run, name)
+                lm.plain_tokens()
+                lm.token_strings()
+                plan = Ask(prompt="A", max_new_tokens=1).plan("A")
+                list(stream(lm, "", lm.encode_prompt("Once upon a"), [NoiseCell(0, "A", 0)], plan))
+        except Exception as error:
+            self._set(state="failed", **described(error))
+            raise
+        seconds = round(time.monotonic() - started, 2)
+        self._set(state="ready", seconds=seconds)
+        yield {"type": "done", "seconds": seconds}
+
+    def answer(self, ask: Ask) -> Iterator[Event]:
+        """The events of a request; the last one, "done", holds the whole result.
+
+        Errors as `actions_of`; ConfigError for a prompt too long or a chat turn without a template, Undefined for
+        features that cannot be steered.
+        """
+        started = time.monotonic()
+        if self.state["state"] != "ready":
+            yield from (event for event in self.warm() if event["type"] != "done")
+        run = self._fresh()
+        sides = self._sides(run, ask)
+        yield {"type": "start", "sides": [side.described() for side in sides], **_scale(run, ask)}
+        for side in sides:
+            yield {"type": "tokens", "side": side.name, **side.step()}
+        for side in sides:
+            yield {"type": "prompt", "side": side.name, "tokens": side.read_prompt()}
+        going = list(sides)
+        while going:
+            for side in list(going):
+                found = side.step()
+                if found is None:
+                    going.remove(side)
+                else:
+                    yield {"type": "tokens", "side": side.name, **found}
+        yield {
+            "type": "done",
+            "seconds": round(time.monotonic() - started, 2),
+            "result": {
+                "ask": ask.model_dump(mode="json"),
+                "sides": [side.result() for side in sides],
+                **_scale(run, ask),
+            },
+        }
+
+    def _fresh(self) -> RunFolder:
+        run = self._run_of()
+        if self._run is None or run.study is not self._run.study:
+            self._lms, self._saes, self._run = {}, {}, _ReadOnce(run.folder, run.study)
+        return self._run
+
+    def _lm(self, run: RunFolder, arm: str) -> LanguageModel:
+        if arm not in self._lms:
+            model = run.study.arm(arm).model
+            same = next((lm for name, lm in self._lms.items() if run.study.arm(name).model == model), None)
+            self._lms[arm] = same or run.study.open_model(arm, Log())
+        return self._lms[arm]
+
+    def _sae(self, run: RunFolder, arm: str) -> SparseAutoencoder:
+        if arm not in self._saes:
+            self._saes[arm] = load_sae(run.study.sae_folder(arm), at=run.study.at("arms", arm, "sae"))
+        return self._saes[arm]
+
+    def _sides(self, run: RunFolder, ask: Ask) -> list[Side]:
+        features = features_to_steer(run, ask)
+        sides = []
+        for name in _sides_of(run):
+            lm = self._lm(run, name)
+            text = _chat_turn(lm, ask.prompt) if ask.chat else ask.prompt
+            plan = ask.plan(text)
+            _require_room(lm, text, plan)
+            site = self._site(run, ask.arm, lm) if ask.features else None
+            actions = actions_of(site, features, plan, ["top_tokens"]) if site and features is not None else None
+            sides.append(Side(name, run.study.arm(name).role, lm, site, text, plan, actions, ask.features))
+        return sides
+
+    def _site(self, run: RunFolder, arm: str, lm: LanguageModel) -> Site:
+        """The arm's own site on any model: the same push in both, in units of the mean norm of the arm's model."""
+        config = run.study.arm(arm)
+        return site_of(run, Arm(arm, config.role, lm, self._sae(run, arm), run.study.hook(arm)))
+
+    def _set(self, **state: Any) -> None:
+        with self._lock:
+            self._state = state
+
+
+class _ReadOnce(RunFolder):
+    """A run directory whose tables are read again only when their files change."""
+
+    def read_table(self, path: Path) -> pd.DataFrame:
+        """As `RunFolder.read_table`; do not change what it returns."""
+        found = path.stat() if path.is_file() else None
+        stamp = None if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
+        kept: dict[Path, tuple[Any, pd.DataFrame]] = self.__dict__.setdefault("_tables", {})
+        if stamp is None or path not in kept or kept[path][0] != stamp:
+            kept[path] = (stamp, super().read_table(path))
+        return kept[path][1]
+
+
+def _sides_of(run: RunFolder) -> list[str]:
+    """The arms whose models answer: control, then treatment."""
+    return [run.study.by_role("control")[0], run.study.by_role("treatment")[0]]
+
+
+def features_to_steer(run: RunFolder, ask: Ask) -> pd.DataFrame | None:
+    """The feature table of a request, as `run_trials` takes it: a feature, or a set of them; None without features.
+
+    ConfigError for a number that the arm does not have.
+    """
+    if not ask.features:
+        return None
+    run.study.arm(ask.arm)
+    features = run.read_table(run.arm(ask.arm, "features.parquet"))
+    unknown = sorted(set(ask.features) - set(features["feature"]))
+    if unknown:
+        raise ConfigError(
+            f"arm {ask.arm} has no feature {unknown[0]}; they run to {features['feature'].max()}.", at="features"
+        )
+    chosen = list(ask.features)
+    placebos = matched_lists_of(matched_placebos(run, ask.arm, chosen)) if ask.placebo == "matched" else {}
+    if len(chosen) > 1:
+        return features_together(features, [chosen], placebos)
+    row = features[features["feature"] == chosen[0]].reset_index(drop=True)
+    return row.assign(matched=[placebos.get(chosen[0], [])])
+
+
+def _scale(run: RunFolder, ask: Ask) -> dict[str, Any]:
+    """The largest activation of each feature on the study's text: what a full tint means. 1 for silent ones."""
+    if not ask.features:
+        return {"scale": []}
+    table = run.read_table(run.arm(ask.arm, "features.parquet")).set_index("feature")["max_activation"]
+    return {"scale": [round(float(table[f]), 4) if table[f] > 0 else 1.0 for f in ask.features]}
+
+
+def _chat_turn(lm: LanguageModel, prompt: str) -> str:
+    """The prompt as a user's turn, up to where the model answers."""
+    if not getattr(lm.tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"the tokenizer of {lm.name} has no chat template.", at="chat", fix="give the prompt as plain text."
+        )
+    turns = [{"role": "user", "content": prompt}]
+    return str(lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _require_room(lm: LanguageModel, text: str, plan: SteeringPlan) -> None:
+    n, most = len(lm.encode_prompt(text)) + plan.max_new_tokens, lm.n_positions
+    if most is not None and n > most:
+        raise ConfigError(
+            f"prompt and answer would have {n:,} tokens; {lm.name} reads {most:,}.", at="prompt", fix="shorten it."
+        )

@@ -1,0 +1,256 @@
+"""The playground's pages and its JSON: `/play`, kept results, and the stream of a run, a line of JSON an event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import HTMLResponse, StreamingResponse
+
+from saeffect.errors import NotFound, SaeffectError
+from saeffect.study.export import FORMATS
+from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.web.pages import page
+from saeffect.web.play.ask import MOST_FEATURES, MOST_TOKENS, Ask
+from saeffect.web.play.engine import Engine
+from saeffect.web.play.kept import Result, Text, forget, keep, kept_list, read_kept
+from saeffect.web.play.pick import described_features, find_features
+from saeffect.web.play.worker import Event, Job, Worker, described
+from saeffect.web.site import Site
+
+__all__ = ["router"]
+
+router = APIRouter()
+_RECENT = 64  # finished results that can still be kept
+_MOST_COMPARED = 4
+_STEPS = 5  # classes .a1 to .a5 of a tint
+
+
+@dataclass
+class _Playground:
+    """What the routes share: the engine, its thread, and results that may be kept."""
+
+    engine: Engine
+    worker: Worker = field(default_factory=Worker)
+    recent: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
+    warming: Job | None = None
+
+    def warm(self) -> None:
+        """Load the models, unless that is done or going on."""
+        if self.engine.state["state"] in ("cold", "failed") and (self.warming is None or self.warming.over.is_set()):
+            with contextlib.suppress(SaeffectError):
+                self.warming = self.worker.submit("", self.engine.warm(), lambda event: None)
+
+    def remember(self, event: Event) -> None:
+        if event["type"] == "done" and "result" in event:
+            self.recent[event["job"]] = event["result"]
+            while len(self.recent) > _RECENT:
+                self.recent.popitem(last=False)
+
+
+def _playground(request: Request) -> _Playground:
+    state = request.app.state
+    if not hasattr(state, "playground"):
+        site: Site = state.site
+        state.playground = _Playground(Engine(lambda: site.run))
+        site.on_close(state.playground.worker.close)
+    found: _Playground = state.playground
+    return found
+
+
+@router.get("/play")
+def _play(request: Request) -> HTMLResponse:
+    """The page; its address says what is asked, as far as it says anything."""
+    site: Site = request.app.state.site
+    wrong, arms = None, ()
+    ask = Ask(prompt=_PROMPT)
+    with contextlib.suppress(SaeffectError):
+        arms = site.arms
+    if arms:
+        defaults = _defaults(site)
+        try:
+            ask = Ask.from_query(request.query_params.multi_items(), defaults)
+            if ask.features:
+                described_features(site, ask.arm, ask.features)
+        except SaeffectError as error:
+            wrong = described(error)
+            ask = Ask.read(defaults, at="the study")
+        if not site.study.has_saes:
+            wrong = {"what": "This study has no SAEs: both models answer, without features.", "at": "", "fix": ""}
+        _playground(request).warm()
+    return page(
+        request,
+        "play.html.j2",
+        title="Playground",
+        ask=ask,
+        asked="prompt" in request.query_params,
+        arms=arms,
+        roles={name: site.study.arm(name).role for name in arms},
+        chosen=described_features(site, ask.arm, ask.features) if ask.features else [],
+        wrong=wrong,
+        unit=_unit(site) if arms else "",
+        limits={"features": MOST_FEATURES, "tokens": MOST_TOKENS},
+        kept=[(name, _short(result)) for name, result in kept_list(site)],
+        formats=list(FORMATS.values()),
+    )
+
+
+@router.get("/play/kept")
+def _kept(request: Request) -> HTMLResponse:
+    """Kept results beside each other, named in the address: `?id=…&id=…`."""
+    site: Site = request.app.state.site
+    names = list(dict.fromkeys(request.query_params.getlist("id")))[:_MOST_COMPARED]
+    if not names:
+        raise NotFound("no kept result is named.", fix="choose results on the playground's page.")
+    found = [(name, read_kept(site, name)) for name in names]
+    return page(
+        request,
+        "play_kept.html.j2",
+        title="Kept results" if len(found) > 1 else "A kept result",
+        results=[(name, result, _short(result)) for name, result in found],
+        shown=_shown,
+    )
+
+
+@router.get("/api/play/state")
+def _state(request: Request) -> Mapping[str, Any]:
+    """Whether the models are loaded, and why not."""
+    return _playground(request).engine.state
+
+
+@router.post("/api/play/warm")
+def _warm(request: Request) -> Mapping[str, Any]:
+    """Try again to load the models."""
+    playground = _playground(request)
+    playground.warm()
+    return playground.engine.state
+
+
+@router.get("/api/play/features")
+def _features(request: Request, arm: str, q: str = "") -> list[dict[str, Any]]:
+    """Features of an arm that fit some words or a number, the best first."""
+    return find_features(request.app.state.site, arm, q)
+
+
+@router.post("/api/play/run")
+async def _run(request: Request, asked: dict[str, Any] = Body()) -> StreamingResponse:  # noqa: B008
+    """Answer: a line of JSON an event. Closing the connection stops it."""
+    playground = _playground(request)
+    client = str(asked.pop("client", ""))[:64] or (request.client.host if request.client else "")
+    ask = Ask.read(asked, at="the request")
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(event: Event) -> None:
+        playground.remember(event)
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    job = playground.worker.submit(client, playground.engine.answer(ask), put)
+
+    async def lines() -> AsyncIterator[bytes]:
+        try:
+            yield _line({"type": "job", "job": job.id, "query": ask.query()})
+            while True:
+                event = await events.get()
+                yield _line(event)
+                if event["type"] in ("done", "stopped", "error"):
+                    return
+        finally:
+            job.stop()
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson", headers={"X-Accel-Buffering": "no"})
+
+
+@router.post("/api/play/stop")
+def _stop(request: Request, asked: dict[str, str] = Body()) -> Mapping[str, Any]:  # noqa: B008
+    """Stop a request by its number, wherever it stands."""
+    job = _playground(request).worker.find(asked.get("job", ""))
+    if job is not None:
+        job.stop()
+    return {"stopped": job is not None}
+
+
+@router.post("/api/play/keep")
+def _keep_result(request: Request, asked: dict[str, str] = Body()) -> Mapping[str, str]:  # noqa: B008
+    """Keep a finished result under an address of its own."""
+    result = _playground(request).recent.get(asked.get("job", ""))
+    if result is None:
+        raise NotFound("that result is no longer here.", fix="run it again, then keep it: the texts will be the same.")
+    name = keep(request.app.state.site, result)
+    return {"id": name, "url": f"/play/kept?id={name}", "title": _short(read_kept(request.app.state.site, name))}
+
+
+@router.post("/api/play/forget")
+def _forget_result(request: Request, asked: dict[str, str] = Body()) -> Mapping[str, bool]:  # noqa: B008
+    """Delete a kept result."""
+    forget(request.app.state.site, asked.get("id", ""))
+    return {"deleted": True}
+
+
+_PROMPT = "What topic is on your mind?"
+
+
+def _defaults(site: Site) -> dict[str, Any]:
+    """What the study's own steering used."""
+    steering = site.study.config.steering
+    roles = site.study.by_role("treatment")
+    found: dict[str, Any] = {"prompt": _PROMPT, "arm": roles[0] if roles else ""}
+    if steering is None:
+        return found
+    if steering.unit == "residual_norm":
+        dose = None
+        with contextlib.suppress(SaeffectError):
+            dose = chosen_dose(site.run)[0]
+        found |= {"operator": steering.operator, "dose": dose or steering.doses[0]}
+    return found | {
+        "prompt": steering.prompts[0],
+        "temperature": steering.temperature,
+        "top_p": steering.top_p,
+        "frequency_penalty": steering.frequency_penalty,
+        "max_new_tokens": min(MOST_TOKENS, max(40, steering.max_new_tokens)),
+        "seed": site.study.config.seed,
+    }
+
+
+def _unit(site: Site) -> str:
+    return f"mean norms of the residual at {site.study.hook(site.arms[0])}" if site.study.has_saes else ""
+
+
+def _short(result: Result) -> str:
+    """A result in a line: features, push, what else tells it apart, prompt."""
+    ask = result.ask
+    parts = ["unsteered"]
+    if ask.features:
+        pushed = "ablated" if ask.operator == "ablate" else f"{ask.operator} {ask.dose:g}"
+        parts = [f"{ask.arm} {', '.join(map(str, ask.features))}", pushed]
+    parts += [f"{ask.placebo} placebo"] if ask.placebo else []
+    parts += [f"seed {ask.seed}", *(["chat"] if ask.chat else [])]
+    prompt = ask.prompt if len(ask.prompt) <= 60 else ask.prompt[:59] + "…"
+    return f"{', '.join(parts)}: {prompt}"
+
+
+def _shown(row: Text, result: Result) -> list[tuple[str, str, str]]:
+    """A text's pieces for the page: the piece, its class ("" for none), and the activations behind its tint.
+
+    The tint is the strongest feature's activation as a share of its maximum. Line feeds before a first word are shown.
+    """
+    found, begun = [], False
+    for piece, acts in row.tokens:
+        begun = begun or bool(piece.strip())
+        share = max((a / s for a, s in zip(acts, result.scale, strict=False)), default=0.0)
+        told = ", ".join(f"{f}: {a:.3g}" for f, a in zip(result.ask.features, acts, strict=False) if a > 0)
+        if not begun and "\n" in piece:
+            found.append((piece.replace("\n", "↵"), "feed", ""))
+        else:
+            found.append((piece, f"a{min(_STEPS, 1 + int(share * _STEPS))}" if share > 0 else "", told))
+    return found
+
+
+def _line(event: Event) -> bytes:
+    return (json.dumps(event, ensure_ascii=False, separators=(",", ":")) + "\n").encode()

@@ -1,0 +1,160 @@
+"""What all pages read from: one run directory, read lazily and again when its files change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from saeffect.errors import BadFile, NotFound, SaeffectError
+from saeffect.io import read_json
+from saeffect.web.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from saeffect.study.run_folder import RunFolder
+    from saeffect.study.study import Study
+
+__all__ = ["Site"]
+
+_Value = TypeVar("_Value")
+_Stamp = tuple[int, int, int] | None
+
+
+class Site:
+    """A run directory as the pages see it. Safe to use from several threads; writes nothing.
+
+    Attributes:
+        folder: The run directory, absolute.
+        settings: How the app is served.
+    """
+
+    def __init__(self, folder: Path, settings: Settings | None = None) -> None:
+        self.folder, self.settings = folder.absolute(), settings or Settings()
+        self._kept: dict[str, tuple[tuple[_Stamp, ...], Any]] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        self._closing: list[Callable[[], None]] = []
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run directory, which need not exist; NotFound if the parts lead out of it, also by a link.
+
+        Example:
+            >>> Site(Path("run")).path("arms", "control", "features.parquet").name
+            'features.parquet'
+            >>> Site(Path("run")).path("..", "secret")
+            Traceback (most recent call last):
+            saeffect.errors.NotFound: NotFound: there is no such file in the run directory.
+        """
+        place = self.folder.joinpath(*parts)
+        try:
+            inside = place.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, ValueError, RuntimeError):  # a name that cannot be one, or a link to itself
+            inside = False
+        if not inside or ".." in place.relative_to(self.folder.anchor).parts:
+            raise NotFound("there is no such file in the run directory.")
+        return place
+
+    def has(self, *parts: str) -> bool:
+        """Whether there is such a file in the run directory."""
+        return self.path(*parts).is_file()
+
+    def cached(self, name: str, files: Sequence[Path], make: Callable[[], _Value]) -> _Value:
+        """What `make` returns, kept until one of the files changes, appears or vanishes.
+
+        `name` tells values apart; several threads that ask for the same one wait for the first. An error is not kept.
+        """
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            stamps = tuple(_stamp(file) for file in files)
+            kept = self._kept.get(name)
+            if kept is None or kept[0] != stamps:
+                kept = self._kept[name] = (stamps, make())
+            value: _Value = kept[1]
+            return value
+
+    @property
+    def study(self) -> Study:
+        """The study as the run wrote it down; NotFound if no stage has finished, other SaeffectErrors if it is damaged.
+
+        Nothing of a model is loaded.
+        """
+        from saeffect.study.study import Study
+
+        file = self.path("study.yaml")
+        if not file.is_file():
+            raise NotFound(
+                "no stage of a study has finished in this directory.",
+                at=str(self.folder),
+                fix="run saeffect run STUDY with this directory as --out; this page follows it.",
+            )
+        return self.cached("study.yaml", [file], lambda: Study.open(file))
+
+    @property
+    def run(self) -> RunFolder:
+        """The run directory as stages see it; errors as `study`."""
+        from saeffect.study.run_folder import RunFolder
+
+        study = self.study  # outside of `cached`: a study that changes makes another folder
+        files = [self.path("study.yaml"), self.path("manifest.json")]
+        return self.cached("run", files, lambda: RunFolder(self.folder, study))
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """Finished stages by key ("steer control"), each with seconds and outputs; empty without a usable manifest."""
+        file = self.path("manifest.json")
+
+        def read() -> Mapping[str, Mapping[str, Any]]:
+            try:
+                found = read_json(file)
+            except SaeffectError:
+                return {}
+            stages = found.get("stages") if isinstance(found, dict) else None
+            return {key: note for key, note in stages.items() if isinstance(note, dict)} if stages else {}
+
+        return self.cached("manifest.json", [file], read)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Names of the arms, in the order of the study file; errors as `study`."""
+        return tuple(self.study.config.arms)
+
+    def table(self, *parts: str) -> pd.DataFrame:
+        """A table of the run, kept until the file changes: do not change it. NotFound, or BadFile if it is broken.
+
+        Example: `site.table("arms", "control", "features.parquet")`.
+        """
+        import pandas as pd
+
+        file = self.path(*parts)
+        if not file.is_file():
+            raise NotFound(f"there is no {'/'.join(parts)} yet.", at=str(self.folder), fix="let the run go on.")
+
+        def read() -> pd.DataFrame:
+            try:
+                return pd.read_parquet(file)
+            except Exception as error:  # pyarrow raises many kinds
+                fix = "delete it and run the study again."
+                raise BadFile(f"this table cannot be read: {error}.", at=str(file), fix=fix) from error
+
+        return self.cached("/".join(parts), [file], read)
+
+    def on_close(self, action: Callable[[], None]) -> None:
+        """Call an action when the server stops, such as ending a worker."""
+        self._closing.append(action)
+
+    def close(self) -> None:
+        """Run what `on_close` was given, the latest first."""
+        while self._closing:
+            self._closing.pop()()
+
+
+def _stamp(file: Path) -> _Stamp:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

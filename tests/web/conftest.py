@@ -1,0 +1,138 @@
+"""A tiny finished run, a client without a server, a server for browsers, and the browser."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_study import make_study
+
+
+@pytest.fixture(scope="session")
+def site_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a tiny finished study, without figures. Copy it before changing anything."""
+    from dataclasses import replace
+
+    from saeffect.errors import Undefined
+    from saeffect.report import figures
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+
+    def undrawn(*_: Any) -> None:
+        raise Undefined("not drawn in this test.")
+
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
+        run_study(Study.open(make_study(folder)), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run_copy(site_run: Path, tmp_path: Path) -> Path:
+    """A copy of `site_run` that a test may change."""
+    return Path(shutil.copytree(site_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def client_of() -> Callable[..., Any]:
+    """`client_of(run)`: a client of the app over a run directory, whose posts come from the app's own pages."""
+    from fastapi.testclient import TestClient
+
+    from saeffect.web.app import create_app
+    from saeffect.web.settings import Settings
+
+    def make(run: Path, settings: Settings | None = None, **headers: str) -> TestClient:
+        base = "http://127.0.0.1:8321"
+        return TestClient(
+            create_app(run, settings),
+            base_url=base,
+            headers={"Origin": base} | headers,
+            raise_server_exceptions=False,
+        )
+
+    return make
+
+
+@contextlib.contextmanager
+def serving(run: Path, settings: Any = None) -> Iterator[str]:
+    """The app over a run directory, served on a free port for the block; gives its address without a last slash."""
+    import uvicorn
+
+    from saeffect.web.app import create_app
+
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(run, settings), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server has not started"
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def served(site_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server over a copy of `site_run` for the whole session; its address, such as http://127.0.0.1:40123."""
+    copy = shutil.copytree(site_run, tmp_path_factory.mktemp("served") / "run")
+    with serving(Path(copy)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def serve_run() -> Callable[..., Any]:
+    """`with serve_run(folder) as url:` serves any run directory for the block."""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A running Chromium; skips where there is none."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """`tab(width=1440, **options)`: an empty tab; `tab.messages` holds errors, console lines, and foreign requests."""
+    contexts = []
+
+    def open_tab(width: int = 1440, **options: Any) -> Any:
+        context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        made = context.new_page()
+        made.set_default_timeout(60_000)
+        made.messages = []
+        made.on("console", lambda message: made.messages.append(message.text))
+        made.on("pageerror", lambda error: made.messages.append(str(error)))
+        made.on(
+            "request",
+            lambda request: (
+                None if request.url.startswith(("http://127.0.0.1:", "data:")) else made.messages.append(request.url)
+            ),
+        )
+        return made
+
+    yield open_tab
+    for context in contexts:
+        context.close()
