@@ -29,8 +29,13 @@ def test_prompts_as_chats() -> None:
     user, system = {"role": "user", "content": "a"}, {"role": "system", "content": "s"}
     plain = SteeringConfig.read({"prompts": ["a", [user]]}, at="")
     assert plain.prompts == ("a", (Message(role="user", content="a"),)) and plain.has_chats
-    chats = SteeringConfig.read({"prompts": ["a", [system, user | {"content": "b"}]], "format": "chat", "system": "t"}, at="")
-    assert [[m.content for m in prompt] for prompt in chats.prompts if not isinstance(prompt, str)] == [["t", "a"], ["s", "b"]]
+    chats = SteeringConfig.read(
+        {"prompts": ["a", [system, user | {"content": "b"}]], "format": "chat", "system": "t"}, at=""
+    )
+    assert [[m.content for m in prompt] for prompt in chats.prompts if not isinstance(prompt, str)] == [
+        ["t", "a"],
+        ["s", "b"],
+    ]
     halves = SteeringConfig.read({"prompts": ["a", "b"], "doses": [1, 2], "format": "chat"}, at="")
     assert [prompt_name(p) for p in halves.search_prompts] == [prompt_name(as_chat("a", None, at=""))]
     assert not SteeringConfig.read({}, at="").has_chats

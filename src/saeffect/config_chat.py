@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -131,6 +131,8 @@ def prompt_text(prompt: Prompt) -> str:
 
 class ChatKeys(StrictModel):
     """How documents become tokens: keys shared by texts of studies and by recipes."""
+
+    keys_last: ClassVar[tuple[str, ...]] = ("format", "chat_template", "system", "positions")
 
     format: Literal["text", "chat"] = Field(
         "text",

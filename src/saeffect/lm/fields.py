@@ -71,7 +71,6 @@ class TextField:
             for before, name in self.parts
         )
 
-
     def messages(self, row: Mapping[str, Any] | str, at: str) -> str:
         """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none.
 
@@ -87,7 +86,9 @@ class TextField:
         if isinstance(value, str) and value.lstrip().startswith("["):
             return value
         if not isinstance(value, list | tuple):
-            raise BadFile(f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHATS)
+            raise BadFile(
+                f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHATS
+            )
         return json.dumps(value, ensure_ascii=False)
 
 

@@ -167,15 +167,11 @@ def load_language_model(config: ModelConfig | str, *, at: str | None = None, log
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     merged = None
-<<<<<<< HEAD
-    with quiet_transformers(), loading_errors(config, at, base):
+    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
         gguf = _gguf_of(base, at)
         folder = base if gguf is None else converted_folder(gguf, dtype, at=at, log=log)
         saved = load_config(folder, config, at)
         placement = Placement.of(config, saved, device, dtype, at=at)
-=======
-    with _ONE_AT_A_TIME, quiet_transformers(), loading_errors(config, at, base):
->>>>>>> main
         if adapter is not None and not config.trust_remote_code:
             require_fit(adapter, saved, adapter_at)
         model, tokenizer = _load_base(folder, config, dtype, placement, log, at)
