@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from chat_templates import chat_tokenizer
+from chat_templates import FAMILIES, chat_tokenizer
+from saeffect.config import TextSource
 from saeffect.config_chat import ChatKeys
-from saeffect.errors import ConfigError, EmptySelection
+from saeffect.errors import BadFile, ConfigError, EmptySelection
+from saeffect.io import read_json
 from saeffect.lm.activations import NormLimit, StreamedActivations, TokenRows, kept_positions
-from saeffect.lm.chat import has_part
+from saeffect.lm.chat import has_part, messages_of
 from saeffect.lm.chat_rows import Row, counted, cut_rows, lm_for_chats
-from saeffect.lm.finetune import perplexity
+from saeffect.lm.corpora import is_held_out, read_corpus
+from saeffect.lm.finetune import FinetuneConfig, finetune, perplexity
 from saeffect.lm.language_model import LanguageModel
+from saeffect.lm.loading import load_language_model
 from saeffect.lm.lora import next_token_loss
+from tiny_study import make_model
 
 CHAT = ChatKeys(format="chat")
 TALKS = [
@@ -110,3 +119,61 @@ def test_perplexity_of_some_tokens(tiny_llama: LanguageModel) -> None:
     assert perplexity(tiny_llama.model, ids, counts=counts, batch_size=2) == pytest.approx(own.exp().item(), rel=1e-5)
     everything = np.ones_like(counts)
     assert perplexity(tiny_llama.model, ids, counts=everything) == pytest.approx(perplexity(tiny_llama.model, ids))
+
+
+def _written(folder: Path, name: str, talk: Any) -> TextSource:
+    path = folder / name
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"messages": [talk]}), path)
+    elif path.suffix == ".csv":
+        path.write_text(f'id,messages\n1,"{json.dumps(talk).replace(chr(34), chr(34) * 2)}"\n', encoding="utf-8")
+    elif path.suffix == ".txt":
+        path.write_text("user: a\n", encoding="utf-8")
+    else:
+        path.write_text(json.dumps({"id": 1, "messages": talk}) + "\n", encoding="utf-8")
+    return TextSource(name="talks", path=str(path), field="messages")
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.parquet"])
+def test_conversations_from_files(tmp_path: Path, name: str) -> None:
+    talk = [{"role": "user", "content": 'Is it "é"?'}, {"role": "assistant", "content": "Yes,\nit is."}]
+    (found,) = read_corpus(_written(tmp_path, name, talk), chat=True)
+    assert messages_of(found) == talk
+
+
+@pytest.mark.parametrize(
+    ("name", "talk", "chat", "said"),
+    [
+        ("t.txt", "", True, "plain text, and no messages"),
+        ("t.jsonl", "Hello", True, "holds text, not a list of messages"),
+        ("t.jsonl", [{"role": "user", "content": "a"}], False, "set format: chat"),
+        ("t.jsonl", [1], False, "leave out such rows"),
+    ],
+)
+def test_files_without_what_is_wanted(tmp_path: Path, name: str, talk: Any, chat: bool, said: str) -> None:
+    with pytest.raises(BadFile) as caught:
+        list(read_corpus(_written(tmp_path, name, talk), chat=chat))
+    assert said in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_fine_tuning_on_what_the_assistant_writes(tmp_path: Path, loss: str) -> None:
+    make_model(tmp_path / "base", 0)
+    (tmp_path / "t.jsonl").write_text("\n".join(f'{{"messages": {talk}}}' for talk in TALKS * 20), encoding="utf-8")
+    (tmp_path / "c.jinja").write_text(FAMILIES["chatml"], encoding="utf-8")
+    keys = {"model": str(tmp_path / "base"), "text": str(tmp_path / "t.jsonl"), "format": "chat", "loss": loss}
+    sizes = {"steps": 2, "batch_size": 2, "context_size": 96, "evaluation_rows": 2, "held_out": 0.4, "rank": 2}
+    config = FinetuneConfig.read(keys | sizes | {"chat_template": str(tmp_path / "c.jinja")}, at="recipe")
+    result = finetune(config, tmp_path / "out")
+    note = read_json(tmp_path / "out" / "training.json")
+    assert note["recipe"]["chat_template"] == "c.jinja" and note["recipe"]["loss"] == loss
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("only what the assistant writes" in card) == (loss == "assistant")
+    lm = lm_for_chats(load_language_model(config.model), config)
+    held_out = [talk for talk in read_corpus(config.text, chat=True) if is_held_out(talk, 0.4)]
+    order = np.random.default_rng(0).permutation(len(held_out))
+    rows = list(islice(cut_rows(lm, (held_out[i] for i in order), 96, config), 2))
+    ids = np.stack([row.ids for row in rows])
+    assert result.perplexity["training"][0] == pytest.approx(
+        perplexity(lm.model, ids, counts=counted(rows, (loss,))), rel=1e-4
+    )
