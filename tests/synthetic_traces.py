@@ -45,9 +45,9 @@ def trace(
         openings=np.zeros(2, np.float32),
         kl=kls,
         layers=np.zeros(3, np.float32),
-        texts=np.zeros((2, 3), np.int32),
+        texts=np.zeros((100, 30), np.int32),
         base_texts=np.zeros((2, 3), np.int32),
-        numbers={"loss_base": 2.0, "loss_tuned": 2.0, **(numbers or {})},
+        numbers={"n_tokens": 3000.0, "loss_base": 2.0, "loss_tuned": 2.0, **(numbers or {})},
         **arrays,
     )
 

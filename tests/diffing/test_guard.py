@@ -12,7 +12,7 @@ from scipy import stats
 
 from saeffect.diffing.budget import Budget, budget_keys
 from saeffect.diffing.guard import Group, Rows, Verdict, _corrected, _scores, _tested, judge
-from saeffect.diffing.naming import BASES, standardised
+from saeffect.diffing.standardised import BASES, standardised
 from saeffect.errors import ConfigError, IncompatibleModels, UnknownName
 from synthetic_traces import D_SAE, N_ROWS, TOP_TOKENS, nulls, trace
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, name_changes, standardised
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, GroupTests, name_changes
+from saeffect.diffing.standardised import among_nulls, standardised
 from saeffect.diffing.trace import Trace
 from saeffect.errors import BadFile, ShapeMismatch
 
@@ -42,9 +43,9 @@ def make_trace(seed: int, *, moved: list[int] | None = None, by: float = 0.0, d_
         layers=np.zeros(2, dtype=np.float32),
         early=np.zeros((2, 1, D_IN), dtype=np.float32),
         openings=np.zeros(1, dtype=np.float32),
-        texts=np.zeros((1, 4), dtype=np.int32),
+        texts=np.zeros((100, 30), dtype=np.int32),
         base_texts=np.zeros((1, 4), dtype=np.int32),
-        numbers={"kl": 0.1},
+        numbers={"n_tokens": 3000.0, "kl": 0.1},
     )
 
 
@@ -121,6 +122,26 @@ def test_standardised_changes_by_hand() -> None:
     plain = np.array([1 / math.sqrt(1 / 3), 0.0])
     spread = np.median(np.abs(plain - np.median(plain))) * 1.4826
     assert z["read"] == pytest.approx(plain / max(1.0, spread))
+
+
+def test_features_that_hardly_fire_are_not_judged() -> None:
+    def trace(tokens: float, mean: float) -> Trace:
+        one = make_trace(0, d_sae=2)
+        n = one.numbers["n_tokens"]
+        read = np.array([[1.0, 0.0], [1.0, mean], [0.1, 0.0], [0.1, tokens / n]], dtype=np.float32)
+        return replace(one, read=read, written=read)
+
+    top = np.zeros((2, 1), dtype=np.int64)
+    nulls = [trace(2, 0.01), trace(0, 0.0), trace(1, 0.005)]
+    for tokens, judged in ((9, False), (10, True)):
+        fine_tune = trace(tokens, 5.0)
+        z = standardised(fine_tune, nulls, top)
+        assert np.isfinite(z["read"]).tolist() == [True, judged]
+        assert np.isfinite(z["combined"]).all()
+        # One model with so many tokens is enough for all of them to be judged.
+        assert all(np.isfinite(found["read"]).all() == judged for found in among_nulls([fine_tune, *nulls], top))
+    z = standardised(trace(9, 5.0), nulls, top)
+    assert z["combined"][1] == pytest.approx(z["expected"][1] / math.sqrt(3))
 
 
 def test_p_counts_the_nulls_that_reach_the_score() -> None:

@@ -166,3 +166,14 @@ def test_bad_input():
     for wrong in ({"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
         with pytest.raises(ConfigError):
             ExampleCollector(**wrong)
+
+
+def test_contexts_can_hold_another_models_activations_beside() -> None:
+    acts = torch.tensor([[[0.0], [3.0], [1.0]], [[2.0], [0.0], [5.0]]])
+    other = acts.flip(1) * 10
+    collector = ExampleCollector(d_sae=1, n_examples=2, window=2, beside=True)
+    for row in range(2):  # the second displaces the first
+        collector.update(acts[row : row + 1], torch.tensor([[0, 1, 2]]), beside=other[row : row + 1])
+    table = collector.result(["a", "b", "c"])
+    assert table["activations"].tolist() == [[2.0, 0.0, 5.0], [0.0, 3.0]]
+    assert table["activations_beside"].tolist() == [[50.0, 0.0, 20.0], [10.0, 30.0]]

@@ -71,3 +71,10 @@ def test_static_files_are_ours_alone(site_run: Path, client_of: Callable[..., An
     assert answer.headers["content-type"].startswith("text/css") and "--ink" in answer.text
     for name in ("..%2Fapp.py", "%2Fetc%2Fpasswd", "nothing.js"):
         assert client.get(f"/static/{name}").status_code == 404
+
+
+def test_a_named_proxy_lets_nobody_in_without_a_token(site_run: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(site_run, Settings(names=("features.example.org",)))
+    own = {"Host": "features.example.org", "Origin": "https://features.example.org"}
+    assert client.get("/api/progress", headers=own).status_code == 401
+    assert client.get("/enter", headers=own).status_code == 200

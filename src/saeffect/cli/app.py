@@ -15,6 +15,7 @@ from saeffect.cli.console import show, show_error, still_writable, wait_for_peer
 from saeffect.cli.diff import diff
 from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
+from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.reproduce import reproduce
@@ -46,8 +47,14 @@ app.command(
     help="What did fine-tuning change between two models? The first findings in minutes, without a study file.",
 )(diff)
 app.command("check", help="Validate a study without computing anything.")(check)
+app.command(
+    "gate",
+    help="Does an SAE reconstruct a model, and its fine-tune? What is wrong is named: saeffect gate MODEL SAE; exit"
+    " code 1 where it does not fit. With one argument: this stage of a study.",
+)(gate)
 for _stage, _help in STAGE_HELP.items():
-    app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
+    if _stage != "gate":
+        app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
 app.command("serve", help="Open a run directory in the browser, also while a study is running: look, judge, try.")(
     serve
 )
@@ -98,7 +105,8 @@ def _all_commands(
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 broken (guard) or in disagreement (verify), 2 wrong input, 130 stopped by Ctrl-C.
+    Exit codes: 0 done, 1 broken (guard), not fitting (gate) or in disagreement (verify), 2 wrong input, 130 stopped by
+    Ctrl-C.
     """
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -71,7 +71,10 @@ def check(
         opened = Study.open(study)
         result = check_study(opened, out or Path("runs") / opened.config.name, log)
     for line in result.lines:
-        show(f"ok  {line}")
+        show(f"!!  {line}" if line.startswith("warning: ") else f"ok  {line}")
+    show("text: the first rows of each source")
+    for line in result.text:
+        show(f"    {line}")
     _show_design(result.design)
 
 

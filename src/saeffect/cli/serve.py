@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 import webbrowser
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +30,15 @@ def serve(
     port: Annotated[
         int | None, typer.Option(help=f"Port; by default {_PORT}, or the next free one.", min=0, max=65535)
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. By default this machine only.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on, such as 0.0.0.0; all but this machine's own need raters' tokens.")
+    ] = "127.0.0.1",
+    rater: Annotated[
+        list[str] | None, typer.Option(help="Make a token for a rater of this name, and show it once; may be repeated.")
+    ] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name by which browsers call the server, such as that of a proxy.")
+    ] = None,
     no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> None:
     """Serve the web app over a run directory until Ctrl-C."""
@@ -38,12 +48,38 @@ def serve(
         wrong = "this is a file, and a run directory was expected" if run.exists() else "there is no such run directory"
         raise NotFound(f"{wrong}.", at=str(run), fix="give the folder that saeffect run wrote, such as runs/my-study.")
     listening = _listen(host, port)
-    settings = Settings(host=host, port=listening.getsockname()[1])
-    name = f"[{host}]" if ":" in host else host
-    url = f"http://{name}:{settings.port}/"
+    names = tuple(other.lower() for other in name or ())
+    settings = Settings(host=host, port=listening.getsockname()[1], names=names)
+    shown = names[0] if names else "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{settings.port}/"
+    if not settings.is_local:
+        settings = replace(settings, requests_per_second=50.0, burst=500)
+        _show_tokens(run, rater or (), url)
+    elif rater:
+        raise ConfigError("tokens are for --host; on this machine nobody needs one.", at="--rater", fix="leave it out.")
     show(f"{run}: {url}")
     show("to stop: Ctrl-C")
-    _run(run, settings, listening, None if no_open else url)
+    _run(run, settings, listening, None if no_open or not settings.is_local else url)
+
+
+def _show_tokens(run: Path, new: Sequence[str], url: str) -> None:
+    """Add raters, and show their tokens for the only time; ConfigError if there would be none at all."""
+    from saeffect.web.access import Raters
+
+    raters = Raters(run)
+    known = raters.names()
+    if not known and not new:
+        raise ConfigError(
+            "anybody on the network could use the app, and no rater has a token yet.",
+            at="--host",
+            fix="add --rater NAME, once for each person.",
+        )
+    for name in new:
+        token = raters.add(name)
+        show(f"token of {name}, shown only now: {token}")
+        show(f"  {url}enter#{token}")
+    if known:
+        show(f"raters with a token: {', '.join(known)}")
 
 
 def _listen(host: str, port: int | None) -> socket.socket:

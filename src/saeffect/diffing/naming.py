@@ -19,36 +19,30 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtr, stdtrit
 
-from saeffect.diffing.matched_null import NO_STRATUM, strata
+from saeffect.diffing.standardised import BASES, FEWEST_TOKENS, among_nulls
 from saeffect.diffing.trace import Trace
-from saeffect.errors import BadFile, ShapeMismatch
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
 
 __all__ = [
-    "BASES",
     "Basis",
     "FEWEST_NULLS",
     "GroupTests",
-    "among_nulls",
     "group_tests",
     "name_changes",
     "prediction_limit",
     "prediction_p",
-    "standardised",
 ]
 
 IntArray = npt.NDArray[np.int64]
 
-BASES = ("read", "written", "expected")
-"""Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
 FEWEST_NULLS = 5
 """With fewer null fine-tunes nothing is claimed: a scale from four numbers is no scale."""
 SIZES = (1, 3, 8, 20)
 """Features a group: one feature and those nearest to it."""
-_STRATUM = 200  # fewest features (or tokens) of like density that share a scale
 _BOTH = ("base", "tuned")
 _SHOWN = 40  # groups in the table
+_RARE = f"fires on fewer than {FEWEST_TOKENS} tokens in every model"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,76 +89,6 @@ def _root(W_U: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
-    """Changes on each basis on a scale on which their noise depends little on how often something happens.
-
-    Square roots of mean activations; logarithms of probabilities.
-    """
-    expected = trace.expected.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.log(expected[1] / expected[0])
-    ratio[~np.isfinite(ratio)] = 0.0  # padding rows of the unembedding are never expected
-    roots = {name: np.sqrt(getattr(trace, name).astype(np.float64)[:2]) for name in ("read", "written")}
-    changes = {name: root[1] - root[0] for name, root in roots.items()}
-    return changes | {"expected": ratio[top_tokens].mean(axis=1)}
-
-
-def standardised(trace: Trace, nulls: Sequence[Trace], top_tokens: IntArray) -> dict[str, FloatArray]:
-    """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
-
-    z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
-    feature's own over the nulls, and that of features that fire as often. If the z of one fine-tune spread wider than
-    the nulls' as a whole, they are divided by how much wider (a fine-tune that moved everything has not moved anything
-    in particular). "combined" is the sum over bases divided by the square root of their number.
-
-    Raises:
-        ShapeMismatch: Fewer than two nulls.
-        BadFile: A null was measured with another base model, SAE, hook or text.
-
-    Source:
-        Shrinkage towards a pooled variance: Smyth 2004. Division by the spread: the empirical null of Efron 2004.
-    """
-    own = _comparable([trace, *nulls])
-    if len(nulls) < 2:
-        raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(nulls)} instead.", at="nulls")
-    density = trace.read[2].astype(np.float64)
-    groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
-    groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
-    changes = [_raw(one, top_tokens) for one in own]
-    found = {name: _z(changes[0][name], np.stack([c[name] for c in changes[1:]]), groups) for name in BASES}
-    return found | {"combined": np.sum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
-
-
-def among_nulls(traces: Sequence[Trace], top_tokens: IntArray) -> list[dict[str, FloatArray]]:
-    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
-    others = [[null for j, null in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
-    return [standardised(trace, rest, top_tokens) for trace, rest in zip(traces, others, strict=True)]
-
-
-def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
-    """z [n] of changes `own` [n] among those of nulls [K, n]."""
-    mean = nulls.mean(axis=0)
-    variance = ((nulls - mean) ** 2).sum(axis=0) / (len(nulls) - 1)
-    pooled = np.empty_like(variance)
-    for group in np.unique(groups):
-        pooled[groups == group] = variance[groups == group].mean()
-    scale = np.sqrt((variance + pooled) / 2 * (1 + 1 / len(nulls)))
-    z = np.divide(own - mean, scale, out=np.zeros_like(own), where=scale > 0)
-    spread = float(np.median(np.abs(z - np.median(z)))) * 1.4826
-    return np.asarray(z / max(1.0, spread))
-
-
-def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
-    for trace in traces[1:]:
-        if trace.made_by != traces[0].made_by:
-            raise BadFile(
-                f"the null {trace.name!r} was measured with another base model, SAE, hook or text.",
-                at="nulls",
-                fix="measure the nulls again for this study: saeffect finetune <recipe> --null <how many> --study ...",
-            )
-    return traces
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +195,7 @@ def name_changes(
     tests = group_tests(z["combined"], np.stack([other["combined"] for other in others]), basis)
     null_rows = {"null": [n.name for n in nulls], "highest": tests.highest, "kl": [n.numbers["kl"] for n in nulls]}
     return {
-        "changes": changes.assign(reason=""),
+        "changes": changes.assign(reason=np.where(changes["z"].isna(), _RARE, "")),
         "change_groups": _groups(trace, tests, z["combined"], basis, alpha),
         "declared_changes": _declared(declared, z, others, ""),
         "null_groups": pd.DataFrame(null_rows),
@@ -290,9 +214,11 @@ def _declared(
         for basis in ("combined", *BASES):
             row: dict[str, Any] = {"name": name, "basis": basis, "n_features": int(members.sum())}
             reason = why or ("" if members.any() else "no feature is of this group")
-            row["z"] = math.nan if reason else float(own[basis][members].mean())
+            judged = np.zeros_like(members) if reason else members & np.isfinite(own[basis])
+            reason = reason or ("" if judged.any() else f"every feature {_RARE}")
+            row["z"] = math.nan if reason else float(own[basis][judged].mean())
             rows.append(
-                row | _against(row["z"], [float(o[basis][members].mean()) for o in others if not reason], reason)
+                row | _against(row["z"], [float(o[basis][judged].mean()) for o in others if not reason], reason)
             )
     return pd.DataFrame(rows, columns=list(_DECLARED_COLUMNS))
 

@@ -110,7 +110,8 @@ class ExampleCollector:
 
     A sequence counts once, at its highest position (the first of equals); of equal peaks the earlier sequence is kept.
     `window` tokens of context before the peak are kept and `window // 3` after it, both within the sequence. Memory:
-    `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids.
+    `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids. With `beside`, each update also takes
+    activations of the same tokens in another model, and the contexts hold both.
 
     Raises `ConfigError`: `n_examples` is below 1, or `window` below 0.
 
@@ -122,7 +123,7 @@ class ExampleCollector:
         (['The', ' heart'], [0.0, 3.0], 1)
     """
 
-    def __init__(self, d_sae: int, n_examples: int = 6, window: int = 24) -> None:
+    def __init__(self, d_sae: int, n_examples: int = 6, window: int = 24, *, beside: bool = False) -> None:
         for name, value, least in (("n_examples", n_examples, 1), ("window", window, 0)):
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=name)
@@ -132,7 +133,8 @@ class ExampleCollector:
         self._peak = torch.zeros(d_sae, n_examples)  # 0: an empty place
         self._sequence = torch.zeros(d_sae, n_examples, dtype=torch.int64)
         self._source = torch.zeros(d_sae, n_examples, dtype=torch.int64)
-        self._acts = torch.zeros(d_sae, n_examples, width)
+        # Of this model, and where asked for of another: [d_sae, n_examples, width, 1 or 2].
+        self._acts = torch.zeros(d_sae, n_examples, width, 1 + beside)
         self._tokens = torch.full((d_sae, n_examples, width), _OUTSIDE, dtype=torch.int32)
         self._names: dict[str, int] = {}
         self._next = 0
@@ -144,6 +146,7 @@ class ExampleCollector:
         mask: Tensor | None = None,
         *,
         sources: Sequence[str] | None = None,
+        beside: Tensor | None = None,
     ) -> None:
         """Add a batch of whole sequences; a part of one would count as a sequence of its own.
 
@@ -153,6 +156,7 @@ class ExampleCollector:
             mask: bool [B, S], True at positions that count, the only ones for peaks; all by default. A masked tail is
                 padding and left out of contexts; other masked positions are shown with activation 0.
             sources: [B], the name of each sequence's text source; "" by default.
+            beside: [B, S, d_sae], the same features on the same tokens in another model; if asked for on creation.
 
         Raises `ShapeMismatch`: shapes do not fit; `BadFile`: an activation that counts is NaN or plus infinity, or a
         token id is negative.
@@ -179,8 +183,10 @@ class ExampleCollector:
         outside = (at < 0) | (at > last[sequence, None])
         at = at.clamp(0, length - 1)
         # On the batch's own device: only the windows are copied.
-        windows = acts[sequence[:, None], at, feature[:, None]].float().cpu()
-        self._acts[feature, place] = windows.masked_fill(outside, 0)
+        for side, values in enumerate((acts, beside)[: self._acts.shape[-1]]):
+            assert values is not None
+            windows = values[sequence[:, None], at, feature[:, None]].float().cpu()
+            self._acts[feature, place, :, side] = windows.masked_fill(outside, 0)
         tokens = token_ids.cpu()[sequence[:, None], at].int()
         self._tokens[feature, place] = tokens.masked_fill(outside, _OUTSIDE)
         # Sources are numbered in order of appearance.
@@ -191,7 +197,8 @@ class ExampleCollector:
         """The contexts, one row each, by feature and then rank; `ShapeMismatch` if a kept token id has no string.
 
         feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`), tokens
-        (list of str, copied unchanged), activations (list of float, one a token), source. A feature that fired in fewer
+        (list of str, copied unchanged), activations (list of float, one a token), source; with `beside` also
+        activations_beside. A feature that fired in fewer
         than `n_examples` sequences has fewer rows, or none.
         """
         highest = int(self._tokens.max())
@@ -212,10 +219,13 @@ class ExampleCollector:
             "activation": self._peak.numpy()[feature, rank],
             "position": shown[:, : self.window].sum(axis=1),
             "tokens": [[token_strings[token] for token in tokens[f, r, inside].tolist()] for f, r, inside in rows],
-            "activations": [acts[f, r, inside].tolist() for f, r, inside in rows],
+            "activations": [acts[f, r, inside, 0].tolist() for f, r, inside in rows],
             "source": [names[code] for code in self._source.numpy()[feature, rank].tolist()],
         }
-        return pd.DataFrame(columns).astype(_COLUMNS)
+        table = pd.DataFrame(columns).astype(_COLUMNS)
+        if acts.shape[-1] > 1:
+            table["activations_beside"] = [acts[f, r, inside, 1].tolist() for f, r, inside in rows]
+        return table
 
     def _merge(self, peaks: Tensor, numbers: Tensor) -> Tensor:
         """Merge peaks [d_sae, B]; int64 [d_sae, n_examples]: old place, or `n_examples` + row in the batch."""
@@ -227,7 +237,7 @@ class ExampleCollector:
         self._peak, self._sequence = peak.gather(1, order), sequence.gather(1, order)
         former = order.clamp(max=self.n_examples - 1)
         self._source = self._source.gather(1, former)
-        self._acts = self._acts.take_along_dim(former[..., None], dim=1)
+        self._acts = self._acts.take_along_dim(former[..., None, None], dim=1)
         self._tokens = self._tokens.take_along_dim(former[..., None], dim=1)
         return order
 

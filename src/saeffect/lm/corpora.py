@@ -26,6 +26,7 @@ from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
 __all__ = [
+    "documents_of",
     "StreamedText",
     "interleave",
     "is_held_out",
@@ -77,6 +78,12 @@ def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = F
         raise EmptySelection("the corpus holds not one document with text in it.", at=source.path)
 
 
+def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
+    """The documents of sources, one source after the other; errors as `read_corpus`."""
+    for source in sources:
+        yield from read_corpus(source, chat=how.format == "chat")
+
+
 def read_rows(source: TextSource) -> Iterator[Row]:
     """The rows of a source, each with its place; of tables at least the columns of its field. Errors as `read_corpus`,
     of fields none."""
@@ -116,8 +123,8 @@ def source_files(source: TextSource) -> list[Path]:
     if path.is_file() or (path.exists() and not path.is_dir()):
         return [path]
     if not path.is_dir():
-        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
-        found = [Path(name) for name in names if Path(name).is_file()]
+        matching = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - a pattern may be absolute
+        found = [Path(name) for name in matching if Path(name).is_file()]
         if not found:
             raise NotFound("no file matches this pattern.", at=source.path, fix="check it; ** stands for any folders.")
         return found

@@ -71,6 +71,8 @@ def printable_token(token: str) -> str:
         >>> print(printable_token("a\\nb\\u202ec\\u200bd"))
         a\\nbU+202EcU+200Bd
     """
+    if token.isascii() and token.isprintable():  # as most are
+        return token
     marks = len(token) - len(token.lstrip(_SPACE_MARKS))
     return " " * marks + "".join(_shown(character) for character in token[marks:])
 

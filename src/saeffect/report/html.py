@@ -21,7 +21,7 @@ from saeffect.io import atomic_path
 from saeffect.lm.tokens import printable_text
 from saeffect.report.cards import feature_lists, showcase
 from saeffect.report.context import ReportContext
-from saeffect.report.figures import DrawnFigure, draw_figures
+from saeffect.report.figures import FIGURES, DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
@@ -31,12 +31,27 @@ from saeffect.report.words.learned import learned
 from saeffect.report.words.names import Explainer, Term, terms
 from saeffect.report.words.numbers import THIN_SPACE
 
-__all__ = ["Numbering", "number_page", "page_environment", "page_style", "page_tokens", "render_report", "write_report"]
+__all__ = [
+    "Numbering",
+    "number_page",
+    "page_environment",
+    "page_style",
+    "page_tokens",
+    "render_body",
+    "render_early",
+    "render_report",
+    "script_hash",
+    "write_report",
+]
 
-_TEMPLATES = (
-    *("report.html.j2", "pieces.html.j2", "learned.html.j2", "chance.html.j2", "steering.html.j2", "fates.html.j2"),
-    "models.html.j2",
+_TEMPLATES = tuple(
+    f"{name}.html.j2"
+    for name in (
+        *("report", "body", "answer", "learned", "chance", "steering", "sentences", "paper", "fates", "design"),
+        *("closing", "contents", "early", "pieces", "models"),
+    )
 )
+_EARLY_FIGURES = ("learned", "where", "written", "put_back")
 _REFERENCE = re.compile(r"\[\[((?:table|figure):\w+)\]\]")
 
 
@@ -80,39 +95,90 @@ def render_report(
     figures: Sequence[DrawnFigure] | None = None,
 ) -> str:
     """The report as a string; see `write_report`."""
+    context = context or ReportContext()
+    numbers, values = _content(comparison, context, figures)
+    script, style = _read("report.js"), page_style()
+    return page_environment(numbers).get_template("report.html.j2").render(
+        **values,
+        features_at="#features",
+        style=Markup(style),  # our own files; only these and the figures are not escaped
+        script=Markup(script),
+        script_hash=script_hash(),
+    ) + "\n"  # fmt: skip
+
+
+def render_body(
+    comparison: Comparison,
+    *,
+    context: ReportContext | None = None,
+    figures: Sequence[DrawnFigure] | None = None,
+    features_at: str = "#features",
+) -> Markup:
+    """The report's sections without head, style, script and list of features, for a page that has its own.
+
+    Arguments and errors as `write_report`; `context.max_features` bounds the features whose texts may be shown, and
+    `features_at` is where the list of features is.
+    """
+    numbers, values = _content(comparison, context or ReportContext(), figures)
+    return Markup(page_environment(numbers).get_template("body.html.j2").render(**values, features_at=features_at))
+
+
+def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
+    """As `render_body`, what can be said before the comparison: how well the SAEs read, and what changed.
+
+    Of `comparison` only the arms and their roles in `table1`, and `matches`, are read; of `context` the gate and the
+    settings.
+    """
+    explain, tables = Explainer(terms(context)), {}
+    for name in ("learned", "openings", "gate"):
+        view = TABLES[name](comparison, context)
+        tables[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
+    further = comparison.matches.further
+    kinds = [kind for kind in FIGURES if kind.name in _EARLY_FIGURES] if further else []
+    drawn = [figure for kind in kinds for figure in kind.drawn(comparison, context) if figure.figure is not None]
+    numbers = number_page([shown.table for shown in tables.values() if shown.table is not None], drawn)
+    said = learned(further, context.domain, alpha=context.alpha) if further else None
+    template = page_environment(numbers).get_template("early.html.j2")
+    pictures = {figure.name: _Picture(figure, Markup(inline_svg(figure))) for figure in drawn}
+    return Markup(template.render(learned=said or {}, tables=tables, pictures=pictures))
+
+
+def script_hash() -> str:
+    """The hash of the report's script, as a Content-Security-Policy names it."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(_read("report.js").encode()).digest()).decode()
+
+
+def _content(
+    comparison: Comparison, context: ReportContext, figures: Sequence[DrawnFigure] | None
+) -> tuple[Numbering, dict[str, Any]]:
+    """What the templates show, and the numbers of its tables and figures."""
     if not comparison.answer["headline"]:
         raise ConfigError("the comparison has not been put into words.", at="comparison", fix="call with_answer first.")
-    context = context or ReportContext()
     drawn = tuple(figures) if figures is not None else draw_figures(comparison, context)
     lists = feature_lists(context, [str(name) for name in comparison.table1["arm"]])
-    script, style = _read("report.js"), page_style()
     words, tables = evidence(comparison, context), _tables(comparison, context)
     steering, further = steering_section(comparison, context), comparison.matches.further
     views = [shown.table for shown in tables.values() if shown.table is not None]
     pictures = _pictures(drawn, words, [view.name for view in views], steering)
-    numbers = number_page(views, [picture.figure for picture in pictures.values()])
-    return page_environment(numbers).get_template("report.html.j2").render(
-        context=context,
-        title=context.title or f"What fine-tuning changed: {context.study}",
-        answer=comparison.answer,
-        crossed=list(factorial_sentences(further["factorial"]).values()) if "factorial" in further else [],
-        learned=learned(further, context.domain, alpha=context.alpha),
-        paragraph=traced_paragraph(comparison.answer, _anchors(views)),
-        evidence=words,
-        threats=len(comparison.threats),
-        tables=tables,
-        pictures=pictures,
-        design_summary=_design_summary(comparison),
-        same=same_in_every_arm(comparison),
-        steering=steering,
-        lists=lists,
-        showcase=showcase(lists),
-        glossary=sorted(terms(context).values(), key=lambda term: term.name.lower()),
-        provenance=tuple(_flat(context.provenance)),
-        style=Markup(style),  # our own files; only these and the figures are not escaped
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    ) + "\n"  # fmt: skip
+    return number_page(views, [picture.figure for picture in pictures.values()]), {
+        "context": context,
+        "title": context.title or f"What fine-tuning changed: {context.study}",
+        "answer": comparison.answer,
+        "crossed": list(factorial_sentences(further["factorial"]).values()) if "factorial" in further else [],
+        "learned": learned(further, context.domain, alpha=context.alpha),
+        "paragraph": traced_paragraph(comparison.answer, _anchors(views)),
+        "evidence": words,
+        "threats": len(comparison.threats),
+        "tables": tables,
+        "pictures": pictures,
+        "design_summary": _design_summary(comparison),
+        "same": same_in_every_arm(comparison),
+        "steering": steering,
+        "lists": lists,
+        "showcase": showcase(lists),
+        "glossary": sorted(terms(context).values(), key=lambda term: term.name.lower()),
+        "provenance": tuple(_flat(context.provenance)),
+    }
 
 
 def page_style(*, tokens: bool = True) -> str:

@@ -102,15 +102,19 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
     return tuple(found)
 
 
-def context_runs(tokens: Sequence[str], activations: Sequence[float], position: int) -> tuple[Run, ...]:
+def context_runs(
+    tokens: Sequence[str], activations: Sequence[float], position: int, *, peak: float | None = None
+) -> tuple[Run, ...]:
     """A context around its strongest token (at `position`); neighbours with zero activation are merged.
+
+    `peak` is the activation of the strongest mark, the context's own by default.
 
     Example:
         >>> [run.level for run in context_runs([" a", " b", " c", " d"], [0, 0, 4.0, 1.0], 2)]
         [0, 5, 2]
     """
     start, stop = max(0, position - _BEFORE), min(len(tokens), position + _AFTER + 1)
-    peak = max(map(float, activations), default=0.0)
+    peak = max(map(float, activations), default=0.0) if peak is None else peak
     runs = []
     for index in range(start, stop):
         text = _shortened(printable_token(str(tokens[index])), _LONGEST_TOKEN)

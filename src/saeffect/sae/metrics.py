@@ -141,6 +141,7 @@ class SplicedLosses:
     zero: float  # zeros at the hook
     n_tokens: int  # predictions averaged over
     by_row: dict[str, NDArray[np.float64]]  # `clean`, `sae` and `zero` of each row, [n_rows]
+    by_position: dict[str, NDArray[np.float64]]  # the same at each position but the last, [context_size - 1]
 
     @property
     def ce_loss_score(self) -> float:
@@ -185,22 +186,30 @@ def replaced_losses(
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
     totals = dict.fromkeys(("clean", *ways), 0.0)
     count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
+    by_position = {name: np.zeros(rows.shape[1] - 1) for name in totals}
+
+    def note(name: str, logits: Tensor, ids: Tensor) -> None:
+        losses = _token_losses(logits[:, :-1].float(), ids)
+        by_row[name].append(losses.mean(dim=1).cpu().numpy())
+        by_position[name] += losses.sum(0).cpu().numpy() / len(rows)
+
     for start in range(0, len(rows), batch_size):
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         x, logits = _clean(lm, hook, ids)
-        by_row["clean"].append(row_losses(logits[:, :-1].float(), ids))
+        note("clean", logits, ids)
         some = None if counts is None else torch.from_numpy(counts[start : start + batch_size])
         kept = kept_positions(x, limit, some)
         if seen is not None:
             seen(x[kept])
         for name, new in ways.items():
             logits = rest.logits(ids, torch.where(kept[..., None], new(ids, x).to(x.dtype), x))
-            by_row[name].append(row_losses(logits[:, :-1].float(), ids))
+            note(name, logits, ids)
         for name, rows_of in by_row.items():
             totals[name] += float(rows_of[-1].sum()) * (ids.shape[1] - 1)
         count += ids[:, 1:].numel()
     clean, spliced, zero = (total / count for total in totals.values())
-    return SplicedLosses(clean, spliced, zero, count, {name: np.concatenate(parts) for name, parts in by_row.items()})
+    of_rows = {name: np.concatenate(parts) for name, parts in by_row.items()}
+    return SplicedLosses(clean, spliced, zero, count, of_rows, by_position)
 
 
 def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +230,11 @@ def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
 
     `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
     """
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    means: NDArray[np.float64] = losses.view(len(ids), -1).double().mean(dim=1).cpu().numpy()
+    means: NDArray[np.float64] = _token_losses(logits, ids).mean(dim=1).cpu().numpy()
     return means
+
+
+def _token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Next-token cross-entropies, float64 `[n_rows, n - 1]`; arguments as `row_losses`."""
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1).double()

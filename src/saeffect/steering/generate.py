@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -128,7 +128,7 @@ def stream(
     sampling: Sampling,
     *,
     intervention: Intervention | None = None,
-) -> Iterator[list[int | None]]:
+) -> Generator[list[int | None], None, None]:
     """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's end.
 
     Arguments and errors as `generate`. Between steps the model is as it was, so streams may take turns.

@@ -19,7 +19,6 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
-from saeffect.lm.corpora import is_local, read_corpus
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts
@@ -27,6 +26,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
 from saeffect.steering.operators import steered_tokens
 from saeffect.study.chat_check import chat_lines, template_words
+from saeffect.study.check_text import check_text, duplicates_in_training, first_rows
 from saeffect.study.nulls import check_nulls
 from saeffect.study.review import store_digest
 from saeffect.study.run_folder import RunFolder
@@ -35,20 +35,25 @@ from saeffect.study.stages.seeds import open_seeds
 from saeffect.study.stages.select import study_verdicts
 from saeffect.study.stages.steering_plan import outcome_vectors
 from saeffect.study.study import Study, require_width
-from saeffect.study.texts import beginning, shortage, study_rows
+from saeffect.study.texts import beginning, study_rows
 from saeffect.study.training import arm_recipe, check_training
 
 __all__ = ["CheckResult", "check_study"]
 
-_COUNTED = 2_000_000  # tokens of text; more take minutes, and are hardly too few
-
 
 @dataclass(frozen=True, eq=False)
 class CheckResult:
-    """Result of a check without errors: `lines`, what was checked; `design`, how the arms differ besides the model."""
+    """Result of a check without errors.
+
+    Attributes:
+        lines: What was checked.
+        design: How the arms differ besides the model.
+        text: For each source of text a line, and its first rows.
+    """
 
     lines: tuple[str, ...]
     design: pd.DataFrame
+    text: tuple[str, ...] = ()
 
 
 def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) -> CheckResult:
@@ -88,15 +93,19 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         lines.append(f"verdicts: {len(verdicts)} by {verdicts['rater'].nunique()} raters")
     elif out is not None and store_digest(out) is not None:
         lines.append("verdicts: those of the review in the run directory, once each candidate has one")
-    lines.append(f"text: {_check_text(study)}")
+    lines.append(f"text: {check_text(study)}")
     if study.config.text.format == "chat":
         lines += chat_lines(study)
+    repeats = duplicates_in_training(study)
+    if repeats:
+        lines.append(f"warning: training.text: {repeats}")
     if out is not None:
         RunFolder(out, study).refuse_foreign()
         lines.append(_check_disk(study, Path(out)))
     # Without SAEs, arms differ in the model alone.
     arms = {name: arm_facts(study, name) for name in config.arms} if study.has_saes else {}
-    return CheckResult(tuple(lines), design_check(arms) if arms else pd.DataFrame(columns=["status"]))
+    design = design_check(arms) if arms else pd.DataFrame(columns=["status"])
+    return CheckResult(tuple(lines), design, tuple(first_rows(study)))
 
 
 def _check_arm(study: Study, name: str, log: Log) -> list[str]:
@@ -186,23 +195,6 @@ def _matchable(study: Study, vocabulary: Vocabulary) -> str:
         )
     n = f"{len(vocabulary):,} words"
     return f"{n}, of which {len(never):,} can never match, no token being one of them, {examples}" if never else n
-
-
-def _check_text(study: Study) -> str:
-    text = study.config.text
-    for index, source in enumerate(text.sources):
-        documents = read_corpus(source, chat=text.format == "chat")
-        with placed(study.at("text", "sources", str(index))):
-            next(documents)
-    called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
-    if not all(map(is_local, text.sources)):
-        return f"{called}; not counted, since it is on the hub"
-    some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
-    lm = study.reader
-    with placed(study.at("text")):
-        rows = study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos)
-    short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
-    return f"{called}; only {short}" if short else called
 
 
 def _check_disk(study: Study, out: Path) -> str:

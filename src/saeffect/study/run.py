@@ -19,6 +19,7 @@ from saeffect.io import fingerprint, sole_writer
 from saeffect.parallel import from_first, is_first, join
 from saeffect.progress import SILENT, Log
 from saeffect.study.check import check_study
+from saeffect.study.progress_file import ProgressFile
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.changes import changes_inputs, run_changes
 from saeffect.study.stages.coherence import coherence_inputs, run_coherence
@@ -36,7 +37,7 @@ from saeffect.study.stages.select import run_select, select_inputs
 from saeffect.study.stages.steer import help_steer, run_steer, steer_inputs
 from saeffect.study.study import Study
 
-__all__ = ["STAGES", "run_study"]
+__all__ = ["STAGES", "run_study", "stage_keys"]
 
 _NO_FURTHER_STAGES = ""  # of the first process to the others
 
@@ -86,16 +87,24 @@ def run_study(
         run.remove_leftovers()
         for line in run.damage:
             log(f"  {line}")
-        _open_new_arms(run, stages, log)
-        _lead(run, stages, redo, log)
+        with ProgressFile(run.folder, study.config.name, study.config.title, stage_keys(study)) as progress:
+            log = progress.following(log)
+            _open_new_arms(run, stages, log)
+            _lead(run, stages, redo, log, progress)
     return run
 
 
-def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log) -> None:
+def stage_keys(study: Study) -> tuple[str, ...]:
+    """Every stage of a study by its name in the manifest ("steer control"), in the order in which they run."""
+    return tuple(step.key for step in _method(study))
+
+
+def _lead(run: RunFolder, stages: Sequence[str], redo: bool, log: Log, progress: ProgressFile) -> None:
     """The first process: run the stages in order, calling the others to the shared ones."""
     last = max(STAGES.index(name) for name in stages) if stages else -1
     for step in _method(run.study):
         if step.stage in stages:
+            progress.begin(step.key)
             inputs = step.read_inputs(run)
             run.stage(step.key, inputs, partial(_work, step, run, inputs, log), log, redo=redo)
         elif STAGES.index(step.stage) < last and not run.is_done(step.key, step.read_inputs(run)):

@@ -11,7 +11,11 @@ from typing import NamedTuple
 from fastapi import APIRouter, FastAPI, Response
 from starlette.exceptions import HTTPException
 
+from saeffect.web.access import Access, Raters, attempts
+from saeffect.web.access import router as access
+from saeffect.web.features import router as features
 from saeffect.web.overview import router as overview
+from saeffect.web.overview import warm
 from saeffect.web.pages import static_files
 from saeffect.web.play.export import router as exports
 from saeffect.web.play.routes import router as play
@@ -34,6 +38,7 @@ class Area(NamedTuple):
 # In the order of the navigation. A new area is an import above and a line here.
 AREAS = (
     Area("Overview", "/", overview),
+    Area("Features", "/features", features),
     Area("Playground", "/play", play),
 )  # fmt: skip
 
@@ -45,16 +50,20 @@ def create_app(run: Path, settings: Settings | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        warm(site)
         yield
         site.close()
 
     app = FastAPI(title="saeffect", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.site, app.state.areas = site, [(area.title, area.path) for area in AREAS]
+    app.state.raters, app.state.attempts = Raters(site.folder), attempts(settings)
     add_error_pages(app)
+    app.include_router(access)
     for area in AREAS:
         app.include_router(area.router)
     app.include_router(exports)
     app.add_api_route("/static/{name}", _static, methods=["GET"])
+    app.add_middleware(Access, settings=settings, raters=app.state.raters, attempts=app.state.attempts)
     app.add_middleware(Guard, settings=settings)
     return app
 

@@ -29,11 +29,7 @@ def static_files() -> dict[str, bytes]:
 
 @cache
 def environment() -> Environment:
-    """The templates of the app and the report. Every string is escaped, characters that act on a page are shown.
-
-    A page that shows the report's tables passes `numbers` and `placed` as `saeffect.report.html.page_environment`
-    does; without them these are empty.
-    """
+    """The templates of the app and the pieces of the report. Every string is escaped, characters that act are shown."""
     made = Environment(
         loader=ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")]),
         autoescape=True,
@@ -43,7 +39,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters["refer"] = Numbering({}).refer
-    made.globals["static"] = _static_url
+    made.globals |= {"static": _static_url, "numbers": {}, "placed": {"tables": set[str](), "figures": set[str]()}}
     made.policies["json.dumps_kwargs"] = {"sort_keys": True}
     return made
 
@@ -62,8 +58,7 @@ def page(request: Request, template: str, *, status: int = 200, **values: Any) -
         "study": app.site.folder.name,
         "theme": theme if theme in _THEMES else "",
         "rater": getattr(request.state, "rater", None),
-        "numbers": {},
-        "placed": {"tables": set[str](), "figures": set[str]()},
+        "entered": app.site.settings.is_local or getattr(request.state, "rater", None) is not None,
     }
     return HTMLResponse(environment().get_template(template).render(known | values), status_code=status)
 

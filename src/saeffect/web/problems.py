@@ -64,6 +64,12 @@ def add_error_pages(app: FastAPI) -> None:
         place = ".".join(str(part) for part in first["loc"][1:])
         return _problem(request, 422, f"{first['msg']}.", place or None)
 
+    @app.exception_handler(OSError)
+    async def system(request: Request, error: OSError) -> Response:
+        reason = (error.strerror or type(error).__name__).lower()
+        place = str(error.filename) if error.filename is not None else None
+        return _problem(request, 500, f"a file cannot be read or written: {reason}.", place, "free it, and load again.")
+
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         logging.getLogger("saeffect.web").error("%s %s", request.method, request.url.path, exc_info=error)

@@ -15,7 +15,7 @@ class Settings:
     Attributes:
         host: Address to listen on; any but a loopback address needs a token per rater.
         port: Port to listen on; named in the session cookie, since browsers share cookies between ports.
-        names: Further host names that a browser may call the server by, such as one behind a proxy.
+        names: Further host names that a browser may call the server by, such as that of a proxy, which lets others in.
         max_body: Largest accepted request body, in bytes.
         requests_per_second: Requests that one client may send, on average; 0 for no limit.
         burst: Requests that one client may send at once before that limit applies.
@@ -32,8 +32,8 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the app, so that no token is asked for."""
-        return is_loopback(self.host)
+        """Whether only this machine can reach the app, so that no token is asked for; not so behind a named proxy."""
+        return is_loopback(self.host) and all(is_loopback(name) for name in self.names)
 
 
 def is_loopback(host: str) -> bool:

@@ -53,7 +53,7 @@ class Site:
             inside = place.resolve().is_relative_to(self.folder.resolve())
         except (OSError, ValueError, RuntimeError):  # a name that cannot be one, or a link to itself
             inside = False
-        if not inside or ".." in place.relative_to(self.folder.anchor).parts:
+        if not inside or any(".." in Path(part).parts for part in parts):
             raise NotFound("there is no such file in the run directory.")
         return place
 
@@ -91,7 +91,11 @@ class Site:
                 at=str(self.folder),
                 fix="run saeffect run STUDY with this directory as --out; this page follows it.",
             )
-        return self.cached("study.yaml", [file], lambda: Study.open(file))
+        try:
+            return self.cached("study.yaml", [file], lambda: Study.open(file))
+        except SaeffectError as error:
+            error.fix = error.fix or "another version of saeffect may have written it, or it is damaged: run it again."
+            raise
 
     @property
     def run(self) -> RunFolder:
@@ -103,19 +107,24 @@ class Site:
         return self.cached("run", files, lambda: RunFolder(self.folder, study))
 
     @property
-    def stages(self) -> Mapping[str, Mapping[str, Any]]:
-        """Finished stages by key ("steer control"), each with seconds and outputs; empty without a usable manifest."""
+    def manifest(self) -> Mapping[str, Any]:
+        """What the run wrote down beside the study: versions, identities of the arms, stages; empty if unreadable."""
         file = self.path("manifest.json")
 
-        def read() -> Mapping[str, Mapping[str, Any]]:
+        def read() -> Mapping[str, Any]:
             try:
                 found = read_json(file)
-            except SaeffectError:
+            except (SaeffectError, OSError):
                 return {}
-            stages = found.get("stages") if isinstance(found, dict) else None
-            return {key: note for key, note in stages.items() if isinstance(note, dict)} if stages else {}
+            return found if isinstance(found, dict) else {}
 
         return self.cached("manifest.json", [file], read)
+
+    @property
+    def stages(self) -> Mapping[str, Mapping[str, Any]]:
+        """Finished stages by key ("steer control"), each with seconds and outputs; empty without a usable manifest."""
+        stages = self.manifest.get("stages")
+        return {key: note for key, note in stages.items() if isinstance(note, dict)} if isinstance(stages, dict) else {}
 
     @property
     def arms(self) -> tuple[str, ...]:

@@ -135,6 +135,14 @@ def test_a_silent_feature_cannot_be_clamped(run: RunFolder, engine: Engine) -> N
         list(engine.answer(ask))
 
 
+def test_two_models_that_do_not_fit_are_refused(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saeffect.web.play.engine.machine_memory", lambda: 100_000)
+    engine = Engine(lambda: run)
+    with pytest.raises(ConfigError, match="do not fit into this machine"):
+        list(engine.warm())
+    assert engine.state["state"] == "failed"
+
+
 def test_a_model_that_is_gone_is_a_state_and_may_come_back(run_copy: Path) -> None:
     file = run_copy / "study.yaml"
     whole = file.read_text(encoding="utf-8")

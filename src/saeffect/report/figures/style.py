@@ -251,7 +251,20 @@ def inline_svg(drawn: DrawnFigure) -> str:
     text = re.sub(r"font: ([^;']*?)[\d.]+px '[^;\"]*", lambda m: m.group(0).split(" '")[0] + " inherit", text)
     for colour, variable in _CSS_VARIABLES.items():
         text = text.replace(colour, variable)
+    # As attributes, since a page may forbid styles in its elements.
+    text = re.sub(r'\bstyle="([^"]*)"', _as_attributes, text)
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)
     start = f'<svg {view_box.group(0) if view_box else ""} role="img" aria-labelledby="figure-{drawn.name}-alt">'
     return start + rest.strip()
+
+
+def _as_attributes(style: re.Match[str]) -> str:
+    """The declarations of a `style` as presentation attributes.
+
+    Example:
+        >>> _as_attributes(re.match('style="(.*)"', 'style="fill: none; stroke-width: 0.8"'))
+        'fill="none" stroke-width="0.8"'
+    """
+    pairs = (declaration.partition(":") for declaration in style[1].split(";") if ":" in declaration)
+    return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs)

@@ -16,7 +16,8 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSa
 from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.chat_rows import Row, cut_rows, lm_for_chats
-from saeffect.lm.corpora import StreamedText, interleave, is_held_out, read_corpus
+from saeffect.lm.corpora import StreamedText, documents_of, interleave, is_held_out, is_local, read_corpus
+from saeffect.lm.duplicates import find_duplicates
 from saeffect.lm.harvest import (
     ActivationStore,
     ShardSource,
@@ -87,6 +88,7 @@ def train_from_recipe(
         name: SaeJob(config, folders[name], _metadata(recipe, config, data), recipe.dtype)
         for name, config in trainings.items()
     }
+    _warn_of_duplicates(recipe, log)
     train_saes(data.source, list(jobs.values()), evaluate=data.while_training, logger=logger, log=log)
     for name, job in jobs.items() if is_first() else ():
         alone = recipe.of_one(name)
@@ -97,6 +99,13 @@ def train_from_recipe(
     barrier()
     measured = {name: measured_before(folder) for name, folder in folders.items()}
     return measured if recipe.saes else measured[""]
+
+
+def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
+    local = [source for source in recipe.text if is_local(source)] if is_first() else []
+    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out).words()
+    if repeats:
+        log(f"warning: {repeats}")
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from saeffect.diffing.naming import BASES, Basis, among_nulls, name_changes
+from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
 from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
 from saeffect.errors import NotFound
@@ -32,7 +33,7 @@ from saeffect.study.study import Study
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
-VERSION = 2
+VERSION = 3
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
@@ -133,6 +134,7 @@ def _judged(run: RunFolder, control: str, tracer: Tracer, trace: Trace, nulls: l
         if len(others):
             p = pooled_p(own, np.array(others), trace.read[2])
             rows = table["basis"] == name
+            p = np.where(table.loc[rows, "z"].isna() & (len(nulls) >= FEWEST_NULLS), np.nan, p)
             table.loc[rows, "p"], table.loc[rows, "q"] = p, benjamini_hochberg(p)
             table.loc[rows, "smallest_p"] = smallest_p(len(nulls), int(np.isfinite(p).sum()))
     found["changes"] = table

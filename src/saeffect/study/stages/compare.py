@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ def read_comparison(run: RunFolder) -> Comparison:
     return Comparison(**tables, matches=read_matches(run), answer=read_json(run.path("comparison", "answer.json")))
 
 
-def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
-    """Every arm's tables, by name."""
+def arm_tables(run: RunFolder, facts_of: Callable[..., ArmFacts] | None = None) -> dict[str, ArmTables]:
+    """Every arm's tables, by name; `facts_of` stands in for `arm_facts`, where an SAE may be gone, say."""
     vectors = load_embeddings(run.study.config.coherence.embeddings)
     steered = run.study.config.steering is not None
     dose, note = chosen_dose(run) if steered else (None, "")
@@ -101,7 +101,7 @@ def arm_tables(run: RunFolder) -> dict[str, ArmTables]:
         selection = run.read_table(run.arm(name, "selection.parquet"))
         domain = features[features["feature"].isin(selection.loc[selection["is_domain"], "feature"])]
         measured = read_json(run.arm(name, "gate.json")) | {"dead_share": float((features["n_active"] == 0).mean())}
-        facts = arm_facts(run.study, name, measured)
+        facts = (facts_of or arm_facts)(run.study, name, measured)
         found[name] = ArmTables(
             name=name,
             role=arm.role,

@@ -21,6 +21,7 @@ from saeffect.lm.language_model import LanguageModel, probe_logits
 from saeffect.lm.tokens import find_bos_id
 from saeffect.progress import Log
 from saeffect.sae.metrics import ReconstructionSums, row_losses, spliced_losses
+from saeffect.sae.mismatch import Mismatch, find_mismatch
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import beginning, shortage
@@ -56,7 +57,8 @@ def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
         log(f"  arm {arm}: {line}")
     of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
     if run.study.config.gate.on_failure == "stop":
-        _refuse(run.study, arm, of_model, of_sae)
+        mismatch = find_mismatch(opened.lm, opened.sae, opened.hook, rows.ids, log) if of_sae and not of_model else None
+        _refuse(run.study, arm, of_model, of_sae, mismatch)
     complaint = "; ".join(filter(None, (of_model, of_sae)))
     if complaint:
         log(f"  warning: arm {arm}: {complaint}")
@@ -65,7 +67,7 @@ def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     return [path]
 
 
-def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
+def _refuse(study: Study, arm: str, of_model: str, of_sae: str, mismatch: Mismatch | None) -> None:
     if of_model:
         raise ConfigError(
             f"the model does not know this text: {of_model}.",
@@ -73,10 +75,15 @@ def _refuse(study: Study, arm: str, of_model: str, of_sae: str) -> None:
             fix="look at text.bos, the tokenizer and the weights, or go on with gate.on_failure: warn.",
         )
     if of_sae:
+        found, fix = "", "use an SAE trained on this very model and hook,"
+        if mismatch:
+            found = "; ".join(change.found for change in mismatch.changes)
+            found = f" What mends it (explained variance {mismatch.after:.2f}): {found}."
+            fix = " ".join(change.fix for change in mismatch.changes).rstrip(".") + " (see saeffect gate MODEL SAE);"
         raise IncompatibleSae(
-            f"the SAE does not fit the model: {of_sae}.",
+            f"the SAE does not fit the model: {of_sae}.{found}",
             at=study.at("arms", arm, "sae"),
-            fix="use an SAE trained on this very model and hook, or go on all the same with gate.on_failure: warn.",
+            fix=f"{fix} or go on all the same with gate.on_failure: warn.",
         )
 
 

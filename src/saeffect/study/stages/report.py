@@ -20,7 +20,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.dose_search import chosen_dose
 
-__all__ = ["report_context", "report_inputs", "run_report"]
+__all__ = ["gate_measures", "report_context", "report_inputs", "run_report"]
 
 VERSION = 5
 
@@ -55,9 +55,9 @@ def _drawn(folder: Path, names: set[str]) -> list[Path]:
     return [path for path in found if path.suffix in {".svg", ".png"} and path.stem in names]
 
 
-def report_context(run: RunFolder) -> ReportContext:
-    """What the report shows of a run besides its comparison."""
-    config, arms = run.study.config, arm_tables(run)
+def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) -> ReportContext:
+    """What the report shows of a run besides its comparison; `arms` are its `arm_tables` (None: read them)."""
+    config, arms = run.study.config, arms or arm_tables(run)
     doses = run.table_or_none(run.path("steering", "dose_search.parquet")) if config.steering else None
     return ReportContext(
         study=config.name,
@@ -66,7 +66,7 @@ def report_context(run: RunFolder) -> ReportContext:
         arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
         prompts=[prompt_text(prompt) for prompt in config.steering.prompts] if config.steering else (),
-        gate=_gate_table(run, arms),
+        gate=gate_measures(run, {name: arm.facts.dead_share for name, arm in arms.items()}),
         steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
         config=run.config_yaml(),
@@ -80,13 +80,14 @@ def report_context(run: RunFolder) -> ReportContext:
     )
 
 
-def _gate_table(run: RunFolder, arms: Mapping[str, ArmTables]) -> pd.DataFrame:
-    gates = {name: read_json(run.arm(name, "gate.json")) for name in arms}
+def gate_measures(run: RunFolder, dead_shares: Mapping[str, float | None]) -> pd.DataFrame:
+    """What the gate measured, a row an arm, beside the share of dead features."""
+    gates = {name: read_json(run.arm(name, "gate.json")) for name in dead_shares}
     measures = ("explained_variance", "ce_loss_score", "l0", "l2_ratio")
     return pd.DataFrame(
         {"arm": name}
         | {measure: gate[measure] for measure in measures}
-        | {"dead_share": arms[name].facts.dead_share, "n_tokens": gate["tokens"]}
+        | {"dead_share": dead_shares[name], "n_tokens": gate["tokens"]}
         | {f"perplexity_{source}": value for source, value in gate["perplexity"].items()}
         for name, gate in gates.items()
     )

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from saeffect.web.overview.routes import router
+from saeffect.web.overview.routes import router, warm
 
-__all__ = ["router"]
+__all__ = ["router", "warm"]

@@ -20,6 +20,7 @@ from saeffect.steering.actions import actions_of
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.steering_plan import matched_lists_of, matched_placebos, site_of
 from saeffect.study.study import Arm
+from saeffect.study.texts import machine_memory
 from saeffect.web.play.ask import Ask
 from saeffect.web.play.side import Side
 from saeffect.web.play.worker import Event, described
@@ -82,7 +83,7 @@ class Engine:
         sides = self._sides(run, ask)
         yield {"type": "start", "sides": [side.described() for side in sides], **_scale(run, ask)}
         for side in sides:
-            yield {"type": "tokens", "side": side.name, **side.step()}
+            yield {"type": "tokens", "side": side.name, **(side.step() or {})}
         for side in sides:
             yield {"type": "prompt", "side": side.name, "tokens": side.read_prompt()}
         going = list(sides)
@@ -113,6 +114,8 @@ class Engine:
         if arm not in self._lms:
             model = run.study.arm(arm).model
             same = next((lm for name, lm in self._lms.items() if run.study.arm(name).model == model), None)
+            if same is None:
+                _require_memory(list(self._lms.values()))
             self._lms[arm] = same or run.study.open_model(arm, Log())
         return self._lms[arm]
 
@@ -200,6 +203,18 @@ def _chat_turn(lm: LanguageModel, prompt: str) -> str:
         )
     turns = [{"role": "user", "content": prompt}]
     return str(lm.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _require_memory(held: list[LanguageModel]) -> None:
+    """ConfigError if another model like those in memory will not fit beside them."""
+    sizes = [sum(p.nbytes for p in lm.model.parameters()) for lm in held if lm.device.type == "cpu"]
+    memory = machine_memory()
+    if sizes and sum(sizes) + max(sizes) > memory:
+        raise ConfigError(
+            f"two models of {max(sizes) / 1e9:.1f} GB each do not fit into this machine's {memory / 1e9:.0f} GB.",
+            at="the playground",
+            fix="serve the run on a machine with more memory, or with a GPU.",
+        )
 
 
 def _require_room(lm: LanguageModel, text: str, plan: SteeringPlan) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = ["router"]
 router = APIRouter()
 _RECENT = 64  # finished results that can still be kept
 _MOST_COMPARED = 4
+_MAKING = threading.Lock()
 _STEPS = 5  # classes .a1 to .a5 of a tint
 
 
@@ -57,10 +59,11 @@ class _Playground:
 
 def _playground(request: Request) -> _Playground:
     state = request.app.state
-    if not hasattr(state, "playground"):
-        site: Site = state.site
-        state.playground = _Playground(Engine(lambda: site.run))
-        site.on_close(state.playground.worker.close)
+    with _MAKING:
+        if not hasattr(state, "playground"):
+            site: Site = state.site
+            state.playground = _Playground(Engine(lambda: site.run))
+            site.on_close(state.playground.worker.close)
     found: _Playground = state.playground
     return found
 
@@ -69,7 +72,8 @@ def _playground(request: Request) -> _Playground:
 def _play(request: Request) -> HTMLResponse:
     """The page; its address says what is asked, as far as it says anything."""
     site: Site = request.app.state.site
-    wrong, arms = None, ()
+    wrong: dict[str, str] | None = None
+    arms: tuple[str, ...] = ()
     ask = Ask(prompt=_PROMPT)
     with contextlib.suppress(SaeffectError):
         arms = site.arms

@@ -93,6 +93,9 @@ function begin() {
       }
       link.href = `/api/export?${query}`;
     }
+    for (const link of $("export-domain").querySelectorAll("a")) {
+      link.href = `/api/export?${new URLSearchParams({ format: link.dataset.format, group: "domain", arm: $("arm").value })}`;
+    }
     const operator = $("operator").value;
     $("dose-field").hidden = operator === "ablate";
     $("dose-unit").textContent = $("dose-unit").dataset[operator] ?? "";
@@ -433,7 +436,7 @@ function begin() {
     }
     if (!running) {
       if (found.state === "loading" || found.state === "cold") say("Loading the models …");
-      else if (found.state === "ready" && $("status").textContent.startsWith("Loading")) say("Ready.");
+      else if (found.state === "ready" && /^(Loading|$)/.test($("status").textContent)) say("Ready.");
     }
     if (found.state === "loading" || found.state === "cold") setTimeout(state, 700);
   }

@@ -1,0 +1,217 @@
+"""`saeffect gate`: is this SAE good on this model, and on its fine-tune? Or, with one argument, a study's stage."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saeffect.cli.console import ConsoleProgress, show, still_writable
+from saeffect.cli.run import Out, stage_command
+from saeffect.errors import ConfigError, unknown_name
+from saeffect.paths import user_path
+
+if TYPE_CHECKING:
+    from saeffect.study.pair_gate import PairGate
+
+__all__ = ["gate"]
+
+_BOS = ("auto", "always", "never")
+_COLUMNS = {"base": "base", "tuned": "fine-tuned", "trained": "when trained"}
+_ROWS = {  # names of a gate's table, in words, and how they are written
+    "explained_variance": ("explained variance", "{:.3f}"),
+    "ce_loss_score": ("CE loss score", "{:.3f}"),
+    "ce_clean": ("loss of the model, nats a token", "{:.3f}"),
+    "ce_sae": ("  with the SAE in its place", "{:.3f}"),
+    "ce_zero": ("  with zeros there", "{:.3f}"),
+    "l0": ("active features a token (l0)", "{:,.1f}"),
+    "l2_ratio": ("length out / in", "{:.3f}"),
+    "mean_norm": ("mean length of activations", "{:,.1f}"),
+    "first_norm": ("  at the first position", "{:,.1f}"),
+    "sink_share": ("tokens at sinks, first left out", "{:.2%}"),
+    "features_fired": ("features that fired", "{:,.0f}"),
+}
+_BARS = "▁▂▃▄▅▆▇█"
+_stage = stage_command("gate")
+
+
+def gate(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY|MODEL", help="A study file; or, before SAE, a model as in saeffect diff.")
+    ],
+    sae: Annotated[
+        str | None, typer.Argument(metavar="SAE", help="Folder, bundled:<name>, or org/name/folder on the hub.")
+    ] = None,
+    tuned: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The fine-tuned model, or a PEFT adapter alone.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")] = "text",
+    hook: Annotated[str | None, typer.Option(help="Where to read; by default where the SAE was trained.")] = None,
+    bos: Annotated[str, typer.Option(help="Whether texts begin with BOS: auto, always or never.")] = "auto",
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=256)] = 4_096,
+    save: Annotated[
+        Path | None, typer.Option(help="File for all numbers, as JSON.", parser=user_path, metavar="FILE")
+    ] = None,
+    mend: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the SAE with the changes that mend it.", parser=user_path, metavar="FOLDER"),
+    ] = None,
+    out: Out = None,
+    redo: Annotated[bool, typer.Option("--redo", help="Of a study: do it even if it was done.")] = False,
+) -> None:
+    """Judge an SAE on a model and its fine-tune, or run this stage of a study."""
+    if sae is None:
+        alone = {"--tuned": tuned, "--text": text, "--hook": hook, "--save": save, "--mend": mend}
+        given = [name for name, value in alone.items() if value]
+        if given:
+            raise ConfigError(
+                "there is no SAE.", at=given[0], fix="write saeffect gate MODEL SAE; with one argument it is a study."
+            )
+        _stage(study, out, redo)
+        return
+    if bos not in _BOS:
+        raise unknown_name("choice of BOS", bos, _BOS, at="--bos")
+    for option, place in (("--save", save), ("--mend", mend)):
+        if place is not None and place.exists() and (option == "--mend") != place.is_dir():
+            raise ConfigError(f"{str(place)!r} is something else.", at=option, fix="choose another place.")
+    from saeffect.io import write_json
+    from saeffect.study.pair_gate import GateRequest, gate_pair
+
+    request = GateRequest(study, sae, tuned, tuple(text or ()), field, hook, bos, tokens)  # type: ignore[arg-type]
+    with ConsoleProgress() as log:
+        found = gate_pair(request, log=log)
+    _show(found, study, sae, tuned)
+    if save is not None:
+        write_json(save, found.as_dict())
+    if mend is not None:
+        _mend(found, mend)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _mend(found: PairGate, folder: Path) -> None:
+    from saeffect.sae.formats import save_sae
+    from saeffect.sae.mismatch import mended
+
+    if found.mismatch is None:
+        show("nothing to mend in the SAE itself: no folder was written")
+        return
+    save_sae(mended(found.mismatch), folder)
+    show(f"the SAE with these changes: {folder.resolve()}")
+
+
+def _show(found: PairGate, model: str, sae: str, tuned: str | None) -> None:
+    cfg, rows = found.sae.cfg, found.rows
+    k = f", k = {cfg.k}" if cfg.k else ""
+    show(f"SAE    {sae}: {found.sae.label}, {cfg.d_in:,} × {cfg.d_sae:,}{k}")
+    show(f"hook   {found.hook}")
+    show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
+    begins = "with" if found.on_text["base"]["prepend_bos"] else "without"
+    show(f"text   {', '.join(rows.names)}: {rows.ids.size:,} tokens in rows of {rows.context_size}, {begins} BOS")
+    show()
+    _show_table(found)
+    show()
+    _show_positions(found)
+    show()
+    for line in _verdict(found):
+        show(line)
+
+
+def _show_table(found: PairGate) -> None:
+    values = found.table()
+    columns = [name for name in values if not values[name].isna().all()]
+    table = Table("", *(_COLUMNS[name] for name in columns), box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    least = {
+        "explained_variance": found.limits.min_explained_variance,
+        "ce_loss_score": found.limits.min_ce_loss_score,
+    }
+    for name, (words, how) in _ROWS.items():
+        label = f"{words} (at least {least[name]:g})" if name in least else words
+        cells = []
+        for column in columns:
+            value = float(values.loc[name, column])
+            low = name in least and column in found.fits and not value >= least[name]
+            cells.append(Text("" if math.isnan(value) else how.format(value), style="bold red" if low else ""))
+        table.add_row(label, *cells)
+    for source in found.on_text["base"]["perplexity"]:
+        values_of = (found.on_text.get(name, {}).get("perplexity", {}).get(source) for name in columns)
+        table.add_row(f"perplexity on {source}", *("" if value is None else f"{value:,.1f}" for value in values_of))
+    with still_writable(sys.stdout, "standard output"):
+        Console(highlight=False).print(table)
+
+
+def _show_positions(found: PairGate) -> None:
+    """A column a range of positions; the bars are explained variance from 0 to 1."""
+    table = found.by_position()
+    names = [f"{a:,.0f}" if a == b else f"{a:,.0f}-{b:,.0f}" for a, b in _of(table, "base", "first", "last")]
+    grid = Table("by position", *names, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for label, quantity, how in _BY_POSITION:
+        if quantity == "sink_share" and not (table[table["first"] > 0][quantity] > 0).any():
+            continue
+        grid.add_row(label, *[""] * len(names))
+        for model in found.fits:
+            grid.add_row(f"  {_COLUMNS[model]}", *(how(value) for (value,) in _of(table, model, quantity)))
+    with still_writable(sys.stdout, "standard output"):
+        Console(highlight=False).print(grid)
+
+
+def _of(table: Any, model: str, *columns: str) -> list[tuple[float, ...]]:
+    part = table[table["model"] == model]
+    return [tuple(row) for row in part[list(columns)].to_numpy()]
+
+
+def _bar(value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    level = min(len(_BARS) - 1, max(0, int(value * len(_BARS))))
+    return f"{_BARS[level]}{value:.2f}".replace("0.", ".") if value > -10 else f"{_BARS[0]}<-9"
+
+
+def _length(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _cell(how: str) -> Callable[[float], str]:
+    return lambda value: "-" if math.isnan(value) else how.format(value)
+
+
+_BY_POSITION: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("explained variance", "explained_variance", _bar),
+    ("loss added, nats", "ce_increase", _cell("{:+.2f}")),
+    ("length", "mean_norm", _length),
+    ("at sinks", "sink_share", _cell("{:.0%}")),
+)
+
+
+def _verdict(found: PairGate) -> list[str]:
+    failed = [_COLUMNS[name] for name in found.fits if found.failed(name)]
+    models = " and ".join(_COLUMNS[name] for name in found.fits)
+    if found.ok:
+        return [f"The SAE fits: {models}. No other way to read it is better."]
+    lines = [
+        f"The SAE does not fit: {' and '.join(failed)}." if failed else "The SAE fits, but something is not right."
+    ]
+    for change in found.changes:
+        lines += [f"  found: {change.found}", f"  fix:   {change.fix}"]
+    if found.mismatch is not None:
+        score = "" if math.isnan(found.score_after) else f", CE loss score {found.score_after:.3f}"
+        lines.append(f"  then:  explained variance {found.mismatch.after:.3f}{score}; --mend FOLDER saves such an SAE")
+    if not found.changes:
+        lines.append(
+            "  No change that was tried mends it: another hook, scale, centring, normalisation, bias, BOS, TopK."
+        )
+    return lines

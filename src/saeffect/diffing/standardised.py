@@ -1,0 +1,119 @@
+"""Changes of features between two models, on three bases, in units of what null fine-tunes do to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from saeffect.diffing.matched_null import NO_STRATUM, strata
+from saeffect.diffing.trace import Trace
+from saeffect.errors import BadFile, ShapeMismatch
+from saeffect.stats.arguments import FloatArray
+
+__all__ = ["BASES", "FEWEST_TOKENS", "among_nulls", "standardised"]
+
+IntArray = npt.NDArray[np.int64]
+
+BASES = ("read", "written", "expected")
+"""Where a feature's change is looked for. Their evidence is added with equal weights, fixed before any result."""
+FEWEST_TOKENS = 10
+"""A feature that fires on fewer tokens than this in every model is not judged on that text."""
+_STRATUM = 200  # fewest features (or tokens) of like density that share a scale
+
+
+def _raw(trace: Trace, top_tokens: IntArray) -> dict[str, FloatArray]:
+    """Changes on each basis on a scale on which their noise depends little on how often something happens.
+
+    Square roots of mean activations; logarithms of probabilities.
+    """
+    expected = trace.expected.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(expected[1] / expected[0])
+    ratio[~np.isfinite(ratio)] = 0.0  # padding rows of the unembedding are never expected
+    roots = {name: np.sqrt(getattr(trace, name).astype(np.float64)[:2]) for name in ("read", "written")}
+    changes = {name: root[1] - root[0] for name, root in roots.items()}
+    return changes | {"expected": ratio[top_tokens].mean(axis=1)}
+
+
+def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Features that fire on `FEWEST_TOKENS` or more tokens in some model: bool [d_sae], on "read" and "written".
+
+    Source: filtering of low counts before testing, as edgeR's filterByExpr; which model has them does not matter, so
+    the fine-tune and its nulls stay exchangeable.
+    """
+    most = {name: np.zeros(trace.read.shape[1]) for trace in traces[:1] for name in ("read", "written")}
+    for trace in traces:
+        for name, n_tokens in (("read", trace.numbers["n_tokens"]), ("written", trace.texts.size)):
+            densities = getattr(trace, name)[2:].astype(np.float64)
+            most[name] = np.maximum(most[name], densities.max(axis=0, initial=0.0) * n_tokens)
+    return {name: tokens >= FEWEST_TOKENS - 0.5 for name, tokens in most.items()}  # densities are rounded
+
+
+def standardised(
+    trace: Trace,
+    nulls: Sequence[Trace],
+    top_tokens: IntArray,
+    fires: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+) -> dict[str, FloatArray]:
+    """Changes of all features in units of what nulls show, by basis and "combined": float64 [d_sae] each.
+
+    z = (change - mean of the nulls') / scale. The scale is the root mean of two variances with equal weight: the
+    feature's own over the nulls, and that of features that fire as often. If the z of one fine-tune spread wider than
+    the nulls' as a whole, they are divided by how much wider (a fine-tune that moved everything has not moved anything
+    in particular). "combined" is the sum over bases divided by the square root of their number.
+
+    NaN on a basis where a feature hardly fires (see `FEWEST_TOKENS`), which adds nothing to "combined": the noise of a
+    few strong activations has no scale. `fires` says where, if more traces than these decide it.
+
+    Raises:
+        ShapeMismatch: Fewer than two nulls.
+        BadFile: A null was measured with another base model, SAE, hook or text.
+
+    Source:
+        Shrinkage towards a pooled variance: Smyth 2004. Division by the spread: the empirical null of Efron 2004.
+    """
+    own = _comparable([trace, *nulls])
+    if len(nulls) < 2:
+        raise ShapeMismatch(f"a scale needs at least two null fine-tunes. Got {len(nulls)} instead.", at="nulls")
+    density = trace.read[2].astype(np.float64)
+    groups = strata(np.where(density > 0, density, np.nan)[:, None], _STRATUM)
+    groups[groups == NO_STRATUM] = groups.max(initial=0) + 1  # features that never fire share a scale
+    changes = [_raw(one, top_tokens) for one in own]
+    found = {name: _z(changes[0][name], np.stack([c[name] for c in changes[1:]]), groups) for name in BASES}
+    for name, enough in (_fires(own) if fires is None else fires).items():
+        found[name] = np.where(enough, found[name], np.nan)
+    return found | {"combined": np.nansum([found[name] for name in BASES], axis=0) / math.sqrt(len(BASES))}
+
+
+def among_nulls(traces: Sequence[Trace], top_tokens: IntArray) -> list[dict[str, FloatArray]]:
+    """`standardised` of each trace, first the fine-tune's: it among the nulls, each null among the other nulls."""
+    fires = _fires(traces)
+    others = [[null for j, null in enumerate(traces) if j not in (0, i)] for i in range(len(traces))]
+    return [standardised(trace, rest, top_tokens, fires) for trace, rest in zip(traces, others, strict=True)]
+
+
+def _z(own: FloatArray, nulls: FloatArray, groups: IntArray) -> FloatArray:
+    """z [n] of changes `own` [n] among those of nulls [K, n]."""
+    mean = nulls.mean(axis=0)
+    variance = ((nulls - mean) ** 2).sum(axis=0) / (len(nulls) - 1)
+    pooled = np.empty_like(variance)
+    for group in np.unique(groups):
+        pooled[groups == group] = variance[groups == group].mean()
+    scale = np.sqrt((variance + pooled) / 2 * (1 + 1 / len(nulls)))
+    z = np.divide(own - mean, scale, out=np.zeros_like(own), where=scale > 0)
+    spread = float(np.median(np.abs(z - np.median(z)))) * 1.4826
+    return np.asarray(z / max(1.0, spread))
+
+
+def _comparable(traces: Sequence[Trace]) -> Sequence[Trace]:
+    for trace in traces[1:]:
+        if trace.made_by != traces[0].made_by:
+            raise BadFile(
+                f"the null {trace.name!r} was measured with another base model, SAE, hook or text.",
+                at="nulls",
+                fix="measure the nulls again for this study: saeffect finetune <recipe> --null <how many> --study ...",
+            )
+    return traces

@@ -1,0 +1,241 @@
+"""Each arm's features read on the text in both models: where they fire, how strongly, and what they suppress.
+
+A finished run knows its features in the model that their SAE belongs to. This reads the study's text once with the
+other model too and keeps, in `cache/` of the run directory, what pages about single features show. No number of the
+study depends on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saeffect.errors import ConfigError, NotFound
+from saeffect.features.activity import ExampleCollector
+from saeffect.features.projection import project
+from saeffect.io import fingerprint, read_json, sole_writer
+from saeffect.lm.activations import NormLimit, kept_positions
+from saeffect.lm.gguf import cache_folder
+from saeffect.lm.tokens import special_tokens
+from saeffect.progress import SILENT, Log
+from saeffect.study.run_folder import RunFolder
+from saeffect.study.stages.features import ranked_tokens, shared_unembedding
+from saeffect.study.study import Arm, Study
+
+__all__ = ["N_BINS", "ActivationHistograms", "both_models_files", "other_arm", "read_both_models"]
+
+VERSION = 1
+N_BINS = 40
+"""Bars of a histogram, from 0 to `top`."""
+
+
+def other_arm(study: Study, arm: str) -> str:
+    """The arm whose model an arm's features are also read in: the treatment, and for the treatment the control."""
+    control, treatment = study.by_role("control")[0], study.by_role("treatment")[0]
+    return control if arm == treatment else treatment
+
+
+def both_models_files(folder: Path, arm: str, other: str) -> tuple[Path, Path]:
+    """Where the tables about an arm's features and their contexts are, or would be; names tell of what was read.
+
+    In the run directory, else, where that cannot be written to, in the user's cache. NotFound if the arm's features
+    are not there yet.
+    """
+    found = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    try:
+        note = found["stages"][f"features {arm}"]["fingerprint"]
+        made_of = fingerprint([VERSION, note, found["arms"][other]["model"], found["text_sha256"]])[:16]
+    except (KeyError, TypeError) as error:
+        fix = "let the study run on to this stage."
+        raise NotFound(f"the features of {arm} are not there yet.", at=str(folder), fix=fix) from error
+    names = (f"both-{arm}-{made_of}.parquet", f"both-{arm}-{made_of}-contexts.parquet")
+    inside, outside = folder / "cache", cache_folder() / "both-models"
+    for place in (inside, outside):
+        if all((place / name).is_file() for name in names):
+            return place / names[0], place / names[1]
+    place = inside if os.access(inside if inside.is_dir() else folder, os.W_OK) else outside
+    return place / names[0], place / names[1]
+
+
+@torch.inference_mode()
+def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
+    """Write what is missing for the arms of a run; arms that are there are not read again.
+
+    Of features: bottom_tokens, bottom_weights (least first, on the scale of the top tokens); for this model and, as
+    `_beside`, the other: density, mean and maximum of activations; `top` and counts [N_BINS] of a histogram of
+    activations above 0, whose last bar ends at `top` in both. Of contexts: as `examples.parquet`, but for those that
+    peak at special tokens; chosen by either model (`chosen_in`), with activations in both. Where the SAE cannot read
+    the other model, there are no such columns, and `reason` says why.
+
+    Raises:
+        NotFound: The run has no features yet.
+        ConfigError: A model or SAE is not the one that the run read.
+        InUse: Another process is writing these files.
+        SaeffectError: A model or SAE does not load.
+    """
+    place = Path(folder)
+    study = Study.open(place / "study.yaml")
+    manifest = read_json(place / "manifest.json")
+    written: list[Path] = []
+    for name in study.ordered_arms():
+        if f"features {name}" not in manifest["stages"]:
+            continue
+        other = other_arm(study, name)
+        files = both_models_files(place, name, other)
+        if all(file.is_file() for file in files):
+            continue
+        for arm in (name, other):
+            _refuse_changed(study, arm, manifest)
+        with sole_writer(files[0].parent):
+            for file, table in zip(files, _read_arm(study, name, other, log), strict=True):
+                written.append(RunFolder.write_table(file, table))
+    return written
+
+
+def _refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
+    known, now = manifest.get("arms", {}).get(arm, {}), study.identities[arm]
+    for part in ("model", "sae"):
+        if known.get(part) != now[part]:
+            raise ConfigError(
+                f"the {part} of {arm} is not the one that the run read.",
+                at=study.at("arms", arm, part),
+                fix="put it back, or run the study again.",
+            )
+
+
+def _read_arm(study: Study, name: str, other: str, log: Log) -> tuple[pd.DataFrame, pd.DataFrame]:
+    arm = study.open_arm(name, log)
+    found = _bottom_tokens(study, arm)
+    reason = _obstacle(study, arm, other)
+    config, rows = study.config.features, study.rows()
+    collectors = {
+        which: ExampleCollector(len(arm.W_dec), config.examples, config.window, beside=not reason)
+        for which in ((name,) if reason else (name, other))
+    }
+    bars = ActivationHistograms(len(arm.W_dec), 1 if reason else 2)
+    special = torch.zeros(arm.lm.d_vocab, dtype=torch.bool)
+    special[[token for token in special_tokens(arm.lm.tokenizer) if token < arm.lm.d_vocab]] = True
+    for batch in _batches(study, arm, None if reason else other, log):
+        sources = [rows.names[i] for i in rows.sources[batch.start : batch.start + len(batch.ids)]]
+        for (which, collector), acts, kept in zip(collectors.items(), batch.acts, batch.kept, strict=True):
+            beside = None if reason else batch.acts[which == name]  # of the other one
+            # A special token, such as the end of a text, is no context that says anything.
+            collector.update(acts, batch.ids, kept & ~special[batch.ids], sources=sources, beside=beside)
+        bars.update([acts[kept] for acts, kept in zip(batch.acts, batch.kept, strict=True)])
+    contexts = []
+    for which, collector in collectors.items():
+        table = collector.result(arm.lm.token_strings()).assign(chosen_in=which)
+        if which != name:
+            table = table.rename(columns={"activations": "activations_beside", "activations_beside": "activations"})
+        contexts.append(table)
+    return pd.concat([found, bars.result()], axis=1).assign(reason=reason), pd.concat(contexts, ignore_index=True)
+
+
+def _bottom_tokens(study: Study, arm: Arm) -> pd.DataFrame:
+    """The tokens that each decoder row suppresses most, on the scale of the top tokens."""
+    config = study.config.features
+    valid = ranked_tokens(study, arm.lm)
+    lowest = project(-arm.W_dec, shared_unembedding(arm.lm), config.top_k, config.projection, valid=valid)
+    strings = arm.lm.token_strings()
+    return pd.DataFrame(
+        {
+            "feature": np.arange(len(arm.W_dec), dtype=np.int64),
+            "bottom_tokens": [[strings[token] for token in row] for row in lowest.indices.tolist()],
+            "bottom_weights": (-lowest.weights).tolist(),
+        }
+    )
+
+
+def _obstacle(study: Study, arm: Arm, other: str) -> str:
+    """Why an arm's SAE cannot read the other's model; "" if it can."""
+    if other in study.differences or arm.name in study.differences:
+        return "the models' tokenizers differ"
+    width = study.sae_config(other).d_in
+    return f"the models differ in width ({arm.sae.cfg.d_in} and {width})" if width != arm.sae.cfg.d_in else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows from `start` without BOS: ids [B, S], and for one or two models acts [B, S, d_sae] and kept [B, S]."""
+
+    start: int
+    ids: Tensor
+    acts: list[Tensor]
+    kept: list[Tensor]
+
+
+def _batches(study: Study, arm: Arm, other: str | None, log: Log) -> Iterator[_Batch]:
+    rows = study.rows()
+    limit: NormLimit = arm.norm_limit(rows)
+    models = [arm.lm, *([study.open_model(other, log)] if other else ())]
+    texts = [study.residuals.batches(lm, arm.hook, rows) for lm in models]
+    for parts in zip(*texts, strict=True):
+        start, ids, _ = parts[0]
+        n_bos = arm.lm.n_bos(rows.ids[start])
+        kept = [kept_positions(x, limit)[:, n_bos:] for _, _, x in parts]
+        yield _Batch(start, ids[:, n_bos:], [arm.sae.encode(x[:, n_bos:]) for _, _, x in parts], kept)
+        log.progress(f"both models, {arm.name}", start + len(ids), len(rows), "rows")
+
+
+class ActivationHistograms:
+    """Streaming histograms of activations above 0, one a feature and model, on a scale that the models share.
+
+    The scale of a feature doubles when an activation lies above it; bars are then joined in pairs, so counts stay
+    exact. Results do not depend on how tokens were batched, but for where a scale begins.
+
+    Example:
+        >>> bars = ActivationHistograms(d_sae=1, n_models=2)
+        >>> bars.update([torch.tensor([[0.0], [2.0], [8.0]]), torch.tensor([[1.0], [0.0], [0.0]])])
+        >>> table = bars.result()
+        >>> table["top"][0], int(sum(table["counts"][0])), table["mean_activation_beside"][0]
+        (8.0, 2, 1.0)
+    """
+
+    def __init__(self, d_sae: int, n_models: int) -> None:
+        self._top = np.zeros(d_sae)
+        self._counts = np.zeros((n_models, d_sae, N_BINS), dtype=np.int64)
+        self._sum, self._max = np.zeros((2, n_models, d_sae))
+        self._tokens = np.zeros(n_models, dtype=np.int64)
+
+    def update(self, acts: list[Tensor]) -> None:
+        """Add activations, for each model [n, d_sae] of the tokens that count in it."""
+        highest = np.max([part.amax(dim=0).float().cpu().numpy() for part in acts if len(part)] or [self._top], axis=0)
+        self._widen(highest.astype(np.float64))
+        for model, part in enumerate(acts):
+            row, feature = (part > 0).nonzero(as_tuple=True)
+            value, feature = part[row, feature].double().cpu().numpy(), feature.cpu().numpy()
+            # The upper end belongs to a bar: (low, high].
+            place = np.clip(np.ceil(value / self._top[feature] * N_BINS).astype(np.int64) - 1, 0, N_BINS - 1)
+            np.add.at(self._counts[model], (feature, place), 1)
+            np.add.at(self._sum[model], feature, value)
+            np.maximum.at(self._max[model], feature, value)
+            self._tokens[model] += len(part)
+
+    def _widen(self, highest: np.ndarray) -> None:
+        new = (self._top == 0) & (highest > 0)
+        self._top[new] = highest[new]
+        while len(wide := np.flatnonzero(highest > self._top)):
+            pairs = self._counts[:, wide].reshape(len(self._counts), len(wide), N_BINS // 2, 2).sum(axis=3)
+            self._counts[:, wide, : N_BINS // 2], self._counts[:, wide, N_BINS // 2 :] = pairs, 0
+            self._top[wide] *= 2
+
+    def result(self) -> pd.DataFrame:
+        """One row a feature: top, and for each model (the second `_beside`) density, mean, maximum, counts."""
+        columns: dict[str, Any] = {"top": self._top}
+        active = self._counts.sum(axis=2)
+        for model, suffix in enumerate(("", "_beside")[: len(self._counts)]):
+            with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that is wanted
+                columns[f"density{suffix}"] = active[model] / np.float64(self._tokens[model])
+                columns[f"mean_activation{suffix}"] = self._sum[model] / active[model]
+            columns[f"max_activation{suffix}"] = self._max[model]
+            columns[f"counts{suffix}"] = list(self._counts[model])
+            columns[f"n_tokens{suffix}"] = np.full(len(self._top), self._tokens[model])
+        return pd.DataFrame(columns)

@@ -1,0 +1,123 @@
+"""`progress.json` in a run directory: what a run that goes on is doing, for whoever looks at the directory.
+
+It exists only while a run writes there; a run that was killed leaves it, which its process number tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saeffect.errors import SaeffectError
+from saeffect.io import read_json, write_json
+from saeffect.progress import Log, Progress
+
+__all__ = ["ProgressFile", "RunProgress", "read_progress"]
+
+_NAME = "progress.json"
+_EVERY = 1.0  # seconds between two writings within a stage
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """What a run is doing. Times are in seconds since 1970.
+
+    Attributes:
+        study: Name of the study.
+        title: Its title; may be empty.
+        stages: Keys of all stages of this run, in order, such as "steer control".
+        stage: The stage that it is at; "" before the first.
+        what: The piece of work within the stage, `done` of `total` `unit`; "" if the stage reports none.
+        started: When the stage began.
+        updated: When this was written.
+        pid: The process, on the machine `host`.
+    """
+
+    study: str
+    title: str
+    stages: tuple[str, ...]
+    stage: str = ""
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    started: float = 0.0
+    updated: float = 0.0
+    pid: int = 0
+    host: str = ""
+
+    def is_alive(self) -> bool:
+        """Whether the process still exists; True on another machine, where that cannot be seen."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):  # somebody else's process
+            return True
+        return True
+
+
+class ProgressFile:
+    """Writes the file for the block, and removes it at the end. That it cannot be written stops no run."""
+
+    def __init__(
+        self, folder: Path, study: str, title: str, stages: Sequence[str], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._path, self._clock, self._written = folder / _NAME, clock, 0.0
+        self._now: dict[str, Any] = {"stage": "", "started": clock()}
+        self._fixed = {
+            "study": study,
+            "title": title,
+            "stages": tuple(stages),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+
+    def __enter__(self) -> ProgressFile:
+        self._write()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def begin(self, stage: str) -> None:
+        """Note that a stage begins."""
+        self._now = {"stage": stage, "started": self._clock()}
+        self._write()
+
+    def following(self, log: Log) -> Log:
+        """A log that passes everything on and notes the progress."""
+        return Log(log, lambda progress: self._show(progress, log))
+
+    def _show(self, progress: Progress, log: Log) -> None:
+        log.progress(progress.what, progress.done, progress.total, progress.unit)
+        if self._clock() - self._written >= _EVERY:
+            self._now |= asdict(progress)
+            self._write()
+
+    def _write(self) -> None:
+        self._written = self._clock()
+        with contextlib.suppress(SaeffectError, OSError):
+            write_json(self._path, {**self._fixed, **self._now, "updated": self._written})
+
+
+def read_progress(folder: Path) -> RunProgress | None:
+    """What a run in the directory is doing; None if none is, or the file is no such note."""
+    try:
+        found = read_json(folder / _NAME)
+        progress = RunProgress(**{**found, "stages": tuple(str(key) for key in found["stages"])})
+    except (SaeffectError, OSError, TypeError, KeyError):
+        return None
+    fields = RunProgress.__dataclass_fields__
+    kinds: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "tuple[str, ...]": tuple}
+    sound = all(isinstance(getattr(progress, name), kinds[str(field.type)]) for name, field in fields.items())
+    return progress if sound else None

@@ -1,0 +1,186 @@
+"""Who may use the app: everybody on this machine; elsewhere each rater with a token, of which only a hash is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import unicodedata
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import RedirectResponse
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from saeffect.errors import BadFile, ConfigError
+from saeffect.io import read_json, write_json
+from saeffect.lm.tokens import printable_text
+from saeffect.web.pages import page
+from saeffect.web.problems import refusal
+from saeffect.web.security import Rates
+from saeffect.web.settings import Settings
+
+__all__ = ["Access", "Raters", "attempts", "rater_of", "router"]
+
+_FILE = "raters.json"
+_LONGEST_NAME = 40
+_YEAR = 365 * 24 * 3600
+_OPEN = ("/enter", "/static/")
+
+router = APIRouter()
+
+
+class Raters:
+    """The raters of a run directory, in its `raters.json`: by name, the SHA-256 of a token and when it was made.
+
+    A token is 256 random bits, so a plain hash cannot be undone. Deleting an entry takes a token back.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / _FILE
+
+    def names(self) -> list[str]:
+        """All raters, sorted; BadFile if the file is damaged."""
+        return sorted(self._read())
+
+    def add(self, name: str) -> str:
+        """Add a rater and return the token, which is not kept.
+
+        ConfigError if the name is taken (upper and lower case are the same) or cannot be shown, BadFile if the file is
+        damaged or cannot be written.
+        """
+        name, found = unicodedata.normalize("NFC", name.strip()), self._read()
+        if not name or len(name) > _LONGEST_NAME or printable_text(name) != name or "\n" in name or "\t" in name:
+            raise ConfigError(
+                f"a rater's name has 1 to {_LONGEST_NAME} visible characters. Got {name[:80]!r} instead.", at="--rater"
+            )
+        if name.casefold() in {other.casefold() for other in found}:
+            raise ConfigError(
+                f"there is a rater {name!r} already, whose token was shown when it was made.",
+                at="--rater",
+                fix=f"leave --rater {name} out; for a new token, delete the entry from {self._file.name} first.",
+            )
+        token = secrets.token_urlsafe(32)
+        found[name] = {"sha256": _hash(token), "made": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(self._file, {"raters": found})
+        self._file.chmod(0o600)
+        return token
+
+    def who(self, token: str) -> str | None:
+        """The rater whose token this is; None for nobody's."""
+        given, found = _hash(token), None
+        for name, entry in self._read().items():
+            if hmac.compare_digest(str(entry.get("sha256", "")).encode(), given.encode()):
+                found = name
+        return found
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        if not self._file.exists():
+            return {}
+        found = read_json(self._file)
+        raters = found.get("raters") if isinstance(found, dict) else None
+        if not isinstance(raters, dict) or not all(isinstance(entry, dict) for entry in raters.values()):
+            raise BadFile("this is no list of raters.", at=str(self._file), fix="restore it, or delete it.")
+        return raters
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def rater_of(request: HTTPConnection) -> str | None:
+    """The rater whose token came with a request; None where no token is asked for."""
+    found: str | None = getattr(request.state, "rater", None)
+    return found
+
+
+class Access:
+    """ASGI middleware that lets nobody in without a token, unless only this machine can reach the app."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, raters: Raters, attempts: Rates) -> None:
+        self._app, self._settings, self._raters, self._attempts = app, settings, raters, attempts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._settings.is_local:
+            await self._app(scope, receive, send)
+            return
+        request, path = HTTPConnection(scope), str(scope["path"])
+        token, client = _token(request, self._settings), _address(request)
+        rater = self._raters.who(token) if token else None
+        if token and rater is None and (wait := self._attempts.wait(client)):
+            await refusal(scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")(scope, receive, send)
+            return
+        scope.setdefault("state", {})["rater"] = rater
+        if rater is None and not path.startswith(_OPEN):
+            await self._turn_away(request)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _turn_away(self, request: HTTPConnection) -> Response:
+        path = request.url.path
+        if path.startswith("/api/") or request.scope["method"] not in ("GET", "HEAD"):
+            return refusal(request.scope, 401, "a token is needed: open /enter, or send Authorization: Bearer TOKEN.")
+        answer = RedirectResponse(f"/enter?next={quote(path, safe='/')}", status_code=303)
+        answer.delete_cookie(_cookie(self._settings))
+        return answer
+
+
+def attempts(settings: Settings) -> Rates:
+    """How many wrong tokens each address may send."""
+    return Rates(settings.attempts_per_minute / 60, settings.attempts_per_minute)
+
+
+def _cookie(settings: Settings) -> str:
+    return f"saeffect-{settings.port}"
+
+
+def _address(request: HTTPConnection) -> str:
+    return request.client.host if request.client else ""
+
+
+def _token(request: HTTPConnection, settings: Settings) -> str:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else request.cookies.get(_cookie(settings), "")
+
+
+@router.get("/enter")
+def _enter(request: Request, next: str = "/") -> Response:
+    """The page that asks for a token; a token behind # in its address never reaches a server's log."""
+    return page(request, "enter.html.j2", title="Enter", next=_own_path(next), wrong=False)
+
+
+@router.post("/enter")
+async def _entered(request: Request) -> Response:
+    form = parse_qs((await request.body()).decode("utf-8", "replace"))
+    token, place = form.get("token", [""])[0].strip(), _own_path(form.get("next", ["/"])[0])
+    app = request.app.state
+    settings: Settings = app.site.settings
+    if app.raters.who(token) is None:
+        if wait := app.attempts.wait(_address(request)):
+            return refusal(request.scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")
+        return page(request, "enter.html.j2", status=401, title="Enter", next=place, wrong=True)
+    answer = RedirectResponse(place, status_code=303)
+    secure = request.url.scheme == "https"
+    answer.set_cookie(_cookie(settings), token, max_age=_YEAR, httponly=True, samesite="lax", secure=secure)
+    return answer
+
+
+@router.post("/leave")
+def _leave(request: Request) -> Response:
+    answer = RedirectResponse("/enter", status_code=303)
+    answer.delete_cookie(_cookie(request.app.state.site.settings))
+    return answer
+
+
+def _own_path(path: str) -> str:
+    """A path of this app, so that nobody is sent elsewhere.
+
+    Example:
+        >>> _own_path("/features?q=a"), _own_path("//evil.example"), _own_path("https://evil.example")
+        ('/features?q=a', '/', '/')
+    """
+    return path if path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() else "/"

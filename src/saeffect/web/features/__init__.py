@@ -1,0 +1,10 @@
+"""The feature browser: all features of all arms, found as one types, and a page for each.
+
+The tables of a run directory enter; pages, and the same as JSON, leave. No model is needed.
+"""
+
+from __future__ import annotations
+
+from saeffect.web.features.routes import router
+
+__all__ = ["router"]

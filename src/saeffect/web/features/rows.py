@@ -1,0 +1,197 @@
+"""The feature list as a page shows it: a row a feature, what is filtered, and where the links of its parts lead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import isfinite
+from typing import Any
+from urllib.parse import quote
+
+from saeffect.report.texts import Chip, chips
+from saeffect.report.words.numbers import count, fixed, p_value, plural, signed
+from saeffect.web.features.index import FeatureIndex, Found
+from saeffect.web.features.query import CHOICES, SORTS, Query
+from saeffect.web.features.search import search_form
+from saeffect.web.features.view import BASES, share
+
+__all__ = ["FILTERS", "ListView", "ListedFeature", "ListedToken", "feature_address", "list_view", "options"]
+
+FILTERS = {
+    "domain": "Domain",
+    "fate": "Fate",
+    "verdict": "Verdict",
+    "tested": "Steering",
+    "direction": "Change",
+    "coherence_min": "Coherence from",
+    "coherence_max": "Coherence to",
+    "density_min": "Density from",
+    "density_max": "Density to",
+    "effect_min": "Effect from",
+    "p_max": "p at most",
+}
+"""The filters that are named in a list, and what they are called."""
+_TOKENS = 8
+_HEADS = (
+    ("change", "Change", "in units of what null fine-tunes show, and p among them"),
+    ("effect", "Effect", "steered minus placebo"),
+    ("coherence", "Coherence", ""),
+    ("density", "Density", "share of tokens"),
+    ("similarity", "Match", "fate, and similarity to the match"),
+)
+
+
+@dataclass(frozen=True)
+class ListedToken:
+    """A top token, and whether the search found it."""
+
+    chip: Chip
+    hit: bool
+
+
+@dataclass(frozen=True)
+class ListedFeature:
+    """A row of the list."""
+
+    arm: str
+    role: str
+    number: int
+    href: str
+    label: str
+    tokens: tuple[ListedToken, ...]
+    domain: bool
+    change: str
+    p: str
+    effect: str
+    tested: str
+    coherence: str
+    density: str
+    fate: str
+    similarity: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ListView:
+    """What the template of the list shows; links are addresses of the same list, changed."""
+
+    query: Query
+    rows: tuple[ListedFeature, ...]
+    total: str
+    page: int
+    pages: int
+    before: str | None
+    after: str | None
+    arms: tuple[tuple[str, str, str, int, bool], ...]
+    heads: tuple[tuple[str, str, str, str, str], ...]
+    active: tuple[tuple[str, str], ...]
+    counts: Any
+    missing: Any
+    basis: str
+
+
+def feature_address(arm: str, number: int, query: Query) -> str:
+    """The address of a feature's page that knows the list it was opened from."""
+    return f"/features/{quote(arm, safe='')}/{number}{_behind(query)}"
+
+
+def _behind(query: Query) -> str:
+    asked = query.address(page=1)
+    return f"?{asked}" if asked else ""
+
+
+def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
+    """The page of the list that `found` holds."""
+    words = [search_form(word) for word in query.q.replace('"', " ").split()]
+    behind = _behind(query)
+    every = sum(found.counts["arm"].values())
+    arms = [("", "All arms", query.address(arm=""), every, not query.arm)]
+    arms += [
+        (index.roles[arm], arm, query.address(arm=arm), found.counts["arm"].get(arm, 0), query.arm == arm)
+        for arm in index.arms
+    ]
+    return ListView(
+        query=query,
+        rows=tuple(_row(index, query, place, words, behind) for place in found.places.tolist()),
+        total=plural(found.total, "feature"),
+        page=found.page,
+        pages=found.pages,
+        before=query.address(page=found.page - 1) if found.page > 1 else None,
+        after=query.address(page=found.page + 1) if found.page < found.pages else None,
+        arms=tuple(arms),
+        heads=tuple(_head(query, *head) for head in _HEADS),
+        active=tuple(
+            (f"{FILTERS[name]} {_shown(value)}", query.address(**{name: "" if isinstance(value, str) else None}))
+            for name, value in query.filters.items()
+            if name in FILTERS
+        ),
+        counts=found.counts,
+        missing=index.missing,
+        basis=BASES[index.basis(query)],
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _head(query: Query, name: str, title: str, note: str) -> tuple[str, str, str, str, str]:
+    """Title, note, where a click leads, and how the column is ordered: "ascending", "descending" or "none"."""
+    now = query.sort or ("" if query.q else "change")
+    order = {name: "descending", f"-{name}": "ascending"}.get(now, "none")
+    return name, title, note, query.address(sort=f"-{name}" if order == "descending" else name), order
+
+
+@lru_cache(maxsize=100_000)
+def _listed(token: str) -> tuple[Chip, str]:
+    """A token as the list shows it, and as it is searched."""
+    return chips([token], [0.0], ())[0], search_form(token)
+
+
+def _row(index: FeatureIndex, query: Query, place: int, words: list[str], behind: str) -> ListedFeature:
+    arm, number, basis = index.arm_of(place), int(index.numbers[place]), index.basis(query)
+    listed = [_listed(token) for token in index.top_tokens(place)]
+    hits = [any(word in form for word in words) for _, form in listed]
+    shown = [i for i, hit in enumerate(hits) if i < _TOKENS or hit][: _TOKENS + 2]
+    change = index.value(f"z_{basis}", place)
+    raw = index.value(f"change_{basis}", place)
+    p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
+    coherence, similarity = index.value("coherence", place), index.value(f"similarity_{query.by}", place)
+    fate = index.code(f"fate_{query.by}", place)
+    return ListedFeature(
+        arm=arm,
+        role=index.roles[arm],
+        number=number,
+        href=f"/features/{quote(arm, safe='')}/{number}{behind}",
+        label=index.verdicts.labels[place],
+        tokens=tuple(ListedToken(listed[i][0], hits[i]) for i in shown),
+        domain=index.code("domain", place) == "yes",
+        change=signed(change, 1) if isfinite(change) else signed(raw) if isfinite(raw) else "",
+        p=f"p {p_value(p)}" if isfinite(p) else "",
+        effect=signed(effect) if isfinite(effect) else "",
+        tested={"passed": "passed", "failed": "not passed"}.get(index.code("tested", place), ""),
+        coherence=fixed(coherence, 2) if isfinite(coherence) else "",
+        density=share(index.value("density", place)),
+        fate="" if fate == "unknown" else fate,
+        similarity=fixed(similarity, 2) if isfinite(similarity) else "",
+        verdict={"none": ""}.get(verdict := index.code("verdict", place), verdict),
+    )
+
+
+def options(query: Query, found: Found) -> dict[str, list[tuple[str, str, bool]]]:
+    """For each filter with values: value, text with its count, and whether it is chosen; the first is no filter."""
+    names = {"basis": BASES, "by": {"writes": "what it writes", "fires": "when it fires"}}
+    made = {}
+    for name, values in CHOICES.items():
+        chosen, counts = getattr(query, name), found.counts.get(name)
+        shown = [value for value in values if counts is None or counts.get(value) or value == chosen]
+        made[name] = [
+            (
+                value,
+                names.get(name, {}).get(value, value) + (f" ({count(counts.get(value, 0))})" if counts else ""),
+                value == chosen,
+            )
+            for value in shown
+        ]
+    made["sort"] = [(value, title, query.sort.removeprefix("-") == value) for value, title in SORTS.items()]
+    return made

@@ -1,0 +1,168 @@
+"""Pages of the feature browser over a tiny run: whole, half-finished, damaged, hostile, without models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from saeffect.features.embeddings import WordVectors, load_embeddings
+from saeffect.study.both_models import read_both_models
+from saeffect.web.features.record import token_pairs
+
+
+@pytest.fixture
+def client(run_copy: Path, client_of: Callable[..., Any]) -> Any:
+    return client_of(run_copy)
+
+
+@pytest.fixture(scope="session")
+def read_run(site_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run whose text was read with both models."""
+    run = Path(shutil.copytree(site_run, tmp_path_factory.mktemp("both") / "run"))
+    assert len(read_both_models(run)) == 6
+    assert read_both_models(run) == []
+    return run
+
+
+def test_the_list_is_a_page_and_its_rows_come_alone(client: Any) -> None:
+    whole = client.get("/features?arm=control&sort=feature")
+    assert whole.status_code == 200 and whole.text.count('class="open"') == 50
+    rows = client.get("/api/features/rows?arm=control&sort=feature&page=2")
+    assert rows.status_code == 200 and rows.text.count('class="open"') == 46
+    assert "<html" not in rows.text and 'href="/features/control/50?arm=control&amp;sort=feature"' in rows.text
+    found = client.get("/api/features?arm=control&q=%2395").json()
+    assert (found["total"], found["features"][0]["feature"]) == (1, 95)
+
+
+def test_wrong_questions_get_a_page_that_says_what_exists(client: Any) -> None:
+    for path, word in (
+        ("/features?fate=lost", "kept"),
+        ("/features?arm=other", "control"),
+        ("/features?page=x", "page"),
+    ):
+        answer = client.get(path)
+        assert answer.status_code == 400 and word in answer.text, path
+    for path in ("/features/control/96", "/features/control/x", "/features/control/-1"):
+        assert client.get(path).status_code == 404, path
+    assert client.get("/features/other/1").status_code == 400
+    assert client.get("/api/features/rows?fate=lost").json()["error"]
+
+
+def test_a_page_shows_what_the_tables_say(run_copy: Path, client: Any) -> None:
+    features = pd.read_parquet(run_copy / "arms/treatment/features.parquet")
+    steered = pd.read_parquet(run_copy / "arms/treatment/effects.parquet")["feature"].iloc[0]
+    text = client.get(f"/features/treatment/{steered}").text
+    record = client.get(f"/api/features/treatment/{steered}").json()
+    row = features[features["feature"] == steered].iloc[0]
+    assert [one["token"] for one in record["top_tokens"]] == row["top_tokens"].tolist()
+    assert record["numbers"]["density"] == pytest.approx(row["density"])
+    assert record["steering"]["texts"] and "Worst pair" in text
+    assert "Not read in both models yet" in text and record["bottom_tokens"] is None
+    assert record["matches"][0]["match_arm"] == "control"
+
+
+def test_pairs_average_to_the_coherence(run_copy: Path, client: Any) -> None:
+    table = pd.read_parquet(run_copy / "arms/control/coherence.parquet").dropna(subset="coherence")
+    record = client.get(f"/api/features/control/{table['feature'].iloc[0]}").json()["coherence"]
+    mean = sum(pair["share"] * pair["cosine"] for pair in record["pairs"])
+    assert mean == pytest.approx(table["coherence"].iloc[0], abs=1e-6)
+    toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")
+    assert token_pairs(["cat", "x"], [1.0, 1.0], toy) == []
+    assert len(load_embeddings()) > 1000
+
+
+def test_both_models_are_read_as_the_run_read_its_own(read_run: Path, client_of: Callable[..., Any]) -> None:
+    own = pd.read_parquet(read_run / "arms/control/examples.parquet")
+    features = pd.read_parquet(read_run / "arms/control/features.parquet")
+    (both,) = (read_run / "cache").glob("both-control-*-contexts.parquet")
+    contexts = pd.read_parquet(both)
+    peaks = contexts.apply(lambda row: row["tokens"][row["position"]], axis=1)
+    assert not peaks.str.contains("endoftext").any()
+    at_end = own.apply(lambda row: "endoftext" in row["tokens"][row["position"]], axis=1)
+    plain = set(own["feature"]) - set(own.loc[at_end, "feature"])
+    assert len(plain) > 10
+    own = own[own["feature"].isin(plain)]
+    same = contexts[(contexts["chosen_in"] == "control") & contexts["feature"].isin(plain)]
+    for known, now in zip(own.itertuples(), same.itertuples(), strict=True):
+        n = len(now.tokens)  # the end of a text at the end of a row is left out
+        assert list(known.tokens)[:n] == list(now.tokens) and {"<|endoftext|>"} >= set(known.tokens[n:])
+        inside = [i for i in range(n) if known.tokens[i] != "<|endoftext|>"]
+        assert [known.activations[i] for i in inside] == [now.activations[i] for i in inside]
+    assert any(np.asarray(row).any() for row in same["activations_beside"])
+    table = pd.read_parquet(next(path for path in (read_run / "cache").glob("both-control-*") if path != both))
+    assert table["density"].tolist() == features["density"].tolist()
+    assert np.allclose(table["mean_activation"], features["mean_activation"], equal_nan=True)
+    assert [sum(bars) for bars in table["counts"]] == features["n_active"].tolist()
+    # The least of what a decoder row promotes is below all its top tokens.
+    assert all(
+        row.bottom_weights[0] < min(top) for row, top in zip(table.itertuples(), features["top_weights"], strict=True)
+    )
+    number = int(features.sort_values("n_active")["feature"].iloc[-1])
+    text = client_of(read_run).get(f"/features/control/{number}").text
+    assert "Base model" in text and "Fine-tuned model" in text and "Suppresses" in text
+    assert "Not read in both models yet" not in text
+
+
+def test_pages_work_when_no_model_loads_any_more(read_run: Path, tmp_path: Path, client_of: Callable[..., Any]) -> None:
+    """The study names folders that are gone; the page still has all that was read."""
+    run = Path(shutil.copytree(read_run, tmp_path / "run"))
+    text = (run / "study.yaml").read_text(encoding="utf-8")
+    (run / "study.yaml").write_text(re.sub(r"/(base|tuned|saes)\b", r"/gone-\1", text), encoding="utf-8")
+    client = client_of(run)
+    assert client.get("/features?q=heart").status_code == 200
+    answer = client.get("/features/control/3")
+    assert answer.status_code == 200 and "Suppresses" in answer.text
+    shutil.rmtree(run / "cache")
+    job = client.post("/api/both-models")
+    assert job.status_code == 202
+    state: dict[str, Any] = {"state": "running"}
+    while state["state"] == "running":
+        state = client.get("/api/both-models").json()
+    assert state["state"] == "failed" and "gone-" in json.dumps(state)
+    assert "Not read in both models yet" in client.get("/features/control/3").text
+
+
+def test_half_finished_and_damaged_runs_have_pages(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    assert client.get("/features").status_code == 200
+    for name in ("coherence", "effects", "interventions", "examples", "selection"):
+        (run_copy / f"arms/control/{name}.parquet").unlink()
+    shutil.rmtree(run_copy / "comparison")
+    (run_copy / "arms/placebo/features.parquet").write_bytes(b"PAR1")
+    answer = client.get("/features")
+    assert answer.status_code == 200 and "placebo</bdi> has no features here" in answer.text
+    text = client.get("/features/control/5").text
+    assert "The stage that writes it has not finished" in text
+    assert client.get("/features/placebo/5").status_code == 404
+    shutil.rmtree(run_copy / "arms")
+    assert "No feature fits" in client.get("/features").text
+
+
+def test_an_empty_directory_says_how_to_begin(tmp_path: Path, client_of: Callable[..., Any]) -> None:
+    answer = client_of(tmp_path).get("/features")
+    assert answer.status_code == 404 and "saeffect run" in answer.text
+
+
+def test_hostile_tokens_and_labels_stay_text(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    for name, column in (("features", "top_tokens"), ("examples", "tokens")):
+        path = run_copy / f"arms/control/{name}.parquet"
+        table = pd.read_parquet(path)
+        table[column] = [['"><script>alert(1)</script>', "\u202eevil", *row[2:]] for row in map(list, table[column])]
+        table.to_parquet(path, index=False)
+    path = run_copy / "arms/control/selection.parquet"
+    pd.read_parquet(path).assign(label="<img src=x onerror=alert(1)>", n_yes=1).to_parquet(path, index=False)
+    client = client_of(run_copy)
+    for url in ("/features?q=%22%3E%3Cscript%3E", "/features/control/1", "/api/features/rows?q=<script>"):
+        answer = client.get(url)
+        assert answer.status_code == 200
+        rest = answer.text.replace('<script type="module"', "")
+        assert "<script" not in rest and "<img" not in rest and "\u202e" not in rest, url
+    assert "alert(1)" in client.get("/api/features/control/1").json()["label"]
