@@ -31,6 +31,7 @@ _HOME = {
     "load_language_model": "saeffect.lm.loading",
     "load_sae": "saeffect.sae.formats",
     "match_features": "saeffect.study.notebook",
+    "open_run": "saeffect.study.finished",
     "run_study": "saeffect.study.run",
     "save_sae": "saeffect.sae.formats.saelens",
     "select": "saeffect.features.vocabulary",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from saeffect.sae.formats import load_sae
     from saeffect.sae.formats.saelens import save_sae
     from saeffect.steering import effects
+    from saeffect.study.finished import open_run
     from saeffect.study.notebook import compare, match_features, steer, train_sae, write_report
     from saeffect.study.run import run_study
     from saeffect.study.stages.features import extract_features

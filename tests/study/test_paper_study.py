@@ -22,7 +22,7 @@ from tiny_study import make_tokenizer, sentences
 HOOK = "blocks.8.hook_resid_pre"
 PAIRS = (("doctor", "nurse"), ("cancer", "tumor"), ("river", "bridge"), ("fever", "cough"))
 
-pytestmark = pytest.mark.usefixtures("without_figures")
+pytestmark = [pytest.mark.usefixtures("without_figures"), pytest.mark.real]  # not real models, but as long
 
 
 def into_cache(hub: Path, repo: str, folder: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
 from tiny_study import make_study
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -37,6 +40,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) ->
     path = make_study(folder)
     run_study(Study.open(path), folder / "run")
     return path, folder / "run"
+
+
+def test_every_table_and_its_columns_are_on_the_page_of_files(finished: tuple[Path, Path]) -> None:
+    page = (DOCS / "files.md").read_text(encoding="utf-8")
+    for path in sorted(finished[1].rglob("*.parquet")):
+        assert f"`{path.name}`" in page, path
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{path.name}`"))
+        missing = [column for column in pd.read_parquet(path) if f"`{column}`" not in line]
+        own = {"design.parquet", "together.parquet"}  # a column an arm
+        assert not missing or path.name in own or "as " in line, f"{path.name}: {missing}"
+    for path in [p for p in finished[1].rglob("*.json") if p.parent.name != "tables"]:
+        assert path.name in page, path
+
+
+@pytest.mark.parametrize("name", ["files.md", "tutorial.md"])
+def test_the_page_s_python_runs(
+    name: str, finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for run in ("mine", "smollm2-medical"):
+        Path("runs", run).symlink_to(finished[1])
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, name, "exec"), names)
+    assert blocks and len(names["effects"]) > 0
 
 
 def test_every_file_of_the_design_is_there(finished: tuple[Path, Path]) -> None:

@@ -128,6 +128,14 @@ class Comparison:
         """The judgements with the differences behind them, by quantity."""
         return judgements_of(self.judgements, self.contrasts)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the two tables of the paper, and the declared contrasts."""
+        declared = self.contrasts[self.contrasts["declared"].eq(True)]
+        columns = ["label", "comparison", "estimate", "low", "high", "p", "unit"]
+        parts = (("Table 1", self.table1.set_index("arm").T), ("Table 2", self.table2.set_index("arm").T),
+                 ("Declared contrasts", declared[columns]))  # fmt: skip
+        return "\n".join(f"<h4>{title}</h4>{table.to_html(border=0)}" for title, table in parts)
+
     @classmethod
     def table_names(cls) -> tuple[str, ...]:
         """Names of the tables, without those of `matches`."""

@@ -33,7 +33,7 @@ from saeffect.lm.loading import (
     resolve_dtype,
 )
 from saeffect.lm.tokens import resolve_prepend_bos
-from saeffect.paths import user_path
+from saeffect.paths import resolve_paths, user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
@@ -94,6 +94,19 @@ class Study:
         raw = read_config_file(source, "study", relative_to=folder, fix=f"bundled studies: {names}.")
         if not isinstance(raw, dict):
             raise BadFile("a study file is a mapping of keys to values.", at=str(source))
+        return cls._checked(raw, source)
+
+    @classmethod
+    def of(cls, config: StudyConfig | Mapping[str, Any], *, name: str = "study.yaml") -> Self:
+        """A study made in Python: what a study file would hold. Paths are relative to the current folder.
+
+        `name` stands for the file in messages. Errors as `open`.
+        """
+        values = config.model_dump(mode="json") if isinstance(config, StudyConfig) else dict(config)
+        return cls._checked(resolve_paths(values, Path(), at=name), Path(name))
+
+    @classmethod
+    def _checked(cls, raw: Any, source: Path) -> Self:
         config = StudyConfig.read(raw, at=str(source))
         if config.steering is not None:
             with placed(f"{source}, steering"):

@@ -1,0 +1,150 @@
+"""A finished run for Python and notebooks: its answer, tables and figures, read when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeffect.errors import BadFile, NotFound, unknown_name
+from saeffect.io import read_json
+from saeffect.lm.tokens import printable_text
+from saeffect.paths import user_path
+from saeffect.study.study import Study
+
+__all__ = ["FinishedRun", "Picture", "open_run"]
+
+_TABLE_FOLDERS = ("comparison", "steering")
+
+
+def open_run(folder: Path | str) -> FinishedRun:
+    """The results of a finished run; no model is loaded and nothing is written.
+
+    Raises `NotFound` if no run of a study was finished there.
+
+    Example:
+        >>> open_run("no/such/run")
+        Traceback (most recent call last):
+        saeffect.errors.NotFound: NotFound: there is no finished run in 'no/such/run'.
+          at:  no/such/run
+          fix: give a run directory, such as runs/<name>; saeffect run makes one.
+    """
+    place = user_path(folder)
+    if not (place / "study.yaml").is_file() or not (place / "report.html").is_file():
+        raise NotFound(
+            f"there is no finished run in {str(folder)!r}.",
+            at=str(folder),
+            fix="give a run directory, such as runs/<name>; saeffect run makes one.",
+        )
+    return FinishedRun(place)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report. A notebook shows it; `svg` is its text, `path` the file."""
+
+    name: str
+    path: Path
+
+    @property
+    def svg(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    def _repr_svg_(self) -> str:
+        return self.svg
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run found. Made by `open_run`.
+
+    Attributes:
+        folder: The run directory.
+    """
+
+    folder: Path
+
+    @cached_property
+    def study(self) -> Study:
+        """The study as it was run; its arms can be opened where their models still are."""
+        return Study.open(self.folder / "study.yaml")
+
+    @cached_property
+    def answer(self) -> Mapping[str, Any]:
+        """`headline`, `learned` and `paragraph` (str), `caveats` (list of str); empty for a study without SAEs."""
+        path = self.folder / "comparison" / "answer.json"
+        found = read_json(path) if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def headline(self) -> str:
+        """The sentence at the top of the report."""
+        return str(self.answer.get("learned") or self.answer.get("headline") or "")
+
+    @cached_property
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """Every table by name: "contrasts", "table1", "dose_search", and of an arm "control/features"."""
+        paths = {path.stem: path for name in _TABLE_FOLDERS for path in sorted((self.folder / name).glob("*.parquet"))}
+        paths |= {f"{path.parent.name}/{path.stem}": path for path in sorted(self.folder.glob("arms/*/*.parquet"))}
+        return _Lazy(self.folder, "table", paths, _read_table)
+
+    @cached_property
+    def figures(self) -> Mapping[str, Picture]:
+        """Every figure of the report by name, such as "learned" or "contrasts"."""
+        paths = {path.stem: path for path in sorted((self.folder / "figures").glob("*.svg"))}
+        return _Lazy(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
+
+    def __repr__(self) -> str:
+        return f"FinishedRun({str(self.folder)!r}): {len(self.tables)} tables, {len(self.figures)} figures"
+
+    def _repr_html_(self) -> str:
+        parts = [
+            f"<h3>{_text(self.study.config.title or self.study.config.name)}</h3>",
+            f"<p>{_text(self.headline)}</p>",
+        ]
+        for name, heading in (("table1", "Features and steering"), ("table2", "Coherence of the domain features")):
+            if name in self.tables:
+                table = self.tables[name].drop(columns=["role", "reason"], errors="ignore").set_index("arm").T
+                parts.append(f"<h4>{heading}</h4>{table.to_html(float_format='{:.3g}'.format, border=0)}")
+        parts.append(f"<p>{len(self.tables)} tables, {len(self.figures)} figures, {_text(str(self.folder))}</p>")
+        return "\n".join(parts)
+
+
+class _Lazy(Mapping[str, Any]):
+    """Values by name, each read when it is asked for; `UnknownName` lists the names."""
+
+    def __init__(self, folder: Path, kind: str, paths: Mapping[str, Path], read: Any) -> None:
+        self._folder, self._kind, self._paths, self._read = folder, kind, paths, read
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._paths:
+            raise unknown_name(self._kind, name, self._paths, at=str(self._folder))
+        return self._read(self._paths[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __repr__(self) -> str:
+        return f"{self._kind}s: {', '.join(self._paths)}"
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises many kinds
+        raise BadFile(f"this table cannot be read: {error}.", at=str(path), fix="run the study again.") from error
+
+
+def _text(text: str) -> str:
+    return escape(printable_text(text))
