@@ -316,6 +316,11 @@ class StudyConfig(StrictModel):
         None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
     )
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether conversations are read or steered."""
+        return self.text.format == "chat" or (self.steering is not None and self.steering.has_chats)
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
         # Names become folders, so they must not be paths.

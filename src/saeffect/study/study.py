@@ -138,7 +138,7 @@ class Study:
 
     @functools.cached_property
     def reader(self) -> LanguageModel:
-        """The study's tokenizer as a model without weights: it cuts text and prompts as the models do."""
+        """The study's tokenizer as a model without weights."""
         return LanguageModel(None, self.tokens.tokenizer, "control", prepend_bos=self.prepend_bos, chat=self.chat)
 
     @property
@@ -242,26 +242,14 @@ class Study:
         ConfigError if the SAEs contradict each other.
         """
         with placed(self.at("text")):
-            said = resolve_prepend_bos(self.config.text.bos, self.bos_words)
-        return said if self.chat is None else chat_prepends(said, self.chat)
+            return chat_prepends(resolve_prepend_bos(self.config.text.bos, self.bos_words), self.chat)
 
     @functools.cached_property
     def chat(self) -> ChatFormat | None:
-        """How the study's conversations are written; None if it reads and steers none.
-
-        By the template in the study file, else that of the control's tokenizer, else the treatment's (a base model
-        often has none). ConfigError if there is none, NotFound without such a file.
-        """
-        text, steering = self.config.text, self.config.steering
-        if text.format == "text" and not (steering is not None and steering.has_chats):
-            return None
-        given, at, tokens = text.chat_template, self.at("text", "chat_template"), self.tokens
-        if given is not None:
-            return ChatFormat.of(tokens.tokenizer, given, at=at)
-        for arm in (self.by_role("control")[0], self.by_role("treatment")[0]):
-            if own := tokens.templates[arm]:
-                return ChatFormat(tokens.tokenizer, own, f"of {arm}'s tokenizer")
-        return ChatFormat.of(tokens.tokenizer, at=at)
+        """How the study's conversations are written, see `StudyTokens.chat_format`; None if it has none."""
+        arms, at = (*self.by_role("control"), *self.by_role("treatment")), self.at("text", "chat_template")
+        template = self.config.text.chat_template
+        return self.tokens.chat_format(template, arms, at) if self.config.has_chats else None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from saeffect.config import ModelConfig
 from saeffect.errors import IncompatibleModels
 from saeffect.io import fingerprint
-from saeffect.lm.chat import own_template
+from saeffect.lm.chat import ChatFormat, own_template
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
 from saeffect.lm.tokens import known_tokens, tokenizer_identity
@@ -76,6 +76,16 @@ class StudyTokens:
     differences: Mapping[str, TokenizerDifference] = field(default_factory=dict)
     identity: str | None = None
     templates: Mapping[str, str | None] = field(default_factory=dict)
+
+    def chat_format(self, given: str | None, arms: Sequence[str], at: str) -> ChatFormat:
+        """The chat template that is `given`, else that of the first of `arms` with one (a base model often has none).
+
+        ConfigError if there is none, NotFound without such a file.
+        """
+        whose = next((arm for arm in arms if self.templates[arm]), None)
+        if given is not None or whose is None:
+            return ChatFormat.of(self.tokenizer, given, at=at)
+        return ChatFormat(self.tokenizer, str(self.templates[whose]), f"of {whose}'s tokenizer")
 
     def used_by(self, lm: LanguageModel) -> LanguageModel:
         """The model with the study's tokenizer instead of its own."""
