@@ -18,9 +18,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import pytest
 import torch
 
+from hub_cache import hub
 from saeffect.config import ModelConfig
 from saeffect.errors import SaeffectError, Unreachable
 from saeffect.lm.language_model import LanguageModel
+
+__all__ = ["hub"]
 
 SENTENCES = (
     "The nurse gave the patient a small dose of insulin.",

@@ -223,7 +223,9 @@ def test_nothing_unpickles_or_runs_a_models_code_by_default(path: Path) -> None:
             names = {a.name for a in node.names} | {getattr(node, "module", None)}
             assert names.isdisjoint({"pickle", "dill", "joblib", "cloudpickle"}), _name(path)
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in ("torch.load", "eval", "exec"), f"{_name(path)}:{node.lineno}"
+            called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert called not in ("eval", "exec"), f"{_name(path)}:{node.lineno}"
+            assert called != "torch.load" or given.get("weights_only") == "True", f"{_name(path)}:{node.lineno}"
             for keyword in node.keywords:
                 trusted = keyword.arg in ("trust_remote_code", "allow_pickle")
                 assert not (trusted and ast.unparse(keyword.value) == "True"), f"{_name(path)}:{node.lineno}"

@@ -131,7 +131,8 @@ class ArmConfig(StrictModel):
     sae: str | None = Field(
         None,
         min_length=1,
-        description="Folder in SAELens' layout, or bundled:<name>. In every arm or, unsteered, none.",
+        description="Folder of an SAE in any layout of [saes.md](saes.md); or saelens:<release>/<id>,"
+        " hf:<repository>/<folder>, bundled:<name>. In every arm or, unsteered, none.",
     )
     more_saes: tuple[str, ...] = Field(
         (), description="Further SAEs of the same model from other seeds: what they show is the noise of SAE training."

@@ -126,6 +126,7 @@ _HUB_ID = re.compile(r"(?!.*\.gguf$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DATASET = re.compile(r"(?!.*\.(gz|zst|jsonl?|ndjson|txt|csv|tsv|parquet|arrow)$)[A-Za-z0-9][\w.-]*/[\w.-]+|hf:.+")
 _ENCODER = re.compile(r"(?!.*\.(txt|vec|gz|bin|zip|npz|safetensors)$)[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WORD = re.compile(r"[\w-]+")
+_ON_THE_HUB = ("saelens:", "hf:")  # see saeffect.sae.hub
 _MODEL, _TEXT, _SAE = _Kind(_HUB_ID), _Kind(_DATASET), _Kind(to_be_made=True)
 _KINDS = {
     "model": _MODEL,
@@ -167,6 +168,8 @@ def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
     if kind is None or not isinstance(value, str) or not value or value.startswith(_BUNDLED):
         return value
     if keys[-1] == "chat_template" and ("{" in value or "\n" in value):  # the template itself
+        return value
+    if kind is _SAE and value.startswith(_ON_THE_HUB):
         return value
     return _absolute(value, kind, folder, f"{at}, {'.'.join(keys)}")
 

@@ -51,9 +51,9 @@ def test_undo_takes_back_one_after_the_other_and_the_one_below_stands_again(stor
     store.record("ann", yes(7))
     store.record("ben", yes(8))
     store.record("ann", Given("control", 7, "aa", "no"))
-    assert store.undo("ann") == 3
+    assert store.undo("ann") == Given("control", 7, "aa", "no")
     assert standing(store) == [("ann", 7, "yes"), ("ben", 8, "yes")]
-    assert store.undo("ann") == 1
+    assert store.undo("ann") == yes(7)
     assert store.undo("ann") is None
     assert standing(store) == [("ben", 8, "yes")]
     assert (store.history()["undone"] != "").tolist() == [True, False, True]

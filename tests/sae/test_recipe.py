@@ -307,7 +307,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], type, str, str]] = {
     "hook of no kind": (
         {"hook": "blocks.1.hook_resid_prr"},
         UnknownName,
-        "valid: hook_attn_out, hook_mlp_out, hook_resid_mid, hook_resid_post, hook_resid_pre",
+        "valid: attn.hook_z, hook_attn_out, hook_mlp_out, hook_resid_mid, hook_resid_post, hook_resid_pre",
         "hook",
     ),
     "no hook at all": ({"hook": "resid"}, ConfigError, "expected blocks.<layer>.<kind>", "recipe.yaml, hook"),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saeffect.errors import BadFile, IncompatibleSae
-from saeffect.sae.formats import load_sae, read_sae_config
+from saeffect.sae.formats import load_sae, read_sae_config, save_sae
 
 D_IN, D_SAE, K = 6, 20, 3
 X = torch.randn(5, D_IN, generator=torch.Generator().manual_seed(9))
@@ -111,16 +111,44 @@ def test_whitened_inputs_are_refused(tmp_path: Path, complains: Callable[..., An
         load_sae(tmp_path, at="here")
 
 
-def test_activations_that_are_multiplied_are_refused(tmp_path: Path, complains: Callable[..., Any]) -> None:
+def test_a_factor_on_what_features_add(tmp_path: Path, complains: Callable[..., Any]) -> None:
+    """SAELens before 6.0: `decode` multiplies the activations by it, `encode` does not; 6.0 drops it unless all 1."""
     _training_sae("standard").save_model(tmp_path)
-    expected = load_sae(tmp_path).encode(X)
+    before = load_sae(tmp_path)
     path = tmp_path / "sae_weights.safetensors"
-    tensors = load_file(path)
+    tensors, factor = load_file(path), torch.linspace(0.5, 2.0, D_SAE)
     save_file(tensors | {"scaling_factor": torch.ones(D_SAE)}, path)
-    assert torch.equal(load_sae(tmp_path).encode(X), expected)
-    save_file(tensors | {"scaling_factor": torch.full((D_SAE,), 2.0)}, path)
-    with complains(IncompatibleSae, "scaling_factor", at="here"):
+    assert torch.equal(load_sae(tmp_path)(X), before(X))
+    save_file(tensors | {"scaling_factor": factor}, path)
+    with complains(IncompatibleSae, "finetuning_scaling_factor is not set", at="here"):
         load_sae(tmp_path, at="here")
+    raw = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(raw | {"finetuning_scaling_factor": True}))
+    ours, acts = load_sae(tmp_path), before.encode(X)
+    assert torch.equal(ours.encode(X), acts)
+    torch.testing.assert_close(ours(X), (acts * factor) @ before.W_dec + before.b_dec)
+
+
+@pytest.mark.parametrize("options", [{}, {"rescale_acts_by_decoder_norm": True}, {"apply_b_dec_to_input": False}])
+def test_features_of_both_signs_are_two_each(tmp_path: Path, options: dict[str, Any]) -> None:
+    import sae_lens
+    from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+
+    theirs = AbsTopKSAE(AbsTopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, **options))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, p in sorted(theirs.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=generator))
+    theirs.save_model(tmp_path)
+    ours = load_sae(tmp_path)
+    acts = ours.encode(X)
+    assert ours.cfg.d_sae == 2 * D_SAE and ours.cfg.metadata["signed_features"] == D_SAE
+    assert (acts >= 0).all() and ((acts > 0).sum(1) == K).all() and (acts[:, D_SAE:] > 0).any()
+    with torch.no_grad():
+        torch.testing.assert_close(acts[:, :D_SAE] - acts[:, D_SAE:], theirs.encode(X))
+        torch.testing.assert_close(ours(X), theirs(X))
+        again = sae_lens.SAE.load_from_disk(save_sae(ours, tmp_path / "again"))
+        torch.testing.assert_close(again(X), theirs(X))
 
 
 def test_a_checkpoint_without_its_threshold(tmp_path: Path, complains: Callable[..., Any]) -> None:

@@ -69,6 +69,10 @@ OPTIONS = [
     ("gated", {}),
     ("gated", {"apply_b_dec_to_input": False}),
     ("gated", {"normalize_activations": "layer_norm"}),
+    ("standard", {"normalize_activations": "constant_norm_rescale"}),
+    ("topk", {"normalize_activations": "constant_norm_rescale", "apply_b_dec_to_input": False}),
+    ("matching_pursuit", {}),
+    ("matching_pursuit", {"apply_b_dec_to_input": False, "normalize_activations": "constant_norm_rescale"}),
 ]
 
 
@@ -105,6 +109,7 @@ def test_we_open_saelens(tmp_path: Path, architecture: str, options: dict[str, A
     import sae_lens
 
     names = {"topk": "TopKSAE", "standard": "StandardSAE", "jumprelu": "JumpReLUSAE", "gated": "GatedSAE"}
+    names["matching_pursuit"] = "MatchingPursuitSAE"
     k = {"k": 3} if architecture == "topk" else {}
     metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.1.hook_resid_pre")
     cfg_class = getattr(sae_lens, names[architecture] + "Config")
@@ -268,18 +273,9 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("values", "kind", "part"),
     [
-        (
-            {"architecture": "temporal"},
-            UnknownName,
-            "'temporal'; valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu",
-        ),
-        ({"architecture": "transcoder"}, UnknownName, "valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu"),
-        (
-            {"architecture": "matching_pursuit"},
-            UnknownName,
-            "valid: crosscoder_jumprelu, crosscoder_l1, gated, jumprelu",
-        ),
-        ({"architecture": ["topk"]}, UnknownName, "valid: crosscoder"),
+        ({"architecture": "temporal"}, UnknownName, "'temporal'; valid: abstopk, crosscoder_jumprelu, crosscoder_l1"),
+        ({"architecture": "transcoder"}, UnknownName, "gated, jumprelu, matching_pursuit, standard, topk"),
+        ({"architecture": ["topk"]}, UnknownName, "valid: abstopk"),
         ({"architecture": "gated"}, BadFile, "has no b_gate; it has: W_dec"),
         ({"normalize_activations": "covariance_whitening"}, IncompatibleSae, "covariance_whitening"),
         ({"architecture": None}, UnknownName, "there is no SAE architecture"),
@@ -292,8 +288,7 @@ def test_old_files_that_call_topk_an_activation_function(tmp_path: Path) -> None
         ({"d_in": -6}, BadFile, "whole numbers d_in and d_sae"),
         ({"d_in": 7}, IncompatibleSae, "cfg.json asks for"),
         ({"d_sae": 19}, IncompatibleSae, "cfg.json asks for"),
-        ({"normalize_activations": "constant_norm_rescale"}, IncompatibleSae, "constant_norm_rescale"),
-        ({"reshape_activations": "hook_z"}, IncompatibleSae, "hook_z"),
+        ({"reshape_activations": "heads"}, IncompatibleSae, "reshape_activations='heads'; supported: none and hook_z"),
         ({"metadata": "hook"}, BadFile, "metadata"),
         ({"k": True}, BadFile, "Got True."),
         ({"d_in": 1e30}, BadFile, "Got d_in=1e+30."),
@@ -327,7 +322,7 @@ def test_missing_files(tmp_path: Path, folder: Path, complains: Callable[..., An
     ("name", "parts"),
     [
         ("ae.pt", ("a pickled file, which can run anybody's code and is never loaded",)),
-        ("params.npz", ("an archive of NumPy arrays",)),
+        ("weights.npz", ("an archive of NumPy arrays, of which only Gemma Scope's params.npz is read",)),
         ("weights.safetensors", ("a file of tensors alone, without the cfg.json",)),
         ("notes", ("'notes' is a file; an SAE is a folder",)),
     ],

@@ -34,10 +34,11 @@ def into_cache(hub: Path, repo: str, folder: Path) -> None:
     (place / "blobs").mkdir()
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(commit)
-    for number, file in enumerate(sorted(folder.iterdir())):
-        blob = place / "blobs" / f"{number:040x}"
+    for number, file in enumerate(path for path in sorted(folder.rglob("*")) if path.is_file()):
+        blob, link = place / "blobs" / f"{number:040x}", snapshot / file.relative_to(folder)
         shutil.copy(file, blob)
-        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(blob)
 
 
 def make_gpt2(folder: Path, seed: int) -> Any:
@@ -93,7 +94,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_bert(root / "made" / "bert")
     for repo, folder in (("gpt2", "base"), ("Sharathhebbar24/Med_GPT2", "tuned"), ("bert-base-uncased", "bert")):
         into_cache(root / "hub", repo, root / "made" / folder)
-    make_sae(root / "saelens:gpt2-small-res-jb" / HOOK, base, tokenizer, 0)
+    # As the hub has it, and as a folder of that name.
+    make_sae(root / "made" / "sae" / HOOK, base, tokenizer, 0)
+    into_cache(root / "hub", "jbloom/GPT2-Small-SAEs-Reformatted", root / "made" / "sae")
+    shutil.copytree(root / "made" / "sae" / HOOK, root / "saelens:gpt2-small-res-jb" / HOOK)
     make_sae(root / "saes" / "gpt2-medical" / "treatment", tuned, tokenizer, 1)
     texts = sentences(120)
     Dataset.from_dict({"text": texts}).save_to_disk(root / "monology" / "pile-uncopyrighted")
@@ -108,6 +112,7 @@ def finished(world: Path, without_figures: None) -> Iterator[RunFolder]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(world / "hub"))
+        patch.setenv("SAEFFECT_CACHE", str(world / "cache"))
         for name in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"):
             patch.setattr(transformers.utils.hub, name, str(world / "hub"), raising=False)
         patch.chdir(world)

@@ -38,10 +38,12 @@ def test_a_name_is_short_visible_and_taken_once(raters: Raters, name: str, tmp_p
     assert (tmp_path / "raters.json").read_bytes() == before
 
 
-def test_a_damaged_list_lets_nobody_in(raters: Raters, tmp_path: Path) -> None:
+def test_a_damaged_list_lets_nobody_in(raters: Raters, tmp_path: Path, client_of: Callable[..., Any]) -> None:
     (tmp_path / "raters.json").write_text(json.dumps({"raters": ["ada"]}))
     with pytest.raises(BadFile):
         raters.who("x")
+    answer = client_of(tmp_path, OPEN, Authorization="Bearer x").get("/api/progress")
+    assert answer.status_code == 503 and "no list of raters" in answer.json()["error"]
 
 
 def test_without_a_token_there_is_only_the_door(run_copy: Path, client_of: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
+from saeffect.cli.saes import convert_sae_command, saes
 from saeffect.cli.serve import serve
 from saeffect.cli.train_sae import train_sae
 from saeffect.cli.verdicts import verdicts
@@ -79,6 +80,10 @@ app.command(
 app.command(
     "guard", help="Judge a fine-tune by a budget of what it may change: exit code 0 kept, 1 broken, 2 wrong input."
 )(guard)
+app.command("saes", help="Published SAEs by model, with the names to write in a study; nothing is fetched.")(saes)
+app.command("convert-sae", help="Rewrite an SAE, such as a pickled ae.pt, in SAELens' layout; no pickled code is run.")(
+    convert_sae_command
+)
 app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
 
 

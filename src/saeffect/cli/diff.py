@@ -24,7 +24,8 @@ def diff(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, GGUF file, or bundled:<name>.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same, or a PEFT adapter alone.")],
     sae: Annotated[
-        str | None, typer.Option(help="An SAE of BASE: folder, bundled:<name>, or org/name/folder on the hub.")
+        str | None,
+        typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
     ] = None,
     text: Annotated[
         list[str] | None,

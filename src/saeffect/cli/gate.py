@@ -47,7 +47,8 @@ def gate(
         str, typer.Argument(metavar="STUDY|MODEL", help="A study file; or, before SAE, a model as in saeffect diff.")
     ],
     sae: Annotated[
-        str | None, typer.Argument(metavar="SAE", help="Folder, bundled:<name>, or org/name/folder on the hub.")
+        str | None,
+        typer.Argument(metavar="SAE", help="Folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
     ] = None,
     tuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The fine-tuned model, or a PEFT adapter alone.")

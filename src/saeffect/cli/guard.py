@@ -38,7 +38,8 @@ def guard(
         str | None, typer.Option(help="Null fine-tunes to judge groups against: folder of traces, or bundled:<name>.")
     ] = None,
     sae: Annotated[
-        str | None, typer.Option(help="An SAE of BASE: folder, bundled:<name>, or org/name/folder on the hub.")
+        str | None,
+        typer.Option(help="An SAE of BASE: folder, bundled:<name>, saelens:<release>/<id> or hf:org/name/folder."),
     ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")

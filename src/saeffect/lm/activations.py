@@ -17,6 +17,7 @@ from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
 from saeffect.lm.chat_rows import Row, counted
 from saeffect.lm.corpora import StreamedText
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import device_of_process, gathered, rank_and_world
@@ -292,7 +293,7 @@ class StreamedActivations(ActivationSource):
 
     @property
     def d_in(self) -> int:
-        return self.lm.d_model
+        return hook_width(self.lm, self.hook)
 
     @property
     def dtype(self) -> torch.dtype:

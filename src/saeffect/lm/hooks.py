@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from saeffect.errors import ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
 from saeffect.lm.architectures import HookMapping, blocks, mapping_of
+from saeffect.lm.heads import HOOK_Z, output_projection
 from saeffect.lm.language_model import LanguageModel, probe_logits
 
 __all__ = ["HOOK_KINDS", "HookPoint", "capture", "edited", "hook_of_module", "parse_hook", "require_module_output"]
 
-HOOK_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+_OF_THE_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+HOOK_KINDS = (*_OF_THE_STREAM, HOOK_Z)
 _ALWAYS_THERE = "use hook_resid_pre or hook_resid_post, which every architecture has."
 
 # By model and block: what its halves are multiplied by before they are added, by hook kind; NaN where they are not.
@@ -36,7 +38,9 @@ class HookPoint:
     `blocks.{i}.hook_resid_pre` is the residual stream that enters block i, `hook_resid_mid` after its attention,
     `hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add. The values are the
     model's own: to get those of TransformerLens' default `center_writing_weights` (LayerNorm models), subtract the mean
-    over dimensions. A hook is refused unless, on a few tokens, the stream is what was before plus what the halves add.
+    over dimensions. `attn.hook_z` is what the attention's output projection reads, the heads side by side
+    (TransformerLens has them apart). Other hooks are refused unless, on a few tokens, the stream is what was before
+    plus what the halves add.
     """
 
     name: str
@@ -59,7 +63,7 @@ def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None)
         >>> parse_hook("blocks.8.hook_resid_pre").layer
         8
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook_of_module(name) or name)
+    match = re.fullmatch(r"blocks\.(\d+)\.(attn\.hook_z|\w+)", hook_of_module(name) or name)
     if match is None:
         known = re.fullmatch(r"blocks\.\d+\.(\w+\.)+\w+|ln_final\.\w+|hook_\w+", name)
         raise ConfigError(
@@ -208,6 +212,8 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
         return block, "input"
     if point.kind == "hook_resid_post":
         return block, "output"
+    if point.kind == HOOK_Z:
+        return output_projection(model, point.layer), "input"
     mapping = mapping_of(model)
     names = {
         "hook_attn_out": mapping.attn_out,
@@ -224,7 +230,7 @@ def _locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, Side]:
 
 def _factor(model: nn.Module, point: HookPoint) -> float:
     """The stream's factor for the output of the hook's module; measured once for a block."""
-    if point.kind in ("hook_resid_pre", "hook_resid_post"):
+    if point.kind in ("hook_resid_pre", "hook_resid_post", HOOK_Z):
         return 1.0
     known = _FACTORS.setdefault(model, {})
     if point.layer not in known:
@@ -249,11 +255,11 @@ def _measured(model: nn.Module, layer: int) -> dict[str, float]:
         return lambda x: seen.setdefault(kind, x)
 
     with contextlib.ExitStack() as stack:
-        for kind in HOOK_KINDS:
+        for kind in _OF_THE_STREAM:
             with contextlib.suppress(ConfigError):
                 _hook_on(stack, *_locate(model, HookPoint(kind, layer, kind)), store(kind))
         probe_logits(model)
-    before, mid, after, attention, mlp = map(seen.get, HOOK_KINDS)
+    before, mid, after, attention, mlp = map(seen.get, _OF_THE_STREAM)
     if before is None or after is None or attention is None or mlp is None:
         return {}
     named = getattr(model.config, "residual_multiplier", None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.architectures import blocks
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 
@@ -45,10 +46,9 @@ class Rest:
         `ids`, int64 `[batch, sequence]`, give the positions (and what ran before, if not all of it is skipped). `x` is
         converted to the model's dtype. ShapeMismatch if the two do not fit.
         """
-        if ids.ndim != 2 or x.shape != (*ids.shape, self._lm.d_model):
-            raise ShapeMismatch(
-                f"x has shape {list(x.shape)}; expected {[*ids.shape, self._lm.d_model]} for these ids.", at="x"
-            )
+        width = hook_width(self._lm, self._hook)
+        if ids.ndim != 2 or x.shape != (*ids.shape, width):
+            raise ShapeMismatch(f"x has shape {list(x.shape)}; expected {[*ids.shape, width]} for these ids.", at="x")
         lm = self._lm
         x = x.to(lm.device, lm.dtype)
         with self._skipping(), edited(lm, self._hook, lambda _: x):

@@ -111,6 +111,7 @@ class ReportContext:
         alpha: A feature passes at q <= alpha.
         projection: Scale of the top tokens, "cosine" or "dot".
         max_features: Features listed per arm; the tables hold all of them.
+        verdicts: What people said (feature, arm, rater, verdict, label, note, kind); None if nobody was asked.
     """
 
     study: str = "study"
@@ -130,6 +131,7 @@ class ReportContext:
     alpha: float = 0.05
     projection: str = "cosine"
     max_features: int = 200
+    verdicts: pd.DataFrame | None = None
 
     def arm_of(self, role: str) -> ArmTables | None:
         """The first arm of a role, or None."""

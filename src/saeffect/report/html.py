@@ -21,7 +21,7 @@ from saeffect.io import atomic_path
 from saeffect.lm.tokens import printable_text
 from saeffect.report.cards import feature_lists, showcase
 from saeffect.report.context import ReportContext
-from saeffect.report.figures import FIGURES, DrawnFigure, draw_figures
+from saeffect.report.figures import DrawnFigure, draw_figures
 from saeffect.report.figures.style import inline_svg
 from saeffect.report.sections import Evidence, SteeringSection, evidence, steering_section, traced_paragraph
 from saeffect.report.tables import TABLES, TableView
@@ -134,8 +134,8 @@ def render_early(comparison: Comparison, *, context: ReportContext) -> Markup:
         view = TABLES[name](comparison, context)
         tables[name] = _Explained(view, explain.first(view.terms) if view is not None else ())
     further = comparison.matches.further
-    kinds = [kind for kind in FIGURES if kind.name in _EARLY_FIGURES] if further else []
-    drawn = [figure for kind in kinds for figure in kind.drawn(comparison, context) if figure.figure is not None]
+    figures = draw_figures(comparison, context, only=_EARLY_FIGURES) if further else ()
+    drawn = [figure for figure in figures if figure.figure is not None]
     numbers = number_page([shown.table for shown in tables.values() if shown.table is not None], drawn)
     said = learned(further, context.domain, alpha=context.alpha) if further else None
     template = page_environment(numbers).get_template("early.html.j2")

@@ -138,15 +138,18 @@ class VerdictStore:
             numbers = {name: _joined(db, name)[0] for name in dict.fromkeys(name for name, _ in rows)}
             return [_insert(db, numbers[name], row) for name, row in rows]
 
-    def undo(self, rater: str) -> int | None:
-        """Take back the rater's latest verdict that stands; its number, or None if there is none."""
-        latest = """SELECT max(history.id) FROM history JOIN raters ON raters.id = history.rater
-            WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)"""
+    def undo(self, rater: str) -> Given | None:
+        """Take back the rater's latest verdict that stands, and return it; None if there is none."""
+        latest = """SELECT history.id, arm, feature, seen, verdict, label, note, kind FROM history
+            JOIN raters ON raters.id = history.rater
+            WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)
+            ORDER BY history.id DESC LIMIT 1"""
         with self._writing() as db:
-            (number,) = db.execute(latest, [_folded(rater)]).fetchone()
-            if number is not None:
-                db.execute("INSERT INTO undone VALUES (?, ?)", [number, _now()])
-            return None if number is None else int(number)
+            found = db.execute(latest, [_folded(rater)]).fetchone()
+            if found is None:
+                return None
+            db.execute("INSERT INTO undone VALUES (?, ?)", [found[0], _now()])
+            return Given(*found[1:])
 
     def history(self) -> pd.DataFrame:
         """Everything that was ever said, in order: one row a verdict.
@@ -171,6 +174,12 @@ class VerdictStore:
             WHERE folded = ? AND role = 'rater' AND history.id NOT IN (SELECT history FROM undone)
             ORDER BY history.id"""
         return {(row[0], row[1], row[2], row[3]): row[4] for row in self._read(query, [_folded(rater)])}
+
+    def labels(self, rater: str) -> list[str]:
+        """The labels that a rater ever gave, the commonest first, at most 200."""
+        query = """SELECT label FROM history JOIN raters ON raters.id = history.rater
+            WHERE folded = ? AND label != '' GROUP BY label ORDER BY count(*) DESC, min(history.id) LIMIT 200"""
+        return [label for (label,) in self._read(query, [_folded(rater)])]
 
     def secret(self) -> bytes:
         """Random bytes of this file: they shuffle each rater's queue and name its items. Empty while there is none."""

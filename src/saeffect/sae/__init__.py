@@ -13,6 +13,7 @@ from saeffect.sae.jumprelu import JumpReluSae
 from saeffect.sae.batchtopk import BatchTopKSae
 from saeffect.sae.gated import GatedSae
 from saeffect.sae.matryoshka import MatryoshkaSae
+from saeffect.sae.matching_pursuit import MatchingPursuitSae
 from saeffect.sae.crosscoder import CrosscoderSae, JumpReluCrosscoderSae, L1CrosscoderSae
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "JumpReluCrosscoderSae",
     "JumpReluSae",
     "L1CrosscoderSae",
+    "MatchingPursuitSae",
     "MatryoshkaSae",
     "SaeConfig",
     "SparseAutoencoder",

@@ -28,7 +28,8 @@ class SaeConfig:
         architecture: A key of `ARCHITECTURES`.
         k: Active features a token (topk only).
         apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
-        normalize_activations: "none" or "layer_norm" (each input standardised, undone on the output).
+        normalize_activations: "none", "layer_norm" (each input standardised, undone on the output), or
+            "constant_norm_rescale" (each input scaled to a norm of √d_in, undone on the output).
         rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
         centre_input: Whether it was trained on residuals centred over dimensions (TransformerLens'
             center_writing_weights): the mean is taken off the input and put back on the output.
@@ -78,6 +79,7 @@ class SparseAutoencoder(nn.Module, ABC):
         saelens_name: Its name in SAELens' cfg.json.
         saved_as: The architecture in which it is saved, if another.
         keys: Keys of a recipe that only some architectures have, this one among them.
+        settings: Keys of cfg.json, beside the usual ones, that are kept in the metadata.
         penalty: The key with the coefficient of its sparsity penalty.
         unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
         loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
@@ -96,6 +98,7 @@ class SparseAutoencoder(nn.Module, ABC):
     saved_as: ClassVar[str | None] = None
     trainable: ClassVar[bool] = False
     keys: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
     penalty: ClassVar[str | None] = None
     unit_rows: ClassVar[bool] = False
     loss_parts: ClassVar[tuple[tuple[str, str], ...]] = ()
@@ -131,7 +134,11 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def encode(self, x: Tensor) -> Tensor:
         """`feature_acts`, float32 `[..., d_sae]`, at least 0, of any float `[..., d_in]`; ShapeMismatch for others."""
-        return self.activation(self.hidden_pre(self._normalised(x)[0]))
+        return self.acts(self._normalised(x)[0])
+
+    def acts(self, sae_in: Tensor) -> Tensor:
+        """Feature activations of normalised inputs."""
+        return self.activation(self.hidden_pre(sae_in))
 
     def hidden_pre(self, sae_in: Tensor) -> Tensor:
         """Pre-activations `[..., d_sae]` of normalised inputs."""
@@ -162,7 +169,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction, float32 `[..., d_in]`, on the scale of the input."""
         sae_in, mean, scale = self._normalised(x)
-        return self.decode(self.activation(self.hidden_pre(sae_in))) * scale + mean
+        return self.decode(self.acts(sae_in)) * scale + mean
 
     def as_start(self) -> Start:
         """This SAE in the form with which a training of any architecture can begin."""
@@ -178,6 +185,9 @@ class SparseAutoencoder(nn.Module, ABC):
         if self.cfg.centre_input:
             centre = x.mean(dim=-1, keepdim=True)
             return x - centre, centre, 1.0
+        if self.cfg.normalize_activations == "constant_norm_rescale":
+            scale = x.norm(dim=-1, keepdim=True).clamp_min(1e-30) / self.cfg.d_in**0.5
+            return x / scale, 0.0, scale
         if self.cfg.normalize_activations != "layer_norm":
             return x, 0.0, 1.0
         mean = x.mean(dim=-1, keepdim=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saeffect.config import InterventionConfig, SamplingConfig, SteeringConfig
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.lm.heads import hook_width
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.outcomes import OUTCOMES
@@ -28,7 +29,7 @@ class Site:
 
     Attributes:
         hook: TransformerLens name.
-        W_dec: Decoder, `[d_sae, d_model]`, any float dtype.
+        W_dec: Decoder, `[d_sae, d_model]` (or the hook's width), any float dtype.
         mean_norm: Mean Euclidean norm of the activation at the hook, in its units: the unit of doses.
         sae: Needed to clamp and to ablate.
         max_acts: Largest activation of every feature on text, float32 `[d_sae]`; needed to clamp.
@@ -48,10 +49,10 @@ class Site:
             raise ConfigError(f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}.")
         if not self.norm_limit > 0:
             raise ConfigError(f"the norm limit at {self.hook} must be above 0. Got {self.norm_limit}.")
-        if self.W_dec.ndim != 2 or self.W_dec.shape[1] != self.lm.d_model:
+        width = hook_width(self.lm, self.hook)
+        if self.W_dec.ndim != 2 or self.W_dec.shape[1] != width:
             raise IncompatibleSae(
-                f"the decoder has shape {tuple(self.W_dec.shape)}, but {self.hook} of {self.lm.name}"
-                f" is {self.lm.d_model} wide.",
+                f"the decoder has shape {tuple(self.W_dec.shape)}, but {self.hook} of {self.lm.name} is {width} wide.",
                 at="W_dec",
                 fix="use the SAE that was trained on this model and hook.",
             )

@@ -19,6 +19,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
+from saeffect.lm.heads import HOOK_Z
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts
@@ -119,7 +120,7 @@ def _check_arm(study: Study, name: str, log: Log) -> list[str]:
     shape = model_shape(model)
     if shape is not None:
         parse_hook(hook, shape.n_layers, at=f"{at}.hook")
-    if shape is not None and sae is not None:
+    if shape is not None and sae is not None and not hook.endswith(HOOK_Z):  # whose width only the model shows
         require_width(sae.cfg, shape.d_model, hook, arm.model.path, at=f"{at}.sae")
     basis = "no SAE" if sae is None else f"{sae.cfg.architecture} SAE, {sae.cfg.d_in} × {sae.cfg.d_sae:,}"
     first = f"arm {name} ({arm.role}): {basis}, at {hook}"

@@ -13,7 +13,7 @@ import yaml
 
 from saeffect.checksums import has_own_hash, with_hash
 from saeffect.config import ModelConfig, StudyConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, first_line
+from saeffect.errors import BadFile, ConfigError, NotFound, Unreachable
 from saeffect.io import atomic_path, read_json
 from saeffect.lm.adapters import ADAPTER_CONFIG
 from saeffect.lm.loading import (
@@ -27,6 +27,7 @@ from saeffect.lm.loading import (
 )
 from saeffect.paths import user_path
 from saeffect.progress import SILENT, Log
+from saeffect.sae.hub import HF, is_sae_name, locate_sae
 from saeffect.study.study import Study
 
 __all__ = ["DiffRequest", "diff_study", "same_model", "write_study"]
@@ -45,7 +46,7 @@ class DiffRequest:
     Attributes:
         base: The base model: hub id, folder, GGUF file, bundled:<name>, or an adapter's folder (its base and it).
         tuned: The fine-tuned one, of the same kinds; an adapter alone is put on `base`.
-        sae: An SAE of the base model: folder, bundled:<name>, or a folder of a hub repository (org/name/folder).
+        sae: An SAE of the base model: folder, bundled:<name>, or on the hub (`saeffect.sae.hub`; org/name/folder too).
         texts: Files, folders or dataset ids, each plain or as name=path; none: the bundled text, for the bundled model.
         vocabulary: Bundled name or file of a domain's words.
         nulls: Folder of null fine-tunes' traces, or bundled:<name>; None: those of the embedded pair, if it is that.
@@ -149,28 +150,27 @@ def _is_adapter(text: str) -> bool:
 
 
 def _sae(text: str) -> str:
-    """A bundled name, or an absolute folder; one of a hub repository is fetched."""
+    """A bundled name, an absolute folder, or the name of one on the hub, which is fetched."""
     if text.startswith(BUNDLED):
         bundled_path("saes", text.removeprefix(BUNDLED), at="--sae")
+        return text
+    if is_sae_name(text):
+        locate_sae(text, at="--sae")
         return text
     folder = user_path(text, at="--sae")
     if folder.exists():
         return str(folder.resolve())
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w./-]*", text):
         raise NotFound(f"there is no SAE folder {text!r}.", at="--sae", fix="check the path, or write org/name/folder.")
-    owner, name, *inner = text.split("/")
-    from huggingface_hub import snapshot_download
-
-    wanted = "/".join(inner)
     try:
-        place = snapshot_download(f"{owner}/{name}", allow_patterns=[f"{wanted}/*"] if wanted else None)
-    except Exception as error:
+        locate_sae(HF + text, at="--sae")
+    except (NotFound, Unreachable) as error:
         raise NotFound(
-            f"there is no folder {text!r}, and no such SAE can be fetched from the hub: {first_line(error)}",
+            f"there is no folder {text!r}, and no such SAE can be fetched from the hub: {error.message}",
             at="--sae",
             fix="check the path, or the name and your connection.",
         ) from error
-    return str(Path(place) / wanted)
+    return HF + text
 
 
 def _middle(base: Mapping[str, Any], log: Log) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from saeffect.config import BosRule, GateConfig, ModelConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
@@ -155,7 +156,8 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
     lm = models["base"]
     if lm.n_positions is not None and lm.n_positions < context:
         text = text.model_copy(update={"context_size": lm.n_positions})
-    require_width(sae.cfg, lm.d_model, request.hook or sae.cfg.hook_name or "the residual stream", lm.name, at="SAE")
+    reads = request.hook or sae.cfg.hook_name or "the residual stream"
+    require_width(sae.cfg, hook_width(lm, reads), reads, lm.name, at="SAE")
     if request.tuned is not None:
         models["tuned"] = study.open_model(treatment, log)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import chat_prepends
 from saeffect.lm.corpora import source_identity
+from saeffect.lm.heads import heads_to_residual, hook_width
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (
@@ -37,7 +37,9 @@ from saeffect.paths import resolve_paths, user_path
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
+from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
+from saeffect.study.bundled import bundled_folder, bundled_studies, bundled_study
 from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
@@ -58,6 +60,10 @@ class Arm:
     def W_dec(self) -> Tensor:
         """The SAE's decoder, `[d_sae, d_in]`."""
         return self.sae.W_dec.detach()
+
+    def added(self, features: list[int] | None = None) -> Tensor:
+        """What features (default: all) add to the stream, `[n, d_model]`: decoder rows, unless those are of heads."""
+        return heads_to_residual(self.lm, self.hook, self.W_dec if features is None else self.W_dec[features])
 
     def norm_limit(self, rows: TokenRows) -> NormLimit:
         """Norm above which residuals are outliers: the SAE's recorded limit, else measured on `rows`."""
@@ -87,7 +93,7 @@ class Study:
             ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
         bundled = str(path).startswith(BUNDLED)
-        source = _bundled_study(str(path)) if bundled else user_path(path)
+        source = bundled_study(str(path)) if bundled else user_path(path)
         names = ", ".join(BUNDLED + name for name in bundled_studies())
         # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
@@ -159,7 +165,7 @@ class Study:
     @property
     def called(self) -> str:
         """The argument for `open`: its path, or bundled:<name>."""
-        return BUNDLED + self.source.stem if self.source.parent == _bundled_folder() else str(self.source)
+        return BUNDLED + self.source.stem if self.source.parent == bundled_folder() else str(self.source)
 
     def at(self, *keys: str) -> str:
         """A place in the study file, for error messages."""
@@ -172,7 +178,7 @@ class Study:
         hook = self.hook(name)
         lm = self.open_model(name, log)
         parse_hook(hook, lm.n_layers, at=self.at("arms", name, "hook"))
-        require_width(sae.cfg, lm.d_model, hook, lm.name, at=at)
+        require_width(sae.cfg, hook_width(lm, hook), hook, lm.name, at=at)
         if sae.cfg.module_path is not None:
             require_module_output(lm, sae.cfg.module_path, at=at)
         return Arm(name, arm.role, lm, sae, hook)
@@ -195,9 +201,14 @@ class Study:
         return self.resolve_sae(name, sae, at)
 
     def resolve_sae(self, name: str, sae: str, where: str) -> Path:
-        """Folder of an SAE as named in the study file; NotFound, or UnknownName for an unknown bundled SAE."""
+        """Folder of an SAE as named in the study file, fetched if it is on the hub (errors as `locate_sae`).
+
+        NotFound, or UnknownName for an unknown bundled SAE.
+        """
         if sae.startswith(BUNDLED):
             return bundled_path("saes", sae.removeprefix(BUNDLED), at=where)
+        if is_sae_name(sae):
+            return locate_sae(sae, at=where)
         if user_path(sae, at=where).is_file():
             read_sae_config(sae, at=where)  # which says what kind of file it is
         if not Path(sae).is_dir():
@@ -367,7 +378,7 @@ def _placement_identity(model: ModelConfig) -> dict[str, str | None]:
     }
 
 
-def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: str) -> None:
+def require_width(sae: SaeConfig, width: int, hook: str, model: str, *, at: str) -> None:
     """Raise IncompatibleSae if the SAE's width differs from the model's, or it reads two models."""
     if sae.metadata.get("reads") or ARCHITECTURES[sae.architecture].sides:
         raise IncompatibleSae(
@@ -375,26 +386,10 @@ def require_width(sae: SaeConfig, d_model: int, hook: str, model: str, *, at: st
             at=at,
             fix="choose an SAE of one model; see docs/crosscoder.md for those of two.",
         )
-    if sae.d_in != d_model:
+    if sae.d_in != width:
         trained = sae.metadata.get("model_name")
         raise IncompatibleSae(
-            f"the SAE has d_in={sae.d_in}, but {hook} of {model} gives {d_model}.",
+            f"the SAE has d_in={sae.d_in}, but {hook} of {model} gives {width}.",
             at=at,
             fix="choose an SAE trained on this model" + (f", or set the model to {trained}." if trained else "."),
         )
-
-
-def bundled_studies() -> list[str]:
-    """Names of the bundled studies."""
-    return sorted(path.stem for path in _bundled_folder().glob("*.yaml"))
-
-
-def _bundled_folder() -> Path:
-    return Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies"
-
-
-def _bundled_study(name: str) -> Path:
-    stem = name.removeprefix(BUNDLED)
-    if stem not in bundled_studies():
-        raise unknown_name("bundled study", name, [BUNDLED + s for s in bundled_studies()])
-    return _bundled_folder() / f"{stem}.yaml"

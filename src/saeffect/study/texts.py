@@ -21,6 +21,7 @@ from saeffect.lm.activations import TokenRows
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import Row, cut_rows
 from saeffect.lm.corpora import interleave, read_corpus
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import bundled_path
@@ -158,7 +159,7 @@ class Residuals:
         """
         key = (lm.identity, str(lm.dtype), hook, rows.identity())
         known = self._kept.get(key)
-        size = rows.ids.size * lm.d_model * lm.dtype.itemsize
+        size = rows.ids.size * hook_width(lm, hook) * lm.dtype.itemsize
         remember = known is None and bool(lm.identity) and size <= self._most_bytes
         captured: list[Tensor] = []
         for index, start in enumerate(range(0, len(rows), _BATCH)):

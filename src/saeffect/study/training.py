@@ -7,6 +7,7 @@ from typing import Any
 
 from saeffect.errors import ConfigError
 from saeffect.lm.loading import BUNDLED
+from saeffect.sae.hub import is_sae_name
 from saeffect.sae.training.config import SaeRecipe
 from saeffect.study.study import Study
 
@@ -52,9 +53,9 @@ def arm_recipe(study: Study, arm: str) -> SaeRecipe:
 
 
 def arm_folder(study: Study, arm: str) -> Path | None:
-    """Where the study expects an arm's SAE; None for a bundled one, or none. UnknownName if there is no such arm."""
+    """Where the SAE of an arm is; None for a bundled or published one, or none. UnknownName for an unknown arm."""
     sae = study.arm(arm).sae
-    return None if sae is None or sae.startswith(BUNDLED) else Path(sae)
+    return None if sae is None or sae.startswith(BUNDLED) or is_sae_name(sae) else Path(sae)
 
 
 def check_training(study: Study) -> str | None:

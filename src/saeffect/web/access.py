@@ -28,6 +28,7 @@ __all__ = ["Access", "Raters", "attempts", "rater_of", "router"]
 
 _FILE = "raters.json"
 _LONGEST_NAME = 40
+_RESTORE = "restore it, or delete it and make new tokens with --rater."
 _YEAR = 365 * 24 * 3600
 _OPEN = ("/enter", "/static/")
 
@@ -81,10 +82,14 @@ class Raters:
     def _read(self) -> dict[str, dict[str, Any]]:
         if not self._file.exists():
             return {}
-        found = read_json(self._file)
+        try:
+            found = read_json(self._file)
+        except OSError as error:
+            reason = (error.strerror or type(error).__name__).lower()
+            raise BadFile(f"the list of raters cannot be read: {reason}.", at=str(self._file), fix=_RESTORE) from error
         raters = found.get("raters") if isinstance(found, dict) else None
         if not isinstance(raters, dict) or not all(isinstance(entry, dict) for entry in raters.values()):
-            raise BadFile("this is no list of raters.", at=str(self._file), fix="restore it, or delete it.")
+            raise BadFile("this is no list of raters.", at=str(self._file), fix=_RESTORE)
         return raters
 
 
@@ -110,7 +115,11 @@ class Access:
             return
         request, path = HTTPConnection(scope), str(scope["path"])
         token, client = _token(request, self._settings), _address(request)
-        rater = self._raters.who(token) if token else None
+        try:
+            rater = self._raters.who(token) if token else None
+        except BadFile as error:
+            await refusal(scope, 503, f"nobody can be let in: {error.message}")(scope, receive, send)
+            return
         if token and rater is None and (wait := self._attempts.wait(client)):
             await refusal(scope, 429, f"too many wrong tokens: wait {wait:.0f} s.")(scope, receive, send)
             return

@@ -20,6 +20,7 @@ from saeffect.web.pages import static_files
 from saeffect.web.play.export import router as exports
 from saeffect.web.play.routes import router as play
 from saeffect.web.problems import add_error_pages
+from saeffect.web.review import router as review
 from saeffect.web.security import Guard
 from saeffect.web.settings import Settings
 from saeffect.web.site import Site
@@ -39,6 +40,7 @@ class Area(NamedTuple):
 AREAS = (
     Area("Overview", "/", overview),
     Area("Features", "/features", features),
+    Area("Review", "/review", review),
     Area("Playground", "/play", play),
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ A figure is a function that gives a `Drawing`, and an entry in `FIGURES`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -122,10 +123,16 @@ FIGURES = [
 """In the order of the page, which numbers them; one that no section of the page names comes last, under "Further"."""
 
 
-def draw_figures(comparison: Comparison, context: ReportContext | None = None) -> tuple[DrawnFigure, ...]:
-    """Draw every figure, in the report's order; a figure without data carries the reason instead of a drawing."""
+def draw_figures(
+    comparison: Comparison, context: ReportContext | None = None, *, only: Collection[str] | None = None
+) -> tuple[DrawnFigure, ...]:
+    """Draw every figure, or those named in `only`, in the report's order.
+
+    A figure without data carries the reason instead of a drawing.
+    """
     context = context or ReportContext()
-    return tuple(figure for kind in FIGURES for figure in kind.drawn(comparison, context))
+    kinds = [kind for kind in FIGURES if only is None or kind.name in only]
+    return tuple(figure for kind in kinds for figure in kind.drawn(comparison, context))
 
 
 def write_figures(

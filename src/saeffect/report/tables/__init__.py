@@ -13,6 +13,7 @@ from saeffect.report.tables.evidence import calibration_table, chance_table, pow
 from saeffect.report.tables.learned import learned_table, openings
 from saeffect.report.tables.matching import cross_table, fate_table, notable_table, stagewise_table
 from saeffect.report.tables.paper import at_a_glance, contrast_table, paper_table_1, paper_table_2
+from saeffect.report.tables.review import agreement_table, rater_table
 from saeffect.report.tables.steering import baseline_table, dose_table, outcome_table, together_table
 from saeffect.report.tables.study import design_table, gate_table
 from saeffect.report.tables.view import TableView
@@ -33,6 +34,8 @@ TABLES: dict[str, Callable[[Comparison, ReportContext], TableView | None]] = {
     "table1": paper_table_1,
     "table2": paper_table_2,
     "contrasts": contrast_table,
+    "raters": rater_table,
+    "agreement": agreement_table,
     "fates": fate_table,
     "notable": notable_table,
     "cross": cross_table,

@@ -14,6 +14,7 @@ import pandas as pd
 from saeffect.comparison import ArmTables, Comparison, MatchTables
 from saeffect.io import atomic_path, write_json
 from saeffect.report.context import ReportContext, baseline_summary, dose_summary, outcome_summary
+from saeffect.report.tables.review import review_tables
 
 __all__ = ["domain_features", "write_tables"]
 
@@ -27,9 +28,9 @@ def write_tables(
     field begins with a token (a spreadsheet would take "=1+1" for a formula); text that starts like a formula gets a
     leading apostrophe in CSV. `folder` is made if missing.
 
-    The context adds those that it has of `domain_features`, `gate`, `doses`, `steering_outcomes` (`outcome_summary`),
-    `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`, `together_effects`,
-    `dose_response` and `dose_response_by_arm` (`dose_summary`).
+    The context adds those that it has of `domain_features`, `raters`, `agreement`, `gate`, `doses`, `steering_outcomes`
+    (`outcome_summary`), `outcome_effects`, `steering_baselines` (`baseline_summary`), `baseline_effects`,
+    `together_effects`, `dose_response` and `dose_response_by_arm` (`dose_summary`).
     """
     folder = Path(folder)
     tables: dict[str, pd.DataFrame] = {name: getattr(comparison, name) for name in Comparison.table_names()}
@@ -53,6 +54,7 @@ def write_tables(
 def _study_tables(context: ReportContext, order: list[str]) -> dict[str, pd.DataFrame]:
     results = context.steering
     found = {"domain_features": _every_arm({name: domain_features(arm) for name, arm in context.arms.items()}, order)}
+    found |= review_tables(context)
     found |= {name: table for name, table in (("gate", context.gate), ("doses", context.doses)) if table is not None}
     if results is not None:
         found |= {

@@ -1,8 +1,8 @@
 """SAEs on disk: one format a file, all in `FORMATS`.
 
-In comes a folder with weights and a cfg.json (or another file of settings), which is read once; out comes a
-`SparseAutoencoder`. A format is a module (or any object) with what `SaeFormat` lists; the first one that `matches`
-reads the folder, and SAELens' is the last.
+In comes a folder with weights and a cfg.json (or another file of settings), which is read once, or the name of an SAE
+on the hub (see `saeffect.sae.hub`); out comes a `SparseAutoencoder`. A format is a module (or any object) with what
+`SaeFormat` lists; the first one that `matches` reads the folder, and SAELens' is the last.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import compact, dictionary_learning, saelens, sparsify
 from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, save_compact
 from saeffect.sae.formats.dictionary_learning import save_dictionary_learning
+from saeffect.sae.formats.gemma_scope import GemmaScope
+from saeffect.sae.formats.llama_scope import SCALER, LlamaScope
+from saeffect.sae.formats.pickles import PICKLED
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
-from saeffect.sae.formats.weights import fill, read_weights
+from saeffect.sae.formats.weights import decoder_dtype, fill, read_weights
 
 __all__ = [
     "FORMATS",
@@ -40,18 +43,23 @@ __all__ = [
     "weights_file",
 ]
 
-# Files that people mistake for an SAE, by the end of their name.
-_PICKLED = "a pickled file, which can run anybody's code and is never loaded"
+# Files that people mistake for an SAE, by the end of their name: what each is, and what to do with it.
+_CONVERT = "if it is an SAE's state dict, convert it: saeffect convert-sae {file} --out FOLDER."
 _FILES = {
-    ".safetensors": "a file of tensors alone, without the cfg.json that says what they are",
-    ".npz": "an archive of NumPy arrays, which is not read",
-    ".json": "a file of settings alone",
-    **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), _PICKLED),
+    "params.npz": ("Gemma Scope's weights, which are read from their folder", "give the folder itself: {folder}."),
+    "params.safetensors": ("Gemma Scope 2's weights, which are read from their folder", "give the folder: {folder}."),
+    ".safetensors": ("a file of tensors alone, without the cfg.json that says what they are", ""),
+    ".npz": ("an archive of NumPy arrays, of which only Gemma Scope's params.npz is read", ""),
+    ".json": ("a file of settings alone", ""),
+    **dict.fromkeys(PICKLED, ("a pickled file, which can run anybody's code and is never loaded as it is", _CONVERT)),
 }
 
 
 class SaeFormat(Protocol):
-    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors."""
+    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors.
+
+    A format whose settings lie elsewhere names that file in `settings`, or has "" there and gets None.
+    """
 
     weights: str
     """Name of the file of weights."""
@@ -70,12 +78,16 @@ FORMATS: dict[str, SaeFormat] = {
     "compact": compact,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
+    "gemma_scope": GemmaScope("params.npz"),
+    "gemma_scope_2": GemmaScope("params.safetensors"),
+    "llama_scope": LlamaScope("hyperparams.json", "checkpoints/final.safetensors"),
+    "llama_scope_r1": LlamaScope("config.json", WEIGHTS),
     "saelens": saelens,
 }
 
 
 def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
-    """Load an SAE from a folder in any of `FORMATS`, in float32, on the CPU.
+    """Load an SAE from a folder in any of `FORMATS`, or by name, in float32, on the CPU.
 
     Raises:
         NotFound: A missing file.
@@ -83,8 +95,8 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
         UnknownName: An architecture that this package does not have.
         IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not support.
     """
-    folder = Path(folder)
     where = at or str(folder)
+    folder = _located(folder, at)
     raw, how = _opened(folder, where)
     if not (folder / how.weights).is_file():
         how.config(folder, raw, where)
@@ -105,62 +117,81 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
         UnknownName: An architecture that this package does not have.
         IncompatibleSae: A normalisation or reshaping that this package does not support.
     """
-    folder = Path(folder)
     where = at or str(folder)
+    folder = _located(folder, at)
     raw, how = _opened(folder, where)
     return how.config(folder, raw, where)
 
 
 def weights_file(folder: Path | str) -> Path:
-    """Where a folder keeps, or should keep, its weights. NotFound: no cfg.json; BadFile: it is not JSON."""
-    return Path(folder) / _opened(Path(folder), str(folder))[1].weights
+    """Where a folder keeps, or should keep, its weights. NotFound: no settings; BadFile: they are not JSON."""
+    folder = _located(folder, None)
+    return folder / _opened(folder, str(folder))[1].weights
 
 
 def sae_identity(folder: Path) -> str:
-    """SHA-256 of the files that decide an SAE: cfg.json and its weights. Errors as `weights_file`."""
-    return fingerprint([hash_file(folder / "cfg.json"), hash_file(weights_file(folder))])
+    """SHA-256 of the files that decide an SAE: its settings and its weights. Errors as `weights_file`."""
+    how = _opened(folder, str(folder))[1]
+    files = [folder / settings for settings in (_settings_of(how), how.weights) if settings]
+    if (folder / SCALER).is_file():
+        files.append(folder / SCALER)
+    return fingerprint([hash_file(file) for file in files])
 
 
 def saved_dtype(folder: Path | str) -> str:
-    """The dtype in cfg.json, else that of the weights."""
-    folder = Path(folder)
+    """The dtype in cfg.json, else that of the decoder."""
+    folder = _located(folder, None)
     raw, how = _opened(folder, str(folder))
     named = raw.get("dtype") if isinstance(raw, dict) else None
     if named is None:
-        decoder = "decoder.weight" if how.weights == dictionary_learning.weights else "W_dec"
-        named = read_weights(folder / how.weights, str(folder), shapes={}, required=(decoder,))[decoder].dtype
+        named = decoder_dtype(folder / how.weights, str(folder))
     return str(named).removeprefix("torch.")
+
+
+def _located(place: Path | str, at: str | None) -> Path:
+    from saeffect.sae.hub import locate_sae
+
+    return locate_sae(place, at=at)
+
+
+def _settings_of(how: SaeFormat) -> str:
+    return str(getattr(how, "settings", "cfg.json"))
 
 
 def _opened(folder: Path, where: str) -> tuple[Any, SaeFormat]:
     fix = f"give a folder with cfg.json and {WEIGHTS}."
     if folder.is_file():
-        kind = next((words for ending, words in _FILES.items() if folder.name.lower().endswith(ending)), "a file")
+        kind, todo = _kind_of(folder) or ("a file", "")
         beside = (folder.parent / "cfg.json").is_file()
+        shown = todo.format(file=folder.name, folder=repr(str(folder.parent)))
         raise BadFile(
             f"{folder.name!r} is {kind}; an SAE is a folder.",
             at=where,
-            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else fix,
+            fix=f"give the folder itself: {str(folder.parent)!r}." if beside else shown or fix,
         )
     if not folder.is_dir():
         raise NotFound(f"there is no folder {str(folder)!r}.", at=where, fix=fix)
-    if not (folder / "cfg.json").is_file():
-        other = folder / dictionary_learning.settings
-        raw = read_json(other) if other.is_file() else None
-        if dictionary_learning.matches(folder, raw):
-            return raw, dictionary_learning
-        raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
-    raw = read_json(folder / "cfg.json")
-    return raw, next(how for how in FORMATS.values() if how.matches(folder, raw))
+    read: dict[str, Any] = {"": None}
+    for how in FORMATS.values():
+        settings = _settings_of(how)
+        if settings not in read and (folder / settings).is_file():
+            read[settings] = read_json(folder / settings)
+        if settings in read and how.matches(folder, read[settings]):
+            return read[settings], how
+    raise NotFound(f"the folder {folder.name!r} holds no cfg.json{_what_lies_in(folder)}.", at=where, fix=fix)
+
+
+def _kind_of(path: Path) -> tuple[str, str] | None:
+    return next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
 
 
 def _what_lies_in(folder: Path) -> str:
     """What a folder without an SAE holds instead, if known."""
     there = sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)) if folder.is_dir() else ()
     for path in there:
-        if path.is_dir() and (path / "cfg.json").is_file():
+        if path.is_dir() and ((path / "cfg.json").is_file() or (path / "params.npz").is_file()):
             return f", but folders with one, such as {path.name!r}"
-        kind = next((words for ending, words in _FILES.items() if path.name.lower().endswith(ending)), None)
+        kind = _kind_of(path)
         if kind and path.name not in ("cfg.json", SPARSITY):
-            return f"; {path.name!r} there is {kind}"
+            return f"; {path.name!r} there is {kind[0]}"
     return ""

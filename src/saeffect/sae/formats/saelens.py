@@ -36,6 +36,9 @@ _TOP_LEVEL_METADATA = (
 )
 # Folded into the weights before saving, so nothing is left to do at inference. Older files say true or false.
 _FOLDED = ("none", "expected_average_only_in", None, False, True)
+_EACH_INPUT = ("layer_norm", "constant_norm_rescale")
+# Features of both signs, read as two features each: those of the second half push the other way.
+_SIGNED = "abstopk"
 # Tensors of one number a feature that only some files have; see `_our_names`.
 _OTHER_VECTORS = ("log_threshold", "scaling_factor")
 
@@ -57,16 +60,17 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
             fix="check that it is an SAE's.",
         )
     reshaping = raw.get("reshape_activations", "none")
-    if reshaping != "none":
+    # Heads lie side by side in what is read here, as in its weights: there is nothing to reshape.
+    if reshaping not in ("none", "hook_z"):
         raise IncompatibleSae(
-            f"this SAE reads attention heads (reshape_activations={str(reshaping)!r}), which is not supported.",
+            f"this SAE has reshape_activations={str(reshaping)!r}; supported: none and hook_z.",
             at=where,
             fix="use an SAE of the residual stream.",
         )
     normalisation = raw.get("normalize_activations", "none")
-    if normalisation not in (*_FOLDED, "layer_norm"):
+    if normalisation not in (*_FOLDED, *_EACH_INPUT):
         raise IncompatibleSae(
-            f"this SAE needs normalize_activations={normalisation!r}; supported: none and layer_norm.",
+            f"this SAE needs normalize_activations={normalisation!r}; supported: none, {', '.join(_EACH_INPUT)}.",
             at=where,
             fix="fold the normalisation into the weights before saving.",
         )
@@ -75,15 +79,17 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
         raise BadFile(f"a crosscoder has the width of two models; d_in={raw['d_in']} is odd.", at=where)
     architecture = kind.saved_as or kind.architecture
     has_k = "k" in ARCHITECTURES[architecture].keys
-    metadata = _metadata(raw, where)
+    signed = raw.get("architecture") == _SIGNED
+    metadata = _metadata(raw, where) | ({"signed_features": raw["d_sae"]} if signed else {})
+    metadata |= {key: raw[key] for key in kind.settings if key in raw}
     loaded_with = metadata.get("model_from_pretrained_kwargs")
     return SaeConfig(
         architecture=architecture,
         d_in=raw["d_in"],
-        d_sae=raw["d_sae"],
+        d_sae=raw["d_sae"] * (2 if signed else 1),
         k=_k(raw, architecture, where) if has_k else None,
         apply_b_dec_to_input=_flag(raw, "apply_b_dec_to_input", True, where),
-        normalize_activations="layer_norm" if normalisation == "layer_norm" else "none",
+        normalize_activations=normalisation if normalisation in _EACH_INPUT else "none",
         rescale_acts_by_decoder_norm=_flag(raw, "rescale_acts_by_decoder_norm", False, where) and has_k,
         centre_input=isinstance(loaded_with, dict) and bool(loaded_with.get("center_writing_weights")),
         metadata=metadata,
@@ -92,14 +98,18 @@ def config(folder: Path, raw: Any, where: str) -> SaeConfig:
 
 def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
     cfg, kind = config(folder, raw, where), _architecture(raw, where)
-    shapes = dict.fromkeys(_OTHER_VECTORS, (cfg.d_sae,)) | {
+    n = raw["d_sae"]
+    shapes = dict.fromkeys(_OTHER_VECTORS, (n,)) | {
         name: tuple(part.shape)
-        for whole, shape in kind.shapes(cfg).items()
+        for whole, shape in kind.shapes(replace(cfg, d_sae=n)).items()
         for name, part in by_side(kind, {whole: torch.empty(shape, device="meta")}).items()
     }
-    required = [part for name in ("W_enc", "W_dec", "b_dec") for part in sides_of(kind, name)]
+    needed = [name for name in ("W_enc", "W_dec", "b_dec") if name in kind.shapes(cfg)]
+    required = [part for name in needed for part in sides_of(kind, name)]
     tensors = read_weights(folder / WEIGHTS, where, shapes=shapes, required=tuple(required))
-    tensors = _our_names(joined(kind, tensors), where)
+    tensors = _our_names(joined(kind, tensors), raw, where)
+    if n != cfg.d_sae:
+        tensors = {name: _both_signs(name, tensor) for name, tensor in tensors.items()}
     if kind.saved_as is None:
         return _unscaled(fill(kind(cfg), tensors, WEIGHTS, where), folder, where)
     rescaled = bool(raw.get("rescale_acts_by_decoder_norm", True))
@@ -177,9 +187,10 @@ def _cfg_json(sae: SparseAutoencoder, dtype: str) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": cfg.apply_b_dec_to_input,
         "normalize_activations": cfg.normalize_activations,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if (cfg.hook_name or "").endswith("hook_z") else "none",
         "metadata": dict(cfg.metadata),
     }
+    raw |= {key: cfg.metadata[key] for key in sae.settings if key in cfg.metadata}
     if cfg.k is not None:
         raw |= {"k": cfg.k, "rescale_acts_by_decoder_norm": cfg.rescale_acts_by_decoder_norm}
     return raw
@@ -190,9 +201,11 @@ def _architecture(raw: Mapping[str, Any], where: str) -> type[SparseAutoencoder]
     activation = raw.get("activation_fn", raw.get("activation_fn_str"))
     if named == "standard" and activation == "topk":
         named = "topk"
+    if named == _SIGNED:
+        named = activation = "topk"
     found = next((kind for kind in ARCHITECTURES.values() if kind.saelens_name == named), None)
     if found is None:
-        valid = [kind.saelens_name for kind in ARCHITECTURES.values() if kind.saved_as is None]
+        valid = [kind.saelens_name for kind in ARCHITECTURES.values() if kind.saved_as is None] + [_SIGNED]
         raise unknown_name("SAE architecture", named, valid, at=where)
     architecture = found.saved_as or found.architecture
     if activation not in (None, "relu", architecture):
@@ -235,16 +248,29 @@ def _metadata(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     return metadata
 
 
-def _our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Undo what only some files have: thresholds as logarithms, and a factor of 1 on activations."""
+def _our_names(tensors: Mapping[str, Tensor], raw: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Undo what only some files have: thresholds as logarithms, and a factor on what each feature adds."""
     found = dict(tensors)
     if "log_threshold" in found:
         found["threshold"] = found.pop("log_threshold").float().exp()
-    if not torch.all(found.pop("scaling_factor", torch.ones(1)) == 1):
+    factor = found.pop("scaling_factor", torch.ones(1)).float()
+    if torch.all(factor == 1):
+        return found
+    if not raw.get("finetuning_scaling_factor"):
         raise IncompatibleSae(
-            "this SAE multiplies its activations by scaling_factor, which is not supported.", at=where
+            "this SAE has a scaling_factor, but finetuning_scaling_factor is not set, so it may be of no use.",
+            at=where,
+            fix="set finetuning_scaling_factor to true in cfg.json if the SAE was fine-tuned with it.",
         )
-    return found
+    # Activations stay as they are; what they add is multiplied, as in SAELens before 6.0.
+    return found | {"W_dec": found["W_dec"].float() * factor[:, None]}
+
+
+def _both_signs(name: str, tensor: Tensor) -> Tensor:
+    """The k largest of pre-activations and their negatives are the k largest by size, so TopK is AbsTopK then."""
+    if name == "b_dec":
+        return tensor
+    return torch.cat([tensor, -tensor], dim=1 if name == "W_enc" else 0)
 
 
 @torch.no_grad()

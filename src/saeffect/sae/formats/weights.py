@@ -1,7 +1,8 @@
-"""Tensors of an SAE's safetensors file, read only if they have the shapes that its cfg.json names."""
+"""Tensors of an SAE's file, read only if they have the shapes that its cfg.json names."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -10,10 +11,20 @@ import torch
 from torch import Tensor
 
 from saeffect.checksums import open_tensors
-from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.errors import BadFile, IncompatibleSae, first_line
 from saeffect.sae.base import SparseAutoencoder
 
-__all__ = ["by_side", "fill", "is_count", "joined", "read_weights", "sides_of"]
+__all__ = [
+    "by_side",
+    "decoder_dtype",
+    "fill",
+    "is_count",
+    "joined",
+    "read_npz",
+    "read_weights",
+    "sides_of",
+    "tensor_shapes",
+]
 
 AnySae = TypeVar("AnySae", bound=SparseAutoencoder)
 
@@ -56,6 +67,54 @@ def read_weights(
             if part.get_dtype() not in allowed:
                 raise BadFile(f"{name} holds {part.get_dtype()}; expected {' or '.join(allowed)}.", at=where)
         return {name: file.get_tensor(name) for name in names}
+
+
+def tensor_shapes(path: Path, where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by name in a safetensors or .npz file, from its headers alone; BadFile as `read_weights`, `read_npz`."""
+    if path.suffix != ".npz":
+        with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    from numpy.lib import format as npy
+
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.namelist():
+                with archive.open(entry) as part:
+                    read = npy.read_array_header_1_0 if npy.read_magic(part) == (1, 0) else npy.read_array_header_2_0
+                    found[entry.removesuffix(".npy")] = tuple(read(part)[0])
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise _broken(path, where, error) from error
+    return found
+
+
+def decoder_dtype(path: Path, where: str) -> str:
+    """The dtype of the decoder in a safetensors or .npz file, such as "float32"."""
+    if path.suffix == ".npz":
+        return str(read_npz(path, where)["W_dec"].dtype).removeprefix("torch.")
+    with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
+        names = sorted(file.keys())
+        name = next((name for name in ("W_dec", "decoder.weight", "w_dec") if name in names), None)
+        if name is None:
+            raise BadFile(f"{path.name} has no W_dec; it has: {', '.join(names[:20]) or 'nothing'}.", at=where)
+        return str(file.get_tensor(name).dtype).removeprefix("torch.")
+
+
+def read_npz(path: Path, where: str) -> dict[str, Tensor]:
+    """The arrays of a NumPy archive, as tensors. BadFile: truncated, no archive, or it holds Python objects."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:  # objects would be pickled
+            return {name: torch.from_numpy(np.atleast_1d(archive[name])) for name in archive.files}
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise _broken(path, where, error) from error
+
+
+def _broken(path: Path, where: str, error: Exception) -> BadFile:
+    return BadFile(
+        f"{path.name} cannot be read: {first_line(error).rstrip('.')}.", at=where, fix="copy or download it again."
+    )
 
 
 def fill(sae: AnySae, tensors: Mapping[str, Tensor], file: str, where: str) -> AnySae:

@@ -40,7 +40,8 @@ class SaeTrainingConfig(StrictModel):
         None, description="Features of each nested SAE, rising, the last being d_sae. None: d_sae/8, /4, /2, d_sae."
     )
     init_from: str | None = Field(
-        None, description="Folder of an SAE whose weights to start from: features keep their index."
+        None,
+        description="Folder of an SAE, or its name, whose weights to start from: features keep their index.",
     )
 
     epochs: int = Field(2, ge=1, description="Passes over the activations, unless `steps` is given.")

@@ -152,7 +152,7 @@ def _change(trace: Trace, name: str, top: IntArray) -> FloatArray:
 
 def _basis(run: RunFolder, control: str, base: LanguageModel) -> Basis:
     features = run.read_table(run.arm(control, "features.parquet")).sort_values("feature")
-    W_dec = run.study.open_arm(control).W_dec.float().cpu().numpy()
+    W_dec = run.study.open_arm(control).added().float().cpu().numpy()
     top = np.stack([np.asarray(ids, dtype=np.int64) for ids in features["top_token_ids"]])
     return Basis(W_dec, shared_unembedding(base).numpy(), top, base.token_strings())
 

@@ -300,7 +300,7 @@ class _Crossing:
         config = self._study.config.features
         valid = ranked_tokens(self._study, cell.lm)
         W_U = shared_unembedding(cell.lm)
-        found = project(cell.W_dec[features], W_U, config.top_k, config.projection, valid=valid)
+        found = project(cell.added(features), W_U, config.top_k, config.projection, valid=valid)
         names = cell.lm.token_strings()
         tokens = [[names[i] for i in row] for row in found.indices.tolist()]
         table = pd.DataFrame({"feature": features, "top_tokens": tokens, "top_weights": found.weights.tolist()})

@@ -104,7 +104,7 @@ def extract_features(
     activations for arms that share a model.
     """
     return extract_tables(
-        arm.W_dec,
+        arm.added(),
         shared_unembedding(arm.lm),
         arm.lm.token_strings(),
         _batches(arm, rows, residuals or Residuals(), log),

@@ -19,6 +19,7 @@ from saeffect.steering.placebos import control_label
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.compare import ARM_FILES, arm_tables, compare_inputs, read_comparison
 from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.study.stages.select import stored_verdicts
 
 __all__ = ["gate_measures", "report_context", "report_inputs", "run_report"]
 
@@ -29,6 +30,8 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
     files = [run.path("comparison", "answer.json"), run.path("comparison", "contrasts.parquet")]
     files += [run.path("steering", "dose.json")]
     files += [run.arm(name, file) for name in run.study.config.arms for file in (*ARM_FILES, "examples.parquet")]
+    if stored_verdicts(run) is not None:
+        files.append(run.path("comparison", "verdicts.parquet"))
     return {
         "version": VERSION,
         "comparison": compare_inputs(run),
@@ -77,6 +80,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
         alpha=config.comparison.alpha,
         projection=config.features.projection,
         max_features=500,
+        verdicts=stored_verdicts(run),
     )
 
 

@@ -218,7 +218,7 @@ class _SteeringTest:
         """By feature: mean residual where it fires minus that of source "general" (or all text), or why undefined."""
         arm, rows = self._arm, self._run.study.rows()
         limit = arm.norm_limit(rows)
-        sums = MeanDifferences(features, arm.lm.d_model)
+        sums = MeanDifferences(features, arm.W_dec.shape[1])
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
         for start, ids, x in self._run.study.residuals.batches(arm.lm, arm.hook, rows):

@@ -1,0 +1,142 @@
+"""`saeffect saes`: published SAEs that can be named in a study; `saeffect convert-sae`: pickled ones made readable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saeffect.cli.console import show
+from saeffect.errors import ConfigError
+from saeffect.paths import user_path
+
+if TYPE_CHECKING:
+    from saeffect.sae.published import PublishedSae
+
+__all__ = ["convert_sae_command", "saes"]
+
+_KINDS = {"hook_resid_pre": "resid_pre", "hook_resid_post": "resid_post", "hook_resid_mid": "resid_mid"}
+
+
+def saes(
+    model: Annotated[
+        str | None, typer.Option(help="SAEs of this model, such as google/gemma-2-2b or gemma-2-2b.")
+    ] = None,
+    release: Annotated[str | None, typer.Option(help="Every SAE of this release, by the name to write.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Only SAEs of this block, from 0.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also transcoders and other kinds, which are not read.")
+    ] = False,
+) -> None:
+    """Published SAEs: models; or a model's releases; or a release's SAEs."""
+    from saeffect.sae.published import list_source, published_saes
+
+    found = published_saes(model, release=release, layer=layer, readable=not everything)
+    every = published_saes(model, release=release, layer=layer)
+    if release is not None or (layer is not None and model is not None):
+        _show_saes(found)
+    elif model is not None:
+        _show_releases(found)
+    else:
+        _show_models(found)
+    left_out = len(every) - len(found)
+    if left_out:
+        show(f"{left_out:,} transcoders and other kinds that are not read are left out; --all shows them.")
+    show(f"From {list_source()}.")
+
+
+def convert_sae_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A pickled state dict (.pt), a folder with ae.pt or any SAE, or a name as in a study.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the SAE, in SAELens' layout.", parser=user_path)],
+    hook: Annotated[str | None, typer.Option(help="Where it reads, such as blocks.8.hook_resid_post.")] = None,
+    model: Annotated[str | None, typer.Option(help="The hub id of the model that it was trained on.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Active features of a TopK SAE that does not say.")] = None,
+) -> None:
+    """Write an SAE in SAELens' layout; from a pickled file weights alone are read, and nothing is run."""
+    from saeffect.lm.hooks import parse_hook
+    from saeffect.sae.convert import convert_sae
+    from saeffect.sae.formats import read_sae_config
+
+    if hook is not None:
+        parse_hook(hook, at="--hook")
+    named = {"hook_name": hook, "model_name": model}
+    facts = {"k": k, "metadata": {key: value for key, value in named.items() if value}}
+    folder = convert_sae(source, out, facts=facts)
+    cfg = read_sae_config(folder)
+    show(f"SAE: {folder.resolve()}")
+    where = cfg.hook_name or "a hook that its files do not name: add hook: to the study's arm"
+    show(f"{cfg.architecture}, {cfg.d_in:,} wide, {cfg.d_sae:,} features, reads {where}")
+
+
+def _show_models(found: list[PublishedSae]) -> None:
+    from collections import Counter
+
+    if not found:
+        raise ConfigError("no published SAE reads there.", at="--layer", fix="leave --layer out.")
+    counts = Counter(sae.model for sae in found)
+    show("Published SAEs by model:")
+    width = max(map(len, counts))
+    for name, n in sorted(counts.items(), key=lambda item: item[0].lower()):
+        releases = len({sae.release for sae in found if sae.model == name})
+        show(f"{name:<{width}}  {n:>6,} in {releases} release{'s' if releases > 1 else ''}")
+    show("A model's releases: saeffect saes --model NAME.")
+
+
+def _show_releases(found: list[PublishedSae]) -> None:
+    by_release: dict[str, list[PublishedSae]] = {}
+    for sae in found:
+        by_release.setdefault(sae.release, []).append(sae)
+    width = max(map(len, by_release), default=0)
+    for release, saes_there in by_release.items():
+        reads = sorted({_KINDS.get(kind := sae.hook.partition(".")[2].partition(".")[2], kind) for sae in saes_there})
+        blocks = sorted({int(sae.hook.split(".")[1]) for sae in saes_there if sae.hook})
+        show(
+            f"{release:<{width}}  {len(saes_there):>4,}  {', '.join(filter(None, reads)) or '-'}"
+            f"  blocks {_ranges(blocks)}{_l0(saes_there)}"
+        )
+    if by_release:
+        first = next(iter(by_release.values()))[0]
+        show(f"In a study: sae: {first.name}")
+        show("A release's SAEs: saeffect saes --release NAME. One block's of all: --layer N.")
+    else:
+        show("None that are read.")
+
+
+def _show_saes(found: list[PublishedSae]) -> None:
+    width = max((len(sae.name) for sae in found), default=0)
+    for sae in found:
+        l0 = f"  l0 {sae.l0:g}" if sae.l0 else ""
+        why = f"  not read: {sae.not_read}" if sae.not_read else ""
+        show(f"{sae.name:<{width}}  {sae.hook}{l0}{why}".rstrip())
+    if not found:
+        show("None that are read.")
+
+
+def _l0(found: list[PublishedSae]) -> str:
+    known = sorted(sae.l0 for sae in found if sae.l0)
+    if not known:
+        return ""
+    return f"  l0 {known[0]:g}" + (f" to {known[-1]:g}" if known[-1] != known[0] else "")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Whole numbers, in rising order, as few words.
+
+    Example:
+        >>> _ranges([0, 1, 2, 5, 7, 8])
+        '0-2, 5, 7-8'
+    """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "-"

@@ -1,0 +1,114 @@
+"""SAEs of Gemma Scope (`params.npz`) and Gemma Scope 2 (`params.safetensors`, perhaps with config.json): JumpReLU.
+
+Neither file names a model or a hook; the path does, as in the hub's repositories:
+`gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82`, `gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_big`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+from saeffect.sae.formats.weights import fill, read_npz, read_weights, tensor_shapes
+from saeffect.sae.jumprelu import JumpReluSae
+
+__all__ = ["GemmaScope", "named_by_path"]
+
+_NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
+# What a part of the path says of the hook: Gemma Scope's repositories, Gemma Scope 2's folders.
+_SITES = {
+    "res": "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "att": "attn.hook_z",
+    "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "attn.hook_z",
+}
+_FIRST = re.compile(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att)\b")
+_SECOND = re.compile(r"gemma-scope-2-(\d+[mb])-(pt|it)\b")
+_SITE = re.compile(r"/(resid_post|mlp_out|attn_out)(?:_all)?/")
+_CONTEXT = 1024
+
+
+class GemmaScope:
+    """One of the two layouts; `weights` is the name of its file. See `SaeFormat`."""
+
+    settings = ""
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+    def matches(self, folder: Path, raw: Any) -> bool:
+        del raw
+        return (folder / self.weights).is_file()
+
+    def config(self, folder: Path, raw: Any, where: str) -> SaeConfig:
+        """BadFile without the five arrays; IncompatibleSae for a transcoder."""
+        del raw
+        shapes = {name.lower(): shape for name, shape in tensor_shapes(folder / self.weights, where).items()}
+        missing = [name for name in _NAMES if name not in shapes]
+        if missing:
+            raise BadFile(f"{self.weights} has no {missing[0]}; it has: {', '.join(sorted(shapes))}.", at=where)
+        place = folder.resolve().as_posix()
+        width, d_sae = (*shapes["w_enc"], 0, 0)[:2]
+        if re.search("transcoder|/clt", place) or "affine_skip_connection" in shapes or shapes["w_dec"][-1] != width:
+            raise IncompatibleSae(
+                "this is a transcoder, which rebuilds the output of an MLP from its input.",
+                at=where,
+                fix="choose an SAE: res, mlp or att in Gemma Scope, resid_post, mlp_out or attn_out in Gemma Scope 2.",
+            )
+        metadata = {"trained_by": "Gemma Scope", "prepend_bos": True, "context_size": _CONTEXT} | named_by_path(place)
+        return SaeConfig("jumprelu", width, d_sae, apply_b_dec_to_input=False, metadata=metadata)
+
+    def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
+        """The SAE. One of the embedding is given what enters block 0, which is the embedding times √d_in."""
+        cfg, path = self.config(folder, raw, where), folder / self.weights
+        found = read_npz(path, where) if path.suffix == ".npz" else read_weights(path, where, shapes={})
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in found.items():
+            ours = _NAMES.get(name.lower())
+            if ours is None and not (name == "scaling_factor" and bool(torch.all(tensor == 1))):
+                raise IncompatibleSae(f"{self.weights} holds {name}, whose meaning is not known.", at=where)
+            if ours is not None:
+                tensors[ours] = tensor
+        expected = JumpReluSae.shapes(cfg)
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise IncompatibleSae(
+                    f"{name} has shape {tuple(tensors[name].shape)}, but W_enc asks for {shape}.", at=where
+                )
+        if cfg.metadata.get("of_embedding"):
+            scale = cfg.d_in**0.5
+            tensors |= {"W_enc": tensors["W_enc"] / scale}
+            tensors |= {name: tensors[name] * scale for name in ("W_dec", "b_dec")}
+        return fill(JumpReluSae(cfg), tensors, self.weights, where)
+
+
+def named_by_path(place: str) -> dict[str, Any]:
+    """`model_name` and `hook_name`, as far as a path with forward slashes tells them.
+
+    Example:
+        >>> named_by_path("google/gemma-scope-9b-it-res/layer_20/width_16k/average_l0_47")
+        {'model_name': 'google/gemma-2-9b-it', 'hook_name': 'blocks.20.hook_resid_post'}
+    """
+    found: dict[str, Any] = {}
+    layer, site = re.search(r"layer_(\d+)", place), None
+    if first := _FIRST.search(place):
+        found["model_name"] = f"google/gemma-2-{first[1]}{'-it' if first[2] == 'it' else ''}"
+        site = _SITES[first[3]]
+        if "/embedding/" in f"{place}/":
+            return found | {"hook_name": "blocks.0.hook_resid_pre", "of_embedding": True}
+    elif second := _SECOND.search(place):
+        # The smallest base model has no suffix on the hub.
+        plain = second[1] == "270m" and second[2] == "pt"
+        found["model_name"] = f"google/gemma-3-{second[1]}{'' if plain else '-' + second[2]}"
+        site = _SITES[named[1]] if (named := _SITE.search(f"{place}/")) else None
+    if layer and site:
+        found["hook_name"] = f"blocks.{layer[1]}.{site}"
+    return found

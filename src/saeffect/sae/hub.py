@@ -1,0 +1,295 @@
+"""SAEs by name: `saelens:<release>/<id>` and `hf:<owner>/<repository>[@<revision>]/<folder or file>`.
+
+Files are fetched by huggingface_hub alone, so that its cache, tokens, mirrors and offline mode hold. Out comes a
+folder that `saeffect.sae.formats` reads: the one in the hub's cache where that says everything, else one in this
+package's cache, with what the list of published SAEs adds, or converted from a pickled file of weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, SaeffectError, Unreachable, first_line
+from saeffect.io import fingerprint, read_json, write_json
+from saeffect.lm.gguf import cache_folder, cached_folder
+from saeffect.progress import SILENT, Log
+from saeffect.sae.formats.pickles import PICKLED
+from saeffect.sae.published import SAELENS, PublishedSae, find_published
+
+__all__ = ["HF", "forget", "is_sae_name", "locate_sae"]
+
+HF = "hf:"
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?:/(?P<path>.+))?")
+# Files that make up an SAE in one of the layouts, and those beside that say what it is.
+_FILES = (
+    "cfg.json",
+    "config.json",
+    "hyperparams.json",
+    "sae_weights.safetensors",
+    "sparsity.safetensors",
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "model.safetensors",
+    "ae.pt",
+    "checkpoints/final.safetensors",
+)
+_SETTINGS = ("cfg.json", "config.json", "hyperparams.json")
+_INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files leave out what the list adds
+# Whether texts began with a BOS token was left to the tokenizer; those of Qwen have none.
+_AS_THE_TOKENIZER = ("dictionary_learning_1", "qwen_scope")
+_CHANGES = 1  # raised when what is written to the cache changes
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an SAE lies on the hub; `published` is what the list says of it."""
+
+    repo: str
+    path: str
+    revision: str | None
+    published: PublishedSae | None
+
+
+def is_sae_name(place: Path | str) -> bool:
+    """Whether this names an SAE on the hub, rather than a folder.
+
+    Example:
+        >>> is_sae_name("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre"), is_sae_name("saes/base")
+        (True, False)
+    """
+    return str(place).startswith((SAELENS, HF))
+
+
+def locate_sae(place: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
+    """The folder of an SAE, fetched on the first call; a path is returned as it is.
+
+    Raises:
+        UnknownName: A release or id that the list does not have.
+        ConfigError: A name of another form.
+        NotFound: No such repository, folder or file, or no leave to read it.
+        Unreachable: Not in the cache, and the hub cannot be reached or must not be (offline mode).
+        IncompatibleSae: A kind of SAE that is not read here.
+        BadFile: A pickled file that would run code, or holds no SAE.
+    """
+    if not is_sae_name(place):
+        return Path(place)
+    return _located(str(place), log, at or str(place))
+
+
+# A study asks for each SAE's folder many times; the hub is asked once a process.
+@functools.lru_cache(maxsize=256)
+def _located(name: str, log: Log, at: str) -> Path:
+    where = _parse(name, at)
+    if where.published is not None and where.published.not_read:
+        raise IncompatibleSae(
+            f"{name} is a {where.published.not_read}, which is not read.",
+            at=at,
+            fix=f"saeffect saes --model {where.published.model} lists SAEs of this model.",
+        )
+    if where.path.endswith(PICKLED):
+        return _converted_file(where, name, log, at)
+    folder = _fetched_folder(where, name, at)
+    if (folder / "ae.pt").is_file():
+        return _converted(folder / "ae.pt", where, name, log, at)
+    listed = where.published
+    adds = listed is not None and listed.layout in _INCOMPLETE and (listed.overrides or listed.scale)
+    return _with_additions(folder, where, name, log) if adds else folder
+
+
+def forget() -> None:
+    """Ask the hub again for every name: its cache has changed."""
+    _located.cache_clear()
+
+
+def _parse(name: str, at: str) -> _Place:
+    if name.startswith(SAELENS):
+        found = find_published(name.removeprefix(SAELENS), at=at)
+        assert found is not None
+        return _Place(found.repo, found.path, None, found)
+    match = _NAME.fullmatch(name.removeprefix(HF).rstrip("/"))
+    if match is None or ".." in name:
+        raise ConfigError(
+            f"{name!r} names no SAE on the hub.", at=at, fix="write hf:<owner>/<repository>/<folder of the SAE>."
+        )
+    repo, path = match["repo"], match["path"] or ""
+    return _Place(repo, path, match["revision"], find_published(repo=repo, path=path))
+
+
+def _fetched_folder(where: _Place, name: str, at: str) -> Path:
+    """The SAE's folder in the hub's cache, with all files of it that the hub has."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{where.path}/{file}" if where.path else file for file in _FILES]
+    patterns.append("config.json")  # sparsify's, which names the model
+    with _hub_errors(where, name, at):
+        snapshot = snapshot_download(where.repo, revision=where.revision, allow_patterns=patterns)
+    folder = Path(snapshot) / where.path
+    if not any((folder / file).is_file() for file in _FILES if file not in _SETTINGS):
+        raise _missing(where, name, at)
+    return folder
+
+
+def _fetched_file(where: _Place, file: str, name: str, at: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(where, name, at):
+        return Path(hf_hub_download(where.repo, file, revision=where.revision))
+
+
+def _converted_file(where: _Place, name: str, log: Log, at: str) -> Path:
+    """A single pickled file, with the settings that its authors put beside it, converted."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    stem = where.path.rpartition(".")[0]
+    if where.published is None or where.published.layout == "connor_rob_hook_z":
+        try:
+            _fetched_file(where, f"{stem}_cfg.json", name, at)
+        except SaeffectError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):
+                raise
+    return _converted(_fetched_file(where, where.path, name, at), where, name, log, at)
+
+
+def _converted(file: Path, where: _Place, name: str, log: Log, at: str) -> Path:
+    from saeffect.sae.convert import convert_sae
+
+    def make(target: Path) -> None:
+        log(f"converting {name} (once, kept in {cache_folder() / 'saes'})")
+        convert_sae(file, target, facts=_facts(where), source_name=name, at=at)
+
+    return _kept(file.resolve(), where, name, make, log)
+
+
+def _with_additions(folder: Path, where: _Place, name: str, log: Log) -> Path:
+    """A folder whose cfg.json says what the list adds; its weights are those in the hub's cache."""
+    published = where.published
+    assert published is not None
+
+    def make(target: Path) -> None:
+        target.mkdir(parents=True)
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in ("cfg.json",):
+                (target / file.name).symlink_to(file.resolve())
+        if (folder / "cfg.json").is_file():
+            raw = read_json(folder / "cfg.json")
+            if not isinstance(raw, dict):
+                raise BadFile("cfg.json holds no mapping.", at=name)
+            raw |= published.overrides
+            if isinstance(raw.get("metadata"), dict):
+                raw["metadata"] |= published.overrides
+            write_json(target / "cfg.json", raw)
+            if raw.get("normalize_activations") not in ("expected_average_only_in", True):
+                return
+        if published.scale:
+            write_json(target / "activation_scaler.json", {"scaling_factor": published.scale})
+
+    return _kept(folder.resolve(), where, name, make, log)
+
+
+def _kept(source: Path, where: _Place, name: str, make: Any, log: Log) -> Path:
+    """The folder in this package's cache that `make` writes from `source`, a path in the hub's."""
+    scale, overrides = (where.published.scale, where.published.overrides) if where.published else (0, {})
+    key = fingerprint([_CHANGES, where.repo, where.path, str(source), scale, dict(overrides)])[:32]
+    note = {"source": name, "repository": where.repo, "path": where.path}
+    return cached_folder(cache_folder() / "saes" / key, make, note=note, log=log)
+
+
+def _facts(where: _Place) -> dict[str, Any]:
+    """What the list says of a state dict, see `sae_of_state_dict`; a file of nobody's list has no facts."""
+    published = where.published
+    if published is None:
+        return {}
+    metadata: dict[str, Any] = {"model_name": published.model}
+    if published.layout not in _AS_THE_TOKENIZER:
+        metadata["prepend_bos"] = True
+    if published.hook:
+        metadata["hook_name"] = published.hook
+    if published.neuronpedia_id:
+        metadata["neuronpedia_id"] = published.neuronpedia_id
+    facts: dict[str, Any] = {"metadata": metadata}
+    if published.layout == "qwen_scope":
+        k = re.search(r"L0_(\d+)$", published.repo)
+        facts |= {"architecture": "topk", "k": int(k[1]) if k else None, "takes_off": False}
+    return facts
+
+
+@contextmanager
+def _hub_errors(where: _Place, name: str, at: str) -> Iterator[None]:
+    """Turn what the hub's client raises into our errors."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise NotFound(
+            f"{where.repo} asks for agreement to its terms before it can be read.",
+            at=at,
+            fix=f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise NotFound(
+            f"{where.repo} has no revision {where.revision!r}.", at=at, fix="check it on the hub."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise NotFound(
+            f"the hub has no repository {where.repo!r} that you can read.",
+            at=at,
+            fix="check the name; for a private one log in: hf auth login.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{where.repo!r} can be no repository: {first_line(error)}", at=at) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        offline = constants.HF_HUB_OFFLINE
+        why = "the hub must not be asked (HF_HUB_OFFLINE is set)" if offline else "the hub cannot be reached"
+        raise Unreachable(
+            f"{name} is not in the hub's cache, and {why}.",
+            at=at,
+            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise NotFound(f"{where.repo} has no file {where.path!r}.", at=at, fix="check the name on the hub.") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise Unreachable(
+            f"{name} could not be fetched: {first_line(error)}",
+            at=at,
+            fix="check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache.",
+        ) from error
+
+
+def _missing(where: _Place, name: str, at: str) -> SaeffectError:
+    from huggingface_hub import constants
+
+    what = f"the folder {where.path!r}" if where.path else "the repository's main folder"
+    if constants.HF_HUB_OFFLINE:
+        return Unreachable(
+            f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what}), and the hub must not be"
+            " asked (HF_HUB_OFFLINE is set).",
+            at=at,
+            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
+        )
+    near = _folders(where.repo, where.revision)
+    shown = f" It has: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}." if near else ""
+    return NotFound(
+        f"{where.repo} has no SAE in {what}.{shown}",
+        at=at,
+        fix="write hf:<owner>/<repository>/<folder>, with the folder of one SAE.",
+    )
+
+
+def _folders(repo: str, revision: str | None) -> Sequence[str]:
+    """Folders of a repository that hold an SAE; none if the hub does not say."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(repo, revision=revision)
+    except Exception:  # of many kinds, and only words are lost
+        return ()
+    last = tuple(file for file in _FILES if file not in _SETTINGS)
+    return sorted({file.rpartition("/")[0] for file in files if file.endswith(last)} - {""})

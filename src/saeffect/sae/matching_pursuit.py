@@ -1,0 +1,93 @@
+"""Matching pursuit: features are taken one at a time, each from what those before left (Costa et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+
+from saeffect.errors import BadFile, IncompatibleSae
+from saeffect.sae.base import SaeConfig, SparseAutoencoder
+
+__all__ = ["MatchingPursuitSae"]
+
+_CHUNK = 4096  # tokens whose products with all features are in memory at once
+
+
+class MatchingPursuitSae(SparseAutoencoder):
+    """Read only. The encoder is the decoder's transpose; a token takes features until little is left of it.
+
+    Settings, kept in the metadata, with SAELens' defaults: `residual_threshold` (0.01: stop below this norm of what is
+    left; 0 never), `max_iterations` (`d_in`), `stop_on_duplicate_support` (True: stop when a feature comes again).
+    Source: SAELens' MatchingPursuitSAE, to which activations are equal.
+    """
+
+    architecture, label = "matching_pursuit", "Matching pursuit"
+    vectors = ()
+    settings: ClassVar[tuple[str, ...]] = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+
+    def __init__(self, cfg: SaeConfig) -> None:
+        super().__init__(cfg)
+        threshold = cfg.metadata.get("residual_threshold", 1e-2)
+        most = cfg.metadata.get("max_iterations")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+            raise BadFile(f"residual_threshold is {threshold!r}; expected a number.")
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise BadFile(f"max_iterations is {most!r}; expected a whole number above 0, or null.")
+        self._threshold, self._most = float(threshold), most or cfg.d_in
+        self._stops_at_repeats = bool(cfg.metadata.get("stop_on_duplicate_support", True))
+
+    @classmethod
+    def shapes(cls, cfg: SaeConfig) -> dict[str, tuple[int, ...]]:
+        return {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]
+        """The decoder, turned."""
+        return self.W_dec.T
+
+    def as_start(self) -> NoReturn:
+        """Always refuses: features are found one after another, by no encoder."""
+        raise IncompatibleSae("a matching pursuit SAE has no encoder to begin a training with.")
+
+    def activation(self, hidden_pre: Tensor) -> Tensor:
+        """Of the first step alone, before anything is taken off."""
+        return hidden_pre.relu()
+
+    def hidden_pre(self, sae_in: Tensor) -> Tensor:
+        return self._centred(sae_in) @ self.W_dec.T
+
+    def acts(self, sae_in: Tensor) -> Tensor:
+        flat = self._centred(sae_in).reshape(-1, self.cfg.d_in)
+        found = [self._pursued(part) for part in flat.split(_CHUNK)]
+        return torch.cat(found).reshape(*sae_in.shape[:-1], self.cfg.d_sae)
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        # A tied SAE adds b_dec only if it was taken off.
+        out = feature_acts @ self.W_dec
+        return out + self.b_dec if self.cfg.apply_b_dec_to_input else out
+
+    def _centred(self, sae_in: Tensor) -> Tensor:
+        return sae_in - self.b_dec if self.cfg.apply_b_dec_to_input else sae_in
+
+    def _pursued(self, left: Tensor) -> Tensor:
+        """Feature activations `[n, d_sae]` of centred inputs `[n, d_in]`."""
+        acts = left.new_zeros(len(left), self.cfg.d_sae)
+        going = torch.arange(len(left), device=left.device)
+        for _ in range(self._most):
+            best = (left @ self.W_dec.T).relu().max(dim=1).indices
+            rows = self.W_dec[best]
+            values = (left * rows).sum(dim=1).relu()
+            new = (acts[going, best] == 0) & (values != 0)
+            acts[going, best] += values
+            left = left - values[:, None] * rows
+            done = torch.zeros_like(new)
+            if self._stops_at_repeats:
+                done |= ~new
+            if self._threshold > 0:
+                done |= left.norm(dim=1) < self._threshold
+            going, left = going[~done], left[~done]
+            if not len(going):
+                break
+        return acts

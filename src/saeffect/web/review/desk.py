@@ -1,0 +1,226 @@
+"""What the review's pages read and write: the queue of the run, its contexts, and the store of verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from saeffect.report.texts import Chip, Run, chips, context_runs
+from saeffect.review.agreement import agreement, disagreements, rater_summary
+from saeffect.review.queue import Item, Queue
+from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.verdicts import ADJUDICATION, VERDICTS
+from saeffect.study.review import Standing, read_queue, standing_verdicts
+from saeffect.web.site import Site
+
+__all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "Splits", "desk_of"]
+
+_CONTEXTS = ["feature", "rank", "position", "tokens", "activations"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a rater said about an item before."""
+
+    verdict: str
+    label: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many items a rater has judged, of how many."""
+
+    rater: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Screen:
+    """One item as a rater sees it: neither arm, number, scores nor what others said."""
+
+    name: str
+    chips: tuple[Chip, ...]
+    contexts: tuple[tuple[Run, ...], ...]
+    before: Judged | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A feature on which raters differ: counts, what they wrote, and what was decided ("" for nothing yet)."""
+
+    screen: Screen
+    counts: dict[str, int]
+    said: tuple[tuple[str, Judged], ...]
+    decided: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The first disagreements, and how many there are and are open."""
+
+    shown: tuple[Split, ...]
+    total: int
+    left: int
+
+
+class Desk:
+    """The review of one run directory. Errors of all methods: as `read_queue`, and as `VerdictStore`."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self.store = VerdictStore(site.path(STORE))
+        site.on_close(self.store.close)
+
+    @property
+    def subject(self) -> str:
+        """What the domain is called."""
+        return self._site.study.config.selection.subject
+
+    @property
+    def queue(self) -> Queue:
+        """The queue of the run as it is now."""
+        return self._site.cached("review queue", self._files(), lambda: read_queue(self._site.folder))
+
+    def next_screen(self, rater: str) -> Screen | None:
+        """The first item that the rater has not judged; None if there is none."""
+        left = self.queue.open_items(rater, self.store)
+        return self.screen(left[0], rater) if left else None
+
+    def screen(self, item: Item, rater: str, before: Judged | None = None) -> Screen:
+        """An item as it is shown."""
+        found = (self._context(*place) for place in item.contexts)
+        return Screen(
+            self.queue.name(item, rater, self.store),
+            chips(item.tokens, [0.0] * len(item.tokens), ()),
+            tuple(runs for runs in found if runs),
+            before,
+        )
+
+    def judge(self, rater: str, name: str, said: Judged, *, request: str) -> None:
+        """Save a rater's verdict; NotFound if the item is gone."""
+        item = self.queue.find(name, rater, self.store)
+        self.store.record(rater, _given(item, said, "rater", request))
+
+    def undo(self, rater: str) -> Screen | None:
+        """Take back the rater's latest verdict; its item with what was said, None if there is none or it is gone."""
+        given = self.store.undo(rater)
+        if given is None:
+            return None
+        key = (given.kind, given.arm, given.feature, given.seen)
+        item = next((item for item in self.queue.items if item.key == key), None)
+        return self.screen(item, rater, Judged(given.verdict, given.label, given.note)) if item else None
+
+    def adjudicate(self, rater: str, name: str, said: Judged, *, request: str) -> None:
+        """Save a decision on what raters differ on; NotFound if the item is gone."""
+        item = self.queue.find(name, rater, self.store)
+        self.store.record(rater, _given(item, said, "adjudicator", request))
+
+    def progress(self, rater: str) -> Progress:
+        """How far a rater is."""
+        keys = {item.key for item in self.queue.items}
+        return Progress(rater, len(keys & self.store.judged(rater).keys()), len(keys))
+
+    def labels(self, rater: str) -> list[str]:
+        """The labels that this rater gave, the commonest first; nobody else's."""
+        return self.store.labels(rater)
+
+    def standing(self) -> Standing:
+        """What everybody said about the features as they are."""
+        arms = {arm: self._site.table("arms", arm, "features.parquet") for arm in self._site.arms}
+        return standing_verdicts(self.store, arms)
+
+    def agreement(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Agreement on the candidates, and what each rater said (`saeffect.review.agreement`)."""
+        said, _ = self._said()
+        return agreement(said), rater_summary(self._blind(), self._candidates())
+
+    def splits(self, rater: str, most: int) -> Splits:
+        """The features on which somebody has to decide, open ones first, and `most` of them as screens."""
+        said, decisions = self._said()
+        items = {(item.arm, item.feature): item for item in self.queue.candidates}
+        table = disagreements(said, decisions)
+        table = table.assign(settled=table["decided"] != "").sort_values("settled", kind="stable")
+        found = []
+        for row in table.head(most).to_dict("records"):
+            here = said[(said["arm"] == row["arm"]) & (said["feature"] == row["feature"])]
+            decided = decisions[(decisions["arm"] == row["arm"]) & (decisions["feature"] == row["feature"])].tail(1)
+            found.append(
+                Split(
+                    self.screen(items[row["arm"], row["feature"]], rater),
+                    {verdict: int(row[f"n_{verdict}"]) for verdict in VERDICTS},
+                    tuple((r.rater, Judged(r.verdict, r.label, r.note)) for r in here.itertuples()),
+                    str(row["decided"]),
+                    "".join(decided["rater"]).removeprefix(ADJUDICATION).strip(),
+                )
+            )
+        return Splits(tuple(found), len(table), int((~table["settled"].astype(bool)).sum()))
+
+    def _said(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Verdicts on the candidates, and decisions on them."""
+        table, chosen = self.standing().verdicts, self._candidates()
+        asked = [place in chosen for place in zip(table["arm"], table["feature"], strict=True)]
+        table = table[pd.Series(asked, index=table.index, dtype=bool) & (table["kind"] == "feature")]
+        decides = _decides(table)
+        return table[~decides], table[decides]
+
+    def _blind(self) -> pd.DataFrame:
+        table = self.standing().verdicts
+        return table[~_decides(table)]
+
+    def _candidates(self) -> set[tuple[str, int]]:
+        return {(item.arm, item.feature) for item in self.queue.candidates}
+
+    def _files(self) -> list[Any]:
+        names = ("features.parquet", "selection.parquet")
+        return [self._site.path("arms", arm, name) for arm in self._site.arms for name in names]
+
+    def _context(self, arm: str, feature: int, rank: int) -> tuple[Run, ...]:
+        """A context around its strongest token; empty if the feature fired less often."""
+        file = self._site.path("arms", arm, "examples.parquet")
+        table, places = self._site.cached(f"review contexts {arm}", [*self._files(), file], lambda: self._read(arm))
+        place = places.get((feature, rank))
+        if place is None:
+            return ()
+        row = {name: table.column(name)[place].as_py() for name in ("position", "tokens", "activations")}
+        return context_runs(row["tokens"], row["activations"], row["position"])
+
+    def _read(self, arm: str) -> tuple[Any, dict[tuple[int, int], int]]:
+        """The contexts of an arm's items as an Arrow table, which is small, and the row of each feature and rank."""
+        import pyarrow.parquet as pq
+
+        wanted = {feature for item in self.queue.items for name, feature, _ in item.contexts if name == arm}
+        table = pq.read_table(
+            self._site.path("arms", arm, "examples.parquet"),
+            columns=_CONTEXTS,
+            filters=[("feature", "in", sorted(wanted))],
+        ).combine_chunks()
+        keys = zip(table.column("feature").to_pylist(), table.column("rank").to_pylist(), strict=True)
+        return table, {key: place for place, key in enumerate(keys)}
+
+
+def _decides(table: pd.DataFrame) -> pd.Series[bool]:
+    return table["rater"].str.startswith(ADJUDICATION).astype(bool)
+
+
+def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], request: str) -> Given:
+    return Given(
+        item.arm,
+        item.feature,
+        item.seen,
+        said.verdict,
+        said.label,
+        said.note,
+        kind=item.kind,
+        role=role,
+        request=request,
+    )
+
+
+def desk_of(site: Site) -> Desk:
+    """The one desk of a site."""
+    return site.cached("review desk", [], lambda: Desk(site))

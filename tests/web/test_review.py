@@ -1,0 +1,250 @@
+"""The review's pages: signing in, judging blind, undo, agreement, decisions; and in a browser, by keys alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.study.review import read_queue
+
+
+def join(client: Any, name: str, **more: str) -> Any:
+    return client.post("/review/join", data={"name": name} | more, follow_redirects=False)
+
+
+def shown(client: Any) -> dict[str, str]:
+    """The hidden fields of the screen."""
+    return dict(re.findall(r'name="(item|request)" value="([0-9a-f]{16})"', client.get("/review/queue").text))
+
+
+def judge(client: Any, verdict: str, **more: str) -> Any:
+    return client.post("/api/review/verdict", json=shown(client) | {"verdict": verdict} | more)
+
+
+def standing(run: Path) -> list[tuple[str, str, str]]:
+    with VerdictStore(run / STORE) as store:
+        table = store.current()
+        return list(zip(table["rater"], table["role"], table["verdict"], strict=True))
+
+
+def everything(run: Path, rater: str, verdict: str) -> None:
+    with VerdictStore(run / STORE) as store:
+        items = read_queue(run).items
+        store.record(rater, *(Given(i.arm, i.feature, i.seen, verdict, kind=i.kind) for i in items))
+
+
+def test_reading_the_pages_writes_nothing(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    for path in ("/review", "/review/agreement", "/review/disagreements"):
+        assert client.get(path).status_code == 200
+    assert client.get("/review/queue", follow_redirects=False).headers["location"] == "/review"
+    assert not (run_copy / STORE).exists()
+
+
+def test_a_verdict_is_acknowledged_with_the_next_screen(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    assert join(client, "Ann").headers["location"] == "/review/queue"
+    first = shown(client)
+    said = first | {"verdict": "yes", "label": "cells", "note": "why"}
+    answer = client.post("/api/review/verdict", json=said)
+    assert answer.status_code == 200
+    assert re.match(r"Saved: yes\. 1 of \d+\.", answer.json()["said"])
+    assert first["item"] not in answer.json()["html"]
+    assert client.post("/api/review/verdict", json=said).status_code == 200  # sent again: counts once
+    back = client.post("/api/review/undo", json={})
+    assert "Taken back" in back.json()["said"]
+    assert first["item"] in back.json()["html"] and 'value="cells"' in back.json()["html"]
+    assert standing(run_copy) == []
+
+
+def test_without_a_script_forms_do_the_same(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    join(client, "Ann")
+    fields = shown(client)
+    answer = client.post("/review/verdict", data=fields | {"verdict": "no", "label": "", "note": ""})
+    assert answer.url.path == "/review/queue" and fields["item"] not in answer.text
+    assert fields["item"] in client.post("/review/undo", data=fields).text
+
+
+def test_the_screen_tells_nothing_that_it_hides(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    everything(run_copy, "Zoe", "yes")
+    client = client_of(run_copy)
+    join(client, "Ann")
+    page = client.get("/review/queue").text
+    for secret in ("control", "treatment", "placebo", "Zoe", "shuffled", "decoy", "coherence", "known"):
+        assert secret not in re.sub(r"<header.*?</header>", "", page, flags=re.S)
+    assert not re.search(r"title=", page)
+
+
+def test_decoys_look_like_candidates(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    join(client, "Ann")
+    shapes = set()
+    for _ in range(40):
+        html = judge(client, "no").json()["html"]
+        html = re.sub(r'<ul class="contexts">.*?</ul>|<p class="missing">.*?</p>', "", html, flags=re.S)
+        shapes.add((tuple(re.findall(r'<(?!i )(\w+)(?: class="([^"]*)")?', html)), html.count("<li>")))
+    assert len(shapes) == 1
+
+
+def test_a_name_that_was_there_before_is_asked_about(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    ann = client_of(run_copy)
+    join(ann, "Ann")
+    judge(ann, "yes")
+    other = client_of(run_copy)
+    asked = join(other, " ann ")
+    assert asked.headers["location"] == "/review?name=Ann"
+    page = other.get("/review?name=Ann").text
+    assert "Are you <bdi>Ann</bdi>?" in page and "has judged 1 of" in page
+    assert other.get("/review/queue", follow_redirects=False).status_code == 303
+    assert join(other, "Ann", again="yes").headers["location"] == "/review/queue"
+    assert "1 of" in other.get("/review/queue").text
+    other.post("/review/leave")
+    assert other.get("/review/queue", follow_redirects=False).status_code == 303
+
+
+def test_hostile_names_labels_and_forms(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    client = client_of(run_copy)
+    assert join(client, "<script>alert(1)</script>\u202e").status_code == 303
+    judge(client, "yes", label="<img src=x onerror=alert(1)>", note="</textarea><script>")
+    for path in ("/review", "/review/queue"):
+        page = client.get(path).text
+        assert "<script>alert" not in page and "<img" not in page and "\u202e" not in page
+    fields = shown(client)
+    for bad in ({"verdict": "maybe"}, {"verdict": "yes", "label": "x" * 500}):
+        assert client.post("/api/review/verdict", json=fields | bad).status_code == 400
+    assert client.post("/api/review/verdict", content=b"\xff\xfe").status_code == 400
+    assert client.post("/api/review/verdict", json=[1]).status_code == 400
+    gone = client.post("/api/review/verdict", json={"item": "0" * 16, "verdict": "yes"})
+    assert gone.status_code == 404 and "no longer part of the review" in gone.json()["error"]
+    assert client.post("/api/review/verdict", json=fields, headers={"Origin": "http://evil.example"}).status_code == 403
+    assert len(standing(run_copy)) == 1
+    assert client_of(run_copy).post("/api/review/verdict", json=fields | {"verdict": "yes"}).status_code == 400
+
+
+def test_what_others_said_opens_when_one_has_judged_everything(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    everything(run_copy, "Ben", "no")
+    client = client_of(run_copy)
+    join(client, "Ann")
+    judge(client, "yes")
+    for path in ("/review/agreement", "/review/disagreements"):
+        page = client.get(path).text
+        assert "You have judged 1 of" in page and "Ben" not in page
+    everything(run_copy, "Ann", "yes")
+    page = unescape(client.get("/review/agreement").text)
+    assert "Krippendorff's alpha" in page and "Yes to shuffled tokens" in page and "Cohen's kappa" in page
+    page = client.get("/review/disagreements").text
+    fields = dict(re.findall(r'name="(item|request)" value="([0-9a-f]{16})"', page))
+    assert "wait for a decision" in page and "control" not in page
+    client.post("/review/adjudicate", data=fields | {"verdict": "no", "label": "noise"})
+    assert ("Ann", "adjudicator", "no") in standing(run_copy)
+    total = int(re.findall(r"of (\d+) wait for a decision", page)[0])
+    assert f"{total - 1} of {total} wait for a decision" in client.get("/review/disagreements").text
+
+
+def test_a_damaged_store_gets_a_page_and_stays_as_it_is(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    (run_copy / STORE).write_bytes(b"scrap" * 1000)
+    answer = client_of(run_copy).get("/review")
+    assert answer.status_code == 500 and "cannot be read" in answer.text and "was not changed" in answer.text
+    assert (run_copy / STORE).read_bytes() == b"scrap" * 1000
+    assert client_of(run_copy).get("/").status_code == 200
+
+
+def test_a_run_without_features_gets_a_page(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    shutil.rmtree(run_copy / "arms")
+    answer = client_of(run_copy).get("/review")
+    assert answer.status_code == 404 and "no features to review" in answer.text
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 1280, 2560])
+def test_judging_by_keys_alone(
+    run_copy: Path, serve_run: Callable[..., Any], tab: Callable[..., Any], width: int
+) -> None:
+    from playwright.sync_api import expect
+
+    with serve_run(run_copy) as url:
+        page = tab(width)
+        page.goto(f"{url}/review", wait_until="load")
+        page.locator("#name").focus()
+        page.keyboard.type("Ann")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/queue", wait_until="load")
+        status, count = page.locator("#status"), page.locator(".judging-head .num")
+        page.keyboard.press("l")
+        page.keyboard.type("yes, new")  # letters in a field are no verdicts
+        page.keyboard.press("Enter")
+        expect(count).to_have_text(re.compile("^0 of"))
+        page.keyboard.press("y")
+        expect(status).to_have_text(re.compile(r"Saved: yes\. 1 of"))
+        page.keyboard.press("n")
+        expect(status).to_have_text(re.compile(r"Saved: no\. 2 of"))
+        page.keyboard.press("u")
+        expect(status).to_have_text(re.compile(r"Saved: unsure\. 3 of"))
+        page.keyboard.press("z")
+        expect(page.locator(".before")).to_contain_text("unsure")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        box = page.locator(".answer-keys").bounding_box()
+        assert box["y"] + box["height"] <= 900  # the keys are in sight, however long the texts
+        assert page.messages == []
+    assert [said for _, _, said in standing(run_copy)] == ["yes", "no"]
+
+
+@pytest.mark.browser
+def test_a_server_that_is_gone_is_asked_again_and_counts_once(
+    run_copy: Path, serve_run: Callable[..., Any], tab: Callable[..., Any]
+) -> None:
+    from playwright.sync_api import expect
+
+    with serve_run(run_copy) as url:
+        page = tab(1280)
+        page.goto(f"{url}/review", wait_until="load")
+        page.fill("#name", "Ann")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/review/queue", wait_until="load")
+        answers = iter((False, True))
+
+        def lose_the_answer(route: Any) -> None:
+            if next(answers, False):
+                route.continue_()
+            else:
+                route.fetch()  # the server has saved it, and the browser never hears of it
+                route.abort()
+
+        page.route("**/api/review/verdict", lose_the_answer, times=2)
+        page.keyboard.press("y")
+        expect(page.locator("#status")).to_contain_text("Trying again")
+        page.keyboard.press("n")  # nothing moves meanwhile
+        expect(page.locator("#status")).to_have_text(re.compile(r"Saved: yes\. 1 of"))
+    assert [said for _, _, said in standing(run_copy)] == ["yes"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_accessibility_faults(
+    run_copy: Path, serve_run: Callable[..., Any], tab: Callable[..., Any], scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    everything(run_copy, "Ben", "no")
+    everything(run_copy, "Cy", "yes")
+    with serve_run(run_copy) as url:
+        page = tab(1280, color_scheme=scheme, bypass_csp=True)
+        page.goto(f"{url}/review", wait_until="load")
+        for path in ("/review", "/review/agreement", "/review/disagreements", "/review/queue"):
+            if path == "/review/queue":
+                page.goto(f"{url}/review", wait_until="load")
+                page.fill("#name", "Ann")
+                page.keyboard.press("Enter")
+                page.wait_for_url("**/review/queue", wait_until="load")
+            else:
+                page.goto(f"{url}{path}", wait_until="load")
+            found = axe.run(page).response["violations"]
+            grave = [v for v in found if v["impact"] in ("serious", "critical")]
+            assert [(v["id"], n["html"], n["failureSummary"]) for v in grave for n in v["nodes"]] == [], path
