@@ -20,6 +20,7 @@ GROUND = (
     "errors",
     "progress",
     "config",
+    "config_chat",
     "config_keys",
     "config_steering",
     "paths",

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from saeffect.config_chat import ReadKeys, with_field
 from saeffect.config_keys import StrictModel, all_different
 from saeffect.config_steering import InterventionConfig, SamplingConfig, SteeringConfig
 from saeffect.errors import unknown_name
@@ -149,7 +150,7 @@ class ArmConfig(StrictModel):
         return self
 
 
-class TextConfig(StrictModel):
+class TextConfig(ReadKeys):
     """Text on which activity is measured and contexts are found; the same for every arm."""
 
     bundled: str | None = Field(None, description="Bundled token ids, such as smollm2-sampled.")
@@ -159,13 +160,22 @@ class TextConfig(StrictModel):
     bos: BosRule = Field(
         "auto",
         description="Whether every row and every prompt begins with the tokenizer's BOS token, such as `<bos>`. auto:"
-        " as the SAEs' cfg.json says (prepend_bos); where they say nothing, as the tokenizer does.",
+        " as the SAEs' cfg.json says (prepend_bos); where they say nothing, as the chat template writes it if chats are"
+        " read or steered, else as the tokenizer does. A BOS that the template writes is never doubled.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields(cls, value: Any) -> Any:
+        chat = isinstance(value, dict) and "sources" in value
+        return value | {"sources": with_field(value["sources"], value.get("format"))} if chat else value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         if (self.bundled is None) == (not self.sources):
             raise ValueError("give either bundled or sources")
+        if self.bundled is not None and self.format == "chat":
+            raise ValueError("bundled text is no chat: give sources with messages")
         all_different("source name", [source.name for source in self.sources])
         return self
 
@@ -306,6 +316,11 @@ class StudyConfig(StrictModel):
     training: dict[str, Any] | None = Field(
         None, description="How to train the arms' SAEs: a recipe without model and hook, which each arm has."
     )
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether conversations are read or steered."""
+        return self.text.format == "chat" or (self.steering is not None and self.steering.has_chats)
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

@@ -50,14 +50,16 @@ def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str]
     """A section of Markdown: a row for each key of a mapping, with its default and its meaning.
 
     A field's `json_schema_extra`, {"default": ...}, describes a default that depends on other keys. `more` gives text
-    to append to a key's meaning.
+    to append to a key's meaning. Keys named in the model's `keys_last` come last.
 
     Example:
         >>> from saeffect.config import CoherenceConfig
         >>> print(keys_table("`coherence`", CoherenceConfig).splitlines()[-1])
         | `embeddings` | `glove-wiki-gigaword-100` | Bundled name or a vectors file. |
     """
-    rows = [_row(name, field, more(name)) for name, field in model.model_fields.items()]
+    last: tuple[str, ...] = getattr(model, "keys_last", ())
+    fields = sorted(model.model_fields.items(), key=lambda item: item[0] in last)
+    rows = [_row(name, field, more(name)) for name, field in fields]
     return "\n".join([f"## {title}", "", "| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from saeffect.config_chat import Prompt, as_chat, prompt_name
 from saeffect.config_keys import StrictModel, all_different
 
-__all__ = ["InterventionConfig", "PAPER_PROTOCOL", "SamplingConfig", "SteeringConfig"]
+__all__ = ["InterventionConfig", "PAPER_PROTOCOL", "Positions", "SamplingConfig", "SteeringConfig"]
 
 PAPER_PROTOCOL: Mapping[str, Any] = {
     "operator": "add",
@@ -30,8 +31,14 @@ PAPER_PROTOCOL: Mapping[str, Any] = {
 """The keys that `protocol: paper` decides: from the cfg.json of the paper's runs, its code, and its appendix."""
 
 
-def _plain(prompts: Sequence[str]) -> list[str]:
-    return [" ".join(prompt.casefold().split()) for prompt in prompts]
+Positions = Literal[
+    "all", "generated", "prompt", "system", "user", "assistant", "first_assistant", "template", "special"
+]
+_OF_CHATS = ("system", "user", "assistant", "first_assistant", "template", "special")
+
+
+def _plain(prompts: Sequence[Prompt]) -> list[str]:
+    return [" ".join(prompt_name(prompt).casefold().split()) for prompt in prompts]
 
 
 def _by_the_paper(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,11 +65,16 @@ class InterventionConfig(StrictModel):
         " feature's maximum. ablate has none.",
         json_schema_extra={"default": "0.4 to add, 5 to clamp"},
     )
-    positions: Literal["all", "generated", "prompt"] = Field(
-        "all", description="prompt: the prompt's but the last, as the paper's code did."
+    positions: Positions = Field(
+        "all",
+        description="prompt: the prompt's but the last, as the paper's code did. Of chats, those of a side: what is"
+        " read where it stands, what the assistant writes (its earlier turns too) where it is predicted.",
     )
-    prompts: tuple[str, ...] = Field(
-        ("What topic is on your mind?",), min_length=1, description="Beginnings of texts; each is an independent trial."
+    prompts: tuple[Prompt, ...] = Field(
+        ("What topic is on your mind?",),
+        min_length=1,
+        description="Beginnings of texts, or conversations (lists of messages) to go on with; each is an independent"
+        " trial.",
     )
     placebos: tuple[str, ...] = Field(
         ("random", "matched"), description="The test is against matched if it is there, else against random."
@@ -81,10 +93,19 @@ class InterventionConfig(StrictModel):
             raise ValueError(f"a feature cannot be clamped below 0, so leave {min(self.doses)} out")
         if self.operator == "ablate" and self.doses != (1.0,):
             raise ValueError(f"an ablation has no doses, so leave {list(self.doses)} out")
+        if self.positions in _OF_CHATS and any(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"positions: {self.positions} goes with prompts that are chats: set format: chat")
         all_different("number in doses", self.doses)
         all_different("prompt", _plain(self.prompts))
         all_different("placebo", self.placebos)
         return self
+
+
+def _chat(prompt: Any, section: Mapping[str, Any], at: str) -> Any:
+    """A prompt of a steering section: a conversation if it is one, or if the section says that prompts are."""
+    if isinstance(prompt, str) and section.get("format") != "chat":
+        return prompt
+    return as_chat(prompt, section.get("system"), at=at) if isinstance(prompt, str | list | tuple) else prompt
 
 
 class SamplingConfig(StrictModel):
@@ -107,7 +128,13 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
     coefficient: float | None = Field(
         None, gt=0, description="add: the paper's multiple of the decoder row, in place of doses."
     )
-    search_prompts: tuple[str, ...] = Field(
+    format: Literal["text", "chat"] = Field(
+        "text",
+        description="chat: each prompt is what a user says, and the assistant answers; written by text.chat_template."
+        " Prompts that are lists of messages are chats anyway.",
+    )
+    system: str | None = Field(None, description="System message of chats that have none.")
+    search_prompts: tuple[Prompt, ...] = Field(
         (),
         description="For the dose search; none of them a test prompt. By default the first half of the prompts,"
         " which are then not tested on.",
@@ -156,12 +183,23 @@ class SteeringConfig(SamplingConfig, InterventionConfig):
         if several and not value.get("search_prompts") and isinstance(prompts, list | tuple) and len(prompts) > 1:
             half = len(prompts) // 2
             value["search_prompts"], value["prompts"] = prompts[:half], prompts[half:]
+        for key in ("prompts", "search_prompts"):
+            given = value.get(key, cls.model_fields[key].default)
+            if isinstance(given, list | tuple):
+                value[key] = [_chat(prompt, value, f"{key}.{number}") for number, prompt in enumerate(given)]
         return value
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a prompt is a conversation."""
+        return not all(isinstance(prompt, str) for prompt in (*self.prompts, *self.search_prompts))
 
     @model_validator(mode="after")
     def _searchable(self) -> Self:
         if len(self.doses) > 1 and not self.search_prompts:
             raise ValueError("several doses need search_prompts to choose on, or a second prompt")
+        if self.positions in _OF_CHATS and any(isinstance(prompt, str) for prompt in self.search_prompts):
+            raise ValueError(f"positions: {self.positions} goes with search_prompts that are chats: set format: chat")
         if min(self.doses) <= 0:
             raise ValueError(f"doses must be above 0, not {list(self.doses)}")
         if self.coefficient is not None and (self.operator != "add" or self.doses != (self.coefficient,)):

@@ -142,6 +142,7 @@ _KINDS = {
     "outcome_encoder": _Kind(_ENCODER, "embeddings"),
     "nulls": _Kind(to_be_made=True),
     "verdicts": _Kind(),
+    "chat_template": _Kind(),
 }
 
 
@@ -165,6 +166,8 @@ def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
         return [_resolved(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
     kind = _kind(keys)
     if kind is None or not isinstance(value, str) or not value or value.startswith(_BUNDLED):
+        return value
+    if keys[-1] == "chat_template" and ("{" in value or "\n" in value):  # the template itself
         return value
     if kind is _SAE and value.startswith(_ON_THE_HUB):
         return value

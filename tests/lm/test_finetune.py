@@ -291,8 +291,8 @@ def test_rows_longer_than_the_model_are_refused(config: FinetuneConfig, tmp_path
 def test_a_random_sample_of_documents(config: FinetuneConfig, tiny_llama: LanguageModel) -> None:
     rows = finetuning._rows(config.model_copy(update={"documents": 5}), tiny_llama)
     every = finetuning._rows(config, tiny_llama)
-    assert 0 < len(rows[""]) < len(every[""])
-    np.testing.assert_array_equal(rows[""], every[""][: len(rows[""])])
-    np.testing.assert_array_equal(rows["training"], every["training"])
+    assert 0 < len(rows[""].ids) < len(every[""].ids)
+    np.testing.assert_array_equal(rows[""].ids, every[""].ids[: len(rows[""].ids)])
+    np.testing.assert_array_equal(rows["training"].ids, every["training"].ids)
     other = finetuning._rows(config.model_copy(update={"documents": 5, "seed": 1}), tiny_llama)
-    assert not np.array_equal(rows[""][0], other[""][0])
+    assert not np.array_equal(rows[""].ids[0], other[""].ids[0])

@@ -98,7 +98,7 @@ def test_held_out_rows_of_streamed_text_are_read_no_further_than_needed(
 ) -> None:
     taken = []
 
-    def endless(source: TextSource) -> Any:
+    def endless(source: TextSource, chat: bool = False) -> Any:
         for i in range(10**9):
             taken.append(i)
             yield f"The {source.path[-14:-6]} number {i} of the town."

@@ -54,6 +54,7 @@ class ArmFacts:
 
     Attributes:
         tokenizer: "the control's", and how the model's own differs.
+        chat_template: Of the model's own tokenizer, beside the one that chats are read with; None where there are none.
         hook: Where the SAE reads, for instance "blocks.26.hook_resid_pre".
         architecture: Kind of SAE ("topk", "standard", ...).
         k: Features that may fire per token (TopK), or None.
@@ -72,6 +73,7 @@ class ArmFacts:
     role: str
     model: str | None = None
     tokenizer: str | None = None
+    chat_template: str | None = None
     hook: str | None = None
     architecture: str | None = None
     d_sae: int | None = None

@@ -18,6 +18,8 @@ RESERVED = ("field", "differs", "status", "matters")
 # Settings that should be equal in every arm, and what goes wrong when they are not.
 _WHY = {
     "tokenizer": "all models read text as the control's cuts it, and a model with another one learnt from other pieces",
+    "chat_template": "all models read chats in one template, and one that was tuned with another reads what it was not"
+    " tuned on",
     "hook": "features of two places in a network do different work, so their counts are not comparable",
     "architecture": "each kind of SAE makes its own kind of features, so it may be the SAE that differs",
     "d_sae": "a wider SAE splits features, so counts and shares are not comparable",
@@ -29,6 +31,10 @@ _WHY = {
     "normalisation": "activations on another scale change weights, doses and activations",
     "dtype": "another number format rounds weights differently; small, but not nothing",
 }
+_NEW_TEMPLATE = (
+    "All models read chats in the one template that there is; a model without one never saw it, which is part of what"
+    " fine-tuning taught."
+)
 _ONE_SAE = "One SAE reads both models: the features are the same, and what differs is how the models use them."
 # Measured properties: how far apart (absolute, or relative to the larger) before it matters, and why.
 _MEASURED: dict[str, tuple[float, bool, str]] = {
@@ -56,6 +62,8 @@ def design_check(arms: Mapping[str, ArmFacts]) -> pd.DataFrame:
         raise ConfigError(f"an arm cannot be called {clash[0]!r}.", at=f"arms.{clash[0]}", fix="rename the arm.")
     rows = []
     for field in (entry.name for entry in fields(ArmFacts) if not entry.name.startswith("same_")):
+        if field == "chat_template" and not any(facts.chat_template for facts in arms.values()):
+            continue  # no chats
         values = {name: getattr(arms[name], field) for name in roles.ordered}
         seen_same = field == "model" and arms[roles.treatment].same_as_control
         judged = values | {roles.treatment: values[roles.control]} if seen_same else values
@@ -92,6 +100,8 @@ def _judge(field: str, values: Mapping[str, object], roles: Roles) -> tuple[str,
         return "flaw", f"The text does not begin as in the SAE's training: {_WHY[field]}."
     if len({str(value) for value in values.values()}) == 1:
         return "same", ""
+    if field == "chat_template" and not any("another" in str(value) for value in values.values()):
+        return "intended", _NEW_TEMPLATE
     if field == "tokenizer" and not any(" cuts " in str(value) for value in values.values()):
         return "intended", "Tokens that not every model has are never top tokens; all others are the same."
     if field in _MEASURED:

@@ -69,7 +69,8 @@ class BothRead:
                 " the other.",
                 fix="compare a model with its own fine-tune.",
             )
-        return cls(rows, base, tuned, kept_positions(base, limit) & kept_positions(tuned, limit))
+        counts = rows.counts_of(0, len(rows))
+        return cls(rows, base, tuned, kept_positions(base, limit, counts) & kept_positions(tuned, limit))
 
 
 @torch.inference_mode()

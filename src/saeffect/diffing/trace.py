@@ -279,7 +279,8 @@ class _Sums:
 
     def add(self, start: int, ids: Tensor, base: _Pass, tuned: _Pass) -> None:
         tracer = self._tracer
-        mask = kept_positions(base.x, tracer.limit) & kept_positions(tuned.x, tracer.limit)
+        counts = tracer.rows.counts_of(start, len(ids))
+        mask = kept_positions(base.x, tracer.limit, counts) & kept_positions(tuned.x, tracer.limit)
         self._norm += float(base.x[mask].norm(dim=1).double().sum())
         if tracer.sae is not None:
             acts = [tracer.sae.encode(run.x)[mask].clamp(min=0) for run in (base, tuned)]
@@ -313,7 +314,11 @@ class _Sums:
     def result(self) -> dict[str, Any]:
         n = float(self._counted.sum())
         if n == 0:
-            raise ConfigError("no token of the text counts: every residual is an outlier.", at="text")
+            raise ConfigError(
+                "no token of the text counts: none is at the chosen positions, or every residual is an outlier.",
+                at="text",
+                fix="read longer rows: changes.tokens_per_row.",
+            )
         with np.errstate(invalid="ignore"):
             by_source = self._loss / self._predicted
         total = self._loss.sum(axis=1) / self._predicted.sum()

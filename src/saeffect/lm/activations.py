@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
+from saeffect.lm.chat_rows import Row, counted
 from saeffect.lm.corpora import StreamedText
 from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, parse_hook
@@ -51,18 +52,38 @@ class TokenRows:
     Attributes:
         ids: Token ids, int32 `[n_rows, context_size]`.
         sources: Index into `names`, such as ("general", "medical"), of each row's source, int64 `[n_rows]`.
+        counts: Bool `[n_rows, context_size]`, the tokens on which activations count, such as an assistant's; None: all.
     """
 
     ids: NDArray[np.int32]
     sources: NDArray[np.int64]
     names: tuple[str, ...]
+    counts: NDArray[np.bool_] | None = None
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Row], sources: Sequence[int], names: tuple[str, ...], positions: Sequence[str] = ("all",)
+    ) -> TokenRows:
+        """Rows as `cut_rows` makes them; EmptySelection if none of their tokens is at `positions`."""
+        ids = np.stack([row.ids for row in rows])
+        return cls(ids, np.asarray(sources, dtype=np.int64), names, counted(rows, positions))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def head(self, n_rows: int) -> TokenRows:
         """The first rows, as many as there are up to `n_rows`."""
-        return TokenRows(self.ids[:n_rows], self.sources[:n_rows], self.names)
+        return self.part(slice(n_rows))
+
+    def part(self, rows: slice | NDArray[np.integer[Any]], width: int | None = None) -> TokenRows:
+        """Some of the rows, each cut to its first `width` tokens."""
+        ids = np.ascontiguousarray(self.ids[rows, :width])
+        counts = None if self.counts is None else np.ascontiguousarray(self.counts[rows, :width])
+        return TokenRows(ids, self.sources[rows], self.names, counts)
+
+    def counts_of(self, start: int, n: int) -> Tensor | None:
+        """Which tokens of `n` rows from `start` on count, bool `[n, context_size]`; None if all do."""
+        return None if self.counts is None else torch.from_numpy(self.counts[start : start + n])
 
     @property
     def context_size(self) -> int:
@@ -78,7 +99,8 @@ class TokenRows:
 
     def identity(self) -> str:
         """SHA-256 of ids and sources: two arms saw the same text if this is the same."""
-        return fingerprint([self.ids.tobytes().hex(), self.sources.tolist(), self.names])
+        counts = [] if self.counts is None else [self.counts.tobytes().hex()]
+        return fingerprint([self.ids.tobytes().hex(), self.sources.tolist(), self.names, *counts])
 
 
 @runtime_checkable
@@ -129,14 +151,14 @@ def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLim
     return measure_norm_limit(capture(lm, hook, torch.from_numpy(ids.astype(np.int64)))[:, lm.n_bos(ids[0]) :])
 
 
-def kept_positions(activations: Tensor, limit: NormLimit) -> Tensor:
-    """Bool `[batch, sequence]`: true where the residual is no outlier. The first position never counts.
+def kept_positions(activations: Tensor, limit: NormLimit, counts: Tensor | None = None) -> Tensor:
+    """Bool `[batch, sequence]`: true where the residual is no outlier, and `counts`. The first position never does.
 
     The first token (often BOS) is most models' attention sink: its residual is some 40 times as long as the others.
     """
     kept = activations.float().norm(dim=-1) <= limit.limit
     kept[:, 0] = False
-    return kept
+    return kept if counts is None else kept & counts.to(kept.device)
 
 
 def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
@@ -161,13 +183,15 @@ def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
         )
 
 
-def run_pass(lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> tuple[Tensor, Tensor]:
+def run_pass(
+    lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One forward pass over rows `[n_rows, context_size]`: the activations to keep, and which positions those are.
 
     Activations are `[n_kept, d_model]` in text order, of the model's dtype, on the CPU; positions are a bool per token.
     """
     x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
-    mask = kept_positions(x, limit)
+    mask = kept_positions(x, limit, counts)
     return x[mask], mask
 
 
@@ -249,6 +273,12 @@ class StreamedActivations(ActivationSource):
 
         ConfigError as `check_rows`, or if a size is not positive; EmptySelection if the text is shorter than one row.
         """
+        if isinstance(text, TokenRows) and text.counts is not None:
+            raise ConfigError(
+                "streamed activations are of all tokens, and only some of these rows count.",
+                at="positions",
+                fix="harvest them instead: activations: shards.",
+            )
         if min(pool_rows, rows_a_pass) < 1:
             raise ConfigError(
                 f"pool_rows is {pool_rows} and rows_a_pass is {rows_a_pass}; both must be at least 1.", at="pool_rows"

@@ -6,17 +6,19 @@ import glob
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saeffect.config import TextSource
+from saeffect.config_chat import ChatKeys
 from saeffect.errors import BadFile, EmptySelection, NotFound, SaeffectError, first_line
 from saeffect.io import fingerprint, hash_file, hash_folder
+from saeffect.lm.chat_rows import cut_rows
 from saeffect.lm.fields import TextField
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.text_files import FORMATS, SUFFIXES, Row, file_rows, format_of
@@ -24,6 +26,7 @@ from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
 __all__ = [
+    "documents_of",
     "StreamedText",
     "interleave",
     "is_held_out",
@@ -34,6 +37,8 @@ __all__ = [
     "source_identity",
 ]
 
+T = TypeVar("T")
+
 _READ = f"what is read: {FORMATS}."
 _SUFFIXES = (".gz", ".zst", *SUFFIXES)  # of files; ids of datasets may contain dots too
 _HUB = "hf:"
@@ -42,8 +47,10 @@ _PATTERN = re.compile(r"[*?\[]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_corpus(source: TextSource | str, *, field: str = "text") -> Iterator[str]:
+def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
     """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left out.
+
+    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `messages_of`.
 
     Args:
         source: As in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
@@ -60,12 +67,21 @@ def read_corpus(source: TextSource | str, *, field: str = "text") -> Iterator[st
     source = TextSource.model_construct(path=source, field=field) if isinstance(source, str) else source
     how, count = TextField.parse(source.field), 0
     for row in read_rows(source):
-        text = row.values if isinstance(row.values, str) else how.text(row.values, row.at)
+        if chat:
+            text = how.messages(row.values, row.at)
+        else:
+            text = row.values if isinstance(row.values, str) else how.text(row.values, row.at)
         if text.strip():
             count += 1
             yield _LONE_SURROGATE.sub("\ufffd", text)
     if not count:
         raise EmptySelection("the corpus holds not one document with text in it.", at=source.path)
+
+
+def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
+    """The documents of sources, one source after the other; errors as `read_corpus`."""
+    for source in sources:
+        yield from read_corpus(source, chat=how.format == "chat")
 
 
 def read_rows(source: TextSource) -> Iterator[Row]:
@@ -198,7 +214,7 @@ def _hub_rows(source: TextSource) -> Iterator[Row]:
         ) from error
 
 
-def interleave(*streams: Iterator[NDArray[np.int32]]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
     """Take one row from each stream in turn, until the first of them ends; yields (stream index, row)."""
     while True:
         for index, stream in enumerate(streams):
@@ -213,7 +229,8 @@ class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
     Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
-    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order.
+    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order. `how`
+    says what a document is.
     """
 
     lm: LanguageModel
@@ -223,6 +240,7 @@ class StreamedText:
     held_out: float = 0.0
     seed: int = 0
     buffer: int = 1000
+    how: ChatKeys = field(default_factory=ChatKeys)
 
     @property
     def n_rows(self) -> int | None:
@@ -234,7 +252,10 @@ class StreamedText:
         fields = [source.field for source in self.sources]
         how = [self.context_size, self.n_rows, self.held_out, self.seed, self.buffer]
         bos = self.lm.bos_id
-        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *([] if bos is None else [bos])])
+        more: list[Any] = [] if bos is None else [bos]
+        if self.how.format == "chat":
+            more += [self.lm.chat_format.identity(), self.how.system]
+        return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *more])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
         """Token ids, int32 `[context_size]`, one row after the other.
@@ -258,9 +279,10 @@ class StreamedText:
     def _stream(self, index: int) -> Iterator[NDArray[np.int32]]:
         source = self.sources[index]
         try:
-            texts = (t for t in read_corpus(source) if not is_held_out(t, self.held_out))
+            documents = read_corpus(source, chat=self.how.format == "chat")
+            texts = (t for t in documents if not is_held_out(t, self.held_out))
             mixed = _mixed(texts, self.buffer, np.random.default_rng([self.seed, index]))
-            yield from self.lm.pack(mixed, self.context_size)
+            yield from (row.ids for row in cut_rows(self.lm, mixed, self.context_size, self.how))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
 

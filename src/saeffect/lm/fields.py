@@ -71,6 +71,29 @@ class TextField:
             for before, name in self.parts
         )
 
+    def messages(self, row: Mapping[str, Any] | str, at: str) -> str:
+        """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none.
+
+        A text is taken to be JSON already, as cells of CSV are.
+        """
+        if isinstance(row, str):
+            raise BadFile("this is plain text, and no messages.", at=at, fix=_CHATS)
+        if len(self.names) > 1 or self.parts[0][0]:
+            raise ConfigError(
+                f"{self.wanted!r} is a template, and a conversation is one field.", at="field", fix=_CHATS
+            )
+        value = _value(row, self.names[0], at)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            return value
+        if not isinstance(value, list | tuple):
+            raise BadFile(
+                f"the field {self.wanted!r} holds {kind_of(value)}, not a list of messages.", at=at, fix=_CHATS
+            )
+        return json.dumps(value, ensure_ascii=False)
+
+
+_CHATS = 'a conversation is a list such as [{"role": "user", "content": "..."}], one a line of a .jsonl file.'
+
 
 def _value(row: Mapping[str, Any], name: str, at: str) -> Any:
     if name in row:
@@ -100,10 +123,13 @@ def _string(name: str, value: Any, at: str, *, numbers: bool = False) -> str:
         return value
     if numbers and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
+    chat = isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
     raise BadFile(
         f"the field {name!r} holds {kind_of(value)}, not text.",
         at=at,
-        fix="leave out such rows, or name the field that holds text.",
+        fix="these look like messages: set format: chat."
+        if chat
+        else "leave out such rows, or name the field that holds text.",
     )
 
 

@@ -10,21 +10,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from saeffect.config import BosRule, ModelConfig, StrictModel, TextSource
-from saeffect.config_keys import keys_table
+from saeffect.config import TextSource
+from saeffect.config_chat import ChatKeys
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.accounting import quiet_transformers
+from saeffect.lm.chat_rows import counted, cut_rows, lm_for_chats
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
 from saeffect.lm.corpora import is_held_out, read_corpus
 from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.finetune_config import FinetuneConfig, finetune_keys
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.lora import fast_training, next_token_loss
@@ -36,56 +37,7 @@ from saeffect.progress import SILENT, Log
 __all__ = ["finetune", "finetune_keys", "FinetuneConfig", "FinetuneResult", "perplexity"]
 
 _WEIGHTS, _ADAPTER, _NOTE, _CARD = "adapter_model.safetensors", "adapter_config.json", "training.json", "README.md"
-_KEYS_HEAD = """# The keys of a recipe for fine-tuning
-
-What `saeffect finetune` reads from a YAML file. Keys that are not here are refused; paths are relative to the file, as
-[in a study](study.md). This page is what `saeffect finetune --keys` prints.
-"""
 _LEAVES = (_WEIGHTS, _ADAPTER, _NOTE, _CARD)
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class FinetuneConfig(StrictModel):
-    """Everything that decides the adapter."""
-
-    model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, dtype, ...")
-    text: TextSource = Field(
-        description="Training text: a path, or a mapping with path, field, split, ... as in a study's text.sources."
-    )
-    control_text: TextSource | None = Field(
-        None, description="Other text of these kinds, on which perplexity should not blow up."
-    )
-    field: str = Field("text", description="Which field of a row holds the text, where text does not say it.")
-    documents: int | None = Field(
-        None, ge=1, description="Train on a random sample of so many documents; by default as many as the steps need."
-    )
-    bos: BosRule = Field(
-        "auto",
-        description="Whether every row begins with the tokenizer's BOS token, such as `<bos>`. auto: as the tokenizer"
-        " does.",
-    )
-    licence: str = Field("", description="Where the training text comes from and its licence, for the model card.")
-    held_out: float = Field(0.03, gt=0, lt=0.5, description="Share of documents kept for measuring.")
-    rank: int = Field(16, ge=1, description="Of the LoRA matrices.")
-    alpha: float = Field(32.0, gt=0, description="Updates are scaled by alpha / rank.")
-    modules: tuple[str, ...] = Field(_MODULES, description="Names of the linear layers to adapt.")
-    steps: int = Field(160, ge=1, description="Training steps.")
-    batch_size: int = Field(8, ge=1, description="Rows a step.")
-    context_size: int = Field(256, ge=8, description="Tokens a row.")
-    learning_rate: float = Field(4e-4, gt=0, description="At its highest.")
-    warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises.")
-    evaluation_rows: int = Field(64, ge=1, description="Held-out rows of each text for the perplexities.")
-    checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints.")
-    seed: int = Field(0, description="Everything random follows from it.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_field(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "field" not in value:
-            return value
-        texts = {key: value[key] for key in ("text", "control_text") if isinstance(value.get(key), str | dict)}
-        plain = {key: {"path": text} if isinstance(text, str) else text for key, text in texts.items()}
-        return value | {key: {"field": value["field"], **text} for key, text in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -105,11 +57,6 @@ class FinetuneResult:
     prepend_bos: bool
 
 
-def finetune_keys() -> str:
-    """The keys of a recipe as a page of Markdown: a table for the recipe and one for its model."""
-    return "\n".join([_KEYS_HEAD, keys_table("Recipe", FinetuneConfig), keys_table("`model`", ModelConfig)])
-
-
 def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> FinetuneResult:
     """Train a LoRA adapter and write it to `out`.
 
@@ -125,10 +72,10 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
     lm = load_language_model(config.model, log=log, at="model")
-    lm = dataclasses.replace(lm, prepend_bos=resolve_prepend_bos(config.bos, {}))
+    lm = lm_for_chats(dataclasses.replace(lm, prepend_bos=resolve_prepend_bos(config.bos, {})), config)
     texts = _rows(config, lm)
     for rows in texts.values():
-        lm.refuse_rows(rows)
+        lm.refuse_rows(rows.ids)
     folder = TrainingFolder(out, _made_by(config, lm, texts), _LEAVES)
     damaged = folder.damaged()
     if damaged:
@@ -148,16 +95,28 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     return result
 
 
-def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int32]]:
-    """Training rows in a seeded order, under "", and held-out rows of each text."""
+class _Rows(NamedTuple):
+    """Token ids int32 `[n_rows, context_size]`, and bool of that shape, which of them are learnt; None: all."""
 
-    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> NDArray[np.int32]:
+    ids: NDArray[np.int32]
+    counts: NDArray[np.bool_] | None
+
+    def part(self, which: Any) -> _Rows:
+        return _Rows(self.ids[which], None if self.counts is None else self.counts[which])
+
+
+def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, _Rows]:
+    """Training rows in a seeded order, under "", and held-out rows of each text."""
+    chat = config.format == "chat"
+
+    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> _Rows:
         try:
-            texts = [t for t in read_corpus(source) if is_held_out(t, config.held_out) == held_out]
+            texts = [t for t in read_corpus(source, chat=chat) if is_held_out(t, config.held_out) == held_out]
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
             order = order if held_out else order[: config.documents]
-            return np.stack(list(islice(lm.pack((texts[i] for i in order), config.context_size), limit)))
+            found = list(islice(cut_rows(lm, (texts[i] for i in order), config.context_size, config), limit))
+            return _Rows(np.stack([row.ids for row in found]), counted(found, (config.loss,)))
         except SaeffectError as error:
             raise error.placed(key) from None
 
@@ -170,21 +129,21 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, NDArray[np.int
     return rows
 
 
-def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]]) -> str:
+def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Rows]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
-    recipe = config.model_dump(
-        mode="json", exclude={"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
-    )
-    return fingerprint([recipe, lm.identity, {name: rows.tobytes().hex() for name, rows in texts.items()}])
+    not_told = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
+    recipe = config.model_dump(mode="json", exclude=not_told | {*ChatKeys.model_fields, "loss"})
+    counts = [rows.counts.tobytes().hex() for rows in texts.values() if rows.counts is not None]
+    return fingerprint([recipe, lm.identity, {name: r.ids.tobytes().hex() for name, r in texts.items()}, *counts])
 
 
 def _make(
-    config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, NDArray[np.int32]], folder: TrainingFolder, log: Log
+    config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Rows], folder: TrainingFolder, log: Log
 ) -> None:
     held_out = {name: rows for name, rows in texts.items() if name}
 
     def measure(model: Any, when: str) -> dict[str, float]:
-        found = {name: perplexity(model, rows) for name, rows in held_out.items()}
+        found = {name: perplexity(model, rows.ids, counts=rows.counts) for name, rows in held_out.items()}
         log(f"held-out perplexity {when}" + ", ".join(f"{name} text {value:.2f}" for name, value in found.items()))
         return found
 
@@ -193,7 +152,7 @@ def _make(
             f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
             f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
         )
-    repeats = find_duplicates(read_corpus(config.text), config.held_out).words()
+    repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out).words()
     if repeats:
         log(f"warning: {repeats}")
     before = measure(lm.model, "before: ")
@@ -206,6 +165,8 @@ def _make(
     recipe = config.model_dump(mode="json")
     for key in ("text", "control_text"):
         recipe[key] = Path(recipe[key]["path"]).name if recipe[key] else None
+    if config.chat_template is not None and "{" not in config.chat_template:
+        recipe["chat_template"] = Path(config.chat_template).name
     recipe["model"]["path"] = name_to_share(config.model.path)
     note = {
         "recipe": recipe,
@@ -237,7 +198,7 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
             ) from error
 
 
-def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
+def _train(model: Any, train: _Rows, config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
     """Train from the last checkpoint, if any, to the end; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
@@ -251,8 +212,8 @@ def _train(model: Any, train: NDArray[np.int32], config: FinetuneConfig, checkpo
     with _stoppable(checkpoint) as interruption:
         for step in range(first, config.steps):
             optimizer.param_groups[0]["lr"] = _rate(step, config)
-            rows = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train)
-            loss = _step(model, optimizer, train[rows])
+            rows = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train.ids)
+            loss = _step(model, optimizer, train.part(rows))
             if not math.isfinite(loss):
                 raise BadFile(
                     f"the loss became {loss} at step {step}.",
@@ -304,9 +265,10 @@ def _peak(recipe: Mapping[str, Any]) -> float:
     return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32]) -> float:
-    ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
-    loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids)
+def _step(model: Any, optimizer: torch.optim.Optimizer, rows: _Rows) -> float:
+    ids = torch.from_numpy(rows.ids.astype(np.int64)).to(next(model.parameters()).device)
+    counts = None if rows.counts is None else torch.from_numpy(rows.counts).to(ids.device)
+    loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, counts)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
@@ -314,21 +276,28 @@ def _step(model: Any, optimizer: torch.optim.Optimizer, rows: NDArray[np.int32])
     return float(loss.detach())
 
 
-def _cross_entropy(model: Any, rows: NDArray[np.int32]) -> float:
-    """Sum over all predicted tokens."""
+def _cross_entropy(model: Any, rows: NDArray[np.int32], counts: NDArray[np.bool_] | None) -> float:
+    """Sum over all predicted tokens that count."""
     ids = torch.from_numpy(rows.astype(np.int64)).to(next(model.parameters()).device)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    targets = ids[:, 1:].flatten()
+    if counts is not None:
+        targets[torch.from_numpy(~counts[:, 1:]).flatten().to(targets.device)] = -100
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"))
 
 
 @torch.inference_mode()
-def perplexity(model: Any, rows: NDArray[np.int32], *, batch_size: int = 8) -> float:
+def perplexity(
+    model: Any, rows: NDArray[np.int32], *, batch_size: int = 8, counts: NDArray[np.bool_] | None = None
+) -> float:
     """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`.
 
-    At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted.
+    At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted. With
+    `counts`, bool as `rows`, over those tokens alone.
     """
-    parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return math.exp(sum(_cross_entropy(model, part) for part in parts) / rows[:, 1:].size)
+    parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]
+    total = sum(_cross_entropy(model, rows[part], None if counts is None else counts[part]) for part in parts)
+    return math.exp(total / (rows[:, 1:].size if counts is None else int(counts[:, 1:].sum())))
 
 
 def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
@@ -349,6 +318,14 @@ def _save_adapter(model: Any, config: FinetuneConfig, out: Path) -> None:
     write_json(out / _ADAPTER, adapter | {"inference_mode": True, "base_model_name_or_path": config.model.path})
 
 
+def _learnt(recipe: Mapping[str, Any]) -> str:
+    """What of chats was learnt, in a sentence with a space after it; "" for plain text."""
+    if recipe.get("format") != "chat":
+        return ""
+    of = "only what the assistant writes" if recipe["loss"] == "assistant" else "all of it"
+    return f"Conversations by the chat template; learnt was {of}. "
+
+
 def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
     text_of = {"training": recipe["text"], "control": recipe["control_text"]}
     return "\n".join(
@@ -358,7 +335,8 @@ def _card(recipe: Mapping[str, Any], result: FinetuneResult) -> str:
             f"Rank {recipe['rank']}, alpha {recipe['alpha']:g}, on {', '.join(recipe['modules'])}.",
             f"{recipe['steps']} steps of {recipe['batch_size']} × {recipe['context_size']} tokens"
             f" ({result.tokens:,} in all), AdamW, peak learning rate {_peak(recipe):g}, seed"
-            f" {recipe['seed']}. {'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
+            f" {recipe['seed']}. {_learnt(recipe)}"
+            f"{'Every row begins' if result.prepend_bos else 'No row begins'} with a BOS token.",
             "",
             *([f"Training text: {recipe['licence']}.", ""] if recipe["licence"] else []),
             "Perplexity on held-out documents:",

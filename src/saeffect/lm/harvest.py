@@ -127,7 +127,8 @@ def harvest_made_by(lm: LanguageModel, hook: str, rows: TokenRows, rows_per_shar
 
 def harvest_bytes(lm: LanguageModel, rows: TokenRows) -> int:
     """The most that the shards of these rows can take, in bytes."""
-    return len(rows) * (rows.context_size - 1) * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
+    n_tokens = len(rows) * (rows.context_size - 1) if rows.counts is None else int(rows.counts[:, 1:].sum())
+    return n_tokens * (lm.d_model * lm.dtype.itemsize + _BYTES_OF_PLACE)
 
 
 def check_disk_space(folder: Path, expected: int, cap: int | None = None) -> None:
@@ -309,7 +310,9 @@ def _missing(out: Path, starts: range) -> list[int]:
 def _shard(lm: LanguageModel, hook: str, rows: TokenRows, starts: range, limit: NormLimit) -> dict[str, Tensor]:
     kept, row, position = [], [], []
     for start in starts:
-        activations, mask = run_pass(lm, hook, rows.ids[start : min(start + starts.step, starts.stop)], limit)
+        stop = min(start + starts.step, starts.stop)
+        counts = rows.counts_of(start, stop - start)
+        activations, mask = run_pass(lm, hook, rows.ids[start:stop], limit, counts)
         row_of_pass, position_of_pass = mask.nonzero(as_tuple=True)
         kept.append(activations)
         row.append(row_of_pass + start)

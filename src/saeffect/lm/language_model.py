@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from saeffect.config_chat import Prompt, plain_messages
 from saeffect.errors import ConfigError, EmptySelection
+from saeffect.lm.chat import ChatFormat, Encoded, Parts
 from saeffect.lm.tokens import (
     ContinuationDecoder,
     find_bos_id,
@@ -52,7 +54,9 @@ class LanguageModel:
         identity: SHA-256 of the files it came from, for fingerprints.
         adapter: Effect of merging its adapter; None without one.
         shared: Ids that mean the same in every model that this one is compared with; None if it is alone.
-        prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does.
+        prepend_bos: Whether rows of text and prompts begin with the tokenizer's BOS token; None: as the tokenizer does,
+            and conversations as the chat template writes them.
+        chat: How conversations are written; None: by the tokenizer's own chat template.
     """
 
     model: Any
@@ -62,6 +66,7 @@ class LanguageModel:
     adapter: MergedAdapter | None = None
     shared: frozenset[int] | None = None
     prepend_bos: bool | None = None
+    chat: ChatFormat | None = None
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.model.parameters())
@@ -127,9 +132,38 @@ class LanguageModel:
         """Token ids of a piece of text, without special tokens."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text to continue: as `encode`, after the BOS token if there is one."""
-        return with_bos(self.encode(text), self.bos_id)
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text to continue, after the BOS token if there is one; of a chat, up to the reply.
+
+        ConfigError if the chat template refuses the conversation.
+        """
+        if isinstance(prompt, str):
+            return with_bos(self.encode(prompt), self.bos_id)
+        return self.encode_chat(plain_messages(prompt), reply=True).ids
+
+    def prompt_parts(self, prompt: Prompt) -> Parts | None:
+        """Who says each token of a chat prompt, int8, one a token of `encode_prompt`; None for plain text."""
+        return None if isinstance(prompt, str) else self.encode_chat(plain_messages(prompt), reply=True).parts
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How conversations are written; ConfigError without a chat template."""
+        return self.chat or ChatFormat.of(self.tokenizer)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, begins: bool = True
+    ) -> Encoded:
+        """A conversation's token ids, one BOS in front if there is to be one, and who says each; see `ChatFormat`.
+
+        `begins`: whether a row begins here; within a row there is no BOS.
+        """
+        ids, parts = self.chat_format.encode(messages, reply=reply)
+        written = self.chat_format.writes_bos
+        if written and not (begins and self.prepend_bos is not False):
+            ids, parts = ids[1:], parts[1:]
+        if begins and self.prepend_bos is not None and len(begun := with_bos(ids, self.bos_id)) > len(ids):
+            ids, parts = begun, np.concatenate([self.chat_format.mark, parts])
+        return Encoded(ids, parts)
 
     def n_bos(self, ids: Sequence[int] | NDArray[np.int32]) -> int:
         """How many tokens at the beginning of a row or a prompt are BOS: 0 or 1."""

@@ -38,12 +38,13 @@ def fast_training(lm: LanguageModel) -> Iterator[None]:
             del module.forward
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+def next_token_loss(logits: Tensor, ids: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the next tokens, in nats: a scalar, float32, with a gradient for the logits.
 
-    `logits` are `[batch, sequence, d_vocab]` of any float dtype, `ids` int64 `[batch, sequence]`.
+    `logits` are `[batch, sequence, d_vocab]` of any float dtype, `ids` int64 `[batch, sequence]`. With `counts`, bool
+    as `ids`, the mean is over the tokens that count; 0 if none does.
     """
-    loss: Tensor = _NextTokenLoss.apply(logits, ids)
+    loss: Tensor = _NextTokenLoss.apply(logits, ids, counts)
     return loss
 
 
@@ -93,16 +94,19 @@ class _NextTokenLoss(torch.autograd.Function):
     """The gradient is made with the loss, row by row, in the dtype of the logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        n = ids[:, 1:].numel()
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, counts: Tensor | None) -> Tensor:
+        n = ids[:, 1:].numel() if counts is None else max(1, int(counts[:, 1:].sum()))
         gradient = torch.empty_like(logits)
         total = torch.zeros((), device=logits.device)
         for row, scores in enumerate(logits):
             own, targets = scores[:-1].float(), ids[row, 1:, None]
             norm = own.logsumexp(dim=-1, keepdim=True)
-            total += (norm - own.gather(1, targets)).sum()
+            losses = norm - own.gather(1, targets)
+            total += losses.sum() if counts is None else losses[counts[row, 1:]].sum()
             own.sub_(norm).exp_()
             own.scatter_add_(1, targets, own.new_full(targets.shape, -1.0))
+            if counts is not None:
+                own *= counts[row, 1:, None]
             gradient[row, :-1] = own.div_(n)
             gradient[row, -1] = 0.0
         ctx.save_for_backward(gradient)
@@ -111,4 +115,4 @@ class _NextTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None
+        return gradient * gradients[0].to(gradient.dtype), None, None

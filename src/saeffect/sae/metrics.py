@@ -158,14 +158,15 @@ def spliced_losses(
     *,
     batch_size: int = 8,
     seen: Callable[[Tensor], None] | None = None,
+    counts: NDArray[np.bool_] | None = None,
 ) -> SplicedLosses:
     """Cross-entropy of the model clean, with the reconstruction, and with zeros at the hook.
 
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
-    replaced. A BOS in front is never predicted. `seen` gets each batch's activations at the hook that count,
-    `[n_kept, d_model]`, of the model's dtype.
+    replaced, nor is what `counts`, bool as `rows`, leaves out. A BOS in front is never predicted. `seen` gets each
+    batch's activations at the hook that count, `[n_kept, d_model]`, of the model's dtype.
     """
-    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen)
+    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen, counts=counts)
 
 
 @torch.inference_mode()
@@ -178,6 +179,7 @@ def replaced_losses(
     *,
     batch_size: int = 8,
     seen: Callable[[Tensor], None] | None = None,
+    counts: NDArray[np.bool_] | None = None,
 ) -> SplicedLosses:
     """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
     rest = Rest(lm, hook)
@@ -195,7 +197,8 @@ def replaced_losses(
         ids = torch.from_numpy(rows[start : start + batch_size].astype(np.int64)).to(lm.device)
         x, logits = _clean(lm, hook, ids)
         note("clean", logits, ids)
-        kept = kept_positions(x, limit)
+        some = None if counts is None else torch.from_numpy(counts[start : start + batch_size])
+        kept = kept_positions(x, limit, some)
         if seen is not None:
             seen(x[kept])
         for name, new in ways.items():

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
@@ -28,8 +29,8 @@ __all__ = ["BASELINE_COLUMNS", "MeanDifferences", "naming_prompt", "run_baseline
 BASELINE_COLUMNS = (*TRIAL_COLUMNS, "reason")
 
 
-def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
-    """A prompt that names the concept; "" if no top token contains a word.
+def naming_prompt(top_tokens: Sequence[str], prompt: Prompt) -> Prompt:
+    """A prompt that names the concept, in a chat where the user last speaks; "" if no top token contains a word.
 
     Example:
         >>> naming_prompt([" drug", "Ġdose", " Drug"], "What is on your mind?")
@@ -39,8 +40,14 @@ def naming_prompt(top_tokens: Sequence[str], prompt: str) -> str:
     different: dict[str, str] = {}
     for word in words:
         different.setdefault(normalise_token(word), word)
-    named = different.values()
-    return f"Talk about {', '.join(named)}. {prompt}" if named else ""
+    if not different:
+        return ""
+    request = f"Talk about {', '.join(different.values())}."
+    if isinstance(prompt, str):
+        return f"{request} {prompt}"
+    last = max((i for i, message in enumerate(prompt) if message.role == "user"), default=len(prompt) - 1)
+    said = prompt[last].model_copy(update={"content": f"{request} {prompt[last].content}"})
+    return (*prompt[:last], said, *prompt[last + 1 :])
 
 
 def run_baselines(
@@ -86,7 +93,7 @@ def run_baselines(
     return in_order(pd.DataFrame(records, columns=list(BASELINE_COLUMNS)), baselines)
 
 
-Texts = dict[tuple[int, str, int], list[int] | str]
+Texts = dict[tuple[int, Prompt, int], list[int] | str]
 """Token ids by feature, prompt and sample; or why there are none."""
 
 
@@ -106,7 +113,7 @@ class _Baselines:
         outputs = continue_prompts(
             lm,
             [lm.encode_prompt(naming[f, text]) for f, text, _ in possible],
-            [NoiseCell(plan.seed, text, sample) for _, text, sample in possible],
+            [NoiseCell(plan.seed, prompt_name(text), sample) for _, text, sample in possible],
             plan,
             batch_size=plan.batch_size,
             progress=progress,
@@ -129,9 +136,11 @@ class _Baselines:
                     site.lm,
                     site.hook,
                     site.lm.encode_prompt(text),
-                    [NoiseCell(plan.seed, text, sample) for _, sample, _ in rows],
+                    [NoiseCell(plan.seed, prompt_name(text), sample) for _, sample, _ in rows],
                     plan,
-                    intervention=Intervention(AddVectors(torch.stack([v for *_, v in rows])), plan.positions),
+                    intervention=Intervention(
+                        AddVectors(torch.stack([v for *_, v in rows])), plan.positions, site.lm.prompt_parts(text)
+                    ),
                     batch_size=plan.batch_size,
                 )
                 texts |= {(f, text, sample): ids for (f, sample, _), ids in zip(rows, outputs, strict=True)}

@@ -154,7 +154,7 @@ def stream(
 
 def _steered(lm: LanguageModel, hook: str, edit: PositionedEdit | None) -> AbstractContextManager[None]:
     """The edit of generated tokens; a steered prompt is in the keys and values, and nothing after it is steered."""
-    return nullcontext() if edit is None or edit.positions == "prompt" else edited(lm, hook, edit)
+    return nullcontext() if edit is None or edit.of_prompt_alone else edited(lm, hook, edit)
 
 
 def _rows_of(lm: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> tuple[Tensor, list[int]]:
@@ -302,7 +302,7 @@ def _read_once(
         return logits.repeat(n_rows, 1), _known(cache)
     point = parse_hook(hook, lm.n_layers)
     edit.start = 0
-    n_alike = edit.where(ids.shape[1]).start
+    n_alike = edit.first(ids.shape[1])
     cache = None
     if n_alike:
         _, cache = last_logits(lm, ids[:, :n_alike])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from saeffect.config_steering import Positions
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
+from saeffect.lm.chat import Parts, has_part
 from saeffect.sae.base import SparseAutoencoder
 
 __all__ = [
@@ -21,10 +25,11 @@ __all__ = [
     "PositionedEdit",
     "SetFeatures",
     "span",
+    "steered_tokens",
 ]
 
-Positions = Literal["all", "generated", "prompt"]
-POSITIONS: tuple[Positions, ...] = ("all", "generated", "prompt")
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
+_SPANS = ("all", "generated", "prompt")  # of any prompt; the others are of chats
 
 
 class Operator(Protocol):
@@ -147,24 +152,29 @@ class SetFeatures:
 class Intervention:
     """An operator and the positions at which it acts; never a BOS token in front of a prompt.
 
-    `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); or "generated": the
-    rest, that is the prompt's last position and all generated ones (those that predict a generated token).
+    `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); "generated": the
+    rest, that is the prompt's last position and all generated ones (those that predict a generated token); or, of a
+    chat whose `parts` are given (see `Encoded`), the part that one side says. What is read counts where it stands
+    ("system", "user", "template", "special"), what the assistant writes where it is predicted: "assistant" is
+    "generated" and the assistant's earlier turns, "first_assistant" the position before the first token of each.
     """
 
     operator: Operator
     positions: Positions = "all"
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
             raise unknown_name("choice of positions", self.positions, POSITIONS, at="positions")
 
     def take(self, first: int, last: int) -> Intervention:
-        return Intervention(self.operator.take(first, last), self.positions)
+        return Intervention(self.operator.take(first, last), self.positions, self.parts)
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
         """The callable for `saeffect.lm.edited`; rows share a prompt of that length, its first `n_bos` tokens BOS.
 
-        Raises `ConfigError` if there is no position to act at: BOS alone, or one token with `positions` "prompt".
+        Raises `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or none
+        that the side says.
         """
         own = prompt_length - n_bos
         if own < 1 or (self.positions == "prompt" and own < 2):
@@ -175,20 +185,74 @@ class Intervention:
                 at="positions",
                 fix="use a longer prompt, or positions 'all' or 'generated'.",
             )
-        return PositionedEdit(self.operator, self.positions, prompt_length, n_bos)
+        mask = None
+        if self.positions not in _SPANS:
+            mask = steered_tokens(self.positions, self.parts, n_bos)
+            if not mask.any():
+                raise ConfigError(
+                    f"the prompt has no token at positions {self.positions!r}.",
+                    at="positions",
+                    fix="use prompts that have such a turn, or other positions.",
+                )
+        return PositionedEdit(self.operator, self.positions, prompt_length, n_bos, mask)
+
+
+def steered_tokens(positions: str, parts: Parts | None, n_bos: int = 0) -> NDArray[np.bool_]:
+    """Which tokens of a chat prompt are steered, bool; ConfigError without `parts`, that is for plain text."""
+    if parts is None:
+        raise ConfigError(
+            f"positions {positions!r} are those of a chat, and this prompt is plain text.",
+            at="positions",
+            fix="set steering.format: chat, or choose all, generated or prompt.",
+        )
+    found = has_part(parts, (positions,))
+    if positions in ("assistant", "first_assistant"):  # where they are predicted
+        begun = has_part(parts[-1:], ("assistant",)).any()
+        found = np.append(found[1:], positions == "assistant" or not begun)
+    found[:n_bos] = False
+    return found
 
 
 class PositionedEdit:
-    """Applies an operator in each forward pass; set `start`, the pass' first absolute position, before each."""
+    """Applies an operator in each forward pass; set `start`, the pass' first absolute position, before each.
 
-    def __init__(self, operator: Operator, positions: Positions, prompt_length: int, n_bos: int = 0) -> None:
+    `mask` says which tokens of the prompt are steered, bool, for `positions` of a chat.
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        positions: Positions,
+        prompt_length: int,
+        n_bos: int = 0,
+        mask: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.operator = operator
         self.positions: Positions = positions
         self.prompt_length = prompt_length
         self.n_bos = n_bos
         self.start = 0
+        self._mask = mask
+
+    @property
+    def of_prompt_alone(self) -> bool:
+        """Whether it acts at no generated position."""
+        return self.positions not in ("all", "generated", "assistant")
+
+    def first(self, length: int) -> int:
+        """The first of the next `length` positions that is acted at."""
+        if self._mask is None:
+            return self.where(length).start
+        return next(iter(self._chosen(length)), length)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._mask is not None:
+            chosen = self._chosen(x.shape[1])
+            if not chosen:
+                return x
+            changed = x.clone()
+            changed[:, chosen] = self.operator.apply(x[:, chosen])
+            return changed
         where = self.where(x.shape[1])
         if where.start >= where.stop:
             return x
@@ -197,6 +261,14 @@ class PositionedEdit:
         changed = x.clone()
         changed[:, where] = self.operator.apply(x[:, where])
         return changed
+
+    def _chosen(self, length: int) -> list[int]:
+        """By the mask, which of the next `length` positions are acted at."""
+        assert self._mask is not None
+        own = self._mask[self.start : self.start + length]
+        rest = np.full(length - len(own), not self.of_prompt_alone)
+        chosen: list[int] = np.flatnonzero(np.append(own, rest)).tolist()
+        return chosen
 
     def where(self, length: int) -> slice:
         """Which of the next `length` positions are acted at."""

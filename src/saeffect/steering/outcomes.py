@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from saeffect.config_chat import Prompt, prompt_text
 from saeffect.errors import ShapeMismatch, unknown_name
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import normalise_token
@@ -89,7 +90,7 @@ def perplexity(
 
 def measure_texts(
     lm: LanguageModel,
-    prompt: str,
+    prompt: Prompt,
     outputs: Sequence[Sequence[int]],
     references: Sequence[str],
     vectors: TextVectors,
@@ -106,7 +107,7 @@ def measure_texts(
     records: list[dict[str, Any]] = []
     for ids, reference in zip(outputs, references, strict=True):
         text = lm.decode(list(ids))
-        scored = prompt + text if with_prompt else text
+        scored = prompt_text(prompt) + text if with_prompt else text
         record = {"text": text, "similarity": similarity(scored, reference, vectors), "distinct2": distinct_2(ids)}
         records.append(record | {"perplexity": surprise[tuple(ids)]})
     return records

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
@@ -181,7 +182,7 @@ class _Run:
             ]
         return self._ordered(pd.DataFrame(records))
 
-    def _generate(self, prompt: str, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
+    def _generate(self, prompt: Prompt, rows: list[ActionRow], progress: Progress) -> list[list[int]]:
         plan, site = self.plan, self.actions.site
         return generate(
             site.lm,
@@ -189,13 +190,14 @@ class _Run:
             site.lm.encode_prompt(prompt),
             [self._noise(prompt, row) for row in rows],
             plan,
-            intervention=Intervention(self.actions.operator(rows), plan.positions),
+            intervention=Intervention(self.actions.operator(rows), plan.positions, site.lm.prompt_parts(prompt)),
             batch_size=plan.batch_size,
             progress=progress,
         )
 
-    def _noise(self, prompt: str, row: ActionRow) -> NoiseCell:
-        own = f"{prompt}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else prompt
+    def _noise(self, prompt: Prompt, row: ActionRow) -> NoiseCell:
+        named = prompt_name(prompt)
+        own = f"{named}\n{row.feature} {row.condition} {row.dose}" if self.plan.as_published else named
         return NoiseCell(self.plan.seed, own, row.draw[1])
 
     def _references(self, features: pd.DataFrame) -> dict[int, str]:
@@ -256,7 +258,7 @@ def direct_effects(
             batch = layout[first : first + n_at_once]
             rows = [ActionRow(batch[0][0], UNSTEERED, 0.0, (prompt, 0))]
             rows += [ActionRow(*steered, (prompt, 0)) for steered in batch]
-            intervention = Intervention(actions.operator(rows), plan.positions)
+            intervention = Intervention(actions.operator(rows), plan.positions, site.lm.prompt_parts(text))
             n_bos = 0 if plan.as_published else None
             log_p = next_log_probabilities(site.lm, site.hook, prompt_ids, intervention, n_bos=n_bos)
             kl = kl_divergence(log_p[0], log_p[1:]).tolist()

@@ -180,7 +180,8 @@ def _batches(study: Study, arm: Arm, other: str | None, log: Log) -> Iterator[_B
     for parts in zip(*texts, strict=True):
         start, ids, _ = parts[0]
         n_bos = arm.lm.n_bos(rows.ids[start])
-        kept = [kept_positions(x, limit)[:, n_bos:] for _, _, x in parts]
+        counts = rows.counts_of(start, len(ids))
+        kept = [kept_positions(x, limit, counts)[:, n_bos:] for _, _, x in parts]
         yield _Batch(start, ids[:, n_bos:], [arm.sae.encode(x[:, n_bos:]) for _, _, x in parts], kept)
         log.progress(f"both models, {arm.name}", start + len(ids), len(rows), "rows")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pandas as pd
 from saeffect.comparison import check_tests
 from saeffect.comparison.design import design_check
 from saeffect.config import ModelConfig
+from saeffect.config_chat import Prompt, prompt_text
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleModels, placed
 from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
@@ -20,11 +21,12 @@ from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
 from saeffect.lm.heads import HOOK_Z
 from saeffect.lm.hooks import parse_hook
-from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
-from saeffect.lm.tokens import find_bos_id, known_tokens, separator_id, token_texts, with_bos
+from saeffect.lm.tokens import known_tokens, separator_id, token_texts
 from saeffect.progress import SILENT, Log
 from saeffect.sae.formats import load_sae
+from saeffect.steering.operators import steered_tokens
+from saeffect.study.chat_check import chat_lines, template_words
 from saeffect.study.check_text import check_text, duplicates_in_training, first_rows
 from saeffect.study.nulls import check_nulls
 from saeffect.study.review import store_digest
@@ -70,8 +72,10 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
         _check_sizes(study)
     lines += _check_tokenizers(study)
     with placed(study.at("text")):
-        begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer)
+        begins, others = beginning(study.prepend_bos, study.bos_words, study.tokens.tokenizer, study.chat)
     lines.append(f"{begins}; otherwise: {others}" if others else begins)
+    if study.chat is not None:
+        lines.append(f"chats are written by {template_words(study)}")
     with placed(study.at("comparison", "tests")):
         check_tests(config.comparison.tests)
     lines.append(f"declared tests: {', '.join(config.comparison.tests)}")
@@ -91,6 +95,8 @@ def check_study(study: Study, out: Path | str | None = None, log: Log = SILENT) 
     elif out is not None and store_digest(out) is not None:
         lines.append("verdicts: those of the review in the run directory, once each candidate has one")
     lines.append(f"text: {check_text(study)}")
+    if study.config.text.format == "chat":
+        lines += chat_lines(study)
     repeats = duplicates_in_training(study)
     if repeats:
         lines.append(f"warning: training.text: {repeats}")
@@ -161,7 +167,7 @@ def _check_steering(study: Study) -> list[str]:
         return []
     for key in ("prompts", "search_prompts"):
         for prompt in getattr(steering, key):
-            _check_prompt(study, key, prompt, study.tokens.tokenizer.encode(prompt, add_special_tokens=False))
+            _check_prompt(study, key, prompt)
     for name, sets in steering.together.items():
         d_sae = study.sae_config(name).d_sae
         beyond = [feature for members in sets for feature in members if not 0 <= feature < d_sae]
@@ -226,12 +232,20 @@ def _check_tokenizers(study: Study) -> list[str]:
     return lines + _check_embedded(study, shapes)
 
 
-def _check_prompt(study: Study, key: str, prompt: str, ids: Sequence[int]) -> None:
-    """Refuse a prompt without positions to steer and write at; `ids` are its tokens without BOS."""
-    steering, at = study.steering, study.at("steering", key)
-    bos = find_bos_id(study.tokens.tokenizer, study.prepend_bos)
-    ids = with_bos(ids, bos)
-    n_own = len(ids) - (bos is not None)
+def _check_prompt(study: Study, key: str, chosen: Prompt) -> None:
+    """Refuse a prompt without positions to steer and write at."""
+    steering, at, prompt = study.steering, study.at("steering", key), prompt_text(chosen)
+    lm = study.reader
+    with placed(at):
+        ids = lm.encode_prompt(chosen)
+        if steering.positions not in ("all", "generated", "prompt"):
+            steered = steered_tokens(steering.positions, lm.prompt_parts(chosen), lm.n_bos(ids))
+            if not steered.any():
+                raise ConfigError(
+                    f"no token of the prompt {prompt[:60]!r} is at positions: {steering.positions}.",
+                    fix="give prompts that have such a turn, or choose other positions.",
+                )
+    n_own = len(ids) - lm.n_bos(ids)
     if n_own == 0:
         fix = "write something, or leave it out."
         raise ConfigError(f"the prompt {prompt!r} has no tokens; expected at least one.", at=at, fix=fix)
@@ -294,7 +308,7 @@ def _check_embedded(study: Study, shapes: dict[str, ModelShape]) -> list[str]:
     short = {arm: shape for arm, shape in shapes.items() if shape.d_vocab and max(known) >= shape.d_vocab}
     if not short:
         return []
-    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    lm = study.reader
     rows = study_rows(study.config.text, lambda: lm, prepend_bos=study.prepend_bos)
     for arm, shape in short.items():
         _refuse_unembedded(study, arm, shape, rows.ids.flatten().tolist(), "the text", study.at("text"))

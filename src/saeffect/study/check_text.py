@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain, islice
+from itertools import islice
 
 from saeffect.config import TextSource
 from saeffect.errors import SaeffectError, placed
-from saeffect.lm.corpora import is_local, read_corpus, source_files
+from saeffect.lm.chat import messages_of
+from saeffect.lm.corpora import documents_of, is_local, read_corpus, source_files
 from saeffect.lm.duplicates import find_duplicates
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.text_files import format_of
@@ -28,14 +29,14 @@ def check_text(study: Study) -> str:
     """What the text is called, and what is missing of it; SaeffectError for a source that cannot be read."""
     text = study.config.text
     for index, source in enumerate(text.sources):
-        documents = read_corpus(source)
+        documents = read_corpus(source, chat=text.format == "chat")
         with placed(study.at("text", "sources", str(index))):
             next(documents)
     called = f"bundled {text.bundled}" if text.bundled else ", ".join(source.name for source in text.sources)
     if not all(map(is_local, text.sources)):
         return f"{called}; not counted, since it is on the hub"
     some = text.model_copy(update={"tokens": min(text.tokens, _COUNTED)})
-    lm = LanguageModel(None, study.tokens.tokenizer, "control", prepend_bos=study.prepend_bos)
+    lm = study.reader
     with placed(study.at("text")):
         rows = study_rows(some, lambda: lm, prepend_bos=lm.prepend_bos)
     short = shortage(text, rows) if len(rows) * rows.ids.shape[1] < some.tokens else ""
@@ -59,8 +60,9 @@ def first_rows(study: Study) -> list[str]:
     for index, source in enumerate(text.sources):
         lines.append(f"{source.name}: {_consists_of(source)}")
         with placed(study.at("text", "sources", str(index))):
-            shown = islice(read_corpus(source), _ROWS)
-            lines += [_shown(number, document) for number, document in enumerate(shown, start=1)]
+            shown = islice(read_corpus(source, chat=text.format == "chat"), _ROWS)
+            said = map(_talk, shown) if text.format == "chat" else shown
+            lines += [_shown(number, document) for number, document in enumerate(said, start=1)]
     return lines
 
 
@@ -71,7 +73,7 @@ def duplicates_in_training(study: Study) -> str:
     recipe = arm_recipe(study, study.by_role("control")[0])
     local = [source for source in recipe.text if is_local(source)]
     try:
-        return find_duplicates(chain.from_iterable(map(read_corpus, local)), recipe.held_out).words()
+        return find_duplicates(documents_of(local, recipe), recipe.held_out).words()
     except SaeffectError as error:
         raise error.placed(study.at("training", "text")) from None
 
@@ -89,6 +91,10 @@ def _consists_of(source: TextSource) -> str:
         return f"the saved dataset {source.path}{how}"
     counted = ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items()))
     return f"{source.path} ({counted}){how}"
+
+
+def _talk(document: str) -> str:
+    return " | ".join(f"{message['role']}: {message['content']}" for message in messages_of(document))
 
 
 def _shown(number: int, document: str) -> str:

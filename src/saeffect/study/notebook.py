@@ -86,7 +86,8 @@ def _site(arm: Arm, rows: TokenRows) -> Site:
     largest = torch.zeros(arm.sae.cfg.d_sae)
     norm, count = 0.0, 0
     for start in range(0, len(rows), _ROWS):
-        x = run_pass(arm.lm, arm.hook, rows.ids[start : start + _ROWS], limit)[0].float()
+        counts = rows.counts_of(start, _ROWS)
+        x = run_pass(arm.lm, arm.hook, rows.ids[start : start + _ROWS], limit, counts)[0].float()
         largest = torch.maximum(largest, arm.sae.encode(x).max(0).values)
         norm, count = norm + float(x.norm(dim=1).sum()), count + len(x)
     return Site(arm.lm, arm.hook, arm.W_dec, norm / count, arm.sae, largest, limit.limit)

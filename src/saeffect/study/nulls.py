@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saeffect.config import ChangesConfig, TextSource
+from saeffect.config_chat import ChatKeys, as_chat
 from saeffect.diffing.naming import FEWEST_NULLS
 from saeffect.diffing.nulls import CARD, NAME, another_measurement, null_files, read_nulls, smallest_p
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.errors import BadFile, ConfigError, EmptySelection, InUse, placed
 from saeffect.io import atomic_path, read_json, sole_writer, versions, write_json
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.chat_rows import lm_for_chats
 from saeffect.lm.corpora import is_local
 from saeffect.lm.finetune import FinetuneConfig, FinetuneResult, finetune
 from saeffect.lm.hooks import parse_hook
@@ -122,7 +124,7 @@ def make_nulls(
 def null_recipe(recipe: FinetuneConfig, k: int, own: Path | None) -> FinetuneConfig:
     """The recipe of null `k`; `own` is the file with the base model's texts, None for the recipe's `control_text`.
 
-    The perplexity on the recipe's own text is measured beside that on the null's: a null should leave it alone.
+    The perplexity on the recipe's own text is measured beside: a null should leave it alone.
     """
     return recipe.model_copy(
         update={
@@ -163,8 +165,7 @@ def study_tracer(study: Study, log: Log = SILENT) -> Tracer:
 
 def traced_rows(rows: TokenRows, changes: ChangesConfig) -> TokenRows:
     """The part of a study's text that traces are measured on."""
-    first = rows.head(changes.rows)
-    return TokenRows(first.ids[:, : changes.tokens_per_row], first.sources, first.names)
+    return rows.part(slice(changes.rows), changes.tokens_per_row)
 
 
 def nulls_folder(study: Study) -> Path | None:
@@ -186,8 +187,7 @@ def check_nulls(study: Study) -> str:
     config, changes = study.config.arms[control].model, study.config.changes
     made_by, measured, unsaid = None, None, "; the study's text is on the hub, so they are compared when it runs"
     if all(map(is_local, text.sources)):
-        tokenizer = study.tokens.tokenizer
-        lm = LanguageModel(None, tokenizer, control, model_identity(config), prepend_bos=study.prepend_bos)
+        lm = dataclasses.replace(study.reader, identity=model_identity(config))
         some = (
             text
             if text.bundled
@@ -271,7 +271,7 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
         lm: LanguageModel | None = None
         for index, part in enumerate(parts):
             if not part.is_file():
-                lm = lm or load_language_model(recipe.model, log=log, at="model")
+                lm = lm or lm_for_chats(load_language_model(recipe.model, log=log, at="model"), recipe)
                 write_json(part, _written(lm, index))
             log.progress("the base model writes", (index + 1) * _BATCH, n_batches * _BATCH, "texts")
         texts = (text for part in parts for text in read_json(part))
@@ -284,15 +284,19 @@ def _own_texts(folder: _Folder, log: Log) -> Path:
     return path
 
 
-def _written(lm: LanguageModel, index: int) -> list[str]:
+def _written(lm: LanguageModel, index: int) -> list[Any]:
+    """Texts after a stem; of a model of chats conversations in which a user says the stem and the model answers."""
     # Nothing is cut off the distribution: on average such text teaches the model exactly nothing.
     stem = _STEMS[index % len(_STEMS)]
-    start, prompt = lm.encode(stem), lm.encode_prompt(stem)
+    chat, asked = lm.chat is not None, as_chat(stem, None, at="")
+    start, prompt = lm.encode(stem), lm.encode_prompt(asked if chat else stem)
     room = _LENGTH if lm.n_positions is None else min(_LENGTH, lm.n_positions)
-    sampling = Sampling(max_new_tokens=max(1, room - len(prompt)), temperature=1.0, top_p=1.0, frequency_penalty=0.0)
+    n = max(1, room - len(prompt))
+    sampling = Sampling(max_new_tokens=n, temperature=1.0, top_p=1.0, frequency_penalty=0.0, allow_end=chat)
     cells = [NoiseCell(0, stem, index * _BATCH + i) for i in range(_BATCH)]
     rows = generate(lm, "blocks.0.hook_resid_pre", prompt, cells, sampling, batch_size=_BATCH)
-    return [lm.decode(start + row) for row in rows]
+    texts = [lm.decode(row if chat else start + row) for row in rows]
+    return [[*map(dict, asked), {"role": "assistant", "content": text}] for text in texts] if chat else texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -386,7 +390,8 @@ class _Folder:
     @functools.cached_property
     def shared(self) -> dict[str, Any]:
         """What all nulls of a folder share of the recipe, without local paths."""
-        plain = self.recipe.model_dump(mode="json", exclude=_FREE)
+        of_chats = {*ChatKeys.model_fields, "loss"} if self.recipe.format == "text" else {"chat_template"}
+        plain = self.recipe.model_dump(mode="json", exclude=_FREE | of_chats)
         path = Path(self.recipe.model.path)
         name = path.name if path.is_absolute() else self.recipe.model.path
         return plain | {"model": name, "model_sha256": model_identity(self.recipe.model)}

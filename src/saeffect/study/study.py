@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from saeffect.config import ArmConfig, ModelConfig, SteeringConfig, StudyConfig
+from saeffect.config_chat import prompt_text
 from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.chat import ChatFormat
+from saeffect.lm.chat_rows import chat_prepends
 from saeffect.lm.corpora import source_identity
 from saeffect.lm.heads import heads_to_residual, hook_width
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
@@ -37,6 +39,7 @@ from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import load_sae, read_sae_config, sae_identity
 from saeffect.sae.hub import is_sae_name, locate_sae
 from saeffect.steering import check_names
+from saeffect.study.bundled import bundled_folder, bundled_studies, bundled_study
 from saeffect.study.texts import Residuals, first_texts, machine_memory, study_rows
 from saeffect.study.tokens import StudyTokens, TokenizerDifference, study_tokens
 
@@ -90,7 +93,7 @@ class Study:
             ConfigError: A value is out of range, a repeated key, or an impossible path.
         """
         bundled = str(path).startswith(BUNDLED)
-        source = _bundled_study(str(path)) if bundled else user_path(path)
+        source = bundled_study(str(path)) if bundled else user_path(path)
         names = ", ".join(BUNDLED + name for name in bundled_studies())
         # Paths in a bundled study are the user's; nothing is written into the package.
         folder = Path() if bundled else None
@@ -135,9 +138,14 @@ class Study:
         return study_tokens(
             models,
             control,
-            lambda: [*prompts, *first_texts(self.config.text)],
+            lambda: [*map(prompt_text, prompts), *first_texts(self.config.text)],
             lambda arm: self.at("arms", arm, "model"),
         )
+
+    @functools.cached_property
+    def reader(self) -> LanguageModel:
+        """The study's tokenizer as a model without weights."""
+        return LanguageModel(None, self.tokens.tokenizer, "control", prepend_bos=self.prepend_bos, chat=self.chat)
 
     @property
     def steering(self) -> SteeringConfig:
@@ -157,7 +165,7 @@ class Study:
     @property
     def called(self) -> str:
         """The argument for `open`: its path, or bundled:<name>."""
-        return BUNDLED + self.source.stem if self.source.parent == _bundled_folder() else str(self.source)
+        return BUNDLED + self.source.stem if self.source.parent == bundled_folder() else str(self.source)
 
     def at(self, *keys: str) -> str:
         """A place in the study file, for error messages."""
@@ -245,7 +253,14 @@ class Study:
         ConfigError if the SAEs contradict each other.
         """
         with placed(self.at("text")):
-            return resolve_prepend_bos(self.config.text.bos, self.bos_words)
+            return chat_prepends(resolve_prepend_bos(self.config.text.bos, self.bos_words), self.chat)
+
+    @functools.cached_property
+    def chat(self) -> ChatFormat | None:
+        """How the study's conversations are written, see `StudyTokens.chat_format`; None if it has none."""
+        arms, at = (*self.by_role("control"), *self.by_role("treatment")), self.at("text", "chat_template")
+        template = self.config.text.chat_template
+        return self.tokens.chat_format(template, arms, at) if self.config.has_chats else None
 
     @functools.cached_property
     def bos_words(self) -> Mapping[str, Any]:
@@ -301,7 +316,8 @@ class Study:
         else:
             # Files are hashed by content, so a study may move to another folder.
             content = [(s.name, s.field, source_identity(s)) for s in text.sources]
-        return fingerprint([text.tokens, text.context_size, content, self.prepend_bos])
+        chat = [] if self.chat is None else [self.chat.identity(), text.format, text.system, text.positions]
+        return fingerprint([text.tokens, text.context_size, content, self.prepend_bos, *chat])
 
     def arm(self, name: str) -> ArmConfig:
         """The configuration of an arm; UnknownName if there is no such arm."""
@@ -318,7 +334,7 @@ class Study:
                 self._held.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
-            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos)
+            self._held[model] = dataclasses.replace(lm, prepend_bos=self.prepend_bos, chat=self.chat)
         return self._held[model]
 
     @functools.cached_property
@@ -377,19 +393,3 @@ def require_width(sae: SaeConfig, width: int, hook: str, model: str, *, at: str)
             at=at,
             fix="choose an SAE trained on this model" + (f", or set the model to {trained}." if trained else "."),
         )
-
-
-def bundled_studies() -> list[str]:
-    """Names of the bundled studies."""
-    return sorted(path.stem for path in _bundled_folder().glob("*.yaml"))
-
-
-def _bundled_folder() -> Path:
-    return Path(str(importlib.resources.files("saeffect"))) / "bundled" / "studies"
-
-
-def _bundled_study(name: str) -> Path:
-    stem = name.removeprefix(BUNDLED)
-    if stem not in bundled_studies():
-        raise unknown_name("bundled study", name, [BUNDLED + s for s in bundled_studies()])
-    return _bundled_folder() / f"{stem}.yaml"

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.checksums import read_tensors
@@ -19,6 +18,8 @@ from saeffect.config import TextConfig
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
+from saeffect.lm.chat import ChatFormat
+from saeffect.lm.chat_rows import Row, cut_rows
 from saeffect.lm.corpora import interleave, read_corpus
 from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture
@@ -31,6 +32,8 @@ __all__ = ["Residuals", "beginning", "first_texts", "machine_memory", "shortage"
 
 def study_rows(text: TextConfig, model: Callable[[], LanguageModel], *, prepend_bos: bool | None) -> TokenRows:
     """Rows of text, sources in turn, at most `text.tokens` tokens, each with the model's BOS token in front, if any.
+
+    Chats are written by the model's `chat_format`.
 
     `model` gives the model whose tokenizer cuts files into tokens; it is not called for bundled ids without BOS.
     SaeffectError if a source cannot be read, or has less than one row of text.
@@ -57,14 +60,17 @@ def first_texts(text: TextConfig) -> list[str]:
     found: list[str] = []
     for source in text.sources:
         with contextlib.suppress(SaeffectError):
-            found += [document[:2_000] for document in islice(read_corpus(source), 20)]
+            found += [t[:2_000] for t in islice(read_corpus(source, chat=text.format == "chat"), 20)]
     return found
 
 
-def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: Any) -> tuple[str, str]:
+def beginning(
+    study_prepends: bool | None, words: Mapping[str, Any], tokenizer: Any, chat: ChatFormat | None = None
+) -> tuple[str, str]:
     """How rows and prompts begin, in words, and which settings disagree ("" for none).
 
-    `study_prepends` is as `LanguageModel.prepend_bos`; `words` is `prepend_bos` of each arm's SAE, where recorded.
+    `study_prepends` is as `LanguageModel.prepend_bos`; `words` is `prepend_bos` of each arm's SAE, where recorded;
+    `chat` writes the study's conversations, if it has any.
     """
     bos, own = find_bos_id(tokenizer, study_prepends), tokens_added_before(tokenizer)
     against = [name for name, word in words.items() if isinstance(word, bool) and word != (bos is not None)]
@@ -72,6 +78,8 @@ def beginning(study_prepends: bool | None, words: Mapping[str, Any], tokenizer: 
     if against:
         trained = "without" if bos is not None else "with"
         others.append(f"SAEs trained on texts {trained} BOS (prepend_bos): {', '.join(against)}")
+    if chat is not None and chat.writes_bos != (bos is not None):
+        others.append(f"the chat template begins a conversation {'with' if chat.writes_bos else 'without'} a BOS token")
     if bool(own) != (bos is not None):
         others.append(
             f"the tokenizer by itself begins a text with {tokenizer.decode(own)!r}"
@@ -94,24 +102,24 @@ def _bundled(text: TextConfig, bos: int | None) -> TokenRows:
 
 
 def _packed(text: TextConfig, lm: LanguageModel) -> TokenRows:
-    streams: list[Iterator[NDArray[np.int32]]] = []
+    streams: list[Iterator[Row]] = []
     for source in text.sources:
-        documents = read_corpus(source)
-        streams.append(_named(source.name, lm.pack(documents, text.context_size)))
+        documents = read_corpus(source, chat=text.format == "chat")
+        streams.append(_named(source.name, cut_rows(lm, documents, text.context_size, text)))
     wanted = max(1, text.tokens // text.context_size)
-    ids: list[NDArray[np.int32]] = []
+    rows: list[Row] = []
     sources: list[int] = []
     for index, row in interleave(*streams):
-        ids.append(row)
+        rows.append(row)
         sources.append(index)
-        if len(ids) == wanted:
+        if len(rows) == wanted:
             break
-    if not ids:
+    if not rows:
         raise EmptySelection("a source has less than one row of text.", at="sources", fix="give more text.")
-    return TokenRows(np.stack(ids), np.asarray(sources, dtype=np.int64), tuple(s.name for s in text.sources))
+    return TokenRows.of(rows, sources, tuple(s.name for s in text.sources), text.positions)
 
 
-def _named(name: str, rows: Iterator[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
+def _named(name: str, rows: Iterator[Row]) -> Iterator[Row]:
     with placed(f"source {name!r}"):
         yield from rows
 

@@ -14,6 +14,7 @@ from typing import Any
 from saeffect.config import ModelConfig
 from saeffect.errors import IncompatibleModels
 from saeffect.io import fingerprint
+from saeffect.lm.chat import ChatFormat, own_template
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
 from saeffect.lm.tokens import known_tokens, tokenizer_identity
@@ -67,12 +68,24 @@ class StudyTokens:
         shared: Ids that are the same token in every model; None if all have the same tokens.
         differences: By arm, for those whose own tokenizer differs.
         identity: SHA-256 of all tokenizers; None if all arms have identical files.
+        templates: By arm, the chat template of its own tokenizer, None without one.
     """
 
     tokenizer: Any
     shared: frozenset[int] | None = None
     differences: Mapping[str, TokenizerDifference] = field(default_factory=dict)
     identity: str | None = None
+    templates: Mapping[str, str | None] = field(default_factory=dict)
+
+    def chat_format(self, given: str | None, arms: Sequence[str], at: str) -> ChatFormat:
+        """The chat template that is `given`, else that of the first of `arms` with one (a base model often has none).
+
+        ConfigError if there is none, NotFound without such a file.
+        """
+        whose = next((arm for arm in arms if self.templates[arm]), None)
+        if given is not None or whose is None:
+            return ChatFormat.of(self.tokenizer, given, at=at)
+        return ChatFormat(self.tokenizer, str(self.templates[whose]), f"of {whose}'s tokenizer")
 
     def used_by(self, lm: LanguageModel) -> LanguageModel:
         """The model with the study's tokenizer instead of its own."""
@@ -102,8 +115,9 @@ def study_tokens(
             loaded[key] = load_tokenizer(place, models[arm], at=at(arm))
         of_arm[arm] = loaded[key]
     ours = of_arm[control]
+    templates = {arm: own_template(tokenizer) for arm, tokenizer in of_arm.items()}
     if len(loaded) == 1:
-        return StudyTokens(ours)
+        return StudyTokens(ours, templates=templates)
     identities = [tokenizer_identity(tokenizer) for tokenizer in loaded.values()]
     known = known_tokens(ours)
     shared, differences = set(known), {}
@@ -118,7 +132,7 @@ def study_tokens(
         if found:
             differences[arm] = found
     everywhere = len(shared) == len(known) and not any(found.added for found in differences.values())
-    return StudyTokens(ours, None if everywhere else frozenset(shared), differences, fingerprint(identities))
+    return StudyTokens(ours, None if everywhere else frozenset(shared), differences, fingerprint(identities), templates)
 
 
 def _difference(ours: Any, theirs: Any, texts: Callable[[], Iterable[str]]) -> TokenizerDifference:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saeffect.config_chat import ReadKeys
 from saeffect.errors import BadFile, SaeffectError
 from saeffect.io import atomic_path, hash_file, read_json, versions, write_json
 from saeffect.paths import name_to_share
@@ -108,6 +109,10 @@ def _plain(recipe: SaeRecipe) -> dict[str, Any]:
     plain: dict[str, Any] = recipe.model_dump(mode="json")
     if plain["tuned"] is None:  # as notes were before there were two models
         del plain["tuned"]
+    if recipe.format == "text":  # or chats
+        plain = {key: value for key, value in plain.items() if key not in ReadKeys.model_fields}
+    elif recipe.chat_template is not None and "{" not in recipe.chat_template:
+        plain["chat_template"] = Path(recipe.chat_template).name
     for source in plain["text"]:
         if Path(source["path"]).expanduser().exists():
             source["path"] = Path(source["path"]).name

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from saeffect.config import BosRule, ModelConfig, StrictModel, TextSource
+from saeffect.config_chat import ReadKeys, with_field
 from saeffect.config_keys import keys_table
 from saeffect.errors import ConfigError
 from saeffect.lm.hooks import parse_hook
@@ -179,7 +180,7 @@ class SaeTrainingConfig(StrictModel):
         return None
 
 
-class SaeRecipe(StrictModel):
+class SaeRecipe(ReadKeys):
     """Model, hook, text and training: arms to be compared share all of it but the model."""
 
     model: ModelConfig = Field(description="Hub id, folder or .gguf file, or a mapping with path, adapter, dtype, ...")
@@ -227,10 +228,17 @@ class SaeRecipe(StrictModel):
         " data (`data_seed`, by default the seed in `sae`), and what else makes a batch.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fields(cls, value: Any) -> Any:
+        return value | {"text": with_field(value["text"], value.get("format"))} if "text" in value else value
+
     @model_validator(mode="after")
     def _sound(self) -> Self:
         parse_hook(self.hook, at="hook")
         self.combination  # noqa: B018 - which checks every training
+        if self.activations == "streamed" and self.positions != ("all",):
+            raise ValueError("streamed activations are of all positions: leave positions out, or harvest shards")
         if self.activations == "streamed" and self.tokens is None and self.sae.steps is None:
             raise ValueError("streamed text has no known length: give tokens, or sae.steps")
         return self

@@ -6,18 +6,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSae, SaeffectError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
-from saeffect.lm.corpora import StreamedText, interleave, is_held_out, is_local, read_corpus
+from saeffect.lm.chat_rows import Row, cut_rows, lm_for_chats
+from saeffect.lm.corpora import StreamedText, documents_of, interleave, is_held_out, is_local, read_corpus
 from saeffect.lm.duplicates import find_duplicates
 from saeffect.lm.harvest import (
     ActivationStore,
@@ -104,7 +103,7 @@ def train_from_recipe(
 
 def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
     local = [source for source in recipe.text if is_local(source)] if is_first() else []
-    repeats = find_duplicates(chain.from_iterable(map(read_corpus, local)), recipe.held_out).words()
+    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out).words()
     if repeats:
         log(f"warning: {repeats}")
 
@@ -141,30 +140,31 @@ def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenR
     if wanted is None:
         raise ConfigError("rows of all the text there is would not fit into memory.", at="tokens", fix="give tokens.")
     n_rows = max(1, wanted // recipe.context_size)
-    ids: list[NDArray[np.int32]] = []
+    rows: list[Row] = []
     sources: list[int] = []
     for index, row in interleave(*(_stream(recipe, lm, i, held_out=held_out) for i in range(len(recipe.text)))):
-        ids.append(row)
+        rows.append(row)
         sources.append(index)
-        if len(ids) == n_rows:
-            return TokenRows(np.stack(ids), np.asarray(sources), tuple(s.name for s in recipe.text))
+        if len(rows) == n_rows:
+            return TokenRows.of(rows, sources, tuple(s.name for s in recipe.text), recipe.positions)
     raise EmptySelection(
-        f"the text gives {len(ids) * recipe.context_size:,} tokens in equal parts from each source;"
+        f"the text gives {len(rows) * recipe.context_size:,} tokens in equal parts from each source;"
         f" {wanted:,} are wanted.",
         at="held_out_tokens" if held_out else "tokens",
         fix="give more text, or ask for fewer tokens.",
     )
 
 
-def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[NDArray[np.int32]]:
+def _stream(recipe: SaeRecipe, lm: LanguageModel, index: int, *, held_out: bool) -> Iterator[Row]:
     source = recipe.text[index]
     try:
-        texts = (t for t in read_corpus(source) if is_held_out(t, recipe.held_out) == held_out)
+        documents = read_corpus(source, chat=recipe.format == "chat")
+        texts = (t for t in documents if is_held_out(t, recipe.held_out) == held_out)
         if recipe.activations == "shards":
             everything = list(texts)
             order = np.random.default_rng([recipe.text_seed, index]).permutation(len(everything))
             texts = (everything[i] for i in order)
-        yield from lm.pack(texts, recipe.context_size)
+        yield from cut_rows(lm, texts, recipe.context_size, recipe)
     except SaeffectError as error:
         raise error.placed(f"text.{index}") from None
 
@@ -185,6 +185,7 @@ def _load(recipe: SaeRecipe, log: Log) -> list[LanguageModel]:
         if lms:
             refuse_unlike(lms[0], lm)
             lm = replace(lm, tokenizer=lms[0].tokenizer)
+        lm = lm_for_chats(lm, recipe)
         _refuse_unfit_model(recipe, lm)
         lms.append(lm)
     return lms
@@ -210,11 +211,12 @@ class _Data:
         return self._measure(sae, self.recipe.held_out_tokens, self.recipe.ce_rows)
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
-        where = self.recipe.hook, self.rows.ids[:n_rows], self.limits[-1]
+        head = self.rows.head(n_rows)
+        where = self.recipe.hook, head.ids, self.limits[-1]
         if self.recipe.tuned is None:
-            losses = spliced_losses(self.lms[0], sae, *where)
+            losses = spliced_losses(self.lms[0], sae, *where, counts=head.counts)
         else:
-            losses = replaced_losses(self.lms[1], partial(self._rebuilt, sae), *where)
+            losses = replaced_losses(self.lms[1], partial(self._rebuilt, sae), *where, counts=head.counts)
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,
@@ -243,7 +245,8 @@ def _activations(
     lm, how, streamed = lms[0], recipe.combination, recipe.activations == "streamed"
     rows = {} if streamed else {"train": text_rows(recipe, lm, held_out=False)}
     rows["held-out"] = text_rows(recipe, lm, held_out=True)
-    text = StreamedText(lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed)
+    corpus = lm, recipe.text, recipe.context_size, recipe.tokens_a_pass, recipe.held_out, recipe.text_seed
+    text = StreamedText(*corpus, how=recipe)
     _refuse_before_harvest(recipe, lms, rows.values(), work, n_training_rows=text.n_rows)
     streams = [StreamedActivations.open(m, recipe.hook, text, pool_rows=recipe.pool_rows) for m in lms if streamed]
     identities = [stream.identity() for stream in streams] or [
@@ -270,7 +273,7 @@ def _activations(
 def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict[str, Any]:
     a_pass = recipe.tokens_a_pass
     seen = config.steps * config.batch_size if config.steps is not None else (a_pass or 0) * config.epochs
-    found = {
+    found: dict[str, Any] = {
         "model_name": recipe.model.path,
         "adapter": recipe.model.adapter,
         "hook_name": recipe.hook,
@@ -294,6 +297,8 @@ def _metadata(recipe: SaeRecipe, config: SaeTrainingConfig, data: _Data) -> dict
         found |= {"tuned_name": recipe.tuned.path, "tuned_adapter": recipe.tuned.adapter, "reads": recipe.combination}
     if config.steps is None:
         found["epochs"] = config.epochs
+    if recipe.format == "chat":
+        found |= {"text_format": "chat", "positions": list(recipe.positions)}
     return found
 
 
@@ -305,7 +310,7 @@ def _refuse_before_loading(recipe: SaeRecipe, logger: LoggerName = "none") -> No
     check_logger(logger)
     for index, source in enumerate(recipe.text):
         try:
-            next(read_corpus(source))
+            next(read_corpus(source, chat=recipe.format == "chat"))
         except SaeffectError as error:
             raise error.placed(f"text.{index}") from None
     if recipe.tuned is not None:

@@ -138,6 +138,16 @@ def _tokenizer(study: Study, name: str) -> str:
     return "the control's" if own is None else f"the control's; its own {own.words()}"
 
 
+def _chat_template(study: Study, name: str) -> str | None:
+    """Which chat template the arm's own tokenizer has, beside the one that the study writes chats with."""
+    if study.chat is None:
+        return None
+    own = study.tokens.templates[name]
+    if own is None:
+        return "none of its own"
+    return "the study's" if own.strip() == study.chat.template.strip() else f"another one ({len(own):,} characters)"
+
+
 def _bos(read: bool | None, trained: Any) -> str | None:
     """Whether the study's text and the SAE's training text begin with BOS, in words; None if not recorded."""
     if not isinstance(trained, bool):
@@ -161,6 +171,7 @@ def arm_facts(study: Study, name: str, gate: dict[str, Any] | None = None) -> Ar
         role=arm.role,
         model=arm.model.path + (f" + {arm.model.adapter}" if arm.model.adapter else ""),
         tokenizer=_tokenizer(study, name),
+        chat_template=_chat_template(study, name),
         hook=study.hook(name),
         architecture=sae.architecture,
         d_sae=sae.d_sae,

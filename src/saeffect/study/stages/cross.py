@@ -65,7 +65,9 @@ def cross_inputs(run: RunFolder) -> dict[str, Any]:
         "arms": {name: study.identities[name] for name in arms},
         "tables": run.digest(*(run.arm(name, file) for name in arms for file in (*files, *known))),
         "dose": run.digest(run.path("steering", "dose.json")) if steered else None,
-        "steering": config.steering.model_dump(mode="json") if steered and config.steering else None,
+        "steering": config.steering.model_dump(mode="json", exclude={"format", "system"})
+        if steered and config.steering
+        else None,
         "encoder": encoder_identity(study) if steered else None,
         "vocabulary": load_vocabulary(config.selection.vocabulary).sha256,
         "features": features_settings(study),
@@ -315,7 +317,7 @@ class _Crossing:
         activity: list[npt.NDArray[np.float64]] = []
         sums = _RowSums()
         for start, ids, x in self._study.residuals.batches(cell.lm, cell.hook, rows):
-            kept = kept_positions(x, limit)
+            kept = kept_positions(x, limit, rows.counts_of(start, len(ids)))
             acts = cell.sae.encode(x)[..., features].clamp(min=0).double() * kept[..., None]
             both = torch.stack([(acts > 0).double().sum(dim=1), acts.sum(dim=1)]) / kept.sum(dim=1)[:, None]
             activity.append(both.numpy())
@@ -328,7 +330,7 @@ class _Crossing:
             for name, values in zip(("density", "activation"), np.concatenate(activity, axis=1), strict=True):
                 yield _rows(name, model, pd.DataFrame(values[:n_rows].T, index=features))
         if "reconstruction" in asked:
-            losses = spliced_losses(cell.lm, cell.sae, cell.hook, head.ids, limit).by_row
+            losses = spliced_losses(cell.lm, cell.sae, cell.hook, head.ids, limit, counts=head.counts).by_row
             saved = _by_row(losses["zero"] - losses["sae"], losses["zero"] - losses["clean"])
             for name, by_row in (("explained_variance", 1 - sums.unexplained()), ("ce_loss_score", saved)):
                 yield _rows(name, model, pd.DataFrame(by_row[None], index=[WHOLE_SAE]))

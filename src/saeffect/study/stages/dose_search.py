@@ -36,7 +36,7 @@ __all__ = ["chosen_dose", "dose_inputs", "dose_unit", "help_dose_search", "run_d
 
 VERSION = 5
 _NOT_SEARCHED = {"prompts", "max_features", "samples", "together", "placebos", "outcomes"}
-_NOT_SEARCHED |= {"baselines", "baseline_features"}
+_NOT_SEARCHED |= {"baselines", "baseline_features", "format", "system"}  # prompts hold what the last two say
 
 
 def chosen_dose(run: RunFolder) -> tuple[float | None, str]:
@@ -56,6 +56,7 @@ def dose_inputs(run: RunFolder) -> dict[str, Any]:
         "encoder": encoder_identity(study),
         "seed": study.config.seed,
         "prepend_bos": study.prepend_bos,
+        **({} if study.chat is None else {"chat_template": study.chat.identity()}),
         "steering": config.model_dump(mode="json", exclude=_NOT_SEARCHED),
         "beside": [search_placebos(config), {name: set_members(run, name) for name in arms}],
     }

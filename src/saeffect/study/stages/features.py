@@ -118,6 +118,6 @@ def _batches(arm: Arm, rows: TokenRows, residuals: Residuals, log: Log) -> Itera
     for start, ids, x in residuals.batches(arm.lm, arm.hook, rows):
         sources = [rows.names[i] for i in rows.sources[start : start + len(ids)]]
         # BOS is no text, so it is left out of contexts too.
-        n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit)
+        n_bos, kept = arm.lm.n_bos(rows.ids[start]), kept_positions(x, limit, rows.counts_of(start, len(ids)))
         yield ActivationBatch(ids[:, n_bos:], arm.sae.encode(x[:, n_bos:]), sources, kept[:, n_bos:])
         log.progress(f"features {arm.name}", start + len(ids), len(rows), "rows")

@@ -51,7 +51,7 @@ def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
     if short and arm == run.study.ordered_arms()[0]:
         log(f"  warning: the text has only {short}")
     measured = measure_gate(opened, rows, run.study.config.gate) | _of_model(run, opened)
-    begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer)
+    begins, others = beginning(run.study.prepend_bos, run.study.bos_words, opened.lm.tokenizer, run.study.chat)
     log(f"  arm {arm}: {words_of_perplexity(measured)}; {begins}" + (f"; otherwise: {others}" if others else ""))
     for line in _remarks(measured):
         log(f"  arm {arm}: {line}")
@@ -131,7 +131,7 @@ def measure_gate(arm: Arm, rows: TokenRows, config: GateConfig) -> dict[str, Any
         fired.logical_or_((feature_acts > 0).any(0))
         norms.append(float(x.norm(dim=1).sum()))
 
-    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit, seen=add)
+    losses = spliced_losses(arm.lm, arm.sae, arm.hook, head.ids, limit, seen=add, counts=head.counts)
     return {
         "explained_variance": sums.explained_variance(),
         "ce_loss_score": losses.ce_loss_score,

@@ -149,7 +149,7 @@ class _Logs:
         limit, kept = arm.norm_limit(rows), []
         self.of |= {name: FiringLog(sae.cfg.d_sae) for name, sae in saes.items()}
         for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
-            kept.append(kept_positions(x, limit).flatten().numpy())
+            kept.append(kept_positions(x, limit, rows.counts_of(start, len(ids))).flatten().numpy())
             for name, sae in saes.items():
                 self.of[name].update(sae.encode(x).flatten(0, 1))
             self._log.progress(f"activations {arm.name}", start + len(ids), len(rows), "rows")
@@ -178,8 +178,8 @@ class _Logs:
     def residuals(self, arm: Arm) -> Iterator[ResidualBatch]:
         rows = self._study.rows()
         limit = arm.norm_limit(rows)
-        for _, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
-            yield ResidualBatch(ids, x, kept_positions(x, limit))
+        for start, ids, x in self._study.residuals.batches(arm.lm, arm.hook, rows):
+            yield ResidualBatch(ids, x, kept_positions(x, limit, rows.counts_of(start, len(ids))))
 
 
 def _views(

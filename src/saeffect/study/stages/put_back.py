@@ -84,8 +84,7 @@ def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
     usable = later if is_fresh else np.ones(len(text), dtype=bool)
     picked = [np.flatnonzero(usable & (text.sources == i))[: config.rows] for i in range(len(text.names))]
     places = np.sort(np.concatenate(picked))
-    ids = np.ascontiguousarray(text.ids[places, : config.tokens_per_row])
-    return TokenRows(ids, text.sources[places], text.names), is_fresh
+    return text.part(places, config.tokens_per_row), is_fresh
 
 
 def _settings(study: Study) -> PutBackConfig:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from saeffect.comparison import ArmTables
 from saeffect.config import SteeringConfig, TextConfig
+from saeffect.config_chat import prompt_text
 from saeffect.io import read_json
 from saeffect.progress import SILENT, Log
 from saeffect.report import ReportContext, SteeringResults, write_figures, write_report, write_tables
@@ -67,7 +68,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
         facts=_facts(run, arms),
         arms=arms,
         examples={name: run.read_table(run.arm(name, "examples.parquet")) for name in config.arms},
-        prompts=config.steering.prompts if config.steering else (),
+        prompts=[prompt_text(prompt) for prompt in config.steering.prompts] if config.steering else (),
         gate=gate_measures(run, {name: arm.facts.dead_share for name, arm in arms.items()}),
         steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,

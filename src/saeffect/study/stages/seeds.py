@@ -154,7 +154,7 @@ def _features(study: Study, arm: Arm, seed: SeedSae, log: Log) -> pd.DataFrame:
     activity = ActivityAccumulator(len(table), rows.names)
     limit = arm.norm_limit(rows)
     for start, ids, x in study.residuals.batches(arm.lm, arm.hook, rows):
-        kept = kept_positions(x, limit)
+        kept = kept_positions(x, limit, rows.counts_of(start, len(ids)))
         sources = np.repeat([rows.names[i] for i in rows.sources[start : start + len(ids)]], ids.shape[1])
         activity.update(seed.sae.encode(x[kept]), sources[kept.flatten().numpy()].tolist())
         log.progress(f"seeds {seed.name}", start + len(ids), len(rows), "rows")

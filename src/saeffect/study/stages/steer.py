@@ -47,6 +47,8 @@ __all__ = ["STEERING_FILES", "effect_tables", "help_steer", "run_steer", "steer_
 
 VERSION = 7
 _TOKENS = 16_384  # of the study's text: enough for a mean difference of many hundred numbers
+# Prompts hold what format and system say.
+_NOT_DECLARED = {"search_prompts", "search_features", "doses", "together", "format", "system"}
 STEERING_FILES = (
     *("interventions", "direct_effects", "effects", "outcome_effects"),
     *("matched_placebos", "baselines", "baseline_effects", "together", "together_effects"),
@@ -57,7 +59,7 @@ STEERING_FILES = (
 def steer_inputs(run: RunFolder, arm: str) -> dict[str, Any]:
     study, config = run.study, run.study.steering
     files = [run.arm(arm, name) for name in ("features.parquet", "selection.parquet", "gate.json")]
-    declared = config.model_dump(mode="json", exclude={"search_prompts", "search_features", "doses", "together"})
+    declared = config.model_dump(mode="json", exclude=_NOT_DECLARED)
     return {
         "version": VERSION,
         "arm": study.identities[arm],
@@ -220,7 +222,7 @@ class _SteeringTest:
         place = rows.names.index("general") if "general" in rows.names else None
         seen = 0
         for start, ids, x in self._run.study.residuals.batches(arm.lm, arm.hook, rows):
-            kept = kept_positions(x, limit)
+            kept = kept_positions(x, limit, rows.counts_of(start, len(ids)))
             acts = arm.sae.encode(x)[..., features]
             sources = torch.from_numpy(np.asarray(rows.sources[start : start + len(ids)]))
             general = torch.ones_like(sources, dtype=torch.bool) if place is None else sources == place

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import HTMLResponse, StreamingResponse
 
+from saeffect.config_chat import prompt_text
 from saeffect.errors import NotFound, SaeffectError
 from saeffect.study.export import FORMATS
 from saeffect.study.stages.dose_search import chosen_dose
@@ -213,7 +214,7 @@ def _defaults(site: Site) -> dict[str, Any]:
             dose = chosen_dose(site.run)[0]
         found |= {"operator": steering.operator, "dose": dose or steering.doses[0]}
     return found | {
-        "prompt": steering.prompts[0],
+        "prompt": prompt_text(steering.prompts[0]),
         "temperature": steering.temperature,
         "top_p": steering.top_p,
         "frequency_penalty": steering.frequency_penalty,
