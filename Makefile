@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env
+.PHONY: demo test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
@@ -46,6 +46,11 @@ browser: .venv/.installed-test
 # The error rates and coverages, each over many simulated studies. `make test` leaves them out.
 simulations: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) -m simulation --sample $(SAMPLE)
+
+# The documentation as a site in build/site; a broken link or an unknown name ends it.
+docs: .venv/.installed-test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	$(BIN)/mkdocs build --strict
 
 # Branch coverage of src/ by the unit layer.
 coverage:
