@@ -36,7 +36,7 @@ _TOKENS = 768  # that a way is judged by
 _MENDS = 0.85
 _SCALES = tuple(2.0 ** (i / 2) for i in range(-24, 25) if i)  # of inputs; between them the named ones
 _NEAR_ONE = 1.5  # a factor below corrects shrinkage, which is no mistake
-_ALIKE = 0.01  # explained variance: of ways that are as good, the first one, which has a name
+_ALIKE = 0.01  # explained variance: of scales that are as good, the first one, which has a name
 _MANY = ("standard", "jumprelu")  # architectures in which any number of features may be active
 _TOPK = (8, 16, 32, 64, 128, 256)
 # An SAE that was trained as TopK has many small activations beside its k, which explain nothing.
@@ -159,7 +159,11 @@ def _best_reading(reading: Reading, x: Tensor, before: float, *, most: int = 2) 
         highest = max((value for _, value in tried), default=-math.inf)
         if not _mends(highest, after):
             break
-        best, after = next(pair for pair in tried if pair[1] >= highest - _ALIKE)
+        found, value = max(tried, key=lambda pair: pair[1])
+        if found.changes[-1].name == "scale":  # a factor that has a name, where it is as good as one between
+            named = [pair for pair in tried if pair[0].changes[-1].name == "scale" and pair[1] >= highest - _ALIKE]
+            found, value = named[0]
+        best, after = found, value
     return _as_topk_if_as_good(best, x, after)
 
 
