@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from tiny_study import make_study
 
@@ -29,10 +31,16 @@ def site_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def undrawn(*_: Any) -> None:
         raise Undefined("not drawn in this test.")
 
-    folder = tmp_path_factory.mktemp("site")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
-        run_study(Study.open(make_study(folder)), folder / "run")
+    # All processes of pytest-xdist share one run.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "finished").exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
+                run_study(Study.open(make_study(folder)), folder / "run")
+            (folder / "finished").touch()
     return folder / "run"
 
 
