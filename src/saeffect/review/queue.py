@@ -7,10 +7,11 @@ of the domain but belong together by nothing. Yes to a decoy is a false positive
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -65,8 +66,7 @@ class Queue:
 
     def of_rater(self, rater: str, store: VerdictStore) -> tuple[Item, ...]:
         """The items as this rater gets them: always the same order, another one for each rater."""
-        secret = store.secret()
-        return tuple(sorted(self.items, key=lambda item: _hidden_name(secret, rater, item)))
+        return tuple(self._named(rater, store).values())
 
     def open_items(self, rater: str, store: VerdictStore) -> list[Item]:
         """The items that this rater has not judged, in their order."""
@@ -79,14 +79,25 @@ class Queue:
 
     def find(self, name: str, rater: str, store: VerdictStore) -> Item:
         """The item of this name; NotFound if the run was made again and no longer has it."""
-        secret = store.secret()
-        for item in self.items:
-            if _hidden_name(secret, rater, item) == name:
-                return item
-        raise NotFound(
-            "this feature is no longer part of the review: the run was made again since it was shown.",
-            fix="go on with the next one. Verdicts on features as they were are kept in the history.",
-        )
+        found = self._named(rater, store).get(name)
+        if found is None:
+            raise NotFound(
+                "this feature is no longer part of the review: the run was made again since it was shown.",
+                fix="go on with the next one. Verdicts on features as they were are kept in the history.",
+            )
+        return found
+
+    def _named(self, rater: str, store: VerdictStore) -> dict[str, Item]:
+        """The rater's items by their hidden names, which order them."""
+        key = store.secret(), rater
+        if key not in self._known:
+            self._known[key] = dict(sorted({_hidden_name(key[0], rater, item): item for item in self.items}.items()))
+        return self._known[key]
+
+    @functools.cached_property
+    def _known(self) -> dict[tuple[Any, str], dict[str, Item]]:
+        """Kept, since a verdict is a matter of milliseconds and a thousand hashes are not."""
+        return {}
 
 
 def make_queue(arms: Mapping[str, pd.DataFrame], *, decoys: float = DECOYS, seed: int = 0) -> Queue:
