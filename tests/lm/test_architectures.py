@@ -16,7 +16,7 @@ from saeffect.lm.architectures import HOOK_MAPPINGS, HookMapping, final_norm, re
 from saeffect.lm.hooks import HOOK_KINDS, capture, edited
 from saeffect.lm.language_model import LanguageModel
 
-HOOKS = [f"blocks.1.{kind}" for kind in HOOK_KINDS]
+HOOKS = [f"blocks.1.{kind}" for kind in HOOK_KINDS if kind != "attn.hook_z"]
 MAPPING = HookMapping(
     blocks=("trunk.stages",), final_norm=("trunk.last",), attn_out=("mixer",), mlp_out=("wide",), resid_mid=("scale",)
 )

@@ -17,6 +17,7 @@ from saeffect.sae.formats import load_sae, save_sae, saved_dtype
 
 D_IN, D_SAE, K = 6, 20, 4
 ON_DISK = [name for name, kind in ARCHITECTURES.items() if kind.saved_as is None]
+ONE_STEP = [name for name in ON_DISK if name != "matching_pursuit"]  # which has tests of its own
 
 
 def _sae(architecture: str, seed: int = 0, **more: Any) -> SparseAutoencoder:
@@ -82,6 +83,8 @@ class TestContract:
                 call(torch.zeros(2, width))
 
     def test_encode_is_the_formula(self, architecture: str, options: dict[str, Any]) -> None:
+        if architecture not in ONE_STEP:
+            pytest.skip("it encodes in many steps")
         sae = _sae(architecture, **options)
         mean, scale = torch.zeros(7, 1), torch.ones(7, 1)
         if options.get("normalize_activations"):
@@ -105,7 +108,7 @@ class TestContract:
 def test_by_hand() -> None:
     """Two features of one input: hidden_pre = (x - 1)·(1, 2) + (0, -1)."""
     expected = {"standard": [2.0, 3.0], "topk": [0.0, 3.0], "jumprelu": [0.0, 3.0], "gated": [8.0, 0.0]}
-    assert set(expected) == {name for name in ON_DISK if not ARCHITECTURES[name].sides}
+    assert set(expected) == {name for name in ONE_STEP if not ARCHITECTURES[name].sides}
     for architecture, acts in expected.items():
         cfg = SaeConfig(architecture, 1, 2, k=1 if architecture == "topk" else None)
         sae = ARCHITECTURES[architecture](cfg)

@@ -196,7 +196,9 @@ def _hook_on(stack: contextlib.ExitStack, module: nn.Module, side: Side, edit: E
         return (edited_there(output[0]), *output[1:]) if isinstance(output, tuple) else edited_there(output)
 
     def edited_there(x: Tensor) -> Tensor:
-        return edit(x).to(x.device)  # of a model that is spread, another device than the edit's may go on
+        found = edit(x)
+        # Of a model that is spread, another device than the edit's may go on.
+        return found.to(x.device) if isinstance(x, Tensor) else found
 
     if side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)

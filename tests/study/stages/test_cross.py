@@ -146,11 +146,11 @@ def test_a_stopped_stage_goes_on_with_the_same_numbers(
     calls: list[str] = []
     measure = cross.spliced_losses
 
-    def third_fails(*arguments: Any) -> Any:
+    def third_fails(*arguments: Any, **more: Any) -> Any:
         calls.append("")
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure(*arguments, **more)
 
     monkeypatch.setattr(cross, "spliced_losses", third_fails)
     with pytest.raises(KeyboardInterrupt):
