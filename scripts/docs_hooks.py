@@ -20,6 +20,11 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_pre_build(config: Any) -> None:
+    """No page asks another server: the search from a folder would load a script from one."""
+    config.extra["polyfills"] = [script for script in config.extra.get("polyfills", []) if "://" not in script]
+
+
 def _existing(entries: list[Any], docs: Path) -> list[Any]:
     kept: list[Any] = []
     for entry in entries:
