@@ -21,7 +21,7 @@ __all__ = ["finetune"]
 _BUNDLED = "bundled:"
 
 
-class NullText(StrEnum):
+class _NullText(StrEnum):
     own = "own"
     general = "general"
 
@@ -46,8 +46,8 @@ def finetune(
         str | None, typer.Option(metavar="STUDY", help="Study for which the nulls are measured; adapters are deleted.")
     ] = None,
     null_text: Annotated[
-        NullText, typer.Option(help="What nulls read: the base model's own samples, or the recipe's control_text.")
-    ] = NullText.own,
+        _NullText, typer.Option(help="What nulls read: the base model's own samples, or the recipe's control_text.")
+    ] = _NullText.own,
     keep_adapters: Annotated[bool, typer.Option("--keep-adapters", help="Keep the nulls' adapters.")] = False,
     keys: Annotated[bool, keys_option("Show the keys of a recipe.", _keys)] = False,
 ) -> None:
