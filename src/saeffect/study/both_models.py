@@ -196,7 +196,7 @@ class ActivationHistograms:
         >>> bars = ActivationHistograms(d_sae=1, n_models=2)
         >>> bars.update([torch.tensor([[0.0], [2.0], [8.0]]), torch.tensor([[1.0], [0.0], [0.0]])])
         >>> table = bars.result()
-        >>> table["top"][0], int(sum(table["counts"][0])), table["mean_activation_beside"][0]
+        >>> float(table["top"][0]), int(sum(table["counts"][0])), float(table["mean_activation_beside"][0])
         (8.0, 2, 1.0)
     """
 
