@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import Annotated
@@ -115,6 +116,8 @@ def main() -> None:
     """
     # Tokenizers warn about forks that this program never makes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # bitsandbytes, where it is installed, warns of kernels that only quantised models would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     keep_freed_memory()
     use_large_pages()
     # typer itself prints the help.
