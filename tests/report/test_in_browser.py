@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,13 @@ import pytest
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
-def at_width(browser: Any, page: str, tmp_path: Path) -> Any:
+def at_width(chromium: Any, page: str, tmp_path: Path) -> Any:
     file = tmp_path / "report.html"
     file.write_text(page, encoding="utf-8")
 
     def open_page(width: int, **options: Any) -> tuple[Any, list[str]]:
-        tab = browser.new_context(viewport={"width": width, "height": 900}, **options).new_page()
+        tab = chromium.new_context(viewport={"width": width, "height": 900}, **options).new_page()
         tab.set_default_timeout(120_000)
         messages: list[str] = []
         tab.on("console", lambda message: messages.append(message.text))

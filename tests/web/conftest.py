@@ -107,19 +107,6 @@ def serve_run() -> Callable[..., Any]:
     return serving
 
 
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """A running Chromium; skips where there is none."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Callable[..., Any]]:
     """`tab(width=1440, **options)`: an empty tab; `tab.messages` holds errors, console lines, and foreign requests."""

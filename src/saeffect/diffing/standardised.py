@@ -44,7 +44,7 @@ def _fires(traces: Sequence[Trace]) -> dict[str, npt.NDArray[np.bool_]]:
     Source: filtering of low counts before testing, as edgeR's filterByExpr; which model has them does not matter, so
     the fine-tune and its nulls stay exchangeable.
     """
-    most = {name: np.zeros(trace.read.shape[1]) for trace in traces[:1] for name in ("read", "written")}
+    most = {name: np.zeros(traces[0].read.shape[1]) for name in ("read", "written")}
     for trace in traces:
         for name, n_tokens in (("read", trace.numbers["n_tokens"]), ("written", trace.texts.size)):
             densities = getattr(trace, name)[2:].astype(np.float64)
