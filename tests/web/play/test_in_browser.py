@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_choose_run_placebo_keep_compare(served: str, tab: Tab, width: int) -> N
     assert page.locator(".side").count() == 2 and len(texts(page)) == 4
     page.click("#placebo")
     until(lambda: len(texts(page)) == 6 and page.is_hidden("#stop"))
-    assert "placebo=matched" in page.url
+    page.wait_for_url(re.compile("placebo=matched"))
     page.click("#keep")
     until(lambda: page.locator("#kept-list li").count() >= 1)
     before = texts(page)
