@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from saeffect.review.store import STORE
 from saeffect.web.features.index import FeatureIndex
-from saeffect.web.features.judged import Given, read_given, with_given
+from saeffect.web.features.judged import Given, read_given, with_given, without_verdicts
 from saeffect.web.features.record import Record, feature_record
 from saeffect.web.features.tables import ArmRoles, RunTables, read_index
 
@@ -41,7 +41,7 @@ class Catalogue:
 def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     """The catalogue of a run directory, made again when a table changes; errors as `Site.study`.
 
-    `blind`: without what people said in the app, so that raters do not see each other's verdicts.
+    `blind`: without what people said, so that raters do not see each other's verdicts.
     """
     study = site.study
     files = [site.folder / "arms" / arm / f"{name}.parquet" for arm in study.config.arms for name in _OF_ARMS]
@@ -65,7 +65,9 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     known = [site.folder / "study.yaml", *files]
     found = site.cached("feature catalogue", known, make)
     if blind:
-        return found
+        return site.cached(
+            "feature catalogue, blind", known, lambda: replace(found, index=without_verdicts(found.index))
+        )
     store = site.folder / STORE
 
     def judged() -> Catalogue:
