@@ -26,7 +26,7 @@ __all__ = ["router"]
 router = APIRouter()
 
 _YEAR = 365 * 24 * 3600
-# Screens are short computations: one after the other they are ready sooner than when threads compete for the interpreter.
+# Screens are short computations: one after the other they are ready sooner than when threads compete for them.
 _turn = Lock()
 _WORDS = {"yes": "Yes", "no": "No", "unsure": "Unsure"}
 
