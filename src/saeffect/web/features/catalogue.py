@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeffect.review.store import STORE
@@ -44,8 +46,7 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     `blind`: without what people said, so that raters do not see each other's verdicts.
     """
     study = site.study
-    files = [site.folder / "arms" / arm / f"{name}.parquet" for arm in study.config.arms for name in _OF_ARMS]
-    files += [site.folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH]
+    known = _files(site.folder, site.arms)
 
     def make() -> Catalogue:
         roles = {name: arm.role for name, arm in study.config.arms.items()}
@@ -62,7 +63,6 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
             index = replace(index, missing=dict.fromkeys(roles, "this study has no SAEs"))
         return Catalogue(study, arms, tables, index)
 
-    known = [site.folder / "study.yaml", *files]
     found = site.cached("feature catalogue", known, make)
     if blind:
         return site.cached(
@@ -76,3 +76,10 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
 
     # SQLite writes beside its file first.
     return site.cached("feature catalogue, judged", [*known, store, store.with_name(f"{STORE}-wal")], judged)
+
+
+@functools.lru_cache(maxsize=4)
+def _files(folder: Path, arms: tuple[str, ...]) -> tuple[Path, ...]:
+    """What the index is made from."""
+    of_arms = (folder / "arms" / arm / f"{name}.parquet" for arm in arms for name in _OF_ARMS)
+    return (folder / "study.yaml", *of_arms, *(folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH))

