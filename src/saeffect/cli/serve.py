@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,6 +112,9 @@ def _run(run: Path, settings: Settings, listening: socket.socket, to_open: str |
     import uvicorn
 
     from saeffect.web.app import create_app
+
+    # A report is put together in a thread while pages are asked for: they must not wait long for their turns.
+    sys.setswitchinterval(0.001)
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
