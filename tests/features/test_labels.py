@@ -41,6 +41,8 @@ def test_stretches_of_active_tokens_are_marked() -> None:
         ("<think>never closed", ""),
         ("# **Label:** hospital wards", "hospital wards"),
         ("- hospital\twards", "hospital wards"),
+        ('1. "hospital wards"', "hospital wards"),
+        ("3D printing", "3D printing"),
         ("...\n!!\nwards", "wards"),
         ("", ""),
         ("Label:", ""),

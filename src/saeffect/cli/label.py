@@ -56,7 +56,7 @@ def label(
             features=chosen,
             limit=limit,
             plan=plan,
-            confirm=lambda cost: _confirmed(cost, price, yes=yes),
+            confirm=lambda cost: _confirmed(cost, price, log, yes=yes),
             log=log,
         )
     if found.empty:
@@ -66,22 +66,26 @@ def label(
     show(f"In {label_file(run, 'ARM').parent.resolve()}, apart from people's labels; saeffect serve shows both.")
 
 
-def _confirmed(cost: Cost, price: tuple[float, float] | None, *, yes: bool) -> bool:
+def _confirmed(cost: Cost, price: tuple[float, float] | None, log: ConsoleProgress, *, yes: bool) -> bool:
+    with log.paused():
+        _show_cost(cost, price)
+        try:
+            return yes or not cost.requests or typer.confirm("Send?")
+        except typer.Abort:  # nobody is there to answer
+            raise ConfigError("nothing was sent, as nobody said yes.", at="--yes", fix="add --yes.") from None
+
+
+def _show_cost(cost: Cost, price: tuple[float, float] | None) -> None:
     from saeffect.report.words.numbers import count, plural
 
     show(f"To {cost.url}, model {cost.model}: top tokens and contexts of {plural(cost.n_features, 'feature')},")
     show(f"and {count(cost.n_contexts)} contexts more to score their labels on. Nothing else of the run is sent.")
     kept = f"; {count(cost.kept)} were answered before" if cost.kept else ""
     show(f"At most {plural(cost.requests, 'request')}{kept}.")
-    if not cost.requests:
-        return True
-    money = (cost.tokens_in * price[0] + cost.tokens_out * price[1]) / 1e6 if price else 0
-    at_most = f": at most about {money:,.4g} at these prices" if price else ""
-    show(f"About {count(cost.tokens_in)} tokens in, at most {count(cost.tokens_out)} out{at_most}.")
-    try:
-        return yes or typer.confirm("Send?")
-    except typer.Abort:  # nobody is there to answer
-        raise ConfigError("nothing was sent, as nobody said yes.", at="--yes", fix="add --yes.") from None
+    if cost.requests:
+        money = (cost.tokens_in * price[0] + cost.tokens_out * price[1]) / 1e6 if price else 0
+        at_most = f": at most about {money:,.4g} at these prices" if price else ""
+        show(f"About {count(cost.tokens_in)} tokens in, at most {count(cost.tokens_out)} out{at_most}.")
 
 
 def _show_labels(found: pd.DataFrame) -> None:

@@ -75,7 +75,7 @@ def _marked(tokens: Sequence[str], activations: Sequence[float]) -> str:
 
 
 def read_label(answer: str) -> str:
-    """The label in an answer: its first line, without thoughts, quotes and "Label:"; "" if there is none.
+    """The label in an answer: its first line, without thoughts, quotes, number and "Label:"; "" if there is none.
 
     Example:
         >>> read_label('<think>hm</think>\\n**Label:** "hospital wards".\\nBecause')
@@ -83,7 +83,7 @@ def read_label(answer: str) -> str:
     """
     lines = [" ".join(line.split()) for line in _THOUGHT.sub("", answer).splitlines()]
     line = next((line for line in lines if re.search(r"\w", line)), "")
-    line = re.sub(r"^\W*label\W*:\W*", "", line, flags=re.IGNORECASE)
+    line = re.sub(r"^(\W*label\W*:\W*|\d+[.)] )", "", line, flags=re.IGNORECASE)
     line = printable_text(line.strip("\"'`*_ .“”‘’#-")) if re.search(r"\w", line) else ""
     return line if len(line) <= LONGEST_LABEL else line[: LONGEST_LABEL - 1] + "…"
 
@@ -132,7 +132,7 @@ def detect(said: Sequence[bool | None], active: Sequence[bool], level: float = 0
 
     Example:
         >>> print(detect([True, True, False, False], [True, True, True, False]).accuracy)
-        0.8333 [0.4178, 0.9556] (n = 4)
+        0.8333 [0.375, 0.9693] (n = 4)
     """
     pairs = [(answer, truth) for answer, truth in zip(said, active, strict=True) if answer is not None]
     of_active = [answer for answer, truth in pairs if truth]

@@ -85,7 +85,8 @@ class Endpoint:
         self._options: dict[str, Any] = {"temperature": 0}
         self._limit = "max_tokens"
         self.requests = self.tokens_in = self.tokens_out = 0
-        proxies = {} if urlsplit(self.url).hostname in _LOOPBACK else None  # None: what the environment says
+        local = urlsplit(self.url).hostname in _LOOPBACK
+        proxies: dict[str, str] | None = {} if local else None  # None: what the environment says
         self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
 
     def kept(self, question: Question) -> str | None:

@@ -152,7 +152,7 @@ def read_labels(folder: Path, arm: str) -> pd.DataFrame:
 def _contexts(run: RunFolder, arm: str, features: list[int], plan: LabelPlan, log: Log) -> pd.DataFrame:
     """`read_contexts`, kept under a name made of what was read."""
     manifest = read_json(run.path("manifest.json"))
-    note = manifest["stages"].get(f"features {arm}")
+    note = manifest.get("stages", {}).get(f"features {arm}")
     if note is None:
         fix = "let the study run on to this stage."
         raise NotFound(f"the features of {arm} are not there yet.", at=str(run.folder), fix=fix)
