@@ -54,6 +54,8 @@ class ListedFeature:
     number: int
     href: str
     label: str
+    model_label: str
+    accuracy: str
     tokens: tuple[tuple[str, str, str], ...]
     domain: bool
     cells: Markup
@@ -160,12 +162,15 @@ def _row(index: FeatureIndex, place: int, basis: str, by: str) -> ListedFeature:
     p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
     coherence, similarity = index.value("coherence", place), index.value(f"similarity_{by}", place)
     fate = index.code(f"fate_{by}", place)
+    accuracy = index.value("accuracy", place)
     return ListedFeature(
         arm=arm,
         role=index.roles[arm],
         number=number,
         href=f"/features/{quote(arm, safe='')}/{number}",
         label=index.verdicts.labels[place],
+        model_label=index.model_labels.get(place, {}).get("label", ""),
+        accuracy=f"detection {fixed(accuracy, 2)}" if isfinite(accuracy) else "",
         tokens=tuple(_listed(token) for token in index.top_tokens(place)),
         domain=index.code("domain", place) == "yes",
         cells=environment()

@@ -53,7 +53,7 @@ def has_looked(request: Request) -> bool:
 def veil(request: Request) -> Veil | None:
     """None where verdicts may be shown: there are none, or one has judged everything or has looked before."""
     site, hosted = request.app.state.site, getattr(request.state, "rater", None) is not None
-    if not (site.folder / STORE).exists():
+    if not hosted and not (site.folder / STORE).exists():
         return None
     here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     if not hosted and rater_cookie(request) not in request.cookies:

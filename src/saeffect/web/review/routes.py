@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from saeffect.errors import ConfigError
-from saeffect.report.tables.review import agreement_view, rater_view
+from saeffect.report.tables.review import agreement_view, model_label_view, rater_view
 from saeffect.report.words.numbers import count
 from saeffect.review.verdicts import VERDICTS
 from saeffect.web.access import own_path
@@ -180,15 +180,16 @@ def _look(request: Request, fields: _Fields) -> Response:
 def _agreement(request: Request) -> Response:
     """How far raters agree, behind the veil."""
     desk = _desk(request)
-    hidden = veil(request)
+    hidden, rater = veil(request), signed_in(request, desk)
     tables: tuple[Any, ...] = ()
     if hidden is None:
         agreed, raters = desk.agreement()
         source = "verdicts.sqlite, what stands now"
-        tables = tuple(view for view in (agreement_view(agreed, source), rater_view(raters, source)) if view)
+        labels = model_label_view(desk.model_labels(rater), "labels/*.parquet") if rater else None
+        tables = tuple(view for view in (agreement_view(agreed, source), rater_view(raters, source), labels) if view)
     numbers = {f"table:{table.name}": f"Table {place}" for place, table in enumerate(tables, 1)}
     values = {"title": "Agreement", "hidden": hidden, "tables": tables, "numbers": numbers}
-    return _show(request, "review_agreement.html.j2", signed_in(request, desk), **values)
+    return _show(request, "review_agreement.html.j2", rater, **values)
 
 
 @router.get("/review/disagreements")
