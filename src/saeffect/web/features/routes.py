@@ -78,7 +78,7 @@ def _list(request: Request) -> Response:
     title = f"Features: {query.q}" if query.q else "Features"
     view = list_view(found.index, query, answer)
     choices = options(query, answer)
-    values = {"view": view, "options": choices, "query": query, "count": count, "hidden": veil(request)}
+    values: dict[str, Any] = {"view": view, "options": choices, "query": query, "count": count, "hidden": veil(request)}
     return page(request, "features.html.j2", title=title, **values)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any
 from urllib.parse import quote
@@ -114,7 +114,7 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
         query=query,
         # Kept: most keystrokes show rows that others have shown.
         rows=tuple(
-            index.kept(("row", place, basis, query.by), lambda place=place: _row(index, place, basis, query.by))
+            index.kept(("row", place, basis, query.by), partial(_row, index, place, basis, query.by))
             for place in found.places.tolist()
         ),
         searched=tuple(search_form(word) for word in query.q.replace('"', " ").split()),
