@@ -176,6 +176,7 @@ def test_what_others_said_opens_when_one_has_judged_everything(run_copy: Path, c
 
 def test_a_blind_review_can_be_ended(run_copy: Path, client_of: Callable[..., Any]) -> None:
     everything(run_copy, "Ben", "no")
+    everything(run_copy, "Zoe", "yes")
     client = client_of(run_copy)
     join(client, "Ann")
     judge(client, "yes")
