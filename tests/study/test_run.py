@@ -18,7 +18,6 @@ from saeffect.study.check import check_study
 from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.study import Study
-from tiny_study import make_study
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -35,11 +34,9 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("study")
-    path = make_study(folder)
-    run_study(Study.open(path), folder / "run")
-    return path, folder / "run"
+def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("study") / "tiny"))
+    return folder / "study.yaml", folder / "run"
 
 
 def test_every_table_and_its_columns_are_on_the_page_of_files(finished: tuple[Path, Path]) -> None:

@@ -15,7 +15,7 @@ WIDTHS = (360, 1280, 2560)
 
 def until(page: Any, condition: str) -> None:
     """Wait for a condition; the page's own policy forbids Playwright's way of polling."""
-    for _ in range(300):
+    for _ in range(1200):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(50)

@@ -137,7 +137,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sae": "bundled:smollm2-treatment",
         },
     }
-    text = {"bundled": "smollm2-sampled", "tokens": 3200, "context_size": 80}
+    text = {"bundled": "smollm2-sampled", "tokens": 1600, "context_size": 80}
     study = {"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 800, "on_failure": "warn"}}
     (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     stages = ("gate", "features", "coherence", "select")
@@ -167,7 +167,4 @@ def test_the_embedded_pair_answers(real_run: Path, serve_run: Callable[..., Any]
         assert len(found) == 6 and all(found) and found[0] != found[1] and found[1] != found[2]
         # The push brings about words at which the feature fires, and these are tinted.
         assert page.locator(".answer.c-steered .text span[class^=a]").count() > 0
-        # Models of a warm server write their first token within a second; here with room for a busy machine.
-        first = float(status(page).split("first token after ")[1].split(" ")[0])
-        assert first < 5
         assert page.messages == []
