@@ -40,7 +40,9 @@ SENTENCES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", default="1", metavar="N[:KEY]", help="run one in N simulations and slow tests; KEY chooses which")
+    parser.addoption(
+        "--sample", default="1", metavar="N[:KEY]", help="run one in N simulations and slow tests; KEY chooses which"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -106,10 +106,3 @@ def _work(
     for number, path in enumerate(said, start=1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     sys.exit(work(arguments))
-
-
-if __name__ == "__main__":  # as torchrun starts it
-    from tiny_study import write_little
-
-    write_little()
-    sys.exit(command(sys.argv[1:]))

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-import processes
 from processes import Forked, command, ranks
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
@@ -33,7 +29,6 @@ STEERING = {
     "batch_size": 6,
     "together": {"control": [[1, 2]]},
 }
-SOURCE = Path(__file__).parents[2] / "src"
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +40,6 @@ def prepared(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "before", folder / "alone")
     run_study(Study.open(folder / "study.yaml"), folder / "alone", stages=("steer",))
     return folder
-
-
-def torchrun(n: int, *arguments: str | Path) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
-    return subprocess.Popen(
-        [*launcher, processes.__file__, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def side_by_side(*arguments: tuple[str | Path, ...]) -> list[Forked]:
@@ -70,7 +54,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 def test_interrupted_processes_end_with_one_process_files(prepared: Path, tmp_path: Path) -> None:
-    """Two processes are killed, two of torchrun get Ctrl-C, and three end what was begun."""
+    """Two processes are killed, two get Ctrl-C, and three end what was begun."""
     run = tmp_path / "run"
     shutil.copytree(prepared / "before", run)
     arguments = ("steer", prepared / "study.yaml", "--out", run)
@@ -81,13 +65,13 @@ def test_interrupted_processes_end_with_one_process_files(prepared: Path, tmp_pa
         one.end()
     assert not (run / "arms/control/interventions.parquet").exists()
 
-    together = torchrun(2, *arguments)
-    while not any(run.glob("partial/steer-placebo/[!.]*.parquet")):
-        assert together.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.005)
-    together.send_signal(signal.SIGINT)  # torchrun passes it on
-    _, errors = together.communicate()
-    assert together.returncode != 0
+    together = side_by_side(arguments, arguments)
+    together[0].wait_until(lambda: any(run.glob("partial/steer-placebo/[!.]*.parquet")))
+    for one in together:  # as torchrun passes it on
+        os.kill(one.process.pid, signal.SIGINT)
+    codes, _, shown = zip(*(one.end() for one in together), strict=True)
+    assert set(codes) == {130}, shown
+    errors = "".join(shown)
     assert errors.count("Interrupted: stopped. What is finished is kept") == 1, errors
     assert (run / "arms/control/interventions.parquet").exists()
     kept = list(run.glob("partial/steer-placebo/[!.]*"))

@@ -34,8 +34,9 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Path, Path]:
     folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("study") / "tiny"))
+    run_study(Study.open(folder / "study.yaml"), folder / "run")  # the report names the folder
     return folder / "study.yaml", folder / "run"
 
 
