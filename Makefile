@@ -5,6 +5,7 @@ STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
 # Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
 TEST_JOBS ?= 2
+SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
@@ -38,7 +39,7 @@ layers: .venv/.installed-test
 	$(BIN)/pytest tests/test_layers.py
 
 doctests: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --doctest-modules src/saeffect
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation and not slow" \
@@ -55,7 +56,7 @@ browser: .venv/.installed-test
 
 # The error rates and coverages, each over many simulated studies, and other slow tests. `make test` leaves them out.
 simulations: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) -m "simulation or slow" --sample $(SAMPLE) $(call marked,(simulation|slow))
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) -m "simulation or slow" --sample $(SAMPLE) $(call marked,(simulation|slow))
 
 # The documentation as a site in build/site; a broken link or an unknown name ends it.
 docs: .venv/.installed-test
