@@ -43,7 +43,7 @@ doctests: .venv/.installed-test
 
 unit: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation and not slow" \
-		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/study tests/sae tests # the longest files first
+		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/report tests/study tests/sae tests # the longest files first
 
 # Only files that have such tests: to collect all would take as long as some of them.
 marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")

@@ -59,6 +59,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in out]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, and so do those that look at the one report that `report/conftest.py` draws."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixtures(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/report" if file.startswith(("tests/report/test_", "tests/report/figures/")) else file
+
+    return ByFixtures(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _small_and_alone() -> None:
     torch.set_num_threads(1)
