@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -60,7 +61,9 @@ class Forked:
     def __init__(
         self, work: Callable[[list[str]], int], arguments: Sequence[str | Path], variables: Mapping[str, str]
     ) -> None:
-        self._said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]
+        self._said = [Path(tempfile.mkdtemp()) / name for name in ("out", "err")]
+        for path in self._said:
+            path.touch()
         given = (work, [str(argument) for argument in arguments], dict(variables), self._said)
         self.process = server().Process(target=_work, args=given)
         self.process.start()
@@ -75,7 +78,7 @@ class Forked:
         self.process.join()
         out, err = (path.read_text(encoding="utf-8") for path in self._said)
         for path in self._said:
-            path.unlink()
+            shutil.rmtree(path.parent)
         return self.process.exitcode, out, err
 
 
