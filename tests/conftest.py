@@ -177,6 +177,25 @@ def real_model() -> LanguageModel:
         pytest.skip(f"the embedded model is neither in the cache nor reachable: {error.message}")
 
 
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the embedded pair up to domain features, on little text. Copy it before changing anything."""
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+
+    model = {"path": "bundled:smollm2-135m-instruct"}
+    tuned = model | {"adapter": "bundled:medical-lora"}
+    arms = {
+        "control": {"role": "control", "model": model, "sae": "bundled:smollm2-control"},
+        "treatment": {"role": "treatment", "model": tuned, "sae": "bundled:smollm2-treatment"},
+    }
+    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
+    study = Study.of({"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 256, "on_failure": "warn"}})
+    run = tmp_path_factory.mktemp("real") / "run"
+    run_study(study, run, stages=("gate", "features", "coherence", "select"))
+    return run
+
+
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """Int64 `[2, 9]`, ids of the tiny models."""

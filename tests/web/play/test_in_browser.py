@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 pytestmark = pytest.mark.browser
 
@@ -119,30 +118,6 @@ def test_no_serious_barrier(served: str, chromium: Any) -> None:
             assert [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")] == []
     finally:
         context.close()
-
-
-@pytest.fixture(scope="module")
-def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded pair up to domain features, on little text."""
-    from saeffect.study.run import run_study
-    from saeffect.study.study import Study
-
-    folder = tmp_path_factory.mktemp("real")
-    model = "bundled:smollm2-135m-instruct"
-    arms = {
-        "control": {"role": "control", "model": model, "sae": "bundled:smollm2-control"},
-        "treatment": {
-            "role": "treatment",
-            "model": {"path": model, "adapter": "bundled:medical-lora"},
-            "sae": "bundled:smollm2-treatment",
-        },
-    }
-    text = {"bundled": "smollm2-sampled", "tokens": 1600, "context_size": 80}
-    study = {"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 800, "on_failure": "warn"}}
-    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
-    stages = ("gate", "features", "coherence", "select")
-    run_study(Study.open(folder / "study.yaml"), folder / "run", stages=stages)
-    return folder / "run"
 
 
 @pytest.mark.real
