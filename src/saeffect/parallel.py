@@ -46,9 +46,8 @@ _PEER_LOST = re.compile(
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process' number, from 0, and the number of processes: (0, 1) without `torchrun`.
-
-    ConfigError if RANK and WORLD_SIZE contradict each other.
+    """This process' number, from 0, and the number of processes: (0, 1) without `torchrun`. ConfigError if RANK and
+    WORLD_SIZE contradict each other.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
@@ -73,9 +72,8 @@ def device_of_process() -> str:
 
 
 def join() -> int:
-    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs; returns the number of processes.
-
-    Does nothing for a single process, or if PyTorch's process group exists.
+    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs, unless there is one alone or
+    PyTorch's process group exists; returns the number of processes.
     """
     import torch
     import torch.distributed as dist
@@ -118,9 +116,8 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, for days if needed.
-
-    Here and in `from_first`, `add_up` and `gathered`: Interrupted if one of them is gone.
+    """Wait for all processes, for days if needed. Here and in `from_first`, `add_up` and `gathered`: Interrupted if
+    one is gone.
     """
     if join() > 1:
         import torch.distributed as dist
@@ -194,10 +191,10 @@ def _translate_peer_loss() -> Iterator[None]:
 
 
 class Interruption:
-    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at once.
+    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at
+    once.
 
-    Signals that the process ignores (nohup, background jobs) stay ignored. Outside the main thread signals are not
-    caught.
+    Signals that the process ignores (nohup, background jobs) stay ignored; outside the main thread none is caught.
     """
 
     def __init__(self) -> None:

@@ -17,10 +17,9 @@ _BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 def user_path(text: Path | str, *, at: str | None = None) -> Path:
-    """A path as typed by the user, which need not exist; `~` is the home folder.
-
-    ConfigError if no file could have this name: null character, lone surrogate, too long, unknown home folder, or a
-    folder on the way that may not be entered.
+    """A path as typed by the user, which need not exist; `~` is the home folder. ConfigError if no file could have
+    this name: null character, lone surrogate, too long, unknown home folder, or behind a folder that may not be
+    entered.
 
     Example:
         >>> user_path("saes/control").as_posix()
@@ -64,10 +63,8 @@ def refuse_special(path: Path, kind: str) -> None:
 
 
 def read_bytes(path: Path | str, kind: str) -> bytes:
-    """The bytes of a file that the user named; `~` is the home folder, `kind` its name in messages ("vocabulary").
-
-    NotFound if there is no such file, BadFile if it is a folder, a pipe or not readable, ConfigError for an impossible
-    path.
+    """The bytes of a file that the user named; `kind` is its name in messages ("vocabulary"). NotFound: no such
+    file; BadFile: a folder, a pipe or not readable; ConfigError: an impossible path.
     """
     file = user_path(path)
     refuse_special(file, f"{kind} file")
@@ -81,9 +78,8 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
 
 
 def decode_utf8(data: bytes, *, at: str) -> str:
-    """The text of `data`, without a byte order mark.
-
-    BadFile for invalid UTF-8 or a null byte (UTF-16); the message gives byte, position (from 0) and line (from 1).
+    """The text of `data`, without a byte order mark. BadFile for invalid UTF-8 or a null byte (UTF-16), with byte,
+    position (from 0) and line (from 1).
 
     Example:
         >>> decode_utf8(bytes.fromhex("efbbbf") + b"cancer", at="words.txt")
@@ -150,11 +146,8 @@ def resolve_paths(values: Any, folder: Path, *, at: str) -> Any:
     """The contents of a study or recipe file, `values`, with every path in it made absolute.
 
     Paths are relative to the file's folder. Names (a hub id, a bundled word list) stay names unless such a file exists
-    there; bundled names always win.
-
-    Raises:
-        ConfigError: An impossible path.
-        NotFound: The path exists only relative to the current folder.
+    there; bundled names always win. ConfigError: an impossible path; NotFound: one that exists only relative to the
+    current folder.
     """
     return _resolved(values, folder.resolve(), at, ())
 

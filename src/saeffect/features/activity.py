@@ -55,11 +55,8 @@ class ActivityAccumulator:
 
     def update(self, feature_acts: Tensor, sources: Sequence[str]) -> None:
         """Add a batch: `feature_acts` [n, d_sae], any float dtype, and the name of each token's source, [n].
-
-        Raises:
-            ShapeMismatch: The shape is not [n, d_sae], or there are not n sources.
-            UnknownName: A source was not named on creation.
-            BadFile: An activation is NaN or plus infinity; the batch is then not counted.
+        ShapeMismatch for others; UnknownName: a source that was not named on creation; BadFile: NaN or plus
+        infinity, and nothing is counted.
         """
         if feature_acts.ndim != 2 or feature_acts.shape[1] != self.d_sae:
             raise ShapeMismatch(
@@ -85,11 +82,10 @@ class ActivityAccumulator:
         self._max.scatter_reduce_(0, feature, value, "amax")
 
     def result(self) -> pd.DataFrame:
-        """One row a feature, over all tokens so far.
-
-        feature (int64); density, the share of tokens on which it is active; mean_activation over those tokens (in the
-        SAE's units, NaN if n_active is 0); max_activation (0 if never active); n_active (int64); density_<source>, the
-        share of that source's tokens. Densities and the maximum are NaN where no token was seen.
+        """One row a feature, over all tokens so far: feature (int64); density, the share of tokens on which it is
+        active; mean_activation over those tokens (in the SAE's units, NaN if n_active is 0); max_activation (0 if
+        never active); n_active (int64); density_<source>, the share of that source's tokens. Densities and the
+        maximum are NaN where no token was seen.
         """
         tokens, n_active = self.n_tokens, self._active.sum(dim=0).numpy()
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that is wanted
@@ -112,8 +108,6 @@ class ExampleCollector:
     `window` tokens of context before the peak are kept and `window // 3` after it, both within the sequence. Memory:
     `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids. With `beside`, each update also takes
     activations of the same tokens in another model, and the contexts hold both.
-
-    Raises `ConfigError`: `n_examples` is below 1, or `window` below 0.
 
     Example:
         >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
@@ -158,8 +152,8 @@ class ExampleCollector:
             sources: [B], the name of each sequence's text source; "" by default.
             beside: [B, S, d_sae], the same features on the same tokens in another model; if asked for on creation.
 
-        Raises `ShapeMismatch`: shapes do not fit; `BadFile`: an activation that counts is NaN or plus infinity, or a
-        token id is negative.
+        ShapeMismatch: shapes do not fit; BadFile: an activation that counts is NaN or plus infinity, or a negative
+        token id.
         """
         acts, token_ids = feature_acts.detach(), token_ids.detach()
         self._check(acts, token_ids, mask, sources)
@@ -198,8 +192,7 @@ class ExampleCollector:
 
         feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`), tokens
         (list of str, copied unchanged), activations (list of float, one a token), source; with `beside` also
-        activations_beside. A feature that fired in fewer
-        than `n_examples` sequences has fewer rows, or none.
+        activations_beside. A feature that fired in fewer than `n_examples` sequences has fewer rows, or none.
         """
         highest = int(self._tokens.max())
         if highest >= len(token_strings):

@@ -29,11 +29,8 @@ _WORD_PART = re.compile(r"[^\W_]+")
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """Words and their vectors; `name` is a bundled name, or the source file.
-
-    Attributes:
-        words: Row of each word in `vectors`, spelled as in the source; look-ups of tokens are lower-case.
-        vectors: float32 [n, dim], finite, read-only.
+    """Words, spelled as in the source, with their rows in `vectors`, float32 [n, dim], finite, read-only; `name` is
+    a bundled name, or the source file. Look-ups of tokens are lower-case.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
@@ -92,10 +89,9 @@ class WordVectors:
         return row if row >= 0 and self.vectors[row].any() else -1
 
     def mean_vector(self, text: str) -> FloatArray | None:
-        """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is known.
-
-        Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as one word if
-        it is known, else as its parts.
+        """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is
+        known. Words are runs of letters and digits, lower-cased; a compound ("well-known", "patient's") is one word
+        if known, else its parts.
         """
         known: list[int] = []
         for match in _WORD.finditer(text.lower()):
@@ -105,9 +101,8 @@ class WordVectors:
         return self.vectors[known].mean(axis=0, dtype=np.float64).astype(np.float32) if known else None
 
     def similarity(self, text_a: str, text_b: str) -> float:
-        """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word.
-
-        Values near 0.9 are ordinary between unrelated sentences: compare values with each other, not with 0.
+        """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word. Values near 0.9
+        are ordinary between unrelated sentences: compare values with each other, not with 0.
         """
         a, b = self.mean_vector(text_a), self.mean_vector(text_b)
         if a is None or b is None:
@@ -122,12 +117,8 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     Formats, detected from the content: GloVe text (`word x1 ... xd` a line), word2vec text (the same after a line
     `count dim`), both also gzipped; word2vec binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`;
     `.safetensors` as bundled here (`vectors`, with the words in a `.words.txt` beside it). Pickles, including gensim's
-    `.kv`, are refused.
-
-    Raises:
-        UnknownName: Neither a bundled name nor a path.
-        NotFound: There is no such file.
-        BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
+    `.kv`, are refused. UnknownName: neither a bundled name nor a path; NotFound: no such file; otherwise as
+    `read_vectors`.
 
     Example:
         >>> glove = load_embeddings("glove-wiki-gigaword-100")

@@ -42,9 +42,8 @@ class AdapterFile:
         return str(self.config["peft_type"])
 
     def other_base(self, model: str, own_name: object = None) -> str | None:
-        """One line if the adapter names another base model than `model` (or `own_name`, of its config.json), else None.
-
-        Only the last parts of names are compared: folders of a model differ between machines.
+        """One line if the adapter names another base model than `model` (or `own_name`, of its config.json), else
+        None. Only the last parts of names are compared: folders of a model differ between machines.
 
         Example:
             >>> AdapterFile(Path(), {"base_model_name_or_path": "org/other"}, {}).other_base("org/mine")
@@ -58,12 +57,10 @@ class AdapterFile:
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
-    """Read the configuration and the weights' header of an adapter, a folder or hub id. Nothing large is loaded.
+    """The configuration and the weights' header of an adapter, a folder or hub id; nothing large is loaded.
 
-    Raises:
-        NotFound: It cannot be fetched.
-        BadFile: No weights in safetensors, truncated weights, or an invalid configuration.
-        ConfigError: A kind of adapter that cannot be merged, or sizes that its weights do not have.
+    NotFound: it cannot be fetched. BadFile: no safetensors, truncated weights, or an invalid configuration.
+    ConfigError: a kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
     folder = _on_this_machine(adapter, where)
     config = read_json(folder / ADAPTER_CONFIG)
@@ -171,11 +168,8 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     """Load an adapter into the model and merge it there, in float32: bfloat16 would round small updates away.
 
     PEFT ignores tensors that have no place in the model, leaves missing ones at random values, and merges even where
-    that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging.
-
-    Raises:
-        IncompatibleModels: A tensor found no place, or has another value there.
-        ConfigError: The adapter cannot be merged, or merging changes the model.
+    that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging:
+    IncompatibleModels if a tensor is not as in the file, ConfigError if merging fails or changes the model.
     """
     from peft import PeftModel
 
@@ -214,10 +208,8 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
 def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
     """Load an adapter beside the model's weights, which stay as they are: quantised, or spread over devices.
 
-    Raises:
-        IncompatibleModels: A tensor found no place, or has another value there.
-        ConfigError: The adapter changes the embedding or unembedding, which are read as matrices; or part of the model
-            lies on disk.
+    IncompatibleModels as `merge_adapter`. ConfigError: it changes the embedding or unembedding, which are read as
+    matrices; or part of the model lies on disk.
     """
     from peft import PeftModel
 
@@ -349,12 +341,7 @@ def _largest(difference: Tensor) -> float:
 
 
 def _last_part(name: str) -> str:
-    """Last part of a path, a hub id or a bundled name, in lower case.
-
-    Example:
-        >>> _last_part("bundled:smollm2-135m-instruct") == _last_part("HuggingFaceTB/SmolLM2-135M-Instruct")
-        True
-    """
+    """Last part of a path, a hub id or a bundled name, in lower case."""
     if name.startswith((".", "~")):
         name = str(Path(name).expanduser().resolve())
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].rpartition(":")[2].removesuffix(".gguf").casefold()

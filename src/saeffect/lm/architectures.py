@@ -140,10 +140,9 @@ def _model_type(base: Any) -> str:
 
 @torch.no_grad()
 def unembedding(lm: LanguageModel) -> Tensor:
-    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
-
-    Where the final norm centres its input, columns are also centred over `d_model`. Norm and head are measured;
-    ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
+    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the
+    vocabulary; where the norm centres its input, columns are also centred over `d_model`. Norm and head are
+    measured; ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
     """
     head = lm.model.get_output_embeddings()
     scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])

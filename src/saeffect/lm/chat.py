@@ -92,11 +92,8 @@ def own_template(tokenizer: Any) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """A tokenizer and the chat template that writes conversations for it.
-
-    Attributes:
-        template: Jinja, as transformers renders it.
-        whose: Where the template comes from, in words.
+    """A tokenizer and the chat template (Jinja, as transformers renders it) that writes conversations for it;
+    `whose` says where the template comes from.
     """
 
     tokenizer: Any
@@ -106,10 +103,7 @@ class ChatFormat:
     @classmethod
     def of(cls, tokenizer: Any, template: str | None = None, *, at: str = "chat_template") -> Self:
         """The format of a tokenizer; `template` is a file or the template itself, the tokenizer's own if None.
-
-        Raises:
-            ConfigError: There is no template, or it is not valid Jinja.
-            NotFound: There is no such file.
+        ConfigError: no template, or no valid Jinja; NotFound: no such file.
         """
         if template is None:
             own = own_template(tokenizer)
@@ -146,9 +140,8 @@ class ChatFormat:
         return fingerprint(self.template)
 
     def written(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **variables: Any) -> str:
-        """A conversation as text; with `reply` up to where the assistant goes on.
-
-        ConfigError if the template refuses it, such as a system message that it has no place for.
+        """A conversation as text; with `reply` up to where the assistant goes on. ConfigError if the template
+        refuses it, such as a system message that it has no place for.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -186,17 +179,13 @@ class ChatFormat:
         return text.startswith(bos) and text.count(bos) == 1
 
     def encode(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False) -> Encoded:
-        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and who says each token.
+        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and who says each
+        token.
 
-        A token belongs to the side that says its last character. Where the template marks the assistant's text with
-        `{% generation %}`, that decides; elsewhere it is the content and the special token that ends the turn.
-
-        Args:
-            messages: As `plain_messages` gives them.
-            reply: Up to where the assistant goes on: after the mark that begins its turn, or within its last message.
-
-        Raises:
-            ConfigError: The template refuses the conversation; or the tokenizer does not say where tokens begin.
+        A token belongs to the side that says its last character. Where the template marks the assistant's text with `{%
+        generation %}`, that decides; elsewhere it is the content and the special token that ends the turn. `messages`
+        are as `plain_messages` gives them; with `reply`, up to where the assistant goes on. ConfigError: the template
+        refuses the conversation, or the tokenizer does not say where tokens begin.
         """
         text = self.written(messages, reply=reply)
         if not getattr(self.tokenizer, "is_fast", False):

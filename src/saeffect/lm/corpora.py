@@ -48,21 +48,16 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
-    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left out.
+    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left
+    out.
 
-    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `messages_of`.
+    `source` is as in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
+    files, read by name; a folder from `save_to_disk` of datasets; or a dataset on the hub (streamed), `org/name` or
+    `hf:name`. `field` (or a template) holds the text where `source` is a path. With `chat` a document is a list of
+    messages, or its JSON in a text, and comes as JSON: see `messages_of`.
 
-    Args:
-        source: As in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
-            files, read by name; a folder from `save_to_disk` of the library datasets; or a dataset on the hub
-            (streamed), `org/name` or `hf:name`.
-        field: Field of a row with the text, or a template, where `source` is a path alone.
-
-    Raises:
-        NotFound: No such file or dataset.
-        BadFile: Another encoding or format, damaged, too long a line, or a row without text (with its line).
-        ConfigError: `source` is no valid path, or `field` no template.
-        EmptySelection: No document.
+    NotFound: no such file or dataset. BadFile: another encoding or format, damaged, too long a line, or a row without
+    text (with its line). ConfigError: an impossible path or template. EmptySelection: no document.
     """
     source = TextSource.model_construct(path=source, field=field) if isinstance(source, str) else source
     how, count = TextField.parse(source.field), 0
@@ -85,8 +80,9 @@ def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
 
 
 def read_rows(source: TextSource) -> Iterator[Row]:
-    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as `read_corpus`,
-    of fields none."""
+    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as
+    `read_corpus`.
+    """
     field = TextField.parse(source.field)
     path = user_path(source.path)
     refuse_special(path, "text")
@@ -116,8 +112,7 @@ def is_local(source: TextSource) -> bool:
 def source_files(source: TextSource) -> list[Path]:
     """The files that a local source stands for, by name; NotFound if a pattern or a folder has none.
 
-    Of a folder those with a known ending; if names say which split they are of (`train-00000.parquet`, `test/a.csv`),
-    those of the source's split.
+    Of a folder those with a known ending; if names say of which split (`train-00000.parquet`), those of the source's.
     """
     path = user_path(source.path)
     if path.is_file() or (path.exists() and not path.is_dir()):
@@ -161,7 +156,7 @@ def source_identity(source: TextSource) -> Any:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is held out: decided by its content, so duplicates stay together.
+    """Whether a document is held out: decided by its content, so that duplicates stay together.
 
     Example:
         >>> sum(is_held_out(str(i), 0.1) for i in range(1000))
@@ -228,9 +223,8 @@ def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
 class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
-    Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
-    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order. `how`
-    says what a document is.
+    Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all, without
+    the share `held_out` of documents. The seed mixes `buffer` documents of each source; 1 keeps file order.
     """
 
     lm: LanguageModel
@@ -258,10 +252,8 @@ class StreamedText:
         return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *more])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
-        """Token ids, int32 `[context_size]`, one row after the other.
-
-        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read
-        or is shorter than a row.
+        """Token ids, int32 `[context_size]`, row by row. EmptySelection if the text ends before `tokens` tokens;
+        SaeffectError, naming the source, if one cannot be read or is shorter than a row.
         """
         streams = [self._stream(index) for index in range(len(self.sources))]
         count = 0

@@ -48,9 +48,8 @@ class Duplicates:
 
 
 def find_duplicates(texts: Iterable[str], share: float) -> Duplicates:
-    """Compare the held-out documents of a text, those of `is_held_out(text, share)`, with the others.
-
-    Equal documents are on one side anyway. Of a long text the first 40 million characters are compared.
+    """Compare the held-out documents of a text, those of `is_held_out(text, share)`, with the others; equal
+    documents are on one side anyway. Of a long text the first 40 million characters are compared.
     """
     training: list[NDArray[np.uint64]] = []
     held_out: list[tuple[str, NDArray[np.uint64]]] = []

@@ -61,13 +61,9 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     """Train a LoRA adapter and write it to `out`.
 
     A run that was stopped, also with `kill -9`, resumes from its last checkpoint (in `out/checkpoint`) and ends with
-    the same weights; a finished one is not repeated.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; the message says how to resume.
-        BadFile: The loss is not finite; or something cannot be written.
-        ConfigError: `out` holds what another configuration, model, text or program made; or a module is missing.
-        InUse: Another process trains into `out`.
+    the same weights; a finished one is not repeated. Interrupted: Ctrl-C or SIGTERM. BadFile: the loss is not finite,
+    or something cannot be written. ConfigError: `out` holds what something else made, or a module is missing. InUse:
+    another process trains into `out`.
     """
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
@@ -290,9 +286,8 @@ def _cross_entropy(model: Any, rows: NDArray[np.int32], counts: NDArray[np.bool_
 def perplexity(
     model: Any, rows: NDArray[np.int32], *, batch_size: int = 8, counts: NDArray[np.bool_] | None = None
 ) -> float:
-    """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`.
-
-    At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted. With
+    """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`: at
+    least 1, the effective number of equally likely next tokens. A BOS in front is read, not predicted. With
     `counts`, bool as `rows`, over those tokens alone.
     """
     parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]

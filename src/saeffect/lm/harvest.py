@@ -68,19 +68,12 @@ def harvest(
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
     A harvest that was killed continues after its last whole shard. Under `torchrun` each process writes its share of
-    the shards (the files are those of one process); `rows` and `out` must then be the same in every process.
+    the shards (the files are those of one process); `rows` and `out` must then be the same in every process. A shard
+    has `rows_per_shard` rows of text, a forward pass `batch_size`.
 
-    Args:
-        hook: TransformerLens name.
-        rows_per_shard: Rows of text a shard.
-        batch_size: Rows a forward pass.
-
-    Raises:
-        ConfigError: As `check_rows`; the folder holds another harvest; or the disk is too small for the shards.
-        EmptySelection: No rows.
-        BadFile: A shard cannot be written; or `harvest.json` is damaged.
-        InUse: Another process harvests into this folder.
-        Interrupted: Ctrl-C; whole shards stay.
+    ConfigError: as `check_rows`; the folder holds another harvest; or the disk is too small. EmptySelection: no rows.
+    BadFile: a shard cannot be written, or `harvest.json` is damaged. InUse: another process harvests into this folder.
+    Interrupted: Ctrl-C; whole shards stay.
     """
     out = Path(out)
     check_rows(lm, hook, rows)
@@ -191,9 +184,8 @@ class ShardSource(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`; BadFile for a damaged shard.
-
-        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
+        """See `ActivationSource`; BadFile for a damaged shard. Shards are shuffled, and tokens within `pool_shards`
+        of them. Memory holds two such pools.
         """
         lengths = self.lengths()
         visits = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
@@ -218,10 +210,7 @@ class ActivationStore(ShardSource):
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Open a harvest.
-
-        NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards.
-        """
+        """Open a harvest. NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards."""
         folder = Path(folder)
         store = cls(folder, _read_note(folder))
         if not store.shards():

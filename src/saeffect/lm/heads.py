@@ -40,11 +40,10 @@ def hook_width(lm: LanguageModel, hook: str) -> int:
 
 @torch.no_grad()
 def heads_to_residual(lm: LanguageModel, hook: str, rows: Tensor) -> Tensor:
-    """What directions at a hook, `[n, width]`, add to the residual stream, float32 `[n, d_model]`.
-
-    At attention heads that is their product with the output projection and, where the block normalises what attention
-    adds (Gemma), with that norm's weight; its division by each token's own norm is left out, which changes lengths,
-    not which tokens a direction promotes. At other hooks it is the rows themselves.
+    """What directions at a hook, `[n, width]`, add to the residual stream, float32 `[n, d_model]`: the rows
+    themselves, but at attention heads their product with the output projection and, where the block normalises what
+    attention adds (Gemma), that norm's weight. Its division by each token's own norm is left out: it changes
+    lengths, not which tokens come first.
     """
     layer = _layer_of_heads(hook)
     if layer is None:

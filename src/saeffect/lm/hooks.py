@@ -36,11 +36,11 @@ class HookPoint:
     """A place to read or edit: a TransformerLens name, its block (from 0), and one of `HOOK_KINDS`.
 
     `blocks.{i}.hook_resid_pre` is the residual stream that enters block i, `hook_resid_mid` after its attention,
-    `hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add. The values are the
-    model's own: to get those of TransformerLens' default `center_writing_weights` (LayerNorm models), subtract the mean
-    over dimensions. `attn.hook_z` is what the attention's output projection reads, the heads side by side
-    (TransformerLens has them apart). Other hooks are refused unless, on a few tokens, the stream is what was before
-    plus what the halves add.
+    `hook_resid_post` what leaves it; `hook_attn_out` and `hook_mlp_out` are what the two halves add; `attn.hook_z` is
+    what attention's output projection reads, the heads side by side (TransformerLens has them apart). Values are the
+    model's own: for those of TransformerLens' default `center_writing_weights` (LayerNorm models) subtract the mean
+    over dimensions. Other hooks are refused unless, on a few tokens, the stream is what was before plus what the halves
+    add.
     """
 
     name: str
@@ -53,11 +53,8 @@ class _Reached(BaseException):
 
 
 def parse_hook(name: str, n_layers: int | None = None, *, at: str | None = None) -> HookPoint:
-    """Read a hook name, or the name of a transformers module as `hook_of_module` does.
-
-    Raises:
-        UnknownName: The kind is not in `HOOK_KINDS`.
-        ConfigError: The name has another form, or the model has no such block.
+    """Read a hook name, or the name of a transformers module as `hook_of_module` does. UnknownName: the kind is not
+    in `HOOK_KINDS`; ConfigError: the name has another form, or the model has no such block.
 
     Example:
         >>> parse_hook("blocks.8.hook_resid_pre").layer
@@ -102,9 +99,8 @@ def hook_of_module(path: str) -> str | None:
 
 
 def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
-    """IncompatibleSae if a module's output, such as that of "layers.8.mlp", is not the tensor at the hook of that name.
-
-    Gemma 2 and 3, for example, normalise the MLP's output before adding it, and `hook_mlp_out` is what they add.
+    """IncompatibleSae if a module's output, such as that of "layers.8.mlp", is not the tensor at the hook of that
+    name: Gemma 2 and 3, for example, normalise the MLP's output, and `hook_mlp_out` is what they then add.
     """
     point = parse_hook(hook_of_module(path) or path, lm.n_layers, at=at)
     if point.kind not in ("hook_attn_out", "hook_mlp_out"):
@@ -123,9 +119,8 @@ def require_module_output(lm: LanguageModel, path: str, *, at: str) -> None:
 def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
     """The activation at a hook, `[batch, sequence, d_model]` in the model's dtype; later blocks do not run.
 
-    Raises:
-        ConfigError: The model has no such hook, or activations there exceed what its dtype can hold.
-        ShapeMismatch: `input_ids`, int64, are not `[batch, sequence]` (without padding), or empty.
+    ConfigError: no such hook, or activations that its dtype cannot hold. ShapeMismatch: `input_ids`, int64, are not
+    `[batch, sequence]` (without padding), or empty.
     """
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ShapeMismatch(f"token ids have shape {tuple(input_ids.shape)}; expected [batch, sequence], not empty.")
@@ -152,9 +147,8 @@ def capture(lm: LanguageModel, hook: str, input_ids: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def edited(lm: LanguageModel, hook: str, edit: Edit) -> Iterator[None]:
-    """While the block runs, every forward pass has the activation at `hook` replaced by `edit(activation)`.
-
-    `edit` gets and returns `[batch, sequence, d_model]` and must not change its input. ConfigError: no such hook.
+    """While the block runs, every forward pass has the activation at `hook` replaced by `edit(activation)`, which
+    gets and returns `[batch, sequence, d_model]` and must not change its input. ConfigError: no such hook.
     """
     with _attached(lm.model, parse_hook(hook, lm.n_layers), edit):
         yield

@@ -78,10 +78,8 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
 def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
     """Where the base weights are: a local path, or the hub id for transformers.
 
-    Raises:
-        NotFound: A path that does not exist, or a folder without a config.json.
-        UnknownName: A `bundled:` name other than the embedded model.
-        ConfigError: Neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
+    NotFound: no such path, or a folder without config.json. UnknownName: another `bundled:` name than the embedded
+    model's. ConfigError: neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
     """
     where = f"{at}.path" if at else None
     if config.path.startswith(BUNDLED):
@@ -123,9 +121,8 @@ def _require_model(folder: Path, name: str, where: str | None) -> None:
 
 
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
-    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id.
-
-    NotFound if a folder is missing or no adapter; UnknownName for a `bundled:` name that does not exist.
+    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id. NotFound if a folder is
+    missing or no adapter; UnknownName for a `bundled:` name that does not exist.
     """
     where = f"{at}.adapter" if at else None
     if config.adapter is None:
@@ -148,16 +145,13 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 
 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
-    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or spread.
+    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or
+    spread.
 
-    `config` may be just a path or id; `at` is its key in the study file, for error messages.
-
-    Raises:
-        NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights do
-            not have; or an adapter that is pickled.
-        IncompatibleModels: An adapter that does not fit the base model.
-        ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
+    `config` may be just a path or id; `at` is its key in the study file, for errors. NotFound: no such path or hub id,
+    or no safetensors there. BadFile: weights that are truncated, hold NaN or are not the model's; sizes in config.json
+    that the weights do not have; a pickled adapter. IncompatibleModels: the adapter does not fit. ConfigError: it
+    cannot be merged, or a folder has both a model and an adapter.
     """
     config = ModelConfig(path=config) if isinstance(config, str) else config
     base = locate_model(config, log=log, at=at)

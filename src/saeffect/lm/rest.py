@@ -19,16 +19,11 @@ __all__ = ["Rest"]
 
 
 class Rest:
-    """The part of a model behind a hook of the residual stream; behind another hook, the model with that value there.
+    """The part of a model behind a hook of the residual stream; behind another hook, the model with that value
+    there.
 
-    That skipping the blocks before gives the same is measured on a few tokens (some architectures pass more from block
-    to block than the stream). Where it does not, or the hook is no place of the stream, every block runs.
-
-    Attributes:
-        n_skipped: Blocks that do not run.
-
-    Raises:
-        ConfigError: The model has no such hook.
+    That skipping the `n_skipped` blocks before gives the same is measured on a few tokens (some architectures pass more
+    from block to block than the stream). Where it does not, every block runs. ConfigError: no such hook.
     """
 
     def __init__(self, lm: LanguageModel, hook: str) -> None:
@@ -41,10 +36,11 @@ class Rest:
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, x: Tensor) -> Tensor:
-        """Logits `[batch, sequence, d_vocab]`, of the model's dtype, with `x` `[batch, sequence, d_model]` at the hook.
+        """Logits `[batch, sequence, d_vocab]`, of the model's dtype, with `x` `[batch, sequence, d_model]` at the
+        hook.
 
-        `ids`, int64 `[batch, sequence]`, give the positions (and what ran before, if not all of it is skipped). `x` is
-        converted to the model's dtype. ShapeMismatch if the two do not fit.
+        `ids`, int64 `[batch, sequence]`, give the positions (and what ran before, if not all of it is skipped).
+        ShapeMismatch if the two do not fit.
         """
         width = hook_width(self._lm, self._hook)
         if ids.ndim != 2 or x.shape != (*ids.shape, width):

@@ -53,10 +53,7 @@ def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator
 
     Packed, Parquet and Arrow files are recognised by their first bytes, the others by their name: `.txt`, a document a
     paragraph; `.csv` and `.tsv`, with a line of column names; `.json`, an array of objects; any other, one a line.
-
-    Raises:
-        BadFile: Another format or encoding, damaged, or too long a line; with its place.
-        ConfigError: No such encoding.
+    BadFile, with its place: another format or encoding, damaged, too long a line. ConfigError: no such encoding.
     """
     try:
         with path.open("rb") as file:

@@ -70,13 +70,10 @@ def is_sae_name(place: Path | str) -> bool:
 def locate_sae(place: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
     """The folder of an SAE, fetched on the first call; a path is returned as it is.
 
-    Raises:
-        UnknownName: A release or id that the list does not have.
-        ConfigError: A name of another form.
-        NotFound: No such repository, folder or file, or no leave to read it.
-        Unreachable: Not in the cache, and the hub cannot be reached or must not be (offline mode).
-        IncompatibleSae: A kind of SAE that is not read here.
-        BadFile: A pickled file that would run code, or holds no SAE.
+    UnknownName: a release or id that the list does not have. ConfigError: a name of another form. NotFound: no such
+    repository, folder or file, or no leave to read it. Unreachable: not in the cache, and the hub cannot be reached or
+    must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a pickled file that would run
+    code, or holds no SAE.
     """
     if not is_sae_name(place):
         return Path(place)

@@ -33,7 +33,7 @@ def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
     """Share of the variance about the mean that the reconstruction keeps: R² pooled over tokens and dimensions.
 
     Both are `[n_tokens, d_in]` of any float dtype, summed in float64. At most 1; 0 for predicting the mean; negative
-    when worse than that. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
+    when worse. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
 
     Example:
         >>> explained_variance(torch.tensor([[2., 0.], [0., 4.]]), torch.tensor([[2., 1.], [0., 3.]]))
@@ -101,11 +101,10 @@ class ReconstructionSums:
 
 @torch.inference_mode()
 def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
-    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
-
-    explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
-    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder
-    also explained_variance_base and explained_variance_tuned, of each model's half.
+    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`: explained_variance;
+    l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (of features that never
+    fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder also
+    explained_variance_base and explained_variance_tuned, of each model's half.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     by_side = [ReconstructionSums(sae.cfg.d_in // len(sae.sides)) for _ in sae.sides]
@@ -164,7 +163,7 @@ def spliced_losses(
 
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
     replaced, nor is what `counts`, bool as `rows`, leaves out. A BOS in front is never predicted. `seen` gets each
-    batch's activations at the hook that count, `[n_kept, d_model]`, of the model's dtype.
+    batch's activations that count, `[n_kept, d_model]`, of the model's dtype.
     """
     return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen, counts=counts)
 
@@ -226,9 +225,8 @@ def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
-    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`, of ids int64 `[n_rows, n]`.
-
-    `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
+    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`, of ids int64 `[n_rows, n]`; `logits`
+    are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
     """
     means: NDArray[np.float64] = _token_losses(logits, ids).mean(dim=1).cpu().numpy()
     return means

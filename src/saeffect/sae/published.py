@@ -93,8 +93,8 @@ def published_saes(
 ) -> list[PublishedSae]:
     """The list, or what it has for a model, in a release, at a block; `readable`: without what is not read here.
 
-    `model` is a hub id, with or without its owner, in any case of letters. UnknownName for a model or release that the
-    list does not have, with similar ones.
+    `model` is a hub id, with or without its owner, in any case of letters. UnknownName, with similar ones, for a model
+    or release that the list does not have.
     """
     found: Sequence[PublishedSae] = _table()[1]
     if release is not None:
@@ -123,9 +123,8 @@ def models_of_published() -> dict[str, int]:
 def find_published(
     name: str | None = None, *, repo: str = "", path: str = "", at: str | None = None
 ) -> PublishedSae | None:
-    """The SAE of a name, `<release>/<id>`, or the first with this repository and path, None if there is none.
-
-    UnknownName for a name that the list does not have, with similar ones.
+    """The SAE of a name, `<release>/<id>` (UnknownName, with similar ones, if there is none), or the first with this
+    repository and path, or None.
     """
     if name is None:
         return _places().get((repo, path))

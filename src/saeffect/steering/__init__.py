@@ -1,10 +1,10 @@
 """Interventions: steer a model along features and along placebos, and measure what that does.
 
-In come a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`, made from the
-steering section of a study file). `run_trials` generates texts, `score_texts` reads more outcomes off them,
-`direct_effects` needs no sampling, `run_baselines` makes what steering must beat. Out go their tables, and what follows
-from them: `effects` (a line a feature), `outcome_effects` (a line a feature, outcome and control), `best_dose`.
-`OUTCOMES` and `PLACEBOS` are the registries of what is measured and of what it is compared with.
+From a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`) `run_trials`
+generates texts, `score_texts` reads more outcomes off them, `direct_effects` needs no sampling, `run_baselines` makes
+what steering must beat; `effects` (a line a feature), `outcome_effects` (a line a feature, outcome and control) and
+`best_dose` follow from their tables. `OUTCOMES` and `PLACEBOS` are the registries of what is measured and what it is
+compared with.
 """
 
 from __future__ import annotations

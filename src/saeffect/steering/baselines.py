@@ -68,8 +68,7 @@ def run_baselines(
 
     One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is 0
     for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
-    missing, measures are NaN and reason says why; else reason is "". Raises `UnknownName` for another baseline,
-    `ConfigError` for several doses.
+    missing, measures are NaN and reason says why. `UnknownName` for another baseline, `ConfigError` for several doses.
     """
     for name in baselines:
         if name not in BASELINES:

@@ -43,10 +43,8 @@ class MeanPooledEncoder:
     """Last hidden states of an encoder, averaged over a text's tokens, special ones included (Gupta & Sica 2024).
 
     `name` is a hub id or folder of a model that transformers' AutoModel opens; sentence encoders that pool by the mean
-    give their own vectors up to length.
-
-    Raises `NotFound`: neither a folder nor a model that can be downloaded; `BadFile`: the folder holds no encoder with
-    a tokenizer.
+    give their own vectors up to length. `NotFound`: neither a folder nor a model that can be downloaded; `BadFile`: no
+    encoder with a tokenizer in the folder.
     """
 
     def __init__(self, name: str) -> None:
@@ -82,9 +80,8 @@ class MeanPooledEncoder:
 
 
 def load_text_vectors(name: str) -> TextVectors:
-    """Word vectors averaged, or else a mean-pooled encoder; errors as `load_embeddings` and `MeanPooledEncoder`.
-
-    `name` is "glove-wiki-gigaword-100", a vectors file, a folder of a transformers model, or a hub id.
+    """Word vectors averaged, or else a mean-pooled encoder: `name` is "glove-wiki-gigaword-100", a vectors file, a
+    folder of a transformers model, or a hub id. Errors as `load_embeddings` and `MeanPooledEncoder`.
     """
     if user_path(name, at="embeddings").is_dir():
         return MeanPooledEncoder(name)

@@ -66,9 +66,8 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 def perplexity(
     lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """exp of the mean negative log-probability (nats) of continuations of one prompt under the unsteered model.
-
-    Float64 `[n]`, at least 1; NaN for an empty continuation. `ShapeMismatch` for a prompt without tokens.
+    """exp of the mean negative log-probability (nats) of continuations of one prompt under the unsteered model:
+    float64 `[n]`, at least 1; NaN for an empty continuation. `ShapeMismatch` for a prompt without tokens.
     """
     if len(prompt_ids) == 0:
         raise ShapeMismatch("the prompt has no tokens; expected at least one.")
@@ -97,9 +96,8 @@ def measure_texts(
     *,
     with_prompt: bool = False,
 ) -> list[dict[str, Any]]:
-    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt.
-
-    `with_prompt`: the similarity is that of prompt and text together, as in the paper.
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt;
+    `with_prompt`, the similarity is that of prompt and text together, as in the paper.
     """
     # Features share the unsteered texts: score each different text once.
     different = list(dict.fromkeys(tuple(ids) for ids in outputs))
@@ -132,8 +130,8 @@ def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
 def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[str]) -> float:
     """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
 
-    Steering puts the top tokens in, so only other domain words show a wider effect. Words that begin with a top token
-    of three letters or more do not count either (" cardi" excludes "cardiac"). NaN without words or vocabulary.
+    Steering puts the top tokens in, so only other domain words show a wider effect. Nor do words count that begin with
+    a top token of three letters or more (" cardi" excludes "cardiac"). NaN without words or vocabulary.
 
     Example:
         >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
@@ -160,8 +158,8 @@ class Outcome:
         measures: Completes "the effect of steering on the ...".
         unit: Of effects. Shares ("share of ...") are percentages in reports.
         alternative: "greater" (one-sided), "less" (see `under`), or "two-sided" for side effects.
-        score: Function of (text, the feature's top tokens, the domain's words in lower case); None for outcomes of
-            `measure_texts` and `direct_effects`.
+        score: Of (text, the feature's top tokens, the domain's words in lower case); None for `measure_texts`,
+            `direct_effects`.
         column: Of the table; `name` if empty.
         direct: Whether the column is of `direct_effects` (one number a prompt), not of trials.
         logarithm: Whether effects are of the natural logarithm (perplexities, where the worst texts would dominate).
@@ -233,13 +231,14 @@ def outcome_named(name: str) -> Outcome:
 def score_texts(
     trials: pd.DataFrame, features: pd.DataFrame, *, vectors: TextVectors, vocabulary: Collection[str], seed: int
 ) -> pd.DataFrame:
-    """Add the outcomes that need no model to a table of trials (columns feature and text; a missing text has no score).
+    """Add the outcomes that need no model to a table of trials (columns feature and text; a missing text has no
+    score).
 
-    `features` has columns feature and top_tokens, of all tested features (`ShapeMismatch` if one of the trials is
-    missing); with a column members, sets that share a feature are not compared with each other. `vocabulary` holds the
-    domain's words, lower case. Gives the trials with a column for each outcome that has a `score`, similarity_shuffled
-    (cosine similarity to another feature's top tokens, see `shuffled_references`; NaN where undefined), and
-    shuffled_feature (that feature, -1 for none).
+    `features` has columns feature and top_tokens, of all tested features (`ShapeMismatch` if one is missing); with a
+    column members, sets that share a feature are not compared with each other. `vocabulary` holds the domain's words,
+    lower case. Gives the trials with a column for each outcome that has a `score`, similarity_shuffled (to another
+    feature's top tokens, see `shuffled_references`; NaN where undefined), and shuffled_feature (that feature, -1 for
+    none).
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
     unknown = set(trials["feature"]) - set(top)
@@ -269,9 +268,8 @@ def score_texts(
 
 
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
-    """For each feature another one at random, never its own and none used twice; None if there is no other.
-
-    Control: if texts come as near to another domain feature's top tokens, steering evokes the domain at most.
+    """For each feature another one at random, never its own and none used twice; None if there is no other. If texts
+    come as near to another domain feature's top tokens, steering evokes the domain at most.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)

@@ -35,10 +35,9 @@ SHUFFLED = "shuffled"
 
 
 class DrawDirection(Protocol):
-    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`.
-
-    It depends on its arguments alone: the row, the study's seed, the feature (or number of the set) that it is the
-    placebo of, and, for trials, `draw` = (prompt, sample).
+    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`, of its arguments alone: the row, the
+    study's seed, the feature (or number of the set) that it is the placebo of, and, for trials, `draw` = (prompt,
+    sample).
     """
 
     def __call__(self, row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor: ...
@@ -118,11 +117,9 @@ def matched_features(
 
     Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its standard
     deviation over all features. Features that never fired are matched with one another. One feature may be the placebo
-    of several. `features` needs columns feature, decoder_norm, density, mean_activation; `domain` holds all domain
-    features. One row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo,
-    distance (in standard deviations).
-
-    Raises `ShapeMismatch`: a column is missing, or a chosen feature is not in the table; `ConfigError`: `n` is below 1.
+    of several. `features` needs these columns and feature, else ShapeMismatch; `domain` holds all domain features. One
+    row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo, distance (in
+    standard deviations).
     """
     if n < 1:
         raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")

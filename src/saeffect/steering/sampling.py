@@ -119,19 +119,15 @@ class Sampling(SamplingConfig):
         frequency_penalty: Subtracted from a token's logit, before the temperature, for each time it was generated.
         allow_end: False forbids end-of-text and all other special tokens, so that all continuations have
             `max_new_tokens` tokens and their similarities and repetition are comparable.
-
-    Raises `ConfigError` for a value out of range.
     """
 
     allow_end: bool = False
 
     @property
     def as_published(self) -> bool:
-        """Whether texts are sampled and scored as the paper's code did.
-
-        BOS is steered like the prompt, the penalty counts BOS and prompt, special tokens may be drawn and do not end a
-        text, no noise is shared, and the similarity is that of prompt and continuation to the tokens as the vocabulary
-        spells them (`Ġdrug`).
+        """Whether texts are sampled and scored as the paper's code did: BOS is steered like the prompt, the penalty
+        counts BOS and prompt, special tokens may be drawn and do not end a text, no noise is shared, and the
+        similarity is that of prompt and continuation to the tokens as the vocabulary spells them (`Ġdrug`).
         """
         return self.protocol == "paper"
 
@@ -159,10 +155,9 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Non
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
-    """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020).
-
-    `logits` are `[rows, d_vocab]`, any float dtype, penalties already taken off, forbidden tokens at -inf; `step`
-    counts the tokens generated before. `ShapeMismatch` unless there is a cell a row.
+    """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020). `logits` are `[rows, d_vocab]`, any float
+    dtype, penalties already taken off, forbidden tokens at -inf; `step` counts the tokens generated before.
+    `ShapeMismatch` unless there is a cell a row.
     """
     if len(cells) != len(logits):
         raise ShapeMismatch(f"{len(logits)} rows of logits, but {len(cells)} noise cells.")

@@ -66,13 +66,11 @@ def run_trials(
         on_chunk: Called with the rows of each finished chunk; two processes must not write the same file.
         progress: Called in the first process after every token, with rows done (also resumed and partial) and in all.
 
-    Returns:
-        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit
-        (0 for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal
-        length; NaN when features are set, not added); text, the continuation alone; similarity to the feature's top
-        tokens (NaN where undefined); distinct2; perplexity. Impossible conditions have no rows, see `obstacles`.
-
-    Raises `Interrupted` if another process is gone; other errors as `actions_of`, `generate` and `Intervention.edit`.
+    One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit (0
+    for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal length;
+    NaN when features are set, not added); text, the continuation alone; similarity to the feature's top tokens (NaN
+    where undefined); distinct2; perplexity. Impossible conditions have no rows, see `obstacles`. `Interrupted` if
+    another process is gone.
     """
     needed = ["top_tokens", "top_token_ids"] if plan.as_published else ["top_tokens"]
     actions = actions_of(site, features, plan, needed)
@@ -239,11 +237,10 @@ def direct_effects(
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
 
-    `features` need top_token_ids (list of int) in place of top_tokens; the plan's samples and sampling are not used.
-    The random placebo of a prompt is that of its sample 0. One row per feature, prompt, condition and dose, in that
-    order: feature, prompt, condition, dose, delta_logprob (nats; mean over the top tokens of steered minus unsteered
-    log-probability; NaN without top tokens), kl (nats; of the steered distribution from the unsteered one). Impossible
-    conditions have no rows, see `obstacles`.
+    `features` need top_token_ids (list of int) in place of top_tokens. The random placebo of a prompt is that of its
+    sample 0. One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
+    delta_logprob (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without top tokens),
+    kl (nats; of the steered distribution from the unsteered one). Impossible conditions have no rows, see `obstacles`.
     """
     actions = actions_of(site, features, plan, ["top_token_ids"])
     table = actions.table
@@ -279,9 +276,8 @@ def direct_effects(
 def next_log_probabilities(
     lm: LanguageModel, hook: str, prompt_ids: Sequence[int], intervention: Intervention, *, n_bos: int | None = None
 ) -> Tensor:
-    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32.
-
-    `n_bos` tokens in front are left alone; by default those that are BOS.
+    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32;
+    `n_bos` tokens in front are left alone, by default those that are BOS.
     """
     n_bos = lm.n_bos(prompt_ids) if n_bos is None else n_bos
     n_rows = intervention.operator.n_rows

@@ -80,10 +80,8 @@ def write_safetensors_vector(vector: SteeringVector, path: Path) -> None:
 
 
 def control_layer(hook: str) -> int:
-    """N of the tensor `direction.N`, which llama.cpp adds to what leaves block N (from 0).
-
-    ConfigError for hooks that no such vector stands for: within a block, and before or after block 0, which llama.cpp
-    does not steer.
+    """N of the tensor `direction.N`, which llama.cpp adds to what leaves block N (from 0). ConfigError for hooks
+    that no such vector stands for: within a block, and before or after block 0, which llama.cpp does not steer.
 
     Example:
         >>> control_layer("blocks.8.hook_resid_pre"), control_layer("blocks.8.hook_resid_post")
@@ -108,9 +106,8 @@ def control_layer(hook: str) -> int:
 
 def write_gguf_vector(vector: SteeringVector, path: Path, *, architecture: str) -> None:
     """Write a control vector for llama.cpp: `--control-vector FILE` adds what the dose says, at every position.
-
-    `architecture` is the model's in GGUF, such as "llama"; programs show it, llama.cpp does not compare it. ConfigError
-    as `control_layer`.
+    `architecture` is the model's in GGUF, such as "llama"; llama.cpp does not compare it. ConfigError as
+    `control_layer`.
     """
     from gguf import GGUFWriter
 

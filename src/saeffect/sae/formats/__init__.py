@@ -56,9 +56,8 @@ _FILES = {
 
 
 class SaeFormat(Protocol):
-    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors.
-
-    A format whose settings lie elsewhere names that file in `settings`, or has "" there and gets None.
+    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors. One whose settings
+    lie elsewhere names that file in `settings`, or has "" there and gets None.
     """
 
     weights: str
@@ -89,11 +88,8 @@ FORMATS: dict[str, SaeFormat] = {
 def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     """Load an SAE from a folder in any of `FORMATS`, or by name, in float32, on the CPU.
 
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed weights, missing tensors, NaN.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not support.
+    NotFound: a missing file. BadFile: truncated or malformed weights, missing tensors, NaN. UnknownName: another
+    architecture. IncompatibleSae: shapes that contradict cfg.json, or something that is not supported.
     """
     where = at or str(folder)
     folder = _located(folder, at)
@@ -111,11 +107,8 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
 def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
     """What cfg.json says about an SAE.
 
-    Raises:
-        NotFound: No such folder, or no cfg.json in it.
-        BadFile: Not JSON, or without valid sizes.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: A normalisation or reshaping that this package does not support.
+    NotFound: no such folder, or no cfg.json in it. BadFile: not JSON, or without valid sizes. UnknownName: another
+    architecture. IncompatibleSae: a normalisation or reshaping that is not supported.
     """
     where = at or str(folder)
     folder = _located(folder, at)

@@ -74,9 +74,8 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
     """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`.
-
     `statistics` has one row a feature, as `ActivityAccumulator.result` gives, else ShapeMismatch. BadFile if the
-    decoder holds NaN or infinity.
+    decoder is not finite.
     """
     from safetensors.torch import save_file
 

@@ -29,13 +29,9 @@ _FETCH_AGAIN = "copy or download it again."
 
 
 def read_pickled(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and other values by name, of a file that `torch.save` wrote; both without prefixes.
-
-    A dict that holds the state dict under one of the usual keys (`state_dict`, `model`) is opened.
-
-    Raises:
-        NotFound: No such file.
-        BadFile: It would run code, is damaged, or holds no state dict.
+    """Tensors by name, and other values by name, of a file that `torch.save` wrote; a state dict under one of the
+    usual keys (`state_dict`, `model`) is opened. NotFound: no such file. BadFile: it would run code, is damaged, or
+    holds no state dict.
     """
     if not path.is_file():
         raise NotFound(f"there is no file {path.name!r}.", at=where)

@@ -130,14 +130,9 @@ LAYOUTS: dict[str, Callable[[Tensors, Mapping[str, Any]], Recognised | None]] = 
 def sae_of_state_dict(found: Tensors, facts: Mapping[str, Any], *, file: str, where: str) -> SparseAutoencoder:
     """The SAE, float32.
 
-    Args:
-        facts: What is known besides: `architecture`, `k`, `takes_off` (of b_dec, from the input), `dict_class`,
-            OpenAI's `activation`, and `metadata`.
-        file: Its name, for messages.
-
-    Raises:
-        IncompatibleSae: Tensors of no known layout, or whose shapes contradict each other.
-        BadFile: Not finite, or a TopK SAE whose k is unknown.
+    `facts` say what is known besides: `architecture`, `k`, `takes_off` (of b_dec, from the input), `dict_class`,
+    OpenAI's `activation`, and `metadata`; `file` is its name, for messages. IncompatibleSae: tensors of no known
+    layout, or whose shapes contradict each other. BadFile: not finite, or a TopK SAE whose k is unknown.
     """
     recognised, layout = None, ""
     for layout, recognise in LAYOUTS.items():  # noqa: B007 - the name is used below

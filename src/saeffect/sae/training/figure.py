@@ -108,9 +108,8 @@ class _Run:
 
 def save_training_figure(folder: Path) -> Path:
     """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
-
-    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing has
-    been measured, BadFile if it is damaged or the figure cannot be written.
+    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing
+    has been measured, BadFile if it is damaged or the figure cannot be written.
     """
     import matplotlib
 

@@ -49,12 +49,9 @@ class TrainingLog:
     Each line of metrics.jsonl is an object: "step" (the finished step, from 0), "tokens" (seen by then), "kind"
     ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and the metrics; a
     metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step` on, left by a run
-    that was stopped, are dropped; `batch_size` is over all processes.
-
-    Raises:
-        UnknownName, NotFound: There is no such logger, or its package is not installed.
-        BadFile: The folder cannot be written, or its metrics.jsonl is damaged before its last line.
-        ConfigError: The logger refuses.
+    that was stopped, are dropped; `batch_size` is over all processes. UnknownName, NotFound, ConfigError: no such
+    logger, not installed, or it refuses. BadFile: the folder cannot be written, or its metrics.jsonl is damaged before
+    its last line.
 
     Example:
         >>> import tempfile; from saeffect.progress import SILENT; folder = Path(tempfile.mkdtemp())
@@ -226,9 +223,8 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill.
-
-    NotFound if there is none; BadFile if it cannot be read, or a line before the last is damaged.
+    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill. NotFound if there
+    is none; BadFile if it cannot be read, or a line before the last is damaged.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path

@@ -57,18 +57,10 @@ def train_from_recipe(
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs, measures and writes.
-
-    Args:
-        out: Folder for the SAE; for several, of their folders.
-        work: Folder for activations; arms with the same model share them.
-        logger: Where metrics go besides metrics.jsonl.
-
-    Returns the measurements in the model card; of several SAEs, one such mapping by name.
-
-    Raises:
-        SaeffectError: Anything wrong; where possible before the harvest, and then nothing is written.
-        Interrupted: Ctrl-C; the message says how to resume.
+    `out` is the folder for the SAE, or for several, of their folders; `work` that for activations, which arms with the
+    same model share. If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs,
+    measures and writes. Returns the measurements in the model card; of several SAEs, one such mapping by name.
+    SaeffectError: anything wrong, where possible before the harvest, and then nothing is written. Interrupted: Ctrl-C.
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
@@ -109,10 +101,9 @@ def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations, of
-    two models first the base model's.
-
-    ConfigError if the recipe streams its activations; else as `train_from_recipe`.
+    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations,
+    of two models first the base model's. ConfigError if the recipe streams its activations; else as
+    `train_from_recipe`.
     """
     if recipe.activations == "streamed":
         raise ConfigError(
@@ -133,7 +124,6 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
     """Packed rows from each source in turn, of training or held-out documents; SaeffectError if a source fails.
-
     Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
     """
     wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass

@@ -31,29 +31,19 @@ def train_saes(
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> list[SparseAutoencoder]:
-    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
+    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them; returns them
+    as saved.
 
-    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of the
-    training. A run that was stopped, also with `kill -9`, resumes from its last checkpoint and ends with the same
-    weights; a finished one is not repeated. Under `torchrun` each process takes its share of every batch; the first one
-    measures, logs and writes, to folders that all processes share.
+    The jobs share batch size, number of steps and order of the data. The scaling of inputs is folded into the weights;
+    the curve of the training lies beside them. A run that was stopped, also with `kill -9`, resumes from its last
+    checkpoint and ends with the same weights; a finished one is not repeated. Under `torchrun` each process takes its
+    share of every batch; the first one measures (with `evaluate`, an SAE in unscaled units), logs and writes, to
+    folders that all share.
 
-    Args:
-        jobs: They share batch size, number of steps and order of the data.
-        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
-        logger: Where metrics go besides metrics.jsonl.
-
-    Returns:
-        The SAEs as they were saved, in the order of the jobs.
-
-    Raises:
-        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs
-            that cannot share batches or folders.
-        EmptySelection: Fewer activations than one batch.
-        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be read; a
-            folder cannot be written.
-        InUse: Another process trains into one of the folders.
-        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to resume.
+    ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs that
+    cannot share batches or folders. EmptySelection: fewer activations than one batch. BadFile: loss or weights are not
+    finite; the disk is full; something cannot be read or written. InUse: another process trains into one of the
+    folders. Interrupted: Ctrl-C, SIGTERM, or the end of another process.
     """
     log = log if is_first() else SILENT
     todo = [job for job in jobs if not _is_finished(job, source, log)]
