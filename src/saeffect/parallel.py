@@ -1,12 +1,14 @@
-"""Several processes under `torchrun`: rank, and exchange between processes."""
+"""This process and those beside it under `torchrun`: rank, exchange, interruption, memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,8 +30,10 @@ __all__ = [
     "gathered",
     "is_first",
     "join",
+    "keep_freed_memory",
     "leave",
     "rank_and_world",
+    "use_large_pages",
 ]
 
 # Others wait while one process works alone; defaults are 30 minutes (gloo) and 10 (NCCL). A process that ends is
@@ -43,6 +47,11 @@ _PEER_LOST = re.compile(
     r"|timed? ?out|remote ?(process|error)|network error|no route to host",
     re.IGNORECASE,
 )
+
+# The numbers of mallopt's parameters, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# The largest int, and the largest value that older releases of glibc take.
+_SIZES = (2**31 - 1, 2**25)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -218,3 +227,22 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory (mallopt(3)); returns False with other C libraries. For programs, not on import."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in _SIZES) and bool(mallopt(_TRIM_THRESHOLD, _SIZES[0]))
+
+
+def use_large_pages() -> None:
+    """Have torch ask for large pages, unless the user chose otherwise. For programs, before their first tensor.
+    Source: THP_MEM_ALLOC_ENABLE in PyTorch (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

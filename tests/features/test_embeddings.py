@@ -403,5 +403,3 @@ class TestWordVectors:
     def test_shapes_must_fit(self) -> None:
         with pytest.raises(ShapeMismatch, match="one row a word"):
             WordVectors.from_rows(["a", "b"], [[1.0]], name="x")
-        with pytest.raises(ShapeMismatch, match="row for each word"):
-            WordVectors({"a": 1}, np.ones((1, 2), dtype=np.float32), "x")

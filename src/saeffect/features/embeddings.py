@@ -46,12 +46,6 @@ class WordVectors:
 
     def __post_init__(self) -> None:
         vectors = np.asarray(self.vectors, dtype=np.float32).view()
-        if vectors.ndim != 2 or vectors.shape[1] < 1 or any(not 0 <= row < len(vectors) for row in self.words.values()):
-            raise ShapeMismatch(
-                f"vectors must be [n, dim] with a row for each word. Got shape {list(vectors.shape)} "
-                f"for {len(self.words)} words instead.",
-                at=self.name,
-            )
         vectors.flags.writeable = False
         object.__setattr__(self, "vectors", vectors)
 

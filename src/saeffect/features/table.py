@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import EmptySelection, ShapeMismatch, unknown_name
+from saeffect.errors import EmptySelection, ShapeMismatch
 from saeffect.features.activity import ActivityAccumulator, ExampleCollector
-from saeffect.features.projection import PROJECTIONS, project_both
+from saeffect.features.projection import project_both
 
 __all__ = ["ActivationBatch", "FeatureOptions", "FeatureTables", "extract_tables", "feature_table"]
 
@@ -77,8 +77,6 @@ def feature_table(
             _kurtosis of the dot product over the vocabulary; decoder_norm (Euclidean).
     """
     options = options or FeatureOptions()
-    if options.projection not in PROJECTIONS:
-        raise unknown_name("projection", options.projection, PROJECTIONS, at="projection")
     if W_U.ndim == 2 and len(token_strings) != W_U.shape[1]:
         raise ShapeMismatch(
             f"W_U has {W_U.shape[1]} tokens. Got {len(token_strings)} token strings instead.",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.chat_rows import Row, counted
 from saeffect.lm.corpora import StreamedText
-from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.parallel import device_of_process, gathered, rank_and_world
@@ -268,16 +268,6 @@ class StreamedActivations(ActivationSource):
         """Check that model, hook and text fit, and measure the norm limit on the first rows. ConfigError as
         `check_rows`, or if a size is not positive; EmptySelection if the text is shorter than one row.
         """
-        if isinstance(text, TokenRows) and text.counts is not None:
-            raise ConfigError(
-                "streamed activations are of all tokens, and only some of these rows count.",
-                at="positions",
-                fix="harvest them instead: activations: shards.",
-            )
-        if min(pool_rows, rows_a_pass) < 1:
-            raise ConfigError(
-                f"pool_rows is {pool_rows} and rows_a_pass is {rows_a_pass}; both must be at least 1.", at="pool_rows"
-            )
         ids = np.array(list(islice(text.rows(), 2 * rows_a_pass)), dtype=np.int32)
         check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
         with fused(lm):

@@ -171,9 +171,8 @@ class TrainingFolder:
         self.refuse_strangers()
         note, owner = self.note(), self.checkpoint.owner()
         if note is not None and note["made_by"] != self._made_by:
-            earlier = "" if note["files"] else ", or an earlier version of saeffect"
             raise ConfigError(
-                f"this folder holds what another recipe made, or this one from another model or text{earlier}.",
+                "this folder holds what another recipe made, or this one from another model or text.",
                 at=str(self.path),
                 fix=_ANOTHER_FOLDER,
             )
@@ -202,10 +201,9 @@ class TrainingFolder:
             return None
         with contextlib.suppress(SaeffectError):
             note = read_json(path)
-            # A note of an earlier version has no hashes: then nothing can be verified.
-            files = note.get("files", {}) if isinstance(note, dict) and isinstance(note.get("made_by"), str) else None
+            files = note.get("files") if isinstance(note, dict) and isinstance(note.get("made_by"), str) else None
             if isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()):
-                return {**note, "files": files}
+                return note
         raise BadFile(
             f"{_FINISHED} is damaged, so nothing says which recipe made the files beside it.",
             at=str(self.path),

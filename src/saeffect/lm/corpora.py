@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import re
@@ -26,8 +27,9 @@ from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
 __all__ = [
-    "documents_of",
     "StreamedText",
+    "documents_of",
+    "find_duplicates",
     "interleave",
     "is_held_out",
     "is_local",
@@ -45,6 +47,10 @@ _HUB = "hf:"
 _SPLIT = "train"  # of datasets
 _PATTERN = re.compile(r"[*?\[]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Of duplicates: words of a run, as those who clean test sets of language models count; share of a document's runs that
+# stand elsewhere too; characters that are looked at.
+_RUN, _REPEATED, _LOOKED_AT = 13, 0.5, 40_000_000
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
@@ -290,3 +296,44 @@ def _mixed(texts: Iterable[str], size: int, generator: np.random.Generator) -> I
         yield held[at]
         held[at] = text
     yield from (held[i] for i in generator.permutation(len(held)))
+
+
+def find_duplicates(texts: Iterable[str], share: float) -> str:
+    """A warning if held-out documents, those of `is_held_out(text, share)`, stand in the others too; "" if none does.
+
+    Those count of which half the runs of 13 words (of shorter ones: all words in their order) are in a training
+    document, in whatever case and with whatever spaces; equal ones are on one side anyway. Of a long text the first 40
+    million characters are compared.
+    """
+    training: list[NDArray[np.uint64]] = []
+    held_out: list[tuple[str, NDArray[np.uint64]]] = []
+    seen = 0
+    with contextlib.suppress(SaeffectError):  # a text that cannot be read: whoever uses it says so
+        for text in texts:
+            runs = _runs(text)
+            if is_held_out(text, share):
+                held_out.append((" ".join(text[:200].split())[:60], runs))
+            else:
+                training.append(runs)
+            seen += len(text)
+            if seen > _LOOKED_AT:
+                break
+    known = np.unique(np.concatenate(training)) if training else np.zeros(0, dtype=np.uint64)
+    found = [head for head, runs in held_out if len(runs) and np.isin(runs, known).mean() >= _REPEATED]
+    if not found:
+        return ""
+    return (
+        f"{len(found):,} of {len(held_out):,} held-out documents stand in the training text too, but for small changes"
+        f" (such as {found[0]!r}): what is measured on them is too good"
+    )
+
+
+def _runs(text: str) -> NDArray[np.uint64]:
+    """A number for each run of words (of a shorter text, for all of it)."""
+    words = re.findall(r"\w+", text.casefold())
+    codes = np.fromiter((hash(word) & (2**64 - 1) for word in words), dtype=np.uint64, count=len(words))
+    length = min(_RUN, len(codes))
+    mixed = np.zeros(max(0, len(codes) - length + 1) if length else 0, dtype=np.uint64)
+    for at in range(length):
+        mixed = mixed * _MIX + codes[at : at + len(mixed)]
+    return mixed

@@ -23,8 +23,7 @@ from saeffect.io import atomic_path, fingerprint, read_json, versions, write_jso
 from saeffect.lm.accounting import quiet_transformers
 from saeffect.lm.chat_rows import counted, cut_rows, lm_for_chats
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
-from saeffect.lm.corpora import is_held_out, read_corpus
-from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.corpora import find_duplicates, is_held_out, read_corpus
 from saeffect.lm.finetune_config import FinetuneConfig, finetune_keys
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
@@ -148,7 +147,7 @@ def _make(
             f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
             f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
         )
-    repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out).words()
+    repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out)
     if repeats:
         log(f"warning: {repeats}")
     before = measure(lm.model, "before: ")

@@ -227,16 +227,15 @@ class ActivationStore(ShardSource):
     def norm_limit(self) -> NormLimit:
         """Which positions were kept; BadFile if the note lacks it."""
         found: Any = self.note.get("norm_limit")
-        values: list[Any] = (
-            [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            limit = NormLimit(float(found["median_norm"]), float(found["limit"]))
+            if math.isfinite(limit.median_norm) and math.isfinite(limit.limit):
+                return limit
+        raise BadFile(
+            f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
+            at=str(self.folder / _NOTE),
+            fix="delete the folder and harvest again.",
         )
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise BadFile(
-                f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
-                at=str(self.folder / _NOTE),
-                fix="delete the folder and harvest again.",
-            )
-        return NormLimit(*map(float, values))
 
     def identity(self) -> str:
         return fingerprint(self.note["made_by"])

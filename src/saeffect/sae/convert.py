@@ -15,8 +15,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.io import read_json
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae, save_sae
-from saeffect.sae.formats.pickles import PICKLED, read_pickled
-from saeffect.sae.formats.state_dicts import sae_of_state_dict
+from saeffect.sae.formats.state_dicts import PICKLED, read_pickled, sae_of_state_dict
 
 __all__ = ["convert_sae"]
 

@@ -19,7 +19,7 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, Sae
 from saeffect.io import fingerprint, read_json, write_json
 from saeffect.lm.gguf import cache_folder, cached_folder
 from saeffect.progress import SILENT, Log
-from saeffect.sae.formats.pickles import PICKLED
+from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.published import SAELENS, PublishedSae, find_published
 
 __all__ = ["HF", "forget", "is_sae_name", "locate_sae"]

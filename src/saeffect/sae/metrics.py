@@ -12,9 +12,8 @@ from torch import Tensor
 
 from saeffect.errors import ShapeMismatch, Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import Rest, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.rest import Rest
 from saeffect.sae.base import SparseAutoencoder
 
 __all__ = [

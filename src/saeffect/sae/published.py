@@ -19,7 +19,7 @@ from typing import Any
 from saeffect.errors import UnknownName, unknown_name
 from saeffect.sae.formats.gemma_scope import named_by_path
 
-__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "models_of_published", "published_saes"]
+__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "published_saes"]
 
 SAELENS = "saelens:"
 _UNREADABLE = {
@@ -110,14 +110,6 @@ def published_saes(
     if layer is not None:
         found = [sae for sae in found if sae.hook.startswith(f"blocks.{layer}.")]
     return [sae for sae in found if not (readable and sae.not_read)]
-
-
-def models_of_published() -> dict[str, int]:
-    """How many SAEs the list has for each model."""
-    counts: dict[str, int] = {}
-    for sae in _table()[1]:
-        counts[sae.model] = counts.get(sae.model, 0) + 1
-    return counts
 
 
 def find_published(

@@ -13,10 +13,17 @@ from saeffect.steering.actions import obstacles
 from saeffect.steering.baselines import MeanDifferences, run_baselines
 from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
-from saeffect.steering.encoders import RememberedVectors, TextVectors, load_text_vectors
 from saeffect.steering.generate import generate, stream
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named, score_texts
+from saeffect.steering.outcomes import (
+    OUTCOMES,
+    Outcome,
+    RememberedVectors,
+    TextVectors,
+    load_text_vectors,
+    outcome_named,
+    score_texts,
+)
 from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features
 from saeffect.steering.plan import Site, SteeringPlan, check_names, features_together
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens

@@ -15,10 +15,9 @@ from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
-from saeffect.steering.encoders import RememberedVectors, TextVectors
 from saeffect.steering.generate import Progress, continue_prompts, generate
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import BASELINES, STEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell

@@ -51,7 +51,7 @@ def generate(
     `progress` is called after every token with tokens done and in all; a row that ends early counts in full.
     ConfigError: an empty prompt, no such hook, or `batch_size` below 1.
     """
-    _check([prompt_ids], batch_size)
+    _refuse_empty([prompt_ids])
     _check_rows(intervention, cells)
     n_steps = sampling.max_new_tokens
     outputs: list[list[int]] = []
@@ -88,9 +88,7 @@ def continue_prompts(
     While longer prompts are still read, shorter ones already generate. A row's output is that of `generate` for its
     prompt alone, up to rounding; so are errors. `progress` is called after each batch with rows done and in all.
     """
-    if len(prompts) != len(cells):
-        raise ShapeMismatch(f"{len(prompts)} prompts, but {len(cells)} noise cells.")
-    _check(prompts, batch_size)
+    _refuse_empty(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     outputs: dict[int, list[int]] = {}
     with fused(lm):
@@ -121,7 +119,7 @@ def stream(
     """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's
     end. Between steps the model is as it was, so streams may take turns.
     """
-    _check([prompt_ids], 1)
+    _refuse_empty([prompt_ids])
     _check_rows(intervention, cells)
     n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
     edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
@@ -211,11 +209,9 @@ def _steps(
             return
 
 
-def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
+def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
     if not all(len(ids) for ids in prompts):
         raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
 
 
 def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -> None:

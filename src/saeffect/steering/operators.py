@@ -53,9 +53,6 @@ class AddVectors:
     vectors: Tensor
 
     def __post_init__(self) -> None:
-        if self.vectors.ndim != 2 or len(self.vectors) == 0:
-            shape = tuple(self.vectors.shape)
-            raise ShapeMismatch(f"steering vectors have shape {shape}; expected [rows, d_model], not empty.")
         if not bool(torch.isfinite(self.vectors).all()):
             raise ConfigError("a steering vector holds NaN or infinity.", fix="look at the SAE's decoder and the dose.")
 
@@ -102,22 +99,6 @@ class SetFeatures:
     targets: Tensor
     along: Tensor | None = None
     norm_limit: float = math.inf
-
-    def __post_init__(self) -> None:
-        shape, wanted = tuple(self.features.shape), (*self.features.shape, self.sae.cfg.d_in)
-        if len(shape) != 2 or 0 in shape or shape != tuple(self.targets.shape):
-            said = f"features have shape {shape}, targets {tuple(self.targets.shape)}"
-            raise ShapeMismatch(f"{said}; expected both [rows, features], not empty.")
-        first, last = int(self.features.min()), int(self.features.max())
-        if first < NO_FEATURE or last >= self.sae.cfg.d_sae:
-            raise ShapeMismatch(f"features run from {first} to {last}, but the SAE has {self.sae.cfg.d_sae}.")
-        ordered = self.features.sort(dim=1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
-            raise ConfigError("a row sets the same feature twice.", at="features")
-        if self.along is not None and self.along.shape != wanted:
-            raise ShapeMismatch(f"directions have shape {tuple(self.along.shape)}; expected {wanted}.")
-        if not bool((torch.isfinite(self.targets) & (self.targets >= 0)).all()):
-            raise ConfigError("a target activation is negative, NaN or infinite; it must be at least 0.", at="targets")
 
     @property
     def n_rows(self) -> int:

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from saeffect.config import InterventionConfig, SamplingConfig, SteeringConfig
-from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
-from saeffect.lm.heads import hook_width
+from saeffect.errors import EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.outcomes import OUTCOMES
@@ -45,10 +45,6 @@ class Site:
     norm_limit: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean_norm) and self.mean_norm > 0):
-            raise ConfigError(f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}.")
-        if not self.norm_limit > 0:
-            raise ConfigError(f"the norm limit at {self.hook} must be above 0. Got {self.norm_limit}.")
         width = hook_width(self.lm, self.hook)
         if self.W_dec.ndim != 2 or self.W_dec.shape[1] != width:
             raise IncompatibleSae(

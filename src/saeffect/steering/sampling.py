@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saeffect.config import SamplingConfig
 from saeffect.config_keys import config_error
-from saeffect.errors import ShapeMismatch, Undefined
+from saeffect.errors import Undefined
 
 __all__ = [
     "NoiseCell",
@@ -60,9 +60,7 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only; `ShapeMismatch` unless there is a cell a row."""
-    if ids.ndim != 2 or len(ids) != len(cells):
-        raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
+    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only, a cell a row."""
     # One call gives the words of four neighbouring tokens.
     words = philox(*_counter(cells, step, ids >> 2))
     word = ids & 3
@@ -157,10 +155,7 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Non
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
     """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020). `logits` are `[rows, d_vocab]`, any float
     dtype, penalties already taken off, forbidden tokens at -inf; `step` counts the tokens generated before.
-    `ShapeMismatch` unless there is a cell a row.
     """
-    if len(cells) != len(logits):
-        raise ShapeMismatch(f"{len(logits)} rows of logits, but {len(cells)} noise cells.")
     logits = logits.float()
     if sampling.temperature == 0:
         return _most_probable(logits)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError
 from saeffect.io import atomic_path
 from saeffect.lm.hooks import parse_hook
 
@@ -41,13 +41,6 @@ class SteeringVector:
     dose: float
     mean_norm: float
     about: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.vector.ndim != 1 or self.rows.shape != (len(self.features), len(self.vector)):
-            raise ShapeMismatch(
-                f"a vector of shape {tuple(self.vector.shape)} and rows of shape {tuple(self.rows.shape)} do not belong"
-                f" to {len(self.features)} features."
-            )
 
     @property
     def norm(self) -> float:

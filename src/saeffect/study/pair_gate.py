@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from saeffect.config import BosRule, GateConfig, ModelConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
-from saeffect.lm.heads import hook_width
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.hooks import parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model

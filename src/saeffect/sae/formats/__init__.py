@@ -18,8 +18,8 @@ from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, s
 from saeffect.sae.formats.dictionary_learning import save_dictionary_learning
 from saeffect.sae.formats.gemma_scope import GemmaScope
 from saeffect.sae.formats.llama_scope import SCALER, LlamaScope
-from saeffect.sae.formats.pickles import PICKLED
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
+from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.formats.weights import decoder_dtype, fill, read_weights
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "save_sae",
     "sae_identity",
     "saved_dtype",
-    "weights_file",
 ]
 
 # Files that people mistake for an SAE, by the end of their name: what each is, and what to do with it.
@@ -116,14 +115,8 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
     return how.config(folder, raw, where)
 
 
-def weights_file(folder: Path | str) -> Path:
-    """Where a folder keeps, or should keep, its weights. NotFound: no settings; BadFile: they are not JSON."""
-    folder = _located(folder, None)
-    return folder / _opened(folder, str(folder))[1].weights
-
-
 def sae_identity(folder: Path) -> str:
-    """SHA-256 of the files that decide an SAE: its settings and its weights. Errors as `weights_file`."""
+    """SHA-256 of an SAE's settings and weights. NotFound: no settings; BadFile: they are not JSON."""
     how = _opened(folder, str(folder))[1]
     files = [folder / settings for settings in (_settings_of(how), how.weights) if settings]
     if (folder / SCALER).is_file():

@@ -16,8 +16,15 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSa
 from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.chat_rows import Row, cut_rows, lm_for_chats
-from saeffect.lm.corpora import StreamedText, documents_of, interleave, is_held_out, is_local, read_corpus
-from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.corpora import (
+    StreamedText,
+    documents_of,
+    find_duplicates,
+    interleave,
+    is_held_out,
+    is_local,
+    read_corpus,
+)
 from saeffect.lm.harvest import (
     ActivationStore,
     ShardSource,
@@ -95,7 +102,7 @@ def train_from_recipe(
 
 def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
     local = [source for source in recipe.text if is_local(source)] if is_first() else []
-    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out).words()
+    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out)
     if repeats:
         log(f"warning: {repeats}")
 

@@ -14,7 +14,7 @@ from saeffect.lm.activations import ActivationSource
 from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats import WEIGHTS, load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.log import TrainingLog
 from saeffect.sae.training.loggers import LoggerName
@@ -66,11 +66,7 @@ def train_saes(
 
 
 def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
-    folder = job.folder(source.identity())
-    damaged = folder.damaged()
-    if damaged == [] and not (folder.note() or {}).get("files"):
-        log(f"{job.out}: finished.json is an earlier version's, without hashes; the files are not verified")
-        return (job.out / WEIGHTS).is_file()
+    damaged = job.folder(source.identity()).damaged()
     if damaged:
         log(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
     return damaged == []
