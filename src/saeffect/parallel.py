@@ -26,6 +26,7 @@ __all__ = [
     "barrier",
     "device_of_process",
     "end_with_launcher",
+    "from_all",
     "from_first",
     "gathered",
     "is_first",
@@ -33,6 +34,7 @@ __all__ = [
     "keep_freed_memory",
     "leave",
     "rank_and_world",
+    "stopping",
     "use_large_pages",
 ]
 
@@ -125,9 +127,7 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, for days if needed. Here and in `from_first`, `add_up` and `gathered`: Interrupted if
-    one is gone.
-    """
+    """Wait for all processes, for days if needed. Here and in all that exchanges: Interrupted if one is gone."""
     if join() > 1:
         import torch.distributed as dist
 
@@ -144,6 +144,18 @@ def from_first(message: str = "") -> str:
         with _translate_peer_loss():
             dist.broadcast_object_list(messages, src=0, group=_long_timeout_group(dist.group.WORLD))
     return str(messages[0])
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process' value (which can be pickled), in order of rank; they wait for each other, for days if needed."""
+    if (world := join()) == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * world
+    with _translate_peer_loss():
+        dist.all_gather_object(found, value, group=_long_timeout_group(dist.group.WORLD))
+    return found
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -197,6 +209,16 @@ def _translate_peer_loss() -> Iterator[None]:
             fix="see the error of the other one; the same command goes on from the last checkpoint.",
             by_another=True,
         ) from error
+
+
+@contextlib.contextmanager
+def stopping(kept: str) -> Iterator[None]:
+    """Turn Ctrl-C during the block into Interrupted, which says what is `kept` and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fix = "run the same command again to go on from there."
+        raise Interrupted(f"stopped at once; {kept}.", fix=fix) from None
 
 
 class Interruption:

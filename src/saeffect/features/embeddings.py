@@ -36,8 +36,6 @@ class WordVectors:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
         >>> len(toy), toy.dim, "cat" in toy, "Cat" in toy
         (2, 2, True, False)
-        >>> round(toy.similarity("The cat.", "a DOG"), 2)
-        0.96
     """
 
     words: Mapping[str, int]
@@ -93,16 +91,6 @@ class WordVectors:
             parts = (word,) if word in self.words else _WORD_PART.findall(word)
             known.extend(self.words[part] for part in parts if part in self.words)
         return self.vectors[known].mean(axis=0, dtype=np.float64).astype(np.float32) if known else None
-
-    def similarity(self, text_a: str, text_b: str) -> float:
-        """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word. Values near 0.9
-        are ordinary between unrelated sentences: compare values with each other, not with 0.
-        """
-        a, b = self.mean_vector(text_a), self.mean_vector(text_b)
-        if a is None or b is None:
-            return float("nan")
-        norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-        return float(np.clip(float(a @ b) / norms, -1.0, 1.0)) if norms > 0 else float("nan")
 
 
 def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:

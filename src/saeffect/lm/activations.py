@@ -20,7 +20,7 @@ from saeffect.lm.chat_rows import Row, counted
 from saeffect.lm.corpora import StreamedText
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.parallel import device_of_process, gathered, rank_and_world
+from saeffect.parallel import device_of_process, from_all, gathered, rank_and_world
 
 __all__ = [
     "ActivationSource",
@@ -265,16 +265,13 @@ class StreamedActivations(ActivationSource):
     def open(
         cls, lm: LanguageModel, hook: str, text: StreamedText | TokenRows, *, pool_rows: int = 512, rows_a_pass: int = 8
     ) -> StreamedActivations:
-        """Check that model, hook and text fit, and measure the norm limit on the first rows. ConfigError as
-        `check_rows`, or if a size is not positive; EmptySelection if the text is shorter than one row.
-        """
+        """Check that model, hook and text fit (errors as `check_rows`); measure the norm limit on the first rows."""
         ids = np.array(list(islice(text.rows(), 2 * rows_a_pass)), dtype=np.int32)
         check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
         with fused(lm):
             limit = first_limit(lm, hook, ids)
         # Processes differ in the last digit; all use the first one's.
-        both = torch.tensor([[limit.median_norm, limit.limit]], dtype=torch.float64, device=device_of_process())
-        return cls(lm, hook, text, NormLimit(*gathered(both)[0].tolist()), pool_rows, rows_a_pass)
+        return cls(lm, hook, text, from_all(limit)[0], pool_rows, rows_a_pass)
 
     @property
     def d_in(self) -> int:

@@ -171,19 +171,10 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging:
     IncompatibleModels if a tensor is not as in the file, ConfigError if merging fails or changes the model.
     """
-    from peft import PeftModel
-
     model = model.float().eval()
     plain = probe_logits(model)
-    try:
-        adapted = PeftModel(model, _peft_config(adapter, where))
-        result = adapted.load_adapter(str(adapter.folder), "default", torch_device="cpu")
-        adapted.eval()
-        _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
-        _refuse_other_values(adapted, adapter, where)
-        unmerged = probe_logits(adapted)
-    except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
+    adapted = _put_in(model, adapter, where, torch_device="cpu")
+    unmerged = probe_logits(adapted)
     _untie(adapted)
     try:
         merged = adapted.merge_and_unload()
@@ -211,8 +202,6 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
     IncompatibleModels as `merge_adapter`. ConfigError: it changes the embedding or unembedding, which are read as
     matrices; or part of the model lies on disk.
     """
-    from peft import PeftModel
-
     _refuse_ends(model, adapter, where)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
@@ -220,19 +209,27 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
             at=where,
             fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
         )
-    try:
-        adapted = PeftModel(model, _peft_config(adapter, where))
-        result = adapted.load_adapter(str(adapter.folder), "default")
-    except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
-    adapted.eval()
-    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
-    _refuse_other_values(adapted, adapter, where)
+    adapted = _put_in(model, adapter, where)
     inside = adapted.get_base_model()
     # Only now: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
     with adapted.disable_adapter():
         plain = probe_logits(inside)
     return inside, MergedAdapter(_largest(probe_logits(inside) - plain), 0.0)
+
+
+def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
+    """The model with the adapter beside its weights, every tensor as in the file."""
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel(model, _peft_config(adapter, where))
+        result = adapted.load_adapter(str(adapter.folder), "default", **options)
+    except _FROM_PEFT as error:
+        raise _misfit(_reason(error), where) from error
+    adapted.eval()
+    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
+    _refuse_other_values(adapted, adapter, where)
+    return adapted
 
 
 def _refuse_ends(model: Any, adapter: AdapterFile, where: str) -> None:

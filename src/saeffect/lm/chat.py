@@ -52,20 +52,18 @@ class Segment(NamedTuple):
 def has_part(parts: Parts, positions: Sequence[str]) -> NDArray[np.bool_]:
     """Which tokens belong to one of the named `PARTS`, bool, of the shape of `parts`; UnknownName for another name."""
     who = parts & _WHO
-    found = np.zeros(parts.shape, dtype=bool)
-    for name in positions:
-        if name == "all":
-            found[...] = True
-        elif name == "assistant":
-            found |= (who == _ASSISTANT) | (parts & _END > 0)
-        elif name == "first_assistant":
-            found |= parts & _FIRST > 0
-        elif name == "special":
-            found |= parts & _SPECIAL > 0
-        elif name in ("system", "user", "template"):
-            found |= who == {"system": _SYSTEM, "user": _USER, "template": _TEMPLATE}[name]
-        else:
-            raise unknown_name("part of a chat", name, PARTS, at="positions")
+    masks = {
+        "all": np.ones(parts.shape, dtype=bool),
+        "system": who == _SYSTEM,
+        "user": who == _USER,
+        "assistant": (who == _ASSISTANT) | (parts & _END > 0),
+        "first_assistant": parts & _FIRST > 0,
+        "template": who == _TEMPLATE,
+        "special": parts & _SPECIAL > 0,
+    }
+    for name in set(positions) - masks.keys():
+        raise unknown_name("part of a chat", name, PARTS, at="positions")
+    found: NDArray[np.bool_] = np.any([masks[name] for name in positions], axis=0)
     return found
 
 

@@ -22,7 +22,7 @@ from saeffect.io import fingerprint, hash_file, hash_folder
 from saeffect.lm.chat_rows import cut_rows
 from saeffect.lm.fields import TextField
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.text_files import FORMATS, SUFFIXES, Row, file_rows, format_of
+from saeffect.lm.text_files import FORMATS, SUFFIXES, Record, file_rows, format_of
 from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
@@ -85,7 +85,7 @@ def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
         yield from read_corpus(source, chat=how.format == "chat")
 
 
-def read_rows(source: TextSource) -> Iterator[Row]:
+def read_rows(source: TextSource) -> Iterator[Record]:
     """The rows of a source, each with its place; of tables at least the columns of its field. Errors as
     `read_corpus`.
     """
@@ -180,7 +180,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -196,17 +196,17 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
             )
         found = found[split]
     for number, row in enumerate(found, start=1):
-        yield Row(row, f"{path}, row {number}")
+        yield Record(row, f"{path}, row {number}")
 
 
-def _hub_rows(source: TextSource) -> Iterator[Row]:
+def _hub_rows(source: TextSource) -> Iterator[Record]:
     from datasets import load_dataset
 
     name = source.path.removeprefix(_HUB)
     subset = () if source.subset is None else (source.subset,)
     try:
         for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=True), start=1):
-            yield Row(row, f"{name}, row {number}")
+            yield Record(row, f"{name}, row {number}")
     except Exception as error:
         raise NotFound(
             f"cannot read the dataset {name!r}: {first_line(error).rstrip('.')}",

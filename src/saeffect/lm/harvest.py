@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saeffect.checksums import open_tensors, read_tensors, save_tensors
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
+from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
 from saeffect.io import fingerprint, read_json, remove_leftovers, sole_writer, write_json
 from saeffect.lm.activations import (
     ActivationSource,
@@ -33,7 +33,7 @@ from saeffect.lm.activations import (
     shuffled,
 )
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.parallel import barrier, is_first, rank_and_world
+from saeffect.parallel import barrier, is_first, rank_and_world, stopping
 from saeffect.progress import SILENT, Log
 
 __all__ = [
@@ -87,20 +87,17 @@ def harvest(
         missing = _missing(out, starts)
         todo = [start for start in missing if start // rows_per_shard % world == rank]
         began = time.monotonic()
-        try:
-            with fused(lm):
-                for done, start in enumerate(todo, start=1):
-                    passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
-                    save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
-                    all_done = min(done * world, len(missing))
-                    pace = all_done / (time.monotonic() - began)
-                    log(
-                        f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
-                        f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
-                        f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
-                    )
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
+        with stopping(f"whole shards stay in {out}"), fused(lm):
+            for done, start in enumerate(todo, start=1):
+                passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
+                save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
+                all_done = min(done * world, len(missing))
+                pace = all_done / (time.monotonic() - began)
+                log(
+                    f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
+                    f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
+                    f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
+                )
         barrier()
     return ActivationStore.open(out)
 

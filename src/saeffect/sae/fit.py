@@ -15,7 +15,7 @@ from saeffect.errors import Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.metrics import ReconstructionSums, SplicedLosses, replaced_losses
+from saeffect.sae.metrics import ReconstructionSums, SplicedLosses, spliced_losses
 
 __all__ = ["Fit", "PositionSums", "measure_fit"]
 
@@ -155,7 +155,7 @@ def measure_fit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArr
         positions.add(sae_in, sae_out, feature_acts, kept)
         return sae_out
 
-    losses = replaced_losses(lm, rebuilt, hook, ids, limit)
+    losses = spliced_losses(lm, rebuilt, hook, ids, limit)
     positions.ce_increase = losses.by_position["sae"] - losses.by_position["clean"]
     kept = positions._kept.sum()
     return Fit(

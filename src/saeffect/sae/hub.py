@@ -45,6 +45,8 @@ _INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files leav
 # Whether texts began with a BOS token was left to the tokenizer; those of Qwen have none.
 _AS_THE_TOKENIZER = ("dictionary_learning_1", "qwen_scope")
 _CHANGES = 1  # raised when what is written to the cache changes
+_NOT_ASKED = "the hub must not be asked (HF_HUB_OFFLINE is set)"
+_RUN_ONCE = "run once with a connection, or copy the cache of a machine that has it (HF_HOME)."
 
 
 @dataclass(frozen=True)
@@ -224,40 +226,28 @@ def _hub_errors(where: _Place, name: str, at: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise NotFound(
-            f"{where.repo} asks for agreement to its terms before it can be read.",
-            at=at,
-            fix=f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFound(
-            f"{where.repo} has no revision {where.revision!r}.", at=at, fix="check it on the hub."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NotFound(
-            f"the hub has no repository {where.repo!r} that you can read.",
-            at=at,
-            fix="check the name; for a private one log in: hf auth login.",
-        ) from error
-    except errors.HFValidationError as error:
-        raise ConfigError(f"{where.repo!r} can be no repository: {first_line(error)}", at=at) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        offline = constants.HF_HUB_OFFLINE
-        why = "the hub must not be asked (HF_HUB_OFFLINE is set)" if offline else "the hub cannot be reached"
-        raise Unreachable(
-            f"{name} is not in the hub's cache, and {why}.",
-            at=at,
-            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise NotFound(f"{where.repo} has no file {where.path!r}.", at=at, fix="check the name on the hub.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise Unreachable(
-            f"{name} could not be fetched: {first_line(error)}",
-            at=at,
-            fix="check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache.",
-        ) from error
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        ours: type[SaeffectError] = NotFound
+        fix: str | None = "check the name on the hub."
+        if isinstance(error, errors.GatedRepoError):
+            message = f"{where.repo} asks for agreement to its terms before it can be read."
+            fix = f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login."
+        elif isinstance(error, errors.RevisionNotFoundError):
+            message = f"{where.repo} has no revision {where.revision!r}."
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            message = f"the hub has no repository {where.repo!r} that you can read."
+            fix = "check the name; for a private one log in: hf auth login."
+        elif isinstance(error, errors.HFValidationError):
+            ours, message, fix = ConfigError, f"{where.repo!r} can be no repository: {first_line(error)}", None
+        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            why = _NOT_ASKED if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+            ours, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
+        elif isinstance(error, errors.EntryNotFoundError):
+            message = f"{where.repo} has no file {where.path!r}."
+        else:
+            ours, message = Unreachable, f"{name} could not be fetched: {first_line(error)}"
+            fix = "check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache."
+        raise ours(message, at=at, fix=fix) from error
 
 
 def _missing(where: _Place, name: str, at: str) -> SaeffectError:
@@ -265,12 +255,8 @@ def _missing(where: _Place, name: str, at: str) -> SaeffectError:
 
     what = f"the folder {where.path!r}" if where.path else "the repository's main folder"
     if constants.HF_HUB_OFFLINE:
-        return Unreachable(
-            f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what}), and the hub must not be"
-            " asked (HF_HUB_OFFLINE is set).",
-            at=at,
-            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
-        )
+        there = f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what})"
+        return Unreachable(f"{there}, and {_NOT_ASKED}.", at=at, fix=_RUN_ONCE)
     near = _folders(where.repo, where.revision)
     shown = f" It has: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}." if near else ""
     return NotFound(

@@ -22,7 +22,6 @@ __all__ = [
     "ce_loss_score",
     "explained_variance",
     "reconstruction",
-    "replaced_losses",
     "row_losses",
     "spliced_losses",
 ]
@@ -149,7 +148,7 @@ class SplicedLosses:
 @torch.inference_mode()
 def spliced_losses(
     lm: LanguageModel,
-    sae: SparseAutoencoder,
+    sae: SparseAutoencoder | Callable[[Tensor, Tensor], Tensor],
     hook: str,
     rows: NDArray[np.int32],
     limit: NormLimit,
@@ -162,26 +161,14 @@ def spliced_losses(
 
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
     replaced, nor is what `counts`, bool as `rows`, leaves out. A BOS in front is never predicted. `seen` gets each
-    batch's activations that count, `[n_kept, d_model]`, of the model's dtype.
+    batch's activations that count, `[n_kept, d_model]`, of the model's dtype. A function in place of the SAE makes
+    reconstructions of ids, int64 `[B, S]`, and activations `[B, S, d_in]`.
     """
-    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen, counts=counts)
-
-
-@torch.inference_mode()
-def replaced_losses(
-    lm: LanguageModel,
-    rebuilt: Callable[[Tensor, Tensor], Tensor],
-    hook: str,
-    rows: NDArray[np.int32],
-    limit: NormLimit,
-    *,
-    batch_size: int = 8,
-    seen: Callable[[Tensor], None] | None = None,
-    counts: NDArray[np.bool_] | None = None,
-) -> SplicedLosses:
-    """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
     rest = Rest(lm, hook)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "sae": (lambda _, x: sae(x)) if isinstance(sae, SparseAutoencoder) else sae,
+        "zero": lambda _, x: torch.zeros_like(x),
+    }
     totals = dict.fromkeys(("clean", *ways), 0.0)
     count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
     by_position = {name: np.zeros(rows.shape[1] - 1) for name in totals}

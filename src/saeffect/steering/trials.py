@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.parallel import barrier, device_of_process, gathered, is_first, join, rank_and_world
+from saeffect.parallel import from_all, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
 from saeffect.steering.generate import Progress, generate, last_logits
 from saeffect.steering.operators import Intervention
@@ -78,8 +76,7 @@ def run_trials(
         return run.table(actions.table, done, on_chunk, progress)
     mine = actions.table.iloc[features_of_process(len(actions.table), plan, *rank_and_world())]
     rows = run.table(mine, done, on_chunk, progress if is_first() else None) if len(mine) else None
-    barrier()  # which waits for the slowest, however long; what follows takes a moment
-    everything = pd.concat(_from_all(rows), ignore_index=True)
+    everything = pd.concat([own for own in from_all(rows) if own is not None], ignore_index=True)
     # Rows of a feature are in order already and come from one process.
     return everything.sort_values("feature", kind="stable", ignore_index=True)
 
@@ -87,23 +84,6 @@ def run_trials(
 def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
     """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk."""
     return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
-
-
-def _from_all(rows: pd.DataFrame | None) -> list[pd.DataFrame]:
-    """The tables of all processes, by rank; sent as parquet, which keeps every bit."""
-    packed = io.BytesIO()
-    if rows is not None:
-        rows.to_parquet(packed, index=False)
-    data = torch.from_numpy(np.frombuffer(packed.getvalue() or b"\0", dtype=np.uint8).copy())
-    lengths = gathered(torch.tensor([len(packed.getvalue())], device=device_of_process()))
-    everything = gathered(data.to(device_of_process())).cpu().numpy()
-    tables: list[pd.DataFrame] = []
-    start = 0
-    for length in lengths.tolist():
-        if length:
-            tables.append(pd.read_parquet(io.BytesIO(everything[start : start + length].tobytes())))
-        start += max(1, length)
-    return tables
 
 
 @dataclass(frozen=True, eq=False)

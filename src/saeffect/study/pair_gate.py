@@ -25,7 +25,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.fit import Fit, measure_fit
 from saeffect.sae.formats import load_sae
-from saeffect.sae.metrics import replaced_losses, row_losses
+from saeffect.sae.metrics import row_losses, spliced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
 from saeffect.study.stages.gate import complaint_about_model, model_on_text
@@ -298,7 +298,7 @@ def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
     if mismatch.prepend_bos is not None:
         return float("nan")
     limit = first_limit(lm, mismatch.hook, rows.ids[:_ROWS_CHECKED])
-    losses = replaced_losses(
+    losses = spliced_losses(
         lm, lambda _, x: mismatch.reading(x.float()), mismatch.hook, rows.ids[:_ROWS_CHECKED], limit
     )
     try:

@@ -43,7 +43,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.crosscoder import TUNED, side
 from saeffect.sae.formats import load_sae, read_sae_config
-from saeffect.sae.metrics import reconstruction, replaced_losses, spliced_losses
+from saeffect.sae.metrics import reconstruction, spliced_losses
 from saeffect.sae.training.card import card_is_current, measured_before, write_card
 from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
 from saeffect.sae.training.loggers import LoggerName, check_logger
@@ -209,11 +209,8 @@ class _Data:
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
         head = self.rows.head(n_rows)
-        where = self.recipe.hook, head.ids, self.limits[-1]
-        if self.recipe.tuned is None:
-            losses = spliced_losses(self.lms[0], sae, *where, counts=head.counts)
-        else:
-            losses = replaced_losses(self.lms[1], partial(self._rebuilt, sae), *where, counts=head.counts)
+        rebuilt = sae if self.recipe.tuned is None else partial(self._rebuilt, sae)
+        losses = spliced_losses(self.lms[-1], rebuilt, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts)
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,

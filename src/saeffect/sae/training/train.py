@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.lm.activations import ActivationSource
-from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.parallel import Interruption, barrier, from_all, is_first, rank_and_world, stopping
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae
@@ -53,13 +52,8 @@ def train_saes(
             if job not in todo:
                 job.complete(source.identity())
     if todo:
-        try:
+        with stopping(f"{', '.join(str(job.out) for job in todo)} keep their last checkpoints"):
             _train(source, todo, evaluate=evaluate, logger=logger, log=log)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped at once; {', '.join(str(job.out) for job in todo)} keep their last checkpoints.",
-                fix="run the same command again to go on from there.",
-            ) from None
     else:
         log("finished before; nothing to do")
     return [load_sae(job.out) for job in jobs]
@@ -197,8 +191,7 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
     """Return all runs to the newest step of which each has a readable checkpoint; where to resume."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
     # Each process reads the checkpoints that the first one wrote.
-    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
-    if (seen != seen[0]).any():
+    if any(seen != steps for seen in from_all(steps)):
         raise ConfigError(
             "the processes see different checkpoints.",
             at=", ".join(str(run.job.out) for run in runs),
@@ -217,16 +210,14 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
 
 
 def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
+    """Why a process cannot read the checkpoints of a step; None if all can."""
     mine = None
     try:
         for run in runs:
             run.restore(step)
     except BadFile as error:
         mine = error
-    failed = gathered(torch.tensor([int(mine is not None)], device=device_of_process()))
-    if not failed.any():
-        return None
-    return mine or BadFile("another process cannot read the checkpoint.", at=str(runs[0].checkpoint.folder))
+    return next((error for error in (mine, *from_all(mine)) if error is not None), None)
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
