@@ -10,10 +10,18 @@ from typing import Any, NamedTuple
 
 from saeffect.errors import BadFile, ConfigError, NotFound
 
-__all__ = ["decode_utf8", "name_to_share", "read_bytes", "refuse_special", "resolve_paths", "user_path"]
+__all__ = [
+    "BUNDLED_FOLDER",
+    "decode_utf8",
+    "name_to_share",
+    "read_bytes",
+    "refuse_special",
+    "resolve_paths",
+    "user_path",
+]
 
-_BUNDLED = "bundled:"
-_BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+BUNDLED = "bundled:"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 def user_path(text: Path | str, *, at: str | None = None) -> Path:
@@ -158,7 +166,7 @@ def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
     if isinstance(value, list):
         return [_resolved(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
     kind = _kind(keys)
-    if kind is None or not isinstance(value, str) or not value or value.startswith(_BUNDLED):
+    if kind is None or not isinstance(value, str) or not value or value.startswith(BUNDLED):
         return value
     if keys[-1] == "chat_template" and ("{" in value or "\n" in value):  # the template itself
         return value
@@ -176,7 +184,7 @@ def _kind(keys: tuple[str, ...]) -> _Kind | None:
 
 def _absolute(value: str, kind: _Kind, folder: Path, at: str) -> str:
     path = user_path(value, at=at)
-    if kind.bundled and any(p.name.partition(".")[0] == value for p in (_BUNDLED_FOLDER / kind.bundled).iterdir()):
+    if kind.bundled and any(p.name.partition(".")[0] == value for p in (BUNDLED_FOLDER / kind.bundled).iterdir()):
         return value
     beside = user_path(folder / path, at=at)
     place = str(beside.resolve() if beside.name in ("", "..") else beside.parent.resolve() / beside.name)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from saeffect.errors import NotFound, ShapeMismatch, unknown_name
 from saeffect.features.vector_files import VECTOR_SUFFIXES, read_vectors
-from saeffect.paths import user_path
+from saeffect.paths import BUNDLED_FOLDER, user_path
 
 __all__ = ["BUNDLED_EMBEDDINGS", "DEFAULT_EMBEDDINGS", "WordVectors", "load_embeddings"]
 
@@ -22,7 +22,6 @@ FloatArray = NDArray[np.float32]
 DEFAULT_EMBEDDINGS = "glove-wiki-gigaword-100"
 BUNDLED_EMBEDDINGS = (DEFAULT_EMBEDDINGS,)
 
-_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "embeddings"
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _WORD_PART = re.compile(r"[^\W_]+")
 
@@ -109,7 +108,7 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     """
     text = str(name_or_path)
     if text in BUNDLED_EMBEDDINGS:
-        path = _BUNDLED_FOLDER / f"{text}.safetensors"
+        path = BUNDLED_FOLDER / "embeddings" / f"{text}.safetensors"
     else:
         path = user_path(name_or_path)
         is_path = isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES

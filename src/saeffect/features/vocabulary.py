@@ -20,7 +20,7 @@ from saeffect.config import SCRIPTS
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
 from saeffect.features.embeddings import WordVectors
 from saeffect.lm.tokens import normalise_token
-from saeffect.paths import decode_utf8, read_bytes, user_path
+from saeffect.paths import BUNDLED_FOLDER, decode_utf8, read_bytes, user_path
 
 __all__ = [
     "MatchCounts",
@@ -32,7 +32,7 @@ __all__ = [
     "select",
 ]
 
-_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "vocabularies"
+_VOCABULARIES = BUNDLED_FOLDER / "vocabularies"
 # What separates the columns of a table; a comma between two digits is a name's ("1,25-dihydroxyvitamin").
 _OF_A_TABLE = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
 _HALF = "\ufffd"  # a part of a character, of which the script is not known
@@ -70,7 +70,7 @@ class MatchCounts(NamedTuple):
 
 def bundled_vocabularies() -> list[str]:
     """Names of the bundled word lists, sorted."""
-    return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.txt"))
+    return sorted(path.stem for path in _VOCABULARIES.glob("*.txt"))
 
 
 def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
@@ -90,7 +90,7 @@ def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
         return Vocabulary("", frozenset(), sha256="")
     name, bundled = str(name_or_path), bundled_vocabularies()
     if name in bundled:
-        data = (_BUNDLED_FOLDER / f"{name}.txt").read_bytes()
+        data = (_VOCABULARIES / f"{name}.txt").read_bytes()
     else:
         path = user_path(name)
         if len(path.parts) < 2 and not path.suffix and not path.is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import re
 import threading
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embed
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.placement import Placement
 from saeffect.lm.tokens import tokenizer_trouble
-from saeffect.paths import user_path
+from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 from saeffect.progress import SILENT, Log
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "resolve_dtype",
 ]
 
-BUNDLED = "bundled:"
 # transformers changes its own state while it loads, so that two threads would spoil each other's models.
 _ONE_AT_A_TIME = threading.RLock()
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
@@ -66,7 +64,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
     """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName, with a list, if there is none."""
-    root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
+    root = BUNDLED_FOLDER / kind
     found = root / name
     if name in ("", ".", "..") or "/" in name or not found.exists():
         valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []

@@ -8,15 +8,14 @@ from __future__ import annotations
 import difflib
 import functools
 import gzip
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from saeffect.errors import UnknownName, unknown_name
+from saeffect.paths import BUNDLED_FOLDER
 from saeffect.sae.formats.gemma_scope import named_by_path
 
 __all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "published_saes"]
@@ -141,8 +140,7 @@ def list_source() -> str:
 
 @functools.cache
 def _table() -> tuple[str, tuple[PublishedSae, ...]]:
-    file = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "published_saes.json.gz"
-    raw = json.loads(gzip.decompress(file.read_bytes()))
+    raw = json.loads(gzip.decompress((BUNDLED_FOLDER / "published_saes.json.gz").read_bytes()))
     found = []
     for release, of in raw["releases"].items():
         for row in of["saes"]:
