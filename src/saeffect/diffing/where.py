@@ -22,8 +22,7 @@ from saeffect.diffing.trace import Trace
 from saeffect.diffing.written import openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.activations import TokenRows
-from saeffect.lm.architectures import unembedding
-from saeffect.lm.heads import heads_to_residual
+from saeffect.lm.architectures import heads_to_residual, unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
