@@ -266,6 +266,12 @@ class StreamedActivations(ActivationSource):
         cls, lm: LanguageModel, hook: str, text: StreamedText | TokenRows, *, pool_rows: int = 512, rows_a_pass: int = 8
     ) -> StreamedActivations:
         """Check that model, hook and text fit (errors as `check_rows`); measure the norm limit on the first rows."""
+        if isinstance(text, TokenRows) and text.counts is not None:
+            raise ConfigError(
+                "streamed activations are of all tokens, and only some of these rows count.",
+                at="positions",
+                fix="harvest them instead: activations: shards.",
+            )
         ids = np.array(list(islice(text.rows(), 2 * rows_a_pass)), dtype=np.int32)
         check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
         with fused(lm):
