@@ -191,14 +191,12 @@ def change_by_word(
 
     One row a role and token, clearest first in each role: role: "read": what follows this token; it is in the text at
     least `LEAST_SEEN` times. "expected": how probable this token is as the next one; in some fine-tune it is expected
-    at least once in the text. token_id, token, n: `n`, how often the text has it, or how often the base model expects
-    it. base, tuned: For "expected", the mean probability in either model. change, unit: For "read", mean KL after it,
-    nats. For "expected", log of the ratio of expected numbers, half a token added to each, so that a word that one
-    model never expects has a ratio too. null_median, null_low, null_high: The nulls' own. score: Above the other
-    fine-tunes' mean, over the mean deviation of words of like frequency; unsigned if "expected". p, q, p_search:
-    `pooled_p` of the score, Benjamini-Hochberg over the role's words, and `search_p`. focus, p_focus: For "read", the
-    KL over the mean KL of all words, and its `search_p`: more than words in general. reason: "" or why nothing can be
-    found.
+    at least once in the text. token_id, token, n, base, tuned: `n`, how often the text has it, or the base model
+    expects it; mean probabilities. change, unit: For "read", mean KL after it, nats. For "expected", log of the ratio
+    of expected numbers, half a token added to each. null_median, null_low, null_high: the nulls' own. score: Above the
+    other fine-tunes' mean, over the mean deviation of words of like frequency; unsigned if "expected". p, q, p_search:
+    `pooled_p` of the score, Benjamini-Hochberg over the role's words, and `search_p`. focus, p_focus, reason: For
+    "read", the KL over the mean KL of all words, its `search_p`; why nothing can be found.
     """
     traces = (trace, *nulls)
     read = _read(traces, ids)
