@@ -185,9 +185,8 @@ def change_by_word(
     *,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """On which words predictions changed, and which words are expected more or less often.
-
-    `ids` [n_rows, context_size] are the text, `tokens` [d_vocab] the token strings, `plain` those that text may have.
+    """On which words predictions changed, and which words are expected more or less often. `ids` [n_rows, context_size]
+    are the text, `tokens` [d_vocab] the token strings, `plain` bool [d_vocab] those that text may have.
 
     One row a role and token, clearest first in each role: role: "read": what follows this token; it is in the text at
     least `LEAST_SEEN` times. "expected": how probable this token is as the next one; in some fine-tune it is expected
