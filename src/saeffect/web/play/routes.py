@@ -79,7 +79,7 @@ def _play(request: Request) -> HTMLResponse:
     wrong: dict[str, str] | None = None
     arms: tuple[str, ...] = ()
     ask = Ask(prompt=_PROMPT)
-    with contextlib.suppress(SaeffectError):
+    if site.has("study.yaml"):
         arms = site.arms
     if arms:
         defaults = _defaults(site)
@@ -147,8 +147,8 @@ def _features(request: Request, arm: str, q: str = "") -> list[dict[str, Any]]:
     index, words = _index(request), q.strip()[:_LONGEST]
     suggested = (Query(arm=arm, tested="passed", sort="effect"), Query(arm=arm, domain="yes"), Query(arm=arm))
     answers = (index.find(query) for query in ((Query(arm=arm, q=words),) if words else suggested))
-    found = next((found.places[:_OFFERED].tolist() for found in answers if found.total), [])
-    return _described(request, arm, [int(index.numbers[place]) for place in found])
+    offered: list[int] = next((index.numbers[found.places[:_OFFERED]].tolist() for found in answers if found.total), [])
+    return _described(request, arm, offered)
 
 
 @router.post("/api/play/run")
@@ -247,7 +247,9 @@ def _defaults(site: Site) -> dict[str, Any]:
 
 
 def _unit(site: Site) -> str:
-    return f"mean norms of the residual at {site.study.hook(site.arms[0])}" if site.study.has_saes else ""
+    with contextlib.suppress(SaeffectError):  # an SAE that is gone: loading the models says so
+        return f"mean norms of the residual at {site.study.hook(site.arms[0])}" if site.study.has_saes else ""
+    return ""
 
 
 def _short(result: Result) -> str:
