@@ -19,6 +19,7 @@ from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
+from saeffect.cli.plan import plan
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.saes import convert_sae_command, saes
@@ -49,6 +50,9 @@ app.command(
     help="What did fine-tuning change between two models? The first findings in minutes, without a study file.",
 )(diff)
 app.command("check", help="Validate a study without computing anything.")(check)
+app.command("plan", help="Predict a study's time, memory and disk from rates measured here; no weights are needed.")(
+    plan
+)
 app.command(
     "gate",
     help="Does an SAE reconstruct a model, and its fine-tune? What is wrong is named: saeffect gate MODEL SAE; exit"

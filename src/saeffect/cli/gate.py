@@ -56,7 +56,13 @@ def gate(
     text: Annotated[
         list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
     ] = None,
-    field: Annotated[str, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")] = "text",
+    field: Annotated[
+        str | None, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")] = False,
+    positions: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="Of chats, what counts: user, assistant, special, ...")
+    ] = None,
     hook: Annotated[str | None, typer.Option(help="Where to read; by default where the SAE was trained.")] = None,
     bos: Annotated[str, typer.Option(help="Whether texts begin with BOS: auto, always or never.")] = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=256)] = 4_096,
@@ -88,7 +94,15 @@ def gate(
     from saeffect.io import write_json
     from saeffect.study.pair_gate import GateRequest, gate_pair
 
-    request = GateRequest(study, sae, tuned, tuple(text or ()), field, hook, bos, tokens)  # type: ignore[arg-type]
+    request = GateRequest(
+        *(study, sae, tuned, tuple(text or ())),
+        field=field,
+        chat=chat or bool(positions),
+        positions=tuple(positions or ("all",)),
+        hook=hook,
+        bos=bos,  # type: ignore[arg-type]
+        tokens=tokens,
+    )
     with ConsoleProgress() as log:
         found = gate_pair(request, log=log)
     _show(found, study, sae, tuned)
@@ -118,7 +132,9 @@ def _show(found: PairGate, model: str, sae: str, tuned: str | None) -> None:
     show(f"hook   {found.hook}")
     show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
     begins = "with" if found.on_text["base"]["prepend_bos"] else "without"
-    show(f"text   {', '.join(rows.names)}: {rows.ids.size:,} tokens in rows of {rows.context_size}, {begins} BOS")
+    counted = "" if rows.counts is None else f", of which {int(rows.counts.sum()):,} count"
+    size = f"{rows.ids.size:,} tokens in rows of {rows.context_size}{counted}"
+    show(f"text   {', '.join(rows.names)}: {size}, {begins} BOS")
     show()
     _show_table(found)
     show()
