@@ -33,6 +33,14 @@ def test_every_command_is_a_typed_function() -> None:
         assert not untyped, name
 
 
+def test_the_list_of_commands_has_whole_sentences_on_80_columns() -> None:
+    group = typer.main.get_command(app)
+    widest = max(map(len, group.commands))
+    for name, command in group.commands.items():
+        said = command.get_short_help_str(80 - 6 - widest)
+        assert said and not said.endswith("..."), f"{name}: {said}"
+
+
 def test_the_page_names_each_of_them() -> None:
     page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in commands.__all__)

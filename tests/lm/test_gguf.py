@@ -183,9 +183,9 @@ def test_the_cache_has_a_size(tiny_llama: LanguageModel, tmp_path: Path, monkeyp
     _write(tiny_llama, path)
     first = gguf.converted_folder(path, torch.float32)
     second = gguf.converted_folder(path, torch.bfloat16)
-    size = sum(file.stat().st_size for file in second.iterdir())
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (first, second)]
     os.utime(second / "saeffect.json", (1, 1))  # used longest ago
-    monkeypatch.setenv("SAEFFECT_CACHE_GB", str(2.5 * size / 1e9))
+    monkeypatch.setenv("SAEFFECT_CACHE_GB", f"{(sizes[0] + 1.5 * sizes[1]) / 1e9:.9f}")
     third = gguf.converted_folder(path, torch.float16)
     assert first.is_dir() and third.is_dir() and not second.exists()
     monkeypatch.setenv("SAEFFECT_CACHE_GB", "0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,12 +78,7 @@ def gate(
 ) -> None:
     """Judge an SAE on a model and its fine-tune, or run this stage of a study."""
     if sae is None:
-        alone = {"--tuned": tuned, "--text": text, "--hook": hook, "--save": save, "--mend": mend}
-        given = [name for name, value in alone.items() if value]
-        if given:
-            raise ConfigError(
-                "there is no SAE.", at=given[0], fix="write saeffect gate MODEL SAE; with one argument it is a study."
-            )
+        _refuse_any({"--tuned": tuned, "--text": text, "--hook": hook, "--save": save, "--mend": mend})
         _stage(study, out, redo)
         return
     if bos not in _BOS:
@@ -94,15 +89,8 @@ def gate(
     from saeffect.io import write_json
     from saeffect.study.pair_gate import GateRequest, gate_pair
 
-    request = GateRequest(
-        *(study, sae, tuned, tuple(text or ())),
-        field=field,
-        chat=chat or bool(positions),
-        positions=tuple(positions or ("all",)),
-        hook=hook,
-        bos=bos,  # type: ignore[arg-type]
-        tokens=tokens,
-    )
+    how = (field, chat or bool(positions), tuple(positions or ("all",)), hook, bos, tokens)
+    request = GateRequest(study, sae, tuned, tuple(text or ()), *how)  # type: ignore[arg-type]
     with ConsoleProgress() as log:
         found = gate_pair(request, log=log)
     _show(found, study, sae, tuned)
@@ -112,6 +100,14 @@ def gate(
         _mend(found, mend)
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _refuse_any(given: Mapping[str, object]) -> None:
+    """Options that go with an SAE alone."""
+    for option, value in given.items():
+        if value:
+            fix = "write saeffect gate MODEL SAE; with one argument it is a study."
+            raise ConfigError("there is no SAE.", at=option, fix=fix)
 
 
 def _mend(found: PairGate, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -227,15 +228,17 @@ def _read_once(path: Path) -> Iterator[Any]:
     The reader of gguf makes several objects for each of a vocabulary's tokens, and transformers makes a reader for
     each part of a model: with 262,144 tokens that was most of two minutes.
     """
-    import gguf
     from gguf.constants import GGUFValueType
 
-    class Reader(gguf.GGUFReader):
+    gguf: Any = importlib.import_module("gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            inner, n = struct.unpack_from("<IQ", self.data, orig_offs) if raw_type == _ARRAY else (_ARRAY, 0)
+            data: Any = self.data.view(np.ndarray)
+            inner, n = struct.unpack_from("<IQ", data, orig_offs) if raw_type == _ARRAY else (_ARRAY, 0)
             if inner == _ARRAY or self.byte_order == "S":
                 return super()._get_field_parts(orig_offs, raw_type)
-            start, data = orig_offs + 12, self.data.view(np.ndarray)
+            start = orig_offs + 12
             if inner == _STRING:
                 parts, end = [], start
                 for _ in range(n):

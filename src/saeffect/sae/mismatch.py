@@ -337,7 +337,8 @@ def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: Token
 
     def listener(hook: str) -> Callable[[Tensor], Tensor]:
         def listen(x: Tensor) -> Tensor:
-            found[hook] = _variance(reading, _counted(x, rows))
+            if x.shape[:2] == rows.ids.shape:  # and not what attaching another hook makes the model read
+                found[hook] = _variance(reading, _counted(x, rows))
             return x
 
         return listen
@@ -364,7 +365,7 @@ def _other_beginning(
     if bos is None or bos >= lm.d_vocab:
         return None
     cut = slice(1, None) if has else slice(-1)
-    ids, on = rows.ids[:, cut], np.ascontiguousarray(rows.counts[:, cut]) if rows.counts is not None else None
+    ids, on = rows.ids[:, cut], None if rows.counts is None else np.ascontiguousarray(rows.counts[:, cut])
     if not has:
         ids = np.concatenate([np.full_like(ids[:, :1], bos), ids], axis=1)
         on = None if on is None else np.concatenate([np.zeros_like(on[:, :1]), on], axis=1)

@@ -225,9 +225,10 @@ def new_figure(height: float, *, layout: bool = True) -> Figure:
     """An empty figure of column width, `height` in inches, without pyplot's global state; see `drawn_into`."""
     place = _PLACE.get()
     if place is not None:
-        spec = place.get_subplotspec()
+        whole, spec = place.figure, place.get_subplotspec()
         place.remove()
-        return place.figure.add_subfigure(spec)  # type: ignore[no-any-return, union-attr, arg-type]
+        found: Any = whole.add_subfigure(spec)  # type: ignore[union-attr, arg-type]
+        return found  # type: ignore[no-any-return]
     engine = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07) if layout else None
     figure = Figure(figsize=(_WIDTH, height), layout=engine)
     FigureCanvasAgg(figure)
