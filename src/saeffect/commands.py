@@ -19,6 +19,7 @@ from saeffect.study.check import check_study as check
 from saeffect.study.diff import DiffRequest, diff_study
 from saeffect.study.export import export_features as export
 from saeffect.study.guard import guard
+from saeffect.study.label import label
 from saeffect.study.notebook import train_sae
 from saeffect.study.pair_gate import gate_pair as gate
 from saeffect.study.plan import plan_study as plan
@@ -55,6 +56,7 @@ __all__ = [
     "finetune",
     "train_sae",
     "harvest",
+    "label",
     "guard",
     "saes",
     "convert_sae",

@@ -19,6 +19,7 @@ from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
 from saeffect.cli.harvest import harvest
+from saeffect.cli.label import label
 from saeffect.cli.plan import plan
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
@@ -70,6 +71,11 @@ app.command(
     help="Write features of a finished run for other programs. Steering vector (.safetensors), control vector for"
     " llama.cpp (.gguf), Neuronpedia-style list (.json), .csv.",
 )(export)
+app.command(
+    "label",
+    help="Label features of a run by a language model. Each label is scored on contexts that it was not made from. The"
+    " endpoint: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY.",
+)(label)
 app.command(
     "reproduce", help="Recompute the figures of Gupta & Sica (2024). From their published files: paper, ours, verdict."
 )(reproduce)
