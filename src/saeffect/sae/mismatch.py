@@ -112,9 +112,8 @@ def find_mismatch(
 ) -> Mismatch:
     """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it.
 
-    `ids` are rows of text, int32 `[n_rows, context_size]`, of which `counts`, bool of that shape, counts (None: all);
-    the first ones are read. A change is reported only if it leaves clearly less of the variance unexplained.
-    ConfigError: no such hook.
+    `ids` are rows of text, int32 `[n_rows, context_size]`, of which `counts`, bool of that shape, counts (None: all). A
+    change is reported only if it leaves clearly less of the variance unexplained. ConfigError: no such hook.
     """
     on = np.ones(ids.shape, dtype=bool) if counts is None else counts
     n_rows = min(len(ids), max(2, int(np.searchsorted(on.sum(axis=1).cumsum(), _TOKENS)) + 1))
