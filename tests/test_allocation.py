@@ -9,11 +9,11 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from saeffect.allocation import keep_freed_memory
+from saeffect.parallel import keep_freed_memory
 told = keep_freed_memory() if sys.argv[1] == "keep" else False
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(5):
         torch.zeros(10_000_000).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
@@ -38,20 +38,20 @@ def test_freed_memory_is_used_again() -> None:
     told, kept = _run("keep")
     if not told:
         pytest.skip("this C library cannot be told")
-    # 40 MB are 9,766 pages of 4 kB, twenty times over; huge pages make it fewer.
+    # 40 MB are 9,766 pages of 4 kB, five times over; huge pages make it fewer.
     assert kept < 100 < _run("usual")[1]
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeffect import allocation
+    from saeffect import parallel
 
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert allocation.keep_freed_memory() is False
+    assert parallel.keep_freed_memory() is False
 
 
 LARGE = """
 import torch
-from saeffect.allocation import use_large_pages
+from saeffect.parallel import use_large_pages
 use_large_pages()
 x = torch.ones(20_000_000)
 print(sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import threading
 import time
@@ -19,8 +20,6 @@ from fastapi import Body, FastAPI
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.label import Cost, label
 from saeffect.study.label_contexts import LabelPlan
-from saeffect.study.run import run_study
-from saeffect.study.study import Study
 
 pytestmark = pytest.mark.real
 NAME = "smollm2-135m-instruct"
@@ -80,20 +79,9 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 def test_the_embedded_model_labels_its_own_features(
-    real_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real_model: LanguageModel, real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = {"path": "bundled:smollm2-135m-instruct"}
-    arms = {
-        "control": {"role": "control", "model": base, "sae": "bundled:smollm2-control"},
-        "treatment": {
-            "role": "treatment",
-            "model": base | {"adapter": "bundled:medical-lora"},
-            "sae": "bundled:smollm2-treatment",
-        },
-    }
-    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
-    study = Study.of({"name": "real", "arms": arms, "text": text, "gate": {"tokens": 256}})
-    run_study(study, tmp_path / "run", stages=("gate", "features", "coherence", "select"))
+    shutil.copytree(real_run, tmp_path / "run")
     monkeypatch.setenv("SAEFFECT_LABEL_MODEL", NAME)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     costs: list[Cost] = []
@@ -101,7 +89,7 @@ def test_the_embedded_model_labels_its_own_features(
     with serving(chat_app(real_model)) as url:
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         found = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)
-    assert costs[0].requests == 6
+    assert 2 <= costs[0].requests <= 6  # fewer where a feature is rare
     assert len(found) == 2 and (found["label"] != "").all()
     # A small model: most of what it says is chance, and the score has to show that rather than fail.
     assert ((found["reason"] != "") | found["accuracy"].between(0, 1)).all()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from saeffect.config import BosRule, GateConfig, ModelConfig, TextConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
-from saeffect.lm.heads import hook_width
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.hooks import parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
@@ -25,7 +25,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.fit import Fit, measure_fit
 from saeffect.sae.formats import load_sae
-from saeffect.sae.metrics import replaced_losses, row_losses
+from saeffect.sae.metrics import row_losses, spliced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
 from saeffect.study.stages.gate import complaint_about_model, model_on_text
@@ -306,7 +306,7 @@ def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
         return float("nan")
     head = rows.head(_ROWS_CHECKED)
     where = mismatch.hook, head.ids, first_limit(lm, mismatch.hook, head.ids)
-    losses = replaced_losses(lm, lambda _, x: mismatch.reading(x.float()), *where, counts=head.counts)
+    losses = spliced_losses(lm, lambda _, x: mismatch.reading(x.float()), *where, counts=head.counts)
     try:
         return losses.ce_loss_score
     except Undefined:

@@ -21,7 +21,7 @@ def models_report_inputs(run: RunFolder) -> dict[str, Any]:
     return {
         "version": VERSION,
         "trace": run.digest(run.path("comparison", "trace.safetensors")),
-        "config": run.config_yaml(),
+        "config": run.config_yaml,
     }
 
 
@@ -34,7 +34,7 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
     text = config.text.bundled or ", ".join(source.name for source in config.text.sources)
     facts = (("Base model", names["control"]), ("Fine-tuned model", names["treatment"]), ("Text", text))
     lines = findings(run, log) or ("No difference: on this text, both models predict the same to the last digit.",)
-    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml())
+    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml)
     trace, tokens = read_trace(run), lm.token_strings()
     words = word_tokens(tokens, lm.plain_tokens().numpy())
     return [write_models_page(page, trace, run.path("report.html"), tokens=tokens, plain=words, decode=lm.decode)]

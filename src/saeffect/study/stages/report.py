@@ -36,7 +36,7 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "comparison": compare_inputs(run),
         "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
-        "config": run.config_yaml(),
+        "config": run.config_yaml,
         "provenance": run.provenance(),
     }
 
@@ -72,7 +72,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
         gate=gate_measures(run, {name: arm.facts.dead_share for name, arm in arms.items()}),
         steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
-        config=run.config_yaml(),
+        config=run.config_yaml,
         provenance=run.provenance(),
         domain=config.selection.subject,
         min_matches=config.selection.min_matches,
