@@ -18,9 +18,9 @@ from saeffect.report.figures.learned import crossed, learned, where_changed, wri
 from saeffect.report.figures.matching import cross_activity, fates
 from saeffect.report.figures.put_back import put_back
 from saeffect.report.figures.steering import doses, forests
-from saeffect.report.figures.style import DrawnFigure, FigureKind
+from saeffect.report.figures.style import DrawnFigure, FigureKind, drawn_into
 
-__all__ = ["FIGURES", "DrawnFigure", "draw_figures", "write_figures"]
+__all__ = ["FIGURES", "DrawnFigure", "draw_figures", "drawn_into", "write_figures"]
 
 FIGURES = [
     FigureKind(
