@@ -233,7 +233,7 @@ def test_labels_of_a_language_model_are_shown_as_such_and_hidden_from_raters(
         (7, "beating", ""),
         (9, "hearts,", ""),
     ]
-    assert "detection 0.85" in client.get("/features?q=hearts").text
+    assert "detection 0.85 [0.65, 0.95]" in client.get("/features?q=hearts").text
     assert client.get("/api/features/control/7").json()["model_label"]["accuracy"] == 0.85
     blind = catalogue(client.app.state.site, blind=True)
     assert blind.record("control", 7)["model_label"] is None and blind.index.find(Query(q="hearts")).total == 0

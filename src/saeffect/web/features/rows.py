@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
 from saeffect.report.texts import chips
-from saeffect.report.words.numbers import count, fixed, p_value, plural, signed
+from saeffect.report.words.numbers import count, fixed, interval, p_value, plural, signed
 from saeffect.web.features.index import FeatureIndex, Found
 from saeffect.web.features.query import CHOICES, SORTS, Query
 from saeffect.web.features.search import search_form
@@ -162,15 +162,17 @@ def _row(index: FeatureIndex, place: int, basis: str, by: str) -> ListedFeature:
     p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
     coherence, similarity = index.value("coherence", place), index.value(f"similarity_{by}", place)
     fate = index.code(f"fate_{by}", place)
+    labelled = index.model_labels.get(place, {})
     accuracy = index.value("accuracy", place)
+    between = interval(labelled.get("low", nan), labelled.get("high", nan), 2)
     return ListedFeature(
         arm=arm,
         role=index.roles[arm],
         number=number,
         href=f"/features/{quote(arm, safe='')}/{number}",
         label=index.verdicts.labels[place],
-        model_label=index.model_labels.get(place, {}).get("label", ""),
-        accuracy=f"detection {fixed(accuracy, 2)}" if isfinite(accuracy) else "",
+        model_label=labelled.get("label", ""),
+        accuracy=f"detection {fixed(accuracy, 2)} {between}" if isfinite(accuracy) else "",
         tokens=tuple(_listed(token) for token in index.top_tokens(place)),
         domain=index.code("domain", place) == "yes",
         cells=environment()
