@@ -11,8 +11,13 @@ from saeffect.comparison import Answer, Comparison, Trace
 from saeffect.comparison.arms import roles_of
 from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.tables.steering import baseline_sentences
-from saeffect.report.words.evidence import calibration_verdict, coherence_sentence, power_sentence
-from saeffect.report.words.matching import cross_summary, fate_summary
+from saeffect.report.words.evidence import (
+    calibration_verdict,
+    coherence_sentence,
+    cross_summary,
+    fate_summary,
+    power_sentence,
+)
 from saeffect.report.words.names import dose_words
 from saeffect.report.words.numbers import is_defined, joined, plural
 from saeffect.report.words.threats import SEVERITIES
@@ -33,10 +38,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """The sentences of each section on evidence; "" for none.
-
-    `stagewise` says why features were not followed through continued training, `gravest` are the threats quoted beside
-    the answer, `limits` says by section what cannot be concluded and why.
+    """The sentences of each section on evidence; "" for none. `stagewise` says why features were not followed through
+    continued training, `gravest` are the threats quoted beside the answer, `limits` says by section what cannot be
+    concluded and why.
     """
 
     calibration: str
@@ -59,12 +63,12 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
         "their numbers do not correspond."
     )
     return Evidence(
-        calibration=calibration_verdict(comparison),
+        calibration=calibration_verdict(comparison.calibration),
         power=power_sentence(comparison.power, roles_of(dict(arms)), deciding),
-        fates=fate_summary(comparison, context),
-        cross=cross_summary(comparison, context),
+        fates=fate_summary(comparison.matches.fate_counts, context.alpha),
+        cross=cross_summary(comparison.matches.cross_activity, context.alpha, context.domain),
         stagewise="" if len(comparison.matches.stagewise) else stagewise,
-        regression=coherence_sentence(comparison),
+        regression=coherence_sentence(comparison.regression),
         threats=threat_summary(comparison.threats),
         gravest=tuple(gravest(comparison.threats)),
         limits=_limits(comparison),
@@ -85,9 +89,9 @@ def _limits(comparison: Comparison) -> dict[str, str]:
     declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration
     shown = declared if len(declared) else calibration
     if shown.empty or not (shown["tests"] > 0).any():
-        limits["chance"] = calibration_verdict(comparison)
+        limits["chance"] = calibration_verdict(calibration)
     if comparison.regression.empty or not comparison.regression["estimate"].notna().any():
-        limits["regression"] = coherence_sentence(comparison)
+        limits["regression"] = coherence_sentence(comparison.regression)
     return limits
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.special import ndtri
 
 from saeffect.errors import ShapeMismatch, Undefined, unknown_name
-from saeffect.stats.arguments import FloatArray, Seed, check_level, check_resamples, generator
+from saeffect.stats.arguments import LEVEL, FloatArray, Seed, check_resamples, generator
 from saeffect.stats.estimate import Estimate, undefined
 
 __all__ = ["cohens_kappa", "fleiss_kappa", "krippendorff_alpha", "percent_agreement"]
@@ -26,15 +26,13 @@ def cohens_kappa(
     b: Sequence[Any] | pd.Series,
     *,
     n_boot: int = 0,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """How far two raters agree beyond chance: Cohen's kappa, with n the number of items.
+    """How far two raters agree beyond chance on n items, labelled in the same order: Cohen's kappa.
 
-    `a` and `b` are the labels (anything hashable) of the same n items in the same order. NaN for no items, missing
-    labels, or when both raters gave one and the same label throughout. No interval when they agree on everything.
-    The interval is of the formula, or for `n_boot` > 0 of as many resamples of whole items.
-    Source: Cohen (1960); standard error of Fleiss, Cohen & Everitt (1969), through statsmodels.
+    NaN for no items, missing labels, or when both raters gave one and the same label throughout. No interval when they
+    agree on everything. It is of the formula, or for `n_boot` > 0 of as many resamples of whole items. Source: Cohen
+    (1960); Fleiss, Cohen & Everitt (1969), through statsmodels.
 
     Example:
         >>> cohens_kappa(["yes", "yes", "no", "no"], ["yes", "no", "no", "no"]).value
@@ -42,7 +40,6 @@ def cohens_kappa(
     """
     from statsmodels.stats.inter_rater import cohens_kappa as kappa  # takes a second, and few commands need it
 
-    check_level(level)
     labels, n = [*a, *b], len(a)
     if len(b) != n:
         raise ShapeMismatch(f"the raters must judge the same items, got {n} and {len(b)} labels.", at="b")
@@ -57,10 +54,10 @@ def cohens_kappa(
     table = np.zeros((len(categories), len(categories)))
     np.add.at(table, (codes[:n], codes[n:]), 1)
     if n_boot:
-        check_resamples(n_boot, level)
+        check_resamples(n_boot)
         pairs = np.zeros((n, *table.shape))
         pairs[np.arange(n), codes[:n], codes[n:]] = 1
-        return _resampled(lambda times: _kappa(np.tensordot(times, pairs, 1)), n, n_boot, level, seed)
+        return _resampled(lambda times: _kappa(np.tensordot(times, pairs, 1)), n, n_boot, seed)
     if np.trace(table) == n:  # exactly 1, where the arithmetic may miss by a last digit
         return undefined("the raters agree on everything, so the standard error is zero", n, 1.0)
     with warnings.catch_warnings():
@@ -70,7 +67,7 @@ def cohens_kappa(
     value, error = float(found.kappa), float(found.std_kappa)
     if not error > 0:
         return undefined("the standard error is zero for these labels", n, value)
-    half = float(ndtri((1 + level) / 2)) * error
+    half = float(ndtri((1 + LEVEL) / 2)) * error
     return Estimate(value, max(-1.0, value - half), min(1.0, value + half), n)
 
 
@@ -78,7 +75,6 @@ def percent_agreement(
     ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
     """The share of pairs of raters, 0 to 1, that gave an item the same label, averaged over items; chance included.
@@ -89,20 +85,19 @@ def percent_agreement(
         >>> percent_agreement([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value
         0.75
     """
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     counts, _ = _label_counts(ratings)
     counts = counts[counts.sum(axis=1) >= 2]
     if not len(counts):
         return undefined("no item has two ratings")
     shares = _same_pairs(counts)
-    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, level, seed)
+    return _resampled(lambda times: times @ shares / len(shares), len(shares), n_boot, seed)
 
 
 def fleiss_kappa(
     ratings: pd.DataFrame | npt.NDArray[Any] | Sequence[Sequence[Any]],
     *,
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
     """How far several raters agree beyond chance, on the n items that all of them judged: Fleiss' kappa.
@@ -114,7 +109,7 @@ def fleiss_kappa(
         >>> round(fleiss_kappa([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value, 4)
         0.4667
     """
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     counts, labels = _label_counts(ratings)
     raters = int(np.shape(ratings)[1])
     counts = counts[counts.sum(axis=1) == raters]
@@ -129,7 +124,7 @@ def fleiss_kappa(
         chance = ((times @ counts / (n * raters)) ** 2).sum(axis=1)
         return _beyond_chance(times @ same / n, chance)
 
-    return _resampled(kappa, n, n_boot, level, seed)
+    return _resampled(kappa, n, n_boot, seed)
 
 
 def krippendorff_alpha(
@@ -137,19 +132,15 @@ def krippendorff_alpha(
     *,
     metric: str = "nominal",
     n_boot: int = 2000,
-    level: float = 0.95,
     seed: Seed = 0,
 ) -> Estimate:
-    """How far any number of raters agree beyond chance, also when not everybody judged everything.
+    """How far any number of raters agree beyond chance, also when not everybody judged everything: alpha, at most 1.
 
-    Returns alpha, at most 1, with n the items that at least two raters judged. NaN when there are none or only one
-    label occurs. The interval resamples whole items; there is none where that gives none.
-    Source: Krippendorff (2011), Computing Krippendorff's alpha-reliability.
-
-    Args:
-        ratings: One row an item, one column a rater; None or NaN where a rater did not judge the item.
-        metric: What counts as disagreement. "nominal": any two different labels, alike; "ordinal": more, the more ranks
-            lie between; "interval": the squared difference. The last two need numbers.
+    `ratings` have one row an item, one column a rater; None or NaN where a rater did not judge the item. `metric` is
+    what counts as disagreement: "nominal", any two different labels alike; "ordinal", more, the more ranks lie between;
+    "interval", the squared difference. n: items that at least two raters judged. NaN when there are none or only one
+    label occurs. The interval resamples whole items. Source: Krippendorff (2011), Computing Krippendorff's
+    alpha-reliability.
 
     Example:
         >>> krippendorff_alpha([["yes", "yes"], ["no", "no"], ["yes", "no"], ["no", "no"]]).value
@@ -157,7 +148,7 @@ def krippendorff_alpha(
     """
     if metric not in _METRICS:
         raise unknown_name("metric", metric, _METRICS, at="metric")
-    check_resamples(n_boot, level)
+    check_resamples(n_boot)
     counts, labels = _label_counts(ratings)
     try:
         scale = np.array([float(i if metric == "nominal" else label) for i, label in enumerate(labels)])
@@ -172,12 +163,10 @@ def krippendorff_alpha(
     if (counts.sum(axis=0) > 0).sum() == 1:
         return undefined("only one label occurs, which chance explains", n)
     pairs = _coincidences(counts)
-    return _resampled(lambda times: _alpha(times, pairs, metric, scale), n, n_boot, level, seed)
+    return _resampled(lambda times: _alpha(times, pairs, metric, scale), n, n_boot, seed)
 
 
-def _resampled(
-    statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, level: float, seed: Seed
-) -> Estimate:
+def _resampled(statistic: Callable[[FloatArray], FloatArray], n: int, n_boot: int, seed: Seed) -> Estimate:
     """A statistic of n items, and its interval over resamples of items: `statistic` gets how often each is taken."""
     value = float(statistic(np.ones((1, n)))[0])
     if n == 1:
@@ -192,7 +181,7 @@ def _resampled(
         return undefined(reason, n, value)
     if np.ptp(replicates) < 1e-12:
         return undefined("the items are all alike, so resampling shows no spread", n, value)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), n)
 
 

@@ -73,8 +73,7 @@ class PairGate:
 
     Attributes:
         hook: Where the SAE was read.
-        fits: By model, "base" and perhaps "tuned".
-        on_text: By model, what `model_on_text` measures.
+        fits, on_text: By model, "base" and perhaps "tuned": the fit, and what `model_on_text` measures.
         trained: Values that the SAE's own card has, by their names in `Fit.values`.
         changes: What is wrong and what to do about it, likeliest first; empty if nothing is.
         mismatch: What was tried, and what mends; None if the text itself is not the model's.
@@ -183,15 +182,10 @@ def judge_pair(
     tokenizers: Mapping[str, Any] | None = None,
     log: Log = SILENT,
 ) -> PairGate:
-    """Measure an SAE on a base model, and perhaps its fine-tune, and look for what is wrong.
+    """Measure an SAE on a base model (and perhaps its fine-tune "tuned"), and look for what is wrong.
 
-    Args:
-        models: "base", and perhaps "tuned".
-        hook: None: the one where it explains most.
-        rows_of: Rows of text in a model's tokens.
-        tokenizers: Further ones to try, by name, if the model does not know its own text.
-
-    Errors as `capture`; ConfigError without a hook if the SAE fits none.
+    `hook` None is the one where it explains most; `rows_of` gives rows of text in a model's tokens; `tokenizers` are
+    further ones to try, by name. Errors as `capture`; ConfigError without a hook if the SAE fits none.
     """
     limits, base = limits or GateConfig(), models["base"]
     rows = rows_of(base)

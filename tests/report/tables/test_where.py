@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saeffect.report.tables.where import openings_table
+from saeffect.report.tables.learned import openings_table
 from synthetic_where import where_tables
 
 

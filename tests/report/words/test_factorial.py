@@ -10,7 +10,7 @@ import pytest
 
 from saeffect.comparison.factorial import CROSSED, EFFECTS, FACTORIAL_COLUMNS, no_factorial
 from saeffect.errors import Undefined
-from saeffect.report.figures.factorial import factorial as drawing
+from saeffect.report.figures.learned import factorial as drawing
 from saeffect.report.words.factorial import factorial_sentences
 
 

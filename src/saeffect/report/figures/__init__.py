@@ -14,9 +14,8 @@ from saeffect.io import atomic_path
 from saeffect.report.context import ReportContext
 from saeffect.report.figures.distributions import coherence, density, match_counts, mean_activation, top_token_weights
 from saeffect.report.figures.evidence import calibration, contrasts, partial_residuals
-from saeffect.report.figures.learned import crossed, learned, where_changed, written_more
+from saeffect.report.figures.learned import crossed, learned, put_back, where_changed, written_more
 from saeffect.report.figures.matching import cross_activity, fates
-from saeffect.report.figures.put_back import put_back
 from saeffect.report.figures.steering import doses, forests
 from saeffect.report.figures.style import DrawnFigure, FigureKind
 
@@ -140,8 +139,7 @@ def write_figures(
 ) -> tuple[DrawnFigure, ...]:
     """Write each figure as `<name>.svg` and `<name>.png` (200 dots per inch), atomically; `folder` is made if missing.
 
-    Returns the figures for `write_report`. One without data has no files and carries the reason; without `context`
-    effects, coherence and doses have no data.
+    Returns the figures for `write_report`; one without data has no files and carries the reason.
     """
     figures = draw_figures(comparison, context)
     for figure in figures:

@@ -166,15 +166,12 @@ _BATCH = 4
 
 
 def model_on_text(lm: LanguageModel, head: TokenRows, losses: NDArray[np.float64], text: TokenRows) -> dict[str, Any]:
-    """Measurements of the model without its SAE.
+    """Measurements of the model without its SAE, from its mean cross-entropy of each row of `head`, float64 `[n_rows]`,
+    in nats.
 
-    `losses` is the mean cross-entropy of each row of `head`, float64 `[n_rows]`, in nats; `text` gives token
-    frequencies.
-
-    Returns:
-        perplexity and unigram_perplexity (of the source's token frequencies) by source; prepend_bos, whether rows begin
-        with BOS; ce_with_bos and ce_without_bos, nats per token on equal tokens of some rows, NaN for a tokenizer
-        without BOS.
+    perplexity and unigram_perplexity (of the token frequencies of `text`) by source; prepend_bos, whether rows begin
+    with BOS; ce_with_bos and ce_without_bos, nats per token on equal tokens of some rows, NaN for a tokenizer without
+    BOS.
     """
     measured: dict[str, Any] = {"perplexity": {}, "unigram_perplexity": {}}
     for index, name in enumerate(text.names):
