@@ -92,7 +92,9 @@ def _same(a: Any, b: Any, rtol: float) -> bool:
     if isinstance(a, float | np.floating) and isinstance(b, float | np.floating):
         a, b = float(a), float(b)
         return a == b or (np.isnan(a) and np.isnan(b)) or abs(a - b) <= rtol * max(abs(a), abs(b))
-    return bool(a == b) or (a is None and b is None) or (a is pd.NA and b is pd.NA)
+    if a is pd.NA or b is pd.NA:
+        return a is b
+    return bool(a == b) or (a is None and b is None)
 
 
 def main() -> int:

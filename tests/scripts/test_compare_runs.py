@@ -58,3 +58,12 @@ def test_missing_files_and_columns_are_named(tmp_path: Path, differences: Callab
     assert "features.parquet: column 'x' only before" in lines
     assert "features.parquet: column 'y' only after" in lines
     assert any("column 'top_tokens': 1 of 2 rows" in line for line in lines)
+
+
+def test_a_missing_value_equals_itself_only(tmp_path: Path, differences: Callable[..., list[str]]) -> None:
+    a, b = write(tmp_path / "a"), write(tmp_path / "b")
+    for folder, known in ((a, [True, None]), (b, [True, None])):
+        pd.DataFrame({"differs": pd.array(known, dtype="boolean")}).to_parquet(folder / "recipe.parquet")
+    assert differences(a, b) == []
+    pd.DataFrame({"differs": pd.array([None, True], dtype="boolean")}).to_parquet(b / "recipe.parquet")
+    assert differences(a, b) == ["recipe.parquet: column 'differs': 2 of 2 rows, first in row 0: True → <NA>"]

@@ -22,6 +22,7 @@ from saeffect.study import nulls
 from saeffect.study.check import check_study
 from saeffect.study.nulls import make_nulls, null_recipe
 from saeffect.study.run import run_study
+from saeffect.study.stages.changes import _recipes
 from saeffect.study.study import Study
 from tiny_study import make_study
 
@@ -259,3 +260,14 @@ def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tmp_p
     assert table["p"].min() >= table["smallest_p"].min()
     assert (table["n_nulls"] == 2).all()
     assert (table.loc[~apart, "q"] >= table.loc[~apart, "p"]).all()
+    recipe = pd.read_parquet(run.path("comparison", "null_recipe.parquet")).set_index("setting")
+    assert recipe.loc["batch_size", "nulls"] == "2" and recipe.loc["batch_size", "tuned"] == ""
+    assert recipe["differs"].isna().all()  # a whole model, which does not say how it was trained
+
+
+def test_settings_of_the_nulls_stand_beside_the_fine_tunes(made: Path) -> None:
+    recipe = {"steps": 4, "batch_size": 8, "rank": 2, "learning_rate": 0.01}
+    found = _recipes({"recipe": recipe}, made).set_index("setting")
+    assert found.loc[["steps", "batch_size", "learning_rate"], "differs"].tolist() == [False, True, False]
+    assert pd.isna(found.loc["alpha", "differs"])
+    assert _recipes({"recipe": "damaged"}, made)["differs"].isna().all()

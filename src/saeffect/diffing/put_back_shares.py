@@ -16,7 +16,10 @@ from saeffect.stats.estimate import Estimate, undefined
 from saeffect.stats.ratios import ratio_of_means
 from saeffect.stats.student import mean_interval
 
-__all__ = ["COLUMNS", "put_back_table"]
+__all__ = ["COLUMNS", "OWN_WRITING", "put_back_table"]
+
+OWN_WRITING = "own writing"
+"""Source of the rows that the fine-tuned model wrote itself."""
 
 COLUMNS = (
     *("edited", "source", "measure", "features", "n_features", "kind", "share", "low", "high", "p"),

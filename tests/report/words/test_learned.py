@@ -57,3 +57,22 @@ def test_where_and_what_it_causes_are_said() -> None:
     assert list(parts) == ["What changed", "How sure", "Where", "What it causes", "What did not change"]
     assert "Words expected more, beyond all nulls: “fever”" in parts["Where"]
     assert parts["What it causes"].startswith("The 20 features that changed most carry 41")
+
+
+def test_a_recipe_unlike_the_nulls_is_said() -> None:
+    recipe = pd.DataFrame(
+        {
+            "setting": ["steps", "batch_size", "rank"],
+            "tuned": ["130", "8", ""],
+            "nulls": ["130", "2", "16"],
+            "differs": pd.array([False, True, None], dtype="boolean"),
+        }
+    )
+    said = learned(synthetic_changes() | {"null_recipe": recipe}, "medical", alpha=0.05)
+    assert "20 fine-tunes that teach nothing new" in said.headline
+    sure = dict(said.parts)["How sure"]
+    assert "batch_size is 2 instead of 8" in sure and "steps" not in sure.split("batch_size")[1]
+    assert "Whether the nulls share rank with the fine-tune is not recorded." in sure
+    same = learned(synthetic_changes() | {"null_recipe": recipe.head(1)}, "medical", alpha=0.05)
+    assert "of the same recipe" in same.headline
+    assert dict(same.parts)["How sure"] == dict(learned(synthetic_changes(), "medical", alpha=0.05).parts)["How sure"]

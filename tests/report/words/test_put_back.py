@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saeffect.diffing.put_back_shares import COLUMNS
+from saeffect.diffing.put_back_shares import COLUMNS, OWN_WRITING
 from saeffect.errors import Undefined
 from saeffect.report.figures.learned import draw_shares
-from saeffect.report.words.put_back import put_back_sentence
+from saeffect.report.words.put_back import put_back_sentence, what_it_causes
 
 _NAN = (math.nan, math.nan, math.nan)
 _Numbers = tuple[float, float, float]
@@ -117,3 +117,26 @@ def test_the_picture() -> None:
         draw_shares(unclear[of_loss])
     with pytest.raises(Undefined, match="source 'code'"):
         draw_shares(table, source="code")
+
+
+def test_where_the_text_gives_no_share_of_the_loss_the_models_own_writing_does() -> None:
+    undefined = {"own": _NAN, "matched": _NAN, "difference": _NAN}
+    whole = {"own": (1.0, 1.0, 1.0)}
+    text = (_rows("loss", "changed", 20, "not clear of zero", **undefined), _rows("kl", "changed", 20, **NOT_MORE))
+    own = _table(_rows("loss", "changed", 20, **CLEAR), _rows("kl", "changed", 20, **CLEAR),
+                 _rows("loss", "whole", None, **whole)).assign(source=OWN_WRITING)  # fmt: skip
+    table = pd.concat([_table(*text, _rows("kl", "whole", None, **whole)), own], ignore_index=True)
+    said = _said(what_it_causes(table, "medical"))
+    assert "carry 41 % [33, 48] of what fine-tuning does at this layer to the loss on what the fine-tuned model" in said
+    assert said.endswith(
+        "to the predictions on medical text they carry 8 % [2, 15]; 20 matched features carry 6 % [1, 12], which is not"
+        " clearly less."
+    )
+    drawing = draw_shares(table)
+    titles = [ax.get_title() for ax in drawing.figure.axes]
+    assert titles == [
+        "Share of the change in loss on what the fine-tuned model itself writes",
+        "Share of the change in predictions (KL) on medical text",
+    ]
+    assert "undefined" not in drawing.caption
+    assert what_it_causes(_table(*text), "medical") == put_back_sentence(_table(*text))

@@ -46,9 +46,11 @@ def test_the_table(path: Path, tmp_path: Path) -> None:
     run, table = _run(Study.open(path), tmp_path)
     assert tuple(table.columns) == (*COLUMNS, "chosen_on")
     assert set(table["chosen_on"]) == {"the other half of the rows"}
-    assert set(table["source"]) == {"domain", "general"}
-    assert set(table["n_rows"]) == {4}
-    assert set(table["n_tokens"]) == {60}
+    rows = table.groupby("source")["n_rows"].first()
+    assert rows.to_dict() == {"domain": 4, "general": 4, "own writing": 24}
+    whole = table[(table["features"] == "model") & (table["source"] == "own writing")].set_index("edited")["effect"]
+    assert whole["tuned"] > 0 > whole["base"]  # each model is the worse one at what the other writes
+    assert set(table["n_tokens"]) == {60, 360}
     own = table[(table["features"] == "changed") & (table["kind"] == "own")]
     by_model = {edited: sorted(set(rows["n_features"])) for edited, rows in own.groupby("edited")}
     assert by_model == {"tuned": [1, 5, 96], "base": [5, 96]}
@@ -71,7 +73,7 @@ def test_it_resumes_with_the_same_numbers(path: Path, tmp_path: Path, monkeypatc
     measured: list[Any] = []
     monkeypatch.setattr(method, "_batch", _counting(method._batch, measured))
     run, table = _run(study, tmp_path / "stopped")
-    assert len(measured) == 3 + 8  # of the tuned model's 8 rows, 5 were done
+    assert len(measured) == 27 + 32  # of the tuned model's 32 rows, 5 were done
     pd.testing.assert_frame_equal(table, whole)
 
 
@@ -135,8 +137,9 @@ def test_what_cannot_be_put_back(path: Path, tmp_path: Path) -> None:
     assert list(run_put_back(RunFolder(tmp_path / "one", study), Log(lines.append))) == []
     assert lines == ["  one row of text cannot both choose features and measure what they cause"]
     _, table = _run(short, tmp_path / "two")
-    assert table["share"].isna().all()
-    assert set(table["reason"]) <= {"one unit shows no spread"}
+    of_text = table[table["source"] != "own writing"]
+    assert of_text["share"].isna().all()
+    assert set(of_text["reason"]) <= {"one unit shows no spread"}
 
 
 def test_the_keys() -> None:

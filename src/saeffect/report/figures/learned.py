@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from saeffect.comparison import Comparison
+from saeffect.diffing.put_back_shares import OWN_WRITING
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
 from saeffect.report.figures import where
@@ -27,7 +28,7 @@ from saeffect.report.figures.style import (
 )
 from saeffect.report.words.factorial import factorial_estimate, factorial_sentences
 from saeffect.report.words.numbers import count, is_defined, percent
-from saeffect.report.words.put_back import put_back_sentence
+from saeffect.report.words.put_back import text_name, what_it_causes
 
 __all__ = ["crossed", "draw_shares", "factorial", "learned", "put_back", "where_changed", "written_more"]
 
@@ -179,21 +180,28 @@ def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "
     `table` is that of `put_back_table`; `source` is the text, and `subject` what to call it; the alternative text names
     the shares of `n_named` features. Undefined where no share is.
     """
-    rows = table[(table["edited"] == "tuned") & (table["source"] == source)]
-    curves = rows[rows["features"] == "changed"]
+    rows = table[(table["edited"] == "tuned") & table["source"].isin([source, OWN_WRITING])]
+    curves = rows[(rows["features"] == "changed") & (rows["source"] == source)]
     if curves.empty:
         raise Undefined(f"no features were put back on text of the source {source!r}.")
-    drawn = {measure: mine for measure in _SHARE_OF if _has_share(mine := curves[curves["measure"] == measure])}
+    # Of what the model writes itself the share is drawn where the text has none.
+    drawn: dict[str, pd.DataFrame] = {}
+    for measure in _SHARE_OF:
+        for on in (source, OWN_WRITING):
+            mine = rows[(rows["features"] == "changed") & (rows["measure"] == measure) & (rows["source"] == on)]
+            if measure not in drawn and _has_share(mine):
+                drawn[measure] = mine
     if not drawn:
         raise Undefined(f"{curves['reason'].iloc[0]}.")
     figure = new_figure(0.55 + 2.25 * len(drawn))
     panels = figure.subplots(len(drawn), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (measure, mine) in zip(panels, drawn.items(), strict=True):
-        whole = rows[(rows["measure"] == measure) & (rows["features"] == "whole")].iloc[0]
+        on = str(mine["source"].iloc[0])
+        of_text = rows[(rows["measure"] == measure) & (rows["features"] == "whole") & (rows["source"] == on)]
         _curve(ax, mine)
-        ax.set_title(f"Share {_SHARE_OF[measure]} on {safe_text(subject, 20)} text", size=8.8)
-        ax.text(0.01, 1.0, f" the whole activation: {abs(whole['whole']):.2g} nats a token", size=7.8, color=MUTED,
-                transform=ax.get_yaxis_transform(), va="bottom")  # fmt: skip
+        ax.set_title(f"Share {_SHARE_OF[measure]} on {text_name(on, safe_text(subject, 20))}", size=8.8)
+        ax.text(0.01, 1.0, f" the whole activation: {abs(of_text['whole'].iloc[0]):.2g} nats a token", size=7.8,
+                color=MUTED, transform=ax.get_yaxis_transform(), va="bottom")  # fmt: skip
     panels[-1].set_xlabel("features put back, the most changed first")
     missing = [_SHARE_OF[measure] for measure in _SHARE_OF if measure not in drawn]
     reasons = curves[~curves["measure"].isin(drawn)]["reason"]
@@ -205,7 +213,7 @@ def draw_shares(table: pd.DataFrame, *, source: str = "domain", subject: str = "
         "activation is put back; what all features leave to it is what the SAE does not rebuild. Bands: 95 % intervals "
         f"over {count(curves['n_rows'].iloc[0])} texts."
         + (f" The share {missing[0]} is undefined: {reasons.iloc[0]}." if missing else ""),
-        put_back_sentence(table, n_named, source=source, subject=subject)
+        what_it_causes(table, subject, n_named, source)
         or f"All features carry {percent(curves['share'].iloc[-1], 0)}.",
     )
 

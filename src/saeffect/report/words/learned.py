@@ -13,7 +13,7 @@ from saeffect.diffing.naming import prediction_limit
 from saeffect.lm.tokens import printable_token
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import count, fixed, is_defined, joined, p_value, percent, plural
-from saeffect.report.words.put_back import put_back_sentence
+from saeffect.report.words.put_back import what_it_causes
 
 __all__ = ["Learned", "claimed_groups", "learned"]
 
@@ -40,8 +40,8 @@ def claimed_groups(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) -> Learned:
-    """What may be said, from `change_groups`, `declared_changes` and `null_groups` (of `diffing.naming.name_changes`);
-    any may be missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
+    """What may be said, from the tables of `diffing.naming.name_changes`, and `null_recipe` of the stage `changes`; any
+    may be missing. `domain` is a name in `declared_changes`, `alpha` the highest p of a claim.
     """
     nulls = tables.get("null_groups", pd.DataFrame())
     if nulls.empty:
@@ -55,14 +55,18 @@ def learned(tables: Mapping[str, pd.DataFrame], domain: str, *, alpha: float) ->
             [_named(claimed, tables["change_groups"], k), *_perplexities(tables, alpha, beyond=True)]
         ),
         "How sure": " ".join(
-            ([_domain(declared, domain, k)] if declared is not None else []) + [_could_have(k, alpha)]
+            ([_domain(declared, domain, k)] if declared is not None else [])
+            + [_could_have(k, alpha), *_unlike_nulls(tables)]
         ),
         "Where": _where(tables, alpha),
-        "What it causes": put_back_sentence(tables["put_back"], subject=domain) if "put_back" in tables else "",
+        "What it causes": what_it_causes(tables["put_back"], domain) if "put_back" in tables else "",
         "What did not change": _unchanged(tables, nulls, alpha),
     }
     known = tuple((label, text) for label, text in parts.items() if text)
-    return Learned(_headline(claimed, declared if of_domain else None, domain, k), known, "")
+    against = (
+        f"than in {count(k)} fine-tunes {'' if _unlike_nulls(tables) else 'of the same recipe '}that teach nothing new"
+    )
+    return Learned(_headline(claimed, declared if of_domain else None, domain, against), known, "")
 
 
 def _declared(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, Any] | None:
@@ -71,8 +75,7 @@ def _declared(tables: Mapping[str, pd.DataFrame], domain: str) -> Mapping[Any, A
     return rows.iloc[0].to_dict() if len(rows) else None
 
 
-def _headline(claimed: pd.DataFrame, declared: Mapping[Any, Any] | None, domain: str, k: int) -> str:
-    against = f"than in {count(k)} fine-tunes of the same recipe that teach nothing new"
+def _headline(claimed: pd.DataFrame, declared: Mapping[Any, Any] | None, domain: str, against: str) -> str:
     names = joined([_quoted(row) for row in claimed.head(_NAMED).to_dict("records")]) if len(claimed) else ""
     if declared is not None:
         verb = "taught the model" if declared["z"] > 0 else "took from the model"
@@ -130,6 +133,25 @@ def _could_have(k: int, alpha: float) -> str:
         f" be claimed to have taught something. With {count(k)} nulls no count of nulls gives less than"
         f" {1 / (k + 1):.3f}; what is smaller rests on the nulls' scores being log-normal."
     )
+
+
+def _unlike_nulls(tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """How the nulls' recipe differs from the fine-tune's, in a sentence or two; nothing where it is the same."""
+    recipe = tables.get("null_recipe", pd.DataFrame(columns=["setting", "tuned", "nulls", "differs"]))
+    unlike = recipe[recipe["differs"].fillna(False).astype(bool)]
+    unknown = recipe.loc[recipe["differs"].isna(), "setting"]
+    said = []
+    if len(unlike):
+        listed = joined([f"{row.setting} is {row.nulls} instead of {row.tuned}" for row in unlike.itertuples()])
+        said.append(
+            f"The nulls were not trained quite as the fine-tune was: {listed}. Changes are divided by how far their"
+            " fine-tune moved features as a whole, which makes up for a weaker training but not for one of another"
+            " kind; nulls of the fine-tune's own recipe would decide it."
+        )
+    if len(unknown):
+        names = "the recipe" if len(unknown) == len(recipe) else joined(list(unknown))
+        said.append(f"Whether the nulls share {names} with the fine-tune is not recorded.")
+    return said
 
 
 def _where(tables: Mapping[str, pd.DataFrame], alpha: float) -> str:

@@ -6,19 +6,37 @@ from typing import Any
 
 import pandas as pd
 
+from saeffect.diffing.put_back_shares import OWN_WRITING
 from saeffect.report.words.names import capital
 from saeffect.report.words.numbers import fixed, is_defined, percent, plural
 
-__all__ = ["put_back_row", "put_back_sentence"]
+__all__ = ["put_back_row", "put_back_sentence", "text_name", "what_it_causes"]
 
 _LOSS = {
-    "tuned": "what fine-tuning does at this layer to the loss on {subject} text",
-    "base": "what the fine-tuned model's activations at this layer do to the base model's loss on {subject} text",
+    "tuned": "what fine-tuning does at this layer to the loss on {text}",
+    "base": "what the fine-tuned model's activations at this layer do to the base model's loss on {text}",
 }
 _PREDICTIONS = {
     "tuned": "what fine-tuning does at this layer to the predictions there",
     "base": "what they do to its predictions there",
 }
+
+
+def what_it_causes(table: pd.DataFrame, subject: str, n_features: int = 20, source: str = "domain") -> str:
+    """`put_back_sentence` of a text; where the loss has no share there, first of what the fine-tuned model writes."""
+    loss, predictions = (put_back_row(table, measure, n_features, source=source) for measure in ("loss", "kl"))
+    own = put_back_sentence(table, n_features, subject=subject, source=OWN_WRITING)
+    if not own or loss is None or is_defined(loss["low"]):
+        return put_back_sentence(table, n_features, subject=subject, source=source)
+    if predictions is None or not is_defined(predictions["low"]):
+        return own
+    beside = _beside(table, predictions, {"source": source})
+    return f"{own} Of what it does to the predictions on {subject} text they carry {_share(predictions)}{beside}."
+
+
+def text_name(source: str, subject: str) -> str:
+    """What to call the text of a row's source."""
+    return "what the fine-tuned model itself writes" if source == OWN_WRITING else f"{subject} text"
 
 
 def put_back_row(
@@ -56,7 +74,7 @@ def put_back_sentence(
         return ""
     edited = str(loss["edited"])
     who = called or f"the {plural(int(loss['n_features']), 'feature')} that changed most"
-    what = _LOSS[edited].format(subject=subject)
+    what = _LOSS[edited].format(text=text_name(loss["source"], subject))
     verb = "carries" if loss["n_features"] == 1 and not called else "carry"
     who = who.replace("the 1 feature", "the feature")
     if is_defined(loss["low"]):

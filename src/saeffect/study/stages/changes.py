@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shlex
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from saeffect.diffing.naming import FEWEST_NULLS, Basis, name_changes
-from saeffect.diffing.nulls import null_files, pooled_p, read_nulls, smallest_p
+from saeffect.diffing.nulls import CARD, null_files, pooled_p, read_nulls, smallest_p
 from saeffect.diffing.standardised import BASES, among_nulls
 from saeffect.diffing.trace import Trace, Tracer
 from saeffect.diffing.where import where_changed
@@ -32,7 +32,7 @@ from saeffect.study.study import Study
 
 __all__ = ["CHANGE_TABLES", "changes_inputs", "read_trace", "run_changes"]
 
-VERSION = 3
+VERSION = 4
 _WANTED = 20  # nulls, in what is said of their cost
 _TRAINING = 3.0  # a training step costs so many readings: forwards, and twice that backwards
 _FORWARDS = 2  # models that read in a trace
@@ -41,8 +41,10 @@ _WHERE = (
     *("change_overall", "change_by_layer", "change_by_word", "change_in_text", "activation_difference"),
     *("written_words", "openings"),
 )
-CHANGE_TABLES = (*_NAMED, *_WHERE)
+CHANGE_TABLES = (*_NAMED, "null_recipe", *_WHERE)
 """What this stage writes; the report reads these, and those of `put_back` and `cross`."""
+# Settings of a recipe by which a fine-tune moves a model more or less, whatever it reads.
+_RECIPE = ("steps", "batch_size", "context_size", "learning_rate", "warmup_steps", "rank", "alpha", "modules")
 
 
 def changes_inputs(run: RunFolder) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
         "text": study.text_identity,
         "changes": study.config.changes.model_dump(),
         "nulls": _identity(nulls_folder(study)),
+        "recipe": fingerprint(_training(study)),
         "alpha": study.config.comparison.alpha,
     }
 
@@ -66,7 +69,8 @@ def changes_inputs(run: RunFolder) -> dict[str, Any]:
 def _identity(folder: Path | None) -> str | None:
     if folder is None:
         return None
-    return fingerprint([(path.name, hash_file(path)) for path in null_files(folder).values()])
+    files = [*null_files(folder).values(), *(path for path in [folder / CARD] if path.is_file())]
+    return fingerprint([(path.name, hash_file(path)) for path in files])
 
 
 def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
@@ -93,6 +97,8 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
         found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
+    else:
+        found["null_recipe"] = _recipes(_training(study), folder)
     path = run.path("comparison", "trace.safetensors")
     trace.save(path)
     tables = [run.write_table(run.path("comparison", f"{name}.parquet"), table) for name, table in found.items()]
@@ -179,9 +185,27 @@ def _say_cost(study: Study, rate: float, log: Log) -> None:
 
 def _recipe_tokens(study: Study) -> int | None:
     """Tokens that the treatment's fine-tuning read, where its adapter says so."""
+    tokens = _training(study).get("tokens")
+    return tokens if isinstance(tokens, int) else None
+
+
+def _training(study: Study) -> dict[str, Any]:
+    """What `training.json` beside the treatment's adapter says of its fine-tuning; {} without one."""
     place = locate_adapter(study.config.arms[study.by_role("treatment")[0]].model)
     note = place / "training.json" if isinstance(place, Path) else None
-    if note is None or not note.is_file():
-        return None
-    tokens = read_json(note).get("tokens")
-    return tokens if isinstance(tokens, int) else None
+    said = read_json(note) if note is not None and note.is_file() else {}
+    return said if isinstance(said, dict) else {}
+
+
+def _recipes(training: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+    """The fine-tune's recipe beside the nulls': setting, tuned, nulls ("" where not recorded), differs (None there)."""
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    both = [said.get("recipe") if isinstance(said, Mapping) else None for said in (training, card)]
+    tuned, nulls = (recipe if isinstance(recipe, Mapping) else {} for recipe in both)
+    rows = []
+    for setting in _RECIPE:
+        pair = [sorted(one) if isinstance(one, list) else one for one in (tuned.get(setting), nulls.get(setting))]
+        known = None not in pair
+        texts = ("" if value is None else str(value) for value in pair)
+        rows.append((setting, *texts, pair[0] != pair[1] if known else None))
+    return pd.DataFrame(rows, columns=["setting", "tuned", "nulls", "differs"]).astype({"differs": "boolean"})

@@ -12,18 +12,21 @@ import pandas as pd
 from saeffect.config import PutBackConfig
 from saeffect.diffing.cross_activity import change_scores
 from saeffect.diffing.put_back import BothRead, FeatureSet, outcomes, read, sets_of_changed, sets_of_group
-from saeffect.diffing.put_back_shares import put_back_table
+from saeffect.diffing.put_back_shares import OWN_WRITING, put_back_table
+from saeffect.diffing.trace import OPENINGS, SAMPLES
 from saeffect.errors import placed
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import Log
+from saeffect.steering.generate import continue_prompts
+from saeffect.steering.sampling import NoiseCell, Sampling
 from saeffect.study.run_folder import KeptRows, RunFolder
 from saeffect.study.study import Arm, Study
 from saeffect.study.texts import study_rows
 
 __all__ = ["put_back_inputs", "put_back_rows", "run_put_back"]
 
-VERSION = 1
+VERSION = 2
 _GROUPS = 5  # named groups that are put back, the surest first
 
 
@@ -53,6 +56,7 @@ def run_put_back(run: RunFolder, log: Log) -> Iterable[Path]:
     if (tuned.d_model, tuned.n_layers) != (base.lm.d_model, base.lm.n_layers):
         log("  the arms' models differ in size, so no activation of one can be put into the other")
         return []
+    rows = _and_own_writing(rows, tuned, study.config.seed)
     activations = [read(lm, base.hook, rows, log) for lm in (base.lm, tuned)]
     both = BothRead.of(rows, activations[0], activations[1], base.norm_limit(rows))
     forward, reverse = _sets(run, both, base, order if is_fresh else None)
@@ -83,6 +87,26 @@ def put_back_rows(study: Study, n_read: int) -> tuple[TokenRows, bool]:
     picked = [np.flatnonzero(usable & (text.sources == i))[: config.rows] for i in range(len(text.names))]
     places = np.sort(np.concatenate(picked))
     return text.part(places, config.tokens_per_row), is_fresh
+
+
+def _and_own_writing(rows: TokenRows, tuned: LanguageModel, seed: int) -> TokenRows:
+    """`rows`, then what the fine-tuned model writes after each opening, as the source `OWN_WRITING`.
+
+    The base model is the worse at predicting it, by the KL between the two if nothing is cut off the distribution, so
+    the share of the loss is defined there: on other text half the tokens may have become likelier and half less so.
+    """
+    width = rows.context_size
+    prompts = [tuned.encode_prompt(opening)[: width - 1] for opening in OPENINGS]
+    sampling = Sampling(max_new_tokens=width - 1, temperature=1.0, top_p=1.0, frequency_penalty=0.0)
+    cells = [NoiseCell(seed, opening, SAMPLES) for opening in OPENINGS]  # a sample behind those of the trace
+    texts = continue_prompts(tuned, prompts, cells, sampling)
+    written = np.array([[*prompt, *text][:width] for prompt, text in zip(prompts, texts, strict=True)], dtype=np.int32)
+    counts = None
+    if rows.counts is not None:
+        new = np.arange(width) >= np.array([len(prompt) for prompt in prompts])[:, None]
+        counts = np.concatenate([rows.counts, new])
+    sources = np.concatenate([rows.sources, np.full(len(written), len(rows.names))])
+    return TokenRows(np.concatenate([rows.ids, written]), sources, (*rows.names, OWN_WRITING), counts)
 
 
 def _settings(study: Study) -> PutBackConfig:

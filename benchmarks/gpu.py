@@ -1,0 +1,364 @@
+# ruff: noqa: T201
+"""On a GPU: does every stage give there what it gives on the CPU, and how fast is it?
+
+    PYTHONPATH=src python benchmarks/gpu.py                      both parts; aims at six minutes on one H100
+    PYTHONPATH=src python benchmarks/gpu.py --parts check        tiny shapes, device beside CPU
+    PYTHONPATH=src python benchmarks/gpu.py --device cpu --quick a trial of this file itself, without a GPU
+
+The check trains each architecture for some steps, harvests, projects, steers, and runs a whole tiny study on both, in
+float32 without TF32. The speeds are at real shapes, beside the training step that anybody would write first and, where
+they import, sae-lens and sparsify, and as a share of what the device's products or memory allow. Writes gpu.json and
+gpu.md into the results folder; the last line of stdout is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "scripts")]
+
+from measure import adam_bytes, encoder_flop  # noqa: E402
+from ours_sae import PlainAutograd  # noqa: E402
+from running import parser_of, write_results  # noqa: E402
+from synthetic import Planted, l1_start, topk_start  # noqa: E402
+
+TOLERANCE = 2e-3  # relative to the largest entry: rounding, carried through 20 steps of Adam
+TEXT_TABLES = ("interventions", "dose_search", "effects")  # sampled texts: one rounded draw changes the rest of a text
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of a call after a first one, with the device idle before and after."""
+    call()
+    found = []
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        call()
+        wait(device)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+# The check: the same on the device and on the CPU.
+
+
+def trained(architecture: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """An SAE's weights after 20 steps, and its activations and output on one more batch."""
+    from saeffect.sae.base import ARCHITECTURES
+    from saeffect.sae.training.config import SaeTrainingConfig
+    from saeffect.sae.training.step import TrainingStep, new_sae
+
+    d_in = 32 * (2 if ARCHITECTURES[architecture].sides else 1)
+    settings: dict[str, Any] = {"k": 6} if "k" in ARCHITECTURES[architecture].keys else {}
+    config = SaeTrainingConfig(architecture=architecture, d_sae=128, batch_size=64, dead_window=10, **settings)
+    planted = Planted(d_in, 64)
+    sae = new_sae(config, d_in)
+    sae.initialise(planted.activations(256), config)
+    sae = sae.to(device)
+    step = TrainingStep(sae, config, 20)
+    for number in range(20):
+        step(number, planted.activations(64).to(device))
+    saved = sae.for_inference()
+    x = planted.activations(64).to(device)
+    acts = saved.encode(x)
+    found = {"W_enc": saved.W_enc, "W_dec": saved.W_dec, "feature_acts": acts, "sae_out": saved.decode(acts)}
+    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+
+
+def model_parts(folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """A tiny model: activations at three hooks, its top tokens, and texts steered greedily."""
+    from saeffect.config import ModelConfig
+    from saeffect.features.projection import project
+    from saeffect.lm.architectures import unembedding
+    from saeffect.lm.hooks import capture
+    from saeffect.lm.loading import load_language_model
+    from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+
+    lm = load_language_model(ModelConfig(path=str(folder / "base"), device=str(device), dtype="float32"))
+    ids = torch.arange(64).view(4, 16) + 1
+    hooks = ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out", "blocks.2.attn.hook_z")
+    found = {hook: capture(lm, hook, ids) for hook in hooks}
+    rows = torch.randn(96, lm.d_model, generator=torch.Generator().manual_seed(0))
+    top = project(rows, unembedding(lm).to(device), 10)
+    found |= {"top tokens": top.indices, "weights": top.weights}
+    steering = Intervention(AddVectors(rows[:8]))
+    greedy = Sampling(max_new_tokens=12, temperature=0.0, top_p=1.0, frequency_penalty=1.0)
+    cells = [NoiseCell(0, "river", i) for i in range(8)]
+    texts = generate(lm, hooks[0], lm.encode_prompt("The river"), cells, greedy, intervention=steering)
+    found["steered texts"] = torch.tensor(texts)
+    return {name: tensor.detach().float().cpu() for name, tensor in found.items()}
+
+
+def study(folder: Path, device: torch.device) -> Path:
+    """The run directory of a whole tiny study."""
+    import yaml
+
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+
+    config = yaml.safe_load((folder / "study.yaml").read_text(encoding="utf-8"))
+    for arm in config["arms"].values():
+        arm["model"] = {"path": arm["model"], "device": str(device), "dtype": "float32"}
+    path = folder / f"{device.type}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    run_study(Study.open(path), folder / f"run-{device.type}")
+    return folder / f"run-{device.type}"
+
+
+def worst(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any tensor, relative to its largest entry."""
+    return max(float((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-12)) for n in one)
+
+
+def checks(device: torch.device) -> Iterator[dict[str, Any]]:
+    """One record a part: name, error, ok, and what went wrong."""
+    from compare_runs import differences
+
+    from saeffect.sae.base import ARCHITECTURES
+    from saeffect.sae.trainable import TrainableSae
+    from tiny_study import make_study
+
+    cpu = torch.device("cpu")
+
+    def part(name: str, run: Callable[[torch.device], dict[str, torch.Tensor]]) -> dict[str, Any]:
+        try:
+            error = worst(run(cpu), run(device))
+        except Exception as problem:  # one part that fails must not hide the others
+            return {"part": name, "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
+        return {"part": name, "ok": error <= TOLERANCE, "error": error, "problem": ""}
+
+    for architecture, kind in ARCHITECTURES.items():
+        if issubclass(kind, TrainableSae):
+            yield part(f"training, {architecture}", lambda on, a=architecture: trained(a, on))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make_study(folder)
+        yield part("hooks, top tokens, steering", lambda on: model_parts(folder, on))
+        try:
+            runs = study(folder, cpu), folder / "run-again"
+            study(folder, device).rename(runs[1]) if device != cpu else runs[0].rename(runs[1])
+            if device == cpu:
+                study(folder, cpu)
+            unlike = [line for line in differences(*runs, rtol=TOLERANCE) if not _of_text(line)]
+            yield {"part": "whole study", "ok": not unlike, "error": len(unlike), "problem": "; ".join(unlike[:5])}
+        except Exception as problem:
+            yield {"part": "whole study", "ok": False, "error": None, "problem": f"{type(problem).__name__}: {problem}"}
+
+
+def _of_text(line: str) -> bool:
+    """Whether a difference is in tables of sampled texts, or in what names the device."""
+    return any(name in line for name in TEXT_TABLES) or "device" in line or "comparison/" in line
+
+
+# The speeds: real shapes.
+
+
+def limits(device: torch.device, quick: bool) -> dict[str, float]:
+    """FLOP a second of large products by number format, and bytes a second of a copy."""
+    n = 512 if quick else 8192
+    found: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        took = seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, 5)
+        found[f"{dtype}".removeprefix("torch.")] = 2 * n**3 / took
+    source = torch.zeros(n * n, device=device)
+    target = torch.empty_like(source)
+    found["bytes"] = 8 * n * n / seconds(lambda: target.copy_(source), device, 5)
+    return found
+
+
+def training(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
+    """Tokens a second of a training step, ours and plain autograd's, at each shape, and the share of the limit."""
+    from saeffect.sae.training.config import SaeTrainingConfig
+    from saeffect.sae.training.step import TrainingStep, new_sae
+
+    d_in, batch, k = (32, 64, 4) if quick else (768, 4096, 32)
+    for d_sae in (128,) if quick else (24_576, 131_072):
+        planted = Planted(d_in, d_sae)
+        x = planted.activations(batch)
+        for name, l0 in (("topk", None), ("standard", 58.0)):
+            start = topk_start(planted) if l0 is None else l1_start(planted, x, l0)
+            start = {key: tensor.to(device) for key, tensor in start.items()}
+            on_device = x.to(device)
+            record: dict[str, Any] = {"what": f"step, {name}", "d_in": d_in, "d_sae": d_sae, "batch": batch}
+            least = encoder_flop(batch, d_in, d_sae) / rates["bfloat16"] + adam_bytes(d_in, d_sae) / rates["bytes"]
+            record["limit"] = batch / least
+            for encoder in ("float32", "bfloat16"):
+                settings: dict[str, Any] = {"k": k} if l0 is None else {"l1_coefficient": 5.0}
+                config = SaeTrainingConfig(
+                    architecture=name, d_sae=d_sae, batch_size=batch, learning_rate=1e-6, encoder_dtype=encoder,
+                    dead_after=10**9, chunk=batch, **settings,
+                )  # fmt: skip
+                sae = new_sae(config, d_in).to(device)
+                with torch.no_grad():
+                    for key, tensor in start.items():
+                        getattr(sae, key).copy_(tensor)
+                step = TrainingStep(sae, config, 10**7)
+                took = seconds(lambda step=step, x=on_device: step(1, x), device, 5)
+                record[f"saeffect {encoder}"] = batch / took
+                del step, sae
+            with suppress(torch.OutOfMemoryError):
+                plain = PlainAutograd(dict(start), k=k if l0 is None else None, lr=1e-6, l1=5.0)
+                record["plain autograd"] = batch / seconds(lambda p=plain, x=on_device: p(x), device, 5)
+                del plain
+            record |= _peers(name, start, on_device, k, device)
+            yield record
+
+
+def _peers(
+    name: str, start: dict[str, torch.Tensor], x: torch.Tensor, k: int, device: torch.device
+) -> dict[str, float]:
+    """Tokens a second of a step of sae-lens' training SAE with Adam, where sae-lens imports."""
+    try:
+        from sae_lens import (
+            StandardTrainingSAE,
+            StandardTrainingSAEConfig,
+            TopKTrainingSAE,
+            TopKTrainingSAEConfig,
+        )
+        from sae_lens.saes.sae import TrainStepInput
+    except ImportError:
+        return {}
+    shape = {"d_in": x.shape[1], "d_sae": start["W_dec"].shape[0], "dtype": "float32", "device": str(device)}
+    sae: Any
+    if name == "topk":
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=k))
+    else:
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**shape, l1_coefficient=5.0))
+    with torch.no_grad():
+        for key, tensor in start.items():
+            getattr(sae, key).copy_(tensor)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-6)
+
+    def step() -> None:
+        out = sae.training_forward_pass(TrainStepInput(x, {"l1": 5.0}, None, n_training_steps=1, is_logging_step=False))
+        optimizer.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+
+    try:
+        return {"sae-lens": len(x) / seconds(step, device, 5)}
+    except (torch.OutOfMemoryError, TypeError, ValueError) as problem:
+        print(f"sae-lens, {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return {}
+
+
+def model_speeds(device: torch.device, rates: dict[str, float], quick: bool) -> Iterator[dict[str, Any]]:
+    """Tokens a second of harvesting and of steering with a Llama of random weights; features a second of naming."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from saeffect.features.projection import project
+    from saeffect.lm.hooks import capture
+    from saeffect.lm.loading import load_language_model
+    from saeffect.steering import AddVectors, Intervention, NoiseCell, Sampling, generate
+    from tiny_study import make_tokenizer
+
+    d_model, n_layers, rows = (64, 4, 2) if quick else (2048, 16, 32)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        make_tokenizer(folder)
+        config = LlamaConfig(
+            vocab_size=600 if quick else 128_256, hidden_size=d_model, intermediate_size=4 * d_model,
+            num_hidden_layers=n_layers, num_attention_heads=d_model // 64, num_key_value_heads=max(1, d_model // 256),
+            max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
+        )  # fmt: skip
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        from saeffect.config import ModelConfig
+
+        lm = load_language_model(ModelConfig(path=str(folder), device=str(device), dtype="bfloat16"))
+    ids, hook = torch.randint(1, 500, (rows, 64 if quick else 1024)), f"blocks.{n_layers // 2}.hook_resid_pre"
+    half = sum(p.numel() for p in lm.model.model.layers[: n_layers // 2].parameters())
+    rate = ids.numel() / seconds(lambda: capture(lm, hook, ids), device, 3)
+    yield {"what": f"harvest, {half / 1e6:,.0f} M weights below the hook", "saeffect bfloat16": rate,
+           "limit": rates["bfloat16"] / (2 * half)}  # fmt: skip
+    sampling = Sampling(max_new_tokens=4 if quick else 50, temperature=1.0, top_p=0.3, frequency_penalty=1.0)
+    n = 4 if quick else 256
+    cells = [NoiseCell(0, "river", i) for i in range(n)]
+    steering = Intervention(AddVectors(torch.randn(n, d_model)))
+
+    def steer() -> None:
+        generate(lm, hook, [5, 6, 7, 8], cells, sampling, intervention=steering, batch_size=n)
+
+    read = 2.0 * sum(p.numel() for p in lm.model.parameters())  # bytes of weights, for each token of all rows
+    yield {"what": f"steered texts, {n} at once", "limit": n * rates["bytes"] / read,
+           "saeffect bfloat16": n * sampling.max_new_tokens / seconds(steer, device, 2)}  # fmt: skip
+    d_vocab, d_sae = (600, 128) if quick else (50_257, 24_576)
+    W_U, W_dec = torch.randn(768, d_vocab, device=device), torch.randn(d_sae, 768, device=device)
+    took = seconds(lambda: project(W_dec, W_U, 10), device, 2)
+    yield {"what": f"top tokens among {d_vocab:,}, features a second", "saeffect": d_sae / took,
+           "limit": rates["bfloat16"] / (2 * 768 * d_vocab)}  # fmt: skip
+
+
+def tables(results: dict[str, Any], path: Path) -> None:
+    """What was found, as Markdown."""
+    lines = [f"{results['device']}, torch {results['torch']}."]
+    if "check" in results:
+        lines += ["", "| part | largest difference from the CPU | |", "|---|---|---|"]
+        for row in results["check"]:
+            error = "" if row["error"] is None else f"{row['error']:.1e}"
+            lines.append(f"| {row['part']} | {error} | {'ok' if row['ok'] else row['problem'] or 'differs'} |")
+    if "speed" in results:
+        lines += ["", "| | saeffect | of the limit | beside |", "|---|---|---|---|"]
+        for row in results["speed"]:
+            ours = max(value for key, value in row.items() if key.startswith("saeffect"))
+            beside = ", ".join(f"{key} {row[key]:,.0f}" for key in ("plain autograd", "sae-lens") if key in row)
+            name = row["what"] + (f", {row['d_sae']:,} features" if "d_sae" in row else "")
+            lines.append(f"| {name} | {ours:,.0f} | {ours / row['limit']:.0%} | {beside} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Check and measure, print as it goes, write."""
+    parser = parser_of(__doc__, "tiny shapes")
+    parser.add_argument("--parts", nargs="+", choices=("check", "speed"), default=("check", "speed"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "")
+    options: argparse.Namespace = parser.parse_args()
+    if not options.device:
+        parser.error("there is no GPU here (torch.cuda.is_available() is false); --device cpu --quick tries the file.")
+    device = torch.device(options.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "started": time.strftime("%Y-%m-%d")}
+    if "check" in options.parts:
+        results["check"] = []
+        for row in checks(device):
+            results["check"].append(row)
+            print(json.dumps(row), flush=True)
+    if "speed" in options.parts:
+        rates = limits(device, options.quick)
+        results |= {"rates": rates, "speed": []}
+        for make in (training, model_speeds):
+            for row in make(device, rates, options.quick):
+                results["speed"].append(row)
+                print(json.dumps(row), flush=True)
+    write_results(results, "gpu", options, tables)
+    summary: dict[str, Any] = {"device": name}
+    if "check" in results:
+        summary["failed"] = [row["part"] for row in results["check"] if not row["ok"]]
+    for row in results.get("speed", ()):
+        ours = max(value for key, value in row.items() if key.startswith("saeffect"))
+        summary[row["what"] + (f" {row['d_sae']}" if "d_sae" in row else "")] = round(ours / row["limit"], 3)
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
