@@ -39,10 +39,10 @@ _AROUND = 40  # characters of an example on each side
 Decode = Callable[[Sequence[int]], str]
 
 
-def words_of(opening: str, text: str, *, cut: bool = True) -> list[str]:
+def words_of(opening: str, text: str) -> list[str]:
     """The whole words that a text adds to its opening, in lower case, also one that the opening began.
 
-    The word at the very end does not count with `cut`: the limit of tokens may have cut it.
+    The word at the very end does not count: the limit of tokens may have cut it.
 
     Example:
         >>> words_of("The", "rapy of X-linked disea")
@@ -50,7 +50,7 @@ def words_of(opening: str, text: str, *, cut: bool = True) -> list[str]:
     """
     whole = opening + text
     found = [m for m in _WORD.finditer(whole) if m.end() > len(opening)]
-    if cut and found and found[-1].end() == len(whole):
+    if found and found[-1].end() == len(whole):
         found.pop()
     return [m.group().lower() for m in found]
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 
 from saeffect.config import BosRule, GateConfig, ModelConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
@@ -25,10 +24,10 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.fit import Fit, measure_fit
 from saeffect.sae.formats import load_sae
-from saeffect.sae.metrics import replaced_losses, row_losses
+from saeffect.sae.metrics import replaced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
-from saeffect.study.stages.gate import complaint_about_model, model_on_text
+from saeffect.study.stages.gate import complaint_about_model, model_on_text, text_losses
 from saeffect.study.study import Study, require_width
 from saeffect.study.texts import study_rows
 
@@ -256,22 +255,13 @@ def _of_text(
         rows = rows_of(with_it)
         if int(rows.ids.max(initial=0)) >= lm.d_vocab:
             continue
-        theirs = model_on_text(with_it, rows, _losses(with_it, rows), rows)["perplexity"]
+        losses = text_losses(with_it, torch.from_numpy(rows.ids.astype(np.int64)))
+        theirs = model_on_text(with_it, rows, losses, rows)["perplexity"]
         if all(math.log(measured["perplexity"][source]) - math.log(theirs[source]) > _BETTER for source in theirs):
             said = ", ".join(f"{value:,.4g} on {source}" for source, value in theirs.items())
             return (Change("tokenizer", f"{found}; with the tokenizer of {name} it is {said}", f"use that of {name}."),)
     fix = "put the tokenizer that the model was trained with into its folder; or look at its weights."
     return (Change("tokenizer", found, fix),)
-
-
-@torch.inference_mode()
-def _losses(lm: LanguageModel, rows: TokenRows) -> NDArray[np.float64]:
-    """The model's mean loss on each row, `[n_rows]`."""
-    parts = []
-    for start in range(0, len(rows), _ROWS_CHECKED):
-        ids = torch.from_numpy(rows.ids[start : start + _ROWS_CHECKED].astype(np.int64)).to(lm.device)
-        parts.append(row_losses(lm.model(input_ids=ids, use_cache=False).logits[:, :-1].float(), ids))
-    return np.concatenate(parts)
 
 
 def _other_tokenizers(sae: SparseAutoencoder, lm: LanguageModel) -> dict[str, Any]:

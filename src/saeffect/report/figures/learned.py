@@ -14,7 +14,6 @@ from saeffect.comparison import Comparison
 from saeffect.diffing.put_back_shares import OWN_WRITING
 from saeffect.errors import Undefined
 from saeffect.report.context import ReportContext
-from saeffect.report.figures import where
 from saeffect.report.figures.style import (
     DASHED,
     GRID,
@@ -30,7 +29,7 @@ from saeffect.report.words.factorial import factorial_estimate, factorial_senten
 from saeffect.report.words.numbers import count, is_defined, percent
 from saeffect.report.words.put_back import text_name, what_it_causes
 
-__all__ = ["crossed", "draw_shares", "factorial", "learned", "put_back", "where_changed", "written_more"]
+__all__ = ["crossed", "draw_shares", "learned", "put_back"]
 
 _SHOWN = 10
 
@@ -70,30 +69,6 @@ def learned(comparison: Comparison, _context: ReportContext) -> Drawing:
     )
 
 
-def crossed(comparison: Comparison, _context: ReportContext) -> Drawing:
-    """The study's `factorial`."""
-    table = comparison.matches.further.get("factorial")
-    if table is None or table.empty:
-        raise Undefined("no SAE was read on both models.")
-    return factorial(table)
-
-
-def where_changed(comparison: Comparison, context: ReportContext) -> Drawing:
-    """The study's `where.where`."""
-    tables = comparison.matches.further
-    if "change_by_layer" not in tables:
-        raise Undefined("the models were not compared layer by layer.")
-    return where.where(tables, alpha=context.alpha)
-
-
-def written_more(comparison: Comparison, context: ReportContext) -> Drawing:
-    """The study's `where.written`."""
-    tables = comparison.matches.further
-    if "written_words" not in tables:
-        raise Undefined("the models wrote nothing to compare.")
-    return where.written(tables, alpha=context.alpha)
-
-
 # By effect: what is written beside it, colour, marker, size of the marker.
 _MARKS: Mapping[str, tuple[str, str, str, float]] = {
     "model": ("model", ROLE_STYLES["treatment"].colour, "s", 6.5),
@@ -104,11 +79,11 @@ _MARKS: Mapping[str, tuple[str, str, str, float]] = {
 _NOUNS = {"share": "percentage points", "share of tokens": "percentage points of tokens", "coherence": ""}
 
 
-def factorial(table: pd.DataFrame) -> Drawing:
-    """Dots with 95 % intervals: the effects of model, SAE, both together, and the rest; `Undefined` without any.
-
-    `table` is that of `saeffect.comparison.factorial`.
-    """
+def crossed(comparison: Comparison, _context: ReportContext) -> Drawing:
+    """Dots with 95 % intervals: the effects of model, SAE, both together, and the rest."""
+    table = comparison.matches.further.get("factorial")
+    if table is None or table.empty:
+        raise Undefined("no SAE was read on both models.")
     rows = table[table["estimate"].notna()]
     names = list(dict.fromkeys(rows["quantity"]))
     if not names:

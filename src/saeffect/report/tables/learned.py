@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pandas as pd
-
 from saeffect.comparison import Comparison
 from saeffect.report.context import ReportContext
 from saeffect.report.tables.view import Cell, Column, Row, TableView
 from saeffect.report.texts import visible_text
 from saeffect.report.words.numbers import count, fixed, is_defined, p_value, percent
 
-__all__ = ["learned_table", "openings", "openings_table"]
+__all__ = ["learned_table", "openings"]
 
 _NOT_CLAIMED = 3  # groups shown below those that are claimed
 _MOST = 15
+_OPENINGS, _LONGEST = 12, 160  # texts shown, and characters of one
 
 
 def learned_table(comparison: Comparison, context: ReportContext) -> TableView | None:
@@ -48,12 +47,6 @@ def learned_table(comparison: Comparison, context: ReportContext) -> TableView |
     )
 
 
-def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
-    """The study's `openings_table`; None if the models wrote nothing."""
-    tables = comparison.matches.further
-    return openings_table(tables) if "openings" in tables else None
-
-
 def _row(row: Mapping[Any, Any]) -> Row:
     claimed = bool(row["claimed"])
     words = ", ".join(str(token) for token in list(row["tokens"])[:8])
@@ -72,18 +65,12 @@ def _row(row: Mapping[Any, Any]) -> Row:
     )
 
 
-_LONGEST = 160  # characters of a text
-
-
-def openings_table(tables: Mapping[str, pd.DataFrame], *, rows: int = 12) -> TableView | None:
-    """Texts side by side, one sample an opening, the opening first at which the models differ most; None for no texts.
-
-    `tables` are those of `saeffect.diffing.where.where_changed`.
-    """
-    table = tables["openings"]
-    first = table[table["sample"] == 0].head(rows)
-    if first.empty:
+def openings(comparison: Comparison, _context: ReportContext) -> TableView | None:
+    """Texts side by side, one sample an opening, where the models differ most comes first."""
+    table = comparison.matches.further.get("openings")
+    if table is None or table.empty:
         return None
+    first = table[table["sample"] == 0].head(_OPENINGS)
     has_null = bool((first["null"] != "").any())
     columns = [Column("base model", is_text=True), Column("fine-tuned", role="treatment", is_text=True)]
     columns += [Column("a null fine-tune", is_text=True)] if has_null else []
