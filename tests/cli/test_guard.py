@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import yaml
 from transformers import AutoTokenizer
@@ -18,8 +19,14 @@ from transformers import AutoTokenizer
 from command_line import call
 from saeffect.cli.app import app
 from saeffect.diffing import trace as traces
+from saeffect.diffing.budget import Budget
 from saeffect.diffing.trace import Trace
+from saeffect.features.projection import project
+from saeffect.lm.architectures import unembedding
+from saeffect.lm.language_model import LanguageModel
+from saeffect.sae import SaeConfig, StandardSae
 from saeffect.study import guard as guarding
+from saeffect.study.guard import resolve_groups
 from tiny_study import WORDS, make_model, make_sae, sentences
 
 
@@ -196,3 +203,12 @@ def test_the_example_workflow_calls_commands_that_there_are() -> None:
     parser = typer.main.get_command(app).commands["guard"]  # type: ignore[attr-defined]
     known = {name for parameter in parser.params for name in parameter.opts}
     assert {word for word in line if word.startswith("--")} <= known
+
+
+def test_features_of_heads_are_named_by_what_they_add_to_the_stream(tiny_llama: LanguageModel) -> None:
+    sae = StandardSae(SaeConfig("standard", 32, 8, metadata={"hook_name": "blocks.1.attn.hook_z"}))
+    sae.W_dec.data = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    budget = Budget.read({"groups": {"some": {"features": [1], "may": "rise"}}}, at="budget")
+    top = resolve_groups(budget, tiny_llama, sae)[1]
+    added = sae.W_dec.detach() @ tiny_llama.model.model.layers[1].self_attn.o_proj.weight.detach().T
+    assert np.array_equal(top, project(added, unembedding(tiny_llama), 10, valid=tiny_llama.plain_tokens()).indices)

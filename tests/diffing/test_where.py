@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from saeffect.diffing import where as module
 from saeffect.diffing.null_ranks import NO_NULLS
@@ -167,7 +168,7 @@ def test_one_word_that_changed_more_than_in_the_nulls_is_found():
 
 def test_tables_of_a_real_trace(tracer, trace, rows):
     nulls = [tracer.trace(tuned_like(tracer.base, 0.1, seed), f"null-{seed}") for seed in (5, 6)]
-    tables = module.where_changed(trace, nulls, rows, tuned_like(tracer.base, 0.3, 1))
+    tables = module.where_changed(trace, nulls, rows, tuned_like(tracer.base, 0.3, 1), tracer.hook)
     overall = tables["change_overall"].set_index("quantity")
     assert overall.loc["divergence on text", "change"] == pytest.approx(float(np.nanmean(trace.kl)), rel=1e-4)
     assert (overall.loc[["divergence on text", "residual stream"], "p"] == 1 / 3).all()
@@ -187,7 +188,7 @@ def test_tables_of_a_real_trace(tracer, trace, rows):
 
 def test_a_model_against_itself_changed_nothing(tracer, rows):
     same = tracer.trace(replace(tracer.base, name="same"), "same")
-    tables = module.where_changed(same, [], rows, tracer.base)
+    tables = module.where_changed(same, [], rows, tracer.base, tracer.hook)
     assert (tables["change_overall"]["change"].abs() < 1e-6).all()
     assert (tables["activation_difference"]["reason"] == "nothing changed here").all()
     assert tables["activation_difference"]["reliability"].isna().all()
@@ -195,7 +196,7 @@ def test_a_model_against_itself_changed_nothing(tracer, rows):
 
 def test_traces_that_cannot_be_compared_are_refused(trace, tiny_llama, rows):
     with pytest.raises(ShapeMismatch, match="the traces read rows"):
-        module.where_changed(trace, [], rows.head(3), tiny_llama)
+        module.where_changed(trace, [], rows.head(3), tiny_llama, HOOK)
 
 
 def test_a_head_that_no_matrix_stands_for_leaves_out_the_top_tokens_only(trace, rows, tiny_llama, monkeypatch):
@@ -203,7 +204,21 @@ def test_a_head_that_no_matrix_stands_for_leaves_out_the_top_tokens_only(trace, 
         raise ConfigError("the final norm is odd.")
 
     monkeypatch.setattr(module, "unembedding", refuse)
-    table = module.where_changed(trace, [], rows, tiny_llama)["activation_difference"]
+    table = module.where_changed(trace, [], rows, tiny_llama, HOOK)["activation_difference"]
     assert table["reason"].str.contains("the final norm is odd").all()
     assert table["size"].notna().all()
     assert (table["top_tokens"].map(len) == 0).all()
+
+
+def test_top_tokens_of_heads_are_those_of_what_they_add_to_the_stream(tracer, rows, tiny_tokenizer):
+    torch.manual_seed(0)
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = LlamaConfig(vocab_size=320, hidden_size=24, head_dim=12, max_position_embeddings=64, **small)
+    lm = LanguageModel(LlamaForCausalLM(config).eval(), tiny_tokenizer, "heads", "heads")
+    hook, tuned = "blocks.1.attn.hook_z", tuned_like(lm, 0.3, 1)
+    trace = Tracer(lm, None, hook, rows, NormLimit(1.0, 1e6)).trace(tuned, "tuned")
+    found = module.where_changed(trace, [], rows, tuned, hook)["activation_difference"]["top_tokens"].iloc[0]
+    W_U, output = unembedding(tuned).numpy(), tuned.model.model.layers[1].self_attn.o_proj.weight.detach().numpy()
+    scores = (output @ trace.halves.mean(axis=0)) @ W_U / np.linalg.norm(W_U, axis=0)
+    scores[~lm.plain_tokens().numpy()] = -np.inf
+    assert found[0] == lm.token_strings()[int(scores.argmax())]

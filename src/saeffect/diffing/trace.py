@@ -25,6 +25,7 @@ from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
+from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log
@@ -126,7 +127,7 @@ class Tracer:
 
     Attributes:
         sae: The basis that base and tuned model share: an SAE of the base model, float32. None: no features.
-        hook: Where it reads, a TransformerLens name; without an SAE, of the residual stream.
+        hook: Where it reads, a TransformerLens name.
         limit: Which positions count; the first of a row never does.
         keep: Keep what the base model computes for the next trace: its logits, some 1.2 GB for 12,288 tokens of 49,152.
     """
@@ -257,7 +258,7 @@ class _Sums:
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         sae, rows = tracer.sae, tracer.rows
-        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, tracer.base.d_model)
+        d_sae, d_in = (sae.cfg.d_sae, sae.cfg.d_in) if sae else (0, hook_width(tracer.base, tracer.hook))
         self._features = torch.zeros(4, d_sae, dtype=torch.float64)
         self._expected = torch.zeros(2, tracer.base.d_vocab, dtype=torch.float64)
         self._shift = torch.zeros(2, rows.context_size, d_in, dtype=torch.float64)

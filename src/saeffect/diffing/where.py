@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 from torch import Tensor
 
 from saeffect.diffing.matched_null import strata
@@ -22,6 +23,7 @@ from saeffect.diffing.written import openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.activations import TokenRows
 from saeffect.lm.architectures import unembedding
+from saeffect.lm.heads import heads_to_residual
 from saeffect.lm.language_model import LanguageModel
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
@@ -47,12 +49,13 @@ _PASSAGES, _AROUND = 20, 12  # passages of the text, and tokens shown on each si
 
 
 def where_changed(
-    trace: Trace, nulls: Sequence[Trace], rows: TokenRows, tuned: LanguageModel, *, alpha: float = 0.05
+    trace: Trace, nulls: Sequence[Trace], rows: TokenRows, tuned: LanguageModel, hook: str, *, alpha: float = 0.05
 ) -> dict[str, pd.DataFrame]:
     """All tables, by name: see the function of the same name for the columns.
 
     `rows` is the text that the traces (and those of null fine-tunes, perhaps none) read; `tuned` the fine-tuned model:
-    its norm, head and tokenizer. `alpha` only decides what the reasons say. ShapeMismatch for traces of other rows.
+    its norm, head and tokenizer; `hook` where the traces were taken. `alpha` only decides what the reasons say.
+    ShapeMismatch for traces of other rows.
     """
     if trace.kl.shape != rows.ids.shape:
         raise ShapeMismatch(
@@ -60,7 +63,12 @@ def where_changed(
         )
     tokens, plain = np.array(tuned.token_strings(), dtype=object), tuned.plain_tokens().numpy()
     try:
-        top_tokens, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
+        promoted, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
+
+        def top_tokens(vector: FloatArray) -> list[str]:
+            row = torch.from_numpy(vector.astype(np.float32))[None]
+            return promoted(heads_to_residual(tuned, hook, row)[0].cpu().numpy())
+
     except ConfigError as error:  # a final norm or head that no matrix stands for
         top_tokens, no_tokens = _no_tokens, f"no top tokens: {error.message}"
     difference = activation_difference(trace, nulls, top_tokens=top_tokens, alpha=alpha)

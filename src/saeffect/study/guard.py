@@ -16,6 +16,7 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, placed
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import Vocabulary, count_matches, load_vocabulary
 from saeffect.lm.architectures import unembedding
+from saeffect.lm.heads import heads_to_residual
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
@@ -118,5 +119,6 @@ def _matching(rule: GroupRule, words: Vocabulary, tops: Sequence[Sequence[str]])
 
 @torch.inference_mode()
 def _top_tokens(lm: LanguageModel, sae: SparseAutoencoder) -> IntArray:
-    found: IntArray = project(sae.W_dec.detach(), unembedding(lm), _TOP, valid=lm.plain_tokens()).indices.numpy()
+    rows = heads_to_residual(lm, sae.cfg.hook_name or "", sae.W_dec.detach())
+    found: IntArray = project(rows, unembedding(lm), _TOP, valid=lm.plain_tokens()).indices.numpy()
     return found

@@ -93,7 +93,7 @@ def run_changes(run: RunFolder, log: Log) -> Iterable[Path]:
     trace = tracer.trace(tuned, treatment)
     seconds = time.monotonic() - started
     found = _judged(run, control, tracer, trace, nulls) if tracer.sae is not None else {}
-    found |= where_changed(trace, nulls, tracer.rows, tuned, alpha=study.config.comparison.alpha)
+    found |= where_changed(trace, nulls, tracer.rows, tuned, tracer.hook, alpha=study.config.comparison.alpha)
     if folder is None:
         _say_cost(study, _FORWARDS * tracer.rows.ids.size / seconds, log)
         found = {name: _with_reason(table, _missing(study)) for name, table in found.items()}
