@@ -9,6 +9,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from saeffect.review.store import STORE, Given, VerdictStore
@@ -147,6 +148,26 @@ def test_what_others_said_opens_when_one_has_judged_everything(run_copy: Path, c
     assert ("Ann", "adjudicator", "no") in standing(run_copy)
     total = int(re.findall(r"of (\d+) wait for a decision", page)[0])
     assert f"{total - 1} of {total} wait for a decision" in client.get("/review/disagreements").text
+
+
+def test_a_language_models_label_is_not_seen_before_all_is_judged(
+    run_copy: Path, client_of: Callable[..., Any]
+) -> None:
+    item = read_queue(run_copy).candidates[0]
+    counts = dict.fromkeys(("n_active", "found", "n_silent", "left", "unanswered", "shown"), 5)
+    row = {"feature": item.feature, "seen": item.seen, "label": "beating hearts", "accuracy": 0.85, "low": 0.65}
+    (run_copy / "labels").mkdir()
+    pd.DataFrame([row | {"high": 0.95, "reason": "", "model": "m", **counts}]).to_parquet(
+        run_copy / "labels" / f"{item.arm}.parquet"
+    )
+    client = client_of(run_copy)
+    join(client, "Ann")
+    pages = [client.get("/review/queue").text, judge(client, "yes").json()["html"]]
+    pages += [client.get(path).text for path in ("/review/agreement", "/review/disagreements")]
+    assert not any("beating hearts" in page for page in pages)
+    everything(run_copy, "Ann", "yes")
+    page = client.get("/review/agreement").text
+    assert "beside a language model" in page and "beating hearts" in page and "0.65" in page
 
 
 def test_a_damaged_store_gets_a_page_and_stays_as_it_is(run_copy: Path, client_of: Callable[..., Any]) -> None:

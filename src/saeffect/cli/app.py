@@ -18,6 +18,7 @@ from saeffect.cli.export import export
 from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
+from saeffect.cli.label import label
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.saes import convert_sae_command, saes
@@ -67,6 +68,11 @@ app.command(
     help="Features of a finished run for other programs: steering vector (.safetensors), control vector for llama.cpp"
     " (.gguf), Neuronpedia-style list (.json), .csv.",
 )(export)
+app.command(
+    "label",
+    help="Label features of a run by a language model, and score each label on contexts it was not made from. The"
+    " endpoint: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY.",
+)(label)
 app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
     reproduce
 )

@@ -80,6 +80,16 @@ class ConsoleProgress(Log):
         if self._is_terminal:  # else it ends with an empty line
             self._bar.stop()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No bar while the block asks the user something."""
+        self._finish()
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
     def _print(self, line: str) -> None:
         self._finish()
         with still_writable(self.console.file, "standard error"):

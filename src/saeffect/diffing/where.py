@@ -121,7 +121,7 @@ TopTokens = Callable[[FloatArray], list[str]]
 """The tokens that a direction `[d_in]` promotes most through the tuned model's final norm and head, first first."""
 
 
-def _no_tokens(_: FloatArray) -> list[str]:
+def _no_tokens(vector: FloatArray) -> list[str]:
     return []
 
 

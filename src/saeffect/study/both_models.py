@@ -30,7 +30,7 @@ from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.features import ranked_tokens, shared_unembedding
 from saeffect.study.study import Arm, Study
 
-__all__ = ["N_BINS", "ActivationHistograms", "both_models_files", "other_arm", "read_both_models"]
+__all__ = ["N_BINS", "ActivationHistograms", "both_models_files", "other_arm", "read_both_models", "refuse_changed"]
 
 VERSION = 1
 N_BINS = 40
@@ -90,14 +90,15 @@ def read_both_models(folder: Path | str, log: Log = SILENT) -> list[Path]:
         if all(file.is_file() for file in files):
             continue
         for arm in (name, other):
-            _refuse_changed(study, arm, manifest)
+            refuse_changed(study, arm, manifest)
         with sole_writer(files[0].parent):
             for file, table in zip(files, _read_arm(study, name, other, log), strict=True):
                 written.append(RunFolder.write_table(file, table))
     return written
 
 
-def _refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
+def refuse_changed(study: Study, arm: str, manifest: dict[str, Any]) -> None:
+    """ConfigError if a model or SAE is not the one that the run read."""
     known, now = manifest.get("arms", {}).get(arm, {}), study.identities[arm]
     for part in ("model", "sae"):
         if known.get(part) != now[part]:

@@ -192,3 +192,44 @@ def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client
         assert blind.index.find(Query(verdict="yes")).total == 0
         store.record("ada", Given("control", 7, seen, "no", "", "", role="adjudicator"))
         assert client.get("/api/features?arm=control&verdict=no").json()["total"] == 1
+
+
+def test_labels_of_a_language_model_are_shown_as_such_and_hidden_from_raters(
+    run_copy: Path, client_of: Callable[..., Any]
+) -> None:
+    client = client_of(run_copy)
+    assert "language model" not in client.get("/features/control/7").text
+    seen = {
+        number: fingerprint_tokens(
+            [one["token"] for one in client.get(f"/api/features/control/{number}").json()["top_tokens"]]
+        )
+        for number in (7, 9)
+    }
+    counts = {"n_active": 10, "found": 8, "n_silent": 10, "left": 9, "unanswered": 0, "shown": 6, "model": "m-1"}
+    scored = {"accuracy": 0.85, "low": 0.65, "high": 0.95, "reason": ""}
+    hidden = {"accuracy": np.nan, "low": np.nan, "high": np.nan, "reason": "no context activates it"}
+    rows = [
+        {"feature": 7, "seen": seen[7], "label": "beating <b>hearts</b>", **scored, **counts},
+        {"feature": 8, "seen": "of other tokens", "label": "hearts of stone", **scored, **counts},
+        {"feature": 9, "seen": seen[9], "label": "hearts, queens", **hidden, **counts},
+        {"feature": 5_000, "seen": seen[7], "label": "hearts beyond", **scored, **counts},
+    ]
+    (run_copy / "labels").mkdir()
+    pd.DataFrame(rows).to_parquet(run_copy / "labels" / "control.parquet")
+    page = client.get("/features/control/7").text
+    assert "Label by a language model" in page and "beating &lt;b&gt;hearts&lt;/b&gt;" in page
+    assert "0.85" in page and "[0.65, 0.95]" in page and "8 of 10" in page and "m-1" in page
+    assert "0 yes" not in page and "Nobody has judged it yet" in page
+    assert "no context activates it" in client.get("/features/control/9").text
+    assert "language model" not in client.get("/features/control/8").text
+    listed = client.get("/api/features?q=hearts&sort=accuracy").json()["features"]
+    assert [(row["feature"], row["model_label"][:7], row["label"]) for row in listed] == [
+        (7, "beating", ""),
+        (9, "hearts,", ""),
+    ]
+    assert "detection 0.85" in client.get("/features?q=hearts").text
+    assert client.get("/api/features/control/7").json()["model_label"]["accuracy"] == 0.85
+    blind = catalogue(client.app.state.site, blind=True)
+    assert blind.record("control", 7)["model_label"] is None and blind.index.find(Query(q="hearts")).total == 0
+    (run_copy / "labels" / "control.parquet").write_bytes(b"scrap")
+    assert client.get("/features/control/7").status_code == 200 and client.get("/features?q=hearts").status_code == 200

@@ -11,7 +11,7 @@ from saeffect.report.words.numbers import amount_interval, count, percent
 from saeffect.review.agreement import agreement, rater_summary
 from saeffect.review.verdicts import ADJUDICATION
 
-__all__ = ["agreement_table", "agreement_view", "rater_table", "rater_view", "review_tables"]
+__all__ = ["agreement_table", "agreement_view", "model_label_view", "rater_table", "rater_view", "review_tables"]
 
 _MEASURES = {
     "percentage": ("Same answer", "pairs of raters, over features"),
@@ -103,5 +103,35 @@ def rater_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView:
         note=(
             "Decoys looked like candidates and came among them: features without a word of the vocabulary, and top "
             "tokens drawn from ten different candidates. A rater who says yes to many of them says little by a yes."
+        ),
+    )
+
+
+def model_label_view(table: pd.DataFrame, source: str) -> TableView | None:
+    """A language model's labels (as `saeffect.study.label`) beside one rater's: also tokens, verdict, own."""
+    rows = [
+        Row(
+            row["label"],
+            (
+                Cell.words(row["verdict"], sub=row["own"]),
+                Cell.estimate(row["accuracy"], row["low"], row["high"], reason=row["reason"], sign=False),
+            ),
+            sub=row["tokens"],
+        )
+        for row in table.to_dict("records")
+        if row["label"]
+    ]
+    if not rows:
+        return None
+    return TableView(
+        name="model_labels",
+        caption="Your verdicts beside a language model's labels",
+        columns=(Column("You said", is_text=True), Column("Detection", "95 % interval")),
+        rows=tuple(rows),
+        corner="Label by a language model",
+        source=source,
+        note=(
+            "Detection: told only the label, the model says which of some contexts activate the feature; balanced "
+            "accuracy, 0.5 is chance. These labels count for no verdict, and nobody sees them before judging."
         ),
     )

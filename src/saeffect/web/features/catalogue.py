@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from saeffect.review.store import STORE
+from saeffect.study.label import label_file
 from saeffect.web.features.index import FeatureIndex
-from saeffect.web.features.judged import Given, read_given, with_given
+from saeffect.web.features.judged import Given, ModelLabels, read_given, read_model_labels, with_given
 from saeffect.web.features.record import Record, feature_record
 from saeffect.web.features.tables import ArmRoles, RunTables, read_index
 
@@ -30,18 +31,20 @@ class Catalogue:
     tables: RunTables
     index: FeatureIndex
     given: Given = field(default_factory=dict)
+    model_labels: ModelLabels = field(default_factory=dict)
 
     def record(self, arm: str, number: int) -> Record:
-        """All about a feature, see `feature_record`; with the verdicts that people gave in the app."""
+        """All about a feature, see `feature_record`; with what people and a language model said."""
         record = feature_record(self.index, self.tables, self.arms, self.study, arm, number)
         record["verdicts"]["given"] = self.given.get(self.index.place(arm, number), [])
+        record["model_label"] = self.model_labels.get(self.index.place(arm, number))
         return record
 
 
 def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     """The catalogue of a run directory, made again when a table changes; errors as `Site.study`.
 
-    `blind`: without what people said in the app, so that raters do not see each other's verdicts.
+    `blind`: without what people said in the app and a language model's labels, so that nothing sways a rater.
     """
     study = site.study
     files = [site.folder / "arms" / arm / f"{name}.parquet" for arm in study.config.arms for name in _OF_ARMS]
@@ -69,8 +72,10 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     store = site.folder / STORE
 
     def judged() -> Catalogue:
-        given = read_given(store, found.index)
-        return replace(found, index=with_given(found.index, given), given=given)
+        given, labels = read_given(store, found.index), read_model_labels(site.folder, found.index)
+        index = with_given(found.index, given).with_model_labels(labels)
+        return replace(found, index=index, given=given, model_labels=labels)
 
     # SQLite writes beside its file first.
-    return site.cached("feature catalogue, judged", [*known, store, store.with_name(f"{STORE}-wal")], judged)
+    said = [store, store.with_name(f"{STORE}-wal"), *(label_file(site.folder, arm) for arm in study.config.arms)]
+    return site.cached("feature catalogue, judged", [*known, *said], judged)

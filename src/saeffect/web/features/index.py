@@ -6,6 +6,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,7 @@ class FeatureIndex:
         codes: int8 [n], the place of a filter's value in `CHOICES`: domain, tested, `fate_writes`, `fate_fires`.
         tokens, token_table: Distinct top tokens, and their numbers [n, k], -1 for none.
         verdicts: People's answers.
+        model_labels: By place, rows of a language model's labels.
         missing: By arm, why its features are not here.
     """
 
@@ -75,8 +77,10 @@ class FeatureIndex:
     token_table: npt.NDArray[np.int32]
     verdicts: Verdicts
     missing: Mapping[str, str] = field(default_factory=dict)
+    model_labels: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     _token_search: TokenSearch = field(init=False, repr=False)
     _label_search: StringSearch = field(init=False, repr=False)
+    _model_label_search: StringSearch = field(init=False, repr=False)
     _digits: StringSearch = field(init=False, repr=False)
     _verdict_codes: npt.NDArray[np.int8] = field(init=False, repr=False)
     _answers: OrderedDict[Query, Found] = field(init=False, repr=False, default_factory=OrderedDict)
@@ -94,10 +98,21 @@ class FeatureIndex:
 
     def with_verdicts(self, verdicts: Verdicts) -> FeatureIndex:
         """The same features with other people's answers."""
+        return self._changed(verdicts=verdicts)
+
+    def with_model_labels(self, rows: Mapping[int, Mapping[str, Any]]) -> FeatureIndex:
+        """The same features with a language model's labels, which are searched and ordered by `accuracy`."""
+        if not rows:
+            return self
+        accuracy = np.full(len(self), np.nan)
+        accuracy[list(rows)] = [row["accuracy"] for row in rows.values()]
+        return self._changed(columns={**self.columns, "accuracy": accuracy}, model_labels=rows, _orders={})
+
+    def _changed(self, **values: Any) -> FeatureIndex:
+        """A copy that shares what does not depend on these values."""
         new = object.__new__(FeatureIndex)
         for name in (part.name for part in dataclasses.fields(self)):
-            object.__setattr__(new, name, getattr(self, name))
-        object.__setattr__(new, "verdicts", verdicts)
+            object.__setattr__(new, name, values.get(name, getattr(self, name)))
         object.__setattr__(new, "_answers", OrderedDict())
         new._take_verdicts()
         return new
@@ -111,6 +126,8 @@ class FeatureIndex:
         codes[yes > no], codes[no > yes] = names.index("yes"), names.index("no")
         object.__setattr__(self, "_verdict_codes", codes)
         object.__setattr__(self, "_label_search", StringSearch([search_form(label) for label in self.verdicts.labels]))
+        of_model = StringSearch([search_form(row["label"]) for row in self.model_labels.values()])
+        object.__setattr__(self, "_model_label_search", of_model)
 
     def arm_of(self, place: int) -> str:
         """Name of the arm of the feature at a place."""
@@ -213,6 +230,8 @@ class FeatureIndex:
         for word, whole in asked:
             score = self._token_search.scores(word, whole=whole)
             labels = self._label_search.grades(word)
+            by_model = list(self.model_labels)
+            labels[by_model] = np.maximum(labels[by_model], self._model_label_search.grades(word))
             np.maximum(score, np.where(labels >= (EXACT if whole else INSIDE), labels + 1, 0), out=score)
             if word.isascii() and word.lstrip("#").isdigit():
                 numbers = self._digits.grades(word.lstrip("#"))

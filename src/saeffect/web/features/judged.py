@@ -1,7 +1,8 @@
-"""What people said about features in the app; on the feature pages it takes the place of what a run was given."""
+"""What people said about features in the app, which takes the place of what a run was given; and a model's labels."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from saeffect.errors import SaeffectError
 from saeffect.review.queue import fingerprint_tokens
 from saeffect.review.store import VerdictStore
 from saeffect.review.verdicts import summarise_verdicts
+from saeffect.study.label import read_labels
 from saeffect.web.features.index import FeatureIndex, Verdicts
 
-__all__ = ["Given", "read_given", "with_given"]
+__all__ = ["Given", "ModelLabels", "read_given", "read_model_labels", "with_given"]
 
 Given = Mapping[int, list[dict[str, Any]]]
 """By place in the index, the verdicts that stand: rater, role, verdict, label, note, given."""
+ModelLabels = Mapping[int, Mapping[str, Any]]
+"""By place in the index, the row of a language model's label, see `saeffect.study.label.label`."""
 _SHOWN = ["rater", "role", "verdict", "label", "note", "given"]
 
 
@@ -56,3 +60,15 @@ def with_given(index: FeatureIndex, given: Given) -> FeatureIndex:
             column[place] = summary[name]
         labels[place] = str(summary["label"]) or labels[place]
     return index.with_verdicts(Verdicts(**counts, labels=labels))
+
+
+def read_model_labels(folder: Path, index: FeatureIndex) -> ModelLabels:
+    """The labels of a language model on features of the index as they are."""
+    found: dict[int, Mapping[str, Any]] = {}
+    for arm in index.arms:
+        for row in read_labels(folder, arm).to_dict("records"):
+            with contextlib.suppress(SaeffectError):  # a feature that is gone
+                place = index.place(arm, row["feature"])
+                if row["seen"] == fingerprint_tokens(index.top_tokens(place)):
+                    found[place] = row
+    return found

@@ -34,6 +34,7 @@ SORTS = {
     "density": "Density",
     "mean_activation": "Mean activation",
     "matches": "Words in the vocabulary",
+    "accuracy": "Detection by a model's label",
     "similarity": "Similarity to its match",
     "feature": "Number",
 }

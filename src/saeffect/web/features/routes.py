@@ -100,6 +100,7 @@ def _list_json(request: Request) -> Response:
             "arm": index.arm_of(place),
             "feature": int(index.numbers[place]),
             "label": index.verdicts.labels[place],
+            "model_label": index.model_labels.get(place, {}).get("label", ""),
             "top_tokens": index.top_tokens(place),
             "verdict": index.code("verdict", place),
             **{name: index.code(name, place) for name in index.codes},

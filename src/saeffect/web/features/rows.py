@@ -58,6 +58,8 @@ class ListedFeature:
     number: int
     href: str
     label: str
+    model_label: str
+    accuracy: str
     tokens: tuple[ListedToken, ...]
     domain: bool
     change: str
@@ -158,12 +160,15 @@ def _row(index: FeatureIndex, query: Query, place: int, words: list[str], behind
     p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
     coherence, similarity = index.value("coherence", place), index.value(f"similarity_{query.by}", place)
     fate = index.code(f"fate_{query.by}", place)
+    accuracy = index.value("accuracy", place)
     return ListedFeature(
         arm=arm,
         role=index.roles[arm],
         number=number,
         href=f"/features/{quote(arm, safe='')}/{number}{behind}",
         label=index.verdicts.labels[place],
+        model_label=index.model_labels.get(place, {}).get("label", ""),
+        accuracy=f"detection {fixed(accuracy, 2)}" if isfinite(accuracy) else "",
         tokens=tuple(ListedToken(listed[i][0], hits[i]) for i in shown),
         domain=index.code("domain", place) == "yes",
         change=signed(change, 1) if isfinite(change) else signed(raw) if isfinite(raw) else "",

@@ -103,6 +103,7 @@ class FeatureView:
     record: Record
     title: str
     facts: tuple[Fact, ...]
+    model_label: tuple[Fact, ...]
     top: tuple[Bar, ...]
     bottom: tuple[Bar, ...]
     sides: tuple[Side, ...]
@@ -125,6 +126,7 @@ def feature_view(record: Record, study: Study) -> FeatureView:
         record=record,
         title=f"{record['arm']} {record['feature']}" + (f": {label}" if label else ""),
         facts=_facts(record),
+        model_label=_model_label(record.get("model_label") or {}),
         top=_bars(record["top_tokens"], record["matched"]),
         bottom=_bars(record["bottom_tokens"] or [], record["matched"]),
         sides=sides,
@@ -182,6 +184,17 @@ def _facts(record: Record) -> tuple[Fact, ...]:
         text = signed(effect["effect"]) if is_defined(effect["effect"]) else undefined(effect.get("reason") or "")
         facts.append(Fact("Effect of steering", text, ends))
     return tuple(facts)
+
+
+def _model_label(row: Mapping[str, Any]) -> tuple[Fact, ...]:
+    """How well a language model's label detects the feature."""
+    if not row or row["reason"]:
+        return (Fact("Detection", "undefined", row["reason"]),) if row else ()
+    return (
+        Fact("Detection", fixed(row["accuracy"], 2), interval(row["low"], row["high"], 2)),
+        Fact("Found", f"{row['found']} of {row['n_active']}", "contexts that activate it"),
+        Fact("Left", f"{row['left']} of {row['n_silent']}", "contexts that do not"),
+    )
 
 
 def _bars(tokens: Sequence[Mapping[str, Any]], matched: Sequence[str]) -> tuple[Bar, ...]:

@@ -12,6 +12,7 @@ from saeffect.review.agreement import agreement, disagreements, rater_summary
 from saeffect.review.queue import Item, Queue
 from saeffect.review.store import STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
+from saeffect.study.label import read_labels
 from saeffect.study.review import Standing, read_queue, standing_verdicts
 from saeffect.web.site import Site
 
@@ -138,6 +139,22 @@ class Desk:
         """Agreement on the candidates, and what each rater said (`saeffect.review.agreement`)."""
         said, _ = self._said()
         return agreement(said), rater_summary(self._blind(), self._candidates())
+
+    def model_labels(self, rater: str) -> pd.DataFrame:
+        """A language model's labels of candidates that the rater has judged, with tokens, verdict, and own label."""
+        said = self._blind()
+        own = said[(said["rater"] == rater) & (said["kind"] == "feature")].set_index(["arm", "feature"])
+        found = []
+        for arm in self._site.arms:
+            rows = read_labels(self._site.folder, arm).to_dict("records")
+            labels = {(row["feature"], row["seen"]): row for row in rows}
+            for item in self.queue.candidates:
+                row = labels.get((item.feature, item.seen)) if item.arm == arm and item.key[1:3] in own.index else None
+                if row is not None:
+                    given = own.loc[item.key[1:3]]
+                    tokens = ", ".join(chip.text for chip in chips(item.tokens, [0.0] * len(item.tokens), ())[:5])
+                    found.append(row | {"verdict": given["verdict"], "own": given["label"], "tokens": tokens})
+        return pd.DataFrame(found)
 
     def splits(self, rater: str, most: int) -> Splits:
         """The features on which somebody has to decide, open ones first, and `most` of them as screens."""

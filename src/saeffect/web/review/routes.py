@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from saeffect.errors import ConfigError
-from saeffect.report.tables.review import agreement_view, rater_view
+from saeffect.report.tables.review import agreement_view, model_label_view, rater_view
 from saeffect.report.words.numbers import count
 from saeffect.review.verdicts import VERDICTS
 from saeffect.web.pages import environment, page
@@ -176,7 +176,8 @@ def _agreement(request: Request) -> Response:
     if blind is None:
         agreed, raters = desk.agreement()
         source = "verdicts.sqlite, what stands now"
-        tables = tuple(view for view in (agreement_view(agreed, source), rater_view(raters, source)) if view)
+        labels = model_label_view(desk.model_labels(rater), "labels/*.parquet") if rater else None
+        tables = tuple(view for view in (agreement_view(agreed, source), rater_view(raters, source), labels) if view)
     numbers = {f"table:{table.name}": f"Table {place}" for place, table in enumerate(tables, 1)}
     return _show(
         request, "review_agreement.html.j2", rater, title="Agreement", blind=blind, tables=tables, numbers=numbers

@@ -1,0 +1,110 @@
+"""Labels by the embedded model itself, behind a real OpenAI-compatible server that this test starts."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import uvicorn
+from fastapi import Body, FastAPI
+
+from saeffect.lm.language_model import LanguageModel
+from saeffect.study.label import Cost, label
+from saeffect.study.label_contexts import LabelPlan
+from saeffect.study.run import run_study
+from saeffect.study.study import Study
+
+pytestmark = pytest.mark.real
+NAME = "smollm2-135m-instruct"
+
+
+def chat_app(lm: LanguageModel) -> FastAPI:
+    """The model with its own chat template, answering by its likeliest tokens."""
+    app, turn = FastAPI(), threading.Lock()
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": NAME, "object": "model"}]}
+
+    @app.post("/v1/chat/completions")
+    def chat(body: dict[str, Any] = Body()) -> dict[str, Any]:
+        ids = lm.tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        with turn, torch.inference_mode():
+            out = lm.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=body["max_tokens"],
+                do_sample=False,
+                pad_token_id=lm.tokenizer.eos_token_id,
+            )[0, ids.shape[1] :]
+        text = lm.tokenizer.decode(out, skip_special_tokens=True)
+        stop = "length" if len(out) == body["max_tokens"] else "stop"
+        usage = {"prompt_tokens": ids.shape[1], "completion_tokens": len(out), "total_tokens": ids.shape[1] + len(out)}
+        message = {"role": "assistant", "content": text}
+        return {
+            "object": "chat.completion",
+            "model": NAME,
+            "choices": [{"index": 0, "message": message, "finish_reason": stop}],
+            "usage": usage,
+        }
+
+    return app
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """The app on a free port; its base address."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server has not started"
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+
+
+def test_the_embedded_model_labels_its_own_features(
+    real_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"path": "bundled:smollm2-135m-instruct"}
+    arms = {
+        "control": {"role": "control", "model": base, "sae": "bundled:smollm2-control"},
+        "treatment": {
+            "role": "treatment",
+            "model": base | {"adapter": "bundled:medical-lora"},
+            "sae": "bundled:smollm2-treatment",
+        },
+    }
+    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
+    study = Study.of({"name": "real", "arms": arms, "text": text, "gate": {"tokens": 256}})
+    run_study(study, tmp_path / "run", stages=("gate", "features", "coherence", "select"))
+    monkeypatch.setenv("SAEFFECT_LABEL_MODEL", NAME)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    costs: list[Cost] = []
+    options: dict[str, Any] = {"limit": 2, "plan": LabelPlan(contexts=4, per_request=4)}
+    with serving(chat_app(real_model)) as url:
+        monkeypatch.setenv("OPENAI_BASE_URL", url)
+        found = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)
+    assert costs[0].requests == 6
+    assert len(found) == 2 and (found["label"] != "").all()
+    # A small model: most of what it says is chance, and the score has to show that rather than fail.
+    assert ((found["reason"] != "") | found["accuracy"].between(0, 1)).all()
+    again = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)  # without a server
+    pd.testing.assert_frame_equal(again, found)
+    assert costs[1].requests == 0
