@@ -65,7 +65,7 @@ def where_changed(
     try:
         promoted, no_tokens = _top_tokens(unembedding(tuned), tokens, plain), ""
 
-        def top_tokens(vector: FloatArray) -> list[str]:
+        def top_tokens(vector: FloatArray, /) -> list[str]:
             row = torch.from_numpy(vector.astype(np.float32))[None]
             return promoted(heads_to_residual(tuned, hook, row)[0].cpu().numpy())
 
@@ -121,7 +121,7 @@ TopTokens = Callable[[FloatArray], list[str]]
 """The tokens that a direction `[d_in]` promotes most through the tuned model's final norm and head, first first."""
 
 
-def _no_tokens(vector: FloatArray) -> list[str]:
+def _no_tokens(_: FloatArray) -> list[str]:
     return []
 
 
