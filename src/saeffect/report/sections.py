@@ -62,28 +62,28 @@ def evidence(comparison: Comparison, context: ReportContext) -> Evidence:
         "Features were not followed through training: the treatment's SAE was not trained on from the control's, so "
         "their numbers do not correspond."
     )
+    fates = fate_summary(comparison.matches.fate_counts, context.alpha)
     return Evidence(
         calibration=calibration_verdict(comparison.calibration),
         power=power_sentence(comparison.power, roles_of(dict(arms)), deciding),
-        fates=fate_summary(comparison.matches.fate_counts, context.alpha),
+        fates=fates,
         cross=cross_summary(comparison.matches.cross_activity, context.alpha, context.domain),
         stagewise="" if len(comparison.matches.stagewise) else stagewise,
         regression=coherence_sentence(comparison.regression),
         threats=threat_summary(comparison.threats),
         gravest=tuple(gravest(comparison.threats)),
-        limits=_limits(comparison),
+        limits=_limits(comparison, fates),
     )
 
 
-def _limits(comparison: Comparison) -> dict[str, str]:
+def _limits(comparison: Comparison, fates: str) -> dict[str, str]:
     limits = {"chance": "", "fates": "", "regression": ""}
     counts, calibration = comparison.matches.fate_counts, comparison.calibration
     if counts.empty:
         limits["fates"] = "Features were not matched in this study, so nothing is known about which became which."
     elif not counts["n_placebo"].notna().any():
         limits["fates"] = (
-            f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}. The similarity of each "
-            "feature to its nearest is in comparison/fates_control.parquet."
+            f"{fates} The similarity of each feature to its nearest is in comparison/fates_control.parquet."
         )
     # Whether any declared test (any at all, if none is declared) could be tried where there is nothing to find.
     declared = calibration[calibration["declared"].astype(bool)] if len(calibration) else calibration

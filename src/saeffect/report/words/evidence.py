@@ -149,8 +149,10 @@ MEASURES = {
 
 def fate_summary(counts: pd.DataFrame, alpha: float) -> str:
     """How many more features than between seeds have no counterpart, and how many single ones differ beyond noise."""
-    if counts.empty or not counts["n_placebo"].notna().any():
+    if counts.empty:
         return ""
+    if not counts["n_placebo"].notna().any():
+        return f"No feature can be called kept, moved, gone or new: {counts['reason'].iloc[0]}."
     parts = []
     rows = counts[(counts["side"] == "control") & (counts["fate"] == "gone")]
     for row in rows[rows["n_placebo"].notna()].to_dict("records"):
