@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from saeffect.comparison import MatchTables
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report import ReportContext
 from saeffect.report.tables.matching import (
     cross_table,
@@ -92,6 +93,8 @@ def test_the_summary_counts_both_measures(context: ReportContext) -> None:
     text = fate_summary(matched().matches.fate_counts, context.alpha)
     assert text.count("60 of 120 features of the control have no counterpart in the treatment, +14 [8, 20]") == 2
     assert "2 moved, 4 gone, 2 absorbed, 6 new" in text
+    few = matched().matches.fate_counts.assign(reason=ONE_PLACEBO)
+    assert "With one other seed these intervals" in fate_summary(few, context.alpha)
     assert "No single feature stands out" in fate_summary(matched(called=False).matches.fate_counts, context.alpha)
 
 

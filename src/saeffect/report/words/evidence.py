@@ -11,6 +11,7 @@ import pandas as pd
 from saeffect.comparison.arms import Roles
 from saeffect.comparison.calibration import WITHIN
 from saeffect.diffing.cross_activity import activity_changes
+from saeffect.diffing.matched_null import ONE_PLACEBO
 from saeffect.report.words.names import short_name
 from saeffect.report.words.numbers import (
     count,
@@ -162,6 +163,8 @@ def fate_summary(counts: pd.DataFrame, alpha: float) -> str:
             f"control have no counterpart in the treatment, {signed(row['excess'], 0)} {ends} against another seed of "
             "the same model."
         )
+    if (rows["reason"] == ONE_PLACEBO).any():
+        parts.append("With one other seed these intervals do not hold the noise of SAE training.")
     called = called_features(counts)
     single = (
         f"Single features that stand out by either measure (q ≤ {alpha:g}): {called}."
