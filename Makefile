@@ -5,16 +5,24 @@ STUDY ?= bundled:smollm2-medical
 OUT ?= runs/smollm2-medical
 # Processes that share the unit tests, of one thread each: on tensors this small a second thread costs more than it gives.
 TEST_JOBS ?= 2
+SHARED = $(if $(filter-out 1,$(TEST_JOBS)),-n $(TEST_JOBS))
 
 # How many of the simulations run: 1 for all, 4 for one in four, 4:KEY for others than 4 alone.
 SAMPLE ?= 1
 
-.PHONY: demo test check lint types layers doctests unit real browser simulations coverage mutants format clean benchmark-env docs
+.PHONY: demo reduced test check lint types layers doctests unit real browser whole simulations coverage mutants format clean benchmark-env docs
 
 demo: .venv/.installed
 	@$(BIN)/saeffect run $(STUDY) --out $(OUT)
 
-test: check unit real browser
+# The same with less text, fewer features and fewer doses: every stage on the real models.
+reduced: .venv/.installed-test
+	@rm -rf runs/reduced
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/reduced_demo.py runs/reduced
+
+# One core is enough for the real model, and for the browser with its server.
+test: check unit
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target browser real
 
 # mypy keeps one core busy, the rest the other.
 check: .venv/.installed-test
@@ -31,25 +39,32 @@ layers: .venv/.installed-test
 	$(BIN)/pytest tests/test_layers.py
 
 doctests: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --doctest-modules src/saeffect
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) --doctest-modules src/saeffect
 
 unit: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation" \
-		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/study tests/sae tests # the longest files first
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not real and not browser and not simulation and not slow" \
+		--ignore=tests/test_layers.py $(UNIT_FLAGS) tests/report tests/study tests/sae tests # the longest files first
+
+# Only files that have such tests: to collect all would take as long as some of them.
+marked = $(shell grep -rlE "mark\.$(1)\b" tests --include="test_*.py")
 
 real: .venv/.installed-test
-	$(BIN)/pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "real and not browser" $(call marked,real)
+
+# Both in one process, which loads the model once: with something else for the second core.
+whole: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "real or browser" $(call marked,(real|browser))
 
 browser: .venv/.installed-test
-	$(BIN)/pytest -m browser
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser $(call marked,browser)
 
-# The error rates and coverages, each over many simulated studies. `make test` leaves them out.
+# The error rates and coverages, each over many simulated studies, and other slow tests. `make test` leaves them out.
 simulations: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_JOBS) -m simulation --sample $(SAMPLE)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SHARED) -m "simulation or slow" --sample $(SAMPLE) $(call marked,(simulation|slow))
 
 # The documentation as a site in build/site; a broken link or an unknown name ends it.
 docs: .venv/.installed-test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	$(INSTALL) --editable '.[test,docs]'
 	$(BIN)/mkdocs build --strict
 
 # Branch coverage of src/ by the unit layer.
@@ -58,7 +73,7 @@ coverage:
 
 # Small changes to the statistics, one at a time: how many do the tests notice? About an hour.
 mutants: .venv/.installed-test
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,mutants]'
+	$(INSTALL) --editable '.[test,mutants]'
 	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(TEST_JOBS)
 
 format: .venv/.installed-test
@@ -72,12 +87,18 @@ benchmark-env:
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
 
+VERSION := import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeffect needs Python 3.11 or newer; set PYTHON=...")
+# Not compiled: Python does that for the few files that are imported.
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "saeffect needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -c '$(VERSION)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(INSTALL) --editable .
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
-	@touch $@
+.venv/.installed-test: pyproject.toml constraints.txt
+	$(PYTHON) -c '$(VERSION)'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable '.[test]'
+	@touch .venv/.installed $@

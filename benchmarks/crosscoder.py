@@ -147,6 +147,8 @@ def planted(options: argparse.Namespace) -> dict[str, Any]:
         null_tables.append(measured(concepts, trained(concepts, d_sae=d_sae, steps=steps)))
     found = [_study(seed, n, d_sae, steps, null_tables) for seed in range(seeds)]
     summary = {}
+    far = [abs(row["estimate"] - 1) for study in found for row in study if row["factor"] == 1 and row["found"]]
+    cut = float(np.quantile(far, 1 - RATE))  # by the unchanged concepts of the same fine-tunes, which only we know
     for factor in FACTORS:
         rows = [row for study in found for row in study if row["factor"] == factor]
         estimates = [row["estimate"] for row in rows if row["found"]]
@@ -154,13 +156,14 @@ def planted(options: argparse.Namespace) -> dict[str, Any]:
             "planted": len(rows),
             "has_a_feature": float(np.mean([row["found"] for row in rows])),
             "called_changed": float(np.mean([row["changed"] for row in rows])),
+            "beyond_cut": float(np.mean([row["found"] and abs(row["estimate"] - 1) > cut for row in rows])),
             "estimate": float(np.median(estimates)),
             "estimate_low": float(np.quantile(estimates, 0.1)),
             "estimate_high": float(np.quantile(estimates, 0.9)),
             "called_exclusive": float(np.mean([row["exclusive"] for row in rows])),
             "exclusive_by_decoder_norm": float(np.mean([row["by_norm"] for row in rows])),
         }
-    return {"factors": summary, "seeds": seeds, "nulls": nulls, "concepts": n, "d_sae": d_sae, "rate": RATE}
+    return {"factors": summary, "cut": cut, "seeds": seeds, "nulls": nulls, "concepts": n, "d_sae": d_sae, "rate": RATE}
 
 
 def _study(seed: int, n: int, d_sae: int, steps: int, nulls: Any) -> list[dict[str, Any]]:
@@ -206,12 +209,14 @@ def tables(results: dict[str, Any], path: Path) -> None:
     lines = []
     if "planted" in results:
         lines += [
-            "| scaled by | concepts | with a feature | called changed | of one model only | estimate (80 % of them) |",
-            "|---|---|---|---|---|---|",
+            "| scaled by | concepts | with a feature | at 5 % false alarms | called changed | of one model only |"
+            " estimate (80 %) |",
+            "|---|---|---|---|---|---|---|",
         ]
         for factor, row in results["planted"]["factors"].items():
             lines.append(
-                f"| {factor} | {row['planted']} | {row['has_a_feature']:.0%} | {row['called_changed']:.1%} |"
+                f"| {factor} | {row['planted']} | {row['has_a_feature']:.0%} | {row['beyond_cut']:.1%} |"
+                f" {row['called_changed']:.1%} |"
                 f" {row['called_exclusive']:.0%} |"
                 f" {row['estimate']:.2f} [{row['estimate_low']:.2f}, {row['estimate_high']:.2f}] |"
             )

@@ -1,4 +1,4 @@
-"""The bundled study with less text and fewer interventions: every stage on the real models, in a minute or two.
+"""The bundled study with less text and fewer interventions: every stage on the real models, in a minute.
 
 python scripts/reduced_demo.py runs/reduced
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from saeffect.diffing import trace, written
 from saeffect.progress import Log
 from saeffect.study.run import run_study
 from saeffect.study.study import Study
@@ -25,8 +26,11 @@ def main(out: Path) -> None:
     for arm in ("control", "treatment"):  # one further SAE a model is enough to tell fine-tuning from seeds
         config["arms"][arm]["more_saes"] = config["arms"][arm]["more_saes"][:1]
     # Null fine-tunes are measured on more rows than this.
-    config["nulls"], config["changes"] = None, {"rows": 32}
-    config["steering"] |= {"max_features": 4, "search_features": 2, "doses": [0.3, 0.6], "samples": 1}
+    config["nulls"], config["changes"] = None, {"rows": 16}
+    config["put_back"] = {"rows": 2, "sizes": [20], "sizes_reversed": [20]}
+    trace.NEW_TOKENS = written.NEW_TOKENS = 4
+    # One dose: on so few texts a search may find that none works.
+    config["steering"] |= {"max_features": 4, "search_prompts": [], "doses": [0.4], "samples": 1}
     config["steering"] |= {"max_new_tokens": 12, "baseline_features": 1, "prompts": config["steering"]["prompts"][:4]}
     config["comparison"] = {"n_boot": 200, "n_permutations": 500}
     with tempfile.TemporaryDirectory() as folder:

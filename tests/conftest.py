@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -18,11 +19,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 import torch
+from filelock import FileLock
 
 from hub_cache import hub
 from saeffect.config import ModelConfig
 from saeffect.errors import SaeffectError, Unreachable
 from saeffect.lm.language_model import LanguageModel
+from tiny_study import write_little
 
 __all__ = ["hub"]
 
@@ -37,25 +40,43 @@ SENTENCES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", default="1", metavar="N[:KEY]", help="run one in N simulations; KEY chooses which")
+    parser.addoption(
+        "--sample", default="1", metavar="N[:KEY]", help="run one in N simulations and slow tests; KEY chooses which"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the simulations that are not in the sample: each is in it for one key in N, the same key always."""
+    """Leave out what is sampled and not in the sample: each is in it for one key in N, the same key always."""
     share, _, key = config.getoption("--sample").partition(":")
     left_out = [
         item
         for item in items
-        if item.get_closest_marker("simulation") and zlib.crc32(f"{key}{item.nodeid}".encode()) % int(share)
+        if (item.get_closest_marker("simulation") or item.get_closest_marker("slow"))
+        and zlib.crc32(f"{key}{item.nodeid}".encode()) % int(share)
     ]
     config.hook.pytest_deselected(items=left_out)
     out = set(left_out)
     items[:] = [item for item in items if item not in out]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, and so do those that look at the one report that `report/conftest.py` draws."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFixtures(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "tests/report" if file.startswith(("tests/report/test_", "tests/report/figures/")) else file
+
+    return ByFixtures(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _small_and_alone() -> None:
     torch.set_num_threads(1)
+    write_little()
+    os.fsync = lambda _: None  # what tests write need not survive a power cut
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +177,25 @@ def real_model() -> LanguageModel:
         pytest.skip(f"the embedded model is neither in the cache nor reachable: {error.message}")
 
 
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the embedded pair up to domain features, on little text. Copy it before changing anything."""
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+
+    model = {"path": "bundled:smollm2-135m-instruct"}
+    tuned = model | {"adapter": "bundled:medical-lora"}
+    arms = {
+        "control": {"role": "control", "model": model, "sae": "bundled:smollm2-control"},
+        "treatment": {"role": "treatment", "model": tuned, "sae": "bundled:smollm2-treatment"},
+    }
+    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
+    study = Study.of({"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 256, "on_failure": "warn"}})
+    run = tmp_path_factory.mktemp("real") / "run"
+    run_study(study, run, stages=("gate", "features", "coherence", "select"))
+    return run
+
+
 @pytest.fixture
 def token_ids() -> torch.Tensor:
     """Int64 `[2, 9]`, ids of the tiny models."""
@@ -165,7 +205,6 @@ def token_ids() -> torch.Tensor:
 @pytest.fixture
 def complains() -> Callable[..., Any]:
     """`with complains(BadFile, "NaN", at="arms.a"):` — the error, its text, its place, and the form it shows in."""
-    import contextlib
 
     @contextlib.contextmanager
     def check(kind: type[SaeffectError], *parts: str, at: str | None = None) -> Iterator[None]:
@@ -185,9 +224,9 @@ def complains() -> Callable[..., Any]:
     return check
 
 
-@pytest.fixture(scope="module")
-def without_figures() -> Iterator[None]:
-    """For a module's tests: each figure of a report has a reason in the place of a drawing, which takes most time."""
+@contextlib.contextmanager
+def only_figures(*names: str) -> Iterator[None]:
+    """Each other figure of a report has a reason in the place of a drawing: drawing takes most of a tiny study."""
     from dataclasses import replace
 
     from saeffect.errors import Undefined
@@ -196,9 +235,42 @@ def without_figures() -> Iterator[None]:
     def undrawn(*_: Any) -> None:
         raise Undefined("not drawn in this test.")
 
+    kinds = [kind if kind.name in names else replace(kind, draw=undrawn) for kind in figures.FIGURES]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
+        patch.setattr(figures, "FIGURES", kinds)
         yield
+
+
+@pytest.fixture(scope="module")
+def without_figures() -> Iterator[None]:
+    """For a module's tests: no figure is drawn."""
+    with only_figures():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny study with its finished `run`, without figures, and `before`: that run when nothing was steered yet.
+
+    Copy it before changing anything.
+    """
+    from saeffect.study.run import run_study
+    from saeffect.study.study import Study
+    from tiny_study import BEFORE_STEERING, make_study
+
+    # All processes of pytest-xdist share one.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny-run"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "finished").exists():
+            folder.mkdir()
+            with only_figures():
+                study = Study.open(make_study(folder))
+                run_study(study, folder / "before", stages=BEFORE_STEERING)
+                shutil.copytree(folder / "before", folder / "run")
+                run_study(study, folder / "run")
+            (folder / "finished").touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +280,7 @@ def chromium() -> Iterator[Any]:
     if found is None:
         pytest.skip("no Chromium on this machine")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright.expect.set_options(timeout=60_000)
     with playwright.sync_playwright() as running:
         opened = running.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-gpu"])
         yield opened

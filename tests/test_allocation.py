@@ -13,7 +13,7 @@ from saeffect.allocation import keep_freed_memory
 told = keep_freed_memory() if sys.argv[1] == "keep" else False
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+    for _ in range(5):
         torch.zeros(10_000_000).add_(1)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
@@ -38,7 +38,7 @@ def test_freed_memory_is_used_again() -> None:
     told, kept = _run("keep")
     if not told:
         pytest.skip("this C library cannot be told")
-    # 40 MB are 9,766 pages of 4 kB, twenty times over; huge pages make it fewer.
+    # 40 MB are 9,766 pages of 4 kB, five times over; huge pages make it fewer.
     assert kept < 100 < _run("usual")[1]
 
 

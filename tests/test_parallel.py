@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from processes import Forked, ranks, script
 from saeffect.errors import ConfigError, Interrupted
 from saeffect.parallel import _translate_peer_loss, barrier, from_first, rank_and_world
 
@@ -33,36 +32,23 @@ leave()
 """
 
 
-def start(how: str) -> list[subprocess.Popen[str]]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": "2"}
-    path = {"PYTHONPATH": str(Path(__file__).parents[1] / "src"), "PYTHONUTF8": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, how],
-            env={**os.environ, **place, **path, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def start(how: str) -> list[Forked]:
+    return [Forked(script, [SCRIPT, how], variables) for variables in ranks(2)]
 
 
 def test_processes_outwait_pytorch_timeout() -> None:
     for process in start("well"):
-        heard, said = process.communicate()
-        assert process.returncode == 0, said
+        code, heard, said = process.end()
+        assert code == 0, said
         assert heard == "steer é\n1\n''\n"
 
 
 def test_waiting_for_dead_process_is_an_error() -> None:
     first, second = start("gone")
-    _, said = second.communicate()
-    assert second.returncode != 0
+    code, _, said = second.end()
+    assert code != 0
     assert "this process stops because another one of the same run did" in said
-    assert first.wait() == 7
+    assert first.end()[0] == 7
 
 
 def test_single_process_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +95,7 @@ import sys, time
 from saeffect.parallel import end_with_launcher
 end_with_launcher()
 print("started", flush=True)
-time.sleep(3 if "TORCHELASTIC_RUN_ID" not in __import__("os").environ else 60)
+time.sleep(1 if "TORCHELASTIC_RUN_ID" not in __import__("os").environ else 60)
 print("still there", flush=True)
 """
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"

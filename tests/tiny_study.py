@@ -11,17 +11,24 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saeffect.diffing import trace, written
 from saeffect.sae.base import SaeConfig
 from saeffect.sae.formats import save_sae
 from saeffect.sae.topk import TopKSae
 from saeffect.sae.training.config import SaeTrainingConfig
 
 HOOK = "blocks.1.hook_resid_pre"
+BEFORE_STEERING = ("gate", "features", "coherence", "select", "match", "changes", "put-back")
 WORDS = (
     "cancer tumor disease doctor nurse patient clinic fever cough blood heart kidney drug dose vaccine virus "
     "river bridge market music garden window letter winter summer market teacher engine ocean forest paper story"
 ).split()
 HOSTILE = ["<script>alert(1)</script>", "\u202eevil", "a\nb"]
+
+
+def write_little() -> None:
+    """In this process, models write 4 tokens after an opening in place of 40: that takes most of a tiny study."""
+    trace.NEW_TOKENS = written.NEW_TOKENS = 4
 
 
 def sentences(n: int) -> list[str]:

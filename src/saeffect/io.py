@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -180,8 +181,9 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that could affect numbers."""
+    """Versions of Python, the platform and the packages that could affect numbers; do not change it."""
     found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in _TRACKED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "analysis.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_small_matrices(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(SCRIPT), "--quick", "--threads", "1", "--out", str(tmp_path)],

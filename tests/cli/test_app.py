@@ -91,6 +91,7 @@ def test_alone_it_shows_its_help_and_nothing_else(
 
 
 def test_a_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else `python -m pytest` names the program
     monkeypatch.setenv("_SAEFFECT_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", "saeffect fine")
     monkeypatch.setenv("COMP_CWORD", "1")

@@ -29,10 +29,10 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> Path:
+def template(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     make_study(folder, steering=None)
-    call(["run", str(folder / "study.yaml"), "--out", str(folder / "run")])
+    shutil.copytree(tiny_run / "run", folder / "run")
     return folder
 
 

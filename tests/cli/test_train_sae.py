@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +12,7 @@ import pytest
 import yaml
 
 from command_line import call
+from processes import Forked, command
 from saeffect.io import hash_file
 from saeffect.sae.formats import load_sae
 from saeffect.sae.training import run as training_run
@@ -76,11 +74,6 @@ def saeffect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Done(call(arguments), *capsys.readouterr())
 
     return run
-
-
-def _env() -> dict[str, str]:
-    source = str(Path(__file__).parents[2] / "src")
-    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
 
 
 def test_from_a_recipe_to_an_sae_and_again(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
@@ -182,17 +175,13 @@ def test_mistakes_on_the_command_line(
 
 def test_ctrl_c_saves_and_says_how_to_go_on(workshop: Path, tmp_path: Path, saeffect: Callable[..., Done]) -> None:
     recipe = write(workshop, tmp_path, sae={"steps": 600, "checkpoint_every": 10})
-    arguments = ["train-sae", str(recipe), "--out", "sae", "--work", "work"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saeffect", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=_env()
-    )
-    deadline = time.monotonic() + 200
-    while not any((tmp_path / "sae").glob("checkpoint/step-*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    arguments = ["train-sae", str(recipe), "--out", str(tmp_path / "sae"), "--work", str(tmp_path / "work")]
+    running = Forked(command, arguments, {})
+    running.wait_until(lambda: any((tmp_path / "sae").glob("checkpoint/step-*")))
+    assert running.process.pid is not None
+    os.kill(running.process.pid, signal.SIGINT)
+    code, _, said = running.end()
+    assert code == 130, said
     assert "Traceback" not in said and "same command" in said
     assert (
         any((tmp_path / "sae").glob("checkpoint/step-*"))

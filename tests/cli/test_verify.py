@@ -78,7 +78,6 @@ def test_every_changed_number_of_a_recomputed_table_is_named_where_it_stands(run
             else text.rindex("0.")
         )
         (run / name).write_text(text[:at] + "7" + text[at:], encoding="utf-8")
-    assert call(["verify", str(run)]) == 1
     found = named(verify(run))
     assert found.keys() == {
         *files,

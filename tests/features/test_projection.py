@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
+from processes import Forked, script
 from saeffect.errors import BadFile, ConfigError, ShapeMismatch, UnknownName
 from saeffect.features.projection import PROJECTIONS, project, project_both
 
@@ -241,5 +241,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kilobytes on Linux only")
 def test_memory_does_not_grow_with_the_product():
     # The whole product would be 64 MB; a chunk of it is 4 MB.
-    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 40e6
+    code, out, err = Forked(script, [_MEMORY], {}).end()
+    assert code == 0, err
+    assert int(out) < 40e6

@@ -15,6 +15,7 @@ from saeffect.lm.language_model import LanguageModel
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     pytest.importorskip("sae_lens")
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "harvest.py"), "--quick", "--threads", "1"]

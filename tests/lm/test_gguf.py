@@ -21,7 +21,6 @@ from saeffect.config import ModelConfig
 from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, Unreachable
 from saeffect.lm import gguf
 from saeffect.lm.gguf import EMBEDDED_NAME, cache_folder, choose_gguf, embedded_model, gguf_header
-from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import ModelShape, load_language_model, model_shape
 from saeffect.progress import Log
@@ -365,32 +364,3 @@ def test_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path.home() / "elsewhere"
     monkeypatch.delenv("SAEFFECT_CACHE")
     assert "saeffect" in cache_folder().name
-
-
-@pytest.mark.real
-def test_captures_and_logits_are_those_of_transformers(real_model: LanguageModel) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = embedded_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=real_model.dtype).eval()
-    text = "The patient was given insulin because"
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-    assert real_model.encode(text) == ids[0].tolist()
-    with torch.no_grad():
-        plain = model(input_ids=ids, output_hidden_states=True)
-        logits = real_model.model(input_ids=ids).logits
-    assert torch.equal(logits, plain.logits)
-    # hidden_states[i] is what enters block i.
-    for layer in (0, 8, 26):
-        x = capture(real_model, f"blocks.{layer}.hook_resid_pre", ids)
-        assert torch.equal(x, plain.hidden_states[layer])
-    assert (real_model.n_layers, real_model.d_model, real_model.d_vocab) == (30, 576, 49152)
-
-
-@pytest.mark.real
-def test_it_speaks(real_model: LanguageModel) -> None:
-    ids = torch.tensor([real_model.encode("The capital of France is")])
-    with torch.no_grad():
-        top = real_model.model(input_ids=ids).logits[0, -1].topk(5).indices
-    assert " Paris" in [real_model.token_strings()[i] for i in top.tolist()]

@@ -136,8 +136,10 @@ def test_each_term_is_explained_once_before_the_glossary(page: str) -> None:
     assert {"95\u202f% interval", "placebo arm", "effect", "q", "coherence", "density", "dose"} <= set(explained)
 
 
-def test_same_bytes_twice(tmp_path: Path, page: str, comparison: Comparison, context: ReportContext) -> None:
-    path = write_report(comparison, tmp_path / "report.html", context=context)
+def test_same_bytes_twice(
+    tmp_path: Path, page: str, comparison: Comparison, context: ReportContext, figures: tuple[DrawnFigure, ...]
+) -> None:
+    path = write_report(comparison, tmp_path / "report.html", context=context, figures=figures)
     assert path.read_bytes() == page.encode()
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 

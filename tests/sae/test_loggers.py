@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from processes import Forked, script
 from saeffect.errors import NotFound, UnknownName
 from saeffect.progress import SILENT
 from saeffect.sae.training.log import TrainingLog
@@ -93,11 +92,12 @@ def test_a_new_training_in_the_folder_hides_the_old_curve(tmp_path: Path) -> Non
 
 
 WANDB = """
-import sys
+import os, sys
 from pathlib import Path
 from saeffect.progress import Log
 from saeffect.sae.training.log import TrainingLog
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
+os.chdir(folder.parent)
 with TrainingLog(folder, total_steps=100, batch_size=8, first_step=first, config={"k": 32},
                  log=Log(lambda line: print(line, file=sys.stderr)), logger="wandb") as log:
     log.metrics(first + 9, {"mse": first + 1.5, "l0": float("nan")})
@@ -108,13 +108,8 @@ with TrainingLog(folder, total_steps=100, batch_size=8, first_step=first, config
 """
 
 
-def run_wandb(folder: Path, first: int, **env: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    kept |= {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | env
-    return subprocess.run(
-        [sys.executable, "-c", WANDB, str(folder), str(first)],
-        capture_output=True, text=True, env=kept, cwd=folder.parent, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+def run_wandb(folder: Path, first: int, **env: str) -> tuple[int | None, str, str]:
+    return Forked(script, [WANDB, folder, str(first)], {"WANDB_MODE": "offline"} | env).end()
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
@@ -143,10 +138,10 @@ def wandb_history(path: Path) -> list[dict[str, Any]]:
 def test_weights_and_biases_offline_and_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "sae"
     for first in (0, 15):
-        done = run_wandb(folder, first)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == ""  # its chatter would disturb what we print
-        said = done.stderr.splitlines()
+        code, out, err = run_wandb(folder, first)
+        assert code == 0, err
+        assert out == ""  # its chatter would disturb what we print
+        said = err.splitlines()
         assert "wandb sync" in said[0] and all(line.startswith(("held-out", "step")) for line in said[1:])
     identity = (folder / "wandb" / "run_id.txt").read_text().strip()
     runs = sorted((folder / "wandb").glob("offline-run-*"))
@@ -165,9 +160,10 @@ def test_weights_and_biases_offline_and_resumed(tmp_path: Path) -> None:
 
 
 def test_weights_and_biases_without_login_says_what_to_do(tmp_path: Path) -> None:
-    done = run_wandb(tmp_path / "sae", 0, WANDB_MODE="online", HOME=str(tmp_path), WANDB_BASE_URL="http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert "ConfigError" in done.stderr and "WANDB_MODE=offline" in done.stderr
+    online = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    code, _, said = run_wandb(tmp_path / "sae", 0, **online)
+    assert code == 1
+    assert "ConfigError" in said and "WANDB_MODE=offline" in said
     assert not (tmp_path / "sae" / "metrics.jsonl").exists()
 
 
@@ -175,6 +171,6 @@ def test_a_damaged_record_of_the_run_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "sae"
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "run_id.txt").write_text("../../x y\n")
-    done = run_wandb(folder, 15)
-    assert "BadFile" in done.stderr and "run_id.txt" in done.stderr
-    assert run_wandb(folder, 0).returncode == 0  # a new training has an id of its own
+    _, _, said = run_wandb(folder, 15)
+    assert "BadFile" in said and "run_id.txt" in said
+    assert run_wandb(folder, 0)[0] == 0  # a new training has an id of its own

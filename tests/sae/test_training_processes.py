@@ -1,4 +1,4 @@
-"""Many processes do what one does. Most tests start them as torchrun would; the last ones let torchrun do it."""
+"""Many processes do what one does. Most tests start them as torchrun would; the last one lets torchrun do it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent))  # for planted, which the other processes import too
 
 from planted import planted_store
-from training_process import WEIGHTS, Running, Spec, environment, free_port, left_in, train
+from training_process import WEIGHTS, Running, Spec, left_in, train
 
+from processes import free_port, ranks
 from saeffect.checksums import save_tensors
 from saeffect.lm.checkpoint import Checkpoint
 from saeffect.lm.harvest import ActivationStore, read_shard
@@ -107,8 +108,7 @@ def test_any_number_goes_on_from_a_checkpoint(
     store: ActivationStore, alone: Mapping[str, Path], tmp_path: Path, architecture: str, before: int, after: int
 ) -> None:
     spec = Spec(((tmp_path, _config(architecture)),), store.folder)
-    port = free_port()
-    running = [Running(spec, environment(rank, before, port)) for rank in range(before)]
+    running = [Running(spec, variables) for variables in ranks(before)]
     running[0].line(27)
     for process in running:
         process.process.kill()
@@ -133,8 +133,7 @@ def test_a_signal_to_one_process_stops_all_and_saves_once(
 ) -> None:
     config = _config("topk", steps=2_000, evaluate_every=10_000)
     spec = Spec(((tmp_path, config),), store.folder)
-    port = free_port()
-    first, second = (Running(spec, environment(rank, 2, port)) for rank in range(2))
+    first, second = (Running(spec, variables) for variables in ranks(2))
     first.line(15)
     assert second.process.pid is not None
     os.kill(second.process.pid, signal.SIGTERM)
@@ -159,10 +158,10 @@ def _damaged(store: ActivationStore, folder: Path, damage: str) -> Path:
 
 def test_nan_in_one_processes_shards_stops_all(store: ActivationStore, tmp_path: Path) -> None:
     config = _config("topk", normalise_inputs="none", b_dec_init="zeros")
-    out, port = tmp_path / "sae", free_port()
+    out = tmp_path / "sae"
     folders = [store.folder, _damaged(store, tmp_path / "store", "NaN")]
     running = [
-        Running(Spec(((out, config),), folder), environment(rank, 2, port)) for rank, folder in enumerate(folders)
+        Running(Spec(((out, config),), folder), variables) for folder, variables in zip(folders, ranks(2), strict=True)
     ]
     for process in running:
         code, said = process.end()
@@ -172,10 +171,10 @@ def test_nan_in_one_processes_shards_stops_all(store: ActivationStore, tmp_path:
 
 
 def test_an_unreadable_shard_in_one_process_stops_all(store: ActivationStore, tmp_path: Path) -> None:
-    out, port = tmp_path / "sae", free_port()
+    out = tmp_path / "sae"
     folders = [store.folder, _damaged(store, tmp_path / "store", "")]
-    spec = [Spec(((out, _config("topk", steps=2_000)),), folder) for folder in folders]
-    first, second = (Running(spec[rank], environment(rank, 2, port)) for rank in range(2))
+    specs = [Spec(((out, _config("topk", steps=2_000)),), folder) for folder in folders]
+    first, second = map(Running, specs, ranks(2))
     first.line(30)
     shard = tmp_path / "store" / "shard-00001.safetensors"
     (tmp_path / "torn").write_bytes(shard.read_bytes()[:-5])
@@ -191,8 +190,7 @@ def test_an_unreadable_shard_in_one_process_stops_all(store: ActivationStore, tm
 
 def test_a_process_that_is_killed_stops_the_others(store: ActivationStore, tmp_path: Path) -> None:
     spec = Spec(((tmp_path, _config("standard", steps=2_000)),), store.folder)
-    port = free_port()
-    first, second = (Running(spec, environment(rank, 2, port)) for rank in range(2))
+    first, second = (Running(spec, variables) for variables in ranks(2))
     first.line(30)
     second.process.kill()
     code, said = first.end()
@@ -208,9 +206,8 @@ def test_a_folder_that_only_the_first_process_sees(store: ActivationStore, tmp_p
     running.line(50)
     running.process.kill()
     running.end()
-    port = free_port()
     specs = [shared, Spec(((tmp_path / "b", config),), store.folder)]
-    for process in [Running(spec, environment(rank, 2, port)) for rank, spec in enumerate(specs)]:
+    for process in [Running(spec, variables) for spec, variables in zip(specs, ranks(2), strict=True)]:
         code, said = process.end()
         assert code == 2
         assert "ConfigError: the processes see different checkpoints" in said[-1]
@@ -243,18 +240,7 @@ def test_torchrun_ctrl_c_and_the_rest(store: ActivationStore, alone: Mapping[str
     assert len(steps) == 1, said
     assert f"stopped after step {steps[0]} of {N_STEPS}" in said
     (tmp_path / "slow").unlink()
-    process = _torchrun(store.folder, tmp_path, config)
-    heard, said = process.communicate()
-    assert process.returncode == 0, said
-    assert f"going on from step {steps[0]}" in heard
-    assert "Traceback" not in said
+    codes, heard = train(Spec(((tmp_path, config),), store.folder), 2)
+    assert codes == [0, 0]
+    assert heard[0][0] == f"going on from step {steps[0]}"
     _refuse_unlike(tmp_path, alone["standard"])
-
-
-def test_torchrun_ends_with_an_error_of_one_process(store: ActivationStore, tmp_path: Path) -> None:
-    folder = _damaged(store, tmp_path / "store", "NaN")
-    config = _config("topk", normalise_inputs="none", b_dec_init="zeros")
-    process = _torchrun(folder, tmp_path / "sae", config)
-    _, said = process.communicate()
-    assert process.returncode != 0
-    assert "the loss became nan at step" in said

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -235,28 +234,6 @@ def test_a_signal_saves_at_the_end_of_the_step(
     assert left_in(tmp_path) == whole(TOPK)
 
 
-def test_ctrl_c_in_a_real_process(store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """From the outside: a shell's view of it, with what the process says on its way out."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(Path(__file__).parent / "training_process.py"), str(store.folder), str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": str(root / "src")}
-    process = subprocess.Popen(
-        [*command, json.dumps(TOPK)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 30/"):
-            process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    process.wait()
-    assert "run the same command again" in said
-    assert "exit code 130" in said
-    assert "Traceback" not in said
-    assert train(Spec(((tmp_path, TOPK),), store.folder))[0] == [0]
-    assert left_in(tmp_path)[WEIGHTS] == whole(TOPK)[WEIGHTS]
-
-
 def test_a_second_ctrl_c_stops_at_once(
     store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -295,34 +272,6 @@ def test_a_full_disk(store: ActivationStore, whole: Callable[..., dict[str, Any]
     assert {path: hash_file(path) for path in _checkpoints(tmp_path)} == before
     assert train(spec)[0] == [0]
     assert left_in(tmp_path) == whole(TOPK)
-
-
-def test_a_disk_that_is_really_full(
-    store: ActivationStore, whole: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
-        spec = Spec(((disk / "sae", TOPK),), store.folder)
-        assert _kill_after(spec, 40, 0.0)
-        (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
-        before = {path: hash_file(path) for path in _checkpoints(disk / "sae")}
-        codes, (said,) = train(spec)
-        assert codes == [2]
-        assert "BadFile: " in said[-1]
-        assert "No space left" in said[-1]
-        assert {path: hash_file(path) for path in _checkpoints(disk / "sae")} == before
-        (disk / "filler").unlink()
-        shutil.move(disk / "sae", tmp_path / "sae")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-    assert train(Spec(((tmp_path / "sae", TOPK),), store.folder))[0] == [0]
-    assert left_in(tmp_path / "sae") == whole(TOPK)
 
 
 @pytest.fixture

@@ -1,26 +1,26 @@
 """Training in processes of their own, that can be killed, signalled, and run side by side as torchrun would start them.
 
-Processes are forked from a server that has torch imported, so that twenty of them take seconds.
+They are forked from a server that has torch imported, so that twenty of them take seconds.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for torchrun, which runs this file as a script
+
+from processes import ranks, server
 from saeffect.errors import SaeffectError
 from saeffect.io import hash_file
 from saeffect.lm.activations import ActivationSource
@@ -91,8 +91,7 @@ class Running:
     """A process at work on a spec."""
 
     def __init__(self, spec: Spec, environment: Mapping[str, str] | None = None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        _start_server()
+        context = server()
         self._lines, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_serve, args=(spec, dict(environment or {}), theirs))
         self.process.start()
@@ -123,16 +122,9 @@ class Running:
 
 def train(spec: Spec, n_processes: int = 1) -> tuple[list[int | None], list[list[str]]]:
     """Train in one process or many; exit codes, and what each said."""
-    port = free_port()
-    all_running = [Running(spec, environment(rank, n_processes, port)) for rank in range(n_processes)]
+    all_running = [Running(spec, variables) for variables in ranks(n_processes)]
     ends = [running.end() for running in all_running]
     return [code for code, _ in ends], [said for _, said in ends]
-
-
-def environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """What torchrun would set."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return dict(zip(names, (str(rank), str(rank), str(world), "127.0.0.1", str(port)), strict=True))
 
 
 def left_in(folder: Path) -> dict[str, Any]:
@@ -142,27 +134,6 @@ def left_in(folder: Path) -> dict[str, Any]:
         row.pop("seconds")
     hashed = {name: hash_file(folder / name) for name in (WEIGHTS, "cfg.json", "sparsity.safetensors")}
     return hashed | {"metrics": rows, "names": sorted(p.name for p in folder.iterdir())}
-
-
-def _start_server() -> None:
-    """The server forks processes that have imported what takes seconds. It finds modules by PYTHONPATH alone."""
-    forkserver.set_forkserver_preload(
-        ["training_process", "safetensors.torch", "torch._dynamo", "matplotlib.font_manager"]
-    )
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")])
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _serve(spec: Spec, variables: dict[str, str], lines: Connection) -> None:

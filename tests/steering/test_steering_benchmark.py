@@ -13,6 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "steering.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     pytest.importorskip("transformer_lens")
     source = str(SCRIPT.parents[1] / "src")

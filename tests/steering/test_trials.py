@@ -1,12 +1,8 @@
-"""Texts and direct effects of every feature, prompt, sample, condition and dose, in one process or several."""
+"""Texts and direct effects of every feature, prompt, sample, condition and dose."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,9 +25,16 @@ from saeffect.steering import (
 from saeffect.steering.outcomes import distinct_2, similarity
 from saeffect.steering.placebos import random_direction
 from saeffect.steering.trials import TRIAL_COLUMNS, features_of_process
-from steering import shared_trials
-from steering.shared_trials import FEATURES, PLAN, W_DEC
 from steering.tiny_model import D_MODEL, D_VOCAB, END, HOOK, OneHotWords, changed, n_hooks, site, tiny_model
+
+W_DEC = torch.randn(12, D_MODEL, generator=torch.Generator().manual_seed(6)) * 2
+FEATURES = pd.DataFrame(
+    {"feature": [7, 2, 5, 0, 11], "top_tokens": [[f"w{3 + 9 * i + j}" for j in range(9)] for i in range(5)]}
+)
+# Eight steered rows a feature beside two unsteered ones, so two features fill a batch: chunks (0, 2), (5, 7), (11).
+PLAN = SteeringPlan(
+    prompts=("one two", "three"), doses=(0.5, 1.0), samples=2, max_new_tokens=6, top_p=0.9, batch_size=18, seed=3
+)
 
 
 def run(lm, plan=PLAN, features=FEATURES, **kwargs):
@@ -186,27 +189,6 @@ def test_matched_placebos_come_from_the_feature_table(lm):
     twins = run(lm, changed(plan, placebos=()), neighbours)
     texts = trials[trials["condition"] == "matched"]["text"].tolist()
     assert texts == twins[twins["condition"] == "steered"]["text"].tolist()
-
-
-def test_two_processes_make_what_one_makes(lm, trials, tmp_path: Path) -> None:
-    source = str(Path(shared_trials.__file__).parents[2] / "src")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, shared_trials.__file__, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    single = run_trials(site(lm, W_DEC), FEATURES[:1], PLAN, vectors=OneHotWords())
-    for rank in (0, 1):
-        assert_frame_equal(pd.read_pickle(tmp_path / f"table-{rank}-of-2.pkl"), trials, check_exact=True)
-        assert_frame_equal(pd.read_pickle(tmp_path / f"resumed-{rank}-of-2.pkl"), trials, check_exact=True)
-        assert_frame_equal(pd.read_pickle(tmp_path / f"single-{rank}-of-2.pkl"), single, check_exact=True)
-    own = [set(pd.read_pickle(tmp_path / f"own-{rank}-of-2.pkl")["feature"]) for rank in (0, 1)]
-    assert own == [{0, 2, 11}, {5, 7}], "each steers its share and no other"
 
 
 def test_a_process_that_is_alone(lm, trials, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ def study_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = "\n".join(json.dumps({"messages": talk}) for talk in (TALKS if name == "text" else TALKS[::-1]))
         (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     config = yaml.safe_load(path.read_text())
-    config["text"] |= {"format": "chat", "positions": ["assistant"], "context_size": 96, "tokens": 4096}
-    config["changes"] = {"tokens_per_row": 96}
+    config["text"] |= {"format": "chat", "positions": ["assistant"], "context_size": 96, "tokens": 2048}
+    config["changes"] = {"tokens_per_row": 96, "rows": 16}
     config["steering"] |= {"format": "chat", "system": "Be kind."}
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     _template(folder / "tuned", FAMILIES["chatml"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import threading
 import time
@@ -19,8 +20,6 @@ from fastapi import Body, FastAPI
 from saeffect.lm.language_model import LanguageModel
 from saeffect.study.label import Cost, label
 from saeffect.study.label_contexts import LabelPlan
-from saeffect.study.run import run_study
-from saeffect.study.study import Study
 
 pytestmark = pytest.mark.real
 NAME = "smollm2-135m-instruct"
@@ -80,20 +79,9 @@ def serving(app: FastAPI) -> Iterator[str]:
 
 
 def test_the_embedded_model_labels_its_own_features(
-    real_model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real_model: LanguageModel, real_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = {"path": "bundled:smollm2-135m-instruct"}
-    arms = {
-        "control": {"role": "control", "model": base, "sae": "bundled:smollm2-control"},
-        "treatment": {
-            "role": "treatment",
-            "model": base | {"adapter": "bundled:medical-lora"},
-            "sae": "bundled:smollm2-treatment",
-        },
-    }
-    text = {"bundled": "smollm2-sampled", "tokens": 3840, "context_size": 80}
-    study = Study.of({"name": "real", "arms": arms, "text": text, "gate": {"tokens": 256}})
-    run_study(study, tmp_path / "run", stages=("gate", "features", "coherence", "select"))
+    shutil.copytree(real_run, tmp_path / "run")
     monkeypatch.setenv("SAEFFECT_LABEL_MODEL", NAME)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     costs: list[Cost] = []

@@ -54,10 +54,10 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 
 @pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Study, RunFolder, list[str]]:
+def seeded(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> tuple[Study, RunFolder]:
     """Control with a whole and a compact further SAE, treatment with a whole one."""
-    folder = tmp_path_factory.mktemp("seeded")
-    path = make_study(folder)
+    folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("seeded") / "tiny"))
+    path = folder / "study.yaml"
     for seed, name in enumerate(("control-2", "control-3", "treatment-2"), start=11):
         make_sae(folder / "saes" / name, seed)
     compact(folder / "saes" / "control-3", folder / "saes" / "compact")
@@ -66,9 +66,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory, without_figures: None) -> t
         control={"more_saes": ["./saes/control-2", "./saes/compact"]},
         treatment={"more_saes": ["./saes/treatment-2"]},
     )
-    lines: list[str] = []
-    run = run_study(Study.open(path), folder / "run", log=Log(lines.append))
-    return Study.open(path), run, lines
+    return Study.open(path), run_study(Study.open(path), folder / "run")
 
 
 def test_every_table_is_written_and_read_back(seeded) -> None:
@@ -83,19 +81,24 @@ def test_every_table_is_written_and_read_back(seeded) -> None:
 
 
 def test_seeds_have_the_columns_of_an_arm(seeded) -> None:
-    _, run, _ = seeded
+    _, run = seeded
     seeds = pd.read_parquet(run.arm("control", "seeds.parquet"))
     assert seeds.groupby("sae").size().to_dict() == {"control-2": 96, "compact": 96}
     assert {"top_tokens", "coherence", "is_domain", "matches", "density", "decoder_norm"} <= set(seeds.columns)
     assert seeds["top_tokens"].map(len).eq(10).all()
 
 
-def test_seed_sae_measured_like_arms_sae(tmp_path) -> None:
+def matched(tiny_run: Path, path: Path) -> RunFolder:
+    """A study run up to `match`; what it shares with `tiny_run` is taken from there."""
+    run = Path(shutil.copytree(tiny_run / "before", path.parent / "run"))
+    return run_study(Study.open(path), run, stages=("gate", "features", "coherence", "select", "match"))
+
+
+def test_seed_sae_measured_like_arms_sae(tiny_run, tmp_path) -> None:
     """An arm's own SAE, listed under another folder as a further one, must get the same numbers."""
     path = make_study(tmp_path, steering=None)
     make_sae(tmp_path / "saes" / "copy", 0)
-    change_arms(path, control={"more_saes": ["./saes/copy"]})
-    run = run_study(Study.open(path), tmp_path / "run", stages=("gate", "features", "coherence", "select", "match"))
+    run = matched(tiny_run, change_arms(path, control={"more_saes": ["./saes/copy"]}))
     own = pd.read_parquet(run.arm("control", "features.parquet"))
     copy = pd.read_parquet(run.arm("control", "seeds.parquet"))
     for column in ("density", "mean_activation", "max_activation", "decoder_norm"):
@@ -177,7 +180,7 @@ def test_the_answer_speaks_of_all_of_it(seeded) -> None:
 
 
 def test_new_seed_redoes_only_dependent_stages(seeded, tmp_path) -> None:
-    study, run, _ = seeded
+    study, run = seeded
     lines: list[str] = []
     run_study(Study.open(study.source), run.folder, log=Log(lines.append))
     assert all(stages(lines).values())
@@ -185,8 +188,6 @@ def test_new_seed_redoes_only_dependent_stages(seeded, tmp_path) -> None:
     config["arms"]["treatment"]["more_saes"] = []
     changed = study.source.with_name("fewer.yaml")
     changed.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    import shutil
-
     shutil.copytree(run.folder, tmp_path / "run")
     lines.clear()
     run_study(Study.open(changed), tmp_path / "run", log=Log(lines.append))
@@ -212,12 +213,11 @@ def residual_difference(pair: ModelPair) -> dict[str, pd.DataFrame]:
     return {"residual_difference": table}
 
 
-def test_same_model_twice_differs_in_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_model_twice_differs_in_nothing(tiny_run, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     further = Method(residual_difference, ("residual_difference",), interval=None)
     monkeypatch.setitem(METHODS, "residual_difference", further)
     path = change_arms(make_study(tmp_path, steering=None), treatment={"model": "./base"})
-    run = run_study(Study.open(path), tmp_path / "run", stages=("gate", "features", "coherence", "select", "match"))
-    matches = read_matches(run)
+    matches = read_matches(matched(tiny_run, path))
     assert (matches.cross_activity["difference"] == 0).all()
     assert not (matches.cross_activity["q"] <= 0.05).any()
     assert (matches.further["residual_difference"]["change"] == 0).all()
@@ -241,12 +241,11 @@ def test_without_a_placebo_nothing_is_called(tmp_path) -> None:
     assert "It cannot be said how often" in said
 
 
-def test_a_warm_start_is_noticed(tmp_path) -> None:
+def test_a_warm_start_is_noticed(tiny_run, tmp_path) -> None:
     path = make_study(tmp_path, steering=None)
     for arm in ("treatment", "placebo"):
         write_json(tmp_path / "saes" / arm / "training.json", {"recipe": {"sae": {"init_from": "control"}}})
-    run = run_study(Study.open(path), tmp_path / "run", stages=("gate", "features", "coherence", "select", "match"))
-    turned = read_matches(run).stagewise
+    turned = read_matches(matched(tiny_run, path)).stagewise
     assert len(turned) == 96
     assert turned["null_rotation"].notna().all()
 
@@ -296,7 +295,7 @@ def test_repeated_seed_and_unknown_test_are_refused(tmp_path) -> None:
 
 
 def test_a_killed_matching_makes_no_pair_twice(seeded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study, whole, _ = seeded
+    study, whole = seeded
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     before = {

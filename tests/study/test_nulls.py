@@ -242,7 +242,8 @@ def test_check_refuses_missing_empty_and_damaged_folders(folder: Path, complains
         check_study(_study(folder, nulls="bundled:nobody"))
 
 
-def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tmp_path: Path) -> None:
+def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "before", tmp_path / "run")
     run = run_study(_study(folder), tmp_path / "run", stages=STAGES)
     table = pd.read_parquet(run.path("comparison", "changes.parquet"))
     assert table["p"].isna().all()
@@ -251,7 +252,8 @@ def test_a_study_without_nulls_says_what_they_would_cost(folder: Path, tmp_path:
     assert set(table["basis"]) == {"read", "written", "expected", "combined"}
 
 
-def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tmp_path: Path) -> None:
+def test_a_study_with_nulls_judges_every_feature(folder: Path, made: Path, tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "before", tmp_path / "run")
     run = run_study(_study(folder, nulls="./nulls"), tmp_path / "run", stages=STAGES)
     table = pd.read_parquet(run.path("comparison", "changes.parquet"))
     apart = table["basis"] == "combined"  # which two nulls are too few for

@@ -18,17 +18,16 @@ from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages.dose_search import dose_inputs, site_of
 from saeffect.study.study import Study
-from tiny_study import make_study
 
-BEFORE = ("gate", "features", "coherence", "select", "match", "changes", "put-back")
 SMALL = {"prompts": ["The river", "My doctor said"], "samples": 1, "max_new_tokens": 4, "max_features": 2}
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    path = make_study(folder, steering=SMALL)
-    run_study(Study.open(path), folder / "run", stages=BEFORE)
+def prepared(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `study.yaml`, and `run`: all stages before steering."""
+    folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("study") / "tiny"))
+    shutil.rmtree(folder / "run")
+    (folder / "before").rename(folder / "run")
     return folder
 
 

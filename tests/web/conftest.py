@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import socket
 import threading
@@ -13,35 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
-
-from tiny_study import make_study
 
 
 @pytest.fixture(scope="session")
-def site_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site_run(tiny_run: Path) -> Path:
     """The run directory of a tiny finished study, without figures. Copy it before changing anything."""
-    from dataclasses import replace
-
-    from saeffect.errors import Undefined
-    from saeffect.report import figures
-    from saeffect.study.run import run_study
-    from saeffect.study.study import Study
-
-    def undrawn(*_: Any) -> None:
-        raise Undefined("not drawn in this test.")
-
-    # All processes of pytest-xdist share one run.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "site"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "finished").exists():
-            folder.mkdir()
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(figures, "FIGURES", [replace(kind, draw=undrawn) for kind in figures.FIGURES])
-                run_study(Study.open(make_study(folder)), folder / "run")
-            (folder / "finished").touch()
-    return folder / "run"
+    return tiny_run / "run"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("without_figures")
 
 def page_of(client: Any) -> str:
     """The overview once its report is there."""
-    for _ in range(200):
+    for _ in range(1200):
         if client.get("/api/progress").json()["ready"]:
             return str(client.get("/").text)
         time.sleep(0.05)

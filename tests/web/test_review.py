@@ -185,7 +185,7 @@ def test_a_run_without_features_gets_a_page(run_copy: Path, client_of: Callable[
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [360, 1280, 2560])
+@pytest.mark.parametrize("width", [360, 1280])
 def test_judging_by_keys_alone(
     run_copy: Path, serve_run: Callable[..., Any], tab: Callable[..., Any], width: int
 ) -> None:

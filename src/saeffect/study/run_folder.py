@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import re
@@ -178,11 +179,12 @@ class RunFolder:
         return {
             "versions": self._versions(),
             "seed": self.study.config.seed,
-            "study_sha256": hashlib.sha256(self.config_yaml().encode()).hexdigest(),
+            "study_sha256": hashlib.sha256(self.config_yaml.encode()).hexdigest(),
             "text_sha256": self.study.text_identity,
             "arms": {name: dict(identity) for name, identity in self.study.identities.items()},
         }
 
+    @functools.cached_property
     def config_yaml(self) -> str:
         """The resolved configuration. Bundled names stay names."""
         plain = self.study.config.model_dump(mode="json")
@@ -196,7 +198,7 @@ class RunFolder:
 
     def _save(self) -> None:
         self._manifest |= {"study": self.study.config.name} | self.provenance()
-        config = self.config_yaml()
+        config = self.config_yaml
         with atomic_path(self.folder / "study.yaml") as temporary:
             temporary.write_text(with_hash(_HEAD, config), encoding="utf-8")
         write_json(self.folder / "manifest.json", self._manifest)

@@ -19,9 +19,8 @@ from saeffect.study.run import run_study
 from saeffect.study.run_folder import RunFolder
 from saeffect.study.stages import cross
 from saeffect.study.study import Study
-from tiny_study import make_model, make_sae, make_study
+from tiny_study import BEFORE_STEERING, make_model, make_sae
 
-BEFORE = ("gate", "features", "coherence", "select", "match", "changes", "put-back", "steer")
 STEERING = {
     "prompts": ["The river", "My doctor said", "In the garden"],
     "samples": 1,
@@ -34,11 +33,13 @@ ALL = ["direct_effect", "activity", "coherence", "reconstruction", "steering"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny study, run up to the cross stage and with it."""
-    folder = tmp_path_factory.mktemp("study")
-    path = make_study(folder, steering=STEERING, comparison={"n_permutations": 200, "crossed": ALL})
-    run_study(Study.open(path), folder / "run", stages=(*BEFORE, "cross"))
+    folder = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("study") / "tiny"))
+    shutil.rmtree(folder / "run")
+    (folder / "before").rename(folder / "run")
+    study = changed(folder, "study", steering=STEERING, comparison={"n_permutations": 200, "crossed": ALL})
+    run_study(study, folder / "run", stages=(*BEFORE_STEERING, "steer", "cross"))
     return folder
 
 
@@ -172,7 +173,7 @@ def test_models_of_other_width_are_not_crossed(folder: Path, tmp_path: Path) -> 
     run_study(
         study,
         tmp_path / "wide",
-        stages=("gate", "features", "coherence", "select", "match", "changes", "put-back", "cross"),
+        stages=(*BEFORE_STEERING, "cross"),
     )
     split = pd.read_parquet(tmp_path / "wide" / "comparison" / "factorial.parquet")
     assert set(split["quantity"]) == {"density", "activation", "coherence"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 pytestmark = pytest.mark.browser
 
@@ -44,7 +43,7 @@ def texts(page: Any) -> list[str]:
     return [str(text) for text in page.locator(".answer .text").all_inner_texts()]
 
 
-@pytest.mark.parametrize("width", [360, 1440, 2560])
+@pytest.mark.parametrize("width", [360, 1440])
 def test_choose_run_placebo_keep_compare(served: str, tab: Tab, width: int) -> None:
     page = tab(width)
     open_play(page, served)
@@ -121,30 +120,6 @@ def test_no_serious_barrier(served: str, chromium: Any) -> None:
         context.close()
 
 
-@pytest.fixture(scope="module")
-def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded pair up to domain features, on little text."""
-    from saeffect.study.run import run_study
-    from saeffect.study.study import Study
-
-    folder = tmp_path_factory.mktemp("real")
-    model = "bundled:smollm2-135m-instruct"
-    arms = {
-        "control": {"role": "control", "model": model, "sae": "bundled:smollm2-control"},
-        "treatment": {
-            "role": "treatment",
-            "model": {"path": model, "adapter": "bundled:medical-lora"},
-            "sae": "bundled:smollm2-treatment",
-        },
-    }
-    text = {"bundled": "smollm2-sampled", "tokens": 3200, "context_size": 80}
-    study = {"name": "pair", "arms": arms, "text": text, "gate": {"tokens": 800, "on_failure": "warn"}}
-    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
-    stages = ("gate", "features", "coherence", "select")
-    run_study(Study.open(folder / "study.yaml"), folder / "run", stages=stages)
-    return folder / "run"
-
-
 @pytest.mark.real
 def test_the_embedded_pair_answers(real_run: Path, serve_run: Callable[..., Any], tab: Tab) -> None:
     import pandas as pd
@@ -167,7 +142,4 @@ def test_the_embedded_pair_answers(real_run: Path, serve_run: Callable[..., Any]
         assert len(found) == 6 and all(found) and found[0] != found[1] and found[1] != found[2]
         # The push brings about words at which the feature fires, and these are tinted.
         assert page.locator(".answer.c-steered .text span[class^=a]").count() > 0
-        # Models of a warm server write their first token within a second; here with room for a busy machine.
-        first = float(status(page).split("first token after ")[1].split(" ")[0])
-        assert first < 5
         assert page.messages == []

@@ -33,7 +33,7 @@ class Recorder:
             for i in range(n):
                 self.begun.set()
                 if gated and i == 0:
-                    self.gate.wait(5)
+                    self.gate.wait(60)
                 yield {"type": "tokens", "step": i}
             yield {"type": "done"}
         finally:
@@ -45,7 +45,7 @@ class Recorder:
 
 
 def wait(*jobs: Job) -> None:
-    assert all(job.over.wait(5) for job in jobs)
+    assert all(job.over.wait(60) for job in jobs)
 
 
 def test_clients_take_turns_and_one_with_many_requests_gets_no_more(worker: Worker) -> None:
@@ -77,7 +77,7 @@ def test_a_stopped_job_ends_and_lets_go_also_while_it_waits(worker: Worker) -> N
     running = worker.submit("a", heard.steps(1000, closed, gated=True), heard.put("a"))
     waiting = worker.submit("a", heard.steps(5), heard.put("a"))
     assert worker.find(waiting.id) is waiting and worker.find(running.id) is running
-    assert heard.begun.wait(5)
+    assert heard.begun.wait(60)
     running.stop()
     waiting.stop()
     heard.gate.set()

@@ -47,7 +47,7 @@ def report_inputs(run: RunFolder) -> dict[str, Any]:
         "version": VERSION,
         "comparison": compare_inputs(run),
         "files": run.digest(*files, *(run.path("steering", f"dose_{name}.parquet") for name in ("search", "response"))),
-        "config": run.config_yaml(),
+        "config": run.config_yaml,
         "provenance": run.provenance(),
     }
 
@@ -83,7 +83,7 @@ def report_context(run: RunFolder, arms: Mapping[str, ArmTables] | None = None) 
         gate=gate_measures(run, {name: arm.facts.dead_share for name, arm in arms.items()}),
         steering=_steering_results(run),
         doses=doses if doses is not None and len(doses) else None,
-        config=run.config_yaml(),
+        config=run.config_yaml,
         provenance=run.provenance(),
         domain=config.selection.subject,
         min_matches=config.selection.min_matches,
@@ -196,7 +196,7 @@ def models_report_inputs(run: RunFolder) -> dict[str, Any]:
     return {
         "version": MODELS_VERSION,
         "trace": run.digest(run.path("comparison", "trace.safetensors")),
-        "config": run.config_yaml(),
+        "config": run.config_yaml,
     }
 
 
@@ -209,7 +209,7 @@ def run_models_report(run: RunFolder, log: Log = SILENT) -> Iterable[Path]:
     text = config.text.bundled or ", ".join(source.name for source in config.text.sources)
     facts = (("Base model", names["control"]), ("Fine-tuned model", names["treatment"]), ("Text", text))
     lines = findings(run, log) or ("No difference: on this text, both models predict the same to the last digit.",)
-    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml())
+    page = ModelsPage(config.title or config.name, facts, lines, run.config_yaml)
     trace, tokens = read_trace(run), lm.token_strings()
     words = word_tokens(tokens, lm.plain_tokens().numpy())
     return [write_models_page(page, trace, run.path("report.html"), tokens=tokens, plain=words, decode=lm.decode)]
