@@ -57,7 +57,7 @@ def main() -> None:
     answers = _private_stdout()
     task = json.loads(sys.argv[1])
     if task["runner"] == "saeffect":  # what `saeffect train-sae` does first
-        from saeffect.allocation import keep_freed_memory, use_large_pages
+        from saeffect.parallel import keep_freed_memory, use_large_pages
 
         keep_freed_memory()
         use_large_pages()

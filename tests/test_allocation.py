@@ -9,7 +9,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from saeffect.allocation import keep_freed_memory
+from saeffect.parallel import keep_freed_memory
 told = keep_freed_memory() if sys.argv[1] == "keep" else False
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -43,15 +43,15 @@ def test_freed_memory_is_used_again() -> None:
 
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saeffect import allocation
+    from saeffect import parallel
 
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert allocation.keep_freed_memory() is False
+    assert parallel.keep_freed_memory() is False
 
 
 LARGE = """
 import torch
-from saeffect.allocation import use_large_pages
+from saeffect.parallel import use_large_pages
 use_large_pages()
 x = torch.ones(20_000_000)
 print(sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))

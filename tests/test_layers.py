@@ -27,7 +27,6 @@ GROUND = (
     "io",
     "checksums",
     "parallel",
-    "allocation",
 )
 FLOORS = (
     (*GROUND, "interruption", "sole_writer"),

@@ -57,9 +57,8 @@ def has_own_hash(path: Path, head: str) -> bool:
 def open_tensors(
     path: Path, what: str, *, fix: str, at: str | None = None, framework: Literal["pt", "numpy"] = "pt"
 ) -> Iterator[Any]:
-    """An open safetensors file; a file that cannot be read, now or during the block, raises BadFile.
-
-    Messages name the file by `what` ("this shard"), its place by `at` (default: the path), and the remedy by `fix`.
+    """An open safetensors file; one that cannot be read, now or during the block, raises BadFile, which names it by
+    `what` ("this shard"), its place by `at` (default: the path), and the remedy by `fix`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -73,9 +72,8 @@ def open_tensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, atomically, with a checksum in its metadata for `read_tensors`.
-
-    The same tensors and metadata give the same bytes.
+    """Write a safetensors file, atomically, with a checksum in its metadata for `read_tensors`; the same tensors and
+    metadata give the same bytes.
     """
     from safetensors.torch import save_file
 
@@ -99,9 +97,8 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: Path, what: str = "this file", *, fix: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the metadata of a safetensors file of any program.
-
-    BadFile as `open_tensors`, or if the checksum of `save_tensors` does not match.
+    """The tensors, on the CPU, and the metadata of a safetensors file of any program. BadFile as `open_tensors`, or
+    if the checksum of `save_tensors` does not match.
     """
     with open_tensors(path, what, fix=fix) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping

@@ -49,11 +49,8 @@ Prompt = str | tuple[Message, ...]
 def plain_messages(value: Any, *, at: str = "messages") -> list[dict[str, Any]]:
     """A conversation as chat templates take it: a list of objects with role, content, and what else is there.
 
-    Besides `role` and `content` takes `from` and `value` (ShareGPT), and `content` as a list of texts.
-
-    Raises:
-        ConfigError: No list of messages, no message, one without role or text, or without any text at all.
-        UnknownName: A role that no chat has.
+    Besides `role` and `content` takes `from` and `value` (ShareGPT), and `content` as a list of texts. ConfigError: no
+    list of messages, none, one without role or text, or no text at all; UnknownName: a role that no chat has.
     """
     if isinstance(value, Message) or not isinstance(value, list | tuple):
         raise ConfigError(

@@ -34,11 +34,9 @@ def read_config_file(path: Path | str, kind: str, *, relative_to: Path | None = 
     `kind` names the file in messages ("study", "recipe"); `relative_to` replaces the file's folder as base of relative
     paths; `fix` is the remedy if there is no such file.
 
-    Raises:
-        NotFound: No such file, or a path in it that exists only relative to the current folder.
-        BadFile: Not YAML in UTF-8; nested too deeply or circular; an unknown tag; an invalid date; a number of
-            thousands of digits. The message gives the line.
-        ConfigError: A repeated key in a mapping (the message gives both lines), or an impossible path.
+    NotFound: no such file, or a path in it that exists only relative to the current folder. BadFile, with its line: not
+    YAML in UTF-8; nested too deeply or circular; an unknown tag; an invalid date; a number of thousands of digits.
+    ConfigError: a key that is there twice (with both lines), or an impossible path.
     """
     file = user_path(path)
     if not file.exists():

@@ -47,10 +47,10 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def keys_table(title: str, model: type[BaseModel], *, more: Callable[[str], str] = lambda _: "") -> str:
-    """A section of Markdown: a row for each key of a mapping, with its default and its meaning.
+    """A section of Markdown: a row for each key of a mapping, with its default and its meaning, and `more` on that.
 
-    A field's `json_schema_extra`, {"default": ...}, describes a default that depends on other keys. `more` gives text
-    to append to a key's meaning. Keys named in the model's `keys_last` come last.
+    A field's `json_schema_extra`, {"default": ...}, describes a default that depends on other keys. Keys named in the
+    model's `keys_last` come last.
 
     Example:
         >>> from saeffect.config import CoherenceConfig

@@ -88,7 +88,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it if the block succeeds, and is deleted otherwise.
 
     Data are flushed to disk before the rename, so readers see the old file or the complete new one. BadFile as
-    `writing`, with the old file unchanged.
+    `writing`.
 
     Example:
         >>> import tempfile; folder = Path(tempfile.mkdtemp())
@@ -195,9 +195,9 @@ def versions() -> dict[str, str]:
 def sole_writer(folder: Path | str, *, wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Lock a folder for the block. A missing folder is created, and removed at the end if empty.
 
-    The system releases the lock when the process ends, also after `kill -9`; the empty file left then locks nobody out.
-    If another process holds the folder, `wait` is called before waiting for its end; InUse if `wait` is None. BadFile
-    if the folder cannot be made or written to.
+    The system releases the lock when the process ends, also after `kill -9`. If another process holds the folder,
+    `wait` is called before waiting for its end; InUse if it is None. BadFile if the folder cannot be made or written
+    to.
     """
     from filelock import FileLock, Timeout
 

@@ -1,12 +1,14 @@
-"""Several processes under `torchrun`: rank, and exchange between processes."""
+"""This process and those beside it under `torchrun`: rank, exchange, interruption, memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,12 +26,16 @@ __all__ = [
     "barrier",
     "device_of_process",
     "end_with_launcher",
+    "from_all",
     "from_first",
     "gathered",
     "is_first",
     "join",
+    "keep_freed_memory",
     "leave",
     "rank_and_world",
+    "stopping",
+    "use_large_pages",
 ]
 
 # Others wait while one process works alone; defaults are 30 minutes (gloo) and 10 (NCCL). A process that ends is
@@ -44,11 +50,15 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 
+# The numbers of mallopt's parameters, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+# The largest int, and the largest value that older releases of glibc take.
+_SIZES = (2**31 - 1, 2**25)
+
 
 def rank_and_world() -> tuple[int, int]:
-    """This process' number, from 0, and the number of processes: (0, 1) without `torchrun`.
-
-    ConfigError if RANK and WORLD_SIZE contradict each other.
+    """This process' number, from 0, and the number of processes: (0, 1) without `torchrun`. ConfigError if RANK and
+    WORLD_SIZE contradict each other.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
@@ -73,9 +83,8 @@ def device_of_process() -> str:
 
 
 def join() -> int:
-    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs; returns the number of processes.
-
-    Does nothing for a single process, or if PyTorch's process group exists.
+    """Join the other processes on the first call, by NCCL on GPUs and gloo on CPUs, unless there is one alone or
+    PyTorch's process group exists; returns the number of processes.
     """
     import torch
     import torch.distributed as dist
@@ -118,10 +127,7 @@ def leave() -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes, for days if needed.
-
-    Here and in `from_first`, `add_up` and `gathered`: Interrupted if one of them is gone.
-    """
+    """Wait for all processes, for days if needed. Here and in all that exchanges: Interrupted if one is gone."""
     if join() > 1:
         import torch.distributed as dist
 
@@ -138,6 +144,18 @@ def from_first(message: str = "") -> str:
         with _translate_peer_loss():
             dist.broadcast_object_list(messages, src=0, group=_long_timeout_group(dist.group.WORLD))
     return str(messages[0])
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every process' value (which can be pickled), in order of rank; they wait for each other, for days if needed."""
+    if (world := join()) == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * world
+    with _translate_peer_loss():
+        dist.all_gather_object(found, value, group=_long_timeout_group(dist.group.WORLD))
+    return found
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -193,11 +211,21 @@ def _translate_peer_loss() -> Iterator[None]:
         ) from error
 
 
-class Interruption:
-    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at once.
+@contextlib.contextmanager
+def stopping(kept: str) -> Iterator[None]:
+    """Turn Ctrl-C during the block into Interrupted, which says what is `kept` and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fix = "run the same command again to go on from there."
+        raise Interrupted(f"stopped at once; {kept}.", fix=fix) from None
 
-    Signals that the process ignores (nohup, background jobs) stay ignored. Outside the main thread signals are not
-    caught.
+
+class Interruption:
+    """During the block, Ctrl-C or SIGTERM sets `asked`, to stop at the end of a step; a second one interrupts at
+    once.
+
+    Signals that the process ignores (nohup, background jobs) stay ignored; outside the main thread none is caught.
     """
 
     def __init__(self) -> None:
@@ -221,3 +249,22 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep freed memory (mallopt(3)); returns False with other C libraries. For programs, not on import."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):  # musl
+        return False
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in _SIZES) and bool(mallopt(_TRIM_THRESHOLD, _SIZES[0]))
+
+
+def use_large_pages() -> None:
+    """Have torch ask for large pages, unless the user chose otherwise. For programs, before their first tensor.
+    Source: THP_MEM_ALLOC_ENABLE in PyTorch (c10/core/impl/alloc_cpu.cpp); madvise(2), MADV_HUGEPAGE.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -10,17 +10,24 @@ from typing import Any, NamedTuple
 
 from saeffect.errors import BadFile, ConfigError, NotFound
 
-__all__ = ["decode_utf8", "name_to_share", "read_bytes", "refuse_special", "resolve_paths", "user_path"]
+__all__ = [
+    "BUNDLED_FOLDER",
+    "decode_utf8",
+    "name_to_share",
+    "read_bytes",
+    "refuse_special",
+    "resolve_paths",
+    "user_path",
+]
 
-_BUNDLED = "bundled:"
-_BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+BUNDLED = "bundled:"
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
 
 def user_path(text: Path | str, *, at: str | None = None) -> Path:
-    """A path as typed by the user, which need not exist; `~` is the home folder.
-
-    ConfigError if no file could have this name: null character, lone surrogate, too long, unknown home folder, or a
-    folder on the way that may not be entered.
+    """A path as typed by the user, which need not exist; `~` is the home folder. ConfigError if no file could have
+    this name: null character, lone surrogate, too long, unknown home folder, or behind a folder that may not be
+    entered.
 
     Example:
         >>> user_path("saes/control").as_posix()
@@ -64,10 +71,8 @@ def refuse_special(path: Path, kind: str) -> None:
 
 
 def read_bytes(path: Path | str, kind: str) -> bytes:
-    """The bytes of a file that the user named; `~` is the home folder, `kind` its name in messages ("vocabulary").
-
-    NotFound if there is no such file, BadFile if it is a folder, a pipe or not readable, ConfigError for an impossible
-    path.
+    """The bytes of a file that the user named; `kind` is its name in messages ("vocabulary"). NotFound: no such
+    file; BadFile: a folder, a pipe or not readable; ConfigError: an impossible path.
     """
     file = user_path(path)
     refuse_special(file, f"{kind} file")
@@ -81,9 +86,8 @@ def read_bytes(path: Path | str, kind: str) -> bytes:
 
 
 def decode_utf8(data: bytes, *, at: str) -> str:
-    """The text of `data`, without a byte order mark.
-
-    BadFile for invalid UTF-8 or a null byte (UTF-16); the message gives byte, position (from 0) and line (from 1).
+    """The text of `data`, without a byte order mark. BadFile for invalid UTF-8 or a null byte (UTF-16), with byte,
+    position (from 0) and line (from 1).
 
     Example:
         >>> decode_utf8(bytes.fromhex("efbbbf") + b"cancer", at="words.txt")
@@ -150,11 +154,8 @@ def resolve_paths(values: Any, folder: Path, *, at: str) -> Any:
     """The contents of a study or recipe file, `values`, with every path in it made absolute.
 
     Paths are relative to the file's folder. Names (a hub id, a bundled word list) stay names unless such a file exists
-    there; bundled names always win.
-
-    Raises:
-        ConfigError: An impossible path.
-        NotFound: The path exists only relative to the current folder.
+    there; bundled names always win. ConfigError: an impossible path; NotFound: one that exists only relative to the
+    current folder.
     """
     return _resolved(values, folder.resolve(), at, ())
 
@@ -165,7 +166,7 @@ def _resolved(value: Any, folder: Path, at: str, keys: tuple[str, ...]) -> Any:
     if isinstance(value, list):
         return [_resolved(item, folder, at, (*keys, str(index))) for index, item in enumerate(value)]
     kind = _kind(keys)
-    if kind is None or not isinstance(value, str) or not value or value.startswith(_BUNDLED):
+    if kind is None or not isinstance(value, str) or not value or value.startswith(BUNDLED):
         return value
     if keys[-1] == "chat_template" and ("{" in value or "\n" in value):  # the template itself
         return value
@@ -183,7 +184,7 @@ def _kind(keys: tuple[str, ...]) -> _Kind | None:
 
 def _absolute(value: str, kind: _Kind, folder: Path, at: str) -> str:
     path = user_path(value, at=at)
-    if kind.bundled and any(p.name.partition(".")[0] == value for p in (_BUNDLED_FOLDER / kind.bundled).iterdir()):
+    if kind.bundled and any(p.name.partition(".")[0] == value for p in (BUNDLED_FOLDER / kind.bundled).iterdir()):
         return value
     beside = user_path(folder / path, at=at)
     place = str(beside.resolve() if beside.name in ("", "..") else beside.parent.resolve() / beside.name)

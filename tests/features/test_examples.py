@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch
+from saeffect.errors import BadFile
 from saeffect.features.activity import ExampleCollector
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]
@@ -150,22 +150,8 @@ def test_nothing_seen():
 def test_bad_input():
     collector = ExampleCollector(2)
     ids = torch.zeros(1, 3, dtype=torch.int64)
-    with pytest.raises(ShapeMismatch, match=r"\[B, S, 2\]"):
-        collector.update(torch.zeros(1, 3, 4), ids)
-    with pytest.raises(ShapeMismatch, match="mask must be bool"):
-        collector.update(torch.zeros(1, 3, 2), ids, torch.ones(1, 3))
-    with pytest.raises(ShapeMismatch, match="1 sequences need 1 sources"):
-        collector.update(torch.zeros(1, 3, 2), ids, sources=["a", "b"])
     with pytest.raises(BadFile, match="NaN"):
         collector.update(torch.full((1, 3, 2), torch.nan), ids)
-    with pytest.raises(BadFile, match="negative"):
-        collector.update(torch.zeros(1, 3, 2), ids - 1)
-    collector.update(torch.ones(1, 3, 2), ids + 26)
-    with pytest.raises(ShapeMismatch, match="token id 26 occurs, but there are only 26"):
-        collector.result(LETTERS)
-    for wrong in ({"d_sae": 1, "n_examples": 0}, {"d_sae": 1, "window": -1}):
-        with pytest.raises(ConfigError):
-            ExampleCollector(**wrong)
 
 
 def test_contexts_can_hold_another_models_activations_beside() -> None:

@@ -105,8 +105,6 @@ def test_bad_input():
         feature_table(W_DEC, W_U, TOKENS[:3], options=TWO)
     with pytest.raises(ShapeMismatch, match="d_in"):
         feature_table(W_DEC, W_U[:1], TOKENS, options=TWO)
-    with pytest.raises(UnknownName):
-        feature_table(W_DEC, W_U, TOKENS, options=FeatureOptions(top_k=2, projection="euclid"))
     with pytest.raises(ConfigError, match="top_k"):
         feature_table(W_DEC, W_U, TOKENS)
     with pytest.raises(BadFile, match="W_dec"):
@@ -119,8 +117,6 @@ def test_bad_batches():
     nothing = torch.zeros(6, 5, dtype=torch.bool)
     with pytest.raises(EmptySelection, match="no token"):
         extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2, mask=nothing), options=TWO)
-    with pytest.raises(ShapeMismatch, match=r"\[B, S, 3\]"):
-        extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2, d_sae=4), options=TWO)
     with pytest.raises(UnknownName, match="source"):
         other = FeatureOptions(top_k=2, sources=("general", "code"))
         extract_tables(W_DEC, W_U, TOKENS, _batches(cut=2), options=other)

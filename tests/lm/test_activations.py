@@ -222,8 +222,8 @@ def test_outliers_are_replaced_by_repeated_tokens(tiny_llama: LanguageModel, row
 def test_what_is_refused_at_the_start(
     tiny_llama: LanguageModel, rows: TokenRows, complains: Callable[..., Any]
 ) -> None:
-    def start(rows: TokenRows = rows, hook: str = HOOK, **sizes: int) -> None:
-        StreamedActivations.open(tiny_llama, hook, rows, **sizes)
+    def start(rows: TokenRows = rows, hook: str = HOOK) -> None:
+        StreamedActivations.open(tiny_llama, hook, rows)
 
     with complains(ConfigError, "needs block 9"):
         start(hook="blocks.9.hook_resid_pre")
@@ -231,10 +231,6 @@ def test_what_is_refused_at_the_start(
         start(rows.head(0))
     with complains(ConfigError, "129 tokens", at="context_size"):
         start(replace(rows, ids=np.ones((14, 129), dtype=np.int32)))
-    with complains(ConfigError, "pool_rows is 0", at="pool_rows"):
-        start(pool_rows=0)
-    with complains(ConfigError, "at least 1"):
-        start(rows_a_pass=0)
 
 
 def test_nan_activations_are_refused(tiny_llama: LanguageModel, rows: TokenRows, complains: Callable[..., Any]) -> None:

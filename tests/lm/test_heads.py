@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from saeffect.errors import ConfigError
-from saeffect.lm.heads import heads_to_residual, hook_width, output_projection
-from saeffect.lm.hooks import capture, edited, parse_hook
+from saeffect.lm.architectures import heads_to_residual, hook_width, output_projection
+from saeffect.lm.hooks import Rest, capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel, probe_logits
-from saeffect.lm.rest import Rest
 
 HOOK = "blocks.1.attn.hook_z"
 OUT = "blocks.1.hook_attn_out"

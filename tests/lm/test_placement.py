@@ -17,10 +17,9 @@ from saeffect.config import ModelConfig
 from saeffect.errors import ConfigError
 from saeffect.lm import placement
 from saeffect.lm.architectures import unembedding
-from saeffect.lm.hooks import HOOK_KINDS, capture, edited
+from saeffect.lm.hooks import HOOK_KINDS, Rest, capture, edited
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
-from saeffect.lm.rest import Rest
 from saeffect.steering import NoiseCell, Sampling, generate
 
 IDS = torch.arange(1, 17).reshape(2, 8)

@@ -11,9 +11,8 @@ import torch
 
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.architectures import blocks
-from saeffect.lm.hooks import capture, edited
+from saeffect.lm.hooks import Rest, capture, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.rest import Rest
 
 IDS = torch.tensor([[5, 9, 200, 31, 7], [1, 2, 3, 4, 310]])
 

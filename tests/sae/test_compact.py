@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeffect.errors import BadFile, IncompatibleSae, NotFound, ShapeMismatch
+from saeffect.errors import BadFile, IncompatibleSae, NotFound
 from saeffect.io import read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats import is_compact, load_compact, load_sae, save_compact, save_sae
@@ -83,21 +83,6 @@ def test_a_compact_sae_is_not_taken_for_a_whole_one(folder: Path, tmp_path: Path
         load_sae(folder)
     with pytest.raises(NotFound, match="is it a whole SAE"):
         load_compact(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("change", ["column", "order", "short"])
-def test_statistics_of_another_sae(
-    change: str, sae: SparseAutoencoder, statistics: pd.DataFrame, tmp_path: Path
-) -> None:
-    save_sae(sae, tmp_path / "whole")
-    wrong = {
-        "column": statistics.drop(columns="density"),
-        "order": statistics.iloc[::-1],
-        "short": statistics.head(3),
-    }[change]
-    with pytest.raises(ShapeMismatch, match="statistics"):
-        save_compact(sae, wrong, tmp_path / "whole", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_decoder_that_diverged(sae: SparseAutoencoder, statistics: pd.DataFrame, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from planted import planted_store, train_one
 
 from saeffect.errors import BadFile
 from saeffect.sae import ARCHITECTURES, SaeConfig, SparseAutoencoder, StandardSae
-from saeffect.sae.formats import FORMATS, load_sae, read_sae_config, weights_file
+from saeffect.sae.formats import FORMATS, load_sae, read_sae_config
 from saeffect.sae.trainable import StepInputs, StepResult, TrainableSae, squared_error
 from saeffect.sae.training.config import SaeTrainingConfig, recipe_keys
 from saeffect.sae.training.log import read_metrics
@@ -100,7 +100,6 @@ def test_new_format_is_read_wherever_saes_are(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("saeffect.sae.formats.FORMATS", {"arrays": ArrayFormat(), **FORMATS})
     assert torch.equal(load_sae(tmp_path).encode(torch.zeros(1, 3)), torch.full((1, 5), 0.5))
     assert read_sae_config(tmp_path).hook_name == "blocks.0.hook_resid_post"
-    assert weights_file(tmp_path) == tmp_path / "arrays.npz"
 
 
 def test_cfg_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saeffect.errors import BadFile, IncompatibleSae, NotFound
-from saeffect.sae.formats import load_sae, read_sae_config, save_sae, saved_dtype, weights_file
+from saeffect.sae.formats import load_sae, read_sae_config, save_sae, saved_dtype
 from saeffect.sae.topk import TopKSae
 
 D_IN, D_SAE, K = 6, 24, 4
@@ -131,11 +131,6 @@ def test_it_is_saved_in_saelens_layout(tmp_path: Path) -> None:
     assert theirs.cfg.metadata.hook_name == "blocks.8.hook_resid_post"
     with torch.no_grad():
         torch.testing.assert_close(theirs(X), ours(X))
-
-
-def test_weights_file(tmp_path: Path) -> None:
-    folder = _folder(tmp_path / "layers.8")
-    assert weights_file(folder) == folder / "sae.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -229,15 +229,6 @@ def test_the_rate_is_that_of_lately() -> None:
     assert pace.steps_per_second() == pytest.approx(2)
 
 
-def test_a_machine_that_slept_is_not_slow() -> None:
-    clock = Clock()
-    pace = Pace(1000, 0, now=clock)
-    for done, seconds in ((10, 1), (20, 1), (30, 3600), (40, 1)):
-        clock.now += seconds
-        pace.mark(done)
-    assert pace.steps_per_second() == pytest.approx(10)
-
-
 def test_a_clock_that_stands_still() -> None:
     pace = Pace(10, 0, now=lambda: 0.0)
     pace.mark(5)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from saeffect.errors import BadFile, NotFound, SaeffectError
-from saeffect.steering.encoders import MeanPooledEncoder, load_text_vectors
-from saeffect.steering.outcomes import similarity
+from saeffect.steering.outcomes import MeanPooledEncoder, load_text_vectors, similarity
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "doctor", "treats", "a", "patient", "goal", "##s"]
 

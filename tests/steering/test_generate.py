@@ -166,8 +166,6 @@ def test_last_logits_are_those_of_the_whole_pass(lm):
 def test_bad_input(lm):
     with pytest.raises(ConfigError, match="no tokens"):
         generate(lm, HOOK, [], cells(1), SAMPLING)
-    with pytest.raises(ConfigError, match="batch_size"):
-        generate(lm, HOOK, PROMPT, cells(1), SAMPLING, batch_size=0)
     with pytest.raises(ShapeMismatch, match="2 rows to steer"):
         generate(lm, HOOK, PROMPT, cells(1), SAMPLING, intervention=Intervention(AddVectors(vectors(2))))
 
@@ -215,9 +213,5 @@ def test_texts_that_end_early(lm):
 
 def test_bad_requests_and_none_at_all(lm):
     assert continue_prompts(lm, [], [], ALSO) == []
-    with pytest.raises(ShapeMismatch, match="5 prompts, but 4"):
-        continue_prompts(lm, PROMPTS, CELLS_OF_EACH[:4], ALSO)
     with pytest.raises(ConfigError, match="no tokens"):
         continue_prompts(lm, [[1], []], CELLS_OF_EACH[:2], ALSO)
-    with pytest.raises(ConfigError, match="batch_size"):
-        continue_prompts(lm, PROMPTS, CELLS_OF_EACH, ALSO, batch_size=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saeffect.config import SteeringConfig
-from saeffect.errors import ShapeMismatch, UnknownName
+from saeffect.errors import UnknownName
 from saeffect.steering import OUTCOMES, Outcome, check_names, effects, outcome_effects, outcome_named, score_texts
 from saeffect.steering.outcomes import (
     distinct_2,
@@ -64,8 +64,6 @@ def test_perplexity_of_ragged_rows_equals_one_by_one(lm):
             log_p = lm.model(input_ids=torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
         surprise = [-log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(ids)]
         assert value == pytest.approx(math.exp(sum(surprise) / len(ids)), rel=1e-5)
-    with pytest.raises(ShapeMismatch):
-        perplexity(lm, [], texts)
 
 
 MEDICAL = frozenset({"cancer", "cardiac", "drug", "patient", "fever"})
@@ -154,11 +152,6 @@ def test_references_are_a_derangement(n):
     assert all(f != other for f, other in found.items())
     assert found == shuffled_references(features, seed=2)
     assert n < 7 or found != shuffled_references(features, seed=3)
-
-
-def test_a_feature_without_top_tokens():
-    with pytest.raises(ShapeMismatch, match="no feature 8"):
-        scored(TRIALS, FEATURES[:1])
 
 
 def test_an_outcome_added_from_outside(monkeypatch):

@@ -8,9 +8,9 @@ import torch
 
 from saeffect.config import SteeringConfig
 from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, UnknownName
-from saeffect.steering import Site, SteeringPlan, check_names
+from saeffect.steering import SteeringPlan, check_names
 from saeffect.steering.plan import check_features
-from steering.tiny_model import D_MODEL, HOOK, site
+from steering.tiny_model import D_MODEL, site
 
 
 def test_lists_become_tuples_and_conditions_follow():
@@ -60,9 +60,7 @@ def test_names_that_are_not_registered(key):
         check_names(SteeringConfig.read({key: ["nothing"]}, at="s"))
 
 
-def test_sites_without_a_norm_or_with_another_width(lm):
-    with pytest.raises(ConfigError, match="above 0"):
-        Site(lm, HOOK, torch.ones(4, D_MODEL), 0.0)
+def test_a_site_of_another_width(lm):
     with pytest.raises(IncompatibleSae, match="32 wide"):
         site(lm, torch.ones(4, 5))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError
 from saeffect.steering.vectors import (
     SteeringVector,
     control_layer,
@@ -86,8 +86,3 @@ def test_what_llama_cpp_cannot_add_is_refused_and_nothing_written(hook: str, tmp
     with pytest.raises(ConfigError, match=r"llama\.cpp"):
         write_gguf_vector(vector(hook), tmp_path / "v.gguf", architecture="llama")
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_must_belong_to_the_features() -> None:
-    with pytest.raises(ShapeMismatch, match="2 features"):
-        SteeringVector(torch.zeros(3), torch.zeros(1, 3), (1, 2), "blocks.2.hook_resid_pre", 1.0, 1.0)

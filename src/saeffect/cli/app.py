@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from saeffect.allocation import keep_freed_memory, use_large_pages
 from saeffect.cli.check import check
 from saeffect.cli.console import show, show_error, still_writable, wait_for_peer_error
 from saeffect.cli.diff import diff
@@ -27,6 +26,7 @@ from saeffect.cli.train_sae import harvest, train_sae
 from saeffect.cli.verdicts import verdicts
 from saeffect.cli.verify import verify
 from saeffect.errors import SaeffectError
+from saeffect.parallel import keep_freed_memory, use_large_pages
 
 __all__ = ["app", "main"]
 

@@ -12,7 +12,7 @@ resamples.
 from saeffect.comparison.arms import ArmFacts, ArmTables, Roles, roles_of
 from saeffect.comparison.compare import check_tests, compare
 from saeffect.comparison.contrasts import Contrast, contrasts
-from saeffect.comparison.findings import Answer, Comparison, MatchTables, Trace
+from saeffect.comparison.findings import Answer, CitedNumber, Comparison, MatchTables
 from saeffect.comparison.judgement import PRIMARY, Judgement, judge
 from saeffect.comparison.quantities import Quantity, add_quantity
 from saeffect.comparison.tables import activity, match_counts, table1, table2, weights
@@ -30,7 +30,7 @@ __all__ = [
     "Quantity",
     "Resampling",
     "Roles",
-    "Trace",
+    "CitedNumber",
     "activity",
     "add_quantity",
     "check_tests",

@@ -11,10 +11,10 @@ import pandas as pd
 
 from saeffect.comparison.judgement import Judgement, judgements_of
 
-__all__ = ["Answer", "Comparison", "MatchTables", "Trace"]
+__all__ = ["Answer", "CitedNumber", "Comparison", "MatchTables"]
 
 
-class Trace(TypedDict):
+class CitedNumber(TypedDict):
     """Where a number of the paragraph comes from: the index of its first character, the table
     (`comparison/<table>.parquet`), and the values, by column, that select its row or rows.
     """
@@ -33,7 +33,7 @@ class Answer(TypedDict):
     learned: str
     headline: str
     paragraph: str
-    traces: list[Trace]
+    traces: list[CitedNumber]
     sentences: list[str]
     caveats: list[str]
 

@@ -21,9 +21,8 @@ from saeffect.config import PutBackConfig
 from saeffect.diffing.cross_activity import change_scores
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.lm.activations import NormLimit, TokenRows, check_rows, kept_positions
-from saeffect.lm.hooks import capture
+from saeffect.lm.hooks import Rest, capture
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.lm.rest import Rest
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.stats.arguments import FloatArray, IntArray

@@ -25,7 +25,7 @@ from saeffect.checksums import read_tensors, save_tensors
 from saeffect.errors import BadFile, ConfigError
 from saeffect.io import fingerprint
 from saeffect.lm.activations import NormLimit, TokenRows, kept_positions
-from saeffect.lm.heads import hook_width
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.hooks import capture, edited
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.progress import SILENT, Log

@@ -22,8 +22,7 @@ from saeffect.diffing.trace import Trace
 from saeffect.diffing.written import openings, written_words
 from saeffect.errors import ConfigError, ShapeMismatch
 from saeffect.lm.activations import TokenRows
-from saeffect.lm.architectures import unembedding
-from saeffect.lm.heads import heads_to_residual
+from saeffect.lm.architectures import heads_to_residual, unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.stats.arguments import FloatArray
 from saeffect.stats.multiplicity import benjamini_hochberg
@@ -121,7 +120,8 @@ TopTokens = Callable[[FloatArray], list[str]]
 """The tokens that a direction `[d_in]` promotes most through the tuned model's final norm and head, first first."""
 
 
-def _no_tokens(_: FloatArray) -> list[str]:
+def _no_tokens(vector: FloatArray) -> list[str]:
+    del vector
     return []
 
 

@@ -1,6 +1,5 @@
 """What each feature is: the tokens it promotes, where it fires, how coherent and how much of a domain it is.
 
-In: an SAE's decoder, the model's unembedding, and batches of activations on text. Out: tables, one row a feature.
-`projection` reads tokens off the decoder, `activity` watches the features on text, `table` joins the two;
-`coherence` (with `embeddings`) scores rows and `vocabulary` selects those of a domain.
+`projection` reads tokens off the decoder, `activity` watches the features on text, `table` joins the two; `coherence`
+(with `embeddings`) scores rows and `vocabulary` selects those of a domain.
 """

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, ShapeMismatch, unknown_name
+from saeffect.errors import BadFile, unknown_name
 
 __all__ = ["ActivityAccumulator", "ExampleCollector"]
 
@@ -40,8 +40,6 @@ class ActivityAccumulator:
     """
 
     def __init__(self, d_sae: int, sources: Sequence[str] = ("general", "domain")) -> None:
-        if len(set(sources)) != len(sources):
-            raise ConfigError(f"sources must differ. Got {list(sources)} instead.", at="sources")
         self.d_sae = d_sae
         self._codes = {name: code for code, name in enumerate(sources)}
         self._tokens = np.zeros(len(sources), dtype=np.int64)
@@ -55,20 +53,9 @@ class ActivityAccumulator:
 
     def update(self, feature_acts: Tensor, sources: Sequence[str]) -> None:
         """Add a batch: `feature_acts` [n, d_sae], any float dtype, and the name of each token's source, [n].
-
-        Raises:
-            ShapeMismatch: The shape is not [n, d_sae], or there are not n sources.
-            UnknownName: A source was not named on creation.
-            BadFile: An activation is NaN or plus infinity; the batch is then not counted.
+        UnknownName: a source that was not named on creation; BadFile: NaN or plus infinity, and nothing is counted.
         """
-        if feature_acts.ndim != 2 or feature_acts.shape[1] != self.d_sae:
-            raise ShapeMismatch(
-                f"feature_acts must be [n, {self.d_sae}]. Got {list(feature_acts.shape)} instead.",
-                at="feature_acts",
-            )
         acts = feature_acts.detach()
-        if len(sources) != len(acts):
-            raise ShapeMismatch(f"{len(acts)} tokens need {len(acts)} sources. Got {len(sources)}.", at="sources")
         try:
             codes = torch.tensor([self._codes[name] for name in sources], dtype=torch.int64)
         except KeyError as error:
@@ -85,11 +72,10 @@ class ActivityAccumulator:
         self._max.scatter_reduce_(0, feature, value, "amax")
 
     def result(self) -> pd.DataFrame:
-        """One row a feature, over all tokens so far.
-
-        feature (int64); density, the share of tokens on which it is active; mean_activation over those tokens (in the
-        SAE's units, NaN if n_active is 0); max_activation (0 if never active); n_active (int64); density_<source>, the
-        share of that source's tokens. Densities and the maximum are NaN where no token was seen.
+        """One row a feature, over all tokens so far: feature (int64); density, the share of tokens on which it is
+        active; mean_activation over those tokens (in the SAE's units, NaN if n_active is 0); max_activation (0 if
+        never active); n_active (int64); density_<source>, the share of that source's tokens. Densities and the
+        maximum are NaN where no token was seen.
         """
         tokens, n_active = self.n_tokens, self._active.sum(dim=0).numpy()
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is the NaN that is wanted
@@ -113,8 +99,6 @@ class ExampleCollector:
     `d_sae × n_examples × (window + 1 + window // 3)` activations and token ids. With `beside`, each update also takes
     activations of the same tokens in another model, and the contexts hold both.
 
-    Raises `ConfigError`: `n_examples` is below 1, or `window` below 0.
-
     Example:
         >>> collector = ExampleCollector(d_sae=1, n_examples=1, window=1)
         >>> collector.update(torch.tensor([[[0.0], [3.0], [1.0]]]), torch.tensor([[0, 1, 2]]))
@@ -124,9 +108,6 @@ class ExampleCollector:
     """
 
     def __init__(self, d_sae: int, n_examples: int = 6, window: int = 24, *, beside: bool = False) -> None:
-        for name, value, least in (("n_examples", n_examples, 1), ("window", window, 0)):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}. Got {value} instead.", at=name)
         self.d_sae, self.n_examples, self.window = d_sae, n_examples, window
         self._offsets = torch.arange(-window, window // 3 + 1)
         width = len(self._offsets)
@@ -158,11 +139,9 @@ class ExampleCollector:
             sources: [B], the name of each sequence's text source; "" by default.
             beside: [B, S, d_sae], the same features on the same tokens in another model; if asked for on creation.
 
-        Raises `ShapeMismatch`: shapes do not fit; `BadFile`: an activation that counts is NaN or plus infinity, or a
-        token id is negative.
+        BadFile: an activation that counts is NaN or plus infinity.
         """
         acts, token_ids = feature_acts.detach(), token_ids.detach()
-        self._check(acts, token_ids, mask, sources)
         n_sequences, length = token_ids.shape
         first = self._next
         self._next += n_sequences
@@ -194,20 +173,12 @@ class ExampleCollector:
         self._source[feature, place] = torch.tensor(codes)[sequence]
 
     def result(self, token_strings: Sequence[str]) -> pd.DataFrame:
-        """The contexts, one row each, by feature and then rank; `ShapeMismatch` if a kept token id has no string.
+        """The contexts, one row each, by feature and then rank.
 
         feature, rank (0 best), activation (at the peak, in the SAE's units), position (of the peak in `tokens`), tokens
         (list of str, copied unchanged), activations (list of float, one a token), source; with `beside` also
-        activations_beside. A feature that fired in fewer
-        than `n_examples` sequences has fewer rows, or none.
+        activations_beside. A feature that fired in fewer than `n_examples` sequences has fewer rows, or none.
         """
-        highest = int(self._tokens.max())
-        if highest >= len(token_strings):
-            raise ShapeMismatch(
-                f"token id {highest} occurs, but there are only {len(token_strings)} token strings.",
-                at="token_strings",
-                fix="use the tokenizer that the text was encoded with.",
-            )
         names = list(self._names)
         tokens, acts = self._tokens.numpy(), self._acts.numpy().astype(np.float64)
         feature, rank = np.nonzero(self._peak.numpy() > 0)
@@ -240,27 +211,6 @@ class ExampleCollector:
         self._acts = self._acts.take_along_dim(former[..., None, None], dim=1)
         self._tokens = self._tokens.take_along_dim(former[..., None], dim=1)
         return order
-
-    def _check(self, acts: Tensor, token_ids: Tensor, mask: Tensor | None, sources: Sequence[str] | None) -> None:
-        if token_ids.ndim != 2 or acts.shape != (*token_ids.shape, self.d_sae):
-            raise ShapeMismatch(
-                f"feature_acts must be [B, S, {self.d_sae}] and token_ids [B, S]. "
-                f"Got {list(acts.shape)} and {list(token_ids.shape)} instead.",
-                at="feature_acts, token_ids",
-            )
-        if mask is not None and (mask.shape != token_ids.shape or mask.dtype != torch.bool):
-            raise ShapeMismatch(
-                f"mask must be bool {list(token_ids.shape)}, as token_ids. "
-                f"Got {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)} instead.",
-                at="mask",
-            )
-        if sources is not None and len(sources) != len(token_ids):
-            raise ShapeMismatch(
-                f"{len(token_ids)} sequences need {len(token_ids)} sources. Got {len(sources)} instead.",
-                at="sources",
-            )
-        if token_ids.numel() and int(token_ids.min()) < 0:
-            raise BadFile("token_ids holds negative numbers.", at="token_ids")
 
 
 def _check_finite(acts: Tensor) -> None:

@@ -29,19 +29,14 @@ _NUMBERS_PER_BATCH = 100_000  # of a vector each: batches stay in the processor'
 def coherence_score(
     tokens: Sequence[str], weights: Sequence[float], *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS
 ) -> float:
-    """Coherence of one feature's top tokens: the weighted mean cosine of their pairs (Gupta & Sica 2024, equation 1).
+    """Coherence of one feature's top tokens: the weighted mean cosine of their pairs (Gupta & Sica 2024, equation
+    1).
 
-    Σ_{i<j} w_i w_j cos(e_i, e_j) / (Σ_{i<j} w_i w_j + ε) over the tokens whose word (`normalise_token`: no
-    leading-space mark, lower case) has an embedding. Tokens of one word (" heart", "heart", " Heart") stay separate
-    items of cosine 1, as in the paper's figures. The score is 1 for one word repeated, about 0 for unrelated words, at
-    most 1 where the weights have one sign; NaN where undefined (`coherence` gives the reason).
-
-    Args:
-        tokens: In plain, GPT-2 (`Ġ`) or SentencePiece (`▁`) spelling.
-        weights: One a token, any common scale.
-        embeddings: A bundled name, a file, or loaded vectors.
-
-    Raises `ShapeMismatch`: not one weight a token; `ConfigError`: `tokens` is a single string, or holds a non-string.
+    Σ_{i<j} w_i w_j cos(e_i, e_j) / (Σ_{i<j} w_i w_j + ε) over the tokens (in plain, GPT-2 `Ġ` or SentencePiece `▁`
+    spelling) whose word (`normalise_token`) has an embedding. Tokens of one word (" heart", "heart", " Heart") stay
+    separate items of cosine 1, as in the paper's figures. 1 for one word repeated, about 0 for unrelated words, at most
+    1 where the weights have one sign; NaN where undefined (`coherence` gives the reason). ShapeMismatch: not one weight
+    a token; ConfigError: no list of strings.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog", "car"], [[1, 0], [3, 4], [0, 1]], name="toy")
@@ -58,7 +53,7 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
     `features` has columns `feature`, `top_tokens` (lists of str) and `top_weights` (lists of float, as long). Gives
     feature; coherence, NaN where fewer than two tokens are known, a weight of a known token is not finite, or the
     products of weights vanish, cancel or overflow; n_known, the top tokens with an embedding; reason, "" where
-    coherence is defined. Raises `BadFile` if a column is missing; otherwise as `coherence_score`.
+    coherence is defined. `BadFile` if a column is missing; otherwise as `coherence_score`.
     """
     _require_columns(features, "feature", "top_tokens", "top_weights")
     vectors = _loaded(embeddings)
@@ -82,9 +77,8 @@ def coherence(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = 
 
 
 def unique_coverage(features: pd.DataFrame, *, embeddings: str | Path | WordVectors = DEFAULT_EMBEDDINGS) -> float:
-    """Share of the distinct words among the top tokens that have an embedding; NaN without tokens.
-
-    Raises `BadFile`: there is no column `top_tokens`; `ConfigError`: a list of tokens holds a non-string.
+    """Share of the distinct words among the top tokens that have an embedding; NaN without tokens. Errors as
+    `coherence`.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat"], [[1.0]], name="toy")

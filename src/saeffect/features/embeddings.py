@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from saeffect.errors import NotFound, ShapeMismatch, unknown_name
 from saeffect.features.vector_files import VECTOR_SUFFIXES, read_vectors
-from saeffect.paths import user_path
+from saeffect.paths import BUNDLED_FOLDER, user_path
 
 __all__ = ["BUNDLED_EMBEDDINGS", "DEFAULT_EMBEDDINGS", "WordVectors", "load_embeddings"]
 
@@ -22,25 +22,19 @@ FloatArray = NDArray[np.float32]
 DEFAULT_EMBEDDINGS = "glove-wiki-gigaword-100"
 BUNDLED_EMBEDDINGS = (DEFAULT_EMBEDDINGS,)
 
-_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "embeddings"
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _WORD_PART = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, eq=False)
 class WordVectors:
-    """Words and their vectors; `name` is a bundled name, or the source file.
-
-    Attributes:
-        words: Row of each word in `vectors`, spelled as in the source; look-ups of tokens are lower-case.
-        vectors: float32 [n, dim], finite, read-only.
+    """Words, spelled as in the source, with their rows in `vectors`, float32 [n, dim], finite, read-only; `name` is
+    a bundled name, or the source file. Look-ups of tokens are lower-case.
 
     Example:
         >>> toy = WordVectors.from_rows(["cat", "dog"], [[3.0, 4.0], [4.0, 3.0]], name="toy")
         >>> len(toy), toy.dim, "cat" in toy, "Cat" in toy
         (2, 2, True, False)
-        >>> round(toy.similarity("The cat.", "a DOG"), 2)
-        0.96
     """
 
     words: Mapping[str, int]
@@ -49,12 +43,6 @@ class WordVectors:
 
     def __post_init__(self) -> None:
         vectors = np.asarray(self.vectors, dtype=np.float32).view()
-        if vectors.ndim != 2 or vectors.shape[1] < 1 or any(not 0 <= row < len(vectors) for row in self.words.values()):
-            raise ShapeMismatch(
-                f"vectors must be [n, dim] with a row for each word. Got shape {list(vectors.shape)} "
-                f"for {len(self.words)} words instead.",
-                at=self.name,
-            )
         vectors.flags.writeable = False
         object.__setattr__(self, "vectors", vectors)
 
@@ -92,10 +80,9 @@ class WordVectors:
         return row if row >= 0 and self.vectors[row].any() else -1
 
     def mean_vector(self, text: str) -> FloatArray | None:
-        """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is known.
-
-        Words are runs of letters and digits, lower-cased. A compound ("well-known", "patient's") counts as one word if
-        it is known, else as its parts.
+        """Mean of the vectors of the text's known words, each occurrence counted: float32 [dim]; None if none is
+        known. Words are runs of letters and digits, lower-cased; a compound ("well-known", "patient's") is one word
+        if known, else its parts.
         """
         known: list[int] = []
         for match in _WORD.finditer(text.lower()):
@@ -104,17 +91,6 @@ class WordVectors:
             known.extend(self.words[part] for part in parts if part in self.words)
         return self.vectors[known].mean(axis=0, dtype=np.float64).astype(np.float32) if known else None
 
-    def similarity(self, text_a: str, text_b: str) -> float:
-        """Cosine of the two texts' mean vectors, in [-1, 1]; NaN if either text has no known word.
-
-        Values near 0.9 are ordinary between unrelated sentences: compare values with each other, not with 0.
-        """
-        a, b = self.mean_vector(text_a), self.mean_vector(text_b)
-        if a is None or b is None:
-            return float("nan")
-        norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-        return float(np.clip(float(a @ b) / norms, -1.0, 1.0)) if norms > 0 else float("nan")
-
 
 def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVectors:
     """Load word vectors by name (one of `BUNDLED_EMBEDDINGS`) or from a file; the last few are cached.
@@ -122,12 +98,8 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     Formats, detected from the content: GloVe text (`word x1 ... xd` a line), word2vec text (the same after a line
     `count dim`), both also gzipped; word2vec binary (`.bin`, `.bin.gz`); `.npz` with arrays `words` and `vectors`;
     `.safetensors` as bundled here (`vectors`, with the words in a `.words.txt` beside it). Pickles, including gensim's
-    `.kv`, are refused.
-
-    Raises:
-        UnknownName: Neither a bundled name nor a path.
-        NotFound: There is no such file.
-        BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
+    `.kv`, are refused. UnknownName: neither a bundled name nor a path; NotFound: no such file; otherwise as
+    `read_vectors`.
 
     Example:
         >>> glove = load_embeddings("glove-wiki-gigaword-100")
@@ -136,7 +108,7 @@ def load_embeddings(name_or_path: str | Path = DEFAULT_EMBEDDINGS) -> WordVector
     """
     text = str(name_or_path)
     if text in BUNDLED_EMBEDDINGS:
-        path = _BUNDLED_FOLDER / f"{text}.safetensors"
+        path = BUNDLED_FOLDER / "embeddings" / f"{text}.safetensors"
     else:
         path = user_path(name_or_path)
         is_path = isinstance(name_or_path, Path) or len(path.parts) > 1 or path.suffix.lower() in VECTOR_SUFFIXES

@@ -37,14 +37,10 @@ _SMALL = {torch.float32: 1e-8, torch.bfloat16: 1e-2}
 class Projection:
     """The top tokens of every feature, and the moments of its dot product over the vocabulary; all on the CPU.
 
-    Moments are of the population of valid tokens (divided by n), always of the *dot* product, float64 [d_sae].
-
-    Attributes:
-        projection: The scale that ranks: "dot" or "cosine".
-        indices: int64 [d_sae, top_k], token ids, best first; ties by token id.
-        weights: float32 [d_sae, top_k], on the ranking scale.
-        skewness: NaN where `std` is 0 (a row of equal values), as is kurtosis.
-        kurtosis: The fourth standardised moment (3 for a normal distribution), not the excess, as in SAELens.
+    `indices` are token ids, int64 [d_sae, top_k], best first, ties by token id; `weights` float32 [d_sae, top_k], on
+    the scale that ranks, `projection`, "dot" or "cosine". Moments are of the population of valid tokens (divided by n),
+    always of the *dot* product, float64 [d_sae]; `kurtosis` is the fourth standardised moment (3 for a normal
+    distribution), not the excess, as in SAELens; it and `skewness` are NaN where `std` is 0 (a row of equal values).
     """
 
     projection: str
@@ -68,23 +64,19 @@ def project(
 ) -> Projection:
     """The `top_k` tokens that each decoder row promotes most (Gupta & Sica 2024 rank by the dot product).
 
-    Holds at most `chunk × d_vocab` products at a time.
-
     Args:
         W_dec: [d_sae, d_in], any float dtype, taken as float32.
         W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it (norm folded in, centred).
         projection: "dot" or "cosine", see the module.
         valid: bool [d_vocab]; tokens where it is False are never chosen and not in the moments. Under "cosine", tokens
             whose unembedding is zero (up to float32 rounding) are not chosen either, but are in the moments.
-        chunk: Features per matrix product.
+        chunk: Features per matrix product: at most `chunk × d_vocab` products are held at a time.
         dtype: Of the products in which top tokens are searched: "float32", "bfloat16", or "auto" for the faster one.
             Beyond float32 rounding only skewness and kurtosis depend on it, typically by 1e-4 (see `TileMoments`).
 
-    Raises:
-        UnknownName: `projection` is neither "dot" nor "cosine", or `dtype` is unknown.
-        ShapeMismatch: The matrices are not two-dimensional, do not fit, or `valid` has another length.
-        ConfigError: `top_k` or `chunk` is below 1, or fewer than `top_k` tokens can be chosen.
-        BadFile: A weight is NaN or infinite, or a product or norm overflows float32.
+    UnknownName: no such `projection` or `dtype`. ShapeMismatch: shapes that do not fit. ConfigError: `top_k` or `chunk`
+    is below 1, or fewer than `top_k` tokens can be chosen. BadFile: a weight is not finite, or a product overflows
+    float32.
 
     Example:
         >>> W_U = torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 1.0]])
@@ -162,10 +154,8 @@ class TileMoments:
     product) averages out to about 1e-4 in skewness and kurtosis over 50,000 tokens. Where a few tokens hold most of a
     moment, top tokens get their true products, but those at the other end may still change skewness by 0.02 and
     kurtosis by a percent. A row whose variance in the products is off by more than 1 in 1,000, or small beside that of
-    other directions, is computed again in float64.
-
-    Proven bound: with e_t the error of token t's product and E_p the p-th root of the mean of e_t^p, the p-th roots of
-    the absolute p-th moments are off by at most E_p (Minkowski).
+    other directions, is computed again in float64. Proven bound: with e_t the error of token t's product and E_p the
+    p-th root of the mean of e_t^p, the p-th roots of the absolute p-th moments are off by at most E_p (Minkowski).
     """
 
     def __init__(self, tiles: UnembeddingTiles, n_rows: int, valid: Tensor | None) -> None:

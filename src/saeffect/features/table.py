@@ -10,19 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import EmptySelection, ShapeMismatch, unknown_name
+from saeffect.errors import EmptySelection, ShapeMismatch
 from saeffect.features.activity import ActivityAccumulator, ExampleCollector
-from saeffect.features.projection import PROJECTIONS, project_both
+from saeffect.features.projection import project_both
 
 __all__ = ["ActivationBatch", "FeatureOptions", "FeatureTables", "extract_tables", "feature_table"]
 
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """How the tables are made; each of `sources`, the names of the text sources, gets a column `density_<source>`.
-
-    `projection` is the scale of `top_tokens` and `top_weights`, "dot" or "cosine". A max-activating context has
-    `window` tokens before the peak and a third as many after it.
+    """How the tables are made; each of `sources`, the text sources, gets a column `density_<source>`. `projection`
+    is the scale of `top_tokens` and `top_weights`; a max-activating context has `window` tokens before the peak and
+    a third as many after.
     """
 
     top_k: int = 10
@@ -34,9 +33,8 @@ class FeatureOptions:
 
 @dataclass(frozen=True, eq=False)
 class ActivationBatch:
-    """Whole sequences and their activations: `token_ids` int [B, S]; `feature_acts` [B, S, d_sae], any float dtype.
-
-    `sources` [B] names each sequence's text source; `mask` is bool [B, S], True at positions that count, None for all.
+    """Whole sequences and their activations: `token_ids` int [B, S]; `feature_acts` [B, S, d_sae], any float dtype;
+    `sources` [B], each sequence's text source; `mask` bool [B, S], True at positions that count, None for all.
     """
 
     token_ids: Tensor
@@ -47,10 +45,8 @@ class ActivationBatch:
 
 @dataclass(frozen=True, eq=False)
 class FeatureTables:
-    """The tables of an arm's features; `n_tokens` counted.
-
-    `features` has the columns of `feature_table` and `ActivityAccumulator.result`; `examples` is
-    `ExampleCollector.result`.
+    """The tables of an arm's features, and the number of tokens that counted: `features` has the columns of
+    `feature_table` and `ActivityAccumulator.result`; `examples` is `ExampleCollector.result`.
     """
 
     features: pd.DataFrame
@@ -71,20 +67,16 @@ def feature_table(
     Args:
         W_dec: [d_sae, d_in].
         W_U: [d_in, d_vocab], as `saeffect.lm.unembedding` gives it.
-        token_strings: [d_vocab], kept unchanged.
+        token_strings: [d_vocab], kept unchanged; else ShapeMismatch.
         options: `top_k` and `projection` are used; the defaults if None.
         valid: bool [d_vocab], False for tokens that must not be chosen, such as special and unused ones.
 
     Returns:
         feature (int64); top_tokens (list of str), top_token_ids (list of int), top_weights (list of float), best first
-        on the scale of `options.projection`; top_tokens_dot, top_tokens_cosine; projection_mean, _std, _skewness,
-        _kurtosis of the dot product over the vocabulary; decoder_norm (Euclidean).
-
-    Raises `ShapeMismatch` if `token_strings` is not one a token; other errors as `project`.
+            on the scale of `options.projection`; top_tokens_dot, top_tokens_cosine; projection_mean, _std, _skewness,
+            _kurtosis of the dot product over the vocabulary; decoder_norm (Euclidean).
     """
     options = options or FeatureOptions()
-    if options.projection not in PROJECTIONS:
-        raise unknown_name("projection", options.projection, PROJECTIONS, at="projection")
     if W_U.ndim == 2 and len(token_strings) != W_U.shape[1]:
         raise ShapeMismatch(
             f"W_U has {W_U.shape[1]} tokens. Got {len(token_strings)} token strings instead.",
@@ -126,11 +118,9 @@ def extract_tables(
 ) -> FeatureTables:
     """The feature table with activity, and the max-activating contexts, from one pass over the batches.
 
-    Other arguments as in `feature_table`. Memory holds one batch if `batches` is a generator; how sequences are batched
-    does not matter.
-
-    Raises `EmptySelection`: no position counts in any batch; `UnknownName`: a batch's source is not among
-    `options.sources`; `SaeffectError`: as `feature_table`, `ActivityAccumulator.update` and `ExampleCollector`.
+    Other arguments and errors as in `feature_table`. Memory holds one batch if `batches` is a generator; how sequences
+    are batched does not matter. EmptySelection: no position counts; UnknownName: a source that is not in
+    `options.sources`.
     """
     options = options or FeatureOptions()
     table = feature_table(W_dec, W_U, token_strings, options=options, valid=valid)

@@ -58,12 +58,8 @@ class Rows:
 class UnembeddingTiles:
     """W_U's valid columns, laid out so that the largest products of a row are cheap to find.
 
-    Columns are sorted by length and cut into tiles; a tile's columns are dealt into blocks of `block` columns.
-
-    Args:
-        W_U: Float [d_in, d_vocab], finite.
-        valid: Bool [d_vocab]; all if None.
-        dtype: Of the tiles: torch.float32 or torch.bfloat16.
+    Columns are sorted by length and cut into tiles of float32 or bfloat16 (`dtype`); a tile's columns are dealt into
+    blocks of `block` columns. W_U is float [d_in, d_vocab], finite; `valid` bool [d_vocab], all if None.
 
     Attributes:
         tokens: W_U transposed, float32 [d_vocab, d_in], in the order of the vocabulary.
@@ -221,10 +217,9 @@ class _Scale:
 
 
 class TopTokens:
-    """Finds the `top_k` best tokens of rows on one or more scales.
-
-    `scales` holds by name: float64 [d_vocab], the divisor of a token's product, or None for 1; and bool [d_vocab], the
-    tokens that can be chosen, all of them valid ones and at least `top_k`.
+    """Finds the `top_k` best tokens of rows on one or more scales: by name float64 [d_vocab], the divisor of a
+    token's product, or None for 1; and bool [d_vocab], the tokens that can be chosen, all of them valid ones and at
+    least `top_k`.
     """
 
     def __init__(self, tiles: UnembeddingTiles, top_k: int, scales: dict[str, tuple[Tensor | None, Tensor]]) -> None:
@@ -235,9 +230,8 @@ class TopTokens:
         self._scales = {name: _Scale(tiles, *scale) for name, scale in scales.items()}
 
     def find(self, products: Tensor, maxima: Tensor, rows: Rows) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-        """By scale the best tokens: weights float32 [r, top_k] and ids int64 [r, top_k], ties by id; and a correction.
-
-        The correction, float64 [4, r], is the change of the sums of the first four powers of a row's products when true
+        """By scale the best tokens: weights float32 [r, top_k] and ids int64 [r, top_k], ties by id; and a
+        correction, float64 [4, r]: the change of the sums of the first four powers of a row's products when true
         products replace the evaluated ones. `products` of the tiles are [n_tiles, r, width], contiguous; `maxima` of
         the blocks float32 [r, n_blocks].
         """

@@ -42,11 +42,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_vectors(path: Path) -> tuple[list[str], FloatArray]:
-    """Words as spelled, in the file's order, and their vectors, float32 [n, dim], finite.
-
-    Raises:
-        NotFound: The list of words beside a `.safetensors` is missing.
-        BadFile: Empty, truncated, ragged, not UTF-8, NaN or infinite numbers, or a pickle; names the line.
+    """Words as spelled, in the file's order, and their vectors, float32 [n, dim], finite. NotFound: the list of
+    words beside a `.safetensors` is missing. BadFile, with its line: empty, truncated, ragged, not UTF-8, not
+    finite, or a pickle.
     """
     refuse_special(path, "file of word vectors")
     if path.is_dir():

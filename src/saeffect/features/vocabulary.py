@@ -20,7 +20,7 @@ from saeffect.config import SCRIPTS
 from saeffect.errors import BadFile, ConfigError, EmptySelection, unknown_name
 from saeffect.features.embeddings import WordVectors
 from saeffect.lm.tokens import normalise_token
-from saeffect.paths import decode_utf8, read_bytes, user_path
+from saeffect.paths import BUNDLED_FOLDER, decode_utf8, read_bytes, user_path
 
 __all__ = [
     "MatchCounts",
@@ -32,7 +32,7 @@ __all__ = [
     "select",
 ]
 
-_BUNDLED_FOLDER = Path(__file__).resolve().parent.parent / "bundled" / "vocabularies"
+_VOCABULARIES = BUNDLED_FOLDER / "vocabularies"
 # What separates the columns of a table; a comma between two digits is a name's ("1,25-dihydroxyvitamin").
 _OF_A_TABLE = re.compile(r"[;|]|(?<![0-9]),|,(?![0-9])")
 _HALF = "\ufffd"  # a part of a character, of which the script is not known
@@ -70,7 +70,7 @@ class MatchCounts(NamedTuple):
 
 def bundled_vocabularies() -> list[str]:
     """Names of the bundled word lists, sorted."""
-    return sorted(path.stem for path in _BUNDLED_FOLDER.glob("*.txt"))
+    return sorted(path.stem for path in _VOCABULARIES.glob("*.txt"))
 
 
 def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
@@ -78,13 +78,8 @@ def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
 
     A file holds one word a line, in UTF-8; `#` starts a comment. Case, leading space marks, quotation marks around a
     word and invisible characters are ignored. A bundled name wins over a file: write `./medical` for the file.
-
-    Raises:
-        UnknownName: Neither the name of a bundled list nor a path (no folder, no suffix, no such file).
-        NotFound: There is no such file.
-        BadFile: Not UTF-8, or a line with several words or columns; names the line.
-        ConfigError: Not a possible path.
-        EmptySelection: No words.
+    UnknownName: neither a bundled name nor a path. NotFound: no such file. BadFile, with its line: not UTF-8, or
+    several words or columns. ConfigError: not a possible path. EmptySelection: no words.
 
     Example:
         >>> medical = load_vocabulary("medical")
@@ -95,7 +90,7 @@ def load_vocabulary(name_or_path: str | Path | None) -> Vocabulary:
         return Vocabulary("", frozenset(), sha256="")
     name, bundled = str(name_or_path), bundled_vocabularies()
     if name in bundled:
-        data = (_BUNDLED_FOLDER / f"{name}.txt").read_bytes()
+        data = (_VOCABULARIES / f"{name}.txt").read_bytes()
     else:
         path = user_path(name)
         if len(path.parts) < 2 and not path.suffix and not path.is_file():
@@ -111,8 +106,7 @@ def count_matches(top_tokens: Iterable[Sequence[str]], vocabulary: Vocabulary) -
     """Count, for each feature, the top tokens whose word is in the vocabulary.
 
     The word (no leading space, lower case) must match exactly: "Cancer" and " cancer" count as two. The paper seems to
-    match inside tokens ("hearth", "otherapy"). Tokens may be decoded (" cancer") or in the tokenizer's notation
-    ("Ġcancer"). `ConfigError` if a feature's tokens are one string.
+    match inside tokens ("hearth", "otherapy"). `ConfigError` if a feature's tokens are one string.
 
     Example:
         >>> words = Vocabulary("two", frozenset({"cancer", "tumor"}), sha256="")
@@ -149,9 +143,9 @@ def select(
         arm: For error messages.
 
     Returns:
-        One row a feature, in the order given, domain or not. feature (int64); matches (int64) and matched (list of
-        str), under the projection of `top_tokens`; matches_dot, matches_cosine (int64); in_vocabulary (bool: matches >=
-        min_matches); n_yes, n_no, n_unsure (int64; 0 where not reviewed); label (str); is_domain (bool).
+        One row a feature, in the order given, domain or not: feature; matches (int64) and matched (list of str), under
+            the projection of `top_tokens`; matches_dot, matches_cosine; in_vocabulary (matches >= min_matches); n_yes,
+            n_no, n_unsure (0 where not reviewed); label (str); is_domain (bool).
 
     Raises `ConfigError` (also for verdicts that repeat a feature or name an unknown one), and as `load_vocabulary`.
     """
@@ -233,13 +227,12 @@ def _word(entry: str) -> str:
 
 
 def choosable_tokens(tokens: Sequence[str], choice: Sequence[str], vectors: WordVectors | None = None) -> Tensor:
-    """Which tokens [d_vocab] of a (multilingual) vocabulary can be top tokens, bool [d_vocab].
+    """Which tokens of a (multilingual) vocabulary can be top tokens, bool [d_vocab].
 
     `choice` is ("all",); ("embeddings",): tokens whose word (`normalise_token`) is in `vectors`; or names of scripts:
     tokens all of whose letters are of these (by the names of the Unicode character database, after NFKC). Digits and
-    punctuation are of every script, parts of a character of none.
-
-    Raises `UnknownName`: a script that is not in `saeffect.config.SCRIPTS`.
+    punctuation are of every script, parts of a character of none. `UnknownName`: a script that is not in
+    `saeffect.config.SCRIPTS`.
 
     Example:
         >>> choosable_tokens([" Fieber", "fièvre", "лихорадка", "熱", "42"], ["latin"]).tolist()

@@ -87,12 +87,9 @@ def check_sizes(sizes: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 def account_for(model: Any, info: Mapping[str, Any], at: str, log: Log) -> None:
     """Check that the model got all its tensors from the file, and has a place for every tensor of the file.
 
-    transformers draws missing ones at random and ignores others. `info` comes from `from_pretrained` with
-    `output_loading_info=True`; `log` receives a line about parts left out, such as an image encoder or a value head.
-
-    Raises:
-        BadFile: A tensor is missing, or has no place in the language model.
-        ConfigError: transformers found an adapter beside the model and loaded it unmerged.
+    transformers draws missing ones at random and ignores others. `info` is `from_pretrained`'s loading info; `log`
+    hears of parts left out, such as an image encoder. BadFile for a tensor missing or without a place in the language
+    model; ConfigError if transformers found an adapter beside the model and loaded it unmerged.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(BOTH[0], at=at, fix=BOTH[1])

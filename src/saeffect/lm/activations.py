@@ -15,12 +15,12 @@ from torch import Tensor
 
 from saeffect.errors import ConfigError, EmptySelection
 from saeffect.io import fingerprint
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.chat_rows import Row, counted
 from saeffect.lm.corpora import StreamedText
-from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture, parse_hook
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.parallel import device_of_process, gathered, rank_and_world
+from saeffect.parallel import device_of_process, from_all, gathered, rank_and_world
 
 __all__ = [
     "ActivationSource",
@@ -107,8 +107,8 @@ class TokenRows:
 class ActivationSource(Protocol):
     """Activations of one model at one hook, from shards or from a running model, as batches in a random order.
 
-    Batch n of an epoch depends only on the activations, batch size, seed and epoch, not on interruptions or the number
-    of processes. Every process gets the same batches.
+    Batch n of an epoch depends on the activations, batch size, seed and epoch alone, and every process gets the same
+    ones.
     """
 
     @property
@@ -152,9 +152,8 @@ def first_limit(lm: LanguageModel, hook: str, ids: NDArray[np.int32]) -> NormLim
 
 
 def kept_positions(activations: Tensor, limit: NormLimit, counts: Tensor | None = None) -> Tensor:
-    """Bool `[batch, sequence]`: true where the residual is no outlier, and `counts`. The first position never does.
-
-    The first token (often BOS) is most models' attention sink: its residual is some 40 times as long as the others.
+    """Bool `[batch, sequence]`: true where the residual is no outlier, and `counts`; never the first position,
+    mostly an attention sink, whose residual is some 40 times as long as the others.
     """
     kept = activations.float().norm(dim=-1) <= limit.limit
     kept[:, 0] = False
@@ -162,10 +161,9 @@ def kept_positions(activations: Tensor, limit: NormLimit, counts: Tensor | None 
 
 
 def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
-    """Refuse rows that cannot be harvested; EmptySelection if there are none.
-
-    ConfigError: no such hook or token ids; rows longer than the model's positions or shorter than two tokens (the first
-    never counts); or rows without the BOS token that this model's texts begin with.
+    """Refuse rows that cannot be harvested: EmptySelection if there are none; ConfigError without such a hook or
+    token ids, for rows longer than the model's positions or shorter than two tokens, or without the model's BOS
+    token.
     """
     parse_hook(hook, lm.n_layers)
     if not rows.ids.size:
@@ -186,9 +184,8 @@ def check_rows(lm: LanguageModel, hook: str, rows: TokenRows) -> None:
 def run_pass(
     lm: LanguageModel, hook: str, ids: NDArray[np.int32], limit: NormLimit, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass over rows `[n_rows, context_size]`: the activations to keep, and which positions those are.
-
-    Activations are `[n_kept, d_model]` in text order, of the model's dtype, on the CPU; positions are a bool per token.
+    """One forward pass over rows `[n_rows, context_size]`: the activations that count, `[n_kept, d_model]` in text
+    order, of the model's dtype, on the CPU; and which positions those are, bool.
     """
     x = capture(lm, hook, torch.from_numpy(ids.astype(np.int64))).cpu()
     mask = kept_positions(x, limit, counts)
@@ -197,9 +194,8 @@ def run_pass(
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """Activations in memory, `[n_tokens, d_in]` of any float dtype, and the order in which they are used.
-
-    The order is numbers of the tokens, int64 `[n]`; it may leave some out or repeat them.
+    """Activations in memory, `[n_tokens, d_in]` of any float dtype, and the numbers of the tokens in the order in
+    which they are used, int64 `[n]`; some may be left out or repeated.
     """
 
     activations: Tensor
@@ -269,27 +265,19 @@ class StreamedActivations(ActivationSource):
     def open(
         cls, lm: LanguageModel, hook: str, text: StreamedText | TokenRows, *, pool_rows: int = 512, rows_a_pass: int = 8
     ) -> StreamedActivations:
-        """Check that model, hook and text fit, and measure the norm limit on the first rows.
-
-        ConfigError as `check_rows`, or if a size is not positive; EmptySelection if the text is shorter than one row.
-        """
+        """Check that model, hook and text fit (errors as `check_rows`); measure the norm limit on the first rows."""
         if isinstance(text, TokenRows) and text.counts is not None:
             raise ConfigError(
                 "streamed activations are of all tokens, and only some of these rows count.",
                 at="positions",
                 fix="harvest them instead: activations: shards.",
             )
-        if min(pool_rows, rows_a_pass) < 1:
-            raise ConfigError(
-                f"pool_rows is {pool_rows} and rows_a_pass is {rows_a_pass}; both must be at least 1.", at="pool_rows"
-            )
         ids = np.array(list(islice(text.rows(), 2 * rows_a_pass)), dtype=np.int32)
         check_rows(lm, hook, TokenRows(ids, np.zeros(len(ids), dtype=np.int64), ()))
         with fused(lm):
             limit = first_limit(lm, hook, ids)
         # Processes differ in the last digit; all use the first one's.
-        both = torch.tensor([[limit.median_norm, limit.limit]], dtype=torch.float64, device=device_of_process())
-        return cls(lm, hook, text, NormLimit(*gathered(both)[0].tolist()), pool_rows, rows_a_pass)
+        return cls(lm, hook, text, from_all(limit)[0], pool_rows, rows_a_pass)
 
     @property
     def d_in(self) -> int:
@@ -324,9 +312,8 @@ class StreamedActivations(ActivationSource):
         return (pools * self._given_out(self.pool_rows) + self._given_out(rest)) // batch_size
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it.
-
-        EmptySelection if the text is shorter than declared, or every position of a pool is an outlier.
+        """See `ActivationSource`. Text before `start` is tokenised, but the model does not run on it. EmptySelection
+        if the text is shorter than declared, or every position of a pool is an outlier.
         """
         number, skip = divmod(start * batch_size, self._given_out(self.pool_rows))
         yield from cut_batches(self._pools(seed, epoch, number), batch_size, skip=skip)

@@ -42,9 +42,8 @@ class AdapterFile:
         return str(self.config["peft_type"])
 
     def other_base(self, model: str, own_name: object = None) -> str | None:
-        """One line if the adapter names another base model than `model` (or `own_name`, of its config.json), else None.
-
-        Only the last parts of names are compared: folders of a model differ between machines.
+        """One line if the adapter names another base model than `model` (or `own_name`, of its config.json), else
+        None. Only the last parts of names are compared: folders of a model differ between machines.
 
         Example:
             >>> AdapterFile(Path(), {"base_model_name_or_path": "org/other"}, {}).other_base("org/mine")
@@ -58,12 +57,10 @@ class AdapterFile:
 
 
 def read_adapter(adapter: Path | str, where: str) -> AdapterFile:
-    """Read the configuration and the weights' header of an adapter, a folder or hub id. Nothing large is loaded.
+    """The configuration and the weights' header of an adapter, a folder or hub id; nothing large is loaded.
 
-    Raises:
-        NotFound: It cannot be fetched.
-        BadFile: No weights in safetensors, truncated weights, or an invalid configuration.
-        ConfigError: A kind of adapter that cannot be merged, or sizes that its weights do not have.
+    NotFound: it cannot be fetched. BadFile: no safetensors, truncated weights, or an invalid configuration.
+    ConfigError: a kind of adapter that cannot be merged, or sizes that its weights do not have.
     """
     folder = _on_this_machine(adapter, where)
     config = read_json(folder / ADAPTER_CONFIG)
@@ -171,25 +168,13 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
     """Load an adapter into the model and merge it there, in float32: bfloat16 would round small updates away.
 
     PEFT ignores tensors that have no place in the model, leaves missing ones at random values, and merges even where
-    that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging.
-
-    Raises:
-        IncompatibleModels: A tensor found no place, or has another value there.
-        ConfigError: The adapter cannot be merged, or merging changes the model.
+    that changes the model (tied embeddings). So every tensor is compared, and the logits before and after merging:
+    IncompatibleModels if a tensor is not as in the file, ConfigError if merging fails or changes the model.
     """
-    from peft import PeftModel
-
     model = model.float().eval()
     plain = probe_logits(model)
-    try:
-        adapted = PeftModel(model, _peft_config(adapter, where))
-        result = adapted.load_adapter(str(adapter.folder), "default", torch_device="cpu")
-        adapted.eval()
-        _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
-        _refuse_other_values(adapted, adapter, where)
-        unmerged = probe_logits(adapted)
-    except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
+    adapted = _put_in(model, adapter, where, torch_device="cpu")
+    unmerged = probe_logits(adapted)
     _untie(adapted)
     try:
         merged = adapted.merge_and_unload()
@@ -214,13 +199,9 @@ def merge_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Me
 def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, MergedAdapter]:
     """Load an adapter beside the model's weights, which stay as they are: quantised, or spread over devices.
 
-    Raises:
-        IncompatibleModels: A tensor found no place, or has another value there.
-        ConfigError: The adapter changes the embedding or unembedding, which are read as matrices; or part of the model
-            lies on disk.
+    IncompatibleModels as `merge_adapter`. ConfigError: it changes the embedding or unembedding, which are read as
+    matrices; or part of the model lies on disk.
     """
-    from peft import PeftModel
-
     _refuse_ends(model, adapter, where)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
@@ -228,19 +209,27 @@ def keep_adapter(model: Any, adapter: AdapterFile, where: str) -> tuple[Any, Mer
             at=where,
             fix="give more memory, quantise the model, or merge the adapter into it with PEFT and save it whole.",
         )
-    try:
-        adapted = PeftModel(model, _peft_config(adapter, where))
-        result = adapted.load_adapter(str(adapter.folder), "default")
-    except _FROM_PEFT as error:
-        raise _misfit(_reason(error), where) from error
-    adapted.eval()
-    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
-    _refuse_other_values(adapted, adapter, where)
+    adapted = _put_in(model, adapter, where)
     inside = adapted.get_base_model()
     # Only now: bitsandbytes packs its weights for the CPU in the first pass, and PEFT cannot wrap packed ones.
     with adapted.disable_adapter():
         plain = probe_logits(inside)
     return inside, MergedAdapter(_largest(probe_logits(inside) - plain), 0.0)
+
+
+def _put_in(model: Any, adapter: AdapterFile, where: str, **options: Any) -> Any:
+    """The model with the adapter beside its weights, every tensor as in the file."""
+    from peft import PeftModel
+
+    try:
+        adapted = PeftModel(model, _peft_config(adapter, where))
+        result = adapted.load_adapter(str(adapter.folder), "default", **options)
+    except _FROM_PEFT as error:
+        raise _misfit(_reason(error), where) from error
+    adapted.eval()
+    _refuse_lost(adapter, result.unexpected_keys, result.missing_keys, where)
+    _refuse_other_values(adapted, adapter, where)
+    return adapted
 
 
 def _refuse_ends(model: Any, adapter: AdapterFile, where: str) -> None:
@@ -349,12 +338,7 @@ def _largest(difference: Tensor) -> float:
 
 
 def _last_part(name: str) -> str:
-    """Last part of a path, a hub id or a bundled name, in lower case.
-
-    Example:
-        >>> _last_part("bundled:smollm2-135m-instruct") == _last_part("HuggingFaceTB/SmolLM2-135M-Instruct")
-        True
-    """
+    """Last part of a path, a hub id or a bundled name, in lower case."""
     if name.startswith((".", "~")):
         name = str(Path(name).expanduser().resolve())
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2].rpartition(":")[2].removesuffix(".gguf").casefold()

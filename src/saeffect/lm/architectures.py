@@ -1,4 +1,4 @@
-"""Where transformers' architectures keep their blocks and what is in them (`HOOK_MAPPINGS`); and the unembedding."""
+"""Where transformers' architectures keep their blocks and what is in them (`HOOK_MAPPINGS`); unembedding, and heads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from saeffect.lm.placement import aligned, plain_copy
 
 __all__ = [
     "HOOK_MAPPINGS",
+    "HOOK_Z",
     "HookMapping",
     "blocks",
     "final_norm",
+    "heads_to_residual",
+    "hook_width",
     "mapping_of",
-    "norm_scale",
+    "output_projection",
     "register_hook_mapping",
     "unembedding",
 ]
+
+HOOK_Z = "attn.hook_z"
+"""What attention's output projection reads, the heads side by side."""
+_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense")
 
 
 @dataclass(frozen=True)
@@ -140,10 +147,9 @@ def _model_type(base: Any) -> str:
 
 @torch.no_grad()
 def unembedding(lm: LanguageModel) -> Tensor:
-    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the vocabulary.
-
-    Where the final norm centres its input, columns are also centred over `d_model`. Norm and head are measured;
-    ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
+    """The unembedding, float32 `[d_model, d_vocab]` on the CPU: the final norm folded in, centred over the
+    vocabulary; where the norm centres its input, columns are also centred over `d_model`. Norm and head are
+    measured; ConfigError if no matrix expresses them. Source: TransformerLens `fold_layer_norm`, `center_unembed`.
     """
     head = lm.model.get_output_embeddings()
     scale, centres = _what_it_does(final_norm(lm.model), head.weight.shape[1])
@@ -156,11 +162,6 @@ def unembedding(lm: LanguageModel) -> Tensor:
         W_U -= W_U.mean(dim=0, keepdim=True)
     W_U -= W_U.mean(dim=1, keepdim=True)
     return W_U
-
-
-def norm_scale(norm: nn.Module, d_model: int) -> Tensor | None:
-    """A norm's factor for each dimension, float32 `[d_model]`, measured; None for 1. Errors as `unembedding`."""
-    return _what_it_does(norm, d_model)[0]
 
 
 def _what_it_does(norm: nn.Module, d_model: int) -> tuple[Tensor | None, bool]:
@@ -203,3 +204,63 @@ def _require_plain(head: nn.Module, device: torch.device) -> None:
             f"the unembedding, {type(head).__name__}, does more than multiply by its weight.",
             fix="merge the adapter into the model (merge_and_unload).",
         )
+
+
+def output_projection(model: nn.Module, layer: int) -> nn.Module:
+    """The module that turns a block's attention heads, side by side, into what attention gives; else ConfigError."""
+    block = blocks(model)[layer]
+    for name, attention in block.named_children():
+        if name in HookMapping().attn_out:
+            for own, module in attention.named_children():
+                if own in _PROJECTIONS and isinstance(getattr(module, "weight", None), Tensor):
+                    return module
+    raise ConfigError(
+        f"{type(block).__name__} has no attention whose output projection is known ({', '.join(_PROJECTIONS)}).",
+        at=f"blocks.{layer}.{HOOK_Z}",
+        fix="use hook_resid_pre or hook_resid_post, which every architecture has.",
+    )
+
+
+def hook_width(lm: LanguageModel, hook: str) -> int:
+    """How many numbers a token has at a hook: `d_model`, or at attention heads all heads' numbers."""
+    layer = _layer_of_heads(hook)
+    return lm.d_model if layer is None else _width(output_projection(lm.model, layer))
+
+
+@torch.no_grad()
+def heads_to_residual(lm: LanguageModel, hook: str, rows: Tensor) -> Tensor:
+    """What directions at a hook, `[n, width]`, add to the residual stream, float32 `[n, d_model]`: the rows
+    themselves, but at attention heads their product with the output projection and, where the block normalises what
+    attention adds (Gemma), that norm's weight. Its division by each token's own norm is left out: it changes
+    lengths, not which tokens come first.
+    """
+    layer = _layer_of_heads(hook)
+    if layer is None:
+        return rows
+    found = rows.float() @ _matrix(output_projection(lm.model, layer)).float().to(rows.device)
+    after = mapping_of(lm.model).attn_out
+    norms = [module for name, module in blocks(lm.model)[layer].named_children() if name in after and "norm" in name]
+    scale = _what_it_does(norms[0], lm.d_model)[0] if norms else None
+    return found if scale is None else found * scale.to(found.device)
+
+
+def _layer_of_heads(hook: str) -> int | None:
+    return int(hook.split(".")[1]) if hook.endswith(f".{HOOK_Z}") else None
+
+
+def _width(projection: Any) -> int:
+    base = getattr(projection, "base_layer", projection)  # of an adapter that is kept apart
+    return int(base.in_features if hasattr(base, "in_features") else base.weight.shape[0])
+
+
+def _matrix(projection: Any) -> Tensor:
+    """`[width, d_model]`; GPT-2's Conv1D keeps its weight so, Linear the other way round; of others it is measured."""
+    weight: Tensor = projection.weight
+    if type(projection) is nn.Linear:
+        return weight.detach().T
+    if type(projection).__name__ == "Conv1D":
+        return weight.detach()
+    each = torch.eye(_width(projection), device=weight.device)
+    each = each.to(weight.dtype if weight.is_floating_point() else torch.bfloat16)
+    found: Tensor = projection(each) - projection(torch.zeros_like(each))
+    return found.detach()

@@ -52,20 +52,18 @@ class Segment(NamedTuple):
 def has_part(parts: Parts, positions: Sequence[str]) -> NDArray[np.bool_]:
     """Which tokens belong to one of the named `PARTS`, bool, of the shape of `parts`; UnknownName for another name."""
     who = parts & _WHO
-    found = np.zeros(parts.shape, dtype=bool)
-    for name in positions:
-        if name == "all":
-            found[...] = True
-        elif name == "assistant":
-            found |= (who == _ASSISTANT) | (parts & _END > 0)
-        elif name == "first_assistant":
-            found |= parts & _FIRST > 0
-        elif name == "special":
-            found |= parts & _SPECIAL > 0
-        elif name in ("system", "user", "template"):
-            found |= who == {"system": _SYSTEM, "user": _USER, "template": _TEMPLATE}[name]
-        else:
-            raise unknown_name("part of a chat", name, PARTS, at="positions")
+    masks = {
+        "all": np.ones(parts.shape, dtype=bool),
+        "system": who == _SYSTEM,
+        "user": who == _USER,
+        "assistant": (who == _ASSISTANT) | (parts & _END > 0),
+        "first_assistant": parts & _FIRST > 0,
+        "template": who == _TEMPLATE,
+        "special": parts & _SPECIAL > 0,
+    }
+    for name in set(positions) - masks.keys():
+        raise unknown_name("part of a chat", name, PARTS, at="positions")
+    found: NDArray[np.bool_] = np.any([masks[name] for name in positions], axis=0)
     return found
 
 
@@ -92,11 +90,8 @@ def own_template(tokenizer: Any) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class ChatFormat:
-    """A tokenizer and the chat template that writes conversations for it.
-
-    Attributes:
-        template: Jinja, as transformers renders it.
-        whose: Where the template comes from, in words.
+    """A tokenizer and the chat template (Jinja, as transformers renders it) that writes conversations for it;
+    `whose` says where the template comes from.
     """
 
     tokenizer: Any
@@ -106,10 +101,7 @@ class ChatFormat:
     @classmethod
     def of(cls, tokenizer: Any, template: str | None = None, *, at: str = "chat_template") -> Self:
         """The format of a tokenizer; `template` is a file or the template itself, the tokenizer's own if None.
-
-        Raises:
-            ConfigError: There is no template, or it is not valid Jinja.
-            NotFound: There is no such file.
+        ConfigError: no template, or no valid Jinja; NotFound: no such file.
         """
         if template is None:
             own = own_template(tokenizer)
@@ -146,9 +138,8 @@ class ChatFormat:
         return fingerprint(self.template)
 
     def written(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, **variables: Any) -> str:
-        """A conversation as text; with `reply` up to where the assistant goes on.
-
-        ConfigError if the template refuses it, such as a system message that it has no place for.
+        """A conversation as text; with `reply` up to where the assistant goes on. ConfigError if the template
+        refuses it, such as a system message that it has no place for.
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -186,17 +177,13 @@ class ChatFormat:
         return text.startswith(bos) and text.count(bos) == 1
 
     def encode(self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False) -> Encoded:
-        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and who says each token.
+        """Token ids of a conversation, exactly those of transformers' `apply_chat_template`, and who says each
+        token.
 
-        A token belongs to the side that says its last character. Where the template marks the assistant's text with
-        `{% generation %}`, that decides; elsewhere it is the content and the special token that ends the turn.
-
-        Args:
-            messages: As `plain_messages` gives them.
-            reply: Up to where the assistant goes on: after the mark that begins its turn, or within its last message.
-
-        Raises:
-            ConfigError: The template refuses the conversation; or the tokenizer does not say where tokens begin.
+        A token belongs to the side that says its last character. Where the template marks the assistant's text with `{%
+        generation %}`, that decides; elsewhere it is the content and the special token that ends the turn. `messages`
+        are as `plain_messages` gives them; with `reply`, up to where the assistant goes on. ConfigError: the template
+        refuses the conversation, or the tokenizer does not say where tokens begin.
         """
         text = self.written(messages, reply=reply)
         if not getattr(self.tokenizer, "is_fast", False):

@@ -26,14 +26,10 @@ class Row(NamedTuple):
 
 
 def cut_rows(lm: LanguageModel, documents: Iterable[str], context_size: int, how: ChatKeys) -> Iterator[Row]:
-    """Rows without padding, each with a BOS token in front, if there is one.
+    """Rows without padding, each with a BOS token in front, if there is one; the last, if short, is dropped.
 
     A row of chats begins where a conversation does; others follow after a separator, and what goes beyond the row's end
-    is left out. The last row, if short, is dropped.
-
-    Raises:
-        EmptySelection: The documents are shorter than a row.
-        SaeffectError: A document is no conversation, or the chat template refuses it.
+    is left out. EmptySelection: shorter than a row. SaeffectError: no conversation, or the chat template refuses it.
     """
     if how.format == "text":
         yield from (Row(ids) for ids in lm.pack(documents, context_size))
@@ -67,9 +63,8 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
 
 
 def counted(rows: Sequence[Row], positions: Sequence[str]) -> NDArray[np.bool_] | None:
-    """The tokens of rows on which activations count, bool `[n_rows, context_size]`; None for all.
-
-    EmptySelection if there is none.
+    """The tokens of rows on which activations count, bool `[n_rows, context_size]`; None for all; EmptySelection for
+    none.
     """
     if "all" in positions:
         return None

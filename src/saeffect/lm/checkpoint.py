@@ -26,8 +26,7 @@ _ANOTHER_FOLDER = "choose another output folder, or move away what is there."
 class Checkpoint:
     """Weights, Adam's moments, other tensors, and the number of finished steps, in files that are whole or absent.
 
-    `folder` keeps the `keep` newest, as `step-00000500.safetensors` and so on. `made_by` is a fingerprint of everything
-    that decides the run; another run's checkpoint is refused.
+    `folder` keeps the `keep` newest. `made_by` is a fingerprint of all that decides the run; another's is refused.
     """
 
     def __init__(self, folder: Path, made_by: str, *, keep: int = 1) -> None:
@@ -64,8 +63,8 @@ class Checkpoint:
     ) -> None:
         """Save the state after `step` steps: weights by name, Adam's moments of each, and other tensors.
 
-        Runs that resume together set `drop_old` to False and call it when all have saved. If the disk is full or not
-        writable: BadFile, and older checkpoints stay.
+        Runs that resume together set `drop_old` to False and call it when all have saved. BadFile if the disk is full
+        or not writable; older checkpoints stay.
         """
         tensors = {f"other.{name}": t for name, t in others.items()}
         for name, p in weights.items():
@@ -107,9 +106,8 @@ class Checkpoint:
         *,
         step: int | None = None,
     ) -> int:
-        """Restore in place what `save` was given, from step `step` (0 for none) or the newest; the number of that step.
-
-        ConfigError if the checkpoint is another run's; BadFile if it is damaged.
+        """Restore in place what `save` was given, from step `step` (0 for none) or the newest; the number of that
+        step. ConfigError if the checkpoint is another run's; BadFile if it is damaged.
         """
         if step is None:
             step = max(self.steps(), default=0)
@@ -148,11 +146,8 @@ class Checkpoint:
 class TrainingFolder:
     """One training's folder: one writer at a time, the newest `keep` checkpoints, and a note of the results.
 
-    Other people's files stay; a folder where they are in the way is refused.
-
-    Args:
-        made_by: Fingerprint of everything that decides the results, contents of files included.
-        leaves: Names of the files that such a training leaves.
+    Other people's files stay; a folder where they are in the way is refused. `made_by` is a fingerprint of everything
+    that decides the results, contents of files included; `leaves` names the files that such a training leaves.
     """
 
     def __init__(self, path: Path, made_by: str, leaves: Sequence[str], *, keep: int = 1) -> None:
@@ -176,9 +171,8 @@ class TrainingFolder:
         self.refuse_strangers()
         note, owner = self.note(), self.checkpoint.owner()
         if note is not None and note["made_by"] != self._made_by:
-            earlier = "" if note["files"] else ", or an earlier version of saeffect"
             raise ConfigError(
-                f"this folder holds what another recipe made, or this one from another model or text{earlier}.",
+                "this folder holds what another recipe made, or this one from another model or text.",
                 at=str(self.path),
                 fix=_ANOTHER_FOLDER,
             )
@@ -187,9 +181,8 @@ class TrainingFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep others out while the block runs; half-written files are removed.
-
-        Raises what `refuse_others` raises; InUse if another process trains here; BadFile if the folder is not writable.
+        """Keep others out while the block runs; half-written files are removed. Errors of `refuse_others`; InUse if
+        another process trains here; BadFile if the folder is not writable.
         """
         with sole_writer(self.path):
             self.refuse_others()
@@ -208,10 +201,9 @@ class TrainingFolder:
             return None
         with contextlib.suppress(SaeffectError):
             note = read_json(path)
-            # A note of an earlier version has no hashes: then nothing can be verified.
-            files = note.get("files", {}) if isinstance(note, dict) and isinstance(note.get("made_by"), str) else None
+            files = note.get("files") if isinstance(note, dict) and isinstance(note.get("made_by"), str) else None
             if isinstance(files, dict) and all(isinstance(digest, str) for digest in files.values()):
-                return {**note, "files": files}
+                return note
         raise BadFile(
             f"{_FINISHED} is damaged, so nothing says which recipe made the files beside it.",
             at=str(self.path),

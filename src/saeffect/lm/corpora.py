@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import re
@@ -21,13 +22,14 @@ from saeffect.io import fingerprint, hash_file, hash_folder
 from saeffect.lm.chat_rows import cut_rows
 from saeffect.lm.fields import TextField
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.text_files import FORMATS, SUFFIXES, Row, file_rows, format_of
+from saeffect.lm.text_files import FORMATS, SUFFIXES, Record, file_rows, format_of
 from saeffect.lm.tokens import tokenizer_identity
 from saeffect.paths import refuse_special, user_path
 
 __all__ = [
-    "documents_of",
     "StreamedText",
+    "documents_of",
+    "find_duplicates",
     "interleave",
     "is_held_out",
     "is_local",
@@ -45,24 +47,23 @@ _HUB = "hf:"
 _SPLIT = "train"  # of datasets
 _PATTERN = re.compile(r"[*?\[]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Of duplicates: words of a run, as those who clean test sets of language models count; share of a document's runs that
+# stand elsewhere too; characters that are looked at.
+_RUN, _REPEATED, _LOOKED_AT = 13, 0.5, 40_000_000
+_MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def read_corpus(source: TextSource | str, *, field: str = "text", chat: bool = False) -> Iterator[str]:
-    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left out.
+    """Documents, one string each, in the order of the files; half a character becomes U+FFFD, empty ones are left
+    out.
 
-    With `chat` a document is a list of messages, or its JSON in a text, and comes as JSON: see `messages_of`.
+    `source` is as in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
+    files, read by name; a folder from `save_to_disk` of datasets; or a dataset on the hub (streamed), `org/name` or
+    `hf:name`. `field` (or a template) holds the text where `source` is a path. With `chat` a document is a list of
+    messages, or its JSON in a text, and comes as JSON: see `messages_of`.
 
-    Args:
-        source: As in a study's `text.sources`, or its path alone: a file of `FORMATS`; a folder or pattern of such
-            files, read by name; a folder from `save_to_disk` of the library datasets; or a dataset on the hub
-            (streamed), `org/name` or `hf:name`.
-        field: Field of a row with the text, or a template, where `source` is a path alone.
-
-    Raises:
-        NotFound: No such file or dataset.
-        BadFile: Another encoding or format, damaged, too long a line, or a row without text (with its line).
-        ConfigError: `source` is no valid path, or `field` no template.
-        EmptySelection: No document.
+    NotFound: no such file or dataset. BadFile: another encoding or format, damaged, too long a line, or a row without
+    text (with its line). ConfigError: an impossible path or template. EmptySelection: no document.
     """
     source = TextSource.model_construct(path=source, field=field) if isinstance(source, str) else source
     how, count = TextField.parse(source.field), 0
@@ -84,9 +85,10 @@ def documents_of(sources: Iterable[TextSource], how: ChatKeys) -> Iterator[str]:
         yield from read_corpus(source, chat=how.format == "chat")
 
 
-def read_rows(source: TextSource) -> Iterator[Row]:
-    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as `read_corpus`,
-    of fields none."""
+def read_rows(source: TextSource) -> Iterator[Record]:
+    """The rows of a source, each with its place; of tables at least the columns of its field. Errors as
+    `read_corpus`.
+    """
     field = TextField.parse(source.field)
     path = user_path(source.path)
     refuse_special(path, "text")
@@ -116,8 +118,7 @@ def is_local(source: TextSource) -> bool:
 def source_files(source: TextSource) -> list[Path]:
     """The files that a local source stands for, by name; NotFound if a pattern or a folder has none.
 
-    Of a folder those with a known ending; if names say which split they are of (`train-00000.parquet`, `test/a.csv`),
-    those of the source's split.
+    Of a folder those with a known ending; if names say of which split (`train-00000.parquet`), those of the source's.
     """
     path = user_path(source.path)
     if path.is_file() or (path.exists() and not path.is_dir()):
@@ -161,7 +162,7 @@ def source_identity(source: TextSource) -> Any:
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is held out: decided by its content, so duplicates stay together.
+    """Whether a document is held out: decided by its content, so that duplicates stay together.
 
     Example:
         >>> sum(is_held_out(str(i), 0.1) for i in range(1000))
@@ -179,7 +180,7 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
-def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
+def _saved_dataset(path: Path, split: str) -> Iterator[Record]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -195,17 +196,17 @@ def _saved_dataset(path: Path, split: str) -> Iterator[Row]:
             )
         found = found[split]
     for number, row in enumerate(found, start=1):
-        yield Row(row, f"{path}, row {number}")
+        yield Record(row, f"{path}, row {number}")
 
 
-def _hub_rows(source: TextSource) -> Iterator[Row]:
+def _hub_rows(source: TextSource) -> Iterator[Record]:
     from datasets import load_dataset
 
     name = source.path.removeprefix(_HUB)
     subset = () if source.subset is None else (source.subset,)
     try:
         for number, row in enumerate(load_dataset(name, *subset, split=source.split, streaming=True), start=1):
-            yield Row(row, f"{name}, row {number}")
+            yield Record(row, f"{name}, row {number}")
     except Exception as error:
         raise NotFound(
             f"cannot read the dataset {name!r}: {first_line(error).rstrip('.')}",
@@ -228,9 +229,8 @@ def interleave(*streams: Iterator[T]) -> Iterator[tuple[int, T]]:
 class StreamedText:
     """A corpus that is read and tokenised as its rows are asked for: it may be larger than memory.
 
-    Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all. The share
-    `held_out` of documents is left out. The seed mixes `buffer` documents of each source; 1 keeps file order. `how`
-    says what a document is.
+    Rows of `context_size` tokens come from each source in turn, until one ends or there are `tokens` in all, without
+    the share `held_out` of documents. The seed mixes `buffer` documents of each source; 1 keeps file order.
     """
 
     lm: LanguageModel
@@ -258,10 +258,8 @@ class StreamedText:
         return fingerprint([files, fields, tokenizer_identity(self.lm.tokenizer), how, *more])
 
     def rows(self) -> Iterator[NDArray[np.int32]]:
-        """Token ids, int32 `[context_size]`, one row after the other.
-
-        EmptySelection if the text ends before `tokens` tokens; SaeffectError, naming the source, if one cannot be read
-        or is shorter than a row.
+        """Token ids, int32 `[context_size]`, row by row. EmptySelection if the text ends before `tokens` tokens;
+        SaeffectError, naming the source, if one cannot be read or is shorter than a row.
         """
         streams = [self._stream(index) for index in range(len(self.sources))]
         count = 0
@@ -298,3 +296,44 @@ def _mixed(texts: Iterable[str], size: int, generator: np.random.Generator) -> I
         yield held[at]
         held[at] = text
     yield from (held[i] for i in generator.permutation(len(held)))
+
+
+def find_duplicates(texts: Iterable[str], share: float) -> str:
+    """A warning if held-out documents, those of `is_held_out(text, share)`, stand in the others too; "" if none does.
+
+    Those count of which half the runs of 13 words (of shorter ones: all words in their order) are in a training
+    document, in whatever case and with whatever spaces; equal ones are on one side anyway. Of a long text the first 40
+    million characters are compared.
+    """
+    training: list[NDArray[np.uint64]] = []
+    held_out: list[tuple[str, NDArray[np.uint64]]] = []
+    seen = 0
+    with contextlib.suppress(SaeffectError):  # a text that cannot be read: whoever uses it says so
+        for text in texts:
+            runs = _runs(text)
+            if is_held_out(text, share):
+                held_out.append((" ".join(text[:200].split())[:60], runs))
+            else:
+                training.append(runs)
+            seen += len(text)
+            if seen > _LOOKED_AT:
+                break
+    known = np.unique(np.concatenate(training)) if training else np.zeros(0, dtype=np.uint64)
+    found = [head for head, runs in held_out if len(runs) and np.isin(runs, known).mean() >= _REPEATED]
+    if not found:
+        return ""
+    return (
+        f"{len(found):,} of {len(held_out):,} held-out documents stand in the training text too, but for small changes"
+        f" (such as {found[0]!r}): what is measured on them is too good"
+    )
+
+
+def _runs(text: str) -> NDArray[np.uint64]:
+    """A number for each run of words (of a shorter text, for all of it)."""
+    words = re.findall(r"\w+", text.casefold())
+    codes = np.fromiter((hash(word) & (2**64 - 1) for word in words), dtype=np.uint64, count=len(words))
+    length = min(_RUN, len(codes))
+    mixed = np.zeros(max(0, len(codes) - length + 1) if length else 0, dtype=np.uint64)
+    for at in range(length):
+        mixed = mixed * _MIX + codes[at : at + len(mixed)]
+    return mixed

@@ -16,11 +16,8 @@ __all__ = ["TextField", "kind_of"]
 
 @dataclass(frozen=True)
 class TextField:
-    """How the text of a row is made.
-
-    Attributes:
-        wanted: As the user wrote it.
-        parts: What stands before each name, and the name; the last one has no name.
+    """How the text of a row is made: `wanted` as the user wrote it; `parts`, what stands before each name, and the
+    name (the last part has none).
 
     Example:
         >>> TextField.parse("Q: {question}\\nA: {answers.text.0}").names
@@ -32,9 +29,8 @@ class TextField:
 
     @classmethod
     def parse(cls, wanted: str) -> TextField:
-        """Read `text`, `meta.text` or `"{question}\\n{answer}"`; ConfigError for a template that is none.
-
-        Braces that are text are doubled, as in Python.
+        """Read `text`, `meta.text` or `"{question}\\n{answer}"` (braces that are text are doubled); ConfigError if
+        it is none.
         """
         if "{" not in wanted:
             return cls(wanted, (("", wanted),))
@@ -72,9 +68,8 @@ class TextField:
         )
 
     def messages(self, row: Mapping[str, Any] | str, at: str) -> str:
-        """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none.
-
-        A text is taken to be JSON already, as cells of CSV are.
+        """The list of messages in a row that was read at `at`, as JSON; BadFile if there is none. A text is taken to
+        be JSON already, as cells of CSV are.
         """
         if isinstance(row, str):
             raise BadFile("this is plain text, and no messages.", at=at, fix=_CHATS)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +20,16 @@ from saeffect.config_chat import ChatKeys
 from saeffect.errors import BadFile, ConfigError, Interrupted, SaeffectError
 from saeffect.io import atomic_path, fingerprint, read_json, versions, write_json
 from saeffect.lm.accounting import quiet_transformers
-from saeffect.lm.chat_rows import counted, cut_rows, lm_for_chats
+from saeffect.lm.activations import TokenRows
+from saeffect.lm.chat_rows import cut_rows, lm_for_chats
 from saeffect.lm.checkpoint import Checkpoint, TrainingFolder
-from saeffect.lm.corpora import is_held_out, read_corpus
-from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.corpora import find_duplicates, is_held_out, read_corpus
 from saeffect.lm.finetune_config import FinetuneConfig, finetune_keys
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_language_model
 from saeffect.lm.lora import fast_training, next_token_loss
 from saeffect.lm.tokens import resolve_prepend_bos
-from saeffect.parallel import Interruption
+from saeffect.parallel import Interruption, stopping
 from saeffect.paths import name_to_share
 from saeffect.progress import SILENT, Log
 
@@ -61,13 +60,9 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     """Train a LoRA adapter and write it to `out`.
 
     A run that was stopped, also with `kill -9`, resumes from its last checkpoint (in `out/checkpoint`) and ends with
-    the same weights; a finished one is not repeated.
-
-    Raises:
-        Interrupted: Ctrl-C or SIGTERM; the message says how to resume.
-        BadFile: The loss is not finite; or something cannot be written.
-        ConfigError: `out` holds what another configuration, model, text or program made; or a module is missing.
-        InUse: Another process trains into `out`.
+    the same weights; a finished one is not repeated. Interrupted: Ctrl-C or SIGTERM. BadFile: the loss is not finite,
+    or something cannot be written. ConfigError: `out` holds what something else made, or a module is missing. InUse:
+    another process trains into `out`.
     """
     out = Path(out)
     TrainingFolder(out, "", _LEAVES).refuse_strangers()
@@ -95,28 +90,18 @@ def finetune(config: FinetuneConfig, out: Path | str, *, log: Log = SILENT) -> F
     return result
 
 
-class _Rows(NamedTuple):
-    """Token ids int32 `[n_rows, context_size]`, and bool of that shape, which of them are learnt; None: all."""
-
-    ids: NDArray[np.int32]
-    counts: NDArray[np.bool_] | None
-
-    def part(self, which: Any) -> _Rows:
-        return _Rows(self.ids[which], None if self.counts is None else self.counts[which])
-
-
-def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, _Rows]:
-    """Training rows in a seeded order, under "", and held-out rows of each text."""
+def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, TokenRows]:
+    """Training rows in a seeded order, under "", and held-out rows of each text; what counts is learnt."""
     chat = config.format == "chat"
 
-    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> _Rows:
+    def packed(key: str, source: TextSource, held_out: bool, limit: int) -> TokenRows:
         try:
             texts = [t for t in read_corpus(source, chat=chat) if is_held_out(t, config.held_out) == held_out]
             # Files are often sorted by source or topic, so documents are shuffled before they are cut into rows.
             order = np.random.default_rng(config.seed).permutation(len(texts))
             order = order if held_out else order[: config.documents]
             found = list(islice(cut_rows(lm, (texts[i] for i in order), config.context_size, config), limit))
-            return _Rows(np.stack([row.ids for row in found]), counted(found, (config.loss,)))
+            return TokenRows.of(found, [0] * len(found), (key,), (config.loss,))
         except SaeffectError as error:
             raise error.placed(key) from None
 
@@ -129,7 +114,7 @@ def _rows(config: FinetuneConfig, lm: LanguageModel) -> dict[str, _Rows]:
     return rows
 
 
-def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Rows]) -> str:
+def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, TokenRows]) -> str:
     """Fingerprint of everything that decides the adapter; of texts and model the contents, not the paths."""
     not_told = {"text", "control_text", "field", "documents", "bos", "checkpoint_every"}
     recipe = config.model_dump(mode="json", exclude=not_told | {*ChatKeys.model_fields, "loss"})
@@ -138,7 +123,7 @@ def _made_by(config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Row
 
 
 def _make(
-    config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, _Rows], folder: TrainingFolder, log: Log
+    config: FinetuneConfig, lm: LanguageModel, texts: Mapping[str, TokenRows], folder: TrainingFolder, log: Log
 ) -> None:
     held_out = {name: rows for name, rows in texts.items() if name}
 
@@ -152,7 +137,7 @@ def _make(
             f"warning: {config.steps:,} steps end within the {config.warmup_steps:,} of the warm-up: the learning rate"
             f" reaches {_peak(config.model_dump()):.2g}, not {config.learning_rate:g}"
         )
-    repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out).words()
+    repeats = find_duplicates(read_corpus(config.text, chat=config.format == "chat"), config.held_out)
     if repeats:
         log(f"warning: {repeats}")
     before = measure(lm.model, "before: ")
@@ -198,7 +183,7 @@ def _with_adapter(lm: LanguageModel, config: FinetuneConfig) -> Any:
             ) from error
 
 
-def _train(model: Any, train: _Rows, config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
+def _train(model: Any, train: TokenRows, config: FinetuneConfig, checkpoint: Checkpoint, log: Log) -> float:
     """Train from the last checkpoint, if any, to the end; the last loss, in nats."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
@@ -209,7 +194,7 @@ def _train(model: Any, train: _Rows, config: FinetuneConfig, checkpoint: Checkpo
 
     # Training stays in evaluation mode: dropout would draw other numbers after a resume than in one go.
     started = time.monotonic()
-    with _stoppable(checkpoint) as interruption:
+    with stopping(f"{checkpoint.folder} holds the last checkpoint"), Interruption() as interruption:
         for step in range(first, config.steps):
             optimizer.param_groups[0]["lr"] = _rate(step, config)
             rows = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(train.ids)
@@ -239,19 +224,6 @@ def _train(model: Any, train: _Rows, config: FinetuneConfig, checkpoint: Checkpo
     return float(others["loss"])
 
 
-@contextlib.contextmanager
-def _stoppable(checkpoint: Checkpoint) -> Iterator[Interruption]:
-    """Delay the first Ctrl-C or SIGTERM to the end of a step; the second raises an error that says how to resume."""
-    try:
-        with Interruption() as interruption:
-            yield interruption
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped at once; {checkpoint.folder} holds the last checkpoint.",
-            fix="run the same command again to go on.",
-        ) from None
-
-
 def _rate(step: int, config: FinetuneConfig) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     if step < config.warmup_steps:
@@ -265,7 +237,7 @@ def _peak(recipe: Mapping[str, Any]) -> float:
     return float(recipe["learning_rate"] * min(1.0, recipe["steps"] / max(1, recipe["warmup_steps"])))
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, rows: _Rows) -> float:
+def _step(model: Any, optimizer: torch.optim.Optimizer, rows: TokenRows) -> float:
     ids = torch.from_numpy(rows.ids.astype(np.int64)).to(next(model.parameters()).device)
     counts = None if rows.counts is None else torch.from_numpy(rows.counts).to(ids.device)
     loss = next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, counts)
@@ -290,9 +262,8 @@ def _cross_entropy(model: Any, rows: NDArray[np.int32], counts: NDArray[np.bool_
 def perplexity(
     model: Any, rows: NDArray[np.int32], *, batch_size: int = 8, counts: NDArray[np.bool_] | None = None
 ) -> float:
-    """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`.
-
-    At least 1: the effective number of equally likely next tokens. A BOS in front is read, not predicted. With
+    """exp of the mean next-token cross-entropy of a transformers model over rows, int32 `[n_rows, context_size]`: at
+    least 1, the effective number of equally likely next tokens. A BOS in front is read, not predicted. With
     `counts`, bool as `rows`, over those tokens alone.
     """
     parts = [slice(start, start + batch_size) for start in range(0, len(rows), batch_size)]

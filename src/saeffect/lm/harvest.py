@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saeffect.checksums import open_tensors, read_tensors, save_tensors
-from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted, NotFound
+from saeffect.errors import BadFile, ConfigError, EmptySelection, NotFound
 from saeffect.io import fingerprint, read_json, remove_leftovers, sole_writer, write_json
 from saeffect.lm.activations import (
     ActivationSource,
@@ -33,7 +33,7 @@ from saeffect.lm.activations import (
     shuffled,
 )
 from saeffect.lm.language_model import LanguageModel, fused
-from saeffect.parallel import barrier, is_first, rank_and_world
+from saeffect.parallel import barrier, is_first, rank_and_world, stopping
 from saeffect.progress import SILENT, Log
 
 __all__ = [
@@ -68,19 +68,12 @@ def harvest(
     """Write the activations of every kept position to shards under `out`, in the model's dtype.
 
     A harvest that was killed continues after its last whole shard. Under `torchrun` each process writes its share of
-    the shards (the files are those of one process); `rows` and `out` must then be the same in every process.
+    the shards (the files are those of one process); `rows` and `out` must then be the same in every process. A shard
+    has `rows_per_shard` rows of text, a forward pass `batch_size`.
 
-    Args:
-        hook: TransformerLens name.
-        rows_per_shard: Rows of text a shard.
-        batch_size: Rows a forward pass.
-
-    Raises:
-        ConfigError: As `check_rows`; the folder holds another harvest; or the disk is too small for the shards.
-        EmptySelection: No rows.
-        BadFile: A shard cannot be written; or `harvest.json` is damaged.
-        InUse: Another process harvests into this folder.
-        Interrupted: Ctrl-C; whole shards stay.
+    ConfigError: as `check_rows`; the folder holds another harvest; or the disk is too small. EmptySelection: no rows.
+    BadFile: a shard cannot be written, or `harvest.json` is damaged. InUse: another process harvests into this folder.
+    Interrupted: Ctrl-C; whole shards stay.
     """
     out = Path(out)
     check_rows(lm, hook, rows)
@@ -94,20 +87,17 @@ def harvest(
         missing = _missing(out, starts)
         todo = [start for start in missing if start // rows_per_shard % world == rank]
         began = time.monotonic()
-        try:
-            with fused(lm):
-                for done, start in enumerate(todo, start=1):
-                    passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
-                    save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
-                    all_done = min(done * world, len(missing))
-                    pace = all_done / (time.monotonic() - began)
-                    log(
-                        f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
-                        f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
-                        f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
-                    )
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped; whole shards stay in {out}.", fix="run the same command to go on.") from None
+        with stopping(f"whole shards stay in {out}"), fused(lm):
+            for done, start in enumerate(todo, start=1):
+                passes = range(start, min(start + rows_per_shard, len(rows)), batch_size)
+                save_tensors(out / shard_name(start // rows_per_shard), _shard(lm, hook, rows, passes, limit))
+                all_done = min(done * world, len(missing))
+                pace = all_done / (time.monotonic() - began)
+                log(
+                    f"harvest {len(starts) - len(missing) + all_done}/{len(starts)} shards"
+                    f"  {pace * rows_per_shard * rows.context_size:,.0f} tokens/s"
+                    f"  {(len(missing) - all_done) / pace / 60:.1f} min left"
+                )
         barrier()
     return ActivationStore.open(out)
 
@@ -191,9 +181,8 @@ class ShardSource(ActivationSource):
     def batches(
         self, batch_size: int, *, seed: int, epoch: int, start: int = 0, pool_shards: int = 16
     ) -> Iterator[Tensor]:
-        """See `ActivationSource`; BadFile for a damaged shard.
-
-        Shards are shuffled, and tokens within `pool_shards` of them. Memory holds two such pools.
+        """See `ActivationSource`; BadFile for a damaged shard. Shards are shuffled, and tokens within `pool_shards`
+        of them. Memory holds two such pools.
         """
         lengths = self.lengths()
         visits = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
@@ -218,10 +207,7 @@ class ActivationStore(ShardSource):
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Open a harvest.
-
-        NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards.
-        """
+        """Open a harvest. NotFound without `harvest.json`, BadFile if it is damaged, EmptySelection without shards."""
         folder = Path(folder)
         store = cls(folder, _read_note(folder))
         if not store.shards():
@@ -238,16 +224,15 @@ class ActivationStore(ShardSource):
     def norm_limit(self) -> NormLimit:
         """Which positions were kept; BadFile if the note lacks it."""
         found: Any = self.note.get("norm_limit")
-        values: list[Any] = (
-            [found.get(name) for name in ("median_norm", "limit")] if isinstance(found, dict) else [None]
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            limit = NormLimit(float(found["median_norm"]), float(found["limit"]))
+            if math.isfinite(limit.median_norm) and math.isfinite(limit.limit):
+                return limit
+        raise BadFile(
+            f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
+            at=str(self.folder / _NOTE),
+            fix="delete the folder and harvest again.",
         )
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            raise BadFile(
-                f"norm_limit is {found!r}; expected two finite numbers, median_norm and limit.",
-                at=str(self.folder / _NOTE),
-                fix="delete the folder and harvest again.",
-            )
-        return NormLimit(*map(float, values))
 
     def identity(self) -> str:
         return fingerprint(self.note["made_by"])

@@ -133,9 +133,8 @@ class LanguageModel:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text to continue, after the BOS token if there is one; of a chat, up to the reply.
-
-        ConfigError if the chat template refuses the conversation.
+        """Token ids of a text to continue, after the BOS token if there is one; of a chat, up to the reply
+        (ConfigError if the chat template refuses it).
         """
         if isinstance(prompt, str):
             return with_bos(self.encode(prompt), self.bos_id)
@@ -154,8 +153,7 @@ class LanguageModel:
         self, messages: Sequence[Mapping[str, Any]], *, reply: bool = False, begins: bool = True
     ) -> Encoded:
         """A conversation's token ids, one BOS in front if there is to be one, and who says each; see `ChatFormat`.
-
-        `begins`: whether a row begins here; within a row there is no BOS.
+        Within a row, where it does not begin (`begins`), there is no BOS.
         """
         ids, parts = self.chat_format.encode(messages, reply=reply)
         written = self.chat_format.writes_bos
@@ -170,10 +168,9 @@ class LanguageModel:
         return int(len(ids) > 0 and self.bos_id is not None and int(ids[0]) == self.bos_id)
 
     def pack(self, texts: Iterable[str], context_size: int) -> Iterator[NDArray[np.int32]]:
-        """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`.
-
-        The last, short piece is dropped; each row begins with BOS, if there is one. ConfigError if the tokenizer has no
-        separator, EmptySelection if the text is shorter than a row.
+        """Join documents with a separator and cut them into rows without padding, int32 `[context_size]`, each with
+        BOS in front, if there is one; the last, short piece is dropped. ConfigError without a separator,
+        EmptySelection without a row.
         """
         separator, bos = separator_id(self.tokenizer), self.bos_id
         held: list[int] = []
@@ -263,7 +260,7 @@ def fused(lm: LanguageModel, *, gradients: bool = False) -> Iterator[None]:
 
     `gelu_new` is one operation instead of seven, and attention skips what the causal mask hides. Results differ by
     rounding: one part in 10^6 in float32; in bfloat16 attention scores are rounded to bfloat16, as in transformers'
-    `eager` attention. Activation functions overwrite their input; where `gradients` are wanted, they stay as they are.
+    `eager` attention. Activation functions overwrite their input, but not where `gradients` are wanted.
     """
     replaced: list[nn.Module] = []
     try:
@@ -318,10 +315,9 @@ def _attention(lm: LanguageModel) -> Iterator[None]:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None = None) -> Tensor:
-    """Causal attention, `[batch, heads, sequence, d_head]` to `[batch, sequence, heads, d_head]` of the same dtype.
-
-    It skips what lies beyond a block of queries. Keys and values may have fewer heads; each serves `heads / key heads`
-    queries in a row. `scaling` of the scores is 1/sqrt(d_head) if None. Scores are rounded to the dtype of `query`.
+    """Causal attention, `[batch, heads, sequence, d_head]` to `[batch, sequence, heads, d_head]` of the same dtype,
+    without what lies beyond a block of queries. Of fewer heads, each key and value serves `heads / key heads`
+    queries in a row. `scaling` of the scores is 1/sqrt(d_head) if None; scores are rounded to the dtype of `query`.
     """
     batch, heads, length, width = query.shape
     shared = key.shape[1]

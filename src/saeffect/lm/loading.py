@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import re
 import threading
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embed
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.placement import Placement
 from saeffect.lm.tokens import tokenizer_trouble
-from saeffect.paths import user_path
+from saeffect.paths import BUNDLED, BUNDLED_FOLDER, user_path
 from saeffect.progress import SILENT, Log
 
 __all__ = [
@@ -39,7 +38,6 @@ __all__ = [
     "resolve_dtype",
 ]
 
-BUNDLED = "bundled:"
 # transformers changes its own state while it loads, so that two threads would spoil each other's models.
 _ONE_AT_A_TIME = threading.RLock()
 _ONE_OF = {"studies": "study", "vocabularies": "vocabulary"}
@@ -66,7 +64,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
     """Folder or file of a bundled artifact, `bundled/<kind>/<name>`; UnknownName, with a list, if there is none."""
-    root = Path(str(importlib.resources.files("saeffect"))) / "bundled" / kind
+    root = BUNDLED_FOLDER / kind
     found = root / name
     if name in ("", ".", "..") or "/" in name or not found.exists():
         valid = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
@@ -78,10 +76,8 @@ def bundled_path(kind: str, name: str, *, at: str | None = None) -> Path:
 def locate_model(config: ModelConfig, *, log: Log = SILENT, at: str | None = None) -> Path | str:
     """Where the base weights are: a local path, or the hub id for transformers.
 
-    Raises:
-        NotFound: A path that does not exist, or a folder without a config.json.
-        UnknownName: A `bundled:` name other than the embedded model.
-        ConfigError: Neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
+    NotFound: no such path, or a folder without config.json. UnknownName: another `bundled:` name than the embedded
+    model's. ConfigError: neither a path nor a hub id; a folder that is an adapter, or both an adapter and a model.
     """
     where = f"{at}.path" if at else None
     if config.path.startswith(BUNDLED):
@@ -123,9 +119,8 @@ def _require_model(folder: Path, name: str, where: str | None) -> None:
 
 
 def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str | None:
-    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id.
-
-    NotFound if a folder is missing or no adapter; UnknownName for a `bundled:` name that does not exist.
+    """Where the PEFT adapter is: None, a folder with adapter_config.json, or a hub id. NotFound if a folder is
+    missing or no adapter; UnknownName for a `bundled:` name that does not exist.
     """
     where = f"{at}.adapter" if at else None
     if config.adapter is None:
@@ -148,16 +143,13 @@ def locate_adapter(config: ModelConfig, *, at: str | None = None) -> Path | str 
 
 
 def load_language_model(config: ModelConfig | str, *, at: str | None = None, log: Log = SILENT) -> LanguageModel:
-    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or spread.
+    """Load weights, tokenizer and adapter; the adapter is merged into the weights, unless they are quantised or
+    spread.
 
-    `config` may be just a path or id; `at` is its key in the study file, for error messages.
-
-    Raises:
-        NotFound: Unknown path or hub id, or no weights there in safetensors.
-        BadFile: Weights that are truncated, hold NaN or are not the model's; sizes in config.json that the weights do
-            not have; or an adapter that is pickled.
-        IncompatibleModels: An adapter that does not fit the base model.
-        ConfigError: An adapter that cannot be merged, or a folder with both a model and an adapter.
+    `config` may be just a path or id; `at` is its key in the study file, for errors. NotFound: no such path or hub id,
+    or no safetensors there. BadFile: weights that are truncated, hold NaN or are not the model's; sizes in config.json
+    that the weights do not have; a pickled adapter. IncompatibleModels: the adapter does not fit. ConfigError: it
+    cannot be merged, or a folder has both a model and an adapter.
     """
     config = ModelConfig(path=config) if isinstance(config, str) else config
     base = locate_model(config, log=log, at=at)

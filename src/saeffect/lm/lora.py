@@ -39,10 +39,9 @@ def fast_training(lm: LanguageModel) -> Iterator[None]:
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the next tokens, in nats: a scalar, float32, with a gradient for the logits.
-
-    `logits` are `[batch, sequence, d_vocab]` of any float dtype, `ids` int64 `[batch, sequence]`. With `counts`, bool
-    as `ids`, the mean is over the tokens that count; 0 if none does.
+    """Mean cross-entropy of the next tokens, in nats: a scalar, float32, with a gradient for the logits `[batch,
+    sequence, d_vocab]` of any float dtype; `ids` are int64 `[batch, sequence]`. With `counts`, bool as `ids`, over
+    the tokens that count; 0 if none does.
     """
     loss: Tensor = _NextTokenLoss.apply(logits, ids, counts)
     return loss

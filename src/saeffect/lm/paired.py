@@ -40,8 +40,8 @@ def paired_width(d_model: int, how: Combination | None) -> int:
 
 
 def combined(base: Tensor, tuned: Tensor, how: Combination) -> Tensor:
-    """Activations of both models, `[..., d_model]` each, as one input: `[..., 2 · d_model]`, or their
-    difference, float32 `[..., d_model]`.
+    """Activations of both models, `[..., d_model]` each, as one input: `[..., 2 · d_model]`, or their difference,
+    float32.
 
     Example:
         >>> combined(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0]), "both").tolist()
@@ -90,10 +90,7 @@ class PairedStore(ShardSource):
 
     @classmethod
     def open(cls, base: ActivationStore, tuned: ActivationStore, how: Combination) -> PairedStore:
-        """Check that both harvests are of the same text.
-
-        ConfigError if they are not; EmptySelection if no token counts in both.
-        """
+        """Two harvests: ConfigError if they are not of the same text; EmptySelection if no token counts in both."""
         notes = [store.note["made_by"] for store in (base, tuned)]
         for key in ("text", "hook", "rows_per_shard"):
             if notes[0].get(key) != notes[1].get(key):

@@ -20,12 +20,8 @@ __all__ = ["Placement", "aligned", "plain_copy"]
 
 @dataclass(frozen=True)
 class Placement:
-    """How `from_pretrained` is to place a model.
-
-    Attributes:
-        options: Its arguments.
-        fixed: Whether weights must stay where and as they are: those of a model that is quantised or spread.
-        merge: Whether an adapter is merged into the weights.
+    """How `from_pretrained` is to place a model: its `options`; whether weights must stay where and as they are,
+    quantised or spread (`fixed`); and whether an adapter is merged into the weights (`merge`).
     """
 
     options: dict[str, Any]
@@ -36,11 +32,9 @@ class Placement:
     def of(
         cls, config: ModelConfig, saved: Any, device: torch.device, dtype: torch.dtype, *, at: str | None
     ) -> Placement:
-        """For a model whose config.json is `saved`; an own quantisation of the checkpoint is kept.
-
-        Raises:
-            ConfigError: Quantised a second time; without the package that does it; or an adapter that is to be merged
-                into weights which cannot take it.
+        """For a model whose config.json is `saved`; an own quantisation of the checkpoint is kept. ConfigError:
+        quantised a second time, without the package that does it, or an adapter to be merged into weights that
+        cannot take it.
         """
         own = getattr(saved, "quantization_config", None)
         quantised = own is not None or config.quantize is not None

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 from saeffect.errors import BadFile, ConfigError, first_line
 from saeffect.lm.fields import TextField, kind_of
 
-__all__ = ["FORMATS", "SUFFIXES", "Row", "file_rows", "format_of"]
+__all__ = ["FORMATS", "SUFFIXES", "Record", "file_rows", "format_of"]
 
 FORMATS = (
     ".jsonl, .json, .txt, .csv and .tsv, each also as .gz or .zst; .parquet; .arrow; a folder or a pattern such as"
@@ -41,22 +41,19 @@ _MARKS = (  # the longer ones first
 _FOREIGN = 0.15  # share of bytes above 127 from which a text is not in a Western alphabet
 
 
-class Row(NamedTuple):
+class Record(NamedTuple):
     """One row: its fields (of plain text, the text itself), and where it stands."""
 
     values: Mapping[str, Any] | str
     at: str
 
 
-def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator[Row]:
+def file_rows(path: Path, field: TextField, encoding: str = "utf-8") -> Iterator[Record]:
     """The rows of a file, in its order; of tables at least the columns of `field`.
 
     Packed, Parquet and Arrow files are recognised by their first bytes, the others by their name: `.txt`, a document a
     paragraph; `.csv` and `.tsv`, with a line of column names; `.json`, an array of objects; any other, one a line.
-
-    Raises:
-        BadFile: Another format or encoding, damaged, or too long a line; with its place.
-        ConfigError: No such encoding.
+    BadFile, with its place: another format or encoding, damaged, too long a line. ConfigError: no such encoding.
     """
     try:
         with path.open("rb") as file:
@@ -202,7 +199,7 @@ def _too_long(at: str) -> BadFile:
     )
 
 
-def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -> Iterator[Row]:
+def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -> Iterator[Record]:
     for number, line in lines:
         if not line.strip():
             continue
@@ -212,7 +209,7 @@ def _json_rows(path: Path, lines: Iterable[tuple[int, str]], field: TextField) -
             raise BadFile(
                 f"this line holds {kind_of(row)}; it has to be an object with the field {field.names[0]!r}.", at=at
             )
-        yield Row(row, at)
+        yield Record(row, at)
 
 
 def _parsed(text: str, at: str, what: str) -> Any:
@@ -225,7 +222,7 @@ def _parsed(text: str, at: str, what: str) -> Any:
         raise BadFile(f"{what} is not JSON: {message}.", at=at, fix=_READ) from error
 
 
-def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) -> Iterator[Row]:
+def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) -> Iterator[Record]:
     """An array of objects, or (as often under this name) an object a line."""
     number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
     if not first.lstrip().startswith("["):
@@ -241,10 +238,10 @@ def _json_array(path: Path, lines: Iterator[tuple[int, str]], field: TextField) 
         at = f"{path}, item {index}"
         if not isinstance(row, dict):
             raise BadFile(f"this item is {kind_of(row)}; it has to be an object.", at=at, fix=_READ)
-        yield Row(row, at)
+        yield Record(row, at)
 
 
-def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, delimiters: str) -> Iterator[Row]:
+def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, delimiters: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST)  # of the whole process; Python's own is too small for documents
     header = next(lines, None)
     if header is None:
@@ -263,7 +260,7 @@ def _csv_rows(path: Path, lines: Iterator[tuple[int, str]], field: TextField, de
             elif cells and len(cells) != len(names):
                 raise BadFile(f"this row has {len(cells)} cells where the first line has {len(names)}.", at=at)
             elif cells:
-                yield Row(dict(zip(names, cells, strict=True)), at)
+                yield Record(dict(zip(names, cells, strict=True)), at)
     except csv.Error as error:
         at = f"{path}, line {reader.line_num}"
         raise BadFile(f"this is not CSV: {error}.", at=at, fix="check the quotation marks.") from error
@@ -278,7 +275,7 @@ def _delimiter(header: str, field: TextField, delimiters: str) -> str:
     return delimiters[0]
 
 
-def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Record]:
     held, first = io.StringIO(), 0
     for number, line in lines:
         if line.strip():
@@ -286,13 +283,13 @@ def _paragraphs(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
             if held.tell() + held.write(line) > _LONGEST:
                 raise _too_long(f"{path}, line {number}")
         elif held.tell():
-            yield Row(held.getvalue(), f"{path}, line {first}")
+            yield Record(held.getvalue(), f"{path}, line {first}")
             held, first = io.StringIO(), 0
     if held.tell():
-        yield Row(held.getvalue(), f"{path}, line {first}")
+        yield Record(held.getvalue(), f"{path}, line {first}")
 
 
-def _parquet_rows(path: Path, field: TextField) -> Iterator[Row]:
+def _parquet_rows(path: Path, field: TextField) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -306,12 +303,12 @@ def _parquet_rows(path: Path, field: TextField) -> Iterator[Row]:
                 field.text(dict.fromkeys(there, "") | batch.slice(0, 1).to_pylist()[0], f"{path}, row 1")
             for row in batch.to_pylist():
                 number += 1
-                yield Row(row, f"{path}, row {number}")
+                yield Record(row, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Parquet file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error
 
 
-def _arrow_rows(path: Path, start: bytes) -> Iterator[Row]:
+def _arrow_rows(path: Path, start: bytes) -> Iterator[Record]:
     """Arrow's file format, as Feather, and its stream format, as datasets keeps its tables."""
     import pyarrow as pa
 
@@ -327,6 +324,6 @@ def _arrow_rows(path: Path, start: bytes) -> Iterator[Row]:
                 for first in range(0, batch.num_rows, 64):
                     for row in batch.slice(first, 64).to_pylist():
                         number += 1
-                        yield Row(row, f"{path}, row {number}")
+                        yield Record(row, f"{path}, row {number}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadFile(f"this Arrow file cannot be read: {first_line(error).rstrip('.')}.", at=str(path)) from error

@@ -47,9 +47,8 @@ _BLANK = frozenset(
 
 
 def normalise_token(token: str) -> str:
-    """The word of a token: no leading space or space mark, no trailing space, lower case.
-
-    Vocabulary and word embedding are looked up by this form. A leading letter Ġ is lost, as a space mark of BPE.
+    """The word of a token, by which vocabulary and word embedding are looked up: no leading space or space mark (nor
+    a leading Ġ of its own), no trailing space, lower case.
 
     Example:
         >>> [normalise_token(token) for token in ("ĠCancer", "▁cancer", " CANCER ", "\\ncancer")]
@@ -61,9 +60,8 @@ def normalise_token(token: str) -> str:
 def printable_token(token: str) -> str:
     """The token on one line, every character visible, none acting on the text around it.
 
-    A leading space mark becomes a space; line feeds, carriage returns and tabs become backslash escapes; other
-    controls, bidirectional marks, invisible characters, lone surrogates and unassigned code points become `U+` and
-    their number. Markup stays: escape it when writing HTML.
+    A leading space mark becomes a space; line feeds, carriage returns and tabs become backslash escapes; whatever else
+    is not seen, or acts, becomes `U+` and its number. Markup stays: escape it when writing HTML.
 
     Example:
         >>> printable_token("Ġtumor")
@@ -207,10 +205,9 @@ def tokens_added_before(tokenizer: Any) -> list[int]:
 
 
 def find_bos_id(tokenizer: Any, prepend: bool | None) -> int | None:
-    """The first id of rows of text and prompts, or None. `prepend`: whether there is one; None: as the tokenizer does.
-
-    Gemma, Llama and Mistral were trained with one and are far worse without it; SmolLM2 and GPT-2 were not. ConfigError
-    if there is to be one and the tokenizer has none, or it puts several tokens before a text.
+    """The first id of rows of text and prompts, or None. `prepend`: whether there is one; None: as the tokenizer
+    does (Gemma, Llama and Mistral were trained with one and are far worse without it; SmolLM2 and GPT-2 were not).
+    ConfigError if there is to be one and the tokenizer has none, or it puts several tokens before a text.
     """
     if prepend is False:
         return None
@@ -245,10 +242,8 @@ def with_bos(ids: Sequence[int], bos: int | None) -> list[int]:
 
 
 def resolve_prepend_bos(rule: BosRule, words: Mapping[str, Any]) -> bool | None:
-    """Whether texts begin with BOS; None: as the tokenizer does.
-
-    "auto" follows the SAEs: `words` has `prepend_bos` of each SAE's cfg.json (or None) by the SAE's name. ConfigError
-    if they contradict each other.
+    """Whether texts begin with BOS; None: as the tokenizer does. "auto" follows the SAEs: `words` has `prepend_bos`
+    of each SAE's cfg.json (or None) by the SAE's name. ConfigError if they contradict each other.
 
     Example:
         >>> [resolve_prepend_bos("auto", words) for words in ({"control": True, "treatment": None}, {"control": None})]

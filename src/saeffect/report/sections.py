@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from saeffect.comparison import Answer, Comparison, Trace
+from saeffect.comparison import Answer, CitedNumber, Comparison
 from saeffect.comparison.arms import roles_of
 from saeffect.report.context import ReportContext, SteeringResults
 from saeffect.report.tables.steering import baseline_sentences
@@ -131,7 +131,7 @@ def traced_paragraph(answer: Answer, anchors: Collection[str]) -> tuple[Piece, .
     return tuple(piece for piece in (*pieces, Piece(text[at:])) if piece.text)
 
 
-def _anchors_of(trace: Trace) -> tuple[str, ...]:
+def _anchors_of(trace: CitedNumber) -> tuple[str, ...]:
     row, table = trace["row"], trace["table"]
     if table == "contrasts":
         quantity = str(row["quantity"])

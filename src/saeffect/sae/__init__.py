@@ -1,8 +1,7 @@
 """Sparse autoencoders: what they are (`base`), one architecture a file, files on disk, training, and measures.
 
-In comes a folder with an SAE, of whatever format, or a recipe; out comes a `SparseAutoencoder`, and numbers on how well
-it rebuilds activations. `ARCHITECTURES` has every architecture by name: an import of this package defines those below,
-and a class defined elsewhere enters itself.
+`ARCHITECTURES` has every architecture by name: an import of this package defines those below, and a class defined
+elsewhere enters itself.
 """
 
 # ruff: noqa: I001 - in the order in which messages list them

@@ -28,11 +28,11 @@ class SaeConfig:
         architecture: A key of `ARCHITECTURES`.
         k: Active features a token (topk only).
         apply_b_dec_to_input: Whether the decoder's bias is taken off the input first.
-        normalize_activations: "none", "layer_norm" (each input standardised, undone on the output), or
-            "constant_norm_rescale" (each input scaled to a norm of √d_in, undone on the output).
+        normalize_activations: "none", "layer_norm" (each input standardised) or "constant_norm_rescale" (each input
+            scaled to a norm of √d_in), undone on the output.
         rescale_acts_by_decoder_norm: TopK only: rank features by activation times decoder norm.
-        centre_input: Whether it was trained on residuals centred over dimensions (TransformerLens'
-            center_writing_weights): the mean is taken off the input and put back on the output.
+        centre_input: Whether each input's mean is taken off and put back on the output (TransformerLens'
+            center_writing_weights).
         metadata: Where it comes from: model_name, hook_name, training tokens, and so on.
     """
 
@@ -82,14 +82,12 @@ class SparseAutoencoder(nn.Module, ABC):
         settings: Keys of cfg.json, beside the usual ones, that are kept in the metadata.
         penalty: The key with the coefficient of its sparsity penalty.
         unit_rows: Whether its decoder rows are kept at length 1 unless the recipe says otherwise.
-        loss_parts: Parts of its loss besides "mse", and their labels. A name that ends with an underscore is a prefix;
-            the rest of the name follows the label.
+        loss_parts: Parts of its loss besides "mse", and their labels; a name that ends with an underscore is a prefix.
         vectors: Parameters with one number a feature, float32 `[d_sae]`; the first decides whether a feature is on.
         sides: Names of the models whose activations lie side by side in its input; none for a single model.
         W_enc: float32 `[d_in, d_sae]`.
-        b_enc: One of the vectors, in most architectures.
         W_dec: float32 `[d_sae, d_in]`.
-        b_dec: float32 `[d_in]`.
+        b_dec: float32 `[d_in]`; `b_enc` is one of the vectors, in most architectures.
     """
 
     architecture: ClassVar[str]

@@ -22,11 +22,9 @@ __all__ = ["BatchTopKSae"]
 class BatchTopKSae(TopKSae):
     """Keeps the `k · n_tokens` largest pre-activations of a batch, and of those the positive ones.
 
-    At inference there is no batch, so it is saved as a JumpReLU SAE with the threshold that training followed.
-
-    Attributes:
-        topk_threshold: Running mean of the smallest activation kept in a batch (times the decoder norm with
-            `rescale_acts_by_decoder_norm`), float64, 0-dim; 0 at the start.
+    At inference there is no batch, so it is saved as a JumpReLU SAE with the threshold that training followed:
+    `topk_threshold`, float64, 0-dim, the running mean of the smallest activation kept in a batch (times the decoder
+    norm with `rescale_acts_by_decoder_norm`); 0 at the start.
     """
 
     architecture, label = "batchtopk", "BatchTopK"
@@ -49,9 +47,8 @@ class BatchTopKSae(TopKSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`. The batch is that of all processes.
-
-        Source: Bussmann et al. (2024), BatchTopK Sparse Autoencoders; SAELens' BatchTopKTrainingSAE.
+        """See `TrainableSae`. The batch is that of all processes. Source: Bussmann et al. (2024), BatchTopK Sparse
+        Autoencoders; SAELens' BatchTopKTrainingSAE.
         """
         centred = self.centred(x)
         weight = self.row_norms(self.W_dec.data) if self.cfg.rescale_acts_by_decoder_norm else None
@@ -81,10 +78,8 @@ class BatchTopKSae(TopKSae):
 
     @torch.no_grad()
     def for_inference(self) -> JumpReluSae:
-        """A JumpReLU SAE, its own copy, with the running threshold in every feature.
-
-        Decoder norms by which features were ranked are folded in: decoder rows then have length 1. The metadata gets
-        SAELens' `training_architecture`.
+        """A JumpReLU SAE, its own copy, with the running threshold in every feature. Decoder norms by which features
+        were ranked are folded in: decoder rows then have length 1.
         """
         sae = JumpReluSae(
             dataclasses.replace(

@@ -15,8 +15,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound
 from saeffect.io import read_json
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.formats import load_sae, save_sae
-from saeffect.sae.formats.pickles import PICKLED, read_pickled
-from saeffect.sae.formats.state_dicts import sae_of_state_dict
+from saeffect.sae.formats.state_dicts import PICKLED, read_pickled, sae_of_state_dict
 
 __all__ = ["convert_sae"]
 
@@ -35,15 +34,12 @@ def convert_sae(
 
     Args:
         source: A pickled state dict, a folder with `ae.pt`, a folder in any layout that is read, or a name.
-        folder: Where to; must not hold an SAE yet.
+        folder: Where to; ConfigError if it holds an SAE.
         facts: See `sae_of_state_dict`; those beside the file (config.json, <name>_cfg.json) count after these.
         source_name: What to call the source in the metadata.
 
-    Raises:
-        NotFound: No such file or folder.
-        BadFile: The file would run code, is damaged, or holds no SAE.
-        IncompatibleSae: Tensors of no known layout.
-        ConfigError: `folder` holds an SAE.
+    NotFound: no such file or folder. BadFile: the file would run code, is damaged, or holds no SAE. IncompatibleSae:
+    tensors of no known layout.
     """
     from saeffect.sae.hub import locate_sae
 

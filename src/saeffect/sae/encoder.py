@@ -27,13 +27,10 @@ _TILE = 4096
 class Encoder:
     """Finds the entries of `x @ W.T + bias` that are above a floor, or among the largest.
 
-    In bfloat16 the product only selects candidates; their values are float32. Buffers live as long as the encoder.
-
-    Args:
-        dtype: Of the product: torch.float32 or torch.bfloat16.
-        chunk: Tokens a product; the buffer is at most `[chunk, d_sae]`.
-        dense_above: Share of entries above the floor from which `above` gives dense entries; fixed, not timed, so that
-            a run repeats bit by bit (measured by benchmarks/sae_training.py).
+    In bfloat16 the product only selects candidates; their values are float32. Buffers live as long as the encoder. A
+    product takes `chunk` tokens, and `[chunk, d_sae]` of memory at most. From the share `dense_above` of entries on,
+    `above` gives dense ones; fixed, not timed, so that a run repeats bit by bit (measured by
+    benchmarks/sae_training.py).
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32, *, chunk: int = 1024, dense_above: float = 0.04) -> None:
@@ -60,9 +57,8 @@ class Encoder:
         return listed.where(~(listed.values <= (0.0 if floor is None else floor[listed.feature]))).entries()
 
     def top(self, x: Tensor, W: Tensor, bias: Tensor, k: int, *, weight: Tensor | None = None) -> SparseEntries:
-        """Of each token the k largest entries of `(x @ W.T + bias) * weight`, if positive; values are without weight.
-
-        Shapes are those of `above`; `weight` is positive, float32 `[d_sae]`, and 1 without it.
+        """Of each token the k largest entries of `(x @ W.T + bias) * weight`, if positive; values are without
+        weight. Shapes as in `above`; `weight` is positive, float32 `[d_sae]`, 1 without it.
         """
         W, bias = self._weighted(W, bias, weight)
         found: list[_Found] = []

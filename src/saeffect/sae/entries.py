@@ -16,9 +16,8 @@ __all__ = ["DenseEntries", "Entries", "ListedByFeature", "SparseEntries"]
 
 
 class Entries(ABC):
-    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count.
-
-    Their `values` are float32, one an entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
+    """The entries of a matrix `[n_tokens, d_sae]` (its `shape`) that count; their `values` are float32, one an
+    entry: `[nnz]` when sparse, `[n_tokens, d_sae]` when dense.
     """
 
     values: Tensor
@@ -44,9 +43,8 @@ class Entries(ABC):
     def outer(
         self, values: Tensor, right: Tensor, out: Tensor, *, add: bool = False, rows: slice = slice(None)
     ) -> Tensor:
-        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`.
-
-        With `rows`, a range of features, only those: `out` is then `[features in the range, d_in]`.
+        """`A.T @ right` into (or added to) `out`, float32 `[d_sae, d_in]`; right is `[n_tokens, d_in]`. With `rows`,
+        a range of features, only those: `out` is then `[features in the range, d_in]`.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from saeffect.errors import Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.metrics import ReconstructionSums, SplicedLosses, replaced_losses
+from saeffect.sae.metrics import ReconstructionSums, SplicedLosses, spliced_losses
 
 __all__ = ["Fit", "PositionSums", "measure_fit"]
 
@@ -71,10 +71,8 @@ class Fit:
 
 
 class PositionSums:
-    """Sums by position in a row, from which ranges of positions are pooled exactly.
-
-    Attributes:
-        ce_increase: By how much the SAE in its place raises the loss of the next token, nats, float64 `[n - 1]`.
+    """Sums by position in a row, from which ranges of positions are pooled exactly. `ce_increase`: by how much the
+    SAE in its place raises the loss of the next token, nats, float64 `[n - 1]`.
     """
 
     def __init__(self, context_size: int, d_in: int) -> None:
@@ -110,10 +108,9 @@ class PositionSums:
         return 1.0 - float(self._kept[1:].sum()) / n if n else float("nan")
 
     def table(self, starts: tuple[int, ...] | None = None) -> pd.DataFrame:
-        """A row for each range of positions that begins at one of `starts` (by default 0, 1, 2, 4, 8, ...).
-
-        Columns: first, last; explained_variance (1 - squared error over squared distance from the mean of all
-        positions; NaN where no activation counts); l0; mean_norm (of all); sink_share; ce_increase (NaN as well).
+        """A row for each range of positions that begins at one of `starts` (by default 0, 1, 2, 4, 8, ...): first,
+        last; explained_variance (1 - squared error over squared distance from the mean of all positions; NaN where
+        no activation counts); l0; mean_norm (of all); sink_share; ce_increase (NaN as well).
         """
         size = len(self._kept)
         starts = starts or tuple(start for start in (0, *(2**i for i in range(size.bit_length()))) if start < size)
@@ -142,9 +139,8 @@ class PositionSums:
 
 @torch.inference_mode()
 def measure_fit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> Fit:
-    """Measure an SAE on rows of text, token ids int32 `[n_rows, context_size]`; each row's first position never counts.
-
-    Undefined if all activations are equal; errors as `capture`.
+    """Measure an SAE on rows of text, token ids int32 `[n_rows, context_size]`; each row's first position never
+    counts. Undefined if all activations are equal; errors as `capture`.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
@@ -159,7 +155,7 @@ def measure_fit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArr
         positions.add(sae_in, sae_out, feature_acts, kept)
         return sae_out
 
-    losses = replaced_losses(lm, rebuilt, hook, ids, limit)
+    losses = spliced_losses(lm, rebuilt, hook, ids, limit)
     positions.ce_increase = losses.by_position["sae"] - losses.by_position["clean"]
     kept = positions._kept.sum()
     return Fit(

@@ -13,8 +13,7 @@ __all__ = ["GatedSae"]
 
 
 class GatedSae(StandardSae):
-    """An L1 SAE with `gate = (x - b_dec) @ W_enc + b_gate`, `magnitude = exp(r_mag) · (gate - b_gate) + b_mag`.
-
+    """An L1 SAE with `gate = (x - b_dec) @ W_enc + b_gate`, `magnitude = exp(r_mag) · (gate - b_gate) + b_mag`, and
     `feature_acts = relu(magnitude)` where the gate is positive, else 0. `hidden_pre` is the gate.
     """
 

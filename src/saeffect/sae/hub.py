@@ -19,7 +19,7 @@ from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, Sae
 from saeffect.io import fingerprint, read_json, write_json
 from saeffect.lm.gguf import cache_folder, cached_folder
 from saeffect.progress import SILENT, Log
-from saeffect.sae.formats.pickles import PICKLED
+from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.published import SAELENS, PublishedSae, find_published
 
 __all__ = ["HF", "forget", "is_sae_name", "locate_sae"]
@@ -45,6 +45,8 @@ _INCOMPLETE = ("sae_lens", "llama_scope_r1_distill")  # layouts whose files leav
 # Whether texts began with a BOS token was left to the tokenizer; those of Qwen have none.
 _AS_THE_TOKENIZER = ("dictionary_learning_1", "qwen_scope")
 _CHANGES = 1  # raised when what is written to the cache changes
+_NOT_ASKED = "the hub must not be asked (HF_HUB_OFFLINE is set)"
+_RUN_ONCE = "run once with a connection, or copy the cache of a machine that has it (HF_HOME)."
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,10 @@ def is_sae_name(place: Path | str) -> bool:
 def locate_sae(place: Path | str, *, log: Log = SILENT, at: str | None = None) -> Path:
     """The folder of an SAE, fetched on the first call; a path is returned as it is.
 
-    Raises:
-        UnknownName: A release or id that the list does not have.
-        ConfigError: A name of another form.
-        NotFound: No such repository, folder or file, or no leave to read it.
-        Unreachable: Not in the cache, and the hub cannot be reached or must not be (offline mode).
-        IncompatibleSae: A kind of SAE that is not read here.
-        BadFile: A pickled file that would run code, or holds no SAE.
+    UnknownName: a release or id that the list does not have. ConfigError: a name of another form. NotFound: no such
+    repository, folder or file, or no leave to read it. Unreachable: not in the cache, and the hub cannot be reached or
+    must not be (offline mode). IncompatibleSae: a kind of SAE that is not read. BadFile: a pickled file that would run
+    code, or holds no SAE.
     """
     if not is_sae_name(place):
         return Path(place)
@@ -227,40 +226,28 @@ def _hub_errors(where: _Place, name: str, at: str) -> Iterator[None]:
 
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise NotFound(
-            f"{where.repo} asks for agreement to its terms before it can be read.",
-            at=at,
-            fix=f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise NotFound(
-            f"{where.repo} has no revision {where.revision!r}.", at=at, fix="check it on the hub."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise NotFound(
-            f"the hub has no repository {where.repo!r} that you can read.",
-            at=at,
-            fix="check the name; for a private one log in: hf auth login.",
-        ) from error
-    except errors.HFValidationError as error:
-        raise ConfigError(f"{where.repo!r} can be no repository: {first_line(error)}", at=at) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        offline = constants.HF_HUB_OFFLINE
-        why = "the hub must not be asked (HF_HUB_OFFLINE is set)" if offline else "the hub cannot be reached"
-        raise Unreachable(
-            f"{name} is not in the hub's cache, and {why}.",
-            at=at,
-            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise NotFound(f"{where.repo} has no file {where.path!r}.", at=at, fix="check the name on the hub.") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise Unreachable(
-            f"{name} could not be fetched: {first_line(error)}",
-            at=at,
-            fix="check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache.",
-        ) from error
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+        ours: type[SaeffectError] = NotFound
+        fix: str | None = "check the name on the hub."
+        if isinstance(error, errors.GatedRepoError):
+            message = f"{where.repo} asks for agreement to its terms before it can be read."
+            fix = f"accept them at https://huggingface.co/{where.repo}, then log in: hf auth login."
+        elif isinstance(error, errors.RevisionNotFoundError):
+            message = f"{where.repo} has no revision {where.revision!r}."
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            message = f"the hub has no repository {where.repo!r} that you can read."
+            fix = "check the name; for a private one log in: hf auth login."
+        elif isinstance(error, errors.HFValidationError):
+            ours, message, fix = ConfigError, f"{where.repo!r} can be no repository: {first_line(error)}", None
+        elif isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            why = _NOT_ASKED if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+            ours, message, fix = Unreachable, f"{name} is not in the hub's cache, and {why}.", _RUN_ONCE
+        elif isinstance(error, errors.EntryNotFoundError):
+            message = f"{where.repo} has no file {where.path!r}."
+        else:
+            ours, message = Unreachable, f"{name} could not be fetched: {first_line(error)}"
+            fix = "check the connection; HF_ENDPOINT names a mirror, HF_HOME a cache."
+        raise ours(message, at=at, fix=fix) from error
 
 
 def _missing(where: _Place, name: str, at: str) -> SaeffectError:
@@ -268,12 +255,8 @@ def _missing(where: _Place, name: str, at: str) -> SaeffectError:
 
     what = f"the folder {where.path!r}" if where.path else "the repository's main folder"
     if constants.HF_HUB_OFFLINE:
-        return Unreachable(
-            f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what}), and the hub must not be"
-            " asked (HF_HUB_OFFLINE is set).",
-            at=at,
-            fix="run once with a connection, or copy the cache of a machine that has it (HF_HOME).",
-        )
+        there = f"{name} is not in the hub's cache ({where.repo} is, without an SAE in {what})"
+        return Unreachable(f"{there}, and {_NOT_ASKED}.", at=at, fix=_RUN_ONCE)
     near = _folders(where.repo, where.revision)
     shown = f" It has: {', '.join(near[:6])}{', ...' if len(near) > 6 else ''}." if near else ""
     return NotFound(

@@ -47,10 +47,9 @@ class JumpReluSae(TrainableSae):
 
     @torch.no_grad()
     def accumulate_gradients(self, x: Tensor, step: StepInputs) -> StepResult:
-        """See `TrainableSae`.
-
-        Source: Rajamanoharan et al. (2024), Jumping Ahead; Anthropic's January 2025 update for `tanh` and the penalty
-        on dead features; as in SAELens' JumpReLUTrainingSAE, which trains the threshold itself.
+        """See `TrainableSae`. Source: Rajamanoharan et al. (2024), Jumping Ahead; Anthropic's January 2025 update
+        for `tanh` and the penalty on dead features; as in SAELens' JumpReLUTrainingSAE, which trains the threshold
+        itself.
         """
         half = step.config.bandwidth / 2
         W_dec, threshold = self.W_dec.data, self.threshold.data.clamp_(min=0.0)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from saeffect.errors import ShapeMismatch, Undefined
 from saeffect.lm.activations import NormLimit, kept_positions
-from saeffect.lm.hooks import edited
+from saeffect.lm.hooks import Rest, edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.rest import Rest
 from saeffect.sae.base import SparseAutoencoder
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "ce_loss_score",
     "explained_variance",
     "reconstruction",
-    "replaced_losses",
     "row_losses",
     "spliced_losses",
 ]
@@ -33,7 +31,7 @@ def explained_variance(sae_in: Tensor, sae_out: Tensor) -> float:
     """Share of the variance about the mean that the reconstruction keeps: R² pooled over tokens and dimensions.
 
     Both are `[n_tokens, d_in]` of any float dtype, summed in float64. At most 1; 0 for predicting the mean; negative
-    when worse than that. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
+    when worse. ShapeMismatch if the shapes differ; Undefined if all rows of `sae_in` are equal.
 
     Example:
         >>> explained_variance(torch.tensor([[2., 0.], [0., 4.]]), torch.tensor([[2., 1.], [0., 3.]]))
@@ -101,11 +99,10 @@ class ReconstructionSums:
 
 @torch.inference_mode()
 def reconstruction(sae: SparseAutoencoder, activations: Tensor) -> dict[str, float]:
-    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`.
-
-    explained_variance; l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (share
-    of features that never fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder
-    also explained_variance_base and explained_variance_tuned, of each model's half.
+    """How well an SAE (in unscaled units) rebuilds activations, float32 `[n_tokens, d_in]`: explained_variance;
+    l2_ratio (mean of norm out over norm in); l0 (mean active features a token); dead_share (of features that never
+    fire); mean_log10_density (mean of log10(firing rate + 1e-10)); n_tokens. For a crosscoder also
+    explained_variance_base and explained_variance_tuned, of each model's half.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     by_side = [ReconstructionSums(sae.cfg.d_in // len(sae.sides)) for _ in sae.sides]
@@ -151,7 +148,7 @@ class SplicedLosses:
 @torch.inference_mode()
 def spliced_losses(
     lm: LanguageModel,
-    sae: SparseAutoencoder,
+    sae: SparseAutoencoder | Callable[[Tensor, Tensor], Tensor],
     hook: str,
     rows: NDArray[np.int32],
     limit: NormLimit,
@@ -164,26 +161,14 @@ def spliced_losses(
 
     `rows` are token ids, int32 `[n_rows, context_size]`. The first position and outliers of the norm are never
     replaced, nor is what `counts`, bool as `rows`, leaves out. A BOS in front is never predicted. `seen` gets each
-    batch's activations at the hook that count, `[n_kept, d_model]`, of the model's dtype.
+    batch's activations that count, `[n_kept, d_model]`, of the model's dtype. A function in place of the SAE makes
+    reconstructions of ids, int64 `[B, S]`, and activations `[B, S, d_in]`.
     """
-    return replaced_losses(lm, lambda _, x: sae(x), hook, rows, limit, batch_size=batch_size, seen=seen, counts=counts)
-
-
-@torch.inference_mode()
-def replaced_losses(
-    lm: LanguageModel,
-    rebuilt: Callable[[Tensor, Tensor], Tensor],
-    hook: str,
-    rows: NDArray[np.int32],
-    limit: NormLimit,
-    *,
-    batch_size: int = 8,
-    seen: Callable[[Tensor], None] | None = None,
-    counts: NDArray[np.bool_] | None = None,
-) -> SplicedLosses:
-    """As `spliced_losses`, with what `rebuilt` makes of ids, int64 `[B, S]`, and their activations `[B, S, d_in]`."""
     rest = Rest(lm, hook)
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sae": rebuilt, "zero": lambda _, x: torch.zeros_like(x)}
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "sae": (lambda _, x: sae(x)) if isinstance(sae, SparseAutoencoder) else sae,
+        "zero": lambda _, x: torch.zeros_like(x),
+    }
     totals = dict.fromkeys(("clean", *ways), 0.0)
     count, by_row = 0, {name: list[NDArray[np.float64]]() for name in totals}
     by_position = {name: np.zeros(rows.shape[1] - 1) for name in totals}
@@ -226,9 +211,8 @@ def _clean(lm: LanguageModel, hook: str, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_losses(logits: Tensor, ids: Tensor) -> NDArray[np.float64]:
-    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`, of ids int64 `[n_rows, n]`.
-
-    `logits` are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
+    """Mean next-token cross-entropy of each row, in nats, float64 `[n_rows]`, of ids int64 `[n_rows, n]`; `logits`
+    are float `[n_rows, n - 1, d_vocab]`, of all positions but the last.
     """
     means: NDArray[np.float64] = _token_losses(logits, ids).mean(dim=1).cpu().numpy()
     return means

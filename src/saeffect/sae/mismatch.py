@@ -46,12 +46,8 @@ _OTHER_KINDS = ("hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is done otherwise.
-
-    Attributes:
-        name: hook, scale, centring, normalisation, decoder bias, architecture, or bos.
-        found: What was found, in words.
-        fix: What to do about it.
+    """One thing that is done otherwise: its `name` (hook, scale, centring, normalisation, decoder bias, architecture
+    or bos), what was `found`, in words, and the `fix`.
     """
 
     name: str
@@ -78,15 +74,9 @@ class Reading:
 
 @dataclass(frozen=True, eq=False)
 class Mismatch:
-    """What mends a pairing of a model and an SAE.
-
-    Attributes:
-        changes: What to do otherwise; none if nothing found is better.
-        before: Explained variance as it stands, on the tokens that ways are compared on.
-        after: With the changes.
-        reading: The SAE with the changes.
-        hook: Where it fits.
-        prepend_bos: Whether texts should begin with BOS, if that is one of the changes.
+    """What mends a pairing of a model and an SAE: the `changes` (none if nothing found is better); explained
+    variance `before` and `after`, on the tokens that ways are compared on; the SAE with the changes (`reading`); the
+    `hook` where it fits; and whether texts should begin with BOS, if that is one of the changes.
     """
 
     changes: tuple[Change, ...]
@@ -104,10 +94,9 @@ class Mismatch:
 def find_mismatch(
     lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArray[np.int32], log: Log = SILENT
 ) -> Mismatch:
-    """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it.
-
-    `ids` are rows of text, int32 `[n_rows, context_size]`; the first ones are read. A change is reported only if it
-    leaves clearly less of the variance unexplained. ConfigError: no such hook.
+    """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it. `ids`
+    are rows of text, int32 `[n_rows, context_size]`; the first ones are read. A change is reported only if it leaves
+    clearly less of the variance unexplained. ConfigError: no such hook.
     """
     rows = ids[: max(2, -(-_TOKENS // ids.shape[1]))]
     x = _kept(lm, hook, rows)
@@ -299,9 +288,8 @@ def scan_hooks(
     near: str | None = None,
     log: Log = SILENT,
 ) -> dict[str, float]:
-    """Explained variance at the hooks of a model, all measured in one pass or two, but for `near`.
-
-    First the places of the residual stream, or those of the kind of `near`; where the SAE fits none of them, all kinds.
+    """Explained variance at the hooks of a model, all measured in one pass or two, but for `near`: first the places
+    of the residual stream, or those of the kind of `near`; where the SAE fits none of them, all kinds.
     """
     point = None if near is None else parse_hook(near, lm.n_layers)
     layers = range(lm.n_layers)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import difflib
 import functools
 import gzip
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from saeffect.errors import UnknownName, unknown_name
+from saeffect.paths import BUNDLED_FOLDER
 from saeffect.sae.formats.gemma_scope import named_by_path
 
-__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "models_of_published", "published_saes"]
+__all__ = ["SAELENS", "PublishedSae", "find_published", "list_source", "published_saes"]
 
 SAELENS = "saelens:"
 _UNREADABLE = {
@@ -93,8 +92,8 @@ def published_saes(
 ) -> list[PublishedSae]:
     """The list, or what it has for a model, in a release, at a block; `readable`: without what is not read here.
 
-    `model` is a hub id, with or without its owner, in any case of letters. UnknownName for a model or release that the
-    list does not have, with similar ones.
+    `model` is a hub id, with or without its owner, in any case of letters. UnknownName, with similar ones, for a model
+    or release that the list does not have.
     """
     found: Sequence[PublishedSae] = _table()[1]
     if release is not None:
@@ -112,20 +111,11 @@ def published_saes(
     return [sae for sae in found if not (readable and sae.not_read)]
 
 
-def models_of_published() -> dict[str, int]:
-    """How many SAEs the list has for each model."""
-    counts: dict[str, int] = {}
-    for sae in _table()[1]:
-        counts[sae.model] = counts.get(sae.model, 0) + 1
-    return counts
-
-
 def find_published(
     name: str | None = None, *, repo: str = "", path: str = "", at: str | None = None
 ) -> PublishedSae | None:
-    """The SAE of a name, `<release>/<id>`, or the first with this repository and path, None if there is none.
-
-    UnknownName for a name that the list does not have, with similar ones.
+    """The SAE of a name, `<release>/<id>` (UnknownName, with similar ones, if there is none), or the first with this
+    repository and path, or None.
     """
     if name is None:
         return _places().get((repo, path))
@@ -150,8 +140,7 @@ def list_source() -> str:
 
 @functools.cache
 def _table() -> tuple[str, tuple[PublishedSae, ...]]:
-    file = Path(str(importlib.resources.files("saeffect"))) / "bundled" / "published_saes.json.gz"
-    raw = json.loads(gzip.decompress(file.read_bytes()))
+    raw = json.loads(gzip.decompress((BUNDLED_FOLDER / "published_saes.json.gz").read_bytes()))
     found = []
     for release, of in raw["releases"].items():
         for row in of["saes"]:

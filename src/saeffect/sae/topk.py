@@ -59,10 +59,9 @@ def auxiliary_loss(
     """How badly dead features explain the residual; its gradients are added to those of the leaves.
 
     Each token uses the `auxiliary_k` dead features with the largest pre-activations (times `weight`, float32
-    `[d_sae]`); with fewer the loss weighs proportionally less. `centred` is the encoder's input; `residual`,
-    `x - sae_out`, counts as a constant. Both are float32 `[n, d_in]`.
-
-    Source: Gao et al. (2024), appendix A.2, as SAELens has it (no ReLU on the chosen pre-activations).
+    `[d_sae]`); with fewer the loss weighs proportionally less. `centred` is the encoder's input; `residual`, `x -
+    sae_out`, counts as a constant. Both are float32 `[n, d_in]`. Source: Gao et al. (2024), appendix A.2, as SAELens
+    has it (no ReLU on the chosen pre-activations).
     """
     dead, config = step.dead, step.config
     rows, decoder = sae.W_rows[dead], sae.W_dec.data[dead]

@@ -29,8 +29,8 @@ class StepInputs:
             by it, so that losses and gradients add up over processes.
         coefficient: The sparsity penalty's coefficient at this step (warm-up applied).
         dead: Indices of features that have not fired for long, int64 `[n_dead]`.
-        tangent: Leave out the part of the decoder's gradient parallel to rows that keep their length. Architectures
-            without `leaves_out_parallel` ignore it; then `before_step` takes that part off.
+        tangent: Leave out the part of the decoder's gradient parallel to rows that keep their length; only where
+            `leaves_out_parallel`, elsewhere `before_step` takes that part off.
     """
 
     config: SaeTrainingConfig
@@ -43,10 +43,9 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured on this process's tokens.
-
-    Losses are 0-dim float32, each already divided by `StepInputs.n_tokens`, and their sum is minimised; "mse" (sum over
-    dimensions of the squared error) is always present.
+    """What a step measured on this process's tokens. Losses are 0-dim float32, each already divided by
+    `StepInputs.n_tokens`, and their sum is minimised; "mse" (sum over dimensions of the squared error) is always
+    present.
     """
 
     losses: Mapping[str, Tensor]
@@ -56,10 +55,8 @@ class StepResult:
 
 class TrainableSae(SparseAutoencoder):
     """An SAE that can be trained. Its encoder is kept with one row a feature; `W_enc` is a transposed view.
-
-    Attributes:
-        leaves_out_parallel: Whether `accumulate_gradients` uses `StepInputs.tangent`.
-        running: Names of 0-dim float64 buffers that training updates, and that a checkpoint must keep.
+    `leaves_out_parallel`: whether `accumulate_gradients` uses `StepInputs.tangent`; `running` names 0-dim float64
+    buffers that training updates, and that a checkpoint must keep.
     """
 
     trainable = True
@@ -80,9 +77,8 @@ class TrainableSae(SparseAutoencoder):
         return self.W_enc.data.T
 
     def leaves(self) -> dict[str, nn.Parameter]:
-        """The optimizer's parameters by name, the same contiguous tensors on every call; they share the SAE's memory.
-
-        "W_enc" is `[d_sae, d_in]`. `accumulate_gradients` fills their `.grad`.
+        """The optimizer's parameters by name, the same contiguous tensors on every call, with `.grad`; they share
+        the SAE's memory. "W_enc" is `[d_sae, d_in]`.
         """
         if not hasattr(self, "_leaves"):
             found = {}
@@ -101,10 +97,9 @@ class TrainableSae(SparseAutoencoder):
 
     @torch.no_grad()
     def initialise(self, sample: Tensor, config: SaeTrainingConfig) -> None:
-        """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose.
-
-        The decoder's bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`. Source: SAELens'
-        heuristic initialisation, after Anthropic's April 2024 update.
+        """Random decoder rows of norm `config.decoder_norm_at_start`, the encoder their transpose; the decoder's
+        bias may start at the mean of `sample`, scaled inputs, float32 `[n, d_in]`. Source: SAELens' heuristic
+        initialisation, after Anthropic's April 2024 update.
         """
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(self.W_dec.shape, generator=generator)
@@ -141,9 +136,8 @@ class TrainableSae(SparseAutoencoder):
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
-        """Make the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded).
-
-        Both biases are divided by `scale`; the matrices stay, since feature activations shrink likewise.
+        """Make the SAE take and give unscaled activations (SAELens' `expected_average_only_in`, folded): both biases
+        are divided by `scale`; the matrices stay, since feature activations shrink likewise.
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
@@ -161,7 +155,6 @@ class TrainableSae(SparseAutoencoder):
     @torch.no_grad()
     def start_from(self, source: SparseAutoencoder, *, unit_decoder: bool) -> None:
         """Copy another SAE's weights, of whatever architecture, in this one's units; each feature keeps its index.
-
         With `unit_decoder` the lengths of decoder rows move into the encoder, and features that were ranked by
         activation are then ranked by activation times length.
         """
@@ -195,14 +188,12 @@ class TrainableSae(SparseAutoencoder):
     def backward(
         self, entries: Entries, d_hidden: Tensor, d_out: Tensor, centred: Tensor, pull: Tensor | None = None
     ) -> None:
-        """From gradients at the entries (whose values are the activations) to those of the weights, which are replaced.
+        """From gradients at the entries (whose values are the activations) to those of the weights, which are
+        replaced.
 
-        Args:
-            d_hidden: Loss by pre-activation, shaped like `entries.values`, zero where it does not flow.
-            d_out: Loss by `sae_out`, float32 `[n, d_in]`.
-            centred: The encoder's input, float32 `[n, d_in]`.
-            pull: Multiple of each decoder row to add to its gradient, float32 `[d_sae]`, or of each of its sides,
-                `[d_sae, n_sides]`; see `pull_on_norms`.
+        `d_hidden` is the loss by pre-activation, shaped like `entries.values`, zero where it does not flow; `d_out` the
+        loss by `sae_out` and `centred` the encoder's input, float32 `[n, d_in]`; `pull` the multiple of each decoder
+        row, `[d_sae]`, or of each of its sides, `[d_sae, n_sides]`, to add to its gradient (see `pull_on_norms`).
         """
         W_dec, d_W_dec, d_W_enc = self.W_dec.data, self.gradient("W_dec"), self.gradient("W_enc")
         for start in range(0, len(W_dec), _ROWS):
@@ -222,15 +213,13 @@ class TrainableSae(SparseAutoencoder):
 
     @staticmethod
     def row_parallel_part(entries: Entries, d_acts: Tensor, step: StepInputs) -> Tensor | None:
-        """Minus the part of the decoder's gradient along each row (of length 1), in multiples of the row.
-
-        `d_acts = d_out @ W_dec.T` suffices for it. None if `step.tangent` is off.
+        """Minus the part of the decoder's gradient along each row (of length 1), in multiples of the row; None if
+        `step.tangent` is off. `d_acts = d_out @ W_dec.T` suffices for it.
         """
         return entries.feature_sums(entries.values * d_acts).neg_() if step.tangent else None
 
     def pull_on_norms(self, d_norm: Tensor, norm: Tensor, rows: Tensor | None = None) -> Tensor:
         """The part of W_dec's gradient that comes through `row_norms`, in multiples of each row (or side of it).
-
         `d_norm` is the loss by length, `norm` the lengths, both float32 `[n]`; `rows` are W_dec unless given.
         """
         del rows

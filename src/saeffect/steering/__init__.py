@@ -1,10 +1,10 @@
 """Interventions: steer a model along features and along placebos, and measure what that does.
 
-In come a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`, made from the
-steering section of a study file). `run_trials` generates texts, `score_texts` reads more outcomes off them,
-`direct_effects` needs no sampling, `run_baselines` makes what steering must beat. Out go their tables, and what follows
-from them: `effects` (a line a feature), `outcome_effects` (a line a feature, outcome and control), `best_dose`.
-`OUTCOMES` and `PLACEBOS` are the registries of what is measured and of what it is compared with.
+From a model with an SAE's decoder at a hook (`Site`), a table of features, and a plan (`SteeringPlan`) `run_trials`
+generates texts, `score_texts` reads more outcomes off them, `direct_effects` needs no sampling, `run_baselines` makes
+what steering must beat; `effects` (a line a feature), `outcome_effects` (a line a feature, outcome and control) and
+`best_dose` follow from their tables. `OUTCOMES` and `PLACEBOS` are the registries of what is measured and what it is
+compared with.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from saeffect.steering.actions import obstacles
 from saeffect.steering.baselines import MeanDifferences, run_baselines
 from saeffect.steering.dose import RESPONSE_COLUMNS, best_dose, dose_response, score_doses
 from saeffect.steering.effects import effects, outcome_effects
-from saeffect.steering.encoders import RememberedVectors, TextVectors, load_text_vectors
 from saeffect.steering.generate import generate, stream
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import OUTCOMES, Outcome, outcome_named, score_texts
+from saeffect.steering.outcomes import (
+    OUTCOMES,
+    Outcome,
+    RememberedVectors,
+    TextVectors,
+    load_text_vectors,
+    outcome_named,
+    score_texts,
+)
 from saeffect.steering.placebos import BASELINES, PLACEBOS, Placebo, control_label, matched_features
 from saeffect.steering.plan import Site, SteeringPlan, check_names, features_together
 from saeffect.steering.sampling import NoiseCell, Sampling, next_tokens

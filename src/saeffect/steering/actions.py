@@ -58,9 +58,8 @@ class Actions:
         return self._setting(rows)
 
     def length(self, feature: int, dose: float) -> float:
-        """Length of what is added, in the activation's units ("clamp": where the feature is off); NaN for "ablate".
-
-        For an SAE that standardises each token, the length at a token of mean norm.
+        """Length of what is added, in the activation's units ("clamp": where the feature is off; of an SAE that
+        standardises each token, at a token of mean norm); NaN for "ablate".
         """
         if self.plan.operator == "ablate":
             return math.nan
@@ -174,9 +173,8 @@ def _length(row: Tensor, feature: int) -> float:
 
 
 def actions_of(site: Site, features: pd.DataFrame, plan: SteeringPlan, columns: Sequence[str] = ()) -> Actions:
-    """The actions of a plan. The feature table must hold `columns` and those of the planned placebos.
-
-    Raises `ConfigError` if the operator needs the SAE or the features' maxima, and the site lacks them.
+    """The actions of a plan. The feature table must hold `columns` and those of the planned placebos. ConfigError if
+    the operator needs the SAE or the features' maxima, and the site lacks them.
     """
     table = check_features(site, features, (*columns, *plan.placebo_columns))
     ids = table["feature"].tolist()

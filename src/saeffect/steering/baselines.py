@@ -15,10 +15,9 @@ from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ConfigError, ShapeMismatch, unknown_name
 from saeffect.lm.tokens import normalise_token
 from saeffect.steering.actions import Actions, actions_of
-from saeffect.steering.encoders import RememberedVectors, TextVectors
 from saeffect.steering.generate import Progress, continue_prompts, generate
 from saeffect.steering.operators import AddVectors, Intervention
-from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import BASELINES, STEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
@@ -68,8 +67,7 @@ def run_baselines(
 
     One row per feature, prompt, sample and baseline: `BASELINE_COLUMNS`. condition is the baseline's name, dose is 0
     for "prompt". Perplexity is that of the text after the plain prompt. Where a baseline is impossible, text is
-    missing, measures are NaN and reason says why; else reason is "". Raises `UnknownName` for another baseline,
-    `ConfigError` for several doses.
+    missing, measures are NaN and reason says why. `UnknownName` for another baseline, `ConfigError` for several doses.
     """
     for name in baselines:
         if name not in BASELINES:

@@ -23,7 +23,6 @@ _MEANS = ["similarity", "gain", "distinct2", "perplexity", "fluency", "score"]
 
 def best_dose(scores: pd.DataFrame) -> float | None:
     """The dose of highest mean score over the steered rows (ties: the smaller); None if no score is above 0.
-
     `scores` are those of `score_doses`, of one arm or several concatenated, which weigh the same.
 
     Example:
@@ -44,24 +43,22 @@ def score_doses(trials: pd.DataFrame) -> pd.DataFrame:
     gain = steered minus unsteered similarity. fluency = geometric mean of two ratios, each at most 1: distinct-2 over
     the unsteered text's (falls with loops), and the unsteered text's perplexity over the steered one's, both under the
     unsteered model (falls with word salad). The score of a text is gain x fluency; a negative gain is not multiplied,
-    since a more broken text would then score higher. A text without a known word has gain 0. Features without any
-    defined similarity, whose top tokens are unknown, are left out.
-
-    One row per condition ("steered", then each placebo) and dose, ascending: condition, dose, n (texts), n_undefined
-    (gain undefined), and means over texts of similarity, distinct2, perplexity, fluency (where defined), gain and
-    score; NaN if all features are left out.
+    since a more broken text would then score higher. A text without a known word has gain 0; features without any
+    defined similarity are left out. One row per condition ("steered", then each placebo) and dose, ascending:
+    condition, dose, n (texts), n_undefined (gain), and means over texts of similarity, distinct2, perplexity, fluency
+    (where defined), gain and score.
     """
     return _means(_scored(trials), ["condition", "dose"])
 
 
 def dose_response(trials: pd.DataFrame, direct: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Influence and fluency cost of each feature by dose, from `run_trials` and `direct_effects` (None: NaN columns).
+    """Influence and fluency cost of each feature by dose, from `run_trials` and `direct_effects` (None: NaN
+    columns).
 
-    One row per feature, condition ("steered", then that feature's placebos) and dose, in that order:
-    `RESPONSE_COLUMNS`. n texts, n_undefined as in `score_doses`; means of similarity (to the feature's top tokens, also
-    for placebos), gain, distinct2, perplexity, fluency and score, NaN for a feature without any similarity;
-    direct_effect (on the feature's top tokens) and kl (nats, means over prompts); best: the feature's dose of highest
-    score (ties: the smaller; none if no score is above 0; never a placebo's).
+    One row per feature, condition ("steered", then its placebos) and dose: `RESPONSE_COLUMNS`. n texts, n_undefined and
+    means as in `score_doses` (similarity is to the feature's top tokens, also for placebos), NaN for a feature without
+    any similarity; direct_effect (on the feature's top tokens) and kl (nats, means over prompts); best: the feature's
+    dose of highest score (ties: the smaller; none if no score is above 0; never a placebo's).
     """
     by = ["feature", "condition", "dose"]
     table = _means(_scored(trials), by)

@@ -55,40 +55,30 @@ def effects(
     outcome: str | Outcome = "similarity",
     obstacles: Obstacles | None = None,
 ) -> pd.DataFrame:
-    """Effect of each feature on the primary outcome.
+    """Effect of each feature on the primary outcome: the mean over pairs (prompts x samples) of (steered -
+    unsteered) - (placebo - unsteered). The texts of a pair share prompt and sampling noise. Pairs with an undefined
+    value are left out and counted in `reason`. With six prompts or more, the samples of a prompt are averaged first,
+    since they are not independent.
 
-    The effect is the mean over pairs (prompts x samples) of (steered - unsteered) - (placebo - unsteered). The texts of
-    a pair share prompt and sampling noise. Pairs with an undefined value are left out and counted in `reason`. With six
-    prompts or more, the samples of a prompt are averaged first, since they are not independent.
+    `direct` is as `direct_effects` gives (None: NaN columns); `alpha` the FDR level; `seed` for random sign patterns
+    and resamples; `dose` the tested one, optional when the trials hold one; `outcome` a name in `OUTCOMES` or, for an
+    ablation, `outcome_named("similarity").under("ablate")`, for effects below 0; `obstacles` as
+    `saeffect.steering.obstacles` gives.
 
-    Args:
-        direct: As `direct_effects` gives; None leaves its columns NaN.
-        alpha: FDR level.
-        seed: For random sign patterns and resamples.
-        dose: The dose tested; optional when the trials hold one.
-        outcome: A name in `OUTCOMES`, or a measure under another operator: for an ablation,
-            `outcome_named("similarity").under("ablate")` tests for effects below 0.
-        obstacles: As `saeffect.steering.obstacles` gives, for `reason`.
+    One row a feature, by number: feature; n_pairs; n_independent (units of test and interval: prompts, or pairs with
+    fewer than six prompts); unsteered_mean, steered_mean, placebo_mean; effect with its 95 % interval (Student's t)
+    effect_low, effect_high; bootstrap_low, bootstrap_high (95 %, expanded percentiles, 2,000 resamples); p (sign-flip
+    test: effect above 0, for an ablation below 0, two-sided for outcomes without a direction); q (Benjamini-Hochberg
+    over these features); passed (q <= alpha); paper_pass (the paper's rule: the first steered text is more similar than
+    the first unsteered one, after an ablation less); direct_effect, direct_placebo (nats, means over prompts); kl
+    (nats, steered); reversed_share (of prompts whose mean effect opposes the tested direction, or else the overall
+    effect); shuffled_effect, _low, _high, _p (how much more steering raised the similarity to the feature's own top
+    tokens than to those of another, see `score_texts`); outcome; placebo; reason ("" when all is defined). NaN for
+    fewer than two pairs.
 
-    Returns:
-        One row a feature, by number: feature; n_pairs; n_independent (units of test and interval: prompts, or pairs
-        with fewer than six prompts); unsteered_mean, steered_mean, placebo_mean; effect with its 95 % interval
-        (Student's t) effect_low, effect_high; bootstrap_low, bootstrap_high (95 %, expanded percentiles, 2,000
-        resamples); p (sign-flip test: effect above 0, for an ablation below 0, two-sided for outcomes without a
-        direction); q (Benjamini-Hochberg over these features); passed (q <= alpha); paper_pass (the paper's rule: the
-        first steered text is more similar than the first unsteered one, after an ablation less); direct_effect,
-        direct_placebo (nats, means over prompts); kl (nats, steered); reversed_share (share of prompts whose mean
-        effect opposes the tested direction, or else the overall effect); shuffled_effect with shuffled_low,
-        shuffled_high, shuffled_p (how much more steering raised the similarity to the feature's own top tokens than to
-        those of another feature; NaN without the column similarity_shuffled, see `score_texts`); outcome; placebo;
-        reason ("" when all is defined). NaN for fewer than two pairs.
-
-    Raises:
-        ConfigError: The trials hold several doses and no `dose` is given, or not that one; `alpha` is not between 0 and
-            1.
-        EmptySelection: There are no steered trials, and no dose is given.
-        ShapeMismatch: A column is missing, or a trial is repeated.
-        UnknownName: No such outcome.
+    ConfigError: several doses and none given, or not that one; `alpha` is not between 0 and 1. EmptySelection: no
+    steered trials, and no dose given. ShapeMismatch: a column is missing, or a trial is repeated. UnknownName: no such
+    outcome.
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha must be between 0 and 1. Got {alpha}.", at="alpha")
@@ -127,18 +117,12 @@ def outcome_effects(
 ) -> pd.DataFrame:
     """Effect of each feature on every measured outcome, against every control; arguments and errors as in `effects`.
 
-    Args:
-        trials: As `run_trials` and `score_texts` give; outcomes without a column are left out.
-        declared: Outcomes declared before the run, the primary one first; `UnknownName` if one does not exist.
-        placebos: Conditions to compare with, the primary one first. If the trials have it, similarity is also compared
-            with "shuffled": the same texts against another feature's top tokens.
-        operator: "add", "clamp" or "ablate".
-
-    Returns:
-        One row per outcome, placebo and feature: feature; outcome; placebo; n_pairs, n_independent; effect with its 95
-        % interval low, high (Student's t); p, q (over the features of one outcome and placebo), reversed_share,
-        unsteered_mean, steered_mean, placebo_mean as in `effects`; alternative ("greater", "less" or "two-sided");
-        unit; declared (False: exploratory); primary (the one test that decides what passes); reason.
+    `trials` are as `run_trials` and `score_texts` give; outcomes without a column are left out. `declared` are the
+    outcomes declared before the run, `placebos` the conditions to compare with, each the primary one first. If the
+    trials have it, similarity is also compared with "shuffled": the same texts against another feature's top tokens.
+    One row per outcome, placebo and feature: `_LONG`; effect has its 95 % interval low, high (Student's t), q is over
+    the features of one outcome and placebo; declared is False for exploratory ones, primary marks the one test that
+    decides what passes.
     """
     for name in declared:
         outcome_named(name)

@@ -46,20 +46,12 @@ def generate(
 
     A row's output depends on its own vector and noise cell only, but other batch sizes may round differently (this
     rarely changes a token in float32 and float64, sometimes in bfloat16). With `sampling.allow_end` a row stops before
-    its end-of-text token and may be shorter, even empty.
-
-    Args:
-        hook: Where to intervene, a TransformerLens name.
-        prompt_ids: At least one token, see `LanguageModel.encode_prompt`.
-        cells: Sampling noise, one a row.
-        intervention: One operator row per cell; None leaves the model as it is.
-        batch_size: Rows at once. 64 rows of a 135M model take about 0.2 GB beside the weights.
-        progress: Called after every token with tokens done and in all; a row that ends early counts in full.
-
-    Raises `ConfigError`: the prompt has no tokens, `batch_size` is below 1, or the hook is not in the model;
-    `ShapeMismatch`: the intervention has not one row per cell.
+    its end-of-text token and may be shorter, even empty. `cells` and the rows of the intervention are one a row, else
+    ShapeMismatch; None leaves the model as it is. 64 rows of a 135M model take about 0.2 GB beside the weights.
+    `progress` is called after every token with tokens done and in all; a row that ends early counts in full.
+    ConfigError: an empty prompt, no such hook, or `batch_size` below 1.
     """
-    _check([prompt_ids], batch_size)
+    _refuse_empty([prompt_ids])
     _check_rows(intervention, cells)
     n_steps = sampling.max_new_tokens
     outputs: list[list[int]] = []
@@ -94,14 +86,9 @@ def continue_prompts(
     """Continue each of many prompts once, unsteered and without padding: new token ids, one list a row.
 
     While longer prompts are still read, shorter ones already generate. A row's output is that of `generate` for its
-    prompt alone, up to rounding. `prompts` are token ids, at least one each, of any lengths; `progress` is called after
-    each batch with rows done and in all.
-
-    Raises `ConfigError`: a prompt has no tokens, or `batch_size` is below 1; `ShapeMismatch`: not one cell per prompt.
+    prompt alone, up to rounding; so are errors. `progress` is called after each batch with rows done and in all.
     """
-    if len(prompts) != len(cells):
-        raise ShapeMismatch(f"{len(prompts)} prompts, but {len(cells)} noise cells.")
-    _check(prompts, batch_size)
+    _refuse_empty(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     outputs: dict[int, list[int]] = {}
     with fused(lm):
@@ -129,11 +116,10 @@ def stream(
     *,
     intervention: Intervention | None = None,
 ) -> Generator[list[int | None], None, None]:
-    """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's end.
-
-    Arguments and errors as `generate`. Between steps the model is as it was, so streams may take turns.
+    """The texts of `generate`, all in one batch, token by token: each step yields an id a row, None after a row's
+    end. Between steps the model is as it was, so streams may take turns.
     """
-    _check([prompt_ids], 1)
+    _refuse_empty([prompt_ids])
     _check_rows(intervention, cells)
     n_bos = 0 if sampling.as_published else lm.n_bos(prompt_ids)
     edit = None if intervention is None else intervention.edit(len(prompt_ids), n_bos)
@@ -223,11 +209,9 @@ def _steps(
             return
 
 
-def _check(prompts: Sequence[Sequence[int]], batch_size: int) -> None:
+def _refuse_empty(prompts: Sequence[Sequence[int]]) -> None:
     if not all(len(ids) for ids in prompts):
         raise ConfigError("a prompt has no tokens; expected at least one.", at="prompts")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1. Got {batch_size}.", at="batch_size")
 
 
 def _check_rows(intervention: Intervention | None, cells: Sequence[NoiseCell]) -> None:
@@ -261,8 +245,7 @@ def _forbidden_tokens(lm: LanguageModel, sampling: Sampling) -> Tensor:
 def read_prompt(
     lm: LanguageModel, hook: str, prompt_ids: Sequence[int], n_rows: int, edit: PositionedEdit | None, *, room: int
 ) -> tuple[Tensor, Any]:
-    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens.
-
+    """Logits after a prompt, float32 `[n_rows, d_vocab]`, and the cache with memory for `room` further tokens;
     `edit`, None or with `n_rows` rows, acts at `hook`.
     """
     ids = torch.tensor([list(prompt_ids)], device=lm.device)

@@ -33,10 +33,9 @@ _SPANS = ("all", "generated", "prompt")  # of any prompt; the others are of chat
 
 
 class Operator(Protocol):
-    """Changes activations row by row. Implementations are immutable and do not change their input.
-
-    `take` gives the operator of rows `first` to `last` (exclusive); `apply` gives new activations for `x`, `[n_rows,
-    positions, d_model]`, of the same shape, dtype and device.
+    """Changes activations row by row. Implementations are immutable and do not change their input. `take` gives the
+    operator of rows `first` to `last` (exclusive); `apply` new activations for `x`, `[n_rows, positions, d_model]`,
+    like it in shape, dtype and device.
     """
 
     @property
@@ -54,9 +53,6 @@ class AddVectors:
     vectors: Tensor
 
     def __post_init__(self) -> None:
-        if self.vectors.ndim != 2 or len(self.vectors) == 0:
-            shape = tuple(self.vectors.shape)
-            raise ShapeMismatch(f"steering vectors have shape {shape}; expected [rows, d_model], not empty.")
         if not bool(torch.isfinite(self.vectors).all()):
             raise ConfigError("a steering vector holds NaN or infinity.", fix="look at the SAE's decoder and the dose.")
 
@@ -83,11 +79,12 @@ NO_FEATURE = -1
 
 @dataclass(frozen=True, eq=False)
 class SetFeatures:
-    """Sets features to given activations and keeps the SAE's error: x becomes x + (target - activation) * decoder row.
+    """Sets features to given activations and keeps the SAE's error: x becomes x + (target - activation) * decoder
+    row.
 
     This equals decoding the changed activations and adding the error back (Templeton et al. 2024, "Golden Gate
     Claude"). At attention sinks (mostly a text's first token) the residual is tens of times longer and the SAE's
-    activations mean nothing, so activations longer than `norm_limit` are left unchanged.
+    activations mean nothing, so activations longer than `norm_limit` (see `NormLimit`) are left unchanged.
 
     Attributes:
         sae: In the units of the model's activations.
@@ -95,7 +92,6 @@ class SetFeatures:
         targets: Feature activations, float32 `[n_rows, n_features]`, at least 0.
         along: For placebos: directions to push along in place of the decoder rows, by the same amounts, float32
             `[n_rows, n_features, d_in]`.
-        norm_limit: Euclidean norm; see `NormLimit` for the usual one.
     """
 
     sae: SparseAutoencoder
@@ -103,22 +99,6 @@ class SetFeatures:
     targets: Tensor
     along: Tensor | None = None
     norm_limit: float = math.inf
-
-    def __post_init__(self) -> None:
-        shape, wanted = tuple(self.features.shape), (*self.features.shape, self.sae.cfg.d_in)
-        if len(shape) != 2 or 0 in shape or shape != tuple(self.targets.shape):
-            said = f"features have shape {shape}, targets {tuple(self.targets.shape)}"
-            raise ShapeMismatch(f"{said}; expected both [rows, features], not empty.")
-        first, last = int(self.features.min()), int(self.features.max())
-        if first < NO_FEATURE or last >= self.sae.cfg.d_sae:
-            raise ShapeMismatch(f"features run from {first} to {last}, but the SAE has {self.sae.cfg.d_sae}.")
-        ordered = self.features.sort(dim=1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_FEATURE)).any()):
-            raise ConfigError("a row sets the same feature twice.", at="features")
-        if self.along is not None and self.along.shape != wanted:
-            raise ShapeMismatch(f"directions have shape {tuple(self.along.shape)}; expected {wanted}.")
-        if not bool((torch.isfinite(self.targets) & (self.targets >= 0)).all()):
-            raise ConfigError("a target activation is negative, NaN or infinite; it must be at least 0.", at="targets")
 
     @property
     def n_rows(self) -> int:
@@ -152,11 +132,11 @@ class SetFeatures:
 class Intervention:
     """An operator and the positions at which it acts; never a BOS token in front of a prompt.
 
-    `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); "generated": the
-    rest, that is the prompt's last position and all generated ones (those that predict a generated token); or, of a
-    chat whose `parts` are given (see `Encoded`), the part that one side says. What is read counts where it stands
-    ("system", "user", "template", "special"), what the assistant writes where it is predicted: "assistant" is
-    "generated" and the assistant's earlier turns, "first_assistant" the position before the first token of each.
+    `positions` is "all"; "prompt": the prompt's positions but the last (as in the paper's code); "generated": the rest,
+    that is those that predict a generated token; or, of a chat whose `parts` are given (see `Encoded`), the part that
+    one side says. What is read counts where it stands ("system", "user", "template", "special"), what the assistant
+    writes where it is predicted: "assistant" is "generated" and the assistant's earlier turns, "first_assistant" the
+    position before the first token of each.
     """
 
     operator: Operator
@@ -172,9 +152,8 @@ class Intervention:
 
     def edit(self, prompt_length: int, n_bos: int = 0) -> PositionedEdit:
         """The callable for `saeffect.lm.edited`; rows share a prompt of that length, its first `n_bos` tokens BOS.
-
-        Raises `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or none
-        that the side says.
+        `ConfigError` if there is no position to act at: BOS alone, one token with `positions` "prompt", or none that
+        the side says.
         """
         own = prompt_length - n_bos
         if own < 1 or (self.positions == "prompt" and own < 2):

@@ -1,4 +1,4 @@
-"""The registry of outcomes, and the measures of generated texts."""
+"""The registry of outcomes, and the measures of generated texts, some by vectors (of words, or the paper's encoder)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,17 +16,22 @@ import pandas as pd
 import torch
 
 from saeffect.config_chat import Prompt, prompt_text
-from saeffect.errors import ShapeMismatch, unknown_name
+from saeffect.errors import BadFile, NotFound, UnknownName, unknown_name
+from saeffect.features.embeddings import load_embeddings
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import normalise_token
-from saeffect.steering.encoders import RememberedVectors, TextVectors
+from saeffect.paths import user_path
 
 __all__ = [
     "OUTCOMES",
+    "MeanPooledEncoder",
     "Outcome",
+    "RememberedVectors",
+    "TextVectors",
     "distinct_2",
     "join_tokens",
     "keyword_score",
+    "load_text_vectors",
     "measure_texts",
     "off_list_score",
     "outcome_named",
@@ -37,6 +43,91 @@ __all__ = [
 ]
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+Vector = npt.NDArray[np.floating]
+
+
+class TextVectors(Protocol):
+    """Anything that turns a text into one vector."""
+
+    def mean_vector(self, text: str) -> Vector | None:
+        """The vector of a text, `[dim]`; None if nothing in the text is known."""
+        ...
+
+
+class RememberedVectors:
+    """Caches text vectors; vectors that already have a cache are used directly."""
+
+    def __init__(self, vectors: TextVectors) -> None:
+        self._vectors = vectors
+        self._known: dict[str, Vector | None] = vectors._known if isinstance(vectors, RememberedVectors) else {}
+
+    def mean_vector(self, text: str) -> Vector | None:
+        if text not in self._known:
+            self._known[text] = self._vectors.mean_vector(text)
+        return self._known[text]
+
+
+class MeanPooledEncoder:
+    """Last hidden states of an encoder, averaged over a text's tokens, special ones included (Gupta & Sica 2024).
+
+    `name` is a hub id or folder of a model that transformers' AutoModel opens; sentence encoders that pool by the mean
+    give their own vectors up to length. `NotFound`: neither a folder nor a model that can be downloaded; `BadFile`: no
+    encoder with a tokenizer in the folder.
+    """
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._model: Any = AutoModel.from_pretrained(name, use_safetensors=True).eval()
+        except (OSError, ValueError, KeyError) as error:
+            missing = not Path(name).exists()
+            kind = NotFound if missing else BadFile
+            raise kind(
+                f"no text encoder can be loaded from {name!r}: {str(error).splitlines()[0]}",
+                at="embeddings",
+                fix="give a hub id that can be reached, or a folder with model and tokenizer."
+                if missing
+                else "the folder needs config.json, a tokenizer, and safetensors weights (pickles are never loaded).",
+            ) from error
+
+    @torch.inference_mode()
+    def mean_vector(self, text: str) -> Vector | None:
+        """Float32 `[hidden_size]`; None for a text without tokens. Texts beyond the model's maximum length are cut."""
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        encoded = self._tokenizer(
+            text, return_tensors="pt", truncation=longest is not None, max_length=longest, add_special_tokens=True
+        )
+        inner = len(encoded["input_ids"][0]) - self._tokenizer.num_special_tokens_to_add()
+        if not text.strip() or inner < 1:
+            return None
+        hidden = self._model(**encoded).last_hidden_state[0].float()
+        pooled: Vector = hidden.mean(dim=0).numpy()
+        return pooled
+
+
+def load_text_vectors(name: str) -> TextVectors:
+    """Word vectors averaged, or else a mean-pooled encoder: `name` is "glove-wiki-gigaword-100", a vectors file, a
+    folder of a transformers model, or a hub id. Errors as `load_embeddings` and `MeanPooledEncoder`.
+    """
+    if user_path(name, at="embeddings").is_dir():
+        return MeanPooledEncoder(name)
+    try:
+        return load_embeddings(name)
+    except (UnknownName, NotFound) as unknown:
+        if Path(name).suffix in {".txt", ".vec", ".gz", ".bin", ".zip", ".npz", ".safetensors"}:
+            raise
+        try:
+            return MeanPooledEncoder(name)
+        except NotFound as error:
+            raise type(unknown)(
+                f"{unknown.message} Nor can a text encoder of that name be loaded: {error.message}",
+                at="embeddings",
+                fix="use a bundled name, a vectors file, or a model folder.",
+            ) from error
 
 
 def join_tokens(tokens: Sequence[str]) -> str:
@@ -66,12 +157,9 @@ def distinct_2(token_ids: Sequence[int]) -> float:
 def perplexity(
     lm: LanguageModel, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> npt.NDArray[np.float64]:
-    """exp of the mean negative log-probability (nats) of continuations of one prompt under the unsteered model.
-
-    Float64 `[n]`, at least 1; NaN for an empty continuation. `ShapeMismatch` for a prompt without tokens.
+    """exp of the mean negative log-probability (nats) of continuations of one prompt under the unsteered model:
+    float64 `[n]`, at least 1; NaN for an empty continuation.
     """
-    if len(prompt_ids) == 0:
-        raise ShapeMismatch("the prompt has no tokens; expected at least one.")
     result = np.full(len(continuations), math.nan)
     # Equal lengths together: padding at the end is harmless under causal attention, but costs time.
     order = [i for i in np.argsort([len(c) for c in continuations], kind="stable") if len(continuations[i])]
@@ -97,9 +185,8 @@ def measure_texts(
     *,
     with_prompt: bool = False,
 ) -> list[dict[str, Any]]:
-    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt.
-
-    `with_prompt`: the similarity is that of prompt and text together, as in the paper.
+    """Text, similarity to its reference, distinct2 and perplexity of each continuation (token ids) of a prompt;
+    `with_prompt`, the similarity is that of prompt and text together, as in the paper.
     """
     # Features share the unsteered texts: score each different text once.
     different = list(dict.fromkeys(tuple(ids) for ids in outputs))
@@ -132,8 +219,8 @@ def keyword_score(text: str, top_tokens: Sequence[str]) -> float:
 def off_list_score(text: str, top_tokens: Sequence[str], vocabulary: Collection[str]) -> float:
     """Share of a text's words that are in the domain's vocabulary but not among the feature's top tokens.
 
-    Steering puts the top tokens in, so only other domain words show a wider effect. Words that begin with a top token
-    of three letters or more do not count either (" cardi" excludes "cardiac"). NaN without words or vocabulary.
+    Steering puts the top tokens in, so only other domain words show a wider effect. Nor do words count that begin with
+    a top token of three letters or more (" cardi" excludes "cardiac"). NaN without words or vocabulary.
 
     Example:
         >>> off_list_score("A drug for cancer patients", [" drug"], {"drug", "cancer"})
@@ -160,8 +247,8 @@ class Outcome:
         measures: Completes "the effect of steering on the ...".
         unit: Of effects. Shares ("share of ...") are percentages in reports.
         alternative: "greater" (one-sided), "less" (see `under`), or "two-sided" for side effects.
-        score: Function of (text, the feature's top tokens, the domain's words in lower case); None for outcomes of
-            `measure_texts` and `direct_effects`.
+        score: Of (text, the feature's top tokens, the domain's words in lower case); None for `measure_texts`,
+            `direct_effects`.
         column: Of the table; `name` if empty.
         direct: Whether the column is of `direct_effects` (one number a prompt), not of trials.
         logarithm: Whether effects are of the natural logarithm (perplexities, where the worst texts would dominate).
@@ -233,18 +320,16 @@ def outcome_named(name: str) -> Outcome:
 def score_texts(
     trials: pd.DataFrame, features: pd.DataFrame, *, vectors: TextVectors, vocabulary: Collection[str], seed: int
 ) -> pd.DataFrame:
-    """Add the outcomes that need no model to a table of trials (columns feature and text; a missing text has no score).
+    """Add the outcomes that need no model to a table of trials (columns feature and text; a missing text has no
+    score).
 
-    `features` has columns feature and top_tokens, of all tested features (`ShapeMismatch` if one of the trials is
-    missing); with a column members, sets that share a feature are not compared with each other. `vocabulary` holds the
-    domain's words, lower case. Gives the trials with a column for each outcome that has a `score`, similarity_shuffled
-    (cosine similarity to another feature's top tokens, see `shuffled_references`; NaN where undefined), and
-    shuffled_feature (that feature, -1 for none).
+    `features` has columns feature and top_tokens, of all tested features; with a
+    column members, sets that share a feature are not compared with each other. `vocabulary` holds the domain's words,
+    lower case. Gives the trials with a column for each outcome that has a `score`, similarity_shuffled (to another
+    feature's top tokens, see `shuffled_references`; NaN where undefined), and shuffled_feature (that feature, -1 for
+    none).
     """
     top = {int(f): list(tokens) for f, tokens in zip(features["feature"], features["top_tokens"], strict=True)}
-    unknown = set(trials["feature"]) - set(top)
-    if unknown:
-        raise ShapeMismatch(f"the feature table has no feature {min(unknown)}.", at="features")
     known = RememberedVectors(vectors)
     other = shuffled_references(list(top), seed)
     if "members" in features:
@@ -269,9 +354,8 @@ def score_texts(
 
 
 def shuffled_references(features: Sequence[int], seed: int) -> dict[int, int | None]:
-    """For each feature another one at random, never its own and none used twice; None if there is no other.
-
-    Control: if texts come as near to another domain feature's top tokens, steering evokes the domain at most.
+    """For each feature another one at random, never its own and none used twice; None if there is no other. If texts
+    come as near to another domain feature's top tokens, steering evokes the domain at most.
 
     Example:
         >>> shuffled_references([4, 9], seed=0), shuffled_references([4], seed=0)

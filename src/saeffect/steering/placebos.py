@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError
 
 __all__ = [
     "BASELINES",
@@ -35,10 +35,9 @@ SHUFFLED = "shuffled"
 
 
 class DrawDirection(Protocol):
-    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`.
-
-    It depends on its arguments alone: the row, the study's seed, the feature (or number of the set) that it is the
-    placebo of, and, for trials, `draw` = (prompt, sample).
+    """Gives the unit vector that replaces a decoder row, float32 `[d_model]`, of its arguments alone: the row, the
+    study's seed, the feature (or number of the set) that it is the placebo of, and, for trials, `draw` = (prompt,
+    sample).
     """
 
     def __call__(self, row: Tensor, *, seed: int, feature: int, draw: tuple[int, ...]) -> Tensor: ...
@@ -118,21 +117,11 @@ def matched_features(
 
     Distance is Euclidean over the logarithms of decoder norm, density and mean activation, each divided by its standard
     deviation over all features. Features that never fired are matched with one another. One feature may be the placebo
-    of several. `features` needs columns feature, decoder_norm, density, mean_activation; `domain` holds all domain
-    features. One row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo,
-    distance (in standard deviations).
-
-    Raises `ShapeMismatch`: a column is missing, or a chosen feature is not in the table; `ConfigError`: `n` is below 1.
+    of several. `features` needs these columns and feature; `domain` holds all domain features. One
+    row per chosen feature and rank: feature, rank (from 0, nearest first; ties by number), placebo, distance (in
+    standard deviations).
     """
-    if n < 1:
-        raise ConfigError(f"each feature needs at least one placebo. Got n={n}.", at="placebos")
-    missing = [name for name in ("feature", *_MATCHED_ON) if name not in features]
-    if missing:
-        raise ShapeMismatch(f"the feature table lacks the column(s) {', '.join(missing)}.", at="features")
     table = features.set_index("feature").sort_index()
-    unknown = [f for f in chosen if f not in table.index]
-    if unknown:
-        raise ShapeMismatch(f"feature {unknown[0]} is not in the table.", at="chosen")
     coordinates = _coordinates(table)
     fires = (table["density"] > 0).to_numpy()
     allowed = ~table.index.isin(list(domain)) & (table["decoder_norm"].to_numpy(dtype=np.float64) > 0)

@@ -12,8 +12,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from saeffect.config import InterventionConfig, SamplingConfig, SteeringConfig
-from saeffect.errors import ConfigError, EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
-from saeffect.lm.heads import hook_width
+from saeffect.errors import EmptySelection, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.steering.outcomes import OUTCOMES
@@ -45,10 +45,6 @@ class Site:
     norm_limit: float = math.inf
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean_norm) and self.mean_norm > 0):
-            raise ConfigError(f"the mean norm at {self.hook} must be above 0 and finite. Got {self.mean_norm}.")
-        if not self.norm_limit > 0:
-            raise ConfigError(f"the norm limit at {self.hook} must be above 0. Got {self.norm_limit}.")
         width = hook_width(self.lm, self.hook)
         if self.W_dec.ndim != 2 or self.W_dec.shape[1] != width:
             raise IncompatibleSae(
@@ -67,11 +63,11 @@ class SteeringPlan(Sampling, InterventionConfig):
         operator: "add": a vector along the decoder row, of length dose x `Site.mean_norm`. "clamp": the feature's
             activation is set to dose x its maximum. "ablate": it is set to 0; the dose is 1.
         unit: Of doses of "add": "residual_norm", or "coefficient": multiples of the decoder row, as in the paper.
-        protocol: "paper" samples and scores texts as the paper's code did (see `Sampling.as_published`); all other keys
-            stay what they are here.
+        protocol: "paper" samples and scores texts as the paper's code did (see `Sampling.as_published`), and changes no
+            other key.
 
-    Raises `ConfigError`: a value is out of range, or values contradict each other; `UnknownName`: no such operator,
-    unit, placebo or choice of positions.
+    `ConfigError`: values out of range, or that contradict each other; `UnknownName`: no such operator, unit, placebo,
+    positions.
     """
 
     placebos: tuple[str, ...] = ("random",)
@@ -120,12 +116,9 @@ def check_names(section: SteeringConfig) -> None:
 
 
 def check_features(site: Site, features: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """The feature table sorted by feature, after checking that it can be steered.
-
-    With a column members (list of int) each row is a set of features steered at once, and feature any number for it.
-
-    Raises `EmptySelection`: there are no features; `ShapeMismatch`: a column is missing, a feature is repeated, or the
-    decoder has no such row.
+    """The feature table sorted by feature, after checking that it can be steered. With a column members (list of
+    int) each row is a set of features steered at once, and feature any number for it. `EmptySelection`: no features;
+    `ShapeMismatch`: a column is missing, a feature is repeated, or the decoder has no such row.
     """
     missing = [name for name in ("feature", *columns) if name not in features]
     if missing:
@@ -153,14 +146,11 @@ def features_together(
     """A table with one row for each set of features steered at once, for `run_trials`.
 
     Under "add" a set is pushed along the sum of its decoder rows, its length given by the dose; under "clamp" and
-    "ablate" each feature is set. Texts are compared with the top tokens of all of them. `features` needs columns
-    feature, top_tokens and top_token_ids; `matched` lists placebo features of each feature, nearest first: a set gets
-    one of each member's, none twice.
-
-    Columns: feature (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in
-    turn, each once), and, if given, matched (list of lists; empty if a member has none).
-
-    Raises `EmptySelection`: no sets, or an empty one; `ShapeMismatch`: a feature is not in the table.
+    "ablate" each feature is set. `features` needs columns feature, top_tokens and top_token_ids; `matched` lists
+    placebo features of each feature, nearest first: a set gets one of each member's, none twice. Columns: feature
+    (number of the set, from 0), members (list of int), top_tokens and top_token_ids (the members' in turn, each once),
+    and, if given, matched (list of lists; empty if a member has none). `EmptySelection`: no sets, or an empty one;
+    `ShapeMismatch`: a feature is not in the table.
     """
     if not len(sets) or not all(len(members) for members in sets):
         raise EmptySelection("there is no set of features to steer together, or one of them is empty.", at="together")

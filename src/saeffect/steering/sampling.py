@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saeffect.config import SamplingConfig
 from saeffect.config_keys import config_error
-from saeffect.errors import ShapeMismatch, Undefined
+from saeffect.errors import Undefined
 
 __all__ = [
     "NoiseCell",
@@ -60,9 +60,7 @@ def exponential_noise(cell: NoiseCell, step: int, d_vocab: int, *, device: torch
 
 
 def exponential_noise_at(cells: Sequence[NoiseCell], step: int, ids: Tensor) -> Tensor:
-    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only; `ShapeMismatch` unless there is a cell a row."""
-    if ids.ndim != 2 or len(ids) != len(cells):
-        raise ShapeMismatch(f"token ids have shape {tuple(ids.shape)}; expected [{len(cells)}, n], one row a cell.")
+    """`exponential_noise` at tokens `ids` (int64 `[rows, n]`) only, a cell a row."""
     # One call gives the words of four neighbouring tokens.
     words = philox(*_counter(cells, step, ids >> 2))
     word = ids & 3
@@ -119,19 +117,15 @@ class Sampling(SamplingConfig):
         frequency_penalty: Subtracted from a token's logit, before the temperature, for each time it was generated.
         allow_end: False forbids end-of-text and all other special tokens, so that all continuations have
             `max_new_tokens` tokens and their similarities and repetition are comparable.
-
-    Raises `ConfigError` for a value out of range.
     """
 
     allow_end: bool = False
 
     @property
     def as_published(self) -> bool:
-        """Whether texts are sampled and scored as the paper's code did.
-
-        BOS is steered like the prompt, the penalty counts BOS and prompt, special tokens may be drawn and do not end a
-        text, no noise is shared, and the similarity is that of prompt and continuation to the tokens as the vocabulary
-        spells them (`Ġdrug`).
+        """Whether texts are sampled and scored as the paper's code did: BOS is steered like the prompt, the penalty
+        counts BOS and prompt, special tokens may be drawn and do not end a text, no noise is shared, and the
+        similarity is that of prompt and continuation to the tokens as the vocabulary spells them (`Ġdrug`).
         """
         return self.protocol == "paper"
 
@@ -159,13 +153,9 @@ def penalise(logits: Tensor, generated: Tensor, frequency_penalty: float) -> Non
 
 
 def next_tokens(logits: Tensor, cells: Sequence[NoiseCell], step: int, sampling: Sampling) -> Tensor:
-    """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020).
-
-    `logits` are `[rows, d_vocab]`, any float dtype, penalties already taken off, forbidden tokens at -inf; `step`
-    counts the tokens generated before. `ShapeMismatch` unless there is a cell a row.
+    """One token a row, int64 `[rows]`; top_p as in Holtzman et al. (2020). `logits` are `[rows, d_vocab]`, any float
+    dtype, penalties already taken off, forbidden tokens at -inf; `step` counts the tokens generated before.
     """
-    if len(cells) != len(logits):
-        raise ShapeMismatch(f"{len(logits)} rows of logits, but {len(cells)} noise cells.")
     logits = logits.float()
     if sampling.temperature == 0:
         return _most_probable(logits)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,12 +15,11 @@ from saeffect.config_chat import Prompt, prompt_name
 from saeffect.errors import ShapeMismatch
 from saeffect.lm.hooks import edited
 from saeffect.lm.language_model import LanguageModel
-from saeffect.parallel import barrier, device_of_process, gathered, is_first, join, rank_and_world
+from saeffect.parallel import from_all, is_first, join, rank_and_world
 from saeffect.steering.actions import ActionRow, Actions, actions_of
-from saeffect.steering.encoders import RememberedVectors, TextVectors
 from saeffect.steering.generate import Progress, generate, last_logits
 from saeffect.steering.operators import Intervention
-from saeffect.steering.outcomes import join_tokens, measure_texts
+from saeffect.steering.outcomes import RememberedVectors, TextVectors, join_tokens, measure_texts
 from saeffect.steering.placebos import UNSTEERED
 from saeffect.steering.plan import Site, SteeringPlan
 from saeffect.steering.sampling import NoiseCell
@@ -66,13 +63,11 @@ def run_trials(
         on_chunk: Called with the rows of each finished chunk; two processes must not write the same file.
         progress: Called in the first process after every token, with rows done (also resumed and partial) and in all.
 
-    Returns:
-        One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit
-        (0 for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal
-        length; NaN when features are set, not added); text, the continuation alone; similarity to the feature's top
-        tokens (NaN where undefined); distinct2; perplexity. Impossible conditions have no rows, see `obstacles`.
-
-    Raises `Interrupted` if another process is gone; other errors as `actions_of`, `generate` and `Intervention.edit`.
+    One row per feature, prompt, sample, condition and dose, in that order: `TRIAL_COLUMNS`. dose in the plan's unit (0
+    for unsteered); coefficient, the multiple of the decoder row of that length (placebos get a vector of equal length;
+    NaN when features are set, not added); text, the continuation alone; similarity to the feature's top tokens (NaN
+    where undefined); distinct2; perplexity. Impossible conditions have no rows, see `obstacles`. `Interrupted` if
+    another process is gone.
     """
     needed = ["top_tokens", "top_token_ids"] if plan.as_published else ["top_tokens"]
     actions = actions_of(site, features, plan, needed)
@@ -81,8 +76,7 @@ def run_trials(
         return run.table(actions.table, done, on_chunk, progress)
     mine = actions.table.iloc[features_of_process(len(actions.table), plan, *rank_and_world())]
     rows = run.table(mine, done, on_chunk, progress if is_first() else None) if len(mine) else None
-    barrier()  # which waits for the slowest, however long; what follows takes a moment
-    everything = pd.concat(_from_all(rows), ignore_index=True)
+    everything = pd.concat([own for own in from_all(rows) if own is not None], ignore_index=True)
     # Rows of a feature are in order already and come from one process.
     return everything.sort_values("feature", kind="stable", ignore_index=True)
 
@@ -90,23 +84,6 @@ def run_trials(
 def features_of_process(n_features: int, plan: SteeringPlan, rank: int, world: int) -> list[int]:
     """Positions, in order of feature number, of the features that a process steers: every `world`-th chunk."""
     return [i for i in range(n_features) if i // plan.features_at_once % world == rank]
-
-
-def _from_all(rows: pd.DataFrame | None) -> list[pd.DataFrame]:
-    """The tables of all processes, by rank; sent as parquet, which keeps every bit."""
-    packed = io.BytesIO()
-    if rows is not None:
-        rows.to_parquet(packed, index=False)
-    data = torch.from_numpy(np.frombuffer(packed.getvalue() or b"\0", dtype=np.uint8).copy())
-    lengths = gathered(torch.tensor([len(packed.getvalue())], device=device_of_process()))
-    everything = gathered(data.to(device_of_process())).cpu().numpy()
-    tables: list[pd.DataFrame] = []
-    start = 0
-    for length in lengths.tolist():
-        if length:
-            tables.append(pd.read_parquet(io.BytesIO(everything[start : start + length].tobytes())))
-        start += max(1, length)
-    return tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,11 +216,10 @@ def direct_effects(
 ) -> pd.DataFrame:
     """How much likelier steering makes a feature's top tokens as the next token: no sampling, no noise.
 
-    `features` need top_token_ids (list of int) in place of top_tokens; the plan's samples and sampling are not used.
-    The random placebo of a prompt is that of its sample 0. One row per feature, prompt, condition and dose, in that
-    order: feature, prompt, condition, dose, delta_logprob (nats; mean over the top tokens of steered minus unsteered
-    log-probability; NaN without top tokens), kl (nats; of the steered distribution from the unsteered one). Impossible
-    conditions have no rows, see `obstacles`.
+    `features` need top_token_ids (list of int) in place of top_tokens. The random placebo of a prompt is that of its
+    sample 0. One row per feature, prompt, condition and dose, in that order: feature, prompt, condition, dose,
+    delta_logprob (nats; mean over the top tokens of steered minus unsteered log-probability; NaN without top tokens),
+    kl (nats; of the steered distribution from the unsteered one). Impossible conditions have no rows, see `obstacles`.
     """
     actions = actions_of(site, features, plan, ["top_token_ids"])
     table = actions.table
@@ -279,9 +255,8 @@ def direct_effects(
 def next_log_probabilities(
     lm: LanguageModel, hook: str, prompt_ids: Sequence[int], intervention: Intervention, *, n_bos: int | None = None
 ) -> Tensor:
-    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32.
-
-    `n_bos` tokens in front are left alone; by default those that are BOS.
+    """Log-probabilities (nats) of every token after the prompt, one row per row of the intervention, float32;
+    `n_bos` tokens in front are left alone, by default those that are BOS.
     """
     n_bos = lm.n_bos(prompt_ids) if n_bos is None else n_bos
     n_rows = intervention.operator.n_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeffect.errors import ConfigError, ShapeMismatch
+from saeffect.errors import ConfigError
 from saeffect.io import atomic_path
 from saeffect.lm.hooks import parse_hook
 
@@ -41,13 +41,6 @@ class SteeringVector:
     dose: float
     mean_norm: float
     about: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.vector.ndim != 1 or self.rows.shape != (len(self.features), len(self.vector)):
-            raise ShapeMismatch(
-                f"a vector of shape {tuple(self.vector.shape)} and rows of shape {tuple(self.rows.shape)} do not belong"
-                f" to {len(self.features)} features."
-            )
 
     @property
     def norm(self) -> float:
@@ -80,10 +73,8 @@ def write_safetensors_vector(vector: SteeringVector, path: Path) -> None:
 
 
 def control_layer(hook: str) -> int:
-    """N of the tensor `direction.N`, which llama.cpp adds to what leaves block N (from 0).
-
-    ConfigError for hooks that no such vector stands for: within a block, and before or after block 0, which llama.cpp
-    does not steer.
+    """N of the tensor `direction.N`, which llama.cpp adds to what leaves block N (from 0). ConfigError for hooks
+    that no such vector stands for: within a block, and before or after block 0, which llama.cpp does not steer.
 
     Example:
         >>> control_layer("blocks.8.hook_resid_pre"), control_layer("blocks.8.hook_resid_post")
@@ -108,9 +99,8 @@ def control_layer(hook: str) -> int:
 
 def write_gguf_vector(vector: SteeringVector, path: Path, *, architecture: str) -> None:
     """Write a control vector for llama.cpp: `--control-vector FILE` adds what the dose says, at every position.
-
-    `architecture` is the model's in GGUF, such as "llama"; programs show it, llama.cpp does not compare it. ConfigError
-    as `control_layer`.
+    `architecture` is the model's in GGUF, such as "llama"; llama.cpp does not compare it. ConfigError as
+    `control_layer`.
     """
     from gguf import GGUFWriter
 

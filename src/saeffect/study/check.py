@@ -19,7 +19,7 @@ from saeffect.features.embeddings import load_embeddings
 from saeffect.features.vocabulary import Vocabulary, load_vocabulary
 from saeffect.lm.accounting import loading_errors, quiet_transformers
 from saeffect.lm.adapters import read_adapter, require_fit
-from saeffect.lm.heads import HOOK_Z
+from saeffect.lm.architectures import HOOK_Z
 from saeffect.lm.hooks import parse_hook
 from saeffect.lm.loading import ModelShape, load_config, locate_adapter, locate_model, model_shape
 from saeffect.lm.tokens import known_tokens, separator_id, token_texts

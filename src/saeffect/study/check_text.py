@@ -9,8 +9,7 @@ from saeffect.config import TextSource
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.lm.chat import Encoded, has_part, messages_of, segments
 from saeffect.lm.chat_rows import with_system
-from saeffect.lm.corpora import documents_of, is_local, read_corpus, source_files
-from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.corpora import documents_of, find_duplicates, is_local, read_corpus, source_files
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.text_files import format_of
 from saeffect.lm.tokens import printable_text
@@ -74,7 +73,7 @@ def duplicates_in_training(study: Study) -> str:
     recipe = arm_recipe(study, study.by_role("control")[0])
     local = [source for source in recipe.text if is_local(source)]
     try:
-        return find_duplicates(documents_of(local, recipe), recipe.held_out).words()
+        return find_duplicates(documents_of(local, recipe), recipe.held_out)
     except SaeffectError as error:
         raise error.placed(study.at("training", "text")) from None
 

@@ -15,8 +15,7 @@ from saeffect.diffing.nulls import read_nulls
 from saeffect.errors import BadFile, ConfigError, EmptySelection, placed
 from saeffect.features.projection import project
 from saeffect.features.vocabulary import Vocabulary, count_matches, load_vocabulary
-from saeffect.lm.architectures import unembedding
-from saeffect.lm.heads import heads_to_residual
+from saeffect.lm.architectures import heads_to_residual, unembedding
 from saeffect.lm.language_model import LanguageModel
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder

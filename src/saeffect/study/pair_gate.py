@@ -16,7 +16,7 @@ import torch
 from saeffect.config import BosRule, GateConfig, ModelConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
-from saeffect.lm.heads import hook_width
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.hooks import parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import load_tokenizer, locate_model
@@ -24,7 +24,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.fit import Fit, measure_fit
 from saeffect.sae.formats import load_sae
-from saeffect.sae.metrics import replaced_losses
+from saeffect.sae.metrics import spliced_losses
 from saeffect.sae.mismatch import Change, Mismatch, Reading, find_mismatch, scan_hooks
 from saeffect.study.diff import DiffRequest, diff_study
 from saeffect.study.stages.gate import complaint_about_model, model_on_text, text_losses
@@ -282,7 +282,7 @@ def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
     if mismatch.prepend_bos is not None:
         return float("nan")
     limit = first_limit(lm, mismatch.hook, rows.ids[:_ROWS_CHECKED])
-    losses = replaced_losses(
+    losses = spliced_losses(
         lm, lambda _, x: mismatch.reading(x.float()), mismatch.hook, rows.ids[:_ROWS_CHECKED], limit
     )
     try:

@@ -18,10 +18,10 @@ from saeffect.config_file import read_config_file
 from saeffect.errors import BadFile, ConfigError, IncompatibleSae, NotFound, placed, unknown_name
 from saeffect.io import fingerprint, hash_folder
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
+from saeffect.lm.architectures import heads_to_residual, hook_width
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import chat_prepends
 from saeffect.lm.corpora import source_identity
-from saeffect.lm.heads import heads_to_residual, hook_width
 from saeffect.lm.hooks import hook_of_module, parse_hook, require_module_output
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.loading import (

@@ -18,10 +18,10 @@ from saeffect.config import TextConfig
 from saeffect.errors import EmptySelection, SaeffectError, placed
 from saeffect.io import read_json
 from saeffect.lm.activations import TokenRows
+from saeffect.lm.architectures import hook_width
 from saeffect.lm.chat import ChatFormat
 from saeffect.lm.chat_rows import Row, cut_rows
 from saeffect.lm.corpora import interleave, read_corpus
-from saeffect.lm.heads import hook_width
 from saeffect.lm.hooks import capture
 from saeffect.lm.language_model import LanguageModel, fused
 from saeffect.lm.loading import bundled_path

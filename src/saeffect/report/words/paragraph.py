@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from saeffect.comparison.arms import ArmTables, Roles
-from saeffect.comparison.findings import Comparison, Trace
+from saeffect.comparison.findings import CitedNumber, Comparison
 from saeffect.comparison.judgement import ALL_SEEDS, Judgement, headline_row
 from saeffect.comparison.quantities import wording
 from saeffect.diffing.cross_activity import activity_changes, most_changed
@@ -28,14 +28,14 @@ class Paragraph:
     """Text that records the table row of each of its numbers."""
 
     text: str = ""
-    traces: list[Trace] = field(default_factory=list)
+    traces: list[CitedNumber] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         self.text += text
 
     def cite(self, text: str, table: str, **row: Any) -> None:
         """Add a number and its table row."""
-        self.traces.append(Trace(start=len(self.text), text=text, table=table, row=row))
+        self.traces.append(CitedNumber(start=len(self.text), text=text, table=table, row=row))
         self.text += text
 
 

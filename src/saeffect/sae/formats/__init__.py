@@ -18,8 +18,8 @@ from saeffect.sae.formats.compact import CompactSae, is_compact, load_compact, s
 from saeffect.sae.formats.dictionary_learning import save_dictionary_learning
 from saeffect.sae.formats.gemma_scope import GemmaScope
 from saeffect.sae.formats.llama_scope import SCALER, LlamaScope
-from saeffect.sae.formats.pickles import PICKLED
 from saeffect.sae.formats.saelens import SPARSITY, WEIGHTS, read_sparsity, save_sae
+from saeffect.sae.formats.state_dicts import PICKLED
 from saeffect.sae.formats.weights import decoder_dtype, fill, read_weights
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "save_sae",
     "sae_identity",
     "saved_dtype",
-    "weights_file",
 ]
 
 # Files that people mistake for an SAE, by the end of their name: what each is, and what to do with it.
@@ -56,9 +55,8 @@ _FILES = {
 
 
 class SaeFormat(Protocol):
-    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors.
-
-    A format whose settings lie elsewhere names that file in `settings`, or has "" there and gets None.
+    """A format. `raw` is the content of cfg.json, of any type; `where` names the place in errors. One whose settings
+    lie elsewhere names that file in `settings`, or has "" there and gets None.
     """
 
     weights: str
@@ -89,11 +87,8 @@ FORMATS: dict[str, SaeFormat] = {
 def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
     """Load an SAE from a folder in any of `FORMATS`, or by name, in float32, on the CPU.
 
-    Raises:
-        NotFound: A missing file.
-        BadFile: Truncated or malformed weights, missing tensors, NaN.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: Tensors whose shapes contradict cfg.json, or something that this package does not support.
+    NotFound: a missing file. BadFile: truncated or malformed weights, missing tensors, NaN. UnknownName: another
+    architecture. IncompatibleSae: shapes that contradict cfg.json, or something that is not supported.
     """
     where = at or str(folder)
     folder = _located(folder, at)
@@ -111,11 +106,8 @@ def load_sae(folder: Path | str, *, at: str | None = None) -> SparseAutoencoder:
 def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
     """What cfg.json says about an SAE.
 
-    Raises:
-        NotFound: No such folder, or no cfg.json in it.
-        BadFile: Not JSON, or without valid sizes.
-        UnknownName: An architecture that this package does not have.
-        IncompatibleSae: A normalisation or reshaping that this package does not support.
+    NotFound: no such folder, or no cfg.json in it. BadFile: not JSON, or without valid sizes. UnknownName: another
+    architecture. IncompatibleSae: a normalisation or reshaping that is not supported.
     """
     where = at or str(folder)
     folder = _located(folder, at)
@@ -123,14 +115,8 @@ def read_sae_config(folder: Path | str, *, at: str | None = None) -> SaeConfig:
     return how.config(folder, raw, where)
 
 
-def weights_file(folder: Path | str) -> Path:
-    """Where a folder keeps, or should keep, its weights. NotFound: no settings; BadFile: they are not JSON."""
-    folder = _located(folder, None)
-    return folder / _opened(folder, str(folder))[1].weights
-
-
 def sae_identity(folder: Path) -> str:
-    """SHA-256 of the files that decide an SAE: its settings and its weights. Errors as `weights_file`."""
+    """SHA-256 of an SAE's settings and weights. NotFound: no settings; BadFile: they are not JSON."""
     how = _opened(folder, str(folder))[1]
     files = [folder / settings for settings in (_settings_of(how), how.weights) if settings]
     if (folder / SCALER).is_file():

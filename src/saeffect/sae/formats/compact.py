@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, NotFound, ShapeMismatch
+from saeffect.errors import BadFile, NotFound
 from saeffect.io import atomic_path, read_json, write_json
 from saeffect.sae.base import SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.saelens import WEIGHTS, config
@@ -74,17 +74,12 @@ def load(folder: Path, raw: Any, where: str) -> NoReturn:
 
 def save_compact(sae: SparseAutoencoder, statistics: pd.DataFrame, source: Path | str, folder: Path | str) -> Path:
     """Write the compact form of an SAE loaded from its folder `source`, with its model card, to `folder`.
-
-    `statistics` has one row a feature, as `ActivityAccumulator.result` gives, else ShapeMismatch. BadFile if the
-    decoder holds NaN or infinity.
+    `statistics` has one row a feature, as `ActivityAccumulator.result` gives. BadFile if the
+    decoder is not finite.
     """
     from safetensors.torch import save_file
 
     source, folder = Path(source), Path(folder)
-    missing = [name for name in ("feature", *_STATISTICS) if name not in statistics]
-    if missing or statistics["feature"].tolist() != list(range(sae.cfg.d_sae)):
-        said = f"lack {', '.join(missing)}" if missing else "are not one row a feature, in order"
-        raise ShapeMismatch(f"the statistics {said}; the SAE has {sae.cfg.d_sae} features.", at="statistics")
     W_dec = sae.W_dec.detach().float().cpu()
     if not bool(torch.isfinite(W_dec).all()):
         raise BadFile("the decoder holds NaN or infinity.", at=str(source))

@@ -90,10 +90,9 @@ def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
 
 
 def save_dictionary_learning(sae: SparseAutoencoder, folder: Path | str) -> Path:
-    """Write a crosscoder so that `BatchTopKCrossCoder` (or, for an L1 crosscoder, `CrossCoder`) there reads it:
-    `.from_pretrained(folder, from_hub=True)`.
-
-    IncompatibleSae for an SAE of one model, or a crosscoder with thresholds that are no BatchTopK's.
+    """Write a crosscoder so that `BatchTopKCrossCoder` (or, for an L1 one, `CrossCoder`) there reads it:
+    `.from_pretrained(folder, from_hub=True)`. IncompatibleSae for an SAE of one model, or thresholds that are no
+    BatchTopK's.
     """
     from safetensors.torch import save_file
 

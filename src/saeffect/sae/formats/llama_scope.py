@@ -67,9 +67,8 @@ class LlamaScope:
         return SaeConfig("jumprelu", d_in, d_sae, apply_b_dec_to_input=takes_off, metadata=metadata)
 
     def load(self, folder: Path, raw: Any, where: str) -> SparseAutoencoder:
-        """The SAE, which takes activations as they are; features keep the size that they have there.
-
-        The number `jump_relu_threshold` is of unscaled activations, thresholds in the weights are of scaled ones.
+        """The SAE, which takes activations as they are; features keep the size that they have there. The number
+        `jump_relu_threshold` is of unscaled activations, thresholds in the weights are of scaled ones.
         """
         cfg = self.config(folder, raw, where)
         n, d = cfg.d_sae, cfg.d_in

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeffect.errors import BadFile, ConfigError, IncompatibleSae, ShapeMismatch, unknown_name
+from saeffect.errors import BadFile, ConfigError, IncompatibleSae, unknown_name
 from saeffect.io import atomic_path, read_json, write_json
 from saeffect.sae.base import ARCHITECTURES, SaeConfig, SparseAutoencoder
 from saeffect.sae.formats.weights import by_side, fill, is_count, joined, read_weights, sides_of
@@ -123,25 +123,17 @@ def load(folder: Path, raw: Any, where: str) -> SparseAutoencoder:
 def save_sae(
     sae: SparseAutoencoder, folder: Path | str, *, dtype: str = "float32", sparsity: Tensor | None = None
 ) -> Path:
-    """Write an SAE in SAELens' layout, in its inference form.
+    """Write an SAE, any scaling of its inputs folded in, in SAELens' layout and its inference form; `folder` is made
+    if missing.
 
-    Args:
-        sae: With any scaling of the inputs already folded into its weights.
-        folder: Created if missing.
-        dtype: Of the saved weights: "float32", "float16" or "bfloat16". Thresholds stay float32, exactly those of the
-            SAE (SAELens rounds them when it loads, unless given `dtype="float32"`).
-        sparsity: log10 of each feature's firing rate, float `[d_sae]`; SAELens adds 1e-10 to the rate.
-
-    Raises:
-        ConfigError: Another dtype, or one whose range the weights exceed.
-        ShapeMismatch: `sparsity` is not one number a feature.
+    `dtype`: "float32", "float16" or "bfloat16", of the weights; thresholds stay float32, exactly (SAELens rounds them
+    when it loads, unless given `dtype="float32"`). `sparsity`: log10 of each feature's firing rate, float `[d_sae]`;
+    SAELens adds 1e-10 to the rate. ConfigError: another dtype, or one whose range the weights exceed.
     """
     from safetensors.torch import save_file
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype {dtype!r} is not float32, float16 or bfloat16.")
-    if sparsity is not None and sparsity.shape != (sae.cfg.d_sae,):
-        raise ShapeMismatch(f"sparsity has shape {tuple(sparsity.shape)}; expected ({sae.cfg.d_sae},).")
     if isinstance(sae, TrainableSae):
         sae = sae.for_inference()
     tensors = {}

@@ -29,10 +29,9 @@ def matches(folder: Path, raw: Any) -> bool:
 
 
 def config(folder: Path, raw: Any, where: str) -> SaeConfig:
-    """The SAE's configuration. The hook is the folder's name, such as layers.8.
-
-    BadFile if d_in, num_latents (or expansion_factor) or k is no positive whole number. IncompatibleSae for
-    transcoders, skip connections, or another activation function than TopK.
+    """The SAE's configuration; the hook is the folder's name, such as layers.8. BadFile if d_in, num_latents (or
+    expansion_factor) or k is no positive whole number. IncompatibleSae for transcoders, skip connections, or another
+    activation function than TopK.
     """
     for key, why in _REFUSED.items():
         if raw.get(key):

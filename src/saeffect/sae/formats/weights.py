@@ -41,14 +41,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Read all tensors of a file. Memory is bounded by the file, whatever sizes cfg.json claims.
 
-    Args:
-        shapes: Expected shapes by name, checked before anything is read; tensors of other names may have any.
-        required: Names that must be there.
-        dtypes: Allowed dtypes by name, in safetensors' words; floats for the other names in `shapes`.
-
-    Raises:
-        BadFile: The file is truncated or malformed, a name is missing, or a tensor has another dtype.
-        IncompatibleSae: Another shape.
+    `shapes` are expected by name, checked before anything is read; tensors of other names may have any. `required`
+    names must be there. `dtypes` by name, in safetensors' words, are allowed; floats for the other names in `shapes`.
+    BadFile: truncated or malformed, a missing name, another dtype. IncompatibleSae: another shape.
     """
     with open_tensors(path, path.name, at=where, fix="copy or download it again.") as file:
         names = sorted(file.keys())

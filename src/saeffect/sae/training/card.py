@@ -53,10 +53,9 @@ def _noted(folder: Path) -> Mapping[str, Any]:
 
 
 def write_card(recipe: SaeRecipe, folder: Path, measured: Mapping[str, float], *, log: Log = SILENT) -> None:
-    """Write README.md and training.json beside an SAE, and the measurements into its cfg.json.
-
-    A README.md that somebody else wrote, or changed, stays. `recipe` is that of this one SAE. `measured`, on held-out
-    text: as `reconstruction` gives, and ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
+    """Write README.md and training.json beside an SAE, and the measurements into its cfg.json; a README.md that
+    somebody else wrote, or changed, stays. `recipe` is that of this one SAE. `measured`, on held-out text: as
+    `reconstruction` gives, and ce_loss_score, ce_clean, ce_sae, ce_zero, ce_tokens.
     """
     cfg = read_json(folder / "cfg.json")
     cfg["metadata"]["held_out"] = dict(measured)

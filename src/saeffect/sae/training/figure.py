@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saeffect.errors import BadFile, EmptySelection
+from saeffect.errors import EmptySelection
 from saeffect.io import atomic_path
 from saeffect.sae.training.log import METRICS_FILE, loss_parts, read_metrics
 
@@ -108,9 +108,8 @@ class _Run:
 
 def save_training_figure(folder: Path) -> Path:
     """Draw a training's curves beside its metrics.jsonl, as training.svg and training.png; the path of the latter.
-
-    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing has
-    been measured, BadFile if it is damaged or the figure cannot be written.
+    Lines are training batches, dots are held-out text. NotFound without a metrics.jsonl, EmptySelection if nothing
+    has been measured, BadFile if it is damaged or the figure cannot be written.
     """
     import matplotlib
 
@@ -126,12 +125,9 @@ def save_training_figure(folder: Path) -> Path:
         raise EmptySelection("none of the known metrics has a finite value.", at=str(folder / METRICS_FILE))
     with matplotlib.rc_context(dict(_RC)):
         figure = _draw(run, panels)
-        try:
-            for name, metadata in zip(FIGURES, _METADATA, strict=True):
-                with atomic_path(folder / name) as temporary:
-                    figure.savefig(temporary, format=name.rpartition(".")[2], metadata=metadata)
-        except OSError as error:
-            raise BadFile(f"the figure cannot be written: {error.strerror or error}.", at=str(folder)) from error
+        for name, metadata in zip(FIGURES, _METADATA, strict=True):
+            with atomic_path(folder / name) as temporary:
+                figure.savefig(temporary, format=name.rpartition(".")[2], metadata=metadata)
     return folder / FIGURES[1]
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import itertools
 import json
 import math
 import os
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from saeffect.errors import BadFile, NotFound
-from saeffect.io import atomic_path
+from saeffect.io import atomic_path, writing
 from saeffect.progress import Log
 from saeffect.sae.base import ARCHITECTURES
 from saeffect.sae.training.loggers import LoggerName, MetricsLogger, TrainingRun, check_logger, open_logger
@@ -39,8 +37,7 @@ _SHOWN = (
 )
 
 _WINDOW = 60.0  # seconds that the rate is taken over
-_MARKS = 6  # but at least five intervals, so that their median means something
-_STALL = 10.0  # so many times slower than the median interval: the machine slept, or another process had it
+_MARKS = 6  # but at least five intervals
 
 
 class TrainingLog:
@@ -49,12 +46,9 @@ class TrainingLog:
     Each line of metrics.jsonl is an object: "step" (the finished step, from 0), "tokens" (seen by then), "kind"
     ("train", "evaluation" or "event"), "seconds" (of training and evaluation, over all restarts) and the metrics; a
     metric that is not finite is null. Lines are on disk when a method returns. Rows from `first_step` on, left by a run
-    that was stopped, are dropped; `batch_size` is over all processes.
-
-    Raises:
-        UnknownName, NotFound: There is no such logger, or its package is not installed.
-        BadFile: The folder cannot be written, or its metrics.jsonl is damaged before its last line.
-        ConfigError: The logger refuses.
+    that was stopped, are dropped; `batch_size` is over all processes. UnknownName, NotFound, ConfigError: no such
+    logger, not installed, or it refuses. BadFile: the folder cannot be written, or its metrics.jsonl is damaged before
+    its last line.
 
     Example:
         >>> import tempfile; from saeffect.progress import SILENT; folder = Path(tempfile.mkdtemp())
@@ -88,17 +82,15 @@ class TrainingLog:
         path = self._folder / METRICS_FILE
         kept: list[dict[str, Any]] = []
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            if self._first and path.exists():
-                kept = [row for row in read_metrics(path) if row["step"] < self._first]
-            run = TrainingRun(self._folder, self._config, self._first, kept)
-            self._logger = open_logger(self._logger_name, run, self._log)
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            self._file = io.FileIO(path, "a")
-        except OSError as error:
-            self._close_logger(failed=True)
-            raise self._unwritable(error) from error
+            with writing(path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._first and path.exists():
+                    kept = [row for row in read_metrics(path) if row["step"] < self._first]
+                run = TrainingRun(self._folder, self._config, self._first, kept)
+                self._logger = open_logger(self._logger_name, run, self._log)
+                with atomic_path(path) as temporary:
+                    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                self._file = io.FileIO(path, "a")
         except BaseException:
             self._close_logger(failed=True)
             raise
@@ -154,19 +146,10 @@ class TrainingLog:
     def _write(self, line: str) -> None:
         assert self._file is not None
         data = line.encode()
-        try:
+        with writing(self._folder / METRICS_FILE):
             # One unbuffered write, so that a kill or a full disk can only damage the last line.
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> BadFile:
-        return BadFile(
-            f"{METRICS_FILE} cannot be written: {error.strerror or error}.",
-            at=str(self._folder),
-            fix="free some space, or choose a folder that can be written; then run the same command again.",
-        )
 
     def _time_words(self, done: int, seconds: float) -> list[str]:
         rate = self._pace.steps_per_second() * self._batch_size
@@ -226,9 +209,8 @@ def progress_line(head: str, row: Mapping[str, float], tail: Iterable[str] = ())
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill.
-
-    NotFound if there is none; BadFile if it cannot be read, or a line before the last is damaged.
+    """The rows of a metrics.jsonl, or of the one in a folder, without a last line torn by a kill. NotFound if there
+    is none; BadFile if it cannot be read, or a line before the last is damaged.
     """
     path = Path(path)
     path = path / METRICS_FILE if path.is_dir() and path.name != METRICS_FILE else path
@@ -279,8 +261,7 @@ def _short(value: float) -> str:
 class Pace:
     """How fast steps go, lately, and how long the rest of `total` takes, `first` of which were done before.
 
-    The rate leaves out announced pauses, and intervals in which the machine was suspended. The time left includes
-    announced pauses in their share so far.
+    The rate leaves out announced pauses; the time left includes them in their share so far.
 
     Example:
         >>> clock = iter([0.0, 10.0]); pace = Pace(100, 0, now=lambda: next(clock)); pace.mark(20)
@@ -321,14 +302,8 @@ class Pace:
 
     def steps_per_second(self) -> float:
         """Over about the last minute; NaN while unknown."""
-        marks = list(self._marks)
-        intervals = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(marks)]
-        if not intervals:
-            return math.nan
-        usual = statistics.median(seconds / steps for steps, seconds in intervals)
-        intervals = [(steps, seconds) for steps, seconds in intervals if seconds <= _STALL * usual * steps]
-        seconds = sum(seconds for _, seconds in intervals)
-        return sum(steps for steps, _ in intervals) / seconds if seconds > 0 else math.nan
+        (first, began), (last, ended) = self._marks[0], self._marks[-1]
+        return (last - first) / (ended - began) if ended > began else math.nan
 
     def seconds_left(self) -> float:
         """Until the last step; NaN while unknown."""

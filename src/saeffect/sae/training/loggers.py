@@ -70,9 +70,8 @@ def check_logger(name: str) -> None:
 
 
 def open_logger(name: str, run: TrainingRun, log: Log) -> MetricsLogger | None:
-    """The logger of that name, ready for rows; None for "none".
-
-    ConfigError if Weights & Biases refuses; BadFile if the record of the run to continue is damaged or unwritable.
+    """The logger of that name, ready for rows; None for "none". ConfigError if Weights & Biases refuses; BadFile if
+    the record of the run to continue is damaged or unwritable.
     """
     try:
         if name == "wandb":

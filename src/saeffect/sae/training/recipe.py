@@ -16,8 +16,15 @@ from saeffect.errors import BadFile, ConfigError, EmptySelection, IncompatibleSa
 from saeffect.io import fingerprint
 from saeffect.lm.activations import ActivationSource, NormLimit, StreamedActivations, TokenRows
 from saeffect.lm.chat_rows import Row, cut_rows, lm_for_chats
-from saeffect.lm.corpora import StreamedText, documents_of, interleave, is_held_out, is_local, read_corpus
-from saeffect.lm.duplicates import find_duplicates
+from saeffect.lm.corpora import (
+    StreamedText,
+    documents_of,
+    find_duplicates,
+    interleave,
+    is_held_out,
+    is_local,
+    read_corpus,
+)
 from saeffect.lm.harvest import (
     ActivationStore,
     ShardSource,
@@ -36,7 +43,7 @@ from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.crosscoder import TUNED, side
 from saeffect.sae.formats import load_sae, read_sae_config
-from saeffect.sae.metrics import reconstruction, replaced_losses, spliced_losses
+from saeffect.sae.metrics import reconstruction, spliced_losses
 from saeffect.sae.training.card import card_is_current, measured_before, write_card
 from saeffect.sae.training.config import SaeRecipe, SaeTrainingConfig
 from saeffect.sae.training.loggers import LoggerName, check_logger
@@ -57,18 +64,10 @@ def train_from_recipe(
 ) -> Mapping[str, Any]:
     """Harvest (or reuse a harvest, or stream), train, measure on held-out text, and write SAEs with model cards.
 
-    If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs, measures and writes.
-
-    Args:
-        out: Folder for the SAE; for several, of their folders.
-        work: Folder for activations; arms with the same model share them.
-        logger: Where metrics go besides metrics.jsonl.
-
-    Returns the measurements in the model card; of several SAEs, one such mapping by name.
-
-    Raises:
-        SaeffectError: Anything wrong; where possible before the harvest, and then nothing is written.
-        Interrupted: Ctrl-C; the message says how to resume.
+    `out` is the folder for the SAE, or for several, of their folders; `work` that for activations, which arms with the
+    same model share. If stopped, the same call resumes. Under `torchrun` every process calls it; the first one logs,
+    measures and writes. Returns the measurements in the model card; of several SAEs, one such mapping by name.
+    SaeffectError: anything wrong, where possible before the harvest, and then nothing is written. Interrupted: Ctrl-C.
     """
     out, work = Path(out), Path(work)
     log = log if is_first() else SILENT
@@ -103,16 +102,15 @@ def train_from_recipe(
 
 def _warn_of_duplicates(recipe: SaeRecipe, log: Log) -> None:
     local = [source for source in recipe.text if is_local(source)] if is_first() else []
-    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out).words()
+    repeats = find_duplicates(documents_of(local, recipe), recipe.held_out)
     if repeats:
         log(f"warning: {repeats}")
 
 
 def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILENT) -> list[Path]:
-    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations, of
-    two models first the base model's.
-
-    ConfigError if the recipe streams its activations; else as `train_from_recipe`.
+    """Harvest alone, for every SAE of this model, hook and text: the folders of training and held-out activations,
+    of two models first the base model's. ConfigError if the recipe streams its activations; else as
+    `train_from_recipe`.
     """
     if recipe.activations == "streamed":
         raise ConfigError(
@@ -133,7 +131,6 @@ def harvest_from_recipe(recipe: SaeRecipe, *, work: Path | str, log: Log = SILEN
 
 def text_rows(recipe: SaeRecipe, lm: LanguageModel, *, held_out: bool) -> TokenRows:
     """Packed rows from each source in turn, of training or held-out documents; SaeffectError if a source fails.
-
     Documents are shuffled, unless the activations are streamed: then held-out documents keep the order of the text.
     """
     wanted = recipe.held_out_tokens if held_out else recipe.tokens_a_pass
@@ -212,11 +209,8 @@ class _Data:
 
     def _measure(self, sae: SparseAutoencoder, n_tokens: int, n_rows: int) -> dict[str, float]:
         head = self.rows.head(n_rows)
-        where = self.recipe.hook, head.ids, self.limits[-1]
-        if self.recipe.tuned is None:
-            losses = spliced_losses(self.lms[0], sae, *where, counts=head.counts)
-        else:
-            losses = replaced_losses(self.lms[1], partial(self._rebuilt, sae), *where, counts=head.counts)
+        rebuilt = sae if self.recipe.tuned is None else partial(self._rebuilt, sae)
+        losses = spliced_losses(self.lms[-1], rebuilt, self.recipe.hook, head.ids, self.limits[-1], counts=head.counts)
         return reconstruction(sae, self.held_out.sample(n_tokens)) | {
             "ce_loss_score": losses.ce_loss_score,
             "ce_clean": losses.clean,

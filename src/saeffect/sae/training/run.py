@@ -128,9 +128,8 @@ class SaeRun:
             raise self._diverged(f"the gradient's norm became {report.gradient_norm}", step)
 
     def record(self, log: TrainingLog, step: int, report: StepReport, x: Tensor, evaluate: Evaluation | None) -> None:
-        """After a step, write what is due: metrics, a measurement on held-out text, a note of resampled features.
-
-        `x` is the whole batch, unscaled; `evaluate` measures an SAE in unscaled units.
+        """After a step, write what is due: metrics, a measurement on held-out text (by `evaluate`, of an SAE in
+        unscaled units), a note of resampled features. `x` is the whole batch, unscaled.
         """
         config, last = self.job.config, step + 1 == self.trainer.total_steps
         if report.n_resampled:
@@ -194,8 +193,8 @@ def copy_weights(
 ) -> None:
     """Copy the weights of an SAE on disk into one that is about to be trained on scaled inputs.
 
-    Every feature keeps its index, so that SAEs of different arms line up. The source may have another architecture;
-    what can be kept of it is:
+    Every feature keeps its index, so that SAEs of different arms line up. The source, which takes unscaled activations,
+    may have another architecture; what can be kept of it is:
 
     | from \\ to | standard, topk | batchtopk, matryoshka | jumprelu | gated |
     |---|---|---|---|---|
@@ -203,15 +202,10 @@ def copy_weights(
     | jumprelu | threshold dropped | median of the thresholds | as it is | exactly |
     | gated | gates dropped | median of the thresholds | exactly | as it is |
 
-    Where a threshold or a gate is dropped, features fire more often at first; the penalty, or k, takes over.
-
-    Args:
-        source: Folder of an SAE that takes unscaled activations, in any format that `load_sae` reads.
-        sae: Changed in place, buffers and leaves included; a JumpReLU SAE must have its starting thresholds.
-        scale: Factor of the inputs in training: biases and thresholds grow by it (`fold_scale` undoes that).
-        unit_decoder: Whether training keeps decoder rows at length 1; see `TrainableSae.start_from`.
-
-    IncompatibleSae: another d_in or d_sae, or a source that normalises or centres inputs as `sae` does not.
+    Where a threshold or a gate is dropped, features fire more often at first; the penalty, or k, takes over. `sae` is
+    changed in place, leaves included; a JumpReLU SAE must have its starting thresholds. `scale` is the factor of the
+    inputs in training: biases and thresholds grow by it (`fold_scale` undoes that). IncompatibleSae: another d_in or
+    d_sae, or a source that normalises or centres inputs as `sae` does not.
     """
     loaded = load_sae(source, at=at)
     fixes = {

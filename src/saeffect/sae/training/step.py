@@ -82,10 +82,8 @@ class TrainingStep:
 
     @torch.no_grad()
     def __call__(self, step: int, x: Tensor, n_tokens: int | None = None, *, stop: bool = False) -> StepReport:
-        """Move step number `step`, from 0.
-
-        `x` is this process's part of the batch, scaled, float32 `[n, d_in]`; `n_tokens` counts the whole batch. `stop`:
-        this process was asked to stop; the report says whether any was.
+        """Move step number `step`, from 0. `x` is this process's part of the batch, scaled, float32 `[n, d_in]`;
+        `n_tokens` counts the whole batch. `stop`: this process was asked to stop; the report says whether any was.
         """
         n_tokens = len(x) if n_tokens is None else n_tokens
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * rate_factor(
@@ -202,16 +200,14 @@ def penalty_coefficient(step: int, total: int, config: SaeTrainingConfig) -> flo
 def resample(
     sae: TrainableSae, optimizer: torch.optim.Optimizer, dead: Tensor, x: Tensor, sae_out: Tensor, *, seed: int
 ) -> None:
-    """Restart dead features at inputs that the SAE rebuilds badly, and reset the optimizer's moments of them.
+    """Restart dead features, int64 `[n_dead]`, at inputs that the SAE rebuilds badly, and reset the optimizer's
+    moments of them.
 
     Inputs are drawn with probability proportional to the square of their loss. The decoder row becomes the input's
     direction with the mean length of living rows, the encoder row the same direction a fifth as long as living rows,
-    and every other number of the feature (bias, threshold) zero.
-
-    `dead` are int64 `[n_dead]`; `x` this process's scaled inputs, float32 `[n, d_in]`, and `sae_out` their
-    reconstructions. The `seed`, and so the outcome, is the same on every process.
-
-    Source: Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
+    and every other number of the feature (bias, threshold) zero. `x` are this process's scaled inputs, float32 `[n,
+    d_in]`, and `sae_out` their reconstructions; with one `seed` the outcome is the same on every process. Source:
+    Bricken et al. (2023), Towards Monosemanticity, appendix "Neuron resampling".
     """
     if not len(dead):
         return

@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor
 
 from saeffect.errors import BadFile, ConfigError, EmptySelection, Interrupted
 from saeffect.lm.activations import ActivationSource
-from saeffect.parallel import Interruption, barrier, device_of_process, gathered, is_first, rank_and_world
+from saeffect.parallel import Interruption, barrier, from_all, is_first, rank_and_world, stopping
 from saeffect.progress import SILENT, Log
 from saeffect.sae.base import SparseAutoencoder
-from saeffect.sae.formats import WEIGHTS, load_sae
+from saeffect.sae.formats import load_sae
 from saeffect.sae.training.config import SaeTrainingConfig
 from saeffect.sae.training.log import TrainingLog
 from saeffect.sae.training.loggers import LoggerName
@@ -31,29 +30,19 @@ def train_saes(
     logger: LoggerName = "none",
     log: Log = SILENT,
 ) -> list[SparseAutoencoder]:
-    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them.
+    """Train SAEs of one model and hook side by side, in one pass over the activations, and save them; returns them
+    as saved.
 
-    They are saved in SAELens' layout, the scaling of their inputs folded into the weights, with the curve of the
-    training. A run that was stopped, also with `kill -9`, resumes from its last checkpoint and ends with the same
-    weights; a finished one is not repeated. Under `torchrun` each process takes its share of every batch; the first one
-    measures, logs and writes, to folders that all processes share.
+    The jobs share batch size, number of steps and order of the data. The scaling of inputs is folded into the weights;
+    the curve of the training lies beside them. A run that was stopped, also with `kill -9`, resumes from its last
+    checkpoint and ends with the same weights; a finished one is not repeated. Under `torchrun` each process takes its
+    share of every batch; the first one measures (with `evaluate`, an SAE in unscaled units), logs and writes, to
+    folders that all share.
 
-    Args:
-        jobs: They share batch size, number of steps and order of the data.
-        evaluate: Measures an SAE (in unscaled units) on held-out text, every `evaluate_every` steps.
-        logger: Where metrics go besides metrics.jsonl.
-
-    Returns:
-        The SAEs as they were saved, in the order of the jobs.
-
-    Raises:
-        ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs
-            that cannot share batches or folders.
-        EmptySelection: Fewer activations than one batch.
-        BadFile: The loss or the weights are not finite; the disk is full; activations or checkpoints cannot be read; a
-            folder cannot be written.
-        InUse: Another process trains into one of the folders.
-        Interrupted: Ctrl-C, SIGTERM, or the end of another process; the message says how to resume.
+    ConfigError: `out` holds what another recipe or somebody else made, or is not shared by all processes; or jobs that
+    cannot share batches or folders. EmptySelection: fewer activations than one batch. BadFile: loss or weights are not
+    finite; the disk is full; something cannot be read or written. InUse: another process trains into one of the
+    folders. Interrupted: Ctrl-C, SIGTERM, or the end of another process.
     """
     log = log if is_first() else SILENT
     todo = [job for job in jobs if not _is_finished(job, source, log)]
@@ -63,24 +52,15 @@ def train_saes(
             if job not in todo:
                 job.complete(source.identity())
     if todo:
-        try:
+        with stopping(f"{', '.join(str(job.out) for job in todo)} keep their last checkpoints"):
             _train(source, todo, evaluate=evaluate, logger=logger, log=log)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"stopped at once; {', '.join(str(job.out) for job in todo)} keep their last checkpoints.",
-                fix="run the same command again to go on from there.",
-            ) from None
     else:
         log("finished before; nothing to do")
     return [load_sae(job.out) for job in jobs]
 
 
 def _is_finished(job: SaeJob, source: ActivationSource, log: Log) -> bool:
-    folder = job.folder(source.identity())
-    damaged = folder.damaged()
-    if damaged == [] and not (folder.note() or {}).get("files"):
-        log(f"{job.out}: finished.json is an earlier version's, without hashes; the files are not verified")
-        return (job.out / WEIGHTS).is_file()
+    damaged = job.folder(source.identity()).damaged()
     if damaged:
         log(f"{job.out}: {', '.join(damaged)} changed or vanished after the training, which is done again")
     return damaged == []
@@ -211,8 +191,7 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
     """Return all runs to the newest step of which each has a readable checkpoint; where to resume."""
     steps = sorted(set.intersection(*(set(run.checkpoint.steps()) for run in runs)), reverse=True)
     # Each process reads the checkpoints that the first one wrote.
-    seen = gathered(torch.tensor([[len(steps), sum(steps)]], device=device_of_process()))
-    if (seen != seen[0]).any():
+    if any(seen != steps for seen in from_all(steps)):
         raise ConfigError(
             "the processes see different checkpoints.",
             at=", ".join(str(run.job.out) for run in runs),
@@ -231,16 +210,14 @@ def _restore(runs: Sequence[SaeRun], log: Log) -> Position:
 
 
 def _restored(runs: Sequence[SaeRun], step: int) -> BadFile | None:
+    """Why a process cannot read the checkpoints of a step; None if all can."""
     mine = None
     try:
         for run in runs:
             run.restore(step)
     except BadFile as error:
         mine = error
-    failed = gathered(torch.tensor([int(mine is not None)], device=device_of_process()))
-    if not failed.any():
-        return None
-    return mine or BadFile("another process cannot read the checkpoint.", at=str(runs[0].checkpoint.folder))
+    return next((error for error in (mine, *from_all(mine)) if error is not None), None)
 
 
 def _logs(runs: Sequence[SaeRun], first_step: int, logger: LoggerName, log: Log) -> Iterator[TrainingLog]:
