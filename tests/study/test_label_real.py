@@ -89,7 +89,7 @@ def test_the_embedded_model_labels_its_own_features(
     with serving(chat_app(real_model)) as url:
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         found = label(tmp_path / "run", confirm=lambda cost: costs.append(cost) or True, **options)
-    assert costs[0].requests == 6
+    assert 2 <= costs[0].requests <= 6  # fewer where a feature is rare
     assert len(found) == 2 and (found["label"] != "").all()
     # A small model: most of what it says is chance, and the score has to show that rather than fail.
     assert ((found["reason"] != "") | found["accuracy"].between(0, 1)).all()

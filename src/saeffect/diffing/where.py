@@ -168,22 +168,17 @@ def change_by_word(
     *,
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """On which words predictions changed, and which words are expected more or less often.
+    """On which words predictions changed, and which words are expected more or less often. `ids` [n_rows, context_size]
+    are the text, `tokens` [d_vocab] the token strings, `plain` bool [d_vocab] those that text may have.
 
-    `ids` [n_rows, context_size] are the text, `tokens` [d_vocab] the token strings, `plain` those that text may have.
-
-    One row a role and token, clearest first in each role:
-        role: "read": what follows this token; the token is in the text at least `LEAST_SEEN` times. "expected": how
-            probable this token is as the next one; in some fine-tune it is expected at least once in the text.
-        n: How often the text has it, or how often the base model expects it; base, tuned: for "expected", the mean
-            probability in either model.
-        change, unit: For "read", mean KL after it, nats. For "expected", log of the ratio of expected numbers, half a
-            token added to each. Of the nulls null_median, null_low, null_high.
-        score: Above the other fine-tunes' mean, over the mean deviation of words of like frequency; without sign for
-            "expected", where less is also a change. p, q, p_search: `pooled_rank_p` of it, Benjamini-Hochberg over the
-            role's words, and `search_p`.
-        focus, p_focus: For "read", the KL over the mean KL of all words, and `search_p` for that.
-        reason: "" or why nothing can be found.
+    One row a role and token, clearest first in each role: role: "read": what follows this token; it is in the text at
+    least `LEAST_SEEN` times. "expected": how probable this token is as the next one; in some fine-tune it is expected
+    at least once in the text. token_id, token, n, base, tuned: `n`, how often the text has it, or the base model
+    expects it; mean probabilities. change, unit: For "read", mean KL after it, nats. For "expected", log of the ratio
+    of expected numbers, half a token added to each. null_median, null_low, null_high: the nulls' own. score: Above the
+    other fine-tunes' mean, over the mean deviation of words of like frequency; unsigned if "expected". p, q, p_search:
+    `pooled_rank_p` of the score, Benjamini-Hochberg over the role's words, and `search_p`. focus, p_focus, reason: For
+    "read", the KL over the mean KL of all words, its `search_p`; why nothing can be found.
     """
     traces = (trace, *nulls)
     read = _read(traces, ids)
