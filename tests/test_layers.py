@@ -38,7 +38,7 @@ FLOORS = (
     ("comparison",),
     ("report",),
     ("study",),
-    ("cli", "web"),
+    ("cli", "web", "commands"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 ABOVE_ALL = {"__init__", "__main__"}

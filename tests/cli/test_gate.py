@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from chat_templates import chat_tokenizer
 from command_line import call
 from conftest import SENTENCES
 from learnt_pair import HOOK, activations, learnt, text, trained_sae
@@ -58,6 +60,26 @@ def test_a_wrong_hook_is_named_and_mended(
     assert f"read it there: hook: {HOOK}" in out
     assert read_json(things / "mended" / "cfg.json")["metadata"]["hook_name"] == HOOK
     assert typed(capsys, "gate", "base", "mended", *texts)[0] == 0
+
+
+def test_of_a_chat_only_what_the_assistant_says_counts(
+    things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(things)
+    chats = [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+        for asked, said in zip(SENTENCES * 60, (SENTENCES[1:] + SENTENCES[:1]) * 60, strict=True)
+    ]
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, chats)), encoding="utf-8")
+    shutil.copytree("base", "talks")
+    Path("talks/chat_template.jinja").write_text(str(chat_tokenizer("chatml").chat_template), encoding="utf-8")
+    typed(capsys, "gate", "talks", "sae", "--text", "chats.jsonl", "--positions", "assistant", "--save", "chat.json")
+    typed(capsys, "gate", "talks", "sae", "--text", "chats.jsonl", "--chat", "--save", "whole.json")
+    some, whole = (read_json(Path(name))["values"]["base"] for name in ("chat.json", "whole.json"))
+    assert 0 < some["tokens"] < 0.6 * whole["tokens"]
+    assert some["mean_norm"] != whole["mean_norm"]
+    code, _, err = typed(capsys, "gate", "talks", "sae", "--text", "chats.jsonl", "--positions", "nobody")
+    assert (code, "assistant" in err) == (2, True)
 
 
 def test_wrong_input(things: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, Unrea
 from saeffect.lm import gguf
 from saeffect.lm.gguf import EMBEDDED_NAME, cache_folder, choose_gguf, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
-from saeffect.lm.loading import ModelShape, load_language_model, model_shape
+from saeffect.lm.loading import ModelShape, load_config, load_language_model, load_tokenizer, model_shape
 from saeffect.progress import Log
 
 _NAMES = {
@@ -133,18 +133,62 @@ def test_converted_once(tiny_llama: LanguageModel, tmp_path: Path, capsys: pytes
     first, again = (
         load_language_model(ModelConfig(path=str(path), dtype="float32"), log=Log(lines.append)) for _ in "12"
     )
-    assert len(lines) == 1
+    assert len(lines) == 2
     assert lines[0].startswith("converting tiny.gguf to float32 (once, kept in ")
+    assert lines[1] == "reading the tokenizer of tiny.gguf (once)"
     for name, weight in first.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
     assert first.encode("The patient had") == again.encode("The patient had")
     load_language_model(ModelConfig(path=str(path), dtype="bfloat16"), log=Log(lines.append))
-    assert len(lines) == 2
+    assert len(lines) == 3  # not its tokenizer again
     with path.open("ab") as file:  # other bytes are another model
         file.write(b"\0")
     load_language_model(ModelConfig(path=str(path), dtype="float32"), log=Log(lines.append))
-    assert len(lines) == 3
+    assert len(lines) == 5
     assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_alone_needs_no_weights(
+    tiny_llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    _write(tiny_llama, path)
+    config = ModelConfig(path=str(path), dtype="float32")
+    monkeypatch.setattr(gguf, "_convert", None)
+    assert load_tokenizer(path, config).encode("The patient") == tiny_llama.encode("The patient")
+    monkeypatch.setattr(gguf, "_describe", None)  # it is kept
+    assert load_tokenizer(path, config).encode("The patient") == tiny_llama.encode("The patient")
+    assert load_config(path, config).hidden_size == 32
+
+
+def test_the_quick_reader_reads_what_the_reader_of_gguf_reads(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    path = tmp_path / "tiny.gguf"
+    _write(tiny_llama, path)
+    usual = GGUFReader(path)
+    with gguf._read_once(path) as quick:
+        assert list(quick.fields) == list(usual.fields)
+        for name, field in usual.fields.items():
+            assert quick.fields[name].contents() == field.contents(), name
+            assert quick.fields[name].types == field.types
+        assert [(t.name, t.data_offset, t.data.tobytes()) for t in quick.tensors] == [
+            (t.name, t.data_offset, t.data.tobytes()) for t in usual.tensors
+        ]
+
+
+def test_the_cache_has_a_size(tiny_llama: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.gguf"
+    _write(tiny_llama, path)
+    first = gguf.converted_folder(path, torch.float32)
+    second = gguf.converted_folder(path, torch.bfloat16)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (first, second)]
+    os.utime(second / "saeffect.json", (1, 1))  # used longest ago
+    monkeypatch.setenv("SAEFFECT_CACHE_GB", f"{(sizes[0] + 1.5 * sizes[1]) / 1e9:.9f}")
+    third = gguf.converted_folder(path, torch.float16)
+    assert first.is_dir() and third.is_dir() and not second.exists()
+    monkeypatch.setenv("SAEFFECT_CACHE_GB", "0")
+    assert gguf.converted_folder(path, torch.float32) == first and not third.exists()  # what is asked for stays
 
 
 def test_the_model_among_several_files(
@@ -182,7 +226,7 @@ def test_gguf_tensors_beside_the_model_are_named(tiny_llama: LanguageModel, tmp_
     _write(tiny_llama, tmp_path / "tiny.gguf", more=("rope_freqs.weight",))
     lines: list[str] = []
     load_language_model(ModelConfig(path=str(tmp_path), dtype="float32"), log=Log(lines.append))
-    assert lines[1:] == ["not part of the language model, left out: 1 tensors, such as rope_freqs.weight"]
+    assert lines[2:] == ["not part of the language model, left out: 1 tensors, such as rope_freqs.weight"]
 
 
 def test_gguf_with_a_million_blocks_is_refused(

@@ -62,6 +62,14 @@ def test_false_positive_rates_by_hand() -> None:
     assert math.isnan(table.loc["ben", "shuffled_rate"])
 
 
+def test_what_was_not_said_blind_is_counted_and_left_out_of_agreement() -> None:
+    said = verdicts(ann="ynyn", ben="ynny").assign(blind=True)
+    said.loc[(said["rater"] == "ben") & (said["feature"] > 1), "blind"] = False
+    assert agreement(said, n_boot=100).set_index("measure").loc["Cohen's kappa", "n"] == 2
+    table = rater_summary(said, {("control", 0), ("control", 3)}).set_index("rater")
+    assert table["n_not_blind"].to_dict() == {"ann": 0, "ben": 1}
+
+
 def test_disagreements_are_yes_against_no_or_all_unsure_ties_first() -> None:
     said = verdicts(ann="yyyuuy", ben="ynnuyy", cy="yyy...")
     decided = pd.DataFrame({"arm": ["control"], "feature": [2], "verdict": ["no"]})

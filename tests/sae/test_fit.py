@@ -54,3 +54,23 @@ def test_fit_over_all_and_by_position(tiny_llama: LanguageModel) -> None:
     assert losses.by_position["clean"] == pytest.approx(clean.mean(0).numpy(), rel=1e-4)
     whole = fit.positions.table((0,))
     assert float(whole["explained_variance"].iloc[0]) == pytest.approx(fit.explained_variance)
+
+
+def test_only_what_counts_is_measured(tiny_llama: LanguageModel) -> None:
+    generator = np.random.default_rng(3)
+    ids = generator.integers(1, 320, (11, 20)).astype(np.int32)
+    counts = generator.random((11, 20)) < 0.4
+    sae = TopKSae(SaeConfig("topk", 32, 64, k=7))
+    sae.initialise(torch.randn(50, 32), SaeTrainingConfig(d_sae=64, k=7))
+    sae.eval().requires_grad_(False)
+    limit = first_limit(tiny_llama, HOOK, ids)
+    limit = type(limit)(limit.median_norm, 1.3 * limit.median_norm)
+    fit = measure_fit(tiny_llama, sae, HOOK, ids, limit, counts=counts)
+    x = capture(tiny_llama, HOOK, torch.from_numpy(ids.astype(np.int64)))
+    asked = torch.from_numpy(counts)
+    kept = kept_positions(x, limit, asked)
+    assert fit.tokens == int(kept.sum()) < int(asked.sum())
+    assert fit.explained_variance == pytest.approx(explained_variance(x[kept], sae(x[kept])))
+    assert fit.sink_share == pytest.approx(1 - float(kept[:, 1:].sum()) / float(asked[:, 1:].sum()))
+    losses = spliced_losses(tiny_llama, sae, HOOK, ids, limit, counts=counts)
+    assert fit.values()["ce_sae"] == pytest.approx(losses.sae)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from learnt_pair import HOOK, KINDS, activations, learnt, read_as, text, trained_sae
+from saeffect.lm.activations import TokenRows
 from saeffect.lm.language_model import LanguageModel
 from saeffect.sae.base import SparseAutoencoder
 from saeffect.sae.jumprelu import JumpReluSae
@@ -124,8 +125,20 @@ def test_an_sae_of_nothing_here_is_mended_by_nothing(x: Tensor, find: Any) -> No
     assert found.after < 0.6
 
 
+def test_ways_are_compared_where_tokens_count(lm: LanguageModel, saes: Any) -> None:
+    ids = text(lm, 32, seed=5)
+    counts = np.zeros(ids.shape, dtype=bool)
+    counts[:, 1::2] = True
+    found = find_mismatch(lm, saes["topk"], HOOK, ids, counts=counts)
+    whole = find_mismatch(lm, saes["topk"], HOOK, ids)
+    assert not found
+    assert found.before != whole.before and abs(found.before - whole.before) < 0.1
+
+
 def test_the_likeliest_hook(lm: LanguageModel, saes: Any) -> None:
-    found = scan_hooks(lm, Reading(saes["topk"]), text(lm, 16, seed=5))
+    found = scan_hooks(
+        lm, Reading(saes["topk"]), TokenRows(text(lm, 16, seed=5), np.zeros(16, dtype=np.int64), ("text",))
+    )
     assert max(found, key=lambda hook: found[hook]) == HOOK
 
 

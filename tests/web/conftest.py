@@ -53,7 +53,7 @@ def serving(run: Path, settings: Any = None) -> Iterator[str]:
 
     from saeffect.web.app import create_app
 
-    listening = socket.socket()
+    listening = socket.socket(proto=socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
     config = uvicorn.Config(create_app(run, settings), log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

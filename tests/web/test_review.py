@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.study.review import read_queue
 
 
@@ -33,6 +33,18 @@ def standing(run: Path) -> list[tuple[str, str, str]]:
     with VerdictStore(run / STORE) as store:
         table = store.current()
         return list(zip(table["rater"], table["role"], table["verdict"], strict=True))
+
+
+def sources(run: Path) -> dict[str, list[str]]:
+    """Where the verdicts that stand come from, by rater."""
+    with VerdictStore(run / STORE) as store:
+        return store.current().groupby("rater")["source"].unique().map(list).to_dict()
+
+
+def said_of(run: Path) -> str:
+    """The page of a feature that is in the queue."""
+    item = read_queue(run).candidates[0]
+    return f"/features/{item.arm}/{item.feature}"
 
 
 def everything(run: Path, rater: str, verdict: str) -> None:
@@ -133,12 +145,17 @@ def test_hostile_names_labels_and_forms(run_copy: Path, client_of: Callable[...,
 def test_what_others_said_opens_when_one_has_judged_everything(run_copy: Path, client_of: Callable[..., Any]) -> None:
     everything(run_copy, "Ben", "no")
     client = client_of(run_copy)
+    for path in ("/review/agreement", "/review/disagreements"):
+        page = client.get(path).text
+        assert "What people said is hidden" in page and "Krippendorff" not in page
     join(client, "Ann")
     judge(client, "yes")
     for path in ("/review/agreement", "/review/disagreements"):
         page = client.get(path).text
-        assert "You have judged 1 of" in page and "Ben" not in page
+        assert "you have judged 1 of" in page and "Ben" not in page
+    assert "Ben" not in client.get(said_of(run_copy)).text
     everything(run_copy, "Ann", "yes")
+    assert "Ben" in client.get(said_of(run_copy)).text
     page = unescape(client.get("/review/agreement").text)
     assert "Krippendorff's alpha" in page and "Yes to shuffled tokens" in page and "Cohen's kappa" in page
     page = client.get("/review/disagreements").text
@@ -148,6 +165,36 @@ def test_what_others_said_opens_when_one_has_judged_everything(run_copy: Path, c
     assert ("Ann", "adjudicator", "no") in standing(run_copy)
     total = int(re.findall(r"of (\d+) wait for a decision", page)[0])
     assert f"{total - 1} of {total} wait for a decision" in client.get("/review/disagreements").text
+    last = client.get("/review/disagreements?page=99").text  # decided ones go to the end
+    assert "Decided: no" in last and ("Next →" not in last)
+    assert client.get("/review/disagreements?page=0").status_code == 422
+    # What a rater says after looking is marked, and does not count for agreement.
+    client.post("/api/review/undo", json={})
+    judge(client, "no")
+    assert sources(run_copy)["Ann"] == ["app", NOT_BLIND]
+
+
+def test_a_blind_review_can_be_ended(run_copy: Path, client_of: Callable[..., Any]) -> None:
+    everything(run_copy, "Ben", "no")
+    everything(run_copy, "Zoe", "yes")
+    client = client_of(run_copy)
+    join(client, "Ann")
+    judge(client, "yes")
+    answer = client.post("/review/look", data={"next": "/review/agreement"})
+    assert answer.url.path == "/review/agreement" and "Krippendorff" in answer.text
+    judge(client, "no")
+    assert sources(run_copy)["Ann"] == ["app", NOT_BLIND]
+    assert "marked as not blind" in client.get("/review").text
+    # Somebody looks first, and judges then.
+    other = client_of(run_copy)
+    assert (
+        other.post("/review/look", data={"next": "//evil.example"}, follow_redirects=False).headers["location"] == "/"
+    )
+    assert "Krippendorff" in other.get("/review/agreement").text
+    assert "marked as not blind" in other.get("/review").text
+    join(other, "Cy")
+    judge(other, "yes")
+    assert sources(run_copy)["Cy"] == [NOT_BLIND]
 
 
 def test_a_language_models_label_is_not_seen_before_all_is_judged(
@@ -257,7 +304,9 @@ def test_no_serious_accessibility_faults(
     everything(run_copy, "Cy", "yes")
     with serve_run(run_copy) as url:
         page = tab(1280, color_scheme=scheme, bypass_csp=True)
-        page.goto(f"{url}/review", wait_until="load")
+        page.goto(f"{url}/review/agreement", wait_until="load")
+        page.get_by_role("button", name="Show what they said").click()
+        page.get_by_text("Krippendorff").first.wait_for()
         for path in ("/review", "/review/agreement", "/review/disagreements", "/review/queue"):
             if path == "/review/queue":
                 page.goto(f"{url}/review", wait_until="load")

@@ -18,6 +18,7 @@ from saeffect.cli.finetune import finetune
 from saeffect.cli.gate import gate
 from saeffect.cli.guard import guard
 from saeffect.cli.label import label
+from saeffect.cli.plan import plan
 from saeffect.cli.reproduce import reproduce
 from saeffect.cli.run import STAGE_HELP, run, stage_command
 from saeffect.cli.saes import convert_sae_command, saes
@@ -46,36 +47,37 @@ app.command(
 )(run)
 app.command(
     "diff",
-    help="What did fine-tuning change between two models? The first findings in minutes, without a study file.",
+    help="Compare a model with its fine-tune, without a study file. The first findings come in minutes.",
 )(diff)
 app.command("check", help="Validate a study without computing anything.")(check)
+app.command("plan", help="Predict a study's time, memory and disk. Rates are measured here; no weights are needed.")(
+    plan
+)
 app.command(
     "gate",
-    help="Does an SAE reconstruct a model, and its fine-tune? What is wrong is named: saeffect gate MODEL SAE; exit"
+    help="Judge whether an SAE fits a model, and its fine-tune. What is wrong is named: saeffect gate MODEL SAE; exit"
     " code 1 where it does not fit. With one argument: this stage of a study.",
 )(gate)
 for _stage, _help in STAGE_HELP.items():
     if _stage != "gate":
         app.command(_stage, help=_help + " The stages before it must have been run.")(stage_command(_stage))
-app.command("serve", help="Open a run directory in the browser, also while a study is running: look, judge, try.")(
+app.command("serve", help="Open a run directory in the browser: look, judge, try. Also while a study is running.")(
     serve
 )
-app.command("verify", help="Recompute a finished run's numbers from its stored tables; exit code 1 if one disagrees.")(
-    verify
-)
+app.command("verify", help="Recompute a finished run's numbers from its tables. Exit code 1 if one disagrees.")(verify)
 app.command(
     "export",
-    help="Features of a finished run for other programs: steering vector (.safetensors), control vector for llama.cpp"
-    " (.gguf), Neuronpedia-style list (.json), .csv.",
+    help="Write features of a finished run for other programs. Steering vector (.safetensors), control vector for"
+    " llama.cpp (.gguf), Neuronpedia-style list (.json), .csv.",
 )(export)
 app.command(
     "label",
-    help="Label features of a run by a language model, and score each label on contexts it was not made from. The"
+    help="Label features of a run by a language model. Each label is scored on contexts that it was not made from. The"
     " endpoint: OPENAI_BASE_URL, SAEFFECT_LABEL_MODEL, OPENAI_API_KEY.",
 )(label)
-app.command("reproduce", help="The figures of Gupta & Sica (2024), from their published files: paper, ours, verdict.")(
-    reproduce
-)
+app.command(
+    "reproduce", help="Recompute the figures of Gupta & Sica (2024). From their published files: paper, ours, verdict."
+)(reproduce)
 app.add_typer(verdicts, name="verdicts", help="Export or import what people said about the features of a run.")
 app.command("finetune", help="Train a LoRA adapter and measure what it does to perplexity.")(finetune)
 app.command(
@@ -84,13 +86,13 @@ app.command(
     " torchrun --nproc-per-node=N -m saeffect train-sae ...",
 )(train_sae)
 app.command(
-    "guard", help="Judge a fine-tune by a budget of what it may change: exit code 0 kept, 1 broken, 2 wrong input."
+    "guard", help="Judge a fine-tune by a budget of what it may change. Exit code 0: kept, 1: broken, 2: wrong input."
 )(guard)
-app.command("saes", help="Published SAEs by model, with the names to write in a study; nothing is fetched.")(saes)
-app.command("convert-sae", help="Rewrite an SAE, such as a pickled ae.pt, in SAELens' layout; no pickled code is run.")(
+app.command("saes", help="List published SAEs by model, with the names to write. Nothing is fetched.")(saes)
+app.command("convert-sae", help="Rewrite an SAE in SAELens' layout. Also a pickled ae.pt: no pickled code is run.")(
     convert_sae_command
 )
-app.command("harvest", help="Write a model's activations to disk, for train-sae; also under torchrun.")(harvest)
+app.command("harvest", help="Write a model's activations to disk, for train-sae. Also under torchrun.")(harvest)
 
 
 def _show_version(wanted: bool) -> None:

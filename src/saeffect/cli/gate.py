@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,7 +54,13 @@ def gate(
     text: Annotated[
         list[str] | None, typer.Option(help="Text to read, as path or name=path; by default the bundled text.")
     ] = None,
-    field: Annotated[str, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")] = "text",
+    field: Annotated[
+        str | None, typer.Option(help="Which field of the text, or a template: '{question} {answer}'.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="The text is conversations, as lists of messages.")] = False,
+    positions: Annotated[
+        list[str] | None, typer.Option(metavar="PART", help="Of chats, what counts: user, assistant, special, ...")
+    ] = None,
     hook: Annotated[str | None, typer.Option(help="Where to read; by default where the SAE was trained.")] = None,
     bos: Annotated[str, typer.Option(help="Whether texts begin with BOS: auto, always or never.")] = "auto",
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.", min=256)] = 4_096,
@@ -70,12 +76,7 @@ def gate(
 ) -> None:
     """Judge an SAE on a model and its fine-tune, or run this stage of a study."""
     if sae is None:
-        alone = {"--tuned": tuned, "--text": text, "--hook": hook, "--save": save, "--mend": mend}
-        given = [name for name, value in alone.items() if value]
-        if given:
-            raise ConfigError(
-                "there is no SAE.", at=given[0], fix="write saeffect gate MODEL SAE; with one argument it is a study."
-            )
+        _refuse_any({"--tuned": tuned, "--text": text, "--hook": hook, "--save": save, "--mend": mend})
         _stage(study, out, redo)
         return
     if bos not in _BOS:
@@ -86,7 +87,8 @@ def gate(
     from saeffect.io import write_json
     from saeffect.study.pair_gate import GateRequest, gate_pair
 
-    request = GateRequest(study, sae, tuned, tuple(text or ()), field, hook, bos, tokens)  # type: ignore[arg-type]
+    how = (field, chat or bool(positions), tuple(positions or ("all",)), hook, bos, tokens)
+    request = GateRequest(study, sae, tuned, tuple(text or ()), *how)  # type: ignore[arg-type]
     with ConsoleProgress() as log:
         found = gate_pair(request, log=log)
     _show(found, study, sae, tuned)
@@ -96,6 +98,14 @@ def gate(
         _mend(found, mend)
     if not found.ok:
         raise typer.Exit(1)
+
+
+def _refuse_any(given: Mapping[str, object]) -> None:
+    """Options that go with an SAE alone."""
+    for option, value in given.items():
+        if value:
+            fix = "write saeffect gate MODEL SAE; with one argument it is a study."
+            raise ConfigError("there is no SAE.", at=option, fix=fix)
 
 
 def _mend(found: PairGate, folder: Path) -> None:
@@ -116,7 +126,9 @@ def _show(found: PairGate, model: str, sae: str, tuned: str | None) -> None:
     show(f"hook   {found.hook}")
     show(f"model  {model}" + (f"; fine-tuned: {tuned}" if tuned else ""))
     begins = "with" if found.on_text["base"]["prepend_bos"] else "without"
-    show(f"text   {', '.join(rows.names)}: {rows.ids.size:,} tokens in rows of {rows.context_size}, {begins} BOS")
+    counted = "" if rows.counts is None else f", of which {int(rows.counts.sum()):,} count"
+    size = f"{rows.ids.size:,} tokens in rows of {rows.context_size}{counted}"
+    show(f"text   {', '.join(rows.names)}: {size}, {begins} BOS")
     show()
     _show_table(found)
     show()

@@ -19,14 +19,14 @@ _Redo = Annotated[bool, typer.Option("--redo", help="Do it even if it was done w
 
 STAGE_HELP = {
     "gate": "Measure whether each SAE reconstructs its model at its hook.",
-    "features": "Make the feature tables: top tokens, moments, activity, contexts.",
+    "features": "Make the feature tables: top tokens, activity, contexts.",
     "coherence": "Score the coherence of each feature's top tokens.",
     "select": "Choose the domain features by vocabulary and verdicts.",
-    "match": "Match features between arms: kept, moved, gone, new; one SAE on both models.",
+    "match": "Match features between arms: kept, moved, gone, new.",
     "changes": "Judge what changed between the models against null fine-tunes.",
-    "put-back": "Put the changed features back to the base model's activations: what does that undo?",
-    "steer": "Search the dose and steer with every chosen feature and its placebo; also under torchrun.",
-    "cross": "Read and steer each arm's SAE on both models, where comparison.crossed asks for it; also under torchrun.",
+    "put-back": "Put the changed features back: see what that undoes.",
+    "steer": "Search the dose, and steer with features and placebos. Also under torchrun.",
+    "cross": "Read and steer each arm's SAE on both models. Where comparison.crossed asks for it; also under torchrun.",
     "compare": "Compare the arms.",
     "report": "Write tables, figures and report.html.",
 }

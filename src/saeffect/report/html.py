@@ -200,7 +200,10 @@ def page_environment(numbers: Numbering | None = None) -> Environment:
 
 def _seen(value: Any) -> Any:
     """Make control and bidirectional characters visible in all that a template writes; markup stays markup."""
-    return type(value)(printable_text(value)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    shown = printable_text(value)
+    return value if shown is value else type(value)(shown)
 
 
 def _read(name: str) -> str:

@@ -95,7 +95,7 @@ def chips(tokens: Sequence[str], weights: Sequence[float], matched: Collection[s
             Chip(
                 starts_word=len(body) < len(shown) and bool(body),
                 text=_shortened(body or "␣" * max(1, len(shown)), _LONGEST_TOKEN),
-                weight=f"{float(weight):.2f}",
+                weight=fixed(weight, 2),
                 in_vocabulary=normalise_token(str(token)) in words,
             )
         )

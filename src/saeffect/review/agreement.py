@@ -23,12 +23,13 @@ Feature = tuple[str, int]
 def agreement(verdicts: pd.DataFrame, *, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Agreement of the raters on the candidates: yes, no and unsure are three labels.
 
-    `verdicts` has arm, feature, rater, verdict, without adjudications. First over all raters, then for each pair (for
-    up to ten raters): measure ("percentage", "Fleiss' kappa", "alpha" (Krippendorff's), for pairs "percentage" and
-    "Cohen's kappa"), a, b (raters; "" for all), n_raters, value, low, high (95 %, resampling features), n (features
-    that count), reason. No rows for fewer than two raters.
+    `verdicts` has arm, feature, rater, verdict, without adjudications; those not given blind (column `blind`, if it is
+    there) are left out. First over all raters, then for each pair (for up to ten raters): measure ("percentage",
+    "Fleiss' kappa", "alpha" (Krippendorff's), for pairs "percentage" and "Cohen's kappa"), a, b (raters; "" for all),
+    n_raters, value, low, high (95 %, resampling features), n (features that count), reason. No rows for fewer than two
+    raters.
     """
-    table = _by_rater(verdicts)
+    table = _by_rater(verdicts[_blind(verdicts)])
     n_raters = table.shape[1]
     rows = []
     for name, measure in _WHOLE if n_raters > 1 else ():
@@ -49,8 +50,9 @@ def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd
     ones.
 
     `verdicts` as in `agreement`, with decoys and a column kind. One row a rater, by name: rater; judged (candidates),
-    n_yes, n_no, n_unsure; and for each kind of decoy, `other` and `shuffled`: <kind>_judged, <kind>_yes, <kind>_rate
-    (share of yes) with its 95 % interval (Wilson's) <kind>_low, <kind>_high; NaN without a decoy judged.
+    n_yes, n_no, n_unsure, n_not_blind (seen what others said); and for each kind of decoy, `other` and `shuffled`:
+    <kind>_judged, <kind>_yes, <kind>_rate (share of yes) with its 95 % interval (Wilson's) <kind>_low, <kind>_high; NaN
+    without a decoy judged.
     """
     chosen = set(candidates)
     kinds = np.array(
@@ -66,6 +68,7 @@ def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd
         said = verdicts.loc[own & (kinds == "candidate"), "verdict"]
         row: dict[str, Any] = {"rater": rater, "judged": len(said)}
         row |= {f"n_{verdict}": int((said == verdict).sum()) for verdict in VERDICTS}
+        row["n_not_blind"] = int((own & (kinds == "candidate") & ~_blind(verdicts)).sum())
         for kind in ("other", "shuffled"):
             decoys = verdicts.loc[own & (kinds == kind), "verdict"]
             rate = wilson(int((decoys == "yes").sum()), len(decoys))
@@ -73,7 +76,8 @@ def rater_summary(verdicts: pd.DataFrame, candidates: Collection[Feature]) -> pd
             row |= {f"{kind}_rate": rate.value, f"{kind}_low": rate.low, f"{kind}_high": rate.high}
         rows.append(row)
     numbers = [f"{kind}_{what}" for kind in ("other", "shuffled") for what in ("judged", "yes", "rate", "low", "high")]
-    return pd.DataFrame(rows, columns=["rater", "judged", *(f"n_{verdict}" for verdict in VERDICTS), *numbers])
+    counts = [f"n_{verdict}" for verdict in (*VERDICTS, "not_blind")]
+    return pd.DataFrame(rows, columns=["rater", "judged", *counts, *numbers])
 
 
 def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.DataFrame:
@@ -94,6 +98,12 @@ def disagreements(verdicts: pd.DataFrame, adjudications: pd.DataFrame) -> pd.Dat
     found["decided"] = pd.Series([decided.get(key, "") for key in keys], dtype=object)
     tied = (found["n_yes"] - found["n_no"]).abs()
     return found.assign(tied=tied).sort_values(["tied", "arm", "feature"]).drop(columns="tied").reset_index(drop=True)
+
+
+def _blind(verdicts: pd.DataFrame) -> pd.Series[bool]:
+    """Which verdicts were given blind: all where nothing else is known."""
+    known = verdicts["blind"] if "blind" in verdicts else pd.Series(True, index=verdicts.index)
+    return known.astype(bool)
 
 
 def _by_rater(verdicts: pd.DataFrame) -> pd.DataFrame:

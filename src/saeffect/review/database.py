@@ -42,6 +42,11 @@ CREATE TRIGGER undone_keeps BEFORE DELETE ON undone BEGIN SELECT RAISE(ABORT, 't
 """
 
 
+# Who has looked at what others said before the end; later than the other tables.
+_LOOKED = """CREATE TABLE IF NOT EXISTS looked (
+  rater INTEGER PRIMARY KEY REFERENCES raters (id), at TEXT NOT NULL)"""
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """Open, and on first use make, a store. Raises sqlite3.Error."""
     db = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
@@ -61,6 +66,8 @@ def connect(path: Path) -> sqlite3.Connection:
             raise sqlite3.DatabaseError(found)
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
+        if not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'looked'").fetchone()[0]:
+            db.execute(_LOOKED)
     except BaseException:
         db.close()
         raise

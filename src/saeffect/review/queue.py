@@ -43,7 +43,7 @@ class Item:
     tokens: tuple[str, ...]
     contexts: tuple[tuple[str, int, int], ...]
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[str, str, int, str]:
         """What the store knows it by."""
         return self.kind, self.arm, self.feature, self.seen
@@ -59,6 +59,11 @@ class Queue:
     def candidates(self) -> tuple[Item, ...]:
         """The items that are no decoys."""
         return tuple(item for item in self.items if not item.decoy)
+
+    @functools.cached_property
+    def keys(self) -> frozenset[tuple[str, str, int, str]]:
+        """What the store knows the items by."""
+        return frozenset(item.key for item in self.items)
 
     def of_rater(self, rater: str, store: VerdictStore) -> tuple[Item, ...]:
         """The items as this rater gets them: always the same order, another one for each rater."""

@@ -25,9 +25,11 @@ from saeffect.errors import ConfigError, unknown_name
 from saeffect.review.database import as_saeffect_error, connect
 from saeffect.review.verdicts import VERDICTS
 
-__all__ = ["STORE", "Given", "Rater", "VerdictStore"]
+__all__ = ["NOT_BLIND", "STORE", "Given", "Rater", "VerdictStore"]
 
 STORE = "verdicts.sqlite"
+NOT_BLIND = "app, not blind"
+"""The source of verdicts of a rater who had seen what others said."""
 _LONGEST = {"name": 60, "label": 120, "note": 2_000}
 _ROWS = """
 SELECT history.id, given, raters.name AS rater, role, kind, arm, feature, seen, verdict, label, note, source,
@@ -59,7 +61,7 @@ class Given:
             number.
         role: "rater", or "adjudicator" for what decides where raters differ.
         request: The browser's name of this act, so that sending it again adds nothing; "" for none.
-        source: "app", or the file that it was imported from.
+        source: "app", `NOT_BLIND`, or the file that it was imported from.
     """
 
     arm: str
@@ -150,6 +152,16 @@ class VerdictStore:
                 return None
             db.execute("INSERT INTO undone VALUES (?, ?)", [found[0], _now()])
             return Given(*found[1:])
+
+    def look(self, rater: str) -> None:
+        """Write down that a rater, added if new, now sees what others said."""
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO looked VALUES (?, ?)", [_joined(db, _checked_name(rater))[0], _now()])
+
+    def looked(self, rater: str) -> bool:
+        """Whether a rater has seen what others said."""
+        query = "SELECT 1 FROM looked JOIN raters ON raters.id = looked.rater WHERE folded = ?"
+        return bool(self._read(query, [_folded(rater)]))
 
     def history(self) -> pd.DataFrame:
         """Everything that was ever said, in order, one row a verdict: `_COLUMNS`, with `given` in UTC (ISO 8601) and

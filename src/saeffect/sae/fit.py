@@ -31,7 +31,7 @@ class Fit:
         l2_ratio: Mean length of the reconstruction over that of the activation.
         mean_norm: Mean length of the activations that count.
         first_norm: Mean length at the first position of a row, which never counts.
-        sink_share: Share of the other positions that do not count, their activations being too long.
+        sink_share: Share of the other positions that would count, were their activations not too long.
         features_fired: Number of features that were active at least once.
         tokens: Number of activations that count.
         positions: The same by position.
@@ -78,18 +78,21 @@ class PositionSums:
     def __init__(self, context_size: int, d_in: int) -> None:
         self.n_rows = 0
         self.ce_increase: NDArray[np.float64] = np.full(context_size - 1, np.nan)
-        self._kept, self._error, self._squared, self._active, self._norm = torch.zeros(
-            5, context_size, dtype=torch.float64
+        self._kept, self._asked, self._error, self._squared, self._active, self._norm = torch.zeros(
+            6, context_size, dtype=torch.float64
         )
         self._all_norm = torch.zeros(context_size, dtype=torch.float64)
         self._total = torch.zeros(context_size, d_in, dtype=torch.float64)
 
-    def add(self, x: Tensor, sae_out: Tensor, feature_acts: Tensor, kept: Tensor) -> None:
-        """Add rows: activations and reconstructions `[B, S, d_in]`, `[B, S, d_sae]`, and which count, `[B, S]`."""
+    def add(self, x: Tensor, sae_out: Tensor, feature_acts: Tensor, kept: Tensor, counts: Tensor | None = None) -> None:
+        """Add rows: activations and reconstructions `[B, S, d_in]`, `[B, S, d_sae]`, and which are `kept`, `[B, S]`:
+        those that count and are no outliers; `counts`, None for all, is the first alone.
+        """
         x, sae_out, on = x.double(), sae_out.double(), kept.double()
         self.n_rows += len(x)
         norm = x.norm(dim=-1)
         self._kept += on.sum(0)
+        self._asked += (torch.ones_like(on) if counts is None else counts.to(on)).sum(0)
         self._error += ((x - sae_out).square().sum(-1) * on).sum(0)
         self._squared += (norm.square() * on).sum(0)
         self._active += ((feature_acts > 0).sum(-1) * on).sum(0)
@@ -103,8 +106,8 @@ class PositionSums:
 
     @property
     def sink_share(self) -> float:
-        """Share of positions, but for the first, that do not count."""
-        n = self.n_rows * (len(self._kept) - 1)
+        """Share of the positions that count, but for the first, whose activations are outliers."""
+        n = float(self._asked[1:].sum())
         return 1.0 - float(self._kept[1:].sum()) / n if n else float("nan")
 
     def table(self, starts: tuple[int, ...] | None = None) -> pd.DataFrame:
@@ -120,7 +123,7 @@ class PositionSums:
         found: list[dict[str, Any]] = []
         for first, stop in zip(starts, (*starts[1:], size), strict=True):
             part = slice(first, stop)
-            n = float(self._kept[part].sum())
+            n, asked = float(self._kept[part].sum()), float(self._asked[part].sum())
             about = float(scatter[part].sum())
             losses = self.ce_increase[part]
             found.append(
@@ -130,7 +133,7 @@ class PositionSums:
                     "explained_variance": 1.0 - float(self._error[part].sum()) / about if about > 0 else np.nan,
                     "l0": float(self._active[part].sum()) / n if n else np.nan,
                     "mean_norm": float(self._all_norm[part].sum()) / (self.n_rows * (stop - first)),
-                    "sink_share": 1.0 - n / (self.n_rows * (stop - first)),
+                    "sink_share": 1.0 - n / asked if asked else np.nan,
                     "ce_increase": float(losses.mean()) if n and len(losses) else np.nan,
                 }
             )
@@ -138,24 +141,36 @@ class PositionSums:
 
 
 @torch.inference_mode()
-def measure_fit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArray[np.int32], limit: NormLimit) -> Fit:
-    """Measure an SAE on rows of text, token ids int32 `[n_rows, context_size]`; each row's first position never
-    counts. Undefined if all activations are equal; errors as `capture`.
+def measure_fit(
+    lm: LanguageModel,
+    sae: SparseAutoencoder,
+    hook: str,
+    ids: NDArray[np.int32],
+    limit: NormLimit,
+    *,
+    counts: NDArray[np.bool_] | None = None,
+) -> Fit:
+    """Measure an SAE on rows of text, token ids int32 `[n_rows, context_size]`; each row's first position never counts,
+    nor what `counts`, bool of the same shape, leaves out.
+
+    Undefined if all activations are equal; errors as `capture`.
     """
     sums = ReconstructionSums(sae.cfg.d_in)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
     positions = PositionSums(ids.shape[1], sae.cfg.d_in)
 
     def rebuilt(_: Tensor, x: Tensor) -> Tensor:
-        kept = kept_positions(x, limit)
+        rows = slice(positions.n_rows, positions.n_rows + len(x))
+        on = None if counts is None else torch.from_numpy(counts[rows])
+        kept = kept_positions(x, limit, on)
         sae_in = x.float().to(sae.W_dec.device)
         feature_acts, sae_out = sae.encode(sae_in), sae(sae_in)
         sums.add(sae_in[kept], sae_out[kept], feature_acts[kept])
         fired.logical_or_((feature_acts[kept] > 0).any(0).cpu())
-        positions.add(sae_in, sae_out, feature_acts, kept)
+        positions.add(sae_in, sae_out, feature_acts, kept, on)
         return sae_out
 
-    losses = spliced_losses(lm, rebuilt, hook, ids, limit)
+    losses = spliced_losses(lm, rebuilt, hook, ids, limit, counts=counts)
     positions.ce_increase = losses.by_position["sae"] - losses.by_position["clean"]
     kept = positions._kept.sum()
     return Fit(

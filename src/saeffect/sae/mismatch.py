@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeffect.errors import ConfigError, Undefined
-from saeffect.lm.activations import kept_positions, measure_norm_limit
+from saeffect.lm.activations import TokenRows, kept_positions, measure_norm_limit
 from saeffect.lm.hooks import capture, edited, parse_hook
 from saeffect.lm.language_model import LanguageModel
 from saeffect.lm.tokens import find_bos_id
@@ -92,13 +92,22 @@ class Mismatch:
 
 @torch.inference_mode()
 def find_mismatch(
-    lm: LanguageModel, sae: SparseAutoencoder, hook: str, ids: NDArray[np.int32], log: Log = SILENT
+    lm: LanguageModel,
+    sae: SparseAutoencoder,
+    hook: str,
+    ids: NDArray[np.int32],
+    log: Log = SILENT,
+    *,
+    counts: NDArray[np.bool_] | None = None,
 ) -> Mismatch:
-    """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it. `ids`
-    are rows of text, int32 `[n_rows, context_size]`; the first ones are read. A change is reported only if it leaves
-    clearly less of the variance unexplained. ConfigError: no such hook.
+    """Look for what would make an SAE fit better: at most one other hook, and up to two other ways to read it.
+
+    `ids` are rows of text, int32 `[n_rows, context_size]`, of which `counts`, bool of that shape, counts (None: all). A
+    change is reported only if it leaves clearly less of the variance unexplained. ConfigError: no such hook.
     """
-    rows = ids[: max(2, -(-_TOKENS // ids.shape[1]))]
+    on = np.ones(ids.shape, dtype=bool) if counts is None else counts
+    n_rows = min(len(ids), max(2, int(np.searchsorted(on.sum(axis=1).cumsum(), _TOKENS)) + 1))
+    rows = TokenRows(ids[:n_rows], np.zeros(n_rows, dtype=np.int64), ("text",), on[:n_rows])
     x = _kept(lm, hook, rows)
     before = _variance(Reading(sae), x)
     best, after = _best_reading(Reading(sae), x, before)
@@ -122,11 +131,14 @@ def _mends(after: float, before: float) -> bool:
     return math.isfinite(after) and (1 - after) <= _MENDS * (1 - before)
 
 
-def _kept(lm: LanguageModel, hook: str, rows: NDArray[np.int32]) -> Tensor:
+def _kept(lm: LanguageModel, hook: str, rows: TokenRows) -> Tensor:
+    return _counted(capture(lm, hook, torch.from_numpy(rows.ids.astype(np.int64))), rows)
+
+
+def _counted(x: Tensor, rows: TokenRows) -> Tensor:
     """Activations that count, float32 `[n, d_model]`, on the CPU."""
-    x = capture(lm, hook, torch.from_numpy(rows.astype(np.int64))).float().cpu()
-    found: Tensor = x[kept_positions(x, measure_norm_limit(x[:, 1:]))][:_TOKENS]
-    return found
+    wide = x.detach().float().cpu()
+    return wide[kept_positions(wide, measure_norm_limit(wide[:, 1:]), rows.counts_of(0, len(rows)))][:_TOKENS]
 
 
 def _variance(reading: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -281,12 +293,7 @@ def _scaled(reading: Reading, x: Tensor) -> Iterator[Reading]:
 
 
 def scan_hooks(
-    lm: LanguageModel,
-    reading: Reading,
-    rows: NDArray[np.int32],
-    *,
-    near: str | None = None,
-    log: Log = SILENT,
+    lm: LanguageModel, reading: Reading, rows: TokenRows, *, near: str | None = None, log: Log = SILENT
 ) -> dict[str, float]:
     """Explained variance at the hooks of a model, all measured in one pass or two, but for `near`: first the places
     of the residual stream, or those of the kind of `near`; where the SAE fits none of them, all kinds.
@@ -313,14 +320,13 @@ def _same_place(layer: int, kind: str, n_layers: int) -> list[str]:
     return []
 
 
-def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: NDArray[np.int32]) -> dict[str, float]:
+def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: TokenRows) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def listener(hook: str) -> Callable[[Tensor], Tensor]:
         def listen(x: Tensor) -> Tensor:
-            wide = x.detach().float().cpu()
-            kept = kept_positions(wide, measure_norm_limit(wide[:, 1:]))
-            found[hook] = _variance(reading, wide[kept][:_TOKENS])
+            if x.shape[:2] == rows.ids.shape:  # and not what attaching another hook makes the model read
+                found[hook] = _variance(reading, _counted(x, rows))
             return x
 
         return listen
@@ -330,24 +336,28 @@ def _scan(lm: LanguageModel, reading: Reading, hooks: Sequence[str], rows: NDArr
             with contextlib.suppress(ConfigError):  # an architecture without this kind
                 stack.enter_context(edited(lm, hook, listener(hook)))
         if hooks:
-            lm.model(input_ids=torch.from_numpy(rows.astype(np.int64)).to(lm.device), use_cache=False, logits_to_keep=1)
+            ids = torch.from_numpy(rows.ids.astype(np.int64)).to(lm.device)
+            lm.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return found
 
 
 def _other_beginning(
-    lm: LanguageModel, hook: str, rows: NDArray[np.int32], reading: Reading, before: float
+    lm: LanguageModel, hook: str, rows: TokenRows, reading: Reading, before: float
 ) -> tuple[Change, float, bool] | None:
     """Whether the SAE fits rows better that begin the other way, with BOS or without; on the same tokens."""
-    has = lm.n_bos(rows[0]) == 1
+    has = lm.n_bos(rows.ids[0]) == 1
     try:
         bos = find_bos_id(lm.tokenizer, prepend=True) if lm.tokenizer is not None else None
     except ConfigError:
         bos = None
     if bos is None or bos >= lm.d_vocab:
         return None
-    plain = rows[:, 1:] if has else rows[:, :-1]
-    begun = np.concatenate([np.full_like(plain[:, :1], bos), plain], axis=1)
-    value = _variance(reading, _kept(lm, hook, plain if has else begun))
+    cut = slice(1, None) if has else slice(-1)
+    ids, on = rows.ids[:, cut], None if rows.counts is None else np.ascontiguousarray(rows.counts[:, cut])
+    if not has:
+        ids = np.concatenate([np.full_like(ids[:, :1], bos), ids], axis=1)
+        on = None if on is None else np.concatenate([np.zeros_like(on[:, :1]), on], axis=1)
+    value = _variance(reading, _kept(lm, hook, dataclasses.replace(rows, ids=ids, counts=on)))
     if not _mends(value, before):
         return None
     with_or_without = "without" if has else "with"

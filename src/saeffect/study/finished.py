@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from saeffect.errors import NotFound, unknown_name
+from saeffect.errors import ConfigError, NotFound, Undefined, unknown_name
 from saeffect.io import read_json
 from saeffect.lm.tokens import printable_text
 from saeffect.paths import user_path
-from saeffect.study.run_folder import read_table
+from saeffect.study.run_folder import RunFolder, read_table
 from saeffect.study.study import Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["FinishedRun", "Picture", "open_run"]
 
@@ -95,6 +98,36 @@ class FinishedRun:
         """Every figure of the report by name, such as "learned" or "contrasts"."""
         paths = {path.stem: path for path in sorted((self.folder / "figures").glob("*.svg"))}
         return _Lazy(self.folder, "figure", paths, lambda path: Picture(path.stem, path))
+
+    def draw(self, name: str, ax: Axes | None = None) -> list[Axes]:
+        """Draw a figure of the report anew with matplotlib, and give its axes, to be changed: `axes[0].figure`.
+
+        With `ax`, which must stand in a grid, it is drawn in that place (a figure of several panels takes it all).
+
+        Raises:
+            UnknownName: No such figure.
+            Undefined: There is nothing to draw; the message says why.
+            ConfigError: The figure of single arms, with `ax`.
+        """
+        from saeffect.report.figures import FIGURES, draw_figures, drawn_into
+        from saeffect.study.stages.compare import read_comparison
+        from saeffect.study.stages.report import report_context
+
+        kind = next((kind for kind in FIGURES if name == kind.name or name.startswith(f"{kind.name}_")), None)
+        if kind is not None and ax is not None and name != kind.name:
+            raise ConfigError(f"{name} is one of several figures.", at="ax", fix="draw it without ax.")
+        if ax is not None and ax.get_subplotspec() is None:
+            raise ConfigError("these axes stand in no grid.", at="ax", fix="take axes that subplots gave.")
+        run = RunFolder(self.folder, self.study)
+        with drawn_into(ax):
+            only = () if kind is None else (kind.name,)
+            drawn = {one.name: one for one in draw_figures(read_comparison(run), report_context(run), only=only)}
+        if name not in drawn:
+            raise unknown_name("figure", name, drawn or [kind.name for kind in FIGURES], at=str(self.folder))
+        figure = drawn[name].figure
+        if figure is None:
+            raise Undefined(drawn[name].reason)
+        return list(figure.axes)
 
     def __repr__(self) -> str:
         return f"FinishedRun({str(self.folder)!r}): {len(self.tables)} tables, {len(self.figures)} figures"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saeffect.config import BosRule, GateConfig, ModelConfig
+from saeffect.config import BosRule, GateConfig, ModelConfig, TextConfig
 from saeffect.errors import ConfigError, SaeffectError, Undefined
 from saeffect.lm.activations import NormLimit, TokenRows, first_limit
 from saeffect.lm.architectures import hook_width
@@ -52,7 +52,9 @@ class GateRequest:
 
     Attributes:
         hook: Where the SAE reads; None: where its cfg.json says, else where it fits best.
-        field: Of the texts: a field or a template.
+        field: Of the texts: a field or a template; None: the usual one.
+        chat: Whether the texts are conversations, which the chat template writes.
+        positions: Of chats, the tokens that count, see docs/chat.md.
         tokens: To measure on.
     """
 
@@ -60,7 +62,9 @@ class GateRequest:
     sae: str
     tuned: str | None = None
     texts: tuple[str, ...] = ()
-    field: str = "text"
+    field: str | None = None
+    chat: bool = False
+    positions: tuple[str, ...] = ("all",)
     hook: str | None = None
     bos: BosRule = "auto"
     tokens: int = 4_096
@@ -140,15 +144,7 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
     folder = study.sae_folder(control)
     sae = load_sae(folder, at="SAE")
     context = min(int(sae.cfg.metadata.get("context_size") or _CONTEXT), _CONTEXT)
-    sources = [source.model_copy(update={"field": request.field}) for source in study.config.text.sources]
-    text = study.config.text.model_copy(
-        update={
-            "sources": tuple(sources),
-            "bos": request.bos,
-            "tokens": max(request.tokens, 2 * context),
-            "context_size": context,
-        }
-    )
+    text = _text(request, study.config.text, context)
     study = Study(study.config.model_copy(update={"text": text}), study.source)
     models = {"base": study.open_model(control, log)}
     lm = models["base"]
@@ -169,6 +165,17 @@ def gate_pair(request: GateRequest, limits: GateConfig | None = None, log: Log =
             require_module_output(lm, sae.cfg.module_path, at="SAE")
     tokenizers = {} if text.bundled else _other_tokenizers(sae, lm)
     return judge_pair(models, sae, hook, rows, limits=limits, tokenizers=tokenizers, log=log)
+
+
+def _text(request: GateRequest, text: TextConfig, context: int) -> TextConfig:
+    """The text as it was asked for. ConfigError: positions of what is no chat, or chats of bundled text."""
+    sources = [source.model_dump(exclude_unset=True) for source in text.sources]
+    named = {} if request.field is None else {"field": request.field}
+    values: dict[str, Any] = (
+        {"sources": [source | named for source in sources]} if sources else {"bundled": text.bundled}
+    )
+    values |= {"format": "chat" if request.chat else "text", "positions": request.positions, "bos": request.bos}
+    return TextConfig.read(values | {"tokens": max(request.tokens, 2 * context), "context_size": context}, at="--text")
 
 
 def judge_pair(
@@ -193,13 +200,13 @@ def judge_pair(
     log(f"measuring on {rows.ids.size:,} tokens at {hook}")
     fits, on_text = {}, {}
     for name, lm in models.items():
-        fits[name] = measure_fit(lm, sae, hook, rows.ids, _limit(lm, sae, hook, rows))
+        fits[name] = measure_fit(lm, sae, hook, rows.ids, _limit(lm, sae, hook, rows), counts=rows.counts)
         on_text[name] = model_on_text(lm, rows, fits[name].losses.by_row["clean"], rows)
         log(f"  {name}: explained variance {fits[name].explained_variance:.3f}")
     changes, mismatch, score = _of_text(base, rows_of, on_text["base"], tokenizers or {}), None, float("nan")
     if not changes:
         log("trying other ways to read it")
-        mismatch = find_mismatch(base, sae, hook, rows.ids, log)
+        mismatch = find_mismatch(base, sae, hook, rows.ids, log, counts=rows.counts)
         score = _score(base, mismatch, rows) if mismatch else score
         if not score < fits["base"].values()["ce_loss_score"] - _WORSE:
             changes = mismatch.changes
@@ -223,7 +230,7 @@ def _limit(lm: LanguageModel, sae: SparseAutoencoder, hook: str, rows: TokenRows
 
 def _likeliest_hook(lm: LanguageModel, sae: SparseAutoencoder, rows: TokenRows, log: Log) -> str:
     log("the SAE names no hook; looking where it fits")
-    found = scan_hooks(lm, Reading(sae), rows.ids[:_ROWS_CHECKED], log=log)
+    found = scan_hooks(lm, Reading(sae), rows.head(_ROWS_CHECKED), log=log)
     place = max(found, key=lambda hook: found[hook])
     if not found[place] > 0:
         raise ConfigError(
@@ -281,10 +288,9 @@ def _score(lm: LanguageModel, mismatch: Mismatch, rows: TokenRows) -> float:
     """CE loss score with the changes that mend; NaN where it is undefined, or the text itself is to change."""
     if mismatch.prepend_bos is not None:
         return float("nan")
-    limit = first_limit(lm, mismatch.hook, rows.ids[:_ROWS_CHECKED])
-    losses = spliced_losses(
-        lm, lambda _, x: mismatch.reading(x.float()), mismatch.hook, rows.ids[:_ROWS_CHECKED], limit
-    )
+    head = rows.head(_ROWS_CHECKED)
+    where = mismatch.hook, head.ids, first_limit(lm, mismatch.hook, head.ids)
+    losses = spliced_losses(lm, lambda _, x: mismatch.reading(x.float()), *where, counts=head.counts)
     try:
         return losses.ce_loss_score
     except Undefined:

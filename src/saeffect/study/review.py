@@ -11,7 +11,7 @@ import pandas as pd
 from saeffect.errors import NotFound
 from saeffect.io import fingerprint
 from saeffect.review.queue import Queue, fingerprint_tokens, make_queue
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, COLUMNS, read_verdicts, write_verdicts
 from saeffect.study.run_folder import read_table
 
@@ -22,7 +22,7 @@ _FEATURES, _SELECTION = ["feature", "top_tokens", "n_active"], ["feature", "in_v
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Verdicts on the features as they are: `verdicts` with `COLUMNS` and kind; `gone`, how many are on older ones.
+    """Verdicts on the features as they are: `verdicts` with `COLUMNS`, kind, blind; `gone`, how many are on older ones.
 
     The rater of an adjudication begins with `ADJUDICATION`.
     """
@@ -56,7 +56,8 @@ def standing_verdicts(store: VerdictStore, features: Mapping[str, pd.DataFrame])
     kept = said[same | (said["kind"] == "shuffled")]
     decided = kept["role"] == "adjudicator"
     rater = kept["rater"].where(~decided, ADJUDICATION + " " + kept["rater"])
-    table = kept.assign(rater=rater)[[*COLUMNS, "kind"]].reset_index(drop=True)
+    table = kept.assign(rater=rater, blind=kept["source"] != NOT_BLIND)
+    table = table[[*COLUMNS, "kind", "blind"]].reset_index(drop=True)
     return Standing(table, len(said) - len(kept))
 
 

@@ -330,7 +330,7 @@ class Study:
         model = self.arm(name).model
         if model not in self._held:
             # One at a time where two may not fit into memory.
-            if len(self._held) > 1 or sum(map(_size, self._held.values())) > _SHARE_OF_A_MODEL * machine_memory():
+            if len(self._held) > 1 or sum(map(_size, self._held.values())) > SHARE_OF_A_MODEL * machine_memory():
                 self._held.clear()
             lm = load_language_model(model, at=self.at("arms", name, "model"), log=log)
             lm = lm if self._one_tokenizer else self.tokens.used_by(lm)
@@ -347,7 +347,7 @@ class Study:
 
 
 # Share of memory that one model may take for another to be kept beside it. It changes the time, not the numbers.
-_SHARE_OF_A_MODEL = 1 / 6
+SHARE_OF_A_MODEL = 1 / 6
 
 
 def _size(lm: LanguageModel) -> int:

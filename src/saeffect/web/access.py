@@ -24,7 +24,7 @@ from saeffect.web.problems import refusal
 from saeffect.web.security import Rates
 from saeffect.web.settings import Settings
 
-__all__ = ["Access", "Raters", "attempts", "rater_of", "router"]
+__all__ = ["Access", "Raters", "attempts", "own_path", "router"]
 
 _FILE = "raters.json"
 _LONGEST_NAME = 40
@@ -97,12 +97,6 @@ def _hash(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def rater_of(request: HTTPConnection) -> str | None:
-    """The rater whose token came with a request; None where no token is asked for."""
-    found: str | None = getattr(request.state, "rater", None)
-    return found
-
-
 class Access:
     """ASGI middleware that lets nobody in without a token, unless only this machine can reach the app."""
 
@@ -159,13 +153,13 @@ def _token(request: HTTPConnection, settings: Settings) -> str:
 @router.get("/enter")
 def _enter(request: Request, next: str = "/") -> Response:
     """The page that asks for a token; a token behind # in its address never reaches a server's log."""
-    return page(request, "enter.html.j2", title="Enter", next=_own_path(next), wrong=False)
+    return page(request, "enter.html.j2", title="Enter", next=own_path(next), wrong=False)
 
 
 @router.post("/enter")
 async def _entered(request: Request) -> Response:
     form = parse_qs((await request.body()).decode("utf-8", "replace"))
-    token, place = form.get("token", [""])[0].strip(), _own_path(form.get("next", ["/"])[0])
+    token, place = form.get("token", [""])[0].strip(), own_path(form.get("next", ["/"])[0])
     app = request.app.state
     settings: Settings = app.site.settings
     if app.raters.who(token) is None:
@@ -185,11 +179,11 @@ def _leave(request: Request) -> Response:
     return answer
 
 
-def _own_path(path: str) -> str:
+def own_path(path: str) -> str:
     """A path of this app, so that nobody is sent elsewhere.
 
     Example:
-        >>> _own_path("/features?q=a"), _own_path("//evil.example"), _own_path("https://evil.example")
+        >>> own_path("/features?q=a"), own_path("//evil.example"), own_path("https://evil.example")
         ('/features?q=a', '/', '/')
     """
     return path if path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() else "/"

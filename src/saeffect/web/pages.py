@@ -9,10 +9,9 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import HTMLResponse
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 
-from saeffect.lm.tokens import printable_text
-from saeffect.report.html import Numbering, page_style, page_tokens
+from saeffect.report.html import page_environment, page_style, page_tokens
 
 __all__ = ["environment", "page", "static_files"]
 
@@ -30,17 +29,10 @@ def static_files() -> dict[str, bytes]:
 @cache
 def environment() -> Environment:
     """The templates of the app and the pieces of the report. Every string is escaped, characters that act are shown."""
-    made = Environment(
-        loader=ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")]),
-        autoescape=True,
-        finalize=lambda value: type(value)(printable_text(value)) if isinstance(value, str) else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters["refer"] = Numbering({}).refer
-    made.globals |= {"static": _static_url, "numbers": {}, "placed": {"tables": set[str](), "figures": set[str]()}}
-    made.policies["json.dumps_kwargs"] = {"sort_keys": True}
+    made = page_environment()
+    made.loader = ChoiceLoader([PackageLoader("saeffect.web"), PackageLoader("saeffect.report")])
+    made.globals["static"] = _static_url
+    made.auto_reload = False
     return made
 
 

@@ -84,7 +84,7 @@ class Site:
         """
         from saeffect.study.study import Study
 
-        file = self.path("study.yaml")
+        file = self.folder / "study.yaml"
         if not file.is_file():
             raise NotFound(
                 "no stage of a study has finished in this directory.",
@@ -103,13 +103,13 @@ class Site:
         from saeffect.study.run_folder import RunFolder
 
         study = self.study  # outside of `cached`: a study that changes makes another folder
-        files = [self.path("study.yaml"), self.path("manifest.json")]
+        files = [self.folder / "study.yaml", self.folder / "manifest.json"]
         return self.cached("run", files, lambda: RunFolder(self.folder, study))
 
     @property
     def manifest(self) -> Mapping[str, Any]:
         """What the run wrote down beside the study: versions, identities of the arms, stages; empty if unreadable."""
-        file = self.path("manifest.json")
+        file = self.folder / "manifest.json"
 
         def read() -> Mapping[str, Any]:
             try:

@@ -13,7 +13,7 @@ import pytest
 
 from saeffect.comparison import Comparison
 from saeffect.report import DrawnFigure, ReportContext, draw_figures, write_figures
-from saeffect.report.figures import FIGURES
+from saeffect.report.figures import FIGURES, drawn_into
 from saeffect.report.figures.style import Figure, arm_styles, inline_svg, new_figure, safe_text
 
 Compare = Callable[[dict], Comparison]
@@ -154,3 +154,14 @@ def test_an_svg_is_drawn_once_for_the_file_and_the_page(monkeypatch: pytest.Monk
     assert drawn.svg.startswith("<?xml")
     assert inline_svg(drawn).startswith("<svg")
     assert saved == [drawn.figure]
+
+
+def test_a_figure_goes_into_the_place_of_axes(comparison: Comparison, context: ReportContext) -> None:
+    whole = Figure(figsize=(8, 4))
+    left, right = whole.subplots(1, 2)
+    with drawn_into(right):
+        (drawn,) = draw_figures(comparison, context, only=["contrasts"])
+    assert drawn.figure is not None and drawn.figure in whole.subfigs
+    assert left in whole.axes and right not in whole.axes and set(drawn.figure.axes) <= set(whole.axes)
+    (alone,) = draw_figures(comparison, context, only=["contrasts"])  # afterwards a figure is its own again
+    assert alone.figure is not None and not whole.subfigs[1:]

@@ -182,6 +182,12 @@ def test_verdicts_given_in_the_app_are_shown_and_filtered(run_copy: Path, client
         store.record("ada", Given("control", 7, seen, "yes", "hearts", "clear"))
         store.record("ada", Given("control", 8, "other tokens", "yes", "", ""))
         store.record("ada", Given("control", 5_000, seen, "yes", "", ""))
+        # Hidden until somebody says that they will not judge blind.
+        assert client.get("/api/features?arm=control&verdict=yes").json()["total"] == 0
+        text = client.get("/features/control/7").text
+        assert "What people said is hidden" in text and "ada" not in text
+        assert "What people said is hidden" in client.get("/features").text
+        assert client.post("/review/look", data={"next": "/features?q=a"}).url.path == "/features"
         found = client.get("/api/features?arm=control&verdict=yes").json()
         assert [row["feature"] for row in found["features"]] == [7] and found["features"][0]["label"] == "hearts"
         assert client.get("/api/features?q=hearts").json()["total"] == 1

@@ -17,10 +17,10 @@ from saeffect.report.figures.evidence import calibration, contrasts, partial_res
 from saeffect.report.figures.learned import crossed, learned, put_back
 from saeffect.report.figures.matching import cross_activity, fates
 from saeffect.report.figures.steering import doses, forests
-from saeffect.report.figures.style import DrawnFigure, FigureKind
+from saeffect.report.figures.style import DrawnFigure, FigureKind, drawn_into
 from saeffect.report.figures.where import where, written
 
-__all__ = ["FIGURES", "DrawnFigure", "draw_figures", "write_figures"]
+__all__ = ["FIGURES", "DrawnFigure", "draw_figures", "drawn_into", "write_figures"]
 
 FIGURES = [
     FigureKind(

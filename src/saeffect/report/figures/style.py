@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ __all__ = [
     "FigureKind",
     "arm_styles",
     "clean_axes",
+    "drawn_into",
     "inline_svg",
     "new_figure",
     "safe_text",
@@ -204,8 +207,27 @@ def arm_styles(comparison: Comparison) -> dict[str, ArmStyle]:
     return styles
 
 
+_PLACE: ContextVar[Axes | None] = ContextVar("_PLACE", default=None)
+
+
+@contextlib.contextmanager
+def drawn_into(ax: Axes | None) -> Iterator[None]:
+    """While the block runs, a new figure is a part of the figure of `ax`, in its place; None: a figure of its own."""
+    before = _PLACE.set(ax)
+    try:
+        yield
+    finally:
+        _PLACE.reset(before)
+
+
 def new_figure(height: float, *, layout: bool = True) -> Figure:
-    """An empty figure of column width, `height` in inches, without pyplot's global state."""
+    """An empty figure of column width, `height` in inches, without pyplot's global state; see `drawn_into`."""
+    place = _PLACE.get()
+    if place is not None:
+        whole, spec = place.figure, place.get_subplotspec()
+        place.remove()
+        found: Any = whole.add_subfigure(spec)  # type: ignore[union-attr, arg-type]
+        return found  # type: ignore[no-any-return]
     engine = ConstrainedLayoutEngine(w_pad=0.07, h_pad=0.07) if layout else None
     figure = Figure(figsize=(_WIDTH, height), layout=engine)
     FigureCanvasAgg(figure)

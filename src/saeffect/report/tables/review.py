@@ -71,7 +71,7 @@ def agreement_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView | No
         note=(
             "1 is perfect agreement, 0 what chance gives. Intervals resample features. By Krippendorff's rule of "
             "thumb, alpha from 0.8 is reliable, and below 0.667 nothing should rest on it. Yes, no and unsure are "
-            "three answers; decisions by an adjudicator do not count."
+            "three answers; decisions by an adjudicator, and verdicts that were not given blind, do not count."
         ),
     )
 
@@ -80,7 +80,11 @@ def rater_view(table: pd.DataFrame, source: str = _SOURCE) -> TableView:
     """`saeffect.review.agreement.rater_summary` as a table."""
     rows = []
     for row in table.to_dict("records"):
-        cells = [Cell(count(row["judged"])), *(Cell(count(row[f"n_{name}"])) for name in ("yes", "no", "unsure"))]
+        seen = f"{count(row['n_not_blind'])} not blind" if row["n_not_blind"] else ""
+        cells = [
+            Cell(count(row["judged"]), sub=seen),
+            *(Cell(count(row[f"n_{name}"])) for name in ("yes", "no", "unsure")),
+        ]
         for kind in ("other", "shuffled"):
             n, low, high = row[f"{kind}_judged"], row[f"{kind}_low"], row[f"{kind}_high"]
             if not n:

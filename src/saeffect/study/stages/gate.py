@@ -65,7 +65,9 @@ def run_gate(run: RunFolder, arm: str, log: Log) -> Iterable[Path]:
         log(f"  arm {arm}: {line}")
     of_model, of_sae = complaint_about_model(measured), _complaint(measured, run.study.config.gate)
     if run.study.config.gate.on_failure == "stop":
-        mismatch = find_mismatch(opened.lm, opened.sae, opened.hook, rows.ids, log) if of_sae and not of_model else None
+        mismatch = None
+        if of_sae and not of_model:
+            mismatch = find_mismatch(opened.lm, opened.sae, opened.hook, rows.ids, log, counts=rows.counts)
         _refuse(run.study, arm, of_model, of_sae, mismatch)
     complaint = "; ".join(filter(None, (of_model, of_sae)))
     if complaint:

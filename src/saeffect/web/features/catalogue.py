@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeffect.review.store import STORE
 from saeffect.study.label import label_file
 from saeffect.web.features.index import FeatureIndex
-from saeffect.web.features.judged import Given, ModelLabels, read_given, read_model_labels, with_given
+from saeffect.web.features.judged import (
+    Given,
+    ModelLabels,
+    read_given,
+    read_model_labels,
+    with_given,
+    without_verdicts,
+)
 from saeffect.web.features.record import Record, feature_record
 from saeffect.web.features.tables import ArmRoles, RunTables, read_index
 
@@ -44,11 +53,10 @@ class Catalogue:
 def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     """The catalogue of a run directory, made again when a table changes; errors as `Site.study`.
 
-    `blind`: without what people said in the app and a language model's labels, so that nothing sways a rater.
+    `blind`: without what people and a language model said, so that nothing sways a rater.
     """
     study = site.study
-    files = [site.folder / "arms" / arm / f"{name}.parquet" for arm in study.config.arms for name in _OF_ARMS]
-    files += [site.folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH]
+    known = _files(site.folder, site.arms)
 
     def make() -> Catalogue:
         roles = {name: arm.role for name, arm in study.config.arms.items()}
@@ -65,10 +73,11 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
             index = replace(index, missing=dict.fromkeys(roles, "this study has no SAEs"))
         return Catalogue(study, arms, tables, index)
 
-    known = [site.folder / "study.yaml", *files]
     found = site.cached("feature catalogue", known, make)
     if blind:
-        return found
+        return site.cached(
+            "feature catalogue, blind", known, lambda: replace(found, index=without_verdicts(found.index))
+        )
     store = site.folder / STORE
 
     def judged() -> Catalogue:
@@ -79,3 +88,10 @@ def catalogue(site: Site, *, blind: bool = False) -> Catalogue:
     # SQLite writes beside its file first.
     said = [store, store.with_name(f"{STORE}-wal"), *(label_file(site.folder, arm) for arm in study.config.arms)]
     return site.cached("feature catalogue, judged", [*known, *said], judged)
+
+
+@functools.lru_cache(maxsize=4)
+def _files(folder: Path, arms: tuple[str, ...]) -> tuple[Path, ...]:
+    """What the index is made from."""
+    of_arms = (folder / "arms" / arm / f"{name}.parquet" for arm in arms for name in _OF_ARMS)
+    return (folder / "study.yaml", *of_arms, *(folder / "comparison" / f"{name}.parquet" for name in _OF_BOTH))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,13 @@ __all__ = ["PAGE", "FeatureIndex", "Found", "Verdicts"]
 
 PAGE = 50
 """Features on a page of the list."""
-_KEPT = 24  # answers to recent questions
+_KEPT = 128  # answers to recent questions
+_PIECES = 10_000
 _WORDS = 12  # of a search that are looked for
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,7 @@ class FeatureIndex:
     _answers: OrderedDict[Query, Found] = field(init=False, repr=False, default_factory=OrderedDict)
     _judged: dict[str, bool] = field(init=False, repr=False, default_factory=dict)
     _orders: dict[tuple[str, bool], IntArray] = field(init=False, repr=False, default_factory=dict)
+    _kept: dict[Hashable, Any] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         set_now = object.__setattr__
@@ -114,8 +117,18 @@ class FeatureIndex:
         for name in (part.name for part in dataclasses.fields(self)):
             object.__setattr__(new, name, values.get(name, getattr(self, name)))
         object.__setattr__(new, "_answers", OrderedDict())
+        object.__setattr__(new, "_kept", {})
         new._take_verdicts()
         return new
+
+    def kept(self, key: Hashable, make: Callable[[], _Value]) -> _Value:
+        """What `make` returns, kept with the index: for pieces of pages that many readers ask for."""
+        found: _Value | None = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= _PIECES:
+                self._kept.clear()
+            found = self._kept[key] = make()
+        return found
 
     def _take_verdicts(self) -> None:
         yes, no, unsure = self.verdicts.n_yes, self.verdicts.n_no, self.verdicts.n_unsure
@@ -307,7 +320,8 @@ class FeatureIndex:
         if name in {"", "relevance"}:
             if scores is not None:
                 places = np.flatnonzero(fits)
-                order = places[np.argsort(-scores[places], kind="stable")]
+                hundredths = np.rint(-100 * scores[places]).astype(np.int16)  # which numpy sorts ten times as fast
+                order = places[np.argsort(hundredths, kind="stable")]
                 return order[::-1] if turned else order
             name = "change"
         key = {"change": f"change {self.basis(query)}", "p": f"p_{self.basis(query)}"}.get(name, name)

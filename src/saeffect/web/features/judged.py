@@ -17,7 +17,7 @@ from saeffect.review.verdicts import summarise_verdicts
 from saeffect.study.label import read_labels
 from saeffect.web.features.index import FeatureIndex, Verdicts
 
-__all__ = ["Given", "ModelLabels", "read_given", "read_model_labels", "with_given"]
+__all__ = ["Given", "ModelLabels", "read_given", "read_model_labels", "with_given", "without_verdicts"]
 
 Given = Mapping[int, list[dict[str, Any]]]
 """By place in the index, the verdicts that stand: rater, role, verdict, label, note, given."""
@@ -60,6 +60,12 @@ def with_given(index: FeatureIndex, given: Given) -> FeatureIndex:
             column[place] = summary[name]
         labels[place] = str(summary["label"]) or labels[place]
     return index.with_verdicts(Verdicts(**counts, labels=labels))
+
+
+def without_verdicts(index: FeatureIndex) -> FeatureIndex:
+    """The index without anything that people said, in the app or before the run."""
+    none = np.zeros(len(index), dtype=np.int64)
+    return index.with_verdicts(Verdicts(none, none, none, [""] * len(index)))
 
 
 def read_model_labels(folder: Path, index: FeatureIndex) -> ModelLabels:

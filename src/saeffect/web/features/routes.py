@@ -22,6 +22,7 @@ from saeffect.web.features.record import plain
 from saeffect.web.features.rows import feature_address, list_view, options
 from saeffect.web.features.view import feature_view
 from saeffect.web.pages import environment, page
+from saeffect.web.review.blind import veil
 from saeffect.web.site import Site
 
 __all__ = ["router", "warm"]
@@ -58,8 +59,8 @@ def warm(site: Site) -> None:
 
 
 def _catalogue(request: Request) -> Catalogue:
-    """What the pages of a run read from; raters with a token of their own do not see what others said."""
-    return catalogue(request.app.state.site, blind=getattr(request.state, "rater", None) is not None)
+    """What the pages of a run read from; without what people said where that is hidden."""
+    return catalogue(request.app.state.site, blind=veil(request) is not None)
 
 
 def _asked(request: Request) -> tuple[Catalogue, Query, Found]:
@@ -77,7 +78,8 @@ def _list(request: Request) -> Response:
     title = f"Features: {query.q}" if query.q else "Features"
     view = list_view(found.index, query, answer)
     choices = options(query, answer)
-    return page(request, "features.html.j2", title=title, view=view, options=choices, query=query, count=count)
+    values: dict[str, Any] = {"view": view, "options": choices, "query": query, "count": count, "hidden": veil(request)}
+    return page(request, "features.html.j2", title=title, **values)
 
 
 @router.get("/api/features/rows")
@@ -135,6 +137,8 @@ def _feature(request: Request, arm: str, feature: str) -> Response:
         neighbours=neighbours,
         position=f"{count(rank)} of {count(total)}" if rank else "",
         job=reading(site).state,
+        count=count,
+        hidden=veil(request),
         areas_here={path for _, path in request.app.state.areas},
     )
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any
 from urllib.parse import quote
 
-from saeffect.report.texts import Chip, chips
+from markupsafe import Markup, escape
+
+from saeffect.report.texts import chips
 from saeffect.report.words.numbers import count, fixed, p_value, plural, signed
 from saeffect.web.features.index import FeatureIndex, Found
 from saeffect.web.features.query import CHOICES, SORTS, Query
 from saeffect.web.features.search import search_form
 from saeffect.web.features.view import BASES, share
+from saeffect.web.pages import environment
 
-__all__ = ["FILTERS", "ListView", "ListedFeature", "ListedToken", "feature_address", "list_view", "options"]
+__all__ = ["FILTERS", "ListView", "ListedFeature", "feature_address", "list_view", "options"]
 
 FILTERS = {
     "domain": "Domain",
@@ -42,16 +46,8 @@ _HEADS = (
 
 
 @dataclass(frozen=True)
-class ListedToken:
-    """A top token, and whether the search found it."""
-
-    chip: Chip
-    hit: bool
-
-
-@dataclass(frozen=True)
 class ListedFeature:
-    """A row of the list."""
+    """A row of the list. Its `tokens` as they are searched, and as HTML, plain and as a hit."""
 
     arm: str
     role: str
@@ -60,17 +56,18 @@ class ListedFeature:
     label: str
     model_label: str
     accuracy: str
-    tokens: tuple[ListedToken, ...]
+    tokens: tuple[tuple[str, str, str], ...]
     domain: bool
-    change: str
-    p: str
-    effect: str
-    tested: str
-    coherence: str
-    density: str
-    fate: str
-    similarity: str
-    verdict: str
+    cells: Markup
+
+    def words(self, searched: Sequence[str]) -> Markup:
+        """The first tokens, and those that the search found."""
+        shown = []
+        for i, (form, plain, marked) in enumerate(self.tokens):
+            hit = any(word in form for word in searched)
+            if i < _TOKENS or hit:
+                shown.append(marked if hit else plain)
+        return Markup("".join(shown[: _TOKENS + 2]))
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,8 @@ class ListView:
 
     query: Query
     rows: tuple[ListedFeature, ...]
+    searched: tuple[str, ...]
+    behind: str
     total: str
     page: int
     pages: int
@@ -104,8 +103,7 @@ def _behind(query: Query) -> str:
 
 def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
     """The page of the list that `found` holds."""
-    words = [search_form(word) for word in query.q.replace('"', " ").split()]
-    behind = _behind(query)
+    basis = index.basis(query)
     every = sum(found.counts["arm"].values())
     arms = [("", "All arms", query.address(arm=""), every, not query.arm)]
     arms += [
@@ -114,7 +112,13 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
     ]
     return ListView(
         query=query,
-        rows=tuple(_row(index, query, place, words, behind) for place in found.places.tolist()),
+        # Kept: most keystrokes show rows that others have shown.
+        rows=tuple(
+            index.kept(("row", place, basis, query.by), partial(_row, index, place, basis, query.by))
+            for place in found.places.tolist()
+        ),
+        searched=tuple(search_form(word) for word in query.q.replace('"', " ").split()),
+        behind=_behind(query),
         total=plural(found.total, "feature"),
         page=found.page,
         pages=found.pages,
@@ -129,7 +133,7 @@ def list_view(index: FeatureIndex, query: Query, found: Found) -> ListView:
         ),
         counts=found.counts,
         missing=index.missing,
-        basis=BASES[index.basis(query)],
+        basis=BASES[basis],
     )
 
 
@@ -145,41 +149,43 @@ def _head(query: Query, name: str, title: str, note: str) -> tuple[str, str, str
 
 
 @lru_cache(maxsize=100_000)
-def _listed(token: str) -> tuple[Chip, str]:
-    """A token as the list shows it, and as it is searched."""
-    return chips([token], [0.0], ())[0], search_form(token)
+def _listed(token: str) -> tuple[str, str, str]:
+    """A token as it is searched, and as HTML, plain and as a hit."""
+    shown = f"<bdi>{escape(chips([token], [0.0], ())[0].text)}</bdi></span>"
+    return search_form(token), f"<span>{shown}", f'<span class="hit">{shown}'
 
 
-def _row(index: FeatureIndex, query: Query, place: int, words: list[str], behind: str) -> ListedFeature:
-    arm, number, basis = index.arm_of(place), int(index.numbers[place]), index.basis(query)
-    listed = [_listed(token) for token in index.top_tokens(place)]
-    hits = [any(word in form for word in words) for _, form in listed]
-    shown = [i for i, hit in enumerate(hits) if i < _TOKENS or hit][: _TOKENS + 2]
+def _row(index: FeatureIndex, place: int, basis: str, by: str) -> ListedFeature:
+    arm, number = index.arm_of(place), int(index.numbers[place])
     change = index.value(f"z_{basis}", place)
     raw = index.value(f"change_{basis}", place)
     p, effect = index.value(f"p_{basis}", place), index.value("effect", place)
-    coherence, similarity = index.value("coherence", place), index.value(f"similarity_{query.by}", place)
-    fate = index.code(f"fate_{query.by}", place)
+    coherence, similarity = index.value("coherence", place), index.value(f"similarity_{by}", place)
+    fate = index.code(f"fate_{by}", place)
     accuracy = index.value("accuracy", place)
     return ListedFeature(
         arm=arm,
         role=index.roles[arm],
         number=number,
-        href=f"/features/{quote(arm, safe='')}/{number}{behind}",
+        href=f"/features/{quote(arm, safe='')}/{number}",
         label=index.verdicts.labels[place],
         model_label=index.model_labels.get(place, {}).get("label", ""),
         accuracy=f"detection {fixed(accuracy, 2)}" if isfinite(accuracy) else "",
-        tokens=tuple(ListedToken(listed[i][0], hits[i]) for i in shown),
+        tokens=tuple(_listed(token) for token in index.top_tokens(place)),
         domain=index.code("domain", place) == "yes",
-        change=signed(change, 1) if isfinite(change) else signed(raw) if isfinite(raw) else "",
-        p=f"p {p_value(p)}" if isfinite(p) else "",
-        effect=signed(effect) if isfinite(effect) else "",
-        tested={"passed": "passed", "failed": "not passed"}.get(index.code("tested", place), ""),
-        coherence=fixed(coherence, 2) if isfinite(coherence) else "",
-        density=share(index.value("density", place)),
-        fate="" if fate == "unknown" else fate,
-        similarity=fixed(similarity, 2) if isfinite(similarity) else "",
-        verdict={"none": ""}.get(verdict := index.code("verdict", place), verdict),
+        cells=environment()
+        .get_template("feature_cells.html.j2")
+        .module.cells(  # type: ignore[attr-defined]
+            change=signed(change, 1) if isfinite(change) else signed(raw) if isfinite(raw) else "",
+            p=f"p {p_value(p)}" if isfinite(p) else "",
+            effect=signed(effect) if isfinite(effect) else "",
+            tested={"passed": "passed", "failed": "not passed"}.get(index.code("tested", place), ""),
+            coherence=fixed(coherence, 2) if isfinite(coherence) else "",
+            density=share(index.value("density", place)),
+            fate="" if fate == "unknown" else fate,
+            similarity=fixed(similarity, 2) if isfinite(similarity) else "",
+            verdict={"none": ""}.get(verdict := index.code("verdict", place), verdict),
+        ),
     )
 
 

@@ -12,7 +12,6 @@ from saeffect.lm.tokens import printable_token
 __all__ = ["EXACT", "INSIDE", "PREFIX", "StringSearch", "TokenSearch", "search_form"]
 
 FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 INSIDE, PREFIX, EXACT = 1.0, 2.0, 3.0
 """Grades of a hit; 0 is none."""
@@ -70,25 +69,21 @@ class TokenSearch:
     """
 
     def __init__(self, tokens: Sequence[str], table: npt.NDArray[np.int32]) -> None:
-        self._n, self._k = table.shape
         forms = [search_form(token) for token in tokens]
         self._text = StringSearch(forms)
-        flat = table.ravel()
-        order = np.argsort(flat, kind="stable")
-        order = order[np.searchsorted(flat, 0, sorter=order) :]  # without the -1
-        self._feature = (order // max(1, self._k)).astype(np.int32)
-        self._bonus = 0.9 * (1 - (order % max(1, self._k)) / max(1, self._k))
-        self._start = np.searchsorted(flat[order], np.arange(len(forms) + 1))
+        self._by_rank = np.where(table < 0, len(forms), table).T.copy()
 
     def scores(self, word: str, *, whole: bool = False) -> FloatArray:
         """Float64 [n_features]: the best grade of a feature's tokens plus at most 0.9 for its rank; 0 for none.
 
         `whole`: only tokens that are the word.
         """
-        grades = self._text.grades(word)
-        hits = np.flatnonzero(grades >= (EXACT if whole else INSIDE))
-        first, n = self._start[hits], self._start[hits + 1] - self._start[hits]
-        places = np.repeat(first - np.concatenate([[0], np.cumsum(n)[:-1]]), n) + np.arange(n.sum())
-        scores = np.zeros(self._n)
-        np.maximum.at(scores, self._feature[places], np.repeat(grades[hits], n) + self._bonus[places])
-        return scores
+        grades = np.append(self._text.grades(word), 0.0)  # the last one is that of no token
+        hit = grades >= (EXACT if whole else INSIDE)
+        # In hundredths and 16 bits: many features hold a word of one letter, and each key must be answered at once.
+        hundredths, k = (100 * grades * hit).astype(np.int16), len(self._by_rank)
+        best = np.zeros(self._by_rank.shape[1], dtype=np.int16)
+        for rank, tokens in enumerate(self._by_rank if hit.any() else ()):
+            value = hundredths + hit * np.int16(90 * (1 - rank / k))
+            np.maximum(best, value.take(tokens), out=best)
+        return best / 100.0

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,15 @@ from saeffect.config_chat import prompt_text
 from saeffect.errors import NotFound, SaeffectError
 from saeffect.study.export import FORMATS
 from saeffect.study.stages.dose_search import chosen_dose
+from saeffect.web.features.catalogue import catalogue
+from saeffect.web.features.index import FeatureIndex
+from saeffect.web.features.query import Query
 from saeffect.web.pages import page
 from saeffect.web.play.ask import MOST_FEATURES, MOST_TOKENS, Ask
 from saeffect.web.play.engine import Engine
 from saeffect.web.play.kept import Result, Text, forget, keep, kept_list, read_kept
-from saeffect.web.play.pick import described_features, find_features
 from saeffect.web.play.worker import Event, Job, Worker, described
+from saeffect.web.review.blind import veil
 from saeffect.web.site import Site
 
 __all__ = ["router"]
@@ -32,6 +35,7 @@ router = APIRouter()
 _RECENT = 64  # finished results that can still be kept
 _MOST_COMPARED = 4
 _MAKING = threading.Lock()
+_OFFERED, _TOKENS, _LONGEST = 12, 6, 100  # features of a search, their tokens, letters of its words
 _STEPS = 5  # classes .a1 to .a5 of a tint
 
 
@@ -82,7 +86,7 @@ def _play(request: Request) -> HTMLResponse:
         try:
             ask = Ask.from_query(request.query_params.multi_items(), defaults)
             if ask.features:
-                described_features(site, ask.arm, ask.features)
+                _described(request, ask.arm, ask.features)
         except SaeffectError as error:
             wrong = described(error)
             ask = Ask.read(defaults, at="the study")
@@ -97,7 +101,7 @@ def _play(request: Request) -> HTMLResponse:
         asked="prompt" in request.query_params,
         arms=arms,
         roles={name: site.study.arm(name).role for name in arms},
-        chosen=described_features(site, ask.arm, ask.features) if ask.features else [],
+        chosen=_described(request, ask.arm, ask.features) if ask.features else [],
         wrong=wrong,
         unit=_unit(site) if arms else "",
         limits={"features": MOST_FEATURES, "tokens": MOST_TOKENS},
@@ -139,8 +143,12 @@ def _warm(request: Request) -> Mapping[str, Any]:
 
 @router.get("/api/play/features")
 def _features(request: Request, arm: str, q: str = "") -> list[dict[str, Any]]:
-    """Features of an arm that fit some words or a number, the best first."""
-    return find_features(request.app.state.site, arm, q)
+    """Features of an arm that fit some words or a number; without words those that steer best, else of the domain."""
+    index, words = _index(request), q.strip()[:_LONGEST]
+    suggested = (Query(arm=arm, tested="passed", sort="effect"), Query(arm=arm, domain="yes"), Query(arm=arm))
+    answers = (index.find(query) for query in ((Query(arm=arm, q=words),) if words else suggested))
+    found = next((found.places[:_OFFERED].tolist() for found in answers if found.total), [])
+    return _described(request, arm, [int(index.numbers[place]) for place in found])
 
 
 @router.post("/api/play/run")
@@ -196,6 +204,21 @@ def _forget_result(request: Request, asked: dict[str, str] = Body()) -> Mapping[
     """Delete a kept result."""
     forget(request.app.state.site, asked.get("id", ""))
     return {"deleted": True}
+
+
+def _index(request: Request) -> FeatureIndex:
+    """The features of the browser, without what people said where that is hidden."""
+    return catalogue(request.app.state.site, blind=veil(request) is not None).index
+
+
+def _described(request: Request, arm: str, features: Sequence[int]) -> list[dict[str, Any]]:
+    """Number, label and first top tokens of features; errors as `FeatureIndex.place`."""
+    index = _index(request)
+    places = [(feature, index.place(arm, feature)) for feature in features]
+    return [
+        {"feature": feature, "label": index.verdicts.labels[place], "tokens": index.top_tokens(place)[:_TOKENS]}
+        for feature, place in places
+    ]
 
 
 _PROMPT = "What topic is on your mind?"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
+from saeffect.errors import SaeffectError
 from saeffect.report.texts import Chip, Run, chips, context_runs
 from saeffect.review.agreement import agreement, disagreements, rater_summary
 from saeffect.review.queue import Item, Queue
-from saeffect.review.store import STORE, Given, VerdictStore
+from saeffect.review.store import NOT_BLIND, STORE, Given, VerdictStore
 from saeffect.review.verdicts import ADJUDICATION, VERDICTS
 from saeffect.study.label import read_labels
 from saeffect.study.review import Standing, read_queue, standing_verdicts
@@ -18,6 +22,7 @@ from saeffect.web.site import Site
 
 __all__ = ["Desk", "Judged", "Progress", "Screen", "Split", "Splits", "desk_of"]
 
+_PAGE = 50  # disagreements
 _CONTEXTS = ["feature", "rank", "position", "tokens", "activations"]
 
 
@@ -62,11 +67,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """The first disagreements, and how many there are and are open."""
+    """A page of disagreements, and how many there are and are open."""
 
     shown: tuple[Split, ...]
     total: int
     left: int
+    page: int = 1
+    pages: int = 1
 
 
 class Desk:
@@ -87,10 +94,11 @@ class Desk:
         """The queue of the run as it is now."""
         return self._site.cached("review queue", self._files(), lambda: read_queue(self._site.folder))
 
-    def next_screen(self, rater: str) -> Screen | None:
-        """The first item that the rater has not judged; None if there is none."""
-        left = self.queue.open_items(rater, self.store)
-        return self.screen(left[0], rater) if left else None
+    def now(self, rater: str) -> tuple[Progress, Screen | None]:
+        """How far a rater is, and the first item that is left; None if there is none."""
+        queue = self.queue
+        left, total = queue.open_items(rater, self.store), len(queue.items)
+        return Progress(rater, total - len(left), total), self.screen(left[0], rater) if left else None
 
     def screen(self, item: Item, rater: str, before: Judged | None = None) -> Screen:
         """An item as it is shown."""
@@ -105,7 +113,24 @@ class Desk:
     def judge(self, rater: str, name: str, said: Judged, *, request: str) -> None:
         """Save a rater's verdict; NotFound if the item is gone."""
         item = self.queue.find(name, rater, self.store)
-        self.store.record(rater, _given(item, said, "rater", request))
+        source = NOT_BLIND if self.store.looked(rater) else "app"
+        self.store.record(rater, _given(item, said, "rater", request, source))
+
+    def sees(self, rater: str) -> bool:
+        """Whether a rater may see what others said: who has judged everything, or has said not to judge blind."""
+        store = self.store.path
+        files = [*self._files(), store, store.with_name(f"{STORE}-wal")]
+        return self._site.cached(f"review open to {rater}", files, lambda: self._sees(rater))
+
+    def _sees(self, rater: str) -> bool:
+        if self.store.looked(rater):
+            return True
+        own = self.progress(rater)
+        if own.done < own.total:
+            return False
+        with contextlib.suppress(SaeffectError):  # a folder that cannot be written takes no verdicts either
+            self.store.look(rater)
+        return True
 
     def undo(self, rater: str) -> Screen | None:
         """Take back the rater's latest verdict; its item with what was said, None if there is none or it is gone."""
@@ -123,7 +148,7 @@ class Desk:
 
     def progress(self, rater: str) -> Progress:
         """How far a rater is."""
-        keys = {item.key for item in self.queue.items}
+        keys = self.queue.keys
         return Progress(rater, len(keys & self.store.judged(rater).keys()), len(keys))
 
     def labels(self, rater: str) -> list[str]:
@@ -156,14 +181,15 @@ class Desk:
                     found.append(row | {"verdict": given["verdict"], "own": given["label"], "tokens": tokens})
         return pd.DataFrame(found)
 
-    def splits(self, rater: str, most: int) -> Splits:
-        """The features on which somebody has to decide, open ones first, and `most` of them as screens."""
+    def splits(self, rater: str, page: int) -> Splits:
+        """A page of the features on which somebody has to decide, open ones first."""
         said, decisions = self._said()
         items = {(item.arm, item.feature): item for item in self.queue.candidates}
         table = disagreements(said, decisions)
         table = table.assign(settled=table["decided"] != "").sort_values("settled", kind="stable")
-        found = []
-        for row in table.head(most).to_dict("records"):
+        pages = max(1, -(-len(table) // _PAGE))
+        page, found = min(page, pages), []
+        for row in table.iloc[(page - 1) * _PAGE : page * _PAGE].to_dict("records"):
             here = said[(said["arm"] == row["arm"]) & (said["feature"] == row["feature"])]
             decided = decisions[(decisions["arm"] == row["arm"]) & (decisions["feature"] == row["feature"])].tail(1)
             found.append(
@@ -175,7 +201,7 @@ class Desk:
                     "".join(decided["rater"]).removeprefix(ADJUDICATION).strip(),
                 )
             )
-        return Splits(tuple(found), len(table), int((~table["settled"].astype(bool)).sum()))
+        return Splits(tuple(found), len(table), int((~table["settled"].astype(bool)).sum()), page, pages)
 
     def _said(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Verdicts on the candidates, and decisions on them."""
@@ -192,13 +218,12 @@ class Desk:
     def _candidates(self) -> set[tuple[str, int]]:
         return {(item.arm, item.feature) for item in self.queue.candidates}
 
-    def _files(self) -> list[Any]:
-        names = ("features.parquet", "selection.parquet")
-        return [self._site.path("arms", arm, name) for arm in self._site.arms for name in names]
+    def _files(self) -> tuple[Path, ...]:
+        return _files_of(self._site.folder, self._site.arms)
 
     def _context(self, arm: str, feature: int, rank: int) -> tuple[Run, ...]:
         """A context around its strongest token; empty if the feature fired less often."""
-        file = self._site.path("arms", arm, "examples.parquet")
+        file = self._site.folder / "arms" / arm / "examples.parquet"
         table, places = self._site.cached(f"review contexts {arm}", [*self._files(), file], lambda: self._read(arm))
         place = places.get((feature, rank))
         if place is None:
@@ -220,11 +245,17 @@ class Desk:
         return table, {key: place for place, key in enumerate(keys)}
 
 
+@functools.lru_cache(maxsize=4)
+def _files_of(folder: Path, arms: tuple[str, ...]) -> tuple[Path, ...]:
+    """What the queue is made from."""
+    return tuple(folder / "arms" / arm / f"{name}.parquet" for arm in arms for name in ("features", "selection"))
+
+
 def _decides(table: pd.DataFrame) -> pd.Series[bool]:
     return table["rater"].str.startswith(ADJUDICATION).astype(bool)
 
 
-def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], request: str) -> Given:
+def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], request: str, source: str = "app") -> Given:
     return Given(
         item.arm,
         item.feature,
@@ -235,6 +266,7 @@ def _given(item: Item, said: Judged, role: Literal["rater", "adjudicator"], requ
         kind=item.kind,
         role=role,
         request=request,
+        source=source,
     )
 
 

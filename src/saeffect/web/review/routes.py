@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from threading import Lock
 from typing import Annotated, Any
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import parse_qs, quote
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 
 from saeffect.errors import ConfigError
 from saeffect.report.tables.review import agreement_view, model_label_view, rater_view
 from saeffect.report.words.numbers import count
 from saeffect.review.verdicts import VERDICTS
+from saeffect.web.access import own_path
 from saeffect.web.pages import environment, page
-from saeffect.web.review.desk import Desk, Judged, Progress, Screen, Splits, desk_of
+from saeffect.web.review.blind import has_looked, looked_cookie, rater_cookie, signed_in, veil
+from saeffect.web.review.desk import Desk, Judged, Screen, Splits, desk_of
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 _YEAR = 365 * 24 * 3600
+# Screens are short computations: one after the other they are ready sooner than when threads compete for them.
+_turn = Lock()
 _WORDS = {"yes": "Yes", "no": "No", "unsure": "Unsure"}
-_SHOWN = 50  # disagreements a page
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -49,21 +53,8 @@ def _desk(request: Request) -> Desk:
     return desk_of(request.app.state.site)
 
 
-def _cookie(request: Request) -> str:
-    return f"rater-{request.app.state.site.settings.port}"  # browsers share cookies between ports
-
-
-def _rater(request: Request, desk: Desk) -> str | None:
-    """Who is judging: the owner of the token, or else who the browser says."""
-    owner = getattr(request.state, "rater", None)
-    if owner:
-        return desk.store.find(owner) or str(owner)
-    said = unquote(request.cookies.get(_cookie(request), ""))
-    return desk.store.find(said) if said else None
-
-
 def _required(request: Request, desk: Desk) -> str:
-    rater = _rater(request, desk)
+    rater = signed_in(request, desk)
     if rater is None:
         raise ConfigError("nobody is signed in here.", fix="open /review and write your name.")
     return rater
@@ -77,7 +68,7 @@ def _show(request: Request, template: str, rater: str | None, **values: Any) -> 
 def _start(request: Request, name: str = "") -> Response:
     """Who is judging, how far everybody is, and what to do."""
     desk = _desk(request)
-    rater = _rater(request, desk)
+    rater = signed_in(request, desk)
     known = desk.store.find(name) if name and rater is None else None
     everybody = [desk.progress(other) for other in desk.store.raters()]
     own = desk.progress(rater) if rater else None
@@ -90,6 +81,7 @@ def _start(request: Request, name: str = "") -> Response:
         total=len(desk.queue.items),
         raters=everybody,
         own=own,
+        blind=not (desk.store.looked(rater) if rater else has_looked(request)),
         name=name,
         known=desk.progress(known) if known else None,
         hosted=bool(getattr(request.state, "rater", None)),
@@ -105,7 +97,9 @@ def _join(request: Request, fields: _Fields) -> Response:
         return RedirectResponse(f"/review?name={quote(known)}", status_code=303)
     rater = desk.store.join(name)
     answer = RedirectResponse("/review/queue", status_code=303)
-    answer.set_cookie(_cookie(request), quote(rater.name), max_age=_YEAR, httponly=True, samesite="strict")
+    if has_looked(request):
+        desk.store.look(rater.name)
+    answer.set_cookie(rater_cookie(request), quote(rater.name), max_age=_YEAR, httponly=True, samesite="strict")
     return answer
 
 
@@ -113,7 +107,7 @@ def _join(request: Request, fields: _Fields) -> Response:
 def _leave(request: Request) -> Response:
     """Let another person use this browser."""
     answer = RedirectResponse("/review", status_code=303)
-    answer.delete_cookie(_cookie(request))
+    answer.delete_cookie(rater_cookie(request))
     return answer
 
 
@@ -121,12 +115,13 @@ def _leave(request: Request) -> Response:
 def _queue(request: Request) -> Response:
     """The next item."""
     desk = _desk(request)
-    rater = _rater(request, desk)
+    rater = signed_in(request, desk)
     if rater is None:
         return RedirectResponse("/review", status_code=303)
     if desk.store.find(rater) is None:  # who has a token need not sign in
         desk.store.join(rater)
-    shown = _screen_values(desk, rater, desk.next_screen(rater))
+    with _turn:
+        shown = _screen_values(desk, rater)
     return _show(request, "review_queue.html.j2", rater, title="Review", **shown)
 
 
@@ -141,10 +136,11 @@ def _judge(request: Request, fields: _Fields) -> Response:
 @router.post("/api/review/verdict")
 def _judge_here(request: Request, fields: _Fields) -> Response:
     """Save a verdict; answered once it is on the disk, with the next screen."""
-    desk = _desk(request)
-    rater = _required(request, desk)
-    said = _save(desk, rater, fields)
-    return _fragment(desk, rater, desk.next_screen(rater), f"Saved: {_WORDS[said].lower()}.")
+    with _turn:
+        desk = _desk(request)
+        rater = _required(request, desk)
+        said = _save(desk, rater, fields)
+        return _fragment(desk, rater, None, f"Saved: {_WORDS[said].lower()}.")
 
 
 @router.post("/review/undo")
@@ -152,56 +148,64 @@ def _undo(request: Request) -> Response:
     """Take the latest verdict back, without a script."""
     desk = _desk(request)
     rater = _required(request, desk)
-    shown = _screen_values(desk, rater, desk.undo(rater) or desk.next_screen(rater))
+    shown = _screen_values(desk, rater, desk.undo(rater))
     return _show(request, "review_queue.html.j2", rater, title="Review", **shown)
 
 
 @router.post("/api/review/undo")
 def _undo_here(request: Request) -> Response:
     """Take the latest verdict back; answered with its screen."""
+    with _turn:
+        desk = _desk(request)
+        rater = _required(request, desk)
+        screen = desk.undo(rater)
+        said = "Taken back." if screen else "There is nothing to take back."
+        return _fragment(desk, rater, screen, said)
+
+
+@router.post("/review/look")
+def _look(request: Request, fields: _Fields) -> Response:
+    """Show from now on what others said; the verdicts that this person gives afterwards are marked."""
     desk = _desk(request)
-    rater = _required(request, desk)
-    screen = desk.undo(rater)
-    said = "Taken back." if screen else "There is nothing to take back."
-    return _fragment(desk, rater, screen or desk.next_screen(rater), said)
+    rater = signed_in(request, desk)
+    answer = RedirectResponse(own_path(fields.get("next", "/review")), status_code=303)
+    if rater is None:
+        answer.set_cookie(looked_cookie(request), "yes", max_age=_YEAR, httponly=True, samesite="strict")
+    else:
+        desk.store.look(rater)
+    return answer
 
 
 @router.get("/review/agreement")
 def _agreement(request: Request) -> Response:
-    """How far raters agree; not before one has judged everything oneself."""
+    """How far raters agree, behind the veil."""
     desk = _desk(request)
-    rater = _rater(request, desk)
-    blind = _still_blind(desk, rater)
+    hidden, rater = veil(request), signed_in(request, desk)
     tables: tuple[Any, ...] = ()
-    if blind is None:
+    if hidden is None:
         agreed, raters = desk.agreement()
         source = "verdicts.sqlite, what stands now"
         labels = model_label_view(desk.model_labels(rater), "labels/*.parquet") if rater else None
         tables = tuple(view for view in (agreement_view(agreed, source), rater_view(raters, source), labels) if view)
     numbers = {f"table:{table.name}": f"Table {place}" for place, table in enumerate(tables, 1)}
-    return _show(
-        request, "review_agreement.html.j2", rater, title="Agreement", blind=blind, tables=tables, numbers=numbers
-    )
+    values = {"title": "Agreement", "hidden": hidden, "tables": tables, "numbers": numbers}
+    return _show(request, "review_agreement.html.j2", rater, **values)
 
 
 @router.get("/review/disagreements")
-def _disagreements(request: Request) -> Response:
-    """The features on which raters differ; not before one has judged everything oneself."""
+def _disagreements(request: Request, page: Annotated[int, Query(ge=1)] = 1) -> Response:
+    """The features on which raters differ, behind the veil."""
     desk = _desk(request)
-    rater = _rater(request, desk)
-    blind = _still_blind(desk, rater)
-    splits = desk.splits(rater or "", _SHOWN) if blind is None else Splits((), 0, 0)
+    hidden, rater = veil(request), signed_in(request, desk)
+    splits = desk.splits(rater or "", page) if hidden is None else Splits((), 0, 0)
     return _show(
         request,
         "review_disagreements.html.j2",
         rater,
         title="Disagreements",
         subject=desk.subject,
-        blind=blind,
-        splits=splits.shown,
-        total=splits.total,
-        left=splits.left,
-        began=rater is not None and desk.progress(rater).done > 0,
+        hidden=hidden,
+        splits=splits,
         requests=[secrets.token_hex(8) for _ in splits.shown],
     )
 
@@ -212,13 +216,9 @@ def _adjudicate(request: Request, fields: _Fields) -> Response:
     desk = _desk(request)
     rater = _required(request, desk)
     desk.adjudicate(rater, fields.get("item", ""), _judged(fields), request=fields.get("request", "")[:64])
-    return RedirectResponse("/review/disagreements", status_code=303)
-
-
-def _still_blind(desk: Desk, rater: str | None) -> Progress | None:
-    """The progress of somebody who has begun and not finished, who must not see what others said; else None."""
-    own = desk.progress(rater) if rater else None
-    return own if own and 0 < own.done < own.total else None
+    place = fields.get("page", "")
+    behind = f"?page={place}" if place.isascii() and place.isdigit() else ""
+    return RedirectResponse(f"/review/disagreements{behind}", status_code=303)
 
 
 def _save(desk: Desk, rater: str, fields: Mapping[str, str]) -> str:
@@ -234,10 +234,12 @@ def _judged(fields: Mapping[str, str]) -> Judged:
     return Judged(verdict, fields.get("label", ""), fields.get("note", "").replace("\r\n", "\n"))
 
 
-def _screen_values(desk: Desk, rater: str, screen: Screen | None) -> dict[str, Any]:
+def _screen_values(desk: Desk, rater: str, screen: Screen | None = None) -> dict[str, Any]:
+    """What the template of a screen needs: this one, else the next."""
+    own, left = desk.now(rater)
     return {
-        "screen": screen,
-        "own": desk.progress(rater),
+        "screen": screen or left,
+        "own": own,
         "subject": desk.subject,
         "labels": desk.labels(rater),
         "request_name": secrets.token_hex(8),
@@ -248,5 +250,6 @@ def _fragment(desk: Desk, rater: str, screen: Screen | None, said: str) -> Respo
     values = _screen_values(desk, rater, screen)
     html = environment().get_template("review_screen.html.j2").render(values | {"count": count, "words": _WORDS})
     own = values["own"]
-    spoken = f"{said} {count(own.done)} of {count(own.total)}." if screen or not own.total else f"{said} That was all."
+    all_done = own.total and values["screen"] is None
+    spoken = f"{said} That was all." if all_done else f"{said} {count(own.done)} of {count(own.total)}."
     return JSONResponse({"html": html, "said": spoken})

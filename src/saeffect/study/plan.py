@@ -1,0 +1,399 @@
+"""What a study will take: tokens, operations, memory, disk and time of each stage, before anything is computed.
+
+No weights are needed, of models or of SAEs that the study trains itself: sizes come from configurations, speeds from
+`saeffect.study.rates`. What each stage does is here once more, as numbers of tokens; for its work on tables there are
+seconds that were measured on the bundled study.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from saeffect.config import ModelConfig
+from saeffect.config_steering import SteeringConfig
+from saeffect.diffing.nulls import null_files
+from saeffect.diffing.trace import NEW_TOKENS, OPENINGS, SAMPLES
+from saeffect.errors import ConfigError
+from saeffect.io import read_json
+from saeffect.lm.hooks import parse_hook
+from saeffect.lm.loading import bundled_path, locate_model, model_shape
+from saeffect.progress import SILENT, Log
+from saeffect.sae.base import SaeConfig
+from saeffect.steering.sampling import Sampling
+from saeffect.study.nulls import nulls_folder
+from saeffect.study.rates import DiskRates, ModelRates, encode_seconds, product_rate, table_speed
+from saeffect.study.study import SHARE_OF_A_MODEL, Study
+from saeffect.study.texts import machine_memory
+from saeffect.study.training import arm_folder, arm_recipe
+
+__all__ = ["Plan", "plan_study"]
+
+# Seconds of work on tables, of 4,608 features and 49,152 tokens where these are named (`rates.table_speed`).
+_START, _FEATURES, _EXAMPLES, _SMALL, _MATCH = 18.0, 1.0, 2.0, 0.3, 1.5
+_NAMING, _A_NULL, _PUT_BACK, _SCORES, _COMPARE, _REPORT = 8.0, 0.8, 6.0, 1.0, 6.0, 18.0
+_FEATURES_THERE, _TOKENS_THERE = 4_608, 49_152
+_DOMAIN = 0.06  # share of features that are of the domain, as in the bundled study
+_GROUPS = 6  # named groups that are put back
+_STREAM = 1.5  # the trace keeps every block's output, and probabilities of both models
+_PROMPT = 10  # tokens of a prompt
+_CROSSED_TOKENS = 32_768
+_SAVED, _AN_ARM, _A_FEATURE = 20_000_000, 1_000_000, 1_500  # bytes of a run: its page and figures, an arm, a feature
+_PASSES = 3  # a training step costs as much as so many encodings and decodings
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a study will take.
+
+    Attributes:
+        table: A row a stage, in order: stage; tokens (read or written by models); flop; memory, in bytes, at most and
+            of one process; disk, in bytes, added; seconds.
+        lines: What was measured, and what was taken for granted.
+        gpus: Processes that share the stages that can be shared.
+    """
+
+    table: pd.DataFrame
+    lines: tuple[str, ...]
+    gpus: int
+
+    @property
+    def total(self) -> pd.Series:
+        """Sums over the stages; of memory the largest."""
+        return self.table.drop(columns="stage").sum().mask(lambda x: x.index == "memory", self.table["memory"].max())
+
+
+def plan_study(study: Study, *, gpus: int = 1, out: Path | None = None, log: Log = SILENT) -> Plan:
+    """Predict what `run_study` takes, and before it `train_sae` for SAEs that are not there yet.
+
+    Takes half a minute, most of it measuring. Times hold for a machine like this one, within a factor of two where
+    nothing else runs; what the text holds less than the study asks for is not looked up.
+
+    Args:
+        gpus: Processes, each with a device of its own.
+        out: Run directory, whose disk is measured.
+
+    Raises:
+        ConfigError: Fewer than one device.
+        SaeffectError: A model or SAE that is neither there nor can be trained; see `Study.open_arm`.
+    """
+    if gpus < 1:
+        raise ConfigError(f"a study needs at least one device. Got {gpus}.", at="--gpus", fix="for example --gpus 8.")
+    planner = _Planner(study, gpus, out or Path("runs") / study.config.name, log)
+    rows = [one.row() for one in planner.stages()]
+    return Plan(pd.DataFrame(rows), tuple(planner.lines()), gpus)
+
+
+@dataclass
+class _Stage:
+    name: str
+    tokens: float = 0.0
+    flop: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    seconds: float = 0.0
+
+    def row(self) -> dict[str, str | float]:
+        return {"stage": self.name, **{k: float(v) for k, v in vars(self).items() if k != "name"}}
+
+    def read(self, m: ModelRates, tokens: float, layers: int, *, logits: float = 0.0) -> None:
+        """Tokens through so many blocks; with `logits` through the unembedding and so many times a softmax."""
+        self.tokens += tokens
+        self.flop += 2 * tokens * (layers * m.block + (m.head if logits else 0))
+        self.seconds += tokens * (layers * m.layer + (m.logits + logits * m.softmax if logits else 0))
+        self.memory = max(self.memory, m.n_bytes + (8 * 64 * m.d_vocab * 12 if logits else 0))
+
+    def write(self, m: ModelRates, rows: int, tokens: int, sampling: Sampling) -> None:
+        """Texts of so many tokens, `rows` at once."""
+        self.read(m, rows * _PROMPT, m.n_layers)
+        self.tokens += rows * tokens
+        self.flop += 2 * rows * tokens * (m.n_layers * m.block + m.head)
+        self.seconds += tokens * m.step(rows, sampling)
+        self.memory = max(self.memory, m.n_bytes + rows * m.d_vocab * 16)
+
+    def encode(self, tokens: float, sae: SaeConfig, seconds: float, times: float = 1.0) -> None:
+        """Features of activations; a decoding counts as one more time."""
+        self.flop += 2 * tokens * times * sae.d_in * sae.d_sae
+        self.seconds += tokens * times * seconds
+
+
+class _Planner:
+    def __init__(self, study: Study, gpus: int, out: Path, log: Log) -> None:
+        self._study, self._config, self._gpus = study, study.config, gpus
+        self._shapes: dict[object, ModelRates] = {}
+        self._log = log
+        there = next(place for place in (out.absolute(), *out.absolute().parents) if place.is_dir())
+        self._free = shutil.disk_usage(there).free
+        log("measuring this machine")
+        self._disk, self._speed = DiskRates(there), table_speed()
+        self._arms = study.ordered_arms()
+        self._control, self._treatment = (study.by_role(role)[0] for role in ("control", "treatment"))
+        self._models = {name: self._rates(name) for name in self._arms}
+        self._saes = {name: self._sae(name) for name in self._arms} if study.has_saes else {}
+        self._held: list[tuple[ModelConfig, int]] = []
+        self._known: set[tuple[object, str]] = set()  # whose activations were read
+
+    def _rates(self, arm: str) -> ModelRates:
+        config, at = self._config.arms[arm].model, self._study.at("arms", arm, "model")
+        place = locate_model(config, log=self._log, at=at)
+        key = (model_shape(place) or str(place), config.dtype, config.device, config.quantize)
+        if key not in self._shapes:
+            self._log(f"measuring {config.path}, without its weights")
+            self._shapes[key] = ModelRates(config, self._config.text.context_size, at=at)
+        return self._shapes[key]
+
+    def _sae(self, arm: str) -> SaeConfig:
+        if not self._trained_first(arm):
+            return self._study.sae_config(arm)
+        recipe = arm_recipe(self._study, arm)
+        return SaeConfig(recipe.sae.architecture, self._models[arm].d_model, recipe.sae.d_sae, k=recipe.sae.k)
+
+    def _trained_first(self, arm: str) -> bool:
+        folder = arm_folder(self._study, arm)
+        return folder is not None and not folder.exists() and self._config.training is not None
+
+    def _hook(self, arm: str) -> tuple[str, int]:
+        """An arm's hook, and how many blocks run before it."""
+        named = self._config.arms[arm].hook if self._trained_first(arm) else self._study.hook(arm)
+        point = parse_hook(str(named), self._models[arm].n_layers)
+        return str(named), point.layer + (point.kind != "hook_resid_pre")
+
+    @cached_property
+    def _encode(self) -> float:
+        """Seconds a token of the largest SAE."""
+        largest = max(self._saes.values(), key=lambda sae: sae.d_sae)
+        return encode_seconds(largest.d_in, largest.d_sae, largest.k or 1)
+
+    @cached_property
+    def _product(self) -> float:
+        return product_rate(self._models[self._control].d_model)
+
+    def _table(self, seconds: float) -> float:
+        return seconds * self._speed
+
+    def _wide(self, seconds: float, arm: str) -> float:
+        """Seconds on tables of features."""
+        return self._table(seconds * self._saes[arm].d_sae / _FEATURES_THERE)
+
+    def lines(self) -> Iterator[str]:
+        for m in self._shapes.values():
+            a_token = m.n_layers * m.layer + m.logits
+            flop = 2 * (m.n_layers * m.block + m.head) / a_token
+            yield (
+                f"model of {m.n_layers} blocks, {m.d_model} wide, {m.n_bytes / 1e9:.3g} GB, on {m.device.type} in"
+                f" {str(m.dtype).removeprefix('torch.')}: reads {1 / a_token:,.0f} tokens/s ({flop / 1e12:.3g} TFLOP/s)"
+            )
+        if self._gpus > 1 and any(m.device.type == "cpu" for m in self._shapes.values()):
+            yield "measured on the CPU, and shared by as many machines like this one; on one with GPUs, measure there"
+        yield f"disk: {self._disk.write / 1e6:,.0f} MB/s written, {self._free / 1e9:,.0f} GB free"
+        if self._config.steering is not None and self._config.steering.max_features is None:
+            yield f"taken for granted: {_DOMAIN:.0%} of the features are of the domain, and all of them are steered"
+
+    def stages(self) -> Iterator[_Stage]:
+        """In the order of `run_study`."""
+        for arm in self._arms if self._saes else ():
+            if self._trained_first(arm):
+                yield self._train(arm)
+        yield self._start()
+        if not self._saes:
+            yield from (self._changes(), self._fixed("report", _REPORT / 3, disk=_SAVED / 4))
+            return
+        for arm in self._arms:
+            yield from (self._gate(arm), self._features(arm))
+        for arm in self._config.arms:
+            yield self._fixed(f"coherence {arm}", _SMALL)
+        yield self._fixed("select", _SMALL * len(self._arms))
+        for arm in self._arms:
+            if self._config.arms[arm].more_saes:
+                yield self._features(arm, more=len(self._config.arms[arm].more_saes))
+        if self._config.arms[self._control].sae != self._config.arms[self._treatment].sae:
+            yield self._match()
+        yield self._changes()
+        if self._config.put_back is not None:
+            yield self._put_back()
+        if self._config.steering is not None:
+            yield self._dose_search(self._config.steering)
+            for arm in self._arms:
+                yield self._steer(f"steer {arm}", arm, self._config.steering)
+        if self._config.comparison.crossed:
+            yield self._cross()
+        yield self._fixed("compare", _COMPARE * self._config.comparison.n_boot / 2_000)
+        yield self._fixed("report", _REPORT, disk=_SAVED)
+
+    def _fixed(self, name: str, seconds: float, disk: float = 0.0) -> _Stage:
+        return _Stage(name, seconds=self._table(seconds), disk=disk)
+
+    def _open(self, stage: _Stage, *arms: str) -> None:
+        """Load models that are not in memory, as `Study.open_model` keeps them."""
+        for arm in arms:
+            config, size = self._config.arms[arm].model, self._models[arm].n_bytes
+            if all(config != held for held, _ in self._held):
+                if len(self._held) > 1 or sum(n for _, n in self._held) > SHARE_OF_A_MODEL * machine_memory():
+                    self._held.clear()
+                self._held.append((config, size))
+                # Read and hashed, and an adapter merged and compared.
+                stage.seconds += size / self._disk.read * (3 if config.adapter else 2) + self._table(1.0)
+        saes = sum(8 * sae.d_in * sae.d_sae for name, sae in self._saes.items() if name in arms)
+        stage.memory = max(stage.memory, saes + sum(n for _, n in self._held))
+
+    def _train(self, arm: str) -> _Stage:
+        recipe, m, sae = arm_recipe(self._study, arm), self._models[arm], self._saes[arm]
+        stage, config = _Stage(f"train-sae {arm}"), recipe.sae
+        self._open(stage, arm)
+        tokens = recipe.tokens_a_pass or (config.steps or 0) * config.batch_size
+        steps = config.steps or tokens * config.epochs // config.batch_size
+        stage.read(m, tokens + recipe.held_out_tokens, self._hook(arm)[1])
+        if recipe.activations == "shards":
+            stage.disk = (tokens + recipe.held_out_tokens) * sae.d_in * m.dtype.itemsize
+            stage.seconds += stage.disk / self._disk.write
+        stage.encode(steps * config.batch_size, sae, self._encode, _PASSES * 2)
+        stage.seconds /= self._gpus
+        stage.memory += 4 * 8 * sae.d_in * sae.d_sae  # weights, gradients and both moments
+        stage.disk += 2 * 2 * sae.d_in * sae.d_sae
+        return stage
+
+    def _start(self) -> _Stage:
+        stage = self._fixed("start", _START)
+        self._open(stage, *reversed(self._arms) if self._saes else [self._control])
+        return stage
+
+    def _read_text(self, stage: _Stage, arm: str) -> None:
+        """The study's text up to an arm's hook, unless it was read."""
+        hook, before = self._hook(arm)
+        key = (self._config.arms[arm].model, hook)
+        if key not in self._known:
+            self._open(stage, arm)
+            stage.read(self._models[arm], self._config.text.tokens, before)
+        self._known.add(key)
+        kept = self._config.text.tokens * self._models[arm].d_model * self._models[arm].dtype.itemsize
+        stage.memory = max(stage.memory, 8 * self._saes[arm].d_in * self._saes[arm].d_sae) + kept
+
+    def _gate(self, arm: str) -> _Stage:
+        stage, m, sae = _Stage(f"gate {arm}"), self._models[arm], self._saes[arm]
+        self._open(stage, arm)
+        tokens, after = min(self._config.gate.tokens, self._config.text.tokens), m.n_layers - self._hook(arm)[1]
+        stage.read(m, tokens * 1.5, m.n_layers, logits=1)  # as it is, and parts with another beginning
+        stage.read(m, tokens * 2, after, logits=1)
+        stage.encode(tokens, sae, self._encode, 5)
+        return stage
+
+    def _features(self, arm: str, more: int = 0) -> _Stage:
+        """An arm's features, or those of so many further SAEs."""
+        stage, m, sae = _Stage(f"{'seeds' if more else 'features'} {arm}"), self._models[arm], self._saes[arm]
+        self._read_text(stage, arm)
+        n = more or 1
+        products = 2 * m.d_model * m.d_vocab * sae.d_sae * n
+        stage.flop += products
+        stage.seconds += products / self._product + self._wide(_FEATURES, arm) * n * m.d_vocab / _TOKENS_THERE
+        stage.encode(self._config.text.tokens, sae, self._encode, n)
+        stage.seconds += 0 if more else self._wide(_EXAMPLES, arm) * self._config.text.tokens / 19_200
+        stage.disk = n * (_A_FEATURE * sae.d_sae + _AN_ARM)
+        return stage
+
+    def _match(self) -> _Stage:
+        stage, tokens = _Stage("match"), self._config.text.tokens
+        pairs = len(self._arms) - 1 + sum(len(arm.more_saes) for arm in self._config.arms.values())
+        for arm in self._arms:
+            self._read_text(stage, arm)
+            n = 1 + len(self._config.arms[arm].more_saes) + (arm == self._treatment)
+            stage.encode(tokens, self._saes[arm], self._encode, n)
+        sae = self._saes[self._control]
+        products = 2 * sae.d_in * sae.d_sae**2 * 2 * pairs
+        stage.flop += products
+        stage.seconds += products / self._product + self._wide(_MATCH * pairs, self._control)
+        return stage
+
+    def _changes(self) -> _Stage:
+        stage, config, m = _Stage("changes"), self._config.changes, self._models[self._control]
+        text = self._config.text
+        self._open(stage, self._control, self._treatment)
+        tokens = min(config.rows, text.tokens // text.context_size) * min(config.tokens_per_row, text.context_size)
+        texts = len(OPENINGS) * SAMPLES
+        stage.read(m, 2 * tokens, m.n_layers, logits=_STREAM)
+        for _ in range(2):
+            stage.write(m, texts, NEW_TOKENS, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.8, top_p=1.0))
+        nulls = nulls_folder(self._study)
+        n_nulls = len(null_files(nulls)) if nulls is not None else 0
+        if self._saes:
+            stage.read(m, 2 * texts * NEW_TOKENS, self._hook(self._control)[1])
+            sae = self._saes[self._control]
+            stage.encode(2 * tokens + 2 * texts * NEW_TOKENS, sae, self._encode)
+            stage.seconds += self._wide(_NAMING, self._control)
+        stage.seconds += self._table(_A_NULL * n_nulls * m.d_vocab / _TOKENS_THERE)
+        stage.disk = 4 * (8 * (self._saes[self._control].d_sae if self._saes else 0) + 2 * m.d_vocab) + 2 * _AN_ARM
+        return stage
+
+    def _put_back(self) -> _Stage:
+        config, m, text = self._config.put_back, self._models[self._control], self._config.text
+        assert config is not None
+        stage, before = _Stage("put back"), self._hook(self._control)[1]
+        self._open(stage, self._control, self._treatment)
+        bundled = text.bundled and read_json(bundled_path("texts", text.bundled) / "sources.json")["names"]
+        tokens = config.rows * len(bundled or text.sources) * min(config.tokens_per_row, text.context_size)
+        sets = sum(2 * (len(sizes) + _GROUPS) + 3 for sizes in (config.sizes, config.sizes_reversed))
+        stage.read(m, 2 * tokens, before)
+        stage.read(m, sets * tokens, m.n_layers - before, logits=1)
+        stage.encode(tokens, self._saes[self._control], self._encode, sets + 8)
+        stage.seconds += self._wide(_PUT_BACK, self._control)
+        return stage
+
+    def _trials(self, stage: _Stage, m: ModelRates, config: SteeringConfig, features: int, *, search: bool) -> None:
+        """Texts of steered features, what is measured of them, and direct effects."""
+        prompts = len(config.search_prompts if search else config.prompts)
+        samples, doses = (1, len(config.doses)) if search else (config.samples, 1)
+        conditions = 1 + (min(1, len(config.placebos)) if search else len(config.placebos))
+        each = samples * conditions * doses
+        at_once = max(1, (config.batch_size - samples) // each)
+        sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p)
+        most = math.ceil(math.ceil(features / at_once) / self._gpus) * at_once  # of the process that has most
+        for left in range(min(features, most), 0, -at_once):
+            rows = samples + min(left, at_once) * each
+            for _ in range(prompts):
+                stage.write(m, rows, config.max_new_tokens, sampling)
+            stage.read(m, prompts * rows * (_PROMPT + config.max_new_tokens), m.n_layers, logits=1)
+        effects = prompts * features * conditions * doses
+        stage.read(m, effects * _PROMPT, m.n_layers)
+        stage.seconds += effects * (m.logits + 2 * m.softmax) + self._table(_SCORES)
+
+    def _n_tested(self, arm: str, most: int | None) -> int:
+        found = max(1, round(_DOMAIN * self._saes[arm].d_sae))
+        return found if most is None else min(most, found)
+
+    def _dose_search(self, config: SteeringConfig) -> _Stage:
+        stage = _Stage("dose search")
+        for arm in self._arms if len(config.doses) > 1 else ():
+            self._open(stage, arm)
+            self._trials(stage, self._models[arm], config, self._n_tested(arm, config.search_features), search=True)
+        return stage
+
+    def _steer(self, name: str, arm: str, config: SteeringConfig, model: str | None = None) -> _Stage:
+        stage, m = _Stage(name), self._models[model or arm]
+        self._open(stage, model or arm)
+        n = self._n_tested(arm, config.max_features)
+        self._trials(stage, m, config, n, search=False)
+        if model is None and config.baselines:
+            texts = min(n, config.baseline_features) * len(config.prompts) * config.samples * len(config.baselines)
+            alone = config.model_copy(update={"placebos": (), "prompts": config.prompts[:1], "samples": 1})
+            self._trials(stage, m, alone, texts, search=False)
+        stage.disk = _AN_ARM / 5 + 300 * n * len(config.prompts) * config.samples * (2 + len(config.placebos))
+        return stage
+
+    def _cross(self) -> _Stage:
+        stage, asked = _Stage("cross"), set(self._config.comparison.crossed)
+        pair = (self._control, self._treatment)
+        for sae, model in (pair, pair[::-1]):
+            self._open(stage, model)
+            m, tokens = self._models[model], min(_CROSSED_TOKENS, self._config.text.tokens)
+            stage.read(m, tokens, self._hook(sae)[1])
+            stage.encode(tokens, self._saes[sae], self._encode)
+            if self._config.steering is not None and asked & {"steering", "direct_effect"}:
+                part = self._steer("cross", sae, self._config.steering, model)
+                stage.tokens, stage.flop = stage.tokens + part.tokens, stage.flop + part.flop
+                stage.seconds += part.seconds
+        return stage

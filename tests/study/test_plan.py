@@ -1,0 +1,100 @@
+"""What a study will take: every stage is there, numbers of tokens and operations are those of the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from command_line import call
+from saeffect.errors import ConfigError
+from saeffect.study import rates
+from saeffect.study.plan import Plan, plan_study
+from saeffect.study.run import stage_keys
+from saeffect.study.study import Study
+from tiny_study import HOOK, make_study
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short() -> Any:
+    """Measurements that are only as long as they must be."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "_LEAST", 0.0)
+        patch.setattr(rates, "_REPEATS", 1)
+        patch.setattr(rates, "_FILE", 1 << 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return Study.open(make_study(tmp_path_factory.mktemp("plan")))
+
+
+@pytest.fixture(scope="module")
+def planned(tiny: Study) -> Plan:
+    return plan_study(tiny)
+
+
+def of(plan: Plan, stage: str) -> Any:
+    return plan.table.set_index("stage").loc[stage]
+
+
+def test_every_stage_of_the_run_is_there_in_its_order(tiny: Study, planned: Plan) -> None:
+    assert planned.table["stage"].tolist() == ["start", *stage_keys(tiny)]
+    assert (planned.table.drop(columns="stage") >= 0).all().all()
+    assert (planned.table["seconds"] > 0).all()
+
+
+def test_tokens_and_operations(tiny: Study, planned: Plan) -> None:
+    # 1,024 tokens through the one block before the hook; the placebo has the control's model, so nothing is read again.
+    features = of(planned, "features control")
+    assert features["tokens"] == 1024
+    assert of(planned, "features placebo")["tokens"] == 0
+    block = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32  # attention with half the key heads, MLP, two norms
+    d_vocab = len(tiny.tokens.tokenizer)
+    assert features["flop"] == 2 * (1024 * block + 32 * d_vocab * 96 + 1024 * 32 * 96)
+
+
+def test_totals(planned: Plan) -> None:
+    assert planned.total["seconds"] == pytest.approx(planned.table["seconds"].sum())
+    assert planned.total["memory"] == planned.table["memory"].max()
+
+
+def test_steering_is_shared_by_devices(tiny: Study) -> None:
+    wide = tiny.config.model_copy(update={"steering": tiny.config.steering.model_copy(update={"batch_size": 7})})
+    one, eight = (plan_study(Study(wide, tiny.source), gpus=n) for n in (1, 8))
+    assert of(eight, "steer control")["tokens"] < of(one, "steer control")["tokens"] / 2
+    assert of(eight, "features control")["tokens"] == of(one, "features control")["tokens"]
+    with pytest.raises(ConfigError, match="at least one device"):
+        plan_study(tiny, gpus=0)
+
+
+def test_without_weights_and_with_saes_to_be_trained(tmp_path: Path) -> None:
+    path = make_study(tmp_path)
+    config = yaml.safe_load(path.read_text())
+    for arm in config["arms"].values():
+        arm |= {"sae": f"{arm['sae']}-new", "hook": HOOK}
+    sae = {"d_sae": 96, "k": 6, "batch_size": 256, "epochs": 1}
+    text = [{"name": "domain", "path": "./text.jsonl"}]
+    config["training"] = {"text": text, "tokens": 2048, "held_out_tokens": 512, "context_size": 32, "sae": sae}
+    path.write_text(yaml.safe_dump(config))
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.unlink()
+    plan = plan_study(Study.open(path))
+    assert plan.table["stage"].tolist()[:4] == [
+        "train-sae control",
+        "train-sae placebo",
+        "train-sae treatment",
+        "start",
+    ]
+    training = of(plan, "train-sae control")
+    assert training["tokens"] == 2560 and training["disk"] > 2560 * 32
+
+
+def test_the_command_is_one_screen(tiny: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["plan", str(tiny.source), "--gpus", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("all ") and max(map(len, lines[-20:])) <= 80
+    assert call(["plan", str(tiny.source), "--gpus", "0"]) == 2
