@@ -147,7 +147,7 @@ def _features(request: Request, arm: str, q: str = "") -> list[dict[str, Any]]:
     index, words = _index(request), q.strip()[:_LONGEST]
     suggested = (Query(arm=arm, tested="passed", sort="effect"), Query(arm=arm, domain="yes"), Query(arm=arm))
     answers = (index.find(query) for query in ((Query(arm=arm, q=words),) if words else suggested))
-    found = next((found.places[:_OFFERED].tolist() for found in answers if found.total), [])
+    found: list[int] = next((one.places[:_OFFERED].tolist() for one in answers if one.total), [])
     return _described(request, arm, [int(index.numbers[place]) for place in found])
 
 
