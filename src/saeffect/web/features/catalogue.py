@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saeffect.errors import BadFile, SaeffectError, first_line
 from saeffect.review.store import STORE
 from saeffect.study.label import label_file
 from saeffect.web.features.index import FeatureIndex
@@ -44,7 +45,13 @@ class Catalogue:
 
     def record(self, arm: str, number: int) -> Record:
         """All about a feature, see `feature_record`; with what people and a language model said."""
-        record = feature_record(self.index, self.tables, self.arms, self.study, arm, number)
+        try:
+            record = feature_record(self.index, self.tables, self.arms, self.study, arm, number)
+        except SaeffectError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"the tables of this feature are not as this version writes them ({first_line(error)})."
+            raise BadFile(what, at=str(self.tables.folder), fix="run the study again.") from error
         record["verdicts"]["given"] = self.given.get(self.index.place(arm, number), [])
         record["model_label"] = self.model_labels.get(self.index.place(arm, number))
         return record

@@ -79,7 +79,7 @@ def _play(request: Request) -> HTMLResponse:
     wrong: dict[str, str] | None = None
     arms: tuple[str, ...] = ()
     ask = Ask(prompt=_PROMPT)
-    with contextlib.suppress(SaeffectError):
+    if site.has("study.yaml"):
         arms = site.arms
     if arms:
         defaults = _defaults(site)
@@ -247,7 +247,9 @@ def _defaults(site: Site) -> dict[str, Any]:
 
 
 def _unit(site: Site) -> str:
-    return f"mean norms of the residual at {site.study.hook(site.arms[0])}" if site.study.has_saes else ""
+    with contextlib.suppress(SaeffectError):  # an SAE that is gone: loading the models says so
+        return f"mean norms of the residual at {site.study.hook(site.arms[0])}" if site.study.has_saes else ""
+    return ""
 
 
 def _short(result: Result) -> str:
